@@ -1,0 +1,227 @@
+"""Artifacts that people share: a folder of `config.json` and one safetensors file, on disk or on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch.nn import Module
+
+
+logger = logging.getLogger(__name__)
+
+ArtifactType = TypeVar("ArtifactType", bound="Artifact")
+CONFIG_NAME = "config.json"
+
+
+def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
+    """Write a file that is either the old one or the whole new one, also if the machine stops."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class Artifact:
+    """Base of what is saved as `config.json` and safetensors.
+
+    A subclass names its tensor file in `weights_name` and its format in `format_version`, and converts
+    itself in `_to_artifact` and `_from_artifact`. The config records the SHA-256 of the tensor file,
+    so a truncated or altered folder is refused.
+    """
+
+    weights_name: ClassVar[str] = "model.safetensors"
+    format_version: ClassVar[int] = 1
+
+    def _to_artifact(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The JSON-able config and the tensors that make up this object."""
+        raise TypeError(f"{type(self).__name__} must define `_to_artifact`.")
+
+    @classmethod
+    def _from_artifact(
+        cls: type[ArtifactType], config: dict[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> ArtifactType:
+        """Rebuild the object from what `_to_artifact` gave."""
+        raise TypeError(f"{cls.__name__} must define `_from_artifact`.")
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub_arguments: Any,
+    ) -> None:
+        """Write the folder; with `push_to_hub=True` also upload it.
+
+        Args:
+            save_directory: folder, made when absent.
+            push_to_hub: upload afterwards.
+            repo_id: repository; the folder's name when `None`.
+            hub_arguments: as in `push_to_hub`.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        config, tensors = self._to_artifact()
+        weights = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        header = {
+            "_class_name": type(self).__name__,
+            "format_version": self.format_version,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+        }
+        write_atomically(folder / self.weights_name, weights)
+        write_atomically(folder / CONFIG_NAME, json.dumps({**header, **config}, indent=2) + "\n")
+        if push_to_hub:
+            _upload(folder, repo_id or folder.name, **hub_arguments)
+
+    def push_to_hub(self, repo_id: str, **hub_arguments: Any) -> str:
+        """Upload to a model repository, made when absent.
+
+        Args:
+            repo_id: `"user/name"`.
+            hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
+
+        Returns:
+            Address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return _upload(Path(folder), repo_id, **hub_arguments)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ArtifactType],
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        subfolder: str | None = None,
+        **download_arguments: Any,
+    ) -> ArtifactType:
+        """Load from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or `"user/name"`.
+            subfolder: folder inside it.
+            download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+
+        Raises:
+            ValueError: the folder is incomplete, altered, of another class or of a newer format.
+        """
+        paths = [
+            _locate(pretrained_model_name_or_path, name, subfolder, download_arguments)
+            for name in (CONFIG_NAME, cls.weights_name)
+        ]
+        return cls._read(*paths)
+
+    @classmethod
+    def _read(cls: type[ArtifactType], config_path: Path, weights_path: Path) -> ArtifactType:
+        config = json.loads(config_path.read_text())
+        if config.get("_class_name") != cls.__name__:
+            raise ValueError(
+                f"{config_path} must describe a {cls.__name__}, got {config.get('_class_name')!r}."
+            )
+        if config["format_version"] > cls.format_version:
+            raise ValueError(
+                f"`format_version` must be at most {cls.format_version}, got "
+                f"{config['format_version']} in {config_path}. Update diffusers_ext."
+            )
+        found = hashlib.sha256(weights_path.read_bytes()).hexdigest()
+        if found != config["sha256"]:
+            raise ValueError(
+                f"{weights_path} must have SHA-256 {config['sha256'][:12]}..., got {found[:12]}...: "
+                "it is truncated or was altered. Download or write it again."
+            )
+        try:
+            tensors = load_file(weights_path)
+        except SafetensorError as error:
+            raise ValueError(f"{weights_path} must be a safetensors file, got: {error}.") from error
+        header = ("_class_name", "format_version", "sha256")
+        return cls._from_artifact({k: v for k, v in config.items() if k not in header}, tensors)
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    subfolder: str | None = None,
+) -> str:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        path_in_repo=subfolder,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message or "Upload with diffusers_ext",
+    )
+    return str(commit)
+
+
+def _locate(
+    source: str | os.PathLike, name: str, subfolder: str | None, download_arguments: dict[str, Any]
+) -> Path:
+    """Path of one file of an artifact, downloaded when `source` is not a local folder."""
+    if Path(source).is_dir():
+        path = Path(source, subfolder or "", name)
+        if not path.is_file():
+            raise ValueError(f"{path.parent} must hold {name}, got {_names(path.parent)}.")
+        return path
+    try:
+        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **download_arguments))
+    except EntryNotFoundError as error:
+        raise ValueError(f"Repository {source} must hold {name}, got none.") from error
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def fingerprint(module: Module, samples: int = 256) -> dict[str, Any]:
+    """Facts that tell one model from another: a hash of names and shapes, and sampled weights.
+
+    Returns:
+        `{"architecture": hex, "probe": [float, ...]}`; the probe survives a change of dtype.
+    """
+    parameters = [(n, p) for n, p in module.named_parameters() if "lora_" not in n]
+    shapes = [f"{name.replace('.base_layer', '')}:{tuple(p.shape)}" for name, p in parameters]
+    probe = []
+    for index in range(samples):
+        _, parameter = parameters[index * len(parameters) // samples]
+        position = (index * 2654435761) % parameter.numel()
+        # Eight digits are more than float32 holds, and keep the JSON readable.
+        probe.append(float(f"{parameter.detach().reshape(-1)[position].float().item():.8g}"))
+    return {"architecture": hashlib.sha256("\n".join(shapes).encode()).hexdigest(), "probe": probe}
+
+
+def same_fingerprint(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of one model, up to the rounding of bfloat16 (2^-8 relative)."""
+    if first["architecture"] != second["architecture"]:
+        return False
+    a, b = torch.tensor(first["probe"]), torch.tensor(second["probe"])
+    return bool(((a - b).abs() <= 2.0**-8 * a.abs() + 1e-6).all())

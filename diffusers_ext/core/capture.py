@@ -1,0 +1,76 @@
+"""Read what flows into or out of submodules, without touching it: hooks that are always removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from diffusers_ext.core.targets import Targets, find_modules
+
+
+Sink = Callable[[str, torch.Tensor], None]
+_FUSED_AWAY = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+@contextmanager
+def capture(
+    model: torch.nn.Module, targets: Targets, sink: Sink, *, side: str = "input"
+) -> Iterator[list[str]]:
+    """Hand every input (or output) of the target modules to `sink` while the context is open.
+
+    The model computes exactly what it computes without the hooks; they are removed on leaving, also
+    after an exception. LoRA layers are seen through: the input of a wrapped Linear is its own.
+
+    Args:
+        model: module that holds the targets.
+        targets: glob pattern(s) on dotted names, or `{name: module}`.
+        sink: `sink(name, features)`; `features` is detached, of whatever shape and dtype the module
+            sees, usually `(batch, tokens, dim)`. It is called once per forward call of the module,
+            so twice per layer under gradient checkpointing.
+        side: `"input"` (the first argument) or `"output"`.
+
+    Yields:
+        The names of the captured modules, in natural order.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a target is bypassed by fused projections.
+    """
+    if side not in ("input", "output"):
+        raise ValueError(f"`side` must be 'input' or 'output', got {side!r}.")
+    modules = find_modules(model, targets)
+    refuse_fused(model, modules)
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(_register(module, name, sink, side).remove)
+        yield list(modules)
+
+
+def _register(module: torch.nn.Module, name: str, sink: Sink, side: str):
+    if side == "output":
+        return module.register_forward_hook(lambda _, __, output: sink(name, _first(output)))
+
+    def read_input(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        sink(name, _first(args or tuple(kwargs.values())))
+
+    return module.register_forward_pre_hook(read_input, with_kwargs=True)
+
+
+def _first(value: torch.Tensor | tuple) -> torch.Tensor:
+    tensor = value[0] if isinstance(value, (tuple, list)) else value
+    return tensor.detach()
+
+
+def refuse_fused(model: torch.nn.Module, names: Targets) -> None:
+    """Raise `ValueError` if a named projection belongs to an attention with fused projections."""
+    fused = {
+        name for name, module in model.named_modules() if getattr(module, "fused_projections", False)
+    }
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if leaf in _FUSED_AWAY and parent in fused:
+            raise ValueError(
+                f"`{name}` must not be fused to be read, got fused QKV projections, which bypass it. "
+                "Call `unfuse_qkv_projections()` first."
+            )

@@ -1,0 +1,164 @@
+"""Streaming uncentred second moments `C = sum(x x^T) / n` with float64 totals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def exact_float32_matmul() -> Iterator[None]:
+    """Products of float32 matrices in full float32: TF32 would leave three digits of a Gram matrix."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """`X^T X` of features `(..., dim)`, computed in `dtype`.
+
+    Returns:
+        `(dim, dim)` in `dtype`.
+    """
+    rows = features.reshape(-1, features.shape[-1]).to(dtype)
+    with exact_float32_matmul():
+        return rows.T @ rows
+
+
+class SecondMoment:
+    """The uncentred second moment of a stream of vectors.
+
+    `C = (1/n) sum_i x_i x_i^T` over all vectors seen. It is uncentred because `D x = 0` on the
+    preserved inputs is what keeps `(W + D) x = W x`; a centred form would let `D mean` through.
+    Totals are sums, so parts of a stream can be merged and reduced over processes in any order.
+
+    Args:
+        dim: width of the vectors.
+        device: where the total lives.
+        compute_dtype: dtype of one update's Gram matrix; the running total is float64 always.
+
+    Attributes:
+        total: `(dim, dim)` float64, `sum x x^T`.
+        count: number of vectors seen.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if dim < 1:
+            raise ValueError(f"`dim` must be at least 1, got {dim}.")
+        self.total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.count = 0
+        self.compute_dtype = compute_dtype
+
+    @classmethod
+    def from_total(cls, total: torch.Tensor, count: int) -> SecondMoment:
+        """Wrap a finished sum `(dim, dim)` of `count` vectors."""
+        moment = cls(total.shape[0])
+        moment.total, moment.count = total.to(torch.float64), int(count)
+        return moment
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return self.total.shape[0]
+
+    @torch.no_grad()
+    def update(self, features: torch.Tensor) -> SecondMoment:
+        """Add vectors `(..., dim)` of any floating dtype; not-a-number is found by `check_finite`."""
+        if features.shape[-1] != self.dim:
+            raise ValueError(
+                f"`features` must have width {self.dim}, got {features.shape[-1]} "
+                f"(shape {tuple(features.shape)})."
+            )
+        self.total += gram(features, self.compute_dtype).to(self.total.device)
+        self.count += features.numel() // self.dim
+        return self
+
+    def merge(self, other: SecondMoment) -> SecondMoment:
+        """Add another stream's totals; exact up to the rounding of one float64 addition."""
+        if other.dim != self.dim:
+            raise ValueError(f"`other` must have width {self.dim}, got {other.dim}.")
+        self.total += other.total.to(self.total.device)
+        self.count += other.count
+        return self
+
+    def all_reduce(self) -> SecondMoment:
+        """Sum over the processes of `torch.distributed`; does nothing in a single process."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            count = torch.tensor(self.count, dtype=torch.int64, device=self.total.device)
+            torch.distributed.all_reduce(self.total)
+            torch.distributed.all_reduce(count)
+            self.count = int(count)
+        return self
+
+    def check_finite(self, name: str = "features") -> None:
+        """Raise `ValueError` if an infinite or not-a-number value was ever added."""
+        trace = self.total.diagonal().sum().item()
+        if not abs(trace) < float("inf"):
+            raise ValueError(
+                f"`{name}` must be finite, got a second moment of trace {trace}. "
+                "Collect in bfloat16 or float32; float16 overflows in some models."
+            )
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """`C`, `(dim, dim)` float64."""
+        if self.count == 0:
+            raise ValueError("`SecondMoment` must have seen at least one vector, got none.")
+        return self.total / self.count
+
+
+class LowRankMoment:
+    """A second moment kept as its leading eigenvectors and an even spread of the rest.
+
+    `C ~ U diag(values) U^T + rest (I - U U^T)`. The trace is kept, and a direction outside `U` never
+    looks emptier than the average of what was dropped.
+
+    Args:
+        vectors: `(dim, k)`, orthonormal columns.
+        values: `(k,)` eigenvalues of `C`.
+        rest: energy per direction outside `vectors`.
+        count: number of vectors behind `C`.
+    """
+
+    def __init__(
+        self, vectors: torch.Tensor, values: torch.Tensor, rest: float, count: int
+    ) -> None:
+        self.vectors, self.values, self.rest, self.count = vectors, values, float(rest), int(count)
+
+    @classmethod
+    def from_moment(cls, moment: SecondMoment, energy: float) -> LowRankMoment:
+        """Keep the fewest leading eigenvectors that hold the share `energy` of the trace."""
+        values, vectors = torch.linalg.eigh(moment.mean)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        held = torch.cumsum(values, 0) / values.sum()
+        kept = min(int((held < energy).sum()) + 1, moment.dim)
+        spare = moment.dim - kept
+        rest = float(values[kept:].sum()) / spare if spare else 0.0
+        return cls(vectors[:, :kept].float(), values[:kept], rest, moment.count)
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return self.vectors.shape[0]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """`C`, `(dim, dim)` float64."""
+        vectors = self.vectors.double()
+        identity = torch.eye(self.dim, dtype=torch.float64, device=vectors.device)
+        return (vectors * (self.values - self.rest)) @ vectors.T + self.rest * identity
+
+    def check_finite(self, name: str = "features") -> None:
+        """Raise `ValueError` if a value is infinite or not a number."""
+        if not torch.isfinite(self.values).all() or not torch.isfinite(self.vectors).all():
+            raise ValueError(f"`{name}` must be finite, got a compressed moment that is not.")

@@ -1,0 +1,68 @@
+"""The preserved set: prompts files, and the sub-phrases that a set of prompts implies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_prompts_file(path: str | os.PathLike) -> list[str]:
+    """Prompts of a text file, one a line; blank lines and lines that start with `#` are skipped.
+
+    Raises:
+        ValueError: no such file, or no prompt in it.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"`path` must be a text file with one prompt a line, got {path}: no such file.")
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"`path` must hold at least one prompt, got {path} with {len(lines)} lines.")
+    return prompts
+
+
+def unique(prompts: Sequence[str]) -> list[str]:
+    """The prompts without repetitions, in their first order."""
+    return list(dict.fromkeys(prompts))
+
+
+def sub_phrases(prompts: Sequence[str]) -> list[str]:
+    """The prompts and each of them with one word left out, without repetitions.
+
+    They carry the preserved set over to prompts that share its words in other company: "a photo of
+    the red digit seven" also keeps "a photo of the digit seven" and "a photo of the red digit".
+    """
+    expanded = list(prompts)
+    for prompt in prompts:
+        words = prompt.split()
+        expanded += [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1]
+    return unique(expanded)
+
+
+def check_prompts(prompts: Sequence[str], name: str = "prompts") -> list[str]:
+    """The prompts as a list; raises `ValueError` where there is none or one is not a string."""
+    if isinstance(prompts, str):
+        raise ValueError(f"`{name}` must be a list of prompts, got the string {prompts!r}.")
+    prompts = list(prompts)
+    wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if not prompts or wrong:
+        raise ValueError(f"`{name}` must be a non-empty list of strings, got {wrong[:3] or 'none'}.")
+    return prompts
+
+
+def check_prompt_length(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Raise `ValueError` for a prompt that any of the pipeline's tokenizers would cut off."""
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is None:
+            continue
+        lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False).input_ids]
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if lengths[longest] > tokenizer.model_max_length:
+            raise ValueError(
+                f"Every prompt must fit the {name} ({tokenizer.model_max_length} tokens), got "
+                f"{lengths[longest]} tokens in {prompts[longest]!r}. Shorten it: what is cut off would "
+                "not be preserved."
+            )

@@ -1,0 +1,89 @@
+"""Names of the Linears whose inputs are counted: layers, slots and where they sit in a denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffusers_ext.core.targets import natural_key
+
+
+# feature -> (block inside the transformer block, slot, Linear inside that block)
+FEATURES: dict[str, tuple[str, str, str]] = {
+    **{
+        f"{prefix}{slot}": (block, slot, path)
+        for prefix, block in (("", "attn2"), ("attn1.", "attn1"))
+        for slot, path in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"))
+    },
+    "ff.in": ("ff", "ff_in", "net.0.proj"),
+    "ff.out": ("ff", "ff_out", "net.2"),
+}
+SLOT_PATHS = {slot: path for _, slot, path in FEATURES.values()}
+
+
+def linear_name(layer: str, slot: str) -> str:
+    """Dotted name of the Linear of one slot, e.g. `...attn2` and `"k"` give `...attn2.to_k`."""
+    if slot not in SLOT_PATHS:
+        raise ValueError(f"`slot` must be one of {sorted(SLOT_PATHS)}, got {slot!r}.")
+    return f"{layer}.{SLOT_PATHS[slot]}"
+
+
+def split_linear_name(name: str) -> tuple[str, str]:
+    """The (layer, slot) of a Linear's dotted name; inverse of `linear_name`."""
+    for slot, path in SLOT_PATHS.items():
+        if name.endswith("." + path):
+            return name.removesuffix("." + path), slot
+    raise ValueError(f"`name` must end in one of {sorted(SLOT_PATHS.values())}, got {name!r}.")
+
+
+def check_features(features: Sequence[str]) -> tuple[str, ...]:
+    """The features as a tuple; raises `ValueError` for an unknown name."""
+    features = (features,) if isinstance(features, str) else tuple(features)
+    unknown = [feature for feature in features if feature not in FEATURES]
+    if unknown or not features:
+        raise ValueError(f"`features` must be among {list(FEATURES)}, got {unknown or 'none'}.")
+    return features
+
+
+def find_linears(
+    denoiser: torch.nn.Module, features: Sequence[str], layers: str | Sequence[int] = "all"
+) -> dict[str, torch.nn.Module]:
+    """The Linears whose inputs are counted.
+
+    Args:
+        denoiser: UNet or transformer.
+        features: names of `FEATURES`.
+        layers: `"all"`, or indices of transformer blocks with cross-attention, in natural order.
+
+    Returns:
+        `{dotted name: Linear}` (a PEFT layer where a LoRA is loaded), in natural order.
+
+    Raises:
+        ValueError: an index out of range, or a feature that no layer of the model has.
+    """
+    modules = dict(denoiser.named_modules())
+    blocks = [name.removesuffix(".attn2") for name in modules if name.endswith(".attn2")]
+    blocks = sorted(blocks, key=natural_key)
+    if not blocks:
+        raise ValueError(
+            f"`denoiser` must have cross-attention layers named `attn2`, got {type(denoiser).__name__} "
+            "without any."
+        )
+    if not isinstance(layers, str):
+        outside = [index for index in layers if not 0 <= int(index) < len(blocks)]
+        if outside or not len(layers):
+            raise ValueError(
+                f"`layers` must be 'all' or indices from 0 to {len(blocks) - 1}, got {list(layers)}."
+            )
+        blocks = [blocks[int(index)] for index in sorted(set(layers))]
+    elif layers != "all":
+        raise ValueError(f"`layers` must be 'all' or a list of indices, got {layers!r}.")
+    found: dict[str, torch.nn.Module] = {}
+    for feature in check_features(features):
+        block, _, path = FEATURES[feature]
+        names = [f"{name}.{block}.{path}" for name in blocks if f"{name}.{block}.{path}" in modules]
+        if not names:
+            raise ValueError(f"`features` must exist in the model, got {feature!r}, which no layer has.")
+        found.update({name: modules[name] for name in names})
+    return {name: found[name] for name in sorted(found, key=natural_key)}

@@ -1,0 +1,228 @@
+"""What a model already knows: second moments of the inputs of its Linears, with where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from diffusers_ext.core.artifacts import Artifact, fingerprint, same_fingerprint
+from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
+from diffusers_ext.core.targets import natural_key
+from diffusers_ext.nullspace.prompts import unique
+from diffusers_ext.nullspace.slots import linear_name, split_linear_name
+
+
+TEXT = "text"  # key of the one matrix that all cross-attention K and V share
+# Eigenvalues below this share of the largest are rounding of float32 features, whose energy is
+# (2^-24)^2 relative; above it they may be knowledge.
+NUMERICAL_ZERO = 1e-12
+
+
+class Spectrum(NamedTuple):
+    """Eigendecomposition of one second moment, eigenvalues ascending."""
+
+    values: torch.Tensor  # (dim,) float64, not negative
+    vectors: torch.Tensor  # (dim, dim) float64, one eigenvector per column
+
+
+class FeatureStatistics(Artifact):
+    """Second moments of the inputs of a denoiser's Linears over a preserved set of prompts.
+
+    Linears with the same input share one matrix: all cross-attention K and V read the text
+    embeddings, so one `(width, width)` matrix serves them all.
+
+    Args:
+        moments: `{key: SecondMoment}`.
+        sources: `{dotted name of a Linear: key}`.
+        facts: where the numbers come from: `models` (fingerprints), `prompts`, `settings`.
+    """
+
+    weights_name = "statistics.safetensors"
+
+    def __init__(
+        self,
+        moments: dict[str, SecondMoment | LowRankMoment],
+        sources: dict[str, str],
+        facts: dict[str, Any],
+    ) -> None:
+        missing = sorted(set(sources.values()) - moments.keys())
+        if missing:
+            raise ValueError(f"`sources` must point at given moments, got unknown keys {missing}.")
+        self.moments, self.sources, self.facts = moments, sources, facts
+        self._spectra: dict[str, Spectrum] = {}
+
+    # What is in it
+
+    @property
+    def linears(self) -> list[str]:
+        """Dotted names of the Linears that have a statistic, in natural order."""
+        return sorted(self.sources, key=natural_key)
+
+    @property
+    def layers(self) -> list[str]:
+        """Attention and feed-forward layers that have a statistic, in natural order."""
+        return unique([split_linear_name(name)[0] for name in self.linears])
+
+    def key(self, linear: str) -> str:
+        """The key of the matrix of one Linear; raises `ValueError` where there is none."""
+        if linear not in self.sources:
+            raise ValueError(
+                f"`statistics` must cover {linear!r}, got none for it (they cover {len(self.sources)} "
+                f"Linears, the first is {next(iter(self.linears), None)!r}). Collect its feature too."
+            )
+        return self.sources[linear]
+
+    def second_moment(self, layer: str, slot: str) -> torch.Tensor:
+        """`C = E[x x^T]` of one Linear's inputs, `(dim, dim)` float64."""
+        return self.moments[self.key(linear_name(layer, slot))].mean
+
+    def spectrum(self, key: str) -> Spectrum:
+        """Eigendecomposition of one matrix by its key, in float64, computed once."""
+        if key not in self._spectra:
+            values, vectors = torch.linalg.eigh(self.moments[key].mean)
+            self._spectra[key] = Spectrum(values.clamp_min(0), vectors)
+        return self._spectra[key]
+
+    # Combining
+
+    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+        """Add the statistics of further prompts of the same model; both must cover the same Linears.
+
+        Raises:
+            ValueError: other models, other Linears, other settings, or one of them is compressed.
+        """
+        self.check_same_models(other.facts["models"])
+        if self.sources != other.sources:
+            raise ValueError("`other` must cover the same Linears, got other features or layers.")
+        if self.facts["settings"] != other.facts["settings"]:
+            raise ValueError(
+                f"`other` must be collected with the settings {self.facts['settings']}, got "
+                f"{other.facts['settings']}."
+            )
+        for key, moment in self.moments.items():
+            for part in (moment, other.moments[key]):
+                if isinstance(part, LowRankMoment):
+                    raise ValueError("Compressed statistics must not be merged: merge, then compress.")
+        for key, moment in self.moments.items():
+            moment.merge(other.moments[key])
+        self.facts["prompts"] = unique(self.facts["prompts"] + other.facts["prompts"])
+        self._spectra.clear()
+        return self
+
+    def all_reduce(self) -> FeatureStatistics:
+        """Sum over processes, each of which has seen its own part of the prompts."""
+        for moment in self.moments.values():
+            moment.all_reduce()
+        self._spectra.clear()
+        return self
+
+    def compress(self, energy: float = 0.999) -> FeatureStatistics:
+        """A smaller copy: leading eigenvectors with the share `energy`, the rest spread evenly."""
+        if not 0 < energy <= 1:
+            raise ValueError(f"`energy` must be in (0, 1], got {energy}.")
+        moments = {
+            key: moment if isinstance(moment, LowRankMoment) else LowRankMoment.from_moment(moment, energy)
+            for key, moment in self.moments.items()
+        }
+        facts = {**self.facts, "compressed_energy": energy}
+        return FeatureStatistics(moments, dict(self.sources), facts)
+
+    # Checking
+
+    def validate(self) -> None:
+        """Raise `ValueError` unless every matrix is finite, symmetric and not negative."""
+        for key, moment in self.moments.items():
+            moment.check_finite(key)
+            if moment.count < 1:
+                raise ValueError(f"`{key}` must rest on at least one vector, got {moment.count}.")
+            matrix = moment.mean
+            largest = matrix.diagonal().max()
+            if (matrix - matrix.T).abs().max() > 1e-5 * largest:
+                raise ValueError(f"`{key}` must be a symmetric matrix, got one that is not.")
+            lowest = torch.linalg.eigvalsh(matrix)[0]
+            if lowest < -1e-5 * moment.dim * largest:
+                raise ValueError(f"`{key}` must have no negative eigenvalue, got {lowest.item():.3g}.")
+
+    def check_same_models(self, models: dict[str, Any]) -> None:
+        """Raise `ValueError` for a model of `{name: fingerprint}` that is not the one measured."""
+        for name, expected in self.facts["models"].items():
+            if name in models and not same_fingerprint(expected, models[name]):
+                raise ValueError(
+                    f"`statistics` must be of the same {name}, got another one (base model: "
+                    f"{self.facts.get('base_model')!r}). Collect statistics for this model."
+                )
+
+    def check_pipeline(self, pipeline: Any) -> None:
+        """Raise `ValueError` if the statistics were collected on another text encoder or denoiser."""
+        self.check_same_models(model_fingerprints(pipeline, self.facts["models"]))
+
+    # Reading
+
+    def report(self) -> list[dict[str, Any]]:
+        """One row per matrix: size, counts, numerical rank and how its energy is spread."""
+        rows = []
+        for key in sorted(self.moments, key=natural_key):
+            values = self.spectrum(key).values.flip(0)
+            share = torch.cumsum(values, 0) / values.sum()
+            rows.append(
+                {
+                    "matrix": key,
+                    "linears": sum(source == key for source in self.sources.values()),
+                    "dim": self.moments[key].dim,
+                    "vectors": self.moments[key].count,
+                    "trace": values.sum().item(),
+                    "rank": int((values > NUMERICAL_ZERO * values[0]).sum()),
+                    "largest_share": share[0].item(),
+                    "dims_99": int((share < 0.99).sum()) + 1,
+                    "dims_99.9": int((share < 0.999).sum()) + 1,
+                }
+            )
+        return rows
+
+    # Saving
+
+    def _to_artifact(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        tensors: dict[str, torch.Tensor] = {}
+        kinds: dict[str, dict[str, Any]] = {}
+        for key, moment in self.moments.items():
+            if isinstance(moment, LowRankMoment):
+                tensors[f"{key}.vectors"], tensors[f"{key}.values"] = moment.vectors, moment.values
+                kinds[key] = {"count": moment.count, "rest": moment.rest}
+            else:
+                tensors[f"{key}.total"] = moment.total
+                kinds[key] = {"count": moment.count}
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        return {"moments": kinds, "sources": self.sources, "facts": self.facts}, tensors
+
+    @classmethod
+    def _from_artifact(
+        cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> FeatureStatistics:
+        moments: dict[str, SecondMoment | LowRankMoment] = {}
+        for key, kind in config["moments"].items():
+            if "rest" in kind:
+                vectors, values = tensors[f"{key}.vectors"], tensors[f"{key}.values"]
+                moments[key] = LowRankMoment(vectors, values, kind["rest"], kind["count"])
+            else:
+                moments[key] = SecondMoment.from_total(tensors[f"{key}.total"], kind["count"])
+        return cls(moments, config["sources"], config["facts"])
+
+
+def model_fingerprints(pipeline: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Fingerprints of a pipeline's models; `"denoiser"` is its UNet or transformer."""
+    found = {}
+    for name in names:
+        model = denoiser_of(pipeline) if name == "denoiser" else getattr(pipeline, name, None)
+        if model is not None:
+            found[name] = fingerprint(model)
+    return found
+
+
+def denoiser_of(pipeline: Any) -> torch.nn.Module:
+    """The pipeline's UNet or transformer."""
+    for name in ("unet", "transformer"):
+        if getattr(pipeline, name, None) is not None:
+            return getattr(pipeline, name)
+    raise ValueError(f"`pipeline` must have a UNet or a transformer, got {type(pipeline).__name__}.")
