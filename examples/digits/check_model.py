@@ -1,0 +1,103 @@
+"""Ask the bundled digits model for every kind of prompt and let the judge read the answers.
+
+    python examples/digits/check_model.py --output_dir outputs/digits_check
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
+
+from examples.digits.judge import DigitsJudge
+from examples.digits.prompts import (
+    HELD_OUT_PAIRS,
+    HELD_OUT_TEMPLATE,
+    TEMPLATES,
+    TRAINING_PAIRS,
+    prompt_pairs,
+)
+
+
+MODEL_DIR = Path(__file__).parent / "model"
+
+
+def load_pipeline(path: str | Path = MODEL_DIR) -> StableDiffusionPipeline:
+    """The bundled model in float32, without its progress bar."""
+    pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(
+    pipeline: StableDiffusionPipeline,
+    prompts: list[str],
+    *,
+    seed: int,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 3.0,
+    batch_size: int = 50,
+    description: str = "draw",
+) -> list[Image.Image]:
+    """One picture per prompt; picture `i` has seed `seed + i` at any batch size."""
+    images = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc=description):
+        batch = prompts[start : start + batch_size]
+        seeds = range(seed + start, seed + start + len(batch))
+        images += pipeline(
+            batch,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+        ).images
+    return images
+
+
+def make_sheet(images: list[Image.Image], columns: int, zoom: int = 2) -> Image.Image:
+    """Pictures of one size in rows of `columns`."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width * zoom, rows * height * zoom))
+    for index, image in enumerate(images):
+        position = (index % columns * width * zoom, index // columns * height * zoom)
+        sheet.paste(image.resize((width * zoom, height * zoom), Image.Resampling.NEAREST), position)
+    return sheet
+
+
+def main(input_args: list[str] | None = None) -> dict[str, float]:
+    """Print and write the share of pictures that show the digit and the colour asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(MODEL_DIR))
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/digits_check"))
+    args = parser.parse_args(input_args)
+    pipeline, judge = load_pipeline(args.model), DigitsJudge()
+    all_pairs = (*TRAINING_PAIRS, *HELD_OUT_PAIRS)
+    groups = {
+        "trained": [p for template in TEMPLATES for p in prompt_pairs(template, TRAINING_PAIRS)],
+        "held_out_pairs": [p for template in TEMPLATES for p in prompt_pairs(template, HELD_OUT_PAIRS)],
+        "held_out_template": prompt_pairs(HELD_OUT_TEMPLATE, all_pairs),
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    shares = {}
+    for name, prompts in groups.items():
+        asked = [prompts[i % len(prompts)] for i in range(args.samples)]
+        images = draw(pipeline, asked, seed=1_000_000, description=name)
+        shares[name] = float(judge.correct(images, asked).mean())
+        make_sheet(images[:100], 20).save(args.output_dir / f"{name}.png")
+    (args.output_dir / "shares.json").write_text(json.dumps(shares, indent=2) + "\n")
+    print(json.dumps(shares, indent=2))
+    return shares
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""DreamBooth's data and loss for Stable Diffusion and SDXL: cached latents, a frozen text encoder."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.training_utils import compute_snr
+from PIL import Image, ImageOps
+from torch.utils.data import TensorDataset
+
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The picture files of a folder in order of name; raises `ValueError` where there is none."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"`instance_data_dir` must be a folder of pictures, got {folder}.")
+    found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise ValueError(f"{folder} must hold pictures ({', '.join(IMAGE_SUFFIXES)}), got none.")
+    return found
+
+
+def load_image(path: Path, resolution: int, center_crop: bool = True) -> torch.Tensor:
+    """One picture as `(3, resolution, resolution)` float32 in [-1, 1].
+
+    `center_crop` cuts a square out of the middle; without it the picture is squeezed.
+    """
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    size = (resolution, resolution)
+    if center_crop:
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    else:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+@torch.no_grad()
+def encode_images(
+    pipeline: DiffusionPipeline, paths: list[Path], resolution: int, *, center_crop: bool, flip: bool
+) -> TensorDataset:
+    """Latent means and standard deviations of pictures, scaled for the denoiser.
+
+    Returns:
+        A data set of `(mean, std)`, each `(channels, height, width)` float32; twice as long with `flip`.
+    """
+    vae = pipeline.vae
+    means, stds = [], []
+    for path in paths:
+        pixels = load_image(path, resolution, center_crop)
+        for view in [pixels, pixels.flip(-1)] if flip else [pixels]:
+            posterior = vae.encode(view[None].to(vae.device, vae.dtype)).latent_dist
+            shift = getattr(vae.config, "shift_factor", None) or 0.0
+            means.append((posterior.mean.float() - shift) * vae.config.scaling_factor)
+            stds.append(posterior.std.float() * vae.config.scaling_factor)
+    return TensorDataset(torch.cat(means), torch.cat(stds))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the UNet is told for one prompt.
+
+    Attributes:
+        prompt_embeds: `(1, tokens, width)`.
+        added: SDXL's pooled embedding and sizes; empty for Stable Diffusion.
+    """
+
+    prompt_embeds: torch.Tensor
+    added: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def encode_condition(pipeline: DiffusionPipeline, prompt: str, resolution: int) -> Condition:
+    """Encode one prompt once; the text encoder is frozen."""
+    encoded = pipeline.encode_prompt(
+        prompt=prompt,
+        device=pipeline._execution_device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    if not isinstance(pipeline, StableDiffusionXLPipeline):
+        return Condition(encoded[0], {})
+    size = (resolution, resolution)
+    width = pipeline.text_encoder_2.config.projection_dim
+    time_ids = pipeline._get_add_time_ids(size, (0, 0), size, encoded[0].dtype, width)
+    added = {"text_embeds": encoded[2], "time_ids": time_ids.to(encoded[0].device)}
+    return Condition(encoded[0], added)
+
+
+@dataclass(frozen=True)
+class DreamBoothLoss:
+    """The denoising loss on the subject's pictures, with prior preservation on request.
+
+    Args:
+        scheduler: training noise schedule.
+        instance: condition of the instance prompt.
+        class_latents, class_condition: pictures and prompt of the class; `None` without prior
+            preservation.
+        prior_loss_weight: weight of the class pictures' loss.
+        snr_gamma: Min-SNR weighting (arXiv 2303.09556) when given.
+    """
+
+    scheduler: Any
+    instance: Condition
+    class_latents: TensorDataset | None = None
+    class_condition: Condition | None = None
+    prior_loss_weight: float = 1.0
+    snr_gamma: float | None = None
+
+    def __call__(
+        self, model: torch.nn.Module, batch: list[torch.Tensor], generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Losses `loss` and `instance`, and `prior` with prior preservation."""
+        device = self.instance.prompt_embeds.device
+        instance = self._denoising_loss(model, batch, self.instance, generator, device)
+        losses = {"loss": instance, "instance": instance}
+        if self.class_latents is not None:
+            picks = torch.randint(len(self.class_latents), (len(batch[0]),), generator=generator)
+            class_batch = list(self.class_latents[picks])
+            prior = self._denoising_loss(
+                model, class_batch, self.class_condition, generator, device
+            )
+            losses.update(loss=instance + self.prior_loss_weight * prior, prior=prior)
+        return losses
+
+    def _denoising_loss(
+        self,
+        model: torch.nn.Module,
+        batch: list[torch.Tensor],
+        condition: Condition,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> torch.Tensor:
+        mean, std = (part.to(device) for part in batch)
+        latents = mean + std * torch.randn(mean.shape, generator=generator).to(device)
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        count = len(mean)
+        limit = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(limit, (count,), generator=generator).to(device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        embeds = condition.prompt_embeds.expand(count, -1, -1)
+        added = {k: v.expand(count, -1) for k, v in condition.added.items()} or None
+        dtype = embeds.dtype
+        prediction = model(
+            noisy.to(dtype), timesteps, embeds, added_cond_kwargs=added
+        ).sample.float()
+        kind = self.scheduler.config.prediction_type
+        target = noise if kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
+        errors = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+        if self.snr_gamma is not None:
+            snr = compute_snr(self.scheduler, timesteps)
+            weights = snr.clamp(max=self.snr_gamma) / (snr if kind == "epsilon" else snr + 1)
+            errors = errors * weights
+        return errors.mean()
+
+
+def make_class_images(
+    pipeline: DiffusionPipeline,
+    folder: str | Path,
+    prompt: str,
+    count: int,
+    *,
+    batch_size: int,
+    seed: int,
+    resolution: int,
+) -> list[Path]:
+    """Fill `folder` up to `count` pictures of the class, drawn by the base model itself."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    present = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+    missing = [i for i in range(count) if not (folder / f"class_{i:05d}.png").exists()]
+    missing = missing[: max(0, count - len(present))]
+    for start in range(0, len(missing), batch_size):
+        indices = missing[start : start + batch_size]
+        images = pipeline(
+            [prompt] * len(indices),
+            height=resolution,
+            width=resolution,
+            generator=[torch.Generator().manual_seed(seed + index) for index in indices],
+        ).images
+        for index, image in zip(indices, images, strict=True):
+            image.save(folder / f"class_{index:05d}.png")
+    return list_images(folder)
