@@ -1,0 +1,112 @@
+"""Load the base pipeline and the statistics of what it knows, for the null-space scripts."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from diffusers_ext.nullspace.collect import collect_statistics
+from diffusers_ext.nullspace.prompts import read_prompts_file
+from diffusers_ext.nullspace.slots import check_features, find_linears
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+from training.arguments import read_layers
+
+
+logger = get_logger(__name__)
+
+
+def load_pipeline(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """The base pipeline, frozen, in evaluation mode; the VAE stays in float32."""
+    pipeline = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=dtype,
+    )
+    if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a Stable Diffusion or SDXL pipeline, got "
+            f"{type(pipeline).__name__}."
+        )
+    pipeline.to(device)
+    pipeline.vae.to(dtype=torch.float32)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def read_knowledge(args: argparse.Namespace) -> list[str]:
+    """The preserved prompts of `--knowledge_prompts` and `--other_instance_prompts`."""
+    prompts = read_prompts_file(args.knowledge_prompts) if args.knowledge_prompts else []
+    return prompts + list(args.other_instance_prompts)
+
+
+def collect(
+    args: argparse.Namespace,
+    pipeline: DiffusionPipeline,
+    accelerator: Accelerator,
+    prompts: list[str],
+    progress_dir: str | Path | None = None,
+) -> FeatureStatistics:
+    """Statistics of `prompts` with the command line's settings, over all processes."""
+    features, layers = check_features(args.features), read_layers(args.cross_attention_layers)
+    find_linears(pipeline.unet, features, layers)  # a wrong layer index stops here
+    statistics = collect_statistics(
+        pipeline,
+        prompts,
+        features=features,
+        layers=layers,
+        negative_prompt=args.negative_prompt,
+        expand_sub_phrases=not args.no_sub_phrases,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        batch_size=args.statistics_batch_size,
+        seed=args.seed,
+        shard=(accelerator.process_index, accelerator.num_processes),
+        progress_dir=progress_dir,
+        show_progress=accelerator.is_local_main_process,
+    )
+    return statistics.all_reduce()
+
+
+def load_or_collect(
+    args: argparse.Namespace, pipeline: DiffusionPipeline, accelerator: Accelerator
+) -> FeatureStatistics:
+    """`--statistics` when given, else collected from the prompts; checked against the pipeline.
+
+    With both, the prompts are added to the loaded statistics.
+    """
+    prompts = read_knowledge(args)
+    if args.statistics is None:
+        if not prompts:
+            raise ValueError(
+                "`--statistics` or `--knowledge_prompts` must be given: what should be preserved?"
+            )
+        return collect(args, pipeline, accelerator, prompts)
+    statistics = FeatureStatistics.from_pretrained(args.statistics)
+    statistics.check_pipeline(pipeline)
+    if not args.other_instance_prompts:
+        if prompts:
+            warnings.warn(
+                "`--knowledge_prompts` is not read, because `--statistics` is given.", stacklevel=2
+            )
+        return statistics
+    settings = statistics.facts["settings"]
+    extra = argparse.Namespace(**vars(args))
+    extra.features, extra.cross_attention_layers = settings["features"], settings["layers"]
+    extra.negative_prompt = settings["negative_prompt"]
+    extra.no_sub_phrases = not settings["expand_sub_phrases"]
+    for name, value in settings.get("run", {}).items():
+        setattr(extra, name, value)
+    added = collect(extra, pipeline, accelerator, list(args.other_instance_prompts))
+    return statistics.merge(added)

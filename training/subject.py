@@ -1,0 +1,174 @@
+"""The two ways to train a subject: a LoRA on chosen directions, or whole weights under projection."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DiffusionPipeline
+from peft import LoraConfig
+
+from diffusers_ext.nullspace.lora import (
+    add_null_space_lora,
+    lora_linears,
+    predicted_drift,
+    preservation_penalty,
+    save_lora,
+)
+from diffusers_ext.nullspace.projector import NullSpaceProjector
+from diffusers_ext.nullspace.slots import find_linears
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+from training.arguments import read_layers
+from training.checkpoints import KeepRule, is_trainable
+from training.dreambooth import (
+    DreamBoothLoss,
+    encode_condition,
+    encode_images,
+    make_class_images,
+)
+
+
+def null_space_cut(args: argparse.Namespace, statistics: FeatureStatistics) -> NullSpaceProjector:
+    """The null spaces of `--null_energy` or `--nullspace_threshold`; 1e-3 of the energy by default."""
+    if args.null_energy is None and args.nullspace_threshold is not None:
+        return NullSpaceProjector.from_statistics(statistics, threshold=args.nullspace_threshold)
+    energy = 1e-3 if args.null_energy is None else args.null_energy
+    return NullSpaceProjector.from_statistics(statistics, energy=energy)
+
+
+def add_plain_lora(args: argparse.Namespace, pipeline: DiffusionPipeline, config: LoraConfig) -> None:
+    """An unconstrained LoRA on the same Linears, for comparison."""
+    layers = read_layers(args.cross_attention_layers)
+    config.target_modules = set(find_linears(pipeline.unet, args.features, layers))
+    pipeline.unet.add_adapter(config)
+    for _, layer in lora_linears(pipeline.unet):
+        layer.lora_A.float()
+        layer.lora_B.float()
+
+
+def add_lora(
+    args: argparse.Namespace, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None
+) -> list[dict]:
+    """Put the LoRA on the UNet; returns the report on its directions."""
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.rank,
+        lora_dropout=args.lora_dropout,
+        init_lora_weights="gaussian",
+    )
+    if statistics is None:
+        add_plain_lora(args, pipeline, config)
+        return []
+    chosen = add_null_space_lora(
+        pipeline.unet,
+        statistics,
+        instance_prompts=[args.instance_prompt],
+        pipeline=pipeline,
+        rank=args.rank,
+        directions=args.directions,
+        eps=args.eps,
+        projector=null_space_cut(args, statistics) if args.directions == "null" else None,
+        lora_config=config,
+    )
+    return [] if chosen is None else chosen.report()
+
+
+def free_constrained_weights(
+    args: argparse.Namespace, unet: torch.nn.Module, statistics: FeatureStatistics
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Make the weights that have a statistic trainable; returns `{weight: projection}`."""
+    projections = null_space_cut(args, statistics).projections()
+    found = {}
+    for name, projection in projections.items():
+        weight = unet.get_submodule(name).weight
+        weight.data = weight.data.float()
+        weight.requires_grad_(True)
+        found[weight] = projection.to(weight.device)
+    return found
+
+
+def keep_rule(args: argparse.Namespace) -> KeepRule:
+    """What a checkpoint holds: the LoRA with its frozen A, or the trained weights."""
+    return is_trainable if args.full_finetune else lambda name, _: "lora_" in name
+
+
+def make_loss(
+    args: argparse.Namespace,
+    pipeline: DiffusionPipeline,
+    accelerator: Accelerator,
+    statistics: FeatureStatistics | None,
+) -> Callable:
+    """The denoising loss; class pictures are drawn first where they are missing."""
+    instance = encode_condition(pipeline, args.instance_prompt, args.resolution)
+    latents = condition = None
+    if args.with_prior_preservation:
+        with accelerator.main_process_first():
+            paths = make_class_images(
+                pipeline,
+                args.class_data_dir,
+                args.class_prompt,
+                args.num_class_images,
+                batch_size=args.train_batch_size,
+                seed=args.seed,
+                resolution=args.resolution,
+            )
+        crop = not args.no_center_crop
+        latents = encode_images(pipeline, paths, args.resolution, center_crop=crop, flip=False)
+        condition = encode_condition(pipeline, args.class_prompt, args.resolution)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    loss = DreamBoothLoss(
+        scheduler, instance, latents, condition, args.prior_loss_weight, args.snr_gamma
+    )
+    if args.directions != "soft" or args.full_finetune:
+        return loss
+    return SoftLoss(loss, statistics, args.preservation_weight, accelerator)
+
+
+class SoftLoss:
+    """The denoising loss plus a price on the drift of preserved outputs."""
+
+    def __init__(
+        self,
+        loss: DreamBoothLoss,
+        statistics: FeatureStatistics,
+        weight: float,
+        accelerator: Accelerator,
+    ) -> None:
+        self.loss, self.statistics, self.weight = loss, statistics, weight
+        self.accelerator = accelerator
+
+    def __call__(
+        self, model: torch.nn.Module, batch: list[torch.Tensor], generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Losses of `DreamBoothLoss`, and `preservation`."""
+        losses = self.loss(model, batch, generator)
+        unet = self.accelerator.unwrap_model(model)
+        penalty = preservation_penalty(unet, self.statistics)
+        losses.update(loss=losses["loss"] + self.weight * penalty, preservation=penalty)
+        return losses
+
+
+def save_result(
+    args: argparse.Namespace,
+    pipeline: DiffusionPipeline,
+    statistics: FeatureStatistics | None,
+    report: dict,
+) -> None:
+    """Write the LoRA (or the pipeline), the statistics it was trained under, and the report."""
+    output_dir = Path(args.output_dir)
+    if args.full_finetune:
+        pipeline.save_pretrained(output_dir / "pipeline")
+    else:
+        save_lora(type(pipeline), pipeline.unet, output_dir)
+    if statistics is not None:
+        statistics.save_pretrained(output_dir / "statistics")
+        if not args.full_finetune:
+            report["predicted_drift"] = predicted_drift(pipeline.unet, statistics)
+    temporary = output_dir / ".training_report.json"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(temporary, output_dir / "training_report.json")
