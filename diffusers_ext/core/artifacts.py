@@ -1,4 +1,4 @@
-"""Artifacts that people share: a folder of `config.json` and one safetensors file, on disk or on the Hub."""
+"""Artifacts to share: a folder of `config.json` and one safetensors file, on disk or on the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch.nn import Module
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 ArtifactType = TypeVar("ArtifactType", bound="Artifact")
 CONFIG_NAME = "config.json"
+_HEADER = ("_class_name", "format_version", "sha256")
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
@@ -44,9 +45,9 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
 class Artifact:
     """Base of what is saved as `config.json` and safetensors.
 
-    A subclass names its tensor file in `weights_name` and its format in `format_version`, and converts
-    itself in `_to_artifact` and `_from_artifact`. The config records the SHA-256 of the tensor file,
-    so a truncated or altered folder is refused.
+    A subclass names its tensor file in `weights_name` and its format in `format_version`, and
+    converts itself in `_to_artifact` and `_from_artifact`. The config records the SHA-256 of the
+    tensor file, so a truncated or altered folder is refused.
     """
 
     weights_name: ClassVar[str] = "model.safetensors"
@@ -100,7 +101,8 @@ class Artifact:
 
         Args:
             repo_id: `"user/name"`.
-            hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
+            hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`,
+                `subfolder`.
 
         Returns:
             Address of the commit.
@@ -122,7 +124,8 @@ class Artifact:
         Args:
             pretrained_model_name_or_path: a local folder, or `"user/name"`.
             subfolder: folder inside it.
-            download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+            download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`,
+                `force_download`.
 
         Raises:
             ValueError: the folder is incomplete, altered, of another class or of a newer format.
@@ -135,11 +138,17 @@ class Artifact:
 
     @classmethod
     def _read(cls: type[ArtifactType], config_path: Path, weights_path: Path) -> ArtifactType:
-        config = json.loads(config_path.read_text())
+        try:
+            config = json.loads(config_path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{config_path} must hold JSON, got: {error}.") from error
         if config.get("_class_name") != cls.__name__:
             raise ValueError(
                 f"{config_path} must describe a {cls.__name__}, got {config.get('_class_name')!r}."
             )
+        missing = [key for key in _HEADER if key not in config]
+        if missing:
+            raise ValueError(f"{config_path} must hold {missing}, got only {sorted(config)}.")
         if config["format_version"] > cls.format_version:
             raise ValueError(
                 f"`format_version` must be at most {cls.format_version}, got "
@@ -148,15 +157,14 @@ class Artifact:
         found = hashlib.sha256(weights_path.read_bytes()).hexdigest()
         if found != config["sha256"]:
             raise ValueError(
-                f"{weights_path} must have SHA-256 {config['sha256'][:12]}..., got {found[:12]}...: "
-                "it is truncated or was altered. Download or write it again."
+                f"{weights_path} must have SHA-256 {config['sha256'][:12]}..., got "
+                f"{found[:12]}...: it is truncated or was altered. Download or write it again."
             )
         try:
             tensors = load_file(weights_path)
         except SafetensorError as error:
             raise ValueError(f"{weights_path} must be a safetensors file, got: {error}.") from error
-        header = ("_class_name", "format_version", "sha256")
-        return cls._from_artifact({k: v for k, v in config.items() if k not in header}, tensors)
+        return cls._from_artifact({k: v for k, v in config.items() if k not in _HEADER}, tensors)
 
 
 def _upload(
@@ -194,7 +202,12 @@ def _locate(
         return path
     try:
         return Path(hf_hub_download(str(source), name, subfolder=subfolder, **download_arguments))
-    except EntryNotFoundError as error:
+    except HFValidationError as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a folder or 'user/name', got {source}: "
+            "no such folder."
+        ) from error
+    except RemoteEntryNotFoundError as error:
         raise ValueError(f"Repository {source} must hold {name}, got none.") from error
 
 

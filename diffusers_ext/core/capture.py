@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -49,28 +49,28 @@ def capture(
 
 def _register(module: torch.nn.Module, name: str, sink: Sink, side: str):
     if side == "output":
-        return module.register_forward_hook(lambda _, __, output: sink(name, _first(output)))
+        return module.register_forward_hook(lambda _, __, output: sink(name, first_tensor(output)))
 
     def read_input(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        sink(name, _first(args or tuple(kwargs.values())))
+        sink(name, first_tensor(args or tuple(kwargs.values())))
 
     return module.register_forward_pre_hook(read_input, with_kwargs=True)
 
 
-def _first(value: torch.Tensor | tuple) -> torch.Tensor:
+def first_tensor(value: torch.Tensor | tuple) -> torch.Tensor:
+    """The value, or the first of several, detached."""
     tensor = value[0] if isinstance(value, (tuple, list)) else value
     return tensor.detach()
 
 
-def refuse_fused(model: torch.nn.Module, names: Targets) -> None:
-    """Raise `ValueError` if a named projection belongs to an attention with fused projections."""
-    fused = {
-        name for name, module in model.named_modules() if getattr(module, "fused_projections", False)
-    }
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        if leaf in _FUSED_AWAY and parent in fused:
+def refuse_fused(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> None:
+    """Raise `ValueError` for a projection, or its parts, of an attention with fused projections."""
+    fused = [attn for attn in model.modules() if getattr(attn, "fused_projections", False)]
+    leaves = [getattr(attn, leaf, None) for attn in fused for leaf in _FUSED_AWAY]
+    bypassed = {part for leaf in leaves if leaf is not None for part in leaf.modules()}
+    for name, module in modules.items():
+        if module in bypassed:
             raise ValueError(
-                f"`{name}` must not be fused to be read, got fused QKV projections, which bypass it. "
-                "Call `unfuse_qkv_projections()` first."
+                f"`{name}` must not be fused to be read, got fused QKV projections, which bypass "
+                "it. Call `unfuse_qkv_projections()` first."
             )

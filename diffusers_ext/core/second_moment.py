@@ -9,14 +9,24 @@ import torch
 
 
 @contextmanager
-def exact_float32_matmul() -> Iterator[None]:
-    """Products of float32 matrices in full float32: TF32 would leave three digits of a Gram matrix."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+def exact_float32_matmul(device_type: str) -> Iterator[None]:
+    """Products of float32 matrices in full float32, also under autocast.
+
+    TF32 or bfloat16 would leave three digits of a Gram matrix.
+    """
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
     try:
-        yield
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        with torch.autocast(device_type, enabled=False):
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for setting, precision in zip(settings, before):
+            # Back to inheriting the precision of `torch.backends`, where that is what it did.
+            setting.fp32_precision = "none"
+            if setting.fp32_precision != precision:
+                setting.fp32_precision = precision
 
 
 def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -26,7 +36,7 @@ def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Te
         `(dim, dim)` in `dtype`.
     """
     rows = features.reshape(-1, features.shape[-1]).to(dtype)
-    with exact_float32_matmul():
+    with exact_float32_matmul(rows.device.type):
         return rows.T @ rows
 
 
@@ -73,7 +83,7 @@ class SecondMoment:
 
     @torch.no_grad()
     def update(self, features: torch.Tensor) -> SecondMoment:
-        """Add vectors `(..., dim)` of any floating dtype; not-a-number is found by `check_finite`."""
+        """Add vectors `(..., dim)` of any floating dtype; `check_finite` finds what is not."""
         if features.shape[-1] != self.dim:
             raise ValueError(
                 f"`features` must have width {self.dim}, got {features.shape[-1]} "
@@ -120,8 +130,8 @@ class SecondMoment:
 class LowRankMoment:
     """A second moment kept as its leading eigenvectors and an even spread of the rest.
 
-    `C ~ U diag(values) U^T + rest (I - U U^T)`. The trace is kept, and a direction outside `U` never
-    looks emptier than the average of what was dropped.
+    `C ~ U diag(values) U^T + rest (I - U U^T)`. The trace is kept, and a direction outside `U`
+    never looks emptier than the average of what was dropped.
 
     Args:
         vectors: `(dim, k)`, orthonormal columns.

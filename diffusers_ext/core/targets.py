@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,32 +17,50 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
+def match_names(names: Iterable[str], patterns: str | Sequence[str], kind: str) -> list[str]:
+    """The names that match a glob pattern, or one of several, in natural order.
+
+    Args:
+        names: dotted names.
+        patterns: such as `"*attn2.to_k"`.
+        kind: what the names are, for the error message.
+
+    Raises:
+        ValueError: there is no pattern, or one that matches nothing.
+    """
+    names = list(names)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ValueError("`targets` must name at least one pattern, got none.")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ValueError(
+                f"`targets` must match {kind}, got {pattern!r}, which matches none. "
+                f"Names look like {next(iter(names), '')!r}."
+            )
+        chosen |= matched
+    return sorted(chosen, key=natural_key)
+
+
 def find_modules(model: torch.nn.Module, targets: Targets) -> dict[str, torch.nn.Module]:
     """Submodules of `model` by name pattern.
 
     Args:
         model: any module.
-        targets: a glob pattern on dotted names (`"*attn2.to_k"`), several of them, or a ready `{name: module}`.
+        targets: glob pattern(s) on dotted names (`"*attn2.to_k"`), or a ready `{name: module}`.
 
     Returns:
         `{name: module}` in natural order of the names.
 
     Raises:
-        ValueError: a pattern matches no submodule.
+        ValueError: a pattern matches no submodule, or nothing is given.
     """
     if isinstance(targets, Mapping):
+        if not targets:
+            raise ValueError("`targets` must hold at least one module, got none.")
         return dict(targets)
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    if not patterns:
-        raise ValueError("`targets` must name at least one pattern, got none.")
     modules = {name: module for name, module in model.named_modules() if name}
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in modules if fnmatchcase(name, pattern)}
-        if not matched:
-            raise ValueError(
-                f"`targets` must match submodules of {type(model).__name__}, got {pattern!r}, "
-                f"which matches none. Names look like {next(iter(modules), '')!r}."
-            )
-        chosen |= matched
-    return {name: modules[name] for name in sorted(chosen, key=natural_key)}
+    chosen = match_names(modules, targets, f"submodules of {type(model).__name__}")
+    return {name: modules[name] for name in chosen}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.capture import capture, refuse_fused
+from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.nullspace.prompts import (
     check_prompt_length,
@@ -44,6 +43,7 @@ def collect_statistics(
     layers: str | Sequence[int] = "all",
     negative_prompt: str = "",
     expand_sub_phrases: bool = True,
+    include_guidance_prompts: bool = True,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     height: int | None = None,
@@ -63,12 +63,14 @@ def collect_statistics(
 
     Args:
         pipeline: a text-to-image pipeline; it is left as it was.
-        prompts: the preserved set. The empty prompt and `negative_prompt` are always added.
+        prompts: the preserved set; the empty prompt and `negative_prompt` are added to it.
         features: `"q"`, `"k"`, `"v"`, `"out"` of cross-attention; with the prefix `"attn1."` those of
             self-attention; `"ff.in"`, `"ff.out"` of feed-forward layers.
         layers: `"all"`, or indices of transformer blocks in natural order.
         negative_prompt: what the pipeline will be given for the unconditional branch.
         expand_sub_phrases: for K and V also count each prompt with one word left out.
+        include_guidance_prompts: `False` leaves the empty and the negative prompt out, which only the
+            statistics of a new subject may do: guidance would amplify what moves there.
         num_inference_steps, guidance_scale, height, width: of the denoising runs.
         batch_size: prompts per denoising run; text is encoded 16 times as many at once.
         seed: of the initial latents.
@@ -91,14 +93,17 @@ def collect_statistics(
     refuse_fused(denoiser, linears)
     check_prompt_length(pipeline, [*prompts, negative_prompt])
     shared = {name for name in linears if text_only(denoiser, name)}
-    guided = unique(["", negative_prompt])
+    guided = unique(["", negative_prompt]) if include_guidance_prompts else []
     sources: dict[str, str] = {}
     moments: dict[str, SecondMoment] = {}
     if shared:
         texts = sub_phrases(prompts) if expand_sub_phrases else prompts
-        moments[TEXT] = text_moment(
-            pipeline, unique([*texts, *guided]), batch_size=16 * batch_size, shard=shard
-        )
+        moment = text_moment(pipeline, texts, batch_size=16 * batch_size, shard=shard)
+        if guided and shard[0] == 0:
+            # Every picture reads the unconditional prompt once, as often as all others together.
+            unconditional = text_moment(pipeline, guided)
+            moment.merge(SecondMoment.from_total(unconditional.total * len(prompts), unconditional.count * len(prompts)))
+        moments[TEXT] = moment
         sources.update(dict.fromkeys(shared, TEXT))
     rest = {name: module for name, module in linears.items() if name not in shared}
     settings = {
@@ -288,18 +293,3 @@ def shared_inputs(linears: Sequence[str]) -> dict[str, str]:
         group = "qkv" if layer.endswith("attn1") else "kv"
         sources[name] = f"{layer}.{group}" if slot in group else name
     return sources
-
-
-@contextmanager
-def quiet_run(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Run a pipeline without its progress bar and on a copy of its scheduler; both come back."""
-    scheduler, had_bar = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", None)
-    with ExitStack() as restore:
-        restore.callback(setattr, pipeline, "scheduler", scheduler)
-        if had_bar is None:
-            restore.callback(lambda: pipeline.__dict__.pop("_progress_bar_config", None))
-        else:
-            restore.callback(setattr, pipeline, "_progress_bar_config", had_bar)
-        pipeline.scheduler = copy.deepcopy(scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -182,6 +184,19 @@ class FeatureStatistics(Artifact):
         return rows
 
     # Saving
+
+    def export_layout(self, directory: str | os.PathLike, **arguments: Any) -> Path:
+        """Write a tree of npy files; see `diffusers_ext.nullspace.layout.export_layout`."""
+        from diffusers_ext.nullspace.layout import export_layout
+
+        return export_layout(self, directory, **arguments)
+
+    @classmethod
+    def from_layout(cls, directory: str | os.PathLike, **arguments: Any) -> FeatureStatistics:
+        """Read a tree of npy files; see `diffusers_ext.nullspace.layout.load_layout`."""
+        from diffusers_ext.nullspace.layout import load_layout
+
+        return load_layout(directory, **arguments)
 
     def _to_artifact(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors: dict[str, torch.Tensor] = {}

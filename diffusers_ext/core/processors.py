@@ -1,0 +1,155 @@
+"""Attention processors that add to the one in place: read what a layer reads, project its LoRAs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from diffusers_ext.core.capture import Sink, first_tensor
+from diffusers_ext.core.processor_wrapping import WrappingAttnProcessor, use_processors
+
+
+__all__ = ["CaptureAttnProcessor", "ProjectAttnProcessor", "use_processors"]
+
+
+class CaptureAttnProcessor(WrappingAttnProcessor):
+    """Hands what attention layers read to a sink.
+
+    Args:
+        sink: `sink(name, features)` with the layer's dotted name; `features`, usually
+            `(batch, tokens, dim)`, is detached: `encoder_hidden_states` where the layer gets them,
+            else `hidden_states`, as they enter the layer. To read the exact input of a Linear,
+            which may be normalised inside the layer, use `capture`.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+
+    def around(
+        self, name: str, attn: torch.nn.Module, hidden_states: Any, encoder_hidden_states: Any
+    ) -> AbstractContextManager[Any]:
+        """Call the sink, then leave the attention alone."""
+        read = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        self.sink(name, first_tensor(read))
+        return nullcontext()
+
+
+class ProjectAttnProcessor(WrappingAttnProcessor):
+    """Takes from the loaded PEFT LoRAs, at run time, what acts on the preserved space.
+
+    For every Linear that `projector` covers the branch of a LoRA sees `(1 - s) x + s x P` in place
+    of `x`, so its update `B A` acts as `B A ((1 - s) I + s P)`. The weights stay as they are.
+    Adapters may be loaded, switched and removed while the processor is in use.
+
+    Args:
+        strength: `s` in [0, 1]; 0 is the LoRA as it is, to the bit, 1 is fully projected. It may be
+            set at any time, for all layers at once.
+        projector: `{dotted name of a Linear: P}`, `P` symmetric `(in_features, in_features)`, the
+            projection onto the directions that the preserved inputs do not use.
+
+    Raises:
+        TypeError: `projector` is no mapping.
+        ValueError: a matrix is not square, or `strength` is outside [0, 1]. In use: a LoRA is
+            fused, or an adapter is no plain LoRA.
+    """
+
+    def __init__(self, strength: float = 1.0, *, projector: Mapping[str, torch.Tensor]) -> None:
+        if not isinstance(projector, Mapping):
+            raise TypeError(
+                "`projector` must map names of Linears to matrices, got a "
+                f"{type(projector).__name__}."
+            )
+        self.projections = dict(projector)
+        for name, matrix in self.projections.items():
+            if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+                raise ValueError(
+                    f"`projector[{name!r}]` must be a square matrix, got shape "
+                    f"{tuple(matrix.shape)}."
+                )
+        self.strength = strength
+        self._casts: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
+
+    @property
+    def strength(self) -> float:
+        """Share of the projection, in [0, 1]."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"`strength` must be in [0, 1], got {value}.")
+        self._strength = float(value)
+
+    def check_layers(self, layers: Mapping[str, torch.nn.Module]) -> None:
+        """Raise `ValueError` if no Linear of the layers is covered, or one has another width."""
+        covered = {
+            name: module
+            for layer, attn in layers.items()
+            for name, module in self._covered(layer, attn)
+        }
+        if not covered:
+            raise ValueError(
+                "`projector` must cover a Linear of the chosen layers, got none of theirs: it "
+                f"covers {next(iter(self.projections), None)!r}, a chosen layer is "
+                f"{next(iter(layers))!r}."
+            )
+        for name, module in covered.items():
+            if self.projections[name].shape[0] != module.in_features:
+                raise ValueError(
+                    f"`projector[{name!r}]` must have width {module.in_features}, got shape "
+                    f"{tuple(self.projections[name].shape)}."
+                )
+
+    @contextmanager
+    def around(
+        self, name: str, attn: torch.nn.Module, hidden_states: Any, encoder_hidden_states: Any
+    ) -> Iterator[None]:
+        """Hook the LoRA branches of the layer while its attention is computed."""
+        with ExitStack() as hooks:
+            if self.strength != 0:
+                for linear, module in self._covered(name, attn):
+                    for lora_A in _lora_branches(linear, module):
+                        hook = functools.partial(self._project, self.projections[linear])
+                        hooks.callback(lora_A.register_forward_pre_hook(hook).remove)
+            yield
+
+    def _covered(self, layer: str, attn: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+        for path, module in attn.named_modules(prefix=layer):
+            if path in self.projections:
+                yield path, module
+
+    def _project(
+        self, matrix: torch.Tensor, _: torch.nn.Module, args: tuple[torch.Tensor]
+    ) -> torch.Tensor:
+        x = args[0]
+        # The matrices are held by `projections`, so their ids stay theirs; Linears share matrices.
+        key = (id(matrix), x.dtype, x.device)
+        if key not in self._casts:
+            self._casts[key] = matrix.detach().to(x)
+        return (1 - self.strength) * x + self.strength * (x @ self._casts[key])
+
+
+def _lora_branches(name: str, module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The `lora_A` of every adapter of a Linear; `ValueError` where hooks cannot project it."""
+    if not isinstance(module, BaseTunerLayer):
+        return []
+    if not isinstance(module, LoraLayer):
+        raise ValueError(f"`{name}` must carry LoRAs to be projected, got a {type(module)}.")
+    if module.merged:
+        raise ValueError(
+            f"`{name}` must not have its LoRA fused to be projected, got {module.merged_adapters} "
+            "fused into its weight. Call `unfuse_lora()` first."
+        )
+    for adapter in module.lora_A:
+        if adapter in module.lora_variant or module.lora_B[adapter].bias is not None:
+            raise ValueError(
+                f"`{name}` must carry plain LoRAs to be projected, got {adapter!r}, which also "
+                "changes what the projection cannot reach (DoRA, another variant, or a LoRA bias)."
+            )
+    return list(module.lora_A.values())

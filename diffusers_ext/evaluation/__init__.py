@@ -1,0 +1,1 @@
+"""What the tools are judged by: paired pictures, drift, accuracy, distances of distributions."""

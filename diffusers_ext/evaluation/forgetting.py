@@ -1,0 +1,245 @@
+"""What a fine-tuned text-to-image model still knows, and what it has learned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffusers_ext.evaluation.distribution import with_floor
+from diffusers_ext.evaluation.features import FeatureExtractor, check_images
+from diffusers_ext.evaluation.forgetting_report import ForgettingReport, summarize
+from diffusers_ext.evaluation.paired_figures import (
+    Instruments,
+    Judge,
+    PairedFigures,
+    Scorer,
+    extract_features,
+    pixel_drift,
+)
+from diffusers_ext.evaluation.rendering import (
+    Draw,
+    Sampling,
+    Shot,
+    adapter_layers,
+    image_seed,
+    paired_drawing,
+    shots_of,
+    to_images,
+)
+from diffusers_ext.nullspace.prompts import check_prompts, unique
+
+
+logger = logging.getLogger(__name__)
+
+PRESERVED, HELD_OUT, SUBJECT = "preserved", "held_out", "subject"  # groups of prompts
+_NEIGHBOURS = 5  # of the coverage figure
+
+
+def evaluate_forgetting(
+    base: DiffusionPipeline,
+    tuned: DiffusionPipeline | None,
+    prompts: Sequence[str],
+    *,
+    held_out_prompts: Sequence[str] = (),
+    subject_prompts: Sequence[str] = (),
+    subject_images: Sequence[Image.Image] | None = None,
+    judge: Judge | None = None,
+    subject_judge: Judge | None = None,
+    scorer: Scorer | None = None,
+    features: FeatureExtractor | None = None,
+    distribution: bool = False,
+    num_images_per_prompt: int = 4,
+    seed: int = 0,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    sheet_prompts: int = 16,
+    show_progress: bool = True,
+) -> ForgettingReport:
+    """Compare a tuned model with its base, picture by picture from the same seeds.
+
+    Both models draw every picture from one seed, which depends on the prompt and the picture's
+    number alone, so whatever differs is the tuning. Pictures are measured and dropped batch by
+    batch; the pipelines are left as they were.
+
+    Args:
+        base: the base model. With `tuned=None` the tuned one: its active adapters are switched off
+            for the base side, so one pipeline with a LoRA is enough.
+        tuned: the tuned model under the same scheduler.
+        prompts: the preserved set.
+        held_out_prompts: knowledge that the tuning was not told to preserve.
+        subject_prompts: prompts of what was learned.
+        subject_images: pictures of the real subject. With `features`, `subject_similarity` is the
+            mean cosine to them: to rise on subject prompts and to stay on all others.
+        judge: `judge(images, prompts)`, one bool per picture: does it show what the prompt says?
+            Asked for preserved and held-out prompts.
+        subject_judge: the same for subject prompts.
+        scorer: `scorer(images, prompts)`, one number per picture, e.g.
+            `CLIPFeatures.text_similarity` or a reward's `score`.
+        features: extractor for `feature_drift` = (1 - cosine) / 2 and `diversity`, the same between
+            seeds of one prompt.
+        distribution: also compare distributions of features, next to the distance of two disjoint
+            seed sets of the base model, which is drawn once more for that.
+        num_images_per_prompt: pictures per prompt and model.
+        seed: from which all pictures' seeds derive.
+        num_inference_steps, guidance_scale, negative_prompt, height, width: of the pipeline's call.
+        batch_size: pictures at once; the pictures do not depend on it beyond rounding.
+        sheet_prompts: prompts per group whose first two pairs the report keeps.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: no prompts, a prompt both preserved and held out, a figure without what it
+            needs, pipelines that cannot be compared, pictures that are not finite, or a judge that
+            does not give one bool per picture.
+    """
+    groups = _check_groups(prompts, held_out_prompts, subject_prompts)
+    _check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)
+    _check_instruments(groups, features, subject_images, subject_judge)
+    if distribution:
+        _check_distribution(groups, features, num_images_per_prompt)
+    sampling = Sampling(num_inference_steps, guidance_scale, negative_prompt, height, width)
+    subject = None
+    if subject_images is not None:
+        subject = F.normalize(extract_features(features, check_images(subject_images)), dim=1)
+    figures = {}
+    for group in groups:
+        asked = subject_judge if group == SUBJECT else judge
+        instruments = Instruments(asked, scorer, features, subject)
+        figures[group] = PairedFigures(group, instruments, sheet_prompts)
+    settings = {
+        "base": str(base.config.get("_name_or_path") or ""),
+        "tuned": None if tuned is None else str(tuned.config.get("_name_or_path") or ""),
+        "adapters": _adapter_names(base if tuned is None else tuned),
+        "scheduler": type(base.scheduler).__name__,
+        **vars(sampling),
+        "num_images_per_prompt": num_images_per_prompt,
+        "seed": seed,
+        "features": None if features is None else type(features).__name__,
+    }
+    with paired_drawing(base, tuned, sampling) as sides:
+        run = _Run(*sides, seed, num_images_per_prompt, batch_size)
+        second = run.draw_all(groups, figures, distribution, show_progress)
+        drift_floor = run.drift_floor()
+    rows = [row for group in groups for row in figures[group].rows()]
+    if all(row["pixel_drift"] == 0 for row in rows):
+        logger.warning("The tuned model drew exactly what the base drew: the tuning has no effect.")
+    return ForgettingReport(
+        settings,
+        drift_floor,
+        rows,
+        {group: summarize([row for row in rows if row["group"] == group]) for group in groups},
+        {group: _distances(figures[group], floor) for group, floor in second.items()},
+        [pair for group in groups for pair in figures[group].pairs],
+    )
+
+
+def _distances(figures: PairedFigures, second: torch.Tensor) -> dict[str, dict[str, float]]:
+    base, tuned = figures.all_features("base"), figures.all_features("tuned")
+    return with_floor(base, second, tuned, k=_NEIGHBOURS)
+
+
+class _Run:
+    """The drawing of all groups, batch by batch."""
+
+    def __init__(
+        self, draw_base: Draw, draw_tuned: Draw, seed: int, count: int, batch_size: int
+    ) -> None:
+        self.draw_base, self.draw_tuned = draw_base, draw_tuned
+        self.seed, self.count, self.batch_size = seed, count, batch_size
+        self.first: tuple[list[Shot], torch.Tensor] | None = None
+
+    def draw_all(
+        self,
+        groups: dict[str, list[str]],
+        figures: dict[str, PairedFigures],
+        distribution: bool,
+        show_progress: bool,
+    ) -> dict[str, torch.Tensor]:
+        """Measure all pairs; returns the base model's features of the second seed set by group."""
+        second: dict[str, list[torch.Tensor]] = {}
+        total = self.count * sum(map(len, groups.values()))
+        with tqdm(total=total, desc="evaluation", unit="pair", disable=not show_progress) as bar:
+            for group, prompts in groups.items():
+                shots = shots_of(prompts, self.count, self.seed)
+                for start in range(0, len(shots), self.batch_size):
+                    batch = shots[start : start + self.batch_size]
+                    drawn = self.draw_base(batch)
+                    self.first = self.first or (batch, drawn)
+                    figures[group].add(batch, drawn, self.draw_tuned(batch))
+                    if distribution and group != SUBJECT:
+                        images = to_images(self.draw_base(self._other_seeds(batch)))
+                        second.setdefault(group, []).append(figures[group].embed(images))
+                    bar.update(len(batch))
+        return {group: torch.cat(parts) for group, parts in second.items()}
+
+    def _other_seeds(self, shots: Sequence[Shot]) -> list[Shot]:
+        return [
+            shot._replace(seed=image_seed(self.seed, shot.prompt, shot.index, "floor"))
+            for shot in shots
+        ]
+
+    def drift_floor(self) -> float:
+        """Pixel drift of the base model against itself, over the first batch."""
+        shots, drawn = self.first
+        return pixel_drift(drawn, self.draw_base(shots)).mean().item()
+
+
+def _check_groups(
+    prompts: Sequence[str], held_out: Sequence[str], subject: Sequence[str]
+) -> dict[str, list[str]]:
+    groups = {PRESERVED: unique(check_prompts(prompts))}
+    for group, texts in ((HELD_OUT, held_out), (SUBJECT, subject)):
+        if len(texts):
+            groups[group] = unique(check_prompts(texts, f"{group}_prompts"))
+    both = [prompt for prompt in groups.get(HELD_OUT, ()) if prompt in groups[PRESERVED]]
+    if both:
+        raise ValueError(
+            f"`held_out_prompts` must not be among `prompts`, got {both[:3]} in both. Take them "
+            "out of one: a preserved prompt is not held out."
+        )
+    return groups
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+
+
+def _check_instruments(
+    groups: dict[str, list[str]],
+    features: FeatureExtractor | None,
+    subject_images: Sequence[Image.Image] | None,
+    subject_judge: Judge | None,
+) -> None:
+    if subject_judge is not None and SUBJECT not in groups:
+        raise ValueError("`subject_prompts` must be given for a `subject_judge`, got none.")
+    if subject_images is not None and features is None:
+        raise ValueError("`features` must be given to compare with `subject_images`, got None.")
+
+
+def _check_distribution(
+    groups: dict[str, list[str]], features: FeatureExtractor | None, count: int
+) -> None:
+    if features is None:
+        raise ValueError("`features` must be given for `distribution=True`, got None.")
+    for group, prompts in groups.items():
+        if group != SUBJECT and len(prompts) * count <= _NEIGHBOURS:
+            raise ValueError(
+                f"`distribution` must rest on more than {_NEIGHBOURS} pictures per group, got "
+                f"{len(prompts) * count} for {group}. Raise `num_images_per_prompt`."
+            )
+
+
+def _adapter_names(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the adapters that take part in a pipeline's output."""
+    return unique([name for layer in adapter_layers(pipeline) for name in layer.active_adapters])

@@ -1,0 +1,206 @@
+"""Draw the same prompts from the same seeds with two models, or with one and its adapters off."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+
+from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.nullspace.statistics import denoiser_of
+
+
+class Shot(NamedTuple):
+    """One picture to be drawn."""
+
+    prompt: str
+    index: int  # among the pictures of this prompt
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn; the arguments of a pipeline's call."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+Draw = Callable[[Sequence[Shot]], torch.Tensor]
+
+
+def image_seed(seed: int, prompt: str, index: int, stream: str = "paired") -> int:
+    """Seed of picture `index` of `prompt`, 63 bits.
+
+    It depends on nothing else: neither on the batch nor on the other prompts. Two streams are two
+    disjoint sets of seeds.
+    """
+    digest = hashlib.sha256(f"{seed}/{stream}/{index}/{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def shots_of(prompts: Sequence[str], count: int, seed: int, stream: str = "paired") -> list[Shot]:
+    """`count` pictures of each prompt, prompt by prompt."""
+    return [
+        Shot(prompt, index, image_seed(seed, prompt, index, stream))
+        for prompt in prompts
+        for index in range(count)
+    ]
+
+
+@torch.no_grad()
+def draw(pipeline: DiffusionPipeline, shots: Sequence[Shot], sampling: Sampling) -> torch.Tensor:
+    """Pictures `(n, 3, height, width)` in [0, 1], float32 on the CPU, one generator per picture.
+
+    Raises:
+        ValueError: a picture is not finite.
+    """
+    prompts = [shot.prompt for shot in shots]
+    arguments = {name: value for name, value in vars(sampling).items() if value is not None}
+    if sampling.negative_prompt is not None:
+        arguments["negative_prompt"] = [sampling.negative_prompt] * len(shots)
+    generators = [torch.Generator().manual_seed(shot.seed) for shot in shots]
+    output = pipeline(prompt=prompts, generator=generators, output_type="pt", **arguments)
+    pixels = output.images.float().cpu()
+    broken = ~torch.isfinite(pixels).flatten(1).all(1)
+    if broken.any():
+        prompt = prompts[int(broken.nonzero()[0])]
+        raise ValueError(
+            f"{type(pipeline).__name__} must draw finite pictures, got NaN or infinite pixels for "
+            f"{prompt!r}. Use float32 or bfloat16, or look at the adapter's weights."
+        )
+    return pixels
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """Pictures `(n, 3, height, width)` in [0, 1] as PIL images."""
+    levels = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(level) for level in levels]
+
+
+@contextmanager
+def paired_drawing(
+    base: DiffusionPipeline, tuned: DiffusionPipeline | None, sampling: Sampling
+) -> Iterator[tuple[Draw, Draw]]:
+    """Two functions that draw the same shots with the base and with the tuned model.
+
+    Both pipelines draw in eval mode, without progress bars and on copies of their schedulers; all
+    of that, and the adapters, are back as they were on leaving, also after an exception.
+
+    Args:
+        base: the base model; with `tuned=None` the tuned one, whose adapters are switched off for
+            the base side.
+        tuned: the tuned model.
+        sampling: for both.
+
+    Yields:
+        `(draw_base, draw_tuned)`.
+
+    Raises:
+        ValueError: the two cannot be compared, or there is no adapter to switch off.
+    """
+    if tuned is None:
+        check_switchable(base)
+    else:
+        check_comparable(base, tuned)
+    with ExitStack() as restore:
+        for pipeline in (base,) if tuned is None else (base, tuned):
+            restore.enter_context(quiet_run(pipeline))
+            restore.enter_context(eval_mode(pipeline))
+
+        def draw_base(shots: Sequence[Shot]) -> torch.Tensor:
+            with ExitStack() as switched:
+                if tuned is None:
+                    switched.enter_context(adapters_disabled(base))
+                return draw(base, shots, sampling)
+
+        yield draw_base, lambda shots: draw(base if tuned is None else tuned, shots, sampling)
+
+
+def check_comparable(base: DiffusionPipeline, tuned: DiffusionPipeline) -> None:
+    """Raise `ValueError` unless two pipelines are two models under one scheduler."""
+    if denoiser_of(base) is denoiser_of(tuned):
+        raise ValueError(
+            "`tuned` must have a denoiser of its own, got the one of `base`, whose adapters would "
+            "be in both. Pass `tuned=None` to compare a pipeline with itself without its adapters."
+        )
+    schedulers = [type(pipeline.scheduler).__name__ for pipeline in (base, tuned)]
+    settings = [
+        {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+        for pipeline in (base, tuned)
+    ]
+    if schedulers[0] != schedulers[1] or settings[0] != settings[1]:
+        keys = sorted(k for k in settings[0] if settings[0][k] != settings[1].get(k))
+        raise ValueError(
+            f"`tuned` must have the scheduler of `base`, got {schedulers[1]} for {schedulers[0]}"
+            f"{f' with other {keys}' if keys else ''}: the drift would be the scheduler's. Use "
+            "`tuned.scheduler = type(base.scheduler).from_config(base.scheduler.config)`."
+        )
+
+
+def adapter_layers(pipeline: DiffusionPipeline) -> list[BaseTunerLayer]:
+    """The adapter layers of all of a pipeline's models that take part in its output."""
+    layers = [module for module in _modules(pipeline) if isinstance(module, BaseTunerLayer)]
+    return [layer for layer in layers if layer.active_adapters and not layer.disable_adapters]
+
+
+def check_switchable(pipeline: DiffusionPipeline) -> None:
+    """Raise `ValueError` unless a pipeline has active adapters that can be switched off exactly."""
+    layers = adapter_layers(pipeline)
+    if not layers:
+        raise ValueError(
+            "`base` must carry an active adapter when `tuned` is None, got none. Load one "
+            "(`load_lora_weights`), switch it on (`enable_lora`), or pass two pipelines."
+        )
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "`base` must not have its adapters merged into its weights, got fused ones, which "
+            "cannot be switched off exactly. Load the LoRA without `fuse_lora()`."
+        )
+
+
+@contextmanager
+def adapters_disabled(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """A pipeline without its active adapters; they and their `requires_grad` come back."""
+    layers = adapter_layers(pipeline)
+    trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    active = [layer.active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, names in zip(layers, active, strict=True):
+            layer.enable_adapters(True)
+            layer._active_adapter = names
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def eval_mode(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """All of a pipeline's models in eval mode; every module's own mode comes back."""
+    training = [module for module in _modules(pipeline) if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _modules(pipeline: DiffusionPipeline) -> Iterator[torch.nn.Module]:
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            yield from component.modules()

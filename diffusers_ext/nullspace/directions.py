@@ -1,0 +1,169 @@
+"""Choose the input directions a LoRA may use: much energy of the new subject, little of old knowledge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffusers_ext.nullspace.projector import NullSpaceProjector
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+
+
+# Directions that carry less of the subject per unit of old energy than this teach nothing new: an
+# instance prompt made of preserved words alone gives ratios near 1.
+_SMALLEST_RATIO = 1.5
+
+
+@dataclass(frozen=True)
+class DirectionSet:
+    """Directions for one matrix, scaled to unit energy of the new subject.
+
+    Attributes:
+        vectors: `(rank, dim)` float64, the rows of the LoRA's frozen A; `v C_new v^T = 1`.
+        ratios: `(rank,)` new energy per unit of (regularised) old energy, descending.
+        old_energy: `(rank,)` `v C_old v^T`.
+        instance_share: share of the subject's whole energy that lies in their span.
+    """
+
+    vectors: torch.Tensor
+    ratios: torch.Tensor
+    old_energy: torch.Tensor
+    instance_share: float
+
+
+def generalized_directions(
+    c_new: torch.Tensor, c_old: torch.Tensor, rank: int, eps: float
+) -> DirectionSet:
+    """The top solutions of `C_new v = mu (C_old + eps tr(C_old)/d I) v`.
+
+    `mu` is the energy of the new subject per unit of old energy; `eps` is the price of directions that
+    the old set does not use at all, and keeps `v` from exploiting rounding.
+
+    Args:
+        c_new, c_old: `(dim, dim)` float64 second moments.
+        rank: number of directions.
+        eps: regularisation, relative to the mean old energy per dimension.
+    """
+    dim = c_old.shape[0]
+    if not 1 <= rank <= dim:
+        raise ValueError(f"`rank` must be from 1 to the width {dim}, got {rank}.")
+    if eps <= 0:
+        raise ValueError(f"`eps` must be positive, got {eps}.")
+    level = eps * c_old.diagonal().mean()
+    values, vectors = torch.linalg.eigh(c_old)
+    whitening = (vectors * (values.clamp_min(0) + level).rsqrt()) @ vectors.T
+    ratios, whitened = torch.linalg.eigh(whitening @ c_new @ whitening)
+    ratios, whitened = ratios.flip(0)[:rank], whitened.flip(1)[:, :rank]
+    return _scaled((whitening @ whitened).T, ratios, c_new, c_old)
+
+
+def null_directions(
+    c_new: torch.Tensor, c_old: torch.Tensor, basis: torch.Tensor, rank: int
+) -> DirectionSet:
+    """The directions inside a null basis `Q` with the most energy of the subject.
+
+    They are `Q u` with `u` the top eigenvectors of `Q^T C_new Q` (InfLoRA, arXiv 2404.00228).
+
+    Args:
+        c_new, c_old: `(dim, dim)` float64.
+        basis: `(dim, null dimensions)`, orthonormal columns.
+        rank: number of directions, at most the null dimensions.
+    """
+    if not 1 <= rank <= basis.shape[1]:
+        raise ValueError(f"`rank` must be from 1 to the null dimension {basis.shape[1]}, got {rank}.")
+    energies, coordinates = torch.linalg.eigh(basis.T @ c_new @ basis)
+    vectors = (basis @ coordinates.flip(1)[:, :rank]).T
+    level = torch.finfo(torch.float32).eps * c_old.diagonal().mean()
+    old = ((vectors @ c_old) * vectors).sum(1)
+    return _scaled(vectors, energies.flip(0)[:rank] / (old + level), c_new, c_old)
+
+
+def _scaled(
+    vectors: torch.Tensor, ratios: torch.Tensor, c_new: torch.Tensor, c_old: torch.Tensor
+) -> DirectionSet:
+    if not ratios[0] > _SMALLEST_RATIO:
+        raise ValueError(
+            "The instance prompt must have directions that the preserved prompts do not use, got at "
+            f"most {ratios[0].item():.3g} times their energy. Use a rarer token in the instance prompt, "
+            "take it out of the preserved prompts, or preserve fewer of them."
+        )
+    energy = ((vectors @ c_new) * vectors).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    vectors = vectors / energy.sqrt()[:, None]
+    span = torch.linalg.qr(vectors.T).Q
+    share = ((span.T @ c_new) * span.T).sum() / c_new.diagonal().sum()
+    old = ((vectors @ c_old) * vectors).sum(1)
+    return DirectionSet(vectors, ratios, old, share.item())
+
+
+@dataclass(frozen=True)
+class NullSpaceDirections:
+    """Directions for every Linear that both statistics cover.
+
+    Attributes:
+        sets: `{key: DirectionSet}`.
+        sources: `{dotted name of a Linear: key}`.
+        kind: `"generalized"` or `"null"`.
+    """
+
+    sets: dict[str, DirectionSet]
+    sources: dict[str, str]
+    kind: str
+
+    def vectors(self, linear: str) -> torch.Tensor:
+        """The rows of A for one Linear by its dotted name, `(rank, dim)` float64."""
+        return self.sets[self.sources[linear]].vectors
+
+    def report(self) -> list[dict[str, float | int | str]]:
+        """One row per matrix: chosen rank, ratios, old energy per direction, share of the subject."""
+        return [
+            {
+                "matrix": key,
+                "linears": sum(source == key for source in self.sources.values()),
+                "rank": chosen.vectors.shape[0],
+                "largest_ratio": chosen.ratios[0].item(),
+                "smallest_ratio": chosen.ratios[-1].item(),
+                "old_energy": chosen.old_energy.sum().item(),
+                "instance_share": chosen.instance_share,
+            }
+            for key, chosen in self.sets.items()
+        ]
+
+
+def null_space_directions(
+    statistics: FeatureStatistics,
+    instance_statistics: FeatureStatistics,
+    rank: int,
+    eps: float = 1e-4,
+    *,
+    projector: NullSpaceProjector | None = None,
+) -> NullSpaceDirections:
+    """Directions for a LoRA of every Linear that the statistics cover.
+
+    Args:
+        statistics: of the preserved prompts.
+        instance_statistics: of the instance prompts, same features and layers, no sub-phrases.
+        rank: directions per Linear.
+        eps: of `generalized_directions`.
+        projector: cut the directions hard to its null spaces in place of the generalised problem.
+
+    Raises:
+        ValueError: a Linear is covered by one of them only, the models differ, `rank` is too large,
+            or the instance prompts hold nothing that the preserved ones lack.
+    """
+    statistics.check_same_models(instance_statistics.facts["models"])
+    missing = sorted(statistics.sources.keys() ^ instance_statistics.sources.keys())
+    if missing:
+        raise ValueError(f"Both statistics must cover the same Linears, got a difference in {missing[:3]}.")
+    sets: dict[str, DirectionSet] = {}
+    for linear, key in statistics.sources.items():
+        if key in sets:
+            continue
+        c_old = statistics.moments[key].mean
+        c_new = instance_statistics.moments[instance_statistics.key(linear)].mean.to(c_old.device)
+        if projector is None:
+            sets[key] = generalized_directions(c_new, c_old, rank, eps)
+        else:
+            basis = projector.basis_of(linear)
+            sets[key] = null_directions(c_new, c_old, basis, rank)
+    return NullSpaceDirections(sets, dict(statistics.sources), "null" if projector else "generalized")

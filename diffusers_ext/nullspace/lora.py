@@ -1,0 +1,240 @@
+"""A PEFT LoRA whose input directions are chosen by statistics: frozen A, trained B."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils import get_peft_model_state_dict
+
+from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.targets import natural_key
+from diffusers_ext.nullspace.collect import collect_statistics
+from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions
+from diffusers_ext.nullspace.projector import NullSpaceProjector
+from diffusers_ext.nullspace.prompts import check_prompts
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+
+
+DIRECTION_KINDS = ("generalized", "null", "soft")
+
+
+def instance_statistics_like(
+    pipeline: DiffusionPipeline, statistics: FeatureStatistics, instance_prompts: Sequence[str]
+) -> FeatureStatistics:
+    """Statistics of the instance prompts for the same features, layers and runs as `statistics`.
+
+    Only the instance prompts themselves are counted: no sub-phrases, no empty prompt.
+    """
+    settings = statistics.facts["settings"]
+    run = settings.get("run", {})
+    return collect_statistics(
+        pipeline,
+        check_prompts(instance_prompts, "instance_prompts"),
+        features=settings["features"],
+        layers=settings["layers"],
+        negative_prompt=settings["negative_prompt"],
+        expand_sub_phrases=False,
+        include_guidance_prompts=False,
+        show_progress=False,
+        **run,
+    )
+
+
+def check_lora_config(config: LoraConfig) -> None:
+    """Raise `ValueError` for LoRA options that break `D x = 0` on preserved inputs."""
+    if config.use_dora:
+        raise ValueError(
+            "`use_dora` must be False, got True: DoRA rescales each row by the norm of W + D, which "
+            "changes the outputs on preserved inputs."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f"`bias` must be 'none', got {config.bias!r}: a bias acts on every input, preserved or not."
+        )
+
+
+def add_null_space_lora(
+    unet: torch.nn.Module,
+    statistics: FeatureStatistics,
+    *,
+    instance_prompts: Sequence[str] | None = None,
+    pipeline: DiffusionPipeline | None = None,
+    instance_statistics: FeatureStatistics | None = None,
+    rank: int = 1,
+    directions: str = "generalized",
+    eps: float = 1e-4,
+    projector: NullSpaceProjector | None = None,
+    adapter_name: str = "default",
+    lora_config: LoraConfig | None = None,
+) -> NullSpaceDirections | None:
+    """Add a trainable LoRA to `unet` on every Linear that `statistics` cover.
+
+    With `"generalized"` and `"null"` directions A is frozen and only B trains, so the update stays in
+    the chosen directions under any optimizer. With `"soft"` both train; add `preservation_penalty`
+    to the loss. The result is an ordinary LoRA of scale 1 in float32.
+
+    Args:
+        unet: the pipeline's UNet; a PEFT adapter is added to it.
+        statistics: of the preserved prompts.
+        instance_prompts: prompts of the new subject; they need `pipeline`, which encodes them.
+        pipeline: the pipeline that `unet` belongs to.
+        instance_statistics: ready statistics of the subject, in place of the two above.
+        rank: directions per Linear.
+        directions: `"generalized"`, `"null"` or `"soft"`.
+        eps: of the generalised problem.
+        projector: null spaces for `"null"`; by default those with 1e-3 of the energy.
+        adapter_name: name of the adapter.
+        lora_config: further LoRA options (dropout); its rank, scale and targets are set here.
+
+    Returns:
+        The directions, for their `report()`; `None` for `"soft"`.
+
+    Raises:
+        ValueError: another model than the measured one, DoRA, biases, a full-rank old knowledge, or an
+            instance prompt without directions of its own.
+    """
+    if directions not in DIRECTION_KINDS:
+        raise ValueError(f"`directions` must be one of {DIRECTION_KINDS}, got {directions!r}.")
+    if rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    config = lora_config or LoraConfig()
+    check_lora_config(config)
+    statistics.check_same_models({"denoiser": fingerprint(unet)})
+    _check_widths(unet, statistics)
+    chosen = None
+    if directions != "soft":
+        if instance_statistics is None:
+            if instance_prompts is None or pipeline is None:
+                raise ValueError(
+                    "`instance_prompts` with `pipeline`, or `instance_statistics`, must be given, got "
+                    "neither."
+                )
+            instance_statistics = instance_statistics_like(pipeline, statistics, instance_prompts)
+        if directions == "null" and projector is None:
+            projector = NullSpaceProjector.from_statistics(statistics, energy=1e-3)
+        chosen = null_space_directions(
+            statistics,
+            instance_statistics,
+            rank,
+            eps,
+            projector=projector if directions == "null" else None,
+        )
+    config.r, config.lora_alpha, config.use_rslora = rank, rank, False
+    config.target_modules = set(statistics.linears)
+    unet.add_adapter(config, adapter_name=adapter_name)
+    for _, layer in lora_linears(unet, adapter_name):
+        layer.lora_A[adapter_name].to(torch.float32)
+        layer.lora_B[adapter_name].to(torch.float32)
+    if chosen is not None:
+        _freeze_directions(unet, chosen, adapter_name)
+    return chosen
+
+
+def _check_widths(unet: torch.nn.Module, statistics: FeatureStatistics) -> None:
+    modules = dict(unet.named_modules())
+    for linear, key in statistics.sources.items():
+        if linear not in modules:
+            raise ValueError(f"`statistics` must be of this model, got {linear!r}, which it lacks.")
+        module = modules[linear]
+        module = module.get_base_layer() if isinstance(module, LoraLinear) else module
+        if module.in_features != statistics.moments[key].dim:
+            raise ValueError(
+                f"`statistics` of {linear!r} must have width {module.in_features}, got "
+                f"{statistics.moments[key].dim}."
+            )
+
+
+def _freeze_directions(
+    unet: torch.nn.Module, directions: NullSpaceDirections, adapter_name: str
+) -> None:
+    with torch.no_grad():
+        for name, layer in lora_linears(unet, adapter_name):
+            weight = layer.lora_A[adapter_name].weight
+            weight.copy_(directions.vectors(name))
+            weight.requires_grad_(False)
+            layer.lora_B[adapter_name].weight.zero_()
+
+
+def lora_linears(
+    model: torch.nn.Module, adapter_name: str = "default"
+) -> list[tuple[str, LoraLinear]]:
+    """The (dotted name, PEFT layer) pairs that carry an adapter, in natural order."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear) and adapter_name in module.lora_A
+    ]
+    return sorted(found, key=lambda pair: natural_key(pair[0]))
+
+
+def lora_delta(layer: LoraLinear, adapter_name: str = "default") -> torch.Tensor:
+    """`D = scale B A`, `(out_features, in_features)`, with gradient."""
+    a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return layer.scaling[adapter_name] * (b @ a)
+
+
+def preservation_penalty(
+    model: torch.nn.Module, statistics: FeatureStatistics, adapter_name: str = "default"
+) -> torch.Tensor:
+    """Mean over Linears of `tr(D C D^T) / tr(W C W^T)`, the relative output drift on preserved inputs.
+
+    Differentiable in the adapter; the loss term of the `"soft"` directions.
+
+    Returns:
+        Scalar float32.
+    """
+    return torch.stack(list(_relative_drifts(model, statistics, adapter_name).values())).mean()
+
+
+def predicted_drift(
+    model: torch.nn.Module, statistics: FeatureStatistics, adapter_name: str = "default"
+) -> dict[str, float]:
+    """`tr(D C D^T) / tr(W C W^T)` of every Linear under an adapter, without running the model."""
+    with torch.no_grad():
+        drifts = _relative_drifts(model, statistics, adapter_name)
+    return {name: drift.item() for name, drift in drifts.items()}
+
+
+def _relative_drifts(
+    model: torch.nn.Module, statistics: FeatureStatistics, adapter_name: str
+) -> dict[str, torch.Tensor]:
+    means: dict[str, torch.Tensor] = {}
+    drifts = {}
+    for name, layer in lora_linears(model, adapter_name):
+        key = statistics.key(name)
+        weight = layer.get_base_layer().weight
+        if key not in means:
+            means[key] = statistics.moments[key].mean.to(weight.device, torch.float32)
+        delta, weight = lora_delta(layer, adapter_name), weight.float()
+        moved = ((delta @ means[key]) * delta).sum()
+        drifts[name] = moved / ((weight @ means[key]) * weight).sum()
+    if not drifts:
+        raise ValueError(f"`model` must carry the LoRA {adapter_name!r}, got none.")
+    return drifts
+
+
+def save_lora(
+    pipeline_class: type[DiffusionPipeline] | Any,
+    unet: torch.nn.Module,
+    directory: str | os.PathLike,
+    adapter_name: str = "default",
+) -> None:
+    """Write `pytorch_lora_weights.safetensors` with diffusers' own `save_lora_weights`.
+
+    Raises:
+        ValueError: every B is zero, so that the file would have no effect.
+    """
+    layers = lora_linears(unet, adapter_name)
+    if not any(layer.lora_B[adapter_name].weight.any() for _, layer in layers):
+        raise ValueError("A saved LoRA must have an effect, got all B matrices zero. Train it first.")
+    pipeline_class.save_lora_weights(
+        save_directory=str(directory),
+        unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=adapter_name),
+        unet_lora_adapter_metadata=unet.peft_config[adapter_name].to_dict(),
+    )

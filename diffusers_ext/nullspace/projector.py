@@ -1,0 +1,199 @@
+"""Projectors onto what the preserved inputs do not use.
+
+A Linear keeps its outputs, `(W + D) x = W x` for every preserved input `x`, if and only if `D x = 0`,
+that is `D = D P` with `P` the orthogonal projector on the null space of `C = E[x x^T]` (AlphaEdit,
+arXiv 2410.02355, for the form `D P`). Rich prompt sets leave no exact null space; then the
+projector keeps the directions with the least energy, or damps all of them smoothly.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from diffusers_ext.core.targets import natural_key
+from diffusers_ext.nullspace.slots import linear_name
+from diffusers_ext.nullspace.statistics import NUMERICAL_ZERO, FeatureStatistics, Spectrum
+
+
+class Cut(NamedTuple):
+    """The lower end of a spectrum that counts as null."""
+
+    dimensions: int
+    discarded_energy: float  # share of the trace that lies in it, hence is not protected
+
+
+def null_dimensions(
+    values: torch.Tensor,
+    *,
+    energy: float | None = None,
+    rank: int | None = None,
+    threshold: float | None = None,
+    percentile: float | None = None,
+) -> int:
+    """How many of the smallest eigenvalues count as null, by exactly one criterion.
+
+    Args:
+        values: `(dim,)` eigenvalues, ascending, not negative.
+        energy: largest share of the trace that may be left unprotected; 0 keeps the numerical null space.
+        rank: this many dimensions.
+        threshold: eigenvalues below this absolute value of `C = E[x x^T]`.
+        percentile: this percentage of the dimensions.
+    """
+    criteria = {"energy": energy, "rank": rank, "threshold": threshold, "percentile": percentile}
+    given = [name for name, value in criteria.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"Exactly one of {list(criteria)} must be given, got {given or 'none'}.")
+    dim = values.shape[0]
+    if energy is not None:
+        if not 0 <= energy < 1:
+            raise ValueError(f"`energy` must be in [0, 1), got {energy}.")
+        share = torch.cumsum(values, 0) / values.sum()
+        numerical = int((values <= NUMERICAL_ZERO * values[-1]).sum())
+        return max(int((share <= energy).sum()), numerical)
+    if rank is not None:
+        if not 0 < rank <= dim:
+            raise ValueError(f"`rank` must be from 1 to the width {dim}, got {rank}.")
+        return int(rank)
+    if threshold is not None:
+        if threshold <= 0:
+            raise ValueError(f"`threshold` must be positive, got {threshold}.")
+        return int((values < threshold).sum())
+    if not 0 < percentile <= 100:
+        raise ValueError(f"`percentile` must be in (0, 100], got {percentile}.")
+    return int(dim * percentile / 100)
+
+
+def damped_projection(spectrum: Spectrum, damping: float) -> torch.Tensor:
+    """`P = l (C + l I)^-1` with `l = damping * tr(C) / dim`: 1 on null directions, near 0 on used ones.
+
+    Args:
+        spectrum: of `C`.
+        damping: positive; the smaller, the nearer to a hard null-space projector.
+
+    Returns:
+        `(dim, dim)` float64, symmetric.
+    """
+    if damping <= 0:
+        raise ValueError(f"`damping` must be positive, got {damping}.")
+    level = damping * spectrum.values.mean()
+    return (spectrum.vectors * (level / (spectrum.values + level))) @ spectrum.vectors.T
+
+
+class NullSpaceProjector:
+    """Projects weight updates onto the null space of the preserved inputs, Linear by Linear.
+
+    Args:
+        projections: `{key: (dim, dim) float64}`, one per distinct matrix.
+        sources: `{dotted name of a Linear: key}`.
+        bases: `{key: (dim, null dimensions)}` orthonormal columns; empty for a damped projector.
+        cuts: `{key: Cut}`; empty for a damped projector.
+    """
+
+    def __init__(
+        self,
+        projections: dict[str, torch.Tensor],
+        sources: dict[str, str],
+        bases: dict[str, torch.Tensor],
+        cuts: dict[str, Cut],
+    ) -> None:
+        self._projections, self.sources, self._bases, self.cuts = projections, sources, bases, cuts
+
+    @classmethod
+    def from_statistics(
+        cls,
+        statistics: FeatureStatistics,
+        *,
+        energy: float | None = None,
+        rank: int | None = None,
+        threshold: float | None = None,
+        percentile: float | None = None,
+        damping: float | None = None,
+    ) -> NullSpaceProjector:
+        """Build the projectors by exactly one criterion.
+
+        Args:
+            statistics: of the preserved prompts.
+            energy, rank, threshold, percentile: as in `null_dimensions`.
+            damping: as in `damped_projection`; for statistics without a null space.
+
+        Raises:
+            ValueError: no or several criteria, or a matrix without any null direction.
+        """
+        projections, bases, cuts = {}, {}, {}
+        for key in sorted(statistics.moments, key=natural_key):
+            spectrum = statistics.spectrum(key)
+            if damping is not None:
+                if any(value is not None for value in (energy, rank, threshold, percentile)):
+                    raise ValueError("`damping` must be given alone, got another criterion with it.")
+                projections[key] = damped_projection(spectrum, damping)
+                continue
+            count = null_dimensions(
+                spectrum.values, energy=energy, rank=rank, threshold=threshold, percentile=percentile
+            )
+            if count == 0:
+                raise ValueError(
+                    f"The null space of {key!r} must have at least one dimension, got none of "
+                    f"{spectrum.values.shape[0]} (smallest eigenvalue: "
+                    f"{(spectrum.values[0] / spectrum.values.sum()).item():.2g} of the energy). "
+                    "Raise the limit, preserve fewer prompts, or use `damping=` or generalized directions."
+                )
+            basis = spectrum.vectors[:, :count]
+            share = (spectrum.values[:count].sum() / spectrum.values.sum()).item()
+            bases[key], cuts[key], projections[key] = basis, Cut(count, share), basis @ basis.T
+        return cls(projections, dict(statistics.sources), bases, cuts)
+
+    def _key(self, linear: str) -> str:
+        if linear not in self.sources:
+            raise ValueError(
+                f"The projector must cover {linear!r}, got none for it. Collect its feature too."
+            )
+        return self.sources[linear]
+
+    def projection(self, linear: str) -> torch.Tensor:
+        """`P` of one Linear by its dotted name, `(dim, dim)` float64."""
+        return self._projections[self._key(linear)]
+
+    def projections(self) -> dict[str, torch.Tensor]:
+        """`{dotted name: P}` of every covered Linear; Linears with one input share a tensor."""
+        return {linear: self._projections[key] for linear, key in self.sources.items()}
+
+    def basis(self, layer: str, slot: str) -> torch.Tensor:
+        """Orthonormal null basis of one Linear, `(dim, null dimensions)` float64."""
+        return self.basis_of(linear_name(layer, slot))
+
+    def basis_of(self, linear: str) -> torch.Tensor:
+        """Orthonormal null basis of one Linear by its dotted name."""
+        key = self._key(linear)
+        if key not in self._bases:
+            raise ValueError("`basis` must not be asked of a damped projector: it has no null space.")
+        return self._bases[key]
+
+    def project(self, delta: torch.Tensor, layer: str, slot: str) -> torch.Tensor:
+        """`D P` for an update `D` of one Linear's weight.
+
+        Args:
+            delta: `(out_features, in_features)`.
+            layer, slot: the Linear, e.g. `"...attn2"` and `"k"`.
+
+        Returns:
+            Same shape and dtype; computed in float64.
+        """
+        return project_rows(delta, self.projection(linear_name(layer, slot)))
+
+
+def project_rows(delta: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """`D P` in float64, returned in `delta`'s dtype.
+
+    Args:
+        delta: `(rows, dim)`.
+        projection: `(dim, dim)`.
+    """
+    if delta.shape[-1] != projection.shape[0]:
+        raise ValueError(
+            f"`delta` must have rows of width {projection.shape[0]} (the Linear's inputs), got shape "
+            f"{tuple(delta.shape)}."
+        )
+    projection = projection.to(delta.device, torch.float64)
+    return (delta.to(torch.float64) @ projection).to(delta.dtype)

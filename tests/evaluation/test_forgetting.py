@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_ext.evaluation.features import PixelFeatures
+from diffusers_ext.evaluation.forgetting import evaluate_forgetting
+from diffusers_ext.evaluation.rendering import Sampling, Shot, draw, image_seed, to_images
+from examples.digits.judge import DigitsJudge
+
+
+PROMPTS, HELD_OUT = ["a red seven", "a blue one"], ["a green two"]
+SUBJECT = ["a photo of the sks glyph"]
+QUICK = {
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+    "num_images_per_prompt": 3,
+    "show_progress": False,
+}
+
+
+def bright(images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+    assert len(images) == len(prompts)
+    return np.array([np.asarray(image)[..., 0].mean() > 127 for image in images])
+
+
+def evaluate(base, tuned=None, prompts=PROMPTS, **changes):
+    return evaluate_forgetting(base, tuned, prompts, **{**QUICK, **changes})
+
+
+def test_figures_equal_those_of_pictures_drawn_by_hand(pipeline, tuned):
+    report = evaluate(tuned, judge=bright, held_out_prompts=HELD_OUT)
+    assert [row["prompt"] for row in report.rows] == PROMPTS + HELD_OUT
+    assert [row["group"] for row in report.rows] == ["preserved", "preserved", "held_out"]
+    shots = [Shot("a blue one", i, image_seed(0, "a blue one", i)) for i in range(3)]
+    base, changed = (draw(p, shots, Sampling(2, 3.0)) for p in (pipeline, tuned))
+    drift = (base - changed).abs().mean().item()
+    assert report.rows[1]["pixel_drift"] == pytest.approx(drift, rel=1e-4)
+    assert drift > 1e-3
+    for side, pictures in (("base", base), ("tuned", changed)):
+        accuracy = bright(to_images(pictures), [""] * 3).mean()
+        assert report.rows[1][f"accuracy_{side}"] == pytest.approx(accuracy)
+    means = [row["pixel_drift"] for row in report.rows[:2]]
+    assert report.summary["preserved"]["pixel_drift"] == pytest.approx(np.mean(means))
+    assert report.summary["preserved"]["images"] == 6
+    assert report.drift_floor == 0
+    assert report.settings["adapters"] == ["subject"]
+    assert report.settings["tuned"] is None
+
+
+def test_figures_do_not_depend_on_the_batch_or_on_other_prompts(tuned):
+    full = evaluate(tuned, features=PixelFeatures(), batch_size=64)
+    for report in (
+        evaluate(tuned, features=PixelFeatures(), batch_size=1),
+        evaluate(tuned, features=PixelFeatures(), batch_size=4),
+        evaluate(tuned, features=PixelFeatures(), prompts=[PROMPTS[1]]),
+    ):
+        for name in ("pixel_drift", "feature_drift", "diversity_tuned"):
+            assert report.rows[-1][name] == pytest.approx(full.rows[1][name], rel=1e-3), name
+
+
+def test_two_pipelines_and_one_with_a_lora_give_one_report(pipeline, tuned):
+    one = evaluate(tuned, features=PixelFeatures(), judge=bright)
+    two = evaluate(pipeline, tuned, features=PixelFeatures(), judge=bright)
+    assert one.rows == two.rows
+    assert one.summary == two.summary
+
+
+def test_the_subject_is_measured_on_both_sides(tuned):
+    subject_images = [Image.new("RGB", (32, 32), "white")]
+    report = evaluate(
+        tuned,
+        subject_prompts=SUBJECT,
+        subject_images=subject_images,
+        features=PixelFeatures(),
+        judge=bright,
+        subject_judge=lambda images, prompts: [True] * len(images),
+        scorer=lambda images, prompts: torch.arange(float(len(images))),
+    )
+    assert report.rows[2]["group"] == "subject"
+    assert report.summary["subject"]["accuracy_tuned"] == 1
+    assert report.summary["preserved"]["accuracy_tuned"] < 1
+    for group in ("preserved", "subject"):
+        assert 0 < report.summary[group]["subject_similarity_base"] <= 1
+        assert {"score_base", "feature_drift"} <= report.summary[group].keys()
+
+
+def test_distributions_come_with_the_floor_of_another_seed_set(pipeline, tuned):
+    report = evaluate(tuned, features=PixelFeatures(), distribution=True, subject_prompts=SUBJECT)
+    assert list(report.distribution) == ["preserved"]
+    figure = report.distribution["preserved"]["frechet_distance"]
+    assert figure["floor"] > 0
+    assert figure["tuned"] != figure["floor"]
+    same = evaluate(pipeline, tuned, features=PixelFeatures(), distribution=True)
+    assert same.distribution == report.distribution
+
+
+def test_a_tuning_without_effect_is_exactly_zero_and_logged(tuned, caplog):
+    for name, parameter in tuned.unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    with caplog.at_level(logging.WARNING, "diffusers_ext"):
+        report = evaluate(tuned, features=PixelFeatures(), distribution=True)
+    assert "drew exactly what the base drew" in caplog.text
+    assert report.summary["preserved"]["pixel_drift"] == 0
+    assert report.summary["preserved"]["feature_drift"] == 0
+    assert all(f["tuned"] == f["floor"] for f in report.distribution["preserved"].values())
+
+
+def test_a_tuning_with_an_effect_is_not_logged(tuned, caplog):
+    with caplog.at_level(logging.WARNING, "diffusers_ext"):
+        evaluate(tuned)
+    assert not caplog.records
+
+
+def test_an_exception_in_the_judge_leaves_the_pipeline_as_it_was(tuned, picture):
+    drawn, scheduler = picture(), tuned.scheduler
+    trainable = [p.requires_grad for p in tuned.unet.parameters()]
+    tuned.unet.train()
+
+    def broken(images, prompts):
+        raise RuntimeError("the judge is out")
+
+    with pytest.raises(RuntimeError, match="the judge is out"):
+        evaluate(tuned, judge=broken)
+    assert tuned.unet.training
+    tuned.unet.eval()
+    assert torch.equal(picture(), drawn)
+    assert tuned.scheduler is scheduler
+    assert tuned._progress_bar_config == {"desc": "mine", "disable": True}
+    assert [p.requires_grad for p in tuned.unet.parameters()] == trainable
+
+
+def test_the_digits_judge_plugs_in(tuned):
+    report = evaluate(tuned, judge=DigitsJudge().correct, num_images_per_prompt=1)
+    assert report.summary["preserved"]["accuracy_base"] in (0, 0.5, 1)
+
+
+def test_the_progress_bar_counts_pairs(tuned, capsys):
+    evaluate(tuned, show_progress=True)
+    assert "6/6" in capsys.readouterr().err
+    evaluate(tuned)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_report_keeps_pairs_of_the_first_prompts(tuned, tmp_path):
+    report = evaluate(tuned, held_out_prompts=HELD_OUT, sheet_prompts=1)
+    assert [pair.prompt for pair in report.pairs] == [PROMPTS[0]] * 2 + HELD_OUT * 2
+    report.picture_sheet(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 4 * 96
+    with pytest.raises(ValueError, match="got none"):
+        evaluate(tuned, sheet_prompts=0).picture_sheet(tmp_path / "other.png")
+
+
+def test_pipelines_with_pictures_of_two_sizes_are_refused(pipeline, tuned):
+    tuned.unet.register_to_config(sample_size=4)
+    with pytest.raises(ValueError, match=r"one size, got \(3, 32, 32\) and \(3, 16, 16\)"):
+        evaluate(pipeline, tuned)
+    assert evaluate(pipeline, tuned, height=16, width=16).drift_floor == 0
+
+
+def test_weights_that_are_not_finite_are_refused(tuned, picture):
+    with torch.no_grad():
+        next(p for n, p in tuned.unet.named_parameters() if "lora_B" in n).fill_(torch.nan)
+    with pytest.raises(ValueError, match="must draw finite pictures, got NaN .* 'a red seven'"):
+        evaluate(tuned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "`prompts` must be a non-empty list of strings"),
+        ({"prompts": "a red seven"}, "`prompts` must be a list of prompts, got the string"),
+        ({"subject_prompts": [3]}, "`subject_prompts` must be a non-empty list of strings"),
+        ({"held_out_prompts": PROMPTS}, r"must not be among `prompts`, got \['a red seven'"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"subject_judge": bright}, "`subject_prompts` must be given for a `subject_judge`"),
+        ({"subject_images": []}, "`features` must be given to compare with `subject_images`"),
+        (
+            {"subject_images": [], "features": PixelFeatures()},
+            "`images` must be a non-empty list of PIL images",
+        ),
+        ({"distribution": True}, "`features` must be given for `distribution=True`"),
+        (
+            {"distribution": True, "features": PixelFeatures(), "num_images_per_prompt": 2},
+            "`distribution` must rest on more than 5 pictures per group, got 4 for preserved",
+        ),
+        ({"judge": lambda images, prompts: [1.0]}, "`judge` must give one finite bool per image"),
+    ],
+)
+def test_bad_input_is_refused(tuned, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(tuned, **changes)
+
+
+def test_a_pipeline_without_a_lora_needs_a_second_one(pipeline):
+    with pytest.raises(ValueError, match="`base` must carry an active adapter"):
+        evaluate(pipeline)
