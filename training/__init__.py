@@ -1,1 +1,1 @@
-"""Training scripts of diffusers_ext and the parts they share; run them with `accelerate launch training/<script>.py`."""
+"""Training scripts and the parts they share; `accelerate launch training/<script>.py` runs one."""

@@ -32,7 +32,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow_tf32", action="store_true", help="faster on Ampere and newer")
     group.add_argument("--dataloader_num_workers", type=int, default=0)
     group.add_argument("--learning_rate", type=float)
-    group.add_argument("--scale_lr", action="store_true", help="times processes, batch, accumulation")
+    group.add_argument(
+        "--scale_lr", action="store_true", help="times processes, batch, accumulation"
+    )
     group.add_argument("--lr_scheduler", default="constant", help="name of a diffusers schedule")
     group.add_argument("--lr_warmup_steps", type=int, default=0)
     group.add_argument("--adam_beta1", type=float, default=0.9)
@@ -153,4 +155,6 @@ def read_layers(value: str | Sequence[int | str]) -> str | list[int]:
     try:
         return [int(index) for index in value]
     except ValueError as error:
-        raise ValueError(f"`cross_attention_layers` must be 'all' or indices, got {value}.") from error
+        raise ValueError(
+            f"`cross_attention_layers` must be 'all' or indices, got {value}."
+        ) from error

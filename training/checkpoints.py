@@ -56,19 +56,31 @@ class Checkpoints:
             raise ValueError(f"`checkpointing_steps` must be at least 1, got {every}.")
         if total_limit is not None and total_limit < 1:
             raise ValueError(f"`checkpoints_total_limit` must be at least 1, got {total_limit}.")
-        self.accelerator, self.output_dir, self.every, self.total_limit = accelerator, Path(output_dir), every, total_limit
+        self.accelerator, self.output_dir, self.every, self.total_limit = (
+            accelerator,
+            Path(output_dir),
+            every,
+            total_limit,
+        )
         self.fingerprint, self.keep = json.loads(json.dumps(fingerprint, sort_keys=True)), keep
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
     def _kept(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(model)
-        return {name: parameter for name, parameter in model.named_parameters() if self.keep(name, parameter)}
+        return {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if self.keep(name, parameter)
+        }
 
     def _save_weights(self, models: list[torch.nn.Module], weights: list, output_dir: str) -> None:
         if self.accelerator.is_main_process:
             for index, model in enumerate(models):
-                tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._kept(model).items()}
+                tensors = {
+                    name: parameter.detach().cpu().contiguous()
+                    for name, parameter in self._kept(model).items()
+                }
                 save_file(tensors, os.path.join(output_dir, f"trained_{index}.safetensors"))
         weights.clear()  # accelerate then writes no weights of its own
 
@@ -78,7 +90,9 @@ class Checkpoints:
             current = self._kept(model)
             if stored.keys() != current.keys():
                 differing = sorted(stored.keys() ^ current.keys())
-                raise ValueError(f"Checkpoint {input_dir} must hold the trained parameters of this run, differs in {differing[:4]}.")
+                raise ValueError(
+                    f"Checkpoint {input_dir} must hold the trained parameters of this run, differs in {differing[:4]}."
+                )
             with torch.no_grad():
                 for name, parameter in current.items():
                     parameter.copy_(stored[name])
@@ -86,7 +100,10 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """Write `checkpoint-<step>`; every process must call it."""
-        folder, partial = self.output_dir / f"{_FOLDER_PREFIX}{step}", self.output_dir / f"{_PARTIAL_PREFIX}{step}"
+        folder, partial = (
+            self.output_dir / f"{_FOLDER_PREFIX}{step}",
+            self.output_dir / f"{_PARTIAL_PREFIX}{step}",
+        )
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -94,7 +111,9 @@ class Checkpoints:
         self.accelerator.save_state(str(partial), safe_serialization=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (partial / _RUN_FILE).write_text(json.dumps({"step": step, "fingerprint": self.fingerprint}, indent=2))
+            (partial / _RUN_FILE).write_text(
+                json.dumps({"step": step, "fingerprint": self.fingerprint}, indent=2)
+            )
             _flush_folder(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -134,7 +153,11 @@ class Checkpoints:
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """Complete checkpoints below `output_dir`, oldest first."""
-    found = [folder for folder in Path(output_dir).glob(f"{_FOLDER_PREFIX}*") if (folder / _RUN_FILE).is_file()]
+    found = [
+        folder
+        for folder in Path(output_dir).glob(f"{_FOLDER_PREFIX}*")
+        if (folder / _RUN_FILE).is_file()
+    ]
     return sorted(found, key=lambda folder: int(folder.name.removeprefix(_FOLDER_PREFIX)))
 
 
@@ -143,7 +166,9 @@ def find_checkpoint(output_dir: str | os.PathLike, which: str) -> Path:
     if which == "latest":
         found = list_checkpoints(output_dir)
         if not found:
-            raise ValueError(f"`resume_from_checkpoint` must name a checkpoint, got 'latest' but {output_dir} holds none.")
+            raise ValueError(
+                f"`resume_from_checkpoint` must name a checkpoint, got 'latest' but {output_dir} holds none."
+            )
         return found[-1]
     for folder in (Path(which), Path(output_dir) / which):
         if (folder / _RUN_FILE).is_file():

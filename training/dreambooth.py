@@ -47,7 +47,12 @@ def load_image(path: Path, resolution: int, center_crop: bool = True) -> torch.T
 
 @torch.no_grad()
 def encode_images(
-    pipeline: DiffusionPipeline, paths: list[Path], resolution: int, *, center_crop: bool, flip: bool
+    pipeline: DiffusionPipeline,
+    paths: list[Path],
+    resolution: int,
+    *,
+    center_crop: bool,
+    flip: bool,
 ) -> TensorDataset:
     """Latent means and standard deviations of pictures, scaled for the denoiser.
 
@@ -155,7 +160,9 @@ class DreamBoothLoss:
             noisy.to(dtype), timesteps, embeds, added_cond_kwargs=added
         ).sample.float()
         kind = self.scheduler.config.prediction_type
-        target = noise if kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
+        target = (
+            noise if kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
+        )
         errors = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
         if self.snr_gamma is not None:
             snr = compute_snr(self.scheduler, timesteps)

@@ -38,7 +38,12 @@ class LoopSettings:
     description: str = "train"
 
     def __post_init__(self) -> None:
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not self.max_grad_norm > 0:
@@ -98,7 +103,9 @@ class TrainingLoop:
             num_processes=self.accelerator.num_processes,
         )
         workers = self.settings.dataloader_num_workers
-        return DataLoader(self.dataset, batch_sampler=sampler, collate_fn=self.collate_fn, num_workers=workers)
+        return DataLoader(
+            self.dataset, batch_sampler=sampler, collate_fn=self.collate_fn, num_workers=workers
+        )
 
     def run(self) -> torch.nn.Module:
         """Train and return the unwrapped model. Raises `FloatingPointError` when the loss stops being finite."""
@@ -140,7 +147,11 @@ class TrainingLoop:
 
     def _after_step(self, step: int, parts: list[Losses], progress: tqdm) -> None:
         last = step == self.settings.max_train_steps
-        saving = self.checkpoints is not None and self.checkpoints.every and step % self.checkpoints.every == 0
+        saving = (
+            self.checkpoints is not None
+            and self.checkpoints.every
+            and step % self.checkpoints.every == 0
+        )
         if saving or last or step % self.settings.logging_steps == 0:
             self._log(step, parts, progress)
         if saving:
@@ -151,9 +162,14 @@ class TrainingLoop:
 
     def _log(self, step: int, parts: list[Losses], progress: tqdm) -> None:
         """Gather the mean losses since the last call; the only place where the device is waited for."""
-        means = {name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]}
+        means = {
+            name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]
+        }
         parts.clear()
-        logs = {name: self.accelerator.reduce(mean, reduction="mean").item() for name, mean in means.items()}
+        logs = {
+            name: self.accelerator.reduce(mean, reduction="mean").item()
+            for name, mean in means.items()
+        }
         if not torch.isfinite(torch.tensor(logs["loss"])):
             raise FloatingPointError(
                 f"The loss must stay finite, got {logs['loss']} before step {step}. "

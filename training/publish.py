@@ -18,7 +18,14 @@ from PIL import Image
 
 logger = get_logger(__name__)
 
-_TAGS = ["text-to-image", "diffusers", "diffusers-training", "lora", "dreambooth", "null-space-lora"]
+_TAGS = [
+    "text-to-image",
+    "diffusers",
+    "diffusers-training",
+    "lora",
+    "dreambooth",
+    "null-space-lora",
+]
 
 
 class Validation:
@@ -61,7 +68,9 @@ class Validation:
 
     def _images(self, prompt: str) -> list[Image.Image]:
         seeds = range(self.args.seed, self.args.seed + self.args.num_validation_images)
-        with torch.autocast(self.accelerator.device.type, enabled=self.args.mixed_precision != "no"):
+        with torch.autocast(
+            self.accelerator.device.type, enabled=self.args.mixed_precision != "no"
+        ):
             return self.pipeline(
                 [prompt] * len(seeds),
                 height=self.args.resolution,

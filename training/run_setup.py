@@ -57,9 +57,7 @@ def make_optimizer(
     if not rate > 0:
         raise ValueError(f"`learning_rate` must be positive, got {rate}.")
     if args.scale_lr:
-        rate *= (
-            args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        )
+        rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     return torch.optim.AdamW(
         parameters,
         lr=rate,

@@ -41,7 +41,9 @@ def null_space_cut(args: argparse.Namespace, statistics: FeatureStatistics) -> N
     return NullSpaceProjector.from_statistics(statistics, energy=energy)
 
 
-def add_plain_lora(args: argparse.Namespace, pipeline: DiffusionPipeline, config: LoraConfig) -> None:
+def add_plain_lora(
+    args: argparse.Namespace, pipeline: DiffusionPipeline, config: LoraConfig
+) -> None:
     """An unconstrained LoRA on the same Linears, for comparison."""
     layers = read_layers(args.cross_attention_layers)
     config.target_modules = set(find_linears(pipeline.unet, args.features, layers))

@@ -89,11 +89,15 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--rank", type=int, default=1)
     group.add_argument("--eps", type=float, default=1e-4, help="of the generalised problem")
     group.add_argument("--null_energy", type=float, help="share of energy left unprotected")
-    group.add_argument("--preservation_weight", type=float, default=100.0, help="of soft directions")
+    group.add_argument(
+        "--preservation_weight", type=float, default=100.0, help="of soft directions"
+    )
     group.add_argument("--lora_dropout", type=float, default=0.0)
     group.add_argument("--lora_bias", default="none")
     group.add_argument("--use_dora", action="store_true", help="refused: it breaks preservation")
-    group.add_argument("--full_finetune", action="store_true", help="train whole weights, projected")
+    group.add_argument(
+        "--full_finetune", action="store_true", help="train whole weights, projected"
+    )
     parser.add_argument("--enable", type=bool, default=True, help=argparse.SUPPRESS)
     parser.add_argument("--visual_attention_map", action="store_true", help=argparse.SUPPRESS)
     required = (
@@ -140,7 +144,11 @@ def main(args: argparse.Namespace) -> Path:
     statistics = None if plain else load_or_collect(args, pipeline, accelerator)
     images = list_images(args.instance_data_dir)
     dataset = encode_images(
-        pipeline, images, args.resolution, center_crop=not args.no_center_crop, flip=args.random_flip
+        pipeline,
+        images,
+        args.resolution,
+        center_crop=not args.no_center_crop,
+        flip=args.random_flip,
     )
     loss_function = make_loss(args, pipeline, accelerator, statistics)
     facts = run_facts(

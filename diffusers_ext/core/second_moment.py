@@ -55,6 +55,7 @@ class SecondMoment:
     Attributes:
         total: `(dim, dim)` float64, `sum x x^T`.
         count: number of vectors seen.
+        floor: eigenvalues below this share of the largest are rounding of the Gram matrices.
     """
 
     def __init__(
@@ -68,11 +69,17 @@ class SecondMoment:
         self.total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self.count = 0
         self.compute_dtype = compute_dtype
+        # Float64 sums of float32 features: their rounding has the energy (2^-24)^2, with a margin. A
+        # float32 Gram matrix errs by up to 5e-7 of its largest eigenvalue.
+        self.floor = 1e-12 if compute_dtype == torch.float64 else 1e-6
 
     @classmethod
-    def from_total(cls, total: torch.Tensor, count: int) -> SecondMoment:
-        """Wrap a finished sum `(dim, dim)` of `count` vectors."""
-        moment = cls(total.shape[0])
+    def from_total(
+        cls, total: torch.Tensor, count: int, floor: float | None = None
+    ) -> SecondMoment:
+        """Wrap a finished sum `(dim, dim)` of `count` vectors; `floor` is float64's when `None`."""
+        moment = cls(total.shape[0], compute_dtype=torch.float64)
+        moment.floor = moment.floor if floor is None else floor
         moment.total, moment.count = total.to(torch.float64), int(count)
         return moment
 
@@ -99,6 +106,7 @@ class SecondMoment:
             raise ValueError(f"`other` must have width {self.dim}, got {other.dim}.")
         self.total += other.total.to(self.total.device)
         self.count += other.count
+        self.floor = max(self.floor, other.floor)
         return self
 
     def all_reduce(self) -> SecondMoment:
@@ -144,6 +152,7 @@ class LowRankMoment:
         self, vectors: torch.Tensor, values: torch.Tensor, rest: float, count: int
     ) -> None:
         self.vectors, self.values, self.rest, self.count = vectors, values, float(rest), int(count)
+        self.floor = 1e-6  # of the float32 eigenvectors
 
     @classmethod
     def from_moment(cls, moment: SecondMoment, energy: float) -> LowRankMoment:

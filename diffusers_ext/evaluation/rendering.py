@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
-from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.core.quiet_run import eval_mode, quiet_run
 from diffusers_ext.nullspace.statistics import denoiser_of
 
 
@@ -185,19 +185,6 @@ def adapters_disabled(pipeline: DiffusionPipeline) -> Iterator[None]:
             layer._active_adapter = names
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def eval_mode(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """All of a pipeline's models in eval mode; every module's own mode comes back."""
-    training = [module for module in _modules(pipeline) if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _modules(pipeline: DiffusionPipeline) -> Iterator[torch.nn.Module]:

@@ -71,7 +71,9 @@ def null_directions(
         rank: number of directions, at most the null dimensions.
     """
     if not 1 <= rank <= basis.shape[1]:
-        raise ValueError(f"`rank` must be from 1 to the null dimension {basis.shape[1]}, got {rank}.")
+        raise ValueError(
+            f"`rank` must be from 1 to the null dimension {basis.shape[1]}, got {rank}."
+        )
     energies, coordinates = torch.linalg.eigh(basis.T @ c_new @ basis)
     vectors = (basis @ coordinates.flip(1)[:, :rank]).T
     level = torch.finfo(torch.float32).eps * c_old.diagonal().mean()
@@ -154,7 +156,9 @@ def null_space_directions(
     statistics.check_same_models(instance_statistics.facts["models"])
     missing = sorted(statistics.sources.keys() ^ instance_statistics.sources.keys())
     if missing:
-        raise ValueError(f"Both statistics must cover the same Linears, got a difference in {missing[:3]}.")
+        raise ValueError(
+            f"Both statistics must cover the same Linears, got a difference in {missing[:3]}."
+        )
     sets: dict[str, DirectionSet] = {}
     for linear, key in statistics.sources.items():
         if key in sets:
@@ -166,4 +170,6 @@ def null_space_directions(
         else:
             basis = projector.basis_of(linear)
             sets[key] = null_directions(c_new, c_old, basis, rank)
-    return NullSpaceDirections(sets, dict(statistics.sources), "null" if projector else "generalized")
+    return NullSpaceDirections(
+        sets, dict(statistics.sources), "null" if projector else "generalized"
+    )

@@ -232,7 +232,9 @@ def save_lora(
     """
     layers = lora_linears(unet, adapter_name)
     if not any(layer.lora_B[adapter_name].weight.any() for _, layer in layers):
-        raise ValueError("A saved LoRA must have an effect, got all B matrices zero. Train it first.")
+        raise ValueError(
+            "A saved LoRA must have an effect, got all B matrices zero. Train it first."
+        )
     pipeline_class.save_lora_weights(
         save_directory=str(directory),
         unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=adapter_name),

@@ -59,7 +59,9 @@ def read_lora(source: str | os.PathLike | Mapping[str, torch.Tensor]) -> StateDi
     result: StateDict = {}
     for name, parts in modules.items():
         if ".lora_A.weight" not in parts or ".lora_B.weight" not in parts:
-            raise ValueError(f"Every module of a LoRA must have A and B, got {list(parts)} for {name!r}.")
+            raise ValueError(
+                f"Every module of a LoRA must have A and B, got {list(parts)} for {name!r}."
+            )
         a, b = parts[".lora_A.weight"], parts[".lora_B.weight"]
         scale = _scale(name, a.shape[0], parts.get(".alpha"), metadata)
         result[f"{name}.lora_A.weight"], result[f"{name}.lora_B.weight"] = a, b * scale
@@ -76,7 +78,9 @@ def _load(
     path = Path(source)
     path = path / LORA_WEIGHT_NAME if path.is_dir() else path
     if not path.is_file() or path.suffix != ".safetensors":
-        raise ValueError(f"`source` must be a .safetensors file or a folder with one, got {source}.")
+        raise ValueError(
+            f"`source` must be a .safetensors file or a folder with one, got {source}."
+        )
     with safe_open(path, "pt") as handle:
         metadata = json.loads((handle.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
     return load_file(path), metadata
@@ -118,7 +122,9 @@ def check_loaded_lora(pipeline: DiffusionPipeline, adapter_name: str | None = No
             continue
         for module in component.modules():
             if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_B"):
-                names = module.lora_B if adapter_name is None else {adapter_name} & set(module.lora_B)
+                names = (
+                    module.lora_B if adapter_name is None else {adapter_name} & set(module.lora_B)
+                )
                 changed += any(bool(module.lora_B[name].weight.any()) for name in names)
     if not changed:
         raise ValueError(

@@ -42,7 +42,9 @@ class NullSpaceMixin:
             statistics.check_pipeline(self)
         self.register_modules(statistics=statistics)
 
-    def load_lora_weights(self, *args: object, adapter_name: str | None = None, **kwargs: object) -> None:
+    def load_lora_weights(
+        self, *args: object, adapter_name: str | None = None, **kwargs: object
+    ) -> None:
         """As in diffusers, but a LoRA without any effect on this model is a `ValueError`."""
         super().load_lora_weights(*args, adapter_name=adapter_name, **kwargs)
         check_loaded_lora(self, adapter_name)

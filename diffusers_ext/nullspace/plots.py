@@ -16,7 +16,7 @@ from diffusers_ext.core.targets import natural_key
 from diffusers_ext.nullspace.attention_maps import AttentionMaps
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.prompts import unique
-from diffusers_ext.nullspace.statistics import NUMERICAL_ZERO, TEXT, FeatureStatistics
+from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def plot_spectrum(
         layer, _, slot = key.partition(".to_")
         style = {"color": colors[layer], "linestyle": "--" if slot == "out.0" else "-"}
         axes.plot(range(1, len(shares) + 1), shares, label=_label(statistics, key), **style)
-    axes.axhline(NUMERICAL_ZERO, color="0.4", linestyle=":", label="numerical zero")
+    floor = max(moment.floor for moment in statistics.moments.values())
+    axes.axhline(floor, color="0.4", linestyle=":", label="numerical zero")
     axes.set_yscale("log")
     axes.set_ylim(_LOWEST, 2)
     axes.set_xlabel("eigenvalue, largest first")
@@ -92,7 +93,10 @@ def plot_null_dimensions(
     axes = figure.add_subplot()
     for index, (limit, color) in enumerate(zip(energies, _colors(len(energies)))):
         spectra = [statistics.spectrum(key).values for key in keys]
-        counts = [null_dimensions(values, energy=limit) for values in spectra]
+        counts = [
+            null_dimensions(values, energy=limit, floor=statistics.moments[key].floor)
+            for key, values in zip(keys, spectra)
+        ]
         shares = [100 * count / len(values) for count, values in zip(counts, spectra)]
         rows = np.arange(len(keys)) - 0.4 + (index + 0.5) * thickness
         bars = axes.barh(rows, shares, thickness, color=color, label=f"{limit:g}")

@@ -14,7 +14,7 @@ import torch
 
 from diffusers_ext.core.targets import natural_key
 from diffusers_ext.nullspace.slots import linear_name
-from diffusers_ext.nullspace.statistics import NUMERICAL_ZERO, FeatureStatistics, Spectrum
+from diffusers_ext.nullspace.statistics import FeatureStatistics, Spectrum
 
 
 class Cut(NamedTuple):
@@ -31,6 +31,7 @@ def null_dimensions(
     rank: int | None = None,
     threshold: float | None = None,
     percentile: float | None = None,
+    floor: float = 1e-12,
 ) -> int:
     """How many of the smallest eigenvalues count as null, by exactly one criterion.
 
@@ -40,6 +41,7 @@ def null_dimensions(
         rank: this many dimensions.
         threshold: eigenvalues below this absolute value of `C = E[x x^T]`.
         percentile: this percentage of the dimensions.
+        floor: eigenvalues up to this share of the largest are numerically zero.
     """
     criteria = {"energy": energy, "rank": rank, "threshold": threshold, "percentile": percentile}
     given = [name for name, value in criteria.items() if value is not None]
@@ -50,7 +52,7 @@ def null_dimensions(
         if not 0 <= energy < 1:
             raise ValueError(f"`energy` must be in [0, 1), got {energy}.")
         share = torch.cumsum(values, 0) / values.sum()
-        numerical = int((values <= NUMERICAL_ZERO * values[-1]).sum())
+        numerical = int((values <= floor * values[-1]).sum())
         return max(int((share <= energy).sum()), numerical)
     if rank is not None:
         if not 0 < rank <= dim:
@@ -126,11 +128,18 @@ class NullSpaceProjector:
             spectrum = statistics.spectrum(key)
             if damping is not None:
                 if any(value is not None for value in (energy, rank, threshold, percentile)):
-                    raise ValueError("`damping` must be given alone, got another criterion with it.")
+                    raise ValueError(
+                        "`damping` must be given alone, got another criterion with it."
+                    )
                 projections[key] = damped_projection(spectrum, damping)
                 continue
             count = null_dimensions(
-                spectrum.values, energy=energy, rank=rank, threshold=threshold, percentile=percentile
+                spectrum.values,
+                energy=energy,
+                rank=rank,
+                threshold=threshold,
+                percentile=percentile,
+                floor=statistics.moments[key].floor,
             )
             if count == 0:
                 raise ValueError(
@@ -167,7 +176,9 @@ class NullSpaceProjector:
         """Orthonormal null basis of one Linear by its dotted name."""
         key = self._key(linear)
         if key not in self._bases:
-            raise ValueError("`basis` must not be asked of a damped projector: it has no null space.")
+            raise ValueError(
+                "`basis` must not be asked of a damped projector: it has no null space."
+            )
         return self._bases[key]
 
     def project(self, delta: torch.Tensor, layer: str, slot: str) -> torch.Tensor:

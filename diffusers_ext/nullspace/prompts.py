@@ -15,11 +15,15 @@ def read_prompts_file(path: str | os.PathLike) -> list[str]:
         ValueError: no such file, or no prompt in it.
     """
     if not Path(path).is_file():
-        raise ValueError(f"`path` must be a text file with one prompt a line, got {path}: no such file.")
+        raise ValueError(
+            f"`path` must be a text file with one prompt a line, got {path}: no such file."
+        )
     lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise ValueError(f"`path` must hold at least one prompt, got {path} with {len(lines)} lines.")
+        raise ValueError(
+            f"`path` must hold at least one prompt, got {path} with {len(lines)} lines."
+        )
     return prompts
 
 
@@ -37,7 +41,9 @@ def sub_phrases(prompts: Sequence[str]) -> list[str]:
     expanded = list(prompts)
     for prompt in prompts:
         words = prompt.split()
-        expanded += [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1]
+        expanded += [
+            " ".join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1
+        ]
     return unique(expanded)
 
 
@@ -48,7 +54,9 @@ def check_prompts(prompts: Sequence[str], name: str = "prompts") -> list[str]:
     prompts = list(prompts)
     wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if not prompts or wrong:
-        raise ValueError(f"`{name}` must be a non-empty list of strings, got {wrong[:3] or 'none'}.")
+        raise ValueError(
+            f"`{name}` must be a non-empty list of strings, got {wrong[:3] or 'none'}."
+        )
     return prompts
 
 

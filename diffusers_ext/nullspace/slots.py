@@ -84,6 +84,8 @@ def find_linears(
         block, _, path = FEATURES[feature]
         names = [f"{name}.{block}.{path}" for name in blocks if f"{name}.{block}.{path}" in modules]
         if not names:
-            raise ValueError(f"`features` must exist in the model, got {feature!r}, which no layer has.")
+            raise ValueError(
+                f"`features` must exist in the model, got {feature!r}, which no layer has."
+            )
         found.update({name: modules[name] for name in names})
     return {name: found[name] for name in sorted(found, key=natural_key)}

@@ -17,9 +17,6 @@ from diffusers_ext.nullspace.slots import linear_name, split_linear_name
 
 
 TEXT = "text"  # key of the one matrix that all cross-attention K and V share
-# Eigenvalues below this share of the largest are rounding of float32 features, whose energy is
-# (2^-24)^2 relative; above it they may be knowledge.
-NUMERICAL_ZERO = 1e-12
 
 
 class Spectrum(NamedTuple):
@@ -106,7 +103,9 @@ class FeatureStatistics(Artifact):
         for key, moment in self.moments.items():
             for part in (moment, other.moments[key]):
                 if isinstance(part, LowRankMoment):
-                    raise ValueError("Compressed statistics must not be merged: merge, then compress.")
+                    raise ValueError(
+                        "Compressed statistics must not be merged: merge, then compress."
+                    )
         for key, moment in self.moments.items():
             moment.merge(other.moments[key])
         self.facts["prompts"] = unique(self.facts["prompts"] + other.facts["prompts"])
@@ -125,7 +124,9 @@ class FeatureStatistics(Artifact):
         if not 0 < energy <= 1:
             raise ValueError(f"`energy` must be in (0, 1], got {energy}.")
         moments = {
-            key: moment if isinstance(moment, LowRankMoment) else LowRankMoment.from_moment(moment, energy)
+            key: moment
+            if isinstance(moment, LowRankMoment)
+            else LowRankMoment.from_moment(moment, energy)
             for key, moment in self.moments.items()
         }
         facts = {**self.facts, "compressed_energy": energy}
@@ -145,7 +146,9 @@ class FeatureStatistics(Artifact):
                 raise ValueError(f"`{key}` must be a symmetric matrix, got one that is not.")
             lowest = torch.linalg.eigvalsh(matrix)[0]
             if lowest < -1e-5 * moment.dim * largest:
-                raise ValueError(f"`{key}` must have no negative eigenvalue, got {lowest.item():.3g}.")
+                raise ValueError(
+                    f"`{key}` must have no negative eigenvalue, got {lowest.item():.3g}."
+                )
 
     def check_same_models(self, models: dict[str, Any]) -> None:
         """Raise `ValueError` for a model of `{name: fingerprint}` that is not the one measured."""
@@ -175,7 +178,7 @@ class FeatureStatistics(Artifact):
                     "dim": self.moments[key].dim,
                     "vectors": self.moments[key].count,
                     "trace": values.sum().item(),
-                    "rank": int((values > NUMERICAL_ZERO * values[0]).sum()),
+                    "rank": int((values > self.moments[key].floor * values[0]).sum()),
                     "largest_share": share[0].item(),
                     "dims_99": int((share < 0.99).sum()) + 1,
                     "dims_99.9": int((share < 0.999).sum()) + 1,
@@ -207,7 +210,7 @@ class FeatureStatistics(Artifact):
                 kinds[key] = {"count": moment.count, "rest": moment.rest}
             else:
                 tensors[f"{key}.total"] = moment.total
-                kinds[key] = {"count": moment.count}
+                kinds[key] = {"count": moment.count, "floor": moment.floor}
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         return {"moments": kinds, "sources": self.sources, "facts": self.facts}, tensors
 
@@ -221,7 +224,8 @@ class FeatureStatistics(Artifact):
                 vectors, values = tensors[f"{key}.vectors"], tensors[f"{key}.values"]
                 moments[key] = LowRankMoment(vectors, values, kind["rest"], kind["count"])
             else:
-                moments[key] = SecondMoment.from_total(tensors[f"{key}.total"], kind["count"])
+                total = tensors[f"{key}.total"]
+                moments[key] = SecondMoment.from_total(total, kind["count"], kind["floor"])
         return cls(moments, config["sources"], config["facts"])
 
 
@@ -240,4 +244,6 @@ def denoiser_of(pipeline: Any) -> torch.nn.Module:
     for name in ("unet", "transformer"):
         if getattr(pipeline, name, None) is not None:
             return getattr(pipeline, name)
-    raise ValueError(f"`pipeline` must have a UNet or a transformer, got {type(pipeline).__name__}.")
+    raise ValueError(
+        f"`pipeline` must have a UNet or a transformer, got {type(pipeline).__name__}."
+    )

@@ -1,6 +1,6 @@
 """Ask the bundled digits model for every kind of prompt and let the judge read the answers.
 
-    python examples/digits/check_model.py --output_dir outputs/digits_check
+python examples/digits/check_model.py --output_dir outputs/digits_check
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # run as a file, only this folder is on the path
 
 from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import (
@@ -84,7 +86,9 @@ def main(input_args: list[str] | None = None) -> dict[str, float]:
     all_pairs = (*TRAINING_PAIRS, *HELD_OUT_PAIRS)
     groups = {
         "trained": [p for template in TEMPLATES for p in prompt_pairs(template, TRAINING_PAIRS)],
-        "held_out_pairs": [p for template in TEMPLATES for p in prompt_pairs(template, HELD_OUT_PAIRS)],
+        "held_out_pairs": [
+            p for template in TEMPLATES for p in prompt_pairs(template, HELD_OUT_PAIRS)
+        ],
         "held_out_template": prompt_pairs(HELD_OUT_TEMPLATE, all_pairs),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)

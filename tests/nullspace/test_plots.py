@@ -15,7 +15,6 @@ from diffusers_ext.nullspace.plots import (
     plot_null_dimensions,
     plot_spectrum,
 )
-from diffusers_ext.nullspace.statistics import NUMERICAL_ZERO
 from tests.tiny_digits import random_digits_pipeline
 
 
@@ -70,7 +69,7 @@ def test_spectrum_shows_every_matrix_and_the_numerical_zero(tmp_path, statistics
     np.testing.assert_allclose(text, (values / values[0]).clamp_min(1e-16))
     assert "down.0.0.0.attn2.q" in lines
     assert axes.get_yscale() == "log"
-    assert set(lines["numerical zero"].get_ydata()) == {NUMERICAL_ZERO}
+    assert set(lines["numerical zero"].get_ydata()) == {1e-6}
     assert_picture(tmp_path / "new" / "spectrum.png", 700, 400)
     assert_no_overlap(figure, [*figure.legends[0].get_texts(), axes.title])
 
@@ -95,7 +94,7 @@ def test_null_dimensions_show_dimensions_and_their_share(tmp_path, statistics):
     labels = [tick.get_text() for tick in axes.get_yticklabels()]
     row = labels.index("text (14 Linears)")
     values = statistics.spectrum("text").values
-    exact = int((values <= NUMERICAL_ZERO * values[-1]).sum())
+    exact = int((values <= 1e-12 * values[-1]).sum())
     assert 0 < exact < 128
     assert texts[row] == f"{exact} of 128"
     assert axes.patches[row].get_width() == pytest.approx(100 * exact / 128)

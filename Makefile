@@ -1,0 +1,34 @@
+# make setup | demo | test | lint | bench
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+# torch goes first: a looser request would bring gigabytes of CUDA packages to a CPU machine.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[plots,training,demo,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py --output_dir outputs/demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python benchmarks/forgetting_on_digits.py
+	$(BIN)/python benchmarks/cost_of_statistics.py
+	$(BIN)/python benchmarks/real_sizes.py
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

@@ -1,0 +1,77 @@
+"""Three tools for Hugging Face diffusers: null-space DreamBooth, golden noise, a concept eraser.
+
+Importing it registers the package with diffusers, so that pipelines with its components load from the
+Hub; nothing else happens at import.
+"""
+
+from diffusers import ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+from diffusers_ext.community import custom_pipeline_path
+from diffusers_ext.core.artifacts import Artifact
+from diffusers_ext.core.capture import capture
+from diffusers_ext.core.processors import (
+    CaptureAttnProcessor,
+    ProjectAttnProcessor,
+    use_processors,
+)
+from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.evaluation.forgetting import evaluate_forgetting
+from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+from diffusers_ext.nullspace import (
+    FeatureStatistics,
+    NullSpaceDirections,
+    NullSpaceDreamBoothPipeline,
+    NullSpaceDreamBoothXLPipeline,
+    NullSpaceProjector,
+    ProjectedUpdate,
+    add_null_space_lora,
+    check_loaded_lora,
+    collect_statistics,
+    debleed_lora,
+    export_lora,
+    null_space_directions,
+    predicted_drift,
+    preservation_penalty,
+    save_lora,
+)
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "CaptureAttnProcessor",
+    "FeatureStatistics",
+    "ForgettingReport",
+    "ModelMixin",
+    "NullSpaceDirections",
+    "NullSpaceDreamBoothPipeline",
+    "NullSpaceDreamBoothXLPipeline",
+    "NullSpaceProjector",
+    "ProjectAttnProcessor",
+    "ProjectedUpdate",
+    "SecondMoment",
+    "add_null_space_lora",
+    "capture",
+    "check_loaded_lora",
+    "collect_statistics",
+    "custom_pipeline_path",
+    "debleed_lora",
+    "evaluate_forgetting",
+    "export_lora",
+    "null_space_directions",
+    "predicted_drift",
+    "preservation_penalty",
+    "save_lora",
+    "use_processors",
+]
+
+# diffusers finds components of other libraries by these names in the library's own namespace.
+LOADABLE_CLASSES.setdefault(
+    "diffusers_ext",
+    {
+        "ModelMixin": ["save_pretrained", "from_pretrained"],
+        "Artifact": ["save_pretrained", "from_pretrained"],
+    },
+)
