@@ -1,24 +1,27 @@
-"""Argument groups that the scripts share, and YAML files as another way to give the same arguments."""
+"""Argument groups that the scripts share; `training.config_file` parses them."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import yaml
+
+DIRECTIONS = ("generalized", "null", "soft", "plain")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which base model."""
+    """Which base model, how it runs and where the results go."""
     group = parser.add_argument_group("model")
-    group.add_argument("--config", help="YAML file with any of these arguments; flags override it")
+    group.add_argument(
+        "--config", help="YAML file of arguments, one for all scripts; flags override it"
+    )
     group.add_argument("--pretrained_model_name_or_path", help="base model: folder or Hub name")
     group.add_argument("--revision", help="revision of the base model on the Hub")
     group.add_argument("--variant", help="variant of the weight files, e.g. fp16")
     group.add_argument("--output_dir", help="folder for everything this run writes")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    group.add_argument("--allow_tf32", action="store_true", help="faster on Ampere and newer")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +31,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train_batch_size", type=int, default=4)
     group.add_argument("--gradient_accumulation_steps", type=int, default=1)
     group.add_argument("--gradient_checkpointing", action="store_true")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
-    group.add_argument("--allow_tf32", action="store_true", help="faster on Ampere and newer")
     group.add_argument("--dataloader_num_workers", type=int, default=0)
     group.add_argument("--learning_rate", type=float)
     group.add_argument(
@@ -44,11 +45,17 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_grad_norm", type=float, default=1.0)
     group.add_argument("--checkpointing_steps", type=int, help="none are written without it")
     group.add_argument("--checkpoints_total_limit", type=int)
-    group.add_argument("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
+
+
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    """How a stopped run goes on."""
+    parser.add_argument(
+        "--resume_from_checkpoint", help="'latest', or one of the folders that a run leaves"
+    )
 
 
 def add_reporting_arguments(parser: argparse.ArgumentParser) -> None:
-    """Logs, validation pictures, upload."""
+    """Logs and validation pictures."""
     group = parser.add_argument_group("reporting")
     group.add_argument("--report_to", help="tensorboard, wandb, ...; nothing without it")
     group.add_argument("--logging_dir", default="logs", help="below the output folder")
@@ -56,10 +63,23 @@ def add_reporting_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_prompt", action="append", default=[], help="may be repeated")
     group.add_argument("--num_validation_images", type=int, default=4)
     group.add_argument("--validation_steps", type=int, help="only at the end without it")
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """Upload of the result."""
+    group = parser.add_argument_group("hub")
     group.add_argument("--push_to_hub", action="store_true")
     group.add_argument("--hub_model_id", help="repository; the output folder's name without it")
     group.add_argument("--hub_token", help="taken from the login without it")
     group.add_argument("--hub_private_repo", action="store_true")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How pictures are drawn, wherever a script draws any."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--negative_prompt", default="")
+    group.add_argument("--num_inference_steps", type=int, default=50)
+    group.add_argument("--guidance_scale", type=float, default=7.5)
 
 
 def add_knowledge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,83 +89,80 @@ def add_knowledge_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--other_instance_prompts", action="append", default=[])
     group.add_argument("--features", nargs="+", default=["k", "v"])
     group.add_argument("--cross_attention_layers", nargs="+", default="all", help="all, or indices")
-    group.add_argument("--negative_prompt", default="")
     group.add_argument("--no_sub_phrases", action="store_true")
-    group.add_argument("--num_inference_steps", type=int, default=50)
-    group.add_argument("--guidance_scale", type=float, default=7.5)
     group.add_argument("--statistics_batch_size", type=int, default=4)
     group.add_argument("--nullspace_threshold", type=float, help="absolute eigenvalue limit")
 
 
-def parse_arguments(
-    parser: argparse.ArgumentParser,
-    input_args: Sequence[str] | None,
-    required: Sequence[str],
-    read_block: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> argparse.Namespace:
-    """Parse flags over an optional YAML file.
-
-    Args:
-        parser: with a `--config` argument.
-        input_args: command line; `None` takes the process's.
-        required: names that the file or the flags must give.
-        read_block: turns nested blocks of the file into flat argument names.
-    """
-    config_path = parser.parse_known_args(input_args)[0].config
-    if config_path is not None:
-        values = read_config(config_path)
-        values = values if read_block is None else read_block(values)
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(values.keys() - known)
-        if unknown:
-            parser.error(f"`{config_path}` must hold known arguments, got {unknown}")
-        # Strings go through each argument's own type: YAML reads `2e-2` as a string.
-        parser.set_defaults(**values)
-    args = parser.parse_args(input_args)
-    missing = [name for name in required if getattr(args, name) is None]
-    if missing:
-        parser.error(f"these arguments must be given: {', '.join('--' + name for name in missing)}")
-    if getattr(args, "report_to", None) == "wandb" and args.hub_token:
-        parser.error("`--hub_token` must not be used with `--report_to wandb`, which would log it")
-    return args
+def add_covariance_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is made of collected statistics."""
+    group = parser.add_argument_group("statistics")
+    group.add_argument("--compress", type=float, help="keep this share of the energy, e.g. 0.999")
+    group.add_argument("--export_layout", action="store_true", help="also as a tree of npy files")
+    group.add_argument("--visual_attention_map", action="store_true", help="draw attention maps")
+    group.add_argument("--num_attention_maps", type=int, default=4, help="of the first prompts")
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The mapping of a YAML file; raises `ValueError` for a missing or other file."""
-    if not Path(path).is_file():
-        raise ValueError(f"`config` must be a YAML file, got {path}: no such file.")
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"`config` must be a YAML mapping, got {type(values).__name__} in {path}.")
-    return values
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is taught."""
+    group = parser.add_argument_group("subject")
+    group.add_argument("--instance_data_dir", help="folder with pictures of the subject")
+    group.add_argument("--instance_prompt", help='e.g. "a photo of sks dog"')
+    group.add_argument("--resolution", type=int, default=512)
+    group.add_argument("--no_center_crop", action="store_true", help="squeeze in place of cropping")
+    group.add_argument("--random_flip", action="store_true")
+    group.add_argument("--snr_gamma", type=float)
+    group.add_argument("--with_prior_preservation", action="store_true")
+    group.add_argument("--class_data_dir")
+    group.add_argument("--class_prompt")
+    group.add_argument("--num_class_images", type=int, default=100)
+    group.add_argument("--prior_loss_weight", type=float, default=1.0)
 
 
-_BLOCK_NAMES = {
-    "original_knowledge_prompts": "knowledge_prompts",
-    "cov_matrices_output_dir": "statistics",
-    "num_denoising_steps": "num_inference_steps",
-    "nullspace_threshold": "nullspace_threshold",
-    "cross_attention_layers": "cross_attention_layers",
-    "visual_attention_map": "visual_attention_map",
-    "collect_features": "features",
-    "enable": "enable",
-}
+def add_null_space_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which directions train."""
+    group = parser.add_argument_group("null space")
+    group.add_argument("--statistics", help="folder or Hub name of feature statistics")
+    group.add_argument("--directions", choices=DIRECTIONS, default="generalized")
+    group.add_argument("--rank", type=int, default=1)
+    group.add_argument("--eps", type=float, default=1e-4, help="of the generalised problem")
+    group.add_argument("--null_energy", type=float, help="share of energy left unprotected")
+    group.add_argument(
+        "--preservation_weight", type=float, default=100.0, help="of soft directions"
+    )
+    group.add_argument("--lora_dropout", type=float, default=0.0)
+    group.add_argument("--lora_bias", default="none")
+    group.add_argument("--use_dora", action="store_true", help="refused: it breaks preservation")
+    group.add_argument(
+        "--full_finetune", action="store_true", help="train whole weights, projected"
+    )
+    group.add_argument(
+        "--enable",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="--no-enable is ordinary DreamBooth",
+    )
 
 
-def read_nullbooth_block(values: dict[str, Any]) -> dict[str, Any]:
-    """Flat arguments from a file whose `nullbooth:` block has the keys of the original system."""
-    values = dict(values)
-    block = values.pop("nullbooth", None) or {}
-    unknown = sorted(block.keys() - _BLOCK_NAMES.keys())
-    if unknown:
-        raise ValueError(f"`nullbooth` must have keys among {sorted(_BLOCK_NAMES)}, got {unknown}.")
-    flat = {_BLOCK_NAMES[key]: value for key, value in block.items()}
-    if "features" in flat:
-        chosen = flat["features"]
-        flat["features"] = [k.removesuffix("_features") for k, wanted in chosen.items() if wanted]
-    if "nullspace_threshold" in flat:
-        flat["nullspace_threshold"] = float(flat["nullspace_threshold"])
-    return {**flat, **values}
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is drawn and by what it is judged."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--lora", action="append", help="folder or file; may be repeated")
+    group.add_argument("--knowledge_prompts", help="text file, one prompt a line, # comments")
+    group.add_argument("--held_out_prompts", help="text file of knowledge not in the statistics")
+    group.add_argument("--subject_prompt", action="append", default=[], help="may be repeated")
+    group.add_argument("--subject_data_dir", help="pictures of the real subject, for similarity")
+    group.add_argument("--judge", help="module:attribute, imported; see training/plugins.py")
+    group.add_argument("--subject_judge", help="the same for the subject prompts")
+    group.add_argument("--dino", help="DINOv2 for features: folder or Hub name")
+    group.add_argument("--clip", help="CLIP for scores, and features without DINOv2")
+    group.add_argument("--pixel_features", action="store_true", help="pixels as features")
+    group.add_argument("--distribution", action="store_true", help="also compare distributions")
+    group.add_argument("--num_images_per_prompt", type=int, default=4)
+    group.add_argument("--batch_size", type=int, default=8, help="pictures at once")
+    group.add_argument("--height", type=int, help="the model's own without it")
+    group.add_argument("--width", type=int, help="the model's own without it")
+    group.add_argument("--sheet_prompts", type=int, default=16, help="rows of the sheet per group")
 
 
 def read_layers(value: str | Sequence[int | str]) -> str | list[int]:
@@ -158,3 +175,26 @@ def read_layers(value: str | Sequence[int | str]) -> str | list[int]:
         raise ValueError(
             f"`cross_attention_layers` must be 'all' or indices, got {value}."
         ) from error
+
+
+NULL_SPACE_GROUPS = (
+    add_model_arguments,
+    add_training_arguments,
+    add_resume_argument,
+    add_reporting_arguments,
+    add_hub_arguments,
+    add_sampling_arguments,
+    add_knowledge_arguments,
+    add_covariance_arguments,
+    add_subject_arguments,
+    add_null_space_arguments,
+    add_evaluation_arguments,
+)
+
+
+def argument_names(groups: Sequence[Callable[[argparse.ArgumentParser], None]]) -> set[str]:
+    """Names of all arguments of some groups."""
+    parser = argparse.ArgumentParser(conflict_handler="resolve", add_help=False)
+    for add_group in groups:
+        add_group(parser)
+    return {action.dest for action in parser._actions}

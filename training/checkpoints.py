@@ -14,11 +14,21 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 
+from training.checkpoint_folders import (
+    FOLDER_PREFIX,
+    PARTIAL_PREFIX,
+    check_no_checkpoints,
+    check_same_facts,
+    find_checkpoint,
+    finish_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    remove_checkpoint,
+)
+
 
 logger = get_logger(__name__)
 
-_FOLDER_PREFIX, _PARTIAL_PREFIX = "checkpoint-", ".partial-checkpoint-"
-_RUN_FILE = "run.json"
 KeepRule = Callable[[str, torch.nn.Parameter], bool]
 
 
@@ -101,8 +111,8 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Write `checkpoint-<step>`; every process must call it."""
         folder, partial = (
-            self.output_dir / f"{_FOLDER_PREFIX}{step}",
-            self.output_dir / f"{_PARTIAL_PREFIX}{step}",
+            self.output_dir / f"{FOLDER_PREFIX}{step}",
+            self.output_dir / f"{PARTIAL_PREFIX}{step}",
         )
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -111,12 +121,7 @@ class Checkpoints:
         self.accelerator.save_state(str(partial), safe_serialization=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (partial / _RUN_FILE).write_text(
-                json.dumps({"step": step, "fingerprint": self.fingerprint}, indent=2)
-            )
-            _flush_folder(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            finish_checkpoint(partial, folder, step, self.fingerprint)
             self._prune()
         self.accelerator.wait_for_everyone()
         logger.info(f"Saved {folder}")
@@ -124,7 +129,7 @@ class Checkpoints:
     def _prune(self) -> None:
         if self.total_limit is not None:
             for folder in list_checkpoints(self.output_dir)[: -self.total_limit]:
-                shutil.rmtree(folder)
+                remove_checkpoint(folder)
 
     def resume(self, which: str | None) -> int:
         """Restore a checkpoint and return its step.
@@ -133,55 +138,19 @@ class Checkpoints:
             which: `None` starts at step 0; `"latest"` the newest checkpoint of `output_dir`; else a folder.
 
         Raises:
-            ValueError: no such checkpoint, or it belongs to a run with other settings.
+            ValueError: no such checkpoint, an altered one, one of a run with other settings, or a new
+                run that would mix its checkpoints with those of an earlier one.
         """
+        if self.accelerator.is_main_process:
+            for partial in self.output_dir.glob(f"{PARTIAL_PREFIX}*"):
+                shutil.rmtree(partial)
         if which is None:
+            if self.every is not None:
+                check_no_checkpoints(self.output_dir)
             return 0
         folder = find_checkpoint(self.output_dir, which)
-        run = json.loads((folder / _RUN_FILE).read_text())
-        for key in sorted(run["fingerprint"].keys() | self.fingerprint.keys()):
-            old, new = run["fingerprint"].get(key), self.fingerprint.get(key)
-            if old != new:
-                raise ValueError(
-                    f"`{key}` must be the same to continue {folder}: it was {old!r}, got {new!r}. "
-                    "Use the old setting, or another `--output_dir` for a new run."
-                )
+        step, facts = read_checkpoint(folder)
+        check_same_facts(facts, self.fingerprint, folder)
         self.accelerator.load_state(str(folder))
         logger.info(f"Resumed from {folder}")
-        return int(run["step"])
-
-
-def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """Complete checkpoints below `output_dir`, oldest first."""
-    found = [
-        folder
-        for folder in Path(output_dir).glob(f"{_FOLDER_PREFIX}*")
-        if (folder / _RUN_FILE).is_file()
-    ]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix(_FOLDER_PREFIX)))
-
-
-def find_checkpoint(output_dir: str | os.PathLike, which: str) -> Path:
-    """The folder that `--resume_from_checkpoint` names; raises `ValueError` where there is none."""
-    if which == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
-            raise ValueError(
-                f"`resume_from_checkpoint` must name a checkpoint, got 'latest' but {output_dir} holds none."
-            )
-        return found[-1]
-    for folder in (Path(which), Path(output_dir) / which):
-        if (folder / _RUN_FILE).is_file():
-            return folder
-    raise ValueError(
-        f"`resume_from_checkpoint` must name a complete checkpoint folder, got {which!r}. "
-        f"Present in {output_dir}: {[folder.name for folder in list_checkpoints(output_dir)]}."
-    )
-
-
-def _flush_folder(folder: Path) -> None:
-    """Force a folder's files to disk before it gets its final name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
+        return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.training_utils import compute_snr
 from PIL import Image, ImageOps
 from torch.utils.data import TensorDataset
+from tqdm.auto import tqdm
+
+from diffusers_ext.core.artifacts import write_atomically
+from training.drawing import draw_images, latent_scale
 
 
 logger = logging.getLogger(__name__)
@@ -21,10 +26,10 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def list_images(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path, name: str = "instance_data_dir") -> list[Path]:
     """The picture files of a folder in order of name; raises `ValueError` where there is none."""
     if not Path(folder).is_dir():
-        raise ValueError(f"`instance_data_dir` must be a folder of pictures, got {folder}.")
+        raise ValueError(f"`{name}` must be a folder of pictures, got {folder}.")
     found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"{folder} must hold pictures ({', '.join(IMAGE_SUFFIXES)}), got none.")
@@ -34,9 +39,14 @@ def list_images(folder: str | Path) -> list[Path]:
 def load_image(path: Path, resolution: int, center_crop: bool = True) -> torch.Tensor:
     """One picture as `(3, resolution, resolution)` float32 in [-1, 1].
 
-    `center_crop` cuts a square out of the middle; without it the picture is squeezed.
+    `center_crop` cuts a square out of the middle; without it the picture is squeezed. Raises
+    `ValueError` for a file that is no picture.
     """
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError) as error:  # what Pillow raises for files that are no pictures
+        raise ValueError(f"{path} must be a picture, got a file that is none: {error}.") from error
     size = (resolution, resolution)
     if center_crop:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
@@ -60,14 +70,14 @@ def encode_images(
         A data set of `(mean, std)`, each `(channels, height, width)` float32; twice as long with `flip`.
     """
     vae = pipeline.vae
+    offset, factor = latent_scale(vae)
     means, stds = [], []
     for path in paths:
         pixels = load_image(path, resolution, center_crop)
         for view in [pixels, pixels.flip(-1)] if flip else [pixels]:
             posterior = vae.encode(view[None].to(vae.device, vae.dtype)).latent_dist
-            shift = getattr(vae.config, "shift_factor", None) or 0.0
-            means.append((posterior.mean.float() - shift) * vae.config.scaling_factor)
-            stds.append(posterior.std.float() * vae.config.scaling_factor)
+            means.append((posterior.mean.float() - offset) * factor)
+            stds.append(posterior.std.float() * factor)
     return TensorDataset(torch.cat(means), torch.cat(stds))
 
 
@@ -102,6 +112,15 @@ def encode_condition(pipeline: DiffusionPipeline, prompt: str, resolution: int) 
     return Condition(encoded[0], added)
 
 
+def check_prediction_type(scheduler: Any) -> None:
+    """Raise `ValueError` unless a model under this scheduler predicts the noise or the velocity."""
+    kind = scheduler.config.get("prediction_type")
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"`prediction_type` of the scheduler must be 'epsilon' or 'v_prediction', got {kind!r}."
+        )
+
+
 @dataclass(frozen=True)
 class DreamBoothLoss:
     """The denoising loss on the subject's pictures, with prior preservation on request.
@@ -121,6 +140,9 @@ class DreamBoothLoss:
     class_condition: Condition | None = None
     prior_loss_weight: float = 1.0
     snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        check_prediction_type(self.scheduler)
 
     def __call__(
         self, model: torch.nn.Module, batch: list[torch.Tensor], generator: torch.Generator
@@ -180,21 +202,24 @@ def make_class_images(
     batch_size: int,
     seed: int,
     resolution: int,
+    **run: Any,
 ) -> list[Path]:
-    """Fill `folder` up to `count` pictures of the class, drawn by the base model itself."""
+    """Fill `folder` up to `count` pictures of the class, drawn by the base model itself.
+
+    `run` goes to the pipeline's call. A killed run goes on where it was.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     present = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     missing = [i for i in range(count) if not (folder / f"class_{i:05d}.png").exists()]
     missing = missing[: max(0, count - len(present))]
-    for start in range(0, len(missing), batch_size):
+    starts = range(0, len(missing), batch_size)
+    for start in tqdm(starts, desc="class pictures", disable=not missing):
         indices = missing[start : start + batch_size]
-        images = pipeline(
-            [prompt] * len(indices),
-            height=resolution,
-            width=resolution,
-            generator=[torch.Generator().manual_seed(seed + index) for index in indices],
-        ).images
+        seeds = [seed + index for index in indices]
+        images = draw_images(pipeline, [prompt] * len(indices), seeds, resolution, **run)
         for index, image in zip(indices, images, strict=True):
-            image.save(folder / f"class_{index:05d}.png")
-    return list_images(folder)
+            content = io.BytesIO()
+            image.save(content, "png")
+            write_atomically(folder / f"class_{index:05d}.png", content.getvalue())
+    return list_images(folder, "class_data_dir")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,12 +37,19 @@ def load_pipeline(
             f"{type(pipeline).__name__}."
         )
     pipeline.to(device)
-    pipeline.vae.to(dtype=torch.float32)
+    if pipeline.vae.dtype != torch.float32:
+        pipeline.vae.to(dtype=torch.float32)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def decode_in_pipeline_dtype(pipeline: DiffusionPipeline) -> None:
+    """Give the VAE the UNet's dtype, in which a pipeline's own call hands it the latents."""
+    if pipeline.vae.dtype != pipeline.unet.dtype:
+        pipeline.vae.to(dtype=pipeline.unet.dtype)
 
 
 def read_knowledge(args: argparse.Namespace) -> list[str]:
@@ -70,6 +77,8 @@ def collect(
         expand_sub_phrases=not args.no_sub_phrases,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
+        height=getattr(args, "height", None),
+        width=getattr(args, "width", None),
         batch_size=args.statistics_batch_size,
         seed=args.seed,
         shard=(accelerator.process_index, accelerator.num_processes),
@@ -84,10 +93,15 @@ def load_or_collect(
 ) -> FeatureStatistics:
     """`--statistics` when given, else collected from the prompts; checked against the pipeline.
 
-    With both, the prompts are added to the loaded statistics.
+    Loaded statistics decide by themselves about features, layers and prompts; only
+    `--other_instance_prompts` are added to them, counted with their settings.
+
+    Raises:
+        ValueError: nothing to preserve, statistics of another model, or of other layers or another
+            negative prompt than the command line asks for.
     """
-    prompts = read_knowledge(args)
     if args.statistics is None:
+        prompts = read_knowledge(args)
         if not prompts:
             raise ValueError(
                 "`--statistics` or `--knowledge_prompts` must be given: what should be preserved?"
@@ -95,18 +109,33 @@ def load_or_collect(
         return collect(args, pipeline, accelerator, prompts)
     statistics = FeatureStatistics.from_pretrained(args.statistics)
     statistics.check_pipeline(pipeline)
-    if not args.other_instance_prompts:
-        if prompts:
-            warnings.warn(
-                "`--knowledge_prompts` is not read, because `--statistics` is given.", stacklevel=2
-            )
-        return statistics
     settings = statistics.facts["settings"]
+    _check_asked(args, settings)
+    if args.knowledge_prompts is not None:
+        logger.info("--knowledge_prompts is not read, because --statistics is given.")
+    if not args.other_instance_prompts:
+        return statistics
     extra = argparse.Namespace(**vars(args))
     extra.features, extra.cross_attention_layers = settings["features"], settings["layers"]
     extra.negative_prompt = settings["negative_prompt"]
     extra.no_sub_phrases = not settings["expand_sub_phrases"]
+    extra.statistics_batch_size = settings.get("batch_size", args.statistics_batch_size)
     for name, value in settings.get("run", {}).items():
         setattr(extra, name, value)
     added = collect(extra, pipeline, accelerator, list(args.other_instance_prompts))
     return statistics.merge(added)
+
+
+def _check_asked(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Raise `ValueError` where the command line asks for other statistics than the given ones."""
+    layers, negative = read_layers(args.cross_attention_layers), args.negative_prompt
+    if layers != "all" and sorted(set(layers)) != settings["layers"]:
+        raise ValueError(
+            f"`cross_attention_layers` must be those of `--statistics`, {settings['layers']}, got "
+            f"{layers}. Leave it out, or collect statistics of these layers."
+        )
+    if negative and negative != settings["negative_prompt"]:
+        raise ValueError(
+            "`negative_prompt` must be that of `--statistics`, "
+            f"{settings['negative_prompt']!r}, got {negative!r}. Collect statistics with it."
+        )

@@ -20,6 +20,7 @@ from training.data import StepBatchSampler, step_generator
 
 logger = get_logger(__name__)
 
+_REMEDY = "Lower `--learning_rate`, or use bf16 in place of fp16; the last checkpoint is intact."
 Losses = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.nn.Module, Any, torch.Generator], Losses]
 
@@ -50,6 +51,15 @@ class LoopSettings:
             raise ValueError(f"`max_grad_norm` must be positive, got {self.max_grad_norm}.")
 
 
+def check_steps_left(step: int, max_train_steps: int) -> None:
+    """Raise `ValueError` if a checkpoint is from beyond the end of the run."""
+    if step > max_train_steps:
+        raise ValueError(
+            f"`max_train_steps` must be at least the {step} steps of the checkpoint, got "
+            f"{max_train_steps}. Raise it, or resume from an earlier checkpoint."
+        )
+
+
 @dataclass
 class TrainingLoop:
     """Runs `loss_function` for `settings.max_train_steps` optimizer steps.
@@ -62,6 +72,8 @@ class TrainingLoop:
         dataset: map-style data set; samples are collated by `collate_fn` (torch's default when `None`).
         loss_function: `(model, batch, generator) -> {"loss": scalar, ...}`; other entries are logged. All its random
             numbers must come from `generator`, a CPU generator that depends on seed and step alone.
+            (What modules draw themselves, as dropout does, comes from the global generators, whose states
+            checkpoints hold.)
         checkpoints: where to save and resume; `None` does neither.
         resume_from_checkpoint: `None`, `"latest"` or a folder.
         ema: averaged copy of the model's parameters, stepped after each optimizer step and saved with checkpoints.
@@ -82,16 +94,37 @@ class TrainingLoop:
     callbacks: Sequence[tuple[int, Callable[[int], None]]] = ()
     history: list[dict[str, float]] = field(default_factory=list, init=False)
     seconds: float = field(default=0.0, init=False)
+    _began: float = field(default=0.0, init=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What accelerate saves of the loop itself: its log and the seconds it has run."""
+        seconds = self.seconds + time.perf_counter() - self._began
+        return {"history": self.history, "seconds": seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.history, self.seconds = state["history"], state["seconds"]
 
     def _prepare(self) -> int:
         """Hand model and optimizer to accelerate, then resume; returns the step to start from."""
+        theirs = self.accelerator.gradient_accumulation_steps
+        if theirs != self.settings.gradient_accumulation_steps:
+            raise ValueError(
+                "`gradient_accumulation_steps` must be the same for the accelerator and the loop, got "
+                f"{theirs} and {self.settings.gradient_accumulation_steps}. Is it set in the "
+                "configuration of accelerate, too?"
+            )
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        for stateful in (self.lr_scheduler, self.ema):
+        for stateful in (self.lr_scheduler, self.ema, self):
             if stateful is not None:
                 self.accelerator.register_for_checkpointing(stateful)
         if self.checkpoints is None:
             return 0
-        return self.checkpoints.resume(self.resume_from_checkpoint)
+        step = self.checkpoints.resume(self.resume_from_checkpoint)
+        check_steps_left(step, self.settings.max_train_steps)
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # it was loaded on the CPU
+        return step
 
     def _batches(self, start_step: int) -> DataLoader:
         sampler = StepBatchSampler(
@@ -104,7 +137,12 @@ class TrainingLoop:
         )
         workers = self.settings.dataloader_num_workers
         return DataLoader(
-            self.dataset, batch_sampler=sampler, collate_fn=self.collate_fn, num_workers=workers
+            self.dataset,
+            batch_sampler=sampler,
+            collate_fn=self.collate_fn,
+            num_workers=workers,
+            # Without its own it would draw from the global one, whose state has just been restored.
+            generator=torch.Generator(),
         )
 
     def run(self) -> torch.nn.Module:
@@ -112,7 +150,9 @@ class TrainingLoop:
         start_step = self._prepare()
         batches = iter(self._batches(start_step))
         self.model.train()
-        began, parts = time.perf_counter(), []
+        self._began, parts = time.perf_counter(), []
+        if start_step:
+            self._call_back(start_step)  # the checkpoint is older than these calls
         progress = tqdm(
             range(start_step, self.settings.max_train_steps),
             initial=start_step,
@@ -127,7 +167,7 @@ class TrainingLoop:
             if self.ema is not None:
                 self.ema.step(self.accelerator.unwrap_model(self.model).parameters())
             self._after_step(step + 1, parts, progress)
-        self.seconds = time.perf_counter() - began
+        self.seconds += time.perf_counter() - self._began
         self.accelerator.wait_for_everyone()
         return self.accelerator.unwrap_model(self.model)
 
@@ -137,8 +177,7 @@ class TrainingLoop:
             losses = self.loss_function(self.model, batch, generator)
             self.accelerator.backward(losses["loss"])
             if self.accelerator.sync_gradients:
-                trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-                self.accelerator.clip_grad_norm_(trained, self.settings.max_grad_norm)
+                self.accelerator.clip_grad_norm_(self._trained(), self.settings.max_grad_norm)
             self.optimizer.step()
             if self.accelerator.sync_gradients and self.lr_scheduler is not None:
                 self.lr_scheduler.step()
@@ -154,11 +193,27 @@ class TrainingLoop:
         )
         if saving or last or step % self.settings.logging_steps == 0:
             self._log(step, parts, progress)
+        if saving or last:
+            self._check_weights(step)
         if saving:
             self.checkpoints.save(step)
+        self._call_back(step)
+
+    def _call_back(self, step: int) -> None:
         for every, function in self.callbacks:
-            if last or step % every == 0:
+            if step == self.settings.max_train_steps or step % every == 0:
                 function(step)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _check_weights(self, step: int) -> None:
+        """A finite loss can have a gradient that is not, which the weights then hold for good."""
+        finite = [parameter.detach().isfinite().all() for parameter in self._trained()]
+        if not torch.stack(finite).all():
+            raise FloatingPointError(
+                f"The weights must stay finite, got some that are not after step {step}. {_REMEDY}"
+            )
 
     def _log(self, step: int, parts: list[Losses], progress: tqdm) -> None:
         """Gather the mean losses since the last call; the only place where the device is waited for."""
@@ -172,8 +227,7 @@ class TrainingLoop:
         }
         if not torch.isfinite(torch.tensor(logs["loss"])):
             raise FloatingPointError(
-                f"The loss must stay finite, got {logs['loss']} before step {step}. "
-                "Lower `--learning_rate`, or use bf16 in place of fp16; the last checkpoint is intact."
+                f"The loss must stay finite, got {logs['loss']} before step {step}. {_REMEDY}"
             )
         if self.lr_scheduler is not None:
             logs["lr"] = self.lr_scheduler.get_last_lr()[0]

@@ -14,7 +14,13 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 
-from training.loop import LoopSettings
+from training.checkpoint_folders import (
+    check_no_checkpoints,
+    check_same_facts,
+    find_checkpoint,
+    read_checkpoint,
+)
+from training.loop import LoopSettings, check_steps_left
 
 
 logger = get_logger(__name__)
@@ -23,12 +29,13 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The run's accelerator; also seeds, sets up logging and makes the output folder."""
-    logging_dir = Path(args.output_dir, args.logging_dir)
+    """The run's accelerator; also seeds and sets up logging. It writes nothing."""
+    given = vars(args)  # scripts without a loop have no loop arguments
+    logging_dir = Path(args.output_dir, given.get("logging_dir", "logs"))
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=given.get("gradient_accumulation_steps", 1),
         mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
+        log_with=given.get("report_to"),
         project_config=ProjectConfiguration(args.output_dir, str(logging_dir)),
     )
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
@@ -36,9 +43,14 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Make the folder of a run, once nothing can be wrong with its arguments any more."""
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    return accelerator
+    accelerator.wait_for_everyone()
 
 
 def start_trackers(accelerator: Accelerator, args: argparse.Namespace, name: str) -> None:
@@ -104,3 +116,20 @@ def run_facts(args: argparse.Namespace, **facts: Any) -> dict[str, Any]:
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         values["max_train_steps"] = args.max_train_steps
     return {**values, **facts}
+
+
+def check_resume(args: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """Raise `ValueError` if a run cannot go on, or start, in its output folder.
+
+    Args:
+        args: of the run.
+        facts: those of `run_facts` that are known so far; the others are not compared.
+    """
+    if args.resume_from_checkpoint is None:
+        if args.checkpointing_steps is not None:
+            check_no_checkpoints(args.output_dir)
+        return
+    folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    step, stored = read_checkpoint(folder)
+    check_same_facts({name: stored.get(name) for name in facts}, facts, folder)
+    check_steps_left(step, args.max_train_steps)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline
 from peft import LoraConfig
 
+from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.nullspace.lora import (
     add_null_space_lora,
     lora_linears,
@@ -20,17 +20,27 @@ from diffusers_ext.nullspace.lora import (
     preservation_penalty,
     save_lora,
 )
+from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.projector import NullSpaceProjector
-from diffusers_ext.nullspace.slots import find_linears
+from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from training.arguments import read_layers
 from training.checkpoints import KeepRule, is_trainable
+from training.drawing import sampling_arguments
 from training.dreambooth import (
     DreamBoothLoss,
     encode_condition,
     encode_images,
     make_class_images,
 )
+from training.output_folder import staged_output
+
+
+class Preparation(NamedTuple):
+    """What makes a UNet trainable."""
+
+    projections: dict[torch.nn.Parameter, torch.Tensor]  # of whole weights; empty with a LoRA
+    report: list[dict]  # on the directions of a LoRA
 
 
 def null_space_cut(args: argparse.Namespace, statistics: FeatureStatistics) -> NullSpaceProjector:
@@ -46,7 +56,8 @@ def add_plain_lora(
 ) -> None:
     """An unconstrained LoRA on the same Linears, for comparison."""
     layers = read_layers(args.cross_attention_layers)
-    config.target_modules = set(find_linears(pipeline.unet, args.features, layers))
+    # A list, because the order of a set of strings differs from process to process.
+    config.target_modules = list(find_linears(pipeline.unet, args.features, layers))
     pipeline.unet.add_adapter(config)
     for _, layer in lora_linears(pipeline.unet):
         layer.lora_A.float()
@@ -84,14 +95,30 @@ def free_constrained_weights(
     args: argparse.Namespace, unet: torch.nn.Module, statistics: FeatureStatistics
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Make the weights that have a statistic trainable; returns `{weight: projection}`."""
+    statistics.check_same_models({"denoiser": fingerprint(unet)})
+    check_widths(unet, statistics.widths)
     projections = null_space_cut(args, statistics).projections()
-    found = {}
+    found, moved = {}, {}
     for name, projection in projections.items():
         weight = unet.get_submodule(name).weight
         weight.data = weight.data.float()
         weight.requires_grad_(True)
-        found[weight] = projection.to(weight.device)
+        # Linears with one input share a projection, which on a GPU is copied only once.
+        found[weight] = moved.setdefault(id(projection), projection.to(weight.device))
     return found
+
+
+def prepare_weights(
+    args: argparse.Namespace, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None
+) -> Preparation:
+    """Make the UNet trainable in the way that the command line asks for."""
+    if args.full_finetune:
+        prepared = Preparation(free_constrained_weights(args, pipeline.unet, statistics), [])
+    else:
+        prepared = Preparation({}, add_lora(args, pipeline, statistics))
+    if args.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    return prepared
 
 
 def keep_rule(args: argparse.Namespace) -> KeepRule:
@@ -109,7 +136,8 @@ def make_loss(
     instance = encode_condition(pipeline, args.instance_prompt, args.resolution)
     latents = condition = None
     if args.with_prior_preservation:
-        with accelerator.main_process_first():
+        # Under autocast, because weights that train are in float32 and the others may not be.
+        with accelerator.main_process_first(), accelerator.autocast():
             paths = make_class_images(
                 pipeline,
                 args.class_data_dir,
@@ -118,6 +146,7 @@ def make_loss(
                 batch_size=args.train_batch_size,
                 seed=args.seed,
                 resolution=args.resolution,
+                **sampling_arguments(args),
             )
         crop = not args.no_center_crop
         latents = encode_images(pipeline, paths, args.resolution, center_crop=crop, flip=False)
@@ -162,15 +191,13 @@ def save_result(
     report: dict,
 ) -> None:
     """Write the LoRA (or the pipeline), the statistics it was trained under, and the report."""
-    output_dir = Path(args.output_dir)
-    if args.full_finetune:
-        pipeline.save_pretrained(output_dir / "pipeline")
-    else:
-        save_lora(type(pipeline), pipeline.unet, output_dir)
-    if statistics is not None:
-        statistics.save_pretrained(output_dir / "statistics")
-        if not args.full_finetune:
-            report["predicted_drift"] = predicted_drift(pipeline.unet, statistics)
-    temporary = output_dir / ".training_report.json"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, output_dir / "training_report.json")
+    with staged_output(args.output_dir, last=(LORA_WEIGHT_NAME, "model_index.json")) as folder:
+        if args.full_finetune:
+            pipeline.save_pretrained(folder / "pipeline")
+        else:
+            save_lora(type(pipeline), pipeline.unet, folder)
+        if statistics is not None:
+            statistics.save_pretrained(folder / "statistics")
+            if not args.full_finetune:
+                report["predicted_drift"] = predicted_drift(pipeline.unet, statistics)
+        (folder / "training_report.json").write_text(json.dumps(report, indent=2) + "\n")

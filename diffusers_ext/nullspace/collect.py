@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers_ext.core.capture import refuse_fused
 from diffusers_ext.core.quiet_run import eval_mode
 from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.nullspace.measured_models import denoiser_of, model_fingerprints
 from diffusers_ext.nullspace.prompts import (
     check_prompt_length,
     check_prompts,
@@ -19,12 +21,7 @@ from diffusers_ext.nullspace.prompts import (
     unique,
 )
 from diffusers_ext.nullspace.slots import check_features, find_linears, split_linear_name
-from diffusers_ext.nullspace.statistics import (
-    TEXT,
-    FeatureStatistics,
-    denoiser_of,
-    model_fingerprints,
-)
+from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 from diffusers_ext.nullspace.trajectories import TrajectoryRun
 
 
@@ -79,8 +76,9 @@ def collect_statistics(
 
     Raises:
         ValueError: unknown features or layers, no prompts, a prompt longer than the text encoder,
-            fused projections, or features that are not finite.
+            no such shard, fused projections, or features that are not finite.
     """
+    _check_arguments(negative_prompt, num_inference_steps, batch_size, shard)
     features, prompts = check_features(features), unique(check_prompts(prompts))
     denoiser = denoiser_of(pipeline)
     linears = find_linears(denoiser, features, layers)
@@ -90,12 +88,13 @@ def collect_statistics(
     rest = {name: module for name, module in linears.items() if not text_only(denoiser, name)}
     settings: dict[str, Any] = {
         "features": list(features),
-        "layers": layers if isinstance(layers, str) else [int(index) for index in layers],
+        "layers": layers if layers == "all" else sorted({int(index) for index in layers}),
         "expand_sub_phrases": expand_sub_phrases,
+        "include_guidance_prompts": include_guidance_prompts,
         "negative_prompt": negative_prompt,
     }
     if rest:
-        settings["scheduler"] = type(pipeline.scheduler).__name__
+        settings["scheduler"] = _scheduler_settings(pipeline)
         settings["batch_size"] = batch_size
         settings["run"] = {
             "num_inference_steps": num_inference_steps,
@@ -111,6 +110,7 @@ def collect_statistics(
         "prompts": prompts,
         "settings": settings,
     }
+    facts = json.loads(json.dumps(facts))  # as they will be when read back
     moments: dict[str, SecondMoment] = {}
     sources = {name: TEXT for name in linears if name not in rest}
     if sources:
@@ -127,6 +127,25 @@ def collect_statistics(
     for key, moment in moments.items():
         moment.check_finite(key)
     return FeatureStatistics(moments, sources, facts)
+
+
+def _check_arguments(
+    negative_prompt: str, num_inference_steps: int, batch_size: int, shard: tuple[int, int]
+) -> None:
+    check_prompts([negative_prompt], "negative_prompt")
+    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"`shard` must be an index below a count, got {tuple(shard)}.")
+
+
+def _scheduler_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    config = pipeline.scheduler.config
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    # Trained betas may be an array.
+    own = json.loads(json.dumps(own, default=str))
+    return {"class": type(pipeline.scheduler).__name__, **own}
 
 
 def repeated(moment: SecondMoment, times: int) -> SecondMoment:

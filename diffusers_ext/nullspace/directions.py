@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from diffusers_ext.nullspace.projector import NullSpaceProjector
+from diffusers_ext.nullspace.prompts import sub_phrases
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
 # Directions that carry less of the subject per unit of old energy than this teach nothing new: an
 # instance prompt made of preserved words alone gives ratios near 1.
 _SMALLEST_RATIO = 1.5
+# What the subject does not use at all is left with this share of its largest ratio by rounding.
+_ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def generalized_directions(
     dim = c_old.shape[0]
     if not 1 <= rank <= dim:
         raise ValueError(f"`rank` must be from 1 to the width {dim}, got {rank}.")
-    if eps <= 0:
+    if not eps > 0:
         raise ValueError(f"`eps` must be positive, got {eps}.")
     level = eps * c_old.diagonal().mean()
     values, vectors = torch.linalg.eigh(c_old)
@@ -90,7 +94,13 @@ def _scaled(
             f"most {ratios[0].item():.3g} times their energy. Use a rarer token in the instance prompt, "
             "take it out of the preserved prompts, or preserve fewer of them."
         )
-    energy = ((vectors @ c_new) * vectors).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    used = int((ratios > _ROUNDING * ratios[0]).sum())
+    if used < len(ratios):
+        raise ValueError(
+            f"`rank` must be at most {used}, the directions that the instance prompts use, got "
+            f"{len(ratios)}."
+        )
+    energy = ((vectors @ c_new) * vectors).sum(1)
     vectors = vectors / energy.sqrt()[:, None]
     span = torch.linalg.qr(vectors.T).Q
     share = ((span.T @ c_new) * span.T).sum() / c_new.diagonal().sum()
@@ -151,9 +161,10 @@ def null_space_directions(
 
     Raises:
         ValueError: a Linear is covered by one of them only, the models differ, `rank` is too large,
-            or the instance prompts hold nothing that the preserved ones lack.
+            an instance prompt is preserved, or holds nothing that the preserved ones lack.
     """
     statistics.check_same_models(instance_statistics.facts["models"])
+    _check_new(statistics.facts, instance_statistics.facts["prompts"])
     missing = sorted(statistics.sources.keys() ^ instance_statistics.sources.keys())
     if missing:
         raise ValueError(
@@ -171,5 +182,18 @@ def null_space_directions(
             basis = projector.basis_of(linear)
             sets[key] = null_directions(c_new, c_old, basis, rank)
     return NullSpaceDirections(
-        sets, dict(statistics.sources), "null" if projector else "generalized"
+        sets, dict(statistics.sources), "generalized" if projector is None else "null"
     )
+
+
+def _check_new(facts: dict[str, Any], instance_prompts: list[str]) -> None:
+    # Energies cannot tell: one prompt of a hundred has a hundredth of its energy in their mean.
+    preserved = facts["prompts"]
+    if facts["settings"].get("expand_sub_phrases"):
+        preserved = sub_phrases(preserved)
+    repeated = [prompt for prompt in instance_prompts if prompt in preserved]
+    if repeated:
+        raise ValueError(
+            f"An instance prompt must not be a preserved one or a part of it, got {repeated[0]!r}. "
+            "Use a rare token in it, or take it out of the preserved prompts."
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,15 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.safetensors_header import sort_metadata
 from diffusers_ext.core.targets import natural_key
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions
+from diffusers_ext.nullspace.lora_config import check_lora_config
+from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.prompts import check_prompts
+from diffusers_ext.nullspace.slots import check_widths
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
@@ -32,6 +38,11 @@ def instance_statistics_like(
     Only the instance prompts themselves are counted: no sub-phrases, no empty prompt.
     """
     settings = statistics.facts["settings"]
+    if "features" not in settings:
+        raise ValueError(
+            "`statistics` must tell how they were collected, got imported ones that do not. Pass "
+            "`instance_statistics`."
+        )
     run = settings.get("run", {})
     return collect_statistics(
         pipeline,
@@ -44,19 +55,6 @@ def instance_statistics_like(
         show_progress=False,
         **run,
     )
-
-
-def check_lora_config(config: LoraConfig) -> None:
-    """Raise `ValueError` for LoRA options that break `D x = 0` on preserved inputs."""
-    if config.use_dora:
-        raise ValueError(
-            "`use_dora` must be False, got True: DoRA rescales each row by the norm of W + D, which "
-            "changes the outputs on preserved inputs."
-        )
-    if config.bias != "none":
-        raise ValueError(
-            f"`bias` must be 'none', got {config.bias!r}: a bias acts on every input, preserved or not."
-        )
 
 
 def add_null_space_lora(
@@ -103,10 +101,14 @@ def add_null_space_lora(
         raise ValueError(f"`directions` must be one of {DIRECTION_KINDS}, got {directions!r}.")
     if rank < 1:
         raise ValueError(f"`rank` must be at least 1, got {rank}.")
-    config = lora_config or LoraConfig()
+    config = copy.deepcopy(lora_config or LoraConfig())
     check_lora_config(config)
+    if adapter_name in getattr(unet, "peft_config", {}):
+        raise ValueError(f"`adapter_name` must be new to the UNet, got {adapter_name!r} again.")
     statistics.check_same_models({"denoiser": fingerprint(unet)})
-    _check_widths(unet, statistics)
+    check_widths(unet, statistics.widths)
+    if pipeline is not None:
+        statistics.check_pipeline(pipeline)
     chosen = None
     if directions != "soft":
         if instance_statistics is None:
@@ -126,7 +128,8 @@ def add_null_space_lora(
             projector=projector if directions == "null" else None,
         )
     config.r, config.lora_alpha, config.use_rslora = rank, rank, False
-    config.target_modules = set(statistics.linears)
+    # A list, because the order of a set of strings differs from process to process.
+    config.target_modules = statistics.linears
     unet.add_adapter(config, adapter_name=adapter_name)
     for _, layer in lora_linears(unet, adapter_name):
         layer.lora_A[adapter_name].to(torch.float32)
@@ -134,20 +137,6 @@ def add_null_space_lora(
     if chosen is not None:
         _freeze_directions(unet, chosen, adapter_name)
     return chosen
-
-
-def _check_widths(unet: torch.nn.Module, statistics: FeatureStatistics) -> None:
-    modules = dict(unet.named_modules())
-    for linear, key in statistics.sources.items():
-        if linear not in modules:
-            raise ValueError(f"`statistics` must be of this model, got {linear!r}, which it lacks.")
-        module = modules[linear]
-        module = module.get_base_layer() if isinstance(module, LoraLinear) else module
-        if module.in_features != statistics.moments[key].dim:
-            raise ValueError(
-                f"`statistics` of {linear!r} must have width {module.in_features}, got "
-                f"{statistics.moments[key].dim}."
-            )
 
 
 def _freeze_directions(
@@ -227,10 +216,18 @@ def save_lora(
 ) -> None:
     """Write `pytorch_lora_weights.safetensors` with diffusers' own `save_lora_weights`.
 
+    Equal LoRAs are equal files.
+
     Raises:
-        ValueError: every B is zero, so that the file would have no effect.
+        ValueError: every B is zero, so that the file would have no effect, or one is not finite.
     """
     layers = lora_linears(unet, adapter_name)
+    for name, layer in layers:
+        if not torch.isfinite(layer.lora_B[adapter_name].weight).all():
+            raise ValueError(
+                f"A saved LoRA must be finite, got B of {name!r}, which is not. Train with a lower "
+                "learning rate."
+            )
     if not any(layer.lora_B[adapter_name].weight.any() for _, layer in layers):
         raise ValueError(
             "A saved LoRA must have an effect, got all B matrices zero. Train it first."
@@ -240,3 +237,4 @@ def save_lora(
         unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=adapter_name),
         unet_lora_adapter_metadata=unet.peft_config[adapter_name].to_dict(),
     )
+    sort_metadata(Path(directory, LORA_WEIGHT_NAME))

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
@@ -30,6 +31,8 @@ _SUFFIXES = {
     ".lora_B.weight": ".lora_B.weight",
     ".lora.down.weight": ".lora_A.weight",
     ".lora.up.weight": ".lora_B.weight",
+    ".lora_linear_layer.down.weight": ".lora_A.weight",
+    ".lora_linear_layer.up.weight": ".lora_B.weight",
     ".alpha": ".alpha",
 }
 
@@ -90,10 +93,11 @@ def _scale(name: str, rank: int, alpha: torch.Tensor | None, metadata: dict[str,
     """`alpha / rank`, from the tensor beside A and B, else from the adapter's metadata, else 1."""
     if alpha is not None:
         return alpha.item() / rank
-    component = name.split(".")[0]
-    if metadata.get(f"{component}.use_rslora"):
-        return metadata[f"{component}.lora_alpha"] / rank**0.5
-    return metadata.get(f"{component}.lora_alpha", rank) / rank
+    component, _, module = name.partition(".")
+    patterns = metadata.get(f"{component}.alpha_pattern") or {}
+    usual = metadata.get(f"{component}.lora_alpha", rank)
+    value = patterns.get(get_pattern_key(patterns, module), usual)
+    return value / (rank**0.5 if metadata.get(f"{component}.use_rslora") else rank)
 
 
 def check_lora_effect(lora: Mapping[str, torch.Tensor]) -> None:
@@ -125,7 +129,10 @@ def check_loaded_lora(pipeline: DiffusionPipeline, adapter_name: str | None = No
                 names = (
                     module.lora_B if adapter_name is None else {adapter_name} & set(module.lora_B)
                 )
-                changed += any(bool(module.lora_B[name].weight.any()) for name in names)
+                changed += any(
+                    bool(module.lora_A[name].weight.any() and module.lora_B[name].weight.any())
+                    for name in names
+                )
     if not changed:
         raise ValueError(
             f"The loaded LoRA must change the model, got no effect (adapter: {adapter_name!r}). Its keys "
@@ -151,13 +158,24 @@ def export_lora(
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}, got {format!r}.")
+    _check_output_path(output_path)
     lora = read_lora(path)
     check_lora_effect(lora)
     exported = lora if format == "diffusers" else _to_kohya(lora)
     if output_path is not None:
-        contiguous = {key: tensor.contiguous() for key, tensor in exported.items()}
-        write_atomically(output_path, save(contiguous, metadata={"format": "pt"}))
+        _write(exported, output_path)
     return exported
+
+
+def _check_output_path(output_path: str | os.PathLike | None) -> None:
+    if output_path is not None and Path(output_path).suffix != ".safetensors":
+        raise ValueError(f"`output_path` must end in .safetensors, got {output_path}.")
+
+
+def _write(lora: StateDict, output_path: str | os.PathLike) -> None:
+    Path(output_path).parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: tensor.contiguous() for key, tensor in lora.items()}
+    write_atomically(output_path, save(contiguous, metadata={"format": "pt"}))
 
 
 def _to_kohya(lora: StateDict) -> StateDict:
@@ -199,6 +217,7 @@ def debleed_lora(
     """
     if uncovered not in ("error", "keep", "drop"):
         raise ValueError(f"`uncovered` must be 'error', 'keep' or 'drop', got {uncovered!r}.")
+    _check_output_path(output_path)
     if (projector is None) != bool(criterion):
         raise ValueError("Either `projector` or one criterion must be given, got neither or both.")
     projector = projector or NullSpaceProjector.from_statistics(statistics, **criterion)
@@ -222,6 +241,5 @@ def debleed_lora(
         )
     check_lora_effect(result)
     if output_path is not None:
-        contiguous = {key: tensor.contiguous() for key, tensor in result.items()}
-        write_atomically(output_path, save(contiguous, metadata={"format": "pt"}))
+        _write(result, output_path)
     return result

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -27,6 +32,9 @@ from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
+logger = logging.getLogger(__name__)
+
+
 class NullSpaceMixin:
     """What both pipelines add: a `statistics` component, checked LoRAs, preservation at run time."""
 
@@ -39,15 +47,29 @@ class NullSpaceMixin:
     def set_statistics(self, statistics: FeatureStatistics | None) -> None:
         """Make `statistics` a component, so that `save_pretrained` and `push_to_hub` include it."""
         if statistics is not None:
+            if not isinstance(statistics, FeatureStatistics):
+                raise TypeError(
+                    "`statistics` must be FeatureStatistics, got a "
+                    f"{type(statistics).__name__}. Use `load_statistics` for a folder or Hub name."
+                )
             statistics.check_pipeline(self)
         self.register_modules(statistics=statistics)
 
     def load_lora_weights(
-        self, *args: object, adapter_name: str | None = None, **kwargs: object
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        **kwargs: object,
     ) -> None:
         """As in diffusers, but a LoRA without any effect on this model is a `ValueError`."""
-        super().load_lora_weights(*args, adapter_name=adapter_name, **kwargs)
-        check_loaded_lora(self, adapter_name)
+        before = _adapters(self)
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
+        added = _adapters(self) - before
+        try:
+            check_loaded_lora(self, adapter_name or min(added, default="none was added"))
+        except ValueError:
+            self.delete_adapters(sorted(added))
+            raise
 
     @contextmanager
     def preserve(
@@ -72,9 +94,31 @@ class NullSpaceMixin:
                 raise ValueError("`statistics` must be loaded to preserve them, got none.")
             criterion = criterion or {"damping": 1e-3}
             projector = NullSpaceProjector.from_statistics(self.statistics, **criterion)
+        _warn_of_uncovered(self.unet, projector)
         processor = ProjectAttnProcessor(strength=strength, projector=projector.projections())
         with use_processors(self.unet, processor):
             yield processor
+
+
+def _warn_of_uncovered(unet: torch.nn.Module, projector: NullSpaceProjector) -> None:
+    adapted = [name for name, part in unet.named_modules() if isinstance(part, BaseTunerLayer)]
+    in_attention = [name.removesuffix("processor") for name in unet.attn_processors]
+    left = [
+        name
+        for name in adapted
+        if name not in projector.sources or not name.startswith(tuple(in_attention))
+    ]
+    if left:
+        logger.warning(
+            "%d modules of the loaded LoRAs are not projected, because the statistics do not cover "
+            "them or they are not in attention layers. The first is %s.",
+            len(left),
+            left[0],
+        )
+
+
+def _adapters(pipeline: DiffusionPipeline) -> set[str]:
+    return {name for names in pipeline.get_list_adapters().values() for name in names}
 
 
 class NullSpaceDreamBoothPipeline(NullSpaceMixin, StableDiffusionPipeline):

@@ -36,7 +36,7 @@ class ProjectedUpdate:
         projections: Mapping[torch.nn.Parameter, torch.Tensor],
     ) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._projections = {id(p): projection for p, projection in projections.items()}
+        self._projections = dict(projections)
         self._check(optimizer)
         self._optimizer = optimizer
         self._before: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
@@ -54,7 +54,7 @@ class ProjectedUpdate:
                 )
             for parameter in group["params"]:
                 shape = tuple(parameter.shape)
-                projection = self._projections.get(id(parameter))
+                projection = self._projections.get(parameter)
                 if projection is None:
                     raise ValueError(
                         f"Every trained parameter must have a projector, got none for one of shape "
@@ -66,19 +66,26 @@ class ProjectedUpdate:
                         f"{projection.shape[0]}, got shape {shape}. Biases and sharded weights "
                         "(FSDP, DeepSpeed ZeRO-3) cannot be projected."
                     )
+                if parameter.dtype not in (torch.float32, torch.float64):
+                    raise ValueError(
+                        f"A projected parameter must be in float32, got {parameter.dtype}, whose "
+                        "rounding alone leaves the null space. Cast it to float32."
+                    )
 
     def _remember(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._check(optimizer)  # groups may have been added or changed since
         self._before = [
             (parameter, parameter.detach().clone())
             for group in optimizer.param_groups
             for parameter in group["params"]
-            if parameter.grad is not None
         ]
 
     @torch.no_grad()
     def _project(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for parameter, before in self._before:
-            projection = self._projections[id(parameter)]
+            if parameter.grad is None:  # a closure makes gradients only inside the step
+                continue
+            projection = self._projections[parameter]
             parameter.copy_(before + project_rows(parameter - before, projection))
         self._before.clear()
 

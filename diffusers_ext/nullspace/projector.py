@@ -77,7 +77,7 @@ def damped_projection(spectrum: Spectrum, damping: float) -> torch.Tensor:
     Returns:
         `(dim, dim)` float64, symmetric.
     """
-    if damping <= 0:
+    if not 0 < damping < float("inf"):
         raise ValueError(f"`damping` must be positive, got {damping}.")
     level = damping * spectrum.values.mean()
     return (spectrum.vectors * (level / (spectrum.values + level))) @ spectrum.vectors.T

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read_prompts_file(path: str | os.PathLike) -> list[str]:
-    """Prompts of a text file, one a line; blank lines and lines that start with `#` are skipped.
+    """Prompts of a UTF-8 text file, one a line; blank lines and `#` lines are skipped.
 
     Raises:
         ValueError: no such file, or no prompt in it.
@@ -18,7 +18,7 @@ def read_prompts_file(path: str | os.PathLike) -> list[str]:
         raise ValueError(
             f"`path` must be a text file with one prompt a line, got {path}: no such file."
         )
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(

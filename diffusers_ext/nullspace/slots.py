@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 import torch
 
@@ -70,15 +71,7 @@ def find_linears(
             f"`denoiser` must have cross-attention layers named `attn2`, got {type(denoiser).__name__} "
             "without any."
         )
-    if not isinstance(layers, str):
-        outside = [index for index in layers if not 0 <= int(index) < len(blocks)]
-        if outside or not len(layers):
-            raise ValueError(
-                f"`layers` must be 'all' or indices from 0 to {len(blocks) - 1}, got {list(layers)}."
-            )
-        blocks = [blocks[int(index)] for index in sorted(set(layers))]
-    elif layers != "all":
-        raise ValueError(f"`layers` must be 'all' or a list of indices, got {layers!r}.")
+    blocks = [blocks[index] for index in check_layers(layers, len(blocks))]
     found: dict[str, torch.nn.Module] = {}
     for feature in check_features(features):
         block, _, path = FEATURES[feature]
@@ -89,3 +82,31 @@ def find_linears(
             )
         found.update({name: modules[name] for name in names})
     return {name: found[name] for name in sorted(found, key=natural_key)}
+
+
+def check_layers(layers: str | Iterable[int], count: int) -> list[int]:
+    """`layers` as ascending indices below `count`; raises `ValueError` for what is none."""
+    if layers == "all":
+        return list(range(count))
+    indices = list(layers) if isinstance(layers, Iterable) else []
+    wrong = [index for index in indices if not isinstance(index, Integral)]
+    if wrong or not indices or min(indices) < 0 or max(indices) >= count:
+        raise ValueError(
+            f"`layers` must be 'all' or indices from 0 to {count - 1}, got {layers!r}."
+        )
+    return sorted({int(index) for index in indices})
+
+
+def check_widths(denoiser: torch.nn.Module, widths: Mapping[str, int]) -> None:
+    """Raise `ValueError` where a denoiser lacks a Linear of `{dotted name: in_features}`."""
+    modules = dict(denoiser.named_modules())
+    for linear, width in widths.items():
+        if linear not in modules:
+            raise ValueError(
+                f"`statistics` must be of this model, got some of {linear!r}, which it lacks."
+            )
+        if modules[linear].in_features != width:
+            raise ValueError(
+                f"`statistics` of {linear!r} must have the model's width "
+                f"{modules[linear].in_features}, got {width}."
+            )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_ext.core.artifacts import Artifact, fingerprint, same_fingerprint
+from diffusers_ext.core.artifacts import Artifact, same_fingerprint
 from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
 from diffusers_ext.core.targets import natural_key
+from diffusers_ext.nullspace.measured_models import denoiser_of, model_fingerprints
 from diffusers_ext.nullspace.prompts import unique
-from diffusers_ext.nullspace.slots import linear_name, split_linear_name
+from diffusers_ext.nullspace.slots import check_widths, linear_name, split_linear_name
 
 
 TEXT = "text"  # key of the one matrix that all cross-attention K and V share
@@ -63,6 +63,11 @@ class FeatureStatistics(Artifact):
     def layers(self) -> list[str]:
         """Attention and feed-forward layers that have a statistic, in natural order."""
         return unique([split_linear_name(name)[0] for name in self.linears])
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """`{dotted name of a Linear: in_features}`."""
+        return {linear: self.moments[key].dim for linear, key in self.sources.items()}
 
     def key(self, linear: str) -> str:
         """The key of the matrix of one Linear; raises `ValueError` where there is none."""
@@ -141,6 +146,8 @@ class FeatureStatistics(Artifact):
             if moment.count < 1:
                 raise ValueError(f"`{key}` must rest on at least one vector, got {moment.count}.")
             matrix = moment.mean
+            if not torch.isfinite(matrix).all():
+                raise ValueError(f"`{key}` must be finite, got a matrix that is not.")
             largest = matrix.diagonal().max()
             if (matrix - matrix.T).abs().max() > 1e-5 * largest:
                 raise ValueError(f"`{key}` must be a symmetric matrix, got one that is not.")
@@ -162,6 +169,7 @@ class FeatureStatistics(Artifact):
     def check_pipeline(self, pipeline: Any) -> None:
         """Raise `ValueError` if the statistics were collected on another text encoder or denoiser."""
         self.check_same_models(model_fingerprints(pipeline, self.facts["models"]))
+        check_widths(denoiser_of(pipeline), self.widths)
 
     # Reading
 
@@ -218,8 +226,17 @@ class FeatureStatistics(Artifact):
     def _from_artifact(
         cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]
     ) -> FeatureStatistics:
+        missing = sorted({"moments", "sources", "facts"} - config.keys())
+        if missing:
+            raise ValueError(f"The config of statistics must hold {missing}, got {list(config)}.")
         moments: dict[str, SecondMoment | LowRankMoment] = {}
         for key, kind in config["moments"].items():
+            needed = ("vectors", "values") if "rest" in kind else ("total",)
+            if any(f"{key}.{part}" not in tensors for part in needed):
+                raise ValueError(
+                    f"Statistics must hold {needed} of {key!r}, got {sorted(tensors)}: their "
+                    "config was altered. Download or write them again."
+                )
             if "rest" in kind:
                 vectors, values = tensors[f"{key}.vectors"], tensors[f"{key}.values"]
                 moments[key] = LowRankMoment(vectors, values, kind["rest"], kind["count"])
@@ -227,23 +244,3 @@ class FeatureStatistics(Artifact):
                 total = tensors[f"{key}.total"]
                 moments[key] = SecondMoment.from_total(total, kind["count"], kind["floor"])
         return cls(moments, config["sources"], config["facts"])
-
-
-def model_fingerprints(pipeline: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Fingerprints of a pipeline's models; `"denoiser"` is its UNet or transformer."""
-    found = {}
-    for name in names:
-        model = denoiser_of(pipeline) if name == "denoiser" else getattr(pipeline, name, None)
-        if model is not None:
-            found[name] = fingerprint(model)
-    return found
-
-
-def denoiser_of(pipeline: Any) -> torch.nn.Module:
-    """The pipeline's UNet or transformer."""
-    for name in ("unet", "transformer"):
-        if getattr(pipeline, name, None) is not None:
-            return getattr(pipeline, name)
-    raise ValueError(
-        f"`pipeline` must have a UNet or a transformer, got {type(pipeline).__name__}."
-    )

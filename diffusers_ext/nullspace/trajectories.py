@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -17,8 +16,9 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.nullspace.measured_models import denoiser_of
 from diffusers_ext.nullspace.slots import split_linear_name
-from diffusers_ext.nullspace.statistics import FeatureStatistics, denoiser_of
+from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,11 @@ class TrajectoryRun:
         run = dict(settings["run"])
         seed = run.pop("seed")
         generators = [torch.Generator().manual_seed(seed + index) for index in indices]
+        if settings["negative_prompt"]:
+            # Left to its default otherwise: SDXL reads zeros in place of an empty prompt.
+            run["negative_prompt"] = [settings["negative_prompt"]] * len(prompts)
         self.pipeline(
             prompt=prompts,
-            negative_prompt=[settings["negative_prompt"]] * len(prompts),
             generator=generators,
             output_type="latent",
             **run,
@@ -125,7 +127,7 @@ class TrajectoryRun:
             return 0
         folder = self._stored()[-1]
         stored = FeatureStatistics.from_pretrained(folder)
-        if stored.facts != json.loads(json.dumps(self.facts)):
+        if stored.facts != self.facts:
             raise ValueError(
                 f"{self.folder} must hold the progress of this collection, got one with other "
                 "prompts, models or settings. Remove it, or restore the old settings."

@@ -1,0 +1,162 @@
+"""What the digits model keeps after learning a glyph: plain LoRA against null-space LoRA, five seeds.
+
+python benchmarks/forgetting_on_digits.py --seeds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import StableDiffusionPipeline
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
+
+from benchmarks.machine import table, write_results
+from diffusers_ext.evaluation.forgetting import evaluate_forgetting
+from examples.digits.check_model import load_pipeline
+from examples.digits.judge import DigitsJudge
+from examples.digits.subjects import (
+    COMMON_FLAGS,
+    INSTANCE_PROMPTS,
+    NULL_SPACE_FLAGS,
+    PLAIN_FLAGS,
+    glyph_share,
+    held_out_prompts,
+    knowledge_prompts,
+    load_with_loras,
+    train_subject,
+)
+
+
+PLAIN_RATES = ("1e-3", "3e-3", "1e-2")
+GLYPHS = tuple(INSTANCE_PROMPTS)
+Figures = dict[str, Any]
+
+
+class Examiner:
+    """Measures LoRAs on the digits model: new glyphs, preserved and held-out prompts."""
+
+    def __init__(self, pictures: int) -> None:
+        self.base, self.pictures = load_pipeline(), pictures
+        self.judge, self.glyph_judge = DigitsJudge(), DigitsJudge(glyphs=True)
+
+    def examine(self, loras: list[Path], glyphs: list[str], seed: int) -> Figures:
+        """Glyph shares, reading shares of base and tuned, and pixel drift."""
+        tuned = load_with_loras(loras)
+        shares = {glyph: self._glyph(tuned, glyph, seed) for glyph in glyphs}
+        report = evaluate_forgetting(
+            self.base,
+            tuned,
+            knowledge_prompts(),
+            held_out_prompts=held_out_prompts(),
+            judge=self.judge.correct,
+            num_images_per_prompt=1,
+            seed=seed,
+            num_inference_steps=20,
+            guidance_scale=3.0,
+            batch_size=50,
+        )
+        return {"glyphs": shares, "groups": report.summary}
+
+    def _glyph(self, tuned: StableDiffusionPipeline, glyph: str, seed: int) -> float:
+        first = 50_000 + 1_000 * seed
+        return glyph_share(tuned, glyph, self.glyph_judge, count=self.pictures, seed=first)[0]
+
+
+def run_seed(examiner: Examiner, folder: Path, seed: int) -> dict[str, Figures]:
+    """All trainings and measurements of one seed; the glyph of the single runs goes round."""
+    glyph = GLYPHS[seed % len(GLYPHS)]
+    results = {}
+    for rate in PLAIN_RATES:
+        flags = (*PLAIN_FLAGS, "--learning_rate", rate)
+        lora = train_subject(folder, f"plain_{rate}_{seed}", glyph, flags, seed=seed)
+        results[f"plain {rate}"] = examiner.examine([lora], [glyph], seed)
+    lora = train_subject(folder, f"null_space_{seed}", glyph, NULL_SPACE_FLAGS, seed=seed)
+    results["null-space"] = examiner.examine([lora], [glyph], seed)
+    loras = []
+    for name in GLYPHS:
+        others = [prompt for other, prompt in INSTANCE_PROMPTS.items() if other != name]
+        reserved = [text for prompt in others for text in ("--other_instance_prompts", prompt)]
+        flags = (*NULL_SPACE_FLAGS, *reserved)
+        loras.append(train_subject(folder, f"{name}_{seed}", name, flags, seed=seed))
+    results["three null-space"] = examiner.examine(loras, list(GLYPHS), seed)
+    return results
+
+
+def figures_of(result: Figures) -> dict[str, float]:
+    """The numbers of one measurement that the table shows."""
+    preserved, held_out = result["groups"]["preserved"], result["groups"]["held_out"]
+    return {
+        "glyph": min(result["glyphs"].values()),
+        "preserved": preserved["accuracy_tuned"],
+        "preserved_base": preserved["accuracy_base"],
+        "held_out": held_out["accuracy_tuned"],
+        "held_out_base": held_out["accuracy_base"],
+        "drift": preserved["pixel_drift"],
+    }
+
+
+def best_plain(results: dict[str, Figures]) -> Figures:
+    """The plain run with the best glyph share; among equals the one that drifts least."""
+    plain = [figures_of(results[f"plain {rate}"]) for rate in PLAIN_RATES]
+    return max(plain, key=lambda figures: (figures["glyph"], -figures["drift"]))
+
+
+def summarize(seeds: list[dict[str, Figures]]) -> tuple[dict[str, Figures], str]:
+    """Mean and worst of every figure over the seeds, and the table."""
+    columns = {
+        "plain LoRA (best of 3 rates)": [best_plain(results) for results in seeds],
+        "null-space LoRA": [figures_of(results["null-space"]) for results in seeds],
+        "three null-space LoRAs at once": [figures_of(r["three null-space"]) for r in seeds],
+    }
+    summary = {
+        name: {
+            key: {"mean": float(np.mean([f[key] for f in runs])), "runs": [f[key] for f in runs]}
+            for key in runs[0]
+        }
+        for name, runs in columns.items()
+    }
+    labels = {
+        "glyph": "new glyph read as itself (worst glyph)",
+        "preserved": "old digits, preserved prompts",
+        "preserved_base": "the same, base model",
+        "held_out": "old digits, held-out pairs and template",
+        "held_out_base": "the same, base model",
+        "drift": "pixel drift, preserved prompts",
+    }
+    rows = []
+    for key, label in labels.items():
+        worst = max if key == "drift" else min
+        cells = [summary[name][key] for name in columns]
+        rows.append([label] + [f"{c['mean']:.4f} ({worst(c['runs']):.4f})" for c in cells])
+    return summary, table(["mean (worst) of the seeds", *columns], rows)
+
+
+def main(input_args: list[str] | None = None) -> None:
+    """Run all seeds and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=100, help="per new glyph")
+    parser.add_argument("--name", default="forgetting_on_digits")
+    args = parser.parse_args(input_args)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    examiner = Examiner(args.pictures)
+    seeds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seeds):
+            seeds.append(run_seed(examiner, Path(folder), seed))
+            summary, text = summarize(seeds)
+            flags = {"common": COMMON_FLAGS, "null-space": NULL_SPACE_FLAGS, "plain": PLAIN_FLAGS}
+            write_results(args.name, {"flags": flags, "summary": summary, "seeds": seeds}, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from diffusers_ext.nullspace.prompts import (
+    check_prompt_length,
+    check_prompts,
+    read_prompts_file,
+    sub_phrases,
+    unique,
+)
+from examples.digits.prompts import make_tokenizer
+
+
+def test_comments_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff# known\n\n  a red café \r\n#a blue one\na red café\n".encode())
+    assert read_prompts_file(path) == ["a red café", "a red café"]
+    path.write_bytes("\ufeffa blue one".encode())
+    assert read_prompts_file(str(path)) == ["a blue one"]
+
+
+def test_missing_prompts_files_are_refused(tmp_path):
+    for path in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(
+            ValueError, match=rf"`path` must be a text file .*, got {path}: no such"
+        ):
+            read_prompts_file(path)
+
+
+@pytest.mark.parametrize(("content", "lines"), [("", 0), ("# a\n\n  \n", 3)])
+def test_empty_prompts_files_are_refused(tmp_path, content, lines):
+    (tmp_path / "prompts.txt").write_text(content)
+    with pytest.raises(ValueError, match=rf"at least one prompt, got .* with {lines} lines"):
+        read_prompts_file(tmp_path / "prompts.txt")
+
+
+def test_sub_phrases_leave_out_one_word_each():
+    assert sub_phrases(["a red seven", "seven"]) == [
+        "a red seven",
+        "seven",
+        "red seven",
+        "a seven",
+        "a red",
+    ]
+    assert sub_phrases(["", "go go"]) == ["", "go go", "go"]
+
+
+def test_unique_keeps_the_first_order():
+    assert unique(["b", "a", "b", ""]) == ["b", "a", ""]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("a red seven", "`prompts` must be a list of prompts, got the string 'a red seven'"),
+        ([], "`prompts` must be a non-empty list of strings, got none"),
+        (["a", None], r"`prompts` must be a non-empty list of strings, got \[None\]"),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_refused(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        check_prompts(prompts)
+
+
+def test_lists_of_prompts_pass():
+    assert check_prompts(("a", ""), "instance_prompts") == ["a", ""]
+    with pytest.raises(ValueError, match="`instance_prompts` must be"):
+        check_prompts([], "instance_prompts")
+
+
+def test_prompts_longer_than_any_encoder_are_refused():
+    longest = " ".join(["red"] * 14)  # 16 tokens with both ends
+    short, long = make_tokenizer(), make_tokenizer()
+    long.model_max_length = 20
+    check_prompt_length(SimpleNamespace(tokenizer=short), [longest, ""])
+    message = r"must fit the tokenizer \(16 tokens\), got 17 tokens in 'red .* Shorten it"
+    with pytest.raises(ValueError, match=message):
+        check_prompt_length(SimpleNamespace(tokenizer=short), ["", longest + " red"])
+    check_prompt_length(SimpleNamespace(tokenizer=long, tokenizer_2=None), [longest + " red"])
+    with pytest.raises(ValueError, match=r"must fit the tokenizer_2 \(16 tokens\)"):
+        check_prompt_length(SimpleNamespace(tokenizer=long, tokenizer_2=short), [longest + " red"])

@@ -1,0 +1,101 @@
+"""The scripts as their users run them: in this process, under a launcher, or killed on the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+from examples.digits.check_model import MODEL_DIR
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROMPTS = (
+    "a photo of the red digit seven",
+    "a blue three",
+    "a picture of a green two",
+    "the number nine in white",
+    "a drawing of the yellow number one",
+)
+
+
+def write_prompts(path: Path, prompts: tuple[str, ...] = PROMPTS) -> Path:
+    path.write_text("\n".join(["# known", "", *prompts, ""]))
+    return path
+
+
+def command_line(**arguments: Any) -> list[str]:
+    """Flags of a script that runs on the digits model; lists are several values of one flag."""
+    arguments = {"pretrained_model_name_or_path": MODEL_DIR, **arguments}
+    line = []
+    for name, value in arguments.items():
+        if value is True:
+            line.append(f"--{name}")
+        elif value is not None:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            line += [f"--{name}", *map(str, values)]
+    return line
+
+
+def environment() -> dict[str, str]:
+    """With as many threads as here, so that sums round alike."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+
+
+def launch(script: str, line: list[str], processes: int) -> str:
+    """Run a script under `accelerate launch` on the CPU; returns what it wrote to stderr."""
+    # `--cpu` would start one process, whatever the number asked for.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+                "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+                "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    done = subprocess.run(
+        [*launcher, f"training/{script}.py", *line],
+        cwd=REPOSITORY,
+        env={**environment(), "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def kill_when(script: str, line: list[str], is_time: Callable[[], bool]) -> None:
+    """Run a script and kill it, without a chance to clean up, as soon as `is_time()`."""
+    process = subprocess.Popen(
+        [sys.executable, f"training/{script}.py", *line],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not is_time():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.001)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -9
+
+
+def assert_same_totals(first: FeatureStatistics, second: FeatureStatistics) -> None:
+    """Equal to the bit, with equal sources and facts."""
+    assert first.moments.keys() == second.moments.keys()
+    assert first.sources == second.sources
+    assert first.facts == second.facts
+    for key, moment in first.moments.items():
+        assert torch.equal(moment.total, second.moments[key].total), key
+        assert moment.count == second.moments[key].count
+
+
+def files_below(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}

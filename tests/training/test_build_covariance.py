@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from diffusers_ext.core.second_moment import LowRankMoment
+from diffusers_ext.nullspace.collect import collect_statistics
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+from examples.digits.check_model import load_pipeline
+from tests.training.script_runs import (
+    PROMPTS,
+    assert_same_totals,
+    command_line,
+    files_below,
+    kill_when,
+    launch,
+    write_prompts,
+)
+from training import build_covariance
+from training.build_covariance import main, parse_args
+
+
+ALL = ("q", "k", "v", "out")
+ARTIFACT = {"config.json", "statistics.safetensors", "report.json"}
+PLOTS = {"plots/spectrum.png", "plots/null_dimensions.png"}
+QUICK = {"num_inference_steps": 2, "guidance_scale": 3.0, "statistics_batch_size": 2}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    return write_prompts(tmp_path / "knowledge.txt")
+
+
+@pytest.fixture
+def build(tmp_path, prompts_file):
+    """Run the script in this process; returns the folder it wrote."""
+
+    def run(name: str = "out", **arguments):
+        arguments = {"knowledge_prompts": prompts_file, **QUICK, **arguments}
+        return main(parse_args(command_line(output_dir=tmp_path / name, **arguments)))
+
+    return run
+
+
+def load(folder) -> FeatureStatistics:
+    return FeatureStatistics.from_pretrained(folder)
+
+
+def picture(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), dtype=np.float32)
+
+
+def test_the_result_is_that_of_the_library(build):
+    folder = build(features=ALL, negative_prompt="a red one", cross_attention_layers=[0, 2])
+    pipeline = load_pipeline()
+    expected = collect_statistics(
+        pipeline,
+        PROMPTS,
+        features=ALL,
+        layers=[0, 2],
+        negative_prompt="a red one",
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        batch_size=2,
+        show_progress=False,
+    )
+    found = load(folder)
+    found.validate()
+    found.check_pipeline(pipeline)
+    expected.facts["base_model"] = found.facts["base_model"]
+    assert_same_totals(found, expected)
+    assert set(found.moments) == {"text"} | {
+        f"{layer}.attn2.to_{slot}"
+        for layer in ("down_blocks.0.attentions.0.transformer_blocks.0",
+                      "mid_block.attentions.0.transformer_blocks.0")
+        for slot in ("q", "out.0")
+    }  # fmt: skip
+    assert files_below(folder) == ARTIFACT | PLOTS
+
+
+def test_report_and_plots(build, caplog):
+    caplog.set_level(logging.INFO)
+    folder = build(features=["q", "k"], nullspace_threshold="2e-2")
+    report = json.loads((folder / "report.json").read_text())
+    statistics = load(folder)
+    assert (report["num_processes"], report["num_inference_steps"]) == (1, 2)
+    assert report["nullspace_threshold"] == 0.02
+    assert report["seconds"] > 0
+    rows = {row["matrix"]: row for row in report["matrices"]}
+    assert rows.keys() == statistics.moments.keys()
+    for key, row in rows.items():
+        values = torch.linalg.eigvalsh(statistics.moments[key].mean)
+        assert row["null_dims"] == int((values < 0.02).sum())
+        assert row["dim"] == len(values)
+    table = next(r.message for r in caplog.records if "null_dims: eigenvalues" in r.message)
+    lines = table.splitlines()[1:]
+    assert lines[0].split() == list(report["matrices"][0])
+    assert len(lines) == 1 + len(rows)
+    assert len({len(line) for line in lines}) == 1
+    for name in PLOTS:
+        assert picture(folder / name).std() > 10
+
+
+def test_more_forms_on_request(build):
+    folder = build(
+        features=["k", "out"],
+        export_layout=True,
+        visual_attention_map=True,
+        num_attention_maps=2,
+        nullspace_threshold=0.01,
+    )
+    statistics, layout = load(folder), FeatureStatistics.from_layout(folder / "layout")
+    assert set(layout.linears) == set(statistics.linears)
+    for key, moment in statistics.moments.items():
+        torch.testing.assert_close(layout.moments[key].mean, moment.mean, rtol=1e-6, atol=1e-7)
+    (metadata,) = set(folder.glob("layout/run_*/*/mid_block*/k_metadata.json"))
+    assert json.loads(metadata.read_text())["nullspace_threshold"] == 0.01
+    maps = [folder / f"plots/attention_{index:03d}.png" for index in range(2)]
+    assert picture(maps[0]).shape != picture(maps[1]).shape  # prompts of other lengths
+    assert not (folder / "plots/attention_002.png").exists()
+
+
+def test_compressed_statistics(build):
+    folder = build(compress=0.99)
+    moment = load(folder).moments["text"]
+    assert isinstance(moment, LowRankMoment)
+    assert moment.vectors.shape[1] < 40
+    assert load(folder).facts["compressed_energy"] == 0.99
+
+
+def test_reduced_precision_with_attention_maps(build):
+    folder = build(
+        features=["q", "v"],
+        mixed_precision="bf16",
+        visual_attention_map=True,
+        num_attention_maps=1,
+    )
+    load(folder).check_pipeline(load_pipeline())
+    assert picture(folder / "plots/attention_000.png").std() > 10
+
+
+CONFIG = {
+    "output_dir": "the_trained_model",
+    "train_batch_size": 8,
+    "seed": 5,
+    "guidance_scale": 3,
+    "statistics_batch_size": 2,
+    "nullbooth": {
+        "enable": True,
+        "visual_attention_map": True,
+        "num_denoising_steps": 2,
+        "nullspace_threshold": "2e-2",
+        "collect_features": {
+            "q_features": True,
+            "k_features": True,
+            "v_features": False,
+            "out_features": True,
+        },
+        "cross_attention_layers": [1, 3],
+    },
+}
+
+
+def test_the_original_yaml_gives_the_same_as_flags(build, tmp_path, prompts_file):
+    block = {
+        **CONFIG["nullbooth"],
+        "original_knowledge_prompts": str(prompts_file),
+        "cov_matrices_output_dir": str(tmp_path / "from_file"),
+    }
+    path = tmp_path / "nullbooth.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, "nullbooth": block}).replace("'2e-2'", "2e-2"))
+    assert "nullspace_threshold: 2e-2\n" in path.read_text()
+    from_file = main(parse_args(command_line(config=path)))
+    from_flags = build(
+        "from_flags",
+        seed=5,
+        features=["q", "k", "out"],
+        cross_attention_layers=[1, 3],
+        nullspace_threshold=0.02,
+        visual_attention_map=True,
+    )
+    assert from_file == tmp_path / "from_file"
+    assert_same_totals(load(from_file), load(from_flags))
+    reports = [json.loads((f / "report.json").read_text()) for f in (from_file, from_flags)]
+    for report in reports:
+        assert report.pop("seconds") > 0
+    assert reports[0] == reports[1]
+    assert files_below(from_file) == files_below(from_flags)
+    maps = [(f / "plots/attention_003.png").read_bytes() for f in (from_file, from_flags)]
+    assert maps[0] == maps[1]
+
+
+def test_two_processes_give_the_statistics_of_one(build, tmp_path, prompts_file):
+    one = load(build("one", features=ALL))
+    line = command_line(
+        knowledge_prompts=prompts_file, output_dir=tmp_path / "two", features=ALL, **QUICK
+    )
+    launch("build_covariance", line, processes=2)
+    two = load(tmp_path / "two")
+    assert files_below(tmp_path / "two") == ARTIFACT | PLOTS
+    assert json.loads((tmp_path / "two/report.json").read_text())["num_processes"] == 2
+    assert (two.sources, two.facts) == (one.sources, one.facts)
+    for key, moment in one.moments.items():
+        assert two.moments[key].count == moment.count
+        scale = moment.total.abs().max()
+        assert ((two.moments[key].total - moment.total).abs().max() / scale) < 1e-14
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(build, tmp_path):
+    prompts_file = write_prompts(
+        tmp_path / "many.txt",
+        tuple(f"a {color} {digit}" for color in ("red", "blue", "green", "white")
+              for digit in ("one", "two", "three", "four", "five", "six")),
+    )  # fmt: skip
+    settings = {**QUICK, "statistics_batch_size": 1, "knowledge_prompts": prompts_file}
+    features = ["q", "v", "out"]
+    whole = build("whole", features=features, **settings)
+    killed = tmp_path / "killed"
+    line = command_line(output_dir=killed, features=features, export_layout=True, **settings)
+    part = killed / "progress/part-0-of-1"
+    moments = (
+        lambda: (killed / "progress/run.json").exists(),
+        lambda: (part / "batches-8").exists(),
+        lambda: (part / "batches-24").exists(),
+        lambda: (killed / ".partial-output/layout").exists(),
+    )
+    for number, is_time in enumerate(moments):
+        kill_when("build_covariance", line, is_time)
+        assert not (killed / "config.json").exists()
+        line += ["--resume_from_checkpoint", "latest"] if number == 0 else []
+    build("killed", features=features, resume_from_checkpoint="latest", **settings)
+    assert_same_totals(load(killed), load(whole))
+    assert files_below(killed) == ARTIFACT | PLOTS
+
+
+def bad_prompts(folder, text: str) -> dict:
+    (folder / "bad.txt").write_text(text)
+    return {"knowledge_prompts": folder / "bad.txt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda _: {"knowledge_prompts": "nowhere.txt"}, "got nowhere.txt: no such file"),
+        (lambda f: bad_prompts(f, "# only\n\n"), "must hold at least one prompt, got .*bad.txt"),
+        (lambda f: bad_prompts(f, "one two " * 9), r"must fit the tokenizer \(16 tokens\), got 20"),
+        (lambda _: {"features": ["q", "w"]}, r"`features` must be among .*got \['w'\]"),
+        (lambda _: {"cross_attention_layers": [0, 7]}, "indices from 0 to 6, got"),
+        (lambda _: {"cross_attention_layers": ["mid"]}, "must be 'all' or indices, got"),
+        (lambda _: {"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0"),
+        (lambda _: {"statistics_batch_size": 0}, "`statistics_batch_size` must be at least 1"),
+        (lambda _: {"num_attention_maps": 0}, "`num_attention_maps` must be at least 1, got 0"),
+        (lambda _: {"nullspace_threshold": 0}, "`nullspace_threshold` must be positive, got 0"),
+        (lambda _: {"compress": 1.5}, r"`compress` must be a share .* in \(0, 1\], got 1.5"),
+        (lambda _: {"seed": -1}, "`seed` must be from 0 to .*, got -1"),
+        (lambda _: {"resume_from_checkpoint": "latest"}, "got 'latest' but .*out holds none"),
+        (lambda _: {"resume_from_checkpoint": "checkpoint-8"}, "must be 'latest' for statistics"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(build, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build("deep/out", **{"features": ["q", "k"], **arguments(tmp_path)})
+    assert not (tmp_path / "deep/out").exists()
+
+
+def test_features_that_are_not_finite(build, tmp_path, monkeypatch):
+    def load_broken(*_):
+        pipeline = load_pipeline()
+        pipeline.unet.mid_block.attentions[0].proj_in.bias.data[3] = float("nan")
+        return pipeline
+
+    monkeypatch.setattr(build_covariance, "load_pipeline", load_broken)
+    with pytest.raises(ValueError, match="attn2.to_q` must be finite, got a second moment"):
+        build(features=["q", "k"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file(build, prompts_file):
+    with pytest.raises(ValueError, match="`output_dir` must be a folder, got .*knowledge.txt"):
+        build(prompts_file.name)
+    assert "a blue three" in prompts_file.read_text()
+
+
+def test_a_failure_while_writing_leaves_the_old_result(build, tmp_path, monkeypatch):
+    folder = build()
+    before = {name: (folder / name).read_bytes() for name in files_below(folder)}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("training.statistics_report.plot_null_dimensions", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build(seed=1)
+    assert {name: (folder / name).read_bytes() for name in files_below(folder)} == before
+    assert sorted(path.name for path in folder.iterdir()) == sorted(ARTIFACT | {"plots"})
+
+
+def test_without_matplotlib(build, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    for module in (build_covariance, "training.statistics_report"):
+        target = module if isinstance(module, str) else module.__name__
+        monkeypatch.setattr(f"{target}.has_matplotlib", lambda: False)
+    folder = build()
+    assert files_below(folder) == ARTIFACT
+    assert "No plots: they need matplotlib" in caplog.text
+    with pytest.raises(ValueError, match="`visual_attention_map` must have matplotlib, got none"):
+        build("maps", visual_attention_map=True)
+    assert not (tmp_path / "maps").exists()
+
+
+def test_a_threshold_below_all_eigenvalues_is_pointed_out(build, caplog):
+    build(nullspace_threshold=1e-9)
+    assert "No eigenvalue is below `nullspace_threshold` 1e-09 in 1 of 1 matrices" in caplog.text
+
+
+class FakeHub:
+    """Takes the place of `HfApi`; keeps what was asked for."""
+
+    calls: ClassVar[list[tuple[str, dict]]] = []
+
+    def __init__(self, token=None):
+        self.calls.append(("token", {"token": token}))
+
+    def create_repo(self, name, **arguments):
+        self.calls.append((name, arguments))
+        return SimpleNamespace(repo_id=f"user/{name}")
+
+    def upload_folder(self, **arguments):
+        self.calls.append(("upload", arguments))
+        return "https://hub/commit"
+
+
+def test_upload_with_a_card(build, monkeypatch):
+    monkeypatch.setattr("training.publish.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [])
+    folder = build(push_to_hub=True, hub_model_id="known", hub_token="secret")
+    assert FakeHub.calls[0] == ("token", {"token": "secret"})
+    (repository,) = (arguments for name, arguments in FakeHub.calls if name == "known")
+    assert repository["private"] is False
+    (upload,) = (arguments for name, arguments in FakeHub.calls if name == "upload")
+    assert (upload["repo_id"], str(upload["folder_path"])) == ("user/known", str(folder))
+    card = ModelCard((folder / "README.md").read_text())
+    assert "FeatureStatistics" in card.text
+    assert card.data.base_model is None  # a folder, which the Hub does not know
+    assert "feature-statistics" in card.data.tags
+    assert "secret" not in (folder / "report.json").read_text() + card.content

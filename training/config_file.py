@@ -1,0 +1,149 @@
+"""Arguments from a YAML file under those of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.arguments import argument_names
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser,
+    input_args: Sequence[str] | None,
+    required: Sequence[str],
+    read_block: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    groups: Sequence[Callable[[argparse.ArgumentParser], None]] = (),
+) -> argparse.Namespace:
+    """Parse flags over an optional YAML file.
+
+    What the file holds is parsed as if it were written as flags, with the same types and choices; a
+    flag of the command line replaces it.
+
+    Args:
+        parser: with a `--config` argument.
+        input_args: command line; `None` takes the process's.
+        required: names that the file or the flags must give.
+        read_block: turns nested blocks of the file into flat argument names.
+        groups: of all scripts that share one file. Names in them that `parser` lacks are another
+            script's and are passed over; all other names are errors.
+    """
+    input_args = sys.argv[1:] if input_args is None else list(input_args)
+    path = parser.parse_known_args(input_args)[0].config
+    if path is not None:
+        values = read_config(path)
+        values = values if read_block is None else read_block(values)
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(values.keys() - known - argument_names(groups))
+        if unknown:
+            parser.error(f"`{path}` must hold known arguments, got {unknown}")
+        input_args = [*_as_flags(parser, values, input_args), *input_args]
+    args = parser.parse_args(input_args)
+    missing = [name for name in required if getattr(args, name) is None]
+    if missing:
+        parser.error(f"these arguments must be given: {', '.join('--' + name for name in missing)}")
+    if getattr(args, "report_to", None) == "wandb" and args.hub_token:
+        parser.error("`--hub_token` must not be used with `--report_to wandb`, which would log it")
+    return args
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The mapping of a YAML file; raises `ValueError` for a missing or other file."""
+    if not Path(path).is_file():
+        raise ValueError(f"`config` must be a YAML file, got {path}: no such file.")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`config` must be a YAML file, got {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"`config` must be a YAML mapping, got {type(values).__name__} in {path}.")
+    return values
+
+
+def _as_flags(
+    parser: argparse.ArgumentParser, values: dict[str, Any], input_args: Sequence[str]
+) -> list[str]:
+    """The values that `parser` knows and the command line does not give, as flags."""
+    actions = {action.dest: action for action in parser._actions}
+    unset = argparse.Namespace(**dict.fromkeys(actions))
+    given = vars(parser.parse_known_args(input_args, unset)[0])
+    flags: list[str] = []
+    for name, value in values.items():
+        if name in actions and value is not None and given[name] is None:
+            try:
+                flags += _as_flag(actions[name], value)
+            except ValueError as error:
+                parser.error(str(error))
+    return flags
+
+
+def _as_flag(action: argparse.Action, value: Any) -> list[str]:
+    flag = action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"`{action.dest}` must be true or false, got {value!r}")
+        # Without a flag for False, False is the default.
+        return [flag] if value else action.option_strings[1:2]
+    if isinstance(value, dict):
+        raise ValueError(f"`{action.dest}` must not be a mapping, got {value!r}")
+    if action.nargs is not None:
+        return [flag, *map(str, value if isinstance(value, list) else [value])]
+    if isinstance(action, argparse._AppendAction):
+        return [f"{flag}={item}" for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list):
+        raise ValueError(f"`{action.dest}` must be one value, got {value!r}")
+    return [f"{flag}={value}"]
+
+
+_BLOCK_NAMES = {
+    "original_knowledge_prompts": "knowledge_prompts",
+    "num_denoising_steps": "num_inference_steps",
+    "nullspace_threshold": "nullspace_threshold",
+    "cross_attention_layers": "cross_attention_layers",
+    "visual_attention_map": "visual_attention_map",
+    "collect_features": "features",
+    "enable": "enable",
+}
+
+
+def read_nullbooth_block(
+    values: dict[str, Any], covariance_dir: str = "statistics"
+) -> dict[str, Any]:
+    """Flat arguments from a file whose `nullbooth:` block has the keys of the original system.
+
+    Args:
+        values: content of the file.
+        covariance_dir: the argument that `cov_matrices_output_dir` gives: `"statistics"` where they
+            are read, `"output_dir"` where they are written.
+    """
+    values = dict(values)
+    block = values.pop("nullbooth", None) or {}
+    if not isinstance(block, dict):
+        raise ValueError(f"`nullbooth` must be a mapping, got {block!r}.")
+    names = {**_BLOCK_NAMES, "cov_matrices_output_dir": covariance_dir}
+    unknown = sorted(block.keys() - names.keys())
+    if unknown:
+        raise ValueError(f"`nullbooth` must have keys among {sorted(names)}, got {unknown}.")
+    flat = {names[key]: value for key, value in block.items()}
+    if "features" in flat:
+        flat["features"] = _chosen_features(flat["features"])
+    # The file's `output_dir` is the trained model's; the statistics have a folder of their own.
+    both = sorted((flat.keys() & values.keys()) - {"output_dir"})
+    if both:
+        raise ValueError(f"`nullbooth` must not repeat what stands outside of it, got {both}.")
+    return {**values, **flat}
+
+
+def _chosen_features(chosen: Any) -> list[str]:
+    wanted = list(chosen.values()) if isinstance(chosen, dict) else []
+    if not any(wanted) or not all(isinstance(value, bool) for value in wanted):
+        raise ValueError(
+            "`collect_features` must map names like `k_features` to true or false, one at least "
+            f"true, got {chosen!r}."
+        )
+    return [name.removesuffix("_features") for name, wanted in chosen.items() if wanted]
