@@ -5,7 +5,7 @@ Hub; nothing else happens at import.
 """
 
 from diffusers import ModelMixin
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
 from diffusers_ext.community import custom_pipeline_path
 from diffusers_ext.core.artifacts import Artifact
@@ -67,11 +67,12 @@ __all__ = [
     "use_processors",
 ]
 
-# diffusers finds components of other libraries by these names in the library's own namespace.
-LOADABLE_CLASSES.setdefault(
-    "diffusers_ext",
-    {
-        "ModelMixin": ["save_pretrained", "from_pretrained"],
-        "Artifact": ["save_pretrained", "from_pretrained"],
-    },
-)
+# diffusers finds the components of other libraries by the names of their base classes: by the library
+# when it saves, among those of all libraries when it loads.
+_LOADABLE = {
+    "ModelMixin": ["save_pretrained", "from_pretrained"],
+    "Artifact": ["save_pretrained", "from_pretrained"],
+}
+LOADABLE_CLASSES.setdefault("diffusers_ext", _LOADABLE)
+for _name, _methods in _LOADABLE.items():
+    ALL_IMPORTABLE_CLASSES.setdefault(_name, _methods)

@@ -65,7 +65,18 @@ def collect(
     prompts: list[str],
     progress_dir: str | Path | None = None,
 ) -> FeatureStatistics:
-    """Statistics of `prompts` with the command line's settings, over all processes."""
+    """Statistics of `prompts` with the command line's settings, over all processes.
+
+    Those among them that belong to other subjects weigh as much as all the rest: a subject's rare token
+    would else look nearly free to the next one.
+    """
+    others = [prompt for prompt in prompts if prompt in args.other_instance_prompts]
+    knowledge = [prompt for prompt in prompts if prompt not in others]
+    if knowledge and others:
+        statistics = collect(args, pipeline, accelerator, knowledge, progress_dir)
+        reserved_dir = None if progress_dir is None else Path(progress_dir, "other_subjects")
+        reserved = collect(args, pipeline, accelerator, others, reserved_dir)
+        return statistics.merge(reserved, times=len(knowledge))
     features, layers = check_features(args.features), read_layers(args.cross_attention_layers)
     find_linears(pipeline.unet, features, layers)  # a wrong layer index stops here
     statistics = collect_statistics(
@@ -123,7 +134,7 @@ def load_or_collect(
     for name, value in settings.get("run", {}).items():
         setattr(extra, name, value)
     added = collect(extra, pipeline, accelerator, list(args.other_instance_prompts))
-    return statistics.merge(added)
+    return statistics.merge(added, times=len(statistics.facts["prompts"]))
 
 
 def _check_asked(args: argparse.Namespace, settings: dict[str, Any]) -> None:

@@ -109,6 +109,10 @@ class SecondMoment:
         self.floor = max(self.floor, other.floor)
         return self
 
+    def repeated(self, times: int) -> SecondMoment:
+        """A copy as of the same stream seen `times` times."""
+        return SecondMoment.from_total(self.total * times, self.count * times, self.floor)
+
     def all_reduce(self) -> SecondMoment:
         """Sum over the processes of `torch.distributed`; does nothing in a single process."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,6 +1,7 @@
 """Null-space DreamBooth: teach a subject along directions that existing knowledge does not use."""
 
 from diffusers_ext.nullspace.collect import collect_statistics
+from diffusers_ext.nullspace.debleed import debleed_lora
 from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions
 from diffusers_ext.nullspace.lora import (
     add_null_space_lora,
@@ -8,7 +9,7 @@ from diffusers_ext.nullspace.lora import (
     preservation_penalty,
     save_lora,
 )
-from diffusers_ext.nullspace.lora_files import check_loaded_lora, debleed_lora, export_lora
+from diffusers_ext.nullspace.lora_files import check_loaded_lora, export_lora
 from diffusers_ext.nullspace.pipeline import (
     NullSpaceDreamBoothPipeline,
     NullSpaceDreamBoothXLPipeline,

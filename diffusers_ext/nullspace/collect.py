@@ -118,7 +118,7 @@ def collect_statistics(
         moments[TEXT] = text_moment(pipeline, texts, batch_size=16 * batch_size, shard=shard)
         if guided and shard[0] == 0:
             # Every picture reads the unconditional prompt once, as often as all others together.
-            moments[TEXT].merge(repeated(text_moment(pipeline, guided), len(prompts)))
+            moments[TEXT].merge(text_moment(pipeline, guided).repeated(len(prompts)))
     if rest:
         run = TrajectoryRun(pipeline, rest, facts, shard, progress_dir, show_progress)
         trajectory_moments, trajectory_sources = run.collect(unique([*prompts, *guided]))
@@ -146,11 +146,6 @@ def _scheduler_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
     # Trained betas may be an array.
     own = json.loads(json.dumps(own, default=str))
     return {"class": type(pipeline.scheduler).__name__, **own}
-
-
-def repeated(moment: SecondMoment, times: int) -> SecondMoment:
-    """The second moment of a stream that is seen `times` times."""
-    return SecondMoment.from_total(moment.total * times, moment.count * times, moment.floor)
 
 
 def text_only(denoiser: torch.nn.Module, linear: str) -> bool:

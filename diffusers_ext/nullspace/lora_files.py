@@ -1,9 +1,10 @@
-"""LoRA files: read them module by module, project them, write them for diffusers or ComfyUI/kohya."""
+"""LoRA files: read them module by module, check them, write them for diffusers or ComfyUI/kohya."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.nullspace.projector import NullSpaceProjector, project_rows
-from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 FORMATS = ("diffusers", "kohya")
 StateDict = dict[str, torch.Tensor]
+_FLAT_ENCODER = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
 # Spellings of one thing in LoRA files that diffusers has written over the years.
 _SUFFIXES = {
     ".lora_A.weight": ".lora_A.weight",
@@ -158,28 +158,32 @@ def export_lora(
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}, got {format!r}.")
-    _check_output_path(output_path)
+    check_output_path(output_path)
     lora = read_lora(path)
     check_lora_effect(lora)
     exported = lora if format == "diffusers" else _to_kohya(lora)
     if output_path is not None:
-        _write(exported, output_path)
+        write_lora(exported, output_path)
     return exported
 
 
-def _check_output_path(output_path: str | os.PathLike | None) -> None:
+def check_output_path(output_path: str | os.PathLike | None) -> None:
+    """Raise `ValueError` for a file to write that is no safetensors file; `None` passes."""
     if output_path is not None and Path(output_path).suffix != ".safetensors":
         raise ValueError(f"`output_path` must end in .safetensors, got {output_path}.")
 
 
-def _write(lora: StateDict, output_path: str | os.PathLike) -> None:
+def write_lora(lora: StateDict, output_path: str | os.PathLike) -> None:
+    """Write a LoRA file, whole or not at all; its folder is made when absent."""
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     contiguous = {key: tensor.contiguous() for key, tensor in lora.items()}
     write_atomically(output_path, save(contiguous, metadata={"format": "pt"}))
 
 
 def _to_kohya(lora: StateDict) -> StateDict:
-    exported = convert_state_dict_to_kohya(lora)
+    # Newer text encoders lack a wrapper whose name the other programs expect.
+    named = {_FLAT_ENCODER.sub(r"\1.text_model.encoder.", key): lora[key] for key in lora}
+    exported = convert_state_dict_to_kohya(named)
     two_encoders = any(key.startswith("text_encoder_2.") for key in lora)
     if not two_encoders:  # one text encoder is `te`, two are `te1` and `te2`
         exported = {key.replace("lora_te1_", "lora_te_"): value for key, value in exported.items()}
@@ -190,56 +194,15 @@ def _to_kohya(lora: StateDict) -> StateDict:
             f"Every LoRA key must have a kohya counterpart, got {len(weights)} for {len(lora)} "
             f"(without one: {strange[:3]})."
         )
-    return exported
+    return _with_one_alpha(exported)
 
 
-def debleed_lora(
-    lora: str | os.PathLike | Mapping[str, torch.Tensor],
-    statistics: FeatureStatistics,
-    *,
-    projector: NullSpaceProjector | None = None,
-    uncovered: str = "error",
-    output_path: str | os.PathLike | None = None,
-    **criterion: float,
-) -> StateDict:
-    """Take out of an existing LoRA what acts on preserved inputs: `A <- A P`, without training.
-
-    Args:
-        lora: as in `read_lora`, for the model that `statistics` were collected on.
-        statistics: of the prompts to protect.
-        projector: ready projector, in place of `criterion`.
-        uncovered: what to do with modules that have no statistic: `"error"`, `"keep"`, `"drop"`.
-        output_path: file to write in diffusers format; `None` only returns the state dict.
-        criterion: one of `NullSpaceProjector.from_statistics`, e.g. `damping=1e-3`, `energy=1e-4`.
-
-    Returns:
-        The projected LoRA, keys as in `read_lora`, dtypes as they were.
-    """
-    if uncovered not in ("error", "keep", "drop"):
-        raise ValueError(f"`uncovered` must be 'error', 'keep' or 'drop', got {uncovered!r}.")
-    _check_output_path(output_path)
-    if (projector is None) != bool(criterion):
-        raise ValueError("Either `projector` or one criterion must be given, got neither or both.")
-    projector = projector or NullSpaceProjector.from_statistics(statistics, **criterion)
-    projections = projector.projections()
-    result: StateDict = {}
-    missing = []
-    for key, tensor in read_lora(lora).items():
-        component, _, name = key.rsplit(".lora_", 1)[0].partition(".")
-        linear = name if component in ("unet", "transformer") else None
-        if linear in projections:
-            is_a = key.endswith(".lora_A.weight")
-            result[key] = project_rows(tensor, projections[linear]) if is_a else tensor
-        else:
-            missing.append(key)
-            if uncovered == "keep":
-                result[key] = tensor
-    if missing and uncovered == "error":
-        raise ValueError(
-            f"`statistics` must cover every module of the LoRA, got none for {len(missing) // 2}, the "
-            f"first is {missing[0]!r}. Collect more features, or pass uncovered='keep' or 'drop'."
-        )
-    check_lora_effect(result)
-    if output_path is not None:
-        _write(result, output_path)
-    return result
+def _with_one_alpha(lora: StateDict) -> StateDict:
+    """The same updates with one alpha for all modules: diffusers misreads several."""
+    alphas = {key: tensor for key, tensor in lora.items() if key.endswith(".alpha")}
+    largest = max(alphas.values())
+    scaled = dict(lora)
+    for key, alpha in alphas.items():
+        up = key.replace(".alpha", ".lora_up.weight")
+        scaled[key], scaled[up] = largest.clone(), lora[up] * (alpha / largest).item()
+    return scaled

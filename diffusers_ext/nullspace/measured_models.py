@@ -30,12 +30,12 @@ def model_fingerprints(pipeline: Any, names: Iterable[str]) -> dict[str, Any]:
     """
     found = {}
     for name in names:
-        if name != "denoiser" and name not in pipeline.components:
+        if name != "denoiser" and not hasattr(pipeline, name):
             raise ValueError(
                 f"`statistics` must be of this pipeline's models, got some of a {name!r}, which "
                 f"{type(pipeline).__name__} lacks."
             )
-        model = denoiser_of(pipeline) if name == "denoiser" else pipeline.components[name]
+        model = denoiser_of(pipeline) if name == "denoiser" else getattr(pipeline, name)
         if model is not None:
             found[name] = fingerprint(model)
     return found

@@ -91,12 +91,19 @@ class FeatureStatistics(Artifact):
 
     # Combining
 
-    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+    def merge(self, other: FeatureStatistics, times: int = 1) -> FeatureStatistics:
         """Add the statistics of further prompts of the same model; both must cover the same Linears.
+
+        Args:
+            other: statistics of the further prompts.
+            times: count them as if seen this often; a few prompts that matter, such as those of other
+                subjects, would else drown among many.
 
         Raises:
             ValueError: other models, other Linears, other settings, or one of them is compressed.
         """
+        if times < 1:
+            raise ValueError(f"`times` must be at least 1, got {times}.")
         self.check_same_models(other.facts["models"])
         if self.sources != other.sources:
             raise ValueError("`other` must cover the same Linears, got other features or layers.")
@@ -112,7 +119,7 @@ class FeatureStatistics(Artifact):
                         "Compressed statistics must not be merged: merge, then compress."
                     )
         for key, moment in self.moments.items():
-            moment.merge(other.moments[key])
+            moment.merge(other.moments[key].repeated(times))
         self.facts["prompts"] = unique(self.facts["prompts"] + other.facts["prompts"])
         self._spectra.clear()
         return self

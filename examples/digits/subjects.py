@@ -28,7 +28,7 @@ INSTANCE_PROMPTS = {
 }
 # Same steps, batch and schedule for both, so that only the method differs.
 COMMON_FLAGS = ("--max_train_steps", "1000", "--train_batch_size", "8", "--lr_scheduler", "cosine")
-NULL_SPACE_FLAGS = ("--directions", "generalized", "--rank", "1", "--learning_rate", "6e-2")
+NULL_SPACE_FLAGS = ("--directions", "generalized", "--rank", "1", "--learning_rate", "1e-1")
 PLAIN_FLAGS = ("--directions", "plain", "--rank", "8")
 
 

@@ -237,3 +237,14 @@ def test_low_rank_moments_say_how_they_are_stored():
     moment = made_up().compress(0.5).moments[TEXT]
     assert isinstance(moment, LowRankMoment)
     assert moment.vectors.dtype == torch.float32
+
+
+def test_merge_may_count_the_other_as_seen_several_times():
+    first, second = made_up(0), made_up(1)
+    total = first.moments[TEXT].total + 3 * second.moments[TEXT].total
+    first.merge(second, times=3)
+    torch.testing.assert_close(first.moments[TEXT].total, total, rtol=1e-15, atol=1e-15)
+    assert first.moments[TEXT].count == 40
+    assert same(second, made_up(1))
+    with pytest.raises(ValueError, match="`times` must be at least 1, got 0"):
+        first.merge(second, times=0)

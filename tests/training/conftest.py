@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
+from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+from examples.digits.check_model import load_pipeline
 from examples.digits.pictures import draw_glyphs, tint
-from tests.training.script_runs import command_line
+from tests.tiny_lora import add_random_lora
+from tests.training.script_runs import EVALUATED, QUICK, command_line, write_prompts
+from training import build_covariance, evaluate_nullspace
 from training.train_nullspace_dreambooth import main, parse_args
 
 
@@ -68,5 +73,58 @@ def teach(subject_line, fresh_accelerator):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         return main(parse_args(subject_line(name, **arguments)))
+
+    return run
+
+
+@pytest.fixture
+def prompts_file(tmp_path) -> Path:
+    """A prompts file with a comment and blank lines."""
+    return write_prompts(tmp_path / "knowledge.txt")
+
+
+@pytest.fixture
+def build(tmp_path, prompts_file, fresh_accelerator):
+    """Run the collection script in this process; returns the folder it wrote."""
+
+    def run(name: str = "out", **arguments) -> Path:
+        arguments = {"knowledge_prompts": prompts_file, **QUICK, **arguments}
+        line = command_line(output_dir=tmp_path / name, **arguments)
+        return build_covariance.main(build_covariance.parse_args(line))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def loras(tmp_path_factory) -> list[Path]:
+    """Folders of two random LoRAs for the digits model."""
+    folders = []
+    for seed in (1, 2):
+        pipeline = load_pipeline()
+        add_random_lora(pipeline.unet, ["attn2.to_k", "attn2.to_v"], seed=seed)
+        folders.append(tmp_path_factory.mktemp(f"lora_{seed}"))
+        layers = get_peft_model_state_dict(pipeline.unet)
+        pipeline.save_lora_weights(folders[-1], unet_lora_layers=layers)
+    return folders
+
+
+@pytest.fixture
+def evaluate(tmp_path, loras, fresh_accelerator):
+    """Run the evaluation script in this process; returns its report."""
+
+    def run(name: str = "out", several: list[Path] | None = None, **arguments) -> ForgettingReport:
+        arguments = {
+            "output_dir": tmp_path / name,
+            "knowledge_prompts": write_prompts(tmp_path / "known.txt", EVALUATED),
+            "lora": None if several else loras[0],
+            "num_inference_steps": 2,
+            "guidance_scale": 3.0,
+            "num_images_per_prompt": 2,
+            **arguments,
+        }
+        line = command_line(**arguments)
+        for lora in several or ():
+            line += ["--lora", str(lora)]
+        return evaluate_nullspace.main(evaluate_nullspace.parse_args(line))
 
     return run

@@ -25,6 +25,9 @@ PROMPTS = (
     "a drawing of the yellow number one",
 )
 
+EVALUATED = PROMPTS[:2]
+QUICK = {"num_inference_steps": 2, "guidance_scale": 3.0, "statistics_batch_size": 2}
+
 
 def write_prompts(path: Path, prompts: tuple[str, ...] = PROMPTS) -> Path:
     path.write_text("\n".join(["# known", "", *prompts, ""]))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -22,9 +21,6 @@ from tests.training.script_runs import (
     assert_same_totals,
     command_line,
     files_below,
-    kill_when,
-    launch,
-    write_prompts,
 )
 from training import build_covariance
 from training.build_covariance import main, parse_args
@@ -33,29 +29,6 @@ from training.build_covariance import main, parse_args
 ALL = ("q", "k", "v", "out")
 ARTIFACT = {"config.json", "statistics.safetensors", "report.json"}
 PLOTS = {"plots/spectrum.png", "plots/null_dimensions.png"}
-QUICK = {"num_inference_steps": 2, "guidance_scale": 3.0, "statistics_batch_size": 2}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def prompts_file(tmp_path):
-    return write_prompts(tmp_path / "knowledge.txt")
-
-
-@pytest.fixture
-def build(tmp_path, prompts_file):
-    """Run the script in this process; returns the folder it wrote."""
-
-    def run(name: str = "out", **arguments):
-        arguments = {"knowledge_prompts": prompts_file, **QUICK, **arguments}
-        return main(parse_args(command_line(output_dir=tmp_path / name, **arguments)))
-
-    return run
 
 
 def load(folder) -> FeatureStatistics:
@@ -204,111 +177,6 @@ def test_the_original_yaml_gives_the_same_as_flags(build, tmp_path, prompts_file
     assert files_below(from_file) == files_below(from_flags)
     maps = [(f / "plots/attention_003.png").read_bytes() for f in (from_file, from_flags)]
     assert maps[0] == maps[1]
-
-
-def test_two_processes_give_the_statistics_of_one(build, tmp_path, prompts_file):
-    one = load(build("one", features=ALL))
-    line = command_line(
-        knowledge_prompts=prompts_file, output_dir=tmp_path / "two", features=ALL, **QUICK
-    )
-    launch("build_covariance", line, processes=2)
-    two = load(tmp_path / "two")
-    assert files_below(tmp_path / "two") == ARTIFACT | PLOTS
-    assert json.loads((tmp_path / "two/report.json").read_text())["num_processes"] == 2
-    assert (two.sources, two.facts) == (one.sources, one.facts)
-    for key, moment in one.moments.items():
-        assert two.moments[key].count == moment.count
-        scale = moment.total.abs().max()
-        assert ((two.moments[key].total - moment.total).abs().max() / scale) < 1e-14
-
-
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(build, tmp_path):
-    prompts_file = write_prompts(
-        tmp_path / "many.txt",
-        tuple(f"a {color} {digit}" for color in ("red", "blue", "green", "white")
-              for digit in ("one", "two", "three", "four", "five", "six")),
-    )  # fmt: skip
-    settings = {**QUICK, "statistics_batch_size": 1, "knowledge_prompts": prompts_file}
-    features = ["q", "v", "out"]
-    whole = build("whole", features=features, **settings)
-    killed = tmp_path / "killed"
-    line = command_line(output_dir=killed, features=features, export_layout=True, **settings)
-    part = killed / "progress/part-0-of-1"
-    moments = (
-        lambda: (killed / "progress/run.json").exists(),
-        lambda: (part / "batches-8").exists(),
-        lambda: (part / "batches-24").exists(),
-        lambda: (killed / ".partial-output/layout").exists(),
-    )
-    for number, is_time in enumerate(moments):
-        kill_when("build_covariance", line, is_time)
-        assert not (killed / "config.json").exists()
-        line += ["--resume_from_checkpoint", "latest"] if number == 0 else []
-    build("killed", features=features, resume_from_checkpoint="latest", **settings)
-    assert_same_totals(load(killed), load(whole))
-    assert files_below(killed) == ARTIFACT | PLOTS
-
-
-def bad_prompts(folder, text: str) -> dict:
-    (folder / "bad.txt").write_text(text)
-    return {"knowledge_prompts": folder / "bad.txt"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (lambda _: {"knowledge_prompts": "nowhere.txt"}, "got nowhere.txt: no such file"),
-        (lambda f: bad_prompts(f, "# only\n\n"), "must hold at least one prompt, got .*bad.txt"),
-        (lambda f: bad_prompts(f, "one two " * 9), r"must fit the tokenizer \(16 tokens\), got 20"),
-        (lambda _: {"features": ["q", "w"]}, r"`features` must be among .*got \['w'\]"),
-        (lambda _: {"cross_attention_layers": [0, 7]}, "indices from 0 to 6, got"),
-        (lambda _: {"cross_attention_layers": ["mid"]}, "must be 'all' or indices, got"),
-        (lambda _: {"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0"),
-        (lambda _: {"statistics_batch_size": 0}, "`statistics_batch_size` must be at least 1"),
-        (lambda _: {"num_attention_maps": 0}, "`num_attention_maps` must be at least 1, got 0"),
-        (lambda _: {"nullspace_threshold": 0}, "`nullspace_threshold` must be positive, got 0"),
-        (lambda _: {"compress": 1.5}, r"`compress` must be a share .* in \(0, 1\], got 1.5"),
-        (lambda _: {"seed": -1}, "`seed` must be from 0 to .*, got -1"),
-        (lambda _: {"resume_from_checkpoint": "latest"}, "got 'latest' but .*out holds none"),
-        (lambda _: {"resume_from_checkpoint": "checkpoint-8"}, "must be 'latest' for statistics"),
-    ],
-)
-def test_bad_input_is_refused_and_leaves_nothing(build, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        build("deep/out", **{"features": ["q", "k"], **arguments(tmp_path)})
-    assert not (tmp_path / "deep/out").exists()
-
-
-def test_features_that_are_not_finite(build, tmp_path, monkeypatch):
-    def load_broken(*_):
-        pipeline = load_pipeline()
-        pipeline.unet.mid_block.attentions[0].proj_in.bias.data[3] = float("nan")
-        return pipeline
-
-    monkeypatch.setattr(build_covariance, "load_pipeline", load_broken)
-    with pytest.raises(ValueError, match="attn2.to_q` must be finite, got a second moment"):
-        build(features=["q", "k"])
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_output_folder_that_is_a_file(build, prompts_file):
-    with pytest.raises(ValueError, match="`output_dir` must be a folder, got .*knowledge.txt"):
-        build(prompts_file.name)
-    assert "a blue three" in prompts_file.read_text()
-
-
-def test_a_failure_while_writing_leaves_the_old_result(build, tmp_path, monkeypatch):
-    folder = build()
-    before = {name: (folder / name).read_bytes() for name in files_below(folder)}
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("training.statistics_report.plot_null_dimensions", fail)
-    with pytest.raises(OSError, match="disk full"):
-        build(seed=1)
-    assert {name: (folder / name).read_bytes() for name in files_below(folder)} == before
-    assert sorted(path.name for path in folder.iterdir()) == sorted(ARTIFACT | {"plots"})
 
 
 def test_without_matplotlib(build, tmp_path, monkeypatch, caplog):

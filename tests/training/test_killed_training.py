@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
-from tests.training.script_runs import REPOSITORY, files_below, kill_when
+from tests.training.killed_runs import TrainingServer
+from tests.training.script_runs import files_below
 from training.checkpoint_folders import list_checkpoints
 from training.train_nullspace_dreambooth import main, parse_args
 
@@ -21,14 +21,12 @@ STATEFUL = {
     "max_train_steps": 12,
     "logging_steps": 3,
 }
-DRIVER = """
-import sys, time
+PATCH = """
+import time
 from pathlib import Path
 
-sys.path.insert(0, {repository!r})
 import training.checkpoint_folders as folders
 from training import checkpoints, subject
-from training.train_nullspace_dreambooth import main, parse_args
 
 calls = []
 
@@ -38,8 +36,6 @@ def stop_at(call):
         Path({marker!r}).touch()
         time.sleep(600)
 
-{patch}
-main(parse_args(sys.argv[1:]))
 """
 STOPS = {
     "a checkpoint is complete but for its name": """
@@ -75,6 +71,17 @@ subject.save_lora = save_half
 }
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = TrainingServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files_below(folder)}
+
+
 def result_of(folder) -> dict:
     """All that a training leaves, without what differs between two runs of one command."""
     report = json.loads((folder / "training_report.json").read_text())
@@ -85,15 +92,12 @@ def result_of(folder) -> dict:
 
 
 @pytest.mark.parametrize("moment", STOPS)
-def test_killed_while(moment, teach, subject_line, tmp_path):
+def test_killed_while(moment, server, teach, subject_line, tmp_path):
     run = {**STATEFUL, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
     expected = teach("whole", **run)
-    driver, marker = tmp_path / "driver.py", tmp_path / "stopped"
-    driver.write_text(
-        DRIVER.format(repository=str(REPOSITORY), marker=str(marker), patch=STOPS[moment])
-    )
-    script = os.path.relpath(driver.with_suffix(""), REPOSITORY / "training")
-    kill_when(script, subject_line("killed", **run), marker.exists)
+    marker = tmp_path / "stopped"
+    patch = PATCH.format(marker=str(marker)) + STOPS[moment]
+    server.kill_when(subject_line("killed", **run), marker.exists, patch)
     killed = tmp_path / "killed"
     assert not (killed / "pytorch_lora_weights.safetensors").exists()
     assert any(path.name.startswith(".partial-") for path in killed.iterdir())
@@ -111,11 +115,11 @@ def test_killed_while(moment, teach, subject_line, tmp_path):
     [(1, {"directions": "soft"}), (7, {"full_finetune": True, "lora_dropout": 0.0})],
     ids=["soft", "full"],
 )
-def test_killed_between_two_steps(step, method, teach, subject_line, tmp_path):
+def test_killed_between_two_steps(step, method, server, teach, subject_line, tmp_path):
     run = {**STATEFUL, **method, "checkpointing_steps": 1}
     expected = teach("whole", **run)
     seen = (tmp_path / "killed" / f"checkpoint-{step}").exists
-    kill_when("train_nullspace_dreambooth", subject_line("killed", **run), seen)
+    server.kill_when(subject_line("killed", **run), seen)
     assert not (tmp_path / "killed" / "training_report.json").exists()
     resumed = teach("killed", **run, resume_from_checkpoint="latest")
     assert result_of(resumed) == result_of(expected)
@@ -158,12 +162,12 @@ def test_another_run_is_refused_before_the_model_is_loaded(
     teach, subject_line, tmp_path, monkeypatch, changed, message
 ):
     teach(checkpointing_steps=4)
-    before = {name: os.stat(tmp_path / "out" / name) for name in files_below(tmp_path / "out")}
+    before = contents(tmp_path / "out")
     forbid_loading(monkeypatch)
     arguments = {"checkpointing_steps": 4, "resume_from_checkpoint": "latest", **changed}
     with pytest.raises(ValueError, match=message):
         main(parse_args(subject_line(**arguments)))
-    assert {n: os.stat(tmp_path / "out" / n) for n in files_below(tmp_path / "out")} == before
+    assert contents(tmp_path / "out") == before
 
 
 def test_other_pictures_or_prompts_are_refused(teach, tmp_path, pictures, knowledge):

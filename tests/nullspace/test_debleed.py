@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft.utils import get_peft_model_state_dict
+
+from diffusers_ext.nullspace.debleed import debleed_lora
+from diffusers_ext.nullspace.lora_files import read_lora
+from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
+from diffusers_ext.nullspace.projector import NullSpaceProjector
+from tests.nullspace.conftest import FEW_PROMPTS
+from tests.tiny_digits import random_digits_pipeline
+from tests.tiny_lora import add_random_lora
+
+
+def save_random_lora(folder: Path, targets: tuple[str, ...]) -> Path:
+    unet = random_digits_pipeline().unet
+    add_random_lora(unet, targets)
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(unet, adapter_name="default"),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_lora(tmp_path_factory) -> Path:
+    """A LoRA of scale 2 on K and V of cross-attention, the Linears of `few_statistics`."""
+    return save_random_lora(tmp_path_factory.mktemp("lora"), ("attn2.to_k", "attn2.to_v"))
+
+
+def draw(pipeline, prompt: str) -> torch.Tensor:
+    return pipeline(
+        prompt, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
+    ).images
+
+
+@pytest.mark.parametrize("criterion", [{"energy": 0}, {"damping": 1e-3}, {"rank": 5}])
+def test_every_a_is_projected_and_every_b_kept(few_statistics, text_lora, criterion):
+    before = read_lora(text_lora)
+    after = debleed_lora(text_lora, few_statistics, **criterion)
+    projector = NullSpaceProjector.from_statistics(few_statistics, **criterion)
+    given = debleed_lora(before, few_statistics, projector=projector)
+    assert after.keys() == before.keys() == given.keys()
+    for key, tensor in after.items():
+        expected = before[key]
+        if ".lora_A." in key:
+            linear = key.removeprefix("unet.").removesuffix(".lora_A.weight")
+            expected = (expected.double() @ projector.projection(linear)).float()
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
+        assert tensor.equal(given[key])
+
+
+def test_dtypes_are_kept(few_statistics, text_lora):
+    half = {key: tensor.half() for key, tensor in read_lora(text_lora).items()}
+    after = debleed_lora(half, few_statistics, rank=3)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float16}
+
+
+def test_pictures_equal_those_of_the_projection_at_run_time(few_statistics, text_lora, tmp_path):
+    cut = {"energy": 1e-4}
+    path = tmp_path / "debleeded.safetensors"
+    debleed_lora(text_lora, few_statistics, output_path=path, **cut)
+    stock, base = random_digits_pipeline(), random_digits_pipeline()
+    stock.load_lora_weights(path)
+    pipeline = NullSpaceDreamBoothPipeline(
+        **random_digits_pipeline().components, statistics=few_statistics,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(text_lora)
+    for prompt in (*FEW_PROMPTS, "a photo of sks"):
+        original, picture = draw(base, prompt), draw(pipeline, prompt)
+        with pipeline.preserve(strength=1, **cut):
+            projected = draw(pipeline, prompt)
+        torch.testing.assert_close(draw(stock, prompt), projected, rtol=0, atol=1e-5)
+        kept = (projected - original).abs().mean() / (picture - original).abs().mean()
+        assert (kept > 0.05) if "sks" in prompt else (kept < 0.05)
+        assert draw(pipeline, prompt).equal(picture)
+
+
+def test_uncovered_modules_are_an_error_kept_or_dropped(few_statistics, tmp_path):
+    lora = read_lora(save_random_lora(tmp_path, ("attn2.to_k", "attn2.to_q")))
+    message = (
+        r"must cover every module of the LoRA, got none for 7, the first is 'unet.*to_q.lora_A"
+    )
+    with pytest.raises(ValueError, match=message):
+        debleed_lora(lora, few_statistics, rank=3, output_path=tmp_path / "no.safetensors")
+    assert not (tmp_path / "no.safetensors").exists()
+    kept = debleed_lora(lora, few_statistics, rank=3, uncovered="keep")
+    dropped = debleed_lora(lora, few_statistics, rank=3, uncovered="drop")
+    assert kept.keys() == lora.keys()
+    assert dropped.keys() == {key for key in lora if "to_k" in key}
+    for key, tensor in lora.items():
+        changed = "to_k.lora_A" in key
+        assert kept[key].equal(tensor) != changed
+        assert changed == (key in dropped and not dropped[key].equal(tensor))
+
+
+def test_text_encoder_loras_are_never_covered(few_statistics):
+    name = few_statistics.linears[0]
+    lora = {f"text_encoder.{name}.lora_{part}.weight": torch.ones(128, 128) for part in "AB"}
+    with pytest.raises(ValueError, match="got none for 1, the first is 'text_encoder.down"):
+        debleed_lora(lora, few_statistics, rank=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"uncovered": "skip", "rank": 3},
+            "`uncovered` must be 'error', 'keep' or 'drop', got 'sk",
+        ),
+        ({}, "Either `projector` or one criterion must be given, got neither or both"),
+        ({"rank": 3, "energy": 0}, "Exactly one of"),
+        (
+            {"rank": 3, "output_path": "lora.bin"},
+            "`output_path` must end in .safetensors, got lora",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(few_statistics, text_lora, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        debleed_lora(text_lora, few_statistics, **arguments)
+
+
+def test_projector_and_criterion_exclude_each_other(few_statistics, text_lora):
+    projector = NullSpaceProjector.from_statistics(few_statistics, rank=3)
+    with pytest.raises(ValueError, match="got neither or both"):
+        debleed_lora(text_lora, few_statistics, projector=projector, rank=3)
+
+
+def test_loras_of_another_width_are_refused(few_statistics):
+    name = few_statistics.linears[0]
+    lora = {
+        f"unet.{name}.lora_A.weight": torch.ones(2, 64),
+        f"unet.{name}.lora_B.weight": torch.ones(56, 2),
+    }
+    with pytest.raises(ValueError, match=r"rows of width 128 .* got shape \(2, 64\)"):
+        debleed_lora(lora, few_statistics, rank=3)
+
+
+def test_nothing_left_is_an_error(few_statistics, tmp_path):
+    lora = save_random_lora(tmp_path, ("attn2.to_q",))
+    with pytest.raises(ValueError, match="must have an effect, got zero in every update"):
+        debleed_lora(lora, few_statistics, rank=3, uncovered="drop")
