@@ -63,11 +63,14 @@ class NullSpaceMixin:
     ) -> None:
         """As in diffusers, but a LoRA without any effect on this model is a `ValueError`."""
         before = _adapters(self)
+        active = [(layer, list(layer.active_adapters)) for layer in _lora_layers(self)]
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
         added = _adapters(self) - before
         try:
             check_loaded_lora(self, adapter_name or min(added, default="none was added"))
         except ValueError:
+            for layer, names in active:
+                layer.set_adapter(names)
             self.delete_adapters(sorted(added))
             raise
 
@@ -115,6 +118,13 @@ def _warn_of_uncovered(unet: torch.nn.Module, projector: NullSpaceProjector) -> 
             len(left),
             left[0],
         )
+
+
+def _lora_layers(pipeline: DiffusionPipeline) -> list[BaseTunerLayer]:
+    models = [c for c in pipeline.components.values() if isinstance(c, torch.nn.Module)]
+    return [
+        part for model in models for part in model.modules() if isinstance(part, BaseTunerLayer)
+    ]
 
 
 def _adapters(pipeline: DiffusionPipeline) -> set[str]:

@@ -57,8 +57,8 @@ def plot_spectrum(
         layer, _, slot = key.partition(".to_")
         style = {"color": colors[layer], "linestyle": "--" if slot == "out.0" else "-"}
         axes.plot(range(1, len(shares) + 1), shares, label=_label(statistics, key), **style)
-    floor = max(moment.floor for moment in statistics.moments.values())
-    axes.axhline(floor, color="0.4", linestyle=":", label="numerical zero")
+    for floor in sorted({statistics.moments[key].floor for key in chosen}):
+        axes.axhline(floor, color="0.4", linestyle=":", label=f"numerical zero ({floor:.0e})")
     axes.set_yscale("log")
     axes.set_ylim(_LOWEST, 2)
     axes.set_xlabel("eigenvalue, largest first")

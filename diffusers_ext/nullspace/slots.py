@@ -39,12 +39,12 @@ def split_linear_name(name: str) -> tuple[str, str]:
 
 
 def check_features(features: Sequence[str]) -> tuple[str, ...]:
-    """The features as a tuple; raises `ValueError` for an unknown name."""
+    """The features in one order, whatever order was asked; raises `ValueError` for an unknown name."""
     features = (features,) if isinstance(features, str) else tuple(features)
     unknown = [feature for feature in features if feature not in FEATURES]
     if unknown or not features:
         raise ValueError(f"`features` must be among {list(FEATURES)}, got {unknown or 'none'}.")
-    return features
+    return tuple(feature for feature in FEATURES if feature in features)
 
 
 def find_linears(

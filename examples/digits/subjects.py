@@ -65,6 +65,7 @@ def train_subject(
 ) -> Path:
     """Train a glyph by the training script; returns the folder with its LoRA."""
     work_dir = Path(work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
     pictures = write_subject(work_dir / f"pictures_{glyph}_{seed}", glyph, seed=seed + 1)
     knowledge = write_knowledge(work_dir / "knowledge.txt")
     arguments = {

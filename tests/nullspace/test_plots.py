@@ -63,13 +63,14 @@ def test_spectrum_shows_every_matrix_and_the_numerical_zero(tmp_path, statistics
     figure = plot_spectrum(statistics, tmp_path / "new" / "spectrum.png")
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    assert len(lines) == len(statistics.moments) + 1 == 16
+    assert len(lines) == len(statistics.moments) + 2 == 17
     text = lines["text (14 Linears)"].get_ydata()
     values = statistics.spectrum("text").values.flip(0)
     np.testing.assert_allclose(text, (values / values[0]).clamp_min(1e-16))
     assert "down.0.0.0.attn2.q" in lines
     assert axes.get_yscale() == "log"
-    assert set(lines["numerical zero"].get_ydata()) == {1e-6}
+    assert set(lines["numerical zero (1e-06)"].get_ydata()) == {1e-6}
+    assert set(lines["numerical zero (1e-12)"].get_ydata()) == {1e-12}
     assert_picture(tmp_path / "new" / "spectrum.png", 700, 400)
     assert_no_overlap(figure, [*figure.legends[0].get_texts(), axes.title])
 
@@ -77,7 +78,7 @@ def test_spectrum_shows_every_matrix_and_the_numerical_zero(tmp_path, statistics
 def test_spectrum_shows_chosen_matrices(statistics):
     figure = plot_spectrum(statistics, keys=["text"])
     labels = [line.get_label() for line in figure.axes[0].get_lines()]
-    assert labels == ["text (14 Linears)", "numerical zero"]
+    assert labels == ["text (14 Linears)", "numerical zero (1e-12)"]
 
 
 @pytest.mark.parametrize(("keys", "got"), [(["text", "nowhere"], r"\['nowhere'\]"), ([], "none")])

@@ -35,7 +35,7 @@ def test_names_that_are_no_slot_are_refused():
 
 def test_one_feature_may_be_a_string():
     assert check_features("attn1.q") == ("attn1.q",)
-    assert check_features(["v", "k"]) == ("v", "k")
+    assert check_features(["v", "k"]) == ("k", "v")
 
 
 @pytest.mark.parametrize(("features", "got"), [(("k", "keys"), r"\['keys'\]"), ((), "none")])
