@@ -10,6 +10,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ def trajectory_cost(pipeline: StableDiffusionPipeline, prompts: list[str], pairs
     return compare(collect, denoise, pairs)
 
 
-def training_steps(null_space: bool, batch_size: int = 8):
+def training_steps(null_space: bool, batch_size: int = 8) -> Callable[[], None]:
     """A function that makes ten training steps of rank 8, plain or null-space."""
     pipeline = load_pipeline()
     pipeline.unet.requires_grad_(False)

@@ -112,12 +112,9 @@ class FeatureStatistics(Artifact):
                 f"`other` must be collected with the settings {self.facts['settings']}, got "
                 f"{other.facts['settings']}."
             )
-        for key, moment in self.moments.items():
-            for part in (moment, other.moments[key]):
-                if isinstance(part, LowRankMoment):
-                    raise ValueError(
-                        "Compressed statistics must not be merged: merge, then compress."
-                    )
+        parts = [*self.moments.values(), *other.moments.values()]
+        if any(isinstance(part, LowRankMoment) for part in parts):
+            raise ValueError("Compressed statistics must not be merged: merge, then compress.")
         for key, moment in self.moments.items():
             moment.merge(other.moments[key].repeated(times))
         self.facts["prompts"] = unique(self.facts["prompts"] + other.facts["prompts"])

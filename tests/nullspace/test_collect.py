@@ -103,7 +103,13 @@ def test_the_pipeline_is_left_as_it_was(pipeline):
     models = (pipeline.text_encoder, pipeline.unet, pipeline.vae)
     modes = [module.training for model in models for module in model.modules()]
     before, state = dict(vars(pipeline)), torch.get_rng_state()
+    modes_inside = set()
+    watch = pipeline.text_encoder.register_forward_hook(
+        lambda module, *_: modes_inside.update(part.training for part in module.modules())
+    )
     collect_statistics(pipeline, PROMPTS)
+    watch.remove()
+    assert modes_inside == {False}
     broken = pipeline.text_encoder.register_forward_hook(raise_interrupt)
     with pytest.raises(KeyboardInterrupt):
         collect_statistics(pipeline, PROMPTS)

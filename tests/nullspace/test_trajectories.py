@@ -30,8 +30,8 @@ def pipeline():
 
 def small_run(pipeline, prompts=PROMPTS, **arguments) -> FeatureStatistics:
     """Five batches of one prompt, one layer."""
-    defaults = {"features": ("q", "out"), "layers": [3], "batch_size": 1}
-    return collect_statistics(pipeline, prompts, **{**defaults, **RUN, **arguments})
+    arguments = {"features": ("q", "out"), "layers": [3], "batch_size": 1, **RUN, **arguments}
+    return collect_statistics(pipeline, prompts, **arguments)
 
 
 def assert_same_totals(first: FeatureStatistics, second: FeatureStatistics) -> None:
@@ -215,7 +215,13 @@ def test_the_pipeline_is_left_as_it_was(pipeline, monkeypatch, fail_at):
     bar, processors = pipeline._progress_bar_config, dict(pipeline.unet.attn_processors)
     Interrupter(monkeypatch, fail_at)
     if fail_at is None:
+        modes_inside = set()
+        watch = pipeline.unet.register_forward_hook(
+            lambda module, *_: modes_inside.update(part.training for part in module.modules())
+        )
         small_run(pipeline)
+        watch.remove()
+        assert modes_inside == {False}
     else:
         with pytest.raises(KeyboardInterrupt):
             small_run(pipeline)
@@ -241,5 +247,5 @@ def test_features_that_are_not_finite_are_refused_in_the_first_batch(pipeline, m
 
 
 def test_the_bar_counts_batches(pipeline, capsys):
-    small_run(pipeline, show_progress=True)
+    small_run(pipeline, PROMPTS[:1], show_progress=True)
     assert "statistics: 100%" in capsys.readouterr().err

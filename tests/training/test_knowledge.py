@@ -117,9 +117,10 @@ def test_other_subjects_join_with_the_settings_of_the_statistics(
     assert found.facts["prompts"] == [*KNOWN, OTHER]
     assert found.facts["settings"] == known.facts["settings"]
     for key, moment in found.moments.items():
-        expected = known.moments[key].total + other.moments[key].total
+        # The other subject weighs as much as the two prompts together.
+        expected = known.moments[key].total + 2 * other.moments[key].total
         torch.testing.assert_close(moment.total, expected)
-        assert moment.count == known.moments[key].count + other.moments[key].count
+        assert moment.count == known.moments[key].count + 2 * other.moments[key].count
     stored = FeatureStatistics.from_pretrained(tmp_path / "known")
     assert stored.facts["prompts"] == list(KNOWN)
 

@@ -8,6 +8,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import TensorDataset
 
 from training.checkpoints import Checkpoints
+from training.data import step_generator
 from training.loop import LoopSettings, TrainingLoop
 
 
@@ -115,6 +116,19 @@ def test_logs_are_means_since_the_last_log():
     assert [row["step"] for row in third.history] == [3, 6, 7]
     expected = [sum(losses[:3]) / 3, sum(losses[3:6]) / 3, losses[6]]
     assert [row["loss"] for row in third.history] == pytest.approx(expected)
+
+
+def test_random_numbers_depend_on_seed_and_micro_step():
+    drawn = []
+
+    def record(model, batch, generator):
+        drawn.append(torch.rand(3, generator=generator))
+        return fit(model, batch, generator)
+
+    settings = {"max_train_steps": 2, "gradient_accumulation_steps": 2, "seed": 5}
+    run(make_loop(loss=record, **settings))
+    expected = [torch.rand(3, generator=step_generator(5, micro_step)) for micro_step in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
 
 
 def test_accumulated_steps_equal_one_large_batch():
