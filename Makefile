@@ -18,8 +18,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
+# One thread: the models are tiny, and tests that start several processes would fight for the cores.
 test: setup
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 lint: setup
 	$(BIN)/ruff check .

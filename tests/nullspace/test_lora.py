@@ -166,6 +166,13 @@ def test_another_denoiser_than_the_measured_one_is_refused(digits):
         add_null_space_lora(other, statistics, directions="soft")
 
 
+def test_another_pipeline_is_refused_before_the_subject_is_measured(few_statistics, digits):
+    other = random_digits_pipeline(1)
+    other.text_encoder.forward = None
+    with pytest.raises(ValueError, match="must be of the same text_encoder, got another one"):
+        add_null_space_lora(digits.unet, few_statistics, instance_prompts=SUBJECT, pipeline=other)
+
+
 def test_statistics_of_another_width_are_refused(few_statistics, digits):
     wide = few_statistics.linears[0]
     narrow = FeatureStatistics(

@@ -60,7 +60,7 @@ class TrainingServer:
         self._process.stdin.write(json.dumps({"line": line, "patch": patch}) + "\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not is_time():
             os.kill(pid, 0)  # raises when the training has ended by itself
             assert time.monotonic() < deadline, self.log.read_text()
