@@ -108,7 +108,7 @@ def measure(name: str, batch: int, device: torch.device, repeats: int) -> dict[s
 def main(input_args: list[str] | None = None) -> None:
     """Measure the chosen models and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["sd15", "sdxl"])
     parser.add_argument("--batch_size", type=int, default=2, help="2 is one prompt with guidance")
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args(input_args)
