@@ -39,8 +39,7 @@ def knowledge_prompts() -> list[str]:
 
 def held_out_prompts() -> list[str]:
     """Knowledge that no statistics see: pairs and a template the base model was not trained on."""
-    pairs = tuple((color, digit) for color, digit in HELD_OUT_PAIRS)
-    unseen = [prompt for template in TEMPLATES for prompt in prompt_pairs(template, pairs)]
+    unseen = [p for template in TEMPLATES for p in prompt_pairs(template, HELD_OUT_PAIRS)]
     return unseen + prompt_pairs(HELD_OUT_TEMPLATE, (*TRAINING_PAIRS, *HELD_OUT_PAIRS))
 
 
@@ -99,18 +98,3 @@ def glyph_share(
     prompts = [INSTANCE_PROMPTS[glyph]] * count
     images = draw(pipeline, prompts, seed=seed, description=f"draw {glyph}")
     return float(np.mean([name == glyph for name in judge.read(images).names])), images
-
-
-__all__ = [
-    "COMMON_FLAGS",
-    "INSTANCE_PROMPTS",
-    "NULL_SPACE_FLAGS",
-    "PLAIN_FLAGS",
-    "glyph_share",
-    "held_out_prompts",
-    "knowledge_prompts",
-    "load_with_loras",
-    "train_subject",
-    "write_knowledge",
-    "write_subject",
-]
