@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.evaluation.paired_figures import pixel_drift
 from examples.digits.check_model import draw
 from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import (
@@ -63,10 +65,9 @@ def examine(loras: list[Path], judges: tuple[DigitsJudge, DigitsJudge]) -> dict:
     }
 
 
-def drift(base: list[Image.Image], tuned: list[Image.Image]) -> float:
-    """Mean absolute difference of pictures in [0, 1]."""
-    difference = np.stack(base).astype(np.float32) - np.stack(tuned).astype(np.float32)
-    return float(np.abs(difference).mean() / 255)
+def to_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """Pictures as `(n, 3, 32, 32)` in [0, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
 
 
 def picture_sheet(results: dict[str, dict]) -> Image.Image:
@@ -112,9 +113,9 @@ def main(input_args: list[str] | None = None) -> dict[str, dict]:
         loras[name] = [train_subject(args.output_dir, name.replace(" ", "_"), GLYPH, flags)]
         times[name] = time.perf_counter() - started
     results = {name: examine(folders, judges) for name, folders in loras.items()}
-    rows = []
+    rows, known = [], to_pixels(results["base model"]["pictures"]["known"])
     for name, result in results.items():
-        moved = drift(results["base model"]["pictures"]["known"], result["pictures"]["known"])
+        moved = pixel_drift(known, to_pixels(result["pictures"]["known"])).mean().item()
         shares = [f"{result[key]:.2f}" for key in ("glyph", "known", "held_out")]
         rows.append([name, *shares, f"{moved:.4f}", f"{times.get(name, 0):.0f} s"])
     header = ["", "new glyph", "old digits", "held-out prompts", "pixel drift", "training"]
