@@ -1,0 +1,91 @@
+"""What all golden-noise networks have in common: one call from noise and text to golden noise."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusers_ext.golden_noise.noise_statistics import match_energy
+
+
+class GoldenNoiseNetwork:
+    """Mixin of the networks; each defines `golden_noise`, pipelines and evaluation call `refine`."""
+
+    def golden_noise(
+        self,
+        noise: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The network's golden noise, before its energy is matched; shapes as in `refine`."""
+        raise TypeError(f"{type(self).__name__} must define `golden_noise`.")
+
+    @torch.no_grad()
+    def refine(
+        self,
+        noise: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> torch.Tensor:
+        """Noise that suits the prompt, with the energy of the noise that came in.
+
+        Deterministic: in eval mode, without sampling; the mode comes back afterwards.
+
+        Args:
+            noise: `(batch, channels, height, width)`, unit variance.
+            prompt_embeds: `(batch, tokens, dim)`, the conditional text embeddings.
+            attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
+            pooled_prompt_embeds: `(batch, pooled_dim)`, where the text encoder has them.
+            scale: 0 gives `noise` to the bit, 1 the network's output.
+
+        Returns:
+            float32, the shape of `noise`.
+
+        Raises:
+            ValueError: shapes that do not fit the network.
+        """
+        noise = noise.float()
+        if scale == 0:
+            return noise
+        check_text(noise, prompt_embeds, attention_mask)
+        training = [module for module in self.modules() if module.training]
+        dtype = next(self.parameters()).dtype
+        try:
+            for module in training:
+                module.training = False
+            golden = self.golden_noise(
+                noise.to(dtype),
+                prompt_embeds.to(dtype),
+                attention_mask=attention_mask,
+                pooled_prompt_embeds=(
+                    None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype)
+                ),
+            ).float()
+        finally:
+            for module in training:
+                module.training = True
+        return match_energy(noise + scale * (golden - noise), noise)
+
+
+def check_text(
+    noise: torch.Tensor, prompt_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+) -> None:
+    """Raise `ValueError` unless noise, text and mask are one batch of the documented shapes."""
+    if noise.ndim != 4:
+        raise ValueError(
+            f"`noise` must be (batch, channels, height, width), got {tuple(noise.shape)}."
+        )
+    if prompt_embeds.ndim != 3 or len(prompt_embeds) != len(noise):
+        raise ValueError(
+            f"`prompt_embeds` must be ({len(noise)}, tokens, dim) for {len(noise)} noises, got "
+            f"{tuple(prompt_embeds.shape)}."
+        )
+    if attention_mask is not None and attention_mask.shape != prompt_embeds.shape[:2]:
+        raise ValueError(
+            f"`attention_mask` must be {tuple(prompt_embeds.shape[:2])} like the tokens of "
+            f"`prompt_embeds`, got {tuple(attention_mask.shape)}."
+        )

@@ -1,0 +1,94 @@
+"""How white a noise is, and how a changed noise gets the energy of the noise it came from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class NoiseStatistics(NamedTuple):
+    """Per sample, float32 `(batch,)`; white Gaussian noise has 0, 1, 0, 0."""
+
+    mean: torch.Tensor
+    std: torch.Tensor  # around the mean
+    kurtosis: torch.Tensor  # excess: fourth central moment over squared variance, less 3
+    lag1_correlation: torch.Tensor  # of horizontal and vertical neighbours
+
+
+def noise_statistics(noise: torch.Tensor) -> NoiseStatistics:
+    """Moments and neighbour correlation of each noise of a batch.
+
+    Args:
+        noise: `(batch, channels, height, width)`.
+
+    Raises:
+        ValueError: another number of dimensions, or a single row and column.
+    """
+    if noise.ndim != 4 or noise.shape[-2] * noise.shape[-1] < 2:
+        raise ValueError(
+            "`noise` must be (batch, channels, height, width) with neighbours, got "
+            f"{tuple(noise.shape)}."
+        )
+    noise = noise.float()
+    mean = noise.mean((1, 2, 3), keepdim=True)
+    centred = noise - mean
+    variance = centred.square().mean((1, 2, 3))
+    products = [
+        (centred[..., 1:] * centred[..., :-1]).flatten(1),
+        (centred[..., 1:, :] * centred[..., :-1, :]).flatten(1),
+    ]
+    return NoiseStatistics(
+        mean.flatten(),
+        variance.sqrt(),
+        centred.pow(4).mean((1, 2, 3)) / variance.square() - 3,
+        torch.cat(products, 1).mean(1) / variance,
+    )
+
+
+def radial_spectrum(noise: torch.Tensor, bins: int = 8) -> torch.Tensor:
+    """Mean power per ring of spatial frequency, over all samples and channels.
+
+    Args:
+        noise: `(batch, channels, height, width)`.
+        bins: rings of equal width from frequency 0 to 0.5 cycles a latent pixel (corners beyond
+            0.5 count with the last); rings without a frequency are NaN.
+
+    Returns:
+        `(bins,)` float64; 1 everywhere for white noise of unit variance.
+    """
+    if bins < 1:
+        raise ValueError(f"`bins` must be at least 1, got {bins}.")
+    height, width = noise.shape[-2:]
+    power = torch.fft.fft2(noise.double(), norm="ortho").abs().square().mean((0, 1))
+    rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
+    columns = torch.fft.fftfreq(width, dtype=torch.float64)[None, :]
+    radius = (rows.square() + columns.square()).sqrt()
+    ring = (radius / 0.5 * bins).long().clamp(max=bins - 1).flatten().to(power.device)
+    total = torch.zeros(bins, dtype=torch.float64, device=power.device)
+    total.index_add_(0, ring, power.flatten())
+    return total / torch.bincount(ring, minlength=bins)
+
+
+def match_energy(noise: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Scale each noise to the mean square of the noise it was made from.
+
+    A sampler expects unit variance; the source's own mean square (and not 1) is what leaves an
+    unchanged noise unchanged to the bit.
+
+    Args:
+        noise: `(batch, ...)`.
+        source: of the same shape.
+
+    Returns:
+        `noise` times one factor a sample, in its dtype.
+    """
+    if noise.shape != source.shape:
+        raise ValueError(
+            f"`noise` must have the shape of `source`, got {tuple(noise.shape)} and "
+            f"{tuple(source.shape)}."
+        )
+    dims = tuple(range(1, noise.ndim))
+    energies = (x.double().square().mean(dims, keepdim=True) for x in (source, noise))
+    wanted, found = energies
+    return noise * (wanted / found).sqrt().to(noise.dtype)
