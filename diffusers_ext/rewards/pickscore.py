@@ -1,0 +1,36 @@
+"""PickScore: the preferences of people who used a text-to-image application."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusers_ext.rewards.clip_reward import ProcessorReward
+
+
+class PickScoreReward(ProcessorReward):
+    """`exp(logit_scale) * cos(text, image)`, the scale trained with the model (arXiv 2305.01569).
+
+    Scores of one prompt's pictures compare; their softmax is the probability that people pick
+    each. Scores of different prompts do not.
+    """
+
+    name = "pickscore"
+    default_model = "yuvalkirstain/PickScore_v1"
+    default_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    @classmethod
+    def _default_version(cls, source: str) -> str:
+        return "v1"
+
+    def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
+        return pick_scores(cosines, self.model.logit_scale)
+
+
+def pick_scores(cosines: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """`exp(logit_scale) * cosines`.
+
+    Args:
+        cosines: of L2-normalised text and image features, `(n,)`.
+        logit_scale: the model's, a scalar.
+    """
+    return cosines * logit_scale.detach().float().exp().to(cosines.device)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config, Dinov2Model
+
+from diffusers_ext.rewards import CLIPScoreReward, PickScoreReward
+from tests.rewards.hpsv2_fixtures import clip_tokenizer, pictures
+
+
+PROMPTS = ["a red seven", "a photo of the digit three", "a red seven", "two"]
+
+
+@pytest.fixture
+def reward(clip_folder) -> CLIPScoreReward:
+    return CLIPScoreReward.from_pretrained(clip_folder, local_files_only=True)
+
+
+def test_pictures_of_any_mode_and_size_are_scored_one_by_one_as_in_a_batch(reward, clip_folder):
+    images = pictures()
+    assert {image.mode for image in images} == {"RGB", "L", "RGBA"}
+    scores = reward.score(images, PROMPTS)
+    assert scores.shape == (4,)
+    assert scores.dtype == torch.float32
+    single = CLIPScoreReward.from_pretrained(clip_folder, batch_size=1)
+    assert torch.allclose(single.score(images, PROMPTS), scores, atol=1e-4, rtol=0)
+    swapped = reward.score(images[::-1], PROMPTS[::-1])
+    assert torch.allclose(swapped.flip(0), scores, atol=1e-4, rtol=0)
+
+
+def test_features_are_the_models_own(reward):
+    pixels = reward.image_processor(
+        images=[image.convert("RGB") for image in pictures()], return_tensors="pt"
+    )
+    expected = reward.model.get_image_features(**pixels).pooler_output
+    found = reward.image_features(pictures())
+    assert torch.allclose(found, torch.nn.functional.normalize(expected, dim=1), atol=1e-6)
+    tokens = reward.tokenizer("a red seven", return_tensors="pt")
+    expected = reward.model.get_text_features(**tokens).pooler_output
+    found = reward.text_features(PROMPTS)[:1]
+    assert torch.allclose(found, torch.nn.functional.normalize(expected, dim=1), atol=1e-6)
+
+
+def test_a_long_prompt_is_cut_off(reward):
+    long = "red seven " * 10
+    features = reward.text_features([long, long + "blue"])
+    assert torch.equal(features[0], features[1])
+
+
+def test_the_processor_may_be_elsewhere(clip_folder, tmp_path, reward):
+    words = tmp_path / "words"
+    words.mkdir()
+    for file in clip_folder.iterdir():
+        weights = file.name in ("model.safetensors", "config.json")
+        shutil.copy(file, tmp_path if weights else words)
+    separate = PickScoreReward.from_pretrained(tmp_path, processor=words, revision="other")
+    assert torch.equal(separate.text_features(PROMPTS), reward.text_features(PROMPTS))
+    with pytest.raises(OSError, match="preprocessor_config.json"):
+        PickScoreReward.from_pretrained(tmp_path, local_files_only=True)
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    Dinov2Model(
+        Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be a model of type 'clip', got 'dinov2'"):
+        CLIPScoreReward.from_pretrained(tmp_path)
+
+
+def test_missing_weights_are_not_made_up(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="got none for 1 of them, the first text_projection.we"):
+        CLIPScoreReward.from_pretrained(folder)
+
+
+def test_another_models_tokenizer_is_refused(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "mixed")
+    clip_tokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"`tokenizer` must be the one of the model.*got 49407"):
+        CLIPScoreReward.from_pretrained(folder)
+
+
+def test_a_tokenizer_fits_a_config_with_the_legacy_end_token(clip_folder, tmp_path, reward):
+    folder = shutil.copytree(clip_folder, tmp_path / "legacy")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    legacy = CLIPScoreReward.from_pretrained(folder)
+    assert torch.equal(legacy.text_features(PROMPTS), reward.text_features(PROMPTS))
+
+
+@pytest.mark.parametrize("kind", [CLIPScoreReward, PickScoreReward])
+def test_wrong_pairs_and_nan_are_refused(kind, clip_folder):
+    reward = kind.from_pretrained(clip_folder)
+    with pytest.raises(ValueError, match="`images` must hold at least one picture"):
+        reward.score([], [])
+    with pytest.raises(ValueError, match=r"one prompt per image \(4\)"):
+        reward.score(pictures(), PROMPTS[:3])
+    reward.model.text_projection.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=f"scores of '{reward.name}' must be numbers, got nan"):
+        reward.score([Image.new("RGB", (8, 8))], ["two"])
