@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+)
+
+from diffusers_ext.golden_noise.conditioning import encode_prompts
+from diffusers_ext.golden_noise.denoiser import denoiser_of, guided_prediction
+from diffusers_ext.golden_noise.noise_statistics import match_energy
+from diffusers_ext.golden_noise.redenoise import (
+    redenoise,
+    redenoise_sequence,
+    redenoise_text,
+    step_coefficients,
+)
+from tests.golden_noise.redenoise_cases import (
+    BUILDERS,
+    PROMPTS,
+    pipeline_first_step,
+    unit_noise,
+)
+
+
+def with_prediction_type(family: str, prediction_type: str):
+    pipeline = BUILDERS[family]()
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, prediction_type=prediction_type
+    )
+    return pipeline
+
+
+@pytest.mark.parametrize("num_steps", [2, 4, 10])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@torch.no_grad()
+def test_noise_models_step_down_and_are_inverted_by_diffusers_schedulers(family, num_steps):
+    pipeline = with_prediction_type(family, "epsilon")
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    down = DDIMScheduler.from_config(pipeline.scheduler.config)
+    up = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
+    down.set_timesteps(num_steps)
+    up.set_timesteps(num_steps)
+    t = down.timesteps[0]
+    first = pipeline_first_step(pipeline, noise, 5.5, num_steps=num_steps)
+    assert first.timestep == t
+    lower = down.step(first.prediction, t, noise).prev_sample
+    second = guided_prediction(pipeline, lower, t, text, 1.0)
+    found = redenoise_text(pipeline, noise, text, num_steps=num_steps)
+    torch.testing.assert_close(found, up.step(second, t, lower).prev_sample, rtol=1e-4, atol=1e-4)
+    assert (found - noise).norm() > 0.05 * noise.norm()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_legacy_inversion_begins_one_level_too_low(prediction_type):
+    pipeline = with_prediction_type("sd", prediction_type)
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    down = DDIMScheduler.from_config(pipeline.scheduler.config)
+    up = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
+    down.set_timesteps(10)
+    up.set_timesteps(10)
+    t, p = down.timesteps[:2]
+    lower = down.step(guided_prediction(pipeline, noise, t, text, 5.5), t, noise).prev_sample
+    second = guided_prediction(pipeline, lower, t, text, 1.0)
+    found = redenoise_text(pipeline, noise, text, legacy_inversion=True)
+    torch.testing.assert_close(found, up.step(second, p, lower).prev_sample, rtol=1e-4, atol=1e-4)
+    assert (found - redenoise_text(pipeline, noise, text)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "hunyuan_dit"])
+@torch.no_grad()
+def test_golden_noise_of_a_v_model_steps_down_to_the_same_point(family):
+    """The step up is the scheduler's step down, solved for its sample."""
+    pipeline = with_prediction_type(family, "v_prediction")
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(10)
+    t = scheduler.timesteps[0]
+    first = pipeline_first_step(pipeline, noise, 5.5)
+    lower = scheduler.step(first.prediction, t, noise).prev_sample
+    second = guided_prediction(pipeline, lower, t, text, 1.0)
+    found = redenoise_text(pipeline, noise, text)
+    torch.testing.assert_close(
+        scheduler.step(second, t, found).prev_sample, lower, rtol=1e-5, atol=1e-5
+    )
+    assert (found - noise).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [4, 10])
+@pytest.mark.parametrize("family", ["sd3", "flux_dev", "flux_schnell"])
+@torch.no_grad()
+def test_golden_noise_of_a_flow_model_steps_down_to_the_same_point(family, num_steps):
+    pipeline = BUILDERS[family]()
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    first = pipeline_first_step(pipeline, noise, 5.5, num_steps=num_steps)
+    # The pipeline's own call has just set its scheduler to its grid.
+    scheduler = pipeline.scheduler
+    t = scheduler.timesteps[0]
+    lower = copy.deepcopy(scheduler).step(first.prediction, t, noise).prev_sample
+    second = guided_prediction(pipeline, lower, t, text, 1.0)
+    found = redenoise_text(pipeline, noise, text, num_steps=num_steps)
+    back = copy.deepcopy(scheduler).step(second, t, found).prev_sample
+    torch.testing.assert_close(back, lower, rtol=1e-5, atol=1e-5)
+    assert (found - noise).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction_type"),
+    [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon"), ("sd3", None)],
+)
+def test_a_constant_prediction_leaves_the_noise_as_it_is(family, prediction_type, monkeypatch):
+    pipeline = BUILDERS[family]()
+    if prediction_type is not None:
+        pipeline = with_prediction_type(family, prediction_type)
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    torch.manual_seed(0)
+    constant = torch.randn_like(noise[:1])
+
+    def predict(sample=None, *_, hidden_states=None, **__):
+        latents = hidden_states if sample is None else sample
+        return (constant.expand(len(latents), -1, -1, -1),)
+
+    monkeypatch.setattr(denoiser_of(pipeline), "forward", predict)
+    for scale in (1.0, 5.5):
+        assert torch.equal(redenoise_text(pipeline, noise, text, w1=scale, w2=scale), noise)
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_two_calls_and_a_pipeline_as_it_was(family, monkeypatch):
+    pipeline = BUILDERS[family]()
+    denoiser = denoiser_of(pipeline)
+    denoiser.train()
+    next(iter(denoiser.children())).eval()
+    pipeline._guidance_scale = 7.0
+    pipeline.scheduler.set_timesteps(3, **({"mu": 0.6} if family == "flux_dev" else {}))
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    calls, forward, scheduler = [], denoiser.forward, pipeline.scheduler
+
+    def state():
+        modes = [module.training for module in denoiser.modules()]
+        values = {k: str(v) for k, v in vars(pipeline.scheduler).items()}
+        hooks = [len(module._forward_pre_hooks) for module in denoiser.modules()]
+        return modes, values, hooks, dict(vars(pipeline))
+
+    def watched(*args, **kwargs):
+        assert not any(module.training for module in denoiser.modules())
+        assert not torch.is_grad_enabled()
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(denoiser, "forward", watched)
+    before, latents = state(), noise.clone()
+    result = redenoise_text(pipeline, noise, text)
+    assert len(calls) == 2
+    assert not result.requires_grad
+    assert torch.equal(noise, latents)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        redenoise_text(pipeline, noise, text)
+    assert state() == before
+    assert pipeline.scheduler is scheduler
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "hunyuan_dit", "sd3", "flux_dev"])
+def test_separate_tensors_and_one_object_are_the_same(family):
+    pipeline = BUILDERS[family]()
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    fields = text.tensors()
+    positional = [fields.pop("prompt_embeds"), fields.pop("negative_prompt_embeds", None)]
+    found = redenoise(pipeline, noise, *positional, num_steps=4, w1=4.0, w2=2.0, **fields)
+    assert torch.equal(found, redenoise_text(pipeline, noise, text, num_steps=4, w1=4.0, w2=2.0))
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, redenoise_text(pipeline, noise, text, num_steps=4, w1=4.0))
+
+
+def test_each_sample_has_its_own_prompt():
+    pipeline = BUILDERS["sd"]()
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    both = redenoise_text(pipeline, noise, text)
+    for index in range(2):
+        alone = redenoise_text(pipeline, noise[[index]], text[[index]])
+        torch.testing.assert_close(both[[index]], alone, rtol=1e-5, atol=1e-5)
+    swapped = redenoise_text(pipeline, noise, text[[1, 0]])
+    assert (swapped - both).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_and_latents_give_float32(dtype):
+    pipeline = BUILDERS["sd"]()
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    full = redenoise_text(pipeline, noise.to(dtype), text)
+    pipeline.unet.to(dtype)
+    half = redenoise_text(pipeline, noise.to(dtype), text)
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).norm() / full.norm() < 0.02
+
+
+def test_the_samplers_scheduler_may_be_any_of_the_model():
+    pipeline = BUILDERS["sd"]()
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    expected = redenoise_text(pipeline, noise, text)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    found = redenoise_text(pipeline, noise, text)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sequence_feeds_each_noise_on_at_its_sources_energy():
+    pipeline = BUILDERS["sd"]()
+    text, noise = encode_prompts(pipeline, PROMPTS), unit_noise(pipeline)
+    arguments = {"num_steps": 4, "w1": 4.0, "w2": 2.0, "legacy_inversion": True}
+    found = redenoise_sequence(pipeline, noise, text, repeats=3, **arguments)
+    assert found.shape == (2, 3, 4, 8, 8)
+    state = noise
+    for step in range(3):
+        state = match_energy(redenoise_text(pipeline, state, text, **arguments), noise)
+        assert torch.equal(found[:, step], state)
+    for repeats in (0, 1.5):
+        with pytest.raises(ValueError, match="`repeats` must be an integer of at least 1, got"):
+            redenoise_sequence(pipeline, noise, text, repeats=repeats)
+
+
+def test_a_dynamic_shift_follows_the_size_of_the_image():
+    pipeline = BUILDERS["flux_dev"]()
+    small, large = (step_coefficients(pipeline, size) for size in ((8, 8), (128, 128)))
+    assert large.second < small.second
