@@ -89,3 +89,19 @@ def check_text(
             f"`attention_mask` must be {tuple(prompt_embeds.shape[:2])} like the tokens of "
             f"`prompt_embeds`, got {tuple(attention_mask.shape)}."
         )
+
+
+def check_channels(
+    noise: torch.Tensor, prompt_embeds: torch.Tensor, in_channels: int, text_embed_dim: int
+) -> None:
+    """Raise `ValueError` unless noise and text have the widths that a network was made for."""
+    if noise.shape[1] != in_channels:
+        raise ValueError(
+            f"`noise` must have the {in_channels} channels of this network, got {noise.shape[1]}. "
+            "Load a network that was trained for this base model."
+        )
+    if prompt_embeds.shape[-1] != text_embed_dim:
+        raise ValueError(
+            f"`prompt_embeds` must be {text_embed_dim} wide for this network, got "
+            f"{prompt_embeds.shape[-1]}. Load a network that was trained for this base model."
+        )

@@ -1,0 +1,82 @@
+"""Golden noise for the digits model: its prompts, its pairs, and how each network is trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.digits.check_model import MODEL_DIR
+from examples.digits.prompts import (
+    HELD_OUT_PAIRS,
+    HELD_OUT_TEMPLATE,
+    TEMPLATES,
+    TRAINING_PAIRS,
+    prompt_pairs,
+)
+from training import generate_npd, train_noise_sequence, train_npnet
+
+
+REWARD, SECOND_REWARD = (f"examples.digits.rewards:{n}DigitsReward" for n in ("", "Second"))
+# Few steps and little guidance leave room for better noise; with 20 steps at 3 every digit is right.
+GUIDANCE_SCALE = 1.5
+TRAINING_PROMPTS = [p for template in TEMPLATES for p in prompt_pairs(template, TRAINING_PAIRS)]
+HELD_OUT_PROMPTS = [
+    *(p for template in TEMPLATES for p in prompt_pairs(template, HELD_OUT_PAIRS)),
+    *prompt_pairs(HELD_OUT_TEMPLATE, (*TRAINING_PAIRS, *HELD_OUT_PAIRS)),
+]
+
+_COMMON = ("--lr_scheduler", "cosine", "--lr_warmup_steps", "100", "--text_cache_dtype", "fp32")
+_TRANSFORMER = ("--patch_size", "1", "--width", "128", "--num_layers", "4", "--num_heads", "4")
+# Script, data (pairs or sequences) and flags; the steps are those of a full training.
+NETWORKS: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
+    "GoldenNoiseModel": ("golden_noise_model", "pairs", 1500,
+        ("--train_batch_size", "64", "--learning_rate", "1e-3", *_TRANSFORMER)),
+    "NPNet": ("npnet", "pairs", 1500,
+        ("--train_batch_size", "64", "--learning_rate", "1e-3", "--swin_image_size", "16",
+         "--swin_patch_size", "2", "--swin_embed_dim", "24", "--swin_depths", "2", "2",
+         "--swin_num_heads", "2", "4", "--swin_window_size", "4", "--svd_hidden_dim", "32",
+         "--svd_output_dim", "64", "--svd_num_heads", "2")),
+    "NoiseSequenceTransformer": ("transformer", "sequences", 1500, ()),
+    "NoiseSequenceRNN": ("rnn", "sequences", 1500, ()),
+    "GoldenNoiseModel of five steps": ("golden_noise_model", "sequences", 1500,
+        ("--train_batch_size", "64", "--learning_rate", "1e-3", *_TRANSFORMER)),
+}  # fmt: skip
+
+
+def write_prompts(path: str | Path, prompts: Sequence[str]) -> Path:
+    """Write a prompts file; returns its path."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("\n".join(prompts) + "\n")
+    return Path(path)
+
+
+def make_pairs(folder: str | Path, *, num_steps: int, noises_per_prompt: int) -> Path:
+    """Pairs that the reward has filtered (`num_steps=1`), or unfiltered sequences; returns the folder.
+
+    Sequences are kept whole: what a prompt loses with one of their steps it wins with another.
+    """
+    prompts = write_prompts(Path(folder).with_suffix(".txt"), TRAINING_PROMPTS)
+    command = [
+        "--pretrained_model_name_or_path", str(MODEL_DIR), "--prompt_file", str(prompts),
+        "--noises_per_prompt", str(noises_per_prompt), "--num_steps", str(num_steps),
+        "--guidance_scale", str(GUIDANCE_SCALE), "--num_inference_steps", "6",
+        "--batch_size", "100", "--shard_size", "500", "--seed", "1000000",
+        "--output_dir", str(folder),
+    ]  # fmt: skip
+    filtered = ["--reward", REWARD] if num_steps == 1 else ["--no_filter"]
+    return generate_npd.main(generate_npd.parse_args(command + filtered))
+
+
+def train_network(
+    name: str, data: str | Path, folder: str | Path, *, steps: int | None = None, seed: int = 0
+) -> Path:
+    """Train one of `NETWORKS` on a folder of `make_pairs`; returns the network's folder."""
+    model, _, full_steps, flags = NETWORKS[name]
+    is_pair = model in ("npnet", "golden_noise_model")
+    script = train_npnet if is_pair else train_noise_sequence
+    command = [
+        "--model", model, "--pretrained_model_name_or_path", str(MODEL_DIR),
+        "--dataset_dir", str(data), "--max_train_steps", str(steps or full_steps),
+        "--seed", str(seed), *_COMMON, *flags, "--output_dir", str(folder),
+    ]  # fmt: skip
+    return script.main(script.parse_args(command))

@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from diffusers_ext.golden_noise.model import GoldenNoiseModel, from_patches, to_patches
+
+
+@pytest.fixture
+def model() -> GoldenNoiseModel:
+    torch.manual_seed(0)
+    return GoldenNoiseModel(4, 2, 8, text_embed_dim=12, width=16, num_layers=2, num_heads=2)
+
+
+def trained(model: GoldenNoiseModel) -> GoldenNoiseModel:
+    torch.nn.init.normal_(model.head.weight, std=0.2)
+    return model.eval()
+
+
+def inputs(batch: int = 2, channels: int = 4, size: tuple = (8, 8), tokens: int = 5) -> tuple:
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(batch, channels, *size, generator=generator)
+    return noise, torch.randn(batch, tokens, 12, generator=generator)
+
+
+def test_an_untrained_network_is_the_identity_to_the_bit(model):
+    noise, text = inputs()
+    assert torch.equal(model(noise, text), noise)
+    assert torch.equal(model.refine(noise, text), noise)
+
+
+def test_every_parameter_is_reached_by_the_gradient_after_the_head_moved(model):
+    noise, text = inputs()
+    trained(model)(noise, text).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 8), (7, 9), (3, 12), (32, 32)])
+@pytest.mark.parametrize("tokens", [1, 5, 200])
+def test_any_size_aspect_and_prompt_length(model, size, tokens):
+    noise, text = inputs(size=size, tokens=tokens)
+    golden = trained(model).refine(noise, text)
+    assert golden.shape == noise.shape
+    assert golden.isfinite().all() and not torch.equal(golden, noise)
+    torch.testing.assert_close(golden.square().mean((1, 2, 3)), noise.square().mean((1, 2, 3)))
+
+
+def test_sixteen_channels():
+    model = GoldenNoiseModel(16, 2, 8, text_embed_dim=12, width=64, num_layers=1, num_heads=2)
+    noise, text = inputs(channels=16)
+    assert trained(model)(noise, text).shape == noise.shape
+
+
+def test_the_prompt_matters(model):
+    noise, text = inputs()
+    changed = trained(model)(noise, text.flip(0))
+    assert not torch.allclose(changed, model(noise, text), atol=1e-3)
+
+
+def test_masked_tokens_do_not_matter(model):
+    noise, text = inputs()
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    other = text.clone()
+    other[0, 2:], other[1, 4:] = 7.0, -3.0
+    trained(model)
+    torch.testing.assert_close(model(noise, text, mask), model(noise, other, mask))
+    shorter = model(noise[:1], text[:1, :2])
+    torch.testing.assert_close(model(noise, text, mask)[:1], shorter, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sample_does_not_depend_on_its_batch(model):
+    noise, text = inputs(batch=3)
+    together = trained(model).refine(noise, text)
+    alone = torch.cat([model.refine(noise[i : i + 1], text[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_scale_zero_is_the_noise_and_the_mode_comes_back(model):
+    noise, text = inputs()
+    trained(model).train()
+    assert torch.equal(model.refine(noise, text, scale=0), noise)
+    half = model.refine(noise, text, scale=0.5)
+    assert model.training and all(module.training for module in model.modules())
+    full = model.refine(noise, text)
+    assert 0 < (half - noise).norm() < (full - noise).norm()
+
+
+def test_the_mode_comes_back_after_an_exception(model):
+    noise, text = inputs()
+    model.train()
+    with pytest.raises(ValueError, match="must be 12 wide"):
+        model.refine(noise, text[..., :6])
+    assert all(module.training for module in model.modules())
+
+
+def test_patches_come_back():
+    latents = torch.randn(2, 3, 6, 8)
+    patches, grid = to_patches(latents, 2)
+    assert patches.shape == (2, 12, 12) and grid == (3, 4)
+    assert torch.equal(from_patches(patches, grid, 2), latents)
+
+
+def test_saved_and_loaded(model, tmp_path):
+    noise, text = inputs()
+    trained(model).save_pretrained(tmp_path)
+    loaded = GoldenNoiseModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(noise, text), model(noise, text))
+    assert loaded.config.patch_size == 2
+
+
+def test_the_sdxl_configuration_has_at_most_ten_million_parameters():
+    with torch.device("meta"):
+        model = GoldenNoiseModel()
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 10e6
+
+
+def test_bad_input(model):
+    noise, text = inputs()
+    with pytest.raises(ValueError, match="`noise` must have the 4 channels"):
+        model(torch.randn(2, 3, 8, 8), text)
+    with pytest.raises(ValueError, match="`prompt_embeds` must be 12 wide"):
+        model(noise, text[..., :8])
+    with pytest.raises(ValueError, match=r"`prompt_embeds` must be \(2, tokens, dim\)"):
+        model(noise, text[:1])
+    with pytest.raises(ValueError, match=r"`noise` must be \(batch, channels"):
+        model(noise[0], text)
+    with pytest.raises(ValueError, match=r"`attention_mask` must be \(2, 5\)"):
+        model(noise, text, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="`width` must be at least the 64 numbers"):
+        GoldenNoiseModel(16, 2, 8, width=32)
