@@ -71,7 +71,7 @@ class GoldenNoiseModel(ModelMixin, ConfigMixin, GoldenNoiseNetwork):
         prompt_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Golden noise before its energy is matched.
+        """Golden noise before its spectrum is matched.
 
         Args:
             noise: `(batch, in_channels, height, width)`, unit variance.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_ext.golden_noise.noise_statistics import match_energy
+from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 
 
 class GoldenNoiseNetwork:
@@ -18,7 +18,7 @@ class GoldenNoiseNetwork:
         attention_mask: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The network's golden noise, before its energy is matched; shapes as in `refine`."""
+        """The network's golden noise, before its spectrum is matched; shapes as in `refine`."""
         raise TypeError(f"{type(self).__name__} must define `golden_noise`.")
 
     @torch.no_grad()
@@ -32,6 +32,8 @@ class GoldenNoiseNetwork:
         scale: float = 1.0,
     ) -> torch.Tensor:
         """Noise that suits the prompt, with the energy of the noise that came in.
+
+        The energy is matched ring by ring of frequency (`match_spectrum`), so it stays white.
 
         Deterministic: in eval mode, without sampling; the mode comes back afterwards.
 
@@ -68,7 +70,7 @@ class GoldenNoiseNetwork:
         finally:
             for module in training:
                 module.training = True
-        return match_energy(noise + scale * (golden - noise), noise)
+        return match_spectrum(noise + scale * (golden - noise), noise)
 
 
 def check_text(

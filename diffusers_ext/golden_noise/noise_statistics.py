@@ -59,12 +59,8 @@ def radial_spectrum(noise: torch.Tensor, bins: int = 8) -> torch.Tensor:
     """
     if bins < 1:
         raise ValueError(f"`bins` must be at least 1, got {bins}.")
-    height, width = noise.shape[-2:]
     power = torch.fft.fft2(noise.double(), norm="ortho").abs().square().mean((0, 1))
-    rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
-    columns = torch.fft.fftfreq(width, dtype=torch.float64)[None, :]
-    radius = (rows.square() + columns.square()).sqrt()
-    ring = (radius / 0.5 * bins).long().clamp(max=bins - 1).flatten().to(power.device)
+    ring = (_radius(noise) / 0.5 * bins).long().clamp(max=bins - 1).flatten()
     total = torch.zeros(bins, dtype=torch.float64, device=power.device)
     total.index_add_(0, ring, power.flatten())
     return total / torch.bincount(ring, minlength=bins)
@@ -92,3 +88,48 @@ def match_energy(noise: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     energies = (x.double().square().mean(dims, keepdim=True) for x in (source, noise))
     wanted, found = energies
     return noise * (wanted / found).sqrt().to(noise.dtype)
+
+
+def match_spectrum(noise: torch.Tensor, source: torch.Tensor, bins: int = 8) -> torch.Tensor:
+    """Scale every ring of spatial frequency to the energy it has in the noise it was made from.
+
+    A prompt asks for large shapes, which golden noise writes into the low frequencies: neighbours
+    become correlated. Their phases hold the shape; their energy can be put back, and with it
+    whiteness and variance.
+
+    Args:
+        noise: `(batch, channels, height, width)`.
+        source: of the same shape; equal noise stays as it is to the bit.
+        bins: rings between frequency 0 and 0.5 cycles a latent pixel; the first is half as wide.
+
+    Returns:
+        The shape and dtype of `noise`; per sample it has the mean square of `source`.
+    """
+    if noise.shape != source.shape or noise.ndim != 4:
+        raise ValueError(
+            "`noise` must be (batch, channels, height, width) like `source`, got "
+            f"{tuple(noise.shape)} and {tuple(source.shape)}."
+        )
+    if bins < 1:
+        raise ValueError(f"`bins` must be at least 1, got {bins}.")
+    ring = (_radius(noise) / 0.5 * bins).round().long().clamp(max=bins).flatten()
+    waves = [torch.fft.fft2(x.double(), norm="ortho") for x in (noise, source)]
+    found, wanted = (
+        x.new_zeros(len(x), bins + 1, dtype=torch.float64).index_add_(
+            1, ring, x.abs().square().sum(1).flatten(1)
+        )
+        for x in waves
+    )
+    gain = torch.where(found > 0, (wanted / found).sqrt(), 1.0)[:, ring]
+    # The change alone goes back through the transform, so that no change stays none.
+    change = waves[0] * (gain.view(len(noise), 1, *noise.shape[-2:]) - 1)
+    return noise + torch.fft.ifft2(change, norm="ortho").real.to(noise.dtype)
+
+
+def _radius(noise: torch.Tensor) -> torch.Tensor:
+    """Distance of each frequency of `fft2` from 0, `(height, width)` float64, in cycles a pixel."""
+    rows, columns = (
+        torch.fft.fftfreq(side, dtype=torch.float64, device=noise.device)
+        for side in noise.shape[-2:]
+    )
+    return (rows[:, None].square() + columns[None, :].square()).sqrt()

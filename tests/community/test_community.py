@@ -8,10 +8,19 @@ import pytest
 from diffusers_ext.community import custom_pipeline_path
 from examples.digits.check_model import MODEL_DIR
 from tests.fresh_process import run_python
+from tests.golden_noise.golden_pipelines import golden_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
 
-NAMES = ("nullspace_dreambooth", "nullspace_dreambooth_xl")
+NAMES = (
+    "golden_noise",
+    "golden_noise_flux",
+    "golden_noise_hunyuan_dit",
+    "golden_noise_sd3",
+    "golden_noise_xl",
+    "nullspace_dreambooth",
+    "nullspace_dreambooth_xl",
+)
 LOAD = """
 from diffusers import DiffusionPipeline
 result = {}
@@ -24,22 +33,37 @@ for base, path in zip(arguments[::2], arguments[1::2]):
     import diffusers_ext
     name = type(pipeline).__name__
     same = type(pipeline) is getattr(diffusers_ext, name)
-    result[name] = [refusal, same, pipeline.statistics, pipeline.unet.config.cross_attention_dim]
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    networks = [getattr(pipeline, name, None) for name in ("statistics", "noise_model")]
+    found = [type(network).__name__ for network in networks if network is not None]
+    result[name] = [refusal, same, found, type(denoiser).__name__]
 print(json.dumps(result))
 """
 
 
 def test_custom_pipelines_are_the_installed_classes_and_need_trust(tmp_path):
     sdxl_pipeline().save_pretrained(tmp_path / "sdxl")
-    paths = [custom_pipeline_path(name) for name in NAMES]
-    arguments = (MODEL_DIR, paths[0], tmp_path / "sdxl", paths[1])
-    result = run_python(LOAD, tmp_path / "home", *arguments)
-    assert list(result) == ["NullSpaceDreamBoothPipeline", "NullSpaceDreamBoothXLPipeline"]
-    for (refusal, same, statistics, width), expected in zip(result.values(), (128, 80)):
+    bases = {"nullspace_dreambooth": MODEL_DIR, "nullspace_dreambooth_xl": tmp_path / "sdxl"}
+    saved = {"golden_noise": "sd", "golden_noise_xl": "sdxl", "golden_noise_sd3": "sd3"}
+    saved |= {"golden_noise_hunyuan_dit": "hunyuan_dit", "golden_noise_flux": "flux"}
+    for name, family in saved.items():
+        bases[name] = tmp_path / name
+        golden_pipeline(family).save_pretrained(bases[name])
+    assert sorted(bases) == sorted(NAMES)
+    pairs = [item for name, base in bases.items() for item in (base, custom_pipeline_path(name))]
+    result = run_python(LOAD, tmp_path / "home", *pairs)
+    assert {name: (found, denoiser) for name, (_, _, found, denoiser) in result.items()} == {
+        "NullSpaceDreamBoothPipeline": ([], "UNet2DConditionModel"),
+        "NullSpaceDreamBoothXLPipeline": ([], "UNet2DConditionModel"),
+        "GoldenNoisePipeline": (["GoldenNoiseModel"], "UNet2DConditionModel"),
+        "GoldenNoiseXLPipeline": (["GoldenNoiseModel"], "UNet2DConditionModel"),
+        "GoldenNoiseSD3Pipeline": (["GoldenNoiseModel"], "SD3Transformer2DModel"),
+        "GoldenNoiseHunyuanDiTPipeline": (["GoldenNoiseModel"], "HunyuanDiT2DModel"),
+        "GoldenNoiseFluxPipeline": (["GoldenNoiseModel"], "FluxTransformer2DModel"),
+    }
+    for refusal, same, _, _ in result.values():
         assert "trust_remote_code=True" in refusal
         assert same
-        assert statistics is None
-        assert width == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,7 +77,5 @@ def test_every_file_offers_one_class(name):
 
 @pytest.mark.parametrize("name", ["nullspace", "__init__", "../nullspace/pipeline"])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(
-        ValueError, match=rf"`name` must be one of \['nullspace_dreambooth', .*{name}"
-    ):
+    with pytest.raises(ValueError, match=rf"`name` must be one of \['golden_noise', .*{name}"):
         custom_pipeline_path(name)

@@ -3,6 +3,7 @@ import torch
 
 from diffusers_ext.golden_noise.noise_statistics import (
     match_energy,
+    match_spectrum,
     noise_statistics,
     radial_spectrum,
 )
@@ -49,6 +50,31 @@ def test_match_energy_leaves_equal_noise_alone_and_scales_the_rest():
     assert match_energy(noise.half(), noise.half()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 12), (32, 32)])
+def test_match_spectrum_makes_correlated_noise_white_and_keeps_its_phases(size):
+    source = white(16, 4, *size)
+    # Not circular as the transform is, so not one of its own filters.
+    smooth = source + torch.nn.functional.pad(source, (0, 1))[..., 1:]
+    matched = match_spectrum(smooth, source)
+    torch.testing.assert_close(
+        matched.square().mean((1, 2, 3)), source.square().mean((1, 2, 3)), rtol=1e-4, atol=0
+    )
+    before, after = (noise_statistics(x).lag1_correlation.mean().abs() for x in (smooth, matched))
+    assert after < before / 2
+    agreement = torch.cosine_similarity(
+        torch.view_as_real(torch.fft.fft2(matched)), torch.view_as_real(torch.fft.fft2(smooth)), -1
+    )
+    assert (agreement > 0.99).float().mean() > 0.99
+
+
+def test_match_spectrum_leaves_equal_noise_alone():
+    noise = white(3, 4, 8, 8)
+    assert torch.equal(match_spectrum(noise, noise), noise)
+    assert match_spectrum(noise.half(), noise.half()).dtype == torch.float16
+    flat = torch.ones(1, 1, 4, 4)  # nothing to scale outside of frequency 0
+    assert match_spectrum(flat, white(1, 1, 4, 4)).isfinite().all()
+
+
 def test_bad_shapes():
     with pytest.raises(ValueError, match=r"must be \(batch, channels, height, width\)"):
         noise_statistics(torch.zeros(4, 8, 8))
@@ -56,5 +82,9 @@ def test_bad_shapes():
         noise_statistics(torch.zeros(1, 4, 1, 1))
     with pytest.raises(ValueError, match="must have the shape of `source`"):
         match_energy(torch.zeros(1, 4, 8, 8), torch.zeros(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="like `source`"):
+        match_spectrum(torch.zeros(1, 4, 8, 8), torch.zeros(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="`bins` must be at least 1"):
+        match_spectrum(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), bins=0)
     with pytest.raises(ValueError, match="`bins` must be at least 1"):
         radial_spectrum(torch.zeros(1, 1, 8, 8), bins=0)

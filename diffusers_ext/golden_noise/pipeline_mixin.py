@@ -1,0 +1,215 @@
+"""What all golden-noise pipelines share: where they read the text and where they change the noise."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from diffusers_ext.golden_noise.loading import load_noise_model
+from diffusers_ext.golden_noise.model import GoldenNoiseModel
+from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.npnet import NPNet
+from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+
+
+# `from_pipe` hands a component over only if its very class is in the annotation.
+NoiseModel = NPNet | GoldenNoiseModel | NoiseSequenceTransformer | NoiseSequenceRNN
+
+_SCALE = inspect.Parameter(
+    "golden_noise_scale", inspect.Parameter.KEYWORD_ONLY, default=1.0, annotation=float
+)
+_SCALE_DOC = """Draw pictures from noise that the `noise_model` refined for their prompts.
+
+`golden_noise_scale` (`float`, defaults to 1.0): 0 draws what the plain pipeline draws, 1 from the
+network's noise, values between and beyond from the line through both. Everything else, given
+`latents` refined as well, is as in the plain pipeline:
+
+"""
+
+
+@dataclass
+class _GoldenCall:
+    """What one `__call__` has to remember until its noise is drawn."""
+
+    scale: float
+    text: dict[str, torch.Tensor | None] = field(default_factory=dict)  # arguments of `refine`
+
+
+class NetworkSizes(NamedTuple):
+    """What a network must be made for to fit a pipeline."""
+
+    in_channels: int  # of the unpacked latents
+    text_embed_dim: int  # of the token embeddings
+    pooled_dim: int | None = None  # of the pooled embeddings, where the family has them
+
+
+class GoldenNoiseMixin:
+    """What the five pipelines add: a `noise_model` component that refines the noise of each call.
+
+    It stands before a diffusers pipeline, whose `encode_prompt` and `prepare_latents` are where the
+    text is read and the noise is changed. Without a `noise_model` it is that pipeline to the bit.
+    """
+
+    # argument of `GoldenNoiseNetwork.refine` -> its place in what `encode_prompt` returns
+    _text_outputs: ClassVar[dict[str, int]] = {"prompt_embeds": 0}
+    _golden_call: _GoldenCall | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if GoldenNoiseMixin in cls.__bases__:
+            plain = super()
+            cls.__call__ = _shown_as(plain.__call__, GoldenNoiseMixin.__call__, _SCALE, _SCALE_DOC)
+            cls.encode_prompt = _shown_as(plain.encode_prompt, GoldenNoiseMixin.encode_prompt)
+            cls.prepare_latents = _shown_as(plain.prepare_latents, GoldenNoiseMixin.prepare_latents)
+
+    def load_noise_model(
+        self, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> None:
+        """Load a network of any class from a folder or the Hub, onto the pipeline's device.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or `"user/name"`.
+            kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `dtype`, ...
+
+        Raises:
+            ValueError: no golden-noise network is there, or it does not fit the pipeline.
+        """
+        self.set_noise_model(
+            load_noise_model(pretrained_model_name_or_path, **kwargs).to(self.device)
+        )
+
+    def set_noise_model(self, noise_model: GoldenNoiseNetwork | None) -> None:
+        """Make `noise_model` a component, so that `save_pretrained` and `push_to_hub` include it.
+
+        Offloading that is switched on does not cover it: switch it on again afterwards.
+
+        Raises:
+            TypeError: not a golden-noise network.
+            ValueError: a network for other latents or other text than the pipeline's.
+        """
+        if noise_model is not None:
+            if not isinstance(noise_model, GoldenNoiseNetwork):
+                raise TypeError(
+                    "`noise_model` must be a golden-noise network, got a "
+                    f"{type(noise_model).__name__}. Use `load_noise_model` for a folder or Hub "
+                    "name."
+                )
+            self._check_sizes(noise_model)
+        self.register_modules(noise_model=noise_model)
+
+    def __call__(self, *args: Any, golden_noise_scale: float = 1.0, **kwargs: Any) -> Any:
+        """As in the plain pipeline, from refined noise; see `help(pipeline.__call__)`."""
+        _check_scale(golden_noise_scale)
+        with self._golden(golden_noise_scale):
+            return super().__call__(*args, **kwargs)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        """As in the plain pipeline; during a call the text is kept for the `noise_model`."""
+        encoded = super().encode_prompt(*args, **kwargs)
+        call = self._golden_call
+        # The first is the conditional text: of further ones Flux makes the negative prompt's,
+        # Hunyuan-DiT the T5's.
+        if call is not None and not call.text:
+            call.text = self._network_text(encoded, kwargs)
+        return encoded
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As in the plain pipeline; during a call the `noise_model` refines them."""
+        prepared = super().prepare_latents(
+            batch_size, num_channels_latents, height, width, *args, **kwargs
+        )
+        if self._golden_call is None:
+            return prepared
+        return self._golden_latents(prepared, height, width)
+
+    @contextmanager
+    def _golden(self, scale: float) -> Iterator[None]:
+        outer = self._golden_call
+        active = self.noise_model is not None and scale != 0
+        self._golden_call = _GoldenCall(scale) if active else None
+        try:
+            yield
+        finally:
+            self._golden_call = outer
+
+    def _network_text(
+        self, encoded: tuple[torch.Tensor | None, ...], arguments: dict[str, Any]
+    ) -> dict[str, torch.Tensor | None]:
+        return {name: encoded[place] for name, place in self._text_outputs.items()}
+
+    def _golden_latents(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        sigma = self.scheduler.init_noise_sigma
+        return (self._refine(latents.float() / sigma) * sigma).to(latents.dtype)
+
+    def _refine(self, noise: torch.Tensor) -> torch.Tensor:
+        call = self._golden_call
+        return self.noise_model.refine(noise, scale=call.scale, **call.text)
+
+    def _sizes(self) -> NetworkSizes | None:
+        """What the denoiser tells; `None` where the pipeline has none."""
+        raise TypeError(f"{type(self).__name__} must define `_sizes`.")
+
+    def _check_sizes(self, noise_model: GoldenNoiseNetwork) -> None:
+        sizes = self._sizes()
+        if sizes is None:
+            return
+        config = noise_model.config
+        text_width = sizes.pooled_dim if config.get("pooled_text") else sizes.text_embed_dim
+        for name, size in (("in_channels", sizes.in_channels), ("text_embed_dim", text_width)):
+            if size is None:
+                raise ValueError(
+                    "`noise_model` must read tokens in a pipeline whose text encoder does not "
+                    f"pool, got one with `pooled_text` for a {type(self).__name__}."
+                )
+            if config.get(name, size) != size:
+                raise ValueError(
+                    f"`noise_model` must have `{name}` {size} like the {type(self).__name__}, got "
+                    f"{config[name]}."
+                )
+
+
+def _shown_as(
+    plain: Callable[..., Any],
+    method: Callable[..., Any],
+    further: inspect.Parameter | None = None,
+    introduction: str = "",
+) -> Callable[..., Any]:
+    """`method` with the signature of `plain` and one further argument, for `help` and editors."""
+
+    def shown(self: object, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    signature = inspect.signature(plain)
+    if further is not None:
+        parameters = list(signature.parameters.values())
+        last = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        parameters.insert(len(parameters) - last, further)
+        signature = signature.replace(parameters=parameters)
+    shown.__signature__ = signature
+    shown.__name__ = plain.__name__
+    shown.__doc__ = introduction + (inspect.getdoc(plain) or "")
+    return shown
+
+
+def _check_scale(scale: float) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"`golden_noise_scale` must be a number, got a {type(scale).__name__}.")
+    if not math.isfinite(scale):
+        raise ValueError(f"`golden_noise_scale` must be finite, got {scale}.")

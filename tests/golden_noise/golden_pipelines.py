@@ -1,0 +1,179 @@
+"""Tiny pipelines of all five families, as tests of the golden-noise pipelines need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from diffusers_ext.golden_noise.conditioning import encode_prompts
+from diffusers_ext.golden_noise.model import GoldenNoiseModel
+from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.npnet import NPNet
+from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline, GoldenNoiseXLPipeline
+from diffusers_ext.golden_noise.pipeline_transformers import (
+    GoldenNoiseFluxPipeline,
+    GoldenNoiseHunyuanDiTPipeline,
+    GoldenNoiseSD3Pipeline,
+)
+from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+from tests.tiny_digits import random_digits_pipeline
+from tests.tiny_image_pipelines import (
+    tiny_flux_pipeline,
+    tiny_hunyuan_dit_pipeline,
+    tiny_sd3_pipeline,
+)
+from tests.tiny_pipelines import sdxl_pipeline
+
+
+PROMPTS = ["a red seven", "a blue one on a green background"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A golden pipeline, the plain one it derives from, and what a call of it needs."""
+
+    golden: type
+    plain: Callable[[], DiffusionPipeline]
+    pixels: int
+    other_size: tuple[int, int]
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+def hunyuan_dit_pipeline() -> DiffusionPipeline:
+    """With a sampler that draws no noise of its own."""
+    pipeline = tiny_hunyuan_dit_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+FAMILIES = {
+    "sd": Family(GoldenNoisePipeline, random_digits_pipeline, 32, (24, 40)),
+    "sdxl": Family(GoldenNoiseXLPipeline, sdxl_pipeline, 32, (24, 40)),
+    "hunyuan_dit": Family(
+        GoldenNoiseHunyuanDiTPipeline,
+        hunyuan_dit_pipeline,
+        64,
+        (48, 80),
+        {"use_resolution_binning": False},
+    ),
+    "sd3": Family(GoldenNoiseSD3Pipeline, tiny_sd3_pipeline, 32, (24, 40)),
+    "flux": Family(GoldenNoiseFluxPipeline, tiny_flux_pipeline, 32, (24, 40)),
+}
+
+
+NETWORKS: dict[str, tuple[type, dict[str, Any]]] = {
+    "model": (GoldenNoiseModel, {"width": 64, "num_layers": 1, "num_heads": 2}),
+    "npnet": (
+        NPNet,
+        {
+            "svd_hidden_dim": 8,
+            "svd_output_dim": 16,
+            "svd_num_heads": 2,
+            "swin_image_size": 16,
+            "swin_patch_size": 2,
+            "swin_embed_dim": 8,
+            "swin_depths": (2,),
+            "swin_num_heads": (2,),
+            "swin_window_size": 4,
+        },
+    ),
+    "transformer": (
+        NoiseSequenceTransformer,
+        {
+            "patch_size": 2,
+            "d_model": 16,
+            "nhead": 2,
+            "num_encoder_layers": 1,
+            "num_decoder_layers": 1,
+            "dim_feedforward": 24,
+            "num_steps": 2,
+        },
+    ),
+    "rnn": (
+        NoiseSequenceRNN,
+        {
+            "cnn_base_filters": 8,
+            "cnn_num_blocks": (1, 1),
+            "cnn_feat_dim": 16,
+            "gru_hidden_size": 12,
+            "num_attention_heads": 2,
+            "num_attention_layers": 1,
+            "num_steps": 2,
+        },
+    ),
+}
+
+
+def random_network(
+    pipeline: DiffusionPipeline, name: str = "model", **config: Any
+) -> GoldenNoiseNetwork:
+    """A small network for the pipeline's latents and text whose output is far from the identity."""
+    sizes = pipeline._sizes()
+    network_class, options = NETWORKS[name]
+    shared = {
+        "in_channels": sizes.in_channels,
+        "sample_size": 8,
+        "text_embed_dim": sizes.text_embed_dim,
+    }
+    if network_class is NPNet:
+        shared["text_length"] = text_length(pipeline)
+    torch.manual_seed(0)
+    network = network_class(**{**shared, **options, **config}).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+def text_length(pipeline: DiffusionPipeline) -> int:
+    """Tokens that the network reads."""
+    return encode_prompts(pipeline, PROMPTS[:1]).prompt_embeds.shape[1]
+
+
+def golden_pipeline(family: str, **config: Any) -> DiffusionPipeline:
+    """The family's golden pipeline with a `random_network`."""
+    return with_network(FAMILIES[family].plain(), family, **config)
+
+
+def with_network(plain: DiffusionPipeline, family: str, **config: Any) -> DiffusionPipeline:
+    """The plain pipeline's golden one, of the same components."""
+    pipeline = FAMILIES[family].golden.from_pipe(plain)
+    pipeline.set_noise_model(random_network(pipeline, **config))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: DiffusionPipeline, family: str, **arguments: Any) -> torch.Tensor:
+    """Pictures `(batch, 3, height, width)` in two steps; for the first prompt and seed 0."""
+    pixels = FAMILIES[family].pixels
+    defaults = {"height": pixels, "width": pixels, "output_type": "pt", "num_inference_steps": 2}
+    if not {"prompt", "prompt_embeds"} & arguments.keys():
+        defaults["prompt"] = PROMPTS[0]
+    if not {"generator", "latents"} & arguments.keys():
+        defaults["generator"] = torch.Generator().manual_seed(0)
+    return pipeline(**{**defaults, **FAMILIES[family].call, **arguments}).images
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    """One generator a sample."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def record_refining(pipeline: DiffusionPipeline) -> list[dict[str, Any]]:
+    """What the pipeline's network is asked for from now on and gives, call by call."""
+    calls, network = [], pipeline.noise_model
+    refine = network.refine
+
+    def recorded(noise: torch.Tensor, prompt_embeds: torch.Tensor, **arguments: Any):
+        golden = refine(noise, prompt_embeds, **arguments)
+        calls.append(
+            {"noise": noise, "prompt_embeds": prompt_embeds, "golden": golden, **arguments}
+        )
+        return golden
+
+    network.refine = recorded
+    return calls

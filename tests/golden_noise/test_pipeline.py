@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+
+from diffusers_ext.golden_noise.conditioning import encode_prompts
+from tests.golden_noise.golden_pipelines import (
+    FAMILIES,
+    NETWORKS,
+    PROMPTS,
+    draw,
+    golden_pipeline,
+    random_network,
+    record_refining,
+    seeded,
+    with_network,
+)
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def as_given(pipeline, golden: torch.Tensor) -> torch.Tensor:
+    """Noise as the family's `latents` argument takes it."""
+    if "Flux" in type(pipeline).__name__:
+        return pipeline._pack_latents(golden, *golden.shape)
+    return golden
+
+
+@every_family
+def test_without_a_network_or_at_scale_zero_it_is_the_plain_pipeline(family):
+    plain = FAMILIES[family].plain()
+    expected = draw(plain, family)
+    pipeline = FAMILIES[family].golden.from_pipe(plain)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.noise_model is None
+    assert isinstance(pipeline, type(plain))
+    assert draw(pipeline, family).equal(expected)
+    pipeline.set_noise_model(random_network(pipeline))
+    assert draw(pipeline, family, golden_noise_scale=0).equal(expected)
+    assert not draw(pipeline, family).allclose(expected, atol=0.05)
+
+
+@every_family
+def test_the_network_reads_the_text_it_is_trained_with(family):
+    plain = FAMILIES[family].plain()
+    pipeline = with_network(plain, family)
+    calls = record_refining(pipeline)
+    text = encode_prompts(plain, PROMPTS)
+    picture = draw(pipeline, family, prompt=PROMPTS, generator=seeded(0, 1), golden_noise_scale=0.7)
+    (call,) = calls
+    for name in ("prompt_embeds", "attention_mask", "pooled_prompt_embeds"):
+        given, expected = call.get(name), getattr(text, name)
+        if expected is None or name not in pipeline._text_outputs:
+            assert given is None, name
+        else:
+            assert given.equal(expected), name
+    assert call["scale"] == 0.7
+    assert call["noise"].dtype == torch.float32
+    noise = [torch.randn(call["noise"].shape[1:], generator=one) for one in seeded(0, 1)]
+    assert call["noise"].equal(torch.stack(noise))
+    latents = as_given(pipeline, call["golden"])
+    assert draw(plain, family, prompt=PROMPTS, latents=latents).equal(picture)
+
+
+@every_family
+def test_a_noise_does_not_depend_on_its_batch(family):
+    pipeline = golden_pipeline(family)
+    calls = record_refining(pipeline)
+    draw(pipeline, family, prompt=PROMPTS, generator=seeded(3, 4))
+    for prompt, seed in zip(PROMPTS, (3, 4)):
+        draw(pipeline, family, prompt=prompt, generator=seeded(seed))
+    together, first, second = calls
+    alone = torch.cat([first["golden"], second["golden"]])
+    torch.testing.assert_close(together["golden"], alone)
+    assert together["noise"].equal(torch.cat([first["noise"], second["noise"]]))
+
+
+@every_family
+def test_several_images_of_a_prompt_each_read_it(family):
+    pipeline = golden_pipeline(family)
+    calls = record_refining(pipeline)
+    draw(pipeline, family, prompt=PROMPTS, num_images_per_prompt=2, generator=seeded(0, 1, 2, 3))
+    repeated = [prompt for prompt in PROMPTS for _ in range(2)]
+    draw(pipeline, family, prompt=repeated, generator=seeded(0, 1, 2, 3))
+    images, prompts = calls
+    for name in (*pipeline._text_outputs, "noise", "golden"):
+        torch.testing.assert_close(images[name], prompts[name])
+
+
+@every_family
+def test_embeddings_take_the_place_of_prompts(family):
+    pipeline = golden_pipeline(family)
+    text = encode_prompts(pipeline, PROMPTS, None)
+    given = {
+        name.replace("attention_mask", "prompt_attention_mask"): tensor
+        for name, tensor in text.tensors().items()
+        if family != "flux" or "negative" not in name
+    }
+    expected = draw(pipeline, family, prompt=PROMPTS, generator=seeded(0, 1))
+    torch.testing.assert_close(draw(pipeline, family, **given, generator=seeded(0, 1)), expected)
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+def test_given_masks_are_repeated_with_their_images_if_they_are_not_yet(masks):
+    pipeline = golden_pipeline("hunyuan_dit")
+    calls = record_refining(pipeline)
+    text = encode_prompts(pipeline, PROMPTS[:1])
+    with pipeline._golden(1.0):
+        pipeline.encode_prompt(
+            prompt=None,
+            num_images_per_prompt=2,
+            do_classifier_free_guidance=False,
+            prompt_embeds=text.prompt_embeds,
+            prompt_attention_mask=text.attention_mask.repeat(masks, 1),
+        )
+        pipeline.prepare_latents(2, 4, 64, 64, torch.float32, torch.device("cpu"), None)
+    (call,) = calls
+    assert call["attention_mask"].equal(text.attention_mask.repeat(2, 1))
+
+
+@every_family
+@pytest.mark.parametrize(
+    "guidance", [{"guidance_scale": 1.0}, {"negative_prompt": "a green two", "guidance_scale": 4.0}]
+)
+def test_the_network_reads_the_positive_prompt_whatever_the_guidance(family, guidance):
+    if family == "flux":
+        guidance = {**guidance, "true_cfg_scale": guidance["guidance_scale"]}
+    pipeline = golden_pipeline(family)
+    calls = record_refining(pipeline)
+    draw(pipeline, family)
+    draw(pipeline, family, **guidance)
+    default, guided = calls
+    for name in default:
+        assert name == "scale" or guided[name].equal(default[name]), name
+
+
+@every_family
+def test_given_latents_are_refined_as_well_and_any_size_works(family):
+    pipeline = golden_pipeline(family)
+    calls = record_refining(pipeline)
+    height, width = FAMILIES[family].other_size
+    size = {"height": height, "width": width}
+    picture = draw(pipeline, family, **size)
+    assert picture.shape[-2:] == (height, width)
+    noise = calls[0]["noise"]
+    assert noise.shape[-2:] == (
+        height // pipeline.vae_scale_factor,
+        width // pipeline.vae_scale_factor,
+    )
+    latents = as_given(pipeline, noise)
+    assert draw(pipeline, family, latents=latents, **size).equal(picture)
+    assert calls[1]["noise"].equal(noise)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_the_network_gets_unit_noise_and_the_sampler_its_own_scale(family):
+    plain = FAMILIES[family].plain()
+    plain.scheduler = EulerDiscreteScheduler.from_config(
+        plain.scheduler.config, timestep_spacing="leading"
+    )
+    pipeline = with_network(plain, family)
+    calls = record_refining(pipeline)
+    picture = draw(pipeline, family)
+    assert plain.scheduler.init_noise_sigma > 1.5
+    (call,) = calls
+    noise = torch.randn(call["noise"].shape, generator=seeded(0)[0])
+    torch.testing.assert_close(call["noise"], noise)
+    torch.testing.assert_close(draw(plain, family, latents=call["golden"]), picture)
+
+
+@every_family
+def test_refined_noise_comes_back_in_the_dtype_of_the_pipeline(family):
+    pipeline = golden_pipeline(family).to(torch.bfloat16)
+    pipeline.noise_model.to(torch.float32)
+    calls = record_refining(pipeline)
+    latents = []
+
+    def look(_, step, timestep, tensors):
+        latents.append(tensors["latents"])
+        return {}
+
+    draw(pipeline, family, callback_on_step_end=look)
+    assert latents[0].dtype == torch.bfloat16
+    assert calls[0]["noise"].dtype == calls[0]["golden"].dtype == torch.float32
+
+
+@every_family
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_network_works_in_every_family(family, network):
+    pipeline = golden_pipeline(family, name=network)
+    calls = record_refining(pipeline)
+    assert not draw(pipeline, family).equal(draw(pipeline, family, golden_noise_scale=0))
+    (call,) = calls
+    energies = [call[name].square().mean() for name in ("noise", "golden")]
+    torch.testing.assert_close(*energies)
