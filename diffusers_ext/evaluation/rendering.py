@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -59,17 +59,37 @@ def shots_of(prompts: Sequence[str], count: int, seed: int, stream: str = "paire
 
 
 @torch.no_grad()
-def draw(pipeline: DiffusionPipeline, shots: Sequence[Shot], sampling: Sampling) -> torch.Tensor:
+def draw(
+    pipeline: DiffusionPipeline,
+    shots: Sequence[Shot],
+    sampling: Sampling,
+    latents: torch.Tensor | None = None,
+    **further: Any,
+) -> torch.Tensor:
     """Pictures `(n, 3, height, width)` in [0, 1], float32 on the CPU, one generator per picture.
+
+    Args:
+        pipeline: draws.
+        shots: the pictures.
+        sampling: how they are drawn.
+        latents: `(n, ...)`, the starting noise as the pipeline's call takes it; drawn from the
+            shots' seeds when `None`.
+        further: arguments of the pipeline's call.
 
     Raises:
         ValueError: a picture is not finite.
     """
     prompts = [shot.prompt for shot in shots]
     arguments = {name: value for name, value in vars(sampling).items() if value is not None}
+    arguments.update(further)
     if sampling.negative_prompt is not None:
         arguments["negative_prompt"] = [sampling.negative_prompt] * len(shots)
     generators = [torch.Generator().manual_seed(shot.seed) for shot in shots]
+    if latents is not None:
+        arguments["latents"] = latents
+        for generator, latent in zip(generators, latents, strict=True):
+            # A sampler's later noise must not repeat the starting noise of the same seed.
+            torch.randn(latent.shape, generator=generator)
     output = pipeline(prompt=prompts, generator=generators, output_type="pt", **arguments)
     pixels = output.images.float().cpu()
     broken = ~torch.isfinite(pixels).flatten(1).all(1)

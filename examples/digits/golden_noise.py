@@ -26,19 +26,26 @@ HELD_OUT_PROMPTS = [
 ]
 
 _COMMON = ("--lr_scheduler", "cosine", "--lr_warmup_steps", "100", "--text_cache_dtype", "fp32")
-_TRANSFORMER = ("--patch_size", "1", "--width", "128", "--num_layers", "4", "--num_heads", "4")
+_TRANSFORMER = ("--patch_size", "2", "--width", "128", "--num_layers", "6", "--num_heads", "4")
 # Script, data (pairs or sequences) and flags; the steps are those of a full training.
 NETWORKS: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
-    "GoldenNoiseModel": ("golden_noise_model", "pairs", 1500,
+    "GoldenNoiseModel": ("golden_noise_model", "pairs", 2500,
         ("--train_batch_size", "64", "--learning_rate", "1e-3", *_TRANSFORMER)),
     "NPNet": ("npnet", "pairs", 1500,
         ("--train_batch_size", "64", "--learning_rate", "1e-3", "--swin_image_size", "16",
          "--swin_patch_size", "2", "--swin_embed_dim", "24", "--swin_depths", "2", "2",
          "--swin_num_heads", "2", "4", "--swin_window_size", "4", "--svd_hidden_dim", "32",
          "--svd_output_dim", "64", "--svd_num_heads", "2")),
-    "NoiseSequenceTransformer": ("transformer", "sequences", 1500, ()),
-    "NoiseSequenceRNN": ("rnn", "sequences", 1500, ()),
-    "GoldenNoiseModel of five steps": ("golden_noise_model", "sequences", 1500,
+    "NoiseSequenceTransformer": ("transformer", "sequences", 1500,
+        ("--train_batch_size", "16", "--learning_rate", "1e-3", "--patch_size", "2", "--d_model",
+         "128", "--nhead", "4", "--num_encoder_layers", "1", "--num_decoder_layers", "4",
+         "--dim_feedforward", "256")),
+    "NoiseSequenceRNN": ("rnn", "sequences", 1500,
+        ("--train_batch_size", "16", "--learning_rate", "1e-3", "--cnn_base_filters", "48",
+         "--cnn_num_blocks", "1", "1", "--cnn_feat_dim", "128", "--gru_hidden_size", "128",
+         "--gru_num_layers", "1", "--num_attention_layers", "2", "--num_attention_heads", "4",
+         "--num_text_layers", "1")),
+    "GoldenNoiseModel of five steps": ("golden_noise_model", "sequences", 2500,
         ("--train_batch_size", "64", "--learning_rate", "1e-3", *_TRANSFORMER)),
 }  # fmt: skip
 

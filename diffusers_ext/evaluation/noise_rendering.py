@@ -1,0 +1,82 @@
+"""Pictures from a given unit noise, whatever form a pipeline's call takes it in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.evaluation.rendering import Sampling, Shot, draw
+from diffusers_ext.golden_noise.denoiser import denoiser_of, latent_channels
+from diffusers_ext.golden_noise.families import pipeline_family
+from diffusers_ext.golden_noise.pairs import source_noise
+
+
+def latent_shape(
+    pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None
+) -> tuple[int, int, int]:
+    """`(channels, height, width)` of a picture's noise, before any packing into tokens.
+
+    Args:
+        pipeline: draws the picture.
+        height, width: of the picture in pixels; the pipeline's own when `None`.
+    """
+    factor, family = pipeline.vae_scale_factor, pipeline_family(pipeline)
+    if family == "sd":
+        own = denoiser_of(pipeline).config.sample_size
+    else:
+        own = pipeline.default_sample_size
+    sizes = (own, own) if isinstance(own, int) else tuple(own)
+    rows, columns = (
+        size if asked is None else asked // factor
+        for size, asked in zip(sizes, (height, width), strict=True)
+    )
+    if family == "flux":  # 2 x 2 latent pixels are one token
+        rows, columns = rows // 2 * 2, columns // 2 * 2
+    return latent_channels(pipeline), rows, columns
+
+
+def unit_noise(shots: Sequence[Shot], shape: tuple[int, int, int]) -> torch.Tensor:
+    """Noise `(n, channels, height, width)`, float32 on the CPU, each from its shot's seed alone."""
+    return torch.stack([source_noise(shot.seed, shape) for shot in shots])
+
+
+def draw_from_noise(
+    pipeline: DiffusionPipeline, shots: Sequence[Shot], sampling: Sampling, noise: torch.Tensor
+) -> torch.Tensor:
+    """Pictures `(n, 3, height, width)` in [0, 1] from unit noise, which sets their size.
+
+    Pipelines multiply `latents` by their scheduler's `init_noise_sigma` themselves.
+
+    Args:
+        pipeline: draws.
+        shots: the pictures.
+        sampling: how they are drawn.
+        noise: `(n, channels, latent height, latent width)`.
+    """
+    family = pipeline_family(pipeline)
+    latents = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
+    height, width = (size * pipeline.vae_scale_factor for size in noise.shape[-2:])
+    if family == "flux":
+        latents = pipeline._pack_latents(latents, *latents.shape)
+    # Bins would give the picture another size than the noise has.
+    further = {"use_resolution_binning": False} if family == "hunyuan_dit" else {}
+    return draw(pipeline, shots, replace(sampling, height=height, width=width), latents, **further)
+
+
+@contextmanager
+def without_noise_model(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """A golden-noise pipeline as the plain one; its network comes back."""
+    network = getattr(pipeline, "noise_model", None)
+    if network is None:
+        yield
+        return
+    try:
+        # By assignment diffusers would forget the component's class for good.
+        vars(pipeline)["noise_model"] = None
+        yield
+    finally:
+        vars(pipeline)["noise_model"] = network

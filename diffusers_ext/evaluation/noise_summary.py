@@ -1,0 +1,185 @@
+"""From the rows of an evaluation to its tables: scores, best of N, noise, diversity, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from diffusers_ext.evaluation.noise_figures import STANDARD, NoiseFigures
+from diffusers_ext.evaluation.paired_comparison import (
+    Interval,
+    PairedComparison,
+    bootstrap_interval,
+    compare_pairs,
+    expected_best,
+    group_indices,
+)
+from diffusers_ext.evaluation.run_cost import RunCost
+
+
+_FEWEST_GROUPS = 10  # a bootstrap over fewer prompts than that says nothing
+
+
+def resampled_groups(rows: Sequence[dict[str, Any]]) -> torch.Tensor | None:
+    """The prompts as groups of the bootstrap; `None`, for single pairs, where they are too few."""
+    groups = group_indices([row["prompt"] for row in rows])
+    return groups if int(groups.max()) + 1 >= _FEWEST_GROUPS else None
+
+
+def compare_sides(
+    rows: Sequence[dict[str, Any]],
+    sides: Sequence[str],
+    labels: Sequence[str],
+    standard: str = STANDARD,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """`{side: {reward: PairedComparison as a dict}}` of all `sides` against one."""
+    groups = resampled_groups(rows)
+    return {
+        side: {
+            label: _as_lists(
+                compare_pairs(
+                    _column(rows, f"{standard}/{label}"),
+                    _column(rows, f"{side}/{label}"),
+                    groups=groups,
+                )
+            )
+            for label in labels
+        }
+        for side in sides
+    }
+
+
+def best_of_summary(
+    rows: Sequence[dict[str, Any]],
+    candidates: Mapping[str, torch.Tensor],
+    subjects: Sequence[str],
+    cost: RunCost,
+) -> dict[str, Any]:
+    """Golden noise against the best of N random noises, at the time that each takes.
+
+    The best of n >= 2 costs n drawings and n scores; one drawing needs no score.
+
+    Args:
+        rows: with the scores of all subjects.
+        candidates: `{reward: (pictures, N)}`; the first reward chooses.
+        subjects: names of the golden sides.
+        cost: with the parts `"draw"`, `"score"` and `"refine X"` for each subject X.
+
+    Returns:
+        `count` = N, `seconds` and `expected` (`{reward: [mean of the best of n]}`) for n = 1..N,
+        and by subject in `against`: `time_ratio` to the best of N, `difference` to it in the first
+        reward with its interval and the win rate, `equal_time_count` (the n that its time pays
+        for) with that `equal_time_mean`, and `matching_count`, the smallest n up to N whose mean
+        is as high (`None`: none is).
+    """
+    primary = next(iter(candidates))
+    expected = {
+        label: expected_best(candidates[primary], candidates[label]) for label in candidates
+    }
+    count = candidates[primary].shape[1]
+    one, score = cost.seconds("draw"), cost.seconds("score")
+    seconds = [one if n == 1 else n * (one + score) for n in range(1, count + 1)]
+    side = best_of_name(count)
+    compared = compare_sides(rows, subjects, [primary], side)
+    against = {}
+    for subject in subjects:
+        found = compared[subject][primary]
+        taken = one + cost.seconds(f"refine {subject}")
+        paid = max([n for n in range(1, count + 1) if seconds[n - 1] <= taken], default=1)
+        mean = found["mean_other"]
+        enough = [n for n in range(1, count + 1) if expected[primary][n - 1].item() >= mean]
+        against[subject] = {
+            "time_ratio": taken / seconds[-1],
+            "difference": found["difference"],
+            "difference_interval": found["difference_interval"],
+            "win_rate": found["win_rate"],
+            "win_rate_interval": found["win_rate_interval"],
+            "equal_time_count": paid,
+            "equal_time_mean": expected[primary][paid - 1].item(),
+            "matching_count": min(enough, default=None),
+        }
+    return {
+        "count": count,
+        "seconds": seconds,
+        "expected": {label: means.tolist() for label, means in expected.items()},
+        "against": against,
+    }
+
+
+def noise_summary(figures: NoiseFigures) -> dict[str, dict[str, Any]]:
+    """`{side: {statistic: mean over pictures}}` with the `spectrum`; see `noise_statistics`."""
+    found: dict[str, dict[str, Any]] = {}
+    for side in figures.sides:
+        prefix = f"{side}/noise_"
+        names = [name for name in figures.rows[0] if name.startswith(prefix)]
+        means = {n.removeprefix(prefix): _column(figures.rows, n).mean().item() for n in names}
+        found[side] = {**means, "spectrum": figures.spectrum(side)}
+    return found
+
+
+def diversity_summary(figures: NoiseFigures) -> dict[str, dict[str, Any]]:
+    """`{side: {"distance", "ratio", "ratio_interval"}}`, nothing with one picture a prompt.
+
+    The distance is between pictures of one prompt, averaged over prompts; the ratio is to the
+    standard side, with a bootstrap over prompts (`None` where it has no meaning).
+    """
+    standard = torch.tensor(figures.distances[STANDARD], dtype=torch.float64)
+    if not len(standard):
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for side in figures.sides:
+        distances = torch.tensor(figures.distances[side], dtype=torch.float64)
+        found[side] = {"distance": distances.mean().item(), "ratio": None, "ratio_interval": None}
+        if standard.min() > 0:
+            found[side]["ratio"] = (distances.sum() / standard.sum()).item()
+            if len(standard) > 1:
+                found[side]["ratio_interval"] = list(bootstrap_interval(distances, standard))
+    return found
+
+
+def cost_summary(
+    cost: RunCost, sides: Sequence[str], facts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Seconds a picture and memory of every side, and of `"score"`.
+
+    Args:
+        cost: with the parts `"draw"`, `"score"` and `"refine X"`, measured in the same batches. A
+            drawing takes as long from any noise, so those of all sides are one part.
+        sides: the standard one first.
+        facts: of the subjects, with `parameter_bytes` where they are networks.
+
+    Returns:
+        `{side: {"seconds", "extra_seconds", "extra_share", "parameter_bytes",
+        "peak_memory_bytes"}}`; memory as in `RunCost.peak_memory`, of the refinement alone for
+        subjects.
+    """
+    plain = cost.seconds("draw")
+    found: dict[str, dict[str, Any]] = {}
+    for side in sides:
+        part = "draw" if side == STANDARD else f"refine {side}"
+        extra = 0.0 if side == STANDARD else cost.seconds(part)
+        found[side] = {
+            "seconds": plain + extra,
+            "extra_seconds": extra,
+            "extra_share": extra / plain,
+            "parameter_bytes": facts.get(side, {}).get("parameter_bytes", 0),
+            "peak_memory_bytes": cost.peak_memory(part),
+        }
+    return {**found, "score": {"seconds": cost.seconds("score")}}
+
+
+def best_of_name(count: int) -> str:
+    """Name of the side that draws `count` times and keeps the best."""
+    return f"best of {count}"
+
+
+def _as_lists(comparison: PairedComparison) -> dict[str, Any]:
+    """As JSON gives it back."""
+    found = comparison._asdict()
+    return {name: list(x) if isinstance(x, Interval) else x for name, x in found.items()}
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor:
+    return torch.tensor([row[name] for row in rows], dtype=torch.float64)

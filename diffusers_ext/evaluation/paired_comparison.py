@@ -1,0 +1,205 @@
+"""Statistics of pairs: the same prompt and seed, once the standard way and once another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+
+
+_CHUNK = 2_000_000  # draws at once, so that a bootstrap needs little memory
+
+
+class Interval(NamedTuple):
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+class PairedComparison(NamedTuple):
+    """How `other` does against `standard` on the same pairs; higher scores are better."""
+
+    pairs: int
+    mean_standard: float
+    mean_other: float
+    difference: float  # mean of other - standard
+    difference_interval: Interval
+    win_rate: float  # share strictly better, ties counted half
+    win_rate_interval: Interval
+    ties: int
+
+
+def compare_pairs(
+    standard: torch.Tensor,
+    other: torch.Tensor,
+    *,
+    groups: torch.Tensor | None = None,
+    confidence: float = 0.95,
+    resamples: int = 4000,
+) -> PairedComparison:
+    """Compare scores of pairs.
+
+    Args:
+        standard: `(pairs,)`.
+        other: `(pairs,)`, of the same prompts and seeds.
+        groups: `(pairs,)` integers; pairs of one group are resampled together, see
+            `bootstrap_interval`.
+        confidence: of the intervals: Wilson's of the win rate, the bootstrap's of the difference.
+        resamples: of the bootstrap.
+
+    Raises:
+        ValueError: not two finite vectors of one length.
+    """
+    standard, other = _check_scores("standard", standard), _check_scores("other", other)
+    if standard.shape != other.shape:
+        raise ValueError(
+            f"`other` must hold one score per pair ({len(standard)}), got {len(other)}."
+        )
+    rate = win_rate(standard, other)
+    difference = other - standard
+    return PairedComparison(
+        len(standard),
+        standard.mean().item(),
+        other.mean().item(),
+        difference.mean().item(),
+        bootstrap_interval(difference, groups=groups, confidence=confidence, resamples=resamples),
+        rate,
+        wilson_interval(rate, len(standard), confidence),
+        int((difference == 0).sum()),
+    )
+
+
+def win_rate(standard: torch.Tensor, other: torch.Tensor) -> float:
+    """Share of pairs `(pairs,)` in which `other` is strictly better; ties count half."""
+    return ((other > standard).double() + 0.5 * (other == standard).double()).mean().item()
+
+
+def wilson_interval(rate: float, count: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a share (J. Am. Stat. Assoc. 22, 1927); it stays within [0, 1].
+
+    Args:
+        rate: the share found, in [0, 1].
+        count: among so many.
+        confidence: of the interval, in (0, 1).
+    """
+    if count < 1 or not 0 <= rate <= 1:
+        raise ValueError(
+            f"`rate` must be in [0, 1] and `count` at least 1, got {rate} and {count}."
+        )
+    z = NormalDist().inv_cdf(0.5 + _check_confidence(confidence) / 2)
+    scale = 1 + z * z / count
+    centre = (rate + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap_interval(
+    values: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    *,
+    groups: torch.Tensor | None = None,
+    confidence: float = 0.95,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of a mean (Efron, Ann. Statist. 7, 1979), deterministic.
+
+    Args:
+        values: `(n,)`.
+        weights: `(n,)`; the interval is then of `sum(values) / sum(weights)`, a ratio of means.
+        groups: `(n,)` integers. Whole groups are resampled, as pictures of one prompt are alike
+            and count for less than as many prompts; single values when `None`.
+        confidence: of the interval, in (0, 1).
+        resamples: how often.
+        seed: of the resampling.
+    """
+    values = _check_scores("values", values)
+    weights = torch.ones_like(values) if weights is None else _check_scores("weights", weights)
+    if weights.shape != values.shape or resamples < 1:
+        raise ValueError(
+            f"`weights` must be {tuple(values.shape)} and `resamples` at least 1, got "
+            f"{tuple(weights.shape)} and {resamples}."
+        )
+    sums = torch.stack([values, weights], dim=1)
+    if groups is not None:
+        if groups.shape != values.shape:
+            raise ValueError(f"`groups` must be {tuple(values.shape)}, got {tuple(groups.shape)}.")
+        _, row = torch.unique(groups, return_inverse=True)
+        sums = sums.new_zeros(int(row.max()) + 1, 2).index_add_(0, row, sums)
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for start in range(0, resamples, max(1, _CHUNK // len(sums))):
+        count = min(max(1, _CHUNK // len(sums)), resamples - start)
+        drawn = torch.randint(len(sums), (count, len(sums)), generator=generator)
+        total = sums[drawn].sum(1)
+        means.append(total[:, 0] / total[:, 1])
+    tail = (1 - _check_confidence(confidence)) / 2
+    ends = torch.quantile(torch.cat(means), torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return Interval(*ends.tolist())
+
+
+def expected_best(selection: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean score of the best of n candidates, for every n up to all of them.
+
+    Of N candidates in ascending order, the i-th is the best of n drawn without replacement with
+    probability C(i - 1, n - 1) / C(N, n); so all N serve every n.
+
+    Args:
+        selection: `(pictures, candidates)`; the best candidate has the highest.
+        scores: of the same shape, what the chosen candidate is worth; `selection` when `None`.
+
+    Returns:
+        `(candidates,)` float64: best of 1, of 2, ...
+    """
+    if selection.ndim != 2 or not selection.numel() or not torch.isfinite(selection).all():
+        raise ValueError(
+            "`selection` must be finite (pictures, candidates), got "
+            f"{tuple(selection.shape)}{' with NaN' if selection.numel() else ''}."
+        )
+    scores = selection if scores is None else scores
+    if scores.shape != selection.shape:
+        raise ValueError(
+            f"`scores` must be {tuple(selection.shape)} like `selection`, got "
+            f"{tuple(scores.shape)}."
+        )
+    count = selection.shape[1]
+    order = selection.argsort(dim=1, stable=True)
+    means = scores.double().gather(1, order).mean(0)
+    chances = [
+        [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
+        for n in range(1, count + 1)
+    ]
+    return torch.tensor(chances, dtype=torch.float64) @ means
+
+
+def mean_pairwise_distance(features: torch.Tensor) -> float:
+    """Root mean square difference of two rows of `(n, dim)`, averaged over all pairs of rows."""
+    if features.ndim != 2 or features.shape[0] < 2:
+        raise ValueError(
+            f"`features` must be (n, dim) with two rows at least, got {tuple(features.shape)}."
+        )
+    distances = torch.pdist(features.double()) / math.sqrt(features.shape[1])
+    return distances.mean().item()
+
+
+def group_indices(names: Sequence[str]) -> torch.Tensor:
+    """`(n,)` integers, equal where the names are."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names], dtype=torch.long)
+
+
+def _check_scores(name: str, scores: torch.Tensor) -> torch.Tensor:
+    if scores.ndim != 1 or not len(scores) or not torch.isfinite(scores).all():
+        problem = " with NaN or infinite values" if scores.ndim == 1 and len(scores) else ""
+        raise ValueError(f"`{name}` must be finite (n,), got {tuple(scores.shape)}{problem}.")
+    return scores.double()
+
+
+def _check_confidence(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
+    return confidence

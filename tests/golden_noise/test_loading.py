@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from diffusers_ext.golden_noise.loading import NETWORK_MODULES, load_noise_model
+from diffusers_ext.golden_noise.model import GoldenNoiseModel
+from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.npnet import NPNet
+from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+from tests.evaluation.golden_subjects import small_network
+
+
+NETWORKS = (NPNet, GoldenNoiseModel, NoiseSequenceTransformer, NoiseSequenceRNN)
+
+
+def test_the_class_is_the_one_of_the_config(tmp_path):
+    network = small_network()
+    network.save_pretrained(tmp_path)
+    loaded = load_noise_model(tmp_path)
+    assert type(loaded) is GoldenNoiseModel
+    assert not loaded.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_every_class_is_a_network_of_its_name():
+    assert NETWORK_MODULES.keys() == {network.__name__ for network in NETWORKS}
+    for network in NETWORKS:
+        assert NETWORK_MODULES[network.__name__] == network.__module__
+        assert issubclass(network, GoldenNoiseNetwork)
+
+
+def test_arguments_reach_the_class(tmp_path):
+    small_network().save_pretrained(tmp_path / "noise_model")
+    loaded = load_noise_model(tmp_path, subfolder="noise_model", dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_other_folders_are_refused(tmp_path):
+    UNet2DModel(
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    ).save_pretrained(tmp_path)
+    message = "must hold a golden-noise network, one of .*'NPNet'.*, got 'UNet2DModel' in .*"
+    with pytest.raises(ValueError, match=message + "NPNet.from_single_file"):
+        load_noise_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 3}))
+    with pytest.raises(ValueError, match="got None in"):
+        load_noise_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(OSError, match="no file named config.json"):
+        load_noise_model(tmp_path)
