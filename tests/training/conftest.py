@@ -11,8 +11,9 @@ from diffusers_ext.evaluation.forgetting_report import ForgettingReport
 from examples.digits.check_model import load_pipeline
 from examples.digits.pictures import draw_glyphs, tint
 from tests.tiny_lora import add_random_lora
+from tests.training.pair_runs import QUICK_PAIRS, write_prompt_file
 from tests.training.script_runs import EVALUATED, QUICK, command_line, write_prompts
-from training import build_covariance, evaluate_nullspace
+from training import build_covariance, evaluate_nullspace, generate_npd
 from training.train_nullspace_dreambooth import main, parse_args
 
 
@@ -126,5 +127,21 @@ def evaluate(tmp_path, loras, fresh_accelerator):
         for lora in several or ():
             line += ["--lora", str(lora)]
         return evaluate_nullspace.main(evaluate_nullspace.parse_args(line))
+
+    return run
+
+
+@pytest.fixture
+def generate(tmp_path, fresh_accelerator):
+    """Run the script that makes noise pairs in this process; returns the folder it wrote."""
+
+    def run(name: str = "set", **arguments) -> Path:
+        arguments = {
+            "prompt_file": write_prompt_file(tmp_path / "prompts.txt"),
+            "output_dir": tmp_path / name,
+            **QUICK_PAIRS,
+            **arguments,
+        }
+        return generate_npd.main(generate_npd.parse_args(command_line(**arguments)))
 
     return run

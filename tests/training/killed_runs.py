@@ -19,7 +19,7 @@ import json, os, sys
 
 sys.path.insert(0, {repository!r})
 import transformers.models.clip.modeling_clip, transformers.models.clip.tokenization_clip
-from training.train_nullspace_dreambooth import main, parse_args
+from training.{script} import main, parse_args
 
 log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 for request in sys.stdin:
@@ -42,12 +42,14 @@ for request in sys.stdin:
 class TrainingServer:
     """Starts trainings in processes of their own, one at a time, and kills them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, script: str = "train_nullspace_dreambooth") -> None:
         self.log = folder / "log"
-        script = folder / "server.py"
-        script.write_text(_SERVER.format(repository=str(REPOSITORY), log=str(self.log)))
+        server = folder / "server.py"
+        server.write_text(
+            _SERVER.format(repository=str(REPOSITORY), log=str(self.log), script=script)
+        )
         self._process = subprocess.Popen(
-            [sys.executable, str(script)],
+            [sys.executable, str(server)],
             cwd=REPOSITORY,
             env=environment(),
             stdin=subprocess.PIPE,

@@ -1,0 +1,198 @@
+"""Sets of noise pairs in the formats of others, read without executing anything in them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+METADATA_CSV = "metadata.csv"
+_CSV_COLUMNS = {
+    "target_noise_file": ("prompt", "source_noise_file", "target_noise_file"),
+    "golden_sequence_file": ("prompt", "source_noise_file", "golden_sequence_file"),
+}
+
+
+class _Entry(NamedTuple):
+    prompt: str
+    source: Path
+    golden: Path
+
+
+def is_foreign(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a `metadata.csv` or official `.npz` files."""
+    return Path(folder, METADATA_CSV).is_file() or any(_npz_files(Path(folder)))
+
+
+class ForeignPairDataset(Dataset):
+    """The official `.npz` pairs, or the `.pt` pairs and sequences of a `metadata.csv`.
+
+    Of official pairs those are kept whose first optimized score is above the first original score, as
+    their own training does; without a file of scores there are no captions, so it must be there.
+    Items are as in `PairDataset`, one file read at a time.
+
+    Attributes:
+        prompts: one per item.
+        num_steps: golden noises an item.
+        latent_shape: `(channels, height, width)`.
+        facts: `None`: such sets say nothing about how they were made.
+    """
+
+    facts: dict[str, Any] | None = None
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        """Index a folder and read its first item.
+
+        Raises:
+            ValueError: an incomplete or broken folder, or no pair in it.
+        """
+        folder = Path(folder)
+        self._read: Callable[[_Entry], tuple[torch.Tensor, torch.Tensor]]
+        if (folder / METADATA_CSV).is_file():
+            self._entries, self._read = _csv_entries(folder), _read_pt
+        else:
+            self._entries, self._read = _npz_entries(folder), _read_npz
+        self.prompts = [entry.prompt for entry in self._entries]
+        noise, golden = self._read(self._entries[0])
+        self.latent_shape, self.num_steps = tuple(noise.shape), len(golden)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self._entries[index]
+        noise, golden = self._read(entry)
+        expected = (self.num_steps, *self.latent_shape)
+        if tuple(golden.shape) != expected or noise.shape != golden.shape[1:]:
+            raise ValueError(
+                f"{entry.golden} must hold noises of shape {expected} like the first item, got "
+                f"{tuple(golden.shape)} for a source of {tuple(noise.shape)}."
+            )
+        if not (torch.isfinite(noise).all() and torch.isfinite(golden).all()):
+            raise ValueError(f"{entry.golden} must hold finite noises, got NaN or infinity.")
+        return {"noise": noise, "golden": golden, "prompt": entry.prompt}
+
+
+def _npz_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.npz")) or sorted(folder.glob("*/*.npz"))
+
+
+def _npz_entries(folder: Path) -> list[_Entry]:
+    """Official pairs that their scores let pass, in order of index."""
+    tables = sorted({*folder.glob("*.json"), *folder.glob("*.jsonl")})
+    if len(tables) != 1:
+        raise ValueError(
+            f"{folder} must hold one .json or .jsonl file with captions and scores beside its .npz "
+            f"files, got {[path.name for path in tables]}."
+        )
+    files = {path.name: path for path in _npz_files(folder)}
+    entries = []
+    for number, line in enumerate(tables[0].read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            row = _score_row(tables[0], number, line)
+            if row["optimized_score_list"][0] <= row["original_score_list"][0]:
+                continue
+            name = f"{row['index']}_{row['seed']}.npz"
+            if name not in files:
+                raise ValueError(f"{folder} must hold {name} of line {number}, got no such file.")
+            entries.append(_Entry(row["caption"], files[name], files[name]))
+    if not entries:
+        raise ValueError(f"{tables[0]} must hold a pair whose score rises, got none.")
+    return entries
+
+
+def _score_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"Line {number} of {path} must be JSON, got: {error}.") from error
+    needed = {"index", "seed", "caption", "original_score_list", "optimized_score_list"}
+    missing = sorted(needed - row.keys()) if isinstance(row, dict) else sorted(needed)
+    if missing:
+        raise ValueError(f"Line {number} of {path} must hold {missing}, got {line[:80]!r}.")
+    scores = [row["original_score_list"][:1], row["optimized_score_list"][:1]]
+    if any(len(s) != 1 or not math.isfinite(s[0]) for s in scores):
+        raise ValueError(f"Line {number} of {path} must hold finite scores, got {scores}.")
+    return row
+
+
+def _csv_entries(folder: Path) -> list[_Entry]:
+    """The rows of a `metadata.csv`, whose files must be below its folder."""
+    path = folder / METADATA_CSV
+    with open(path, newline="", encoding="utf-8-sig") as handle:
+        reader = csv.DictReader(handle)
+        names = reader.fieldnames or []
+        kind = next((column for column in _CSV_COLUMNS if column in names), None)
+        if kind is None or any(column not in names for column in _CSV_COLUMNS[kind]):
+            raise ValueError(
+                f"{path} must have the columns of {list(_CSV_COLUMNS.values())}, got {names}."
+            )
+        rows = list(reader)
+    entries = []
+    for number, row in enumerate(rows, 1):
+        files = [folder / (row[column] or "") for column in ("source_noise_file", kind)]
+        for file in files:
+            if not file.is_file() or folder.resolve() not in file.resolve().parents:
+                raise ValueError(
+                    f"Row {number} of {path} must name files below {folder}, got {file}."
+                )
+        entries.append(_Entry(row["prompt"], *files))
+    if not entries:
+        raise ValueError(f"{path} must hold at least one pair, got none.")
+    return entries
+
+
+def _read_npz(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        with open(entry.source, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            noise, golden = arrays["arr_0"], arrays["arr_1"]
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{entry.source} must hold the arrays arr_0 and arr_1, got: {error}."
+        ) from error
+    return _single(entry.source, torch.from_numpy(noise)), _single(
+        entry.golden, torch.from_numpy(golden)
+    )[None]
+
+
+def _read_pt(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
+    noise, golden = (_load_pt(path) for path in (entry.source, entry.golden))
+    states = golden if isinstance(golden, (list, tuple)) else [golden]
+    if not states:
+        raise ValueError(f"{entry.golden} must hold at least one noise, got none.")
+    stacked = torch.stack([_single(entry.golden, state) for state in states])
+    return _single(entry.source, noise), stacked
+
+
+def _load_pt(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} must be a whole .pt file of tensors, got: {str(error).splitlines()[0]}."
+        ) from error
+
+
+def _single(path: Path, noise: Any) -> torch.Tensor:
+    """One noise `(channels, height, width)` float32, with or without a batch of one before it."""
+    if not isinstance(noise, torch.Tensor) or not noise.is_floating_point():
+        raise ValueError(f"{path} must hold noise tensors, got {type(noise).__name__}.")
+    if noise.ndim == 4 and len(noise) == 1:
+        noise = noise[0]
+    if noise.ndim != 3:
+        raise ValueError(
+            f"{path} must hold noises of shape (1, channels, height, width), got "
+            f"{tuple(noise.shape)}."
+        )
+    return noise.float()

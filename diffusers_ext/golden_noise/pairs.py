@@ -1,0 +1,152 @@
+"""Sets of noise pairs: source noise from a seed, golden noise as its difference, read lazily."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from safetensors import safe_open
+from torch.utils.data import Dataset
+
+from diffusers_ext.core.artifacts import CONFIG_NAME
+from diffusers_ext.golden_noise.foreign_pairs import ForeignPairDataset, is_foreign
+from diffusers_ext.golden_noise.pair_shards import (
+    TENSOR,
+    PairRecord,
+    check_shard,
+    list_shards,
+    open_tensors,
+    shard_files,
+)
+
+
+logger = logging.getLogger(__name__)
+
+CLASS_NAME, FORMAT_VERSION = "PairDataset", 1
+
+
+class PairItem(TypedDict):
+    """What an index of a dataset gives."""
+
+    noise: torch.Tensor  # (channels, height, width) float32
+    golden: torch.Tensor  # (steps, channels, height, width) float32
+    prompt: str
+
+
+def source_noise(seed: int, latent_shape: Sequence[int]) -> torch.Tensor:
+    """The noise that a seed stands for: `(channels, height, width)` float32, on any machine alike."""
+    return torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed))
+
+
+class PairDataset(Dataset):
+    """A native folder of pairs; memory-mapped, and picklable for the workers of a `DataLoader`.
+
+    A shard holds `golden - noise` in float16 for every step of the sequence (one step: pairs); the
+    noise itself is drawn from its seed. The tables also load with
+    `datasets.load_dataset(folder, "pairs")` and `"rejected"`.
+
+    Attributes:
+        prompts: one per item.
+        records: seeds, rewards and noise statistics, one per item.
+        num_steps: golden noises an item.
+        latent_shape: `(channels, height, width)`.
+        facts: how the set was made.
+        complete: whether the generation has ended.
+    """
+
+    def __init__(self, folder: str | os.PathLike, verify: bool = True) -> None:
+        """Check and index a folder.
+
+        Args:
+            folder: as `PairWriter` leaves it.
+            verify: compare the SHA-256 of every file, which reads them once.
+
+        Raises:
+            ValueError: no pairs there, or a file is missing, truncated or altered.
+        """
+        self.folder = Path(folder)
+        config = read_config(folder)
+        self.num_steps: int = config["num_steps"]
+        self.latent_shape: tuple[int, ...] = tuple(config["latent_shape"])
+        self.facts: dict[str, Any] | None = config["facts"]
+        self.records: list[PairRecord] = []
+        self._places: list[tuple[int, int]] = []  # (shard, row)
+        shards = list_shards(folder)
+        for shard in shards:
+            rows = check_shard(folder, shard, (self.num_steps, *self.latent_shape), verify)
+            self.records += rows
+            self._places += [(shard, row) for row in range(len(rows))]
+        self.complete = len(shards) == config["num_shards"]
+        self.prompts = [record.prompt for record in self.records]
+        self._handles: dict[int, safe_open] = {}
+        if not self.records:
+            raise ValueError(
+                f"{folder} must hold at least one pair, got none in {len(shards)} finished shards."
+            )
+        if not self.complete:
+            logger.warning(
+                f"{folder} holds {len(shards)} of {config['num_shards']} shards: its generation has "
+                "not ended."
+            )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> PairItem:
+        shard, row = self._places[index]
+        if shard not in self._handles:
+            self._handles[shard] = open_tensors(shard_files(self.folder, shard).tensors)
+        delta = self._handles[shard].get_slice(TENSOR)[row : row + 1][0]
+        noise = source_noise(self.records[index].seed, self.latent_shape)
+        return {"noise": noise, "golden": noise + delta.float(), "prompt": self.prompts[index]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}  # a worker maps the files for itself
+
+
+def open_pairs(path: str | os.PathLike, *, verify: bool = True) -> PairDataset | ForeignPairDataset:
+    """A set of noise pairs or sequences in any of the formats that are known.
+
+    Native folders; the official folder of `<index>_<seed>.npz` with its JSONL of scores
+    (https://github.com/xie-lab-ml/Golden-Noise-for-Diffusion-Models); folders of `.pt` files with a
+    `metadata.csv`, pairs or sequences. Nothing in them is executed.
+
+    Args:
+        path: the folder.
+        verify: compare checksums, where the format has them.
+
+    Raises:
+        ValueError: no such folder, an unknown or broken one, or no pair in it.
+    """
+    if not Path(path).is_dir():
+        raise ValueError(f"`path` must be a folder of noise pairs, got {path}: no such folder.")
+    if is_foreign(path):
+        return ForeignPairDataset(path)
+    return PairDataset(path, verify)
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The config of a native folder; raises `ValueError` where there is none of this format."""
+    path = Path(folder, CONFIG_NAME)
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} must be a folder of noise pairs, got none of config.json, metadata.csv and "
+            "*.npz in it."
+        )
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+    if config.get("_class_name") != CLASS_NAME:
+        raise ValueError(f"{path} must describe a {CLASS_NAME}, got {config.get('_class_name')!r}.")
+    if config["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"`format_version` must be at most {FORMAT_VERSION}, got {config['format_version']} in "
+            f"{path}. Update diffusers_ext."
+        )
+    return config

@@ -1,0 +1,108 @@
+"""Trainings of golden-noise networks that are killed on the way and go on to the same bits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.training.killed_runs import TrainingServer
+from tests.training.noise_runs import noise_line, train
+from tests.training.noise_sets import write_noises
+from training.checkpoint_folders import list_checkpoints
+
+
+STATEFUL = {
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "gradient_accumulation_steps": 2,
+    "max_train_steps": 8,
+    "logging_steps": 3,
+    "validation_steps": 2,
+    "use_ema": True,
+}
+DROPOUT = {"npnet": {"svd_dropout": True, "nt_dropout": True}, "rnn": {"dropout": 0.2}}
+SCRIPTS = {"npnet": "train_npnet", "rnn": "train_noise_sequence"}
+HALF_RESULT = """
+import time
+from pathlib import Path
+
+from diffusers import ModelMixin
+
+def save_half(self, folder, **_):
+    Path(folder, "config.json").write_text("half")
+    Path({marker!r}).touch()
+    time.sleep(600)
+
+ModelMixin.save_pretrained = save_half
+"""
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def model(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def noises(model, tmp_path_factory):
+    return write_noises(tmp_path_factory.mktemp("noises") / "set", 1 if model == "npnet" else 2)
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    server = TrainingServer(tmp_path_factory.mktemp("server"), SCRIPTS[model])
+    yield server
+    server.close()
+
+
+def result_of(folder) -> dict:
+    """All that a training leaves, without what differs between two runs of one command."""
+    report = json.loads((folder / "training_report.json").read_text())
+    del report["arguments"], report["seconds"]
+    files = [path for path in folder.iterdir() if path.is_file()]
+    kept = [path for path in files if path.name != "training_report.json"]
+    return {"report": report, **{path.name: path.read_bytes() for path in kept}}
+
+
+@pytest.mark.parametrize("moment", ["between two steps", "the result is half written"])
+def test_killed_while(moment, model, noises, server, tmp_path):
+    run = {**STATEFUL, **DROPOUT[model], "checkpointing_steps": 3, "checkpoints_total_limit": 2}
+    expected = train(model, noises, tmp_path / "whole", **run)
+    killed, marker = tmp_path / "killed", tmp_path / "marker"
+    half = moment == "the result is half written"
+    patch = HALF_RESULT.format(marker=str(marker)) if half else ""
+    seen = marker.exists if half else (killed / "checkpoint-3").exists
+    server.kill_when(noise_line(model, noises, killed, **run), seen, patch)
+    assert not (killed / "config.json").exists()
+    resumed = train(model, noises, killed, **run, resume_from_checkpoint="latest")
+    result = result_of(resumed)
+    assert result == result_of(expected)
+    assert [entry["step"] for entry in result["report"]["validation"]] == [2, 4, 6, 8]
+    assert [folder.name for folder in list_checkpoints(killed)] == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rate": 1e-2, "use_ema": None}, "must be the same to continue"),
+        ({"validation_split": 0.5}, "`data.training_samples` must be the same .* 24, got 16"),
+        ({"max_train_steps": 2}, "`max_train_steps` must be at least the 4 steps"),
+    ],
+)
+def test_another_run_is_refused_before_the_text_is_encoded(
+    changed, message, model, noises, tmp_path, monkeypatch
+):
+    run = {"checkpointing_steps": 4, "use_ema": True}
+    train(model, noises, tmp_path / "out", **run)
+    monkeypatch.setattr("training.noise_run.load_text_pipeline", None)
+    arguments = {**run, "resume_from_checkpoint": "latest", **changed}
+    with pytest.raises(ValueError, match=message):
+        train(model, noises, tmp_path / "out", **arguments)
+
+
+def test_another_structure_is_refused(model, noises, tmp_path):
+    train(model, noises, tmp_path / "out", checkpointing_steps=4)
+    change = {"npnet": {"svd_hidden_dim": 8}, "rnn": {"gru_hidden_size": 8}}[model]
+    with pytest.raises(ValueError, match="must be the same to continue"):
+        train(model, noises, tmp_path / "out", resume_from_checkpoint="latest", **change)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+
+from diffusers_ext.golden_noise.conditioning import encode_prompts
+from diffusers_ext.golden_noise.pairs import source_noise
+from examples.digits.check_model import MODEL_DIR
+from tests.golden_noise.golden_pipelines import FAMILIES, PROMPTS
+from tests.tiny_digits import random_digits_pipeline
+from tests.tiny_pipelines import pixart_pipeline
+from training.pair_rendering import Rendering, latent_shape, load_base_pipeline, render
+
+
+SEEDS = [5, 2**62 + 6]
+
+
+def rendered(pipeline, pixels: int, rendering: Rendering) -> np.ndarray:
+    shape = latent_shape(pipeline, pixels)
+    noise = torch.stack([source_noise(seed, shape) for seed in SEEDS])
+    text = encode_prompts(pipeline, PROMPTS, rendering.negative_prompt)
+    images = render(pipeline, noise, text, rendering, [0, 0])
+    assert [image.size for image in images] == [(pixels, pixels)] * 2
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def drawn(pipeline, pixels: int, **arguments) -> np.ndarray:
+    images = pipeline(
+        PROMPTS,
+        height=pixels,
+        width=pixels,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        **arguments,
+    ).images
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_seed_is_the_picture_that_the_pipeline_draws_from_it(family):
+    """Unit noise is what every family takes, packed or not, scaled by its scheduler or not."""
+    pipeline, pixels = FAMILIES[family].plain(), FAMILIES[family].pixels
+    pipeline.set_progress_bar_config(disable=True)
+    expected = drawn(
+        pipeline, pixels, num_inference_steps=2, guidance_scale=3.0, **FAMILIES[family].call
+    )
+    found = rendered(pipeline, pixels, Rendering(2, 3.0, None))
+    assert expected.std() > 1
+    assert abs(found - expected).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
+def test_a_scheduler_with_large_sigmas_and_a_negative_prompt():
+    pipeline = random_digits_pipeline()
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    run = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    expected = drawn(pipeline, 24, negative_prompt=["a red two"] * 2, **run)
+    assert pipeline.scheduler.init_noise_sigma > 10
+    before = pipeline.scheduler
+    steps = before.timesteps.tolist()
+    found = rendered(pipeline, 24, Rendering(2, 3.0, "a red two"))
+    assert abs(found - expected).max() <= 1
+    assert abs(rendered(pipeline, 24, Rendering(2, 3.0, None)) - expected).max() > 1
+    assert pipeline.scheduler is before
+    assert before.timesteps.tolist() == steps
+
+
+def test_pictures_that_are_not_finite():
+    pipeline = random_digits_pipeline()
+    pipeline.vae.post_quant_conv.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="must draw finite pictures, got NaN or infinite pixels"):
+        rendered(pipeline, 32, Rendering(1, 1.0, None))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_latent_shape_is_that_of_the_pipelines_own_latents(family):
+    pipeline = FAMILIES[family].plain()
+    pipeline.set_progress_bar_config(disable=True)
+    channels, height, width = latent_shape(pipeline, None)
+    assert height == width
+    assert channels == pipeline.vae.config.latent_channels
+    assert latent_shape(pipeline, height * pipeline.vae_scale_factor) == (channels, height, width)
+
+
+def test_a_size_that_the_model_cannot_draw():
+    with pytest.raises(ValueError, match="`output_size` must be divisible by 4 .* got 30"):
+        latent_shape(random_digits_pipeline(), 30)
+    with pytest.raises(ValueError, match="`output_size` must be divisible by .*Flux.*, got 20"):
+        latent_shape(FAMILIES["flux"].plain(), 20)
+
+
+def arguments(path) -> argparse.Namespace:
+    return argparse.Namespace(pretrained_model_name_or_path=str(path), revision=None, variant=None)
+
+
+def test_the_base_pipeline_is_frozen_and_unfiltered():
+    pipeline = load_base_pipeline(arguments(MODEL_DIR), torch.device("cpu"), torch.bfloat16)
+    assert pipeline.safety_checker is None
+    assert {p.dtype for p in pipeline.unet.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in pipeline.unet.parameters())
+
+
+def test_what_is_no_pipeline_of_a_known_family(tmp_path):
+    with pytest.raises(ValueError, match="must be a folder or Hub name of a pipeline, got .*none"):
+        load_base_pipeline(arguments(tmp_path / "none"), torch.device("cpu"), torch.float32)
+    pixart_pipeline().save_pretrained(tmp_path / "pixart")
+    with pytest.raises(ValueError, match="`pipeline` must be one of .* got a PixArtAlphaPipeline"):
+        load_base_pipeline(arguments(tmp_path / "pixart"), torch.device("cpu"), torch.float32)

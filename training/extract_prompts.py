@@ -1,0 +1,180 @@
+"""Write the captions of a data set as a text file of prompts, one a line, each once.
+
+    python training/extract_prompts.py --dataset_name yuvalkirstain/pickapic_v1 --split train \\
+        --caption_column caption --output_dir data --output_filename pickapic_prompts.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Features, IterableDataset, Value, load_dataset_builder
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
+from diffusers_ext.core.artifacts import write_atomically
+from training.argument_rules import check_values
+from training.prompt_files import one_line, read_csv_column, read_lines
+
+
+logger = logging.getLogger(__name__)
+
+# What a file of these endings is to `datasets`.
+_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset_name", required=True, help="Hub name, folder, or csv, json, parquet or txt file"
+    )
+    parser.add_argument("--dataset_config_name", help="of a Hub data set that has several")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--caption_column", default="caption", help="not read for txt files")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--output_filename", default="prompts.txt")
+    parser.add_argument("--max_prompts", type=int, help="different ones; all without it")
+    parser.add_argument("--shuffle", action="store_true", help="by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shuffle_buffer_size", type=int, default=10_000, help="rows to choose the next one from"
+    )
+    parser.add_argument("--revision", help="revision of the data set on the Hub")
+    parser.add_argument("--cache_dir")
+    return parser.parse_args(input_args)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Everything that can be wrong without opening the data set."""
+    counts = ("max_prompts", "shuffle_buffer_size")
+    check_values(args, counts, "at least 1", lambda value: value >= 1)
+    check_values(args, ["seed"], "from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+    check_values(args, ["output_dir"], "a folder", lambda value: not Path(value).is_file())
+    rule = "the name of a file in `output_dir`"
+    check_values(args, ["output_filename"], rule, lambda value: value == Path(value).name)
+
+
+def open_rows(args: argparse.Namespace, only_captions: bool = True) -> IterableDataset:
+    """A stream of the data set's rows.
+
+    Args:
+        args: of the command line.
+        only_captions: leave out other columns where the format can (pictures beside captions are
+            most of a data set's bytes).
+
+    Raises:
+        ValueError: nothing of that name, or no such split.
+    """
+    path, column = Path(args.dataset_name), args.caption_column
+    if path.suffix.lower() in (".csv", ".txt") and path.is_file():
+        return _stream_files([path], column)
+    if path.is_dir() and (files := sorted(path.glob("*.txt"))):
+        return _stream_files(files, column)
+    source: dict[str, Any] = {"path": args.dataset_name, "name": args.dataset_config_name}
+    if path.suffix.lower() in _FORMATS and path.is_file():
+        source = {"path": _FORMATS[path.suffix.lower()], "data_files": {args.split: str(path)}}
+    try:
+        builder = load_dataset_builder(**source, cache_dir=args.cache_dir, revision=args.revision)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"`dataset_name` must be a data set on the Hub, a folder or a file, got "
+            f"{args.dataset_name!r}: {error}"
+        ) from error
+    config = builder.config
+    if hasattr(config, "converters"):  # csv: a number, `NA` or `None` is a text like any other
+        config.converters, config.na_filter = {column: str}, False
+    if hasattr(config, "fragment_scan_options") and only_captions:  # parquet
+        config.columns = [column]
+    return builder.as_streaming_dataset(split=args.split)
+
+
+def captions(args: argparse.Namespace) -> Iterator[str]:
+    """All captions of the data set, a row's several ones one after another.
+
+    Raises:
+        ValueError: no such column, or one that holds something else than texts.
+    """
+    rows = open_rows(args)
+    if rows.column_names is not None and args.caption_column not in rows.column_names:
+        raise _no_such_column(args, open_rows(args, only_captions=False).column_names)
+    if args.shuffle:
+        rows = rows.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size)
+    missing = 0
+    for row in rows:
+        if args.caption_column not in row:
+            raise _no_such_column(args, row)
+        value = row[args.caption_column]
+        for caption in value if isinstance(value, list) else [value]:
+            if caption is None:
+                missing += 1
+            elif isinstance(caption, str):
+                yield caption
+            else:
+                raise ValueError(
+                    f"`caption_column` must hold texts, got {caption!r} in "
+                    f"{args.caption_column!r} of {args.dataset_name}."
+                )
+    if missing:
+        logger.warning(f"{missing} rows of {args.dataset_name} have no caption.")
+
+
+def different_prompts(texts: Iterable[str], max_prompts: int | None) -> list[str]:
+    """The prompts in their first order, each once and on one line, with a progress bar."""
+    found: dict[str, None] = {}
+    with tqdm(total=max_prompts, desc="prompts") as bar:
+        for text in texts:
+            prompt = one_line(text)
+            if prompt and prompt not in found:
+                found[prompt] = None
+                bar.update()
+                if len(found) == max_prompts:
+                    break
+    return list(found)
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Extract; returns the file that was written."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
+    check_args(args)
+    prompts = different_prompts(captions(args), args.max_prompts)
+    if not prompts:
+        raise ValueError(f"`dataset_name` must hold prompts, got none in {args.dataset_name}.")
+    path = Path(args.output_dir, args.output_filename)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "\n".join(prompts) + "\n")
+    logger.info(f"Wrote {len(prompts)} prompts to {path}")
+    return path
+
+
+def _no_such_column(args: argparse.Namespace, names: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"`caption_column` must be a column of {args.dataset_name}, got {args.caption_column!r}. "
+        f"There are {sorted(names)}."
+    )
+
+
+def _stream_files(paths: list[Path], column: str) -> IterableDataset:
+    features = Features({column: Value("string")})
+    rows = partial(_file_rows, [str(path) for path in paths], column)
+    return IterableDataset.from_generator(rows, features=features)
+
+
+def _file_rows(paths: list[str], column: str) -> Iterator[dict[str, str]]:
+    for path in paths:
+        texts = read_csv_column(path, column) if path.endswith(".csv") else read_lines(path)
+        yield from ({column: text} for text in texts)
+
+
+if __name__ == "__main__":
+    main(parse_args())

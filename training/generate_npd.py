@@ -1,0 +1,220 @@
+"""Make noise pairs (`--num_steps 1`) or sequences (more) whose golden noise suits its prompt.
+
+    accelerate launch training/generate_npd.py \\
+        --pretrained_model_name_or_path examples/digits/model --prompt_file prompts.txt \\
+        --reward examples.digits.rewards:DigitsReward --num_inference_steps 6 \\
+        --guidance_scale 1.5 --output_dir outputs/pairs
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
+from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
+from diffusers_ext.golden_noise.pair_writer import PairWriter
+from diffusers_ext.golden_noise.pairs import read_config
+from diffusers_ext.rewards.reward import Reward
+from training.arguments import (
+    add_model_arguments,
+    add_resume_argument,
+    add_sampling_arguments,
+)
+from training.checkpoint_folders import check_same_facts
+from training.config_file import parse_arguments
+from training.pair_arguments import (
+    SDXL,
+    add_filter_arguments,
+    add_pair_arguments,
+    check_pair_arguments,
+)
+from training.pair_generation import PairMaker, PairSettings, generate, list_candidates
+from training.pair_rendering import Rendering, latent_shape, load_base_pipeline
+from training.pair_report import check_report, summarize, write_report
+from training.plugins import load_reward
+from training.prompt_files import read_prompt_file
+from training.run_setup import WEIGHT_DTYPES, make_accelerator
+
+
+logger = get_logger(__name__)
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of this script, over the YAML file of `--config`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    groups = (
+        add_model_arguments,
+        add_resume_argument,
+        add_sampling_arguments,
+        add_pair_arguments,
+        add_filter_arguments,
+    )
+    for add_arguments in groups:
+        add_arguments(parser)
+    parser.set_defaults(pretrained_model_name_or_path=SDXL)
+    return parse_arguments(parser, input_args, ("prompt_file", "output_dir"))
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The different prompts of `--prompt_file`, at most `--max_prompts`."""
+    lines = read_prompt_file(args.prompt_file, args.prompt_column)
+    return list(dict.fromkeys(lines))[: args.max_prompts]
+
+
+def pair_settings(args: argparse.Namespace) -> PairSettings:
+    """How pairs are made, from the command line."""
+    return PairSettings(
+        args.num_steps,
+        args.redenoise_steps,
+        args.w1,
+        args.w2,
+        args.legacy_inversion,
+        args.margin,
+        # Not the empty string: SDXL reads zeros in place of a prompt that is not given.
+        Rendering(args.num_inference_steps, args.guidance_scale, args.negative_prompt or None),
+    )
+
+
+def generation_facts(
+    args: argparse.Namespace,
+    prompts: Sequence[str],
+    pipeline: DiffusionPipeline,
+    reward: Reward | None,
+) -> dict[str, Any]:
+    """What must be equal for a set to be continued, and what a user of it wants to know."""
+    names = (
+        "pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "seed",
+        "num_steps", "redenoise_steps", "w1", "w2", "legacy_inversion", "negative_prompt",
+        "noises_per_prompt", "batch_size", "shard_size",
+    )  # fmt: skip
+    drawn = ("num_inference_steps", "guidance_scale", "margin")
+    facts = {name: getattr(args, name) for name in names + (drawn if reward else ())}
+    facts["reward"] = None if reward is None else {"name": reward.name, "version": reward.version}
+    text = "\n".join(prompts).encode()
+    facts["prompts"] = {"count": len(prompts), "sha256": hashlib.sha256(text).hexdigest()}
+    facts["pipeline"] = type(pipeline).__name__
+    facts["scheduler"] = {
+        "_class_name": type(pipeline.scheduler).__name__,
+        **{k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")},
+    }
+    facts["models"] = {
+        name: fingerprint(component)
+        for name, component in pipeline.components.items()
+        if isinstance(component, torch.nn.Module) and (reward or name != "vae")
+    }
+    return json.loads(json.dumps(facts, default=str))
+
+
+def open_set(args: argparse.Namespace, writer: PairWriter, accelerator: Accelerator) -> list[int]:
+    """Start the set or check the one that is to be continued; the shards left for this process."""
+    if accelerator.is_main_process and args.resume_from_checkpoint is None:
+        writer.create()
+    accelerator.wait_for_everyone()
+    if args.resume_from_checkpoint is not None:
+        check_same_facts(read_config(args.output_dir)["facts"], writer.facts, writer.folder)
+        if accelerator.is_main_process:
+            writer.check()
+    left = writer.open_shards()
+    accelerator.wait_for_everyone()  # nobody finishes one before all have looked
+    return left[accelerator.process_index :: accelerator.num_processes]
+
+
+def check_resume(args: argparse.Namespace) -> None:
+    """Raise `ValueError` where the output folder contradicts `--resume_from_checkpoint`."""
+    there = Path(args.output_dir, CONFIG_NAME).exists()
+    if there and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"`output_dir` must hold no pairs of an earlier run, got some in {args.output_dir}. "
+            "Pass `--resume_from_checkpoint latest` to continue it, or choose another folder."
+        )
+    if not there and args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "`resume_from_checkpoint` must find the pairs of a stopped run, got 'latest' but "
+            f"{args.output_dir} holds none. Start without the flag."
+        )
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Generate; returns the output folder."""
+    check_pair_arguments(args)
+    prompts = read_prompts(args)
+    check_resume(args)
+    accelerator = make_accelerator(args)
+    pipeline = load_base_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
+    shape = latent_shape(pipeline, args.output_size)
+    reward = None
+    if not args.no_filter:
+        reward = load_reward(
+            args.reward,
+            model=args.reward_model,
+            version=args.reward_version,
+            device=accelerator.device,
+        )
+    candidates = list_candidates(prompts, args.noises_per_prompt, args.seed)
+    num_shards = -(-len(candidates) // args.shard_size)
+    facts = generation_facts(args, prompts, pipeline, reward)
+    writer = PairWriter(args.output_dir, shape, args.num_steps, num_shards, facts)
+    shards = open_set(args, writer, accelerator)
+    began = time.perf_counter()
+    tried = generate(
+        writer,
+        shards,
+        candidates,
+        PairMaker(pipeline, shape, pair_settings(args), reward).make,
+        shard_size=args.shard_size,
+        batch_size=args.batch_size,
+        show_progress=accelerator.is_local_main_process,
+    )
+    accelerator.wait_for_everyone()
+    seconds = time.perf_counter() - began
+    tried = int(accelerator.reduce(torch.tensor(tried, device=accelerator.device)))
+    if accelerator.is_main_process:
+        finish(args, writer, accelerator, tried, seconds)
+    accelerator.wait_for_everyone()
+    check_report(args.output_dir)
+    accelerator.end_training()
+    return Path(args.output_dir)
+
+
+def finish(
+    args: argparse.Namespace,
+    writer: PairWriter,
+    accelerator: Accelerator,
+    tried: int,
+    seconds: float,
+) -> None:
+    """Clear away the progress, write the report and log what it says."""
+    writer.clean_up()
+    this_run = {
+        "tried": tried,
+        "seconds": seconds,
+        "pairs_per_second": tried / seconds,
+        "num_processes": accelerator.num_processes,
+    }
+    report = summarize(args.output_dir, this_run)
+    won = f", win rate {report['win_rate']:.3f}" if "win_rate" in report else ""
+    logger.info(
+        f"Kept {report['kept']} of {report['tried']} pairs{won}, {tried} of them made now at "
+        f"{tried / seconds:.3g} a second; wrote {args.output_dir}"
+    )
+    write_report(args.output_dir, report)
+
+
+if __name__ == "__main__":
+    main(parse_args())

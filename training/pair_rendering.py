@@ -1,0 +1,146 @@
+"""The base pipeline of a pair generation: loading it, and pictures from given unit noise."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.golden_noise.conditioning import TextConditioning
+from diffusers_ext.golden_noise.denoiser import denoiser_of, latent_channels
+from diffusers_ext.golden_noise.families import pipeline_family
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Arguments of a pipeline's call."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    negative_prompt: str | None
+
+
+def load_base_pipeline(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> DiffusionPipeline:
+    """The pipeline of `--pretrained_model_name_or_path`, frozen, in evaluation mode, unfiltered.
+
+    Raises:
+        ValueError: no pipeline, or one of a family that golden noise is not known for.
+    """
+    source, where = args.pretrained_model_name_or_path, {"revision": args.revision}
+    try:
+        config = DiffusionPipeline.load_config(source, **where)
+    except OSError as error:
+        raise ValueError(
+            "`pretrained_model_name_or_path` must be a folder or Hub name of a pipeline, got "
+            f"{source}: {error}"
+        ) from error
+    # A black picture in place of a refused one would decide about its pair.
+    unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in config else {}
+    if "requires_safety_checker" in config:
+        unfiltered["requires_safety_checker"] = False
+    pipeline = DiffusionPipeline.from_pretrained(
+        source, variant=args.variant, dtype=dtype, **where, **unfiltered
+    )
+    pipeline_family(pipeline)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    return pipeline.to(device)
+
+
+def latent_shape(pipeline: DiffusionPipeline, output_size: int | None) -> tuple[int, int, int]:
+    """`(channels, height, width)` of the latents of square pictures, unpacked also for Flux.
+
+    Args:
+        pipeline: of a family that golden noise is known for.
+        output_size: pixels of a side; the size that the pipeline draws by itself when `None`.
+
+    Raises:
+        ValueError: a size that the model cannot draw.
+    """
+    factor, family = pipeline.vae_scale_factor, pipeline_family(pipeline)
+    if output_size is None:
+        if family == "sd":
+            own = denoiser_of(pipeline).config.sample_size
+            size = own if isinstance(own, int) else own[0]
+        else:
+            size = pipeline.default_sample_size
+        return latent_channels(pipeline), size, size
+    patch = 2 if family == "flux" else denoiser_of(pipeline).config.get("patch_size", 1)
+    if output_size % (factor * patch):
+        raise ValueError(
+            f"`output_size` must be divisible by {factor * patch} for this "
+            f"{type(pipeline).__name__}, got {output_size}."
+        )
+    return latent_channels(pipeline), output_size // factor, output_size // factor
+
+
+@torch.no_grad()
+def render(
+    pipeline: DiffusionPipeline,
+    noise: torch.Tensor,
+    text: TextConditioning,
+    rendering: Rendering,
+    seeds: Sequence[int],
+) -> list[Image.Image]:
+    """One picture per noise, in one call of the pipeline, which is left as it was.
+
+    Args:
+        pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux.
+        noise: `(batch, channels, height, width)`, unit noise.
+        text: the prompts, one a noise.
+        rendering: steps and guidance.
+        seeds: one a noise, for samplers that draw noise on their way.
+
+    Raises:
+        ValueError: a picture is not finite.
+    """
+    height, width = (int(size) * pipeline.vae_scale_factor for size in noise.shape[-2:])
+    with quiet_run(pipeline):
+        images = pipeline(
+            latents=_pipeline_latents(pipeline, noise),
+            height=height,
+            width=width,
+            num_inference_steps=rendering.num_inference_steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+            **_text_arguments(pipeline, text),
+            **_guidance_arguments(pipeline, rendering),
+        ).images
+    if not torch.isfinite(images).all():
+        raise ValueError(
+            f"{type(pipeline).__name__} must draw finite pictures, got NaN or infinite pixels. Use "
+            "float32 or bfloat16."
+        )
+    return pipeline.image_processor.numpy_to_pil(images.float().permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _pipeline_latents(pipeline: DiffusionPipeline, noise: torch.Tensor) -> torch.Tensor:
+    """Unit noise as the pipeline's call takes it: all families scale it by `init_noise_sigma`, if
+    at all, by themselves."""
+    noise = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
+    if pipeline_family(pipeline) == "flux":
+        return pipeline._pack_latents(noise, *noise.shape)
+    return noise
+
+
+def _text_arguments(pipeline: DiffusionPipeline, text: TextConditioning) -> dict[str, Any]:
+    names = text.tensors()
+    if pipeline_family(pipeline) == "flux":
+        names = {name: x for name, x in names.items() if not name.startswith("negative_")}
+    return {name.replace("attention_mask", "prompt_attention_mask"): x for name, x in names.items()}
+
+
+def _guidance_arguments(pipeline: DiffusionPipeline, rendering: Rendering) -> dict[str, Any]:
+    if pipeline_family(pipeline) == "hunyuan_dit":
+        # Bins are sizes for pixels; the noise has its size already.
+        return {"guidance_scale": rendering.guidance_scale, "use_resolution_binning": False}
+    return {"guidance_scale": rendering.guidance_scale}
