@@ -1,0 +1,182 @@
+"""The branch of NPNet that changes a noise's singular values and keeps its singular vectors."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffusers_ext.golden_noise.swin_inference import linear
+
+
+# Below this share of the largest singular value the Gram matrix has lost too many digits.
+_RANK_TOLERANCE = 1e-6
+
+
+class SingularParts(NamedTuple):
+    """`matrix = u @ diag(s) @ vh`, singular values falling."""
+
+    u: torch.Tensor  # (batch, side, side), left vectors in columns
+    s: torch.Tensor  # (batch, side)
+    vh: torch.Tensor  # (batch, side, side), right vectors in rows
+
+
+def noise_to_matrix(noise: torch.Tensor) -> torch.Tensor:
+    """Lay the channels out as a square of tiles.
+
+    Args:
+        noise: `(batch, channels, height, width)`, a square number of channels.
+
+    Returns:
+        `(batch, tiles * height, tiles * width)`, `tiles ** 2 == channels`, row by row.
+    """
+    batch, channels, height, width = noise.shape
+    tiles = math.isqrt(channels)
+    grid = noise.reshape(batch, tiles, tiles, height, width).transpose(2, 3)
+    return grid.reshape(batch, tiles * height, tiles * width)
+
+
+def matrix_to_noise(matrix: torch.Tensor, channels: int) -> torch.Tensor:
+    """The inverse of `noise_to_matrix`."""
+    tiles = math.isqrt(channels)
+    batch, height, width = len(matrix), matrix.shape[1] // tiles, matrix.shape[2] // tiles
+    grid = matrix.reshape(batch, tiles, height, tiles, width).transpose(2, 3)
+    return grid.reshape(batch, channels, height, width)
+
+
+@torch.no_grad()
+def singular_parts(matrix: torch.Tensor, signs: str = "canonical") -> SingularParts:
+    """Singular value decomposition of square matrices.
+
+    A pair of vectors is only given up to a common sign, and which one a LAPACK build or a GPU
+    returns is an accident of it. `"canonical"` makes the entry of largest magnitude of each left
+    vector positive; float64 leaves that choice to the noise alone. There the vectors come from the
+    eigenvectors of `A^T A` (`u = A v / s`): in float64 that is more exact than the decomposition
+    of `A` in float32, in about its time.
+
+    Args:
+        matrix: `(batch, side, side)`.
+        signs: `"canonical"`, or `"backend"` for those of `torch.linalg.svd` in float32.
+
+    Returns:
+        In the dtype of `matrix`, without gradients.
+    """
+    if signs == "backend":
+        return SingularParts(*(x.to(matrix.dtype) for x in torch.linalg.svd(matrix.float())))
+    a = matrix.double()
+    values, v = torch.linalg.eigh(a.mT @ a)
+    s, v = values.flip(-1).clamp(min=0).sqrt(), v.flip(-1)
+    if bool((s[:, -1] > _RANK_TOLERANCE * s[:, 0]).all()):
+        u, vh = a @ v / s[:, None, :], v.mT
+    else:
+        u, s, vh = torch.linalg.svd(a)
+    largest = u.abs().argmax(1, keepdim=True)
+    sign = u.gather(1, largest).sign()
+    parts = (u * sign, s, vh * sign.mT)
+    return SingularParts(*(x.to(matrix.dtype) for x in parts))
+
+
+class DropPath(nn.Module):
+    """Drops a residual path for whole samples in training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+class PooledAttention(nn.Module):
+    """The mean over tokens of self-attention without a residual connection.
+
+    The mean is taken of the attention weights, before values and projection: the same result by
+    linearity, without the work of one output a token. Dropout takes the pooled output.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        shape = (*tokens.shape[:2], 3, self.num_heads, -1)
+        q, k, v = linear(self.qkv, tokens).view(shape).permute(2, 0, 3, 1, 4)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        mixed = weights.mean(-2, keepdim=True) @ v
+        return F.dropout(self.proj(mixed.flatten(1)), self.dropout, self.training)
+
+
+def mlp(in_dim: int, hidden_dim: int, dropout: float) -> nn.Sequential:
+    """Two linear layers back to `in_dim`; with `dropout` the regularised form of `svd_dropout`."""
+    first, last = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, in_dim)
+    if not dropout:
+        return nn.Sequential(first, nn.ReLU(), last)
+    return nn.Sequential(first, nn.LayerNorm(hidden_dim), nn.GELU(), nn.Dropout(dropout), last)
+
+
+class SVDBranch(nn.Module):
+    """`U diag(s + f(U, s, V)) V^T` of a noise laid out as one matrix (arXiv:2411.09502, Sec. 3).
+
+    The i-th token is the sum of what small networks make of the i-th left vector, of the i-th
+    right vector and of all singular values. The singular parts are constants of the noise:
+    nothing is differentiated through a decomposition.
+
+    Args:
+        in_channels: of the noise, a square number.
+        sample_size: height and width of the noise.
+        hidden_dim: inside the networks of the vectors; the side of the matrix with `dropout`.
+        output_dim: inside the network of the pooled tokens.
+        num_heads: of the attention over tokens; divides the side of the matrix.
+        dropout: the design document's `svd_dropout`: LayerNorm, GELU and dropout in the networks,
+            and the attention as a residual path with stochastic depth.
+        signs: as in `singular_parts`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        sample_size: int,
+        *,
+        hidden_dim: int = 64,
+        output_dim: int = 1024,
+        num_heads: int = 8,
+        dropout: bool = False,
+        signs: str = "canonical",
+    ) -> None:
+        super().__init__()
+        side = math.isqrt(in_channels) * sample_size
+        self.signs = signs
+        width, rate = (side, 0.2) if dropout else (hidden_dim, 0.0)
+        self.left_mlp = mlp(side, width, rate)
+        self.right_mlp = mlp(side, width, rate)
+        self.value_mlp = mlp(side, width, rate) if dropout else nn.Linear(side, side)
+        self.attention = PooledAttention(
+            side, num_heads, qkv_bias=dropout, dropout=0.1 if dropout else 0.0
+        )
+        self.drop_path = DropPath(0.1) if dropout else None
+        self.output_mlp = mlp(side, output_dim, 0.3 if dropout else 0.0)
+
+    def value_changes(self, parts: SingularParts) -> torch.Tensor:
+        """What the network adds to the singular values, `(batch, side)`."""
+        tokens = self.left_mlp(parts.u.mT) + self.right_mlp(parts.vh)
+        tokens = tokens + self.value_mlp(parts.s)[:, None]
+        pooled = self.attention(tokens)
+        if self.drop_path is not None:
+            pooled = tokens.mean(1) + self.drop_path(pooled)
+        return self.output_mlp(pooled)
+
+    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+        parts = singular_parts(noise_to_matrix(noise), self.signs)
+        changes = self.value_changes(parts)
+        # The same as rebuilding from the changed values, without the error of rebuilding `noise`.
+        change = (parts.u * changes[:, None, :]) @ parts.vh
+        return noise + matrix_to_noise(change, noise.shape[1])
