@@ -20,6 +20,7 @@ from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 from diffusers_ext.evaluation.forgetting_report import ForgettingReport
 from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
+from diffusers_ext.evaluation.golden_noise_subjects import RedenoisedTarget
 from diffusers_ext.golden_noise import (
     GoldenNoiseFluxPipeline,
     GoldenNoiseHunyuanDiTPipeline,
@@ -30,6 +31,8 @@ from diffusers_ext.golden_noise import (
     NoiseSequenceRNN,
     NoiseSequenceTransformer,
     NPNet,
+    PairDataset,
+    PairWriter,
     TextConditioning,
     encode_prompts,
     load_noise_model,
@@ -79,8 +82,11 @@ __all__ = [
     "NullSpaceDreamBoothPipeline",
     "NullSpaceDreamBoothXLPipeline",
     "NullSpaceProjector",
+    "PairDataset",
+    "PairWriter",
     "ProjectAttnProcessor",
     "ProjectedUpdate",
+    "RedenoisedTarget",
     "SecondMoment",
     "TextConditioning",
     "add_null_space_lora",

@@ -29,6 +29,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         "checkpointing_steps", "checkpoints_total_limit", "num_validation_images",
         "validation_steps", "num_inference_steps",
     )  # fmt: skip
+    # Scripts that draw no pictures have no arguments of pictures.
+    counts = [name for name in counts if hasattr(args, name)]
     check_values(args, counts, "at least 1", lambda value: value >= 1)
     others = ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "adam_epsilon")
     check_values(args, others, "at least 0", lambda value: 0 <= value < math.inf)

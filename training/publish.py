@@ -102,7 +102,7 @@ def subject_card(args: argparse.Namespace, repo_id: str, pictures: Sequence[Path
     tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth"]
     if not args.full_finetune:
         tags += ["lora"] if args.directions == "plain" else ["lora", "null-space-lora"]
-    data = _card_data(args, tags, instance_prompt=args.instance_prompt, widget=widget or None)
+    data = card_data(args, tags, instance_prompt=args.instance_prompt, widget=widget or None)
     return render(
         "subject_pipeline" if args.full_finetune else "subject_lora",
         data,
@@ -120,14 +120,15 @@ def statistics_card(
     """The card of collected statistics, without network."""
     return render(
         "feature_statistics",
-        _card_data(args, ["diffusers", "feature-statistics", "null-space-lora"]),
+        card_data(args, ["diffusers", "feature-statistics", "null-space-lora"]),
         base=args.pretrained_model_name_or_path,
         repo_id=repo_id,
         num_prompts=len(statistics.facts["prompts"]),
     )
 
 
-def _card_data(args: argparse.Namespace, tags: list[str], **entries: Any) -> ModelCardData:
+def card_data(args: argparse.Namespace, tags: list[str], **entries: Any) -> ModelCardData:
+    """The header of a card; `entries` are further ones."""
     base = args.pretrained_model_name_or_path
     return ModelCardData(
         license="other",
@@ -157,7 +158,7 @@ def publish(args: argparse.Namespace, pipeline: DiffusionPipeline, pictures: lis
             commit_message="Upload pipeline",
         )
         ignored.append("pipeline/*")
-    return _upload(args, subject_card(args, repo_id, pictures), repo_id, ignored)
+    return upload_output(args, subject_card(args, repo_id, pictures), repo_id, ignored)
 
 
 def publish_statistics(args: argparse.Namespace, statistics: FeatureStatistics) -> str:
@@ -167,7 +168,9 @@ def publish_statistics(args: argparse.Namespace, statistics: FeatureStatistics) 
         Address of the commit.
     """
     repo_id = make_repository(args)
-    return _upload(args, statistics_card(args, repo_id, statistics), repo_id, [".*", "progress/*"])
+    return upload_output(
+        args, statistics_card(args, repo_id, statistics), repo_id, [".*", "progress/*"]
+    )
 
 
 def _patterns_below(output_dir: str, *folders: str | None) -> list[str]:
@@ -177,7 +180,10 @@ def _patterns_below(output_dir: str, *folders: str | None) -> list[str]:
     return [f"{f.relative_to(root).as_posix()}/*" for f in below if f.is_relative_to(root)]
 
 
-def _upload(args: argparse.Namespace, card: ModelCard, repo_id: str, ignored: list[str]) -> str:
+def upload_output(
+    args: argparse.Namespace, card: ModelCard, repo_id: str, ignored: list[str]
+) -> str:
+    """Write the card and upload the output folder but for some patterns; returns the commit."""
     card.save(Path(args.output_dir, "README.md"))
     commit = HfApi(token=args.hub_token).upload_folder(
         repo_id=repo_id,

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
 
 
 @contextmanager
-def eval_mode(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """All of a pipeline's models in eval mode; every module's own mode comes back."""
-    models = [c for c in pipeline.components.values() if isinstance(c, torch.nn.Module)]
-    training = [module for model in models for module in model.modules() if module.training]
+def module_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
+    """Modules and all their parts in eval mode; each part's own mode comes back."""
+    training = [part for module in modules for part in module.modules() if part.training]
     try:
-        for module in training:
-            module.training = False
+        for part in training:
+            part.training = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        for part in training:
+            part.training = True
+
+
+def eval_mode(pipeline: DiffusionPipeline) -> AbstractContextManager[None]:
+    """`module_eval_mode` of all of a pipeline's models."""
+    components = pipeline.components.values()
+    return module_eval_mode(*(c for c in components if isinstance(c, torch.nn.Module)))
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from diffusers_ext.golden_noise.conditioning import TextConditioning, encode_pro
 from diffusers_ext.golden_noise.loading import load_noise_model
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.npnet import NPNet
-from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.golden_noise.pair_writer import PairWriter
+from diffusers_ext.golden_noise.pairs import PairDataset, open_pairs
 from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline, GoldenNoiseXLPipeline
 from diffusers_ext.golden_noise.pipeline_transformers import (
     GoldenNoiseFluxPipeline,
@@ -26,6 +27,8 @@ __all__ = [
     "NPNet",
     "NoiseSequenceRNN",
     "NoiseSequenceTransformer",
+    "PairDataset",
+    "PairWriter",
     "TextConditioning",
     "encode_prompts",
     "load_noise_model",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 
 
@@ -54,11 +55,8 @@ class GoldenNoiseNetwork:
         if scale == 0:
             return noise
         check_text(noise, prompt_embeds, attention_mask)
-        training = [module for module in self.modules() if module.training]
         dtype = next(self.parameters()).dtype
-        try:
-            for module in training:
-                module.training = False
+        with module_eval_mode(self):
             golden = self.golden_noise(
                 noise.to(dtype),
                 prompt_embeds.to(dtype),
@@ -67,9 +65,6 @@ class GoldenNoiseNetwork:
                     None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype)
                 ),
             ).float()
-        finally:
-            for module in training:
-                module.training = True
         return match_spectrum(noise + scale * (golden - noise), noise)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork, check_channels, check_text
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 
@@ -149,7 +148,7 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
                 "`generator` must be None for a network without `predict_variance`, which has no "
                 f"distribution to sample from, got {generator}."
             )
-        with _evaluating(self):
+        with module_eval_mode(self):
             text = self.read_text(text_embed.to(self.dtype), attention_mask)
             state, memory, states = initial_noise, None, []
             for _ in range(num_steps):
@@ -191,15 +190,3 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
     ) -> None:
         check_text(noise, text_embed, attention_mask)
         check_channels(noise, text_embed, self.config.in_channels, self.config.text_embed_dim)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

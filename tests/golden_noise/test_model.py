@@ -30,7 +30,9 @@ def test_an_untrained_network_is_the_identity_to_the_bit(model):
 def test_every_parameter_is_reached_by_the_gradient_after_the_head_moved(model):
     noise, text = inputs()
     trained(model)(noise, text).square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (7, 9), (3, 12), (32, 32)])
@@ -39,7 +41,8 @@ def test_any_size_aspect_and_prompt_length(model, size, tokens):
     noise, text = inputs(size=size, tokens=tokens)
     golden = trained(model).refine(noise, text)
     assert golden.shape == noise.shape
-    assert golden.isfinite().all() and not torch.equal(golden, noise)
+    assert golden.isfinite().all()
+    assert not torch.equal(golden, noise)
     torch.testing.assert_close(golden.square().mean((1, 2, 3)), noise.square().mean((1, 2, 3)))
 
 
@@ -78,7 +81,7 @@ def test_scale_zero_is_the_noise_and_the_mode_comes_back(model):
     trained(model).train()
     assert torch.equal(model.refine(noise, text, scale=0), noise)
     half = model.refine(noise, text, scale=0.5)
-    assert model.training and all(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())
     full = model.refine(noise, text)
     assert 0 < (half - noise).norm() < (full - noise).norm()
 
@@ -94,7 +97,8 @@ def test_the_mode_comes_back_after_an_exception(model):
 def test_patches_come_back():
     latents = torch.randn(2, 3, 6, 8)
     patches, grid = to_patches(latents, 2)
-    assert patches.shape == (2, 12, 12) and grid == (3, 4)
+    assert patches.shape == (2, 12, 12)
+    assert grid == (3, 4)
     assert torch.equal(from_patches(patches, grid, 2), latents)
 
 

@@ -1,0 +1,54 @@
+"""Train a network from random to golden noise on noise pairs: NPNet or GoldenNoiseModel.
+
+    accelerate launch training/train_npnet.py --model golden_noise_model \\
+        --pretrained_model_name_or_path examples/digits/model \\
+        --dataset_dir outputs/pairs --use_ema --output_dir outputs/golden_noise_model
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
+from training.golden_noise_arguments import PAIR_GROUPS
+from training.noise_command_line import check_noise_arguments, parse_noise_arguments
+from training.noise_data import target_steps
+from training.noise_losses import PairLoss
+from training.noise_networks import check_structure_flags
+from training.noise_run import NoiseTask, train_network
+from training.noise_validation import Measure, measure_pairs
+from training.text_cache import TextCache
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of this script, over the YAML file of `--config`."""
+    models = ("npnet", "golden_noise_model")
+    return parse_noise_arguments(__doc__, PAIR_GROUPS, models, input_args)
+
+
+def make_loss(args: argparse.Namespace, cache: TextCache, device: torch.device) -> PairLoss:
+    """The loss of `--model`; only NPNet reads padding like other tokens."""
+    return PairLoss(cache, device, masked=args.model != "npnet")
+
+
+def make_measure(args: argparse.Namespace) -> Measure:
+    """The figures of `--model`."""
+    return measure_pairs(masked=args.model != "npnet")
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Train and save; returns the output folder."""
+    check_noise_arguments(args)
+    check_structure_flags(args)
+    return train_network(args, NoiseTask("golden-noise", target_steps, make_loss, make_measure))
+
+
+if __name__ == "__main__":
+    main(parse_args())
