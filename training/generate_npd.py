@@ -36,6 +36,8 @@ from training.arguments import (
 )
 from training.checkpoint_folders import check_same_facts
 from training.config_file import parse_arguments
+from training.golden_evaluation_arguments import GOLDEN_EVALUATION_GROUPS
+from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS
 from training.pair_arguments import (
     SDXL,
     add_filter_arguments,
@@ -68,7 +70,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     for add_arguments in groups:
         add_arguments(parser)
     parser.set_defaults(pretrained_model_name_or_path=SDXL)
-    return parse_arguments(parser, input_args, ("prompt_file", "output_dir"))
+    shared = (*PAIR_GROUPS, *SEQUENCE_GROUPS, *GOLDEN_EVALUATION_GROUPS)  # of one YAML file
+    return parse_arguments(parser, input_args, ("prompt_file", "output_dir"), groups=shared)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -35,6 +35,7 @@ def add_noise_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--text_cache_dtype", choices=["fp16", "fp32"], default="fp16", help="of kept embeddings"
     )
+    group.add_argument("--text_cache_dir", help="keep embeddings in files there, not in memory")
 
 
 def add_noise_training_arguments(parser: argparse.ArgumentParser) -> None:

@@ -110,6 +110,7 @@ def encode_text(
         data.pairs.prompts,
         batch_size=args.text_batch_size,
         dtype=CACHE_DTYPES[args.text_cache_dtype],
+        directory=args.text_cache_dir,
     )
     return cache, type(pipeline).__name__
 

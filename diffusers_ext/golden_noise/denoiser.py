@@ -68,7 +68,9 @@ def guided_prediction(
     if guidance_scale == 1 or has_embedded_guidance(pipeline):
         output = forward(pipeline, inputs, timestep, text, guidance_scale)
         return output.float().to(latents.device)
-    both = forward(pipeline, torch.cat([inputs] * 2), timestep, _doubled(text, names), guidance_scale)
+    both = forward(
+        pipeline, torch.cat([inputs] * 2), timestep, _doubled(text, names), guidance_scale
+    )
     unconditional, conditional = both.float().chunk(2)
     output = unconditional + guidance_scale * (conditional - unconditional)
     return output.to(latents.device)

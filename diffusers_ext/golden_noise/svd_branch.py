@@ -67,16 +67,17 @@ def singular_parts(matrix: torch.Tensor, signs: str = "canonical") -> SingularPa
     if signs == "backend":
         return SingularParts(*(x.to(matrix.dtype) for x in torch.linalg.svd(matrix.float())))
     a = matrix.double()
-    values, v = torch.linalg.eigh(a.mT @ a)
-    s, v = values.flip(-1).clamp(min=0).sqrt(), v.flip(-1)
-    if bool((s[:, -1] > _RANK_TOLERANCE * s[:, 0]).all()):
-        u, vh = a @ v / s[:, None, :], v.mT
+    values, v = torch.linalg.eigh(a.mT @ a)  # rising
+    s = values.clamp(min=0).sqrt()
+    if bool((s[:, 0] > _RANK_TOLERANCE * s[:, -1]).all()):
+        vh = v.mT
+        uh = vh @ a.mT / s[:, :, None]
     else:
         u, s, vh = torch.linalg.svd(a)
-    largest = u.abs().argmax(1, keepdim=True)
-    sign = u.gather(1, largest).sign()
-    parts = (u * sign, s, vh * sign.mT)
-    return SingularParts(*(x.to(matrix.dtype) for x in parts))
+        uh, s, vh = (x.flip(1) for x in (u.mT, s, vh))
+    sign = uh.gather(2, uh.abs().argmax(2, keepdim=True)).sign()
+    uh, s, vh = (x.to(matrix.dtype).flip(1) for x in (uh * sign, s, vh * sign))
+    return SingularParts(uh.mT, s, vh)
 
 
 class DropPath(nn.Module):

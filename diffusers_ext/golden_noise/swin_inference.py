@@ -19,6 +19,9 @@ def has_hooks(module: nn.Module) -> bool:
     return any("forward" in vars(part) for part in module.modules())
 
 
+_CACHED_NUMBERS = 160_000  # of the tokens that go through a layer together
+
+
 def linear(layer: nn.Linear, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
     """`layer(x)` without gradients, and the exact GELU of it when asked.
 
@@ -96,28 +99,49 @@ def position_bias(attention: SwinAttention) -> torch.Tensor:
     return flat.view(1, -1, bias.window_area, bias.window_area)
 
 
-def window_attention(layer: SwinLayer, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention inside each window of tokens in window order.
+def swin_layer(layer: SwinLayer, windows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A Swin layer on any number of its windows.
 
     Args:
-        layer: the Swin layer.
-        x: `(batch, tokens, dim)`, normalised.
-        mask: as of `shift_mask`, `None` without a shift.
+        layer: the layer.
+        windows: `(windows, area, dim)`.
+        bias: `(windows or 1, heads, area, area)`, added to the attention scores.
     """
     attention = layer.attention
-    batch, tokens, dim = x.shape
-    bias = position_bias(attention)
-    area = bias.shape[-1]
-    shape = (batch * tokens // area, area, attention.num_attention_heads, -1)
+    count, area, dim = windows.shape
+    normed = layer.layernorm_before(windows)
     q, k, v = (
-        linear(projection, x).view(shape).transpose(1, 2)
+        linear(projection, normed).view(count, area, bias.shape[1], -1).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scaling)
+    mixed = mixed.transpose(1, 2).reshape(count, area, dim)
+    x = linear(attention.o_proj, mixed).add_(windows)
+    hidden = linear(layer.mlp.fc1, layer.layernorm_after(x), gelu=True)
+    return linear(layer.mlp.fc2, hidden).add_(x)
+
+
+def in_groups(layer: SwinLayer, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A Swin layer on tokens in window order, as many windows at a time as a core's cache holds.
+
+    Args:
+        layer: the layer.
+        x: `(batch, tokens, dim)`.
+        mask: as of `shift_mask`, `None` without a shift.
+    """
+    batch, _, dim = x.shape
+    bias = position_bias(layer.attention)
+    area = bias.shape[-1]
+    windows = x.reshape(-1, area, dim)
     if mask is not None:
         bias = bias + mask
         bias = bias if batch == 1 else bias.repeat(batch, 1, 1, 1)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scaling)
-    return linear(attention.o_proj, mixed.transpose(1, 2).reshape(batch, tokens, dim))
+    group = len(windows)
+    if x.device.type == "cpu":
+        group = max(1, _CACHED_NUMBERS * torch.get_num_threads() // (area * dim))
+    parts = windows.split(group)
+    biases = [bias] * len(parts) if len(bias) == 1 else bias.split(group)
+    return torch.cat([swin_layer(layer, *part) for part in zip(parts, biases)]).view(x.shape)
 
 
 @torch.no_grad()
@@ -147,9 +171,7 @@ def swin_features(model: SwinModel, pixels: torch.Tensor) -> torch.Tensor:
             x = x.index_select(1, reordering(size, window, order, shift, device))
             order = shift
             mask = shift_mask(size, window, shift, x.dtype, device) if shift else None
-            x = window_attention(layer, layer.layernorm_before(x), mask).add_(x)
-            hidden = linear(layer.mlp.fc1, layer.layernorm_after(x), gelu=True)
-            x = linear(layer.mlp.fc2, hidden).add_(x)
+            x = in_groups(layer, x, mask)
         merging = stage.downsample
         after = "raster" if merging is None else "quads"
         x = x.index_select(1, reordering(size, window, order, after, device))

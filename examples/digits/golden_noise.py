@@ -31,7 +31,7 @@ _TRANSFORMER = ("--patch_size", "2", "--width", "128", "--num_layers", "6", "--n
 NETWORKS: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
     "GoldenNoiseModel": ("golden_noise_model", "pairs", 2500,
         ("--train_batch_size", "64", "--learning_rate", "1e-3", *_TRANSFORMER)),
-    "NPNet": ("npnet", "pairs", 1500,
+    "NPNet": ("npnet", "pairs", 5000,
         ("--train_batch_size", "64", "--learning_rate", "1e-3", "--swin_image_size", "16",
          "--swin_patch_size", "2", "--swin_embed_dim", "24", "--swin_depths", "2", "2",
          "--swin_num_heads", "2", "4", "--swin_window_size", "4", "--svd_hidden_dim", "32",

@@ -42,3 +42,16 @@ def test_embeddings_must_fit_the_dtype():
     TextCache.encode(pipeline, ["a red seven"], dtype=torch.float32)
     with pytest.raises(ValueError, match="must be finite in torch.float16, got .*cache_dtype fp32"):
         TextCache.encode(pipeline, ["a red seven"])
+
+
+def test_files_hold_what_memory_holds_and_go_with_the_cache(tmp_path):
+    prompts = ["a red seven", "a blue two", "a green one"]
+    in_memory = TextCache.encode(sdxl_pipeline(0), prompts, batch_size=2)
+    cache = TextCache.encode(sdxl_pipeline(0), prompts, batch_size=2, directory=tmp_path)
+    assert len(list(tmp_path.glob("text-*/*"))) == 2
+    rows = torch.tensor([2, 0])
+    for stored, expected in zip(cache.take(rows, "cpu"), in_memory.take(rows, "cpu"), strict=True):
+        assert (stored is None) == (expected is None)
+        assert stored is None or torch.equal(stored, expected)
+    cache._scratch.cleanup()
+    assert not list(tmp_path.iterdir())
