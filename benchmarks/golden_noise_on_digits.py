@@ -61,7 +61,7 @@ def train_one(name: str, data: Path, folder: Path, threads: int) -> None:
 def train_all(names: list[str], data: dict[str, Path], folder: Path, jobs: int) -> dict[str, Path]:
     """All networks, `jobs` at a time; returns their folders."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    folders = {name: folder / name.replace(" ", "_") for name in names}
+    folders = {name: folder / name.replace(",", "").replace(" ", "_") for name in names}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         runs = [
             pool.submit(train_one, name, data[NETWORKS[name][1]], folders[name], threads)
@@ -72,14 +72,17 @@ def train_all(names: list[str], data: dict[str, Path], folder: Path, jobs: int) 
     return folders
 
 
-def evaluate(folders: dict[str, Path], steps: int, pictures: int) -> GoldenNoiseReport:
-    """Targets and networks against the same standard pictures at one number of steps."""
+def evaluate(folders: dict[str, Path], steps: int, pictures: int, work: Path) -> GoldenNoiseReport:
+    """Targets and networks against the same standard pictures, unless the report is there."""
+    path = work / f"report_{steps}_steps.json"
+    if path.is_file():
+        return GoldenNoiseReport.from_json(path)
     pipeline = load_pipeline()
     subjects: dict[str, Any] = {
         name: RedenoisedTarget(pipeline, repeats) for name, repeats in _TARGETS.items()
     }
     subjects |= {name: load_noise_model(folder) for name, folder in folders.items()}
-    return evaluate_golden_noise(
+    report = evaluate_golden_noise(
         pipeline,
         HELD_OUT_PROMPTS,
         refine=subjects,
@@ -91,6 +94,10 @@ def evaluate(folders: dict[str, Path], steps: int, pictures: int) -> GoldenNoise
         batch_size=50,
         sheet_prompts=6,
     )
+    report.to_csv(work / f"pictures_{steps}_steps.csv")
+    report.picture_sheet(work / f"sheet_{steps}_steps.png")
+    report.to_json(path)
+    return report
 
 
 def summary_rows(reports: dict[int, GoldenNoiseReport], training: dict[str, Figures]) -> list:
@@ -139,7 +146,7 @@ def training_facts(folders: dict[str, Path]) -> dict[str, Figures]:
 
 
 def main(input_args: list[str] | None = None) -> None:
-    """Make the data, train, evaluate and write the results."""
+    """Make the data, train, evaluate and write the results; goes on with what is in `--work_dir`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/golden_noise"))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
@@ -154,11 +161,7 @@ def main(input_args: list[str] | None = None) -> None:
     folders = train_all(args.networks, data, args.work_dir, args.jobs)
     training, reports = training_facts(folders), {}
     for steps in args.steps:
-        report = evaluate(folders, steps, args.pictures)
-        report.to_json(args.work_dir / f"report_{steps}_steps.json")
-        report.to_csv(args.work_dir / f"pictures_{steps}_steps.csv")
-        report.picture_sheet(args.work_dir / f"sheet_{steps}_steps.png")
-        reports[steps] = report
+        reports[steps] = evaluate(folders, steps, args.pictures, args.work_dir)
     header = ["noise"]
     for steps in reports:
         header += [f"probability, {steps} steps", "win rate", "second reward", "time / best of 4"]
@@ -166,6 +169,10 @@ def main(input_args: list[str] | None = None) -> None:
     text = table(header, summary_rows(reports, training))
     kept = ("settings", "scores", "best_of", "noise", "diversity", "cost")
     results = {str(n): {key: getattr(r, key) for key in kept} for n, r in reports.items()}
+    for found in results.values():  # folders of this machine mean nothing to others
+        found["settings"] = {**found["settings"], "base": "examples/digits/model"}
+        for facts in found["settings"]["subjects"].values():
+            facts.pop("name_or_path", None)
     pairs = {name: json.loads((path / "report.json").read_text()) for name, path in data.items()}
     write_results(args.name, {"pairs": pairs, "training": training, "steps": results}, text)
     print(text)

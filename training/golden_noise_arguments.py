@@ -30,6 +30,12 @@ def add_noise_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--text_embed_dim", type=int, help="checked; read from the base model")
     group.add_argument("--noise_resolution", type=int, help="checked; read from the data")
+    group.add_argument(
+        "--remove_prompt_mean",
+        type=float,
+        default=0.0,
+        help="share of a prompt's mean change taken out of the targets; keeps pictures diverse",
+    )
     group.add_argument("--validation_split", type=float, default=0.05, help="share of the prompts")
     group.add_argument("--text_batch_size", type=int, default=32, help="prompts encoded at once")
     group.add_argument(

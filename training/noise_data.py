@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from diffusers_ext.golden_noise.pairs import open_pairs
+from training.prompt_means import WithoutPromptMeans
 
 
 class PromptSplit(NamedTuple):
@@ -99,6 +100,8 @@ def read_pairs(args: argparse.Namespace) -> Dataset:
     pairs = open_pairs(args.dataset_dir)
     if len(pairs) == 0:
         raise ValueError(f"`dataset_dir` must hold pairs, got none in {args.dataset_dir}.")
+    if args.remove_prompt_mean:
+        pairs = WithoutPromptMeans(pairs, args.remove_prompt_mean)
     _, height, width = pairs.latent_shape
     wanted = args.noise_resolution
     if wanted is not None and (height, width) != (wanted, wanted):
@@ -152,6 +155,7 @@ def data_facts(pairs: Dataset, split: PromptSplit, steps: Sequence[int]) -> dict
         "first_sample": [probe.sum().item(), probe.square().sum().item()],
         "latent_shape": list(pairs.latent_shape),
         "steps": list(steps),
+        "removed_prompt_mean": getattr(pairs, "share", 0.0),
         "training_samples": len(split.train),
         "validation_samples": len(split.validation),
         "generation": pairs.facts,

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 _SMALLEST_CELL, _LARGEST_CELL = 96, 256
-_LABEL_WIDTH, _GAP, _HEADING, _FONT_SIZE = 260, 6, 28, 14
+_LABEL_WIDTH, _GAP, _HEADING, _FONT_SIZE, _LINE = 260, 6, 28, 14, 18
 _BACKGROUND, _INK, _FAINT, _BAND = (255, 255, 255), (25, 25, 25), (110, 110, 110), (228, 232, 238)
 
 
@@ -48,13 +48,15 @@ def picture_sheet(rows: Sequence[SheetRow], columns: Sequence[str], pairs: int =
         _LABEL_WIDTH + _GAP + index * (cell[0] + _GAP) + (index // pairs) * 2 * _GAP
         for index in range(len(columns))
     ]
+    headings = [_wrapped(column, cell[0], font) for column in columns]
+    top = _HEADING + (max(text.count("\n") for text in headings)) * _LINE
     bands = sum(row.section != before for row, before in _with_previous_section(rows))
-    height = _HEADING + len(rows) * (cell[1] + _GAP) + bands * (_HEADING + _GAP) + _GAP
+    height = top + len(rows) * (cell[1] + _GAP) + bands * (_HEADING + _GAP) + _GAP
     sheet = Image.new("RGB", (lefts[-1] + cell[0] + _GAP, height), _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
-    for left, column in zip(lefts, columns, strict=True):
-        pen.text((left + cell[0] / 2, _HEADING / 2), column, fill=_INK, font=font, anchor="mm")
-    top = _HEADING
+    for left, text in zip(lefts, headings, strict=True):
+        middle = left + cell[0] / 2, top / 2
+        pen.multiline_text(middle, text, fill=_INK, font=font, anchor="mm", align="center")
     for row, before in _with_previous_section(rows):
         if row.section != before:
             pen.rectangle((0, top, sheet.width, top + _HEADING), fill=_BAND)
@@ -66,6 +68,12 @@ def picture_sheet(rows: Sequence[SheetRow], columns: Sequence[str], pairs: int =
             sheet.paste(shown.convert("RGB"), (left, top))
         top += cell[1] + _GAP
     return sheet
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """Text in lines of at most `width` pixels, also within long names."""
+    per_line = max(1, int(width / font.getlength("n")))
+    return "\n".join(textwrap.wrap(text, per_line)) or text
 
 
 def _with_previous_section(rows: Sequence[SheetRow]) -> list[tuple[SheetRow, str]]:

@@ -22,13 +22,20 @@ def has_hooks(module: nn.Module) -> bool:
 _CACHED_NUMBERS = 160_000  # of the tokens that go through a layer together
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module does nothing but its class's forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in vars(module)
+
+
 def linear(layer: nn.Linear, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
     """`layer(x)` without gradients, and the exact GELU of it when asked.
 
     On processors without Intel's name the MKL kernel behind `F.linear` runs at half the speed of
-    oneDNN's, which this calls for float32 on the CPU. Wrapped layers (adapters) run as they are.
+    oneDNN's, which this calls for float32 on the CPU. Layers with hooks or in the wrapping of an
+    adapter or of offloading run as they are.
     """
-    plain = type(layer) is nn.Linear and not torch.is_grad_enabled()
+    plain = type(layer) is nn.Linear and is_bare(layer) and not torch.is_grad_enabled()
     fits = x.device.type == "cpu" and x.dtype == layer.weight.dtype == torch.float32
     if plain and fits and torch.backends.mkldnn.is_available():
         after = ("gelu", [], "none") if gelu else ("none", [], "")
@@ -94,6 +101,8 @@ def shift_mask(
 def position_bias(attention: SwinAttention) -> torch.Tensor:
     """`(1, heads, window ** 2, window ** 2)`, contiguous at once."""
     bias = attention.relative_position_bias
+    if not is_bare(bias):
+        return bias()
     by_head = bias.relative_position_bias_table.t().contiguous()
     flat = by_head.index_select(1, bias.relative_position_index)
     return flat.view(1, -1, bias.window_area, bias.window_area)

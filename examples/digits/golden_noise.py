@@ -25,28 +25,35 @@ HELD_OUT_PROMPTS = [
     *prompt_pairs(HELD_OUT_TEMPLATE, (*TRAINING_PAIRS, *HELD_OUT_PAIRS)),
 ]
 
-_COMMON = ("--lr_scheduler", "cosine", "--lr_warmup_steps", "100", "--text_cache_dtype", "fp32")
-_TRANSFORMER = ("--patch_size", "2", "--width", "128", "--num_layers", "6", "--num_heads", "4")
-# Script, data (pairs or sequences) and flags; the steps are those of a full training.
+_COMMON = ("--lr_scheduler", "cosine", "--lr_warmup_steps", "100", "--learning_rate", "1e-3",
+           "--text_cache_dtype", "fp32")  # fmt: skip
+_MODEL = ("--train_batch_size", "64", "--patch_size", "2", "--width", "128", "--num_layers", "6",
+          "--num_heads", "4")  # fmt: skip
+_NPNET = ("--train_batch_size", "64", "--swin_image_size", "16", "--swin_patch_size", "2",
+          "--swin_embed_dim", "24", "--swin_depths", "2", "2", "--swin_num_heads", "2", "4",
+          "--swin_window_size", "4", "--svd_hidden_dim", "32", "--svd_output_dim", "64",
+          "--svd_num_heads", "2")  # fmt: skip
+_TRANSFORMER = ("--train_batch_size", "16", "--patch_size", "2", "--d_model", "128", "--nhead", "4",
+                "--num_encoder_layers", "1", "--num_decoder_layers", "4",
+                "--dim_feedforward", "256")  # fmt: skip
+_RNN = ("--train_batch_size", "16", "--cnn_base_filters", "48", "--cnn_num_blocks", "1", "1",
+        "--cnn_feat_dim", "128", "--gru_hidden_size", "128", "--gru_num_layers", "1",
+        "--num_attention_layers", "2", "--num_attention_heads", "4",
+        "--num_text_layers", "1")  # fmt: skip
+# Pictures of five steps resemble each other; this share of the prompt's mean taken out keeps them apart.
+_DIVERSE = ("--remove_prompt_mean", "0.7")
+# `--model`, data (pairs or sequences), steps of a full training, flags.
 NETWORKS: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
-    "GoldenNoiseModel": ("golden_noise_model", "pairs", 2500,
-        ("--train_batch_size", "64", "--learning_rate", "1e-3", *_TRANSFORMER)),
-    "NPNet": ("npnet", "pairs", 5000,
-        ("--train_batch_size", "64", "--learning_rate", "1e-3", "--swin_image_size", "16",
-         "--swin_patch_size", "2", "--swin_embed_dim", "24", "--swin_depths", "2", "2",
-         "--swin_num_heads", "2", "4", "--swin_window_size", "4", "--svd_hidden_dim", "32",
-         "--svd_output_dim", "64", "--svd_num_heads", "2")),
-    "NoiseSequenceTransformer": ("transformer", "sequences", 1500,
-        ("--train_batch_size", "16", "--learning_rate", "1e-3", "--patch_size", "2", "--d_model",
-         "128", "--nhead", "4", "--num_encoder_layers", "1", "--num_decoder_layers", "4",
-         "--dim_feedforward", "256")),
-    "NoiseSequenceRNN": ("rnn", "sequences", 1500,
-        ("--train_batch_size", "16", "--learning_rate", "1e-3", "--cnn_base_filters", "48",
-         "--cnn_num_blocks", "1", "1", "--cnn_feat_dim", "128", "--gru_hidden_size", "128",
-         "--gru_num_layers", "1", "--num_attention_layers", "2", "--num_attention_heads", "4",
-         "--num_text_layers", "1")),
-    "GoldenNoiseModel of five steps": ("golden_noise_model", "sequences", 2500,
-        ("--train_batch_size", "64", "--learning_rate", "1e-3", *_TRANSFORMER)),
+    "GoldenNoiseModel": ("golden_noise_model", "pairs", 2500, _MODEL),
+    "NPNet": ("npnet", "pairs", 5000, _NPNET),
+    "NoiseSequenceTransformer": ("transformer", "sequences", 1500, _TRANSFORMER),
+    "NoiseSequenceRNN": ("rnn", "sequences", 1500, _RNN),
+    "GoldenNoiseModel of five steps": ("golden_noise_model", "sequences", 2500, _MODEL),
+    "NoiseSequenceTransformer, diverse": (
+        "transformer", "sequences", 1500, (*_TRANSFORMER, *_DIVERSE)),
+    "NoiseSequenceRNN, diverse": ("rnn", "sequences", 1500, (*_RNN, *_DIVERSE)),
+    "GoldenNoiseModel of five steps, diverse": (
+        "golden_noise_model", "sequences", 2500, (*_MODEL, *_DIVERSE)),
 }  # fmt: skip
 
 

@@ -61,3 +61,12 @@ def test_an_empty_sheet_and_a_row_without_headings_are_refused():
     row = SheetRow("a", "", [Image.new("RGB", (8, 8))] * 2)
     with pytest.raises(ValueError, match="`columns` must head every picture, got 1 for 'a'"):
         picture_sheet([row], ["base"])
+
+
+def test_long_headings_get_more_lines():
+    picture = Image.new("RGB", (32, 32))
+    rows = [SheetRow("a prompt", "", [picture, picture])]
+    short = picture_sheet(rows, ["base", "tuned"])
+    long = picture_sheet(rows, ["base", "NoiseSequenceTransformer of five steps"])
+    assert long.height > short.height
+    assert long.width == short.width

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from transformers import SwinConfig, SwinModel
 
@@ -50,3 +51,27 @@ def test_linear_keeps_gradients_and_runs_wrapped_layers():
     wrapped = Doubled(4, 4)
     with torch.no_grad():
         assert torch.equal(linear(wrapped, x), wrapped(x))
+
+
+@torch.no_grad()
+def test_hooks_and_replaced_forwards_are_called():
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    seen = []
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = linear(layer, x)
+    handle.remove()
+    assert torch.equal(seen[0], expected)
+    layer.forward = lambda x: 3 * x
+    assert torch.equal(linear(layer, x), 3 * x)
+
+
+def test_weights_that_only_hooks_bring_are_not_touched_before():
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[2], window_size=4
+    )
+    model = SwinModel(config, add_pooling_layer=False).eval()
+    pixels = torch.randn(1, 3, 16, 16)
+    expected = swin_features(model, pixels)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    torch.testing.assert_close(swin_features(model, pixels), expected)
