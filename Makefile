@@ -30,6 +30,10 @@ bench: setup
 	$(BIN)/python benchmarks/forgetting_on_digits.py
 	$(BIN)/python benchmarks/cost_of_statistics.py
 	$(BIN)/python benchmarks/real_sizes.py
+	$(BIN)/python benchmarks/golden_noise_on_digits.py
+	$(BIN)/python benchmarks/cost_of_golden_noise.py
+	$(BIN)/python benchmarks/cost_of_npnet.py
+	$(BIN)/python benchmarks/pair_generation.py
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

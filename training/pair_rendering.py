@@ -104,13 +104,16 @@ def render(
         ValueError: a picture is not finite.
     """
     height, width = (int(size) * pipeline.vae_scale_factor for size in noise.shape[-2:])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for generator in generators:  # past what the noise itself was drawn from
+        torch.randn(noise.shape[1:], generator=generator)
     with quiet_run(pipeline):
         images = pipeline(
             latents=_pipeline_latents(pipeline, noise),
             height=height,
             width=width,
             num_inference_steps=rendering.num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=generators,
             output_type="pt",
             **_text_arguments(pipeline, text),
             **_guidance_arguments(pipeline, rendering),

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 from diffusers_ext.golden_noise.conditioning import encode_prompts
 from diffusers_ext.golden_noise.pairs import source_noise
@@ -23,7 +23,7 @@ def rendered(pipeline, pixels: int, rendering: Rendering) -> np.ndarray:
     shape = latent_shape(pipeline, pixels)
     noise = torch.stack([source_noise(seed, shape) for seed in SEEDS])
     text = encode_prompts(pipeline, PROMPTS, rendering.negative_prompt)
-    images = render(pipeline, noise, text, rendering, [0, 0])
+    images = render(pipeline, noise, text, rendering, SEEDS)
     assert [image.size for image in images] == [(pixels, pixels)] * 2
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
@@ -53,9 +53,10 @@ def test_a_seed_is_the_picture_that_the_pipeline_draws_from_it(family):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
-def test_a_scheduler_with_large_sigmas_and_a_negative_prompt():
+@pytest.mark.parametrize("sampler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+def test_a_sampler_with_large_sigmas_and_a_negative_prompt(sampler):
     pipeline = random_digits_pipeline()
-    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = sampler.from_config(pipeline.scheduler.config)
     run = {"num_inference_steps": 2, "guidance_scale": 3.0}
     expected = drawn(pipeline, 24, negative_prompt=["a red two"] * 2, **run)
     assert pipeline.scheduler.init_noise_sigma > 10
