@@ -34,7 +34,7 @@ def latent_shape(
         size if asked is None else asked // factor
         for size, asked in zip(sizes, (height, width), strict=True)
     )
-    if family == "flux":  # 2 x 2 latent pixels are one token
+    if family in ("flux", "hunyuan_dit"):  # 2 x 2 latent pixels are one token
         rows, columns = rows // 2 * 2, columns // 2 * 2
     return latent_channels(pipeline), rows, columns
 

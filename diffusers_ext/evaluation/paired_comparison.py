@@ -48,7 +48,8 @@ def compare_pairs(
         other: `(pairs,)`, of the same prompts and seeds.
         groups: `(pairs,)` integers; pairs of one group are resampled together, see
             `bootstrap_interval`.
-        confidence: of the intervals: Wilson's of the win rate, the bootstrap's of the difference.
+        confidence: of the intervals: Wilson's of the win rate, with as many pairs as the groups
+            are worth (`effective_count`), and the bootstrap's of the difference.
         resamples: of the bootstrap.
 
     Raises:
@@ -59,8 +60,10 @@ def compare_pairs(
         raise ValueError(
             f"`other` must hold one score per pair ({len(standard)}), got {len(other)}."
         )
-    rate = win_rate(standard, other)
+    rate, count = win_rate(standard, other), float(len(standard))
     difference = other - standard
+    if groups is not None:
+        count = effective_count((difference.sign() + 1) / 2, groups)
     return PairedComparison(
         len(standard),
         standard.mean().item(),
@@ -68,7 +71,7 @@ def compare_pairs(
         difference.mean().item(),
         bootstrap_interval(difference, groups=groups, confidence=confidence, resamples=resamples),
         rate,
-        wilson_interval(rate, len(standard), confidence),
+        wilson_interval(rate, count, confidence),
         int((difference == 0).sum()),
     )
 
@@ -78,7 +81,29 @@ def win_rate(standard: torch.Tensor, other: torch.Tensor) -> float:
     return ((other > standard).double() + 0.5 * (other == standard).double()).mean().item()
 
 
-def wilson_interval(rate: float, count: int, confidence: float = 0.95) -> Interval:
+def effective_count(values: torch.Tensor, groups: torch.Tensor) -> float:
+    """How many independent values grouped ones are worth: `n` over the design effect (Kish, 1965).
+
+    Args:
+        values: `(n,)`.
+        groups: `(n,)` integers; values of one group may be alike.
+
+    Returns:
+        Between the number of groups and `n`: variance of the mean if all were independent over that
+        of whole groups, times `n`.
+    """
+    residuals = values.double() - values.double().mean()
+    _, row = torch.unique(groups, return_inverse=True)
+    number = int(row.max()) + 1
+    sums = residuals.new_zeros(number).index_add_(0, row, residuals)
+    grouped = sums.square().sum().item()
+    if grouped == 0:
+        return float(number)
+    worth = len(values) * residuals.square().sum().item() / grouped
+    return min(max(worth, float(number)), float(len(values)))
+
+
+def wilson_interval(rate: float, count: float, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a share (J. Am. Stat. Assoc. 22, 1927); it stays within [0, 1].
 
     Args:

@@ -83,7 +83,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"{path} must hold nothing but tensors; it is damaged or would run code, so it was not "
             "loaded. Get the published file again, or its safetensors form."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    # torch reports a truncated zip file as an `OSError`.
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} must be a complete checkpoint, got: {error}. Download it again."
         ) from error

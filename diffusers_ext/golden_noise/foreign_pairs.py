@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,7 +158,7 @@ def _read_npz(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         with open(entry.source, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             noise, golden = arrays["arr_0"], arrays["arr_1"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{entry.source} must hold the arrays arr_0 and arr_1, got: {error}."
         ) from error

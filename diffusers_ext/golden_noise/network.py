@@ -56,16 +56,17 @@ class GoldenNoiseNetwork:
             return noise
         check_text(noise, prompt_embeds, attention_mask)
         dtype = next(self.parameters()).dtype
+        rounded = noise.to(dtype)  # what the network changes
         with module_eval_mode(self):
             golden = self.golden_noise(
-                noise.to(dtype),
+                rounded,
                 prompt_embeds.to(dtype),
                 attention_mask=attention_mask,
                 pooled_prompt_embeds=(
                     None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype)
                 ),
             ).float()
-        return match_spectrum(noise + scale * (golden - noise), noise)
+        return match_spectrum(noise + scale * (golden - rounded.float()), noise)
 
 
 def check_text(

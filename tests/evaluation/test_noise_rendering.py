@@ -98,3 +98,13 @@ def test_a_golden_pipeline_is_plain_for_a_while():
     plain = make_pipeline()
     with without_noise_model(plain):
         assert not hasattr(plain, "noise_model")
+
+
+@pytest.mark.parametrize("make", [tiny_hunyuan_dit_pipeline, tiny_flux_pipeline])
+def test_half_a_token_is_cut_off_as_the_pipeline_does(make):
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    shape = latent_shape(pipeline, 9 * pipeline.vae_scale_factor, 8 * pipeline.vae_scale_factor)
+    assert shape[1:] == (8, 8)
+    pixels = draw_from_noise(pipeline, SHOTS, Sampling(2, 3.0), unit_noise(SHOTS, shape))
+    assert pixels.shape[-2:] == (8 * pipeline.vae_scale_factor,) * 2

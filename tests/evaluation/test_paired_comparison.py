@@ -8,6 +8,7 @@ import torch
 from diffusers_ext.evaluation.paired_comparison import (
     bootstrap_interval,
     compare_pairs,
+    effective_count,
     expected_best,
     group_indices,
     mean_pairwise_distance,
@@ -101,6 +102,19 @@ def test_a_comparison_holds_all_of_it():
     assert found.difference_interval == bootstrap_interval(other.double() - standard.double())
     assert found.win_rate == win_rate(standard, other) > 0.95
     assert found.win_rate_interval == wilson_interval(found.win_rate, 200)
+
+
+def test_grouped_values_are_worth_fewer():
+    groups = torch.arange(50).repeat_interleave(4)
+    alike = normal(50).repeat_interleave(4)
+    assert effective_count(alike, groups) == pytest.approx(50)
+    assert effective_count(normal(200), groups) > 120
+    assert effective_count(torch.ones(200), groups) == 50
+    together = compare_pairs(torch.zeros(200), alike + 0.5, groups=groups)
+    single = compare_pairs(torch.zeros(200), alike + 0.5)
+    assert together.win_rate == single.win_rate
+    assert together.win_rate_interval.low < single.win_rate_interval.low
+    assert together.win_rate_interval == wilson_interval(together.win_rate, 50)
 
 
 def test_groups_are_numbered_by_their_first_place():

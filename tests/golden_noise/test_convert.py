@@ -146,3 +146,12 @@ def test_other_content_is_refused(tmp_path):
         archive.writestr("notes.txt", "no weights")
     with pytest.raises(ValueError, match="complete checkpoint"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
+def test_a_larger_truncated_pickle_is_refused_wherever_it_ends(kept, tmp_path):
+    path = tmp_path / "larger.pth"
+    torch.save({"a": torch.zeros(50_000)}, path)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match="must be a complete checkpoint"):
+        read_checkpoint(path)

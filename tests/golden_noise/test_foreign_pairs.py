@@ -118,6 +118,18 @@ def test_nothing_is_executed(tmp_path):
         open_pairs(tmp_path / "npz")
 
 
+def test_a_damaged_compressed_file(tmp_path):
+    write_official(tmp_path)
+    path = tmp_path / "2_102.npz"
+    with np.load(path) as arrays:
+        np.savez_compressed(path, *(arrays[name] for name in ("arr_0", "arr_1")))
+    content = bytearray(path.read_bytes())
+    content[60:200] = bytes(255 - value for value in content[60:200])
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="must hold the arrays arr_0 and arr_1, got: Error -3"):
+        open_pairs(tmp_path)[1]
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

@@ -27,6 +27,12 @@ def test_an_untrained_network_is_the_identity_to_the_bit(model):
     assert torch.equal(model.refine(noise, text), noise)
 
 
+def test_it_is_so_in_half_precision_too(model):
+    noise, text = inputs()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(model.to(dtype).refine(noise, text), noise)
+
+
 def test_every_parameter_is_reached_by_the_gradient_after_the_head_moved(model):
     noise, text = inputs()
     trained(model)(noise, text).square().mean().backward()
