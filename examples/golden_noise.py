@@ -39,15 +39,15 @@ def main(input_args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=7.5)
-    parser.add_argument("--output", default="golden_noise.png")
+    parser.add_argument("--output", type=Path, default=Path("golden_noise.png"))
     args = parser.parse_args(input_args)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     source = args.pretrained_model_name_or_path
     pipeline_class = PIPELINES[DiffusionPipeline.load_config(source)["_class_name"]]
     noise_model = load_noise_model(args.noise_model)
-    pipe = pipeline_class.from_pretrained(source, noise_model=noise_model, dtype=dtype)
-    pipe.to(device)
+    pipe = pipeline_class.from_pretrained(source, noise_model=noise_model, dtype=dtype).to(device)
     run = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
     pixels = []
     for scale in (0.0, 1.0):

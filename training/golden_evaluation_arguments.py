@@ -18,6 +18,11 @@ def add_golden_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared, on which prompts and by which rewards."""
     group = parser.add_argument_group("evaluation of golden noise")
     group.add_argument(
+        "--base_model_id",
+        dest="pretrained_model_name_or_path",
+        help="the same as --pretrained_model_name_or_path",
+    )
+    group.add_argument(
         "--noise_model", action="append", default=[], help="folder or Hub name; may be repeated"
     )
     group.add_argument("--golden_noise_scale", type=float, default=1.0, help="of the networks")

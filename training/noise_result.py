@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,11 +60,17 @@ def network_card(args: argparse.Namespace, repo_id: str, report: dict[str, Any])
     last = report["validation"][-1] if report["validation"] else {}
     figures = {name: value for name, value in last.items() if name != "step"}
     generation = report["data"]["generation"] or {}
-    shown = {k: v for k, v in generation.items() if isinstance(v, (str, int, float))}
+    shown = {k: v for k, v in generation.items() if isinstance(v, (str, int, float)) and v != ""}
+    if generation.get("reward"):
+        shown["reward"] = f"{generation['reward']['name']}, {generation['reward']['version']}"
+    base = args.pretrained_model_name_or_path
+    if Path(base).exists():  # a path of this machine means nothing to others
+        base = Path(base).name
+    shown |= {name: base for name in shown if name == "pretrained_model_name_or_path"}
     return render(
         "golden_noise_network",
         card_data(args, ["diffusers", "diffusers-training", "golden-noise"]),
-        base=args.pretrained_model_name_or_path,
+        base=base,
         repo_id=repo_id,
         network=report["network"],
         pipeline=PIPELINES[report["pipeline_class"]],

@@ -200,6 +200,7 @@ def train_network(args: argparse.Namespace, task: NoiseTask) -> Path:
             seconds=loop.seconds,
         )
         save_network(args, network, report)
+        logger.info(f"Wrote {args.output_dir}")
         if args.push_to_hub:
             publish_network(args, report)
     accelerator.wait_for_everyone()

@@ -43,7 +43,7 @@ def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--reward_model", help="folder, file or Hub name of its weights")
     group.add_argument("--reward_version", help="e.g. v2.1 of hpsv2")
-    group.add_argument("--margin", type=float, default=0.0, help="least gain of a pair that stays")
+    group.add_argument("--margin", type=float, default=0.0, help="a pair stays if it gains more")
     group.add_argument(
         "--no_filter", action="store_true", help="keep all pairs; no pictures, no reward"
     )

@@ -11,7 +11,7 @@ from tests.evaluation.golden_subjects import small_network
 
 def test_the_pair_is_random_noise_and_golden_noise_of_one_seed(tmp_path):
     small_network().save_pretrained(tmp_path / "network")
-    output = tmp_path / "pair.png"
+    output = tmp_path / "new" / "pair.png"
     prompt = "a red seven"
     main(
         ["--pretrained_model_name_or_path", str(MODEL_DIR), "--seed", "3", "--prompt", prompt,

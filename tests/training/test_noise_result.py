@@ -55,6 +55,23 @@ def test_the_card_tells_what_it_is_how_it_loads_and_where_it_ends():
         assert left_over not in str(card)
 
 
+def test_the_card_names_the_reward_and_no_path_of_this_machine(tmp_path):
+    base = tmp_path / "my-base"
+    base.mkdir()
+    generation = {
+        "pretrained_model_name_or_path": str(base),
+        "negative_prompt": "",
+        "reward": {"name": "hpsv2", "version": "v2.1"},
+    }
+    report = {**REPORT, "data": {**REPORT["data"], "generation": generation}}
+    card = network_card(make_args(pretrained_model_name_or_path=str(base)), "me/noise", report)
+    assert "| reward | hpsv2, v2.1 |" in card.text
+    assert "# Golden noise for my-base" in card.text
+    assert "| pretrained_model_name_or_path | my-base |" in card.text
+    assert "negative_prompt" not in card.text
+    assert str(tmp_path) not in str(card)
+
+
 def test_the_card_of_npnet_on_foreign_pairs():
     report = {**REPORT, "network": "NPNet", "validation": []}
     report["data"] = {**REPORT["data"], "generation": None}
