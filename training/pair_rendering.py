@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.evaluation import noise_rendering
 from diffusers_ext.golden_noise.conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser import denoiser_of, latent_channels
+from diffusers_ext.golden_noise.denoiser import denoiser_of
 from diffusers_ext.golden_noise.families import pipeline_family
 
 
@@ -66,21 +67,16 @@ def latent_shape(pipeline: DiffusionPipeline, output_size: int | None) -> tuple[
     Raises:
         ValueError: a size that the model cannot draw.
     """
-    factor, family = pipeline.vae_scale_factor, pipeline_family(pipeline)
-    if output_size is None:
-        if family == "sd":
-            own = denoiser_of(pipeline).config.sample_size
-            size = own if isinstance(own, int) else own[0]
-        else:
-            size = pipeline.default_sample_size
-        return latent_channels(pipeline), size, size
-    patch = 2 if family == "flux" else denoiser_of(pipeline).config.get("patch_size", 1)
-    if output_size % (factor * patch):
-        raise ValueError(
-            f"`output_size` must be divisible by {factor * patch} for this "
-            f"{type(pipeline).__name__}, got {output_size}."
-        )
-    return latent_channels(pipeline), output_size // factor, output_size // factor
+    if output_size is not None:
+        patch = denoiser_of(pipeline).config.get("patch_size", 1)
+        patch = 2 if pipeline_family(pipeline) == "flux" else patch
+        unit = pipeline.vae_scale_factor * patch
+        if output_size % unit:
+            raise ValueError(
+                f"`output_size` must be divisible by {unit} for this "
+                f"{type(pipeline).__name__}, got {output_size}."
+            )
+    return noise_rendering.latent_shape(pipeline, output_size, output_size)
 
 
 @torch.no_grad()
