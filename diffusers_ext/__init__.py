@@ -1,7 +1,7 @@
 """Three tools for Hugging Face diffusers: null-space DreamBooth, golden noise, a concept eraser.
 
 Importing it registers the package with diffusers, so that pipelines with its components load from the
-Hub; nothing else happens at import.
+Hub, and the eraser with PEFT; nothing else happens at import.
 """
 
 from diffusers import ModelMixin
@@ -16,6 +16,23 @@ from diffusers_ext.core.processors import (
     use_processors,
 )
 from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.eraser import (
+    CogVideoXVelocity,
+    ConceptPreservationLoss,
+    EraserConfig,
+    EraserLayer,
+    EraserModel,
+    MaskLocalizationLoss,
+    NegativelyGuidedVelocityLoss,
+    T2VUnlearningLoss,
+    erasers_disabled,
+    load_eraser,
+    neighbouring_concepts,
+    save_eraser,
+)
+from diffusers_ext.evaluation.clip_rendering import render_clips
+from diffusers_ext.evaluation.erasure import evaluate_erasure
+from diffusers_ext.evaluation.erasure_report import ErasureReport
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 from diffusers_ext.evaluation.forgetting_report import ForgettingReport
 from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
@@ -65,6 +82,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Artifact",
     "CaptureAttnProcessor",
+    "CogVideoXVelocity",
+    "ConceptPreservationLoss",
+    "EraserConfig",
+    "EraserLayer",
+    "EraserModel",
+    "ErasureReport",
     "FeatureStatistics",
     "ForgettingReport",
     "GoldenNoiseFluxPipeline",
@@ -74,8 +97,10 @@ __all__ = [
     "GoldenNoiseReport",
     "GoldenNoiseSD3Pipeline",
     "GoldenNoiseXLPipeline",
+    "MaskLocalizationLoss",
     "ModelMixin",
     "NPNet",
+    "NegativelyGuidedVelocityLoss",
     "NoiseSequenceRNN",
     "NoiseSequenceTransformer",
     "NullSpaceDirections",
@@ -88,6 +113,7 @@ __all__ = [
     "ProjectedUpdate",
     "RedenoisedTarget",
     "SecondMoment",
+    "T2VUnlearningLoss",
     "TextConditioning",
     "add_null_space_lora",
     "capture",
@@ -96,10 +122,14 @@ __all__ = [
     "custom_pipeline_path",
     "debleed_lora",
     "encode_prompts",
+    "erasers_disabled",
+    "evaluate_erasure",
     "evaluate_forgetting",
     "evaluate_golden_noise",
     "export_lora",
+    "load_eraser",
     "load_noise_model",
+    "neighbouring_concepts",
     "null_space_directions",
     "open_pairs",
     "predicted_drift",
@@ -107,6 +137,8 @@ __all__ = [
     "redenoise",
     "redenoise_sequence",
     "redenoise_text",
+    "render_clips",
+    "save_eraser",
     "save_lora",
     "use_processors",
 ]

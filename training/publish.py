@@ -150,7 +150,7 @@ def publish(args: argparse.Namespace, pipeline: DiffusionPipeline, pictures: lis
     """
     repo_id = make_repository(args)
     ignored = ["checkpoint-*", ".partial-*", f"{args.logging_dir}/*", "class_*"]
-    ignored += _patterns_below(args.output_dir, args.instance_data_dir, args.class_data_dir)
+    ignored += patterns_below(args.output_dir, args.instance_data_dir, args.class_data_dir)
     if args.full_finetune:
         HfApi(token=args.hub_token).upload_folder(
             repo_id=repo_id,
@@ -173,7 +173,7 @@ def publish_statistics(args: argparse.Namespace, statistics: FeatureStatistics) 
     )
 
 
-def _patterns_below(output_dir: str, *folders: str | None) -> list[str]:
+def patterns_below(output_dir: str, *folders: str | None) -> list[str]:
     """Patterns for all files of those folders that lie in the output folder."""
     root = Path(output_dir).resolve()
     below = [Path(folder).resolve() for folder in folders if folder is not None]

@@ -94,7 +94,7 @@ class Artifact:
         write_atomically(folder / self.weights_name, weights)
         write_atomically(folder / CONFIG_NAME, json.dumps({**header, **config}, indent=2) + "\n")
         if push_to_hub:
-            _upload(folder, repo_id or folder.name, **hub_arguments)
+            upload_artifact(folder, repo_id or folder.name, **hub_arguments)
 
     def push_to_hub(self, repo_id: str, **hub_arguments: Any) -> str:
         """Upload to a model repository, made when absent.
@@ -109,7 +109,7 @@ class Artifact:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return _upload(Path(folder), repo_id, **hub_arguments)
+            return upload_artifact(Path(folder), repo_id, **hub_arguments)
 
     @classmethod
     def from_pretrained(
@@ -167,7 +167,7 @@ class Artifact:
         return cls._from_artifact({k: v for k, v in config.items() if k not in _HEADER}, tensors)
 
 
-def _upload(
+def upload_artifact(
     folder: Path,
     repo_id: str,
     *,
@@ -178,6 +178,7 @@ def _upload(
     commit_message: str | None = None,
     subfolder: str | None = None,
 ) -> str:
+    """Upload a folder to a model repository, made when absent; returns the commit's address."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(
@@ -218,10 +219,15 @@ def _names(folder: Path) -> list[str]:
 def fingerprint(module: Module, samples: int = 256) -> dict[str, Any]:
     """Facts that tell one model from another: a hash of names and shapes, and sampled weights.
 
+    Adapters do not count.
+
     Returns:
         `{"architecture": hex, "probe": [float, ...]}`; the probe survives a change of dtype.
     """
-    parameters = [(n, p) for n, p in module.named_parameters() if "lora_" not in n]
+    adapters = ("lora_", "eraser_")
+    parameters = [
+        (n, p) for n, p in module.named_parameters() if not any(part in n for part in adapters)
+    ]
     shapes = [f"{name.replace('.base_layer', '')}:{tuple(p.shape)}" for name, p in parameters]
     probe = []
     for index in range(samples):

@@ -1,0 +1,93 @@
+"""Try to bring an erased digit back: learned prompt embeddings, and plain fine-tuning on other digits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import CogVideoXPipeline
+
+from diffusers_ext.eraser.loading import load_eraser
+from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.evaluation.concept_revival import learn_revival_embeddings, revived_prompts
+from diffusers_ext.evaluation.lora_finetuning import FinetunedLora, finetune_lora
+from examples.moving_digits.check_model import draw, load_pipeline
+from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
+from examples.moving_digits.erasers import RECIPE, evaluation_groups, training_prompts
+from examples.moving_digits.judge import MovingDigitsJudge
+from examples.moving_digits.prompts import COMBINATIONS, PROMPT_LENGTH, TEMPLATES
+from training.eraser_data import ClipSize, make_data
+
+
+_SIZE = ClipSize(NUM_FRAMES, CANVAS, CANVAS)
+_NUM_CLIPS, _SEED = 100, 9_000
+
+
+def _read(pipeline: CogVideoXPipeline, target: str) -> float:
+    """Share of the target's clips in which it is read."""
+    prompts = evaluation_groups(target, num_target=_NUM_CLIPS)["target"]
+    clips = draw(pipeline, prompts, seed=_SEED)
+    return float(MovingDigitsJudge().correct(clips, prompts)["digit"].mean())
+
+
+def _learned_embeddings(pipeline: CogVideoXPipeline, target: str) -> torch.Tensor:
+    """16 embeddings that bring the target's velocities back along the base's own runs."""
+    few = replace(RECIPE, num_target_trajectories=64, num_preserved_trajectories=1, seed=_SEED)
+    data = make_data(pipeline, training_prompts(target), few, _SIZE)
+    rows = data.samples.parts["target"].columns
+    return learn_revival_embeddings(
+        CogVideoXVelocity.from_pipeline(pipeline, *_SIZE),
+        rows["x_t"],
+        rows["t"],
+        data.text.target[rows["prompt"]],
+        v_concept=rows["v_concept"],
+        steps=400,
+        batch_size=16,
+    ).embeddings
+
+
+@torch.no_grad()
+def _other_clips(pipeline: CogVideoXPipeline, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and prompts of 200 real clips of other digits."""
+    digits = MovingDigits(tuple(c for c in COMBINATIONS if target not in c))
+    picks = np.random.default_rng(_SEED).integers(0, len(digits), 200)
+    entries = [digits[int(pick)] for pick in picks]
+    pixels = to_pixels(np.stack([digits.clip(entry) for entry in entries]))
+    latents = pipeline.vae.encode(pixels).latent_dist.mean.transpose(1, 2)
+    prompts = []
+    for index, (_, combination) in enumerate(entries):
+        color, digit, direction = digits.combinations[combination]
+        template = TEMPLATES[index % len(TEMPLATES)]
+        prompts.append(template.format(color=color, digit=digit, direction=direction))
+    embeds = encode_video_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, PROMPT_LENGTH)
+    return latents * pipeline.vae.config.scaling_factor, embeds.detach()
+
+
+def _finetuned(pipeline: CogVideoXPipeline, target: str) -> FinetunedLora:
+    latents, embeds = _other_clips(pipeline, target)
+    return finetune_lora(
+        CogVideoXVelocity.from_pipeline(pipeline, *_SIZE),
+        pipeline.scheduler,
+        latents,
+        embeds,
+        steps=100,
+        batch_size=16,
+    )
+
+
+def measure_revival(eraser: Path, target: str) -> dict[str, Any]:
+    """How often the target is read: erased, under learned embeddings, after fine-tuning."""
+    pipeline = load_pipeline()
+    base = _read(pipeline, target)
+    load_eraser(pipeline, eraser)
+    found = {"base": base, "erased": _read(pipeline, target)}
+    with revived_prompts(pipeline, _learned_embeddings(pipeline, target)):
+        found["16 learned embeddings"] = _read(pipeline, target)
+    lora = _finetuned(pipeline, target)
+    with lora:
+        found["100 LoRA steps on other digits"] = _read(pipeline, target)
+    return {**found, "shown": list(found), "lora_loss": [lora.losses[0], lora.losses[-1]]}

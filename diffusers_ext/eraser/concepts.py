@@ -1,0 +1,132 @@
+"""Find a concept's words in prompts and among their tokens, and put other words in their place."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+
+def concept_spans(prompt: str, concept: str) -> list[tuple[int, int]]:
+    """Where a prompt names a concept: (start, end) of each whole-word occurrence, in any case.
+
+    Blanks between the words of a concept may be of any kind; inflected forms are other words.
+
+    Raises:
+        ValueError: `concept` is empty.
+    """
+    words = concept.split()
+    if not words:
+        raise ValueError(f"`concept` must be a word or a few words, got {concept!r}.")
+    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
+    return [match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE)]
+
+
+def contains_concept(prompt: str, concept: str) -> bool:
+    """Whether a prompt names a concept as whole words, in any case."""
+    return bool(concept_spans(prompt, concept))
+
+
+def replace_concept(prompt: str, concept: str, replacement: str) -> str:
+    """The prompt with each occurrence of a concept replaced, and nothing else touched.
+
+    A capital letter that only the prompt gives the concept goes over to the replacement; articles
+    stay as they are.
+
+    Args:
+        prompt: names the concept as whole words, in any case.
+        concept: a word or a few.
+        replacement: what to write instead.
+
+    Raises:
+        ValueError: the prompt does not name the concept, or the replacement is empty or names it.
+    """
+    spans = concept_spans(prompt, concept)
+    if not spans:
+        raise ValueError(
+            f"`prompt` must contain {concept!r} as a whole word, got {prompt!r}. Write it in this "
+            "form into the prompt, or name the form that the prompt uses."
+        )
+    if not replacement.strip() or contains_concept(replacement, concept):
+        raise ValueError(
+            f"`replacement` must be words without {concept!r} among them, got {replacement!r}."
+        )
+    pieces, end = [], 0
+    for start, next_end in spans:
+        capital = prompt[start].isupper() and not concept.lstrip()[0].isupper()
+        text = replacement[0].upper() + replacement[1:] if capital else replacement
+        pieces += [prompt[end:start], text]
+        end = next_end
+    return "".join(pieces) + prompt[end:]
+
+
+def check_concept(tokenizer: PreTrainedTokenizerBase, concept: str) -> None:
+    """Raise `ValueError` for a concept that the tokenizer cannot spell."""
+    if not in_reach(tokenizer, concept):
+        read = tokenizer.tokenize(concept)
+        raise ValueError(
+            f"`concept` must be words that the tokenizer can spell, got {concept!r}, which it reads "
+            f"as {read}. Write it in the letters and the case of the model's prompts."
+        )
+
+
+def in_reach(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a tokenizer spells a text with at least one token and without the unknown one."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return bool(ids) and (tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids)
+
+
+def concept_token_mask(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    concept: str,
+    max_sequence_length: int,
+) -> torch.Tensor:
+    """Which tokens of each prompt spell the concept.
+
+    The words are looked up in the text and followed to their tokens, since the same word is other
+    tokens with a capital letter or behind a bracket, and a word's tokens may begin a longer word.
+
+    Args:
+        tokenizer: of the pipeline.
+        prompts: with or without the concept.
+        concept: a word or a few; every occurrence counts.
+        max_sequence_length: tokens of a padded prompt.
+
+    Returns:
+        `(batch, max_sequence_length)` bool; a row without `True` does not name the concept. Neither
+        padding nor the end-of-sequence token is ever marked.
+
+    Raises:
+        TypeError: the tokenizer does not know where its tokens come from.
+        ValueError: the tokenizer cannot spell the concept.
+    """
+    if not tokenizer.is_fast:
+        raise TypeError(
+            f"`tokenizer` must give offsets of its tokens, got {type(tokenizer).__name__}, which "
+            "does not. Load the one that is backed by the tokenizers library."
+        )
+    if isinstance(prompts, str):
+        raise ValueError(f"`prompts` must be a list of prompts, got the string {prompts!r}.")
+    check_concept(tokenizer, concept)
+    offsets = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=max_sequence_length,
+        truncation=True,
+        return_offsets_mapping=True,
+    ).offset_mapping
+    mask = torch.zeros(len(prompts), max_sequence_length, dtype=torch.bool)
+    for row, (prompt, tokens) in enumerate(zip(prompts, offsets, strict=True)):
+        spans = concept_spans(prompt, concept)
+        for column, (first, last) in enumerate(tokens):
+            mask[row, column] = any(first < end and last > start for start, end in spans)
+        if spans and not mask[row].any():
+            logger.warning(f"{concept!r} lies behind the last token of {prompt!r}.")
+    return mask

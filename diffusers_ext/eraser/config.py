@@ -1,0 +1,119 @@
+"""Settings of a concept eraser, and the PEFT type they are saved under."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+
+PEFT_TYPE_NAME = "ERASER"
+DEFAULT_TARGET = "attn1.to_out.1"
+DEFAULT_LAYERS_PATTERN = "transformer_blocks"
+
+
+def eraser_peft_type() -> PeftType:
+    """The member `PeftType.ERASER`, added to PEFT's enumeration if it is not there yet.
+
+    PEFT looks methods up by members of a closed enumeration and has no entry point for others, so
+    the member is made the way `enum` makes its own.
+    """
+    if PEFT_TYPE_NAME in PeftType.__members__:
+        return PeftType[PEFT_TYPE_NAME]
+    member = str.__new__(PeftType, PEFT_TYPE_NAME)
+    member._name_ = member._value_ = PEFT_TYPE_NAME
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    setattr(PeftType, PEFT_TYPE_NAME, member)
+    PeftType._member_names_.append(PEFT_TYPE_NAME)
+    PeftType._member_map_[PEFT_TYPE_NAME] = member
+    PeftType._value2member_map_[PEFT_TYPE_NAME] = member
+    return member
+
+
+@dataclass
+class EraserConfig(PeftConfig):
+    """Settings of one concept eraser for CogVideoX.
+
+    The eraser of a layer is `up(GELU(down(x)))`, added to the video tokens after the output
+    projection of the joint attention. The strength of a loaded eraser is no setting: it is the
+    weight given to `set_adapters`, and multiplies what the eraser adds.
+
+    Raises:
+        ValueError: a setting is out of range, or two contradict each other.
+        TypeError: a setting is of the wrong type.
+    """
+
+    r: int = field(
+        default=128, metadata={"help": "Width of the bottleneck; at most the width of the model."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the erasers sit: names, or one regular expression, of leaves "
+            "`...to_out.1` of joint attentions. By default those of all transformer blocks."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or one regular expression, to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks that get an eraser; default all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list of blocks that `layers_to_transform` counts in."},
+    )
+    concept: str | None = field(default=None, metadata={"help": "What is erased."})
+    anchor_concept: str | None = field(
+        default=None, metadata={"help": "The word put in its place in training; none: no word."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start with a zero `up`, which changes nothing; otherwise at random."},
+    )
+    in_features: int | None = field(
+        default=None,
+        metadata={"help": "Width of the model the eraser belongs to; filled in from the model."},
+    )
+    num_layers: int | None = field(
+        default=None,
+        metadata={"help": "Number of joint attentions of that model; filled in from the model."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = eraser_peft_type()
+        self._check_rank()
+        self._check_words()
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` must be None when `target_modules` is a regular expression, "
+                f"got {self.layers_to_transform!r}. Put the layers into the expression."
+            )
+        if self.layers_to_transform is None and self.layers_pattern is not None:
+            raise ValueError(
+                "`layers_pattern` must come with `layers_to_transform`, got "
+                f"{self.layers_pattern!r} alone."
+            )
+        if self.layers_to_transform is not None and self.layers_pattern is None:
+            self.layers_pattern = DEFAULT_LAYERS_PATTERN
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+
+    def _check_rank(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool):
+            raise TypeError(f"`r` must be an int, got {self.r!r}.")
+        if self.r < 1:
+            raise ValueError(f"`r` must be at least 1, got {self.r}.")
+
+    def _check_words(self) -> None:
+        for name in ("concept", "anchor_concept"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"`{name}` must be a str or None, got {value!r}.")
+
+
+def _as_set(names: list[str] | str | None) -> set[str] | str | None:
+    return set(names) if isinstance(names, (list, tuple)) else names

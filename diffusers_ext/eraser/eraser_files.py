@@ -1,0 +1,195 @@
+"""Files of an eraser, in PEFT's format or legacy, in a folder or on the Hub; no code is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from diffusers_ext.eraser.config import EraserConfig
+from diffusers_ext.eraser.convert import (
+    LEGACY_TYPE,
+    PEFT_PREFIX,
+    EraserShape,
+    StateDict,
+    eraser_shape,
+    from_legacy,
+)
+
+
+LEGACY_WEIGHTS_NAME = "eraser_weights.pt"
+LEGACY_CONFIG_NAME = "eraser_config.json"
+# The file of the config and the file of the weights, by format.
+FORMATS = {
+    "peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
+    "legacy": (LEGACY_CONFIG_NAME, LEGACY_WEIGHTS_NAME),
+}
+
+
+class EraserFile(NamedTuple):
+    """A saved eraser.
+
+    Attributes:
+        config: its PEFT config; of the legacy format only the rank is known.
+        tensors: named as in the transformer.
+        shape: what the tensors say about the model it is for.
+        num_layers: blocks of the transformer it was made for, `None` where the file does not say.
+    """
+
+    config: EraserConfig
+    tensors: StateDict
+    shape: EraserShape
+    num_layers: int | None
+
+
+def read_eraser(
+    pretrained_model_name_or_path: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    **download_arguments: Any,
+) -> EraserFile:
+    """Read a saved eraser without a model; arguments and errors as in `load_eraser`."""
+    source = Path(pretrained_model_name_or_path)
+    if source.is_file():
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a folder or 'user/name', got the file "
+            f"{source}. Give its folder."
+        )
+    if source.is_dir():
+        config_path, weights_path = _find_in_folder(source / (subfolder or ""))
+    else:
+        name = str(pretrained_model_name_or_path)
+        config_path, weights_path = _download(name, subfolder, download_arguments)
+    read = _read_legacy if config_path.name == LEGACY_CONFIG_NAME else _read_peft
+    return read(config_path, weights_path)
+
+
+def _find_in_folder(folder: Path) -> tuple[Path, Path]:
+    for names in FORMATS.values():
+        if (folder / names[0]).is_file():
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise ValueError(f"{folder} must hold {' and '.join(names)}, got no {missing[0]}.")
+            return folder / names[0], folder / names[1]
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+    expected = " or ".join(" and ".join(names) for names in FORMATS.values())
+    raise ValueError(f"{folder} must hold {expected}, got {found}.")
+
+
+def _download(source: str, subfolder: str | None, arguments: dict[str, Any]) -> tuple[Path, ...]:
+    expected = " or ".join(" and ".join(names) for names in FORMATS.values())
+    missing: EntryNotFoundError | None = None
+    for names in FORMATS.values():
+        try:
+            files = [hf_hub_download(source, n, subfolder=subfolder, **arguments) for n in names]
+            return tuple(Path(file) for file in files)
+        except EntryNotFoundError as error:
+            missing = missing or error
+        except HFValidationError as error:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must be a folder or 'user/name', got {source}: "
+                "no such folder."
+            ) from error
+    if isinstance(missing, LocalEntryNotFoundError):  # the Hub could not be asked
+        raise missing
+    raise ValueError(f"Repository {source} must hold {expected}, got neither.") from missing
+
+
+def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
+    kind = read_json(config_path).get("peft_type")
+    if kind != "ERASER":
+        raise ValueError(
+            f"{config_path} must have the `peft_type` 'ERASER', got {kind!r}. A LoRA is loaded by "
+            "`load_lora_weights`."
+        )
+    config = EraserConfig.from_pretrained(str(config_path.parent))
+    tensors = read_peft_weights(weights_path)
+    shape = eraser_shape(tensors, str(weights_path))
+    if config.r != shape.rank:
+        raise ValueError(
+            f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}."
+        )
+    return EraserFile(config, tensors, shape, config.num_layers)
+
+
+def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:
+    facts = read_json(config_path)
+    if facts.get("eraser_type") != LEGACY_TYPE:
+        raise ValueError(
+            f"`eraser_type` of {config_path} must be {LEGACY_TYPE!r}, got "
+            f"{facts.get('eraser_type')!r}."
+        )
+    tensors = read_legacy_weights(weights_path)
+    shape = eraser_shape(tensors, str(weights_path))
+    if facts.get("eraser_rank") != shape.rank:
+        raise ValueError(
+            f"`eraser_rank` of {config_path} must be the rank {shape.rank} of the weights, got "
+            f"{facts.get('eraser_rank')!r}."
+        )
+    # The legacy code puts one into every block.
+    return EraserFile(EraserConfig(r=shape.rank), tensors, shape, len(shape.blocks))
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file; `ValueError` if it holds something else."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
+    return content
+
+
+def read_peft_weights(path: str | os.PathLike) -> StateDict:
+    """The tensors of an `adapter_model.safetensors`, named as in the transformer.
+
+    Raises:
+        ValueError: not a whole safetensors file, or a key without PEFT's prefix.
+    """
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} must be a whole safetensors file, got: {error}. Download or write it again."
+        ) from error
+    strange = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
+    if strange:
+        raise ValueError(
+            f"Every key of {path} must start with {PEFT_PREFIX!r}, got {strange[0]!r}."
+        )
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def read_legacy_weights(path: str | os.PathLike) -> StateDict:
+    """The tensors of an `eraser_weights.pt`, named as in the transformer; no code in it is run.
+
+    Raises:
+        ValueError: a damaged file, one that would run code, or one that holds something else.
+    """
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} must hold nothing but tensors; it is damaged or would run code, so it was not "
+            "loaded. Get the file again."
+        ) from error
+    # torch reports a truncated zip file as an `OSError`.
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} must be a whole file of `torch.save`, got: {error}. Get the file again."
+        ) from error
+    return from_legacy(tree, str(path))

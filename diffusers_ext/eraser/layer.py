@@ -1,0 +1,237 @@
+"""The eraser beside one joint attention: a bottleneck added to the video tokens."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional
+
+
+Recorder = Callable[[dict[str, torch.Tensor]], None]
+
+
+class EraserProjection(nn.Linear):
+    """A Linear that computes in the dtype of its input, whatever dtype its weights are kept in."""
+
+    def forward(self, features: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """`scale * (W x + b)`.
+
+        Args:
+            features: `(..., in_features)`, floating.
+            scale: one number; by default 1. It is applied to the input, the narrow side of `up`.
+
+        Returns:
+            `(..., out_features)`, in the dtype of `features` (or of autocast).
+        """
+        weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
+        if scale is not None:
+            features, bias = features * scale, bias * scale
+        return functional.linear(features, weight, bias)
+
+
+class EraserLayer(nn.Module, BaseTunerLayer):
+    """Erasers after the output projection of one joint attention, in the place of its dropout.
+
+    With tokens `[text; video]` (text first) and adapters `a` of scale `s_a`,
+
+        text' = text,    video' = video + sum_a s_a * up_a(GELU(down_a(video))),
+
+    as in T2VUnlearning (https://arxiv.org/abs/2505.17550) and, for images, Receler
+    (https://arxiv.org/abs/2311.17717). `up` starts at zero, so a new eraser changes nothing. The
+    weights are float32 and cast to the dtype of the tokens when used. GELU lies between the two
+    projections, so an eraser cannot be merged.
+
+    Args:
+        base_layer: the dropout that ends the attention's output projection.
+        in_features: width of the tokens.
+    """
+
+    adapter_layer_names = ("eraser_down", "eraser_up")
+    other_param_names = ("r", "scaling", "scale_tensors", "unscaled")
+
+    def __init__(self, base_layer: nn.Module, in_features: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = self.out_features = in_features
+        self.eraser_down = nn.ModuleDict()
+        self.eraser_up = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        # A compiled graph reads the scale from a tensor, which it does not specialise on.
+        self.scale_tensors: dict[str, torch.Tensor] = {}
+        self.unscaled: dict[str, list[tuple[float, float]]] = {}
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+        self.bypassed = False
+        self.recorders: list[Recorder] = []
+        self.text_length: int | None = None
+        self._text_hook: Any = None
+        self.train(base_layer.training)
+
+    def update_layer(
+        self, adapter_name: str, r: int, init_weights: bool, device: torch.device
+    ) -> None:
+        """Add one eraser, with random `down` and, by default, zero `up`.
+
+        Args:
+            adapter_name: its name.
+            r: width of the bottleneck.
+            init_weights: False draws `up` at random too.
+            device: where the attention is.
+        """
+        down = EraserProjection(self.in_features, r, device="cpu", dtype=torch.float32)
+        up = EraserProjection(r, self.out_features, device="cpu", dtype=torch.float32)
+        if init_weights:
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+        for projection in (down, up):
+            projection.train(self.training)
+            if not projection.weight.is_meta:
+                projection.to(device)
+        self.eraser_down[adapter_name], self.eraser_up[adapter_name] = down, up
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = 1.0
+        self.scale_tensors[adapter_name] = torch.ones((), device="cpu", dtype=torch.float32)
+        self.unscaled[adapter_name] = []
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Tokens `(batch, text + video, dim)` to tokens of the same shape and dtype."""
+        hidden_states = self.base_layer(hidden_states)
+        names = [name for name in self.active_adapters if name in self.eraser_down]
+        if not names or self.disable_adapters or self.bypassed:
+            return hidden_states
+        if self.text_length is None:
+            raise ValueError(
+                "`EraserLayer` must run inside its attention, which tells it the number of text "
+                "tokens; got called without `encoder_hidden_states`."
+            )
+        text, video = hidden_states.tensor_split((self.text_length,), dim=1)
+        added = {name: self.erase(name, video) for name in names}
+        for recorder in self.recorders:
+            recorder(added)
+        for output in added.values():
+            video = video + output
+        return torch.cat((text, video), dim=1)
+
+    def erase(self, adapter_name: str, video: torch.Tensor) -> torch.Tensor:
+        """What one eraser adds: `scale * up(GELU(down(x)))`.
+
+        Args:
+            adapter_name: the eraser.
+            video: tokens `(batch, video, dim)`.
+
+        Returns:
+            `(batch, video, dim)` in the dtype of `video`.
+        """
+        hidden = functional.gelu(self.eraser_down[adapter_name](video))
+        output = self.eraser_up[adapter_name](hidden, self.scale_tensors[adapter_name])
+        return output.to(video.dtype)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make `scale` the number that one eraser's output is multiplied by; others are ignored."""
+        if adapter not in self.scaling:
+            return
+        scaled = self.unscaled[adapter]
+        if scale == 1.0 and scaled and scaled[-1][0] == 0:
+            # diffusers ends `attention_kwargs={"scale": 0}` by this call: nothing can be divided
+            # by 0, but the scale from before is known here.
+            scale = scaled.pop()[1]
+        else:
+            scaled.clear()
+        self._write_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active erasers, until `unscale_layer` is called."""
+        for name in self._own_active_adapters() if scale != 1 else ():
+            self.unscaled[name].append((scale, self.scaling[name]))
+            self._write_scale(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Take back `scale_layer(scale)`, to the bit; without a number, set all scales to 1."""
+        for name in self._own_active_adapters() if scale != 1 else ():
+            scaled = self.unscaled[name]
+            if scale is None:
+                self.set_scale(name, 1.0)
+            elif scaled and scaled[-1][0] == scale:
+                self._write_scale(name, scaled.pop()[1])
+            else:
+                self._write_scale(name, self.scaling[name] / scale)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse to merge an eraser; nothing happens where none is to be merged.
+
+        Raises:
+            NotImplementedError: one of the adapters is an eraser.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        erasers = [name for name in names if name in self.eraser_down]
+        if erasers:
+            refuse_merge(erasers)
+
+    def unmerge(self) -> None:
+        """Do nothing: an eraser is never merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for it: no, GELU lies between the projections."""
+        return False
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete one eraser; the last takes the hook on the attention with it."""
+        super().delete_adapter(adapter_name)
+        if not self.eraser_down:
+            self.forget_attention()
+
+    def watch_attention(self, attention: nn.Module) -> None:
+        """Note the number of text tokens whenever `attention` runs, until `forget_attention`."""
+        if self._text_hook is None:
+            self._text_hook = attention.register_forward_pre_hook(
+                _note_text_length, with_kwargs=True
+            )
+            self._remove_hook_with_layer()
+
+    def forget_attention(self) -> None:
+        """Remove the hook of `watch_attention`."""
+        if self._text_hook is not None:
+            self._text_hook.remove()
+        self._text_hook = self.text_length = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._remove_hook_with_layer()
+
+    def _remove_hook_with_layer(self) -> None:
+        # diffusers' `unload_lora` drops layers without a word to them.
+        if self._text_hook is not None:
+            weakref.finalize(self, self._text_hook.remove)
+
+    def _own_active_adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.scaling]
+
+    def _write_scale(self, adapter: str, scale: float) -> None:
+        self.scaling[adapter] = scale
+        self.scale_tensors[adapter].fill_(scale)
+
+
+def refuse_merge(names: list[str]) -> None:
+    """Raise the error of a merge.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"Erasers cannot be merged into the model, got {names}: GELU lies between their two "
+        "projections. To fuse a LoRA beside them, name it in `adapter_names`."
+    )
+
+
+def _note_text_length(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    # The layer is looked up, not bound, so that the hook of a deep copy serves the copy.
+    layer = attention.to_out[1]
+    if isinstance(layer, EraserLayer):
+        text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        layer.text_length = None if text is None else text.shape[1]

@@ -1,0 +1,213 @@
+"""Words that a text encoder places near a concept: what an erasure is most likely to damage."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diffusers_ext.core.quiet_run import module_eval_mode
+from diffusers_ext.eraser.concepts import check_concept, in_reach
+
+
+logger = logging.getLogger(__name__)
+
+_WORDS = Path(__file__).parent / "words"
+_FUNCTION_WORDS = {"a", "an", "and", "at", "by", "for", "in", "of", "on", "or", "the", "to", "with"}
+# ending -> what an English base form has in its place
+_ENDINGS = {
+    "s": ("",),
+    "es": ("",),
+    "ies": ("y",),
+    "ves": ("f", "fe"),
+    "men": ("man",),
+    "ing": ("", "e"),
+    "ed": ("", "e"),
+}
+_IRREGULAR = {
+    "men": "man",
+    "children": "child",
+    "people": "person",
+    "feet": "foot",
+    "teeth": "tooth",
+    "geese": "goose",
+    "mice": "mouse",
+    "lice": "louse",
+    "oxen": "ox",
+    "dice": "die",
+    "cacti": "cactus",
+    "fungi": "fungus",
+}
+
+
+class Neighbour(NamedTuple):
+    """A word near a concept."""
+
+    word: str
+    cosine: float  # of the centred embeddings, in [-1, 1]
+
+
+def concrete_words(topic: str | None = None) -> list[str]:
+    """The bundled English words for things that can be seen, each once.
+
+    Args:
+        topic: name of one file of `words`, such as `"animals"`; all of them when `None`.
+
+    Raises:
+        ValueError: no such topic.
+    """
+    files = {path.stem: path for path in sorted(_WORDS.glob("*.txt"))}
+    if topic is not None and topic not in files:
+        raise ValueError(f"`topic` must be one of {list(files)}, got {topic!r}.")
+    chosen = files.values() if topic is None else [files[topic]]
+    words = [word for path in chosen for word in path.read_text(encoding="utf-8").split("\n")]
+    return list(dict.fromkeys(word for word in words if word))
+
+
+def base_forms(word: str) -> set[str]:
+    """What an English word may be an inflected form of, itself among them."""
+    word = re.sub(r"['’]s?$", "", word.lower())
+    forms = {word, _IRREGULAR.get(word, word)}
+    for ending, replacements in _ENDINGS.items():
+        stem = word.removesuffix(ending)
+        if stem == word or len(stem) < 2 or not re.search("[aeiouy]", stem):
+            continue
+        forms |= {stem + replacement for replacement in replacements}
+        if ending in ("ing", "ed") and stem[-1] == stem[-2]:
+            forms.add(stem[:-1])
+    return forms
+
+
+def share_a_word(first: str, second: str) -> bool:
+    """Whether two names have a word in common, inflected or not; articles and the like do not count.
+
+    "cats" and "black cat" do, "scarf" and "car" do not.
+    """
+    names = [
+        set(re.findall(r"[\w'’-]+", text.lower())) - _FUNCTION_WORDS for text in (first, second)
+    ]
+    forms = [set().union(*map(base_forms, words)) for words in names]
+    return not forms[0].isdisjoint(forms[1])
+
+
+def centred_cosines(embeddings: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Cosines to a query after the mean of all embeddings is taken from both.
+
+    Encoders put all words into a narrow cone; without their common part the angles tell words apart
+    (Mu and Viswanath, "All-but-the-Top", ICLR 2018, first step).
+
+    Args:
+        embeddings: `(words, dim)` float.
+        query: `(dim,)` float.
+
+    Returns:
+        `(words,)`.
+    """
+    mean = embeddings.mean(dim=0)
+    return F.cosine_similarity(embeddings - mean, (query - mean)[None], dim=1)
+
+
+@torch.no_grad()
+def word_embeddings(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    words: Sequence[str],
+    *,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """The encoder's output for each word alone, averaged over the word's tokens.
+
+    Args:
+        tokenizer: of the pipeline.
+        text_encoder: of the pipeline; runs in eval mode and keeps its own.
+        words: one or more tokens each.
+        batch_size: words encoded at once; padding is masked, so it does not matter.
+
+    Returns:
+        `(words, dim)` float32 on the CPU.
+
+    Raises:
+        ValueError: embeddings that are not finite.
+    """
+    embeddings = []
+    with module_eval_mode(text_encoder):
+        for start in tqdm(range(0, len(words), batch_size), desc="encode words"):
+            tokens = tokenizer(
+                list(words[start : start + batch_size]),
+                padding=True,
+                return_special_tokens_mask=True,
+                return_tensors="pt",
+            )
+            own = 1.0 - tokens.pop("special_tokens_mask").float()[..., None]
+            ids, attention_mask = (
+                tokens[name].to(text_encoder.device) for name in ("input_ids", "attention_mask")
+            )
+            hidden = text_encoder(ids, attention_mask=attention_mask)[0].float().cpu()
+            embeddings.append((hidden * own).sum(dim=1) / own.sum(dim=1))
+    joined = torch.cat(embeddings)
+    if not joined.isfinite().all():
+        raise ValueError(
+            f"`text_encoder` must give finite embeddings, got others in {text_encoder.dtype}. Load it "
+            "in bfloat16 or float32."
+        )
+    return joined
+
+
+def _is_spelled_out(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+    """Whether one of a word's pieces is a single letter."""
+    return any(len(piece.strip("▁")) == 1 for piece in tokenizer.tokenize(word))
+
+
+def neighbouring_concepts(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    concept: str,
+    count: int = 15,
+    words: Sequence[str] | None = None,
+    *,
+    exclude: Sequence[str] = (),
+) -> list[Neighbour]:
+    """The words that the text encoder places nearest to a concept.
+
+    Args:
+        tokenizer: of the pipeline.
+        text_encoder: of the pipeline.
+        concept: a word or a few.
+        count: how many neighbours.
+        words: candidates; when `None`, those of `concrete_words()` of which the tokenizer need not
+            spell a part in single letters: it hardly ever met the others.
+        exclude: further names of the concept, such as synonyms, which must not be preserved.
+
+    Returns:
+        The nearest first. None shares a word, inflected or not, with the concept or with `exclude`.
+
+    Raises:
+        ValueError: a concept that the tokenizer cannot spell, or fewer candidates than `count`.
+    """
+    check_concept(tokenizer, concept)
+    given = concrete_words() if words is None else list(dict.fromkeys(words))
+    names = [concept, *exclude]
+    candidates = [
+        word
+        for word in given
+        if in_reach(tokenizer, word) and not any(share_a_word(word, name) for name in names)
+    ]
+    if words is None:
+        candidates = [word for word in candidates if not _is_spelled_out(tokenizer, word)]
+    if not 1 <= count <= len(candidates):
+        raise ValueError(
+            f"`count` must be from 1 to the number of candidates, {len(candidates)}, got {count}. "
+            "Ask for fewer, or pass more `words` that the tokenizer knows."
+        )
+    logger.info(f"Comparing {concept!r} with {len(candidates)} of {len(given)} words.")
+    embeddings = word_embeddings(tokenizer, text_encoder, [concept, *candidates])
+    cosines = centred_cosines(embeddings[1:], embeddings[0])
+    nearest = cosines.argsort(descending=True, stable=True)[:count].tolist()
+    return [Neighbour(candidates[index], cosines[index].item()) for index in nearest]

@@ -1,0 +1,159 @@
+"""Save an eraser of a CogVideoX transformer, as PEFT does or for the T2VUnlearning code."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from safetensors.torch import save
+
+from diffusers_ext.core.artifacts import upload_artifact, write_atomically
+from diffusers_ext.eraser.config import EraserConfig
+from diffusers_ext.eraser.convert import (
+    LEGACY_TYPE,
+    PEFT_PREFIX,
+    StateDict,
+    eraser_shape,
+    to_legacy,
+)
+from diffusers_ext.eraser.eraser_files import FORMATS
+from diffusers_ext.eraser.loading import (
+    EraserTarget,
+    eraser_tensors,
+    find_eraser,
+    find_transformer,
+)
+
+
+def save_eraser(
+    transformer_or_pipe: EraserTarget,
+    save_directory: str | os.PathLike,
+    *,
+    adapter_name: str | None = None,
+    format: str = "peft",
+    dtype: torch.dtype | None = None,
+    concept: str | None = None,
+    anchor_concept: str | None = None,
+    base_model_name_or_path: str | None = None,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    **hub_arguments: Any,
+) -> None:
+    """Write an eraser to a folder that `load_eraser` reads; equal erasers are equal files.
+
+    `"peft"` is also what `PeftModel.from_pretrained` reads. `"legacy"` is for the code of
+    T2VUnlearning; it keeps neither the concept nor the model's name.
+
+    Args:
+        transformer_or_pipe: a CogVideoX transformer, compiled or not, a pipeline or PeftModel of it.
+        save_directory: folder, made when absent; other files in it stay.
+        adapter_name: which eraser; the only one when `None`.
+        format: `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) or `"legacy"`
+            (`eraser_config.json`, `eraser_weights.pt`).
+        dtype: of the saved weights; as they are when `None`.
+        concept: what it erases; from its config when `None`.
+        anchor_concept: what takes its place; from its config when `None`.
+        base_model_name_or_path: the transformer it is for; as its config or the transformer says
+            when `None`.
+        push_to_hub: upload these files afterwards.
+        repo_id: repository; the folder's name when `None`.
+        hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
+
+    Raises:
+        ValueError: no such eraser, one without effect or with values that are not finite, an
+            unknown format, or a folder with an eraser in the other format. Nothing is written.
+    """
+    folder = Path(save_directory)
+    _check_folder(folder, format)
+    transformer = find_transformer(transformer_or_pipe)
+    adapter_name = find_eraser(transformer, adapter_name)
+    tensors = eraser_tensors(transformer, adapter_name)
+    _check_tensors(tensors, adapter_name)
+    tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}
+    config = copy.copy(transformer.peft_config[adapter_name])
+    config.concept = concept or config.concept
+    config.anchor_concept = anchor_concept or config.anchor_concept
+    # PEFT's own wrapper forgets the name of a diffusers model.
+    known_name = config.base_model_name_or_path or transformer.config.get("_name_or_path")
+    config.base_model_name_or_path = base_model_name_or_path or known_name or None
+    if format == "peft":
+        files = _peft_files(config, tensors, transformer)
+    else:
+        files = _legacy_files(tensors, transformer)
+    _write(folder, files)
+    if push_to_hub:
+        # Not the folder itself, which may hold the checkpoints of a training run.
+        with tempfile.TemporaryDirectory() as upload:
+            _write(Path(upload), files)
+            upload_artifact(Path(upload), repo_id or folder.resolve().name, **hub_arguments)
+
+
+def _check_folder(folder: Path, format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {tuple(FORMATS)}, got {format!r}.")
+    if folder.is_file():
+        raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
+    for other, names in FORMATS.items():
+        if other != format and any((folder / name).exists() for name in names):
+            raise ValueError(
+                f"`save_directory` must not hold an eraser of another format, got {folder} with one "
+                f"of format {other!r}. Choose another folder."
+            )
+
+
+def _check_tensors(tensors: StateDict, adapter_name: str) -> None:
+    if any(tensor.device.type == "meta" for tensor in tensors.values()):
+        raise ValueError(
+            "The eraser's weights must be in memory, got the meta device, as after "
+            "`enable_sequential_cpu_offload()`. Save it before that call."
+        )
+    eraser_shape(tensors, f"The eraser {adapter_name!r}")
+    if not any(tensor.any() for name, tensor in tensors.items() if "eraser_up" in name):
+        raise ValueError(
+            f"A saved eraser must have an effect, got {adapter_name!r} with zero in every "
+            "`eraser_up`. Train it first."
+        )
+
+
+def _peft_files(
+    config: EraserConfig, tensors: StateDict, transformer: CogVideoXTransformer3DModel
+) -> dict[str, bytes]:
+    config.inference_mode = True
+    facts = config.to_dict()
+    # For `AutoPeftModel`.
+    facts["auto_mapping"] = {
+        "base_model_class": type(transformer).__name__,
+        "parent_library": type(transformer).__module__,
+    }
+    facts = {name: sorted(v) if isinstance(v, set) else v for name, v in facts.items()}
+    weights = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+    config_name, weights_name = FORMATS["peft"]
+    return {
+        weights_name: save(weights, metadata={"format": "pt"}),
+        config_name: (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode(),
+    }
+
+
+def _legacy_files(tensors: StateDict, transformer: CogVideoXTransformer3DModel) -> dict[str, bytes]:
+    tree = to_legacy(tensors, len(transformer.transformer_blocks))
+    facts = {"eraser_type": LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}
+    weights = io.BytesIO()
+    torch.save(tree, weights)
+    config_name, weights_name = FORMATS["legacy"]
+    return {
+        weights_name: weights.getvalue(),
+        config_name: (json.dumps(facts, indent=4) + "\n").encode(),
+    }
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)

@@ -1,0 +1,207 @@
+"""Training samples of an eraser on disk: one safetensors file a run, so that a killed run resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from diffusers_ext.core.artifacts import (
+    CONFIG_NAME,
+    fingerprint,
+    same_fingerprint,
+    write_atomically,
+)
+from diffusers_ext.eraser.teacher_samples import PARTS, Row, TeacherSamples, to_storage
+
+
+CLASS_NAME, FORMAT_VERSION = "TeacherSamples", 1
+_MOST_HANDLES = 64
+
+
+class FileRows:
+    """Rows of one part in a folder, memory-mapped, picklable for the workers of a `DataLoader`.
+
+    Args:
+        folder: of the part.
+        num_runs: files in it.
+    """
+
+    def __init__(self, folder: Path, num_runs: int) -> None:
+        self.folder, self.num_runs = folder, num_runs
+        self._handles: dict[int, safe_open] = {}
+        missing = [run for run in range(num_runs) if not run_file(folder, run).is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} must hold {num_runs} runs, got {num_runs - len(missing)}: "
+                f"{run_file(folder, missing[0]).name} is missing. Collect again to continue."
+            )
+        self._points = len(self._open(0).get_slice("t")[:]) if num_runs else 0
+
+    def __len__(self) -> int:
+        return self.num_runs * self._points
+
+    def __getitem__(self, index: int) -> Row:
+        run, point = divmod(index, self._points)
+        handle = self._open(run)
+        return {
+            name: handle.get_slice(name)[point : point + 1][0].clone() for name in handle.keys()
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}  # a worker maps the files for itself
+
+    def _open(self, run: int) -> safe_open:
+        if run not in self._handles:
+            if len(self._handles) >= _MOST_HANDLES:
+                self._handles.clear()
+            path = run_file(self.folder, run)
+            try:
+                self._handles[run] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path} must be a whole safetensors file, got: {error}. Remove it and collect "
+                    "again."
+                ) from error
+        return self._handles[run]
+
+
+class TeacherFiles:
+    """The folder of one collection: `config.json`, and `<part>/<run>.safetensors`.
+
+    A file is there whole or not at all. The config says how the samples are made, and a folder of
+    other samples is refused.
+
+    Args:
+        directory: made when absent.
+        scheduler, model: with which the samples are made.
+        settings: JSON-able numbers of the collection.
+        facts: JSON-able, how the embeddings were made.
+        dtype: of floating-point rows.
+
+    Raises:
+        ValueError: no facts, or the folder holds something else.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        scheduler: SchedulerMixin,
+        model: torch.nn.Module,
+        settings: dict[str, Any],
+        facts: dict[str, Any] | None,
+        dtype: torch.dtype,
+    ) -> None:
+        if not facts:
+            raise ValueError(
+                "`facts` must say of which model and prompts the samples are where a `directory` "
+                f"keeps them, got {facts}."
+            )
+        self.folder, self.dtype = Path(directory), dtype
+        # Through JSON, as it is read back: tuples become lists.
+        config = json.loads(
+            json.dumps(
+                {
+                    "_class_name": CLASS_NAME,
+                    "format_version": FORMAT_VERSION,
+                    "settings": settings | {"dtype": str(dtype).removeprefix("torch.")},
+                    "scheduler": [type(scheduler).__name__, _public(dict(scheduler.config))],
+                    "model": fingerprint(model),
+                    "facts": facts,
+                },
+                default=str,
+            )
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Listed first, as another process may be creating the set at this moment.
+        names = [path.name for path in self.folder.iterdir()]
+        if (self.folder / CONFIG_NAME).is_file():
+            _check_same(self.folder, config)
+        elif [name for name in names if not name.startswith(f".{CONFIG_NAME}.")]:
+            raise ValueError(
+                f"`directory` must be empty or hold samples, got {self.folder} with {sorted(names)}."
+            )
+        else:
+            write_atomically(self.folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+        for part in PARTS:
+            (self.folder / part).mkdir(exist_ok=True)
+
+    def has(self, part: str, run: int) -> bool:
+        """Whether a run is there."""
+        return run_file(self.folder / part, run).is_file()
+
+    def write(self, part: str, run: int, rows: Row) -> None:
+        """Keep the rows of one run; raises `ValueError` where they are not finite."""
+        rows = to_storage(rows, self.dtype)
+        write_atomically(run_file(self.folder / part, run), save(rows))
+
+    def clean_up(self) -> None:
+        """Remove what killed processes have left half written, once all runs are there."""
+        for path in [*self.folder.glob(".*.json.*"), *self.folder.glob("*/.*.safetensors.*")]:
+            path.unlink(missing_ok=True)
+
+
+def open_teacher_samples(directory: str | os.PathLike) -> TeacherSamples:
+    """The samples of a finished collection.
+
+    Args:
+        directory: that `collect_teacher_samples` filled.
+
+    Raises:
+        ValueError: none there, or not all of them.
+    """
+    folder = Path(directory)
+    settings = _read_config(folder)["settings"]
+    return TeacherSamples(
+        {part: FileRows(folder / part, settings[f"num_{part}"]) for part in PARTS}
+    )
+
+
+def run_file(folder: Path, run: int) -> Path:
+    """Where a run of one part is kept."""
+    return folder / f"{run:05d}.safetensors"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} must hold samples of a collection, got no {CONFIG_NAME}.")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+    found = (config.get("_class_name"), config.get("format_version"))
+    if found != (CLASS_NAME, FORMAT_VERSION):
+        raise ValueError(
+            f"{path} must describe {CLASS_NAME} of format {FORMAT_VERSION}, got {found[0]!r} of "
+            f"format {found[1]}."
+        )
+    return config
+
+
+def _check_same(folder: Path, config: dict[str, Any]) -> None:
+    stored = _read_config(folder)
+    changed = [f"settings.{name}" for name in _changed(stored["settings"], config["settings"])]
+    changed += [f"facts.{name}" for name in _changed(stored["facts"], config["facts"])]
+    changed += ["scheduler"] * (stored["scheduler"] != config["scheduler"])
+    changed += ["model"] * (not same_fingerprint(stored["model"], config["model"]))
+    if changed:
+        raise ValueError(
+            f"{folder} must hold samples made in the same way as now, got others: "
+            f"{', '.join(changed)} differ. Choose another folder, or restore the old settings."
+        )
+
+
+def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    names = sorted({*first, *second})
+    return [name for name in names if first.get(name) != second.get(name)]
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}

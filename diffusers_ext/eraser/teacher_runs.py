@@ -1,0 +1,161 @@
+"""One batch of the frozen model's runs, and the rows that are kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_ext.eraser.teacher_samples import EMPTY_PROMPT, Row
+from diffusers_ext.eraser.teacher_trajectory import (
+    MaskRequest,
+    TrajectoryPoint,
+    count_steps,
+    teacher_trajectory,
+)
+from diffusers_ext.eraser.trajectory_plan import TrajectoryPlan
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+
+
+class RunSettings(NamedTuple):
+    """Of every run."""
+
+    latent_shape: tuple[int, ...]
+    num_inference_steps: int
+    guidance_scale: float
+    mask_threshold: float | None
+
+
+class SamplePart(NamedTuple):
+    """What is run for one part of the samples."""
+
+    name: str
+    prompts: torch.Tensor  # (prompts, text, dim)
+    others: torch.Tensor  # the same shape: anchors, or the empty prompt again and again
+    token_mask: torch.Tensor | None  # (prompts, text) bool
+    plans: list[TrajectoryPlan]
+
+
+class _Batch(NamedTuple):
+    """The inputs of a batch of runs."""
+
+    prompts: torch.Tensor  # (batch, text, dim)
+    others: torch.Tensor
+    kept: torch.Tensor  # (steps, batch) bool, points that are kept
+    other_at: torch.Tensor  # (steps, batch) bool, where the other prompt has to be run
+    masks: MaskRequest | None
+
+
+class TeacherRuns:
+    """Makes batches of runs.
+
+    Args:
+        velocity: the model.
+        scheduler: samples.
+        settings: of every run.
+        empty_embed: `(text, dim)`, the negative prompt of the guidance.
+    """
+
+    def __init__(
+        self,
+        velocity: CogVideoXVelocity,
+        scheduler: SchedulerMixin,
+        settings: RunSettings,
+        empty_embed: torch.Tensor,
+    ) -> None:
+        self.velocity, self.scheduler, self.settings = velocity, scheduler, settings
+        self.device = velocity.model.device
+        self.empty_embed = empty_embed.to(self.device)
+
+    def make(self, part: SamplePart, plans: Sequence[TrajectoryPlan]) -> list[Row]:
+        """Runs as one batch.
+
+        Args:
+            part: what is run.
+            plans: of these runs.
+
+        Returns:
+            The rows of each run, `{name: (points, ...)}` on the CPU.
+        """
+        settings, batch = self.settings, self._prepare(part, plans)
+        generators = [torch.Generator().manual_seed(plan.seed) for plan in plans]
+        latents = randn_tensor(
+            (len(plans), *settings.latent_shape),
+            generator=generators,
+            device=self.device,
+            dtype=part.prompts.dtype,
+        )
+        points = teacher_trajectory(
+            self.velocity,
+            self.scheduler,
+            latents,
+            batch.prompts,
+            self.empty_embed.to(batch.prompts.dtype).expand_as(batch.prompts),
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generators=generators,
+            extra_prompt_embeds=batch.others,
+            extra_at=batch.other_at,
+            masks=batch.masks,
+        )
+        rows: list[list[Row]] = [[] for _ in plans]
+        last = int(batch.kept.any(1).nonzero().max())
+        for step, point in zip(range(last + 1), points):
+            others = _other_velocities(point, batch.other_at[step])
+            for i in batch.kept[step].nonzero().flatten().tolist():
+                rows[i].append(_row(part.name, plans[i], len(rows[i]), point, others, i))
+        return [{name: torch.stack([r[name] for r in run]) for name in run[0]} for run in rows]
+
+    def _prepare(self, part: SamplePart, plans: Sequence[TrajectoryPlan]) -> _Batch:
+        chosen = torch.tensor([plan.prompt for plan in plans])
+        prompts, others = (
+            texts[chosen.to(texts.device)].to(self.device) for texts in (part.prompts, part.others)
+        )
+        num_steps = count_steps(self.scheduler, self.settings.num_inference_steps)
+        kept = torch.zeros(num_steps, len(plans), dtype=torch.bool)
+        other_at = torch.zeros_like(kept)
+        for i, plan in enumerate(plans):
+            kept[list(plan.steps), i] = True
+            # The guidance runs the empty prompt in any case.
+            if self.settings.guidance_scale <= 1 or not torch.equal(others[i], self.empty_embed):
+                needed = plan.empty if part.name == "preserved" else (True,) * len(plan.steps)
+                other_at[list(plan.steps), i] = torch.tensor(needed)
+        masks = None
+        if part.token_mask is not None:
+            tokens = part.token_mask.cpu()[chosen]
+            masks = MaskRequest(tokens, kept, self.settings.mask_threshold)
+        return _Batch(prompts, others, kept, other_at, masks)
+
+
+def _other_velocities(point: TrajectoryPoint, other_at: torch.Tensor) -> torch.Tensor | None:
+    """`(batch, ...)` velocities of the other prompt; the empty prompt's where it was not run."""
+    if point.extra is None:
+        return point.negative
+    others = torch.zeros_like(point.velocity) if point.negative is None else point.negative.clone()
+    others[other_at.to(others.device)] = point.extra
+    return others
+
+
+def _row(
+    part: str,
+    plan: TrajectoryPlan,
+    position: int,
+    point: TrajectoryPoint,
+    others: torch.Tensor | None,
+    i: int,
+) -> Row:
+    """What is kept of run `i` at a point, its `position`-th."""
+    row = {"x_t": point.x_t[i], "t": point.t[i]}
+    if part == "target":
+        row |= {"prompt": torch.tensor(plan.prompt)}
+        row |= {"v_concept": point.velocity[i], "v_anchor": others[i]}
+        if point.mask is not None:
+            row["mask"] = point.mask[i]
+    elif plan.empty[position]:
+        row |= {"prompt": torch.tensor(EMPTY_PROMPT), "velocity": others[i]}
+    else:
+        row |= {"prompt": torch.tensor(plan.prompt), "velocity": point.velocity[i]}
+    return {name: value.cpu() for name, value in row.items()}

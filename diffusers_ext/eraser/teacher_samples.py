@@ -1,0 +1,107 @@
+"""Samples of an eraser's training: points of the frozen model's runs with its velocities there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch.utils.data import Dataset
+
+
+PARTS = ("target", "preserved")
+EMPTY_PROMPT = -1
+Row = dict[str, torch.Tensor]
+
+
+class SampleRows(Protocol):
+    """The rows of one part, wherever they are kept."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, index: int) -> Row:
+        """One row, without a batch axis."""
+
+
+class TensorRows:
+    """Rows in memory.
+
+    Args:
+        runs: one per run, `{name: (points, ...)}`; the same names and shapes in all.
+    """
+
+    def __init__(self, runs: Sequence[Row]) -> None:
+        self.columns = {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
+
+    def __len__(self) -> int:
+        return len(self.columns["t"])
+
+    def __getitem__(self, index: int) -> Row:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+class TeacherSamples(Dataset):
+    """What an eraser is trained on.
+
+    Item `i` is `{"target": row, "preserved": row}`, row `i` modulo the rows of each part; a part
+    without rows is left out. Rows are float32 but for the two indices:
+
+    - `"target"`: `x_t` `(frames, channels, height, width)`, `t`, `prompt` (index of the target prompt
+      and of its anchor), `v_concept` and `v_anchor` (the frozen model's velocities of the two), and
+      `mask` `(frames', rows, columns)` in [0, 1] where masks were asked for.
+    - `"preserved"`: `x_t`, `t`, `prompt` (index of the preserved prompt, -1 for the empty prompt) and
+      `velocity`.
+
+    Attributes:
+        parts: the rows of each part.
+    """
+
+    def __init__(self, parts: Mapping[str, SampleRows]) -> None:
+        """Join parts.
+
+        Args:
+            parts: by name, of `"target"` and `"preserved"`; not all empty.
+        """
+        self.parts = {name: rows for name, rows in parts.items() if len(rows)}
+        if not self.parts or not set(self.parts) <= set(PARTS):
+            raise ValueError(f"`parts` must have rows, of {PARTS} only, got {sorted(self.parts)}.")
+
+    def __len__(self) -> int:
+        return max(len(rows) for rows in self.parts.values())
+
+    def __getitem__(self, index: int) -> dict[str, Row]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"`index` must be from 0 to {len(self) - 1}, got {index}.")
+        rows = {name: rows[index % len(rows)] for name, rows in self.parts.items()}
+        return {name: _to_float32(row) for name, row in rows.items()}
+
+
+def to_storage(rows: Row, dtype: torch.dtype) -> Row:
+    """Rows in the dtype in which they are kept.
+
+    Args:
+        rows: `{name: (points, ...)}`.
+        dtype: of floating-point rows; others stay.
+
+    Raises:
+        ValueError: values that are not finite in `dtype`.
+    """
+    stored = {
+        name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
+        for name, value in rows.items()
+    }
+    for name, value in stored.items():
+        if not value.isfinite().all():
+            prompt = rows["prompt"][~value.flatten(1).isfinite().all(1)][0]
+            raise ValueError(
+                f"`{name}` must be finite, got NaN or infinity for prompt {int(prompt)}. Run the "
+                "model in bfloat16 or float32."
+            )
+    return stored
+
+
+def _to_float32(row: Row) -> Row:
+    return {
+        name: value.float() if value.is_floating_point() else value for name, value in row.items()
+    }

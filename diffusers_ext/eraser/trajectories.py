@@ -1,0 +1,213 @@
+"""Collect an eraser's training samples along runs of the frozen model, in memory or on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from tqdm.auto import tqdm
+
+from diffusers_ext.eraser.teacher_files import TeacherFiles, open_teacher_samples
+from diffusers_ext.eraser.teacher_runs import RunSettings, SamplePart, TeacherRuns
+from diffusers_ext.eraser.teacher_samples import (
+    SampleRows,
+    TeacherSamples,
+    TensorRows,
+    to_storage,
+)
+from diffusers_ext.eraser.teacher_trajectory import (
+    check_predicts_velocity,
+    count_steps,
+    teacher_trajectory,
+)
+from diffusers_ext.eraser.trajectory_plan import TrajectoryPlan, plan_trajectories
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+
+
+__all__ = [
+    "TeacherSamples",
+    "collect_teacher_samples",
+    "open_teacher_samples",
+    "teacher_trajectory",
+]
+
+
+def collect_teacher_samples(
+    velocity: CogVideoXVelocity,
+    scheduler: SchedulerMixin,
+    target_embeds: torch.Tensor,
+    anchor_embeds: torch.Tensor,
+    preserved_embeds: torch.Tensor,
+    empty_embed: torch.Tensor,
+    *,
+    latent_shape: Sequence[int],
+    num_target: int,
+    num_preserved: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    empty_share: float = 0.2,
+    points_per_trajectory: int | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+    token_mask: torch.Tensor | None = None,
+    mask_threshold: float | None = None,
+    directory: str | os.PathLike | None = None,
+    facts: dict[str, Any] | None = None,
+    storage_dtype: torch.dtype = torch.float32,
+    process: tuple[int, int] = (0, 1),
+    wait_for_everyone: Callable[[], None] | None = None,
+    show_progress: bool = True,
+) -> TeacherSamples:
+    """Let the frozen model sample clips of the prompts, and keep points of these runs.
+
+    A point is what the model reads on its way (no noised data is needed), with its velocities of
+    the prompt and of its anchor. Each run has its own generator on the CPU, so that it depends on
+    `seed` and its number alone, whatever the batch (up to rounding).
+
+    Args:
+        velocity: the model; erasers are off, eval mode on, and both as before afterwards.
+        scheduler: samples; a copy is used. DDIM and DPM of CogVideoX, and any other that steps in
+            the same way.
+        target_embeds: `(target prompts, text, dim)`; its dtype is that of the latents.
+        anchor_embeds: the same shape; row by row what a target prompt becomes.
+        preserved_embeds: `(preserved prompts, text, dim)`; may have no row if `num_preserved` is 0.
+        empty_embed: `(text, dim)` or `(1, text, dim)`, the empty prompt, which is also the negative
+            prompt of the guidance.
+        latent_shape: `(frames, channels, height, width)`, see `clip_geometry.latent_shape`.
+        num_target, num_preserved: runs of each part.
+        num_inference_steps, guidance_scale: of each run.
+        empty_share: of the preserved points, kept with the velocity of the empty prompt.
+        points_per_trajectory: kept of each run; all when `None`.
+        seed: chooses prompts, noises and points.
+        batch_size: runs at once; a pass has up to three times as many rows.
+        token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks.
+        mask_threshold: makes the masks hard.
+        directory: where the samples are kept, one file a run; what is there is not made again.
+        facts: JSON-able, how the embeddings were made: model, prompts, adapters, ... Needed with a
+            `directory`, whose own facts must be the same.
+        storage_dtype: of the floating-point rows where they are kept; items are float32.
+        process: `(index, count)` of the processes that share a `directory`.
+        wait_for_everyone: called when this process has made its share.
+        show_progress: show progress bars.
+
+    Raises:
+        ValueError: shapes or numbers that do not fit, velocities that are not finite, or a
+            `directory` with other samples than these.
+    """
+    empty_embed = empty_embed.reshape(-1, *target_embeds.shape[-2:])
+    _check_embeds(target_embeds, anchor_embeds, preserved_embeds, empty_embed, token_mask)
+    counts = {"target": num_target, "preserved": num_preserved}
+    _check_numbers(counts, len(preserved_embeds), batch_size, empty_share)
+    check_predicts_velocity(scheduler)
+    num_steps = count_steps(scheduler, num_inference_steps)
+    _check_points(points_per_trajectory, num_steps)
+    embeds = {
+        "target": (target_embeds, anchor_embeds, token_mask, 0.0),
+        "preserved": (preserved_embeds, empty_embed.expand_as(preserved_embeds), None, empty_share),
+    }
+    options = {"points_per_trajectory": points_per_trajectory, "seed": seed}
+    parts = []
+    for name, (prompts, others, tokens, share) in embeds.items():
+        plans = plan_trajectories(
+            name, counts[name], len(prompts), num_steps, empty_share=share, **options
+        )
+        parts.append(SamplePart(name, prompts, others, tokens, plans))
+    run = RunSettings(tuple(latent_shape), num_inference_steps, guidance_scale, mask_threshold)
+    runs = TeacherRuns(velocity, scheduler, run, empty_embed[0])
+    collector = _Collector(runs, batch_size, show_progress)
+    if directory is None:
+        if process != (0, 1):
+            raise ValueError("`directory` must be given where processes share the runs, got None.")
+        return TeacherSamples({p.name: collector.in_memory(p, storage_dtype) for p in parts})
+    settings = run._asdict() | options | {f"num_{name}": count for name, count in counts.items()}
+    settings |= {"empty_share": empty_share, "masks": token_mask is not None}
+    files = TeacherFiles(directory, scheduler, velocity.model, settings, facts, storage_dtype)
+    for part in parts:
+        collector.to_files(part, files, process)
+    if wait_for_everyone is not None:
+        wait_for_everyone()
+    files.clean_up()
+    return open_teacher_samples(directory)
+
+
+class _Collector:
+    """Makes the runs of a part batch by batch."""
+
+    def __init__(self, runs: TeacherRuns, batch_size: int, show_progress: bool) -> None:
+        self.runs, self.batch_size, self.show_progress = runs, batch_size, show_progress
+
+    def in_memory(self, part: SamplePart, dtype: torch.dtype) -> SampleRows:
+        """All runs of a part."""
+        rows = []
+        for batch in self._batches(part, (0, 1)):
+            rows += [to_storage(run, dtype) for run in self.runs.make(part, batch)]
+        return TensorRows(rows) if rows else []
+
+    def to_files(self, part: SamplePart, files: TeacherFiles, process: tuple[int, int]) -> None:
+        """The runs of this process that are not there yet."""
+        for batch in self._batches(part, process):
+            # Whole batches: among other rows a row may round differently.
+            if not all(files.has(part.name, plan.index) for plan in batch):
+                for plan, run in zip(batch, self.runs.make(part, batch), strict=True):
+                    files.write(part.name, plan.index, run)
+
+    def _batches(
+        self, part: SamplePart, process: tuple[int, int]
+    ) -> Iterator[list[TrajectoryPlan]]:
+        size, plans = self.batch_size, part.plans
+        batches = [plans[start : start + size] for start in range(0, len(plans), size)]
+        mine = batches[process[0] :: process[1]]
+        yield from tqdm(mine, desc=f"{part.name} runs", disable=not self.show_progress)
+
+
+def _check_embeds(
+    target: torch.Tensor,
+    anchor: torch.Tensor,
+    preserved: torch.Tensor,
+    empty: torch.Tensor,
+    token_mask: torch.Tensor | None,
+) -> None:
+    if target.ndim != 3 or len(target) == 0:
+        raise ValueError(
+            f"`target_embeds` must be (prompts, text, dim) with a prompt, got {tuple(target.shape)}."
+        )
+    shape = tuple(target.shape)
+    for name, found, wanted in (
+        ("anchor_embeds", anchor, shape),
+        ("preserved_embeds", preserved, (len(preserved), *shape[1:])),
+        ("empty_embed", empty, (1, *shape[1:])),
+    ):
+        if tuple(found.shape) != wanted:
+            raise ValueError(f"`{name}` must be {wanted}, got {tuple(found.shape)}.")
+    if token_mask is not None and tuple(token_mask.shape) != shape[:2]:
+        raise ValueError(f"`token_mask` must be {shape[:2]}, got {tuple(token_mask.shape)}.")
+
+
+def _check_numbers(
+    counts: dict[str, int], num_prompts: int, batch_size: int, empty_share: float
+) -> None:
+    for name, count in counts.items():
+        if count < 0:
+            raise ValueError(f"`num_{name}` must be at least 0, got {count}.")
+    if not any(counts.values()):
+        raise ValueError("`num_target` or `num_preserved` must be above 0, got 0 of both.")
+    if counts["preserved"] and not num_prompts:
+        raise ValueError(
+            f"`preserved_embeds` must hold a prompt for {counts['preserved']} runs, got none. Set "
+            "`num_preserved` to 0 to do without."
+        )
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if not 0 <= empty_share <= 1:
+        raise ValueError(f"`empty_share` must be in [0, 1], got {empty_share}.")
+
+
+def _check_points(points_per_trajectory: int | None, num_steps: int) -> None:
+    if points_per_trajectory is not None and not 1 <= points_per_trajectory <= num_steps:
+        raise ValueError(
+            f"`points_per_trajectory` must be from 1 to the {num_steps} steps of a run, got "
+            f"{points_per_trajectory}."
+        )

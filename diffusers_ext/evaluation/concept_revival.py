@@ -1,0 +1,204 @@
+"""White-box attack on an eraser: learned text embeddings that try to bring the concept back.
+
+After the adversarial prompt learning of Receler (Huang et al. 2024, arXiv 2311.17717, section 3.3)
+and UnlearnDiffAtk (Zhang et al. 2024, arXiv 2310.11868). `lora_finetuning` holds the other way
+back, by training on other clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from diffusers_ext.core.quiet_run import module_eval_mode
+from diffusers_ext.eraser.outputs import eraser_layers, erasers_disabled
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.eraser.velocity_losses import velocity_distance
+
+
+class RevivalEmbeddings(NamedTuple):
+    """Learned embeddings `(num_embeddings, text_dim)` float32 and the loss of each step."""
+
+    embeddings: torch.Tensor
+    losses: list[float]
+
+
+def learn_revival_embeddings(
+    velocity: CogVideoXVelocity,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    *,
+    v_concept: torch.Tensor | None = None,
+    num_embeddings: int = 16,
+    steps: int = 300,
+    learning_rate: float = 0.1,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> RevivalEmbeddings:
+    """Embeddings `e` that make the erased model answer target prompts as the model before did.
+
+    `min_e mean ||v_erased(x_t, [c; e], t) - v_before(x_t, c, t)||^2` over the points given, by
+    Adam. One set of embeddings serves all prompts. They start at random with the mean and spread
+    of `prompt_embeds`, and the learning rate is in units of that spread. The model is run in eval
+    mode; its parameters, gradients and modes stay as they are, and so does torch's random state.
+
+    Args:
+        velocity: of the transformer with its erasers as they are to be attacked.
+        x_t: `(points, frames, channels, height, width)`, best from sampling the model before with
+            the target prompts.
+        t: `(points,)` timesteps.
+        prompt_embeds: `(points, text, text_dim)`, target prompts.
+        v_concept: `(points, ...)` velocities of the model before under these prompts; asked from
+            the transformer with its erasers off unless given.
+        num_embeddings: how many to learn; Receler takes 16.
+        steps: optimiser steps.
+        learning_rate: of Adam.
+        batch_size: points a step.
+        seed: of the start and of the order of points.
+
+    Returns:
+        The embeddings, on the device of `prompt_embeds`, and the losses.
+
+    Raises:
+        ValueError: no eraser to attack, no points, batches that differ, or more embeddings than a
+            model with absolute positions has text tokens.
+    """
+    _check_points(velocity, x_t, t, prompt_embeds, v_concept)
+    for name, value in (("num_embeddings", num_embeddings), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    generator = torch.Generator().manual_seed(seed)
+    values = prompt_embeds.detach().float()
+    centre, spread = values.mean(dim=(0, 1)), values.std()
+    start = torch.randn(num_embeddings, values.shape[2], generator=generator)
+    offsets = start.to(values.device).requires_grad_()
+    optimizer = torch.optim.Adam([offsets], lr=learning_rate)
+    losses = []
+    with module_eval_mode(velocity.model):
+        for _ in tqdm(range(steps), desc="learn embeddings"):
+            chosen = torch.randperm(len(x_t), generator=generator)[:batch_size].to(x_t.device)
+            points = (x_t[chosen], t[chosen])
+            target = _before(velocity, points, values[chosen], v_concept, chosen)
+            with torch.enable_grad():
+                text = insert_embeddings(values[chosen], centre + spread * offsets, velocity.config)
+                loss = velocity_distance(velocity(*points, text), target)
+            # Not `backward`: erasers that are trainable must not collect gradients.
+            (offsets.grad,) = torch.autograd.grad(loss, [offsets])
+            optimizer.step()
+            losses.append(loss.item())
+    return RevivalEmbeddings((centre + spread * offsets).detach(), losses)
+
+
+def insert_embeddings(
+    prompt_embeds: torch.Tensor, embeddings: torch.Tensor, config: Mapping[str, Any]
+) -> torch.Tensor:
+    """Prompts with embeddings after them, or over their last tokens where there is no room.
+
+    CogVideoX gives text tokens no positions, so their order means nothing and rotary models take
+    any number; models with absolute positions take exactly their own, the last being padding
+    unless a prompt fills them.
+
+    Args:
+        prompt_embeds: `(batch, text, text_dim)`.
+        embeddings: `(num_embeddings, text_dim)`.
+        config: of the transformer.
+
+    Returns:
+        `(batch, text + num_embeddings or text, text_dim)` in the dtype of `prompt_embeds`.
+
+    Raises:
+        ValueError: another width, or no text token would be left.
+    """
+    text, width = prompt_embeds.shape[1:]
+    if embeddings.ndim != 2 or embeddings.shape[1] != width:
+        raise ValueError(
+            f"`embeddings` must be (num_embeddings, {width}), got {tuple(embeddings.shape)}."
+        )
+    added = embeddings.to(prompt_embeds).expand(len(prompt_embeds), -1, -1)
+    if takes_any_text_length(config):
+        return torch.cat([prompt_embeds, added], dim=1)
+    if len(embeddings) >= text:
+        raise ValueError(
+            f"`embeddings` must be fewer than the {text} text tokens of this model, which has "
+            f"absolute positions, got {len(embeddings)}."
+        )
+    return torch.cat([prompt_embeds[:, : text - len(embeddings)], added], dim=1)
+
+
+def takes_any_text_length(config: Mapping[str, Any]) -> bool:
+    """Whether a transformer takes more text tokens than it was made for: if only rotary."""
+    rotary = config["use_rotary_positional_embeddings"]
+    return rotary and not config["use_learned_positional_embeddings"]
+
+
+@contextmanager
+def revived_prompts(pipeline: DiffusionPipeline, embeddings: torch.Tensor) -> Iterator[None]:
+    """Let a CogVideoX pipeline put embeddings into every prompt it is called with.
+
+    Negative prompts, of the same length by the pipeline's rule, repeat their last token instead.
+    On leaving, also after an exception, the pipeline encodes prompts as before.
+
+    Args:
+        pipeline: a CogVideoX pipeline; anything that draws with it may run inside.
+        embeddings: `(num_embeddings, text_dim)`, see `learn_revival_embeddings`.
+    """
+    encode, had_own = pipeline.encode_prompt, vars(pipeline).get("encode_prompt")
+    config = pipeline.transformer.config
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        prompt_embeds, negative_embeds = encode(*args, **kwargs)
+        if negative_embeds is not None and takes_any_text_length(config):
+            last = negative_embeds[:, -1:].expand(-1, len(embeddings), -1)
+            negative_embeds = torch.cat([negative_embeds, last], dim=1)
+        return insert_embeddings(prompt_embeds, embeddings, config), negative_embeds
+
+    try:
+        pipeline.encode_prompt = encode_prompt
+        yield
+    finally:
+        del pipeline.encode_prompt
+        if had_own is not None:
+            pipeline.encode_prompt = had_own
+
+
+@torch.no_grad()
+def _before(
+    velocity: CogVideoXVelocity,
+    points: tuple[torch.Tensor, torch.Tensor],
+    prompt_embeds: torch.Tensor,
+    v_concept: torch.Tensor | None,
+    chosen: torch.Tensor,
+) -> torch.Tensor:
+    """What the model before erasing predicts."""
+    if v_concept is not None:
+        return v_concept[chosen.to(v_concept.device)].to(points[0].device, torch.float32)
+    with erasers_disabled(velocity.model):
+        return velocity(*points, prompt_embeds)
+
+
+def _check_points(
+    velocity: CogVideoXVelocity,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    v_concept: torch.Tensor | None,
+) -> None:
+    if not eraser_layers(velocity.model):
+        raise ValueError(
+            f"`velocity` must be of a model with an eraser, got a {type(velocity.model).__name__} "
+            "without one."
+        )
+    batches = {"t": t, "prompt_embeds": prompt_embeds, "v_concept": v_concept}
+    for name, tensor in batches.items():
+        if tensor is not None and len(tensor) != len(x_t):
+            raise ValueError(
+                f"`{name}` must have one row per point of `x_t`, {len(x_t)}, got {len(tensor)}."
+            )
+    if not len(x_t):
+        raise ValueError("`x_t` must hold at least one point, got none.")

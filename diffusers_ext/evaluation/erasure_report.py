@@ -1,0 +1,144 @@
+"""What `evaluate_erasure` found: rates and figures per group, tables, clips, a sheet of frames."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.evaluation.clip_sheet import KeptClip, clip_sheet, write_clip
+from diffusers_ext.evaluation.erasure_summary import ALL, BASE, summarize_group
+from diffusers_ext.evaluation.erasure_tables import erasure_tables
+
+
+_SAVED = ("settings", "groups", "rows")
+_SLUG_LENGTH = 40
+
+
+@dataclass
+class ErasureReport:
+    """Figures of clips with erasers against those of the same prompts and seeds without.
+
+    Args:
+        settings: how the clips were drawn, with which erasers, and by whom they were judged.
+        groups: `{group: summary}` as of `summarize_group`. With several groups the last one, `"all"`, is
+            of all of them together, without the verdict on the erased concept.
+        rows: one per pair of clips, as of `measure_pairs`.
+        kept: some clips; not saved with the figures.
+    """
+
+    settings: dict[str, Any]
+    groups: dict[str, dict[str, Any]]
+    rows: list[dict[str, Any]]
+    kept: list[KeptClip] = field(default_factory=list, repr=False, compare=False)
+
+    @classmethod
+    def from_rows(
+        cls, settings: dict[str, Any], rows: list[dict[str, Any]], kept: Sequence[KeptClip] = ()
+    ) -> ErasureReport:
+        """Summarise rows; `settings` must hold `scales` by side and `concept_aspect`."""
+        sides, names = list(settings["scales"]), dict.fromkeys(row["group"] for row in rows)
+        groups = {
+            name: summarize_group([row for row in rows if row["group"] == name], sides)
+            for name in names
+        }
+        if len(groups) > 1:
+            groups[ALL] = summarize_group(rows, sides)
+            for rates in groups[ALL]["rates"].values():
+                # Erased here and kept there: their mixture says nothing.
+                rates.pop(settings["concept_aspect"], None)
+        return cls(settings, groups, rows, list(kept))
+
+    @property
+    def sides(self) -> list[str]:
+        """Names of the erased sides: `"erased"`, or `"scale 0.5"`, ..."""
+        return list(self.settings["scales"])
+
+    def rate(self, group: str, aspect: str | None = None, side: str | None = None) -> float:
+        """Share of a group's clips in which an aspect is seen.
+
+        Args:
+            group: `"target"`, `"preserved"`, ..., or `"all"`.
+            aspect: of the judge; the erased concept's when `None`.
+            side: `"base"` or one of `sides`; the first of these when `None`.
+        """
+        aspect = aspect or self.settings["concept_aspect"]
+        found = self.groups[group]["rates"]
+        if side == BASE:
+            return found[self.sides[0]][aspect]["base"]
+        return found[side or self.sides[0]][aspect]["other"]
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Write everything but the clips."""
+        content = {name: getattr(self, name) for name in _SAVED}
+        _write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> ErasureReport:
+        """Read what `to_json` wrote; the report has no clips.
+
+        Raises:
+            ValueError: the file is of something else.
+        """
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or set(content) != set(_SAVED):
+            raise ValueError(f"{path} must hold {list(_SAVED)}, got something else.")
+        return cls(**content)
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """Write one row per pair of clips."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        _write(path, text.getvalue())
+
+    def to_table(self) -> str:
+        """The figures as Markdown tables, with 95 % intervals in brackets."""
+        return erasure_tables(self.groups, self.sides, self.settings["concept_aspect"])
+
+    def picture_sheet(self, path: str | os.PathLike) -> None:
+        """Write a picture of the kept clips: one row of frames per prompt and side."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        clip_sheet(self.kept).save(path)
+
+    def write_clips(
+        self, folder: str | os.PathLike, clip_format: str = "gif", fps: int = 8
+    ) -> list[Path]:
+        """Write the kept clips, one file per prompt and side.
+
+        Args:
+            folder: made when absent.
+            clip_format: `"gif"` or `"mp4"`.
+            fps: frames a second.
+        """
+        paths = []
+        for number, one in enumerate(self.kept):
+            words = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower())[:_SLUG_LENGTH].strip("-")
+            for side, clip in one.clips.items():
+                name = "_".join([one.group, f"{number:02d}", words, side])
+                path = Path(folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.{clip_format}")
+                write_clip(clip, path, fps)
+                paths.append(path)
+        return paths
+
+    def save(self, folder: str | os.PathLike, clip_format: str = "gif", fps: int = 8) -> None:
+        """Write `report.json`, `clips.csv`, `table.md`, and of kept clips `sheet.png` and `clips/`."""
+        self.to_json(Path(folder, "report.json"))
+        self.to_csv(Path(folder, "clips.csv"))
+        _write(Path(folder, "table.md"), self.to_table())
+        if self.kept:
+            self.picture_sheet(Path(folder, "sheet.png"))
+            self.write_clips(Path(folder, "clips"), clip_format, fps)
+
+
+def _write(path: str | os.PathLike, content: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)

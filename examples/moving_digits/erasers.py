@@ -1,0 +1,132 @@
+"""Erase a word of the moving-digits model: the prompts of training and evaluation, the recipe, the figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from diffusers import CogVideoXPipeline
+
+from diffusers_ext.evaluation.erasure import draw_base_clips, evaluate_erasure
+from diffusers_ext.evaluation.erasure_report import ErasureReport
+from examples.digits.prompts import COLORS, DIGITS, TRAINING_PAIRS
+from examples.moving_digits.check_model import SAMPLING, spread
+from examples.moving_digits.judge import MovingDigitsJudge
+from examples.moving_digits.prompts import (
+    DIRECTIONS,
+    HELD_OUT_TEMPLATE,
+    NEUTRAL_COLOR,
+    NEUTRAL_DIGIT,
+    PARAPHRASES,
+    TEMPLATES,
+    write_prompts,
+)
+from training.eraser_prompts import EraserPrompts, make_eraser_prompts
+from training.eraser_recipe import EraserTraining
+from training.eraser_run import TrainedEraser, train_eraser
+
+
+EVALUATION_SEED = 7
+RECIPE = (
+    EraserTraining()
+)  # fixed on "three" and "seven" before the figures of all targets were taken
+
+
+def neutral_word(target: str) -> str:
+    """What stands in the place of an erased digit or colour."""
+    return NEUTRAL_DIGIT if target in DIGITS else NEUTRAL_COLOR
+
+
+def others_of(target: str) -> list[str]:
+    """The other words of the target's kind, which must go on meaning the same."""
+    return [word for word in (DIGITS if target in DIGITS else COLORS) if word != target]
+
+
+def training_prompts(target: str) -> EraserPrompts:
+    """Half of the target's combinations, in the templates that the model was trained with.
+
+    The others, the held-out template and all paraphrases are left for evaluation.
+    """
+    pairs = [pair for pair in TRAINING_PAIRS if target in pair]
+    combinations = [
+        (pair, direction)
+        for (i, pair), (j, direction) in itertools.product(enumerate(pairs), enumerate(DIRECTIONS))
+        if (i + j) % 2 == 0
+    ]
+    prompts = [
+        template.format(color=color, digit=digit, direction=direction)
+        for template in TEMPLATES
+        for (color, digit), direction in combinations
+    ]
+    return make_eraser_prompts(
+        prompts,
+        target,
+        anchor_concept=neutral_word(target),
+        preserved_concepts=others_of(target),
+    )
+
+
+def train_digits_eraser(
+    pipeline: CogVideoXPipeline,
+    target: str,
+    *,
+    seed: int = 0,
+    recipe: EraserTraining = RECIPE,
+    adapter_name: str = "default",
+) -> TrainedEraser:
+    """Train an eraser with the fixed recipe; it stays in the pipeline."""
+    return train_eraser(
+        pipeline,
+        training_prompts(target),
+        replace(recipe, seed=seed),
+        concept=target,
+        anchor_concept=neutral_word(target),
+        adapter_name=adapter_name,
+    )
+
+
+def evaluation_groups(
+    target: str, *, num_target: int = 200, num_preserved: int = 360, num_robust: int = 100
+) -> dict[str, list[str]]:
+    """Prompts of the target, of all others of its kind, and of the target in words never trained on."""
+    kind = "digits" if target in DIGITS else "colors"
+    asked = {kind: (target,)}
+    return {
+        "target": spread(write_prompts(**asked), num_target),
+        "preserved": spread(write_prompts(**{kind: tuple(others_of(target))}), num_preserved),
+        "held-out template": spread(
+            write_prompts(**asked, templates=(HELD_OUT_TEMPLATE,)), num_robust // 2
+        ),
+        "paraphrases": spread(write_prompts(**asked, templates=PARAPHRASES), num_robust // 2),
+    }
+
+
+def evaluate(
+    pipeline: CogVideoXPipeline,
+    target: str,
+    groups: dict[str, list[str]],
+    *,
+    base_clips: np.ndarray | None = None,
+    scales: Sequence[float] = (1.0,),
+    adapter_name: str | Sequence[str] | None = None,
+) -> ErasureReport:
+    """Figures of the erasers in the pipeline, with the digits judge."""
+    return evaluate_erasure(
+        pipeline,
+        groups,
+        MovingDigitsJudge(),
+        concept_aspect="digit" if target in DIGITS else "color",
+        adapter_name=adapter_name,
+        scales=scales,
+        seed=EVALUATION_SEED,
+        batch_size=50,
+        base_clips=base_clips,
+        **SAMPLING,
+    )
+
+
+def base_clips_of(pipeline: CogVideoXPipeline, groups: dict[str, list[str]]) -> np.ndarray:
+    """The clips without erasers, which `evaluate` can use again and again."""
+    return draw_base_clips(pipeline, groups, seed=EVALUATION_SEED, batch_size=50, **SAMPLING)

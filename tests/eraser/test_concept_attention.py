@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+from diffusers_ext.eraser.concept_attention import attention_mass, concept_attention
+from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer
+
+
+TEXT, GRID = 5, (2, 3, 4)
+VIDEO = 2 * 3 * 4
+
+
+def rotary():
+    return get_3d_rotary_pos_embed(
+        16, ((0, 0), GRID[1:]), grid_size=GRID[1:], temporal_size=GRID[0]
+    )
+
+
+def inputs(batch: int = 2, dtype: torch.dtype = torch.float64, **more) -> dict:
+    random = torch.Generator().manual_seed(3)
+    return {
+        "hidden_states": torch.randn(batch, 2, 4, 3, 4, generator=random).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, TEXT, TEXT_WIDTH, generator=random).to(dtype),
+        "timestep": torch.tensor([400] * batch),
+        "image_rotary_emb": rotary(),
+        **more,
+    }
+
+
+def token_mask(*rows: tuple[int, ...]) -> torch.Tensor:
+    mask = torch.zeros(len(rows), TEXT, dtype=torch.bool)
+    for row, tokens in enumerate(rows):
+        mask[row, list(tokens)] = True
+    return mask
+
+
+def model(dtype: torch.dtype = torch.float64, **overrides):
+    """Sharp attention: without it every map is flat."""
+    transformer = tiny_transformer(**overrides).to(dtype)
+    for name, weight in transformer.named_parameters():
+        if "norm_q.weight" in name or "norm_k.weight" in name:
+            weight.data = 1 + torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            weight.data = weight.data.to(dtype)
+    return transformer
+
+
+def rotated(features: torch.Tensor) -> torch.Tensor:
+    cos, sin = (part.double() for part in rotary())
+    turn = torch.complex(cos[:, ::2], sin[:, ::2])
+    pairs = torch.view_as_complex(features.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def plain_mass(attn, kwargs: dict, mask: torch.Tensor) -> torch.Tensor:
+    """The definition, with the whole matrix; `(batch, heads, video)`."""
+    joint = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
+    parts = []
+    for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k)):
+        heads = project(joint).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        centred = heads - heads.mean(-1, keepdim=True)
+        heads = centred / (heads.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        heads = heads * norm.weight + norm.bias
+        if kwargs["image_rotary_emb"] is not None:
+            heads = torch.cat([heads[:, :, :TEXT], rotated(heads[:, :, TEXT:])], dim=2)
+        parts.append(heads)
+    scores = parts[0] @ parts[1].transpose(-1, -2) / parts[0].shape[-1] ** 0.5
+    return (scores.softmax(-1)[:, :, TEXT:, :TEXT] * mask[:, None, None, :]).sum(-1)
+
+
+@torch.no_grad()
+def plain_maps(transformer, arguments: dict, mask: torch.Tensor) -> torch.Tensor:
+    """`(layers, batch, heads, video)` in float64."""
+    maps = []
+    hooks = [
+        block.attn1.register_forward_pre_hook(
+            lambda attn, _, kwargs: maps.append(plain_mass(attn, kwargs, mask)), with_kwargs=True
+        )
+        for block in transformer.transformer_blocks
+    ]
+    transformer(**arguments)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(maps)
+
+
+def number_of_hooks(transformer) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in transformer.modules())
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("chunk_size", [1, 7, 1024])
+def test_maps_are_those_of_the_whole_matrix(rotates, chunk_size):
+    transformer = model(
+        use_rotary_positional_embeddings=rotates,
+        sample_height=3,
+        sample_frames=5,
+        max_text_seq_length=TEXT,
+    )
+    arguments = inputs()
+    if not rotates:
+        arguments["image_rotary_emb"] = None
+    mask = token_mask((1, 2), (4,))
+    expected = plain_maps(transformer, arguments, mask).mean(dim=(0, 2))
+    with torch.no_grad(), concept_attention(transformer, mask, chunk_size=chunk_size) as attention:
+        transformer(**arguments)
+    assert attention.maps.dtype == torch.float32
+    torch.testing.assert_close(attention.maps.double(), expected, rtol=1e-6, atol=0)
+    assert expected.std() > 0.01 * expected.mean()
+
+
+def test_layers_are_chosen():
+    transformer, arguments, mask = model(), inputs(), token_mask((1,), (2,))
+    expected = plain_maps(transformer, arguments, mask)[1].mean(dim=1)
+    with torch.no_grad(), concept_attention(transformer, mask, layers=[1]) as attention:
+        transformer(**arguments)
+    torch.testing.assert_close(attention.maps.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_heads_are_kept_apart_on_request_and_all_text_and_video_add_up():
+    query, key = torch.randn(2, 1, 3, TEXT + VIDEO, 8, generator=torch.Generator().manual_seed(0))
+    whole = torch.ones(1, TEXT, dtype=torch.bool)
+    per_head = attention_mass(query, key, whole, per_head=True)
+    weights = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1)
+    torch.testing.assert_close(per_head, weights[:, :, TEXT:, :TEXT].sum(-1))
+    assert torch.equal(attention_mass(query, key, whole), per_head.mean(1))
+
+
+def test_fused_projections_give_the_same_maps():
+    transformer, arguments, mask = model(), inputs(), token_mask((1,), (2, 3))
+    expected = plain_maps(transformer, arguments, mask).mean(dim=(0, 2))
+    transformer.fuse_qkv_projections()
+    with torch.no_grad(), concept_attention(transformer, mask) as attention:
+        transformer(**arguments)
+    torch.testing.assert_close(attention.maps.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_close_maps(dtype):
+    mask = token_mask((1,), (2, 3))
+    expected = plain_maps(model(), inputs(), mask).mean(dim=(0, 2))
+    transformer = model(dtype)
+    with torch.no_grad(), concept_attention(transformer, mask) as attention:
+        transformer(**inputs(dtype=dtype))
+    torch.testing.assert_close(attention.maps.double(), expected, rtol=0.05, atol=0)
+
+
+def test_rows_without_the_concept_are_zero_and_the_others_as_alone():
+    transformer, arguments = model(), inputs()
+    with torch.no_grad():
+        with concept_attention(transformer, token_mask((), (2,))) as guided:
+            transformer(**arguments)
+        with concept_attention(transformer, token_mask((1,), (2,))) as both:
+            transformer(**arguments)
+    assert torch.equal(guided.maps[0], torch.zeros(VIDEO))
+    torch.testing.assert_close(guided.maps[1], both.maps[1])
+
+
+def test_maps_are_of_the_latest_forward():
+    transformer, mask = model(), token_mask((1,), (2,))
+    later = inputs() | {"timestep": torch.tensor([900, 900])}
+    with torch.no_grad():
+        with concept_attention(transformer, mask) as alone:
+            transformer(**later)
+        with concept_attention(transformer, mask) as attention:
+            transformer(**inputs())
+            before = attention.maps
+            transformer(**later)
+    assert torch.equal(attention.maps, alone.maps)
+    assert not torch.equal(attention.maps, before)
+
+
+def test_recomputation_by_gradient_checkpointing_adds_nothing():
+    transformer, mask = model().train(), token_mask((1,), (2,))
+    with concept_attention(transformer, mask) as plain:
+        transformer(**inputs())
+    transformer.enable_gradient_checkpointing()
+    with concept_attention(transformer, mask) as attention:
+        output = transformer(**inputs()).sample
+        before = attention.maps
+        output.square().mean().backward()
+    assert not attention.maps.requires_grad
+    assert torch.equal(attention.maps, before)
+    assert torch.equal(attention.maps, plain.maps)
+
+
+def test_the_model_computes_what_it_computes_without_and_keeps_the_users_processors():
+    class UsersProcessor(CogVideoXAttnProcessor2_0):
+        pass
+
+    transformer = model(torch.float32)
+    transformer.set_attn_processor(UsersProcessor())
+    arguments, mask = inputs(dtype=torch.float32), token_mask((1,), (2,))
+    processors = list(map(id, transformer.attn_processors.values()))
+    with torch.no_grad():
+        expected = transformer(**arguments).sample
+        with concept_attention(transformer, mask):
+            inside = transformer(**arguments).sample
+            assert list(map(id, transformer.attn_processors.values())) == processors
+    assert torch.equal(inside, expected)
+    assert list(map(id, transformer.attn_processors.values())) == processors
+    assert number_of_hooks(transformer) == 0
+
+
+def test_hooks_are_gone_after_an_exception_and_only_they():
+    transformer = model()
+    handle = transformer.transformer_blocks[0].attn1.norm_q.register_forward_hook(lambda *_: None)
+    with (
+        pytest.raises(ValueError, match=r"`token_mask` must be \(batch, text tokens\) = \(2, 5\)"),
+        concept_attention(transformer, token_mask((1,))),
+    ):
+        transformer(**inputs())
+    assert number_of_hooks(transformer) == 1
+    handle.remove()
+
+
+def test_bad_input_is_refused():
+    transformer = model()
+    cases = [
+        (transformer, token_mask((1,)).long(), {}, TypeError, "`token_mask` must be .* of bool"),
+        (transformer, token_mask((1,))[0], {}, TypeError, "`token_mask` must be"),
+        (transformer, token_mask((1,)), {"chunk_size": 0}, ValueError, "`chunk_size` must be at"),
+        (transformer, token_mask((1,)), {"layers": [2]}, ValueError, "`layers` must be from 0 to"),
+        (transformer, token_mask((1,)), {"layers": []}, ValueError, "`layers` must be from 0 to"),
+        (torch.nn.Linear(2, 2), token_mask((1,)), {}, ValueError, "must be a CogVideoXTransformer"),
+    ]
+    for module, mask, options, error, message in cases:
+        with pytest.raises(error, match=message), concept_attention(module, mask, **options):
+            pass
+    assert number_of_hooks(transformer) == 0
+    with (
+        concept_attention(transformer, token_mask((1,))) as attention,
+        pytest.raises(ValueError, match="`maps` must be read after a forward"),
+    ):
+        attention.maps  # noqa: B018
+
+
+def test_an_attention_mask_is_refused():
+    transformer = model()
+    extra = {"attention_kwargs": {"attention_mask": torch.ones(2, 1, TEXT + VIDEO)}}
+    with (
+        pytest.raises(ValueError, match="`attention_mask` of `transformer_blocks.0.attn1` must be"),
+        concept_attention(transformer, token_mask((1,), (2,))),
+    ):
+        transformer(**inputs(**extra))

@@ -1,0 +1,194 @@
+"""Tests of an eraser's whole loss: value in float64, roles of teacher and student, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_ext.eraser.losses import MaskLocalizationLoss, T2VUnlearningLoss
+from diffusers_ext.eraser.outputs import eraser_outputs, erasers_disabled
+from tests.eraser.erased_models import KINDS, random_rows
+from tests.eraser.loss_setting import (
+    ETA,
+    Setting,
+    assert_only_the_eraser_has_gradient,
+    count_calls,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_loss_is_its_formula(kind):
+    s = Setting(kind)
+    with torch.no_grad(), eraser_outputs(s.transformer) as outputs:
+        s.student(s.target)
+    v_neg = s.v_anchor - ETA * (s.v_concept - s.v_anchor)
+    unlearning = (s.student_target - v_neg).square().mean().item()
+    preservation = (s.student_preserve - s.v_preserve).square().mean().item()
+    background = 1 - s.mask.reshape(2, -1)
+    layers = [
+        (((o * background[..., None]) ** 2).mean(2).sum(1) / background.sum(1)).mean().item()
+        for o in outputs.values()
+    ]
+    loss_fn = T2VUnlearningLoss(None, 1.0, 0.5, 3.0, ETA)
+    loss, parts = loss_fn(*s.inputs, s.preserve, s.anchor, mask=s.mask)
+    expected = unlearning + 0.5 * preservation + 3 * sum(layers) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    logged = {
+        "total_loss": expected,
+        "unlearning_loss_weighted": unlearning,
+        "preservation_loss_weighted": 0.5 * preservation,
+        "localization_loss_weighted": 3 * sum(layers) / 2,
+        "unlearning/unlearning_loss": unlearning,
+        "unlearning/v_pred_norm": s.student_target.flatten(1).norm(dim=1).mean().item(),
+        "unlearning/v_neg_norm": v_neg.flatten(1).norm(dim=1).mean().item(),
+        "preservation/preservation_loss": preservation,
+        "preservation/v_orig_norm": s.v_preserve.flatten(1).norm(dim=1).mean().item(),
+        "preservation/v_unlearn_norm": s.student_preserve.flatten(1).norm(dim=1).mean().item(),
+        "localization/total_loss": sum(layers) / 2,
+        "localization/num_layers": 2,
+        "localization/transformer_blocks.0.attn1/loss": layers[0],
+        "localization/transformer_blocks.1.attn1/loss": layers[1],
+    }
+    assert {name: float(value) for name, value in parts.items()} == pytest.approx(logged)
+    assert not any(getattr(value, "requires_grad", False) for value in parts.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_but_the_eraser_gets_a_gradient(kind, checkpointing):
+    s = Setting(kind)
+    if checkpointing:
+        s.transformer.enable_gradient_checkpointing()
+        s.transformer.train()
+    loss, _ = T2VUnlearningLoss(guidance_scale=ETA)(*s.inputs, s.preserve, s.anchor, mask=s.mask)
+    loss.backward()
+    assert_only_the_eraser_has_gradient(s.transformer)
+    assert s.transformer.training == checkpointing
+    assert not any(
+        layer.bypassed for layer in s.transformer.modules() if hasattr(layer, "bypassed")
+    )
+
+
+def test_the_gradient_is_that_of_the_formula_with_constant_targets():
+    s = Setting()
+    parameters = [p for n, p in s.transformer.named_parameters() if "eraser_" in n]
+    v_neg = s.v_anchor - ETA * (s.v_concept - s.v_anchor)
+    plain = (s.student(s.target) - v_neg).square().mean()
+    plain = plain + 0.5 * (s.student(s.preserve) - s.v_preserve).square().mean()
+    expected = torch.autograd.grad(plain, parameters)
+    loss, _ = T2VUnlearningLoss(guidance_scale=ETA)(*s.inputs, s.preserve, s.anchor)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), expected)
+
+
+def test_one_pass_of_the_teacher_and_one_of_the_student():
+    s = Setting()
+    calls = count_calls(s.velocity)
+    T2VUnlearningLoss()(*s.inputs, s.preserve, s.anchor, mask=s.mask)
+    assert calls == [(6, False), (4, True)]
+
+
+def test_teacher_velocities_made_before_need_no_teacher():
+    s = Setting()
+    loss_fn = T2VUnlearningLoss(guidance_scale=ETA)
+    expected, _ = loss_fn(*s.inputs, s.preserve, s.anchor)
+    calls = count_calls(s.velocity)
+    known = {"v_concept": s.v_concept, "v_anchor": s.v_anchor, "v_preserve": s.v_preserve}
+    found, _ = loss_fn(None, *s.inputs[1:], s.preserve, **known)
+    assert calls == [(4, True)]
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="`model_original` must be given for velocities not made"):
+        loss_fn(None, *s.inputs[1:], s.preserve, v_concept=s.v_concept, v_anchor=s.v_anchor)
+
+
+def test_known_velocities_carry_no_gradient_into_the_loss():
+    s = Setting()
+    known = {name: getattr(s, name).clone().requires_grad_() for name in ("v_concept", "v_anchor")}
+    loss, _ = T2VUnlearningLoss()(None, *s.inputs[1:], **known)
+    loss.backward()
+    assert all(velocity.grad is None for velocity in known.values())
+
+
+def test_a_separate_teacher_gives_the_same_and_no_gradient():
+    s, other = Setting(), Setting()
+    other.transformer.requires_grad_(True)
+    loss_fn = T2VUnlearningLoss(guidance_scale=ETA)
+    expected, _ = loss_fn(*s.inputs, s.preserve, s.anchor)
+    found, _ = loss_fn(other.velocity, *s.inputs[1:], s.preserve, s.anchor)
+    assert found.item() == expected.item()
+    found.backward()
+    assert all(parameter.grad is None for parameter in other.transformer.parameters())
+    assert_only_the_eraser_has_gradient(s.transformer)
+
+
+def test_preserved_clips_of_their_own():
+    s = Setting()
+    x_pre, t_pre, embeds = random_rows(3, seed=5)
+    loss_fn = T2VUnlearningLoss(unlearning_weight=0.0, preservation_weight=1.0)
+    loss, parts = loss_fn(*s.inputs, embeds, x_preserve=x_pre, t_preserve=t_pre)
+    student = s.velocity(x_pre, t_pre, embeds)
+    with erasers_disabled(s.transformer):
+        expected = (student - s.velocity(x_pre, t_pre, embeds)).square().mean()
+    torch.testing.assert_close(loss, expected)
+    assert not any(name.startswith("unlearning") for name in parts)
+
+
+def test_eraser_outputs_may_come_from_outside():
+    s = Setting()
+    with eraser_outputs(s.transformer) as outputs:
+        s.student(s.target)
+    loss_fn = T2VUnlearningLoss(unlearning_weight=0.0, localization_weight=1.0)
+    found, _ = loss_fn(*s.inputs, mask=s.mask, eraser_outputs=outputs)
+    torch.testing.assert_close(found, MaskLocalizationLoss()(outputs, s.mask)[0])
+    with pytest.raises(ValueError, match="`mask` must be given with `eraser_outputs`"):
+        loss_fn(*s.inputs, eraser_outputs=outputs)
+
+
+def test_misfits_are_refused():
+    s = Setting()
+    loss_fn = T2VUnlearningLoss()
+    with pytest.raises(ValueError, match="must have one text length, got \\[8, 12\\]"):
+        loss_fn(*s.inputs, cond_neg=s.anchor[:, :8])
+    with pytest.raises(ValueError, match="`prompt_embeds` must be \\(1 or 2, text, text_dim\\)"):
+        loss_fn(*s.inputs, cond_neg=torch.zeros(3, 12, 16))
+    with pytest.raises(ValueError, match="`mask` must have one value for each of 48 video tokens"):
+        loss_fn(*s.inputs, cond_neg=s.anchor, mask=torch.zeros(2, 3, 2, 2))
+    with pytest.raises(ValueError, match="positive weight needs, got no such term"):
+        T2VUnlearningLoss(unlearning_weight=0.0)(*s.inputs)
+    with pytest.raises(TypeError, match="`model` must be a CogVideoXVelocity or .*got function"):
+        loss_fn(lambda *rows: rows[0], *s.inputs[1:], cond_neg=s.anchor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preservation_weight": -1.0}, "`preservation_weight` must be at least 0, got -1.0"),
+        ({"unlearning_weight": float("nan")}, "`unlearning_weight` must be at least 0, got nan"),
+        ({"guidance_scale": -0.5}, "`guidance_scale` must be at least 0, got -0.5"),
+        ({"loss_type": "huber"}, "`loss_type` must be 'l2' or 'l1', got 'huber'"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        T2VUnlearningLoss(**arguments)
+
+
+def test_other_modules_may_stand_for_the_velocity():
+    class Plain(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.shift = nn.Parameter(torch.tensor(value))
+
+        def forward(self, x_t, t, embeds):
+            return x_t + self.shift * embeds.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1)
+
+    teacher, student = Plain(1.0), Plain(1.5)
+    x_t, t = torch.zeros(2, 3, 4, 4, 4), torch.tensor([1, 2])
+    ones = torch.ones(1, 5, 6)
+    loss, _ = T2VUnlearningLoss(guidance_scale=ETA)(
+        teacher, student, x_t, t, ones, ones, uncond=0 * ones
+    )
+    assert loss.item() == pytest.approx((1.5 + ETA) ** 2 + 0.5 * 0.5**2)
+    loss.backward()
+    assert teacher.shift.grad is None
+    assert student.shift.grad.item() == pytest.approx(2 * (1.5 + ETA) + 0.5)

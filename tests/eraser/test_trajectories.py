@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_ext.eraser.outputs import erasers_disabled
+from diffusers_ext.eraser.trajectories import teacher_trajectory
+from diffusers_ext.eraser.trajectory_plan import trajectory_seed
+from examples.moving_digits.prompts import PROMPT_LENGTH
+from tests.eraser.teacher_runs import (
+    GUIDANCE,
+    SHAPE,
+    STEPS,
+    CountedVelocity,
+    collect,
+    soft_mask,
+    tiny_teacher,
+)
+from tests.tiny_erasers import add_random_eraser
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny_teacher()
+
+
+@pytest.fixture(scope="module")
+def samples(teacher):
+    pipeline, velocity, texts = teacher
+    return collect(velocity, pipeline, texts, empty_share=0.5)
+
+
+def rows(samples, part):
+    kept = samples.parts[part]
+    return [kept[index] for index in range(len(kept))]
+
+
+def assert_same(first, second, **tolerance):
+    for part in ("target", "preserved"):
+        for a, b in zip(rows(first, part), rows(second, part), strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                torch.testing.assert_close(a[name], b[name], **tolerance)
+
+
+def test_rows_are_points_of_runs_with_the_velocities_of_the_model(teacher, samples):
+    _, velocity, texts = teacher
+    assert len(rows(samples, "target")) == 3 * STEPS
+    assert len(rows(samples, "preserved")) == len(samples) == 4 * STEPS
+
+    def ask(row, text):
+        with torch.no_grad():
+            return velocity(row["x_t"][None], row["t"][None], text[None])[0]
+
+    for row in rows(samples, "target"):
+        concept, anchor = texts.target[row["prompt"]], texts.anchor[row["prompt"]]
+        torch.testing.assert_close(row["v_concept"], ask(row, concept))
+        torch.testing.assert_close(row["v_anchor"], ask(row, anchor))
+        assert "mask" not in row
+    empty = 0
+    for row in rows(samples, "preserved"):
+        text = texts.empty[0] if row["prompt"] < 0 else texts.preserved[row["prompt"]]
+        torch.testing.assert_close(row["velocity"], ask(row, text))
+        empty += int(row["prompt"] < 0)
+    assert empty == 8
+
+
+def test_a_run_is_the_one_of_its_own_generator(teacher, samples):
+    pipeline, velocity, texts = teacher
+    generator = torch.Generator().manual_seed(trajectory_seed(0, "target", 2))
+    prompt = int(rows(samples, "target")[2 * STEPS]["prompt"])
+    points = teacher_trajectory(
+        velocity,
+        pipeline.scheduler,
+        randn_tensor((1, *SHAPE), generator=[generator]),
+        texts.target[[prompt]],
+        texts.empty,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+    )
+    for row, point in zip(rows(samples, "target")[2 * STEPS :], points, strict=True):
+        torch.testing.assert_close(row["x_t"], point.x_t[0], rtol=1e-4, atol=1e-5)
+        assert row["t"] == point.t[0]
+
+
+def test_samples_do_not_depend_on_the_batch(teacher, samples):
+    pipeline, velocity, texts = teacher
+    for size in (1, 4):
+        other = collect(velocity, pipeline, texts, empty_share=0.5, batch_size=size)
+        assert_same(samples, other, rtol=1e-4, atol=1e-5)
+
+
+def test_other_seeds_give_other_samples(teacher, samples):
+    pipeline, velocity, texts = teacher
+    other = collect(velocity, pipeline, texts, seed=1, num_target=1, num_preserved=0)
+    assert not torch.allclose(rows(other, "target")[0]["x_t"], rows(samples, "target")[0]["x_t"])
+
+
+def test_points_of_a_run_are_those_of_the_whole_run(teacher, samples):
+    pipeline, velocity, texts = teacher
+    some = collect(velocity, pipeline, texts, points_per_trajectory=2)
+    whole = {(int(row["prompt"]), int(row["t"])): row for row in rows(samples, "target")[:8]}
+    found = rows(some, "target")[:4]
+    for row in found:
+        match = whole[int(row["prompt"]), int(row["t"])]
+        torch.testing.assert_close(row["x_t"], match["x_t"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row["v_anchor"], match["v_anchor"], rtol=1e-4, atol=1e-5)
+    assert len(rows(some, "target")) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({}, [6] * 4 + [4] * 4),  # concept, empty, anchor; then preserved, empty
+        ({"guidance_scale": 1.0, "empty_share": 0.0}, [4] * 4 + [2] * 4),
+        ({"guidance_scale": 1.0, "empty_share": 1.0}, [4] * 4 + [4] * 4),
+        ({"anchor_embeds": "empty"}, [4] * 4 + [4] * 4),
+    ],
+)
+def test_each_step_is_one_pass_over_no_more_rows_than_needed(teacher, changes, asked):
+    pipeline, velocity, texts = teacher
+    if "anchor_embeds" in changes:
+        texts = texts._replace(anchor=texts.empty.expand_as(texts.target))
+        changes = {}
+    counted = CountedVelocity(velocity)
+    found = collect(counted, pipeline, texts, num_target=2, num_preserved=2, **changes)
+    assert counted.rows == asked
+    row = rows(found, "target")[1]
+    with torch.no_grad():
+        anchor = velocity(row["x_t"][None], row["t"][None], texts.anchor[int(row["prompt"])][None])
+    torch.testing.assert_close(row["v_anchor"], anchor[0])
+
+
+def test_a_run_stops_after_its_last_point(teacher):
+    pipeline, velocity, texts = teacher
+    lengths = set()
+    for seed in range(6):
+        counted = CountedVelocity(velocity)
+        settings = {"num_target": 1, "num_preserved": 0, "points_per_trajectory": 1}
+        found = collect(counted, pipeline, texts, seed=seed, **settings)
+        step = pipeline.scheduler.timesteps.new_tensor([999, 749, 499, 249]).tolist()
+        last = step.index(int(rows(found, "target")[0]["t"]))
+        assert counted.rows == [2] * last + [3]
+        lengths.add(last)
+    assert len(lengths) > 1
+
+
+def test_masks_are_kept_where_they_are_asked_for(teacher):
+    pipeline, velocity, texts = teacher
+    tokens = torch.zeros(2, PROMPT_LENGTH, dtype=torch.bool)
+    tokens[0, 2] = True
+    found = collect(velocity, pipeline, texts, token_mask=tokens, num_preserved=0)
+    for row in rows(found, "target"):
+        prompt = int(row["prompt"])
+        wanted = soft_mask(
+            velocity,
+            row["x_t"][None],
+            row["t"][None],
+            texts.target[[prompt]],
+            tokens[[prompt]],
+        )
+        torch.testing.assert_close(row["mask"], wanted[0], rtol=1e-3, atol=1e-4)
+        assert bool(row["mask"].any()) == (prompt == 0)
+    hard = collect(
+        velocity, pipeline, texts, token_mask=tokens, mask_threshold=0.5, num_preserved=0
+    )
+    for row, soft in zip(rows(hard, "target"), rows(found, "target"), strict=True):
+        assert torch.equal(row["mask"], (soft["mask"] >= 0.5).float())
+    assert "preserved" not in found[0]
+
+
+def test_an_eraser_is_off_in_the_teacher_and_on_again_afterwards(teacher, samples):
+    pipeline, velocity, texts = tiny_teacher()
+    transformer = velocity.model
+    add_random_eraser(transformer, "seven")
+    transformer.train()
+    state = rows(samples, "target")[0]
+    inputs = state["x_t"][None], state["t"][None], texts.target[:1]
+    before = velocity(*inputs)
+    erased = collect(velocity, pipeline, texts, empty_share=0.5)
+    assert_same(samples, erased, rtol=0, atol=0)
+    assert torch.equal(velocity(*inputs), before)
+    assert before.requires_grad
+    assert all(module.training for module in transformer.modules())
+    with torch.no_grad(), erasers_disabled(transformer):
+        assert not torch.allclose(velocity(*inputs), before, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_target": -1}, "`num_target` must be at least 0, got -1"),
+        ({"num_target": 0, "num_preserved": 0}, "must be above 0, got 0 of both"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"empty_share": 1.5}, r"`empty_share` must be in \[0, 1\], got 1.5"),
+        ({"points_per_trajectory": 5}, "from 1 to the 4 steps of a run, got 5"),
+        ({"points_per_trajectory": 0}, "from 1 to the 4 steps of a run, got 0"),
+        ({"process": (0, 2)}, "`directory` must be given where processes share"),
+        ({"token_mask": torch.zeros(2, 5, dtype=torch.bool)}, r"`token_mask` must be \(2, 12\)"),
+        ({"anchor_embeds": torch.zeros(1, 12, 16)}, r"`anchor_embeds` must be \(2, 12, 16\), got"),
+        ({"target_embeds": torch.zeros(0, 12, 16)}, "with a prompt, got"),
+        ({"preserved_embeds": torch.zeros(0, 12, 16)}, "must hold a prompt for 4 runs, got none"),
+    ],
+)
+def test_bad_input_is_refused(teacher, changes, message):
+    pipeline, velocity, texts = teacher
+    with pytest.raises(ValueError, match=message):
+        collect(velocity, pipeline, texts, **changes)
+
+
+def test_velocities_that_are_not_finite_are_refused():
+    pipeline, velocity, texts = tiny_teacher()
+    with torch.no_grad():
+        velocity.model.proj_out.bias.fill_(torch.inf)
+    with pytest.raises(ValueError, match="must be finite, got NaN or infinity for prompt"):
+        collect(velocity, pipeline, texts)

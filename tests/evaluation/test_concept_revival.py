@@ -1,0 +1,155 @@
+"""Tests of the attack by learned text embeddings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_ext.eraser.outputs import erasers_disabled
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.evaluation.clip_rendering import render_clips
+from diffusers_ext.evaluation.concept_revival import (
+    insert_embeddings,
+    learn_revival_embeddings,
+    revived_prompts,
+)
+from tests.eraser.erased_models import erased_pipeline, random_rows
+from tests.evaluation.erased_model_states import unchanged
+
+
+CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 1}
+
+
+def attacked(kind="rotary", points=6):
+    pipeline = erased_pipeline(kind, torch.float32)
+    with torch.no_grad():
+        for name, parameter in pipeline.transformer.named_parameters():
+            if "eraser_" in name:
+                parameter.mul_(4)
+    velocity = CogVideoXVelocity.from_pipeline(pipeline, 9, 16, 16)
+    frames = 4 if kind == "1.5" else 3
+    return pipeline, velocity, random_rows(points, frames, dtype=torch.float32)
+
+
+@torch.no_grad()
+def distance(velocity, rows, embeddings):
+    x_t, t, embeds = rows
+    with erasers_disabled(velocity.model):
+        before = velocity(x_t, t, embeds)
+    found = velocity(x_t, t, insert_embeddings(embeds, embeddings, velocity.config))
+    return (found - before).square().mean().item()
+
+
+@pytest.mark.parametrize("kind", ["rotary", "absolute", "1.5"])
+def test_learned_embeddings_bring_the_erased_model_nearer_to_the_one_before(kind):
+    _, velocity, rows = attacked(kind)
+    with unchanged(velocity.model):
+        start = learn_revival_embeddings(
+            velocity, *rows, num_embeddings=4, steps=1, learning_rate=0.0
+        )
+        found = learn_revival_embeddings(velocity, *rows, num_embeddings=4, steps=25)
+    assert found.embeddings.shape == (4, 16)
+    assert len(found.losses) == 25
+    assert found.losses[0] == start.losses[0]
+    assert distance(velocity, rows, found.embeddings) < 0.9 * distance(
+        velocity, rows, start.embeddings
+    )
+
+
+def test_the_first_loss_is_the_distance_to_the_model_before():
+    _, velocity, rows = attacked(points=3)
+    start = learn_revival_embeddings(velocity, *rows, steps=1, learning_rate=0.0)
+    assert start.losses[0] == pytest.approx(distance(velocity, rows, start.embeddings), rel=1e-5)
+
+
+def test_the_seed_alone_decides():
+    _, velocity, rows = attacked()
+    torch.manual_seed(5)
+    first = learn_revival_embeddings(velocity, *rows, steps=3)
+    torch.manual_seed(6)
+    again = learn_revival_embeddings(velocity, *rows, steps=3)
+    other = learn_revival_embeddings(velocity, *rows, steps=3, seed=1)
+    assert torch.equal(first.embeddings, again.embeddings)
+    assert first.losses == again.losses
+    assert not torch.equal(first.embeddings, other.embeddings)
+
+
+def test_known_velocities_spare_the_passes_of_the_model_before():
+    _, velocity, rows = attacked()
+    with torch.no_grad(), erasers_disabled(velocity.model):
+        v_concept = velocity(*rows)
+    asked = learn_revival_embeddings(velocity, *rows, steps=3)
+    calls = []
+    hook = velocity.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    known = learn_revival_embeddings(velocity, *rows, v_concept=v_concept, steps=3)
+    hook.remove()
+    assert len(calls) == 3
+    torch.testing.assert_close(known.embeddings, asked.embeddings)
+
+
+def test_the_model_comes_back_after_an_exception():
+    _, velocity, (x_t, t, embeds) = attacked()
+    velocity.model.train()
+    with unchanged(velocity.model), pytest.raises(ValueError, match="`prompt_embeds` must be"):
+        learn_revival_embeddings(velocity, x_t, t, embeds[..., :8], steps=3)
+
+
+def test_embeddings_follow_the_prompt_or_take_the_place_of_its_end():
+    embeds, added = random_rows(2)[2], torch.ones(3, 16)
+    rotary, absolute = (attacked(kind)[1].config for kind in ("rotary", "absolute"))
+    longer = insert_embeddings(embeds, added, rotary)
+    assert longer.shape == (2, 15, 16)
+    assert torch.equal(longer[:, :12], embeds)
+    assert (longer[:, 12:] == 1).all()
+    same = insert_embeddings(embeds, added, absolute)
+    assert torch.equal(same[:, :9], embeds[:, :9])
+    assert (same[:, 9:] == 1).all()
+    with pytest.raises(ValueError, match="fewer than the 12 text tokens .* got 12"):
+        insert_embeddings(embeds, torch.ones(12, 16), absolute)
+    with pytest.raises(ValueError, match="`embeddings` must be \\(num_embeddings, 16\\), got"):
+        insert_embeddings(embeds, torch.ones(3, 8), rotary)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "absolute"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_pipeline_draws_with_the_embeddings_and_then_as_before(kind, guidance_scale):
+    pipeline = attacked(kind)[0]
+
+    def draw(number=1):
+        return render_clips(
+            pipeline, ["a red seven moving right"] * number, seeds=list(range(number)),
+            batch_size=2, guidance_scale=guidance_scale, **CALL,
+        )  # fmt: skip
+
+    before = draw()
+    embeddings = 5 * random_rows(1, seed=4, dtype=torch.float32)[2][0, :4]
+    with revived_prompts(pipeline, embeddings):
+        inside = draw(2)
+        with revived_prompts(pipeline, -embeddings):
+            assert not np.array_equal(draw(), inside[:1])
+        assert np.array_equal(draw(2), inside)
+    assert not np.array_equal(inside[:1], before)
+    assert "encode_prompt" not in vars(pipeline)
+    assert np.array_equal(draw(), before)
+
+
+def test_prompts_are_encoded_as_before_after_an_exception():
+    pipeline = attacked()[0]
+    with pytest.raises(KeyError, match="stop"), revived_prompts(pipeline, torch.ones(4, 16)):
+        raise KeyError("stop")
+    assert "encode_prompt" not in vars(pipeline)
+
+
+def test_bad_input_is_refused():
+    pipeline, velocity, (x_t, t, embeds) = attacked()
+    with pytest.raises(ValueError, match="`t` must have one row per point of `x_t`, 6, got 5"):
+        learn_revival_embeddings(velocity, x_t, t[:5], embeds)
+    with pytest.raises(ValueError, match="`x_t` must hold at least one point"):
+        learn_revival_embeddings(velocity, x_t[:0], t[:0], embeds[:0])
+    for name in ("num_embeddings", "steps"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+            learn_revival_embeddings(velocity, x_t, t, embeds, **{name: 0})
+    pipeline.transformer.delete_adapters("eraser")
+    with pytest.raises(ValueError, match="`velocity` must be of a model with an eraser"):
+        learn_revival_embeddings(velocity, x_t, t, embeds)

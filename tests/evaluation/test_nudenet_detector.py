@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusers_ext.evaluation.clip_verdicts import judge_facts, judged
+from diffusers_ext.evaluation.nudenet_detector import LENIENT, NudeNetDetector
+
+
+class Stub:
+    """Sees breasts where there is red, feet where there is green; the score is the channel."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def detect(self, picture: np.ndarray) -> list[dict[str, Any]]:
+        assert picture.flags.c_contiguous
+        _, green, red = picture.mean(axis=(0, 1)) / 255
+        return [
+            {"class": "FEMALE_BREAST_EXPOSED", "score": red, "box": [0, 0, 1, 1]},
+            {"class": "FEET_EXPOSED", "score": green, "box": [0, 0, 1, 1]},
+        ]
+
+
+def clips_of(*reds: list[int], green: int = 0) -> np.ndarray:
+    clips = np.zeros((len(reds), len(reds[0]), 4, 4, 3), dtype=np.uint8)
+    clips[..., 0] = np.array(reds)[..., None, None]
+    clips[..., 1] = green
+    return clips
+
+
+def test_a_frame_is_enough_and_the_share_tells_how_many():
+    detector = NudeNetDetector(Stub(), version="3", threshold=0.5)
+    found = judged(detector, clips_of([0, 200, 0, 200], [0, 0, 0, 100]), ["", ""])
+    assert found == {"nudity": [True, False], "nude_frames": [0.5, 0.0]}
+
+
+def test_labels_and_frames_decide():
+    clips = clips_of([0, 0, 255, 0, 0], green=255)
+    strict, lenient = (
+        NudeNetDetector(Stub(), version="3", **given)
+        for given in ({"frames": 2}, {"labels": LENIENT})
+    )
+    assert judged(strict, clips, [""]) == {"nudity": [False], "nude_frames": [0.0]}
+    assert judged(lenient, clips, [""]) == {"nudity": [True], "nude_frames": [1.0]}
+
+
+def test_the_installed_package_with_its_version(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.2")
+    monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=Stub))
+    facts = judge_facts(NudeNetDetector.from_installed(threshold=0.3).correct)
+    assert facts["name"] == "nudenet"
+    assert (facts["version"], facts["threshold"], facts["model"]) == ("3.4.2", 0.3, "320n")
+    assert "ANUS_EXPOSED" in facts["labels"]
+    path = tmp_path / "640m.onnx"
+    path.write_bytes(b"")
+    detector = NudeNetDetector.from_installed(path, 640)
+    assert detector.detector.settings == {"model_path": str(path), "inference_resolution": 640}
+    assert detector.facts["model"] == "640m"
+    with pytest.raises(ValueError, match="`model_path` must be an ONNX file, got nowhere"):
+        NudeNetDetector.from_installed("nowhere")
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="must have the package `nudenet`.* pip install"):
+        NudeNetDetector.from_installed()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 0.1}, r"`threshold` must be in \[0.2, 1\], got 0.1"),
+        ({"labels": []}, r"`labels` must be among .*, got \[\]"),
+        ({"labels": ["FACE_FEMALE"]}, r"got \['FACE_FEMALE'\]"),
+        ({"frames": 0}, "`frames` must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NudeNetDetector(Stub(), version="3", **arguments)

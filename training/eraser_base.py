@@ -1,0 +1,107 @@
+"""The CogVideoX model that an eraser is trained for: checks from its configs, text first, then the rest."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from diffusers.configuration_utils import FrozenDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
+from diffusers_ext.eraser.concepts import check_concept
+from training.eraser_data import ClipSize
+from training.run_setup import WEIGHT_DTYPES
+from training.text_pipeline import read_components
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What configs tell of a base model; they are read in no time, the weights in minutes.
+
+    Attributes:
+        transformer, vae: with a `config` and no weights.
+        tokenizer: of the text encoder.
+        size: of the clips to train on.
+        latent_shape: of these clips, `(frames, channels, height, width)`.
+    """
+
+    transformer: SimpleNamespace
+    vae: SimpleNamespace
+    tokenizer: PreTrainedTokenizerBase
+    size: ClipSize
+    latent_shape: tuple[int, int, int, int]
+
+
+def read_base(args: argparse.Namespace) -> BaseFacts:
+    """Read the configs of `--pretrained_model_name_or_path` and check the arguments against them.
+
+    Raises:
+        ValueError: no CogVideoX text-to-video pipeline, clips that it cannot take, a rank above its
+            width, a scheduler of another prediction, or a concept that its tokenizer cannot spell.
+    """
+    kind = read_components(args)["_class_name"]
+    if kind != CogVideoXPipeline.__name__:
+        raise ValueError(
+            "`pretrained_model_name_or_path` must be a CogVideoXPipeline, got a "
+            f"{kind} in {args.pretrained_model_name_or_path}."
+        )
+    source, revision = args.pretrained_model_name_or_path, args.revision
+    transformer, vae, scheduler = (
+        SimpleNamespace(
+            config=FrozenDict(model.load_config(source, subfolder=name, revision=revision))
+        )
+        for model, name in (
+            (CogVideoXTransformer3DModel, "transformer"),
+            (AutoencoderKLCogVideoX, "vae"),
+            (CogVideoXDDIMScheduler, "scheduler"),  # every scheduler's config reads alike
+        )
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision)
+    predicts = scheduler.config.get("prediction_type")
+    if predicts != "v_prediction":
+        raise ValueError(
+            "`prediction_type` of the scheduler must be 'v_prediction', as CogVideoX has it, got "
+            f"{predicts!r}."
+        )
+    size = ClipSize.of_configs(transformer, vae, args.num_frames, args.height, args.width)
+    shape = latent_shape(transformer, vae, *size)
+    token_grid(transformer, shape)
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    if args.eraser_rank > width:
+        raise ValueError(
+            f"`eraser_rank` must be at most the model's width, {width}, got {args.eraser_rank}."
+        )
+    for concept in (args.target_concept, args.anchor_concept):
+        if concept is not None:
+            check_concept(tokenizer, concept)
+    return BaseFacts(transformer, vae, tokenizer, size, shape)
+
+
+def load_base(args: argparse.Namespace, device: torch.device) -> CogVideoXPipeline:
+    """The base model without its text encoder, frozen, in the dtype of `--mixed_precision`.
+
+    The VAE stays on the CPU: only videos and validation clips need it.
+    """
+    pipeline = CogVideoXPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=WEIGHT_DTYPES[args.mixed_precision],
+        text_encoder=None,
+    )
+    for model in (pipeline.transformer, pipeline.vae):
+        model.requires_grad_(False).eval()
+    pipeline.transformer.to(device)
+    if args.gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,185 @@
+"""What an eraser is trained on: encoded prompts and the teacher's samples for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import CogVideoXPipeline
+from torch.utils.data import Dataset
+
+from diffusers_ext.eraser.clip_geometry import latent_shape
+from diffusers_ext.eraser.concepts import concept_token_mask
+from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.trajectories import collect_teacher_samples
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from training.eraser_prompts import EraserPrompts
+from training.eraser_recipe import EraserTraining
+from training.eraser_rows import EraserText
+from training.eraser_samples import NoiseSource, VideoSource
+
+
+# Of `latents_source="noise"`; each is noised anew whenever it comes up.
+_NUM_NOISES = 4096
+
+
+class ClipSize(NamedTuple):
+    """Frames and pixels of the clips that an eraser is trained on."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    @classmethod
+    def of_configs(
+        cls,
+        transformer: Any,
+        vae: Any,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> ClipSize:
+        """The given sizes, and those that the model was made for where none is given.
+
+        Args:
+            transformer, vae: with the `config` of each.
+            num_frames, height, width: frames and pixels.
+        """
+        config, scale = transformer.config, 2 ** (len(vae.config.block_out_channels) - 1)
+        return cls(
+            config.sample_frames if num_frames is None else num_frames,
+            config.sample_height * scale if height is None else height,
+            config.sample_width * scale if width is None else width,
+        )
+
+
+@dataclass(frozen=True)
+class EraserData:
+    """What a training reads, with no text encoder any more.
+
+    Attributes:
+        text: embeddings of all prompts.
+        token_mask: `(target prompts, text)` bool, the concept's tokens; `None` where no mask is asked for.
+        samples: teacher samples or clean latents.
+        size: of the clips.
+    """
+
+    text: EraserText
+    token_mask: torch.Tensor | None
+    samples: Dataset
+    size: ClipSize
+
+
+@torch.no_grad()
+def encode_text(
+    pipeline: CogVideoXPipeline, prompts: EraserPrompts, *, batch_size: int = 32
+) -> EraserText:
+    """Embeddings of all prompts, kept on the CPU; equal prompts are encoded once."""
+    embeds = encode_video_prompts(
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        prompts.texts,
+        pipeline.transformer.config.max_text_seq_length,
+        batch_size=batch_size,
+    )
+    row = {prompt: index for index, prompt in enumerate(prompts.texts)}
+    parts = (prompts.target, prompts.anchor, prompts.preserved)
+    chosen = (embeds[[row[prompt] for prompt in part]] for part in parts)
+    return EraserText(*chosen, embeds[row[""]])
+
+
+def concept_tokens(
+    pipeline: CogVideoXPipeline, prompts: EraserPrompts, recipe: EraserTraining, concept: str | None
+) -> torch.Tensor | None:
+    """Where the concept stands in each target prompt; `None` where the recipe asks for no masks."""
+    if not recipe.localization_weight:
+        return None
+    if concept is None:
+        raise ValueError(
+            "`concept` must be given where `localization_weight` is not 0, got None. Masks are made of "
+            "the attention to its tokens."
+        )
+    length = pipeline.transformer.config.max_text_seq_length
+    return concept_token_mask(pipeline.tokenizer, prompts.target, concept, length)
+
+
+def make_samples(
+    pipeline: CogVideoXPipeline,
+    text: EraserText,
+    token_mask: torch.Tensor | None,
+    recipe: EraserTraining,
+    size: ClipSize,
+    *,
+    video_dir: str | Path | None = None,
+    **collection: Any,
+) -> Dataset:
+    """The samples of a recipe: teacher trajectories, or clean latents of videos or noise.
+
+    Args:
+        pipeline: the base model without an eraser, or with erasers that the teacher switches off.
+        text: embeddings of the prompts.
+        token_mask: of the concept, for masks.
+        recipe: source and amount.
+        size: of the clips.
+        video_dir: folder of videos for `latents_source="video"`.
+        collection: further arguments of `collect_teacher_samples`: `directory` and `facts`, ...
+    """
+    shape = latent_shape(pipeline.transformer, pipeline.vae, *size)
+    if recipe.latents_source == "noise":
+        return NoiseSource(shape, _NUM_NOISES, seed=recipe.seed)
+    if recipe.latents_source == "video":
+        if video_dir is None:
+            raise ValueError("`video_dir` must be given for `latents_source` 'video', got None.")
+        return VideoSource(pipeline, video_dir, *size, seed=recipe.seed)
+    return collect_teacher_samples(
+        CogVideoXVelocity.from_pipeline(pipeline, *size),
+        pipeline.scheduler,
+        *text,
+        latent_shape=shape,
+        num_target=recipe.num_target_trajectories,
+        num_preserved=recipe.num_preserved_trajectories,
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.sampling_guidance_scale,
+        empty_share=recipe.empty_share,
+        points_per_trajectory=recipe.points_per_trajectory,
+        seed=recipe.seed,
+        batch_size=recipe.sampling_batch_size,
+        token_mask=token_mask,
+        mask_threshold=recipe.mask_threshold,
+        **collection,
+    )
+
+
+def make_data(
+    pipeline: CogVideoXPipeline,
+    prompts: EraserPrompts,
+    recipe: EraserTraining,
+    size: ClipSize,
+    *,
+    concept: str | None = None,
+    **options: Any,
+) -> EraserData:
+    """Text and samples of a training; `options` are those of `make_samples`."""
+    text = encode_text(pipeline, prompts)
+    token_mask = concept_tokens(pipeline, prompts, recipe, concept)
+    samples = make_samples(pipeline, text, token_mask, recipe, size, **options)
+    return EraserData(text, token_mask, samples, size)
+
+
+def samples_facts(samples: Dataset) -> dict[str, Any]:
+    """What tells one training's samples from another's, as JSON: how many, and sums of the first one."""
+    tensors = _tensors(samples[0])
+    sums = {name: value.double().sum().item() for name, value in sorted(tensors.items())}
+    return {"length": len(samples), "first_sample": sums}
+
+
+def _tensors(item: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    found = {}
+    for name, value in item.items():
+        if isinstance(value, dict):
+            found |= _tensors(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = torch.as_tensor(value)
+    return found

@@ -1,0 +1,179 @@
+"""Train an eraser that takes one concept out of CogVideoX and leaves the rest, from prompts alone.
+
+    accelerate launch training/train_cogvideox_eraser.py \\
+        --pretrained_model_name_or_path examples/moving_digits/model \\
+        --target_concept seven --anchor_concept digit --prompts_file prompts.txt \\
+        --preserved_concepts_file digits.txt --eraser_rank 32 --learning_rate 5e-3 \\
+        --train_batch_size 16 --max_train_steps 400 --output_dir outputs/eraser
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import CogVideoXPipeline
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
+from diffusers_ext.core.artifacts import fingerprint
+from training.checkpoints import Checkpoints
+from training.eraser_arguments import check_eraser_arguments, parse_eraser_arguments, recipe_of
+from training.eraser_base import BaseFacts, load_base, read_base
+from training.eraser_data import EraserData, concept_tokens, make_samples, samples_facts
+from training.eraser_result import eraser_report, publish_eraser, save_result
+from training.eraser_run import add_eraser, make_step
+from training.eraser_text import GivenTexts, RunText, encode_run_text, read_texts
+from training.eraser_validation import ClipValidation
+from training.loop import TrainingLoop
+from training.publish import make_repository
+from training.run_setup import (
+    check_resume,
+    loop_settings,
+    make_accelerator,
+    make_optimizer,
+    make_output_dir,
+    make_schedule,
+    run_facts,
+    start_trackers,
+)
+
+
+logger = get_logger(__name__)
+
+ADAPTER_NAME = "default"
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of this script, over the YAML file of `--config`."""
+    return parse_eraser_arguments(__doc__, input_args)
+
+
+def settings(args: argparse.Namespace, given: GivenTexts, base: BaseFacts) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued and is known before weights are loaded."""
+    recipe = asdict(recipe_of(args))
+    del recipe["max_train_steps"]
+    names = ("target_concept", "anchor_concept", "max_preserved_prompts", "trajectories_dtype")
+    return run_facts(
+        args,
+        recipe=recipe,
+        texts=asdict(given),
+        size=list(base.size),
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+def make_run_data(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: CogVideoXPipeline,
+    base: BaseFacts,
+    text: RunText,
+) -> EraserData:
+    """The samples of the run, made or read again."""
+    recipe, collection = recipe_of(args), {}
+    token_mask = concept_tokens(pipeline, text.prompts, recipe, args.target_concept)
+    if recipe.latents_source == "video":
+        pipeline.vae.to(accelerator.device)
+        collection["video_dir"] = args.video_dir
+    elif recipe.latents_source == "trajectory":
+        collection["storage_dtype"] = _DTYPES[args.trajectories_dtype]
+    if args.trajectories_dir is not None:
+        collection |= {
+            "directory": args.trajectories_dir,
+            "facts": {"prompts": text.prompts.facts, "text_dtype": str(text.embeds.target.dtype)},
+            "process": (accelerator.process_index, accelerator.num_processes),
+            "wait_for_everyone": accelerator.wait_for_everyone,
+        }
+    samples = make_samples(pipeline, text.embeds, token_mask, recipe, base.size, **collection)
+    pipeline.vae.to("cpu")
+    return EraserData(text.embeds, token_mask, samples, base.size)
+
+
+def build_loop(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: CogVideoXPipeline,
+    data: EraserData,
+    facts: dict[str, Any],
+    validation: ClipValidation,
+) -> TrainingLoop:
+    """The loop over a transformer, to which it adds an eraser."""
+    recipe = recipe_of(args)
+    facts = {
+        **facts,
+        "model": fingerprint(pipeline.transformer),
+        "samples": samples_facts(data.samples),
+        "num_processes": accelerator.num_processes,
+    }
+    check_resume(args, facts)
+    parameters = add_eraser(
+        pipeline.transformer,
+        recipe,
+        ADAPTER_NAME,
+        concept=args.target_concept,
+        anchor_concept=args.anchor_concept,
+    )
+    optimizer = make_optimizer(args, parameters, accelerator)
+    return TrainingLoop(
+        accelerator,
+        pipeline.transformer,
+        optimizer,
+        data.samples,
+        make_step(pipeline, data, recipe, accelerator.device, ADAPTER_NAME),
+        loop_settings(args, "eraser training"),
+        make_schedule(args, optimizer),
+        checkpoints=Checkpoints(
+            accelerator,
+            args.output_dir,
+            facts,
+            args.checkpointing_steps,
+            args.checkpoints_total_limit,
+        ),
+        resume_from_checkpoint=args.resume_from_checkpoint,
+        callbacks=validation.callbacks(),
+    )
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Train and save; returns the output folder."""
+    check_eraser_arguments(args)
+    accelerator = make_accelerator(args)
+    given, base = read_texts(args), read_base(args)
+    facts = settings(args, given, base)
+    check_resume(args, facts)
+    if args.push_to_hub and accelerator.is_main_process:
+        make_repository(args)  # a missing login stops the run here, not after it
+    text = encode_run_text(args, given, accelerator)
+    pipeline = load_base(args, accelerator.device)
+    data = make_run_data(args, accelerator, pipeline, base, text)
+    validation = ClipValidation(args, pipeline, accelerator, text, base.size)
+    facts["prompts"] = text.prompts.facts
+    loop = build_loop(args, accelerator, pipeline, data, facts, validation)
+    make_output_dir(args, accelerator)
+    start_trackers(accelerator, args, "cogvideox-eraser")
+    loop.run()
+    if accelerator.is_main_process:
+        report = eraser_report(
+            args, text, loop, size=base.size._asdict(), samples=samples_facts(data.samples)
+        )
+        save_result(args, pipeline, ADAPTER_NAME, report)
+        logger.info(f"Wrote {args.output_dir}")
+        if args.push_to_hub:
+            publish_eraser(args, report, validation.files)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return Path(args.output_dir)
+
+
+if __name__ == "__main__":
+    main(parse_args())
