@@ -23,7 +23,9 @@ def transformer_inputs(dtype: torch.dtype = torch.float32, batch: int = 2) -> di
     rotary = get_3d_rotary_pos_embed(16, ((0, 0), (4, 4)), (4, 4), 3)
     return {
         "hidden_states": torch.randn(batch, 3, 4, 4, 4, generator=generator).to(dtype),
-        "encoder_hidden_states": torch.randn(batch, TEXT, TEXT_WIDTH, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, TEXT, TEXT_WIDTH, generator=generator).to(
+            dtype
+        ),
         "timestep": torch.arange(batch) * 100 + 50,
         "image_rotary_emb": rotary,
         "return_dict": False,

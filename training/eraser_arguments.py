@@ -63,6 +63,13 @@ def add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--empty_weight", type=float, help="of these rows")
     group.add_argument("--min_timestep", type=int)
     group.add_argument("--max_timestep", type=int)
+    group.add_argument("--on_policy_share", type=float, help="of target rows: student's own states")
+    group.add_argument("--on_policy_every", type=int, help="steps between the student's samplings")
+    group.add_argument("--adversarial_share", type=float, help="of target rows: learned embeddings")
+    group.add_argument("--adversarial_every", type=int, help="steps between the attacks for them")
+    group.add_argument("--adversarial_steps", type=int, help="of each attack")
+    group.add_argument("--num_adversarial_embeddings", type=int)
+    group.add_argument("--num_adversarial_sets", type=int, help="of the latest attacks are kept")
 
 
 def add_latents_arguments(parser: argparse.ArgumentParser) -> None:

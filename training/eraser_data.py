@@ -169,10 +169,10 @@ def make_data(
 
 
 def samples_facts(samples: Dataset) -> dict[str, Any]:
-    """What tells one training's samples from another's, as JSON: how many, and sums of the first one."""
-    tensors = _tensors(samples[0])
-    sums = {name: value.double().sum().item() for name, value in sorted(tensors.items())}
-    return {"length": len(samples), "first_sample": sums}
+    """What tells one training's samples from another's, as JSON: how many, and sums over two of them."""
+    items = {"first": samples[0], "last": samples[len(samples) - 1]}
+    tensors = sorted(_tensors(items).items())
+    return {"length": len(samples), **{n: value.double().sum().item() for n, value in tensors}}
 
 
 def _tensors(item: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:

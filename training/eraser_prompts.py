@@ -145,6 +145,8 @@ def auto_preserved_concepts(
     concept: str,
     count: int,
     path: str | os.PathLike,
+    *,
+    max_sequence_length: int,
     words: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
 ) -> list[str]:
@@ -156,11 +158,18 @@ def auto_preserved_concepts(
         concept: what is erased.
         count: how many.
         path: file to write, which `read_eraser_prompts` reads.
+        max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
         words: candidates; the bundled list when `None`.
         exclude: further names of the concept.
     """
     neighbours = neighbouring_concepts(
-        tokenizer, text_encoder, concept, count, words, exclude=exclude
+        tokenizer,
+        text_encoder,
+        concept,
+        count,
+        words,
+        max_sequence_length=max_sequence_length,
+        exclude=exclude,
     )
     logger.info(f"Preserved neighbours of {concept!r} (cosine): {_listed(neighbours)}")
     write_preserved_concepts(path, concept, neighbours)

@@ -48,6 +48,12 @@ class EraserTraining:
         sampling_batch_size: clips sampled at once.
         on_policy_share: of a step's target rows, those whose x_t comes from the student's own sampling.
         on_policy_every: steps between two samplings by the student.
+        adversarial_share: of a step's target rows, those whose prompts carry embeddings that were learned
+            to bring the concept back.
+        adversarial_every: steps between two attacks that learn them; the first one comes that late.
+        adversarial_steps: of each attack.
+        num_adversarial_embeddings: learned by each attack.
+        num_adversarial_sets: of the latest attacks that are kept.
         seed: of everything random.
     """
 
@@ -78,6 +84,11 @@ class EraserTraining:
     sampling_batch_size: int = 32
     on_policy_share: float = 0.0
     on_policy_every: int = 50
+    adversarial_share: float = 0.0
+    adversarial_every: int = 50
+    adversarial_steps: int = 30
+    num_adversarial_embeddings: int = 16
+    num_adversarial_sets: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +107,8 @@ def check_recipe(values: dict[str, Any]) -> None:
         "rank", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
         "num_target_trajectories", "num_preserved_trajectories", "points_per_trajectory",
         "num_inference_steps", "sampling_batch_size", "on_policy_every",
+        "adversarial_every", "adversarial_steps", "num_adversarial_embeddings",
+        "num_adversarial_sets",
     )  # fmt: skip
     _check(values, counts, "at least 1", lambda value: value >= 1)
     weights = (
@@ -105,7 +118,7 @@ def check_recipe(values: dict[str, Any]) -> None:
     _check(values, weights, "at least 0 and finite", lambda value: 0 <= value < math.inf)
     _check(values, ("learning_rate",), "positive", lambda value: 0 < value < math.inf)
     _check(values, ("max_grad_norm",), "positive", lambda value: value > 0)
-    shares = ("preserved_share", "empty_share", "on_policy_share")
+    shares = ("preserved_share", "empty_share", "on_policy_share", "adversarial_share")
     _check(values, shares, "in [0, 1]", lambda value: 0 <= value <= 1)
     _check(values, ("mask_threshold",), "in (0, 1)", lambda value: 0 < value < 1)
     _check(values, ("loss_type",), f"one of {LOSS_TYPES}", lambda value: value in LOSS_TYPES)
@@ -115,6 +128,9 @@ def check_recipe(values: dict[str, Any]) -> None:
         f"one of {LATENTS_SOURCES}",
         lambda value: value in LATENTS_SOURCES,
     )
+    terms = ("unlearning_weight", "preservation_weight", "localization_weight")
+    if not any(values[name] for name in terms):
+        raise ValueError(f"{terms} must not all be 0: nothing would be trained.")
     low, high = values["min_timestep"], values["max_timestep"]
     if not 0 <= low <= high < _TRAIN_TIMESTEPS:
         raise ValueError(

@@ -51,6 +51,24 @@ class States(NamedTuple):
     prompts: torch.Tensor
 
 
+class TeacherRows(NamedTuple):
+    """States and what the teacher says there.
+
+    Attributes:
+        target, preserved: states of each kind; the preserved prompt -1 is the empty one.
+        v_concept, v_anchor: the teacher's velocities at target states.
+        v_preserved: its velocities at preserved states.
+        mask: of the concept, `(target rows, frames, rows, columns)` in [0, 1], or `None`.
+    """
+
+    target: States
+    preserved: States
+    v_concept: torch.Tensor
+    v_anchor: torch.Tensor
+    v_preserved: torch.Tensor
+    mask: torch.Tensor | None
+
+
 def rows_of_each_kind(batch_size: int, preserved_share: float) -> tuple[int, int]:
     """Target and preserved rows taken of a batch that has `batch_size` of each.
 

@@ -14,9 +14,12 @@ from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.outputs import trainable_eraser_parameters
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from training.eraser_data import ClipSize, EraserData, make_data
+from training.eraser_defence import RevivalDefence
 from training.eraser_prompts import EraserPrompts
 from training.eraser_recipe import EraserTraining
+from training.eraser_row_maker import RowMaker
 from training.eraser_step import EraserStep
+from training.eraser_student_runs import StudentRuns
 from training.loop import LoopSettings, TrainingLoop
 
 
@@ -65,16 +68,22 @@ def make_step(
     """The loss function of a training."""
     transformer = pipeline.transformer
     shape = latent_shape(transformer, pipeline.vae, *data.size)
-    return EraserStep(
-        CogVideoXVelocity.from_pipeline(pipeline, *data.size),
+    velocity = CogVideoXVelocity.from_pipeline(pipeline, *data.size)
+    maker = RowMaker(
+        velocity,
         data.text,
         recipe,
         device,
-        adapter_name=adapter_name,
         grid=token_grid(transformer, shape),
         scheduler=pipeline.scheduler,
         token_mask=data.token_mask,
     )
+    runs, defence = None, None
+    if recipe.on_policy_share:
+        runs = StudentRuns(pipeline, data.text, recipe, shape, data.size._asdict())
+    if recipe.adversarial_share:
+        defence = RevivalDefence(velocity, recipe)
+    return EraserStep(maker, recipe, adapter_name, student_runs=runs, defence=defence)
 
 
 def train_eraser(

@@ -115,10 +115,13 @@ def _nearest_concepts(
     args: argparse.Namespace, pipeline: Any, accelerator: Accelerator
 ) -> list[str]:
     """Neighbours of the concept; the main process shows them and writes them down."""
-    exclude = [] if args.anchor_concept is None else [args.anchor_concept]
+    options = {
+        "max_sequence_length": pipeline.transformer.config.max_text_seq_length,
+        "exclude": [] if args.anchor_concept is None else [args.anchor_concept],
+    }
     encoder, count = (pipeline.tokenizer, pipeline.text_encoder), args.num_preserved_concepts
     if accelerator.is_main_process:
         path = Path(args.output_dir, PRESERVED_NAME)
-        return auto_preserved_concepts(*encoder, args.target_concept, count, path, exclude=exclude)
-    near = neighbouring_concepts(*encoder, args.target_concept, count, exclude=exclude)
+        return auto_preserved_concepts(*encoder, args.target_concept, count, path, **options)
+    near = neighbouring_concepts(*encoder, args.target_concept, count, **options)
     return [neighbour.word for neighbour in near]

@@ -94,7 +94,8 @@ def make_run_data(
             "process": (accelerator.process_index, accelerator.num_processes),
             "wait_for_everyone": accelerator.wait_for_everyone,
         }
-    samples = make_samples(pipeline, text.embeds, token_mask, recipe, base.size, **collection)
+    with accelerator.autocast():  # as the student runs, or the two would differ before any training
+        samples = make_samples(pipeline, text.embeds, token_mask, recipe, base.size, **collection)
     pipeline.vae.to("cpu")
     return EraserData(text.embeds, token_mask, samples, base.size)
 
@@ -123,13 +124,16 @@ def build_loop(
         concept=args.target_concept,
         anchor_concept=args.anchor_concept,
     )
+    step = make_step(pipeline, data, recipe, accelerator.device, ADAPTER_NAME)
+    for part in step.stateful:
+        accelerator.register_for_checkpointing(part)
     optimizer = make_optimizer(args, parameters, accelerator)
     return TrainingLoop(
         accelerator,
         pipeline.transformer,
         optimizer,
         data.samples,
-        make_step(pipeline, data, recipe, accelerator.device, ADAPTER_NAME),
+        step,
         loop_settings(args, "eraser training"),
         make_schedule(args, optimizer),
         checkpoints=Checkpoints(
@@ -148,7 +152,7 @@ def main(args: argparse.Namespace) -> Path:
     """Train and save; returns the output folder."""
     check_eraser_arguments(args)
     accelerator = make_accelerator(args)
-    given, base = read_texts(args), read_base(args)
+    base, given = read_base(args), read_texts(args)
     facts = settings(args, given, base)
     check_resume(args, facts)
     if args.push_to_hub and accelerator.is_main_process:

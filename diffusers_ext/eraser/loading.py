@@ -34,6 +34,9 @@ def load_eraser(
 ) -> str:
     """Add a saved eraser to a transformer, switched on beside the adapters that are on already.
 
+    Its weights are float32. `enable_layerwise_casting()` stores all weights it finds in few bits,
+    so call that before; `enable_sequential_cpu_offload()` comes after.
+
     Args:
         transformer_or_pipe: a CogVideoX transformer, compiled or not, or a pipeline with one.
         pretrained_model_name_or_path: a folder, or `"user/name"`, in PEFT's format or with

@@ -9,7 +9,46 @@ import torch.nn.functional as F
 
 from diffusers_ext.eraser.clip_geometry import token_grid
 from diffusers_ext.eraser.concept_attention import concept_attention
+from diffusers_ext.eraser.outputs import erasers_disabled
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
+
+
+@torch.no_grad()
+def concept_mask(
+    velocity: CogVideoXVelocity,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    token_mask: torch.Tensor,
+    *,
+    threshold: float | None = None,
+    layers: Sequence[int] | None = None,
+    chunk_size: int = 1024,
+) -> torch.Tensor:
+    """Where the model without its erasers sees a concept, in one pass without gradient.
+
+    A trainer that runs the teacher anyway opens `concept_attention` around that pass instead and
+    calls `normalize_attention`.
+
+    Args:
+        velocity: of the clip's size.
+        x_t: `(batch, frames, channels, height, width)` noisy latents.
+        t: `(batch,)` timesteps.
+        prompt_embeds: `(batch, text, text_dim)`.
+        token_mask: `(batch, text)` bool, true at the concept's tokens.
+        threshold: in (0, 1] for masks of zeros and ones; soft masks when `None`.
+        layers: indices of transformer blocks; all when `None`.
+        chunk_size: see `attention_mass`.
+
+    Returns:
+        `(batch, frames', rows, columns)` float32 in [0, 1] on the grid of video tokens; zero where
+        the prompt does not name the concept.
+    """
+    model = velocity.model
+    attention = concept_attention(model, token_mask, layers=layers, chunk_size=chunk_size)
+    with erasers_disabled(model), attention as found:
+        velocity(x_t, t, prompt_embeds)
+    return normalize_attention(found.maps, token_grid(model, x_t.shape), threshold)
 
 
 def normalize_attention(

@@ -181,12 +181,14 @@ def _check_place(name: str, attentions: dict[str, nn.Module]) -> None:
 
 def _device_of(attention: nn.Module, name: str) -> torch.device:
     projection = _output_projection(attention)
-    if projection.weight.is_meta and hasattr(projection, "_hf_hook"):
+    # torch's own quantised Linears give their weight by a call.
+    weight = projection.weight() if callable(projection.weight) else projection.weight
+    if weight.is_meta and hasattr(projection, "_hf_hook"):
         raise ValueError(
             f"`{name}` must not be offloaded to get an eraser, got sequential CPU offload. Add the "
             "eraser before `enable_sequential_cpu_offload()`."
         )
-    return projection.weight.device
+    return weight.device
 
 
 def _check_layers(config: EraserConfig, count: int) -> None:

@@ -119,19 +119,24 @@ def word_embeddings(
     tokenizer: PreTrainedTokenizerBase,
     text_encoder: PreTrainedModel,
     words: Sequence[str],
+    max_sequence_length: int,
     *,
     batch_size: int = 64,
 ) -> torch.Tensor:
-    """The encoder's output for each word alone, averaged over the word's tokens.
+    """What the video model reads at the tokens of each word, averaged over them.
+
+    A word is a prompt by itself, padded as `CogVideoXPipeline` pads prompts, whose padding is not masked:
+    an encoder that was trained this way says something else without it.
 
     Args:
         tokenizer: of the pipeline.
         text_encoder: of the pipeline; runs in eval mode and keeps its own.
         words: one or more tokens each.
-        batch_size: words encoded at once; padding is masked, so it does not matter.
+        max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
+        batch_size: words encoded at once.
 
     Returns:
-        `(words, dim)` float32 on the CPU.
+        `(words, dim)` float32 on the CPU; neither padding nor the end of the sequence is averaged.
 
     Raises:
         ValueError: embeddings that are not finite.
@@ -141,16 +146,15 @@ def word_embeddings(
         for start in tqdm(range(0, len(words), batch_size), desc="encode words"):
             tokens = tokenizer(
                 list(words[start : start + batch_size]),
-                padding=True,
+                padding="max_length",
+                max_length=max_sequence_length,
+                truncation=True,
                 return_special_tokens_mask=True,
                 return_tensors="pt",
-            )
-            own = 1.0 - tokens.pop("special_tokens_mask").float()[..., None]
-            ids, attention_mask = (
-                tokens[name].to(text_encoder.device) for name in ("input_ids", "attention_mask")
-            )
-            hidden = text_encoder(ids, attention_mask=attention_mask)[0].float().cpu()
-            embeddings.append((hidden * own).sum(dim=1) / own.sum(dim=1))
+            ).to(text_encoder.device)
+            hidden = text_encoder(tokens.input_ids)[0].float()
+            own = (1 - tokens.special_tokens_mask).float()[..., None]
+            embeddings.append(((hidden * own).sum(dim=1) / own.sum(dim=1)).cpu())
     joined = torch.cat(embeddings)
     if not joined.isfinite().all():
         raise ValueError(
@@ -172,6 +176,7 @@ def neighbouring_concepts(
     count: int = 15,
     words: Sequence[str] | None = None,
     *,
+    max_sequence_length: int,
     exclude: Sequence[str] = (),
 ) -> list[Neighbour]:
     """The words that the text encoder places nearest to a concept.
@@ -183,6 +188,7 @@ def neighbouring_concepts(
         count: how many neighbours.
         words: candidates; when `None`, those of `concrete_words()` of which the tokenizer need not
             spell a part in single letters: it hardly ever met the others.
+        max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
         exclude: further names of the concept, such as synonyms, which must not be preserved.
 
     Returns:
@@ -207,7 +213,9 @@ def neighbouring_concepts(
             "Ask for fewer, or pass more `words` that the tokenizer knows."
         )
     logger.info(f"Comparing {concept!r} with {len(candidates)} of {len(given)} words.")
-    embeddings = word_embeddings(tokenizer, text_encoder, [concept, *candidates])
+    embeddings = word_embeddings(
+        tokenizer, text_encoder, [concept, *candidates], max_sequence_length
+    )
     cosines = centred_cosines(embeddings[1:], embeddings[0])
     nearest = cosines.argsort(descending=True, stable=True)[:count].tolist()
     return [Neighbour(candidates[index], cosines[index].item()) for index in nearest]

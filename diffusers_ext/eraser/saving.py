@@ -154,6 +154,14 @@ def _legacy_files(tensors: StateDict, transformer: CogVideoXTransformer3DModel) 
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomically(folder / name, content)
+    """Write the files; a new folder appears with all of them or not at all."""
+    if folder.exists():
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
+        staged = Path(staging, folder.name)
+        staged.mkdir()
+        _write(staged, files)
+        os.replace(staged, folder)

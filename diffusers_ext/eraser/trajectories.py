@@ -180,8 +180,11 @@ def _check_embeds(
         ("preserved_embeds", preserved, (len(preserved), *shape[1:])),
         ("empty_embed", empty, (1, *shape[1:])),
     ):
-        if tuple(found.shape) != wanted:
-            raise ValueError(f"`{name}` must be {wanted}, got {tuple(found.shape)}.")
+        if tuple(found.shape) != wanted or found.dtype != target.dtype:
+            raise ValueError(
+                f"`{name}` must be {wanted} of {target.dtype}, got {tuple(found.shape)} of "
+                f"{found.dtype}."
+            )
     if token_mask is not None and tuple(token_mask.shape) != shape[:2]:
         raise ValueError(f"`token_mask` must be {shape[:2]}, got {tuple(token_mask.shape)}.")
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
 from diffusers_ext.eraser.loading import load_eraser
-from tests.eraser.saved_erasers import inputs, make_eraser, run, saved_eraser
+from tests.eraser.saved_erasers import inputs, run, saved_eraser
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 from tests.tiny_lora import add_random_lora
 

@@ -18,7 +18,8 @@ def test_the_peft_type_is_a_member_like_the_others():
     member = eraser_peft_type()
     assert member is eraser_peft_type() is PeftType.ERASER is PeftType("ERASER")
     assert member is PeftType["ERASER"]
-    assert member == "ERASER" and member.value == member.name == "ERASER"
+    assert member == "ERASER"
+    assert member.value == member.name == "ERASER"
     assert list(PeftType).count(member) == 1
     assert pickle.loads(pickle.dumps(member)) is copy.deepcopy(member) is member
     assert json.dumps(member) == '"ERASER"'

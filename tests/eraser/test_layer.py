@@ -119,7 +119,8 @@ def test_it_is_never_merged():
         layer.merge(adapter_names=["lora", "b"])
     layer.merge(adapter_names=["lora"])
     layer.unmerge()
-    assert not layer.merged and not layer.supports_lora_conversion()
+    assert not layer.merged
+    assert not layer.supports_lora_conversion()
 
 
 def test_the_text_length_is_noted_however_the_attention_is_called():

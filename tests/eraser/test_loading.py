@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-
 import pytest
 import torch
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 
-from diffusers_ext.eraser import eraser_files
 from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.eraser_files import read_eraser
 from diffusers_ext.eraser.loading import find_transformer, load_eraser
 from diffusers_ext.eraser.outputs import eraser_layers, trainable_eraser_parameters
 from tests.eraser.legacy_fixture import FOLDER, outputs, reference_transformer, run_reference
@@ -143,122 +135,6 @@ def test_an_eraser_of_another_model_leaves_the_model_alone(tmp_path, format, ove
         load_eraser(transformer, tmp_path)
     assert [name for name, _ in transformer.named_modules()] == before
     assert not hasattr(transformer, "peft_config")
-
-
-def edit(path, **changes):
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"peft_type": "LORA"}, "must have the `peft_type` 'ERASER', got 'LORA'. A LoRA is loaded"),
-        ({"r": 5}, "must be the rank 4 of the weights, got 5"),
-        ({"layers_to_transform": [1]}, "for the 1 layers that its config names, got 2"),
-        ({"exclude_modules": ["transformer_blocks.0.attn1.to_out.1"]}, "for the 1 layers"),
-    ],
-)
-def test_a_config_that_does_not_match_the_weights_is_refused(folder, changes, message):
-    edit(folder / "adapter_config.json", **changes)
-    with pytest.raises(ValueError, match=message):
-        load_eraser(tiny_transformer(), folder)
-
-
-def test_damaged_or_missing_files_are_refused(tmp_path, folder):
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="must be a whole safetensors file"):
-        read_eraser(folder)
-    weights.write_bytes(whole)
-    save_file(
-        {key.removeprefix("base_model."): t for key, t in load_file(weights).items()}, weights
-    )
-    with pytest.raises(ValueError, match="must start with 'base_model.model.', got 'model.tran"):
-        read_eraser(folder)
-    weights.unlink()
-    with pytest.raises(ValueError, match="got no adapter_model.safetensors"):
-        read_eraser(folder)
-    config.write_text("{")
-    weights.touch()
-    with pytest.raises(ValueError, match="must hold JSON"):
-        read_eraser(folder)
-    config.write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object, got a list"):
-        read_eraser(folder)
-    config.unlink()
-    expected = "adapter_config.json and .* or eraser_config.json and .*, got "
-    with pytest.raises(ValueError, match=expected + r"\['adapter_model.safetensors'\]"):
-        read_eraser(folder)
-    with pytest.raises(ValueError, match="must be a folder or 'user/name', got the file"):
-        read_eraser(FOLDER / "eraser_weights.pt")
-    with pytest.raises(ValueError, match="no such folder"):
-        read_eraser(tmp_path / "nowhere" / "deep")
-    with pytest.raises(ValueError, match="sub must hold .* got no such folder"):
-        read_eraser(folder, subfolder="sub")
-
-
-class Attack:
-    def __reduce__(self):
-        return os.mkdir, ("made-by-the-pickle",)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"transformer_blocks.0.attn1.adapter": Attack()}, "damaged or would run code"),
-        ([torch.zeros(2)], "must hold a dictionary of erasers, got a list"),
-        (torch.zeros(2), "must hold a dictionary of erasers, got a Tensor"),
-        (b"PK\x03\x04 cut short", "must be a whole file of `torch.save`"),
-        (b"no pickle", "damaged or would run code"),
-        (b"", "must be a whole file of `torch.save`"),
-    ],
-)
-def test_a_pickle_that_is_no_eraser_is_refused(tmp_path, monkeypatch, content, message):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(FOLDER / "eraser_config.json", tmp_path)
-    path = tmp_path / "eraser_weights.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(ValueError, match=message):
-        read_eraser(tmp_path)
-    assert not (tmp_path / "made-by-the-pickle").exists()
-
-
-def test_a_legacy_config_must_describe_the_weights(tmp_path):
-    for name in ("eraser_config.json", "eraser_weights.pt"):
-        shutil.copy(FOLDER / name, tmp_path)
-    edit(tmp_path / "eraser_config.json", eraser_rank=128)
-    with pytest.raises(ValueError, match="must be the rank 4 of the weights, got 128"):
-        read_eraser(tmp_path)
-    edit(tmp_path / "eraser_config.json", eraser_type="lora")
-    with pytest.raises(ValueError, match="`eraser_type` of .* must be 'adapter', got 'lora'"):
-        read_eraser(tmp_path)
-
-
-def test_hub_repositories_are_searched_for_either_format(monkeypatch, tmp_path):
-    calls = []
-
-    def download(repo_id, filename, **arguments):
-        calls.append((repo_id, filename, arguments))
-        path = tmp_path / arguments["subfolder"] / filename
-        if not path.is_file():
-            raise RemoteEntryNotFoundError("404", response=NotFound())
-        return str(path)
-
-    class NotFound:
-        headers: dict[str, str] = {}
-        request = None
-
-    monkeypatch.setattr(eraser_files, "hf_hub_download", download)
-    saved_eraser(tmp_path / "new")
-    saved_eraser(tmp_path / "old", format="legacy")
-    (tmp_path / "none").mkdir()
-    assert read_eraser("user/name", subfolder="new", revision="r").config.r == 4
-    assert calls[0][2] == {"subfolder": "new", "revision": "r"}
-    assert read_eraser("user/name", subfolder="old").shape.rank == 4
-    with pytest.raises(ValueError, match="Repository user/name must hold .* got neither"):
-        read_eraser("user/name", subfolder="none")
 
 
 def test_peft_reads_it_too(folder, expected):

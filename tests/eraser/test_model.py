@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel
 from peft import AutoPeftModel, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
@@ -167,7 +168,10 @@ def test_merging_is_refused_and_nothing_is_merged():
 MISFITS = {
     "rank": ({"r": 33}, "`r` must be at most the width of the model, 32, got 33"),
     "no match": ({"target_modules": ["attn2.to_out.1"]}, "Target modules .* not found"),
-    "no leaf": ({"target_modules": ["attn1"]}, "must match the ends .*'transformer_blocks.0.attn1'"),
+    "no leaf": (
+        {"target_modules": ["attn1"]},
+        "must match the ends .*'transformer_blocks.0.attn1'",
+    ),
     "a Linear": ({"target_modules": r".*\.to_out\..*"}, "got a match of .*attn1.to_out.0'"),
     "layer": ({"layers_to_transform": [0, 2]}, r"must lie between 0 and 1, got \[2\]"),
     "width": ({"in_features": 1920}, "2 layers of width 1920 .* 2 layers of width 32"),
@@ -213,6 +217,27 @@ def test_other_models_are_refused():
     with pytest.raises(ValueError, match="must be a CogVideoX transformer, got UNet2DCondition"):
         unet.add_adapter(EraserConfig(r=4))
     assert not unet._hf_peft_config_loaded
+
+
+def test_places_from_weights_are_checked_as_well():
+    model = tiny_transformer()
+    before = state_of(model)
+    weights = {f"{LEAF}.eraser_up.weight": None}
+    inject_adapter_in_model(eraser_config(layers_to_transform=0), model, state_dict=weights)
+    assert list(eraser_layers(model)) == ["transformer_blocks.0.attn1"]
+    model = tiny_transformer()
+    weights |= {"transformer_blocks.1.attn1.to_q.eraser_up.weight": None}
+    with pytest.raises(ValueError, match="got a match of 'transformer_blocks.1.attn1.to_q'"):
+        inject_adapter_in_model(eraser_config(), model, state_dict=weights)
+    assert state_of(model) == before
+
+
+def test_a_sequentially_offloaded_model_is_refused():
+    model = cpu_offload(tiny_transformer(), torch.device("cpu"))
+    expected = velocity(model)
+    with pytest.raises(ValueError, match="Add the eraser before `enable_sequential_cpu_offload"):
+        model.add_adapter(EraserConfig(r=4), "seven")
+    assert torch.equal(velocity(model), expected)
 
 
 def test_the_width_is_seen_through_a_lora():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import T5EncoderModel, T5Tokenizer
 
 from diffusers_ext.eraser.neighbours import (
     base_forms,
@@ -12,6 +13,8 @@ from diffusers_ext.eraser.neighbours import (
     word_embeddings,
 )
 from examples.digits.prompts import COLORS, DIGITS
+from examples.moving_digits.check_model import MODEL_DIR
+from examples.moving_digits.prompts import NEUTRAL_DIGIT, PROMPT_LENGTH
 from tests.tiny_cogvideox import tiny_video_pipeline
 
 
@@ -110,22 +113,42 @@ def test_cosines_without_the_common_part():
     torch.testing.assert_close(found, torch.tensor([half, -half, half, -half]))
 
 
-def test_embeddings_do_not_depend_on_the_batch(text):
-    words = ["seven", "cat", "red seven", "a"]
-    together = word_embeddings(*text, words)
-    alone = torch.cat([word_embeddings(*text, [word]) for word in words])
-    torch.testing.assert_close(together, alone)
-    assert together.dtype == torch.float32
-    # "red seven" is the mean of its two tokens, and of nothing else
-    red = word_embeddings(*text, ["red"])[0]
-    torch.testing.assert_close(together[2], (together[0] + red) / 2, rtol=1e-4, atol=1e-5)
+def neighbours(text, concept: str, count: int, words=None, **options) -> list[str]:
+    options = {"max_sequence_length": PROMPT_LENGTH, **options}
+    return [word for word, _ in neighbouring_concepts(*text, concept, count, words, **options)]
+
+
+def test_an_embedding_is_what_the_pipeline_reads_at_the_words_tokens():
+    pipeline = tiny_video_pipeline()
+    parts = (pipeline.tokenizer, pipeline.text_encoder)
+    words = ["seven", "cat", "red seven"]
+    prompts, _ = pipeline.encode_prompt(
+        words, do_classifier_free_guidance=False, max_sequence_length=PROMPT_LENGTH
+    )
+    expected = [prompts[row, :length].mean(dim=0) for row, length in enumerate((1, 4, 2))]
+    found = word_embeddings(*parts, words, PROMPT_LENGTH, batch_size=2)
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert not found.requires_grad
+    # the padding is read
+    assert not torch.allclose(found, word_embeddings(*parts, words, 6), atol=1e-4)
+
+
+def test_the_modes_of_the_encoder_come_back(text):
+    encoder = text[1]
+    block = encoder.encoder.block[0].train()
+    try:
+        word_embeddings(*text, ["seven"], PROMPT_LENGTH)
+        assert block.training
+        assert not encoder.training
+    finally:
+        block.eval()
 
 
 def test_the_nearest_come_first_from_the_bundled_words(text, place):
     space = {digit: [1.0, 0.02 * index] for index, digit in enumerate(DIGITS)}
     space |= {color: [-1.0, 0.3 * index] for index, color in enumerate(COLORS)}
     place({**space, "right": [-1.0, 1.0]})
-    found = neighbouring_concepts(*text, "seven", 4)
+    found = neighbouring_concepts(*text, "seven", 4, max_sequence_length=PROMPT_LENGTH)
     assert [word for word, _ in found] == ["eight", "six", "nine", "five"]
     cosines = [cosine for _, cosine in found]
     assert cosines == sorted(cosines, reverse=True)
@@ -135,21 +158,32 @@ def test_the_nearest_come_first_from_the_bundled_words(text, place):
 def test_the_count_cuts_the_farthest_and_not_the_end_of_the_alphabet(text, place):
     place({"zero": [1.0, 0.0], "seven": [1.0, 0.1], "blue": [-1.0, 0.0], "eight": [-1.0, 0.2]})
     words = ["blue", "eight", "zero"]
-    (nearest,) = neighbouring_concepts(*text, "seven", 1, words)
-    assert nearest.word == "zero"
+    assert neighbours(text, "seven", 1, words) == ["zero"]
 
 
 def test_own_forms_and_named_synonyms_are_left_out(text):
     words = ["Seven", "sevens", "lucky seven", "number", "six", "six", "日本", "red", "eight"]
-    found = neighbouring_concepts(*text, "seven", 3, words, exclude=["numbers"])
-    assert {word for word, _ in found} == {"six", "red", "eight"}
+    found = neighbours(text, "seven", 3, words, exclude=["numbers"])
+    assert set(found) == {"six", "red", "eight"}
 
 
 def test_default_candidates_are_words_that_the_tokenizer_holds(text):
     vocabulary = set(text[0].get_vocab())
-    found = [word for word, _ in neighbouring_concepts(*text, "seven", 15)]
-    assert all("▁" + word in vocabulary for word in found)
-    assert "cat" in [word for word, _ in neighbouring_concepts(*text, "seven", 1, ["cat"])]
+    assert all("▁" + word in vocabulary for word in neighbours(text, "seven", 15))
+    assert neighbours(text, "seven", 1, ["cat"]) == ["cat"]
+
+
+def test_the_neighbours_of_digits_in_the_bundled_model_are_digits():
+    tokenizer = T5Tokenizer.from_pretrained(MODEL_DIR, subfolder="tokenizer")
+    encoder = T5EncoderModel.from_pretrained(
+        MODEL_DIR, subfolder="text_encoder", dtype=torch.float32
+    )
+    nearest = [neighbours((tokenizer, encoder), digit, 3) for digit in DIGITS]
+    alike = {*DIGITS, NEUTRAL_DIGIT, "number"}
+    shares = [len(alike & set(words)) / 3 for words in nearest]
+    # 11 of the 21 other words that the model knows are alike: chance is 0.52
+    assert sum(shares) / len(shares) >= 0.7
+    assert len(alike & set(neighbours((tokenizer, encoder), "seven", 5))) >= 4
 
 
 def test_embeddings_that_are_not_finite(text, place):
@@ -157,7 +191,7 @@ def test_embeddings_that_are_not_finite(text, place):
     with pytest.raises(
         ValueError, match="must give finite embeddings, got others in torch.float32"
     ):
-        neighbouring_concepts(*text, "seven", 1, ["one", "two"])
+        neighbours(text, "seven", 1, ["one", "two"])
 
 
 @pytest.mark.parametrize(
@@ -170,4 +204,4 @@ def test_embeddings_that_are_not_finite(text, place):
 )
 def test_bad_input(text, concept, count, message):
     with pytest.raises(ValueError, match=message):
-        neighbouring_concepts(*text, concept, count, ["one", "two", "sevens"])
+        neighbours(text, concept, count, ["one", "two", "sevens"])

@@ -47,4 +47,5 @@ def test_importing_it_is_enough(monkeypatch):
     importlib.reload(registration)
     assert all(PeftType.ERASER in mapping for mapping in mappings)
     config = get_peft_config({"peft_type": "ERASER", "r": 3})
-    assert isinstance(config, EraserConfig) and config.r == 3
+    assert isinstance(config, EraserConfig)
+    assert config.r == 3

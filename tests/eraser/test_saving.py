@@ -131,17 +131,24 @@ def test_formats_are_not_mixed_in_one_folder(tmp_path):
         save_eraser(transformer, tmp_path, format="legacy")
 
 
-def test_an_interrupted_save_keeps_the_old_eraser(tmp_path, monkeypatch):
-    save_eraser(make_eraser(tiny_transformer()), tmp_path)
-    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+def test_an_interrupted_save_leaves_the_old_eraser_or_none(tmp_path, monkeypatch):
+    folder = tmp_path / "eraser"
+    save_eraser(make_eraser(tiny_transformer()), folder)
+    before = {name: (folder / name).read_bytes() for name in PEFT_FILES}
+    replace = os.replace
 
-    def stop(*arguments):
-        raise KeyboardInterrupt
+    def stop(source, target):
+        if str(target).endswith("adapter_config.json"):  # the second file
+            raise KeyboardInterrupt
+        replace(source, target)
 
-    monkeypatch.setattr(artifacts.os, "replace", stop)
+    monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        save_eraser(make_eraser(tiny_transformer(), seed=2), tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+        save_eraser(make_eraser(tiny_transformer(), concept="seven"), folder)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+    with pytest.raises(KeyboardInterrupt):
+        save_eraser(make_eraser(tiny_transformer()), tmp_path / "new")
+    assert os.listdir(tmp_path) == ["eraser"]
 
 
 def test_only_the_eraser_is_uploaded(tmp_path, monkeypatch):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline
+from peft import get_peft_model
 
+from diffusers_ext.eraser.config import EraserConfig
+from diffusers_ext.eraser.registration import register_eraser
+from diffusers_ext.eraser.teacher import teacher_velocities
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 
@@ -116,3 +120,21 @@ def test_tensors_that_do_not_fit_are_refused(x_t, t, prompt, message):
     velocity = CogVideoXVelocity.from_pipeline(tiny_video_pipeline(), 9, 16, 16)
     with pytest.raises(ValueError, match=message):
         velocity(torch.zeros(x_t), torch.zeros(t, dtype=torch.long), torch.zeros(prompt))
+
+
+@torch.no_grad()
+def test_a_peft_model_is_called_as_it_is():
+    register_eraser()
+    pipeline = tiny_video_pipeline()
+    bare = CogVideoXVelocity.from_pipeline(pipeline, 9, 16, 16)
+    rows = torch.randn(2, 3, 4, 4, 4), torch.tensor([1, 900]), torch.randn(2, 12, 16)
+    before = bare(*rows)
+    pipeline.transformer = get_peft_model(
+        pipeline.transformer, EraserConfig(r=4, init_weights=False)
+    )
+    velocity = CogVideoXVelocity.from_pipeline(pipeline, 9, 16, 16)
+    erased = velocity(*rows)
+    assert not torch.equal(erased, before)
+    (found,) = teacher_velocities(velocity, velocity, [rows])
+    assert torch.equal(found, before)
+    assert torch.equal(velocity(*rows), erased)

@@ -70,7 +70,7 @@ def test_the_installed_package_with_its_version(monkeypatch, tmp_path):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="must have the package `nudenet`.* pip install"):
+    with pytest.raises(ImportError, match="must have the package `nudenet`.* `pip install"):
         NudeNetDetector.from_installed()
 
 

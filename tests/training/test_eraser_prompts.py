@@ -135,7 +135,7 @@ def test_automatic_concepts_are_shown_and_written(tmp_path, caplog):
     pipeline = tiny_video_pipeline()
     path = tmp_path / "made" / "preserved.txt"
     arguments = (pipeline.tokenizer, pipeline.text_encoder, "seven", 3, path)
-    found = auto_preserved_concepts(*arguments, exclude=["digit"])
+    found = auto_preserved_concepts(*arguments, max_sequence_length=12, exclude=["digit"])
     assert len(set(found)) == 3
     assert read_eraser_prompts(path) == found
     assert not {"seven", "digit"} & set(found)

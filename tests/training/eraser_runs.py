@@ -1,0 +1,64 @@
+"""Short trainings of erasers for a tiny CogVideoX in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState
+
+from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.training.script_runs import command_line
+from training.eraser_prompts import EraserPrompts, make_eraser_prompts
+from training.train_cogvideox_eraser import main, parse_args
+
+
+TARGETS = ("a red seven moving right", "the blue seven goes up")
+PRESERVED = ("three", "two")
+
+
+def tiny_prompts() -> EraserPrompts:
+    return make_eraser_prompts(
+        TARGETS, "seven", anchor_concept="digit", preserved_concepts=PRESERVED
+    )
+
+
+def write_eraser_files(folder: Path) -> Path:
+    """A tiny base model, a prompts file and a file of preserved concepts."""
+    tiny_video_pipeline().save_pretrained(folder / "base")
+    (folder / "prompts.txt").write_text("\n".join(["# seven", "", *TARGETS, ""]))
+    (folder / "preserved.txt").write_text("\n".join(PRESERVED))
+    return folder
+
+
+def eraser_line(files: Path, output_dir: Path, **arguments: Any) -> list[str]:
+    """Command line of a short training; `None` takes an argument away."""
+    usual = {
+        "pretrained_model_name_or_path": files / "base",
+        "target_concept": "seven",
+        "anchor_concept": "digit",
+        "prompts_file": files / "prompts.txt",
+        "preserved_concepts_file": files / "preserved.txt",
+        "output_dir": output_dir,
+        "eraser_rank": 4,
+        "learning_rate": 5e-3,
+        "train_batch_size": 2,
+        "max_train_steps": 4,
+        "num_target_trajectories": 2,
+        "num_preserved_trajectories": 2,
+        "num_inference_steps": 3,
+        "points_per_trajectory": 0,
+    }
+    return command_line(**{**usual, **arguments})
+
+
+def train(files: Path, output_dir: Path, **arguments: Any) -> Path:
+    """Run the training script; returns the folder it wrote."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return main(parse_args(eraser_line(files, output_dir, **arguments)))
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "training_report.json").read_text())

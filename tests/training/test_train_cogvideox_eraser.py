@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_ext.eraser.loading import load_eraser
+from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.training.eraser_runs import eraser_line, read_report, train, write_eraser_files
+from tests.training.script_runs import files_below
+from training import eraser_base, eraser_step, eraser_text
+from training import publish as publish_module
+from training.train_cogvideox_eraser import parse_args
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_eraser_files(tmp_path_factory.mktemp("eraser"))
+
+
+def weights_of(folder) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_what_a_run_leaves(files, tmp_path):
+    validation = {"validation_prompt": "a red seven moving right", "num_validation_videos": 2}
+    folder = train(files, tmp_path / "out", **validation, validation_steps=2)
+    clips = {f"validation/step-00000{s}-prompt-0-video-{v}.gif" for s in (2, 4) for v in (0, 1)}
+    results = {"adapter_config.json", "adapter_model.safetensors", "training_report.json"}
+    assert files_below(folder) == clips | results
+    with Image.open(folder / sorted(clips)[0]) as clip:
+        assert clip.n_frames == 9
+    report = read_report(folder)
+    assert report["parameters"] == 2 * (2 * 32 * 4 + 4 + 32)
+    assert report["recipe"]["rank"] == 4
+    assert report["preserved_concepts"] == ["three", "two"]
+    assert report["prompts"]["anchor"] == ["a red digit moving right", "the blue digit goes up"]
+    assert report["history"][-1]["step"] == 4
+    assert math.isfinite(report["history"][-1]["loss"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["concept"], config["anchor_concept"]) == ("seven", "digit")
+    assert config["base_model_name_or_path"] == "base"
+    pipeline = tiny_video_pipeline()
+    load_eraser(pipeline, folder)
+    clip = {"num_frames": 9, "num_inference_steps": 2, "max_sequence_length": 12}
+    frames = [
+        pipeline(
+            "a red seven",
+            output_type="pt",
+            generator=torch.Generator().manual_seed(0),
+            attention_kwargs={"scale": scale},
+            **clip,
+        ).frames
+        for scale in (0.0, 1.0)
+    ]
+    assert not torch.equal(*frames)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_checkpointing": True, "localization_weight": 0.1},
+        {"latents_source": "noise", "anchor_concept": None},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_variants_learn_finite_weights(arguments, files, tmp_path):
+    folder = train(files, tmp_path / "out", **arguments)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert any(tensor.any() for name, tensor in tensors.items() if "eraser_up" in name)
+
+
+def test_concepts_that_the_text_encoder_chooses_are_written_down(files, tmp_path):
+    automatic = {"auto_preserved_concepts": True, "num_preserved_concepts": 2}
+    folder = train(files, tmp_path / "out", preserved_concepts_file=None, **automatic)
+    lines = (folder / "preserved_concepts.txt").read_text().splitlines()
+    chosen = [line for line in lines if not line.startswith("#")]
+    assert len(chosen) == 2
+    report = read_report(folder)
+    assert report["preserved_concepts"] == chosen
+    assert f"a red {chosen[0]} moving right" in report["prompts"]["preserved"]
+
+
+def test_kept_trajectories_give_the_same_eraser_without_sampling(files, tmp_path, monkeypatch):
+    kept = {"trajectories_dir": tmp_path / "trajectories"}
+    first = train(files, tmp_path / "first", **kept)
+    made = files_below(tmp_path / "trajectories")
+    assert made
+    again = train(files, tmp_path / "again", **kept)
+    assert weights_of(first) == weights_of(again)
+    with pytest.raises(ValueError, match="three|prompts|facts"):
+        train(files, tmp_path / "other", **kept, anchor_concept="number")
+    assert files_below(tmp_path / "trajectories") == made
+    assert not (tmp_path / "other").exists()
+
+
+RESUMED = {
+    "lr_scheduler": "cosine",
+    "gradient_accumulation_steps": 2,
+    "checkpointing_steps": 2,
+    "checkpoints_total_limit": 1,
+}
+
+
+def test_another_run_is_refused_before_weights_are_loaded(files, tmp_path, monkeypatch):
+    train(files, tmp_path / "out", **RESUMED)
+    monkeypatch.setattr(eraser_text, "load_text_pipeline", None)
+    for change, message in (
+        ({"guidance_scale": 2.0}, "`recipe.guidance_scale` must be the same"),
+        ({"anchor_concept": None}, "`anchor_concept` must be the same"),
+        ({"max_train_steps": 1, "lr_scheduler": "constant"}, "must be "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(files, tmp_path / "out", **{**RESUMED, **change}, resume_from_checkpoint="latest")
+
+
+def test_a_loss_that_is_not_a_number_leaves_the_last_checkpoint(files, tmp_path, monkeypatch):
+    real, calls = eraser_step.velocity_distance, []
+
+    def fails_later(prediction, *rest):
+        calls.append(1)
+        return real(prediction, *rest) * (math.nan if len(calls) > 4 * 2 else 1)
+
+    monkeypatch.setattr(eraser_step, "velocity_distance", fails_later)
+    with pytest.raises(FloatingPointError, match="The loss must stay finite, got nan"):
+        train(files, tmp_path / "out", checkpointing_steps=1, logging_steps=1)
+    kept = {path.split("/")[0] for path in files_below(tmp_path / "out")}
+    assert kept == {"checkpoint-1", "checkpoint-2"}
+    monkeypatch.undo()
+    resumed = train(files, tmp_path / "out", checkpointing_steps=1, resume_from_checkpoint="latest")
+    whole = train(files, tmp_path / "whole")
+    assert weights_of(resumed) == weights_of(whole)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eraser_rank": 0}, "`eraser_rank` must be at least 1, got 0"),
+        ({"eraser_rank": 33}, "`eraser_rank` must be at most the model's width, 32, got 33"),
+        ({"num_frames": 10}, "`num_frames` must be .* got 10. The nearest is 9"),
+        ({"height": 20}, "`height` must be a positive multiple of 8"),
+        ({"target_concept": "sch\u00f6n"}, "must be words that the tokenizer can spell"),
+        ({"target_concept": " "}, "`target_concept` must be a word or words"),
+        ({"target_concept": "nine"}, "must contain 'nine' as a whole word"),
+        ({"prompts_file": "absent.txt"}, "no such file"),
+        ({"prompts_file": "empty"}, "at least one prompt"),
+        ({"preserved_concepts_file": "empty"}, "at least one prompt"),
+        ({"preserved_concepts_file": "seven"}, "must not name 'seven', which is erased"),
+        ({"preserved_concepts_file": None}, "One of `preserved_concepts_file`, .* must be given"),
+        ({"auto_preserved_concepts": True}, "must not be given with `--auto_preserved_concepts`"),
+        ({"latents_source": "video"}, "`video_dir` must be a folder of clips"),
+        ({"latents_source": "noise", "trajectories_dir": "x"}, "`trajectories_dir` must not be"),
+        ({"validation_fps": 0}, "`validation_fps` must be at least 1"),
+        ({"empty_share": 2.0}, r"`empty_share` must be in \[0, 1\]"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be positive"),
+        ({"pretrained_model_name_or_path": Path(__file__).parent}, "must be a folder or Hub name"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_weights_are_loaded(
+    arguments, message, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(eraser_text, "load_text_pipeline", None)
+    texts = {"empty": "# nothing\n\n", "seven": "three\na seven\n"}
+    arguments = {
+        name: write(tmp_path / value, texts[value]) if value in texts else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        train(files, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scheduler_of_another_prediction(files, tmp_path, monkeypatch):
+    real = eraser_base.CogVideoXDDIMScheduler.load_config
+    epsilon = SimpleNamespace(
+        load_config=lambda *args, **options: {
+            **real(*args, **options),
+            "prediction_type": "epsilon",
+        }
+    )
+    monkeypatch.setattr(eraser_base, "CogVideoXDDIMScheduler", epsilon)
+    with pytest.raises(ValueError, match="`prediction_type` of the scheduler must be 'v_pred"):
+        train(files, tmp_path / "out")
+
+
+def test_what_must_be_given(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--output_dir", "out"])
+    assert "--target_concept, --prompts_file" in capsys.readouterr().err
+
+
+def test_upload(files, tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:
+        def __init__(self, token=None) -> None:
+            self.token = token
+
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=f"somebody/{name}")
+
+        def upload_folder(self, **options):
+            calls.append(options)
+            return "https://huggingface.co/commit"
+
+    monkeypatch.setattr(publish_module, "HfApi", Hub)
+    folder = train(
+        files, tmp_path / "out", push_to_hub=True, validation_prompt="a red seven",
+        trajectories_dir=tmp_path / "out" / "samples",
+    )  # fmt: skip
+    card = (folder / "README.md").read_text()
+    assert "somebody/out" in card
+    assert "**seven**" in card
+    assert "three, two" in card
+    assert "validation/step-000004-prompt-0-video-0.gif" in card
+    assert str(tmp_path) not in card
+    assert {"checkpoint-*", "samples/*"} <= {*calls[0]["ignore_patterns"]}
+    assert calls[0]["folder_path"] == str(tmp_path / "out")
+
+
+def test_the_command_line_of_the_tests_is_that_of_users(files, tmp_path):
+    args = parse_args(eraser_line(files, tmp_path, eraser_rank=None, learning_rate=None))
+    assert (args.eraser_rank, args.learning_rate, args.guidance_scale) == (128, 1e-4, 1.0)

@@ -1,0 +1,171 @@
+"""From a batch of samples to what the student is asked and what the teacher says about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffusers_ext.eraser.concept_attention import concept_attention
+from diffusers_ext.eraser.masks import normalize_attention
+from diffusers_ext.eraser.teacher import teacher_velocities
+from diffusers_ext.eraser.teacher_samples import EMPTY_PROMPT
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.eraser.velocity_losses import negative_velocity
+from training.eraser_recipe import EraserTraining
+from training.eraser_rows import EraserText, Rows, States, TeacherRows, rows_of_each_kind
+
+
+class RowMaker:
+    """Rows of teacher samples as they were kept, or of clean latents with one pass of the teacher.
+
+    Args:
+        velocity: of the model that trains, not prepared by accelerate; without erasers it is the
+            teacher.
+        text: embeddings of the prompts, anywhere.
+        recipe: shares, range of timesteps, guidance.
+        device: where the model is.
+        grid: (frames, rows, columns) of the video tokens.
+        scheduler: adds noise to clean latents.
+        token_mask: `(target prompts, text)` bool, the concept's tokens; needed for masks that are not
+            kept with the samples.
+    """
+
+    def __init__(
+        self,
+        velocity: CogVideoXVelocity,
+        text: EraserText,
+        recipe: EraserTraining,
+        device: torch.device,
+        *,
+        grid: tuple[int, int, int],
+        scheduler: Any,
+        token_mask: torch.Tensor | None = None,
+    ) -> None:
+        asked = recipe.latents_source != "trajectory" or recipe.on_policy_share
+        if recipe.localization_weight and asked and token_mask is None:
+            raise ValueError(
+                "`token_mask` must be given where `localization_weight` is not 0, got none."
+            )
+        self.velocity, self.text, self.recipe, self.device = velocity, text, recipe, device
+        self.grid, self.scheduler, self.token_mask = grid, scheduler, token_mask
+
+    def teacher_rows(self, batch: dict[str, Any], generator: torch.Generator) -> TeacherRows:
+        """Rows of a batch of `TeacherSamples`, or over clean latents `batch["x_0"]`."""
+        return self._kept(batch) if "target" in batch else self._noised(batch, generator)
+
+    def replace_target(self, rows: TeacherRows, states: States) -> TeacherRows:
+        """Put other states in the place of the first target rows; the teacher is asked about them."""
+        count = len(states.t)
+        nothing = States(*(part[:0] for part in rows.preserved))
+        asked = self.ask_teacher(states, nothing)
+        joined = (
+            torch.cat([new, old[count:]])
+            for new, old in zip(
+                (*states, *asked[:2]), (*rows.target, rows.v_concept, rows.v_anchor)
+            )
+        )
+        x_t, t, prompts, v_concept, v_anchor = joined
+        mask = rows.mask
+        if mask is not None:
+            mask = torch.cat([asked[3], mask[count:]])
+        return rows._replace(
+            target=States(x_t, t, prompts), v_concept=v_concept, v_anchor=v_anchor, mask=mask
+        )
+
+    def ask_teacher(
+        self, target: States, preserved: States
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(concept, anchor, preserved) velocities in one pass, and the concept's mask if it is needed."""
+        states = (target, target, preserved)
+        embeds = (
+            self._take(self.text.target, target.prompts),
+            self._take(self.text.anchor, target.prompts),
+            self._take_preserved(preserved.prompts),
+        )
+        rows = [(s.x_t, s.t, text) for s, text in zip(states, embeds)]
+        if not self.recipe.localization_weight:
+            return (*teacher_velocities(self.velocity, self.velocity, rows), None)
+        n = len(target.t)
+        concept = self.token_mask[target.prompts.cpu()]
+        tokens = concept.new_zeros(sum(len(s.t) for s in states), concept.shape[1])
+        tokens[:n] = concept
+        with concept_attention(self.velocity.transformer, tokens) as attention:
+            velocities = teacher_velocities(self.velocity, self.velocity, rows)
+        maps = attention.maps[:n]
+        return (*velocities, normalize_attention(maps, self.grid, self.recipe.mask_threshold))
+
+    def rows(self, known: TeacherRows) -> Rows:
+        """What the student is asked, and what it is to answer."""
+        target, preserved = known.target, known.preserved
+        eta = self.recipe.guidance_scale
+        v_negative = negative_velocity(known.v_anchor, known.v_concept, eta)
+        embeds = [
+            self._take(self.text.target, target.prompts),
+            self._take_preserved(preserved.prompts),
+        ]
+        t = torch.cat([target.t, preserved.t])
+        weights = ((t >= self.recipe.min_timestep) & (t <= self.recipe.max_timestep)).float()
+        empty = preserved.prompts == EMPTY_PROMPT
+        weights[len(target.t) :][empty] *= self.recipe.empty_weight
+        return Rows(
+            torch.cat([target.x_t, preserved.x_t]),
+            t,
+            torch.cat(embeds),
+            torch.cat([v_negative, known.v_preserved]),
+            known.v_concept,
+            weights,
+            known.mask,
+        )
+
+    def _kept(self, batch: dict[str, Any]) -> TeacherRows:
+        num_target, num_preserved = self._rows_of_each_kind(len(batch["target"]["t"]))
+        target = self._moved(batch["target"], num_target)
+        preserved = self._moved(batch["preserved"], num_preserved)
+        return TeacherRows(
+            States(target["x_t"], target["t"], target["prompt"]),
+            States(preserved["x_t"], preserved["t"], preserved["prompt"]),
+            target["v_concept"],
+            target["v_anchor"],
+            preserved["velocity"],
+            target.get("mask"),
+        )
+
+    def _noised(self, batch: dict[str, Any], generator: torch.Generator) -> TeacherRows:
+        x_0 = batch["x_0"].to(self.device, torch.float32)
+        num_target, num_preserved = self._rows_of_each_kind(len(x_0))
+        target = self._add_noise(x_0[:num_target], len(self.text.target), generator)
+        preserved = self._add_noise(x_0[:num_preserved], len(self.text.preserved), generator)
+        empty = torch.rand(num_preserved, generator=generator) < self.recipe.empty_share
+        numbers = preserved.prompts.masked_fill(empty.to(self.device), EMPTY_PROMPT)
+        preserved = preserved._replace(prompts=numbers)
+        return TeacherRows(target, preserved, *self.ask_teacher(target, preserved))
+
+    def _rows_of_each_kind(self, batch_size: int) -> tuple[int, int]:
+        # Preserved rows without weight would be asked for nothing.
+        share = self.recipe.preserved_share if self.recipe.preservation_weight else 0.0
+        return rows_of_each_kind(batch_size, share)
+
+    def _take(self, embeds: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        return embeds[prompts.to(embeds.device)].to(self.device)
+
+    def _take_preserved(self, prompts: torch.Tensor) -> torch.Tensor:
+        chosen = self._take(self.text.preserved, prompts.clamp_min(0))
+        empty = self.text.empty.to(chosen)
+        return torch.where((prompts == EMPTY_PROMPT)[:, None, None], empty, chosen)
+
+    def _moved(self, part: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """The first rows of a part of a batch on the device, latents in float32."""
+        return {
+            name: value[:count].to(self.device, torch.float32 if value.dim() > 1 else None)
+            for name, value in part.items()
+        }
+
+    def _add_noise(self, x_0: torch.Tensor, num_prompts: int, generator: torch.Generator) -> States:
+        """x_t of clean latents at drawn timesteps, with drawn prompts."""
+        rows = (len(x_0),)
+        low, high = self.recipe.min_timestep, self.recipe.max_timestep
+        t = torch.randint(low, high + 1, rows, generator=generator).to(self.device)
+        prompts = torch.randint(num_prompts, rows, generator=generator).to(self.device)
+        noise = torch.randn(x_0.shape, generator=generator).to(self.device)
+        return States(self.scheduler.add_noise(x_0, noise, t), t, prompts)
