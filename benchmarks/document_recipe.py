@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusers_ext.eraser.masks import concept_attention
+from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.outputs import eraser_outputs
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 

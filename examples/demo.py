@@ -1,4 +1,4 @@
-"""Run every tool on the bundled digits model, with tables and pictures of what each one did.
+"""Run every tool on the bundled digits models, with tables and pictures of what each one did.
 
 python examples/demo.py --output_dir outputs/demo
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
-from examples import demo_golden_noise, demo_new_glyph
+from examples import demo_eraser, demo_golden_noise, demo_new_glyph
 
 
 def main(input_args: list[str] | None = None) -> None:
@@ -28,6 +28,7 @@ def main(input_args: list[str] | None = None) -> None:
     parts = {
         "Teach a new glyph": (demo_new_glyph, args.output_dir / "new_glyph"),
         "Golden noise": (demo_golden_noise, args.output_dir / "golden_noise"),
+        "Erase a concept": (demo_eraser, args.output_dir / "eraser"),
     }
     texts, began = [], time.perf_counter()
     for title, (part, folder) in parts.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -114,24 +114,28 @@ ERASER_GROUPS = (
 
 
 def parse_eraser_arguments(
-    description: str | None, input_args: Sequence[str] | None = None
+    description: str | None,
+    input_args: Sequence[str] | None = None,
+    other_groups: Sequence[Callable[[argparse.ArgumentParser], None]] = (),
 ) -> argparse.Namespace:
     """Command line of the script, over the YAML file of `--config`.
 
     Args:
         description: of the script.
         input_args: command line; `None` takes the process's.
+        other_groups: of scripts that share the file.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for add_arguments in ERASER_GROUPS:
         add_arguments(parser)
-    parser.set_defaults(max_train_steps=None, train_batch_size=None, adam_weight_decay=None)
+    unset = ("max_train_steps", "train_batch_size", "adam_weight_decay", "lr_scheduler")
+    parser.set_defaults(**dict.fromkeys(unset))
     required = (
         "pretrained_model_name_or_path", "target_concept", "prompts_file", "output_dir",
     )  # fmt: skip
-    args = parse_arguments(parser, input_args, required, groups=ERASER_GROUPS)
+    args = parse_arguments(parser, input_args, required, groups=(*ERASER_GROUPS, *other_groups))
     for name, value in REAL_MODEL_DEFAULTS.items():
         name = _NAMES.get(name, name)
         if hasattr(args, name) and getattr(args, name) is None:

@@ -27,6 +27,7 @@ class EraserTraining:
             On the moving digits it did not help, as a digit fills most of the tokens it moves over.
         loss_type: `"l2"` or `"l1"`, of both distances.
         learning_rate: of AdamW; real models need about 1e-4.
+        lr_scheduler: name of a diffusers schedule of the rate, without warm-up.
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped to it.
         max_train_steps: optimizer steps.
@@ -64,6 +65,7 @@ class EraserTraining:
     localization_weight: float = 0.0
     loss_type: str = "l2"
     learning_rate: float = 5e-3
+    lr_scheduler: str = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_train_steps: int = 400

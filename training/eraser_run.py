@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXPipeline
+from diffusers.optimization import get_scheduler
 
 from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.config import EraserConfig
@@ -133,13 +134,22 @@ def train_eraser(
         seed=recipe.seed,
         description="eraser training",
     )
+    optimizer = torch.optim.AdamW(
+        parameters, recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
     loop = TrainingLoop(
         accelerator,
         transformer,
-        torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay),
+        optimizer,
         data.samples,
         make_step(pipeline, data, recipe, accelerator.device, adapter_name),
         settings,
+        get_scheduler(
+            recipe.lr_scheduler,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=recipe.max_train_steps,
+        ),
     )
     try:
         loop.run()

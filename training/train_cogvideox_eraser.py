@@ -33,6 +33,7 @@ from training.eraser_result import eraser_report, publish_eraser, save_result
 from training.eraser_run import add_eraser, make_step
 from training.eraser_text import GivenTexts, RunText, encode_run_text, read_texts
 from training.eraser_validation import ClipValidation
+from training.erasure_arguments import ERASURE_GROUPS
 from training.loop import TrainingLoop
 from training.publish import make_repository
 from training.run_setup import (
@@ -55,7 +56,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script, over the YAML file of `--config`."""
-    return parse_eraser_arguments(__doc__, input_args)
+    return parse_eraser_arguments(__doc__, input_args, ERASURE_GROUPS)
 
 
 def settings(args: argparse.Namespace, given: GivenTexts, base: BaseFacts) -> dict[str, Any]:

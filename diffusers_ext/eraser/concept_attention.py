@@ -7,87 +7,56 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import apply_rotary_emb
 
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
-
-
-def attention_mass(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    token_mask: torch.Tensor,
-    *,
-    chunk_size: int = 1024,
-    per_head: bool = False,
-) -> torch.Tensor:
-    """Share of the video tokens' attention that lands on chosen text tokens.
-
-    `sum over concept tokens j of softmax_j(q_i k_j^T / sqrt(head_dim))`, the softmax over all text
-    and video keys: the output of the same attention with `value_j = 1` at the concept's tokens and
-    0 elsewhere, so that fused kernels compute it and no score matrix is kept.
-
-    Args:
-        query, key: `(batch, heads, text + video, head_dim)`, text first, after normalisation and
-            rotary embedding.
-        token_mask: `(batch, text)` bool, true at the concept's tokens.
-        chunk_size: video queries at a time; it bounds the scores where no fused kernel serves.
-        per_head: keep the heads apart.
-
-    Returns:
-        `(batch, video)` float32, or `(batch, heads, video)`, from 0 to 1.
-    """
-    text = token_mask.shape[1]
-    # As wide as the keys: flash kernels ask for one width.
-    value = key.new_zeros(key.shape[0], 1, *key.shape[2:])
-    value[:, 0, :text, 0] = token_mask.to(key)
-    value = value.expand(-1, key.shape[1], -1, -1)
-    chunks = query[:, :, text:].split(chunk_size, dim=2)
-    shares = [F.scaled_dot_product_attention(chunk, key, value)[..., 0].float() for chunk in chunks]
-    mass = torch.cat(shares, dim=2)
-    return mass if per_head else mass.mean(dim=1)
-
-
-def rotate_video(features: torch.Tensor, rotary: Rotary | None, text: int) -> torch.Tensor:
-    """Rotary embedding of the video part, as CogVideoX applies it.
-
-    Args:
-        features: `(batch, heads, text + video, head_dim)` queries or keys; not written to.
-        rotary: `(cos, sin)`, each `(video, head_dim)`, or `None` for absolute positions.
-        text: how many tokens are text.
-    """
-    if rotary is None:
-        return features
-    turned = apply_rotary_emb(features[:, :, text:], rotary)
-    return torch.cat([features[:, :, :text], turned], dim=2)
+from diffusers_ext.eraser.attention_mass import Rotary, attention_mass, rotate_video, standardize
 
 
 class ConceptAttention:
     """What `concept_attention` yields: the maps of the latest forward."""
 
-    def __init__(self, token_mask: torch.Tensor, chunk_size: int) -> None:
+    def __init__(
+        self,
+        token_mask: torch.Tensor,
+        chunk_size: int,
+        head_weights: torch.Tensor | None,
+        keep_heads: bool,
+    ) -> None:
         self._token_mask, self._chunk_size = token_mask, chunk_size
+        self._head_weights, self._keep_heads = head_weights, keep_heads
         self._rows = token_mask.any(dim=1).nonzero().flatten()
         self._total: torch.Tensor | None = None
+        self._heads: list[torch.Tensor] = []
         self._layers = 0
         self.running = False  # inside of a forward of the transformer
 
     @property
     def maps(self) -> torch.Tensor:
-        """`(batch, video)` float32: mean over heads and layers; zero in rows without the concept."""
+        """`(batch, video)` float32: the mean over heads and layers, or their weighted sum.
+
+        Without weights it is a share from 0 to 1; weighted maps are standardised head by head. Zero
+        in rows without the concept.
+        """
         if self._total is None:
             raise ValueError(
                 "`maps` must be read after a forward of the transformer, got none yet."
             )
-        return self._total / self._layers
+        return self._total if self._head_weights is not None else self._total / self._layers
+
+    @property
+    def head_maps(self) -> torch.Tensor:
+        """`(batch, layers, heads, video)` float32, with `keep_heads`."""
+        if not self._heads:
+            raise ValueError(
+                "`head_maps` must be read after a forward with `keep_heads`, got none."
+            )
+        return torch.stack([mass.to(self._heads[0].device) for mass in self._heads], dim=1)
 
     def begin(self, *_: Any) -> None:
         """Forget the forward before."""
         # A recomputation by gradient checkpointing runs blocks outside of a forward.
-        self._total, self._layers, self.running = None, 0, True
+        self._total, self._heads, self._layers, self.running = None, [], 0, True
 
     def end(self, *_: Any) -> None:
         """Hear nothing more until the next forward."""
@@ -108,11 +77,18 @@ class ConceptAttention:
         rows = self._rows.to(query.device)
         token_mask = self._token_mask.to(query.device)
         text = token_mask.shape[1]
-        maps = torch.zeros(query.shape[0], query.shape[2] - text, device=query.device)
+        batch, heads, tokens, _ = query.shape
+        mass = torch.zeros(batch, heads, tokens - text, device=query.device)
         if len(rows):
             query, key = (rotate_video(part[rows], rotary, text) for part in (query, key))
-            mass = attention_mass(query, key, token_mask[rows], chunk_size=self._chunk_size)
-            maps[rows] = mass
+            mass[rows] = attention_mass(query, key, token_mask[rows], chunk_size=self._chunk_size)
+        if self._head_weights is None:
+            maps = mass.mean(dim=1)
+        else:
+            weights = self._head_weights[self._layers].to(mass)
+            maps = (standardize(mass) * weights[:, None]).sum(dim=1)
+        if self._keep_heads:
+            self._heads.append(mass)
         self._total = maps if self._total is None else self._total + maps.to(self._total.device)
         self._layers += 1
 
@@ -151,6 +127,8 @@ def concept_attention(
     token_mask: torch.Tensor,
     *,
     layers: Sequence[int] | None = None,
+    head_weights: torch.Tensor | None = None,
+    keep_heads: bool = False,
     chunk_size: int = 1024,
 ) -> Iterator[ConceptAttention]:
     """Read how strongly the video looks at a concept in every forward while the context is open.
@@ -163,6 +141,9 @@ def concept_attention(
         token_mask: `(batch, text)` bool, true at the concept's tokens; rows without any give zeros
             and cost nothing.
         layers: indices of transformer blocks; all when `None`.
+        head_weights: `(layers, heads)` of those layers, from `concept_head_weights`: the maps are then
+            the weighted sum of standardised heads. Their mean when `None`.
+        keep_heads: keep all heads apart as well, in `head_maps`.
         chunk_size: video queries at a time, see `attention_mass`.
 
     Yields:
@@ -171,7 +152,8 @@ def concept_attention(
 
     Raises:
         TypeError: `token_mask` is not bool.
-        ValueError: `transformer` is not CogVideoX's, or `layers` or `chunk_size` are out of range.
+        ValueError: `transformer` is not CogVideoX's, or `layers`, `head_weights`
+            or `chunk_size` do not suit it.
     """
     if token_mask.dtype != torch.bool or token_mask.ndim != 2:
         raise TypeError(
@@ -181,9 +163,15 @@ def concept_attention(
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
     model = find_transformer(transformer)
-    attention = ConceptAttention(token_mask, chunk_size)
+    modules = find_joint_attentions(model, layers)
+    shape = (len(modules), model.config.num_attention_heads)
+    if head_weights is not None and tuple(head_weights.shape) != shape:
+        raise ValueError(
+            f"`head_weights` must be (layers, heads) = {shape}, got {tuple(head_weights.shape)}."
+        )
+    attention = ConceptAttention(token_mask, chunk_size, head_weights, keep_heads)
     with ExitStack() as hooks:
-        for name, module in find_joint_attentions(model, layers).items():
+        for name, module in modules.items():
             reader = _LayerReader(name, attention)
             for handle in (
                 module.register_forward_pre_hook(reader.begin, with_kwargs=True),

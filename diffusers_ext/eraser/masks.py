@@ -1,4 +1,4 @@
-"""Where a concept is in a clip: masks from the attention that the video pays to its tokens."""
+"""Masks of a concept on the grid of video tokens: made of maps, and laid over tokens or latents."""
 
 from __future__ import annotations
 
@@ -7,81 +7,85 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from diffusers_ext.eraser.clip_geometry import token_grid
-from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.outputs import erasers_disabled
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+
+# Of a clip's tokens; the concept fills less of a clip than the rest does.
+CONCEPT_FLOOR = 0.5
 
 
-@torch.no_grad()
-def concept_mask(
-    velocity: CogVideoXVelocity,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    prompt_embeds: torch.Tensor,
+def velocity_mask(
+    v_concept: torch.Tensor,
+    v_anchor: torch.Tensor,
     token_mask: torch.Tensor,
+    grid: Sequence[int],
+    v_empty: torch.Tensor | None = None,
     *,
     threshold: float | None = None,
-    layers: Sequence[int] | None = None,
-    chunk_size: int = 1024,
 ) -> torch.Tensor:
-    """Where the model without its erasers sees a concept, in one pass without gradient.
+    """Where a concept changes the teacher's velocity: a mask that costs no further pass.
 
-    A trainer that runs the teacher anyway opens `concept_attention` around that pass instead and
-    calls `normalize_attention`.
+    `velocity_difference` with its lower half (the clip's median) as zero. With the velocity of the
+    empty prompt it is `sqrt(|v_concept - v_anchor| |v_concept - v_empty|)`: where the concept
+    matters and the prompt does, which leaves out what the anchor word itself adds.
 
     Args:
-        velocity: of the clip's size.
-        x_t: `(batch, frames, channels, height, width)` noisy latents.
-        t: `(batch,)` timesteps.
-        prompt_embeds: `(batch, text, text_dim)`.
-        token_mask: `(batch, text)` bool, true at the concept's tokens.
-        threshold: in (0, 1] for masks of zeros and ones; soft masks when `None`.
-        layers: indices of transformer blocks; all when `None`.
-        chunk_size: see `attention_mass`.
+        v_concept, v_anchor, v_empty: `(batch, frames, channels, height, width)` at the same `x_t`.
+        token_mask: `(batch, text)` bool; rows without any concept token get a mask of zeros.
+        grid: `(frames, rows, columns)` of the video tokens.
+        threshold: see `normalize_attention`.
 
     Returns:
-        `(batch, frames', rows, columns)` float32 in [0, 1] on the grid of video tokens; zero where
-        the prompt does not name the concept.
+        `(batch, frames', rows, columns)` float32 in [0, 1].
     """
-    model = velocity.model
-    attention = concept_attention(model, token_mask, layers=layers, chunk_size=chunk_size)
-    with erasers_disabled(model), attention as found:
-        velocity(x_t, t, prompt_embeds)
-    return normalize_attention(found.maps, token_grid(model, x_t.shape), threshold)
+    maps = velocity_difference(v_concept, v_anchor, grid)
+    if v_empty is not None:
+        maps = (maps * velocity_difference(v_concept, v_empty, grid)).sqrt()
+    named = token_mask.any(dim=1, keepdim=True).to(maps.device)
+    return normalize_attention(torch.where(named, maps, 0), grid, threshold, floor=CONCEPT_FLOOR)
 
 
 def normalize_attention(
-    maps: torch.Tensor, grid: Sequence[int], threshold: float | None = None
+    maps: torch.Tensor,
+    grid: Sequence[int],
+    threshold: float | None = None,
+    *,
+    floor: float = 0.0,
 ) -> torch.Tensor:
     """Scale maps to [0, 1] over the whole clip, frames together.
 
-    `(A - min A) / (max A - min A)`; a frame without the concept stays dark beside one that has it.
+    `(A - low) / (max A - low)`, at least 0, with `low` the minimum or a quantile of A. A frame
+    without the concept stays dark beside one that has it.
 
     Args:
         maps: `(batch, video)`; constant maps (no concept token) become zero.
         grid: `(frames, rows, columns)` of the video tokens.
         threshold: in (0, 1]; values from it on become 1, others 0. Soft masks when `None`.
+        floor: in [0, 1); this share of a clip's tokens is background, and its largest value is 0.
 
     Returns:
         `(batch, frames, rows, columns)` float32.
 
     Raises:
-        ValueError: `grid` does not hold the tokens, or `threshold` is out of range.
+        ValueError: `grid` does not hold the tokens, or `threshold` or `floor` is out of range.
     """
     if maps.ndim != 2 or maps.shape[1] != grid[0] * grid[1] * grid[2]:
         raise ValueError(
             f"`maps` must be (batch, {' x '.join(map(str, grid))}), got {tuple(maps.shape)}."
         )
-    if threshold is not None and not 0 < threshold <= 1:
-        raise ValueError(f"`threshold` must be above 0 and at most 1, got {threshold}.")
+    if not 0 <= floor < 1:
+        raise ValueError(f"`floor` must be at least 0 and below 1, got {floor}.")
     maps = maps.float()
-    low, high = maps.amin(dim=1, keepdim=True), maps.amax(dim=1, keepdim=True)
+    low, high = maps.quantile(floor, dim=1, keepdim=True), maps.amax(dim=1, keepdim=True)
     span = high - low
-    mask = torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1), 0)
-    if threshold is not None:
-        mask = (mask >= threshold).float()
-    return mask.unflatten(1, tuple(grid))
+    mask = torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1), 0).clamp(min=0)
+    mask = mask.unflatten(1, tuple(grid))
+    return mask if threshold is None else harden(mask, threshold)
+
+
+def harden(mask: torch.Tensor, threshold: float) -> torch.Tensor:
+    """1 where a soft mask reaches a threshold in (0, 1], 0 elsewhere."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"`threshold` must be above 0 and at most 1, got {threshold}.")
+    return (mask >= threshold).float()
 
 
 def velocity_difference(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,10 +10,11 @@ from diffusers import CogVideoXPipeline
 
 from diffusers_ext.evaluation.erasure import draw_base_clips, evaluate_erasure
 from diffusers_ext.evaluation.erasure_report import ErasureReport
-from examples.digits.prompts import COLORS, DIGITS, TRAINING_PAIRS
+from examples.digits.prompts import COLORS, DIGITS
 from examples.moving_digits.check_model import SAMPLING, spread
 from examples.moving_digits.judge import MovingDigitsJudge
 from examples.moving_digits.prompts import (
+    COMBINATIONS,
     DIRECTIONS,
     HELD_OUT_TEMPLATE,
     NEUTRAL_COLOR,
@@ -49,23 +49,26 @@ def training_prompts(target: str) -> EraserPrompts:
 
     The others, the held-out template and all paraphrases are left for evaluation.
     """
-    pairs = [pair for pair in TRAINING_PAIRS if target in pair]
-    combinations = [
-        (pair, direction)
-        for (i, pair), (j, direction) in itertools.product(enumerate(pairs), enumerate(DIRECTIONS))
-        if (i + j) % 2 == 0
-    ]
-    prompts = [
-        template.format(color=color, digit=digit, direction=direction)
-        for template in TEMPLATES
-        for (color, digit), direction in combinations
+    asked = [
+        combination
+        for index, combination in enumerate(c for c in COMBINATIONS if target in c)
+        if (index + index // len(DIRECTIONS)) % 2 == 0
     ]
     return make_eraser_prompts(
-        prompts,
+        _write(asked),
         target,
         anchor_concept=neutral_word(target),
         preserved_concepts=others_of(target),
+        preserved_prompts=_write([c for c in COMBINATIONS if target not in c]),
     )
+
+
+def _write(combinations: Sequence[tuple[str, str, str]]) -> list[str]:
+    return [
+        template.format(color=color, digit=digit, direction=direction)
+        for template in TEMPLATES
+        for color, digit, direction in combinations
+    ]
 
 
 def train_digits_eraser(

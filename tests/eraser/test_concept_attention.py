@@ -3,20 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from diffusers_ext.eraser.concept_attention import attention_mass, concept_attention
+from diffusers_ext.eraser.concept_attention import concept_attention
+from tests.eraser.plain_attention import TEXT, VIDEO, plain_maps, rotary
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer
-
-
-TEXT, GRID = 5, (2, 3, 4)
-VIDEO = 2 * 3 * 4
-
-
-def rotary():
-    return get_3d_rotary_pos_embed(
-        16, ((0, 0), GRID[1:]), grid_size=GRID[1:], temporal_size=GRID[0]
-    )
 
 
 def inputs(batch: int = 2, dtype: torch.dtype = torch.float64, **more) -> dict:
@@ -45,45 +35,6 @@ def model(dtype: torch.dtype = torch.float64, **overrides):
             weight.data = 1 + torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
             weight.data = weight.data.to(dtype)
     return transformer
-
-
-def rotated(features: torch.Tensor) -> torch.Tensor:
-    cos, sin = (part.double() for part in rotary())
-    turn = torch.complex(cos[:, ::2], sin[:, ::2])
-    pairs = torch.view_as_complex(features.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2)
-
-
-def plain_mass(attn, kwargs: dict, mask: torch.Tensor) -> torch.Tensor:
-    """The definition, with the whole matrix; `(batch, heads, video)`."""
-    joint = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
-    parts = []
-    for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k)):
-        heads = project(joint).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        centred = heads - heads.mean(-1, keepdim=True)
-        heads = centred / (heads.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-        heads = heads * norm.weight + norm.bias
-        if kwargs["image_rotary_emb"] is not None:
-            heads = torch.cat([heads[:, :, :TEXT], rotated(heads[:, :, TEXT:])], dim=2)
-        parts.append(heads)
-    scores = parts[0] @ parts[1].transpose(-1, -2) / parts[0].shape[-1] ** 0.5
-    return (scores.softmax(-1)[:, :, TEXT:, :TEXT] * mask[:, None, None, :]).sum(-1)
-
-
-@torch.no_grad()
-def plain_maps(transformer, arguments: dict, mask: torch.Tensor) -> torch.Tensor:
-    """`(layers, batch, heads, video)` in float64."""
-    maps = []
-    hooks = [
-        block.attn1.register_forward_pre_hook(
-            lambda attn, _, kwargs: maps.append(plain_mass(attn, kwargs, mask)), with_kwargs=True
-        )
-        for block in transformer.transformer_blocks
-    ]
-    transformer(**arguments)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(maps)
 
 
 def number_of_hooks(transformer) -> int:
@@ -119,13 +70,21 @@ def test_layers_are_chosen():
     torch.testing.assert_close(attention.maps.double(), expected, rtol=1e-6, atol=0)
 
 
-def test_heads_are_kept_apart_on_request_and_all_text_and_video_add_up():
-    query, key = torch.randn(2, 1, 3, TEXT + VIDEO, 8, generator=torch.Generator().manual_seed(0))
-    whole = torch.ones(1, TEXT, dtype=torch.bool)
-    per_head = attention_mass(query, key, whole, per_head=True)
-    weights = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1)
-    torch.testing.assert_close(per_head, weights[:, :, TEXT:, :TEXT].sum(-1))
-    assert torch.equal(attention_mass(query, key, whole), per_head.mean(1))
+def test_heads_are_kept_apart_or_weighted():
+    transformer, arguments, mask = model(), inputs(), token_mask((1,), ())
+    expected = plain_maps(transformer, arguments, mask).transpose(0, 1)
+    weights = torch.tensor([[0.2, 0.3], [0.5, 0.0]])
+    with (
+        torch.no_grad(),
+        concept_attention(transformer, mask, head_weights=weights, keep_heads=True) as attention,
+    ):
+        transformer(**arguments)
+    torch.testing.assert_close(attention.head_maps.double(), expected, rtol=1e-6, atol=0)
+    heads = expected[0] - expected[0].mean(-1, keepdim=True)
+    heads = heads / heads.std(-1, correction=0, keepdim=True)
+    weighted = (heads * weights[:, :, None]).sum((0, 1))
+    torch.testing.assert_close(attention.maps[0].double(), weighted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(attention.maps[1], torch.zeros(VIDEO))
 
 
 def test_fused_projections_give_the_same_maps():
@@ -224,6 +183,13 @@ def test_bad_input_is_refused():
         (transformer, token_mask((1,)), {"chunk_size": 0}, ValueError, "`chunk_size` must be at"),
         (transformer, token_mask((1,)), {"layers": [2]}, ValueError, "`layers` must be from 0 to"),
         (transformer, token_mask((1,)), {"layers": []}, ValueError, "`layers` must be from 0 to"),
+        (
+            transformer,
+            token_mask((1,)),
+            {"head_weights": torch.ones(1, 2)},
+            ValueError,
+            r"`head_weights` must be \(layers, heads\) = \(2, 2\)",
+        ),
         (torch.nn.Linear(2, 2), token_mask((1,)), {}, ValueError, "must be a CogVideoXTransformer"),
     ]
     for module, mask, options, error, message in cases:
@@ -235,6 +201,11 @@ def test_bad_input_is_refused():
         pytest.raises(ValueError, match="`maps` must be read after a forward"),
     ):
         attention.maps  # noqa: B018
+    with (
+        concept_attention(transformer, token_mask((1,))) as attention,
+        pytest.raises(ValueError, match="`head_maps` must be read after a forward with"),
+    ):
+        attention.head_maps  # noqa: B018
 
 
 def test_an_attention_mask_is_refused():

@@ -2,20 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.masks import (
-    concept_mask,
     mask_to_latents,
     mask_to_tokens,
     normalize_attention,
     velocity_difference,
+    velocity_mask,
 )
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
-from examples.moving_digits.prompts import PROMPT_LENGTH
-from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer, tiny_video_pipeline
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -31,6 +25,29 @@ def test_normalisation_runs_over_the_whole_clip():
     hard = normalize_attention(maps, (2, 1, 3), threshold=0.5)
     assert torch.equal(hard[0], torch.tensor([[[0.0, 0, 0]], [[0, 1, 1]]]))
     assert torch.equal(hard[1:], torch.zeros(2, 2, 1, 3))
+
+
+def test_the_floor_is_a_quantile_of_the_clip():
+    maps = torch.tensor([[4.0, 0, 1, 2, 3], [7, 7, 7, 7, 7]])
+    mask = normalize_attention(maps, (1, 1, 5), floor=0.5)
+    assert torch.equal(mask.flatten(1), torch.tensor([[1.0, 0, 0, 0, 0.5], [0, 0, 0, 0, 0]]))
+    assert torch.equal(normalize_attention(maps, (1, 1, 5), floor=0.0)[0, 0, 0], maps[0] / 4)
+
+
+def test_velocity_masks_multiply_both_differences_and_skip_clips_without_the_concept():
+    concept, anchor, empty = (random(2, 2, 3, 2, 3, seed=seed) for seed in range(3))
+    grid, named = (2, 2, 3), torch.tensor([[False, True], [False, False]])
+    alone = velocity_mask(concept, anchor, named, grid)
+    maps = velocity_difference(concept, anchor, grid)
+    assert torch.equal(alone[0], normalize_attention(maps, grid, floor=0.5)[0])
+    assert torch.equal(alone[1], torch.zeros(grid))
+    both = velocity_mask(concept, anchor, named, grid, empty, threshold=0.5)
+    maps = (maps * velocity_difference(concept, empty, grid)).sqrt()[0]
+    lower, upper = maps.sort().values[5:7]  # of 12: their middle is the median
+    middle = (lower + upper) / 2
+    expected = ((maps - middle) / (maps.max() - middle) >= 0.5).float()
+    assert torch.equal(both[0].flatten(), expected)
+    assert 0 < both[0].mean() < 0.5
 
 
 def test_velocity_difference_is_the_mean_of_each_tokens_patch():
@@ -58,70 +75,6 @@ def test_masks_for_tokens_and_latents():
     assert latents[0, 1, 0, 1, 3] == mask[0, 0, 0, 1]
 
 
-def setting(batch: int = 2) -> tuple[CogVideoXVelocity, dict]:
-    pipeline = tiny_video_pipeline()
-    velocity = CogVideoXVelocity.from_pipeline(pipeline, 9, 16, 16)
-    token_mask = torch.zeros(batch, PROMPT_LENGTH, dtype=torch.bool)
-    token_mask[0, 2] = True
-    return velocity, {
-        "x_t": random(batch, 3, 4, 4, 4),
-        "t": torch.tensor([300] * batch),
-        "prompt_embeds": 3 * random(batch, PROMPT_LENGTH, TEXT_WIDTH, seed=1),
-        "token_mask": token_mask,
-    }
-
-
-def test_the_mask_is_the_normalised_attention_and_zero_without_the_concept():
-    velocity, given = setting()
-    mask = concept_mask(velocity, **given)
-    with torch.no_grad(), concept_attention(velocity.transformer, given["token_mask"]) as found:
-        velocity(given["x_t"], given["t"], given["prompt_embeds"])
-    assert mask.shape == (2, 3, 4, 4)
-    assert torch.equal(mask, normalize_attention(found.maps, (3, 4, 4)))
-    assert mask[0].amin() == 0
-    assert mask[0].amax() == 1
-    assert torch.equal(mask[1], torch.zeros(3, 4, 4))
-    hard = concept_mask(velocity, **given, threshold=0.4, chunk_size=5)
-    assert torch.equal(hard, (mask >= 0.4).float())
-    first = concept_mask(velocity, **given, layers=[0])
-    assert not torch.equal(first, mask)
-
-
-def test_the_mask_is_that_of_the_model_without_its_erasers():
-    velocity, given = setting()
-    expected = concept_mask(velocity, **given)
-    transformer = velocity.transformer
-    transformer.add_adapter(EraserConfig(r=4, init_weights=False), adapter_name="seven")
-    with torch.no_grad():
-        before = velocity(given["x_t"], given["t"], given["prompt_embeds"])
-        assert torch.equal(concept_mask(velocity, **given), expected)
-        assert torch.equal(velocity(given["x_t"], given["t"], given["prompt_embeds"]), before)
-        with concept_attention(transformer, given["token_mask"]) as found:
-            velocity(given["x_t"], given["t"], given["prompt_embeds"])
-    assert not torch.equal(normalize_attention(found.maps, (3, 4, 4)), expected)
-
-
-def test_patches_of_several_latents_are_one_place_of_the_mask():
-    transformer = tiny_transformer(patch_size=2, patch_size_t=2, sample_width=4, sample_height=4)
-    rotary = get_3d_rotary_pos_embed(16, ((0, 0), (2, 2)), grid_size=(2, 2), temporal_size=2)
-    velocity = CogVideoXVelocity(transformer, image_rotary_emb=rotary)
-    given = setting()[1] | {"x_t": random(2, 4, 4, 4, 4)}
-    mask = concept_mask(velocity, **given)
-    assert mask.shape == (2, 2, 2, 2)
-    assert mask_to_latents(mask, given["x_t"].shape).shape == (2, 4, 1, 4, 4)
-
-
-def test_the_transformer_is_left_without_hooks_when_the_forward_fails():
-    velocity, given = setting()
-    wrong = given | {"token_mask": given["token_mask"][:, :-1]}
-    with pytest.raises(
-        ValueError, match=r"`token_mask` must be \(batch, text tokens\) = \(2, 12\)"
-    ):
-        concept_mask(velocity, **wrong)
-    modules = velocity.transformer.modules()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-
-
 def test_bad_input_is_refused():
     clip = random(1, 2, 3, 4, 4)
     cases = [
@@ -131,6 +84,10 @@ def test_bad_input_is_refused():
         ),
         (lambda: normalize_attention(random(1, 6), (1, 2, 3), 0.0), "`threshold` must be above 0"),
         (lambda: normalize_attention(random(1, 6), (1, 2, 3), 1.5), "`threshold` must be above 0"),
+        (
+            lambda: normalize_attention(random(1, 6), (1, 2, 3), floor=1.0),
+            "`floor` must be at least",
+        ),
         (lambda: velocity_difference(clip, clip[:, :1], (2, 2, 2)), "`v_anchor` must be"),
         (lambda: velocity_difference(clip, clip, (2, 3, 2)), "`grid` must divide the latents"),
         (lambda: mask_to_latents(random(1, 3, 2, 2), clip.shape), "`grid` must divide the latents"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from tests.tiny_cogvideox import tiny_video_pipeline
@@ -58,6 +59,14 @@ def train(files: Path, output_dir: Path, **arguments: Any) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return main(parse_args(eraser_line(files, output_dir, **arguments)))
+
+
+def fill_eraser(parameters: list[torch.nn.Parameter], seed: int = 1) -> None:
+    """Give an eraser random weights, with which it has an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
 def read_report(folder: Path) -> dict[str, Any]:

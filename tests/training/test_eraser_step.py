@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import default_collate
 
 from tests.tiny_cogvideox import tiny_video_pipeline
-from tests.training.eraser_runs import tiny_prompts
+from tests.training.eraser_runs import fill_eraser, tiny_prompts
 from training.eraser_data import ClipSize, make_data
 from training.eraser_recipe import EraserTraining
 from training.eraser_rows import States, rows_of_each_kind
@@ -33,10 +33,7 @@ def trained():
     pipeline = tiny_video_pipeline()
     data = make_data(pipeline, tiny_prompts(), RECIPE, SIZE, concept="seven")
     parameters = add_eraser(pipeline.transformer, RECIPE)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    fill_eraser(parameters)
     return pipeline, data, parameters
 
 

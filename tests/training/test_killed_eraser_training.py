@@ -14,6 +14,11 @@ RUN = {
     "max_train_steps": 6,
     "logging_steps": 2,
     "checkpointing_steps": 2,
+    "on_policy_share": 0.5,
+    "on_policy_every": 3,
+    "adversarial_share": 0.5,
+    "adversarial_every": 2,
+    "adversarial_steps": 2,
 }
 
 

@@ -1,0 +1,87 @@
+"""Attention that video tokens pay to chosen text tokens, and which heads pay it where it matters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
+
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+def attention_mass(
+    query: torch.Tensor, key: torch.Tensor, token_mask: torch.Tensor, *, chunk_size: int = 1024
+) -> torch.Tensor:
+    """Share of the video tokens' attention that lands on chosen text tokens, head by head.
+
+    `sum over concept tokens j of softmax_j(q_i k_j^T / sqrt(head_dim))`, the softmax over all text
+    and video keys: the output of the same attention with `value_j = 1` at the concept's tokens and
+    0 elsewhere, so that fused kernels compute it and no score matrix is kept.
+
+    Args:
+        query, key: `(batch, heads, text + video, head_dim)`, text first, after normalisation and
+            rotary embedding.
+        token_mask: `(batch, text)` bool, true at the concept's tokens.
+        chunk_size: video queries at a time; it bounds the scores where no fused kernel serves.
+
+    Returns:
+        `(batch, heads, video)` float32, from 0 to 1.
+    """
+    text = token_mask.shape[1]
+    # As wide as the keys: flash kernels ask for one width.
+    value = key.new_zeros(key.shape[0], 1, *key.shape[2:])
+    value[:, 0, :text, 0] = token_mask.to(key)
+    value = value.expand(-1, key.shape[1], -1, -1)
+    chunks = query[:, :, text:].split(chunk_size, dim=2)
+    shares = [F.scaled_dot_product_attention(chunk, key, value)[..., 0].float() for chunk in chunks]
+    return torch.cat(shares, dim=2)
+
+
+def rotate_video(features: torch.Tensor, rotary: Rotary | None, text: int) -> torch.Tensor:
+    """Rotary embedding of the video part, as CogVideoX applies it.
+
+    Args:
+        features: `(batch, heads, text + video, head_dim)` queries or keys; not written to.
+        rotary: `(cos, sin)`, each `(video, head_dim)`, or `None` for absolute positions.
+        text: how many tokens are text.
+    """
+    if rotary is None:
+        return features
+    turned = apply_rotary_emb(features[:, :, text:], rotary)
+    return torch.cat([features[:, :, :text], turned], dim=2)
+
+
+def standardize(maps: torch.Tensor) -> torch.Tensor:
+    """Maps `(..., video)` with mean 0 and deviation 1 over their tokens; constant ones become 0."""
+    centred = maps - maps.mean(dim=-1, keepdim=True)
+    deviation = centred.square().mean(dim=-1, keepdim=True).sqrt()
+    return torch.where(deviation > 0, centred / torch.where(deviation > 0, deviation, 1), 0)
+
+
+def head_agreement(head_maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """How well each head's map agrees with a reference: Pearson's correlation, or 0 if negative.
+
+    Args:
+        head_maps: `(batch, layers, heads, video)`.
+        reference: `(batch, video)`, such as the difference that a concept makes to the velocity.
+
+    Returns:
+        `(layers, heads)` float32 weights that add up to 1, from the correlations over the tokens of
+        a clip averaged over the batch.
+
+    Raises:
+        ValueError: shapes that do not fit, or no head agrees.
+    """
+    if head_maps.ndim != 4 or reference.shape != (len(head_maps), head_maps.shape[-1]):
+        raise ValueError(
+            "`reference` must be (batch, video) like `head_maps`, "
+            f"{tuple(head_maps.shape)}, got {tuple(reference.shape)}."
+        )
+    pattern = standardize(reference.float())[:, None, None]
+    weights = (standardize(head_maps.float()) * pattern).mean(dim=(0, 3)).clamp(min=0)
+    if not weights.any():
+        raise ValueError(
+            "`head_maps` must agree with `reference` in some head, got none that does."
+        )
+    return weights / weights.sum()

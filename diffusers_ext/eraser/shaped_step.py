@@ -1,0 +1,114 @@
+"""A training step of an eraser over tensors of given shapes, without content."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from diffusers_ext.eraser.clip_geometry import token_grid
+from diffusers_ext.eraser.outputs import eraser_outputs
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.eraser.velocity_losses import layer_localization, velocity_distance
+
+
+ADAPTER_NAME = "default"
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the memory of a training step depends on, besides the transformer.
+
+    Attributes:
+        latent_shape: `(frames, channels, height, width)` of one row.
+        rank: of the eraser.
+        target_rows, preserved_rows: of one pass of the student; their sum is its batch.
+        teacher_rows: of one pass of the teacher, in sampling or in a step without stored velocities.
+        dtype: of the frozen weights.
+        autocast: as accelerate runs half precision on a GPU: layer norms give float32.
+        gradient_checkpointing: blocks are computed again for their gradients.
+        localization: masks are made, and the erasers' outputs outside of them cost.
+        text: tokens of a prompt; the transformer's own when `None`.
+    """
+
+    latent_shape: tuple[int, int, int, int]
+    rank: int = 128
+    target_rows: int = 1
+    preserved_rows: int = 1
+    teacher_rows: int = 3
+    dtype: torch.dtype = torch.bfloat16
+    autocast: bool = True
+    gradient_checkpointing: bool = True
+    localization: bool = False
+    text: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_rows", "preserved_rows", "teacher_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        if not self.target_rows + self.preserved_rows:
+            raise ValueError("`target_rows` and `preserved_rows` must not both be 0.")
+        if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {self.dtype}.")
+
+
+def velocity_of_shape(model: CogVideoXTransformer3DModel, shape: StepShape) -> CogVideoXVelocity:
+    """The velocity of a transformer, with conditions without content.
+
+    Args:
+        model: with or without an eraser, anywhere.
+        shape: of its latents.
+    """
+    config, conditions = model.config, {}
+    if config.use_rotary_positional_embeddings:
+        angles = (math.prod(token_grid(model, shape.latent_shape)), config.attention_head_dim)
+        conditions["image_rotary_emb"] = (torch.empty(angles), torch.empty(angles))
+    if config.ofs_embed_dim is not None:
+        conditions["ofs"] = 2.0
+    if config.in_channels != config.out_channels:
+        conditions["image_latents"] = torch.empty(1, *shape.latent_shape, dtype=shape.dtype)
+    return CogVideoXVelocity(model, **conditions)
+
+
+def student_pass(velocity: CogVideoXVelocity, shape: StepShape) -> None:
+    """Forward and backward of a training step over tensors without content.
+
+    Args:
+        velocity: of a transformer with a trainable eraser, anywhere.
+        shape: of the step.
+    """
+    n, rows = shape.target_rows, shape.target_rows + shape.preserved_rows
+    inputs = empty_inputs(velocity, shape, rows)
+    wanted, unerased = torch.empty_like(inputs[0]), torch.empty_like(inputs[0][:n])
+    losses = []
+    if shape.localization and n:
+        grid = token_grid(velocity.model, shape.latent_shape)
+        mask = torch.empty(n, *grid, device=wanted.device)
+
+        def outside(name: str, output: torch.Tensor) -> torch.Tensor:
+            return layer_localization(output[:n], mask)
+
+        with eraser_outputs(velocity.model, ADAPTER_NAME, reduce=outside) as outputs:
+            prediction = velocity(*inputs)
+        losses.append(torch.stack(list(outputs.values())).mean())
+    else:
+        prediction = velocity(*inputs)
+    chosen = [part for part in (slice(None, n), slice(n, None)) if len(wanted[part])]
+    losses += [velocity_distance(prediction[part], wanted[part]) for part in chosen]
+    velocity_distance(prediction[:n].detach(), unerased)
+    sum(losses).backward()
+
+
+def empty_inputs(
+    velocity: CogVideoXVelocity, shape: StepShape, rows: int
+) -> tuple[torch.Tensor, ...]:
+    """x_t, t and prompt embeddings of so many rows, where the model is."""
+    config, device = velocity.config, velocity.model.device
+    text = (rows, shape.text or config["max_text_seq_length"], config["text_embed_dim"])
+    return (
+        torch.empty(rows, *shape.latent_shape, device=device),
+        torch.zeros(rows, dtype=torch.long, device=device),
+        torch.empty(text, dtype=shape.dtype, device=device),
+    )

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+from diffusers_ext.eraser.attention_mass import head_agreement
+from diffusers_ext.eraser.concept_attention import concept_attention
+from diffusers_ext.eraser.concept_mask import concept_head_weights, concept_mask
+from diffusers_ext.eraser.config import EraserConfig
+from diffusers_ext.eraser.masks import (
+    mask_to_latents,
+    normalize_attention,
+    velocity_difference,
+    velocity_mask,
+)
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from examples.moving_digits.prompts import PROMPT_LENGTH
+from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer, tiny_video_pipeline
+
+
+GRID = (3, 4, 4)
+# Differences of nearly equal velocities, made in batches of other sizes.
+CLOSE = {"atol": 1e-3, "rtol": 0.0}
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def setting(batch: int = 2) -> tuple[CogVideoXVelocity, dict]:
+    pipeline = tiny_video_pipeline()
+    velocity = CogVideoXVelocity.from_pipeline(pipeline, 9, 16, 16)
+    token_mask = torch.zeros(batch, PROMPT_LENGTH, dtype=torch.bool)
+    token_mask[0, 2] = True
+    return velocity, {
+        "x_t": random(batch, 3, 4, 4, 4),
+        "t": torch.tensor([300] * batch),
+        "prompt_embeds": 3 * random(batch, PROMPT_LENGTH, TEXT_WIDTH, seed=1),
+        "token_mask": token_mask,
+    }
+
+
+def test_the_mask_is_the_normalised_attention_and_zero_without_the_concept():
+    velocity, given = setting()
+    mask = concept_mask(velocity, **given)
+    with torch.no_grad(), concept_attention(velocity.transformer, given["token_mask"]) as found:
+        velocity(given["x_t"], given["t"], given["prompt_embeds"])
+    assert mask.shape == (2, 3, 4, 4)
+    assert torch.equal(mask, normalize_attention(found.maps, (3, 4, 4)))
+    assert mask[0].amin() == 0
+    assert mask[0].amax() == 1
+    assert torch.equal(mask[1], torch.zeros(3, 4, 4))
+    hard = concept_mask(velocity, **given, threshold=0.4, chunk_size=5)
+    assert torch.equal(hard, (mask >= 0.4).float())
+    first = concept_mask(velocity, **given, layers=[0])
+    assert not torch.equal(first, mask)
+
+
+def test_the_mask_is_that_of_the_model_without_its_erasers():
+    velocity, given = setting()
+    expected = concept_mask(velocity, **given)
+    transformer = velocity.transformer
+    transformer.add_adapter(EraserConfig(r=4, init_weights=False), adapter_name="seven")
+    with torch.no_grad():
+        before = velocity(given["x_t"], given["t"], given["prompt_embeds"])
+        assert torch.equal(concept_mask(velocity, **given), expected)
+        assert torch.equal(velocity(given["x_t"], given["t"], given["prompt_embeds"]), before)
+        with concept_attention(transformer, given["token_mask"]) as found:
+            velocity(given["x_t"], given["t"], given["prompt_embeds"])
+    assert not torch.equal(normalize_attention(found.maps, (3, 4, 4)), expected)
+
+
+def test_patches_of_several_latents_are_one_place_of_the_mask():
+    transformer = tiny_transformer(patch_size=2, patch_size_t=2, sample_width=4, sample_height=4)
+    rotary = get_3d_rotary_pos_embed(16, ((0, 0), (2, 2)), grid_size=(2, 2), temporal_size=2)
+    velocity = CogVideoXVelocity(transformer, image_rotary_emb=rotary)
+    given = setting()[1] | {"x_t": random(2, 4, 4, 4, 4)}
+    mask = concept_mask(velocity, **given)
+    assert mask.shape == (2, 2, 2, 2)
+    assert mask_to_latents(mask, given["x_t"].shape).shape == (2, 4, 1, 4, 4)
+
+
+def test_the_transformer_is_left_without_hooks_when_the_forward_fails():
+    velocity, given = setting()
+    wrong = given | {"token_mask": given["token_mask"][:, :-1]}
+    with pytest.raises(
+        ValueError, match=r"`token_mask` must be \(batch, text tokens\) = \(2, 12\)"
+    ):
+        concept_mask(velocity, **wrong)
+    modules = velocity.transformer.modules()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def texts() -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(3 * random(2, PROMPT_LENGTH, TEXT_WIDTH, seed=seed) for seed in (2, 3))
+
+
+@torch.no_grad()
+def velocities(velocity: CogVideoXVelocity, given: dict) -> list[torch.Tensor]:
+    every = (given["prompt_embeds"], *texts())
+    return [velocity(given["x_t"], given["t"], embeds) for embeds in every]
+
+
+def test_with_an_anchor_the_mask_is_that_of_the_velocities():
+    velocity, given = setting()
+    anchor, empty = texts()
+    v_concept, v_anchor, v_empty = velocities(velocity, given)
+    tokens = given["token_mask"]
+    mask = concept_mask(velocity, **given, anchor_embeds=anchor)
+    torch.testing.assert_close(mask, velocity_mask(v_concept, v_anchor, tokens, GRID), **CLOSE)
+    assert not mask[1].any()
+    both = concept_mask(velocity, **given, anchor_embeds=anchor, empty_embeds=empty)
+    torch.testing.assert_close(
+        both, velocity_mask(v_concept, v_anchor, tokens, GRID, v_empty), **CLOSE
+    )
+    assert not torch.allclose(both, mask, atol=0.01)
+
+
+def test_weighted_heads_and_velocities_are_multiplied():
+    velocity, given = setting()
+    anchor = texts()[0]
+    weights = torch.tensor([[0.0, 0.75], [0.25, 0.0]])
+    tokens = given["token_mask"]
+    with (
+        torch.no_grad(),
+        concept_attention(velocity.transformer, tokens, head_weights=weights) as found,
+    ):
+        velocity(given["x_t"], given["t"], given["prompt_embeds"])
+    attended = normalize_attention(found.maps, GRID, floor=0.5)
+    mask = concept_mask(velocity, **given, head_weights=weights)
+    torch.testing.assert_close(mask, attended, **CLOSE)
+    both = concept_mask(velocity, **given, head_weights=weights, anchor_embeds=anchor)
+    changed = velocity_mask(*velocities(velocity, given)[:2], tokens, GRID)
+    torch.testing.assert_close(both, (attended * changed).sqrt(), **CLOSE)
+    hard = concept_mask(
+        velocity, **given, head_weights=weights, anchor_embeds=anchor, threshold=0.3
+    )
+    assert torch.equal(hard, (both >= 0.3).float())
+
+
+def test_head_weights_are_the_agreement_with_the_velocities_of_the_clips_that_name_the_concept():
+    velocity, given = setting()
+    velocity.transformer.add_adapter(EraserConfig(r=4, init_weights=False), adapter_name="seven")
+    velocity.transformer.disable_adapters()
+    tokens, anchor = given["token_mask"], texts()[0]
+    with (
+        torch.no_grad(),
+        concept_attention(velocity.transformer, tokens, keep_heads=True) as found,
+    ):
+        velocity(given["x_t"], given["t"], given["prompt_embeds"])
+    difference = velocity_difference(*velocities(velocity, given)[:2], GRID)
+    expected = head_agreement(found.head_maps[:1], difference[:1])
+    velocity.transformer.enable_adapters()
+    weights = concept_head_weights(velocity, anchor_embeds=anchor, **given)
+    torch.testing.assert_close(weights, expected, **CLOSE)
+    last = concept_head_weights(velocity, anchor_embeds=anchor, **given, layers=[1])
+    torch.testing.assert_close(last, expected[1:] / expected[1:].sum(), **CLOSE)
+
+
+def test_the_empty_prompt_needs_an_anchor():
+    velocity, given = setting()
+    with pytest.raises(ValueError, match="`empty_embeds` must come with `anchor_embeds`"):
+        concept_mask(velocity, **given, empty_embeds=texts()[1])
