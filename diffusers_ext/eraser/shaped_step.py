@@ -64,11 +64,14 @@ def velocity_of_shape(model: CogVideoXTransformer3DModel, shape: StepShape) -> C
     config, conditions = model.config, {}
     if config.use_rotary_positional_embeddings:
         angles = (math.prod(token_grid(model, shape.latent_shape)), config.attention_head_dim)
-        conditions["image_rotary_emb"] = (torch.empty(angles), torch.empty(angles))
+        cosines, sines = (torch.empty(angles, device=model.device) for _ in range(2))
+        conditions["image_rotary_emb"] = (cosines, sines)
     if config.ofs_embed_dim is not None:
         conditions["ofs"] = 2.0
     if config.in_channels != config.out_channels:
-        conditions["image_latents"] = torch.empty(1, *shape.latent_shape, dtype=shape.dtype)
+        conditions["image_latents"] = torch.empty(
+            1, *shape.latent_shape, dtype=shape.dtype, device=model.device
+        )
     return CogVideoXVelocity(model, **conditions)
 
 

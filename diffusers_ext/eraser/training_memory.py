@@ -95,11 +95,24 @@ def meta_transformer(
     return torch.nn.Module.to(model, dtype).requires_grad_(False)
 
 
-def _trace_step(config: dict[str, Any], shape: StepShape) -> StepMemory:
-    model = meta_transformer(config, shape.dtype)
+def transformer_with_eraser(
+    transformer_config: Mapping[str, Any], shape: StepShape
+) -> CogVideoXTransformer3DModel:
+    """A transformer without data and with an eraser to be trained, on the meta device.
+
+    Args:
+        transformer_config: of a `CogVideoXTransformer3DModel`.
+        shape: of the step.
+    """
+    model = meta_transformer(transformer_config, shape.dtype)
     inject_adapter_in_model(EraserConfig(r=shape.rank), model, ADAPTER_NAME, low_cpu_mem_usage=True)
     if shape.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    return model
+
+
+def _trace_step(config: dict[str, Any], shape: StepShape) -> StepMemory:
+    model = transformer_with_eraser(config, shape)
     fake = fake_tensors()
     with fake:
         fill_with_fake_tensors(model)
