@@ -6,7 +6,6 @@ python benchmarks/cost_of_eraser.py
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before the profiler is loaded
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
+from benchmarks.eraser_inference import inference_costs, sampling_cost
 from benchmarks.eraser_steps import (
     Subject,
     digits_subject,
@@ -39,9 +39,7 @@ from diffusers_ext.eraser.shaped_step import (
 )
 from diffusers_ext.eraser.sizes import PUBLISHED_TRANSFORMERS
 from diffusers_ext.eraser.training_memory import step_memory, transformer_with_eraser
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.planning import EraserSetting, plan_eraser_training
-from training.eraser_recipe import EraserTraining
 
 
 MIB, GIB = 2**20, 2**30
@@ -90,32 +88,6 @@ def traced_against_measured(subject: Subject) -> list[dict[str, Any]]:
         found.append(row | {"measured": peak_bytes(step)})
     subject.gradient_checkpointing = False
     return found
-
-
-def inference_cost(subject: Subject, pairs: int, calls: int) -> dict[str, Any]:
-    """Calls of the transformer with an eraser in terms of calls without; two rows, as guidance has."""
-    erased = subject.student(EraserTraining(rank=subject.rank)).transformer.eval()
-    plain = copy.deepcopy(subject.pipeline.transformer).eval()
-    shape = StepShape(subject.latents, dtype=torch.float32)
-    with_eraser, without = (
-        CogVideoXVelocity.from_pipeline(_with(subject, model), *subject.size)
-        for model in (erased, plain)
-    )
-    inputs = [torch.zeros_like(tensor) for tensor in empty_inputs(without, shape, 2)]
-
-    def run(velocity: CogVideoXVelocity) -> None:
-        with torch.no_grad():
-            for _ in range(calls):
-                velocity(*inputs)
-
-    time = compare(lambda: run(with_eraser), lambda: run(without), pairs)
-    return {"model": subject.name, **time._asdict()}
-
-
-def _with(subject: Subject, transformer: torch.nn.Module) -> Any:
-    pipeline = copy.copy(subject.pipeline)
-    pipeline.transformer = transformer
-    return pipeline
 
 
 def flop_ratio() -> float:
@@ -192,7 +164,7 @@ def tables(results: dict[str, Any]) -> str:
         for r in results["agreement"]
     ]
     inference = [
-        [r["model"], f"{r['median']:.3f}", f"{r['lowest']:.3f} to {r['highest']:.3f}"]
+        [r["what"], f"{r['median']:.3f}", f"{r['lowest']:.3f} to {r['highest']:.3f}"]
         for r in results["inference"]
     ]
     inference.append(["5b at 49x480x720, FLOPs", f"{results['flop_ratio']:.4f}", "counted"])
@@ -201,14 +173,15 @@ def tables(results: dict[str, Any]) -> str:
         + [f"{r['measured_on_gpu'] / GIB:.1f}" if "measured_on_gpu" in r else "-"]
         for r in results["five_b"]
     ]
-    return "\n\n".join(
-        [
-            table(["model", "step", "time / document's (limit 0.333)", "range", "peak / document's (limit 0.55)"], steps),
-            table(["model", "checkpointing", "traced, MiB", "measured, MiB", "ratio"], agreement),
-            table(["model", "with eraser / without", "range"], inference),
-            table(["5b at 49x480x720, bf16, checkpointing", "plan, GiB (limit 20)", "GPU, GiB"], five_b),
-        ]
-    )  # fmt: skip
+    ratios = ["time / document's (limit 0.333)", "range", "peak / document's (limit 0.55)"]
+    peaks = ["5b at 49x480x720, bf16, checkpointing", "plan, GiB (limit 20)", "GPU, GiB"]
+    parts = (
+        (["model", "step", *ratios], steps),
+        (["model", "checkpointing", "traced, MiB", "measured, MiB", "ratio"], agreement),
+        (["inference", "with eraser / without (limit 1.05)", "range"], inference),
+        (peaks, five_b),
+    )
+    return "\n\n".join(table(header, rows) for header, rows in parts)
 
 
 def main(input_args: list[str] | None = None) -> None:
@@ -221,7 +194,11 @@ def main(input_args: list[str] | None = None) -> None:
         "limits": LIMITS,
         "steps": step_costs(tiny, 5 * args.pairs) + step_costs(medium, args.pairs),
         "agreement": traced_against_measured(tiny) + traced_against_measured(medium),
-        "inference": [inference_cost(tiny, 7 * args.pairs, 10), inference_cost(medium, 5, 1)],
+        "inference": [
+            *inference_costs(tiny, 7 * args.pairs, (2, 64)),
+            sampling_cost(tiny, 3 * args.pairs, 8),
+            *inference_costs(medium, args.pairs, (8,)),
+        ],
         "flop_ratio": flop_ratio(),
         "five_b": five_b_plans(),
     }

@@ -58,6 +58,11 @@ def add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--localization_weight", type=float, help="0 asks for no masks")
     group.add_argument("--mask_threshold", type=float, help="soft masks without it")
     group.add_argument("--loss_type", choices=LOSS_TYPES)
+    group.add_argument(
+        "--rows_in_turn",
+        action="store_true",
+        help="target rows, then preserved rows: less memory, one more forward of the first",
+    )
     group.add_argument("--preserved_share", type=float, help="of a step's rows")
     group.add_argument("--empty_share", type=float, help="of preserved rows: the empty prompt")
     group.add_argument("--empty_weight", type=float, help="of these rows")

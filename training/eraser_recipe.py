@@ -32,6 +32,8 @@ class EraserTraining:
         max_grad_norm: gradients are clipped to it.
         max_train_steps: optimizer steps.
         train_batch_size: samples of a step; each has a target row and a preserved row.
+        rows_in_turn: target rows, then preserved rows go through the models: the memory of one kind
+            for one more forward of the other; losses stay the same.
         gradient_accumulation_steps: batches of a step.
         preserved_share: of a step's rows; rows of the rarer kind are left out of the batch for it.
         empty_share: of the preserved rows, those of the empty prompt, which guidance needs.
@@ -70,6 +72,7 @@ class EraserTraining:
     max_grad_norm: float = 1.0
     max_train_steps: int = 400
     train_batch_size: int = 16
+    rows_in_turn: bool = False
     gradient_accumulation_steps: int = 1
     preserved_share: float = 0.5
     empty_share: float = 0.2

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.masks import normalize_attention
-from diffusers_ext.eraser.teacher import teacher_velocities
+from diffusers_ext.eraser.head_calibration import calibrate_heads
+from diffusers_ext.eraser.masks import weighted_attention_mask
+from diffusers_ext.eraser.teacher import VelocityRows, teacher_velocities
 from diffusers_ext.eraser.teacher_samples import EMPTY_PROMPT
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import negative_velocity
@@ -29,6 +31,8 @@ class RowMaker:
         scheduler: adds noise to clean latents.
         token_mask: `(target prompts, text)` bool, the concept's tokens; needed for masks that are not
             kept with the samples.
+        head_weights: `(layers, heads)` of the masks that are kept with the samples; where there are
+            none they are found before the first mask is made, from the recipe's seed.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class RowMaker:
         grid: tuple[int, int, int],
         scheduler: Any,
         token_mask: torch.Tensor | None = None,
+        head_weights: torch.Tensor | None = None,
     ) -> None:
         asked = recipe.latents_source != "trajectory" or recipe.on_policy_share
         if recipe.localization_weight and asked and token_mask is None:
@@ -48,7 +53,8 @@ class RowMaker:
                 "`token_mask` must be given where `localization_weight` is not 0, got none."
             )
         self.velocity, self.text, self.recipe, self.device = velocity, text, recipe, device
-        self.grid, self.scheduler, self.token_mask = grid, scheduler, token_mask
+        self.grid, self.scheduler = grid, scheduler
+        self.token_mask, self._head_weights = token_mask, head_weights
 
     def teacher_rows(self, batch: dict[str, Any], generator: torch.Generator) -> TeacherRows:
         """Rows of a batch of `TeacherSamples`, or over clean latents `batch["x_0"]`."""
@@ -76,7 +82,11 @@ class RowMaker:
     def ask_teacher(
         self, target: States, preserved: States
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(concept, anchor, preserved) velocities in one pass, and the concept's mask if it is needed."""
+        """(concept, anchor, preserved) velocities, and the concept's mask if it is needed.
+
+        They come from one pass, or from one after the other with `rows_in_turn`. For masks the empty
+        prompt is asked for as well, unless it is the anchor.
+        """
         states = (target, target, preserved)
         embeds = (
             self._take(self.text.target, target.prompts),
@@ -85,15 +95,28 @@ class RowMaker:
         )
         rows = [(s.x_t, s.t, text) for s, text in zip(states, embeds)]
         if not self.recipe.localization_weight:
-            return (*teacher_velocities(self.velocity, self.velocity, rows), None)
-        n = len(target.t)
-        concept = self.token_mask[target.prompts.cpu()]
-        tokens = concept.new_zeros(sum(len(s.t) for s in states), concept.shape[1])
-        tokens[:n] = concept
-        with concept_attention(self.velocity.transformer, tokens) as attention:
-            velocities = teacher_velocities(self.velocity, self.velocity, rows)
-        maps = attention.maps[:n]
-        return (*velocities, normalize_attention(maps, self.grid, self.recipe.mask_threshold))
+            return (*self._ask(rows), None)
+        empty = self.text.empty.to(embeds[1]).expand_as(embeds[1])
+        if not torch.equal(embeds[1], empty):
+            rows.append((target.x_t, target.t, empty))
+        tokens, weights = self.token_mask[target.prompts.cpu()], self._heads(target.x_t.shape[1:])
+        others = 0 if self.recipe.rows_in_turn else sum(len(t) for _, t, _ in rows[1:])
+        read = torch.cat([tokens, tokens.new_zeros(others, tokens.shape[1])])
+        transformer = self.velocity.transformer
+        with concept_attention(transformer, read, head_weights=weights) as attention:
+            velocities = self._ask(rows[:1] if self.recipe.rows_in_turn else rows)
+            maps = attention.maps[: len(tokens)]
+        if self.recipe.rows_in_turn:
+            velocities += self._ask(rows[1:])
+        (v_concept, v_anchor, v_preserved), v_empty = velocities[:3], velocities[3:]
+        threshold = self.recipe.mask_threshold
+        found = (maps, v_concept, v_anchor, tokens, self.grid, *v_empty)
+        return (
+            v_concept,
+            v_anchor,
+            v_preserved,
+            weighted_attention_mask(*found, threshold=threshold),
+        )
 
     def rows(self, known: TeacherRows) -> Rows:
         """What the student is asked, and what it is to answer."""
@@ -145,6 +168,31 @@ class RowMaker:
         # Preserved rows without weight would be asked for nothing.
         share = self.recipe.preserved_share if self.recipe.preservation_weight else 0.0
         return rows_of_each_kind(batch_size, share)
+
+    def _ask(self, rows: list[VelocityRows]) -> list[torch.Tensor]:
+        """The teacher's velocities of several groups of rows."""
+        if self.recipe.rows_in_turn and len(rows) > 1:
+            return [velocity for row in rows for velocity in self._ask([row])]
+        if not any(len(t) for _, t, _ in rows):
+            return [x_t for x_t, _, _ in rows]  # no rows, no velocities
+        return teacher_velocities(self.velocity, self.velocity, rows)
+
+    def _heads(self, latent_shape: Sequence[int]) -> torch.Tensor:
+        if self._head_weights is None:
+            self._head_weights = calibrate_heads(
+                self.velocity,
+                self.scheduler,
+                self.text.target,
+                self.text.anchor,
+                self.text.empty,
+                self.token_mask,
+                latent_shape=latent_shape,
+                num_inference_steps=self.recipe.num_inference_steps,
+                guidance_scale=self.recipe.sampling_guidance_scale,
+                seed=self.recipe.seed,
+                show_progress=False,
+            )
+        return self._head_weights
 
     def _take(self, embeds: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         return embeds[prompts.to(embeds.device)].to(self.device)

@@ -78,6 +78,7 @@ def make_step(
         grid=token_grid(transformer, shape),
         scheduler=pipeline.scheduler,
         token_mask=data.token_mask,
+        head_weights=getattr(data.samples, "head_weights", None),
     )
     runs, defence = None, None
     if recipe.on_policy_share:

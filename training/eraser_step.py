@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, pairwise, repeat
+from typing import Any, NamedTuple
 
 import torch
 
 from diffusers_ext.eraser.outputs import eraser_outputs
+from diffusers_ext.eraser.passes_in_turn import run_in_turn
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import layer_localization, velocity_distance
 from training.eraser_defence import RevivalDefence
@@ -17,13 +21,24 @@ from training.eraser_rows import Rows
 from training.eraser_student_runs import StudentRuns
 
 
+class Part(NamedTuple):
+    """Rows of one pass of the student; `mask` is that of its target rows, where it is needed."""
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    prompt_embeds: torch.Tensor
+    mask: torch.Tensor | None
+
+
 class EraserStep:
     """The loss of an eraser, over a batch of teacher samples or of clean latents.
 
     `L = w_u ||v_neg - v_student(x_t, t, concept)||^2 + w_p ||v_teacher - v_student(preserved)||^2 + w_l L_loc`
     with `v_neg = v_anchor - eta (v_concept - v_anchor)` of the teacher, the same model without erasers
     (T2VUnlearning, arXiv 2505.17550, section 4). Target and preserved rows go through the student in one
-    pass; target rows with learned embeddings, which make prompts longer, in a second one.
+    pass; target rows with learned embeddings, which make prompts longer, in a second one. With
+    `rows_in_turn` each kind has its own pass, and all but the last are computed again for their
+    gradients: one more forward of them, and the activations of one kind at a time.
 
     Args:
         maker: of rows.
@@ -99,34 +114,51 @@ class EraserStep:
 
         `prompts` are those of the first rows where they are longer than the others.
         """
-        first = 0 if prompts is None else len(prompts)
-        inputs = rows.x_t[first:], rows.t[first:], rows.prompt_embeds[first:]
-        if self.recipe.localization_weight and rows.num_target > first:
-            prediction, localized = self._ask_masked(student, inputs, rows, first)
-        else:
-            prediction, localized = student(*inputs), None
-        if prompts is not None:
-            attacked = student(rows.x_t[:first], rows.t[:first], prompts)
-            prediction = torch.cat([attacked, prediction])
-        return prediction, localized
+        again = copy.copy(student)
+        # In the backward pass, the wrapper of distributed training must not begin a new step.
+        again.transformer = student.model
+        passes = [
+            partial(self._ask_part, chain([student], repeat(again)), part)
+            for part in self._parts(rows, prompts)
+        ]
+        in_turn = self.recipe.rows_in_turn
+        answers = run_in_turn(passes) if in_turn else [ask() for ask in passes]
+        localized = [found for _, found in answers if found is not None]
+        return torch.cat([part for part, _ in answers]), localized[0] if localized else None
 
-    def _ask_masked(
-        self,
-        student: CogVideoXVelocity,
-        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        rows: Rows,
-        first: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if rows.mask is None:
-            raise ValueError("`localization_weight` must be 0 for samples without masks, got more.")
-        mask, loss_type = rows.mask[first:], self.recipe.loss_type
+    def _parts(self, rows: Rows, prompts: torch.Tensor | None) -> list[Part]:
+        """The passes of the student, in the order of the rows."""
+        first, n = 0 if prompts is None else len(prompts), rows.num_target
+        parts = [Part(rows.x_t[:first], rows.t[:first], prompts, None)] if first else []
+        borders = [first, n, len(rows.t)] if self.recipe.rows_in_turn else [first, len(rows.t)]
+        for start, stop in pairwise(borders):
+            mask = None
+            if self.recipe.localization_weight and start < n:
+                if rows.mask is None:
+                    raise ValueError(
+                        "`localization_weight` must be 0 for samples without masks, got more."
+                    )
+                mask = rows.mask[start:]
+            if start < stop:
+                chosen = slice(start, stop)
+                parts.append(
+                    Part(rows.x_t[chosen], rows.t[chosen], rows.prompt_embeds[chosen], mask)
+                )
+        return parts
+
+    def _ask_part(
+        self, velocities: Iterator[CogVideoXVelocity], part: Part
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        velocity, mask, loss_type = next(velocities), part.mask, self.recipe.loss_type
+        if mask is None:
+            return velocity(*part[:3]), None
 
         def outside(name: str, output: torch.Tensor) -> torch.Tensor:
             return layer_localization(output[: len(mask)], mask, loss_type)
 
         transformer = self.maker.velocity.transformer
         with eraser_outputs(transformer, self.adapter_name, reduce=outside) as outputs:
-            prediction = student(*inputs)
+            prediction = velocity(*part[:3])
         return prediction, torch.stack(list(outputs.values())).mean()
 
     def _distance(self, prediction: torch.Tensor, rows: Rows, chosen: slice) -> torch.Tensor:

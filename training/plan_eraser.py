@@ -50,7 +50,11 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--exact", action="store_true", help="trace all blocks, not a few")
     parser.add_argument("--mixed_precision", choices=WEIGHT_DTYPES, default="bf16")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--rows_in_turn", action="store_true", help="target, then preserved rows")
+    parser.add_argument(
+        "--rows_in_turn",
+        action="store_true",
+        help="target rows, then preserved rows: less memory, one more forward of the first",
+    )
     parser.add_argument("--latents_source", choices=LATENTS_SOURCES, default="trajectory")
     parser.add_argument("--trajectories_dtype", choices=["fp32", "fp16"], default="fp32")
     parser.add_argument("--validation", action="store_true", help="with --validation_prompt")

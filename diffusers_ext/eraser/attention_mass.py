@@ -59,19 +59,18 @@ def standardize(maps: torch.Tensor) -> torch.Tensor:
     return torch.where(deviation > 0, centred / torch.where(deviation > 0, deviation, 1), 0)
 
 
-def head_agreement(head_maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """How well each head's map agrees with a reference: Pearson's correlation, or 0 if negative.
+def head_correlations(head_maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Pearson's correlation of each head's map with a reference, over the tokens of each clip.
 
     Args:
         head_maps: `(batch, layers, heads, video)`.
         reference: `(batch, video)`, such as the difference that a concept makes to the velocity.
 
     Returns:
-        `(layers, heads)` float32 weights that add up to 1, from the correlations over the tokens of
-        a clip averaged over the batch.
+        `(batch, layers, heads)` float32.
 
     Raises:
-        ValueError: shapes that do not fit, or no head agrees.
+        ValueError: shapes that do not fit.
     """
     if head_maps.ndim != 4 or reference.shape != (len(head_maps), head_maps.shape[-1]):
         raise ValueError(
@@ -79,9 +78,25 @@ def head_agreement(head_maps: torch.Tensor, reference: torch.Tensor) -> torch.Te
             f"{tuple(head_maps.shape)}, got {tuple(reference.shape)}."
         )
     pattern = standardize(reference.float())[:, None, None]
-    weights = (standardize(head_maps.float()) * pattern).mean(dim=(0, 3)).clamp(min=0)
-    if not weights.any():
+    return (standardize(head_maps.float()) * pattern).mean(dim=-1)
+
+
+def agreement_weights(correlations: torch.Tensor) -> torch.Tensor:
+    """How much each head counts: its mean correlation with the reference, or 0 if negative.
+
+    Args:
+        correlations: `(batch, layers, heads)`.
+
+    Returns:
+        `(layers, heads)` weights that add up to 1.
+
+    Raises:
+        ValueError: no head agrees with the reference.
+    """
+    weights = correlations.mean(dim=0).clamp(min=0)
+    if not (weights > 0).any():
         raise ValueError(
-            "`head_maps` must agree with `reference` in some head, got none that does."
+            "`correlations` must be above 0 for some head, got none. Where the anchor prompts are the "
+            "prompts themselves, the concept changes nothing."
         )
     return weights / weights.sum()

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from diffusers_ext.eraser.attention_mass import head_agreement
+from diffusers_ext.eraser.attention_mass import agreement_weights, head_correlations
 from diffusers_ext.eraser.clip_geometry import token_grid
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.masks import (
     CONCEPT_FLOOR,
-    harden,
     normalize_attention,
     velocity_difference,
     velocity_mask,
+    weighted_attention_mask,
 )
 from diffusers_ext.eraser.outputs import erasers_disabled
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
@@ -75,11 +75,13 @@ def concept_mask(
     )
     with erasers_disabled(model), attention as attended:
         found = _velocities(velocity, x_t, t, embeds)
-    floor = 0.0 if head_weights is None else CONCEPT_FLOOR
-    mask = normalize_attention(attended.maps[: len(x_t)], grid, floor=floor)
-    if anchor_embeds is not None:
-        mask = (mask * velocity_mask(*found[:2], token_mask, grid, *found[2:])).sqrt()
-    return mask if threshold is None else harden(mask, threshold)
+    maps = attended.maps[: len(x_t)]
+    if anchor_embeds is None:
+        floor = 0.0 if head_weights is None else CONCEPT_FLOOR
+        return normalize_attention(maps, grid, threshold, floor=floor)
+    return weighted_attention_mask(
+        maps, *found[:2], token_mask, grid, *found[2:], threshold=threshold
+    )
 
 
 @torch.no_grad()
@@ -92,26 +94,44 @@ def concept_head_weights(
     token_mask: torch.Tensor,
     *,
     layers: Sequence[int] | None = None,
+    batch_size: int = 8,
     chunk_size: int = 1024,
 ) -> torch.Tensor:
     """Which heads look at a concept where it changes the velocity; no labels are needed.
 
-    A few dozen clips at various timesteps are enough. See `concept_mask` for the arguments.
+    A few dozen clips at various timesteps are enough. See `concept_mask` for the other arguments.
+
+    Args:
+        batch_size: clips at once; a pass has twice as many rows.
 
     Returns:
         `(layers, heads)` float32 that add up to 1: each head's correlation with the difference
         between the velocities of the prompts and their anchors, 0 where it is negative.
+
+    Raises:
+        ValueError: no prompt names the concept, or no head agrees with the velocities.
     """
     model = velocity.model
-    tokens = torch.cat([token_mask, torch.zeros_like(token_mask)])
-    attention = concept_attention(
-        model, tokens, layers=layers, keep_heads=True, chunk_size=chunk_size
-    )
-    with erasers_disabled(model), attention as attended:
-        found = _velocities(velocity, x_t, t, [prompt_embeds, anchor_embeds])
-    reference = velocity_difference(*found, token_grid(model, x_t.shape))
-    named = token_mask.any(dim=1).to(x_t.device)
-    return head_agreement(attended.head_maps[: len(x_t)][named], reference[named])
+    grid = token_grid(model, x_t.shape)
+    named = token_mask.any(dim=1).nonzero().flatten()
+    if not len(named):
+        raise ValueError("`token_mask` must mark the concept in some prompt, got none that has it.")
+    correlations = []
+    for rows in named.split(batch_size):
+        tokens, rows = token_mask[rows], rows.to(x_t.device)
+        attention = concept_attention(
+            model,
+            torch.cat([tokens, torch.zeros_like(tokens)]),
+            layers=layers,
+            keep_heads=True,
+            chunk_size=chunk_size,
+        )
+        with erasers_disabled(model), attention as attended:
+            embeds = [prompt_embeds[rows], anchor_embeds[rows]]
+            found = _velocities(velocity, x_t[rows], t[rows], embeds)
+        reference = velocity_difference(*found, grid)
+        correlations.append(head_correlations(attended.head_maps[: len(rows)], reference))
+    return agreement_weights(torch.cat(correlations))
 
 
 def _velocities(

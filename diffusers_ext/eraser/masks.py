@@ -43,6 +43,34 @@ def velocity_mask(
     return normalize_attention(torch.where(named, maps, 0), grid, threshold, floor=CONCEPT_FLOOR)
 
 
+def weighted_attention_mask(
+    maps: torch.Tensor,
+    v_concept: torch.Tensor,
+    v_anchor: torch.Tensor,
+    token_mask: torch.Tensor,
+    grid: Sequence[int],
+    v_empty: torch.Tensor | None = None,
+    *,
+    threshold: float | None = None,
+) -> torch.Tensor:
+    """Where weighted heads look at a concept and it changes the velocity: the best mask there is.
+
+    `sqrt(attended * velocity_mask)`, `attended` being the maps with their lower half as zero.
+
+    Args:
+        maps: `(batch, video)`, of `concept_attention` with `head_weights`.
+        v_concept, v_anchor, token_mask, grid, v_empty: see `velocity_mask`.
+        threshold: see `normalize_attention`.
+
+    Returns:
+        `(batch, frames', rows, columns)` float32 in [0, 1].
+    """
+    attended = normalize_attention(maps, grid, floor=CONCEPT_FLOOR)
+    changed = velocity_mask(v_concept, v_anchor, token_mask, grid, v_empty)
+    mask = (attended * changed).sqrt()
+    return mask if threshold is None else harden(mask, threshold)
+
+
 def normalize_attention(
     maps: torch.Tensor,
     grid: Sequence[int],

@@ -81,8 +81,11 @@ def eraser_outputs(
     """
     layers = _layers_with(model, adapter_name)
     outputs: dict[str, torch.Tensor] = {}
-    recorders = {name: _recorder(name, adapter_name, reduce, outputs) for name in layers}
+    stores = [outputs]
+    recorders = {name: _recorder(name, adapter_name, reduce, stores) for name in layers}
     with ExitStack() as stack:
+        # A graph holds the recorders that it is recomputed with: they must not hold its tensors.
+        stack.callback(stores.clear)
         if reduce is not None:
             stack.enter_context(_recompute_with(model, layers, recorders))
         stack.enter_context(_recording(layers, recorders))
@@ -134,7 +137,10 @@ def _layers_with(model: nn.Module, adapter_name: str | None) -> dict[str, Eraser
 
 
 def _recorder(
-    name: str, adapter_name: str | None, reduce: Reduce | None, outputs: dict[str, torch.Tensor]
+    name: str,
+    adapter_name: str | None,
+    reduce: Reduce | None,
+    stores: list[dict[str, torch.Tensor]],
 ) -> Recorder:
     def record(added: dict[str, torch.Tensor]) -> None:
         if adapter_name is None:
@@ -145,7 +151,8 @@ def _recorder(
             return
         # Recomputed too: gradient checkpointing counts the tensors that it saves.
         kept = output if reduce is None else reduce(name, output)
-        outputs.setdefault(name, kept)
+        for outputs in stores:
+            outputs.setdefault(name, kept)
 
     return record
 

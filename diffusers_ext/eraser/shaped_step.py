@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from diffusers_ext.eraser.clip_geometry import token_grid
 from diffusers_ext.eraser.outputs import eraser_outputs
+from diffusers_ext.eraser.passes_in_turn import run_in_turn
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import layer_localization, velocity_distance
 
@@ -24,7 +27,8 @@ class StepShape:
     Attributes:
         latent_shape: `(frames, channels, height, width)` of one row.
         rank: of the eraser.
-        target_rows, preserved_rows: of one pass of the student; their sum is its batch.
+        target_rows, preserved_rows: of a step; their sum is the student's batch in one pass.
+        rows_in_turn: target rows, then preserved rows go through the student; see `run_in_turn`.
         teacher_rows: of one pass of the teacher, in sampling or in a step without stored velocities.
         dtype: of the frozen weights.
         autocast: as accelerate runs half precision on a GPU: layer norms give float32.
@@ -37,6 +41,7 @@ class StepShape:
     rank: int = 128
     target_rows: int = 1
     preserved_rows: int = 1
+    rows_in_turn: bool = False
     teacher_rows: int = 3
     dtype: torch.dtype = torch.bfloat16
     autocast: bool = True
@@ -85,23 +90,37 @@ def student_pass(velocity: CogVideoXVelocity, shape: StepShape) -> None:
     n, rows = shape.target_rows, shape.target_rows + shape.preserved_rows
     inputs = empty_inputs(velocity, shape, rows)
     wanted, unerased = torch.empty_like(inputs[0]), torch.empty_like(inputs[0][:n])
-    losses = []
+    mask = None
     if shape.localization and n:
-        grid = token_grid(velocity.model, shape.latent_shape)
-        mask = torch.empty(n, *grid, device=wanted.device)
-
-        def outside(name: str, output: torch.Tensor) -> torch.Tensor:
-            return layer_localization(output[:n], mask)
-
-        with eraser_outputs(velocity.model, ADAPTER_NAME, reduce=outside) as outputs:
-            prediction = velocity(*inputs)
-        losses.append(torch.stack(list(outputs.values())).mean())
-    else:
-        prediction = velocity(*inputs)
+        mask = torch.empty(n, *token_grid(velocity.model, shape.latent_shape), device=wanted.device)
+    borders = (0, n, rows) if shape.rows_in_turn else (0, rows)
+    passes = [
+        partial(_ask, velocity, [part[start:stop] for part in inputs], mask if start < n else None)
+        for start, stop in pairwise(borders)
+        if start < stop
+    ]
+    answers = run_in_turn(passes) if shape.rows_in_turn else [ask() for ask in passes]
+    prediction = torch.cat([part for part, _ in answers])
+    losses = [found for _, found in answers if found is not None]
     chosen = [part for part in (slice(None, n), slice(n, None)) if len(wanted[part])]
     losses += [velocity_distance(prediction[part], wanted[part]) for part in chosen]
     velocity_distance(prediction[:n].detach(), unerased)
     sum(losses).backward()
+
+
+def _ask(
+    velocity: CogVideoXVelocity, inputs: list[torch.Tensor], mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Velocities, and what the erasers add outside of a mask of the first rows."""
+    if mask is None:
+        return velocity(*inputs), None
+
+    def outside(name: str, output: torch.Tensor) -> torch.Tensor:
+        return layer_localization(output[: len(mask)], mask)
+
+    with eraser_outputs(velocity.model, ADAPTER_NAME, reduce=outside) as outputs:
+        prediction = velocity(*inputs)
+    return prediction, torch.stack(list(outputs.values())).mean()
 
 
 def empty_inputs(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from diffusers_ext.core.artifacts import (
     CONFIG_NAME,
@@ -22,6 +23,7 @@ from diffusers_ext.eraser.teacher_samples import PARTS, Row, TeacherSamples, to_
 
 
 CLASS_NAME, FORMAT_VERSION = "TeacherSamples", 1
+_HEADS_NAME = "head_weights.safetensors"
 _MOST_HANDLES = 64
 
 
@@ -141,10 +143,18 @@ class TeacherFiles:
         rows = to_storage(rows, self.dtype)
         write_atomically(run_file(self.folder / part, run), save(rows))
 
+    def head_weights(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The weights that all runs here are made with; `make` is called where there are none."""
+        path = self.folder / _HEADS_NAME
+        if not path.is_file():
+            write_atomically(path, save({"head_weights": make()}))
+        return _read_head_weights(self.folder)
+
     def clean_up(self) -> None:
         """Remove what killed processes have left half written, once all runs are there."""
-        for path in [*self.folder.glob(".*.json.*"), *self.folder.glob("*/.*.safetensors.*")]:
-            path.unlink(missing_ok=True)
+        for pattern in (".*.json.*", "**/.*.safetensors.*"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def open_teacher_samples(directory: str | os.PathLike) -> TeacherSamples:
@@ -158,14 +168,24 @@ def open_teacher_samples(directory: str | os.PathLike) -> TeacherSamples:
     """
     folder = Path(directory)
     settings = _read_config(folder)["settings"]
-    return TeacherSamples(
-        {part: FileRows(folder / part, settings[f"num_{part}"]) for part in PARTS}
-    )
+    parts = {part: FileRows(folder / part, settings[f"num_{part}"]) for part in PARTS}
+    masked = settings["masks"] and settings["num_target"]
+    return TeacherSamples(parts, _read_head_weights(folder) if masked else None)
 
 
 def run_file(folder: Path, run: int) -> Path:
     """Where a run of one part is kept."""
     return folder / f"{run:05d}.safetensors"
+
+
+def _read_head_weights(folder: Path) -> torch.Tensor:
+    path = folder / _HEADS_NAME
+    try:
+        return load(path.read_bytes())["head_weights"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{path} must be a whole safetensors file, got: {error}. Remove it and collect again."
+        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

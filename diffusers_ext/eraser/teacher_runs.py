@@ -9,9 +9,12 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_ext.eraser.clip_geometry import token_grid
+from diffusers_ext.eraser.head_calibration import calibrate_heads
+from diffusers_ext.eraser.masks import weighted_attention_mask
 from diffusers_ext.eraser.teacher_samples import EMPTY_PROMPT, Row
 from diffusers_ext.eraser.teacher_trajectory import (
-    MaskRequest,
+    AttentionRequest,
     TrajectoryPoint,
     count_steps,
     teacher_trajectory,
@@ -37,6 +40,7 @@ class SamplePart(NamedTuple):
     others: torch.Tensor  # the same shape: anchors, or the empty prompt again and again
     token_mask: torch.Tensor | None  # (prompts, text) bool
     plans: list[TrajectoryPlan]
+    head_weights: torch.Tensor | None = None  # needed with a token mask
 
 
 class _Batch(NamedTuple):
@@ -46,7 +50,7 @@ class _Batch(NamedTuple):
     others: torch.Tensor
     kept: torch.Tensor  # (steps, batch) bool, points that are kept
     other_at: torch.Tensor  # (steps, batch) bool, where the other prompt has to be run
-    masks: MaskRequest | None
+    attention: AttentionRequest | None
 
 
 class TeacherRuns:
@@ -69,6 +73,22 @@ class TeacherRuns:
         self.velocity, self.scheduler, self.settings = velocity, scheduler, settings
         self.device = velocity.model.device
         self.empty_embed = empty_embed.to(self.device)
+
+    def calibrate_heads(self, part: SamplePart, seed: int, show_progress: bool) -> torch.Tensor:
+        """The `head_weights` of a part, `(layers, heads)`; see `calibrate_heads`."""
+        return calibrate_heads(
+            self.velocity,
+            self.scheduler,
+            part.prompts,
+            part.others,
+            self.empty_embed,
+            part.token_mask,
+            latent_shape=self.settings.latent_shape,
+            num_inference_steps=self.settings.num_inference_steps,
+            guidance_scale=self.settings.guidance_scale,
+            seed=seed,
+            show_progress=show_progress,
+        )
 
     def make(self, part: SamplePart, plans: Sequence[TrajectoryPlan]) -> list[Row]:
         """Runs as one batch.
@@ -99,14 +119,15 @@ class TeacherRuns:
             generators=generators,
             extra_prompt_embeds=batch.others,
             extra_at=batch.other_at,
-            masks=batch.masks,
+            attention=batch.attention,
         )
         rows: list[list[Row]] = [[] for _ in plans]
         last = int(batch.kept.any(1).nonzero().max())
         for step, point in zip(range(last + 1), points):
             others = _other_velocities(point, batch.other_at[step])
+            masks = self._masks(batch.attention, point, others)
             for i in batch.kept[step].nonzero().flatten().tolist():
-                rows[i].append(_row(part.name, plans[i], len(rows[i]), point, others, i))
+                rows[i].append(_row(part.name, plans[i], len(rows[i]), point, others, masks, i))
         return [{name: torch.stack([r[name] for r in run]) for name in run[0]} for run in rows]
 
     def _prepare(self, part: SamplePart, plans: Sequence[TrajectoryPlan]) -> _Batch:
@@ -123,11 +144,30 @@ class TeacherRuns:
             if self.settings.guidance_scale <= 1 or not torch.equal(others[i], self.empty_embed):
                 needed = plan.empty if part.name == "preserved" else (True,) * len(plan.steps)
                 other_at[list(plan.steps), i] = torch.tensor(needed)
-        masks = None
+        attention = None
         if part.token_mask is not None:
             tokens = part.token_mask.cpu()[chosen]
-            masks = MaskRequest(tokens, kept, self.settings.mask_threshold)
-        return _Batch(prompts, others, kept, other_at, masks)
+            attention = AttentionRequest(tokens, kept, part.head_weights)
+        return _Batch(prompts, others, kept, other_at, attention)
+
+    def _masks(
+        self,
+        request: AttentionRequest | None,
+        point: TrajectoryPoint,
+        others: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """`(batch, frames', rows, columns)`, of use where a row is kept."""
+        if point.attention is None:
+            return None
+        return weighted_attention_mask(
+            point.attention,
+            point.velocity,
+            others,
+            request.token_mask,
+            token_grid(self.velocity.model, point.x_t.shape),
+            point.negative,
+            threshold=self.settings.mask_threshold,
+        )
 
 
 def _other_velocities(point: TrajectoryPoint, other_at: torch.Tensor) -> torch.Tensor | None:
@@ -145,6 +185,7 @@ def _row(
     position: int,
     point: TrajectoryPoint,
     others: torch.Tensor | None,
+    masks: torch.Tensor | None,
     i: int,
 ) -> Row:
     """What is kept of run `i` at a point, its `position`-th."""
@@ -152,8 +193,8 @@ def _row(
     if part == "target":
         row |= {"prompt": torch.tensor(plan.prompt)}
         row |= {"v_concept": point.velocity[i], "v_anchor": others[i]}
-        if point.mask is not None:
-            row["mask"] = point.mask[i]
+        if masks is not None:
+            row["mask"] = masks[i]
     elif plan.empty[position]:
         row |= {"prompt": torch.tensor(EMPTY_PROMPT), "velocity": others[i]}
     else:

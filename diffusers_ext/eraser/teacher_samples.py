@@ -55,14 +55,19 @@ class TeacherSamples(Dataset):
 
     Attributes:
         parts: the rows of each part.
+        head_weights: `(layers, heads)` with which the masks were made, if there are any.
     """
 
-    def __init__(self, parts: Mapping[str, SampleRows]) -> None:
+    def __init__(
+        self, parts: Mapping[str, SampleRows], head_weights: torch.Tensor | None = None
+    ) -> None:
         """Join parts.
 
         Args:
             parts: by name, of `"target"` and `"preserved"`; not all empty.
+            head_weights: of the masks.
         """
+        self.head_weights = head_weights
         self.parts = {name: rows for name, rows in parts.items() if len(rows)}
         if not self.parts or not set(self.parts) <= set(PARTS):
             raise ValueError(f"`parts` must have rows, of {PARTS} only, got {sorted(self.parts)}.")

@@ -12,19 +12,17 @@ import torch
 from diffusers import SchedulerMixin
 
 from diffusers_ext.core.quiet_run import module_eval_mode
-from diffusers_ext.eraser.clip_geometry import token_grid
 from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.masks import normalize_attention
 from diffusers_ext.eraser.outputs import erasers_disabled
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 
 
-class MaskRequest(NamedTuple):
+class AttentionRequest(NamedTuple):
     """Where the concept's attention is read along a run."""
 
     token_mask: torch.Tensor  # (batch, text) bool, the concept's tokens
     at: torch.Tensor  # (steps, batch) bool
-    threshold: float | None  # `None` for soft masks
+    head_weights: torch.Tensor  # (layers, heads)
 
 
 class TrajectoryPoint(NamedTuple):
@@ -35,7 +33,7 @@ class TrajectoryPoint(NamedTuple):
     velocity: torch.Tensor  # of the prompts
     negative: torch.Tensor | None  # of the negative prompts; `None` without guidance
     extra: torch.Tensor | None  # (chosen rows, ...), of the extra prompts
-    mask: torch.Tensor | None  # (batch, frames', rows, columns) in [0, 1], zero where not asked for
+    attention: torch.Tensor | None  # (batch, video) weighted heads, zero where not asked for
     x_next: torch.Tensor  # the latents after the step
 
 
@@ -61,7 +59,7 @@ def teacher_trajectory(
     generators: Sequence[torch.Generator] | None = None,
     extra_prompt_embeds: torch.Tensor | None = None,
     extra_at: torch.Tensor | None = None,
-    masks: MaskRequest | None = None,
+    attention: AttentionRequest | None = None,
 ) -> Iterator[TrajectoryPoint]:
     """Sample with classifier-free guidance, as `CogVideoXPipeline` does, and give every step.
 
@@ -79,7 +77,7 @@ def teacher_trajectory(
         generators: one per row, for schedulers that draw noise in each step.
         extra_prompt_embeds: a further prompt per row, with a velocity but without a part in the guidance.
         extra_at: `(steps, batch)` bool, where that velocity is wanted; everywhere when `None`.
-        masks: where to read the concept's attention.
+        attention: where to read the concept's attention.
 
     Raises:
         ValueError: shapes that do not fit, or a scheduler that predicts something else.
@@ -90,7 +88,7 @@ def teacher_trajectory(
     texts = (negative_prompt_embeds, prompt_embeds, extra_prompt_embeds)
     if extra_prompt_embeds is not None and extra_at is None:
         extra_at = torch.ones(len(run.timesteps), len(latents), dtype=torch.bool)
-    return _walk(velocity, run, texts, guidance_scale, extra_at, masks)
+    return _walk(velocity, run, texts, guidance_scale, extra_at, attention)
 
 
 def check_predicts_velocity(scheduler: SchedulerMixin) -> None:
@@ -117,7 +115,7 @@ def _walk(
     texts: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     guidance_scale: float,
     extra_at: torch.Tensor | None,
-    masks: MaskRequest | None,
+    attention: AttentionRequest | None,
 ) -> Iterator[TrajectoryPoint]:
     negative, prompt, extra = texts
     guided, batch = guidance_scale > 1, len(prompt)
@@ -130,7 +128,7 @@ def _walk(
         rows, embeds = torch.cat(rows), torch.cat(embeds)
         before = batch if guided else 0
         with frozen_teacher(velocity.model):
-            found, mask = _forward(velocity, rows, timestep, embeds, before, masks, step)
+            found, maps = _forward(velocity, rows, timestep, embeds, before, attention, step)
         unconditional = found[:before] if guided else None
         conditional, others = found[before : before + batch], found[before + batch :]
         guidance = conditional
@@ -139,7 +137,7 @@ def _walk(
         run.advance(step, guidance)
         times = timestep.expand(batch).to(torch.int64)
         found = (conditional, unconditional, others if len(others) else None)
-        yield TrajectoryPoint(x_t, times, *found, mask, run.latents)
+        yield TrajectoryPoint(x_t, times, *found, maps, run.latents)
 
 
 def _forward(
@@ -148,20 +146,20 @@ def _forward(
     timestep: torch.Tensor,
     embeds: torch.Tensor,
     before: int,
-    masks: MaskRequest | None,
+    attention: AttentionRequest | None,
     step: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Velocities of all rows, and masks of the prompts' rows, which start at row `before`."""
+    """Velocities of all rows, and maps of the prompts' rows, which start at row `before`."""
     times = timestep.expand(len(x_t))
-    if masks is None or not masks.at[step].any():
+    if attention is None or not attention.at[step].any():
         return velocity(x_t, times, embeds), None
-    prompts = slice(before, before + len(masks.token_mask))
+    prompts = slice(before, before + len(attention.token_mask))
     tokens = torch.zeros(embeds.shape[:2], dtype=torch.bool)
-    tokens[prompts] = masks.token_mask.cpu() & masks.at[step].cpu()[:, None]
-    with concept_attention(velocity.model, tokens) as attention:
+    tokens[prompts] = attention.token_mask.cpu() & attention.at[step].cpu()[:, None]
+    weights = attention.head_weights
+    with concept_attention(velocity.model, tokens, head_weights=weights) as attended:
         found = velocity(x_t, times, embeds)
-    grid = token_grid(velocity.model, x_t.shape)
-    return found, normalize_attention(attention.maps[prompts], grid, masks.threshold)
+    return found, attended.maps[prompts]
 
 
 class _Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ __all__ = [
     "open_teacher_samples",
     "teacher_trajectory",
 ]
+
+
+# Folders with masks made in another way are told by it.
+MASK_KIND = "weighted heads x velocities"
 
 
 def collect_teacher_samples(
@@ -83,7 +88,8 @@ def collect_teacher_samples(
         points_per_trajectory: kept of each run; all when `None`.
         seed: chooses prompts, noises and points.
         batch_size: runs at once; a pass has up to three times as many rows.
-        token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks.
+        token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks, of the
+            heads that `calibrate_heads` finds and of the velocities (`weighted_attention_mask`).
         mask_threshold: makes the masks hard.
         directory: where the samples are kept, one file a run; what is there is not made again.
         facts: JSON-able, how the embeddings were made: model, prompts, adapters, ... Needed with a
@@ -117,16 +123,15 @@ def collect_teacher_samples(
         parts.append(SamplePart(name, prompts, others, tokens, plans))
     run = RunSettings(tuple(latent_shape), num_inference_steps, guidance_scale, mask_threshold)
     runs = TeacherRuns(velocity, scheduler, run, empty_embed[0])
-    collector = _Collector(runs, batch_size, show_progress)
+    collector = _Collector(runs, batch_size, seed, show_progress)
     if directory is None:
         if process != (0, 1):
             raise ValueError("`directory` must be given where processes share the runs, got None.")
-        return TeacherSamples({p.name: collector.in_memory(p, storage_dtype) for p in parts})
+        return collector.in_memory(parts, storage_dtype)
     settings = run._asdict() | options | {f"num_{name}": count for name, count in counts.items()}
-    settings |= {"empty_share": empty_share, "masks": token_mask is not None}
+    settings |= {"empty_share": empty_share, "masks": token_mask is not None and MASK_KIND}
     files = TeacherFiles(directory, scheduler, velocity.model, settings, facts, storage_dtype)
-    for part in parts:
-        collector.to_files(part, files, process)
+    collector.to_files(parts, files, process)
     if wait_for_everyone is not None:
         wait_for_everyone()
     files.clean_up()
@@ -136,23 +141,40 @@ def collect_teacher_samples(
 class _Collector:
     """Makes the runs of a part batch by batch."""
 
-    def __init__(self, runs: TeacherRuns, batch_size: int, show_progress: bool) -> None:
-        self.runs, self.batch_size, self.show_progress = runs, batch_size, show_progress
+    def __init__(self, runs: TeacherRuns, batch_size: int, seed: int, show_progress: bool) -> None:
+        self.runs, self.batch_size = runs, batch_size
+        self.seed, self.show_progress = seed, show_progress
 
-    def in_memory(self, part: SamplePart, dtype: torch.dtype) -> SampleRows:
-        """All runs of a part."""
-        rows = []
-        for batch in self._batches(part, (0, 1)):
-            rows += [to_storage(run, dtype) for run in self.runs.make(part, batch)]
-        return TensorRows(rows) if rows else []
+    def in_memory(self, parts: Sequence[SamplePart], dtype: torch.dtype) -> TeacherSamples:
+        """All runs."""
+        kept: dict[str, SampleRows] = {}
+        head_weights = None
+        for part in parts:
+            if _needs_heads(part):
+                head_weights = self._calibrate(part)
+                part = part._replace(head_weights=head_weights)
+            rows = []
+            for batch in self._batches(part, (0, 1)):
+                rows += [to_storage(run, dtype) for run in self.runs.make(part, batch)]
+            kept[part.name] = TensorRows(rows) if rows else []
+        return TeacherSamples(kept, head_weights)
 
-    def to_files(self, part: SamplePart, files: TeacherFiles, process: tuple[int, int]) -> None:
+    def to_files(
+        self, parts: Sequence[SamplePart], files: TeacherFiles, process: tuple[int, int]
+    ) -> None:
         """The runs of this process that are not there yet."""
-        for batch in self._batches(part, process):
-            # Whole batches: among other rows a row may round differently.
-            if not all(files.has(part.name, plan.index) for plan in batch):
-                for plan, run in zip(batch, self.runs.make(part, batch), strict=True):
-                    files.write(part.name, plan.index, run)
+        for part in parts:
+            if _needs_heads(part):
+                weights = files.head_weights(partial(self._calibrate, part))
+                part = part._replace(head_weights=weights)
+            for batch in self._batches(part, process):
+                # Whole batches: among other rows a row may round differently.
+                if not all(files.has(part.name, plan.index) for plan in batch):
+                    for plan, run in zip(batch, self.runs.make(part, batch), strict=True):
+                        files.write(part.name, plan.index, run)
+
+    def _calibrate(self, part: SamplePart) -> torch.Tensor:
+        return self.runs.calibrate_heads(part, self.seed, self.show_progress)
 
     def _batches(
         self, part: SamplePart, process: tuple[int, int]
@@ -161,6 +183,10 @@ class _Collector:
         batches = [plans[start : start + size] for start in range(0, len(plans), size)]
         mine = batches[process[0] :: process[1]]
         yield from tqdm(mine, desc=f"{part.name} runs", disable=not self.show_progress)
+
+
+def _needs_heads(part: SamplePart) -> bool:
+    return part.token_mask is not None and bool(part.plans)
 
 
 def _check_embeds(

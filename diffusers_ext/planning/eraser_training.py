@@ -38,7 +38,7 @@ class EraserSetting:
         rank: of the eraser.
         num_frames, height, width: of the clips; the model's own when `None`.
         target_rows, preserved_rows: of one micro-step.
-        rows_in_turn: a micro-step has rows of one kind only, the other kind in the next.
+        rows_in_turn: target rows, then preserved rows go through the models.
         dtype: of the frozen models.
         gradient_checkpointing: blocks are computed again for their gradients.
         localization: masks are made and used.
@@ -158,11 +158,11 @@ def plan_eraser_training(
     setting = EraserSetting() if setting is None else setting
     configs = model if isinstance(model, PipelineConfigs) else read_pipeline_configs(model)
     check_rank(setting.rank, transformer_width(configs.transformer))
-    setting, latents = _fill_size(configs, setting)
+    setting, latents, text_length = _fill_size(configs, setting)
     shape = _step_shape(setting, latents)
     step = step_memory(configs.transformer, shape, exact=exact)
     text = text_encoder_memory(
-        configs.text_encoder, setting.text_batch_size, _text_length(configs), setting.dtype
+        configs.text_encoder, setting.text_batch_size, text_length, setting.dtype
     )
     parts = {
         "transformer": step.transformer,
@@ -186,8 +186,8 @@ def plan_eraser_training(
 
 def _fill_size(
     configs: PipelineConfigs, setting: EraserSetting
-) -> tuple[EraserSetting, tuple[int, int, int, int]]:
-    """The setting with the clip's size, and the shape of its latents."""
+) -> tuple[EraserSetting, tuple[int, int, int, int], int]:
+    """The setting with the clip's size, the shape of its latents, and the tokens of a prompt."""
     with torch.device("meta"):
         vae = AutoencoderKLCogVideoX.from_config(dict(configs.vae))
     transformer = meta_transformer({**configs.transformer, "num_layers": 1})
@@ -196,11 +196,8 @@ def _fill_size(
     given = (setting.num_frames, setting.height, setting.width)
     size = [side if chosen is None else chosen for chosen, side in zip(given, own)]
     shape = latent_shape(transformer, SimpleNamespace(config=vae.config), *size)
-    return replace(setting, num_frames=size[0], height=size[1], width=size[2]), shape
-
-
-def _text_length(configs: PipelineConfigs) -> int:
-    return meta_transformer({**configs.transformer, "num_layers": 1}).config.max_text_seq_length
+    setting = replace(setting, num_frames=size[0], height=size[1], width=size[2])
+    return setting, shape, config.max_text_seq_length
 
 
 def _step_shape(setting: EraserSetting, latents: tuple[int, int, int, int]) -> StepShape:
@@ -210,15 +207,13 @@ def _step_shape(setting: EraserSetting, latents: tuple[int, int, int, int]) -> S
     if setting.latents_source == "trajectory":
         teacher = 3 * setting.sampling_batch_size
     elif setting.rows_in_turn:
-        teacher = max(2 * target, preserved)
-    if setting.rows_in_turn:
-        # The kind that takes more; target rows where both take the same, as they may have masks.
-        target, preserved = (target, 0) if target >= preserved else (0, preserved)
+        teacher = max(target, preserved)
     return StepShape(
         latents,
         rank=setting.rank,
         target_rows=target,
         preserved_rows=preserved,
+        rows_in_turn=setting.rows_in_turn,
         teacher_rows=teacher,
         dtype=setting.dtype,
         gradient_checkpointing=setting.gradient_checkpointing,

@@ -31,7 +31,8 @@ def test_a_table_is_printed(folder, capsys):
 def test_json_can_be_read_back(folder, capsys):
     plan = run(folder, "--json", "--memory_gib", "2")
     found = json.loads(capsys.readouterr().out)
-    assert found["fits"] and found["peak"] == plan.peak
+    assert found["fits"]
+    assert found["peak"] == plan.peak
     assert found["setting"]["dtype"] == "bfloat16"
 
 

@@ -1,0 +1,64 @@
+"""What an eraser adds to the time of inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import CogVideoXPipeline
+
+from benchmarks.eraser_steps import Subject
+from benchmarks.timing import compare
+from diffusers_ext.eraser.shaped_step import StepShape, empty_inputs
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from training.eraser_recipe import EraserTraining
+
+
+_ROWS_A_TIMING = 64
+
+
+def inference_costs(subject: Subject, pairs: int, rows: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Calls of the transformer with an eraser in terms of calls without."""
+    erased = subject.student(EraserTraining(rank=subject.rank))
+    erased.transformer.eval()
+    subject.pipeline.transformer.eval()
+    with_eraser, without = (
+        CogVideoXVelocity.from_pipeline(pipeline, *subject.size)
+        for pipeline in (erased, subject.pipeline)
+    )
+    found = []
+    for count in rows:
+        shape = StepShape(subject.latents, dtype=torch.float32)
+        inputs = [torch.zeros_like(tensor) for tensor in empty_inputs(without, shape, count)]
+
+        def run(velocity: CogVideoXVelocity, inputs: list = inputs) -> None:
+            with torch.no_grad():
+                for _ in range(max(1, _ROWS_A_TIMING // len(inputs[0]))):
+                    velocity(*inputs)
+
+        time = compare(lambda: run(with_eraser), lambda: run(without), pairs)
+        found.append({"what": f"{subject.name}, {count} rows", **time._asdict()})
+    return found
+
+
+def sampling_cost(subject: Subject, pairs: int, clips: int) -> dict[str, Any]:
+    """Whole calls of the pipeline: text, 20 steps with guidance, and the VAE."""
+    erased = subject.student(EraserTraining(rank=subject.rank))
+    erased.transformer.eval()
+    prompts = ["a red seven moving right"] * clips
+    num_frames, height, width = subject.size
+
+    def run(pipeline: CogVideoXPipeline) -> None:
+        pipeline(
+            prompts,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=20,
+            guidance_scale=3.0,
+            max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+            output_type="np",
+        )
+
+    time = compare(lambda: run(erased), lambda: run(subject.pipeline), pairs)
+    return {"what": f"{subject.name}, {clips} whole clips", **time._asdict()}
