@@ -34,6 +34,9 @@ bench: setup
 	$(BIN)/python benchmarks/cost_of_golden_noise.py
 	$(BIN)/python benchmarks/cost_of_npnet.py
 	$(BIN)/python benchmarks/pair_generation.py
+	$(BIN)/python benchmarks/concept_mask_on_moving_digits.py
+	$(BIN)/python benchmarks/erasure_on_moving_digits.py
+	$(BIN)/python benchmarks/cost_of_eraser.py
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

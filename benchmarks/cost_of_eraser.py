@@ -122,10 +122,10 @@ def five_b_plans() -> list[dict[str, Any]]:
     found = []
     for in_turn in (True, False):
         plan = plan_eraser_training(FIVE_B, EraserSetting(rows_in_turn=in_turn), exact=True)
-        rows = "1 row a pass" if in_turn else "2 rows a pass"
+        rows = "2 rows in turn" if in_turn else "2 rows in one pass"
         found.append({"rows": rows, "phases": plan.phases, "peak": plan.peak})
     if torch.cuda.is_available():
-        found[0]["measured_on_gpu"] = measured_five_b(StepShape(FIVE_B_LATENTS, preserved_rows=0))
+        found[0]["measured_on_gpu"] = measured_five_b(StepShape(FIVE_B_LATENTS, rows_in_turn=True))
         found[1]["measured_on_gpu"] = measured_five_b(StepShape(FIVE_B_LATENTS))
     return found
 

@@ -11,7 +11,7 @@ from examples.digits.prompts import DIGITS
 
 Runs = dict[str, Any]
 _ROBUST = ("held-out template", "paraphrases")
-_ALL = "all groups"
+_ALL = "all"
 
 
 def _side(run: Runs, scale: float = 1.0) -> str:
@@ -93,9 +93,10 @@ def _main_rows(results: Runs, targets: list[str], seeds: int) -> list[list[str]]
             document = figures_of(results[f"{target}_document"], target)
             rows.append(_row("design document's recipe", target, [document]))
         rows.append(_row("this project's", target, found))
+        scales = results[f"{target}_scales"]
         rows += [
-            _row(f"the same at scale {scale}", target, [figures_of(runs[0], target, scale)])
-            for scale in (0.5, 1.3)
+            _row(f"the same at scale {scale}", target, [figures_of(scales, target, scale)])
+            for scale in scales["settings"]["scales"].values()
         ]
     return rows
 

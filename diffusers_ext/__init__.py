@@ -25,11 +25,14 @@ from diffusers_ext.eraser import (
     MaskLocalizationLoss,
     NegativelyGuidedVelocityLoss,
     T2VUnlearningLoss,
+    concept_mask,
+    eraser_size,
     erasers_disabled,
     load_eraser,
     neighbouring_concepts,
     save_eraser,
 )
+from diffusers_ext.evaluation.clip_detector import CLIPDetector
 from diffusers_ext.evaluation.clip_rendering import render_clips
 from diffusers_ext.evaluation.erasure import evaluate_erasure
 from diffusers_ext.evaluation.erasure_report import ErasureReport
@@ -38,6 +41,7 @@ from diffusers_ext.evaluation.forgetting_report import ForgettingReport
 from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.evaluation.golden_noise_subjects import RedenoisedTarget
+from diffusers_ext.evaluation.nudenet_detector import NudeNetDetector
 from diffusers_ext.golden_noise import (
     GoldenNoiseFluxPipeline,
     GoldenNoiseHunyuanDiTPipeline,
@@ -81,6 +85,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact",
+    "CLIPDetector",
     "CaptureAttnProcessor",
     "CogVideoXVelocity",
     "ConceptPreservationLoss",
@@ -103,6 +108,7 @@ __all__ = [
     "NegativelyGuidedVelocityLoss",
     "NoiseSequenceRNN",
     "NoiseSequenceTransformer",
+    "NudeNetDetector",
     "NullSpaceDirections",
     "NullSpaceDreamBoothPipeline",
     "NullSpaceDreamBoothXLPipeline",
@@ -119,9 +125,11 @@ __all__ = [
     "capture",
     "check_loaded_lora",
     "collect_statistics",
+    "concept_mask",
     "custom_pipeline_path",
     "debleed_lora",
     "encode_prompts",
+    "eraser_size",
     "erasers_disabled",
     "evaluate_erasure",
     "evaluate_forgetting",

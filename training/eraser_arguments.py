@@ -23,6 +23,7 @@ from training.eraser_recipe import (
 )
 
 
+AUTO_ANCHOR = "auto"
 # What the command line calls a recipe's fields where the names differ.
 _NAMES = {"rank": "eraser_rank", "weight_decay": "adam_weight_decay"}
 
@@ -32,7 +33,9 @@ def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("concept")
     group.add_argument("--target_concept", help="word or words to erase")
     group.add_argument(
-        "--anchor_concept", help="neutral word in its place; the empty prompt without it"
+        "--anchor_concept",
+        help="word in its place, or 'auto': the preserved concept that the model tells least from it; the "
+        "empty prompt without it",
     )
     group.add_argument("--prompts_file", help="prompts of the concept: text, one a line, or csv")
     group.add_argument("--prompt_column", default="prompt", help="of csv files")

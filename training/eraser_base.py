@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.concepts import check_concept
+from training.eraser_arguments import AUTO_ANCHOR
 from training.eraser_data import ClipSize
 from training.run_setup import WEIGHT_DTYPES
 from training.text_pipeline import read_components
@@ -80,7 +81,8 @@ def read_base(args: argparse.Namespace) -> BaseFacts:
         raise ValueError(
             f"`eraser_rank` must be at most the model's width, {width}, got {args.eraser_rank}."
         )
-    for concept in (args.target_concept, args.anchor_concept):
+    anchor = None if args.anchor_concept == AUTO_ANCHOR else args.anchor_concept
+    for concept in (args.target_concept, anchor):
         if concept is not None:
             check_concept(tokenizer, concept)
     return BaseFacts(transformer, vae, tokenizer, size, shape)

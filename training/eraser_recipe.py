@@ -71,7 +71,7 @@ class EraserTraining:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_train_steps: int = 400
-    train_batch_size: int = 16
+    train_batch_size: int = 24
     rows_in_turn: bool = False
     gradient_accumulation_steps: int = 1
     preserved_share: float = 0.5
@@ -82,7 +82,7 @@ class EraserTraining:
     mask_threshold: float | None = None
     latents_source: str = "trajectory"
     num_target_trajectories: int = 64
-    num_preserved_trajectories: int = 128
+    num_preserved_trajectories: int = 256
     points_per_trajectory: int | None = None
     num_inference_steps: int = 20
     sampling_guidance_scale: float = 3.0

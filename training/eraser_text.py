@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from diffusers_ext.eraser.concepts import replace_concept
 from diffusers_ext.eraser.neighbours import neighbouring_concepts
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from training.eraser_arguments import AUTO_ANCHOR
 from training.eraser_data import encode_text
 from training.eraser_prompts import (
     EraserPrompts,
@@ -48,7 +50,7 @@ class GivenTexts:
         return make_eraser_prompts(
             self.target,
             args.target_concept,
-            anchor_concept=args.anchor_concept,
+            anchor_concept=None if args.anchor_concept == AUTO_ANCHOR else args.anchor_concept,
             preserved_concepts=preserved_concepts,
             preserved_prompts=self.preserved_prompts,
             max_preserved=args.max_preserved_prompts,
@@ -65,12 +67,15 @@ class RunText:
         preserved_concepts: given or chosen.
         embeds: of the prompts, on the CPU.
         validation: `(validation prompts, text, dim)`, on the CPU; `None` without any.
+        anchors: of `--anchor_concept auto`, the target prompts with each preserved concept in the place of
+            the concept, `(target prompts, text, dim)` each.
     """
 
     prompts: EraserPrompts
     preserved_concepts: list[str]
     embeds: EraserText
     validation: torch.Tensor | None
+    anchors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def read_texts(args: argparse.Namespace) -> GivenTexts:
@@ -84,8 +89,18 @@ def read_texts(args: argparse.Namespace) -> GivenTexts:
     optional = (args.preserved_concepts_file, args.preserved_prompts_file)
     concepts, prompts = (read_eraser_prompts(path, column) if path else [] for path in optional)
     chosen = None if args.auto_preserved_concepts else concepts
+    if args.anchor_concept == AUTO_ANCHOR and chosen == []:
+        raise ValueError(
+            "`anchor_concept` must be a word where there are no preserved concepts to choose it from, got "
+            f"{AUTO_ANCHOR!r}. Give `--preserved_concepts_file` or `--auto_preserved_concepts`."
+        )
     given = GivenTexts(read_eraser_prompts(args.prompts_file, column), chosen, prompts)
-    given.prompts(args, concepts)
+    prompts = given.prompts(args, concepts)
+    if args.anchor_concept == AUTO_ANCHOR:
+        for prompt in prompts.target:
+            replace_concept(
+                prompt, args.target_concept, AUTO_ANCHOR
+            )  # raises where it is not named
     return given
 
 
@@ -108,7 +123,24 @@ def encode_run_text(
             pipeline.transformer.config.max_text_seq_length,
             batch_size=args.text_batch_size,
         )
-    return RunText(prompts, concepts, embeds, validation)
+    anchors = _candidate_anchors(args, pipeline, prompts, concepts)
+    return RunText(prompts, concepts, embeds, validation, anchors)
+
+
+def _candidate_anchors(
+    args: argparse.Namespace, pipeline: Any, prompts: EraserPrompts, concepts: list[str]
+) -> dict[str, torch.Tensor]:
+    if args.anchor_concept != AUTO_ANCHOR:
+        return {}
+    encoder = (pipeline.tokenizer, pipeline.text_encoder)
+    length = pipeline.transformer.config.max_text_seq_length
+    found = {}
+    for concept in concepts:
+        texts = [replace_concept(prompt, args.target_concept, concept) for prompt in prompts.target]
+        found[concept] = encode_video_prompts(
+            *encoder, texts, length, batch_size=args.text_batch_size
+        )
+    return found
 
 
 def _nearest_concepts(
@@ -117,7 +149,7 @@ def _nearest_concepts(
     """Neighbours of the concept; the main process shows them and writes them down."""
     options = {
         "max_sequence_length": pipeline.transformer.config.max_text_seq_length,
-        "exclude": [] if args.anchor_concept is None else [args.anchor_concept],
+        "exclude": [] if args.anchor_concept in (None, AUTO_ANCHOR) else [args.anchor_concept],
     }
     encoder, count = (pipeline.tokenizer, pipeline.text_encoder), args.num_preserved_concepts
     if accelerator.is_main_process:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, f
 
 from diffusers_ext.core.artifacts import fingerprint
 from training.checkpoints import Checkpoints
+from training.eraser_anchor import settle_anchor
 from training.eraser_arguments import check_eraser_arguments, parse_eraser_arguments, recipe_of
 from training.eraser_base import BaseFacts, load_base, read_base
 from training.eraser_data import EraserData, concept_tokens, make_samples, samples_facts
@@ -160,6 +161,10 @@ def main(args: argparse.Namespace) -> Path:
         make_repository(args)  # a missing login stops the run here, not after it
     text = encode_run_text(args, given, accelerator)
     pipeline = load_base(args, accelerator.device)
+    if text.anchors:
+        text, args.anchor_concept = settle_anchor(
+            text, args.target_concept, pipeline, recipe_of(args), base.size
+        )
     data = make_run_data(args, accelerator, pipeline, base, text)
     validation = ClipValidation(args, pipeline, accelerator, text, base.size)
     facts["prompts"] = text.prompts.facts

@@ -19,7 +19,7 @@ from diffusers_ext.eraser.trajectory_plan import plan_trajectories
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 
 
-_NUM_RUNS, _MOST_STEPS = 4, 8
+_NUM_RUNS, _MOST_STEPS = 8, 4
 
 
 def calibrate_heads(
@@ -49,7 +49,7 @@ def calibrate_heads(
         empty_embed: `(text, dim)`, the negative prompt of the guidance.
         token_mask: `(target prompts, text)` bool, the concept's tokens.
         latent_shape: `(frames, channels, height, width)`.
-        num_inference_steps: of the runs, at most 8 of which are made.
+        num_inference_steps: of a run, at most 4 of which are made.
         guidance_scale: of the runs.
         seed: chooses prompts and noises.
         show_progress: show a progress bar.

@@ -102,6 +102,8 @@ def normalize_attention(
     if not 0 <= floor < 1:
         raise ValueError(f"`floor` must be at least 0 and below 1, got {floor}.")
     maps = maps.float()
+    if not len(maps):  # quantiles of nothing are refused
+        return maps.unflatten(1, tuple(grid))
     low, high = maps.quantile(floor, dim=1, keepdim=True), maps.amax(dim=1, keepdim=True)
     span = high - low
     mask = torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1), 0).clamp(min=0)

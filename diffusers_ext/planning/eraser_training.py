@@ -202,8 +202,9 @@ def _fill_size(
 
 def _step_shape(setting: EraserSetting, latents: tuple[int, int, int, int]) -> StepShape:
     target, preserved = setting.target_rows, setting.preserved_rows
-    # The teacher is asked for three prompts at once: the concept's, the anchor's and one more.
-    teacher = 2 * target + preserved
+    # The teacher is asked for the concept's prompts, the anchor's, preserved ones and, for masks, the
+    # empty one; in sampling for three at once.
+    teacher = (3 if setting.localization else 2) * target + preserved
     if setting.latents_source == "trajectory":
         teacher = 3 * setting.sampling_batch_size
     elif setting.rows_in_turn:

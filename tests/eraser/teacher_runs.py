@@ -7,9 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import CogVideoXPipeline
 
-from diffusers_ext.eraser.clip_geometry import token_grid
-from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.masks import normalize_attention
 from diffusers_ext.eraser.trajectories import TeacherSamples, collect_teacher_samples
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from examples.moving_digits.prompts import PROMPT_LENGTH
@@ -63,19 +60,6 @@ def collect(
     texts = {f"{name}_embeds": value for name, value in texts._asdict().items()}
     texts["empty_embed"] = texts.pop("empty_embeds")
     return collect_teacher_samples(velocity, pipeline.scheduler, **{**texts, **settings, **changes})
-
-
-def soft_mask(
-    velocity: CogVideoXVelocity,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    text: torch.Tensor,
-    tokens: torch.Tensor,
-) -> torch.Tensor:
-    """The concept's mask from a pass of the target rows alone."""
-    with concept_attention(velocity.model, tokens) as attention, torch.no_grad():
-        velocity(x_t, t, text)
-    return normalize_attention(attention.maps, token_grid(velocity.model, x_t.shape))
 
 
 class CountedVelocity(CogVideoXVelocity):

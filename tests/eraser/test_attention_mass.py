@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.attention_mass import attention_mass, head_agreement, standardize
+from diffusers_ext.eraser.attention_mass import (
+    agreement_weights,
+    attention_mass,
+    head_correlations,
+    standardize,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,7 +47,9 @@ def test_agreement_is_the_correlation_averaged_over_clips_without_negative_ones(
         ]
     ).mean(0)
     expected = plain.clamp(min=0)
-    weights = head_agreement(maps, reference)
+    correlations = head_correlations(maps, reference)
+    torch.testing.assert_close(correlations.mean(0), plain)
+    weights = agreement_weights(correlations)
     torch.testing.assert_close(weights, expected / expected.sum())
     assert weights.argmax() == 0
     assert weights[1, 2] == 0
@@ -51,6 +58,6 @@ def test_agreement_is_the_correlation_averaged_over_clips_without_negative_ones(
 def test_bad_references_are_refused():
     maps = random(2, 1, 1, 5)
     with pytest.raises(ValueError, match=r"`reference` must be \(batch, video\) like `head_maps`"):
-        head_agreement(maps, random(2, 6))
-    with pytest.raises(ValueError, match="must agree with `reference` in some head"):
-        head_agreement(maps, -maps[:, 0, 0])
+        head_correlations(maps, random(2, 6))
+    with pytest.raises(ValueError, match="`correlations` must be above 0 for some head, got none"):
+        agreement_weights(head_correlations(maps, -maps[:, 0, 0]))

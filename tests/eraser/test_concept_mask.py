@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from diffusers_ext.eraser.attention_mass import head_agreement
+from diffusers_ext.eraser.attention_mass import agreement_weights, head_correlations
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.concept_mask import concept_head_weights, concept_mask
 from diffusers_ext.eraser.config import EraserConfig
@@ -150,12 +150,32 @@ def test_head_weights_are_the_agreement_with_the_velocities_of_the_clips_that_na
     ):
         velocity(given["x_t"], given["t"], given["prompt_embeds"])
     difference = velocity_difference(*velocities(velocity, given)[:2], GRID)
-    expected = head_agreement(found.head_maps[:1], difference[:1])
+    expected = agreement_weights(head_correlations(found.head_maps[:1], difference[:1]))
     velocity.transformer.enable_adapters()
     weights = concept_head_weights(velocity, anchor_embeds=anchor, **given)
     torch.testing.assert_close(weights, expected, **CLOSE)
     last = concept_head_weights(velocity, anchor_embeds=anchor, **given, layers=[1])
     torch.testing.assert_close(last, expected[1:] / expected[1:].sum(), **CLOSE)
+
+
+def test_head_weights_do_not_depend_on_the_batch():
+    velocity, given = setting(3)
+    given["token_mask"][2, 3] = True
+    anchor = 3 * random(3, PROMPT_LENGTH, TEXT_WIDTH, seed=2)
+    one, all_at_once = (
+        concept_head_weights(velocity, anchor_embeds=anchor, **given, batch_size=size)
+        for size in (1, 3)
+    )
+    torch.testing.assert_close(one, all_at_once, **CLOSE)
+
+
+def test_head_weights_need_a_prompt_with_the_concept_and_an_anchor_without_it():
+    velocity, given = setting()
+    with pytest.raises(ValueError, match="`correlations` must be above 0 for some head"):
+        concept_head_weights(velocity, anchor_embeds=given["prompt_embeds"], **given)
+    given["token_mask"][:] = False
+    with pytest.raises(ValueError, match="`token_mask` must mark the concept in some prompt"):
+        concept_head_weights(velocity, anchor_embeds=texts()[0], **given)
 
 
 def test_the_empty_prompt_needs_an_anchor():

@@ -64,6 +64,30 @@ def test_a_killed_collection_resumes_to_the_same_bits(teacher, folder, tmp_path,
     assert len(counted.rows) == 16 - 4 * (calls // 4)
 
 
+@pytest.mark.parametrize("calls", [3, 68])  # before and after the weights of the heads are there
+def test_a_killed_collection_with_masks_resumes_to_the_same_bits(teacher, tmp_path, calls):
+    pipeline, velocity, texts = teacher
+    options = {"facts": FACTS, "token_mask": torch.ones(2, PROMPT_LENGTH, dtype=torch.bool)}
+    options |= {"num_preserved": 0, "num_target": 4}
+    whole = collect(velocity, pipeline, texts, directory=tmp_path / "whole", **options)
+    options["directory"] = tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        collect(CountedVelocity(velocity, calls), pipeline, texts, **options)
+    heads = tmp_path / "set" / "head_weights.safetensors"
+    assert heads.is_file() == (calls == 68)
+    (tmp_path / "set" / ".head_weights.safetensors.killed").write_bytes(b"half")
+    counted = CountedVelocity(velocity)
+    found = collect(counted, pipeline, texts, **options)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert torch.equal(found.head_weights, whole.head_weights)
+    assert torch.equal(found.head_weights, load_file(heads)["head_weights"])
+    # 8 runs of 4 steps and their 32 states for the heads, 2 batches of 4 steps, of which 1 is there.
+    assert len(counted.rows) == (72 if calls == 3 else 4)
+    heads.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"head_weights.safetensors must be a whole safetensors"):
+        open_teacher_samples(tmp_path / "set")
+
+
 def test_a_batch_of_which_a_part_is_there_gives_the_same_bits(teacher, folder, tmp_path):
     pipeline, velocity, texts = teacher
     options = {"directory": tmp_path / "set", "facts": FACTS}

@@ -5,14 +5,15 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.teacher_trajectory import (
-    MaskRequest,
+    AttentionRequest,
     count_steps,
     frozen_teacher,
     teacher_trajectory,
 )
 from examples.moving_digits.prompts import PROMPT_LENGTH
-from tests.eraser.teacher_runs import SHAPE, SIZE, TARGET, soft_mask, tiny_teacher
+from tests.eraser.teacher_runs import SHAPE, SIZE, TARGET, tiny_teacher
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +96,27 @@ def test_velocities_are_those_of_the_model_at_each_point(teacher):
         else:
             assert point.extra is None
         assert not point.velocity.requires_grad
-        assert point.mask is None
+        assert point.attention is None
 
 
-def test_masks_come_from_the_pass_of_the_prompts(teacher):
+def test_attention_is_that_of_the_pass_of_the_prompts(teacher):
     pipeline, velocity, texts = teacher
     tokens = torch.zeros(2, PROMPT_LENGTH, dtype=torch.bool)
     tokens[0, 2] = tokens[1, 3] = True
     at = torch.tensor([[False, False], [True, False], [True, True], [False, True]])
-    points = walk(
-        teacher, pipeline.scheduler, generators(5, 6), masks=MaskRequest(tokens, at, None)
-    )
-    assert points[0].mask is None
+    weights = torch.tensor([[0.0, 0.75], [0.25, 0.0]])
+    request = AttentionRequest(tokens, at, weights)
+    points = walk(teacher, pipeline.scheduler, generators(5, 6), attention=request)
+    assert points[0].attention is None
     for point, chosen in zip(points[1:], at[1:], strict=True):
-        wanted = soft_mask(velocity, point.x_t, point.t, texts.target, tokens)
-        torch.testing.assert_close(point.mask[chosen], wanted[chosen])
-        assert point.mask[~chosen].eq(0).all()
+        attention = concept_attention(velocity.model, tokens, head_weights=weights)
+        with attention as attended, torch.no_grad():
+            velocity(point.x_t, point.t, texts.target)
+        torch.testing.assert_close(
+            point.attention[chosen], attended.maps[chosen], rtol=1e-4, atol=1e-4
+        )
+        assert attended.maps.any(dim=1).all()
+        assert point.attention[~chosen].eq(0).all()
 
 
 def test_the_teacher_leaves_modes_and_gradients_as_they_were(teacher):

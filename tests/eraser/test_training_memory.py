@@ -28,7 +28,12 @@ def training_step(pipeline, shape):
     """The step of the training script, over random samples."""
     rows = max(shape.target_rows, shape.preserved_rows)
     weight = 1.0 if shape.localization else 0.0
-    recipe = EraserTraining(rank=shape.rank, train_batch_size=rows, localization_weight=weight)
+    recipe = EraserTraining(
+        rank=shape.rank,
+        train_batch_size=rows,
+        localization_weight=weight,
+        rows_in_turn=shape.rows_in_turn,
+    )
     config = pipeline.transformer.config
     text = torch.randn(3, config.max_text_seq_length, config.text_embed_dim)
     data = EraserData(EraserText(text, text, text, text[0]), None, None, ClipSize(9, 16, 16))
@@ -58,10 +63,15 @@ def training_step(pipeline, shape):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("localization", [False, True])
-def test_the_traced_peak_is_what_the_training_step_allocates(checkpointing, localization):
+@pytest.mark.parametrize(("localization", "in_turn"), [(False, False), (True, False), (True, True)])
+def test_the_traced_peak_is_what_the_training_step_allocates(checkpointing, localization, in_turn):
     pipeline = tiny_video_pipeline(**WIDE)
-    shape = replace(SHAPE, gradient_checkpointing=checkpointing, localization=localization)
+    shape = replace(
+        SHAPE,
+        gradient_checkpointing=checkpointing,
+        localization=localization,
+        rows_in_turn=in_turn,
+    )
     traced = step_memory(config_of(pipeline), shape)
     run = training_step(pipeline, shape)
     run()  # the optimizer makes its state

@@ -8,7 +8,6 @@ from diffusers_ext.eraser.concepts import contains_concept
 from examples.digits.prompts import COLORS, DIGITS, HELD_OUT_PAIRS
 from examples.moving_digits.erasers import (
     evaluation_groups,
-    neutral_word,
     others_of,
     training_prompts,
 )
@@ -27,11 +26,12 @@ TARGETS = pytest.mark.parametrize("target", ["seven", "three", "red"])
 
 @TARGETS
 def test_every_target_prompt_names_the_target_and_its_anchor_does_not(target):
-    prompts = training_prompts(target)
+    other = others_of(target)[0]
+    prompts = training_prompts(target, other)
     assert len(set(prompts.target)) == len(prompts.target) >= 32
     for asked, anchor in zip(prompts.target, prompts.anchor, strict=True):
         assert contains_concept(asked, target)
-        assert anchor.split() == [neutral_word(target) if w == target else w for w in asked.split()]
+        assert anchor.split() == [other if w == target else w for w in asked.split()]
 
 
 @TARGETS
@@ -39,7 +39,7 @@ def test_preserved_prompts_ask_for_every_other_word(target):
     prompts = training_prompts(target)
     kind = "digit" if target in DIGITS else "color"
     named = {getattr(read_prompt(prompt), kind) for prompt in prompts.preserved}
-    assert named == {*others_of(target), None}
+    assert named == set(others_of(target))
     assert not [prompt for prompt in prompts.preserved if contains_concept(prompt, target)]
 
 
@@ -78,8 +78,7 @@ def test_evaluation_groups_have_the_sizes_asked_for(target):
     assert others == set(others_of(target))
 
 
-def test_other_words_and_neutral_words_are_of_the_same_kind():
+def test_other_words_are_of_the_same_kind():
     assert set(others_of("red")) == set(COLORS) - {"red"}
     assert len(others_of("seven")) == 9
-    assert (neutral_word("red"), neutral_word("seven")) == ("colored", "digit")
     assert ("green", "seven") in HELD_OUT_PAIRS  # so that the tests above test something

@@ -97,16 +97,50 @@ def test_nothing_but_the_eraser_gets_a_gradient(live, trained):
     assert not any(velocities.requires_grad for velocities in known[2:])
 
 
-def test_the_teacher_asked_now_says_what_was_kept(trained):
-    _, data, _ = trained
-    step, batch = make(trained), batch_of(data)
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("heads", ["kept", "found"])
+def test_the_teacher_asked_now_says_what_was_kept(heads, in_turn, trained):
+    pipeline, data, _ = trained
+    batch = batch_of(data)
+    bare = dataclasses.replace(data, samples=None)
+    given = (pipeline, data if heads == "kept" else bare, None)
+    step = make(given, rows_in_turn=in_turn)
     target, kept = batch["target"], batch["preserved"]
     states = [States(part["x_t"], part["t"], part["prompt"]) for part in (target, kept)]
     v_concept, v_anchor, v_preserved, mask = step.maker.ask_teacher(*states)
     torch.testing.assert_close(v_concept, target["v_concept"])
     torch.testing.assert_close(v_anchor, target["v_anchor"])
     torch.testing.assert_close(v_preserved, kept["velocity"])
-    torch.testing.assert_close(mask, target["mask"])
+    torch.testing.assert_close(
+        mask, target["mask"], rtol=0, atol=5e-3
+    )  # roots of small differences
+    assert torch.equal(step.maker._heads(target["x_t"].shape[1:]), data.samples.head_weights)
+
+
+def test_without_an_anchor_the_empty_prompt_is_not_asked_for_twice(trained):
+    pipeline, data, _ = trained
+    text = data.text._replace(anchor=data.text.empty.expand_as(data.text.target))
+    asked = []
+    for given in (data, dataclasses.replace(data, text=text)):
+        step, batch = make((pipeline, given, None)), batch_of(data)
+        states = [States(p["x_t"], p["t"], p["prompt"]) for p in batch.values()]
+        hook = pipeline.transformer.register_forward_pre_hook(
+            lambda *call: asked.append(len(call[2]["hidden_states"])), with_kwargs=True
+        )
+        with hook:
+            *_, mask = step.maker.ask_teacher(*states)
+        assert mask.amax() > 0
+    assert asked == [16, 12]
+
+
+def test_no_target_rows_have_no_masks(trained):
+    _, data, _ = trained
+    batch = batch_of(data)
+    states = [States(p["x_t"], p["t"], p["prompt"]) for p in batch.values()]
+    nothing = States(*(part[:0] for part in states[0]))
+    *_, v_preserved, mask = make(trained).maker.ask_teacher(nothing, states[1])
+    assert mask.shape == (0, 3, 4, 4)
+    torch.testing.assert_close(v_preserved, batch["preserved"]["velocity"])
 
 
 @pytest.mark.parametrize(("live", "passes"), [(False, 1), (True, 2)])

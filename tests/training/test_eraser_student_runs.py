@@ -69,7 +69,7 @@ def test_the_teacher_answers_at_the_students_states(trained):
     v_concept, v_anchor, _, mask = step.maker.ask_teacher(replaced.target, known.preserved)
     torch.testing.assert_close(replaced.v_concept, v_concept)
     torch.testing.assert_close(replaced.v_anchor, v_anchor)
-    torch.testing.assert_close(replaced.mask, mask)
+    torch.testing.assert_close(replaced.mask, mask, rtol=0, atol=5e-3)
     assert torch.equal(replaced.v_preserved, known.v_preserved)
 
 

@@ -69,7 +69,7 @@ def test_what_a_run_leaves(files, tmp_path):
     "arguments",
     [
         {"gradient_checkpointing": True, "localization_weight": 0.1},
-        {"latents_source": "noise", "anchor_concept": None},
+        {"latents_source": "noise", "anchor_concept": None, "localization_weight": 0.1},
         {"mixed_precision": "bf16"},
     ],
     ids=str,

@@ -1,0 +1,137 @@
+"""Choose the anchor of an erasure: the preserved concept that the frozen model tells least from the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from accelerate.logging import get_logger
+from diffusers import CogVideoXPipeline
+
+from diffusers_ext.eraser.anchors import anchor_distances
+from diffusers_ext.eraser.clip_geometry import latent_shape
+from diffusers_ext.eraser.concepts import contains_concept, replace_concept
+from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from training.eraser_data import ClipSize
+from training.eraser_recipe import EraserTraining
+from training.eraser_text import RunText
+
+
+logger = get_logger(__name__)
+
+
+_MOST_PROMPTS = 16
+
+
+@torch.no_grad()
+def choose_anchor_concept(
+    pipeline: CogVideoXPipeline,
+    prompts: Sequence[str],
+    concept: str,
+    candidates: Sequence[str],
+    recipe: EraserTraining,
+    size: ClipSize | None = None,
+) -> dict[str, float]:
+    """Candidates with their distances from the concept, the nearest first.
+
+    Args:
+        pipeline: the base model, its text encoder included.
+        prompts: that name the concept; at most 16 are used, evenly chosen.
+        concept: what is erased.
+        candidates: preserved concepts.
+        recipe: sampling steps, guidance and seed.
+        size: of the clips; the model's own when `None`.
+
+    Raises:
+        ValueError: no candidate, or no prompt that names the concept.
+    """
+    naming = [prompt for prompt in prompts if contains_concept(prompt, concept)]
+    if not candidates or not naming:
+        raise ValueError(
+            "`candidates` must name a concept and `prompts` the erased one, got "
+            f"{len(candidates)} candidates and {len(naming)} prompts with {concept!r}. Name preserved "
+            "concepts, or give the anchor concept yourself."
+        )
+    chosen = [naming[row] for row in _spread(len(naming))]
+    versions = [chosen, *([replace_concept(p, concept, c) for p in chosen] for c in candidates)]
+    transformer = pipeline.transformer
+    embeds = encode_video_prompts(
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        ["", *(prompt for version in versions for prompt in version)],
+        transformer.config.max_text_seq_length,
+    ).to(transformer.device)
+    empty, texts = embeds[0], embeds[1:].unflatten(0, (len(versions), len(chosen)))
+    size = ClipSize.of_configs(transformer, pipeline.vae) if size is None else size
+    return rank_anchors(
+        pipeline, texts[0], dict(zip(candidates, texts[1:], strict=True)), empty, recipe, size
+    )
+
+
+def rank_anchors(
+    pipeline: CogVideoXPipeline,
+    target_embeds: torch.Tensor,
+    anchors: Mapping[str, torch.Tensor],
+    empty_embed: torch.Tensor,
+    recipe: EraserTraining,
+    size: ClipSize,
+) -> dict[str, float]:
+    """Candidates with their distances from the concept, the nearest first.
+
+    Args:
+        pipeline: the base model; its text encoder is not read.
+        target_embeds: `(prompts, text, dim)`.
+        anchors: the same prompts with each candidate in the place of the concept.
+        empty_embed: `(text, dim)`.
+        recipe: sampling steps, guidance and seed.
+        size: of the clips.
+    """
+    distances = anchor_distances(
+        CogVideoXVelocity.from_pipeline(pipeline, *size),
+        pipeline.scheduler,
+        target_embeds,
+        torch.stack(list(anchors.values())),
+        empty_embed,
+        latent_shape=latent_shape(pipeline.transformer, pipeline.vae, *size),
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.sampling_guidance_scale,
+        seed=recipe.seed,
+    ).tolist()
+    return dict(sorted(zip(anchors, distances, strict=True), key=lambda pair: pair[1]))
+
+
+def settle_anchor(
+    text: RunText,
+    concept: str,
+    pipeline: CogVideoXPipeline,
+    recipe: EraserTraining,
+    size: ClipSize,
+) -> tuple[RunText, str]:
+    """Choose among the candidates that `--anchor_concept auto` has encoded.
+
+    Args:
+        text: of the run, with candidates.
+        concept: what is erased.
+        pipeline: the base model on its device.
+        recipe, size: of the run.
+
+    Returns:
+        The text with the chosen anchors, and the chosen word.
+    """
+    device, rows = pipeline.transformer.device, _spread(len(text.prompts.target))
+    anchors = {word: embeds[rows].to(device) for word, embeds in text.anchors.items()}
+    target, empty = text.embeds.target[rows].to(device), text.embeds.empty.to(device)
+    ranked = rank_anchors(pipeline, target, anchors, empty, recipe, size)
+    word = next(iter(ranked))
+    logger.info("Distances from %r: %s", concept, {k: round(v, 4) for k, v in ranked.items()})
+    logger.info("Chose the anchor %r; give `--anchor_concept` to have another one.", word)
+    replaced = [replace_concept(prompt, concept, word) for prompt in text.prompts.target]
+    prompts = replace(text.prompts, anchor=replaced)
+    embeds = text.embeds._replace(anchor=text.anchors[word])
+    return replace(text, prompts=prompts, embeds=embeds), word
+
+
+def _spread(count: int) -> list[int]:
+    return list(range(0, count, -(-count // _MOST_PROMPTS)))
