@@ -61,7 +61,7 @@ class EraserTraining:
     """
 
     rank: int = 32
-    guidance_scale: float = 1.0
+    guidance_scale: float = 0.5
     unlearning_weight: float = 1.0
     preservation_weight: float = 5.0
     localization_weight: float = 0.0

@@ -39,9 +39,9 @@ def concept_mask(
 
     What is given decides what the mask is made of. From the worst to the best on clips whose true
     region is known (`benchmarks/results/concept_mask_on_moving_digits.md`): attention averaged over all
-    heads, far behind the best centred box; the velocity's difference from that of an anchor prompt
-    (`velocity_mask`), level with it; attention with `head_weights`; velocities with `empty_embeds`
-    as well; and, with all three, the geometric mean of the masks of attention and of velocities.
+    heads, far behind the best centred box; attention with `head_weights` and the velocity's difference
+    from that of an anchor prompt (`velocity_mask`), about level with it; velocities with
+    `empty_embeds` as well; and, with all three, `weighted_attention_mask`.
 
     Args:
         velocity: of the clip's size.
