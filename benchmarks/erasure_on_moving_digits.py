@@ -39,6 +39,7 @@ from examples.moving_digits.erasers import (
     evaluation_groups,
     train_digits_eraser,
 )
+from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT
 
 
 TARGETS = ("three", "seven", "eight", "red")
@@ -113,6 +114,14 @@ class Bench:
         report = evaluate(pipeline, target, groups, base_clips=self.base_clips(target, groups))
         return {**self.figures(report), "seconds": seconds}
 
+    def evaluate_neutral(self, target: str) -> dict[str, Any]:
+        """Figures of the recipe with a neutral word as anchor."""
+        groups, pipeline = evaluation_groups(target), load_pipeline()
+        neutral = NEUTRAL_DIGIT if target in DIGITS else NEUTRAL_COLOR
+        train_digits_eraser(pipeline, target, anchor_concept=neutral)
+        clips = self.base_clips(target, groups)
+        return self.figures(evaluate(pipeline, target, groups, base_clips=clips))
+
     def evaluate_pair(self, first: str, second: str) -> dict[str, Any]:
         """Two erasers at once."""
         single = [evaluation_groups(word, num_preserved=240) for word in (first, second)]
@@ -137,6 +146,8 @@ class Bench:
             self.once(f"{target}_scales", lambda: self.evaluate_scales(target))
         if "document" in parts:
             self.once(f"{target}_document", lambda: self.evaluate_document(target))
+        if "neutral" in parts:
+            self.once(f"{target}_neutral", lambda: self.evaluate_neutral(target))
         if "revival" in parts and target in DIGITS:
             folder = self.eraser(target, 0)
             self.once(f"{target}_revival", lambda: measure_revival(folder, target))
@@ -156,7 +167,7 @@ def main(input_args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/erasure"))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parts = ["erasers", "document", "revival", "pairs", "table"]
+    parts = ["erasers", "document", "neutral", "revival", "pairs", "table"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(input_args)

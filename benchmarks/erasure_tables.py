@@ -89,9 +89,12 @@ def _main_rows(results: Runs, targets: list[str], seeds: int) -> list[list[str]]
         kept = [value for key, value in base.items() if key.startswith("base kept")]
         cells = [base["base target"], base["base robust"], base["base others"], min(kept)]
         rows.append(["none", target, *(f"{value:.3f}" for value in cells), "1"])
-        if f"{target}_document" in results:
-            document = figures_of(results[f"{target}_document"], target)
-            rows.append(_row("design document's recipe", target, [document]))
+        for part, name in (
+            ("document", "design document's recipe"),
+            ("neutral", "neutral word as anchor"),
+        ):
+            if f"{target}_{part}" in results:
+                rows.append(_row(name, target, [figures_of(results[f"{target}_{part}"], target)]))
         rows.append(_row("this project's", target, found))
         scales = results[f"{target}_scales"]
         rows += [

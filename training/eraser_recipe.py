@@ -63,14 +63,14 @@ class EraserTraining:
     rank: int = 32
     guidance_scale: float = 0.5
     unlearning_weight: float = 1.0
-    preservation_weight: float = 5.0
+    preservation_weight: float = 2.0
     localization_weight: float = 0.0
     loss_type: str = "l2"
     learning_rate: float = 5e-3
     lr_scheduler: str = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    max_train_steps: int = 400
+    max_train_steps: int = 500
     train_batch_size: int = 24
     rows_in_turn: bool = False
     gradient_accumulation_steps: int = 1

@@ -69,19 +69,30 @@ def train_digits_eraser(
     target: str,
     *,
     seed: int = 0,
+    anchor_concept: str | None = None,
     recipe: EraserTraining = RECIPE,
     adapter_name: str = "default",
 ) -> TrainedEraser:
-    """Train an eraser with the fixed recipe towards the nearest other word; it stays in the pipeline."""
-    candidates = others_of(target)
-    asked = training_prompts(target).target
-    anchor = next(iter(choose_anchor_concept(pipeline, asked, target, candidates, recipe)))
+    """Train an eraser with the fixed recipe; it stays in the pipeline.
+
+    Args:
+        pipeline: the bundled model.
+        target: digit or colour.
+        seed: of the training.
+        anchor_concept: what its prompts are to show; the nearest other word of its kind when `None`.
+        recipe: how.
+        adapter_name: of the eraser.
+    """
+    if anchor_concept is None:
+        asked, candidates = training_prompts(target).target, others_of(target)
+        ranked = choose_anchor_concept(pipeline, asked, target, candidates, recipe)
+        anchor_concept = next(iter(ranked))
     return train_eraser(
         pipeline,
-        training_prompts(target, anchor),
+        training_prompts(target, anchor_concept),
         replace(recipe, seed=seed),
         concept=target,
-        anchor_concept=anchor,
+        anchor_concept=anchor_concept,
         adapter_name=adapter_name,
     )
 
