@@ -197,7 +197,7 @@ def main(input_args: list[str] | None = None) -> None:
         "inference": [
             *inference_costs(tiny, 7 * args.pairs, (2, 64)),
             sampling_cost(tiny, 3 * args.pairs, 8),
-            *inference_costs(medium, args.pairs, (8,)),
+            *inference_costs(medium, args.pairs, (2,), rows_a_timing=2),
         ],
         "flop_ratio": flop_ratio(),
         "five_b": five_b_plans(),

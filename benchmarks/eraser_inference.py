@@ -14,11 +14,17 @@ from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from training.eraser_recipe import EraserTraining
 
 
-_ROWS_A_TIMING = 64
+def inference_costs(
+    subject: Subject, pairs: int, rows: tuple[int, ...], rows_a_timing: int = 64
+) -> list[dict[str, Any]]:
+    """Calls of the transformer with an eraser in terms of calls without.
 
-
-def inference_costs(subject: Subject, pairs: int, rows: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Calls of the transformer with an eraser in terms of calls without."""
+    Args:
+        subject: model and sizes.
+        pairs: of timings.
+        rows: of a call; guidance has two a clip.
+        rows_a_timing: of so many calls that a timing is long enough to be told from noise.
+    """
     erased = subject.student(EraserTraining(rank=subject.rank))
     erased.transformer.eval()
     subject.pipeline.transformer.eval()
@@ -33,7 +39,7 @@ def inference_costs(subject: Subject, pairs: int, rows: tuple[int, ...]) -> list
 
         def run(velocity: CogVideoXVelocity, inputs: list = inputs) -> None:
             with torch.no_grad():
-                for _ in range(max(1, _ROWS_A_TIMING // len(inputs[0]))):
+                for _ in range(max(1, rows_a_timing // len(inputs[0]))):
                     velocity(*inputs)
 
         time = compare(lambda: run(with_eraser), lambda: run(without), pairs)

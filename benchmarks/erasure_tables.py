@@ -35,11 +35,10 @@ def figures_of(run: Runs, target: str, scale: float = 1.0) -> dict[str, float]:
     """The figures of one run, and what the base has beside them."""
     concept, kept = _aspects(target)
     groups = list(run["groups"])
-    name = _ALL if _ALL in groups else next(g for g in groups if g not in ("target", "preserved"))
     found = {
         "target": _rate(run, "target", concept, scale),
         "others": _rate(run, "preserved", concept, scale),
-        **{f"kept {aspect}": _rate(run, name, aspect, scale) for aspect in kept},
+        **{f"kept {aspect}": _rate(run, _ALL, aspect, scale) for aspect in kept},
     }
     figures = {key: value[1] for key, value in found.items()}
     figures |= {f"base {key}": value[0] for key, value in found.items()}
@@ -74,8 +73,8 @@ def _row(name: str, target: str, runs: list[dict[str, float]]) -> list[str]:
 
 
 HEADER = [
-    "eraser", "target", "target still read", "held-out template, paraphrases",
-    "others read right, against base", "colour or digit and motion, against base",
+    "eraser", "target", "target still read", "held-out template or paraphrases, the worse",
+    "others read right, against base", "colour or digit, motion: the worse, against base",
     "distance to a real digit / base's",
 ]  # fmt: skip
 
@@ -107,12 +106,19 @@ def _main_rows(results: Runs, targets: list[str], seeds: int) -> list[list[str]]
 def _becomes(results: Runs, targets: list[str]) -> list[list[str]]:
     rows = []
     for target in targets:
-        run = results[f"{target}_0"]
         name = "reads_as" if target in DIGITS else "reads_as_color"
-        shares = run["groups"]["target"]["readings"][name][_side(run)]
-        words = ", ".join(f"{word} {share:.2f}" for word, share in shares.items() if share >= 0.02)
-        rows.append([target, words])
+        row = [target]
+        for part in ("0", "document"):
+            run = results.get(f"{target}_{part}")
+            shares = run["groups"]["target"]["readings"][name][_side(run)] if run else {}
+            row.append(", ".join(f"{word} {s:.2f}" for word, s in shares.items() if s >= 0.02))
+        rows.append(row)
     return rows
+
+
+def _scale_zero(results: Runs, targets: list[str]) -> str:
+    same = [results[f"{target}_scales"]["scale 0 is the base"] for target in targets]
+    return f"At scale 0 the clips are the base's to the bit: {sum(same)} of {len(same)} erasers."
 
 
 def _pairs(results: Runs) -> list[list[str]]:
@@ -140,8 +146,11 @@ def erasure_tables(results: Runs, targets: list[str], seeds: int) -> str:
     parts = [
         "Mean of the seeds, the worst seed in brackets.",
         table(HEADER, _main_rows(results, targets, seeds)),
+        _scale_zero(results, targets),
         "What the target's prompts show instead:",
-        table(["erased", "read as"], _becomes(results, targets)),
+        table(
+            ["erased", "read as", "with the design document's recipe"], _becomes(results, targets)
+        ),
     ]
     if pairs := _pairs(results):
         header = [

@@ -130,7 +130,8 @@ def settle_anchor(
     replaced = [replace_concept(prompt, concept, word) for prompt in text.prompts.target]
     prompts = replace(text.prompts, anchor=replaced)
     embeds = text.embeds._replace(anchor=text.anchors[word])
-    return replace(text, prompts=prompts, embeds=embeds), word
+    # The other candidates' embeddings are as large as all other text together.
+    return replace(text, prompts=prompts, embeds=embeds, anchors={}), word
 
 
 def _spread(count: int) -> list[int]:

@@ -15,7 +15,12 @@ from diffusers_ext.eraser.losses import (
 from diffusers_ext.eraser.masks import normalize_attention, velocity_mask
 from diffusers_ext.eraser.model import EraserModel
 from diffusers_ext.eraser.neighbours import neighbouring_concepts
-from diffusers_ext.eraser.outputs import eraser_layers, eraser_outputs, erasers_disabled
+from diffusers_ext.eraser.outputs import (
+    eraser_layers,
+    eraser_outputs,
+    erasers_disabled,
+    trainable_eraser_parameters,
+)
 from diffusers_ext.eraser.registration import register_eraser
 from diffusers_ext.eraser.saving import save_eraser
 from diffusers_ext.eraser.sizes import eraser_size
@@ -46,5 +51,6 @@ __all__ = [
     "register_eraser",
     "replace_concept",
     "save_eraser",
+    "trainable_eraser_parameters",
     "velocity_mask",
 ]

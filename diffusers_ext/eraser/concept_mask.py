@@ -16,7 +16,7 @@ from diffusers_ext.eraser.masks import (
     velocity_mask,
     weighted_attention_mask,
 )
-from diffusers_ext.eraser.outputs import erasers_disabled
+from diffusers_ext.eraser.teacher_trajectory import frozen_teacher
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 
 
@@ -35,7 +35,7 @@ def concept_mask(
     layers: Sequence[int] | None = None,
     chunk_size: int = 1024,
 ) -> torch.Tensor:
-    """Where the model without its erasers sees a concept, in one pass without gradient.
+    """Where the model without its erasers sees a concept, in one pass in eval mode without gradient.
 
     What is given decides what the mask is made of. From the worst to the best on clips whose true
     region is known (`benchmarks/results/concept_mask_on_moving_digits.md`): attention averaged over all
@@ -66,14 +66,14 @@ def concept_mask(
     if empty_embeds is not None and anchor_embeds is None:
         raise ValueError("`empty_embeds` must come with `anchor_embeds`, got only the former.")
     if anchor_embeds is not None and head_weights is None:
-        with erasers_disabled(model):
+        with frozen_teacher(model):
             found = _velocities(velocity, x_t, t, embeds)
         return velocity_mask(*found[:2], token_mask, grid, *found[2:], threshold=threshold)
     tokens = torch.cat([token_mask, *[torch.zeros_like(token_mask)] * (len(embeds) - 1)])
     attention = concept_attention(
         model, tokens, layers=layers, head_weights=head_weights, chunk_size=chunk_size
     )
-    with erasers_disabled(model), attention as attended:
+    with frozen_teacher(model), attention as attended:
         found = _velocities(velocity, x_t, t, embeds)
     maps = attended.maps[: len(x_t)]
     if anchor_embeds is None:
@@ -126,7 +126,7 @@ def concept_head_weights(
             keep_heads=True,
             chunk_size=chunk_size,
         )
-        with erasers_disabled(model), attention as attended:
+        with frozen_teacher(model), attention as attended:
             embeds = [prompt_embeds[rows], anchor_embeds[rows]]
             found = _velocities(velocity, x_t[rows], t[rows], embeds)
         reference = velocity_difference(*found, grid)

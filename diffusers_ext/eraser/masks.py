@@ -35,7 +35,14 @@ def velocity_mask(
 
     Returns:
         `(batch, frames', rows, columns)` float32 in [0, 1].
+
+    Raises:
+        ValueError: not one row of `token_mask` per clip, or shapes that do not fit.
     """
+    if len(token_mask) != len(v_concept):
+        raise ValueError(
+            f"`token_mask` must have one row per clip, {len(v_concept)}, got {len(token_mask)}."
+        )
     maps = velocity_difference(v_concept, v_anchor, grid)
     if v_empty is not None:
         maps = (maps * velocity_difference(v_concept, v_empty, grid)).sqrt()
@@ -106,7 +113,8 @@ def normalize_attention(
         return maps.unflatten(1, tuple(grid))
     low, high = maps.quantile(floor, dim=1, keepdim=True), maps.amax(dim=1, keepdim=True)
     span = high - low
-    mask = torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1), 0).clamp(min=0)
+    # Not `span > 0`: maps with NaN must not pass for maps without the concept.
+    mask = torch.where(span != 0, (maps - low) / torch.where(span != 0, span, 1), 0).clamp(min=0)
     mask = mask.unflatten(1, tuple(grid))
     return mask if threshold is None else harden(mask, threshold)
 

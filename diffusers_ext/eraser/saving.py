@@ -75,8 +75,9 @@ def save_eraser(
     transformer = find_transformer(transformer_or_pipe)
     adapter_name = find_eraser(transformer, adapter_name)
     tensors = eraser_tensors(transformer, adapter_name)
-    _check_tensors(tensors, adapter_name)
+    _check_in_memory(tensors)
     tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}
+    _check_tensors(tensors, adapter_name, dtype)
     config = copy.copy(transformer.peft_config[adapter_name])
     config.concept = concept or config.concept
     config.anchor_concept = anchor_concept or config.anchor_concept
@@ -108,13 +109,17 @@ def _check_folder(folder: Path, format: str) -> None:
             )
 
 
-def _check_tensors(tensors: StateDict, adapter_name: str) -> None:
+def _check_in_memory(tensors: StateDict) -> None:
     if any(tensor.device.type == "meta" for tensor in tensors.values()):
         raise ValueError(
             "The eraser's weights must be in memory, got the meta device, as after "
             "`enable_sequential_cpu_offload()`. Save it before that call."
         )
-    eraser_shape(tensors, f"The eraser {adapter_name!r}")
+
+
+def _check_tensors(tensors: StateDict, adapter_name: str, dtype: torch.dtype | None) -> None:
+    """Of the tensors as they are to be written: a narrow dtype may overflow, or leave nothing."""
+    eraser_shape(tensors, f"The eraser {adapter_name!r}" + (f" in {dtype}" if dtype else ""))
     if not any(tensor.any() for name, tensor in tensors.items() if "eraser_up" in name):
         raise ValueError(
             f"A saved eraser must have an effect, got {adapter_name!r} with zero in every "

@@ -121,6 +121,7 @@ def evaluate(
     base_clips: np.ndarray | None = None,
     scales: Sequence[float] = (1.0,),
     adapter_name: str | Sequence[str] | None = None,
+    kept_clips: int = 4,
 ) -> ErasureReport:
     """Figures of the erasers in the pipeline, with the digits judge."""
     return evaluate_erasure(
@@ -133,6 +134,7 @@ def evaluate(
         seed=EVALUATION_SEED,
         batch_size=50,
         base_clips=base_clips,
+        kept_clips=kept_clips,
         **SAMPLING,
     )
 

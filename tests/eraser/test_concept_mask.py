@@ -71,6 +71,20 @@ def test_the_mask_is_that_of_the_model_without_its_erasers():
     assert not torch.equal(normalize_attention(found.maps, (3, 4, 4)), expected)
 
 
+def test_masks_and_head_weights_are_made_without_dropout():
+    velocity, given = setting()
+    for module in velocity.transformer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    given["anchor_embeds"] = 3 * random(2, PROMPT_LENGTH, TEXT_WIDTH, seed=2)
+    for make in (concept_mask, concept_head_weights):
+        expected = make(velocity, **given)
+        velocity.transformer.train()
+        assert torch.equal(make(velocity, **given), expected)
+        assert all(part.training for part in velocity.transformer.modules())
+        velocity.transformer.eval()
+
+
 def test_patches_of_several_latents_are_one_place_of_the_mask():
     transformer = tiny_transformer(patch_size=2, patch_size_t=2, sample_width=4, sample_height=4)
     rotary = get_3d_rotary_pos_embed(16, ((0, 0), (2, 2)), grid_size=(2, 2), temporal_size=2)

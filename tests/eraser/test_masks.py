@@ -27,6 +27,13 @@ def test_normalisation_runs_over_the_whole_clip():
     assert torch.equal(hard[1:], torch.zeros(2, 2, 1, 3))
 
 
+def test_maps_with_nan_do_not_pass_for_maps_without_the_concept():
+    maps = torch.tensor([[1.0, torch.nan, 2, 3], [1, 1, 1, 1]])
+    mask = normalize_attention(maps, (1, 2, 2))
+    assert mask[0].isnan().all()
+    assert torch.equal(mask[1], torch.zeros(1, 2, 2))
+
+
 def test_the_floor_is_a_quantile_of_the_clip():
     maps = torch.tensor([[4.0, 0, 1, 2, 3], [7, 7, 7, 7, 7]])
     mask = normalize_attention(maps, (1, 1, 5), floor=0.5)
@@ -90,6 +97,10 @@ def test_bad_input_is_refused():
         ),
         (lambda: velocity_difference(clip, clip[:, :1], (2, 2, 2)), "`v_anchor` must be"),
         (lambda: velocity_difference(clip, clip, (2, 3, 2)), "`grid` must divide the latents"),
+        (
+            lambda: velocity_mask(*[random(2, 2, 3, 4, 4)] * 2, torch.ones(1, 5) > 0, (2, 2, 2)),
+            "`token_mask` must have one row per clip, 2, got 1",
+        ),
         (lambda: mask_to_latents(random(1, 3, 2, 2), clip.shape), "`grid` must divide the latents"),
     ]
     for call, message in cases:

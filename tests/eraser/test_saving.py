@@ -117,6 +117,14 @@ def test_nothing_is_written_of_what_cannot_be_used(tmp_path):
     next(iter(eraser_tensors(broken, "default").values())).data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="'default': .*eraser_down.weight` must be finite"):
         save_eraser(broken, folder)
+    large, small = (make_eraser(tiny_transformer()) for _ in range(2))
+    for model, factor in ((large, 1e9), (small, 1e-9)):
+        for name, weight in eraser_tensors(model, "default").items():
+            weight.data.mul_(factor if "eraser_up" in name else 1)
+    with pytest.raises(ValueError, match="'default' in torch.float16: .* must be finite"):
+        save_eraser(large, folder, dtype=torch.float16)
+    with pytest.raises(ValueError, match="must have an effect"):
+        save_eraser(small, folder, dtype=torch.float16)
     assert not folder.exists()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="must be a folder, got the file"):

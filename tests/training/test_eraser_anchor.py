@@ -6,7 +6,8 @@ import pytest
 
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import PRESERVED, TARGETS, read_report, train, write_eraser_files
-from training.eraser_anchor import choose_anchor_concept
+from training import train_cogvideox_eraser
+from training.eraser_anchor import choose_anchor_concept, settle_anchor
 from training.eraser_recipe import EraserTraining
 
 
@@ -38,6 +39,29 @@ def test_the_script_chooses_and_writes_down_what_the_function_chooses(tmp_path):
     assert anchor == next(iter(ranked))
     anchors = read_report(folder)["prompts"]["anchor"]
     assert anchors == [prompt.replace("seven", anchor) for prompt in TARGETS]
+
+
+def test_a_resumed_run_chooses_the_same_anchor_and_ends_with_the_same_bits(tmp_path):
+    files = write_eraser_files(tmp_path)
+    auto = {"anchor_concept": "auto", "checkpointing_steps": 1, "max_train_steps": 2}
+    whole = train(files, tmp_path / "whole", **auto)
+    middle = str(whole / "checkpoint-1")
+    resumed = train(files, tmp_path / "resumed", **auto, resume_from_checkpoint=middle)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_candidates_that_were_not_chosen_leave_memory(tmp_path, monkeypatch):
+    settled = []
+
+    def keep(*args):
+        settled.append(settle_anchor(*args))
+        return settled[0]
+
+    monkeypatch.setattr(train_cogvideox_eraser, "settle_anchor", keep)
+    files = write_eraser_files(tmp_path)
+    train(files, tmp_path / "out", anchor_concept="auto", max_train_steps=1)
+    assert settled[0][0].anchors == {}
 
 
 def test_the_script_needs_preserved_concepts_to_choose_from(tmp_path):

@@ -238,4 +238,4 @@ def test_upload(files, tmp_path, monkeypatch):
 
 def test_the_command_line_of_the_tests_is_that_of_users(files, tmp_path):
     args = parse_args(eraser_line(files, tmp_path, eraser_rank=None, learning_rate=None))
-    assert (args.eraser_rank, args.learning_rate, args.guidance_scale) == (128, 1e-4, 1.0)
+    assert (args.eraser_rank, args.learning_rate, args.guidance_scale) == (128, 1e-4, 0.5)
