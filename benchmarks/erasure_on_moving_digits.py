@@ -14,6 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT
 
 TARGETS = ("three", "seven", "eight", "red")
 _SCALES = (0.5, 1.3)
+_DEFENDED = replace(RECIPE, adversarial_share=0.5, adversarial_every=25)
 
 
 class Bench:
@@ -57,7 +59,9 @@ class Bench:
         """Clips without erasers, drawn once."""
         path = self.folder / f"base_{name}.npy"
         if not path.is_file():
-            np.save(path, base_clips_of(load_pipeline(), groups))
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, base_clips_of(load_pipeline(), groups))
+            partial.replace(path)
         return np.load(path)
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -122,6 +126,16 @@ class Bench:
         clips = self.base_clips(target, groups)
         return self.figures(evaluate(pipeline, target, groups, base_clips=clips))
 
+    def evaluate_defended(self, target: str) -> dict[str, Any]:
+        """Figures of an eraser that was trained against learned embeddings, and attempts to undo it."""
+        groups, pipeline = evaluation_groups(target), load_pipeline()
+        train_digits_eraser(pipeline, target, recipe=_DEFENDED)
+        folder = self.folder / f"eraser_{target}_defended"
+        save_eraser(pipeline, folder)
+        clips = self.base_clips(target, groups)
+        found = self.figures(evaluate(pipeline, target, groups, base_clips=clips))
+        return {**found, "revival": measure_revival(folder, target)}
+
     def evaluate_pair(self, first: str, second: str) -> dict[str, Any]:
         """Two erasers at once."""
         single = [evaluation_groups(word, num_preserved=240) for word in (first, second)]
@@ -148,6 +162,8 @@ class Bench:
             self.once(f"{target}_document", lambda: self.evaluate_document(target))
         if "neutral" in parts:
             self.once(f"{target}_neutral", lambda: self.evaluate_neutral(target))
+        if "defended" in parts:
+            self.once(f"{target}_defended", lambda: self.evaluate_defended(target))
         if "revival" in parts and target in DIGITS:
             folder = self.eraser(target, 0)
             self.once(f"{target}_revival", lambda: measure_revival(folder, target))
@@ -167,7 +183,7 @@ def main(input_args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/erasure"))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parts = ["erasers", "document", "neutral", "revival", "pairs", "table"]
+    parts = ["erasers", "document", "neutral", "revival", "defended", "pairs", "table"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(input_args)

@@ -89,12 +89,15 @@ def _main_rows(results: Runs, targets: list[str], seeds: int) -> list[list[str]]
         cells = [base["base target"], base["base robust"], base["base others"], min(kept)]
         rows.append(["none", target, *(f"{value:.3f}" for value in cells), "1"])
         for part, name in (
-            ("document", "design document's recipe"),
+            ("document", "design document's recipe, as its code has it"),
             ("neutral", "neutral word as anchor"),
         ):
             if f"{target}_{part}" in results:
                 rows.append(_row(name, target, [figures_of(results[f"{target}_{part}"], target)]))
         rows.append(_row("this project's", target, found))
+        if f"{target}_defended" in results:
+            defended = figures_of(results[f"{target}_defended"], target)
+            rows.append(_row("the same, trained against embeddings", target, [defended]))
         scales = results[f"{target}_scales"]
         rows += [
             _row(f"the same at scale {scale}", target, [figures_of(scales, target, scale)])
@@ -134,11 +137,16 @@ def _pairs(results: Runs) -> list[list[str]]:
 
 
 def _revivals(results: Runs) -> list[list[str]]:
-    return [
-        [name.removesuffix("_revival"), *(f"{run[key]:.3f}" for key in run["shown"])]
-        for name, run in results.items()
-        if name.endswith("_revival")
-    ]
+    rows = []
+    for name, run in sorted(results.items()):
+        target, _, part = name.rpartition("_")
+        if part == "revival":
+            rows.append([target, *(f"{run[key]:.3f}" for key in run["shown"])])
+        elif part == "defended":
+            found = run["revival"]
+            title = f"{target}, trained against embeddings"
+            rows.append([title, *(f"{found[key]:.3f}" for key in found["shown"])])
+    return rows
 
 
 def erasure_tables(results: Runs, targets: list[str], seeds: int) -> str:
