@@ -14,7 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +195,9 @@ def main(input_args: list[str] | None = None) -> None:
         bench.run_pairs(args.targets)
     if "table" in args.parts:
         results = {path.stem: json.loads(path.read_text()) for path in args.work_dir.glob("*.json")}
+        results = {name: run for name, run in results.items() if not name.startswith("training_")}
         text = erasure_tables(results, args.targets, args.seeds)
-        write_results("erasure_on_moving_digits", {"recipe": RECIPE, "runs": results}, text)
+        write_results("erasure_on_moving_digits", {"recipe": asdict(RECIPE), "runs": results}, text)
         print(text)
 
 
