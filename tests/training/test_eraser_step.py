@@ -67,7 +67,7 @@ def test_the_loss_is_what_its_formula_says(trained):
     unlearning, preservation = (asked - wanted).square().mean(), (same - kept["velocity"]).square()
     torch.testing.assert_close(losses["unlearning"], unlearning)
     torch.testing.assert_close(losses["preservation"], preservation.mean())
-    total = unlearning + 5 * preservation.mean() + 0.5 * losses["localization"]
+    total = unlearning + 2 * preservation.mean() + 0.5 * losses["localization"]
     torch.testing.assert_close(losses["loss"], total)
     start = (target["v_concept"] - wanted).square().mean()
     torch.testing.assert_close(losses["erased"], 1 - unlearning / start)
