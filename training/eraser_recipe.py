@@ -24,7 +24,6 @@ class EraserTraining:
         unlearning_weight: of the distance to the negatively guided velocity.
         preservation_weight: of the distance to the teacher on preserved prompts.
         localization_weight: of what erasers add outside of the concept's region; 0 asks for no masks.
-            On the moving digits it did not help, as a digit fills most of the tokens it moves over.
         loss_type: `"l2"` or `"l1"`, of both distances.
         learning_rate: of AdamW; real models need about 1e-4.
         lr_scheduler: name of a diffusers schedule of the rate, without warm-up.
