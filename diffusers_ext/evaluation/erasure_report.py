@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.evaluation.clip_sheet import KeptClip, clip_sheet, write_clip
 from diffusers_ext.evaluation.erasure_summary import ALL, BASE, summarize_group
 from diffusers_ext.evaluation.erasure_tables import erasure_tables
+from diffusers_ext.evaluation.report_files import SavedReport, write_rows, write_text
 
 
-_SAVED = ("settings", "groups", "rows")
 _SLUG_LENGTH = 40
 
 
 @dataclass
-class ErasureReport:
+class ErasureReport(SavedReport):
     """Figures of clips with erasers against those of the same prompts and seeds without.
 
     Args:
@@ -33,6 +29,8 @@ class ErasureReport:
         rows: one per pair of clips, as of `measure_pairs`.
         kept: some clips; not saved with the figures.
     """
+
+    saved: ClassVar[tuple[str, ...]] = ("settings", "groups", "rows")
 
     settings: dict[str, Any]
     groups: dict[str, dict[str, Any]]
@@ -75,30 +73,9 @@ class ErasureReport:
             return found[self.sides[0]][aspect]["base"]
         return found[side or self.sides[0]][aspect]["other"]
 
-    def to_json(self, path: str | os.PathLike) -> None:
-        """Write everything but the clips."""
-        content = {name: getattr(self, name) for name in _SAVED}
-        _write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike) -> ErasureReport:
-        """Read what `to_json` wrote; the report has no clips.
-
-        Raises:
-            ValueError: the file is of something else.
-        """
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or set(content) != set(_SAVED):
-            raise ValueError(f"{path} must hold {list(_SAVED)}, got something else.")
-        return cls(**content)
-
     def to_csv(self, path: str | os.PathLike) -> None:
         """Write one row per pair of clips."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        _write(path, text.getvalue())
+        write_rows(path, self.rows)
 
     def to_table(self) -> str:
         """The figures as Markdown tables, with 95 % intervals in brackets."""
@@ -133,12 +110,7 @@ class ErasureReport:
         """Write `report.json`, `clips.csv`, `table.md`, and of kept clips `sheet.png` and `clips/`."""
         self.to_json(Path(folder, "report.json"))
         self.to_csv(Path(folder, "clips.csv"))
-        _write(Path(folder, "table.md"), self.to_table())
+        write_text(Path(folder, "table.md"), self.to_table())
         if self.kept:
             self.picture_sheet(Path(folder, "sheet.png"))
             self.write_clips(Path(folder, "clips"), clip_format, fps)
-
-
-def _write(path: str | os.PathLike, content: str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.evaluation.paired_figures import KeptPair
 from diffusers_ext.evaluation.picture_sheet import SheetRow, picture_sheet
+from diffusers_ext.evaluation.report_files import SavedReport
 
 
 _NOT_FIGURES = ("group", "prompt", "images")
-_SAVED = ("settings", "drift_floor", "summary", "distribution", "rows")
 
 
 @dataclass
-class ForgettingReport:
+class ForgettingReport(SavedReport):
     """Figures of a tuned model against its base.
 
     Args:
@@ -34,30 +32,20 @@ class ForgettingReport:
         pairs: thumbnails for the sheet; not saved.
     """
 
+    saved: ClassVar[tuple[str, ...]] = (
+        "settings",
+        "drift_floor",
+        "summary",
+        "distribution",
+        "rows",
+    )
+
     settings: dict[str, Any]
     drift_floor: float
     rows: list[dict[str, Any]]
     summary: dict[str, dict[str, float]]
     distribution: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     pairs: list[KeptPair] = field(default_factory=list, repr=False, compare=False)
-
-    def to_json(self, path: str | os.PathLike) -> None:
-        """Write everything but the pictures."""
-        content = {name: getattr(self, name) for name in _SAVED}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike) -> ForgettingReport:
-        """Read what `to_json` wrote; the report has no pictures.
-
-        Raises:
-            ValueError: the file is of something else.
-        """
-        content = json.loads(Path(path).read_text())
-        if not isinstance(content, dict) or set(content) != set(_SAVED):
-            raise ValueError(f"{path} must hold {list(_SAVED)}, got something else.")
-        return cls(**content)
 
     def to_table(self, per_prompt: bool = True) -> str:
         """The figures as Markdown tables: per group, distributions, and per prompt."""

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.evaluation.noise_figures import STANDARD, KeptPictures
 from diffusers_ext.evaluation.picture_sheet import SheetRow, picture_sheet
+from diffusers_ext.evaluation.report_files import SavedReport, write_rows
 
 
-_SAVED = ("settings", "scores", "best_of", "noise", "diversity", "cost", "rows")
 _MEBIBYTE = 2**20
 
 
 @dataclass
-class GoldenNoiseReport:
+class GoldenNoiseReport(SavedReport):
     """Figures of golden noise against standard noise from the same seeds.
 
     Args:
@@ -37,6 +33,16 @@ class GoldenNoiseReport:
         kept: thumbnails for the sheet; not saved.
     """
 
+    saved: ClassVar[tuple[str, ...]] = (
+        "settings",
+        "scores",
+        "best_of",
+        "noise",
+        "diversity",
+        "cost",
+        "rows",
+    )
+
     settings: dict[str, Any]
     scores: dict[str, dict[str, dict[str, Any]]]
     best_of: dict[str, Any]
@@ -46,30 +52,9 @@ class GoldenNoiseReport:
     rows: list[dict[str, Any]]
     kept: list[KeptPictures] = field(default_factory=list, repr=False, compare=False)
 
-    def to_json(self, path: str | os.PathLike) -> None:
-        """Write everything but the pictures."""
-        content = {name: getattr(self, name) for name in _SAVED}
-        _write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike) -> GoldenNoiseReport:
-        """Read what `to_json` wrote; the report has no pictures.
-
-        Raises:
-            ValueError: the file is of something else.
-        """
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or set(content) != set(_SAVED):
-            raise ValueError(f"{path} must hold {list(_SAVED)}, got something else.")
-        return cls(**content)
-
     def to_csv(self, path: str | os.PathLike) -> None:
         """Write one row per picture."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        _write(path, text.getvalue())
+        write_rows(path, self.rows)
 
     def to_table(self) -> str:
         """The figures as Markdown tables, with 95 % intervals in brackets."""
@@ -181,8 +166,3 @@ def _number(value: float | None, interval: Sequence[float] | None = None) -> str
 
 def _numbers(values: Sequence[float | None]) -> str:
     return " ".join("-" if value is None else f"{value:.2f}" for value in values)
-
-
-def _write(path: str | os.PathLike, content: str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
