@@ -84,7 +84,8 @@ class Bench:
 
     def figures(self, report: ErasureReport) -> dict[str, Any]:
         """What is kept of a report."""
-        return {"groups": report.groups, "settings": report.settings}
+        settings = {**report.settings, "base": "examples/moving_digits/model"}  # no machine's path
+        return {"groups": report.groups, "settings": settings}
 
     def evaluate_eraser(self, target: str, seed: int) -> dict[str, Any]:
         """Figures of one eraser."""
