@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[plots,training,rewards,demo,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[plots,rewards,demo,app,dev]"
 	touch $@
 
 demo: setup
