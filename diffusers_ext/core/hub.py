@@ -1,0 +1,211 @@
+"""The one way to the Hub: a folder and its card, in a single commit."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    DatasetCard,
+    HfApi,
+    ModelCard,
+    constants,
+    hf_hub_download,
+    metadata_load,
+)
+from huggingface_hub.errors import (
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+from hub_cards import Licence, Measured, artifact_card, keep_owner_words
+
+
+CARD_NAME = "README.md"
+Card = ModelCard | DatasetCard
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    card: Callable[[str], Card],
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    subfolder: str | None = None,
+    ignore_patterns: Sequence[str] = (),
+) -> str:
+    """Upload the files of a folder and their card in one commit; others see all of it or nothing.
+
+    After an interruption the same call goes on: large files that have arrived are not sent again.
+    What the owner wrote into a card that is already there stays.
+
+    Args:
+        folder: what to upload. A `README.md` in it counts as the owner's where the Hub has none.
+        repo_id: `"user/name"`, or `"name"` for the user who is logged in; made when absent.
+        card: gives the card from the full name of the repository.
+        repo_type: `"model"` or `"dataset"`.
+        private: of a repository that is made; the Hub's default for the user when `None`.
+        token: taken from the login when `None`.
+        revision: branch, made when absent; `main` when `None`.
+        create_pr: propose the commit as a pull request in place of making it.
+        commit_message: "Upload with diffusers_ext" when `None`.
+        subfolder: where in the repository the files go; the card stays at the root.
+        ignore_patterns: files to leave out, as in `huggingface_hub`.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: no such folder, nothing in it, or a card that cannot be rendered or holds the
+            token. Nothing has reached the Hub then.
+    """
+    files = _files_of(Path(folder), ignore_patterns)
+    api = HfApi(token=token)
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
+    new_card = card(repo_id)
+    if token and token in str(new_card):
+        raise ValueError("The card must not hold the token, got one that does.")
+    api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    is_branch = revision is not None and not revision.startswith("refs/")
+    if is_branch and not create_pr:  # whoever proposes a change may not be allowed to make branches
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    target = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    operations = [CommitOperationAdd(f"{prefix}{name}", str(path)) for name, path in files.items()]
+    # Nobody sees these before the commit. The card is read afterwards, because the owner may
+    # edit it during a long upload.
+    api.preupload_lfs_files(additions=operations, create_pr=create_pr, free_memory=False, **target)
+    text = str(keep_owner_words(new_card, _owner_text(api, Path(folder), target)))
+    commit = api.create_commit(
+        operations=[*operations, CommitOperationAdd(CARD_NAME, text.encode())],
+        commit_message=commit_message or "Upload with diffusers_ext",
+        create_pr=create_pr,
+        **target,
+    )
+    return commit.pr_url if create_pr else commit.commit_url
+
+
+def _files_of(folder: Path, ignore_patterns: Sequence[str]) -> dict[str, Path]:
+    """The files to upload by their names in the repository; the card comes separately."""
+    if not folder.is_dir():
+        raise ValueError(f"`folder` must be a folder, got {folder}: no such folder.")
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in found)
+    ignored = [CARD_NAME, *ignore_patterns, *DEFAULT_IGNORE_PATTERNS]
+    files = {name: folder / name for name in filter_repo_objects(names, ignore_patterns=ignored)}
+    if not files:
+        raise ValueError(f"`folder` must hold files to upload, got none in {folder}.")
+    return files
+
+
+def _owner_text(api: HfApi, folder: Path, target: dict[str, Any]) -> str | None:
+    with tempfile.TemporaryDirectory() as download:
+        try:
+            path = Path(api.hf_hub_download(filename=CARD_NAME, local_dir=download, **target))
+        except RemoteEntryNotFoundError:
+            path = folder / CARD_NAME
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def make_card(
+    kind: str,
+    *,
+    base_model: str | None,
+    license: str | Licence | None,
+    trained_on: str | None,
+    settings: Mapping[str, Any] | None = None,
+    results: Sequence[Measured] = (),
+    widget: Sequence[tuple[str, str]] = (),
+    token: str | None = None,
+    **facts: Any,
+) -> Callable[[str], Card]:
+    """A card but for the name of its repository, as `push_folder` takes it.
+
+    Args:
+        kind: one of `hub_cards.KINDS`.
+        base_model: Hub name of the model that the artifact is for; a label where it has none.
+        license: as in `find_licence`.
+        trained_on: what it was trained on or made from.
+        settings: those that matter for what came out.
+        results: what was measured.
+        widget: (prompt, file in the repository) of pictures or clips to show.
+        token: to read the base model's card.
+        facts: those of the kind; `None` stands for a fact that is not known.
+
+    Raises:
+        ValueError: a fact is not known, or no licence is found.
+    """
+    known = {"base_model": base_model, "trained_on": trained_on, **facts}
+    missing = sorted(name for name, value in known.items() if value is None)
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        raise ValueError(
+            f"{names} must be given for the card, got None. An upload of kind {kind!r} tells what it "
+            "is and where it comes from: pass these facts with the other arguments."
+        )
+    return partial(
+        artifact_card,
+        kind,
+        base=base_model,
+        licence=find_licence(base_model, license, token=token),
+        trained_on=trained_on,
+        settings=dict(settings or {}),
+        results=tuple(results),
+        widget=tuple(widget),
+        version=sys.modules["diffusers_ext"].__version__,  # whole by now, unlike at import
+        **facts,
+    )
+
+
+def find_licence(
+    base: str | os.PathLike, licence: str | Licence | None = None, *, token: str | None = None
+) -> Licence:
+    """The licence of what is derived from a base model: the one given, else the base model's own.
+
+    Args:
+        base: Hub name or folder of the base model, whose card is read when nothing is given.
+        licence: a licence, or one of the Hub's names for it, such as `"apache-2.0"`.
+        token: to read the card of a private or gated model.
+
+    Raises:
+        ValueError: none is given and the base model's card names none.
+    """
+    if isinstance(licence, Licence):
+        return licence
+    if licence is not None:
+        return Licence(licence)
+    path = _card_of(str(base), token)
+    data = (metadata_load(path) if path is not None else None) or {}
+    name, label, link = (data.get(key) for key in ("license", "license_name", "license_link"))
+    if not isinstance(name, str) or (name == "other" and not label):
+        raise ValueError(
+            f"`license` must be given, got None, and the card of the base model {base} names none. "
+            'Look it up there and pass its name on the Hub, such as "apache-2.0".'
+        )
+    if link and "://" not in link and not Path(base).is_dir():
+        link = f"{constants.ENDPOINT}/{base}/blob/main/{link}"  # relative to the base model
+    return Licence(name, label, link)
+
+
+def _card_of(base: str, token: str | None) -> Path | None:
+    if Path(base).is_dir():
+        path = Path(base, CARD_NAME)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(base, CARD_NAME, token=token))
+    except (HFValidationError, RepositoryNotFoundError, RemoteEntryNotFoundError):
+        return None
