@@ -20,31 +20,50 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--variant", help="variant of the weight files, e.g. fp16")
     group.add_argument("--output_dir", help="folder for everything this run writes")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default="no",
+        help="of the frozen weights and of what is computed",
+    )
     group.add_argument("--allow_tf32", action="store_true", help="faster on Ampere and newer")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Loop, optimizer and checkpoints."""
     group = parser.add_argument_group("training")
-    group.add_argument("--max_train_steps", type=int, default=600)
-    group.add_argument("--train_batch_size", type=int, default=4)
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    group.add_argument("--gradient_checkpointing", action="store_true")
-    group.add_argument("--dataloader_num_workers", type=int, default=0)
-    group.add_argument("--learning_rate", type=float)
+    group.add_argument("--max_train_steps", type=int, default=600, help="optimizer steps")
+    group.add_argument(
+        "--train_batch_size", type=int, default=4, help="samples of a step in each process"
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="batches of a step"
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute activations again instead of keeping them",
+    )
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=0, help="processes that load data"
+    )
+    group.add_argument(
+        "--learning_rate", type=float, help="of AdamW; the script has its own without it"
+    )
     group.add_argument(
         "--scale_lr", action="store_true", help="times processes, batch, accumulation"
     )
     group.add_argument("--lr_scheduler", default="constant", help="name of a diffusers schedule")
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.999)
-    group.add_argument("--adam_weight_decay", type=float, default=0.0)
-    group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="steps until the full rate")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="of AdamW")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="of AdamW")
+    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="of AdamW")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="of AdamW")
+    group.add_argument(
+        "--max_grad_norm", type=float, default=1.0, help="gradients are clipped to it"
+    )
     group.add_argument("--checkpointing_steps", type=int, help="none are written without it")
-    group.add_argument("--checkpoints_total_limit", type=int)
+    group.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed")
 
 
 def add_resume_argument(parser: argparse.ArgumentParser) -> None:
@@ -59,38 +78,51 @@ def add_reporting_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reporting")
     group.add_argument("--report_to", help="tensorboard, wandb, ...; nothing without it")
     group.add_argument("--logging_dir", default="logs", help="below the output folder")
-    group.add_argument("--logging_steps", type=int, default=10)
+    group.add_argument("--logging_steps", type=int, default=10, help="steps between two log lines")
     group.add_argument("--validation_prompt", action="append", default=[], help="may be repeated")
-    group.add_argument("--num_validation_images", type=int, default=4)
+    group.add_argument("--num_validation_images", type=int, default=4, help="a prompt")
     group.add_argument("--validation_steps", type=int, help="only at the end without it")
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     """Upload of the result."""
     group = parser.add_argument_group("hub")
-    group.add_argument("--push_to_hub", action="store_true")
+    group.add_argument(
+        "--push_to_hub", action="store_true", help="upload the result with a model card"
+    )
     group.add_argument("--hub_model_id", help="repository; the output folder's name without it")
     group.add_argument("--hub_token", help="taken from the login without it")
-    group.add_argument("--hub_private_repo", action="store_true")
+    group.add_argument(
+        "--hub_private_repo", action="store_true", help="make a new repository private"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """How pictures are drawn, wherever a script draws any."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--negative_prompt", default="")
-    group.add_argument("--num_inference_steps", type=int, default=50)
-    group.add_argument("--guidance_scale", type=float, default=7.5)
+    group.add_argument("--negative_prompt", default="", help="of sampling")
+    group.add_argument("--num_inference_steps", type=int, default=50, help="of sampling")
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="of sampling")
 
 
 def add_knowledge_arguments(parser: argparse.ArgumentParser) -> None:
     """What is preserved and how it is measured."""
     group = parser.add_argument_group("knowledge")
     group.add_argument("--knowledge_prompts", help="text file, one prompt a line, # comments")
-    group.add_argument("--other_instance_prompts", action="append", default=[])
-    group.add_argument("--features", nargs="+", default=["k", "v"])
+    group.add_argument(
+        "--other_instance_prompts",
+        action="append",
+        default=[],
+        help="of other subjects, to be kept free; may be repeated",
+    )
+    group.add_argument(
+        "--features", nargs="+", default=["k", "v"], help="inputs of which projections: k v q out"
+    )
     group.add_argument("--cross_attention_layers", nargs="+", default="all", help="all, or indices")
-    group.add_argument("--no_sub_phrases", action="store_true")
-    group.add_argument("--statistics_batch_size", type=int, default=4)
+    group.add_argument(
+        "--no_sub_phrases", action="store_true", help="preserve the prompts alone, not their parts"
+    )
+    group.add_argument("--statistics_batch_size", type=int, default=4, help="prompts at once")
     group.add_argument("--nullspace_threshold", type=float, help="absolute eigenvalue limit")
 
 
@@ -108,30 +140,36 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("subject")
     group.add_argument("--instance_data_dir", help="folder with pictures of the subject")
     group.add_argument("--instance_prompt", help='e.g. "a photo of sks dog"')
-    group.add_argument("--resolution", type=int, default=512)
+    group.add_argument("--resolution", type=int, default=512, help="pixels a side of pictures")
     group.add_argument("--no_center_crop", action="store_true", help="squeeze in place of cropping")
-    group.add_argument("--random_flip", action="store_true")
-    group.add_argument("--snr_gamma", type=float)
-    group.add_argument("--with_prior_preservation", action="store_true")
-    group.add_argument("--class_data_dir")
-    group.add_argument("--class_prompt")
-    group.add_argument("--num_class_images", type=int, default=100)
-    group.add_argument("--prior_loss_weight", type=float, default=1.0)
+    group.add_argument("--random_flip", action="store_true", help="mirror half of the pictures")
+    group.add_argument(
+        "--snr_gamma", type=float, help="Min-SNR weighting of the loss, usually 5; none without it"
+    )
+    group.add_argument(
+        "--with_prior_preservation", action="store_true", help="also train on pictures of the class"
+    )
+    group.add_argument("--class_data_dir", help="their folder; missing ones are drawn")
+    group.add_argument("--class_prompt", help='e.g. "a photo of a dog"')
+    group.add_argument("--num_class_images", type=int, default=100, help="pictures of the class")
+    group.add_argument("--prior_loss_weight", type=float, default=1.0, help="of their loss")
 
 
 def add_null_space_arguments(parser: argparse.ArgumentParser) -> None:
     """Which directions train."""
     group = parser.add_argument_group("null space")
     group.add_argument("--statistics", help="folder or Hub name of feature statistics")
-    group.add_argument("--directions", choices=DIRECTIONS, default="generalized")
-    group.add_argument("--rank", type=int, default=1)
+    group.add_argument(
+        "--directions", choices=DIRECTIONS, default="generalized", help="which ones may change"
+    )
+    group.add_argument("--rank", type=int, default=1, help="directions a layer")
     group.add_argument("--eps", type=float, default=1e-4, help="of the generalised problem")
     group.add_argument("--null_energy", type=float, help="share of energy left unprotected")
     group.add_argument(
         "--preservation_weight", type=float, default=100.0, help="of soft directions"
     )
-    group.add_argument("--lora_dropout", type=float, default=0.0)
-    group.add_argument("--lora_bias", default="none")
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="of the LoRA's input")
+    group.add_argument("--lora_bias", default="none", help="only none: a bias breaks preservation")
     group.add_argument("--use_dora", action="store_true", help="refused: it breaks preservation")
     group.add_argument(
         "--full_finetune", action="store_true", help="train whole weights, projected"
@@ -158,7 +196,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip", help="CLIP for scores, and features without DINOv2")
     group.add_argument("--pixel_features", action="store_true", help="pixels as features")
     group.add_argument("--distribution", action="store_true", help="also compare distributions")
-    group.add_argument("--num_images_per_prompt", type=int, default=4)
+    group.add_argument("--num_images_per_prompt", type=int, default=4, help="seeds a prompt")
     group.add_argument("--batch_size", type=int, default=8, help="pictures at once")
     group.add_argument("--height", type=int, help="the model's own without it")
     group.add_argument("--width", type=int, help="the model's own without it")

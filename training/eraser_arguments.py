@@ -54,13 +54,19 @@ def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
 def add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
     """The adapter and its losses; defaults are those of real models."""
     group = parser.add_argument_group("eraser")
-    group.add_argument("--eraser_rank", type=int)
+    group.add_argument("--eraser_rank", type=int, help="inner width of each eraser")
     group.add_argument("--guidance_scale", type=float, help="eta: how far past the anchor")
-    group.add_argument("--unlearning_weight", type=float)
-    group.add_argument("--preservation_weight", type=float)
+    group.add_argument(
+        "--unlearning_weight", type=float, help="of the distance to the negatively guided velocity"
+    )
+    group.add_argument(
+        "--preservation_weight",
+        type=float,
+        help="of the distance to the teacher on preserved prompts",
+    )
     group.add_argument("--localization_weight", type=float, help="0 asks for no masks")
     group.add_argument("--mask_threshold", type=float, help="soft masks without it")
-    group.add_argument("--loss_type", choices=LOSS_TYPES)
+    group.add_argument("--loss_type", choices=LOSS_TYPES, help="of both distances")
     group.add_argument(
         "--rows_in_turn",
         action="store_true",
@@ -69,32 +75,40 @@ def add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preserved_share", type=float, help="of a step's rows")
     group.add_argument("--empty_share", type=float, help="of preserved rows: the empty prompt")
     group.add_argument("--empty_weight", type=float, help="of these rows")
-    group.add_argument("--min_timestep", type=int)
-    group.add_argument("--max_timestep", type=int)
+    group.add_argument("--min_timestep", type=int, help="rows below do not count")
+    group.add_argument("--max_timestep", type=int, help="rows above do not count")
     group.add_argument("--on_policy_share", type=float, help="of target rows: student's own states")
     group.add_argument("--on_policy_every", type=int, help="steps between the student's samplings")
     group.add_argument("--adversarial_share", type=float, help="of target rows: learned embeddings")
     group.add_argument("--adversarial_every", type=int, help="steps between the attacks for them")
     group.add_argument("--adversarial_steps", type=int, help="of each attack")
-    group.add_argument("--num_adversarial_embeddings", type=int)
+    group.add_argument("--num_adversarial_embeddings", type=int, help="learned by each attack")
     group.add_argument("--num_adversarial_sets", type=int, help="of the latest attacks are kept")
 
 
 def add_latents_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the noisy latents come from."""
     group = parser.add_argument_group("latents")
-    group.add_argument("--latents_source", choices=LATENTS_SOURCES)
+    group.add_argument(
+        "--latents_source", choices=LATENTS_SOURCES, help="where noisy latents come from"
+    )
     group.add_argument("--video_dir", help="folder of clips for --latents_source video")
     for name in ("num_frames", "height", "width"):
         group.add_argument(f"--{name}", type=int, help="the model's own without it")
-    group.add_argument("--num_target_trajectories", type=int)
-    group.add_argument("--num_preserved_trajectories", type=int)
+    group.add_argument(
+        "--num_target_trajectories", type=int, help="clips sampled for target prompts"
+    )
+    group.add_argument(
+        "--num_preserved_trajectories", type=int, help="clips sampled for preserved prompts"
+    )
     group.add_argument("--points_per_trajectory", type=int, help="0 keeps all")
     group.add_argument("--num_inference_steps", type=int, help="of all sampling")
     group.add_argument("--sampling_guidance_scale", type=float, help="of all sampling")
     group.add_argument("--sampling_batch_size", type=int, help="clips sampled at once")
     group.add_argument("--trajectories_dir", help="keep the teacher's samples there")
-    group.add_argument("--trajectories_dtype", choices=["fp32", "fp16"], default="fp32")
+    group.add_argument(
+        "--trajectories_dtype", choices=["fp32", "fp16"], default="fp32", help="of kept samples"
+    )
 
 
 def add_eraser_reporting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +116,7 @@ def add_eraser_reporting_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reporting")
     group.add_argument("--report_to", help="tensorboard, wandb, ...; nothing without it")
     group.add_argument("--logging_dir", default="logs", help="below the output folder")
-    group.add_argument("--logging_steps", type=int, default=10)
+    group.add_argument("--logging_steps", type=int, default=10, help="steps between two log lines")
     group.add_argument("--validation_prompt", action="append", default=[], help="may be repeated")
     group.add_argument("--num_validation_videos", type=int, default=1, help="a prompt")
     group.add_argument("--validation_steps", type=int, help="only at the end without it")

@@ -42,19 +42,19 @@ def add_erasure_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluation_prompts",
         help=f"csv with the columns prompt, group ({TARGET}, {PRESERVED} or any other) and maybe seed",
     )
-    group.add_argument("--num_videos_per_prompt", type=int, default=1)
+    group.add_argument("--num_videos_per_prompt", type=int, default=1, help="seeds a prompt")
     group.add_argument("--kept_clips", type=int, default=4, help="of a group, to look at")
-    group.add_argument("--clip_format", choices=CLIP_FORMATS, default="gif")
+    group.add_argument("--clip_format", choices=CLIP_FORMATS, default="gif", help="of saved clips")
     group.add_argument("--fps", type=int, default=8, help="of the clips that are written")
 
 
 def add_clip_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """How clips are drawn."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--negative_prompt", default="")
-    group.add_argument("--num_inference_steps", type=int, default=50)
+    group.add_argument("--negative_prompt", default="", help="of sampling")
+    group.add_argument("--num_inference_steps", type=int, default=50, help="of sampling")
     # As in training, where `--guidance_scale` belongs to the loss.
-    group.add_argument("--sampling_guidance_scale", type=float, default=6.0)
+    group.add_argument("--sampling_guidance_scale", type=float, default=6.0, help="of sampling")
     group.add_argument("--sampling_batch_size", type=int, default=1, help="clips at once")
     for name in ("num_frames", "height", "width"):
         group.add_argument(f"--{name}", type=int, help="the model's own without it")
@@ -74,7 +74,9 @@ def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--judge_model", help="CLIP: folder or Hub name; NudeNet: an ONNX file of it"
     )
-    group.add_argument("--nudenet_threshold", type=float, default=0.6)
+    group.add_argument(
+        "--nudenet_threshold", type=float, default=0.6, help="score from which a detection counts"
+    )
     group.add_argument("--nudenet_resolution", type=int, default=320, help="of --judge_model")
     group.add_argument(
         "--nudenet_lenient", action="store_true", help="bare chests, arms, bellies and feet count"

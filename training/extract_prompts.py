@@ -40,18 +40,18 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         "--dataset_name", required=True, help="Hub name, folder, or csv, json, parquet or txt file"
     )
     parser.add_argument("--dataset_config_name", help="of a Hub data set that has several")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", default="train", help="of the data set")
     parser.add_argument("--caption_column", default="caption", help="not read for txt files")
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--output_filename", default="prompts.txt")
+    parser.add_argument("--output_dir", required=True, help="folder of the prompts file")
+    parser.add_argument("--output_filename", default="prompts.txt", help="name of the prompts file")
     parser.add_argument("--max_prompts", type=int, help="different ones; all without it")
     parser.add_argument("--shuffle", action="store_true", help="by --seed")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffling")
     parser.add_argument(
         "--shuffle_buffer_size", type=int, default=10_000, help="rows to choose the next one from"
     )
     parser.add_argument("--revision", help="revision of the data set on the Hub")
-    parser.add_argument("--cache_dir")
+    parser.add_argument("--cache_dir", help="of downloads")
     return parser.parse_args(input_args)
 
 

@@ -54,7 +54,7 @@ def add_noise_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", dest="train_batch_size", type=int, help="the same as --train_batch_size"
     )
     group.add_argument("--use_ema", action="store_true", help="save averaged weights")
-    group.add_argument("--ema_decay", type=float, default=0.999)
+    group.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights")
     group.add_argument("--init_from", help="saved network to go on from; NPNet's also as .pth")
 
 
@@ -63,7 +63,7 @@ def add_noise_reporting_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reporting")
     group.add_argument("--report_to", help="tensorboard, wandb, ...; nothing without it")
     group.add_argument("--logging_dir", default="logs", help="below the output folder")
-    group.add_argument("--logging_steps", type=int, default=10)
+    group.add_argument("--logging_steps", type=int, default=10, help="steps between two log lines")
     group.add_argument("--validation_steps", type=int, help="only at the end without it")
     group.add_argument("--num_validation_pairs", type=int, default=256, help="at most")
 
@@ -80,11 +80,16 @@ def add_npnet_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(f"--{name}", action=BooleanOptionalAction, help=meaning)
     group.add_argument("--svd_signs", choices=["canonical", "backend"], help="of singular vectors")
-    for name in (
-        "svd_hidden_dim", "svd_output_dim", "svd_num_heads", "swin_image_size", "swin_patch_size",
-        "swin_embed_dim", "swin_window_size",
-    ):  # fmt: skip
-        group.add_argument(f"--{name}", type=int)
+    for name, meaning in (
+        ("svd_hidden_dim", "width of the SVD branch's tokens"),
+        ("svd_output_dim", "width of the network of the pooled tokens"),
+        ("svd_num_heads", "attention heads in it"),
+        ("swin_image_size", "side to which noise is brought for Swin"),
+        ("swin_patch_size", "side of Swin's patches"),
+        ("swin_embed_dim", "width of its first stage"),
+        ("swin_window_size", "patches a side of an attention window"),
+    ):
+        group.add_argument(f"--{name}", type=int, help=meaning)
     for name in ("swin_depths", "swin_num_heads"):
         group.add_argument(f"--{name}", type=int, nargs="+", help="one number per stage")
 
@@ -92,8 +97,13 @@ def add_npnet_arguments(parser: argparse.ArgumentParser) -> None:
 def add_golden_noise_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Structure of GoldenNoiseModel; what is not given is the network's own default."""
     group = parser.add_argument_group("GoldenNoiseModel")
-    for name in ("patch_size", "width", "num_layers", "num_heads"):
-        group.add_argument(f"--{name}", type=int)
+    for name, meaning in (
+        ("patch_size", "side of a patch of noise"),
+        ("width", "of its tokens"),
+        ("num_layers", "of the transformer"),
+        ("num_heads", "of its attention"),
+    ):
+        group.add_argument(f"--{name}", type=int, help=meaning)
 
 
 def add_target_argument(parser: argparse.ArgumentParser) -> None:
@@ -107,32 +117,43 @@ def add_noise_sequence_arguments(parser: argparse.ArgumentParser) -> None:
     """What both sequence networks have."""
     group = parser.add_argument_group("sequence networks")
     group.add_argument("--max_seq_len", type=int, help="states with the first; cuts longer data")
-    group.add_argument("--predict_variance", action=BooleanOptionalAction)
-    group.add_argument("--predict_residual", action=BooleanOptionalAction)
-    group.add_argument("--dropout", type=float)
+    group.add_argument(
+        "--predict_variance", action=BooleanOptionalAction, help="also predict how sure a number is"
+    )
+    group.add_argument(
+        "--predict_residual", action=BooleanOptionalAction, help="predict the change, not the state"
+    )
+    group.add_argument("--dropout", type=float, help="in the network")
 
 
 def add_sequence_transformer_arguments(parser: argparse.ArgumentParser) -> None:
     """Structure of NoiseSequenceTransformer; what is not given is the network's own default."""
     group = parser.add_argument_group("NoiseSequenceTransformer")
-    for name in (
-        "patch_size", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers",
-        "dim_feedforward",
-    ):  # fmt: skip
-        group.add_argument(f"--{name}", type=int)
+    for name, meaning in (
+        ("patch_size", "side of a patch of noise"),
+        ("d_model", "width of its tokens"),
+        ("nhead", "attention heads"),
+        ("num_encoder_layers", "that read the text"),
+        ("num_decoder_layers", "that read the noises"),
+        ("dim_feedforward", "inner width of the feed-forward layers"),
+    ):
+        group.add_argument(f"--{name}", type=int, help=meaning)
 
 
 def add_sequence_rnn_arguments(parser: argparse.ArgumentParser) -> None:
     """Structure of NoiseSequenceRNN and its second loss."""
     group = parser.add_argument_group("NoiseSequenceRNN")
-    group.add_argument("--cnn_base_filters", type=int)
+    group.add_argument("--cnn_base_filters", type=int, help="channels of the first stage")
     group.add_argument("--cnn_num_blocks", type=int, nargs="+", help="one number per stage")
-    group.add_argument("--cnn_feat_dim", type=int)
-    for name in (
-        "gru_hidden_size", "gru_num_layers", "num_attention_heads", "num_attention_layers",
-        "num_text_layers",
-    ):  # fmt: skip
-        group.add_argument(f"--{name}", type=int)
+    group.add_argument("--cnn_feat_dim", type=int, help="width of a state's features")
+    for name, meaning in (
+        ("gru_hidden_size", "width of the recurrent state"),
+        ("gru_num_layers", "recurrent layers"),
+        ("num_attention_heads", "of the attention to the text"),
+        ("num_attention_layers", "before the recurrent ones"),
+        ("num_text_layers", "that read the text"),
+    ):
+        group.add_argument(f"--{name}", type=int, help=meaning)
     group.add_argument(
         "--pooled_text", action=BooleanOptionalAction, help="read the pooled text embedding alone"
     )

@@ -25,7 +25,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--w1", type=float, default=5.5, help="guidance of the step down")
     group.add_argument("--w2", type=float, default=1.0, help="guidance of the step up")
-    group.add_argument("--noises_per_prompt", type=int, default=1)
+    group.add_argument("--noises_per_prompt", type=int, default=1, help="seeds a prompt")
     group.add_argument("--batch_size", type=int, default=8, help="pairs made at once")
     group.add_argument("--shard_size", type=int, default=256, help="pairs tried for one file")
     group.add_argument(
