@@ -137,7 +137,8 @@ def make_card(
 
     Args:
         kind: one of `hub_cards.KINDS`.
-        base_model: Hub name of the model that the artifact is for; a label where it has none.
+        base_model: Hub name or folder of the model that the artifact is for; of a folder the card
+            names only the last part.
         license: as in `find_licence`.
         trained_on: what it was trained on or made from.
         settings: those that matter for what came out.
@@ -160,7 +161,7 @@ def make_card(
     return partial(
         artifact_card,
         kind,
-        base=base_model,
+        base=public_name(base_model),
         licence=find_licence(base_model, license, token=token),
         trained_on=trained_on,
         settings=dict(settings or {}),
@@ -169,6 +170,13 @@ def make_card(
         version=sys.modules["diffusers_ext"].__version__,  # whole by now, unlike at import
         **facts,
     )
+
+
+def public_name(source: str | os.PathLike) -> str:
+    """A model's name; of a folder the last part, as a path of this machine means nothing to others."""
+    path = Path(source)
+    is_path = path.exists() or path.is_absolute() or len(path.parts) > 2 or ".." in path.parts
+    return path.resolve().name if is_path else str(source)
 
 
 def find_licence(

@@ -1,0 +1,117 @@
+"""`push_to_hub` of models and pipelines, with their card; takes the place of diffusers' own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers_ext.core.hub import Card, push_folder
+
+
+HUB_ARGUMENTS = (
+    "private", "token", "revision", "create_pr", "commit_message", "subfolder",
+)  # fmt: skip
+_SAVE_ARGUMENTS = ("is_main_process", "save_function", "use_flashpack")
+
+
+class PushWithCard:
+    """Mixin, before the class of diffusers: uploads go in one commit, together with a model card.
+
+    A subclass makes its card in `_card`.
+    """
+
+    def _card(self, *, token: str | None, **facts: Any) -> Callable[[str], Card]:
+        """The card but for the repository's name; raises `ValueError` if a fact is missing."""
+        raise TypeError(f"{type(self).__name__} must define `_card`.")
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        """As in diffusers; with `push_to_hub=True` also upload it, and nothing else of that folder.
+
+        Args:
+            save_directory: folder, made when absent.
+            safe_serialization: safetensors in place of pickles.
+            variant: part of the file names, such as `"fp16"`.
+            max_shard_size: of one weight file.
+            push_to_hub: upload afterwards; a missing fact is an error before anything is written.
+            repo_id: repository; the folder's name when `None`.
+            arguments: with `push_to_hub` those of `push_to_hub`; else those of diffusers.
+        """
+        saving: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
+        if max_shard_size is not None:
+            saving["max_shard_size"] = max_shard_size
+        if not push_to_hub:
+            super().save_pretrained(save_directory, **saving, **arguments)
+            return
+        saving |= {name: arguments.pop(name) for name in _SAVE_ARGUMENTS if name in arguments}
+        hub = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
+        card = self._card(token=hub.get("token"), **arguments)
+        super().save_pretrained(save_directory, **saving)
+        self._push(card, repo_id or Path(save_directory).resolve().name, saving, hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        subfolder: str | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **facts: Any,
+    ) -> str:
+        """Upload to a model repository, made when absent, with a model card.
+
+        Args:
+            repo_id: `"user/name"`.
+            private: of a repository that is made.
+            token: taken from the login when `None`.
+            revision: branch, made when absent.
+            create_pr: propose the commit as a pull request.
+            commit_message: "Upload with diffusers_ext" when `None`.
+            subfolder: where in the repository the files go.
+            safe_serialization: safetensors in place of pickles.
+            variant: part of the file names, such as `"fp16"`.
+            max_shard_size: of one weight file.
+            facts: for the card: `base_model`, `license`, `trained_on`, `settings`, `results`, and those
+                of its kind; what the object knows by itself need not be given.
+
+        Returns:
+            Address of the commit, or of the pull request.
+
+        Raises:
+            ValueError: a fact that is neither known nor given; nothing has been uploaded then.
+        """
+        saving: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
+        if max_shard_size is not None:
+            saving["max_shard_size"] = max_shard_size
+        given = (private, token, revision, create_pr, commit_message, subfolder)
+        card = self._card(token=token, **facts)
+        return self._push(card, repo_id, saving, dict(zip(HUB_ARGUMENTS, given)))
+
+    def _push(
+        self,
+        card: Callable[[str], Card],
+        repo_id: str,
+        saving: dict[str, Any],
+        hub: dict[str, Any],
+    ) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            super().save_pretrained(folder, **saving)
+            return push_folder(folder, repo_id, card, **hub)
