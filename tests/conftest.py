@@ -1,0 +1,61 @@
+"""The whole test session talks to a local Hub: the libraries read its address when imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fresh_process import run_python
+from tests.hub_server import HubServer
+
+
+if "huggingface_hub" in sys.modules:
+    raise RuntimeError("`huggingface_hub` must be imported after tests/conftest.py, got it before.")
+
+_HOME = tempfile.TemporaryDirectory(prefix="hf-home-", ignore_cleanup_errors=True)
+_SERVER = HubServer().__enter__()
+for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    del os.environ[_name]
+for _name in ("TRANSFORMERS_OFFLINE", "DIFFUSERS_DISABLE_REMOTE_CODE"):
+    os.environ.pop(_name, None)
+os.environ.update(_SERVER.environment(_HOME.name))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # How `huggingface_hub` itself calls its HTTP client when it uploads a large file.
+    config.addinivalue_line("filterwarnings", "ignore:Use 'content=:DeprecationWarning")
+
+
+def pytest_unconfigure() -> None:
+    _SERVER.__exit__()
+    _HOME.cleanup()
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """The session's Hub, empty; a request that it does not know fails the test."""
+    _SERVER.clear()
+    yield _SERVER
+    unknown = [f"{request.method} {request.path}" for request in _SERVER.unknown]
+    _SERVER.clear()
+    assert not unknown
+
+
+@pytest.fixture
+def hub_process(hub, tmp_path) -> Callable[..., Any]:
+    """Run code against `hub` in a fresh process, with a cache of the test; as `run_python`."""
+
+    def run(
+        code: str, *arguments: str | Path, token: str | None = "hf_test", **options: Any
+    ) -> Any:
+        home = tmp_path / options.pop("home", "hf-home")
+        variables = {**hub.environment(home, token), **options.pop("variables", {})}
+        return run_python(code, home, *arguments, loopback=True, variables=variables, **options)
+
+    return run
