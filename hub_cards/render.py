@@ -1,17 +1,25 @@
-"""Fill a model-card template."""
+"""Fill a card's template: every placeholder must have its fact."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound
+from jinja2.exceptions import UndefinedError
+
+from hub_cards.generated_block import mark_generated
 
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&])")
 
 
-def render(template: str, data: ModelCardData, **facts: Any) -> ModelCard:
+def render(template: str, data: CardData, **facts: Any) -> ModelCard | DatasetCard:
     """The card of one template, without network.
 
     Args:
@@ -20,10 +28,79 @@ def render(template: str, data: ModelCardData, **facts: Any) -> ModelCard:
         facts: what the template's placeholders stand for.
 
     Raises:
-        ValueError: no such template.
+        ValueError: no such template, or a fact that it needs is missing.
     """
     path = _TEMPLATES / f"{template}.md.jinja"
-    if not path.is_file():
+    if path.is_file() and "citations" not in facts:
+        return ModelCard.from_template(data, template_path=str(path), **facts)
+    try:
+        words = _environment().get_template(f"{template}.jinja").render(facts)
+    except TemplateNotFound as error:
         present = sorted(found.name.split(".")[0] for found in _TEMPLATES.glob("*.md.jinja"))
-        raise ValueError(f"`template` must be one of {present}, got {template!r}.")
-    return ModelCard.from_template(data, template_path=str(path), **facts)
+        raise ValueError(f"`template` must be one of {present}, got {template!r}.") from error
+    except UndefinedError as error:
+        raise ValueError(
+            f"`facts` must hold all that the template {template!r} shows, got {sorted(facts)}: "
+            f"{error}."
+        ) from error
+    card_class = DatasetCard if isinstance(data, DatasetCardData) else ModelCard
+    words = re.sub(r"\n{3,}", "\n\n", words)
+    return card_class(f"---\n{data.to_yaml()}\n---\n\n{mark_generated(words)}\n")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "plain": plain,
+        "code": code,
+        "py": python_literal,
+        "count": count,
+        "figure": figure,
+        "shown": shown,
+    }
+    return environment
+
+
+def plain(value: object) -> str:
+    """A value as one line of Markdown that shows exactly its characters, in tables as well."""
+    return _SPECIAL.sub(r"\\\1", one_line(value))
+
+
+def code(value: object) -> str:
+    """A value as inline code, whatever backticks are in it; not for tables."""
+    words = one_line(value)
+    fence = "`" * (1 + max(map(len, re.findall(r"`+", words)), default=0))
+    padding = " " if words.startswith("`") or words.endswith("`") else ""
+    return f"{fence}{padding}{words}{padding}{fence}"
+
+
+def python_literal(words: str) -> str:
+    """Words as a Python string in double quotes."""
+    return json.dumps(str(words), ensure_ascii=False)
+
+
+def count(number: int) -> str:
+    """A whole number with commas."""
+    return f"{number:,}"
+
+
+def figure(value: float) -> str:
+    """A measured figure with four digits; a whole number with all of them."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def shown(file: str) -> str:
+    """A file of the repository: a picture as such, anything else as a link."""
+    address = quote(file)
+    is_picture = address.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))
+    return f"![{plain(file)}]({address})" if is_picture else f"[{plain(file)}]({address})"
+
+
+def one_line(value: object) -> str:
+    """A value's words with single spaces between them."""
+    return " ".join(str(value).split())
