@@ -37,8 +37,8 @@ class Licence:
     def sentence(self) -> str:
         """What a card's text says about it."""
         name = f"`{self.license_name or self.license}`"
-        shown = f"[{name}]({self.license_link})" if self.license_link else name
-        return f"These files are shared under {shown}."
+        linked = f"[{name}]({self.license_link})" if self.license_link else name
+        return f"These files are shared under {linked}."
 
 
 @dataclass(frozen=True)

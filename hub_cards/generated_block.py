@@ -13,10 +13,12 @@ _NOTE = (
     "Write your own words above or below. -->"
 )
 _BLOCK = re.compile(
-    r"^<!-- diffusers_ext:begin ([0-9a-f]{12}) -->[ \t]*\n(.*?)^<!-- diffusers_ext:end -->[ \t]*$",
-    re.MULTILINE | re.DOTALL,
+    r"^<!-- diffusers_ext:begin ([0-9a-f]{12}) -->[ \t]*\n"
+    r"((?:(?!<!-- diffusers_ext:begin).*\n)*?)"
+    r"<!-- diffusers_ext:end -->[ \t]*$",
+    re.MULTILINE,
 )
-_MARK = re.compile(r"^<!-- diffusers_ext:(begin|end)", re.MULTILINE)
+_MARK = re.compile(r"^<!-- diffusers_ext:(begin|end).*\n?", re.MULTILINE)
 
 
 class GeneratedBlock(NamedTuple):
@@ -51,9 +53,9 @@ def find_generated(text: str) -> GeneratedBlock | None:
     )
 
 
-def without_note(words: str) -> str:
-    """The words of a block less the remark for its owner."""
-    return words.replace(_NOTE, "").strip()
+def without_marks(words: str) -> str:
+    """Words less whatever marks are left in them, and less the remark for the owner."""
+    return _MARK.sub("", words).replace(f"{_NOTE}\n", "")
 
 
 def _digest(words: str) -> str:

@@ -33,11 +33,6 @@ class Kind:
     repo_type: Literal["model", "dataset"] = "model"
 
 
-# What these facts may say.
-CHOICES = {"directions": ("generalized", "null", "soft", "plain")}
-# Names of classes, which end up in import statements.
-CLASS_FACTS = ("pipeline", "plain_pipeline", "network")
-
 _NULL_SPACE_PAPERS = ("dreambooth", "alphaedit", "inflora")
 _NETWORK_FACTS = (
     "network", "pipeline", "parameters", "latent_shape", "any_size", "text_embed_dim",
@@ -74,6 +69,7 @@ KINDS: dict[str, Kind] = {
         relation="finetune",
         facts=("instance_prompt", "pipeline", "statistics"),
         papers=_NULL_SPACE_PAPERS,
+        may_be_empty=("instance_prompt",),
     ),
     "feature_statistics": Kind(
         template="feature_statistics",

@@ -11,13 +11,13 @@ from huggingface_hub.utils import yaml_dump
 
 from hub_cards.automatic_cards import is_automatic
 from hub_cards.card_facts import Licence
-from hub_cards.generated_block import find_generated, mark_generated, without_note
+from hub_cards.generated_block import find_generated, mark_generated, without_marks
 
 
 _HEADER = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
 _LICENCE_KEYS = ("license", "license_name", "license_link")
-# Of what both say, the owner's stays; of everything else that we write, ours does.
-_OWNERS_KEYS = ("language", "thumbnail", "pipeline_tag")
+# What a new card writes only where nobody has said it; of everything else the new card's word counts.
+_OWNERS_KEYS = ("pipeline_tag", "task_categories")
 
 
 def keep_owner_words(new: ModelCard | DatasetCard, old_text: str | None) -> ModelCard | DatasetCard:
@@ -34,15 +34,18 @@ def keep_owner_words(new: ModelCard | DatasetCard, old_text: str | None) -> Mode
         old_text: of the README.md that is there; `None` without one.
 
     Raises:
-        ValueError: the old header cannot be read.
+        ValueError: the old header cannot be read, or the new card is no generated one.
     """
+    block = find_generated(new.text)
+    if block is None:
+        raise ValueError("`new` must be a card of `artifact_card`, got one without its marks.")
     if old_text is None or not old_text.strip():
         return new
     line_end = "\r\n" if "\r\n" in old_text else "\n"
-    old_header, old_body = _split(old_text.replace("\r\n", "\n"))
+    old_header, old_body = _split(old_text.removeprefix("\ufeff").replace("\r\n", "\n"))
     new_header = new.data.to_dict()
     header = _join_headers(new_header, old_header)
-    words = without_note(find_generated(new.text).words)
+    words = without_marks(block.words)
     if _licence(header) != _licence(new_header):
         words = words.replace(_licence(new_header).sentence, _licence(header).sentence)
     body = _join_bodies(mark_generated(words), old_body)
@@ -70,13 +73,13 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 
 def _join_bodies(block: str, old_body: str) -> str:
     found = find_generated(old_body)
-    if found is not None and not found.edited:
-        return f"{found.before}{block}{found.after}"
-    if found is not None:
-        return f"{found.before}{without_note(found.words)}\n\n{block}{found.after}"
-    if is_automatic(old_body):
-        return f"\n{block}\n"
-    return f"{old_body.rstrip()}\n\n{block}\n"
+    if found is None:
+        words = without_marks(old_body)
+        return f"\n{block}\n" if is_automatic(words) else f"{words.rstrip()}\n\n{block}\n"
+    before, after = without_marks(found.before), without_marks(found.after)
+    if found.edited:
+        before = f"{before}{without_marks(found.words).strip()}\n\n"
+    return f"{before}{block}{after}"
 
 
 def _join_headers(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
@@ -87,8 +90,8 @@ def _join_headers(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     if "tags" in old and "tags" in new:
         joined["tags"] = list(dict.fromkeys([*_listed(old["tags"]), *new["tags"]]))
     if "configs" in old and "configs" in new:
-        ours = {config["config_name"] for config in new["configs"]}
-        kept = [c for c in old["configs"] if c.get("config_name") not in ours]
+        ours = [config["config_name"] for config in new["configs"]]
+        kept = [c for c in _listed(old["configs"]) if _name(c) not in ours]
         joined["configs"] = [*new["configs"], *kept]
     if "model-index" in old and "model-index" in new:
         joined["model-index"] = _join_results(new["model-index"], old["model-index"])
@@ -99,8 +102,13 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
+def _name(config: Any) -> Any:
+    return config.get("config_name") if isinstance(config, dict) else None
+
+
 def _licence(header: dict[str, Any]) -> Licence:
-    return Licence(*(header.get(key) for key in _LICENCE_KEYS))
+    names = ", ".join(str(name) for name in _listed(header["license"]))
+    return Licence(names, header.get("license_name"), header.get("license_link"))
 
 
 def _join_results(new: list[dict[str, Any]], old: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -117,6 +125,6 @@ def _join_results(new: list[dict[str, Any]], old: list[dict[str, Any]]) -> list[
         return (*result.unique_identifier, result.metric_type, result.metric_config)
 
     measured = {key(result) for result in ours.eval_results}
-    kept = [result for result in theirs.eval_results if key(result) not in measured]
+    kept = [result for result in theirs.eval_results or [] if key(result) not in measured]
     ours.eval_results = [*ours.eval_results, *kept]
     return ours.to_dict()["model-index"]

@@ -44,7 +44,7 @@ def render(template: str, data: CardData, **facts: Any) -> ModelCard | DatasetCa
             f"{error}."
         ) from error
     card_class = DatasetCard if isinstance(data, DatasetCardData) else ModelCard
-    words = re.sub(r"\n{3,}", "\n\n", words)
+    words = re.sub(r"\n{3,}", "\n\n", words.replace("\r\n", "\n"))
     return card_class(f"---\n{data.to_yaml()}\n---\n\n{mark_generated(words)}\n")
 
 
@@ -74,6 +74,8 @@ def plain(value: object) -> str:
 def code(value: object) -> str:
     """A value as inline code, whatever backticks are in it; not for tables."""
     words = one_line(value)
+    if not words:
+        return "(empty)"
     fence = "`" * (1 + max(map(len, re.findall(r"`+", words)), default=0))
     padding = " " if words.startswith("`") or words.endswith("`") else ""
     return f"{fence}{padding}{words}{padding}{fence}"
@@ -90,8 +92,10 @@ def count(number: int) -> str:
 
 
 def figure(value: float) -> str:
-    """A measured figure with four digits; a whole number with all of them."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    """A measured figure with four digits; a whole number, or a large one, with all before the point."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def shown(file: str) -> str:
