@@ -18,6 +18,9 @@ from diffusers_ext.nullspace.projector import NullSpaceProjector, project_rows
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
+_DENOISERS = ("unet", "transformer")
+
+
 def debleed_lora(
     lora: str | os.PathLike | Mapping[str, torch.Tensor],
     statistics: FeatureStatistics,
@@ -51,7 +54,7 @@ def debleed_lora(
     missing = []
     for key, tensor in read_lora(lora).items():
         component, _, name = key.rsplit(".lora_", 1)[0].partition(".")
-        linear = name if component in ("unet", "transformer") else None
+        linear = name if component in _DENOISERS else None
         if linear in projections:
             is_a = key.endswith(".lora_A.weight")
             result[key] = project_rows(tensor, projections[linear]) if is_a else tensor
@@ -68,3 +71,31 @@ def debleed_lora(
     if output_path is not None:
         write_lora(result, output_path)
     return result
+
+
+def preserved_energy(
+    lora: str | os.PathLike | Mapping[str, torch.Tensor], statistics: FeatureStatistics
+) -> dict[str, float]:
+    """`tr(D C D^T)`, how strongly each update `D` of a LoRA acts on preserved inputs.
+
+    Divided by `tr(W C W^T)` of the model's own weights it is `predicted_drift`; so the share of it
+    that `debleed_lora` leaves is the share of the predicted drift.
+
+    Args:
+        lora: as in `read_lora`.
+        statistics: of the preserved prompts.
+
+    Returns:
+        By dotted name of the Linear; modules without a statistic are left out.
+    """
+    tensors, energies = read_lora(lora), {}
+    for key, a in tensors.items():
+        component, _, rest = key.partition(".")
+        linear = rest.removesuffix(".lora_A.weight")
+        if linear == rest or component not in _DENOISERS or linear not in statistics.sources:
+            continue
+        b = tensors[key.replace(".lora_A.", ".lora_B.")]
+        moment = statistics.moments[statistics.key(linear)].mean.double()
+        a, b = a.to(moment), b.to(moment)
+        energies[linear] = float(((a @ moment @ a.T) * (b.T @ b)).sum())
+    return energies

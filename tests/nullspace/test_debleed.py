@@ -7,7 +7,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 
-from diffusers_ext.nullspace.debleed import debleed_lora
+from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy
+from diffusers_ext.nullspace.lora import predicted_drift
 from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
 from diffusers_ext.nullspace.projector import NullSpaceProjector
@@ -148,3 +149,23 @@ def test_nothing_left_is_an_error(few_statistics, tmp_path):
     lora = save_random_lora(tmp_path, ("attn2.to_q",))
     with pytest.raises(ValueError, match="must have an effect, got zero in every update"):
         debleed_lora(lora, few_statistics, rank=3, uncovered="drop")
+
+
+def test_preserved_energy_is_the_predicted_drift_but_for_the_weights(text_lora, few_statistics):
+    pipeline = random_digits_pipeline()
+    pipeline.load_lora_weights(text_lora)
+    energies = preserved_energy(text_lora, few_statistics)
+    drifts = predicted_drift(pipeline.unet, few_statistics, "default_0")
+    assert energies.keys() == drifts.keys()
+    for name, drift in drifts.items():
+        weight = pipeline.unet.get_submodule(name).get_base_layer().weight.detach().double()
+        moment = few_statistics.moments[few_statistics.key(name)].mean
+        own = ((weight @ moment) * weight).sum().item()
+        assert energies[name] / own == pytest.approx(drift, rel=1e-4)
+
+
+def test_preserved_energy_leaves_out_what_has_no_statistic(few_statistics, tmp_path):
+    lora = save_random_lora(tmp_path, ("attn2.to_q", "attn2.to_k"))
+    energies = preserved_energy(lora, few_statistics)
+    assert len(energies) == 7
+    assert all(name.endswith("to_k") and energy > 0 for name, energy in energies.items())
