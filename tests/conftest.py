@@ -30,6 +30,8 @@ os.environ.update(_SERVER.environment(_HOME.name))
 def pytest_configure(config: pytest.Config) -> None:
     # How `huggingface_hub` itself calls its HTTP client when it uploads a large file.
     config.addinivalue_line("filterwarnings", "ignore:Use 'content=:DeprecationWarning")
+    # How diffusers asks it for a config.
+    config.addinivalue_line("filterwarnings", "ignore:The `local_dir_use_symlinks`:UserWarning")
 
 
 def pytest_unconfigure() -> None:

@@ -6,8 +6,7 @@ import importlib
 import os
 from typing import Any
 
-from diffusers import ConfigMixin
-
+from diffusers_ext.golden_noise.hub_sources import read_network_config
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
 
 
@@ -18,11 +17,6 @@ NETWORK_MODULES = {
     "NoiseSequenceTransformer": "diffusers_ext.golden_noise.sequence_transformer",
     "NoiseSequenceRNN": "diffusers_ext.golden_noise.sequence_rnn",
 }
-_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-
-
-class _AnyConfig(ConfigMixin):
-    config_name = "config.json"
 
 
 def load_noise_model(
@@ -38,12 +32,10 @@ def load_noise_model(
         The network in eval mode.
 
     Raises:
-        ValueError: the folder holds something else.
-        OSError: there is no `config.json`.
+        ValueError: nothing of that name, or it holds something else.
     """
     source = str(pretrained_model_name_or_path)
-    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
-    name = _AnyConfig.load_config(source, **where).get("_class_name")
+    name = read_network_config(source, kwargs).get("_class_name")
     if name not in NETWORK_MODULES:
         raise ValueError(
             "`pretrained_model_name_or_path` must hold a golden-noise network, one of "

@@ -14,7 +14,7 @@ from diffusers_ext.golden_noise.patch_positions import patch_positions
 from diffusers_ext.golden_noise.text_reading import TextReader
 
 
-class GoldenNoiseModel(ModelMixin, ConfigMixin, GoldenNoiseNetwork):
+class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
     """`golden = noise + head(transformer(patches of noise, tokens of the prompt))`.
 
     The head starts at zero, so an untrained network is the identity to the bit. Patches carry their

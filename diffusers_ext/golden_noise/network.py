@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
+from diffusers_ext.core.card_push import PushWithCard
+from diffusers_ext.core.hub import Card
 from diffusers_ext.core.quiet_run import module_eval_mode
+from diffusers_ext.golden_noise.hub_sources import read_network_config
+from diffusers_ext.golden_noise.network_card import network_card
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 
 
-class GoldenNoiseNetwork:
-    """Mixin of the networks; each defines `golden_noise`, pipelines and evaluation call `refine`."""
+class GoldenNoiseNetwork(PushWithCard):
+    """Mixin of the networks; each defines `golden_noise`, pipelines and evaluation call `refine`.
+
+    It stands before `ModelMixin`, whose loading gets clearer errors and whose uploads get a card; the
+    facts for it are the arguments of `diffusers_ext.golden_noise.network_card.network_card`.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> GoldenNoiseNetwork:
+        """Load a network from a folder or from the Hub, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or `"user/name"`.
+            kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `local_files_only`,
+                `dtype`, ...
+
+        Raises:
+            ValueError: nothing of that name, or a network of another class.
+        """
+        config = read_network_config(pretrained_model_name_or_path, kwargs)
+        found = config.get("_class_name")
+        if found not in {parent.__name__ for parent in cls.__mro__}:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold a {cls.__name__}, got {found!r} in "
+                f"{pretrained_model_name_or_path}. `load_noise_model` loads networks of any class."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
+        return network_card(self, token=token, **facts)
 
     def golden_noise(
         self,

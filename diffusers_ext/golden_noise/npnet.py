@@ -33,7 +33,7 @@ class TextNorm(AdaGroupNorm):
         return normalised * (1 + scale) + shift
 
 
-class NPNet(ModelMixin, ConfigMixin, GoldenNoiseNetwork):
+class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
     """`x -> SVD(x) + (2 sigmoid(alpha) - 1) e + beta NT(x + e)`, `e` the text-scaled noise.
 
     The network of "Golden Noise for Diffusion Models" (arXiv:2411.09502, Eq. 5 to 7): it edits the

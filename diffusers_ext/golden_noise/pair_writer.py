@@ -34,7 +34,6 @@ configs:
 - config_name: rejected
   data_files: rejected/*.parquet
 ---
-Noise pairs: `diffusers_ext.golden_noise.pairs.open_pairs` reads the noises, `datasets` the tables.
 """
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.golden_noise.foreign_pairs import ForeignPairDataset, is_foreign
+from diffusers_ext.golden_noise.pair_set_hub import download_pairs, push_pairs
 from diffusers_ext.golden_noise.pair_shards import (
     TENSOR,
     PairRecord,
@@ -105,11 +106,43 @@ class PairDataset(Dataset):
         noise = source_noise(self.records[index].seed, self.latent_shape)
         return {"noise": noise, "golden": noise + delta.float(), "prompt": self.prompts[index]}
 
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
+        """Upload as a repository of data with a card, in one commit.
+
+        `datasets.load_dataset(repo_id, "pairs")` and `"rejected"` then read the tables without this
+        package, `open_pairs(repo_id)` all of it.
+
+        Args:
+            repo_id: `"user/name"`, made when absent.
+            arguments: facts for the card that go before what the set knows of itself (`base_model`,
+                `trained_on`, `license`, `pipeline`, `reward`, `results`, `settings`),
+                `allow_unfinished` for a set whose generation has not ended, and `private`, `token`,
+                `revision`, `create_pr`, `commit_message`, `subfolder`.
+
+        Returns:
+            Address of the commit, or of the pull request.
+
+        Raises:
+            ValueError: an unfinished set, or a fact that is neither given nor known; nothing is
+                uploaded then.
+        """
+        return push_pairs(self, repo_id, **arguments)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}  # a worker maps the files for itself
 
 
-def open_pairs(path: str | os.PathLike, *, verify: bool = True) -> PairDataset | ForeignPairDataset:
+def open_pairs(
+    path: str | os.PathLike,
+    *,
+    verify: bool = True,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> PairDataset | ForeignPairDataset:
     """A set of noise pairs or sequences in any of the formats that are known.
 
     Native folders; the official folder of `<index>_<seed>.npz` with its JSONL of scores
@@ -117,17 +150,27 @@ def open_pairs(path: str | os.PathLike, *, verify: bool = True) -> PairDataset |
     `metadata.csv`, pairs or sequences. Nothing in them is executed.
 
     Args:
-        path: the folder.
+        path: a local folder, or `"user/name"` of a repository of data on the Hub.
         verify: compare checksums, where the format has them.
+        revision, subfolder: of the repository; `subfolder` also of a local folder.
+        cache_dir, token, local_files_only, force_download: of the download.
 
     Raises:
-        ValueError: no such folder, an unknown or broken one, or no pair in it.
+        ValueError: nothing of that name, an unknown or broken set, or no pair in it.
     """
-    if not Path(path).is_dir():
-        raise ValueError(f"`path` must be a folder of noise pairs, got {path}: no such folder.")
-    if is_foreign(path):
-        return ForeignPairDataset(path)
-    return PairDataset(path, verify)
+    if Path(path).is_dir():
+        folder = Path(path, subfolder or "")
+    else:
+        folder = download_pairs(
+            path,
+            revision=revision,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+    return ForeignPairDataset(folder) if is_foreign(folder) else PairDataset(folder, verify)
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

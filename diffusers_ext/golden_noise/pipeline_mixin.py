@@ -13,10 +13,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from diffusers_ext.core.card_push import PushWithCard
+from diffusers_ext.core.hub import Card
 from diffusers_ext.golden_noise.loading import load_noise_model
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.npnet import NPNet
+from diffusers_ext.golden_noise.pipeline_card import pipeline_card
 from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
 
@@ -52,11 +55,13 @@ class NetworkSizes(NamedTuple):
     pooled_dim: int | None = None  # of the pooled embeddings, where the family has them
 
 
-class GoldenNoiseMixin:
+class GoldenNoiseMixin(PushWithCard):
     """What the five pipelines add: a `noise_model` component that refines the noise of each call.
 
     It stands before a diffusers pipeline, whose `encode_prompt` and `prepare_latents` are where the
     text is read and the noise is changed. Without a `noise_model` it is that pipeline to the bit.
+    Uploads get a card; the facts for it are the arguments of
+    `diffusers_ext.golden_noise.pipeline_card.pipeline_card`.
     """
 
     # argument of `GoldenNoiseNetwork.refine` -> its place in what `encode_prompt` returns
@@ -161,6 +166,9 @@ class GoldenNoiseMixin:
     def _refine(self, noise: torch.Tensor) -> torch.Tensor:
         call = self._golden_call
         return self.noise_model.refine(noise, scale=call.scale, **call.text)
+
+    def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
+        return pipeline_card(self, token=token, **facts)
 
     def _sizes(self) -> NetworkSizes | None:
         """What the denoiser tells; `None` where the pipeline has none."""

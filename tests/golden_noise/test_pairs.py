@@ -97,7 +97,9 @@ def test_a_set_without_a_filter_has_an_empty_table(tmp_path):
 
 
 def test_folders_that_are_no_sets(tmp_path):
-    with pytest.raises(ValueError, match="must be a folder of noise pairs, got .*no: no such"):
+    with pytest.raises(
+        ValueError, match="must be a folder or Hub name of noise pairs, got .*no: no "
+    ):
         open_pairs(tmp_path / "no")
     with pytest.raises(ValueError, match="got none of config.json, metadata.csv and"):
         open_pairs(tmp_path)

@@ -1,0 +1,135 @@
+"""What the model card of a golden-noise network tells, from the network and its base model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from diffusers_ext.core.hub import Card, make_card
+from hub_cards import Licence, Measured
+
+
+# The pipeline of this package that takes the network for a base pipeline.
+GOLDEN_PIPELINES = {
+    "StableDiffusionPipeline": "GoldenNoisePipeline",
+    "StableDiffusionXLPipeline": "GoldenNoiseXLPipeline",
+    "HunyuanDiTPipeline": "GoldenNoiseHunyuanDiTPipeline",
+    "StableDiffusion3Pipeline": "GoldenNoiseSD3Pipeline",
+    "FluxPipeline": "GoldenNoiseFluxPipeline",
+}
+_KINDS = {
+    "NPNet": "npnet",
+    "GoldenNoiseModel": "golden_noise_model",
+    "NoiseSequenceTransformer": "noise_sequence_transformer",
+    "NoiseSequenceRNN": "noise_sequence_rnn",
+}
+_INDEX = "model_index.json"
+
+
+def network_card(
+    network: torch.nn.Module,
+    *,
+    base_model: str | os.PathLike | None = None,
+    trained_on: str | None = None,
+    pipeline: str | type | None = None,
+    license: str | Licence | None = None,
+    results: Sequence[Measured] = (),
+    settings: Mapping[str, Any] | None = None,
+    widget: Sequence[tuple[str, str]] = (),
+    latent_shape: Sequence[int] | None = None,
+    token: str | None = None,
+) -> Callable[..., Card]:
+    """The card of a network but for the name of its repository.
+
+    Args:
+        network: one of the four of this package.
+        base_model: Hub name, folder or label of the model whose noise it refines.
+        trained_on: the noises it was trained on.
+        pipeline: class of the golden pipeline that takes it; read from the base model when `None`.
+        license: the base model's own when `None`.
+        results: what was measured.
+        settings: of the training.
+        widget: (prompt, file in the repository) of pictures to show.
+        latent_shape: `(channels, height, width)` trained at; as its config says when `None`.
+        token: to read the base model.
+
+    Raises:
+        ValueError: a network of another class, or a fact that is neither given nor known.
+    """
+    name, config = type(network).__name__, network.config
+    if name not in _KINDS:
+        raise ValueError(
+            f"`network` must be one of {list(_KINDS)} to get a card, got a {name}. Save it by "
+            "`save_pretrained` and upload the folder with a card of your own."
+        )
+    if base_model is None:
+        raise ValueError(
+            "`base_model` must be given for the card, got None. Pass the Hub name of the model "
+            "whose noise the network refines."
+        )
+    if latent_shape is None:
+        latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+    return make_card(
+        _KINDS[name],
+        base_model=base_model,
+        license=license,
+        trained_on=trained_on,
+        settings=settings,
+        results=results,
+        widget=widget,
+        token=token,
+        network=name,
+        pipeline=golden_pipeline_name(base_model, pipeline, token=token),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        latent_shape=tuple(latent_shape),
+        any_size=name != "NPNet",
+        text_embed_dim=config.text_embed_dim,
+    )
+
+
+def golden_pipeline_name(
+    base_model: str | os.PathLike, pipeline: str | type | None, *, token: str | None = None
+) -> str:
+    """The class of this package for a base model.
+
+    Args:
+        base_model: folder or Hub name; its `model_index.json` is read when `pipeline` is `None`.
+        pipeline: a plain or a golden class, or its name.
+        token: to read a private or gated base model.
+
+    Raises:
+        ValueError: none of the five families, or nothing is known about the base model.
+    """
+    name = pipeline.__name__ if isinstance(pipeline, type) else pipeline
+    if name is None:
+        name = read_pipeline_class(base_model, token)
+    known = {**GOLDEN_PIPELINES, **{golden: golden for golden in GOLDEN_PIPELINES.values()}}
+    if name not in known:
+        found = f"got {name!r}" if name else f"got None, and {base_model} has no {_INDEX}"
+        raise ValueError(
+            f"`pipeline` must be one of {sorted(GOLDEN_PIPELINES.values())}, {found}. Pass the one "
+            "that takes the network."
+        )
+    return known[name]
+
+
+def read_pipeline_class(base_model: str | os.PathLike, token: str | None) -> str | None:
+    """The class in the `model_index.json` of a folder or repository; `None` where there is none."""
+    path = Path(base_model, _INDEX)
+    if not Path(base_model).is_dir():
+        try:
+            path = Path(hf_hub_download(str(base_model), _INDEX, token=token))
+        except (HFValidationError, RepositoryNotFoundError, RemoteEntryNotFoundError):
+            return None
+    return json.loads(path.read_bytes()).get("_class_name") if path.is_file() else None
