@@ -79,6 +79,7 @@ from diffusers_ext.nullspace import (
     null_space_directions,
     predicted_drift,
     preservation_penalty,
+    push_lora,
     save_lora,
 )
 
@@ -146,6 +147,7 @@ __all__ = [
     "open_pairs",
     "predicted_drift",
     "preservation_penalty",
+    "push_lora",
     "redenoise",
     "redenoise_sequence",
     "redenoise_text",

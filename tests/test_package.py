@@ -62,7 +62,7 @@ def test_saved_pipelines_load_without_the_package_and_importing_it_does_nothing_
     assert result["components"] == sorted(base.components)
     assert result["files"] == []
     assert "diffusers_ext" in result["modules"]
-    assert not {"matplotlib", "training", "hub_cards", "examples"} & set(result["modules"])
+    assert not {"matplotlib", "training", "examples"} & set(result["modules"])
 
 
 def test_loras_trained_with_the_package_are_ordinary_ones(tmp_path):

@@ -7,15 +7,18 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch.nn import Module
+
+from diffusers_ext.core.hub import Card, push_folder, split_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -45,9 +48,9 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
 class Artifact:
     """Base of what is saved as `config.json` and safetensors.
 
-    A subclass names its tensor file in `weights_name` and its format in `format_version`, and
-    converts itself in `_to_artifact` and `_from_artifact`. The config records the SHA-256 of the
-    tensor file, so a truncated or altered folder is refused.
+    A subclass names its tensor file in `weights_name` and its format in `format_version`, converts
+    itself in `_to_artifact` and `_from_artifact`, and describes itself in `_card`. The config
+    records the SHA-256 of the tensor file, so a truncated or altered folder is refused.
     """
 
     weights_name: ClassVar[str] = "model.safetensors"
@@ -64,6 +67,10 @@ class Artifact:
         """Rebuild the object from what `_to_artifact` gave."""
         raise TypeError(f"{cls.__name__} must define `_from_artifact`.")
 
+    def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
+        """The model card but for the repository's name; raises `ValueError` if a fact is missing."""
+        raise TypeError(f"{type(self).__name__} must define `_card`.")
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -72,7 +79,7 @@ class Artifact:
         repo_id: str | None = None,
         **hub_arguments: Any,
     ) -> None:
-        """Write the folder; with `push_to_hub=True` also upload it.
+        """Write the folder; with `push_to_hub=True` also upload it, and nothing else in the folder.
 
         Args:
             save_directory: folder, made when absent.
@@ -83,6 +90,10 @@ class Artifact:
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
+        if hub_arguments and not push_to_hub:
+            raise TypeError(
+                f"{sorted(hub_arguments)} must come with `push_to_hub=True`, got them without."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         config, tensors = self._to_artifact()
         weights = save({name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -94,22 +105,28 @@ class Artifact:
         write_atomically(folder / self.weights_name, weights)
         write_atomically(folder / CONFIG_NAME, json.dumps({**header, **config}, indent=2) + "\n")
         if push_to_hub:
-            upload_artifact(folder, repo_id or folder.name, **hub_arguments)
+            self.push_to_hub(repo_id or folder.resolve().name, **hub_arguments)
 
     def push_to_hub(self, repo_id: str, **hub_arguments: Any) -> str:
-        """Upload to a model repository, made when absent.
+        """Upload to a model repository, made when absent, with a model card.
 
         Args:
             repo_id: `"user/name"`.
             hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`,
-                `subfolder`.
+                `subfolder`; and for the card, where the object does not know them, `base_model`,
+                `license`, `trained_on`, `settings`, `results` and the facts of its kind.
 
         Returns:
-            Address of the commit.
+            Address of the commit, or of the pull request.
+
+        Raises:
+            ValueError: a fact that is neither known nor given; nothing has been uploaded then.
         """
+        hub, facts = split_arguments(hub_arguments)
+        card = self._card(token=hub.get("token"), **facts)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload_artifact(Path(folder), repo_id, **hub_arguments)
+            return push_folder(folder, repo_id, card, **hub)
 
     @classmethod
     def from_pretrained(
@@ -165,31 +182,6 @@ class Artifact:
         except SafetensorError as error:
             raise ValueError(f"{weights_path} must be a safetensors file, got: {error}.") from error
         return cls._from_artifact({k: v for k, v in config.items() if k not in _HEADER}, tensors)
-
-
-def upload_artifact(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    subfolder: str | None = None,
-) -> str:
-    """Upload a folder to a model repository, made when absent; returns the commit's address."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        path_in_repo=subfolder,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message or "Upload with diffusers_ext",
-    )
-    return str(commit)
 
 
 def _locate(

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers_ext.core.hub import Card, push_folder
+from diffusers_ext.core.hub import Card, push_folder, split_arguments
 
 
-HUB_ARGUMENTS = (
-    "private", "token", "revision", "create_pr", "commit_message", "subfolder",
+_SAVE_ARGUMENTS = (
+    "safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function",
+    "use_flashpack",
 )  # fmt: skip
-_SAVE_ARGUMENTS = ("is_main_process", "save_function", "use_flashpack")
 
 
 class PushWithCard:
@@ -23,7 +23,7 @@ class PushWithCard:
     A subclass makes its card in `_card`.
     """
 
-    def _card(self, *, token: str | None, **facts: Any) -> Callable[[str], Card]:
+    def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
         """The card but for the repository's name; raises `ValueError` if a fact is missing."""
         raise TypeError(f"{type(self).__name__} must define `_card`.")
 
@@ -56,41 +56,20 @@ class PushWithCard:
             super().save_pretrained(save_directory, **saving, **arguments)
             return
         saving |= {name: arguments.pop(name) for name in _SAVE_ARGUMENTS if name in arguments}
-        hub = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
-        card = self._card(token=hub.get("token"), **arguments)
+        hub, facts = split_arguments(arguments)
+        card = self._card(token=hub.get("token"), **facts)
         super().save_pretrained(save_directory, **saving)
         self._push(card, repo_id or Path(save_directory).resolve().name, saving, hub)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        subfolder: str | None = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        **facts: Any,
-    ) -> str:
-        """Upload to a model repository, made when absent, with a model card.
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
+        """Upload to a model repository, made when absent, with a model card, in one commit.
 
         Args:
             repo_id: `"user/name"`.
-            private: of a repository that is made.
-            token: taken from the login when `None`.
-            revision: branch, made when absent.
-            create_pr: propose the commit as a pull request.
-            commit_message: "Upload with diffusers_ext" when `None`.
-            subfolder: where in the repository the files go.
-            safe_serialization: safetensors in place of pickles.
-            variant: part of the file names, such as `"fp16"`.
-            max_shard_size: of one weight file.
-            facts: for the card: `base_model`, `license`, `trained_on`, `settings`, `results`, and those
-                of its kind; what the object knows by itself need not be given.
+            arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`;
+                `safe_serialization`, `variant` and others of saving; and for the card, where the
+                object does not know them, `base_model`, `license`, `trained_on`, `settings`,
+                `results` and the facts of its kind.
 
         Returns:
             Address of the commit, or of the pull request.
@@ -98,16 +77,13 @@ class PushWithCard:
         Raises:
             ValueError: a fact that is neither known nor given; nothing has been uploaded then.
         """
-        saving: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
-        if max_shard_size is not None:
-            saving["max_shard_size"] = max_shard_size
-        given = (private, token, revision, create_pr, commit_message, subfolder)
-        card = self._card(token=token, **facts)
-        return self._push(card, repo_id, saving, dict(zip(HUB_ARGUMENTS, given)))
+        saving = {n: arguments.pop(n) for n in _SAVE_ARGUMENTS if n in arguments}
+        hub, facts = split_arguments(arguments)
+        return self._push(self._card(token=hub.get("token"), **facts), repo_id, saving, hub)
 
     def _push(
         self,
-        card: Callable[[str], Card],
+        card: Callable[..., Card],
         repo_id: str,
         saving: dict[str, Any],
         hub: dict[str, Any],

@@ -15,28 +15,27 @@ from huggingface_hub import (
     DatasetCard,
     HfApi,
     ModelCard,
-    constants,
-    hf_hub_download,
-    metadata_load,
 )
 from huggingface_hub.errors import (
-    HFValidationError,
     RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
 )
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
+from diffusers_ext.core.base_model import find_licence, public_name
 from hub_cards import Licence, Measured, artifact_card, keep_owner_words
 
 
 CARD_NAME = "README.md"
+HUB_ARGUMENTS = (
+    "private", "token", "revision", "create_pr", "commit_message", "subfolder",
+)  # fmt: skip
 Card = ModelCard | DatasetCard
 
 
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
-    card: Callable[[str], Card],
+    card: Callable[..., Card],
     *,
     repo_type: str = "model",
     private: bool | None = None,
@@ -55,7 +54,8 @@ def push_folder(
     Args:
         folder: what to upload. A `README.md` in it counts as the owner's where the Hub has none.
         repo_id: `"user/name"`, or `"name"` for the user who is logged in; made when absent.
-        card: gives the card from the full name of the repository.
+        card: gives the card from the full name of the repository, and from `subfolder=` where
+            there is one; as of `make_card`.
         repo_type: `"model"` or `"dataset"`.
         private: of a repository that is made; the Hub's default for the user when `None`.
         token: taken from the login when `None`.
@@ -69,16 +69,17 @@ def push_folder(
         Address of the commit, or of the pull request.
 
     Raises:
-        ValueError: no such folder, nothing in it, or a card that cannot be rendered or holds the
-            token. Nothing has reached the Hub then.
+        ValueError: no such folder, nothing in it, or a card that cannot be rendered, that the Hub
+            refuses, or that holds the token. Nothing has reached the Hub then.
     """
     files = _files_of(Path(folder), ignore_patterns)
     api = HfApi(token=token)
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
-    new_card = card(repo_id)
-    if token and token in str(new_card):
+    new_card = card(repo_id, subfolder=subfolder) if subfolder else card(repo_id)
+    if token and token in str(new_card).replace("\\", ""):  # Markdown escapes its underscore
         raise ValueError("The card must not hold the token, got one that does.")
+    new_card.validate(repo_type)
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     is_branch = revision is not None and not revision.startswith("refs/")
     if is_branch and not create_pr:  # whoever proposes a change may not be allowed to make branches
@@ -97,6 +98,14 @@ def push_folder(
         **target,
     )
     return commit.pr_url if create_pr else commit.commit_url
+
+
+def make_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make a model repository where there is none; returns its full name.
+
+    For a long run before it begins: a missing login stops it here, not at its end.
+    """
+    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def _files_of(folder: Path, ignore_patterns: Sequence[str]) -> dict[str, Path]:
@@ -132,7 +141,7 @@ def make_card(
     widget: Sequence[tuple[str, str]] = (),
     token: str | None = None,
     **facts: Any,
-) -> Callable[[str], Card]:
+) -> Callable[..., Card]:
     """A card but for the name of its repository, as `push_folder` takes it.
 
     Args:
@@ -148,7 +157,7 @@ def make_card(
         facts: those of the kind; `None` stands for a fact that is not known.
 
     Raises:
-        ValueError: a fact is not known, or no licence is found.
+        ValueError: a fact is not known or no fact of this kind, or no licence is found.
     """
     known = {"base_model": base_model, "trained_on": trained_on, **facts}
     missing = sorted(name for name, value in known.items() if value is None)
@@ -158,7 +167,7 @@ def make_card(
             f"{names} must be given for the card, got None. An upload of kind {kind!r} tells what it "
             "is and where it comes from: pass these facts with the other arguments."
         )
-    return partial(
+    card = partial(
         artifact_card,
         kind,
         base=public_name(base_model),
@@ -170,50 +179,11 @@ def make_card(
         version=sys.modules["diffusers_ext"].__version__,  # whole by now, unlike at import
         **facts,
     )
+    card("user/name")  # what is wrong with the facts stops here, before anything is written
+    return card
 
 
-def public_name(source: str | os.PathLike) -> str:
-    """A model's name; of a folder the last part, as a path of this machine means nothing to others."""
-    path = Path(source)
-    is_path = path.exists() or path.is_absolute() or len(path.parts) > 2 or ".." in path.parts
-    return path.resolve().name if is_path else str(source)
-
-
-def find_licence(
-    base: str | os.PathLike, licence: str | Licence | None = None, *, token: str | None = None
-) -> Licence:
-    """The licence of what is derived from a base model: the one given, else the base model's own.
-
-    Args:
-        base: Hub name or folder of the base model, whose card is read when nothing is given.
-        licence: a licence, or one of the Hub's names for it, such as `"apache-2.0"`.
-        token: to read the card of a private or gated model.
-
-    Raises:
-        ValueError: none is given and the base model's card names none.
-    """
-    if isinstance(licence, Licence):
-        return licence
-    if licence is not None:
-        return Licence(licence)
-    path = _card_of(str(base), token)
-    data = (metadata_load(path) if path is not None else None) or {}
-    name, label, link = (data.get(key) for key in ("license", "license_name", "license_link"))
-    if not isinstance(name, str) or (name == "other" and not label):
-        raise ValueError(
-            f"`license` must be given, got None, and the card of the base model {base} names none. "
-            'Look it up there and pass its name on the Hub, such as "apache-2.0".'
-        )
-    if link and "://" not in link and not Path(base).is_dir():
-        link = f"{constants.ENDPOINT}/{base}/blob/main/{link}"  # relative to the base model
-    return Licence(name, label, link)
-
-
-def _card_of(base: str, token: str | None) -> Path | None:
-    if Path(base).is_dir():
-        path = Path(base, CARD_NAME)
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(base, CARD_NAME, token=token))
-    except (HFValidationError, RepositoryNotFoundError, RemoteEntryNotFoundError):
-        return None
+def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of an upload: those of `push_folder`, and the facts for the card."""
+    hub = {name: value for name, value in arguments.items() if name in HUB_ARGUMENTS}
+    return hub, {name: value for name, value in arguments.items() if name not in hub}

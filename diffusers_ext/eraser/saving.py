@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import save
 
-from diffusers_ext.core.artifacts import upload_artifact, write_atomically
+from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.hub import Card, push_folder, split_arguments
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import (
     LEGACY_TYPE,
@@ -23,6 +25,7 @@ from diffusers_ext.eraser.convert import (
     eraser_shape,
     to_legacy,
 )
+from diffusers_ext.eraser.eraser_card import eraser_card
 from diffusers_ext.eraser.eraser_files import FORMATS
 from diffusers_ext.eraser.loading import (
     EraserTarget,
@@ -64,11 +67,15 @@ def save_eraser(
             when `None`.
         push_to_hub: upload these files afterwards.
         repo_id: repository; the folder's name when `None`.
-        hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
+        hub_arguments: with `push_to_hub`: `private`, `token`, `revision`, `create_pr`,
+            `commit_message`, `subfolder`; and for the model card `trained_on`, `preserved_concepts`,
+            `base_model` (the pipeline; as `base_model_name_or_path` when absent), `license`,
+            `settings` and `results`.
 
     Raises:
         ValueError: no such eraser, one without effect or with values that are not finite, an
-            unknown format, or a folder with an eraser in the other format. Nothing is written.
+            unknown format, a folder with an eraser in the other format, or a missing fact for the
+            card. Nothing is written.
     """
     folder = Path(save_directory)
     _check_folder(folder, format)
@@ -88,12 +95,33 @@ def save_eraser(
         files = _peft_files(config, tensors, transformer)
     else:
         files = _legacy_files(tensors, transformer)
+    hub, card = _upload_parts(config, tensors, push_to_hub, hub_arguments)
     _write(folder, files)
-    if push_to_hub:
+    if card is not None:
         # Not the folder itself, which may hold the checkpoints of a training run.
         with tempfile.TemporaryDirectory() as upload:
             _write(Path(upload), files)
-            upload_artifact(Path(upload), repo_id or folder.resolve().name, **hub_arguments)
+            push_folder(upload, repo_id or folder.resolve().name, card, **hub)
+
+
+def _upload_parts(
+    config: EraserConfig, tensors: StateDict, push_to_hub: bool, arguments: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[..., Card] | None]:
+    """What `push_folder` takes besides the folder; no card where nothing is uploaded."""
+    if not push_to_hub:
+        if arguments:
+            raise TypeError(
+                f"{sorted(arguments)} must come with `push_to_hub=True`, got them without."
+            )
+        return {}, None
+    hub, facts = split_arguments(arguments)
+    known = {
+        "concept": config.concept,
+        "anchor_concept": config.anchor_concept,
+        # Of a transformer in a folder of its pipeline.
+        "base_model": (config.base_model_name_or_path or "").removesuffix("/transformer") or None,
+    }
+    return hub, eraser_card(tensors, token=hub.get("token"), **{**known, **facts})
 
 
 def _check_folder(folder: Path, format: str) -> None:

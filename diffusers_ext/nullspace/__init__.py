@@ -10,6 +10,7 @@ from diffusers_ext.nullspace.lora import (
     save_lora,
 )
 from diffusers_ext.nullspace.lora_files import check_loaded_lora, export_lora
+from diffusers_ext.nullspace.lora_upload import push_lora
 from diffusers_ext.nullspace.pipeline import (
     NullSpaceDreamBoothPipeline,
     NullSpaceDreamBoothXLPipeline,
@@ -34,5 +35,6 @@ __all__ = [
     "null_space_directions",
     "predicted_drift",
     "preservation_penalty",
+    "push_lora",
     "save_lora",
 ]

@@ -13,7 +13,11 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers_ext.core.capture import refuse_fused
 from diffusers_ext.core.quiet_run import eval_mode
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.nullspace.measured_models import denoiser_of, model_fingerprints
+from diffusers_ext.nullspace.measured_models import (
+    denoiser_of,
+    model_fingerprints,
+    plain_class_name,
+)
 from diffusers_ext.nullspace.prompts import (
     check_prompt_length,
     check_prompts,
@@ -106,6 +110,7 @@ def collect_statistics(
     encoders = [n for n in ("text_encoder", "text_encoder_2") if getattr(pipeline, n, None)]
     facts = {
         "base_model": str(pipeline.config.get("_name_or_path") or ""),
+        "pipeline": plain_class_name(pipeline),
         "models": model_fingerprints(pipeline, encoders + (["denoiser"] if rest else [])),
         "prompts": prompts,
         "settings": settings,

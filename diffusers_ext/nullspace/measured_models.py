@@ -39,3 +39,11 @@ def model_fingerprints(pipeline: Any, names: Iterable[str]) -> dict[str, Any]:
         if model is not None:
             found[name] = fingerprint(model)
     return found
+
+
+def plain_class_name(pipeline: Any) -> str:
+    """Name of the class of diffusers that a pipeline is, or that its class extends."""
+    for parent in type(pipeline).__mro__:
+        if parent.__module__.partition(".")[0] == "diffusers":
+            return parent.__name__
+    raise ValueError(f"`pipeline` must be one of diffusers, got {type(pipeline).__name__}.")

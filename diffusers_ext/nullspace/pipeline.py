@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import (
@@ -26,8 +27,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from diffusers_ext.core.card_push import PushWithCard
+from diffusers_ext.core.hub import Card
 from diffusers_ext.core.processors import ProjectAttnProcessor, use_processors
 from diffusers_ext.nullspace.lora_files import check_loaded_lora
+from diffusers_ext.nullspace.pipeline_card import subject_pipeline_card
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -35,8 +39,20 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 logger = logging.getLogger(__name__)
 
 
-class NullSpaceMixin:
-    """What both pipelines add: a `statistics` component, checked LoRAs, preservation at run time."""
+class NullSpaceMixin(PushWithCard):
+    """What both pipelines add: a `statistics` component, checked LoRAs, preservation at run time.
+
+    The facts for the model card of an upload are the arguments of
+    `diffusers_ext.nullspace.pipeline_card.subject_pipeline_card`.
+    """
+
+    def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
+        if adapters := sorted(_adapters(self)):
+            raise ValueError(
+                f"A pipeline to upload must have no LoRA loaded, got {adapters}: its files would not "
+                "load. Upload the LoRA by `push_lora`, or fuse it and `unload_lora_weights()` first."
+            )
+        return subject_pipeline_card(self, token=token, **facts)
 
     def load_statistics(self, pretrained_model_name_or_path: str, **kwargs: object) -> None:
         """Load `FeatureStatistics` from a folder or the Hub and check that they are of this model."""

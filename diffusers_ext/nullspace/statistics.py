@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from diffusers_ext.core.artifacts import Artifact, same_fingerprint
+from diffusers_ext.core.hub import Card
 from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
 from diffusers_ext.core.targets import natural_key
 from diffusers_ext.nullspace.measured_models import denoiser_of, model_fingerprints
 from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.slots import check_widths, linear_name, split_linear_name
+from diffusers_ext.nullspace.statistics_card import statistics_card
 
 
 TEXT = "text"  # key of the one matrix that all cross-attention K and V share
@@ -38,7 +41,8 @@ class FeatureStatistics(Artifact):
         facts: where the numbers come from: `models` (fingerprints), `prompts`, `settings`.
     """
 
-    weights_name = "statistics.safetensors"
+    # diffusers downloads no safetensors at all for a pipeline with a component of another file name.
+    weights_name = "model.safetensors"
 
     def __init__(
         self,
@@ -51,8 +55,6 @@ class FeatureStatistics(Artifact):
             raise ValueError(f"`sources` must point at given moments, got unknown keys {missing}.")
         self.moments, self.sources, self.facts = moments, sources, facts
         self._spectra: dict[str, Spectrum] = {}
-
-    # What is in it
 
     @property
     def linears(self) -> list[str]:
@@ -88,8 +90,6 @@ class FeatureStatistics(Artifact):
             values, vectors = torch.linalg.eigh(self.moments[key].mean)
             self._spectra[key] = Spectrum(values.clamp_min(0), vectors)
         return self._spectra[key]
-
-    # Combining
 
     def merge(self, other: FeatureStatistics, times: int = 1) -> FeatureStatistics:
         """Add the statistics of further prompts of the same model; both must cover the same Linears.
@@ -141,8 +141,6 @@ class FeatureStatistics(Artifact):
         facts = {**self.facts, "compressed_energy": energy}
         return FeatureStatistics(moments, dict(self.sources), facts)
 
-    # Checking
-
     def validate(self) -> None:
         """Raise `ValueError` unless every matrix is finite, symmetric and not negative."""
         for key, moment in self.moments.items():
@@ -175,8 +173,6 @@ class FeatureStatistics(Artifact):
         self.check_same_models(model_fingerprints(pipeline, self.facts["models"]))
         check_widths(denoiser_of(pipeline), self.widths)
 
-    # Reading
-
     def report(self) -> list[dict[str, Any]]:
         """One row per matrix: size, counts, numerical rank and how its energy is spread."""
         rows = []
@@ -198,8 +194,6 @@ class FeatureStatistics(Artifact):
             )
         return rows
 
-    # Saving
-
     def export_layout(self, directory: str | os.PathLike, **arguments: Any) -> Path:
         """Write a tree of npy files; see `diffusers_ext.nullspace.layout.export_layout`."""
         from diffusers_ext.nullspace.layout import export_layout
@@ -212,6 +206,9 @@ class FeatureStatistics(Artifact):
         from diffusers_ext.nullspace.layout import load_layout
 
         return load_layout(directory, **arguments)
+
+    def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
+        return statistics_card(self, token=token, **facts)
 
     def _to_artifact(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors: dict[str, torch.Tensor] = {}

@@ -1,23 +1,31 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
-from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from diffusers_ext.core import artifacts
 from diffusers_ext.core.artifacts import (
     Artifact,
     fingerprint,
     same_fingerprint,
     write_atomically,
 )
+from diffusers_ext.core.hub import make_card
 from tests.tiny_lora import add_random_lora
 from tests.tiny_models import pixart, sd_unet, sdxl_unet
+
+
+FACTS = {
+    "base_model": "user/base", "license": "mit", "trained_on": "Prompts.", "concept": "seven",
+    "anchor_concept": "", "preserved_concepts": [], "pipeline": "CogVideoXPipeline",
+    "parameters": 2,
+}  # fmt: skip
 
 
 class Scales(Artifact):
@@ -31,6 +39,10 @@ class Scales(Artifact):
 
     def _to_artifact(self):
         return {"rank": self.rank}, {"values": self.values}
+
+    def _card(self, *, token, rank=None, **facts):
+        known = {**FACTS, "rank": rank, **facts}
+        return make_card("eraser", token=token, **known)
 
     @classmethod
     def _from_artifact(cls, config, tensors):
@@ -88,7 +100,7 @@ def test_truncated_or_altered_weights_are_refused(folder, damage):
 def test_weights_that_are_no_safetensors_are_refused(folder):
     content = b"not tensors"
     (folder / "scales.safetensors").write_bytes(content)
-    edit_config(folder, sha256=artifacts.hashlib.sha256(content).hexdigest())
+    edit_config(folder, sha256=hashlib.sha256(content).hexdigest())
     with pytest.raises(ValueError, match=r"scales.safetensors must be a safetensors file, got"):
         Scales.from_pretrained(folder)
 
@@ -153,30 +165,33 @@ def test_subclass_must_convert_itself(tmp_path, folder):
         Unfinished.from_pretrained(folder)
 
 
-def test_upload_creates_the_repository_and_sends_the_folder(monkeypatch, tmp_path):
-    calls = []
-
-    class Api:
-        def __init__(self, token=None):
-            calls.append(token)
-
-        def create_repo(self, repo_id, **arguments):
-            calls.append(arguments)
-            return SimpleNamespace(repo_id=f"user/{repo_id}")
-
-        def upload_folder(self, folder_path, **arguments):
-            calls.append((sorted(os.listdir(folder_path)), arguments))
-            return "https://commit"
-
-    monkeypatch.setattr(artifacts, "HfApi", Api)
+def test_upload_creates_the_repository_and_sends_the_artifact_with_its_card(hub, tmp_path):
     scales = Scales(torch.ones(2))
-    assert scales.push_to_hub("name", private=True, token="t") == "https://commit"
-    scales.save_pretrained(tmp_path / "named", push_to_hub=True, commit_message="Add scales")
-    token, created, (files, sent) = calls[:3]
-    assert (token, created) == ("t", {"private": True, "exist_ok": True})
-    assert files == ["config.json", "scales.safetensors"]
-    assert (sent["repo_id"], sent["commit_message"]) == ("user/name", "Upload with diffusers_ext")
-    assert (calls[5][1]["repo_id"], calls[5][1]["commit_message"]) == ("user/named", "Add scales")
+    address = scales.push_to_hub("name", private=True, token="hf_test", rank=3)
+    assert "tester/name/commit/" in address
+    assert hub.repos["tester/name"].private
+    files = hub.files("tester/name")
+    assert sorted(files) == ["README.md", "config.json", "scales.safetensors"]
+    assert "tester/name" in ModelCard(files["README.md"].decode()).text
+    assert Scales.from_pretrained("tester/name").values.equal(scales.values)
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "diary.txt").write_text("mine")
+    scales.save_pretrained(
+        tmp_path / "named", push_to_hub=True, rank=3, commit_message="Add scales"
+    )
+    assert sorted(hub.files("tester/named")) == ["README.md", "config.json", "scales.safetensors"]
+    assert HfApi().list_repo_commits("tester/named")[0].title == "Add scales"
+
+
+def test_an_upload_must_be_asked_for_and_be_described(hub, tmp_path):
+    with pytest.raises(TypeError, match="'private'. must come with `push_to_hub=True`"):
+        Scales(torch.ones(2)).save_pretrained(tmp_path / "new", private=True)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="`rank` must be given for the card, got None"):
+        Scales(torch.ones(2)).push_to_hub("tester/name")
+    with pytest.raises(TypeError, match="Unfinished must define `_card`"):
+        Unfinished().push_to_hub("tester/name")
+    assert not hub.repos
 
 
 def test_written_file_is_whole_and_readable_by_all(tmp_path):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors import safe_open
 
-from diffusers_ext.core import artifacts
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.eraser_files import read_eraser
 from diffusers_ext.eraser.loading import eraser_tensors, load_eraser
@@ -159,22 +158,38 @@ def test_an_interrupted_save_leaves_the_old_eraser_or_none(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["eraser"]
 
 
-def test_only_the_eraser_is_uploaded(tmp_path, monkeypatch):
-    sent = []
+FACTS = {"base_model": "user/base", "license": "mit", "trained_on": "Two prompts."}
 
-    class Api:
-        def __init__(self, token=None):
-            sent.append(token)
 
-        def create_repo(self, repo_id, **arguments):
-            return SimpleNamespace(repo_id=f"user/{repo_id}")
-
-        def upload_folder(self, folder_path, **arguments):
-            sent.append((sorted(os.listdir(folder_path)), arguments["repo_id"]))
-            return "https://commit"
-
-    monkeypatch.setattr(artifacts, "HfApi", Api)
+def test_only_the_eraser_is_uploaded_and_its_card(hub, tmp_path):
     (tmp_path / "named" / "checkpoint-1").mkdir(parents=True)
-    transformer = make_eraser(tiny_transformer())
-    save_eraser(transformer, tmp_path / "named", push_to_hub=True, token="t")
-    assert sent == ["t", (PEFT_FILES, "user/named")]
+    transformer = make_eraser(tiny_transformer(), concept="seven")
+    save_eraser(
+        transformer, tmp_path / "named", push_to_hub=True, token="hf_test",
+        preserved_concepts=["three"], **FACTS,
+    )  # fmt: skip
+    files = hub.files("tester/named")
+    assert sorted(files) == ["README.md", *PEFT_FILES]
+    card = files["README.md"].decode()
+    assert "seven" in card
+    assert "three" in card
+    assert ModelCard(card).data.base_model == "user/base"
+    other = tiny_transformer()
+    load_eraser(other, "tester/named")
+    assert run(other).equal(run(transformer))
+
+
+def test_an_eraser_without_facts_is_not_uploaded(hub, tmp_path):
+    transformer = make_eraser(tiny_transformer(), concept="seven")
+    transformer.register_to_config(_name_or_path=str(tmp_path / "base-1" / "transformer"))
+    with pytest.raises(ValueError, match="`preserved_concepts` must be given for the card"):
+        save_eraser(transformer, tmp_path / "out", push_to_hub=True, **FACTS)
+    with pytest.raises(TypeError, match="'license'. must come with `push_to_hub=True`"):
+        save_eraser(transformer, tmp_path / "out", license="mit")
+    assert not (tmp_path / "out").exists()
+    assert not hub.repos
+    facts = {"license": "mit", "trained_on": "Two prompts.", "preserved_concepts": []}
+    save_eraser(transformer, tmp_path / "out", push_to_hub=True, format="legacy", **facts)
+    card = hub.files("tester/out")["README.md"].decode()
+    assert "base-1" in card
+    assert str(tmp_path) not in card

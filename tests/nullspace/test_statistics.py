@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import inspect
 import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
-from diffusers_ext.core.artifacts import Artifact
 from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
@@ -163,13 +162,13 @@ def test_round_trip_is_exact(tmp_path, collected):
         assert same(FeatureStatistics.from_pretrained(tmp_path), statistics)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
-        "statistics.safetensors",
+        "model.safetensors",
     ]
 
 
 def test_truncated_and_altered_files_are_refused(tmp_path):
     made_up().save_pretrained(tmp_path)
-    path = tmp_path / "statistics.safetensors"
+    path = tmp_path / "model.safetensors"
     content = path.read_bytes()
     for damaged in (content[:-8], content[:-1] + b"\x01"):
         path.write_bytes(damaged)
@@ -196,14 +195,15 @@ def test_altered_configs_are_refused(tmp_path, alter, message):
         FeatureStatistics.from_pretrained(tmp_path)
 
 
-def test_hub_methods_are_those_of_every_artifact():
-    assert issubclass(FeatureStatistics, Artifact)
-    assert list(inspect.signature(FeatureStatistics.push_to_hub).parameters) == [
-        "self", "repo_id", "hub_arguments",
-    ]  # fmt: skip
-    assert {"subfolder", "download_arguments"} < inspect.signature(
-        FeatureStatistics.from_pretrained
-    ).parameters.keys()
+def test_statistics_know_most_of_their_card(hub, collected):
+    collected.push_to_hub("known", base_model="user/base", license="mit")
+    card = ModelCard(hub.files("tester/known")["README.md"].decode())
+    assert card.data.base_model == "user/base"
+    assert "a red seven" in card.text
+    assert "StableDiffusionPipeline" in card.text
+    assert same(FeatureStatistics.from_pretrained("tester/known"), collected)
+    with pytest.raises(ValueError, match="`base_model` must be given for the card, got None"):
+        collected.push_to_hub("unknown", license="mit")
 
 
 def test_all_reduce_in_one_process_changes_nothing():

@@ -196,7 +196,7 @@ def test_progress_with_another_schedule_or_model_is_refused(pipeline, tmp_path):
 
 def test_damaged_progress_is_refused(pipeline, tmp_path):
     small_run(pipeline, progress_dir=tmp_path)
-    path = tmp_path / "part-0-of-1" / "batches-5" / "statistics.safetensors"
+    path = tmp_path / "part-0-of-1" / "batches-5" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="it is truncated or was altered"):
         small_run(pipeline, progress_dir=tmp_path)

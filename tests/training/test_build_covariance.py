@@ -27,7 +27,7 @@ from training.build_covariance import main, parse_args
 
 
 ALL = ("q", "k", "v", "out")
-ARTIFACT = {"config.json", "statistics.safetensors", "report.json"}
+ARTIFACT = {"config.json", "model.safetensors", "report.json"}
 PLOTS = {"plots/spectrum.png", "plots/null_dimensions.png"}
 
 

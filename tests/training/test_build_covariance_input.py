@@ -70,5 +70,5 @@ def test_a_failure_while_writing_leaves_the_old_result(build, tmp_path, monkeypa
         "config.json",
         "plots",
         "report.json",
-        "statistics.safetensors",
+        "model.safetensors",
     ]

@@ -14,7 +14,7 @@ from tests.training.script_runs import (
 )
 
 
-RESULTS = {"config.json", "statistics.safetensors", "report.json", "plots/spectrum.png",
+RESULTS = {"config.json", "model.safetensors", "report.json", "plots/spectrum.png",
            "plots/null_dimensions.png"}  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_a_result_is_written_whole_or_not_at_all(
     }
     assert before.keys() == {
         "pytorch_lora_weights.safetensors", "training_report.json", "statistics/config.json",
-        "statistics/statistics.safetensors",
+        "statistics/model.safetensors",
     }  # fmt: skip
     report = json.loads(before["training_report.json"])
     assert report["run"] == 1

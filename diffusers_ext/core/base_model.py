@@ -1,0 +1,74 @@
+"""Facts about the base model of an artifact that its card repeats: its name and its licence."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download, metadata_load
+from huggingface_hub.errors import (
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from hub_cards import Licence
+
+
+_CARD_NAME = "README.md"
+_CACHED = "models--"  # begins the name of a model's folder in the cache of the Hub
+
+
+def public_name(source: str | os.PathLike) -> str:
+    """A model's name on the Hub; of a folder the last part, as its path means nothing to others.
+
+    Args:
+        source: Hub name, or folder; one in the cache of the Hub has the name of its repository.
+    """
+    path = Path(source)
+    cached = next((part for part in path.parts if part.startswith(_CACHED)), None)
+    if cached is not None:
+        return cached.removeprefix(_CACHED).replace("--", "/")
+    is_path = path.exists() or path.is_absolute() or len(path.parts) > 2 or ".." in path.parts
+    return path.resolve().name if is_path else str(source)
+
+
+def find_licence(
+    base: str | os.PathLike, licence: str | Licence | None = None, *, token: str | None = None
+) -> Licence:
+    """The licence of what is derived from a base model: the one given, else the base model's own.
+
+    Args:
+        base: Hub name or folder of the base model, whose card is read when nothing is given.
+        licence: a licence, or one of the Hub's names for it, such as `"apache-2.0"`.
+        token: to read the card of a private or gated model.
+
+    Raises:
+        ValueError: none is given and the base model's card names none.
+    """
+    if isinstance(licence, Licence):
+        return licence
+    if licence is not None:
+        return Licence(licence)
+    path = Path(base, _CARD_NAME) if Path(base).is_dir() else None
+    if path is None or not path.is_file():
+        path = _card_on_hub(public_name(base), token)
+    data = (metadata_load(path) if path is not None else None) or {}
+    name, label, link = (data.get(key) for key in ("license", "license_name", "license_link"))
+    if not isinstance(name, str) or (name == "other" and not label):
+        raise ValueError(
+            f"`license` must be given, got None, and the card of the base model {base} names none. "
+            'Look it up there and pass its name on the Hub, such as "apache-2.0".'
+        )
+    if link and "://" not in link and not Path(base).is_dir():
+        link = f"{constants.ENDPOINT}/{public_name(base)}/blob/main/{link}"  # relative to the base model
+    return Licence(name, label, link)
+
+
+def _card_on_hub(base: str, token: str | None) -> Path | None:
+    if "/" not in base:
+        return None
+    try:
+        return Path(hf_hub_download(base, _CARD_NAME, token=token))
+    except (HFValidationError, RepositoryNotFoundError, RemoteEntryNotFoundError):
+        return None

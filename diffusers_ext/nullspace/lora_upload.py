@@ -1,0 +1,94 @@
+"""Upload a trained LoRA with its model card, so that stock diffusers loads it by its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.core.hub import make_card, push_folder
+from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, check_lora_effect, read_lora
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+from hub_cards import Licence, Measured
+
+
+def push_lora(
+    lora: str | os.PathLike,
+    repo_id: str,
+    *,
+    instance_prompt: str,
+    pipeline: str | type[DiffusionPipeline],
+    directions: str,
+    trained_on: str,
+    base_model: str | None = None,
+    statistics: FeatureStatistics | None = None,
+    license: str | Licence | None = None,
+    settings: Mapping[str, Any] | None = None,
+    results: Sequence[Measured] = (),
+    widget: Sequence[tuple[str, str | os.PathLike]] = (),
+    **hub_arguments: Any,
+) -> str:
+    """Upload a LoRA as `pytorch_lora_weights.safetensors`, alone or with its statistics.
+
+    Args:
+        lora: a `.safetensors` file in diffusers' format, or a folder with one.
+        repo_id: `"user/name"`, made when absent.
+        instance_prompt: asks for the subject.
+        pipeline: class of diffusers, or its name, that loads the LoRA.
+        directions: `"generalized"`, `"null"`, `"soft"`, or `"plain"` for an ordinary LoRA.
+        trained_on: the pictures it was trained on, in words.
+        base_model: Hub name of the base model; that of `statistics` when `None`.
+        statistics: under which it was trained; they are uploaded to `statistics/`.
+        license: as of the base model when `None`.
+        settings: of the training.
+        results: measured figures.
+        widget: (prompt, picture) to show; local files, uploaded to `pictures/`.
+        hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: no LoRA, one without effect, or a missing fact. Nothing has been uploaded then.
+    """
+    tensors = read_lora(lora)
+    check_lora_effect(tensors)
+    if base_model is None and statistics is not None:
+        base_model = statistics.facts.get("base_model") or None
+    names = [f"pictures/{index}{Path(path).suffix}" for index, (_, path) in enumerate(widget)]
+    missing = [str(path) for _, path in widget if not Path(path).is_file()]
+    if missing:
+        raise ValueError(f"`widget` must name picture files, got {missing}: no such files.")
+    where = hub_arguments.get("subfolder")
+    card = make_card(
+        "null_space_lora",
+        base_model=base_model,
+        license=license,
+        trained_on=trained_on,
+        settings=settings,
+        results=results,
+        widget=[
+            (prompt, f"{where.strip('/')}/{name}" if where else name)
+            for (prompt, _), name in zip(widget, names)
+        ],
+        token=hub_arguments.get("token"),
+        instance_prompt=instance_prompt,
+        pipeline=pipeline if isinstance(pipeline, str) else pipeline.__name__,
+        directions=directions,
+        rank=max(a.shape[0] for key, a in tensors.items() if key.endswith(".lora_A.weight")),
+        statistics=statistics is not None,
+    )
+    file = Path(lora, LORA_WEIGHT_NAME) if Path(lora).is_dir() else Path(lora)
+    with tempfile.TemporaryDirectory() as upload:
+        shutil.copyfile(file, Path(upload, LORA_WEIGHT_NAME))
+        if statistics is not None:
+            statistics.save_pretrained(Path(upload, "statistics"))
+        for (_, path), name in zip(widget, names):
+            Path(upload, name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, Path(upload, name))
+        return push_folder(upload, repo_id, card, **hub_arguments)

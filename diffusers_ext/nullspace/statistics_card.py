@@ -1,0 +1,90 @@
+"""The model card of feature statistics, which know most of it by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from diffusers_ext.core.hub import Card, make_card
+from hub_cards import Licence, Measured
+
+
+if TYPE_CHECKING:
+    from diffusers_ext.nullspace.statistics import FeatureStatistics
+
+_SHOWN_PROMPTS = 5
+
+
+def statistics_card(
+    statistics: FeatureStatistics,
+    *,
+    base_model: str | None = None,
+    license: str | Licence | None = None,
+    trained_on: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    results: Sequence[Measured] = (),
+    widget: Sequence[tuple[str, str]] = (),
+    pipeline: str | None = None,
+    num_prompts: int | None = None,
+    example_prompts: Sequence[str] | None = None,
+    token: str | None = None,
+) -> Callable[..., Card]:
+    """The card of statistics but for the repository's name.
+
+    What is `None` comes from the statistics themselves, the licence from the base model's card.
+
+    Args:
+        statistics: to describe.
+        base_model: Hub name of the measured model.
+        license: licence of the statistics.
+        trained_on: what they were collected from.
+        settings: of the collection.
+        results: measured figures.
+        widget: (prompt, file in the repository) of pictures.
+        pipeline: class of the measured pipeline.
+        num_prompts: number of preserved prompts.
+        example_prompts: a few of them.
+        token: to read the base model's card.
+
+    Raises:
+        ValueError: a fact that is neither known nor given, as of statistics imported without facts.
+    """
+    facts = statistics.facts
+    prompts = facts["prompts"]
+    num_prompts = num_prompts or len(prompts) or None
+    if trained_on is None and num_prompts is not None:
+        trained_on = (
+            f"What {len(statistics.linears)} linear layers read for {num_prompts} prompts. No "
+            "picture was used."
+        )
+    tensors = statistics._to_artifact()[1].values()
+    return make_card(
+        "feature_statistics",
+        base_model=base_model or facts.get("base_model") or None,
+        license=license,
+        trained_on=trained_on,
+        settings=collection_settings(facts) if settings is None else settings,
+        results=results,
+        widget=widget,
+        token=token,
+        pipeline=pipeline or facts.get("pipeline"),
+        num_prompts=num_prompts,
+        example_prompts=list(example_prompts or prompts[:_SHOWN_PROMPTS]),
+        layers=len(statistics.layers),
+        megabytes=sum(tensor.nbytes for tensor in tensors) / 1e6,
+    )
+
+
+def collection_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a collection that a card shows, each one value."""
+    settings = dict(facts["settings"])
+    settings |= settings.pop("run", {})
+    settings.pop("scheduler", None)  # many values; the artifact's config has them
+    if "compressed_energy" in facts:
+        settings["compressed_energy"] = facts["compressed_energy"]
+    shown = {}
+    for name, value in settings.items():
+        value = ", ".join(map(str, value)) if isinstance(value, list) else value
+        if value is not None and value != "" and not isinstance(value, dict):
+            shown[name] = value
+    return shown

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
+from diffusers_ext.nullspace.pipeline_card import subject_pipeline_card
+from tests.tiny_digits import random_digits_pipeline
+from tests.tiny_lora import add_random_lora
+
+
+FACTS = {
+    "instance_prompt": "a photo of sks", "base_model": "user/base", "license": "mit",
+    "trained_on": "Five pictures.",
+}  # fmt: skip
+
+
+def test_a_pipeline_and_its_statistics_go_to_the_hub_and_come_back(hub, few_statistics, tmp_path):
+    pipeline = NullSpaceDreamBoothPipeline.from_pipe(
+        random_digits_pipeline(), statistics=few_statistics
+    )
+    pipeline.save_pretrained(tmp_path / "subject", push_to_hub=True, private=True, **FACTS)
+    files = hub.files("tester/subject")
+    assert {"README.md", "model_index.json", "statistics/config.json"} <= files.keys()
+    assert hub.repos["tester/subject"].private
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model_relation == "finetune"
+    assert card.data.instance_prompt == "a photo of sks"
+    loaded = NullSpaceDreamBoothPipeline.from_pretrained("tester/subject", dtype=torch.float32)
+    assert loaded.statistics.facts == few_statistics.facts
+    weights = pipeline.unet.state_dict()
+    assert all(value.equal(weights[name]) for name, value in loaded.unet.state_dict().items())
+    assert "tester/other/commit" in pipeline.push_to_hub("tester/other", variant="fp16", **FACTS)
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.files("tester/other")
+
+
+def test_what_a_pipeline_does_not_know_must_be_given(hub, digits, few_statistics, tmp_path):
+    pipeline = NullSpaceDreamBoothPipeline.from_pipe(digits)
+    for missing in ("instance_prompt", "base_model", "trained_on"):
+        with pytest.raises(ValueError, match=f"`{missing}` must be given for the card, got None"):
+            pipeline.save_pretrained(tmp_path / "out", push_to_hub=True, **{**FACTS, missing: None})
+    assert not (tmp_path / "out").exists()
+    add_random_lora(pipeline.unet)
+    with pytest.raises(ValueError, match=r"must have no LoRA loaded, got \['default'\]"):
+        pipeline.push_to_hub("tester/subject", **FACTS)
+    assert not hub.repos
+
+
+def test_where_the_base_model_is_read_from(digits, few_statistics, tmp_path):
+    facts = {**FACTS, "base_model": None}
+    digits.register_to_config(_name_or_path="user/named")
+    assert subject_pipeline_card(digits, **facts)("me/subject").data.base_model == "user/named"
+    digits.register_to_config(_name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match="`base_model` must be given"):
+        subject_pipeline_card(digits, **facts)
+    pipeline = NullSpaceDreamBoothPipeline.from_pipe(digits, statistics=few_statistics)
+    few_statistics.facts["base_model"] = "user/measured"
+    try:
+        card = subject_pipeline_card(pipeline, **facts)("me/subject")
+    finally:
+        few_statistics.facts["base_model"] = ""
+    assert card.data.base_model == "user/measured"
