@@ -4,6 +4,7 @@ from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.concept_mask import concept_head_weights, concept_mask
 from diffusers_ext.eraser.concepts import concept_token_mask, contains_concept, replace_concept
 from diffusers_ext.eraser.config import EraserConfig
+from diffusers_ext.eraser.format_change import convert_eraser
 from diffusers_ext.eraser.layer import EraserLayer
 from diffusers_ext.eraser.loading import load_eraser
 from diffusers_ext.eraser.losses import (
@@ -41,6 +42,7 @@ __all__ = [
     "concept_mask",
     "concept_token_mask",
     "contains_concept",
+    "convert_eraser",
     "eraser_layers",
     "eraser_outputs",
     "eraser_size",

@@ -1,0 +1,69 @@
+"""Write a saved eraser in the other format, from its files alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers_ext.eraser.config import DEFAULT_TARGET
+from diffusers_ext.eraser.convert import EraserShape
+from diffusers_ext.eraser.eraser_files import read_eraser
+from diffusers_ext.eraser.written_files import (
+    check_eraser_folder,
+    check_eraser_tensors,
+    legacy_files,
+    peft_files,
+    write_eraser_files,
+)
+
+
+def convert_eraser(
+    pretrained_model_name_or_path: str | os.PathLike,
+    save_directory: str | os.PathLike,
+    format: str,
+    *,
+    concept: str | None = None,
+    anchor_concept: str | None = None,
+    base_model_name_or_path: str | None = None,
+    **download_arguments: Any,
+) -> EraserShape:
+    """Read an eraser in either format and write it in one; its weights stay what they are.
+
+    Args:
+        pretrained_model_name_or_path: as in `load_eraser`.
+        save_directory: folder, made when absent; other files in it stay.
+        format: `"peft"` or `"legacy"`, which keeps nothing but the weights.
+        concept: what it erases; as its file says when `None`.
+        anchor_concept: what takes its place; as its file says when `None`.
+        base_model_name_or_path: the model it is for; as its file says when `None`.
+        download_arguments: as in `load_eraser`, `subfolder` among them.
+
+    Returns:
+        What the tensors say about the model it is for.
+
+    Raises:
+        ValueError: missing or damaged files, an eraser without effect, a folder with an eraser in
+            another format, or blocks without eraser in a model whose number of blocks is not known.
+    """
+    folder = Path(save_directory)
+    check_eraser_folder(folder, format)
+    file = read_eraser(pretrained_model_name_or_path, **download_arguments)
+    check_eraser_tensors(file.tensors, str(pretrained_model_name_or_path))
+    if format == "legacy":
+        if file.num_layers is None:
+            raise ValueError(
+                "`num_layers` of the eraser's config must be known to write the legacy format, got "
+                f"None in {pretrained_model_name_or_path}. Load it into its model and save it again."
+            )
+        write_eraser_files(folder, legacy_files(file.tensors, file.num_layers))
+        return file.shape
+    config = copy.copy(file.config)
+    config.target_modules = config.target_modules or {DEFAULT_TARGET}
+    config.in_features, config.num_layers = file.shape.width, file.num_layers
+    config.concept = concept or config.concept
+    config.anchor_concept = anchor_concept or config.anchor_concept
+    config.base_model_name_or_path = base_model_name_or_path or config.base_model_name_or_path
+    write_eraser_files(folder, peft_files(config, file.tensors))
+    return file.shape
