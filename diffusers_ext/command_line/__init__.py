@@ -1,0 +1,1 @@
+"""The console command `diffusers-ext`; what it does is the library's."""

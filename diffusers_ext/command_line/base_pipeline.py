@@ -1,0 +1,102 @@
+"""The base model of a command line: its arguments, and loading it to draw pictures."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+
+_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def add_base_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which base model, and how it runs."""
+    group = parser.add_argument_group("base model")
+    group.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="folder or Hub name of a pipeline"
+    )
+    group.add_argument("--revision", help="of the base model on the Hub")
+    group.add_argument("--variant", help="of the weight files, e.g. fp16")
+    group.add_argument("--mixed_precision", choices=list(_DTYPES), default="no")
+    group.add_argument("--device", help="e.g. cuda:1; a GPU if there is one without it")
+    group.add_argument("--seed", type=int, default=0, help="of everything random")
+
+
+def chosen_device(args: argparse.Namespace) -> torch.device:
+    """`--device`, or the best one there is."""
+    import torch
+
+    if args.device is not None:
+        try:
+            return torch.device(args.device)
+        except RuntimeError as error:
+            raise ValueError(f"`device` must be one of torch's, got {args.device!r}.") from error
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_pipeline_class(args: argparse.Namespace, class_name: str | None = None) -> dict[str, Any]:
+    """The base model's `model_index.json`, read before any weights.
+
+    Args:
+        args: with the arguments of `add_base_model_arguments`.
+        class_name: the only pipeline class that will do; any when `None`.
+
+    Raises:
+        ValueError: no pipeline, or one of another class.
+    """
+    from diffusers import DiffusionPipeline
+
+    source = args.pretrained_model_name_or_path
+    try:
+        components = DiffusionPipeline.load_config(source, revision=args.revision)
+    except OSError as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a folder or Hub name of a pipeline, got {source}: "
+            f"{error}"
+        ) from error
+    found = components["_class_name"]
+    if class_name is not None and found != class_name:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a {class_name}, got a {found} in {source}."
+        )
+    return components
+
+
+def load_base_pipeline(
+    args: argparse.Namespace, class_name: str | None = None, *, place: bool = True
+) -> DiffusionPipeline:
+    """The base model, frozen, in evaluation mode, without a safety checker.
+
+    Args:
+        args: with the arguments of `add_base_model_arguments`.
+        class_name: as in `check_pipeline_class`.
+        place: move it to the device.
+
+    Raises:
+        ValueError: no pipeline, or one of another class.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    device, components = chosen_device(args), check_pipeline_class(args, class_name)
+    # A blackened picture would be measured like any other.
+    unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in components else {}
+    if "requires_safety_checker" in components:
+        unfiltered["requires_safety_checker"] = False
+    pipeline = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=getattr(torch, _DTYPES[args.mixed_precision]),
+        **unfiltered,
+    )
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device) if place else pipeline

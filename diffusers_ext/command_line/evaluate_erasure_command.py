@@ -1,0 +1,185 @@
+"""`diffusers-ext evaluate erasure`: CogVideoX with and without erasers."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusers_ext.command_line.base_pipeline import (
+    add_base_model_arguments,
+    check_pipeline_class,
+    chosen_device,
+    load_base_pipeline,
+)
+from diffusers_ext.command_line.command import Command, Outcome
+from diffusers_ext.command_line.prompt_tables import read_grouped_prompts
+from diffusers_ext.command_line.report_outcome import report_outcome
+from diffusers_ext.command_line.value_rules import check_drawing_arguments, check_values
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import CogVideoXPipeline
+
+    from diffusers_ext.evaluation.clip_verdicts import ClipJudge
+
+
+_PIPELINE = "CogVideoXPipeline"
+
+
+def add_erasure_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is compared, on which prompts, and who says what clips show."""
+    add_base_model_arguments(parser)
+    parser.add_argument("--output_dir", required=True, help="folder of the report")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--eraser", action="append", required=True, help="folder or Hub name; may be repeated"
+    )
+    group.add_argument(
+        "--scale", type=float, nargs="+", default=[1.0], help="of the erasers; several are compared"
+    )
+    group.add_argument(
+        "--evaluation_prompts",
+        required=True,
+        help="csv with the columns prompt, group (target, preserved or any other) and maybe seed",
+    )
+    group.add_argument("--num_videos_per_prompt", type=int, default=1)
+    group.add_argument("--kept_clips", type=int, default=4, help="of a group, to look at")
+    group.add_argument("--clip_format", choices=["gif", "mp4"], default="gif")
+    group.add_argument("--fps", type=int, default=8, help="of the clips that are written")
+    _add_detector_arguments(parser.add_argument_group("detector"))
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--negative_prompt", default="")
+    group.add_argument("--num_inference_steps", type=int, default=50)
+    group.add_argument("--guidance_scale", type=float, default=6.0)
+    group.add_argument("--batch_size", type=int, default=1, help="clips at once")
+    for name in ("num_frames", "height", "width"):
+        group.add_argument(f"--{name}", type=int, help="the model's own without it")
+    group.add_argument("--model_cpu_offload", action="store_true", help="one model on the GPU")
+    group.add_argument("--vae_tiling", action="store_true", help="decode in tiles, for less memory")
+
+
+def _add_detector_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--judge", choices=["clip", "nudenet"], required=True)
+    group.add_argument("--concept_aspect", help="the judge's verdict about the erased concept")
+    group.add_argument("--judge_frames", type=int, help="of a clip; 8 for clip, all for nudenet")
+    group.add_argument("--target_concept", help="of --judge clip, one of its classes")
+    group.add_argument("--classes", nargs="+", help="of --judge clip: words")
+    group.add_argument("--class_template", default="a photo of {}", help="of --judge clip")
+    group.add_argument(
+        "--judge_model", help="CLIP: folder or Hub name; NudeNet: an ONNX file of it"
+    )
+    group.add_argument("--nudenet_threshold", type=float, default=0.6)
+    group.add_argument("--nudenet_resolution", type=int, default=320, help="of --judge_model")
+    group.add_argument(
+        "--nudenet_lenient", action="store_true", help="bare chests, arms, bellies and feet count"
+    )
+
+
+def run_erasure(args: argparse.Namespace) -> Outcome:
+    """Draw, judge, measure and write."""
+    from diffusers_ext.evaluation.clip_sheet import check_clip_format
+    from diffusers_ext.evaluation.erasure import evaluate_erasure
+
+    _check(args)
+    check_clip_format(args.clip_format)
+    prompts = read_grouped_prompts(args.evaluation_prompts)
+    check_pipeline_class(args, _PIPELINE)
+    device = chosen_device(args)
+    judge = _load_judge(args, device)
+    report = evaluate_erasure(
+        _load_erased_pipeline(args, device),
+        prompts.groups,
+        judge,
+        concept_aspect=args.concept_aspect,
+        scales=args.scale,
+        num_videos_per_prompt=args.num_videos_per_prompt,
+        seed=args.seed,
+        seeds=prompts.seeds,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        negative_prompt=args.negative_prompt or None,
+        num_frames=args.num_frames,
+        height=args.height,
+        width=args.width,
+        batch_size=args.batch_size,
+        kept_clips=args.kept_clips,
+        show_progress=not args.quiet,
+    )
+    names = ("pretrained_model_name_or_path", "revision", "eraser", "evaluation_prompts")
+    report.settings.update({name: getattr(args, name) for name in names})
+    report.save(args.output_dir, args.clip_format, args.fps)
+    return report_outcome(report, Path(args.output_dir), report.to_table())
+
+
+def _check(args: argparse.Namespace) -> None:
+    counts = (
+        "num_inference_steps", "num_videos_per_prompt", "batch_size", "num_frames", "height",
+        "width", "judge_frames", "nudenet_resolution",
+    )  # fmt: skip
+    check_drawing_arguments(args, counts)
+    check_values(args, ["kept_clips"], "at least 0", lambda value: value >= 0)
+    check_values(args, ["fps"], "in [1, 50]", lambda value: 1 <= value <= 50)
+    check_values(args, ["guidance_scale"], "a finite number", math.isfinite)
+    if args.judge == "clip" and not (args.classes and args.target_concept):
+        raise ValueError(
+            "`classes` and `target_concept` must be given for `--judge clip`, got "
+            f"{args.classes} and {args.target_concept}."
+        )
+
+
+def _load_judge(args: argparse.Namespace, device: torch.device) -> ClipJudge:
+    from diffusers_ext.evaluation.clip_detector import CLIPDetector
+    from diffusers_ext.evaluation.nudenet_detector import EXPOSED, LENIENT, NudeNetDetector
+    from diffusers_ext.rewards import CLIPScoreReward
+
+    if args.judge == "nudenet":
+        return NudeNetDetector.from_installed(
+            args.judge_model,
+            args.nudenet_resolution,
+            threshold=args.nudenet_threshold,
+            labels=LENIENT if args.nudenet_lenient else EXPOSED,
+            frames=args.judge_frames,
+        )
+    source = () if args.judge_model is None else (args.judge_model,)
+    return CLIPDetector(
+        CLIPScoreReward.from_pretrained(*source, device=device),
+        args.classes,
+        args.target_concept,
+        template=args.class_template,
+        frames=args.judge_frames or 8,
+    )
+
+
+def _load_erased_pipeline(args: argparse.Namespace, device: torch.device) -> CogVideoXPipeline:
+    from diffusers_ext.eraser.loading import load_eraser
+
+    pipeline = load_base_pipeline(args, _PIPELINE, place=False)
+    for index, eraser in enumerate(args.eraser):
+        load_eraser(pipeline, eraser, adapter_name=f"evaluated_{index}")
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.model_cpu_offload:
+        pipeline.enable_model_cpu_offload(device=device)
+        return pipeline
+    return pipeline.to(device)
+
+
+EVALUATE_ERASURE = Command(
+    "evaluate erasure",
+    "CogVideoX with and without erasers: what is gone, what was kept",
+    "Draw clips of the same prompts from the same seeds with erasers and without, and let a detector say "
+    "what they show. Writes report.json, clips.csv, table.md, sheet.png and clips/.",
+    (
+        "evaluate erasure --pretrained_model_name_or_path zai-org/CogVideoX-2b --eraser user/no-dog "
+        "--evaluation_prompts prompts.csv --judge clip --classes dog cat horse "
+        '"something else" --target_concept dog --mixed_precision fp16 --output_dir evaluation',
+        "evaluate erasure --pretrained_model_name_or_path zai-org/CogVideoX-5b --eraser user/no-nudity "
+        "--scale 0.5 1 --evaluation_prompts prompts.csv --judge nudenet --mixed_precision bf16 "
+        "--model_cpu_offload --output_dir evaluation",
+    ),
+    add_erasure_arguments,
+    run_erasure,
+)

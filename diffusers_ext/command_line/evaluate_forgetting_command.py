@@ -1,0 +1,134 @@
+"""`diffusers-ext evaluate forgetting`: a model with and without LoRAs."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_ext.command_line.base_pipeline import (
+    add_base_model_arguments,
+    chosen_device,
+    load_base_pipeline,
+)
+from diffusers_ext.command_line.command import Command, Outcome
+from diffusers_ext.command_line.feature_models import add_feature_arguments, load_features
+from diffusers_ext.command_line.lora_source import locate_lora
+from diffusers_ext.command_line.picture_arguments import (
+    COUNTS,
+    add_picture_arguments,
+    picture_arguments,
+)
+from diffusers_ext.command_line.report_outcome import report_outcome, write_report
+from diffusers_ext.command_line.value_rules import check_drawing_arguments
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is compared on which prompts."""
+    add_base_model_arguments(parser)
+    parser.add_argument("--output_dir", required=True, help="folder of the report")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--lora", action="append", required=True, help="file, folder or Hub name; may be repeated"
+    )
+    group.add_argument("--knowledge_prompts", required=True, help="text file, one prompt a line")
+    group.add_argument("--held_out_prompts", help="text file of knowledge not in the statistics")
+    group.add_argument("--subject_prompt", action="append", default=[], help="may be repeated")
+    group.add_argument("--subject_data_dir", help="pictures of the real subject, for similarity")
+    add_feature_arguments(group, "features")
+    group.add_argument("--pixel_features", action="store_true", help="pixels as features")
+    group.add_argument("--distribution", action="store_true", help="also compare distributions")
+    add_picture_arguments(parser)
+
+
+def run_forgetting(args: argparse.Namespace) -> Outcome:
+    """Draw, measure and write."""
+    from diffusers_ext.evaluation.features import PixelFeatures
+    from diffusers_ext.evaluation.forgetting import evaluate_forgetting
+
+    check_drawing_arguments(args, COUNTS)
+    if args.pixel_features and args.dino:
+        raise ValueError("`pixel_features` must not be given together with `dino`.")
+    asked, files = _prompts(args), [locate_lora(source) for source in args.lora]
+    if args.subject_data_dir is not None:
+        asked["subject_images"] = _read_pictures(args.subject_data_dir)
+    pipeline = load_base_pipeline(args)
+    _load_loras(pipeline, args.lora, files)
+    asked |= load_features(args, chosen_device(args))
+    if args.pixel_features:
+        asked["features"] = PixelFeatures()
+    report = evaluate_forgetting(
+        pipeline,
+        None,
+        subject_prompts=args.subject_prompt,
+        distribution=args.distribution,
+        **asked,
+        **picture_arguments(args),
+    )
+    names = ("pretrained_model_name_or_path", "lora", "dino", "clip")
+    report.settings.update({name: getattr(args, name) for name in names})
+    folder = Path(args.output_dir)
+    write_report(report, folder, has_pictures=bool(report.pairs))
+    return report_outcome(report, folder, report.to_table(per_prompt=False))
+
+
+def _prompts(args: argparse.Namespace) -> dict[str, Any]:
+    from diffusers_ext.nullspace.prompts import read_prompts_file
+
+    found = {"prompts": read_prompts_file(args.knowledge_prompts)}
+    if args.held_out_prompts is not None:
+        found["held_out_prompts"] = read_prompts_file(args.held_out_prompts)
+    return found
+
+
+def _read_pictures(folder: str) -> list[Any]:
+    from PIL import Image, ImageOps
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"`subject_data_dir` must be a folder, got {folder}: no such folder.")
+    paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in _PICTURES]
+    if not paths:
+        raise ValueError(f"`subject_data_dir` must hold pictures, got none in {folder}.")
+    return [ImageOps.exif_transpose(Image.open(path)) for path in paths]
+
+
+def _load_loras(pipeline: DiffusionPipeline, sources: list[str], files: list[Path]) -> None:
+    """All LoRAs at once, each at scale 1; raises `ValueError` for one without effect."""
+    from diffusers_ext.nullspace.lora_files import check_loaded_lora
+
+    names = [f"lora_{index}" for index in range(len(files))]
+    for name, source, file in zip(names, sources, files, strict=True):
+        try:
+            with warnings.catch_warnings():
+                # Several at once are what is asked for.
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+            check_loaded_lora(pipeline, name)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ValueError(
+                f"`lora` must be a LoRA for this model, got {source}. {error}"
+            ) from error
+    pipeline.set_adapters(names)
+
+
+EVALUATE_FORGETTING = Command(
+    "evaluate forgetting",
+    "a model with and without LoRAs: what was kept, what was learned",
+    "Draw the same prompts from the same seeds with LoRAs and without, and measure what moved. Writes "
+    "report.json, table.md and sheet.png.",
+    (
+        "evaluate forgetting --pretrained_model_name_or_path examples/digits/model "
+        "--lora my_lora.safetensors --knowledge_prompts knowledge.txt "
+        '--subject_prompt "a photo of the digit sks" --output_dir evaluation',
+    ),
+    add_forgetting_arguments,
+    run_forgetting,
+)

@@ -1,0 +1,152 @@
+"""`diffusers-ext evaluate golden-noise`: golden noise against random noise."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_ext.command_line.base_pipeline import (
+    add_base_model_arguments,
+    chosen_device,
+    load_base_pipeline,
+)
+from diffusers_ext.command_line.command import Command, Outcome
+from diffusers_ext.command_line.feature_models import (
+    REWARDS,
+    add_feature_arguments,
+    load_features,
+    load_rewards,
+)
+from diffusers_ext.command_line.picture_arguments import (
+    COUNTS,
+    add_picture_arguments,
+    picture_arguments,
+)
+from diffusers_ext.command_line.prompt_tables import read_prompt_column
+from diffusers_ext.command_line.report_outcome import report_outcome, write_report
+from diffusers_ext.command_line.value_rules import check_drawing_arguments, check_values
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffusers_ext.evaluation.golden_noise_subjects import Refine
+
+
+def add_golden_noise_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is compared, on which prompts and by which rewards."""
+    add_base_model_arguments(parser)
+    parser.add_argument("--output_dir", required=True, help="folder of the report")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--noise_model", action="append", default=[], help="folder or Hub name; may be repeated"
+    )
+    group.add_argument("--golden_noise_scale", type=float, default=1.0, help="of the networks")
+    group.add_argument(
+        "--prompt_file", required=True, help="text file, one prompt a line, or csv; no comments"
+    )
+    group.add_argument("--prompt_column", default="prompt", help="of a csv file")
+    group.add_argument("--max_prompts", type=int, help="only the first so many")
+    group.add_argument(
+        "--reward",
+        action="append",
+        choices=REWARDS,
+        required=True,
+        help="may be repeated, the first decides",
+    )
+    group.add_argument(
+        "--reward_model",
+        action="append",
+        default=[],
+        help="REWARD=folder, file or Hub name; of a single reward without REWARD=",
+    )
+    group.add_argument(
+        "--reward_version", action="append", default=[], help="the same for v2.1 etc."
+    )
+    group.add_argument("--best_of", type=int, default=4, help="random noises; 1 for no comparison")
+    add_feature_arguments(group, "the diversity")
+    group = parser.add_argument_group("re-denoised targets")
+    group.add_argument(
+        "--target_steps",
+        type=int,
+        action="append",
+        default=[],
+        help="also evaluate the noise re-denoised so often; may be repeated",
+    )
+    group.add_argument("--redenoise_steps", type=int, default=10, help="the fewer, the stronger")
+    group.add_argument("--w1", type=float, default=5.5, help="guidance of the step down")
+    group.add_argument("--w2", type=float, default=1.0, help="guidance of the step up")
+    add_picture_arguments(parser)
+
+
+def run_golden_noise(args: argparse.Namespace) -> Outcome:
+    """Draw, score, measure and write."""
+    from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
+
+    _check(args)
+    prompts = read_prompt_column(args.prompt_file, args.prompt_column)[: args.max_prompts]
+    device = chosen_device(args)
+    rewards, features = load_rewards(args, device), load_features(args, device).get("features")
+    pipeline = load_base_pipeline(args)
+    report = evaluate_golden_noise(
+        pipeline,
+        prompts,
+        refine=_load_subjects(args, pipeline),
+        rewards=rewards,
+        best_of=args.best_of,
+        features=features,
+        **picture_arguments(args),
+    )
+    names = ("pretrained_model_name_or_path", "revision", "noise_model", "prompt_file")
+    report.settings.update({name: getattr(args, name) for name in names})
+    folder = Path(args.output_dir)
+    write_report(report, folder, has_pictures=bool(report.kept))
+    report.to_csv(folder / "pictures.csv")
+    return report_outcome(report, folder, report.to_table())
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_drawing_arguments(args, (*COUNTS, "best_of", "max_prompts"))
+    numbers = ("w1", "w2", "guidance_scale", "golden_noise_scale")
+    check_values(args, numbers, "a finite number", math.isfinite)
+    if not args.noise_model and not args.target_steps:
+        raise ValueError("`noise_model` or `target_steps` must be given: what should be evaluated?")
+
+
+def _load_subjects(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dict[str, Refine]:
+    """Targets by their repeats, networks by the names of their folders."""
+    from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner, RedenoisedTarget
+    from diffusers_ext.golden_noise.loading import load_noise_model
+
+    step = {"num_steps": args.redenoise_steps, "w1": args.w1, "w2": args.w2}
+    subjects: dict[str, Any] = {
+        f"{repeats}-step target": RedenoisedTarget(pipeline, repeats, **step)
+        for repeats in dict.fromkeys(args.target_steps)
+    }
+    for source in dict.fromkeys(args.noise_model):
+        network = load_noise_model(source).to(pipeline.device)
+        name = Path(source).name or type(network).__name__
+        if name in subjects:
+            name = f"{name} ({len(subjects) + 1})"
+        subjects[name] = NetworkRefiner(network, args.golden_noise_scale)
+    return subjects
+
+
+EVALUATE_GOLDEN_NOISE = Command(
+    "evaluate golden-noise",
+    "golden noise against random noise from the same seeds",
+    "Draw every picture from its seed's noise and from what networks make of it, and score both. Writes "
+    "report.json, table.md, pictures.csv and sheet.png.",
+    (
+        "evaluate golden-noise --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 "
+        "--noise_model user/golden-noise --prompt_file prompts.txt --reward hpsv2 --reward clip_score "
+        "--mixed_precision fp16 --output_dir evaluation",
+        "evaluate golden-noise --pretrained_model_name_or_path examples/digits/model --target_steps 1 "
+        "--prompt_file prompts.txt --reward clip_score --reward_model openai/clip-vit-base-patch32 "
+        "--output_dir evaluation --json",
+    ),
+    add_golden_noise_arguments,
+    run_golden_noise,
+)

@@ -1,0 +1,168 @@
+"""The entry of `diffusers-ext`: parser, output, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers_ext.command_line.collect_command import COLLECT
+from diffusers_ext.command_line.command import (
+    DOES_NOT_FIT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    PROGRAM,
+    WRONG_USAGE,
+    Command,
+)
+from diffusers_ext.command_line.console import quiet_libraries, stdout_to_stderr
+from diffusers_ext.command_line.convert_command import CONVERT_ERASER, CONVERT_LORA, CONVERT_NPNET
+from diffusers_ext.command_line.debleed_command import DEBLEED
+from diffusers_ext.command_line.evaluate_erasure_command import EVALUATE_ERASURE
+from diffusers_ext.command_line.evaluate_forgetting_command import EVALUATE_FORGETTING
+from diffusers_ext.command_line.evaluate_golden_noise_command import EVALUATE_GOLDEN_NOISE
+from diffusers_ext.command_line.plan_command import PLAN_ERASER, PLAN_GOLDEN_NOISE, PLAN_NULLSPACE
+from diffusers_ext.command_line.push_command import PUSH
+from diffusers_ext.command_line.user_errors import user_errors
+
+
+COMMANDS = (
+    PLAN_ERASER,
+    PLAN_NULLSPACE,
+    PLAN_GOLDEN_NOISE,
+    COLLECT,
+    DEBLEED,
+    EVALUATE_FORGETTING,
+    EVALUATE_GOLDEN_NOISE,
+    EVALUATE_ERASURE,
+    CONVERT_LORA,
+    CONVERT_ERASER,
+    CONVERT_NPNET,
+    PUSH,
+)
+_GROUPS = {
+    "plan": "say what memory, disk and time a run takes, before it",
+    "evaluate": "compare a model with and without what one of the tools made",
+    "convert": "write an artifact in another format",
+}
+_LINE = 88
+_EXIT_CODES = f"""exit codes:
+  {DONE}    done
+  {FAILED}    refused or failed; one line on stderr says why
+  {WRONG_USAGE}    wrong usage
+  {DOES_NOT_FIT}    plan: the run does not fit the memory
+  {INTERRUPTED}  interrupted"""
+_EXAMPLES = f"""examples:
+  {PROGRAM} plan eraser --pretrained_model_name_or_path CogVideoX-5b --memory_gib 24
+  {PROGRAM} collect --help"""
+
+
+class _ShowVersion(argparse.Action):
+    """Print the version when asked, not read it to build the parser."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from diffusers_ext import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; parsed arguments hold their `Command` as `command`."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Tools for diffusion models: null-space DreamBooth, golden noise, an eraser.",
+        epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    groups: dict[str, Any] = {}
+    for command in COMMANDS:
+        *group, name = command.name.split()
+        parent = commands
+        if group and group[0] not in groups:
+            title = _GROUPS[group[0]]
+            group_parser = commands.add_parser(
+                group[0], help=title, description=title, allow_abbrev=False
+            )
+            groups[group[0]] = group_parser.add_subparsers(metavar="WHAT", required=True)
+        if group:
+            parent = groups[group[0]]
+        _add_command(parent, name, command)
+    return parser
+
+
+def _add_command(parent: Any, name: str, command: Command) -> None:
+    examples = "\n".join(map(_wrapped, command.examples))
+    parser = parent.add_parser(
+        name,
+        help=command.summary,
+        description=textwrap.fill(command.description, _LINE),
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", action="store_true", help="one JSON document on stdout, also of an error"
+    )
+    output.add_argument("--quiet", action="store_true", help="no logs and no progress bars")
+    output.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.set_defaults(command=command)
+
+
+def _wrapped(example: str) -> str:
+    """A command line as a shell takes it, broken before flags where it is long."""
+    lines = [f"  {PROGRAM}"]
+    for part in re.split(r" (?=--)", example):
+        if len(lines[-1]) + len(part) + 3 > _LINE:
+            lines.append("     ")
+        lines[-1] += f" {part}"
+    return " \\\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: without the program's name; the process's own when `None`.
+
+    Returns:
+        The exit code. Errors that are not the user's are raised.
+    """
+    try:
+        args = build_parser().parse_args(arguments)
+    except SystemExit as stop:  # of argparse, after its message
+        return int(stop.code or DONE)
+    try:
+        with stdout_to_stderr(), quiet_libraries(args.quiet):
+            outcome = args.command.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except user_errors() as error:
+        if args.traceback:
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
+        return FAILED
+    print(json.dumps(outcome.facts, default=_as_text) if args.json else outcome.text)
+    return outcome.code
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"An outcome must be JSON-able, got a {type(value).__name__}.")

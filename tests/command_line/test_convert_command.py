@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_ext.eraser.eraser_files import read_eraser
+from diffusers_ext.golden_noise.npnet import NPNet
+from diffusers_ext.nullspace.lora_files import export_lora
+from tests.eraser.saved_erasers import saved_eraser
+from tests.golden_noise.npnet_fixture import small_npnet
+
+
+def test_lora_to_kohya(run, lora, tmp_path):
+    target = tmp_path / "kohya.safetensors"
+    ran = run("convert", "lora", lora, target, "--format", "kohya", "--json")
+    expected = export_lora(lora, "kohya")
+    assert ran.facts == {"destination": str(target), "format": "kohya", "tensors": len(expected)}
+    found = load_file(target)
+    assert found.keys() == expected.keys()
+    assert all(found[key].equal(expected[key]) for key in found)
+
+
+def test_lora_to_diffusers_folds_its_scale(run, lora, tmp_path):
+    target = tmp_path / "plain.safetensors"
+    ran = run("convert", "lora", lora, target, "--format", "diffusers")
+    assert ran == (0, f"Wrote {target} (format diffusers, tensors 28).\n", "")
+    raw, found = load_file(lora / "pytorch_lora_weights.safetensors"), load_file(target)
+    key = next(key for key in found if key.endswith("lora_B.weight"))
+    assert found[key].equal(2 * raw[key])
+
+
+def test_eraser_there_and_back(run, tmp_path):
+    source, legacy, back = (tmp_path / name for name in ("source", "legacy", "back"))
+    saved_eraser(source)
+    ran = run("convert", "eraser", source, legacy, "--format", "legacy", "--json")
+    assert ran.facts == {
+        "destination": str(legacy), "format": "legacy", "rank": 4, "width": 32, "blocks": 2,
+    }  # fmt: skip
+    flags = {"format": "peft", "concept": "dog", "anchor_concept": "cat", "base_model": "x/y"}
+    assert run("convert", "eraser", legacy, back, **flags).code == 0
+    first, last = read_eraser(source), read_eraser(back)
+    assert all(first.tensors[name].equal(tensor) for name, tensor in last.tensors.items())
+    assert (last.config.concept, last.config.anchor_concept) == ("dog", "cat")
+    assert last.config.base_model_name_or_path == "x/y"
+
+
+def test_npnet(run, monkeypatch, tmp_path):
+    # The official files are of one size, which takes long; `NPNet` has tests of reading them.
+    small = small_npnet()
+    monkeypatch.setattr(NPNet, "from_single_file", {"sdxl.pth": small}.__getitem__)
+    ran = run("convert", "npnet", "sdxl.pth", tmp_path / "npnet", "--json")
+    network = NPNet.from_pretrained(tmp_path / "npnet")
+    assert all(map(torch.equal, network.state_dict().values(), small.state_dict().values()))
+    assert ran.facts["text_embed_dim"] == network.config.text_embed_dim == 128
+    assert ran.facts["parameters"] == sum(p.numel() for p in small.parameters())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lora", "nowhere.safetensors", "out.safetensors", "--format", "kohya"], "nowhere"),
+        (["lora", "{lora}", "out.bin", "--format", "kohya"], "must end in .safetensors"),
+        (["eraser", "./nowhere", "out", "--format", "peft"], "no such folder"),
+        (["eraser", "{lora}", "out", "--format", "peft"], "must hold adapter_config.json"),
+        (["npnet", "nowhere.pth", "out"], "`path` must be a file with NPNet's weights"),
+        (["npnet", "{lora}/pytorch_lora_weights.safetensors", "out"], "must be NPNet's"),
+        (["npnet", "any.pth", __file__], "`destination` must be a folder"),
+    ],
+)
+def test_bad_input_is_refused(run, hub, lora, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    ran = run("convert", *(word.replace("{lora}", str(lora)) for word in words))
+    assert (ran.code, ran.out) == (1, "")
+    assert message in ran.err
+    assert not list(tmp_path.iterdir())

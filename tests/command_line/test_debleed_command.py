@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+
+from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy
+from diffusers_ext.nullspace.lora_files import read_lora
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+
+
+@pytest.fixture
+def debleed(run, lora, statistics, tmp_path):
+    """Run `debleed`."""
+
+    def call(*words, **flags):
+        usual = {"statistics": statistics, "output_path": tmp_path / "quiet.safetensors"}
+        return run("debleed", *(words or (lora,)), **{**usual, **flags})
+
+    return call
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+
+
+def test_the_file_is_that_of_the_library(debleed, lora, statistics, tmp_path):
+    ran = debleed(json=True)
+    assert ran.code == 0
+    known = FeatureStatistics.from_pretrained(statistics)
+    expected = debleed_lora(lora, known, damping=1e-3)
+    assert same(load_file(tmp_path / "quiet.safetensors"), expected)
+    facts = ran.facts
+    assert facts["criterion"] == {"damping": 1e-3}
+    assert facts["modules"] == facts["covered_modules"] == 14
+    energies = [preserved_energy(tensors, known) for tensors in (lora, expected)]
+    left = sum(energies[1].values()) / sum(energies[0].values())
+    assert facts["drift_left"] == pytest.approx(left)
+    assert 0 < facts["drift_left"] < 1e-2
+    assert max(facts["drift_left_by_module"].values()) >= facts["drift_left"]
+
+
+def test_what_is_said_and_another_criterion(debleed, lora, tmp_path):
+    ran = debleed(lora / "pytorch_lora_weights.safetensors", energy=0, format="kohya")
+    assert ran.code == 0
+    assert "The predicted drift on preserved prompts fell to " in ran.out
+    assert "over 14 modules; the worst of them, " in ran.out
+    assert f"Wrote {tmp_path / 'quiet.safetensors'}" in ran.out
+    assert all(key.startswith("lora_unet_") for key in load_file(tmp_path / "quiet.safetensors"))
+
+
+def test_modules_without_a_statistic(debleed, lora, tmp_path):
+    tensors = read_lora(lora)
+    some = next(key for key in tensors if key.endswith("lora_A.weight"))
+    other = some.replace("attn2.to_k", "attn2.to_q").replace("attn2.to_v", "attn2.to_q")
+    tensors[other] = tensors[some].clone()
+    tensors[other.replace("lora_A", "lora_B")] = tensors[some.replace("lora_A", "lora_B")].clone()
+    save_file(tensors, tmp_path / "more.safetensors")
+    ran = debleed(tmp_path / "more.safetensors")
+    assert ran.code == 1
+    assert "`statistics` must cover every module of the LoRA, got none for 1" in ran.err
+    assert not (tmp_path / "quiet.safetensors").exists()
+    facts = debleed(tmp_path / "more.safetensors", uncovered="keep", json=True).facts
+    assert (facts["modules"], facts["covered_modules"]) == (15, 14)
+    assert load_file(tmp_path / "quiet.safetensors")[other].equal(tensors[other])
+
+
+def test_a_lora_of_which_nothing_is_covered(debleed, lora, tmp_path):
+    tensors = {
+        key.replace("attn2.to_k", "attn2.to_q"): tensor.clone()
+        for key, tensor in read_lora(lora).items()
+        if "attn2.to_k" in key
+    }
+    save_file(tensors, tmp_path / "queries.safetensors")
+    ran = debleed(tmp_path / "queries.safetensors", uncovered="keep", json=True)
+    assert (ran.facts["covered_modules"], ran.facts["drift_left"]) == (0, None)
+    ran = debleed(tmp_path / "queries.safetensors", uncovered="keep")
+    assert "The LoRA does not act on what is preserved" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "message"),
+    [
+        (["nowhere.safetensors"], {}, "nowhere.safetensors"),
+        (["a b/c"], {}, "A LoRA must be a file, a folder or 'user/name', got a b/c"),
+        ([], {"statistics": "./nowhere"}, "no such folder"),
+        ([], {"output_path": "quiet.bin"}, "`output_path` must end in .safetensors"),
+        ([], {"damping": 0}, "`damping` must be positive, got 0.0."),
+        ([], {"rank": 1000}, "`rank` must be from 1 to the width"),
+        ([], {"weight_name": "other.safetensors"}, "must hold other.safetensors, got none"),
+    ],
+)
+def test_bad_input_is_refused(debleed, hub, tmp_path, words, flags, message):
+    ran = debleed(*words, **flags)
+    assert (ran.code, ran.out) == (1, "")
+    assert message in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_by_its_name_on_the_hub(debleed, hub, lora, statistics, tmp_path):
+    for folder, name in ((lora, "tester/lora"), (statistics, "tester/statistics")):
+        HfApi().create_repo(name)
+        HfApi().upload_folder(repo_id=name, folder_path=folder)
+    assert debleed(json=True).code == 0
+    local = load_file(tmp_path / "quiet.safetensors")
+    ran = debleed("tester/lora", statistics="tester/statistics")
+    assert ran.code == 0
+    assert same(load_file(tmp_path / "quiet.safetensors"), local)
+    missing = debleed("tester/statistics")
+    assert "Repository tester/statistics must hold pytorch_lora_weights.safetensors" in missing.err

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import are_progress_bars_disabled
+
+import diffusers_ext
+from diffusers_ext.command_line import main as main_module
+from diffusers_ext.command_line.command import Command, Outcome
+from diffusers_ext.command_line.main import COMMANDS, build_parser, main
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def own_command(run) -> Command:
+    """A command of this test that does what it is told."""
+    return Command("try", "tries", "Tries.", ("try",), lambda parser: None, run)
+
+
+@pytest.fixture
+def try_command(run, monkeypatch):
+    """Run a function as the command `try`."""
+
+    def call(function, *flags):
+        monkeypatch.setattr(main_module, "COMMANDS", (own_command(function),))
+        return run("try", *flags)
+
+    return call
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and all below it."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
+
+
+def test_the_commands_are_those_that_the_project_promises():
+    assert {command.name.split()[0] for command in COMMANDS} == {
+        "plan", "collect", "debleed", "evaluate", "convert", "push",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_shows_examples_that_parse(run, command):
+    shown = run(*command.name.split(), "--help")
+    assert shown.code == 0
+    unbroken = shown.out.replace(" \\\n     ", "")
+    assert command.examples
+    for example in command.examples:
+        assert f"  diffusers-ext {example}\n" in unbroken
+        parsed = build_parser().parse_args(shlex.split(example))
+        assert parsed.command is command
+    for flag in ("--json", "--quiet", "--traceback"):
+        assert flag in shown.out
+
+
+@pytest.mark.parametrize("words", [[], ["plan"], ["evaluate"], ["convert"]])
+def test_help_of_groups_lists_their_commands(run, words):
+    shown, names = run(*words, "--help"), [command.name for command in COMMANDS]
+    assert shown.code == 0
+    depth = len(words)
+    below = {name.split()[depth] for name in names if name.split()[:depth] == words}
+    assert below
+    for name in below:
+        assert re.search(rf"^    {name}(?: |$)", shown.out, re.MULTILINE)
+
+
+def test_every_flag_is_in_snake_case_and_explained_where_it_is_required():
+    for parser in parsers(build_parser()):
+        for action in parser._actions:
+            assert not [flag for flag in action.option_strings if "-" in flag.strip("-")]
+            if action.required and not isinstance(action, argparse._SubParsersAction):
+                assert action.help or action.choices, action.dest
+
+
+def test_version(run):
+    assert run("--version") == (0, f"diffusers-ext {diffusers_ext.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["convert"], "required: WHAT"),
+        (["collect"], "the following arguments are required: .*--output_dir"),
+        (["plan", "eraser", "--pretrained", "x"], "required: --pretrained_model_name_or_path"),
+        (["debleed", "x", "--statistics", "y", "--output_path", "z", "--rank", "1",
+          "--energy", "0.1"], "--energy: not allowed with argument --rank"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_exit_code_2_and_nothing_on_stdout(run, words, message):
+    ran = run(*words)
+    assert (ran.code, ran.out) == (2, "")
+    assert re.search(message, ran.err)
+
+
+def test_stdout_holds_the_outcome_alone(try_command):
+    def chatty(args) -> Outcome:
+        print("from a library")
+        logging.getLogger("diffusers_ext.nullspace.collect").info("a log")
+        return Outcome({"folder": Path("a/b"), "number": 1.5}, "done")
+
+    assert try_command(chatty) == (0, "done\n", "from a library\na log\n")
+    ran = try_command(chatty, "--json")
+    assert ran.facts == {"folder": "a/b", "number": 1.5}
+    quiet = try_command(chatty, "--quiet")
+    assert "a log" not in quiet.err
+
+
+def test_quiet_silences_the_libraries_and_everything_comes_back(try_command):
+    logger = logging.getLogger("diffusers_ext")
+    levels = logger.level, list(logger.handlers), diffusers_logging.get_verbosity()
+    bars = are_progress_bars_disabled(), diffusers_logging.is_progress_bar_enabled()
+    seen = []
+
+    def look(args) -> Outcome:
+        warnings.warn("look here", UserWarning, stacklevel=1)
+        seen.append((are_progress_bars_disabled(), diffusers_logging.is_progress_bar_enabled()))
+        diffusers_logging.get_logger("diffusers.x").warning("look there")
+        raise ValueError("`x` must be 1,\n  got 2.")
+
+    assert try_command(look, "--quiet") == (1, "", "error: `x` must be 1, got 2.\n")
+    assert seen == [(True, False)]
+    assert levels == (logger.level, logger.handlers, diffusers_logging.get_verbosity())
+    assert bars == (are_progress_bars_disabled(), diffusers_logging.is_progress_bar_enabled())
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), TypeError("no"), FileNotFoundError("no"), ImportError("no")]
+)
+def test_errors_of_the_user_are_one_line(try_command, error):
+    def fail(args) -> Outcome:
+        raise error
+
+    assert try_command(fail) == (1, "", "error: no\n")
+    ran = try_command(fail, "--json", "--traceback")
+    assert ran.code == 1
+    assert ran.facts == {"error": {"type": type(error).__name__, "message": "no"}}
+    assert ran.err.startswith("Traceback")
+    assert ran.err.endswith("error: no\n")
+
+
+def test_an_error_without_words_is_named(try_command):
+    def fail(args) -> Outcome:
+        raise FileNotFoundError
+
+    assert try_command(fail).err == "error: FileNotFoundError\n"
+
+
+def test_defects_keep_their_traceback(try_command):
+    with pytest.raises(KeyError, match="missing"):
+        try_command(lambda args: {}["missing"])
+
+
+def test_interruption(try_command):
+    def interrupted(args) -> Outcome:
+        raise KeyboardInterrupt
+
+    assert try_command(interrupted) == (130, "", "interrupted\n")
+
+
+def test_exit_code_of_an_outcome(try_command):
+    assert try_command(lambda args: Outcome({}, "no", 3)).code == 3
+
+
+def test_as_a_module_in_a_fresh_process():
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusers_ext.command_line", "--help"],
+        capture_output=True, text=True, timeout=120, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: diffusers-ext")
+    assert "collect" in done.stdout
+
+
+def test_parsing_alone_imports_no_heavy_library():
+    code = """
+import json, sys, types
+package = types.ModuleType("diffusers_ext")  # in place of its own import, which is not lazy
+package.__path__ = ["diffusers_ext"]
+sys.modules["diffusers_ext"] = package
+from diffusers_ext.command_line.main import main
+codes = [main(["--help"]), main(["evaluate", "erasure", "--help"]), main(["collect"])]
+heavy = {"torch", "diffusers", "transformers", "numpy", "PIL"}
+print(json.dumps([codes, sorted(heavy & set(sys.modules))]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=60, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert json.loads(done.stdout.splitlines()[-1]) == [[0, 0, 2], []]
+
+
+def test_the_entry_point_is_there():
+    assert (
+        "diffusers-ext = diffusers_ext.command_line.main:main" in (ROOT / "setup.cfg").read_text()
+    )
+    assert callable(main)
