@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tests.hub_metadata import card_header, metadata_errors
@@ -180,6 +180,15 @@ class Repository:
             raise HubError(400, f"Invalid metadata in README.md: {'; '.join(errors)}")
         self.refs[name] = self._add(parent, header["summary"], files)
         return self.refs[name], name
+
+    def put(self, folder: Path, title: str = "Upload") -> None:
+        """Commit the files of a local folder to `main`, without a client."""
+        parent, files = self.at("main"), {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            content, name = path.read_bytes(), path.relative_to(folder).as_posix()
+            lfs = self.upload_mode(name, content[:512], len(content)) == "lfs"
+            files[name] = StoredFile(content, lfs)
+        self.refs["refs/heads/main"] = self._add(parent, title, {**parent.files, **files})
 
     def _apply(self, files: dict[str, StoredFile], key: str, value: dict[str, Any]) -> None:
         path = value["path"]

@@ -29,7 +29,7 @@ def add_golden_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt_file", help="text or csv file, one prompt a line")
     group.add_argument("--prompt_column", default="prompt", help="of a csv file")
     group.add_argument("--max_prompts", type=int, help="only the first so many")
-    group.add_argument("--num_images_per_prompt", type=int, default=4)
+    group.add_argument("--num_images_per_prompt", type=int, default=4, help="seeds a prompt")
     group.add_argument("--best_of", type=int, default=4, help="random noises; 1 for no comparison")
     group.add_argument("--batch_size", type=int, default=8, help="pictures at once")
     group.add_argument("--height", type=int, help="the model's own without it")

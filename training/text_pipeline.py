@@ -149,8 +149,14 @@ def check_base_model(
 def _weight_files(source: str, name: str, args: argparse.Namespace) -> list[Path]:
     folder = Path(source)
     if not folder.is_dir():
-        # The text encoders have just been fetched, so the snapshot is there; nothing is downloaded.
-        folder = Path(snapshot_download(source, revision=args.revision, local_files_only=True))
+        # The text encoders have just been fetched, so the snapshot is there, though not all of it;
+        # nothing is downloaded.
+        folder = Path(
+            snapshot_download(
+                source, revision=args.revision, local_files_only=True,
+                allow_patterns="model_index.json",
+            )
+        )  # fmt: skip
     files = sorted((folder / name).glob("*.safetensors"))
     variant = f".{args.variant}" if args.variant else None
     chosen = [file for file in files if variant and variant in file.name]

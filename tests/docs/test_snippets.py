@@ -1,0 +1,120 @@
+"""Every snippet of the front page and of the guides runs, on tiny models under the real names."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+
+from tests.docs.snippet_files import write_files
+from tests.docs.snippet_models import BASES, SAVED, publish, stable_diffusion
+from tests.docs.snippets import PAGES, ROOT, Snippet, commands, snippets
+
+
+# What makes a run short and fit for a CPU; nothing else is changed in a command.
+_TRAINING = ["--max_train_steps", "1", "--train_batch_size", "1"]
+_SAMPLING = ["--num_inference_steps", "2"]
+_ERASER = ["--num_target_trajectories", "1", "--num_preserved_trajectories", "1",
+           "--points_per_trajectory", "2"]  # fmt: skip
+_CPU = ["--mixed_precision", "no"]
+_GPU_FLAGS = {"--model_cpu_offload"}
+SHORTER = {
+    "train_nullspace_dreambooth": [*_TRAINING, "--resolution", "32"],
+    "build_covariance": [],
+    "evaluate_nullspace": [*_SAMPLING, "--num_images_per_prompt", "1"],
+    # A random judge would refuse most pairs.
+    "generate_npd": [*_SAMPLING, "--redenoise_steps", "2", "--margin", "-100"],
+    "train_npnet": [*_TRAINING, "--width", "32", "--num_layers", "1", "--num_heads", "2"],
+    "train_noise_sequence": _TRAINING,
+    "evaluate_golden_noise": [*_SAMPLING, "--num_images_per_prompt", "1", "--best_of", "1"],
+    "train_cogvideox_eraser": [*_TRAINING, *_SAMPLING, *_ERASER, "--eraser_rank", "2", *_CPU],
+    "evaluate_eraser": [*_SAMPLING, *_CPU],
+    "plan_eraser": [],
+}
+# What no test runs from a page, and why.
+NOT_RUN = {
+    "make demo": "five minutes; its parts are tested in tests/examples",
+    "make test": "runs this",
+    "make lint test": "runs this",
+    "make bench": "hours",
+    "pip install": "changes the environment",
+    "python examples/app.py": "does not end; tests/examples runs the app",
+    "python examples/demo.py": "five minutes; its parts are tested in tests/examples",
+    "python docs/settings_tables.py": "writes these pages; compared in test_settings_tables.py",
+    "python benchmarks/": "measures for minutes or hours",
+}
+# A reader is told to make a file of the block before.
+SAVED_IN = re.compile(r"```\s+Saved in `(\w+\.py)`")
+
+
+def run_command(words: list[str]) -> None:
+    """Run one command of a page in this process."""
+    line = " ".join(words)
+    if line.startswith(tuple(NOT_RUN)):
+        return
+    if words[0] == "diffusers-ext":
+        console = importlib.import_module("diffusers_ext.command_line.main")
+        assert console.main(words[1:]) == 0, line
+        return
+    script = words[2] if words[:2] == ["accelerate", "launch"] else words[1]
+    arguments = [w for w in words[words.index(script) + 1 :] if w not in _GPU_FLAGS]
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if not script.startswith("training/"):
+        module.main(arguments)
+        return
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    module.main(module.parse_args([*arguments, *SHORTER[script[9:-3]]]))
+
+
+def run_snippet(snippet: Snippet, page: str, namespace: dict) -> None:
+    """Run one block; `namespace` is what the page has defined so far."""
+    if snippet.language == "python":
+        # The line numbers of an error are those of the page.
+        code = compile("\n" * (snippet.line - 1) + snippet.text, page, "exec")
+        exec(code, namespace)  # the page is ours
+    elif snippet.language == "bash":
+        for words in commands(snippet.text):
+            run_command(words)
+    elif snippet.language == "yaml":
+        assert yaml.safe_load(snippet.text)
+    else:
+        pytest.fail(f"{page}:{snippet.line} must be python, bash or yaml, got {snippet.language}.")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # PEFT's, of two adapters
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_snippet_of_a_page_runs(page, hub, tmp_path, monkeypatch):
+    text = page.read_text(encoding="utf-8")
+    for name in SAVED:
+        if name in text or name.startswith(("yuvalkirstain", "laion", "openai")):
+            publish(hub, name)
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    # What the guides speak of without saying where it comes from.
+    namespace = {
+        "__name__": "snippet",
+        "pipe": stable_diffusion(),
+        "base": BASES["sdxl"],
+        "knowledge_prompts": ["a photo of a cat", "a red fox"],
+    }
+    for snippet in snippets(page):
+        saved = SAVED_IN.match(text.split(snippet.text, 1)[1])
+        if saved:
+            (tmp_path / saved[1]).write_text(snippet.text)
+        run_snippet(snippet, page.name, namespace)
+
+
+def test_every_page_with_code_is_run():
+    found = set(ROOT.glob("*.md")) | set(ROOT.glob("docs/*.md"))
+    assert found <= set(PAGES)
+
+
+def test_blocks_that_are_no_code_are_indented():
+    for page in PAGES:
+        fences = re.findall(r"^```.*$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert len(fences) == 2 * len(snippets(page)), page.name
