@@ -54,7 +54,7 @@ def artifact_card(
     check_common(repo_id, base, licence, trained_on, version)
     check_lists(settings, results, widget)
     check_facts(kind, found, facts)
-    name = repo_id.split("/")[1]
+    name, subfolder = repo_id.split("/")[1], (subfolder or "").strip("/")
     on_hub = bool(HUB_NAME.fullmatch(base))
     if found.repo_type == "dataset":
         data = data_set_header(
@@ -92,13 +92,13 @@ def artifact_card(
     )
 
 
-def _arguments(repo_id: str, subfolder: str | None) -> str:
+def _arguments(repo_id: str, subfolder: str) -> str:
     """What a `from_pretrained` of one file is called with."""
     folder = f", subfolder={python_literal(subfolder)}" if subfolder else ""
     return python_literal(repo_id) + folder
 
 
-def _snapshot(repo_id: str, subfolder: str | None) -> str:
+def _snapshot(repo_id: str, subfolder: str) -> str:
     """A downloaded folder, for what loads from the Hub's root alone or not without this package."""
     folder = f" + {python_literal('/' + subfolder)}" if subfolder else ""
     return f"snapshot_download({python_literal(repo_id)}){folder}"

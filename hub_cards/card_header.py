@@ -71,16 +71,14 @@ def model_header(
     )
 
 
-def data_set_header(
-    kind: Kind, *, licence: Licence, num_rows: int, folder: str | None = None
-) -> CardData:
+def data_set_header(kind: Kind, *, licence: Licence, num_rows: int, folder: str) -> CardData:
     """The header of a repository with noise pairs, by which `datasets` finds the tables.
 
     Args:
         kind: of the artifact.
         licence: of the data.
         num_rows: pairs in it.
-        folder: of the repository, where the set is not in its root.
+        folder: of the repository, empty for its root.
     """
     size = next((name for most, name in _SIZES.items() if num_rows < most), "n>10M")
     where = f"{folder}/" if folder else ""

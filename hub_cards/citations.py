@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 
 # key -> (authors, title, year, arXiv number)
 PAPERS: dict[str, tuple[str, str, int, str]] = {
@@ -59,8 +61,9 @@ def bibtex(papers: tuple[str, ...], version: str) -> str:
     entries = []
     for key in papers:
         authors, title, year, number = PAPERS[key]
+        wrapped = "\n    ".join(textwrap.wrap(authors, 80))
         entries.append(
-            f"@article{{{key},\n  author = {{{authors}}},\n  title = {{{title}}},\n"
+            f"@article{{{key},\n  author = {{{wrapped}}},\n  title = {{{title}}},\n"
             f"  journal = {{arXiv:{number}}},\n  year = {{{year}}}\n}}"
         )
     entries.append(

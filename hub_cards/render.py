@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -48,6 +49,7 @@ def render(template: str, data: CardData, **facts: Any) -> ModelCard | DatasetCa
     return card_class(f"---\n{data.to_yaml()}\n---\n\n{mark_generated(words)}\n")
 
 
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
