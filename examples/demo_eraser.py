@@ -1,31 +1,31 @@
-"""Erase a digit from the moving-digits CogVideoX and show what its prompts draw then.
-
-python examples/demo_eraser.py --output_dir outputs/demo/eraser
-"""
+"""The demo's part on the concept eraser: a digit erased from the moving-digits CogVideoX."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
-
-from benchmarks.machine import table
 from diffusers_ext.eraser import load_eraser, save_eraser
-from diffusers_ext.evaluation.clip_sheet import KeptClip
 from diffusers_ext.evaluation.erasure_report import ErasureReport
+from diffusers_ext.evaluation.erasure_rows import ClipShot, clip_shots
+from examples.demo_report import Comparison, Findings, Gallery, Picture, Step, Table
 from examples.digits.prompts import COLORS
 from examples.moving_digits.check_model import load_pipeline
 from examples.moving_digits.erasers import (
+    EVALUATION_SEED,
     RECIPE,
+    base_clips_of,
     evaluate,
     evaluation_groups,
     train_digits_eraser,
 )
+from examples.moving_digits.judge import ClipReading, MovingDigitsJudge
+from examples.moving_digits.prompts import read_prompt
 
 
 TARGET = "three"
@@ -34,59 +34,169 @@ _RECIPE = replace(
     RECIPE, max_train_steps=300, num_target_trajectories=48, num_preserved_trajectories=96
 )
 _CLIPS = {"num_target": 40, "num_preserved": 90, "num_robust": 40}
-_SHOWN = {"target": 4, "preserved": 4, "held-out template": 1, "paraphrases": 1}
+_ON_SHEET = {"target": 4, "preserved": 4, "held-out template": 1, "paraphrases": 1}
+_SHOWN = {"target": 6, "preserved": 6, "held-out template": 3, "paraphrases": 3}
+_GALLERIES = {
+    f"Prompts for “{TARGET}”": (
+        ("target",),
+        f"✓ with the eraser: no {TARGET} was read. Colour and motion should stay.",
+    ),
+    "Prompts for other digits": (("preserved",), "Nothing should change here."),
+    f"“{TARGET}” in words that the training did not see": (
+        ("held-out template", "paraphrases"),
+        f"A wording kept out of the training, and paraphrases. ✓ with the eraser: no {TARGET} was "
+        "read.",
+    ),
+}
+_SIDES = {"base": "base model", "erased": "with the eraser"}
+_HEADER = (
+    "prompts", "clips", "digit", "digit, erased", "colour", "colour, erased", "motion",
+    "motion, erased",
+)  # fmt: skip
 
 
-def rows_of(report: ErasureReport) -> list[list[str]]:
+class EraserDemo:
+    """Draws the base's clips, trains an eraser, loads it into a fresh pipeline and evaluates it.
+
+    Args:
+        output_dir: gets the eraser, the report's files, `clips` and `sheet.png`.
+    """
+
+    name = "eraser"
+    title = "Erase a concept from a video model"
+    explanation = (
+        "Small bottlenecks beside the attention of CogVideoX learn, from prompts alone, to lead one "
+        "concept's prompts to another concept and to leave all other prompts where they were.",
+        f"Here the word “{TARGET}” is erased. What its prompts show instead is chosen by the model: the "
+        "nearest of the other digits. The eraser is a PEFT adapter that loads in one line, with a "
+        "strength of its own.",
+    )
+    commands = """\
+accelerate launch training/train_cogvideox_eraser.py \\
+  --pretrained_model_name_or_path THUDM/CogVideoX-5b \\
+  --target_concept dog --anchor_concept auto --prompts_file prompts.txt \\
+  --auto_preserved_concepts --mixed_precision bf16 --gradient_checkpointing \\
+  --output_dir outputs/no-dog"""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.groups = evaluation_groups(TARGET, **_CLIPS)
+        self.shots = clip_shots(self.groups, 1, EVALUATION_SEED)
+        self.base_clips: np.ndarray | None = None
+        self.trained_seconds = 0.0
+
+    def steps(self) -> list[Step]:
+        """Base clips, training, evaluation."""
+        return [
+            Step("Draw clips with the base model", self._draw),
+            Step(f"Train an eraser of “{TARGET}”", self._train),
+            Step("Draw and judge the same clips with the eraser", self._evaluate),
+        ]
+
+    def _draw(self) -> Findings:
+        self.base_clips = base_clips_of(load_pipeline(), self.groups)
+        indices = shown_indices(self.shots, _SHOWN)
+        return Findings(galleries(self.shots, {"base": self.base_clips}, indices))
+
+    def _train(self) -> Findings:
+        pipeline, began = load_pipeline(), time.perf_counter()
+        train_digits_eraser(pipeline, TARGET, recipe=_RECIPE)
+        self.trained_seconds = time.perf_counter() - began
+        save_eraser(pipeline, self.output_dir / "eraser")
+        return Findings()
+
+    def _evaluate(self) -> Findings:
+        pipeline = load_pipeline()
+        load_eraser(pipeline, self.output_dir / "eraser")
+        report = evaluate(
+            pipeline,
+            TARGET,
+            self.groups,
+            base_clips=self.base_clips,
+            kept_clips=max(_CLIPS.values()),
+        )
+        erased = np.stack([one.clips["erased"] for one in report.kept])
+        report.kept = [report.kept[index] for index in shown_indices(self.shots, _ON_SHEET)]
+        report.save(self.output_dir)
+        clips = {"base": self.base_clips, "erased": erased}
+        text = (
+            "Shares of clips in which the judge reads what the prompt asks for, without and with the "
+            f"eraser. Trained in {self.trained_seconds:.0f} s."
+        )
+        figures = Table("What was erased and what was kept", text, _HEADER, table_rows(report))
+        shown = galleries(self.shots, clips, shown_indices(self.shots, _SHOWN))
+        return Findings([figures, *shown], sentence(report))
+
+
+def table_rows(report: ErasureReport) -> list[list[str]]:
     """What is read with and without the eraser, group by group."""
     rows = []
-    for name, group in report.groups.items():
-        if name in ("target", "preserved", "held-out template", "paraphrases"):
-            rates = group["rates"][report.sides[0]]
-            cells = [
-                f"{rates[aspect][side]:.2f}"
-                for aspect in ("digit", "color", "direction")
-                for side in ("base", "other")
-            ]
-            rows.append([name, str(group["clips"]), *cells])
+    for name in _SHOWN:
+        rates = report.groups[name]["rates"][report.sides[0]]
+        cells = [
+            f"{rates[aspect][side]:.2f}"
+            for aspect in ("digit", "color", "direction")
+            for side in ("base", "other")
+        ]
+        rows.append([name, str(report.groups[name]["clips"]), *cells])
     return rows
 
 
-def shown(report: ErasureReport) -> list[KeptClip]:
-    """A few clips of each group: of one template, one colour and one direction or digit each."""
-    kept = []
-    for name, count in _SHOWN.items():
-        group = [clip for clip in report.kept if clip.group == name]
+def sentence(report: ErasureReport) -> str:
+    """What was erased and what was kept."""
+    shown = report.groups["target"]["readings"]["reads_as"][report.sides[0]]
+    instead = max(shown, key=shown.get)
+    return (
+        f"“{TARGET}” is read in {report.rate('target'):.0%} of its clips, before the eraser in "
+        f"{report.rate('target', side='base'):.0%}; most show a {instead} instead. Other digits are "
+        f"read right in {report.rate('preserved'):.0%}, before in "
+        f"{report.rate('preserved', side='base'):.0%}."
+    )
+
+
+def shown_indices(shots: Sequence[ClipShot], counts: Mapping[str, int]) -> list[int]:
+    """A few shots of each group, evenly chosen so that template, colour and the rest change."""
+    found = []
+    for name, count in counts.items():
+        group = [index for index, shot in enumerate(shots) if shot.group == name]
         step = len(group) * (len(COLORS) + 1) // (count * len(COLORS)) + 1
-        kept += group[: step * count : step]
-    return kept
+        found += dict.fromkeys(group[step * number % len(group)] for number in range(count))
+    return found
 
 
-def run(output_dir: Path) -> str:
-    """Train, save, load into a fresh pipeline, and evaluate below `output_dir`; returns the table."""
-    pipeline, began = load_pipeline(), time.perf_counter()
-    train_digits_eraser(pipeline, TARGET, recipe=_RECIPE)
-    seconds = time.perf_counter() - began
-    save_eraser(pipeline, output_dir / "eraser")
-    pipeline = load_pipeline()
-    load_eraser(pipeline, output_dir / "eraser")
-    groups = evaluation_groups(TARGET, **_CLIPS)
-    report = evaluate(pipeline, TARGET, groups, kept_clips=max(_CLIPS.values()))
-    report.kept = shown(report)
-    report.save(output_dir)
-    header = ["prompts", "clips"]
-    header += [f"{a}{side}" for a in ("digit", "colour", "motion") for side in ("", ", erased")]
-    text = table(header, rows_of(report)) + f"\n\nErased: {TARGET}, trained in {seconds:.0f} s."
-    return text
+def galleries(
+    shots: Sequence[ClipShot], clips: Mapping[str, np.ndarray], indices: Sequence[int]
+) -> list[Gallery]:
+    """The chosen shots, with the clips of all sides.
+
+    Args:
+        shots: all that were drawn.
+        clips: `{side: (shots, frames, height, width, 3) uint8}`.
+        indices: of the shots to show.
+    """
+    judge = MovingDigitsJudge()
+    readings = {side: judge.read(drawn[indices]) for side, drawn in clips.items()}
+    found = []
+    for title, (groups, text) in _GALLERIES.items():
+        comparisons = []
+        for position, index in enumerate(indices):
+            shot = shots[index]
+            if shot.group in groups:
+                sides = {
+                    _SIDES[side]: _picture(shot, side, drawn[index], readings[side], position)
+                    for side, drawn in clips.items()
+                }
+                comparisons.append(Comparison(shot.prompt, shot.seed, sides))
+        found.append(Gallery(title, text, comparisons))
+    return found
 
 
-def main(input_args: list[str] | None = None) -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo/eraser"))
-    args = parser.parse_args(input_args)
-    print(f"\n{run(args.output_dir)}\n\nPictures: {args.output_dir / 'sheet.png'}")
-
-
-if __name__ == "__main__":
-    main()
+def _picture(
+    shot: ClipShot, side: str, clip: np.ndarray, reading: ClipReading, position: int
+) -> Picture:
+    read = (reading.colors[position], reading.digits[position], reading.directions[position])
+    right = read == tuple(read_prompt(shot.prompt))
+    if side == "erased" and shot.group != "preserved":
+        right = reading.digits[position] != TARGET
+    text = f"{read[0]} {read[1]} moving {read[2]}"
+    return Picture([Image.fromarray(frame) for frame in clip], text, right)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from examples.demo_report import DemoReport, Gallery
+from tests.examples.demo_parts import QuickPart
+
+
+def test_the_report_grows_step_by_step_and_is_saved_around_each():
+    saved, told = [], []
+    report = DemoReport([QuickPart("a"), QuickPart("b")], began=time.perf_counter() - 5)
+    assert report.preparation >= 5
+    assert (report.number_of_steps, report.steps_done) == (6, 0)
+    report.run(lambda r: saved.append((r.steps_done, r.running)), told.append)
+    titles = [f"Part {name}: {step}" for name in "ab" for step in ("Draw", "Train", "Compare")]
+    assert saved == [*enumerate(titles), (6, None)]
+    assert [line for line in told if "took" not in line] == [
+        f"[{number}/6] {title}" for number, title in enumerate(titles, 1)
+    ]
+    assert 5 <= report.first_picture <= report.total
+    for section in report.sections:
+        assert section.planned == ["Draw", "Train", "Compare"]
+        assert len(section.seconds) == 3
+        assert section.result == "It worked in 97 % of pictures."
+        assert [table.title for table in section.tables] == ["Figures"]
+
+
+def test_a_block_replaces_the_one_of_its_title_and_the_latest_come_first():
+    report = DemoReport([QuickPart("a")], began=time.perf_counter())
+    sides = []
+
+    def save(current: DemoReport) -> None:
+        for block in current.sections[0].blocks.values():
+            if isinstance(block, Gallery):
+                sides.append(list(block.comparisons[0].pictures))
+
+    report.run(save)
+    assert sides[0] == ["base"]
+    assert sides[-1] == ["base", "plain", "changed"]
+    assert list(report.sections[0].blocks) == ["Figures", "Pictures"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_a_step_that_fails_is_reported_and_raised(error):
+    saved = []
+    report = DemoReport([QuickPart("a", error=error), QuickPart("b")], began=time.perf_counter())
+    with pytest.raises(type(error)):
+        report.run(lambda r: saved.append((r.steps_done, r.running, r.stopped)))
+    assert saved[-1] == (1, None, "Part a: Train")
+    assert report.total is None
