@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,26 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
-from safetensors.torch import save
 
-from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import (
-    LEGACY_TYPE,
-    PEFT_PREFIX,
     StateDict,
-    eraser_shape,
-    to_legacy,
 )
 from diffusers_ext.eraser.eraser_card import eraser_card
-from diffusers_ext.eraser.eraser_files import FORMATS
 from diffusers_ext.eraser.loading import (
     EraserTarget,
     eraser_tensors,
     find_eraser,
     find_transformer,
+)
+from diffusers_ext.eraser.written_files import (
+    check_eraser_folder,
+    check_eraser_tensors,
+    legacy_files,
+    peft_files,
+    write_eraser_files,
 )
 
 
@@ -78,13 +75,13 @@ def save_eraser(
             card. Nothing is written.
     """
     folder = Path(save_directory)
-    _check_folder(folder, format)
+    check_eraser_folder(folder, format)
     transformer = find_transformer(transformer_or_pipe)
     adapter_name = find_eraser(transformer, adapter_name)
     tensors = eraser_tensors(transformer, adapter_name)
     _check_in_memory(tensors)
     tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}
-    _check_tensors(tensors, adapter_name, dtype)
+    check_eraser_tensors(tensors, adapter_name, dtype)
     config = copy.copy(transformer.peft_config[adapter_name])
     config.concept = concept or config.concept
     config.anchor_concept = anchor_concept or config.anchor_concept
@@ -92,15 +89,15 @@ def save_eraser(
     known_name = config.base_model_name_or_path or transformer.config.get("_name_or_path")
     config.base_model_name_or_path = base_model_name_or_path or known_name or None
     if format == "peft":
-        files = _peft_files(config, tensors, transformer)
+        files = peft_files(config, tensors, type(transformer))
     else:
-        files = _legacy_files(tensors, transformer)
+        files = legacy_files(tensors, len(transformer.transformer_blocks))
     hub, card = _upload_parts(config, tensors, push_to_hub, hub_arguments)
-    _write(folder, files)
+    write_eraser_files(folder, files)
     if card is not None:
         # Not the folder itself, which may hold the checkpoints of a training run.
         with tempfile.TemporaryDirectory() as upload:
-            _write(Path(upload), files)
+            write_eraser_files(Path(upload), files)
             push_folder(upload, repo_id or folder.resolve().name, card, **hub)
 
 
@@ -124,77 +121,9 @@ def _upload_parts(
     return hub, eraser_card(tensors, token=hub.get("token"), **{**known, **facts})
 
 
-def _check_folder(folder: Path, format: str) -> None:
-    if format not in FORMATS:
-        raise ValueError(f"`format` must be one of {tuple(FORMATS)}, got {format!r}.")
-    if folder.is_file():
-        raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
-    for other, names in FORMATS.items():
-        if other != format and any((folder / name).exists() for name in names):
-            raise ValueError(
-                f"`save_directory` must not hold an eraser of another format, got {folder} with one "
-                f"of format {other!r}. Choose another folder."
-            )
-
-
 def _check_in_memory(tensors: StateDict) -> None:
     if any(tensor.device.type == "meta" for tensor in tensors.values()):
         raise ValueError(
             "The eraser's weights must be in memory, got the meta device, as after "
             "`enable_sequential_cpu_offload()`. Save it before that call."
         )
-
-
-def _check_tensors(tensors: StateDict, adapter_name: str, dtype: torch.dtype | None) -> None:
-    """Of the tensors as they are to be written: a narrow dtype may overflow, or leave nothing."""
-    eraser_shape(tensors, f"The eraser {adapter_name!r}" + (f" in {dtype}" if dtype else ""))
-    if not any(tensor.any() for name, tensor in tensors.items() if "eraser_up" in name):
-        raise ValueError(
-            f"A saved eraser must have an effect, got {adapter_name!r} with zero in every "
-            "`eraser_up`. Train it first."
-        )
-
-
-def _peft_files(
-    config: EraserConfig, tensors: StateDict, transformer: CogVideoXTransformer3DModel
-) -> dict[str, bytes]:
-    config.inference_mode = True
-    facts = config.to_dict()
-    # For `AutoPeftModel`.
-    facts["auto_mapping"] = {
-        "base_model_class": type(transformer).__name__,
-        "parent_library": type(transformer).__module__,
-    }
-    facts = {name: sorted(v) if isinstance(v, set) else v for name, v in facts.items()}
-    weights = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
-    config_name, weights_name = FORMATS["peft"]
-    return {
-        weights_name: save(weights, metadata={"format": "pt"}),
-        config_name: (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode(),
-    }
-
-
-def _legacy_files(tensors: StateDict, transformer: CogVideoXTransformer3DModel) -> dict[str, bytes]:
-    tree = to_legacy(tensors, len(transformer.transformer_blocks))
-    facts = {"eraser_type": LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}
-    weights = io.BytesIO()
-    torch.save(tree, weights)
-    config_name, weights_name = FORMATS["legacy"]
-    return {
-        weights_name: weights.getvalue(),
-        config_name: (json.dumps(facts, indent=4) + "\n").encode(),
-    }
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the files; a new folder appears with all of them or not at all."""
-    if folder.exists():
-        for name, content in files.items():
-            write_atomically(folder / name, content)
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
-        staged = Path(staging, folder.name)
-        staged.mkdir()
-        _write(staged, files)
-        os.replace(staged, folder)
