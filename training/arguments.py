@@ -95,6 +95,12 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hub_private_repo", action="store_true", help="make a new repository private"
     )
+    group.add_argument(
+        "--hub_license", help="of the result, e.g. apache-2.0; the base model's own without it"
+    )
+    group.add_argument(
+        "--hub_base_model", help="Hub name of the base model, where that is a folder here"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

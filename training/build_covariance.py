@@ -36,9 +36,10 @@ from training.collection_progress import check_resume, collection_facts, collect
 from training.config_file import parse_arguments, read_nullbooth_block
 from training.knowledge import collect, load_pipeline, read_knowledge
 from training.output_folder import staged_output
-from training.publish import publish_statistics
+from training.publish import collection_card, prepare_upload, publish_statistics
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
 from training.statistics_report import draw_attention_maps, has_matplotlib, write_statistics
+from training.upload import check_login
 
 
 logger = get_logger(__name__)
@@ -87,7 +88,11 @@ def main(args: argparse.Namespace) -> Path:
     accelerator = make_accelerator(args)
     facts = collection_facts(args, prompts, accelerator.num_processes)
     check_resume(args, facts)
+    if args.push_to_hub and accelerator.is_main_process:
+        check_login(args)  # a missing login stops the run here, not after it
     pipeline = load_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
+    if args.push_to_hub and accelerator.is_main_process:
+        prepare_upload(args, collection_card(args, pipeline, prompts))
     with collection_progress(args, facts, accelerator) as progress_dir:
         began = time.perf_counter()
         statistics = collect(args, pipeline, accelerator, prompts, progress_dir)
@@ -101,7 +106,7 @@ def main(args: argparse.Namespace) -> Path:
                     draw_attention_maps(args, pipeline, prompts, folder)
     logger.info(f"Wrote {args.output_dir}")
     if args.push_to_hub and accelerator.is_main_process:
-        publish_statistics(args, statistics)
+        publish_statistics(args, pipeline, statistics)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Path(args.output_dir)

@@ -43,7 +43,7 @@ from training.config_file import parse_arguments, read_nullbooth_block
 from training.dreambooth import encode_images, list_images
 from training.knowledge import load_or_collect, load_pipeline
 from training.loop import TrainingLoop
-from training.publish import Validation, make_repository, publish
+from training.publish import prepare_upload, publish, subject_card
 from training.run_setup import (
     WEIGHT_DTYPES,
     check_resume,
@@ -62,6 +62,8 @@ from training.subject_checks import (
     check_subject_arguments,
     subject_settings,
 )
+from training.subject_validation import Validation
+from training.upload import check_login
 
 
 logger = get_logger(__name__)
@@ -167,9 +169,11 @@ def main(args: argparse.Namespace) -> Path:
     check_args(args)
     accelerator = make_accelerator(args)
     if args.push_to_hub and accelerator.is_main_process:
-        make_repository(args)  # a missing login stops the run here, not after it
+        check_login(args)  # a missing login stops the run here, not after it
     pipeline = load_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
     check_against_model(args, pipeline)
+    if args.push_to_hub and accelerator.is_main_process:
+        prepare_upload(args, subject_card(args, pipeline))
     plain = args.directions == "plain"
     statistics = None if plain else load_or_collect(args, pipeline, accelerator)
     prepared = prepare_weights(args, pipeline, statistics)
@@ -193,7 +197,7 @@ def main(args: argparse.Namespace) -> Path:
         }
         save_result(args, pipeline, statistics, report)
         if args.push_to_hub:
-            publish(args, pipeline, validation.files)
+            publish(args, pipeline, statistics, report, validation.files)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Path(args.output_dir)
