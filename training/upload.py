@@ -1,21 +1,15 @@
-"""What the scripts do around `--push_to_hub`: facts for the card, a check before the run, the upload."""
+"""What the command line says about an upload and its card, and whether somebody is logged in."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from diffusers_ext.core.base_model import find_licence
-from diffusers_ext.core.hub import Card, push_folder
-
-
-logger = get_logger(__name__)
 
 
 def card_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,27 +39,6 @@ def check_login(args: argparse.Namespace) -> None:
         ) from error
 
 
-def upload_folder(
-    args: argparse.Namespace, card: Callable[..., Card], ignore_patterns: Sequence[str] = ()
-) -> str:
-    """Upload the output folder but for some patterns; returns the address of the commit.
-
-    Args:
-        args: of the script.
-        card: as of `make_card`.
-        ignore_patterns: files that stay here.
-    """
-    commit = push_folder(
-        args.output_dir,
-        repository_name(args),
-        card,
-        ignore_patterns=ignore_patterns,
-        **upload_arguments(args),
-    )
-    logger.info(f"Uploaded to {commit}")
-    return commit
-
-
 def repository_name(args: argparse.Namespace) -> str:
     """The repository of `--hub_model_id`, or one with the name of the output folder."""
     return args.hub_model_id or Path(args.output_dir).resolve().name
@@ -74,3 +47,22 @@ def repository_name(args: argparse.Namespace) -> str:
 def upload_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says about the upload itself."""
     return {"private": args.hub_private_repo or None, "token": args.hub_token}
+
+
+def widget_of(
+    args: argparse.Namespace, prompts: Sequence[str], files: Sequence[Path]
+) -> list[tuple[str, str]]:
+    """Prompts with their pictures or clips below the output folder, as a card names them."""
+    return [(p, path.relative_to(args.output_dir).as_posix()) for p, path in zip(prompts, files)]
+
+
+def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that are not set, which a card leaves out."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def patterns_below(output_dir: str, *folders: str | None) -> list[str]:
+    """Patterns for all files of those folders that lie in the output folder."""
+    root = Path(output_dir).resolve()
+    below = [Path(folder).resolve() for folder in folders if folder is not None]
+    return [f"{f.relative_to(root).as_posix()}/*" for f in below if f.is_relative_to(root)]
