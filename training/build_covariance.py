@@ -36,10 +36,10 @@ from training.collection_progress import check_resume, collection_facts, collect
 from training.config_file import parse_arguments, read_nullbooth_block
 from training.knowledge import collect, load_pipeline, read_knowledge
 from training.output_folder import staged_output
-from training.publish import collection_card, publish_statistics
+from training.publish import collection_card, prepare_upload, publish_statistics
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
 from training.statistics_report import draw_attention_maps, has_matplotlib, write_statistics
-from training.upload import check_login, prepare_upload
+from training.upload import check_login
 
 
 logger = get_logger(__name__)

@@ -7,21 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.hub import Card, make_card
+from diffusers_ext.core.hub import Card, make_card, make_repository, push_folder
 from diffusers_ext.nullspace.measured_models import plain_class_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.nullspace.statistics_card import statistics_card
 from hub_cards import Measured
 from training.dreambooth import list_images
-from training.upload import (
-    card_arguments,
-    patterns_below,
-    shown_settings,
-    upload_folder,
-    widget_of,
-)
+from training.upload import card_arguments, repository_name, upload_arguments
+
+
+logger = get_logger(__name__)
 
 
 # Of the arguments, what a card shows.
@@ -30,6 +28,20 @@ _SHOWN = (
     "lr_scheduler", "mixed_precision", "seed", "random_flip", "snr_gamma",
     "with_prior_preservation", "eps", "null_energy", "nullspace_threshold", "lora_dropout",
 )  # fmt: skip
+
+
+def prepare_upload(args: argparse.Namespace, card: Callable[..., Card]) -> None:
+    """Make the repository and let the Hub read a card before a run: at its end it would be too late.
+
+    Args:
+        args: of a script.
+        card: with what is known by now.
+
+    Raises:
+        ValueError: the Hub refuses the card.
+    """
+    card("user/name").validate()
+    make_repository(repository_name(args), **upload_arguments(args))
 
 
 def subject_card(
@@ -111,7 +123,7 @@ def publish(
     """
     ignored = ["checkpoint-*", ".partial-*", f"{args.logging_dir}/*", "class_*"]
     ignored += patterns_below(args.output_dir, args.instance_data_dir, args.class_data_dir)
-    return upload_folder(
+    return push_output(
         args,
         subject_card(args, pipeline, statistics, report, pictures),
         ignored,
@@ -144,4 +156,50 @@ def publish_statistics(
         Address of the commit.
     """
     card = statistics_card(statistics, pipeline=plain_class_name(pipeline), **card_arguments(args))
-    return upload_folder(args, card, [".*", "progress/*"])
+    return push_output(args, card, [".*", "progress/*"])
+
+
+def push_output(
+    args: argparse.Namespace,
+    card: Callable[..., Card],
+    ignored: Sequence[str] = (),
+    at_root: str | None = None,
+) -> str:
+    """Upload the output folder but for some patterns; returns the address of the commit.
+
+    Args:
+        args: of the script.
+        card: of the result.
+        ignored: patterns of files that stay here.
+        at_root: a folder in it whose files come to the root of the repository.
+    """
+    commit = push_folder(
+        args.output_dir,
+        repository_name(args),
+        card,
+        commit_message="Upload results of the training scripts",
+        ignore_patterns=ignored,
+        at_root=at_root,
+        **upload_arguments(args),
+    )
+    logger.info(f"Uploaded to {commit}")
+    return commit
+
+
+def widget_of(
+    args: argparse.Namespace, prompts: Sequence[str], files: Sequence[Path]
+) -> list[tuple[str, str]]:
+    """Prompts with their pictures or clips below the output folder, as a card names them."""
+    return [(p, path.relative_to(args.output_dir).as_posix()) for p, path in zip(prompts, files)]
+
+
+def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that are not set, which a card leaves out."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def patterns_below(output_dir: str, *folders: str | None) -> list[str]:
+    """Patterns for all files of those folders that lie in the output folder."""
+    root = Path(output_dir).resolve()
+    below = [Path(folder).resolve() for folder in folders if folder is not None]
+    return [f"{f.relative_to(root).as_posix()}/*" for f in below if f.is_relative_to(root)]

@@ -43,7 +43,7 @@ from training.config_file import parse_arguments, read_nullbooth_block
 from training.dreambooth import encode_images, list_images
 from training.knowledge import load_or_collect, load_pipeline
 from training.loop import TrainingLoop
-from training.publish import publish, subject_card
+from training.publish import prepare_upload, publish, subject_card
 from training.run_setup import (
     WEIGHT_DTYPES,
     check_resume,
@@ -63,7 +63,7 @@ from training.subject_checks import (
     subject_settings,
 )
 from training.subject_validation import Validation
-from training.upload import check_login, prepare_upload
+from training.upload import check_login
 
 
 logger = get_logger(__name__)

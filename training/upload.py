@@ -47,22 +47,3 @@ def repository_name(args: argparse.Namespace) -> str:
 def upload_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says about the upload itself."""
     return {"private": args.hub_private_repo or None, "token": args.hub_token}
-
-
-def widget_of(
-    args: argparse.Namespace, prompts: Sequence[str], files: Sequence[Path]
-) -> list[tuple[str, str]]:
-    """Prompts with their pictures or clips below the output folder, as a card names them."""
-    return [(p, path.relative_to(args.output_dir).as_posix()) for p, path in zip(prompts, files)]
-
-
-def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without those that are not set, which a card leaves out."""
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def patterns_below(output_dir: str, *folders: str | None) -> list[str]:
-    """Patterns for all files of those folders that lie in the output folder."""
-    root = Path(output_dir).resolve()
-    below = [Path(folder).resolve() for folder in folders if folder is not None]
-    return [f"{f.relative_to(root).as_posix()}/*" for f in below if f.is_relative_to(root)]
