@@ -37,7 +37,7 @@ def render(template: str, data: CardData, **facts: Any) -> ModelCard | DatasetCa
     try:
         words = _environment().get_template(f"{template}.jinja").render(facts)
     except TemplateNotFound as error:
-        present = sorted(found.name.split(".")[0] for found in _TEMPLATES.glob("*.md.jinja"))
+        present = sorted(found.stem for found in _TEMPLATES.glob("[!_]*.jinja"))
         raise ValueError(f"`template` must be one of {present}, got {template!r}.") from error
     except UndefinedError as error:
         raise ValueError(
@@ -90,7 +90,7 @@ def python_literal(words: str) -> str:
 
 def count(number: int) -> str:
     """A whole number with commas."""
-    return f"{number:,}"
+    return f"{int(number):,}"
 
 
 def figure(value: float) -> str:
