@@ -46,6 +46,7 @@ NOT_RUN = {
     "python docs/settings_tables.py": "writes these pages; compared in test_settings_tables.py",
     "python benchmarks/": "measures for minutes or hours",
 }
+CHINESE = ROOT / "README_zh.md"
 # A reader is told to make a file of the block before.
 SAVED_IN = re.compile(r"```\s+Saved in `(\w+\.py)`")
 
@@ -111,7 +112,19 @@ def test_every_snippet_of_a_page_runs(page, hub, tmp_path, monkeypatch):
 
 def test_every_page_with_code_is_run():
     found = set(ROOT.glob("*.md")) | set(ROOT.glob("docs/*.md"))
-    assert found <= set(PAGES)
+    assert found - {CHINESE} <= set(PAGES)
+
+
+def test_the_chinese_front_page_has_the_same_code_and_figures():
+    english, chinese = (page.read_text(encoding="utf-8") for page in (PAGES[0], CHINESE))
+    code = [[re.sub(r"#.*", "", s.text) for s in snippets(page)] for page in (PAGES[0], CHINESE)]
+    assert code[0] == code[1]
+    figures = [re.findall(r"-?\d\.\d+", text) for text in (english, chinese)]
+    # Sizes of networks are counted in another unit.
+    assert [f for f in figures[1] if f not in ("1.6", "1.0")] == [
+        f for f in figures[0] if f not in ("1.6", "1.0")
+    ]
+    assert re.findall(r"arXiv [\d.]+", chinese) == re.findall(r"arXiv [\d.]+", english)
 
 
 def test_blocks_that_are_no_code_are_indented():
