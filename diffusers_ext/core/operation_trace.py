@@ -24,6 +24,7 @@ class Operation(NamedTuple):
     flops: int  # of matrix products, convolutions and attention; 0 for everything else
     bytes: int  # read and written
     dtype: torch.dtype  # of what it computes with
+    convolution: bool = False
 
 
 @shape_wrapper
@@ -96,4 +97,6 @@ class OperationTrace(MemoryTrace):
         flops = 0 if count_flops is None else int(count_flops(*args, **kwargs, out_val=result))
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written))
         dtypes = [tensor.dtype for tensor in read if tensor.is_floating_point()]
-        self.operations[Operation(flops, moved, dtypes[0] if dtypes else read[0].dtype)] += 1
+        dtype = dtypes[0] if dtypes else read[0].dtype
+        convolution = "convolution" in str(function)
+        self.operations[Operation(flops, moved, dtype, convolution)] += 1

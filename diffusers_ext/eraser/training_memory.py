@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from peft import inject_adapter_in_model
-from torch.nn import functional
 
+from diffusers_ext.core.gpu_autocast import gpu_autocast
 from diffusers_ext.core.memory_trace import (
     MemoryTrace,
     fake_tensors,
@@ -165,23 +164,6 @@ def _read_attention(model: CogVideoXTransformer3DModel, shape: StepShape) -> Ite
 
 @contextmanager
 def _gpu_autocast(model: CogVideoXTransformer3DModel, shape: StepShape) -> Iterator[None]:
-    """Autocast as on a GPU, where layer norms compute in float32 and give float32.
-
-    The CPU's autocast leaves layer norms alone. Only for a model that is thrown away: its layer
-    norms stay so, for gradient checkpointing runs them again in the backward pass.
-    """
-    if not shape.autocast or shape.dtype == torch.float32:
+    """Autocast as on a GPU, where a shape asks for it."""
+    with gpu_autocast(model, shape.dtype if shape.autocast else torch.float32):
         yield
-        return
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.forward = partial(_float32_layer_norm, module)
-    with torch.autocast("cpu", shape.dtype):
-        yield
-
-
-def _float32_layer_norm(module: torch.nn.LayerNorm, features: torch.Tensor) -> torch.Tensor:
-    weight, bias = (None if p is None else p.float() for p in (module.weight, module.bias))
-    return functional.layer_norm(
-        features.float(), module.normalized_shape, weight, bias, module.eps
-    )

@@ -158,8 +158,8 @@ def plan_eraser_training(
     setting = EraserSetting() if setting is None else setting
     configs = model if isinstance(model, PipelineConfigs) else read_pipeline_configs(model)
     check_rank(setting.rank, transformer_width(configs.transformer))
-    setting, latents, text_length = _fill_size(configs, setting)
-    shape = _step_shape(setting, latents)
+    setting, latents, text_length = fill_size(configs, setting)
+    shape = step_shape(setting, latents)
     step = step_memory(configs.transformer, shape, exact=exact)
     text = text_encoder_memory(
         configs.text_encoder, setting.text_batch_size, text_length, setting.dtype
@@ -184,7 +184,7 @@ def plan_eraser_training(
     return EraserPlan(setting, parts, phases, _sample_bytes(setting, latents))
 
 
-def _fill_size(
+def fill_size(
     configs: PipelineConfigs, setting: EraserSetting
 ) -> tuple[EraserSetting, tuple[int, int, int, int], int]:
     """The setting with the clip's size, the shape of its latents, and the tokens of a prompt."""
@@ -200,7 +200,8 @@ def _fill_size(
     return setting, shape, config.max_text_seq_length
 
 
-def _step_shape(setting: EraserSetting, latents: tuple[int, int, int, int]) -> StepShape:
+def step_shape(setting: EraserSetting, latents: tuple[int, int, int, int]) -> StepShape:
+    """The training step of a setting whose clips have a size."""
     target, preserved = setting.target_rows, setting.preserved_rows
     # The teacher is asked for the concept's prompts, the anchor's, preserved ones and, for masks, the
     # empty one; in sampling for three at once.

@@ -1,0 +1,130 @@
+"""A base model as shapes: the classes and configs of its components, without any weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+from diffusers_ext.core.memory_trace import tensor_bytes
+
+
+DENOISERS = ("unet", "transformer")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a pipeline.
+
+    Attributes:
+        class_name: of diffusers or transformers.
+        config: what its config says; the class's own defaults fill in the rest.
+    """
+
+    class_name: str
+    config: Mapping[str, Any]
+
+    def build(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """The model on the meta device, frozen, in eval mode."""
+        model_class = _model_class(self.class_name)
+        with torch.device("meta"):
+            if issubclass(model_class, diffusers.ModelMixin):
+                model = model_class.from_config(dict(self.config))
+            else:
+                model = model_class(model_class.config_class(**self.config))
+        # Not the method of diffusers, which has a warning about every cast.
+        return torch.nn.Module.to(model, dtype).requires_grad_(False).eval()
+
+    def parameters(self) -> int:
+        """How many."""
+        return sum(parameter.numel() for parameter in self.build().parameters())
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Of the weights and buffers in a dtype."""
+        model = self.build(dtype)
+        return tensor_bytes([*model.parameters(), *model.buffers()])
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The components of a pipeline that have weights.
+
+    Attributes:
+        name: as it is published, or the folder.
+        pipeline: class name.
+        components: by name, in the order of the pipeline.
+        stored_dtype: of the published weights; `None` for a folder, which is there already.
+    """
+
+    name: str
+    pipeline: str
+    components: Mapping[str, Component]
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def denoiser(self) -> str:
+        """`"unet"` or `"transformer"`."""
+        return next(name for name in DENOISERS if name in self.components)
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """Names of those that there are, in order."""
+        return [name for name in self.components if name.startswith("text_encoder")]
+
+    @property
+    def download(self) -> int:
+        """Bytes of the weights as they are published; 0 for a folder."""
+        if self.stored_dtype is None:
+            return 0
+        sizes = (part.parameters() for part in self.components.values())
+        return sum(sizes) * self.stored_dtype.itemsize
+
+
+def read_folder(folder: Path) -> BaseModel:
+    """The pipeline in a local folder, of which only configs are read.
+
+    Raises:
+        ValueError: no pipeline, or one without a denoiser.
+    """
+    index = _read_json(folder / "model_index.json")
+    components = {}
+    for name, entry in index.items():
+        class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        path = folder / name / "config.json"
+        # Tokenizers and schedulers have no weights, and no config of this name.
+        if class_name is None or not path.is_file() or _model_class(class_name) is None:
+            continue
+        config = {key: value for key, value in _read_json(path).items() if key[0] != "_"}
+        components[name] = Component(class_name, config)
+    if not set(components) & set(DENOISERS):
+        raise ValueError(
+            f"`model` must have one of {DENOISERS} with a config.json, got {folder} with "
+            f"{sorted(components)}."
+        )
+    return BaseModel(str(folder), index.get("_class_name", ""), components)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"`model` must be the folder of a pipeline, got one without {path}.")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+
+
+def _model_class(name: str) -> type[torch.nn.Module] | None:
+    if name == "StableDiffusionSafetyChecker":
+        return StableDiffusionSafetyChecker
+    for library in (diffusers, transformers):
+        found = getattr(library, name, None)
+        if isinstance(found, type) and issubclass(found, torch.nn.Module):
+            return found
+    return None

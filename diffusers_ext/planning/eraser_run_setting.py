@@ -1,0 +1,87 @@
+"""How an eraser is trained, by the names of the training script."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from diffusers_ext.planning.eraser_training import EraserSetting
+from diffusers_ext.planning.setting_checks import check_counts, check_precision
+from diffusers_ext.planning.work import WEIGHT_DTYPES
+
+
+_STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
+_COUNTS = (
+    "max_train_steps", "gradient_accumulation_steps", "num_prompts", "num_target_trajectories",
+    "num_inference_steps", "points_per_trajectory",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EraserRunSetting:
+    """How an eraser is trained, by the names of the training script.
+
+    Attributes:
+        rank, num_frames, height, width, target_rows, preserved_rows, rows_in_turn,
+            gradient_checkpointing, localization, latents_source, sampling_batch_size,
+            text_batch_size, validation: as in `EraserSetting`.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
+        max_train_steps: optimizer steps.
+        gradient_accumulation_steps: batches of a step.
+        num_prompts: encoded in all.
+        num_target_trajectories, num_preserved_trajectories: clips that the teacher samples.
+        points_per_trajectory: states kept of each.
+        num_inference_steps: of a clip.
+        trajectories_dtype: `"fp32"` or `"fp16"`, of the kept states.
+        validation_steps: steps between two validation clips; only at the end when `None`.
+        checkpointing_steps: steps between two checkpoints; none are written when `None`.
+        checkpoints_total_limit: how many are kept; all when `None`.
+    """
+
+    rank: int = 128
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    target_rows: int = 1
+    preserved_rows: int = 1
+    rows_in_turn: bool = False
+    gradient_checkpointing: bool = True
+    localization: bool = False
+    latents_source: str = "trajectory"
+    sampling_batch_size: int = 1
+    text_batch_size: int = 8
+    validation: bool = False
+    mixed_precision: str = "bf16"
+    max_train_steps: int = 500
+    gradient_accumulation_steps: int = 1
+    num_prompts: int = 64
+    num_target_trajectories: int = 16
+    num_preserved_trajectories: int = 32
+    points_per_trajectory: int = 16
+    num_inference_steps: int = 50
+    trajectories_dtype: str = "fp32"
+    validation_steps: int | None = None
+    checkpointing_steps: int | None = None
+    checkpoints_total_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_precision(self.mixed_precision)
+        check_counts(self, _COUNTS)
+        if self.trajectories_dtype not in _STORAGE:
+            raise ValueError(
+                f"`trajectories_dtype` must be one of {list(_STORAGE)}, got "
+                f"{self.trajectories_dtype!r}."
+            )
+
+    def memory_setting(self) -> EraserSetting:
+        """What its memory depends on."""
+        shared = {f.name for f in fields(EraserSetting)} & {f.name for f in fields(self)}
+        points = min(self.points_per_trajectory, self.num_inference_steps)
+        return EraserSetting(
+            dtype=WEIGHT_DTYPES[self.mixed_precision],
+            target_points=points * self.num_target_trajectories,
+            preserved_points=points * self.num_preserved_trajectories,
+            storage_dtype=_STORAGE[self.trajectories_dtype],
+            **{name: getattr(self, name) for name in shared},
+        )
