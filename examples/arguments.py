@@ -1,0 +1,39 @@
+"""What all examples share: options of the command line with defaults, and where models run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+# Half the memory where it is fast; bfloat16 has the range of float32, so VAEs and LoRAs do not overflow.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def read_arguments(
+    description: str | None, input_args: Sequence[str] | None, **defaults: Any
+) -> argparse.Namespace:
+    """The options `--name value` of a command line.
+
+    Args:
+        description: for `--help`.
+        input_args: the command line; the process's when `None`.
+        defaults: one per option, whose type it has: a tuple takes several texts, a type as default
+            is a required option, `None` a text that may be missing.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in defaults.items():
+        if isinstance(default, type):
+            parser.add_argument(f"--{name}", type=default, required=True)
+        elif isinstance(default, tuple):
+            parser.add_argument(f"--{name}", nargs="+", default=default)
+        else:
+            kind = str if default is None else type(default)
+            parser.add_argument(f"--{name}", type=kind, default=default, help=f"[{default}]")
+    return parser.parse_args(input_args)
