@@ -40,7 +40,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         "--dataset_name", required=True, help="Hub name, folder, or csv, json, parquet or txt file"
     )
     parser.add_argument("--dataset_config_name", help="of a Hub data set that has several")
-    parser.add_argument("--split", default="train", help="of the data set")
+    parser.add_argument("--split", default="train", help="of a Hub data set or folder")
     parser.add_argument("--caption_column", default="caption", help="not read for txt files")
     parser.add_argument("--output_dir", required=True, help="folder of the prompts file")
     parser.add_argument("--output_filename", default="prompts.txt", help="name of the prompts file")
@@ -77,13 +77,18 @@ def open_rows(args: argparse.Namespace, only_captions: bool = True) -> IterableD
         ValueError: nothing of that name, or no such split.
     """
     path, column = Path(args.dataset_name), args.caption_column
+    texts = sorted(path.glob("*.txt")) if path.is_dir() else []
+    if (path.is_file() or texts) and args.split != "train":
+        raise ValueError(
+            f"`split` must be 'train' for files, which have no others, got {args.split!r} for {path}."
+        )
     if path.suffix.lower() in (".csv", ".txt") and path.is_file():
         return _stream_files([path], column)
-    if path.is_dir() and (files := sorted(path.glob("*.txt"))):
-        return _stream_files(files, column)
+    if texts:
+        return _stream_files(texts, column)
     source: dict[str, Any] = {"path": args.dataset_name, "name": args.dataset_config_name}
     if path.suffix.lower() in _FORMATS and path.is_file():
-        source = {"path": _FORMATS[path.suffix.lower()], "data_files": {args.split: str(path)}}
+        source = {"path": _FORMATS[path.suffix.lower()], "data_files": str(path)}
     try:
         builder = load_dataset_builder(**source, cache_dir=args.cache_dir, revision=args.revision)
     except (FileNotFoundError, ConnectionError) as error:

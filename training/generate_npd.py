@@ -30,6 +30,7 @@ from diffusers_ext.golden_noise.pair_writer import PairWriter
 from diffusers_ext.golden_noise.pairs import read_config
 from diffusers_ext.rewards.reward import Reward
 from training.arguments import (
+    add_hub_arguments,
     add_model_arguments,
     add_resume_argument,
     add_sampling_arguments,
@@ -37,7 +38,7 @@ from training.arguments import (
 from training.checkpoint_folders import check_same_facts
 from training.config_file import parse_arguments
 from training.golden_evaluation_arguments import GOLDEN_EVALUATION_GROUPS
-from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS
+from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS, read_aliases
 from training.pair_arguments import (
     SDXL,
     add_filter_arguments,
@@ -45,11 +46,13 @@ from training.pair_arguments import (
     check_pair_arguments,
 )
 from training.pair_generation import PairMaker, PairSettings, generate, list_candidates
+from training.pair_publication import prepare_pair_upload, publish_pairs
 from training.pair_rendering import Rendering, latent_shape, load_base_pipeline
 from training.pair_report import check_report, summarize, write_report
 from training.plugins import load_reward
 from training.prompt_files import read_prompt_file
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
+from training.upload import check_login
 
 
 logger = get_logger(__name__)
@@ -66,12 +69,15 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         add_sampling_arguments,
         add_pair_arguments,
         add_filter_arguments,
+        add_hub_arguments,
     )
     for add_arguments in groups:
         add_arguments(parser)
     parser.set_defaults(pretrained_model_name_or_path=SDXL)
     shared = (*PAIR_GROUPS, *SEQUENCE_GROUPS, *GOLDEN_EVALUATION_GROUPS)  # of one YAML file
-    return parse_arguments(parser, input_args, ("prompt_file", "output_dir"), groups=shared)
+    return parse_arguments(
+        parser, input_args, ("prompt_file", "output_dir"), read_aliases, groups=shared
+    )
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -159,6 +165,8 @@ def main(args: argparse.Namespace) -> Path:
     prompts = read_prompts(args)
     check_resume(args)
     accelerator = make_accelerator(args)
+    if args.push_to_hub and accelerator.is_main_process:
+        check_login(args)
     pipeline = load_base_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
     shape = latent_shape(pipeline, args.output_size)
     reward = None
@@ -172,6 +180,8 @@ def main(args: argparse.Namespace) -> Path:
     candidates = list_candidates(prompts, args.noises_per_prompt, args.seed)
     num_shards = -(-len(candidates) // args.shard_size)
     facts = generation_facts(args, prompts, pipeline, reward)
+    if args.push_to_hub and accelerator.is_main_process:
+        prepare_pair_upload(args, facts, shape)
     writer = PairWriter(args.output_dir, shape, args.num_steps, num_shards, facts)
     shards = open_set(args, writer, accelerator)
     began = time.perf_counter()
@@ -191,6 +201,8 @@ def main(args: argparse.Namespace) -> Path:
         finish(args, writer, accelerator, tried, seconds)
     accelerator.wait_for_everyone()
     check_report(args.output_dir)
+    if args.push_to_hub and accelerator.is_main_process:
+        publish_pairs(args)
     accelerator.end_training()
     return Path(args.output_dir)
 

@@ -22,7 +22,8 @@ def add_noise_data_arguments(parser: argparse.ArgumentParser) -> None:
         dest="pretrained_model_name_or_path",
         help="the same as --pretrained_model_name_or_path",
     )
-    group.add_argument("--dataset_dir", help="folder of noise pairs or sequences")
+    group.add_argument("--dataset_dir", help="noise pairs or sequences: folder or Hub name")
+    group.add_argument("--dataset_revision", help="revision of the noises on the Hub")
     group.add_argument(
         "--npnet_model_id",
         choices=["SDXL", "DreamShaper", "DiT"],

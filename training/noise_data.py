@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
+from diffusers_ext.golden_noise.pair_set_hub import download_pairs
 from diffusers_ext.golden_noise.pairs import open_pairs
 from training.prompt_means import WithoutPromptMeans
 
@@ -95,9 +96,15 @@ class NoiseSamples(Dataset):
 
 def read_pairs(args: argparse.Namespace) -> Dataset:
     """The data of `--dataset_dir`; raises `ValueError` where it contradicts the command line."""
-    if not Path(args.dataset_dir).is_dir():
-        raise ValueError(f"`dataset_dir` must be a folder of noise pairs, got {args.dataset_dir}.")
-    pairs = open_pairs(args.dataset_dir)
+    folder = Path(args.dataset_dir)
+    if not folder.is_dir():
+        folder = download_pairs(
+            args.dataset_dir,
+            argument="dataset_dir",
+            revision=args.dataset_revision,
+            token=args.hub_token,
+        )
+    pairs = open_pairs(folder)
     if len(pairs) == 0:
         raise ValueError(f"`dataset_dir` must hold pairs, got none in {args.dataset_dir}.")
     if args.remove_prompt_mean:

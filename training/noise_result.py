@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 
-from hub_cards import render
+from diffusers_ext.core.base_model import public_name
+from diffusers_ext.core.hub import Card
+from diffusers_ext.golden_noise.network_card import network_card
+from hub_cards import Measured
 from training.output_folder import staged_output
-from training.publish import card_data, make_repository, upload_output
+from training.publish import patterns_below, push_output
+from training.upload import card_arguments
 
 
-# The pipeline of this package that takes the network for a base pipeline.
-PIPELINES = {
-    "StableDiffusionPipeline": "GoldenNoisePipeline",
-    "StableDiffusionXLPipeline": "GoldenNoiseXLPipeline",
-    "HunyuanDiTPipeline": "GoldenNoiseHunyuanDiTPipeline",
-    "StableDiffusion3Pipeline": "GoldenNoiseSD3Pipeline",
-    "FluxPipeline": "GoldenNoiseFluxPipeline",
+_TRAINING_SETTINGS = (
+    "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler", "adam_weight_decay", "use_ema", "ema_decay", "mixed_precision", "seed",
+    "remove_prompt_mean",
+)  # fmt: skip
+_NOISE_SETTINGS = ("redenoise_steps", "w1", "w2", "guidance_scale", "num_inference_steps")
+_METRICS = {"relative": "relative squared error", "cosine": "cosine with the true change"}
+# Figures of sequence networks, by the end of their names.
+_STATES = {
+    "": None,
+    "first": "of the first step",
+    "last": "of the last step",
+    "rollout_first": "of the first step, rolled out",
+    "rollout_last": "of the last step, rolled out",
 }
-_ANY_SIZE = ("GoldenNoiseModel", "NoiseSequenceTransformer", "NoiseSequenceRNN")
 
 
 def network_report(
@@ -49,47 +58,104 @@ def save_network(
         (folder / "training_report.json").write_text(text, encoding="utf-8")
 
 
-def network_card(args: argparse.Namespace, repo_id: str, report: dict[str, Any]) -> ModelCard:
-    """The card of a trained network, without network access.
+def trained_network_card(
+    args: argparse.Namespace,
+    network: torch.nn.Module,
+    *,
+    data: Mapping[str, Any],
+    pipeline_class: str,
+    validation: Sequence[Mapping[str, float]],
+) -> Callable[..., Card]:
+    """The card of a trained network but for the name of its repository.
 
     Args:
         args: of the training script.
-        repo_id: where the card is going to be.
-        report: as in `training_report.json`.
+        network: that trains or was trained.
+        data: facts of the noises, as in the report.
+        pipeline_class: of the base model.
+        validation: figures by step; empty before the training.
+
+    Raises:
+        ValueError: a fact is not known, such as the licence.
     """
-    last = report["validation"][-1] if report["validation"] else {}
-    figures = {name: value for name, value in last.items() if name != "step"}
-    generation = report["data"]["generation"] or {}
-    shown = {k: v for k, v in generation.items() if isinstance(v, (str, int, float)) and v != ""}
-    if generation.get("reward"):
-        shown["reward"] = f"{generation['reward']['name']}, {generation['reward']['version']}"
-    base = args.pretrained_model_name_or_path
-    if Path(base).exists():  # a path of this machine means nothing to others
-        base = Path(base).name
-    shown |= {name: base for name in shown if name == "pretrained_model_name_or_path"}
-    return render(
-        "golden_noise_network",
-        card_data(args, ["diffusers", "diffusers-training", "golden-noise"]),
-        base=base,
-        repo_id=repo_id,
-        network=report["network"],
-        pipeline=PIPELINES[report["pipeline_class"]],
-        parameters=f"{report['parameters']:,}",
-        noises=report["data"],
-        generation=shown,
-        figures={name: f"{value:.4f}" for name, value in figures.items()},
-        steps=args.max_train_steps,
-        ema=args.use_ema,
-        any_size=report["network"] in _ANY_SIZE,
+    made = data["generation"] or {}
+    settings = {name: getattr(args, name) for name in _TRAINING_SETTINGS}
+    if not args.use_ema:
+        del settings["use_ema"], settings["ema_decay"]
+    settings |= {f"noises: {name}": made[name] for name in _NOISE_SETTINGS if name in made}
+    return network_card(
+        network,
+        trained_on=_origin(args, data),
+        pipeline=pipeline_class,
+        results=figures_measured(args, data, validation[-1]) if validation else (),
+        settings=settings,
+        latent_shape=data["latent_shape"],
+        **card_arguments(args),
     )
 
 
-def publish_network(args: argparse.Namespace, report: dict[str, Any]) -> str:
-    """Upload the output folder (network, report, card), without checkpoints and logs.
+def figures_measured(
+    args: argparse.Namespace, data: Mapping[str, Any], figures: Mapping[str, float]
+) -> list[Measured]:
+    """The figures of one validation on prompts that were not trained on.
+
+    Args:
+        args: of the training script.
+        data: facts of the noises.
+        figures: `validation_<metric>[_<state>]` and others, which are passed over.
+    """
+    count = min(args.num_validation_pairs, data["validation_samples"])
+    results = []
+    for name, value in figures.items():
+        split, _, rest = name.partition("_")
+        kind, _, state = rest.partition("_")
+        if split == "validation" and kind in _METRICS:
+            which = f"{_METRICS[kind]} {_STATES[state]}" if state else _METRICS[kind]
+            good = "0 is perfect, 1 is the noise as it is" if kind == "relative" else "1 is perfect"
+            notes = f"{good}; {count} noises"
+            results.append(
+                Measured(f"held-out prompts of {_set_name(args)}", which, value, notes=notes)
+            )
+    return results
+
+
+def publish_network(
+    args: argparse.Namespace, network: torch.nn.Module, report: Mapping[str, Any]
+) -> str:
+    """Upload the output folder (network, report, card), without checkpoints, logs and data.
 
     Returns:
         Address of the commit.
     """
-    repo_id = make_repository(args)
+    card = trained_network_card(
+        args,
+        network,
+        data=report["data"],
+        pipeline_class=report["pipeline_class"],
+        validation=report["validation"],
+    )
     ignored = ["checkpoint-*", ".partial-*", f"{args.logging_dir}/*"]
-    return upload_output(args, network_card(args, repo_id, report), repo_id, ignored)
+    ignored += patterns_below(args.output_dir, args.dataset_dir, args.text_cache_dir)
+    return push_output(args, card, ignored)
+
+
+def _set_name(args: argparse.Namespace) -> str:
+    return public_name(args.dataset_dir)
+
+
+def _origin(args: argparse.Namespace, data: Mapping[str, Any]) -> str:
+    """The noises in words."""
+    steps = data["steps"]
+    what = f"sequences of {len(steps)} golden noises" if len(steps) > 1 else "noise pairs"
+    words = [f"{data['training_samples']} {what} of {_set_name(args)}"]
+    if len(steps) == 1 and steps != [1]:
+        words.append(f"towards step {steps[0]} of their sequences")
+    reward = (data["generation"] or {}).get("reward")
+    if reward:
+        words.append(f"chosen by {' '.join(str(v) for v in reward.values() if v)}")
+    if data.get("removed_prompt_mean"):
+        words.append(
+            f"with a share of {data['removed_prompt_mean']} of each prompt's mean change taken out, "
+            "which keeps pictures of one prompt diverse"
+        )
+    return ", ".join(words) + f". {data['validation_samples']} more were held out by their prompts."

@@ -26,9 +26,14 @@ from training.noise_data import (
     split_by_prompt,
 )
 from training.noise_networks import make_network
-from training.noise_result import network_report, publish_network, save_network
+from training.noise_result import (
+    network_report,
+    publish_network,
+    save_network,
+    trained_network_card,
+)
 from training.noise_validation import Measure, NoiseValidation
-from training.publish import make_repository
+from training.publish import prepare_upload
 from training.run_setup import (
     check_resume,
     loop_settings,
@@ -41,6 +46,7 @@ from training.run_setup import (
 )
 from training.text_cache import CACHE_DTYPES, TextCache
 from training.text_pipeline import check_base_model, load_text_pipeline
+from training.upload import check_login
 
 
 logger = get_logger(__name__)
@@ -177,10 +183,14 @@ def train_network(args: argparse.Namespace, task: NoiseTask) -> Path:
     data = open_data(args, task)
     args.max_train_steps = count_steps(args, len(data.split.train), accelerator.num_processes)
     check_resume(args, settings(args, data))
-    if args.push_to_hub and accelerator.is_main_process:
-        make_repository(args)  # a missing login stops the run here, not after it
+    shared = args.push_to_hub and accelerator.is_main_process
+    if shared:
+        check_login(args)
     cache, pipeline_class = encode_text(args, data, accelerator)
     loop, validation = build_loop(args, accelerator, task, data, cache)
+    if shared:  # a fact that the card lacks stops the run here, not after it
+        facts = {"data": data.facts, "pipeline_class": pipeline_class, "validation": []}
+        prepare_upload(args, trained_network_card(args, validation.network, **facts))
     make_output_dir(args, accelerator)
     start_trackers(accelerator, args, task.name)
     network = loop.run()
@@ -201,8 +211,8 @@ def train_network(args: argparse.Namespace, task: NoiseTask) -> Path:
         )
         save_network(args, network, report)
         logger.info(f"Wrote {args.output_dir}")
-        if args.push_to_hub:
-            publish_network(args, report)
+        if shared:
+            publish_network(args, network, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Path(args.output_dir)

@@ -9,7 +9,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.hub import Card, make_card, public_name
+from diffusers_ext.core.base_model import public_name
+from diffusers_ext.core.hub import Card, make_card
 from diffusers_ext.golden_noise.network_card import GOLDEN_PIPELINES, read_pipeline_class
 from hub_cards import Licence, Measured
 

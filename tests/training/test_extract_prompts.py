@@ -157,6 +157,18 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, monkeypatch, flags, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("ending", ["csv", "txt", "parquet"])
+def test_files_have_no_split_but_train(tmp_path, ending):
+    path = tmp_path / f"captions.{ending}"
+    if ending == "parquet":
+        write_parquet(path, rows())
+    else:
+        path.write_text("caption\na red seven\n")
+    assert "a red seven" in extract(tmp_path, path, "--split", "train")
+    with pytest.raises(ValueError, match=r"`split` must be 'train' for files, .*, got 'test'"):
+        extract(tmp_path, path, "--split", "test")
+
+
 def test_a_data_set_without_prompts(tmp_path):
     write_csv(tmp_path / "data.csv", [{"caption": " "}])
     with pytest.raises(ValueError, match="`dataset_name` must hold prompts, got none in"):

@@ -124,6 +124,13 @@ def test_the_command_line_of_the_original_system_is_understood():
     assert args.reward == "hpsv2"
 
 
+def test_a_file_for_all_scripts_may_hold_the_other_name_of_the_base_model(tmp_path):
+    path = tmp_path / "all.yaml"
+    path.write_text("base_model_id: some/base\nprompt_file: p\noutput_dir: o\nuse_ema: true\n")
+    args = generate_npd.parse_args(["--config", str(path)])
+    assert args.pretrained_model_name_or_path == "some/base"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

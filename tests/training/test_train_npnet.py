@@ -136,7 +136,7 @@ def test_the_last_step_of_sequences_is_the_target(sequences, tmp_path):
         ({"npnet_model_id": "SDXL"}, "must be of the base model's family, got SDXL with text 2048"),
         ({"noise_resolution": 128}, "must be that of the data, 8 x 8, got 128"),
         ({"target_step": 2}, "`target_step` must be 'last' or from 1 to the data's 1, got 2"),
-        ({"dataset_dir": "nowhere"}, "`dataset_dir` must be a folder of noise pairs, got nowhere"),
+        ({"dataset_dir": "/nowhere"}, "`dataset_dir` must be a folder or Hub name of noise pairs, got /n"),
         ({"svd_dropout": True}, "`svd_dropout` must not be given with `--model golden_noise_model`"),
         ({"width": 8}, "`width` must be at least the 16 numbers of a patch, got 8"),
         ({"ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\), got 1.0"),
