@@ -11,7 +11,7 @@ from diffusers_ext.command_line.lora_source import locate_lora
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """A LoRA and where it goes."""
-    parser.add_argument("source", help="file, folder or Hub name, in diffusers' format")
+    parser.add_argument("source", help="file, folder or Hub name, in either format")
     parser.add_argument("destination", help="file to write, ends in .safetensors")
     parser.add_argument("--format", choices=["diffusers", "kohya"], required=True)
     parser.add_argument("--weight_name", help="of the file in the folder or repository")
@@ -88,7 +88,10 @@ CONVERT_LORA = Command(
     "convert lora",
     "a LoRA with the key names of diffusers or of ComfyUI and kohya",
     "Write a LoRA with other key names. Its scale is folded into the weights.",
-    ("convert lora user/sks-dog sks_dog.safetensors --format kohya",),
+    (
+        "convert lora user/sks-dog sks_dog.safetensors --format kohya",
+        "convert lora from_comfyui.safetensors for_diffusers.safetensors --format diffusers",
+    ),
     add_lora_arguments,
     run_lora,
 )

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.nullspace.kohya_lora import is_kohya_lora, read_kohya_lora
 
 
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -41,6 +42,7 @@ def read_lora(source: str | os.PathLike | Mapping[str, torch.Tensor]) -> StateDi
     """A LoRA with keys `<component>.<module>.lora_A.weight | .lora_B.weight`, of scale 1.
 
     A scale other than 1 (an `.alpha` entry, or `lora_alpha` in the file's metadata) is folded into B.
+    Names of kohya's scripts become those of diffusers.
 
     Args:
         source: a safetensors file, a folder with `pytorch_lora_weights.safetensors`, or a state dict.
@@ -49,6 +51,8 @@ def read_lora(source: str | os.PathLike | Mapping[str, torch.Tensor]) -> StateDi
         ValueError: no such file, a key that is not of a LoRA, an A without its B, DoRA.
     """
     raw, metadata = _load(source)
+    if raw and is_kohya_lora(raw):
+        return read_kohya_lora(raw)
     modules: dict[str, StateDict] = {}
     for key, tensor in raw.items():
         suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)

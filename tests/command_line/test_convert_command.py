@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from diffusers_ext.eraser.eraser_files import read_eraser
 from diffusers_ext.golden_noise.npnet import NPNet
-from diffusers_ext.nullspace.lora_files import export_lora
+from diffusers_ext.nullspace.lora_files import export_lora, read_lora
 from tests.eraser.saved_erasers import saved_eraser
 from tests.golden_noise.npnet_fixture import small_npnet
 
@@ -19,6 +19,15 @@ def test_lora_to_kohya(run, lora, tmp_path):
     found = load_file(target)
     assert found.keys() == expected.keys()
     assert all(found[key].equal(expected[key]) for key in found)
+
+
+def test_lora_back_from_kohya(run, lora, tmp_path):
+    kohya, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
+    export_lora(lora, "kohya", kohya)
+    assert run("convert", "lora", kohya, back, "--format", "diffusers").code == 0
+    found, expected = load_file(back), read_lora(lora)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[key], expected[key], rtol=1e-6) for key in expected)
 
 
 def test_lora_to_diffusers_folds_its_scale(run, lora, tmp_path):
