@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from diffusers import CogVideoXPipeline
-from huggingface_hub import ModelCard
 
+from diffusers_ext.core.base_model import public_name
+from diffusers_ext.core.hub import Card, make_card
 from diffusers_ext.eraser.saving import save_eraser
-from hub_cards import render
 from training.eraser_arguments import recipe_of
-from training.eraser_text import RunText
+from training.eraser_data import ClipSize
+from training.eraser_text import GivenTexts, RunText
 from training.loop import TrainingLoop
 from training.output_folder import staged_output
-from training.publish import card_data, make_repository, patterns_below, upload_output
+from training.publish import patterns_below, prepare_upload, push_output, widget_of
+from training.upload import card_arguments
 
 
 REPORT_NAME = "training_report.json"
@@ -59,61 +61,84 @@ def save_result(
             pipeline.transformer,
             folder,
             adapter_name=adapter_name,
-            base_model_name_or_path=public_name(args.pretrained_model_name_or_path),
+            base_model_name_or_path=args.hub_base_model
+            or public_name(args.pretrained_model_name_or_path),
         )
         report_text = json.dumps(report, indent=2) + "\n"
         (folder / REPORT_NAME).write_text(report_text, encoding="utf-8")
 
 
-def public_name(source: str) -> str:
-    """A model's name; of a folder the last part, as a path of this machine means nothing to others."""
-    return Path(source).resolve().name if Path(source).exists() else source
-
-
-def eraser_card(
-    args: argparse.Namespace, repo_id: str, report: dict[str, Any], clips: Sequence[Path] = ()
-) -> ModelCard:
-    """The card of a trained eraser, without network access.
+def trained_eraser_card(
+    args: argparse.Namespace, report: Mapping[str, Any], clips: Sequence[Path] = ()
+) -> Callable[..., Card]:
+    """The card of a trained eraser but for the name of its repository.
 
     Args:
         args: of the training script.
-        repo_id: where the card is going to be.
         report: as in `training_report.json`.
         clips: of validation prompts, below the output folder.
+
+    Raises:
+        ValueError: a fact is not known, such as the licence.
     """
     prompts = [p for p in args.validation_prompt for _ in range(args.num_validation_videos)]
-    widget = [
-        {"text": prompt, "output": {"url": path.relative_to(args.output_dir).as_posix()}}
-        for prompt, path in zip(prompts, clips)
-    ]
-    tags = ["text-to-video", "diffusers", "diffusers-training", "concept-erasure", "eraser"]
-    size = report["size"]
-    return render(
+    size, recipe = report["size"], report["recipe"]
+    return make_card(
         "eraser",
-        card_data(args, tags, widget=widget or None),
-        base=public_name(args.pretrained_model_name_or_path),
-        repo_id=repo_id,
-        concept=args.target_concept,
-        anchor_concept=args.anchor_concept,
-        pipeline=CogVideoXPipeline.__name__,
-        rank=args.eraser_rank,
-        parameters=f"{report['parameters']:,}",
+        trained_on=_trained_on(args, report),
         settings={
             "clips": f"{size['num_frames']} x {size['height']} x {size['width']}",
-            **{name: report["recipe"][name] for name in _SHOWN},
+            **{name: recipe[name] for name in _SHOWN},
         },
-        preserved_concepts=report["preserved_concepts"],
-        figures={},
+        widget=widget_of(args, prompts, clips),
+        concept=args.target_concept,
+        anchor_concept=args.anchor_concept or "",
+        preserved_concepts=list(report["preserved_concepts"]),
+        pipeline=CogVideoXPipeline.__name__,
+        rank=args.eraser_rank,
+        parameters=report["parameters"],
+        **card_arguments(args),
     )
 
 
-def publish_eraser(args: argparse.Namespace, report: dict[str, Any], clips: Sequence[Path]) -> str:
+def _trained_on(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
+    counts = {name: len(prompts) for name, prompts in report["prompts"].items()}
+    clips = {
+        "trajectory": "clips that the base model drew itself; no other clips were used",
+        "video": "clips of a folder of videos",
+        "noise": "noised random numbers; no clips were used",
+    }[report["recipe"]["latents_source"]]
+    return (
+        f"{counts['target']} prompts that ask for the concept and {counts['preserved']} whose clips "
+        f"must stay, on {clips}."
+    )
+
+
+def prepare_eraser_upload(args: argparse.Namespace, given: GivenTexts, size: ClipSize) -> None:
+    """Check the upload before the run, with what the command line and its files tell.
+
+    Raises:
+        ValueError: no licence is known, or the Hub refuses the card.
+    """
+    concepts = given.preserved_concepts or []
+    known = {
+        "size": size._asdict(),
+        "recipe": asdict(recipe_of(args)),
+        "preserved_concepts": concepts,
+        "prompts": {"target": given.target, "preserved": given.preserved_prompts},
+        "parameters": 1,
+    }
+    prepare_upload(args, trained_eraser_card(args, known))
+
+
+def publish_eraser(
+    args: argparse.Namespace, report: Mapping[str, Any], clips: Sequence[Path]
+) -> str:
     """Upload the output folder (eraser, report, card, last clips), without checkpoints and logs.
 
     Returns:
         Address of the commit.
     """
-    repo_id = make_repository(args)
     ignored = ["checkpoint-*", ".partial-*", f"{args.logging_dir}/*"]
     ignored += patterns_below(args.output_dir, args.trajectories_dir, args.video_dir)
-    return upload_output(args, eraser_card(args, repo_id, report, clips), repo_id, ignored)
+    return push_output(args, trained_eraser_card(args, report, clips), ignored)

@@ -30,13 +30,17 @@ from training.eraser_anchor import settle_anchor
 from training.eraser_arguments import check_eraser_arguments, parse_eraser_arguments, recipe_of
 from training.eraser_base import BaseFacts, load_base, read_base
 from training.eraser_data import EraserData, concept_tokens, make_samples, samples_facts
-from training.eraser_result import eraser_report, publish_eraser, save_result
+from training.eraser_result import (
+    eraser_report,
+    prepare_eraser_upload,
+    publish_eraser,
+    save_result,
+)
 from training.eraser_run import add_eraser, make_step
 from training.eraser_text import GivenTexts, RunText, encode_run_text, read_texts
 from training.eraser_validation import ClipValidation
 from training.erasure_arguments import ERASURE_GROUPS
 from training.loop import TrainingLoop
-from training.publish import make_repository
 from training.run_setup import (
     check_resume,
     loop_settings,
@@ -47,6 +51,7 @@ from training.run_setup import (
     run_facts,
     start_trackers,
 )
+from training.upload import check_login
 
 
 logger = get_logger(__name__)
@@ -158,7 +163,8 @@ def main(args: argparse.Namespace) -> Path:
     facts = settings(args, given, base)
     check_resume(args, facts)
     if args.push_to_hub and accelerator.is_main_process:
-        make_repository(args)  # a missing login stops the run here, not after it
+        check_login(args)  # a missing login or licence stops the run here, not after it
+        prepare_eraser_upload(args, given, base.size)
     text = encode_run_text(args, given, accelerator)
     pipeline = load_base(args, accelerator.device)
     if text.anchors:

@@ -45,6 +45,7 @@ def push_folder(
     commit_message: str | None = None,
     subfolder: str | None = None,
     ignore_patterns: Sequence[str] = (),
+    at_root: str | None = None,
 ) -> str:
     """Upload the files of a folder and their card in one commit; others see all of it or nothing.
 
@@ -64,6 +65,7 @@ def push_folder(
         commit_message: "Upload with diffusers_ext" when `None`.
         subfolder: where in the repository the files go; the card stays at the root.
         ignore_patterns: files to leave out, as in `huggingface_hub`.
+        at_root: name of a folder in `folder` whose files lose that part of their names.
 
     Returns:
         Address of the commit, or of the pull request.
@@ -72,7 +74,7 @@ def push_folder(
         ValueError: no such folder, nothing in it, or a card that cannot be rendered, that the Hub
             refuses, or that holds the token. Nothing has reached the Hub then.
     """
-    files = _files_of(Path(folder), ignore_patterns)
+    files = _files_of(Path(folder), ignore_patterns, at_root)
     api = HfApi(token=token)
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -100,15 +102,22 @@ def push_folder(
     return commit.pr_url if create_pr else commit.commit_url
 
 
-def make_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Make a model repository where there is none; returns its full name.
+def make_repository(
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Make a repository where there is none; returns its full name.
 
     For a long run before it begins: a missing login stops it here, not at its end.
     """
-    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api = HfApi(token=token)
+    return api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
 
 
-def _files_of(folder: Path, ignore_patterns: Sequence[str]) -> dict[str, Path]:
+def _files_of(folder: Path, ignore_patterns: Sequence[str], at_root: str | None) -> dict[str, Path]:
     """The files to upload by their names in the repository; the card comes separately."""
     if not folder.is_dir():
         raise ValueError(f"`folder` must be a folder, got {folder}: no such folder.")
@@ -118,7 +127,9 @@ def _files_of(folder: Path, ignore_patterns: Sequence[str]) -> dict[str, Path]:
     files = {name: folder / name for name in filter_repo_objects(names, ignore_patterns=ignored)}
     if not files:
         raise ValueError(f"`folder` must hold files to upload, got none in {folder}.")
-    return files
+    if at_root is None:
+        return files
+    return {name.removeprefix(f"{at_root}/"): path for name, path in files.items()}
 
 
 def _owner_text(api: HfApi, folder: Path, target: dict[str, Any]) -> str | None:

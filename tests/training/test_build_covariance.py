@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-from types import SimpleNamespace
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -197,34 +195,24 @@ def test_a_threshold_below_all_eigenvalues_is_pointed_out(build, caplog):
     assert "No eigenvalue is below `nullspace_threshold` 1e-09 in 1 of 1 matrices" in caplog.text
 
 
-class FakeHub:
-    """Takes the place of `HfApi`; keeps what was asked for."""
-
-    calls: ClassVar[list[tuple[str, dict]]] = []
-
-    def __init__(self, token=None):
-        self.calls.append(("token", {"token": token}))
-
-    def create_repo(self, name, **arguments):
-        self.calls.append((name, arguments))
-        return SimpleNamespace(repo_id=f"user/{name}")
-
-    def upload_folder(self, **arguments):
-        self.calls.append(("upload", arguments))
-        return "https://hub/commit"
-
-
-def test_upload_with_a_card(build, monkeypatch):
-    monkeypatch.setattr("training.publish.HfApi", FakeHub)
-    monkeypatch.setattr(FakeHub, "calls", [])
-    folder = build(push_to_hub=True, hub_model_id="known", hub_token="secret")
-    assert FakeHub.calls[0] == ("token", {"token": "secret"})
-    (repository,) = (arguments for name, arguments in FakeHub.calls if name == "known")
-    assert repository["private"] is False
-    (upload,) = (arguments for name, arguments in FakeHub.calls if name == "upload")
-    assert (upload["repo_id"], str(upload["folder_path"])) == ("user/known", str(folder))
-    card = ModelCard((folder / "README.md").read_text())
-    assert "FeatureStatistics" in card.text
-    assert card.data.base_model is None  # a folder, which the Hub does not know
+def test_upload_with_a_card(build, hub):
+    folder = build(
+        push_to_hub=True, hub_model_id="known", hub_token="hf_test", hub_license="mit",
+        hub_base_model="somebody/base",
+    )  # fmt: skip
+    files = hub.files("tester/known")
+    assert files.keys() - {"README.md"} == files_below(folder)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "somebody/base"
+    assert PROMPTS[0] in card.text
     assert "feature-statistics" in card.data.tags
-    assert "secret" not in (folder / "report.json").read_text() + card.content
+    assert "hf_test" not in files["report.json"].decode() + card.content
+    statistics = FeatureStatistics.from_pretrained("tester/known")
+    assert statistics.facts["prompts"] == list(PROMPTS)
+
+
+def test_an_upload_without_a_licence_is_found_before_the_collection(build, hub, tmp_path):
+    with pytest.raises(ValueError, match="The flag is `--hub_license`"):
+        build(push_to_hub=True)
+    assert not (tmp_path / "out").exists()
+    assert not hub.repos

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -15,7 +16,6 @@ from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, read_report, train, write_eraser_files
 from tests.training.script_runs import files_below
 from training import eraser_base, eraser_step, eraser_text
-from training import publish as publish_module
 from training.train_cogvideox_eraser import parse_args
 
 
@@ -207,33 +207,34 @@ def test_what_must_be_given(capsys):
     assert "--target_concept, --prompts_file" in capsys.readouterr().err
 
 
-def test_upload(files, tmp_path, monkeypatch):
-    calls = []
-
-    class Hub:
-        def __init__(self, token=None) -> None:
-            self.token = token
-
-        def create_repo(self, name, **options):
-            return SimpleNamespace(repo_id=f"somebody/{name}")
-
-        def upload_folder(self, **options):
-            calls.append(options)
-            return "https://huggingface.co/commit"
-
-    monkeypatch.setattr(publish_module, "HfApi", Hub)
-    folder = train(
+def test_upload(files, tmp_path, hub):
+    train(
         files, tmp_path / "out", push_to_hub=True, validation_prompt="a red seven",
-        trajectories_dir=tmp_path / "out" / "samples",
+        trajectories_dir=tmp_path / "out" / "samples", hub_license="mit", checkpointing_steps=4,
+        hub_base_model="somebody/video",
     )  # fmt: skip
-    card = (folder / "README.md").read_text()
-    assert "somebody/out" in card
-    assert "**seven**" in card
-    assert "three, two" in card
-    assert "validation/step-000004-prompt-0-video-0.gif" in card
-    assert str(tmp_path) not in card
-    assert {"checkpoint-*", "samples/*"} <= {*calls[0]["ignore_patterns"]}
-    assert calls[0]["folder_path"] == str(tmp_path / "out")
+    sent = hub.files("tester/out")
+    clip = "validation/step-000004-prompt-0-video-0.gif"
+    results = {"adapter_config.json", "adapter_model.safetensors", "training_report.json"}
+    assert sent.keys() == {"README.md", clip} | results
+    card = ModelCard(sent["README.md"].decode())
+    assert card.data.base_model == "somebody/video"
+    assert card.data.widget == [{"text": "a red seven", "output": {"url": clip}}]
+    assert "2 prompts that ask for the concept" in card.text
+    assert "three" in card.text
+    assert str(tmp_path) not in str(card)
+    pipeline = tiny_video_pipeline()
+    load_eraser(pipeline, "tester/out")
+    assert pipeline.transformer.peft_config["default"].concept == "seven"
+
+
+def test_what_an_upload_lacks_stops_the_run(files, tmp_path, hub, monkeypatch):
+    monkeypatch.setattr("training.train_cogvideox_eraser.encode_run_text", None)
+    with pytest.raises(ValueError, match="`license` must be given, got None"):
+        train(files, tmp_path / "out", push_to_hub=True)
+    with pytest.raises(ValueError, match="`hub_token` must be a token of the Hub"):
+        train(files, tmp_path / "out", push_to_hub=True, hub_license="mit", hub_token="hf_wrong")
+    assert not hub.repos
 
 
 def test_the_command_line_of_the_tests_is_that_of_users(files, tmp_path):
