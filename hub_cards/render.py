@@ -31,9 +31,6 @@ def render(template: str, data: CardData, **facts: Any) -> ModelCard | DatasetCa
     Raises:
         ValueError: no such template, or a fact that it needs is missing.
     """
-    path = _TEMPLATES / f"{template}.md.jinja"
-    if path.is_file() and "citations" not in facts:
-        return ModelCard.from_template(data, template_path=str(path), **facts)
     try:
         words = _environment().get_template(f"{template}.jinja").render(facts)
     except TemplateNotFound as error:
