@@ -71,7 +71,10 @@ def main(input_args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     page = args.output_dir / "report.html"
     page.unlink(missing_ok=True)  # of an earlier demo
-    print(f"The report grows step by step: {page.resolve().as_uri()}", flush=True)
+    print(
+        f"The report, which grows step by step once torch is imported: {page.resolve().as_uri()}",
+        flush=True,
+    )
     # Torch and the tools are imported only now, so that the line above comes at once.
     use_one_thread()
     parts = load_parts(args.parts, args.output_dir)

@@ -31,11 +31,11 @@ from examples.moving_digits.prompts import read_prompt
 TARGET = "three"
 # Less of everything than in the full training, which the benchmark runs.
 _RECIPE = replace(
-    RECIPE, max_train_steps=300, num_target_trajectories=48, num_preserved_trajectories=96
+    RECIPE, max_train_steps=200, num_target_trajectories=48, num_preserved_trajectories=96
 )
 _CLIPS = {"num_target": 40, "num_preserved": 90, "num_robust": 40}
 _ON_SHEET = {"target": 4, "preserved": 4, "held-out template": 1, "paraphrases": 1}
-_SHOWN = {"target": 6, "preserved": 6, "held-out template": 3, "paraphrases": 3}
+_SHOWN = {"target": 6, "preserved": 6, "held-out template": 1, "paraphrases": 2}
 _GALLERIES = {
     f"Prompts for “{TARGET}”": (
         ("target",),
@@ -144,13 +144,16 @@ def table_rows(report: ErasureReport) -> list[list[str]]:
 
 def sentence(report: ErasureReport) -> str:
     """What was erased and what was kept."""
-    shown = report.groups["target"]["readings"]["reads_as"][report.sides[0]]
-    instead = max(shown, key=shown.get)
+    target, preserved = (report.groups[name] for name in ("target", "preserved"))
+    shown = target["readings"]["reads_as"][report.sides[0]]
+    read, kept = (
+        [round(group["clips"] * report.rate(name, side=side)) for side in ("base", None)]
+        for name, group in (("target", target), ("preserved", preserved))
+    )
     return (
-        f"“{TARGET}” is read in {report.rate('target'):.0%} of its clips, before the eraser in "
-        f"{report.rate('target', side='base'):.0%}; most show a {instead} instead. Other digits are "
-        f"read right in {report.rate('preserved'):.0%}, before in "
-        f"{report.rate('preserved', side='base'):.0%}."
+        f"Of {target['clips']} clips that ask for a {TARGET}, {read[0]} show one before and {read[1]} "
+        f"with the eraser; most show a {max(shown, key=shown.get)} instead. Of {preserved['clips']} "
+        f"clips of other digits, {kept[0]} are right before and {kept[1]} with the eraser."
     )
 
 

@@ -45,8 +45,8 @@ PROMPTS = {
 }
 SEEDS = {"glyph": 7_000, "known": 8_000, "held_out": 9_000}  # of the first picture of each group
 BASE = "base model"
-# Half the steps of the benchmark, for both.
-_STEPS = ("--max_train_steps", "500")
+# Three quarters of the benchmark's steps, for both.
+_STEPS = ("--max_train_steps", "750")
 LORAS = {
     "plain LoRA": (*PLAIN_FLAGS, "--learning_rate", "1e-2", *_STEPS),
     "null-space LoRA": (*NULL_SPACE_FLAGS, *_STEPS),
@@ -70,15 +70,15 @@ _GALLERIES = {
     ),
     "known": _GalleryPlan(
         "Old digits",
-        "What the model knew before and should still know: every seventh of 40 prompts, none chosen.",
+        "What the model knew before and should still know: every seventh of 40 prompts.",
         7,
         6,
     ),
     "held_out": _GalleryPlan(
         "Pairs and wording that nobody protected",
-        "The null-space LoRA was not told of these prompts either: every ninth of 50.",
-        9,
-        6,
+        "The null-space LoRA was not told of these prompts either: every seventeenth of 50.",
+        17,
+        3,
     ),
 }
 
@@ -96,7 +96,7 @@ class NewGlyphDemo:
         "DreamBooth teaches a diffusion model a new subject from a handful of pictures, and tends to "
         "overwrite what the model knew. The null-space LoRA trains only along directions that the "
         "listed knowledge prompts do not use.",
-        f"Six white pictures of a {GLYPH} are learnt twice with the same steps, batch and schedule: "
+        f"Six white pictures of a {GLYPH} are learnt twice in 750 steps of the same batch and schedule: "
         "by a plain LoRA of rank 8, and by a null-space LoRA of rank 1. The result is an ordinary "
         "LoRA file that stock diffusers loads.",
     )
@@ -125,8 +125,9 @@ accelerate launch training/train_nullspace_dreambooth.py \\
         return steps
 
     @cached_property
-    def _judges(self) -> dict[str, DigitsJudge]:
-        return {group: DigitsJudge(glyphs=group == "glyph") for group in PROMPTS}
+    def _judge(self) -> DigitsJudge:
+        # One that knows glyphs also for digits: it must be able to say that a digit became a glyph.
+        return DigitsJudge(glyphs=True)
 
     def _train(self, name: str) -> Findings:
         started = time.perf_counter()
@@ -139,7 +140,7 @@ accelerate launch training/train_nullspace_dreambooth.py \\
         self.output_dir.mkdir(parents=True, exist_ok=True)
         pipeline = load_with_loras(self.loras[name])
         for group in groups:
-            self.drawn[name][group] = draw_group(pipeline, group, self._judges[group])
+            self.drawn[name][group] = draw_group(pipeline, group, self._judge)
         if len(self.drawn[name]) < len(PROMPTS):
             return Findings(galleries(self.drawn))
         rows = table_rows(self.drawn, self.seconds)
@@ -159,7 +160,7 @@ _HEADER = ("model", "new glyph", "old digits", "held-out prompts", "pixel drift"
 _TABLE_TEXT = (
     f"Shares of pictures that the judge reads as asked: {len(PROMPTS['glyph'])} of the new glyph, "
     f"{len(PROMPTS['known'])} of old digits, {len(PROMPTS['held_out'])} of held-out pairs and wording. "
-    "Drift: mean change of an old digit's pixels, from 0 to 1."
+    "The judge knows ten digits and three glyphs. Drift: mean change of an old digit's pixels, from 0 to 1."
 )
 
 
@@ -195,7 +196,7 @@ def table_rows(drawn: dict[str, dict[str, Drawn]], seconds: dict[str, float]) ->
     rows, known = [], to_pixels(drawn[BASE]["known"].images)
     for name, groups in drawn.items():
         moved = pixel_drift(known, to_pixels(groups["known"].images)).mean().item()
-        shares = [f"{groups[group].share:.2f}" for group in ("glyph", "known", "held_out")]
+        shares = [f"{groups[group].share:.3f}" for group in ("glyph", "known", "held_out")]
         took = f"{seconds[name]:.0f} s" if name in seconds else "-"
         rows.append([name, *shares, f"{moved:.4f}", took])
     return rows
@@ -207,9 +208,10 @@ def sentence(drawn: dict[str, dict[str, Drawn]]) -> str:
         return ""
     plain, quiet = (drawn[name] for name in LORAS)
     return (
-        f"Both learn the {GLYPH} (plain {plain['glyph'].share:.0%}, null-space "
-        f"{quiet['glyph'].share:.0%} read right). Of the old digits the plain LoRA keeps "
-        f"{plain['known'].share:.0%}, the null-space LoRA {quiet['known'].share:.0%}."
+        f"Of {len(PROMPTS['glyph'])} pictures of the new word, {sum(plain['glyph'].right)} read as a "
+        f"{GLYPH} with the plain LoRA and {sum(quiet['glyph'].right)} with the null-space LoRA. Of "
+        f"{len(PROMPTS['known'])} old digits the plain LoRA keeps {sum(plain['known'].right)}, the "
+        f"null-space LoRA {sum(quiet['known'].right)}."
     )
 
 

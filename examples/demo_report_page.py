@@ -48,7 +48,7 @@ def render_page(report: DemoReport) -> str:
         describe=describe,
         still_of=still_of,
         longest=max((s for section in report.sections for s in section.seconds), default=0.0),
-        has_clips=any(_holds_clips(section.blocks.values()) for section in report.sections),
+        clips_begin=next((s for s in report.sections if _holds_clips(s.blocks.values())), None),
     )
 
 

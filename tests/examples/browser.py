@@ -29,7 +29,8 @@ def open_browser(profile: Path) -> Iterator[Browser]:
     Args:
         profile: folder for its user data.
     """
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    chromium, driver = next(filter(None, found), None), shutil.which("chromedriver")
     if chromium is None or driver is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("needs chromium and chromedriver")
     options = webdriver.ChromeOptions()

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import io
 import json
+import logging
 import shlex
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from examples import demo, demo_eraser, demo_golden_noise, demo_new_glyph
@@ -22,15 +26,18 @@ PARTS = [demo_new_glyph.NewGlyphDemo, demo_golden_noise.GoldenNoiseDemo, demo_er
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """All parts of the demo with next to no training; what was printed, and the folder."""
-    folder, printed = tmp_path_factory.mktemp("demo"), []
-    with pytest.MonkeyPatch.context() as patch:
-        shorten(patch)
-        patch.setattr(
-            "builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values)))
-        )
-        demo.main(["--output_dir", str(folder)])
-    return folder, "\n".join(printed)
+    """All parts of the demo with next to no training: the folder, and what was printed."""
+    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    threads, logger = torch.get_num_threads(), logging.getLogger("diffusers")
+    level = logger.level
+    try:
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+            shorten(patch)
+            demo.main(["--output_dir", str(folder)])
+    finally:
+        torch.set_num_threads(threads)
+        logger.setLevel(level)
+    return folder, printed.getvalue()
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
@@ -58,6 +65,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
 def test_the_whole_demo_writes_its_page_and_sheets(finished):
     folder, printed = finished
     page = (folder / "report.html").read_text()
+    assert len(page) < 5_000_000
     assert "Still running" not in page
     assert "All steps took" in page
     for part in PARTS:
@@ -67,7 +75,7 @@ def test_the_whole_demo_writes_its_page_and_sheets(finished):
         assert Image.open(folder / name / "sheet.png").width > 500
         assert (folder / name / "table.md").is_file()
     lines = printed.splitlines()
-    assert lines[0] == f"The report grows step by step: {(folder / 'report.html').as_uri()}"
+    assert lines[0].endswith((folder / "report.html").as_uri())
     assert len([line for line in lines if "] took " in line]) == 12
     assert (
         json.loads((folder / "golden_noise" / "pairs" / "report.json").read_text())["tried"] == 16
@@ -88,6 +96,20 @@ def test_the_page_of_the_real_parts_can_be_looked_at(finished, tmp_path):
         requested, complaints = browser.logs()
         assert [url for url in requested if not url.startswith(("file:", "data:"))] == []
         assert complaints == []
+
+
+def test_one_thread_unless_the_environment_says_otherwise(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        demo.use_one_thread()
+        assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        demo.use_one_thread()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_part_can_be_run_alone(tmp_path):
@@ -117,7 +139,7 @@ def test_shots_are_chosen_from_each_group_and_their_clips_judged(tmp_path):
     assert len(colors) >= 3
     blank = np.zeros((len(part.shots), 9, 16, 16, 3), np.uint8)
     found = demo_eraser.galleries(part.shots, {"base": blank, "erased": blank}, indices)
-    assert [len(one.comparisons) for one in found] == [6, 6, 6]
+    assert [len(one.comparisons) for one in found] == [6, 6, 3]
     assert all(isinstance(one, Gallery) for one in found)
     first, kept = (found[i].comparisons[0].pictures for i in (0, 1))
     assert [len(picture.frames) for picture in first.values()] == [9, 9]

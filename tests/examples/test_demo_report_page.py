@@ -66,6 +66,16 @@ def browser(tmp_path_factory):
         yield opened
 
 
+def test_without_a_browser_tests_are_skipped_but_fail_in_ci(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="chromedriver"), open_browser(tmp_path):
+        pass
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="chromedriver"), open_browser(tmp_path):
+        pass
+
+
 def test_every_picture_is_shown_and_nothing_is_fetched(browser: Browser, pages):
     for path in pages.values():
         browser.open(path)
