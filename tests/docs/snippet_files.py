@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.docs.snippet_models import BASES, random_lora, stable_diffusion
+from tests.docs.snippet_models import BASES, random_lora, save_random_eraser, stable_diffusion
 from tests.docs.snippets import ROOT
 from tests.golden_noise.npnet_fixture import nested, official_weights
 
@@ -36,6 +36,7 @@ def write_files(folder: Path) -> None:
         f"pretrained_model_name_or_path: {BASES['sd']}\nknowledge_prompts: knowledge.txt\n"
         "instance_data_dir: photos\ninstance_prompt: a photo of sks dog\noutput_dir: outputs/dog\n"
     )
+    save_random_eraser(folder / "legacy_folder", format="legacy")
     modules = stable_diffusion().unet.named_modules()
     lora = random_lora("unet", modules, ("attn2.to_k", "attn2.to_v"))
     save_file(lora, folder / "some_lora.safetensors")

@@ -91,10 +91,11 @@ def video() -> CogVideoXPipeline:
     return tiny_video_pipeline()
 
 
-def _save_eraser(folder: Path) -> None:
+def save_random_eraser(folder: Path, format: str = "peft") -> None:
+    """An eraser of "dog" for `video()`."""
     transformer = video().transformer
     add_random_eraser(transformer, concept="dog")
-    save_eraser(transformer, folder, base_model_name_or_path=BASES["video"])
+    save_eraser(transformer, folder, format=format, base_model_name_or_path=BASES["video"])
 
 
 def _save_network(folder: Path) -> None:
@@ -140,8 +141,8 @@ SAVED: dict[str, Callable[[Path], object]] = {
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": save_tiny_clip,
     "user/network": _save_network,
     "user/statistics": _save_statistics,
-    "user/no-dog": _save_eraser,
-    "user/no-logo": _save_eraser,
+    "user/no-dog": save_random_eraser,
+    "user/no-logo": save_random_eraser,
     "user/style": _save_style,
 }
 

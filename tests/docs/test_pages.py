@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 
 import pytest
 
@@ -24,16 +24,19 @@ FOREIGN_MESSAGES = ("… is not one of the libraries Diffusers can load componen
 EVERY_PAGE = pytest.mark.parametrize("page", [*PAGES, CHINESE], ids=lambda page: page.name)
 
 
-def messages() -> Iterator[str]:
+@cache
+def messages() -> tuple[str, ...]:
     """All strings of the library and of the scripts, with … for what is put into them."""
+    found = []
     for folder in ("diffusers_ext", "training"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
                     parts = [getattr(part, "value", "") for part in node.values]
-                    yield "".join(part if isinstance(part, str) else "…" for part in parts)
+                    found.append("".join(p if isinstance(p, str) else "…" for p in parts))
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    yield node.value
+                    found.append(node.value)
+    return tuple(found)
 
 
 def test_readme_is_short():
@@ -95,9 +98,8 @@ def test_headings_of_the_troubleshooting_are_messages(page):
     _, _, part = page.read_text().partition("## Troubleshooting\n")
     headings = re.findall(r"^### (.*)$", part.split("\n## ")[0], re.MULTILINE)
     assert len(headings) >= 10 or page.stem not in TOOL_PAGES
-    known = list(messages())
     for heading in headings:
         if heading in FOREIGN_MESSAGES:
             continue
         pattern = re.compile(".*".join(map(re.escape, heading.split("…"))), re.DOTALL)
-        assert any(pattern.search(message) for message in known), heading
+        assert any(pattern.search(message) for message in messages()), heading
