@@ -82,6 +82,7 @@ from diffusers_ext.nullspace import (
     push_lora,
     save_lora,
 )
+from diffusers_ext.sharing import push_artifact
 
 
 __version__ = "0.1.0"
@@ -147,6 +148,7 @@ __all__ = [
     "open_pairs",
     "predicted_drift",
     "preservation_penalty",
+    "push_artifact",
     "push_lora",
     "redenoise",
     "redenoise_sequence",

@@ -68,32 +68,42 @@ def save_result(
         (folder / REPORT_NAME).write_text(report_text, encoding="utf-8")
 
 
-def trained_eraser_card(
+def eraser_facts(
     args: argparse.Namespace, report: Mapping[str, Any], clips: Sequence[Path] = ()
-) -> Callable[..., Card]:
-    """The card of a trained eraser but for the name of its repository.
+) -> dict[str, Any]:
+    """What the card of a trained eraser tells besides base model and licence, JSON-able.
 
     Args:
         args: of the training script.
         report: as in `training_report.json`.
         clips: of validation prompts, below the output folder.
+    """
+    prompts = [p for p in args.validation_prompt for _ in range(args.num_validation_videos)]
+    size, recipe = report["size"], report["recipe"]
+    return {
+        "trained_on": _trained_on(report),
+        "settings": {
+            "clips": f"{size['num_frames']} x {size['height']} x {size['width']}",
+            **{name: recipe[name] for name in _SHOWN},
+        },
+        "widget": widget_of(args, prompts, clips),
+        "concept": args.target_concept,
+        "anchor_concept": args.anchor_concept or "",
+        "preserved_concepts": list(report["preserved_concepts"]),
+    }
+
+
+def trained_eraser_card(
+    args: argparse.Namespace, report: Mapping[str, Any], clips: Sequence[Path] = ()
+) -> Callable[..., Card]:
+    """The card of a trained eraser but for the name of its repository; arguments as `eraser_facts`.
 
     Raises:
         ValueError: a fact is not known, such as the licence.
     """
-    prompts = [p for p in args.validation_prompt for _ in range(args.num_validation_videos)]
-    size, recipe = report["size"], report["recipe"]
     return make_card(
         "eraser",
-        trained_on=_trained_on(args, report),
-        settings={
-            "clips": f"{size['num_frames']} x {size['height']} x {size['width']}",
-            **{name: recipe[name] for name in _SHOWN},
-        },
-        widget=widget_of(args, prompts, clips),
-        concept=args.target_concept,
-        anchor_concept=args.anchor_concept or "",
-        preserved_concepts=list(report["preserved_concepts"]),
+        **eraser_facts(args, report, clips),
         pipeline=CogVideoXPipeline.__name__,
         rank=args.eraser_rank,
         parameters=report["parameters"],
@@ -101,7 +111,7 @@ def trained_eraser_card(
     )
 
 
-def _trained_on(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
+def _trained_on(report: Mapping[str, Any]) -> str:
     counts = {name: len(prompts) for name, prompts in report["prompts"].items()}
     clips = {
         "trajectory": "clips that the base model drew itself; no other clips were used",

@@ -10,11 +10,12 @@ from typing import Any
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.core.base_model import public_name
 from diffusers_ext.core.hub import Card, make_card, make_repository, push_folder
+from diffusers_ext.nullspace.lora_upload import measured_drift
 from diffusers_ext.nullspace.measured_models import plain_class_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.nullspace.statistics_card import statistics_card
-from hub_cards import Measured
 from training.dreambooth import list_images
 from training.upload import card_arguments, repository_name, upload_arguments
 
@@ -44,6 +45,30 @@ def prepare_upload(args: argparse.Namespace, card: Callable[..., Card]) -> None:
     make_repository(repository_name(args), **upload_arguments(args))
 
 
+def subject_facts(
+    args: argparse.Namespace,
+    pipeline: DiffusionPipeline,
+    statistics: FeatureStatistics | None = None,
+    pictures: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """What the card of a trained subject tells besides base model and licence, JSON-able.
+
+    Args:
+        args: of the training script.
+        pipeline: that trains or was trained.
+        statistics: of what was preserved.
+        pictures: one per validation prompt, below the output folder.
+    """
+    facts = {
+        "trained_on": _trained_on(args, statistics),
+        "settings": shown_settings({name: getattr(args, name) for name in _SHOWN}),
+        "widget": widget_of(args, args.validation_prompt, pictures),
+        "instance_prompt": args.instance_prompt,
+        "pipeline": plain_class_name(pipeline),
+    }
+    return facts if args.full_finetune else {**facts, "directions": args.directions}
+
+
 def subject_card(
     args: argparse.Namespace,
     pipeline: DiffusionPipeline,
@@ -54,26 +79,19 @@ def subject_card(
     """The card of a trained subject but for the name of its repository.
 
     Args:
-        args: of the training script.
-        pipeline: that trains or was trained.
-        statistics: of what was preserved.
+        args, pipeline, statistics, pictures: as in `subject_facts`.
         report: as in `training_report.json`; before the training there is none.
-        pictures: one per validation prompt, below the output folder.
 
     Raises:
         ValueError: a fact is not known, such as the licence.
     """
-    facts = {} if args.full_finetune else {"directions": args.directions, "rank": args.rank}
+    drifts = (report or {}).get("predicted_drift")
     return make_card(
         "subject_pipeline" if args.full_finetune else "null_space_lora",
-        trained_on=_trained_on(args, statistics),
-        settings=shown_settings({name: getattr(args, name) for name in _SHOWN}),
-        results=_results(statistics, report or {}),
-        widget=widget_of(args, args.validation_prompt, pictures),
-        instance_prompt=args.instance_prompt,
-        pipeline=plain_class_name(pipeline),
+        **subject_facts(args, pipeline, statistics, pictures),
+        **({} if args.full_finetune else {"rank": args.rank}),
+        results=measured_drift(drifts, statistics) if drifts else (),
         statistics=statistics is not None,
-        **facts,
         **card_arguments(args),
     )
 
@@ -90,20 +108,6 @@ def _trained_on(args: argparse.Namespace, statistics: FeatureStatistics | None) 
         count = len(statistics.facts["prompts"])
         parts.append(f"What the base model reads for {count} prompts was preserved.")
     return " ".join(parts)
-
-
-def _results(statistics: FeatureStatistics | None, report: Mapping[str, Any]) -> list[Measured]:
-    drifts = list(report.get("predicted_drift", {}).values())
-    if not drifts:
-        return []
-    return [
-        Measured(
-            f"{len(statistics.facts['prompts'])} preserved prompts",
-            "relative drift of the changed layers' outputs",
-            sum(drifts) / len(drifts),
-            notes=f"mean over {len(drifts)} linear layers, from the statistics, without pictures",
-        )
-    ]
 
 
 def publish(
@@ -184,6 +188,12 @@ def push_output(
     )
     logger.info(f"Uploaded to {commit}")
     return commit
+
+
+def card_record(args: argparse.Namespace, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report keeps for a later upload by `push_artifact`: facts of the card, JSON-able."""
+    base = args.hub_base_model or public_name(args.pretrained_model_name_or_path)
+    return {"base_model": base, "license": args.hub_license, **facts}
 
 
 def widget_of(

@@ -31,6 +31,7 @@ from training.eraser_arguments import check_eraser_arguments, parse_eraser_argum
 from training.eraser_base import BaseFacts, load_base, read_base
 from training.eraser_data import EraserData, concept_tokens, make_samples, samples_facts
 from training.eraser_result import (
+    eraser_facts,
     eraser_report,
     prepare_eraser_upload,
     publish_eraser,
@@ -41,6 +42,7 @@ from training.eraser_text import GivenTexts, RunText, encode_run_text, read_text
 from training.eraser_validation import ClipValidation
 from training.erasure_arguments import ERASURE_GROUPS
 from training.loop import TrainingLoop
+from training.publish import card_record
 from training.run_setup import (
     check_resume,
     loop_settings,
@@ -182,6 +184,7 @@ def main(args: argparse.Namespace) -> Path:
         report = eraser_report(
             args, text, loop, size=base.size._asdict(), samples=samples_facts(data.samples)
         )
+        report["card"] = card_record(args, eraser_facts(args, report, validation.files))
         save_result(args, pipeline, ADAPTER_NAME, report)
         logger.info(f"Wrote {args.output_dir}")
         if args.push_to_hub:

@@ -43,7 +43,7 @@ from training.config_file import parse_arguments, read_nullbooth_block
 from training.dreambooth import encode_images, list_images
 from training.knowledge import load_or_collect, load_pipeline
 from training.loop import TrainingLoop
-from training.publish import prepare_upload, publish, subject_card
+from training.publish import card_record, prepare_upload, publish, subject_card, subject_facts
 from training.run_setup import (
     WEIGHT_DTYPES,
     check_resume,
@@ -194,6 +194,7 @@ def main(args: argparse.Namespace) -> Path:
             "statistics": [] if statistics is None else statistics.report(),
             "history": loop.history,
             "seconds": loop.seconds,
+            "card": card_record(args, subject_facts(args, pipeline, statistics, validation.files)),
         }
         save_result(args, pipeline, statistics, report)
         if args.push_to_hub:

@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def make_card(
         trained_on: what it was trained on or made from.
         settings: those that matter for what came out.
         results: what was measured.
-        widget: (prompt, file in the repository) of pictures or clips to show.
+        widget: (prompt, file of the folder to upload) of pictures or clips to show.
         token: to read the base model's card.
         facts: those of the kind; `None` stands for a fact that is not known.
 
@@ -178,18 +177,16 @@ def make_card(
             f"{names} must be given for the card, got None. An upload of kind {kind!r} tells what it "
             "is and where it comes from: pass these facts with the other arguments."
         )
-    card = partial(
-        artifact_card,
-        kind,
-        base=public_name(base_model),
-        licence=find_licence(base_model, license, token=token),
-        trained_on=trained_on,
-        settings=dict(settings or {}),
-        results=tuple(results),
-        widget=tuple(widget),
-        version=sys.modules["diffusers_ext"].__version__,  # whole by now, unlike at import
-        **facts,
-    )
+    given = {"kind": kind, "base": public_name(base_model), "trained_on": trained_on, **facts}
+    given["licence"] = find_licence(base_model, license, token=token)
+    given |= {"settings": dict(settings or {}), "results": tuple(results)}
+    given["version"] = sys.modules["diffusers_ext"].__version__  # whole by now, unlike at import
+
+    def card(repo_id: str, subfolder: str | None = None) -> Card:
+        prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+        shown = [(prompt, f"{prefix}{file}") for prompt, file in widget]
+        return artifact_card(repo_id=repo_id, widget=shown, subfolder=subfolder, **given)
+
     card("user/name")  # what is wrong with the facts stops here, before anything is written
     return card
 

@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 
 from diffusers_ext.core.hub import make_card, push_folder
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, check_lora_effect, read_lora
+from diffusers_ext.nullspace.kohya_lora import is_kohya_lora
+from diffusers_ext.nullspace.lora_files import (
+    LORA_WEIGHT_NAME,
+    check_lora_effect,
+    read_lora,
+    write_lora,
+)
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from hub_cards import Licence, Measured
 
@@ -21,10 +28,10 @@ def push_lora(
     lora: str | os.PathLike,
     repo_id: str,
     *,
-    instance_prompt: str,
-    pipeline: str | type[DiffusionPipeline],
-    directions: str,
-    trained_on: str,
+    instance_prompt: str | None = None,
+    pipeline: str | type[DiffusionPipeline] | None = None,
+    directions: str | None = None,
+    trained_on: str | None = None,
     base_model: str | None = None,
     statistics: FeatureStatistics | None = None,
     license: str | Licence | None = None,
@@ -35,8 +42,10 @@ def push_lora(
 ) -> str:
     """Upload a LoRA as `pytorch_lora_weights.safetensors`, alone or with its statistics.
 
+    Key names of kohya's scripts become those of diffusers. The facts for the card have no defaults.
+
     Args:
-        lora: a `.safetensors` file in diffusers' format, or a folder with one.
+        lora: a `.safetensors` file, or a folder with `pytorch_lora_weights.safetensors`.
         repo_id: `"user/name"`, made when absent.
         instance_prompt: asks for the subject.
         pipeline: class of diffusers, or its name, that loads the LoRA.
@@ -64,7 +73,6 @@ def push_lora(
     missing = [str(path) for _, path in widget if not Path(path).is_file()]
     if missing:
         raise ValueError(f"`widget` must name picture files, got {missing}: no such files.")
-    where = hub_arguments.get("subfolder")
     card = make_card(
         "null_space_lora",
         base_model=base_model,
@@ -72,23 +80,38 @@ def push_lora(
         trained_on=trained_on,
         settings=settings,
         results=results,
-        widget=[
-            (prompt, f"{where.strip('/')}/{name}" if where else name)
-            for (prompt, _), name in zip(widget, names)
-        ],
+        widget=[(prompt, name) for (prompt, _), name in zip(widget, names)],
         token=hub_arguments.get("token"),
         instance_prompt=instance_prompt,
-        pipeline=pipeline if isinstance(pipeline, str) else pipeline.__name__,
+        pipeline=getattr(pipeline, "__name__", pipeline),
         directions=directions,
         rank=max(a.shape[0] for key, a in tensors.items() if key.endswith(".lora_A.weight")),
         statistics=statistics is not None,
     )
     file = Path(lora, LORA_WEIGHT_NAME) if Path(lora).is_dir() else Path(lora)
+    with safe_open(file, "pt") as handle:
+        is_kohya = is_kohya_lora(handle.keys())
     with tempfile.TemporaryDirectory() as upload:
-        shutil.copyfile(file, Path(upload, LORA_WEIGHT_NAME))
+        if is_kohya:
+            write_lora(tensors, Path(upload, LORA_WEIGHT_NAME))
+        else:
+            shutil.copyfile(file, Path(upload, LORA_WEIGHT_NAME))
         if statistics is not None:
             statistics.save_pretrained(Path(upload, "statistics"))
         for (_, path), name in zip(widget, names):
             Path(upload, name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, Path(upload, name))
         return push_folder(upload, repo_id, card, **hub_arguments)
+
+
+def measured_drift(drifts: Mapping[str, float], statistics: FeatureStatistics) -> list[Measured]:
+    """The figure of `predicted_drift` that a card shows: its mean over the changed layers."""
+    mean = sum(drifts.values()) / len(drifts)
+    return [
+        Measured(
+            f"{len(statistics.facts['prompts'])} preserved prompts",
+            "relative drift of the changed layers' outputs",
+            mean,
+            notes=f"mean over {len(drifts)} linear layers, from the statistics, without pictures",
+        )
+    ]

@@ -1,0 +1,213 @@
+"""Share what a folder or file holds, whichever of this project's artifacts it is."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from diffusers_ext.core.artifacts import CONFIG_NAME
+from diffusers_ext.core.hub import Card, make_card, push_folder, split_arguments
+from diffusers_ext.eraser.eraser_card import eraser_card
+from diffusers_ext.eraser.eraser_files import FORMATS, read_eraser
+from diffusers_ext.evaluation.measured_results import measured_results
+from diffusers_ext.golden_noise.loading import NETWORK_MODULES, load_noise_model
+from diffusers_ext.golden_noise.network_card import GOLDEN_PIPELINES, network_card
+from diffusers_ext.golden_noise.pairs import CLASS_NAME as PAIRS
+from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
+from diffusers_ext.nullspace.lora_upload import measured_drift, push_lora
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+from hub_cards import Measured
+
+
+REPORT_NAME = "training_report.json"
+_INDEX = "model_index.json"
+_NULL_SPACE = {
+    "NullSpaceDreamBoothPipeline": "StableDiffusionPipeline",
+    "NullSpaceDreamBoothXLPipeline": "StableDiffusionXLPipeline",
+}
+
+
+def push_artifact(
+    source: str | os.PathLike,
+    repo_id: str,
+    *,
+    results: str | os.PathLike | Sequence[Measured] | None = None,
+    **arguments: Any,
+) -> str:
+    """Recognise an artifact, and upload its files with its model card; nothing else of the folder.
+
+    Facts for the card come from the arguments, then from the files and the `training_report.json`
+    beside them.
+
+    Args:
+        source: a folder as the training scripts and `save_pretrained` write it, or a LoRA's file.
+        repo_id: `"user/name"`, made when absent.
+        results: what was measured, or the report of an evaluation script: its folder or JSON file.
+        arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`; and
+            facts for the card: `base_model`, `license`, `trained_on`, `settings`, `widget` and those
+            of the kind.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: nothing known is there, the files are damaged, or a fact is neither known nor
+            given. Nothing has been uploaded then.
+    """
+    source = Path(source)
+    push = _recognise(source)
+    folder = source if source.is_dir() else source.parent
+    hub, given = split_arguments(arguments)
+    if isinstance(results, (str, os.PathLike)):
+        results = measured_results(results)
+    if results is not None:
+        given["results"] = results
+    return push(source, repo_id, {**_reported(folder), **given}, hub)
+
+
+def _recognise(source: Path) -> Callable[..., str]:
+    """What pushes the artifact."""
+    if source.is_file() and source.suffix == ".safetensors":
+        return _push_lora
+    for names, push in (
+        ([LORA_WEIGHT_NAME], _push_lora),
+        ([names[0] for names in FORMATS.values()], _push_eraser),
+        ([_INDEX, f"pipeline/{_INDEX}"], _push_pipeline),
+    ):
+        if any((source / name).is_file() for name in names):
+            return push
+    found = _read_json(source / CONFIG_NAME).get("_class_name")
+    known = {PAIRS: _push_pairs, FeatureStatistics.__name__: _push_statistics}
+    known |= dict.fromkeys(NETWORK_MODULES, _push_network)
+    if found not in known:
+        inside = sorted(p.name for p in source.iterdir()) if source.is_dir() else "no such folder"
+        raise ValueError(
+            f"`source` must hold a LoRA, an eraser, a pipeline or one of {sorted(known)}, got "
+            f"{inside} in {source}."
+        )
+    return known[found]
+
+
+def _reported(folder: Path) -> dict[str, Any]:
+    """Facts that a training left for the card."""
+    report = _read_json(folder / REPORT_NAME)
+    facts = dict(report.get("card", {}))
+    drifts = report.get("predicted_drift")
+    if drifts:
+        statistics = FeatureStatistics.from_pretrained(folder / "statistics")
+        facts["results"] = measured_drift(drifts, statistics)
+    return facts
+
+
+def _push_lora(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
+    folder = source if source.is_dir() else source.parent
+    if "statistics" not in facts and (folder / "statistics" / CONFIG_NAME).is_file():
+        facts["statistics"] = FeatureStatistics.from_pretrained(folder / "statistics")
+    facts["widget"] = [(prompt, folder / file) for prompt, file in facts.get("widget", ())]
+    return push_lora(source, repo_id, **facts, **hub)
+
+
+def _push_eraser(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
+    eraser = read_eraser(source)
+    known = {
+        "concept": eraser.config.concept,
+        "anchor_concept": eraser.config.anchor_concept,
+        "base_model": eraser.config.base_model_name_or_path,
+    }
+    card = eraser_card(eraser.tensors, token=hub.get("token"), **{**known, **facts})
+    names = [name for names in FORMATS.values() for name in names]
+    return _push_files(source, repo_id, card, names, facts, hub)
+
+
+def _push_statistics(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
+    return FeatureStatistics.from_pretrained(source).push_to_hub(repo_id, **facts, **hub)
+
+
+def _push_pairs(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
+    return open_pairs(source).push_to_hub(repo_id, **facts, **hub)
+
+
+def _push_network(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
+    card = network_card(load_noise_model(source), token=hub.get("token"), **facts)
+    return _push_files(source, repo_id, card, [CONFIG_NAME, "diffusion_pytorch_model*"], facts, hub)
+
+
+def _push_pipeline(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
+    at_root = None if (source / _INDEX).is_file() else "pipeline"
+    folder = source / (at_root or "")
+    index = _read_json(folder / _INDEX)
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
+    name = index["_class_name"]
+    if name in GOLDEN_PIPELINES.values():
+        kind, own = "golden_noise_pipeline", _golden_facts(folder, index)
+    else:
+        if name not in {*_NULL_SPACE, *_NULL_SPACE.values()}:
+            raise ValueError(
+                f"`source` must hold a pipeline of {sorted(_NULL_SPACE)}, of their plain classes or of "
+                f"{sorted(GOLDEN_PIPELINES.values())}, got a {name} in {folder}."
+            )
+        kind, own = "subject_pipeline", {"pipeline": _NULL_SPACE.get(name, name)}
+        own["statistics"] = (source / "statistics" / CONFIG_NAME).is_file()
+        own["instance_prompt"] = None
+    needed = {"base_model": None, "license": None, "trained_on": None, **own}
+    card = make_card(kind, token=hub.get("token"), **{**needed, **facts})
+    prefix = f"{at_root}/" if at_root else ""
+    patterns = [f"{prefix}{_INDEX}", *(f"{prefix}{part}/*" for part in parts), "statistics/*"]
+    return _push_files(source, repo_id, card, patterns, facts, hub, at_root)
+
+
+def _golden_facts(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    name, network = index["_class_name"], index.get("noise_model", [None, None])[1]
+    plain = next(plain for plain, golden in GOLDEN_PIPELINES.items() if golden == name)
+    parameters = 0
+    for path in (folder / "noise_model").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+        parameters += sum(_product(shape) for shape in shapes)
+    return {
+        "pipeline": name, "plain_pipeline": plain, "network": network or "",
+        "parameters": parameters,
+    }  # fmt: skip
+
+
+def _product(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _push_files(
+    folder: Path,
+    repo_id: str,
+    card: Callable[..., Card],
+    patterns: Sequence[str],
+    facts: Mapping[str, Any],
+    hub: dict[str, Any],
+    at_root: str | None = None,
+) -> str:
+    """Upload the files of some patterns, those that the card shows, and the training's report."""
+    shown = [file for _, file in facts.get("widget", ())]
+    patterns = [*patterns, *map(glob.escape, shown), REPORT_NAME]
+    kept = {path for pattern in patterns for path in folder.glob(pattern)}
+    kept |= {path for found in list(kept) if found.is_dir() for path in found.rglob("*")}
+    others = [path for path in folder.rglob("*") if path.is_file() and path not in kept]
+    ignored = [glob.escape(path.relative_to(folder).as_posix()) for path in others]
+    return push_folder(folder, repo_id, card, ignore_patterns=ignored, at_root=at_root, **hub)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+    return content if isinstance(content, dict) else {}
