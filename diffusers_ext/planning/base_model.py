@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
 from diffusers_ext.core.memory_trace import tensor_bytes
@@ -41,6 +43,15 @@ class Component:
                 model = model_class(model_class.config_class(**self.config))
         # Not the method of diffusers, which has a warning about every cast.
         return torch.nn.Module.to(model, dtype).requires_grad_(False).eval()
+
+    def whole_config(self) -> Any:
+        """The config with all fields, those that the class fills in too; nothing is built."""
+        model_class = _model_class(self.class_name)
+        if not issubclass(model_class, diffusers.ModelMixin):
+            return model_class.config_class(**self.config)
+        fields = inspect.signature(model_class.__init__).parameters.values()
+        defaults = {field.name: field.default for field in fields if field.name != "self"}
+        return FrozenDict({**defaults, **self.config})
 
     def parameters(self) -> int:
         """How many."""

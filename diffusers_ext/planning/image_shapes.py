@@ -148,4 +148,4 @@ def _config_of(base: BaseModel, name: str) -> Any:
         raise ValueError(
             f"`model` must have a {name}, got {base.name} with {sorted(base.components)}."
         )
-    return base.components[name].build().config
+    return base.components[name].whole_config()

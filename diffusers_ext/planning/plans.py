@@ -8,12 +8,16 @@ from dataclasses import fields
 from typing import Any
 
 from diffusers_ext.planning.eraser_run import EraserRunSetting, draft_eraser
+from diffusers_ext.planning.golden_noise_run import GoldenNoiseSetting, draft_golden_noise
+from diffusers_ext.planning.nullspace_run import NullSpaceSetting, draft_nullspace
 from diffusers_ext.planning.published_models import read_base_model
 from diffusers_ext.planning.run_draft import RunDraft, find_target, finish_plan
 from diffusers_ext.planning.run_plan import RunPlan
 
 
 _DRAFTS: dict[str, tuple[Callable[..., RunDraft], type]] = {
+    "nullspace": (draft_nullspace, NullSpaceSetting),
+    "golden-noise": (draft_golden_noise, GoldenNoiseSetting),
     "eraser": (draft_eraser, EraserRunSetting),
 }
 TOOLS = tuple(_DRAFTS)
