@@ -47,7 +47,7 @@ def render_page(report: DemoReport) -> str:
         written_at=time.strftime("%H:%M:%S"),
         describe=describe,
         still_of=still_of,
-        longest=max((s for section in report.sections for s in section.seconds), default=0.0),
+        longest=max([report.preparation, *(t for s in report.sections for t in s.seconds)]),
         clips_begin=next((s for s in report.sections if _holds_clips(s.blocks.values())), None),
     )
 
