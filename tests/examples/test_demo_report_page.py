@@ -205,6 +205,14 @@ def test_a_page_without_any_step_done_is_whole():
     assert page.rstrip().endswith("</html>")
 
 
+def test_a_page_needs_no_facts():
+    report = DemoReport([QuickPart("a")], began=time.perf_counter())
+    report.run(lambda current: None)
+    page = render_page(report)
+    assert page.startswith("<!DOCTYPE html>")
+    assert "All of it took" in page
+
+
 def test_a_page_that_cannot_be_rendered_leaves_the_old_one(tmp_path):
     path, report = tmp_path / "report.html", make_report()
     path.write_text("old")
