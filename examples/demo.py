@@ -56,7 +56,7 @@ def machine_facts() -> dict[str, str]:
 
     machine = describe_machine()
     return {
-        "Machine": f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads",
+        "Machine": f"{machine['device']}, {machine['cores']} cores; torch threads: {machine['threads']}",
         "Date": machine["date"],
         **machine["versions"],
     }
