@@ -67,9 +67,10 @@ def push_artifact(
     hub, given = split_arguments(arguments)
     if isinstance(results, (str, os.PathLike)):
         results = measured_results(results)
+    facts = _reported(folder)
     if results is not None:
-        given["results"] = results
-    return push(source, repo_id, {**_reported(folder), **given}, hub)
+        facts["results"] = [*facts.get("results", ()), *results]
+    return push(source, repo_id, {**facts, **given}, hub)
 
 
 def _recognise(source: Path) -> Callable[..., str]:

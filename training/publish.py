@@ -98,7 +98,8 @@ def subject_card(
 
 def _trained_on(args: argparse.Namespace, statistics: FeatureStatistics | None) -> str:
     count = len(list_images(args.instance_data_dir))
-    parts = [f"{count} pictures of the subject at {args.resolution} x {args.resolution} pixels."]
+    pictures = "1 picture" if count == 1 else f"{count} pictures"
+    parts = [f"{pictures} of the subject at {args.resolution} x {args.resolution} pixels."]
     if args.with_prior_preservation:
         parts.append(
             f"Beside them {args.num_class_images} pictures of its class that the base model drew "
@@ -106,7 +107,8 @@ def _trained_on(args: argparse.Namespace, statistics: FeatureStatistics | None) 
         )
     if statistics is not None and statistics.facts["prompts"]:
         count = len(statistics.facts["prompts"])
-        parts.append(f"What the base model reads for {count} prompts was preserved.")
+        prompts = "1 prompt" if count == 1 else f"{count} prompts"
+        parts.append(f"What the base model reads for {prompts} was preserved.")
     return " ".join(parts)
 
 

@@ -106,7 +106,7 @@ def push_lora(
 
 def measured_drift(drifts: Mapping[str, float], statistics: FeatureStatistics) -> list[Measured]:
     """The figure of `predicted_drift` that a card shows: its mean over the changed layers."""
-    mean = sum(drifts.values()) / len(drifts)
+    mean = float(f"{sum(drifts.values()) / len(drifts):.4g}")
     return [
         Measured(
             f"{len(statistics.facts['prompts'])} preserved prompts",

@@ -53,10 +53,8 @@ def statistics_card(
     prompts = facts["prompts"]
     num_prompts = num_prompts or len(prompts) or None
     if trained_on is None and num_prompts is not None:
-        trained_on = (
-            f"What {len(statistics.linears)} linear layers read for {num_prompts} prompts. No "
-            "picture was used."
-        )
+        counted = "1 prompt" if num_prompts == 1 else f"{num_prompts} prompts"
+        trained_on = f"What {len(statistics.linears)} linear layers read for {counted}."
     tensors = statistics._to_artifact()[1].values()
     return make_card(
         "feature_statistics",

@@ -13,7 +13,7 @@ def test_a_card_from_the_facts_of_the_statistics():
     statistics = made_up(**{k: FACTS[k] for k in ("base_model", "pipeline")})
     card = statistics_card(statistics, license="mit")("me/known")
     assert card.data.base_model == "user/base"
-    assert "What 3 linear layers read for 1 prompts" in card.text
+    assert "What 3 linear layers read for 1 prompt." in card.text
     assert "prompt 0" in card.text
     given = statistics_card(statistics, license="mit", trained_on="Prompts of a zoo.")("me/known")
     assert "Prompts of a zoo." in given.text
