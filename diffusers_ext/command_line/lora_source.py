@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def locate_lora(source: str, weight_name: str | None = None) -> Path:
@@ -19,7 +21,7 @@ def locate_lora(source: str, weight_name: str | None = None) -> Path:
         ValueError: no such file.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     name = weight_name or WEIGHT_NAME
     if Path(source).is_file():
@@ -29,12 +31,13 @@ def locate_lora(source: str, weight_name: str | None = None) -> Path:
         if not path.is_file():
             raise ValueError(f"{source} must hold {name}, got none. Name it with `--weight_name`.")
         return path
-    try:
-        return Path(hf_hub_download(source, name))
-    except HFValidationError as error:
+    if not _REPOSITORY.fullmatch(source) or source.endswith(".safetensors"):
+        # Asking the Hub for a mistyped path would take long and say something else.
         raise ValueError(
             f"A LoRA must be a file, a folder or 'user/name', got {source}: no such file."
-        ) from error
+        )
+    try:
+        return Path(hf_hub_download(source, name))
     except RemoteEntryNotFoundError as error:
         raise ValueError(
             f"Repository {source} must hold {name}, got none. Name it with `--weight_name`."

@@ -15,6 +15,7 @@ _CARD_FACTS = {
     "license": "a name of the Hub, e.g. apache-2.0; the base model's own without it",
     "trained_on": "what it was trained on or made from, in words",
     "instance_prompt": "of a LoRA or subject: asks for it",
+    "results": "report of an evaluation: its folder or report.json",
 }
 _HUB = ("private", "revision", "create_pr", "commit_message", "subfolder")
 

@@ -14,7 +14,11 @@ def test_files_and_folders(lora):
 def test_what_is_not_there(lora, hub):
     with pytest.raises(ValueError, match="must hold x.safetensors, got none. Name it with"):
         locate_lora(str(lora), "x.safetensors")
-    with pytest.raises(ValueError, match="must be a file, a folder or 'user/name', got ./nowhere"):
-        locate_lora("./nowhere")
+    for source in ("./nowhere", "nowhere", "some/file.safetensors", "a/b/c", "a b/c", "../a"):
+        with pytest.raises(
+            ValueError, match=f"a folder or 'user/name', got {source}: no such file"
+        ):
+            locate_lora(source)
+    assert not hub.requests
     with pytest.raises(OSError, match="tester/nowhere"):
         locate_lora("tester/nowhere")
