@@ -23,7 +23,7 @@ def add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
     """A LoRA, what it must leave alone, and how strictly."""
     parser.add_argument("lora", help="file, folder or Hub name")
     parser.add_argument("--weight_name", help="of the LoRA's file in a folder or repository")
-    parser.add_argument("--output_path", required=True, help="ends in .safetensors")
+    parser.add_argument("--output_path", "--output", required=True, help="ends in .safetensors")
     parser.add_argument("--format", choices=["diffusers", "kohya"], default="diffusers")
     group = parser.add_argument_group("what to protect")
     group.add_argument("--statistics", required=True, help="folder or Hub name, of `collect`")
