@@ -1,7 +1,7 @@
 """Null-space DreamBooth: teach a subject along directions that existing knowledge does not use."""
 
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.debleed import debleed_lora
+from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy
 from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions
 from diffusers_ext.nullspace.lora import (
     add_null_space_lora,
@@ -35,6 +35,7 @@ __all__ = [
     "null_space_directions",
     "predicted_drift",
     "preservation_penalty",
+    "preserved_energy",
     "push_lora",
     "save_lora",
 ]
