@@ -1,0 +1,159 @@
+"""A page that draws a prompt twice from one seed, without and with a tool: taught subject, golden noise, eraser.
+
+python examples/app.py            (the bundled models; what is missing is trained once, in outputs/app)
+python examples/app.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+    --lora user/dog --noise_model user/network --video_model THUDM/CogVideoX-2b --eraser user/no-dog
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from starlette.middleware import Middleware
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+
+from examples.app_drawing import LARGEST_STRENGTH, SideBySide, Sources
+from examples.app_texts import TITLE, explain, prompts_of
+
+
+# The page and what it draws come from this server; the browser refuses everything else.
+_CONTENT_POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+)
+# Fonts of the reader's own machine, in place of ones from the net.
+_THEME = gr.themes.Default(
+    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+)
+
+
+class OwnContentOnly:
+    """Adds the content policy to every answer of a web application."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", _CONTENT_POLICY.encode())
+                message["headers"] = [*message["headers"], policy]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def build_page(side_by_side: SideBySide) -> gr.Blocks:
+    """The page; `draw` is the one function that clients of its API see."""
+    sources, tools = side_by_side.sources, list(side_by_side.tools)
+    if not tools:
+        raise ValueError(
+            "The app must have something to show, got other models without `--lora`, `--noise_model` "
+            "or `--eraser`."
+        )
+
+    def bundled(tool: str) -> bool:
+        is_video = tool == "Erased concept"
+        return (sources.video_model if is_video else sources.image_model) is None
+
+    def draw(
+        tool: str,
+        prompt: str,
+        seed: int,
+        strength: float,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
+    ) -> tuple[str, str, str, str]:
+        try:
+            plain, drawn = side_by_side.draw(tool, prompt, seed, strength)
+        except (ValueError, TypeError, OSError) as error:
+            raise gr.Error(str(error), title="Not drawn", print_exception=False) from error
+        return plain.path, drawn.path, plain.reading, drawn.reading
+
+    def suggest(tool: str) -> tuple[str, int]:
+        return prompts_of(tool, bundled(tool))[0]
+
+    def introduce(tool: str) -> tuple[str, None, None, str, str]:
+        return explain(tool, bundled(tool)), None, None, "", ""  # old results are of another tool
+
+    first_prompt, first_seed = suggest(tools[0])
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"# {TITLE}")
+        tool = gr.Radio(tools, value=tools[0], label="Tool")
+        explanation = gr.Markdown(explain(tools[0], bundled(tools[0])))
+        with gr.Row():
+            prompt = gr.Textbox(first_prompt, label="Prompt", scale=3)
+            seed = gr.Number(first_seed, precision=0, label="Seed", scale=1, min_width=120)
+            strength = gr.Slider(0, LARGEST_STRENGTH, 1.0, step=0.05, label="Strength", scale=2)
+        button = gr.Button("Draw", variant="primary")
+        with gr.Row():
+            outputs = []
+            for label in ("Plain model", "With the tool"):
+                with gr.Column(min_width=140):
+                    image = gr.Image(label=label, type="filepath", height=340, buttons=["download"])
+                    outputs.append((image, gr.Markdown()))
+        gr.Examples(
+            [[name, *shown, 1.0] for name in tools for shown in prompts_of(name, bundled(name))],
+            [tool, prompt, seed, strength],
+            label="Try",
+        )
+        (plain, plain_text), (drawn, drawn_text) = outputs
+        inputs, results = [tool, prompt, seed, strength], [plain, drawn, plain_text, drawn_text]
+        gr.on([button.click, prompt.submit], draw, inputs, results, api_name="draw")
+        tool.input(suggest, tool, [prompt, seed], api_visibility="private")
+        tool.change(introduce, tool, [explanation, *results], api_visibility="private")
+    return page.queue(default_concurrency_limit=1)  # all requests share the models
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Command line of the app."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pretrained_model_name_or_path", help="text-to-image; bundled without it")
+    parser.add_argument("--video_model", help="CogVideoX; the bundled one without it")
+    for name in ("lora", "noise_model", "eraser"):
+        parser.add_argument(f"--{name}", help="folder or Hub name")
+    parser.add_argument("--num_inference_steps", type=int, help="of all drawing")
+    parser.add_argument("--output_dir", default="outputs/app", help="of what is trained")
+    parser.add_argument("--server_name", default="127.0.0.1")
+    parser.add_argument("--server_port", type=int, help="the first free one from 7860 without it")
+    parser.add_argument("--share", choices=["no", "yes"], default="no", help="a public address")
+    return parser.parse_args(input_args)
+
+
+def launch(args: argparse.Namespace, **options: Any) -> gr.Blocks:
+    """Start the app; returns its page. `options` are further ones of `Blocks.launch`."""
+    sources = Sources(
+        image_model=args.pretrained_model_name_or_path,
+        video_model=args.video_model,
+        lora=args.lora,
+        noise_model=args.noise_model,
+        eraser=args.eraser,
+        output_dir=args.output_dir,
+        num_inference_steps=args.num_inference_steps,
+    )
+    page = build_page(SideBySide(sources))
+    page.launch(
+        server_name=args.server_name,
+        server_port=args.server_port,
+        share=args.share == "yes",
+        theme=_THEME,
+        ssr_mode=False,
+        footer_links=["api"],
+        enable_monitoring=False,
+        app_kwargs={"middleware": [Middleware(OwnContentOnly)]},
+        **options,
+    )
+    return page
+
+
+if __name__ == "__main__":
+    launch(parse_args())

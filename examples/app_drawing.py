@@ -1,0 +1,195 @@
+"""What the app draws: a prompt and a seed, once plainly and once with a tool."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import CogVideoXPipeline, DiffusionPipeline
+from PIL import Image
+
+from diffusers_ext import load_eraser, render_clips
+from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.evaluation.clip_sheet import write_clip
+from examples.app_artifacts import find_or_make
+from examples.app_reading import read_clip, read_picture
+from examples.arguments import DEVICE, DTYPE
+from examples.digits.check_model import MODEL_DIR as IMAGE_MODEL
+from examples.golden_noise_in_sdxl import PIPELINES
+from examples.moving_digits.check_model import MODEL_DIR as VIDEO_MODEL
+
+
+LARGEST_STRENGTH, LARGEST_SEED = 2.0, 2**32 - 1
+_SMALLEST_SIDE = 320  # pixels; smaller pictures are enlarged by whole factors
+_FILES_KEPT = 20  # the page has copies of what it shows
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where models and artifacts come from.
+
+    Attributes:
+        image_model, video_model: folders or Hub names; the bundled models when `None`.
+        lora, noise_model, eraser: the same; made for the bundled models when `None`.
+        output_dir: of what is made.
+        num_inference_steps: of all drawing; what suits the bundled models, the pipeline's own
+            number for others when `None`.
+    """
+
+    image_model: str | None = None
+    video_model: str | None = None
+    lora: str | None = None
+    noise_model: str | None = None
+    eraser: str | None = None
+    output_dir: str = "outputs/app"
+    num_inference_steps: int | None = None
+
+    def sampling(self, model: str | None, steps: int, guidance_scale: float) -> dict[str, Any]:
+        """Arguments of a pipeline's call; the two numbers are for the bundled model."""
+        run = {} if model else {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        if self.num_inference_steps is not None:
+            run["num_inference_steps"] = self.num_inference_steps
+        return run
+
+    def locate(self, name: str) -> str | Path:
+        """Folder or Hub name of an artifact, which is made where it must be."""
+        return getattr(self, name) or find_or_make(name, self.output_dir)
+
+
+class Drawn(NamedTuple):
+    """One side of a comparison."""
+
+    path: str  # of a picture or a moving gif
+    reading: str  # what a judge sees; empty for models that it does not know
+
+
+class SideBySide:
+    """Draws with the models of `sources`, which are loaded when they are first needed."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.count = 0
+
+    @property
+    def tools(self) -> dict[str, Callable[[str, int, float], tuple[Drawn, Drawn]]]:
+        """What can be shown: tools whose artifact is given or can be made for the bundled model."""
+        sources = self.sources
+        tools = {
+            "Taught subject": (self._draw_subject, sources.lora, sources.image_model),
+            "Golden noise": (self._draw_golden_noise, sources.noise_model, sources.image_model),
+            "Erased concept": (self._draw_erased, sources.eraser, sources.video_model),
+        }
+        return {
+            name: draw
+            for name, (draw, artifact, model) in tools.items()
+            if artifact is not None or model is None
+        }
+
+    def draw(self, tool: str, prompt: str, seed: int, strength: float) -> tuple[Drawn, Drawn]:
+        """The plain result and the one with the tool, of the same seed.
+
+        Args:
+            tool: one of `tools`.
+            prompt: what to draw.
+            seed: of the noise.
+            strength: of the tool; 0 is without it, 1 as it was trained.
+
+        Raises:
+            ValueError: an unknown tool, no prompt, or a number out of range.
+        """
+        if tool not in self.tools:
+            raise ValueError(f"`tool` must be one of {list(self.tools)}, got {tool!r}.")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError("`prompt` must say what to draw, got an empty text.")
+        if not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"`seed` must be from 0 to {LARGEST_SEED}, got {seed}.")
+        if not (math.isfinite(strength) and 0 <= strength <= LARGEST_STRENGTH):
+            raise ValueError(f"`strength` must be from 0 to {LARGEST_STRENGTH}, got {strength}.")
+        return self.tools[tool](prompt.strip(), seed, strength)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of what was drawn; goes with this object."""
+        folder = Path(tempfile.mkdtemp(prefix="diffusers_ext_app_"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+    @cached_property
+    def image_pipeline(self) -> DiffusionPipeline:
+        """Draws pictures; its LoRA is off and its network at rest unless they are shown."""
+        source = self.sources.image_model or IMAGE_MODEL
+        plain = DiffusionPipeline.load_config(source)["_class_name"]
+        if plain not in PIPELINES:
+            raise ValueError(
+                f"The image model must be a pipeline of {list(PIPELINES)}, got a {plain}."
+            )
+        return PIPELINES[plain].from_pretrained(source, dtype=DTYPE).to(DEVICE)
+
+    @cached_property
+    def video_pipeline(self) -> CogVideoXPipeline:
+        """Draws clips; with the eraser."""
+        eraser = self.sources.locate("eraser")
+        source = self.sources.video_model or VIDEO_MODEL
+        pipeline = CogVideoXPipeline.from_pretrained(source, dtype=DTYPE).to(DEVICE)
+        load_eraser(pipeline, eraser, adapter_name="eraser", scale=0.0)
+        return pipeline
+
+    def _draw_subject(self, prompt: str, seed: int, strength: float) -> tuple[Drawn, Drawn]:
+        pipeline, lora = self.image_pipeline, self.sources.locate("lora")
+        run = self.sources.sampling(self.sources.image_model, 20, 3.0)
+        run["golden_noise_scale"] = 0.0
+        plain = self._picture(prompt, seed, **run)
+        pipeline.load_lora_weights(lora, adapter_name="subject")
+        try:
+            pipeline.set_adapters("subject", strength)
+            drawn = self._picture(prompt, seed, **run)
+        finally:
+            pipeline.unload_lora_weights()  # the next tool gets the plain weights
+        return plain, drawn
+
+    def _draw_golden_noise(self, prompt: str, seed: int, strength: float) -> tuple[Drawn, Drawn]:
+        pipeline = self.image_pipeline
+        if pipeline.noise_model is None:
+            pipeline.load_noise_model(self.sources.locate("noise_model"))
+        # With many steps every digit is right anyway.
+        run = self.sources.sampling(self.sources.image_model, 4, 1.5)
+        plain = self._picture(prompt, seed, golden_noise_scale=0.0, **run)
+        return plain, self._picture(prompt, seed, golden_noise_scale=strength, **run)
+
+    def _draw_erased(self, prompt: str, seed: int, strength: float) -> tuple[Drawn, Drawn]:
+        pipeline = self.video_pipeline
+        run = self.sources.sampling(self.sources.video_model, 20, 3.0)
+        sides = []
+        for scale in (0.0, strength):
+            pipeline.transformer.set_adapters("eraser", scale)
+            [clip] = render_clips(pipeline, [prompt], seeds=[seed], **run)
+            reading = read_clip(clip) if self.sources.video_model is None else ""
+            factor = max(1, -(-_SMALLEST_SIDE // max(clip.shape[1:3])))
+            path = self._next_file("gif")
+            write_clip(clip.repeat(factor, axis=1).repeat(factor, axis=2), path)
+            sides.append(Drawn(str(path), reading))
+        return sides[0], sides[1]
+
+    def _picture(self, prompt: str, seed: int, **run: Any) -> Drawn:
+        generator = torch.Generator().manual_seed(seed)
+        with quiet_run(self.image_pipeline):
+            [image] = self.image_pipeline(prompt, generator=generator, **run).images
+        factor = max(1, -(-_SMALLEST_SIDE // max(image.size)))
+        size = image.width * factor, image.height * factor
+        path = self._next_file("png")
+        image.resize(size, Image.Resampling.NEAREST).save(path)
+        return Drawn(str(path), read_picture(image) if self.sources.image_model is None else "")
+
+    def _next_file(self, suffix: str) -> Path:
+        self.count += 1
+        for old in self.folder.glob(f"{self.count - _FILES_KEPT:06d}.*"):
+            old.unlink()
+        return self.folder / f"{self.count:06d}.{suffix}"
