@@ -54,7 +54,7 @@ class HubServer:
     """
 
     repos: dict[str, Repository] = field(default_factory=dict)
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list, repr=False)
     unknown: list[Request] = field(default_factory=list)
     _failures: list[_Failure] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,14 +39,14 @@ class HubError(Exception):
 class StoredFile:
     """The bytes of one file, in git or beside it."""
 
-    content: bytes
+    content: bytes = field(repr=False)  # pytest shows what is at hand in a failing test
     lfs: bool
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    @property
+    @cached_property
     def git_oid(self) -> str:
         """Of the blob in git, which is a pointer for what lies beside it."""
         blob = self._pointer() if self.lfs else self.content
@@ -84,9 +85,9 @@ class Commit:
     """One state of a repository; never changes."""
 
     sha: str
-    parent: Commit | None
+    parent: Commit | None = field(repr=False)
     title: str
-    files: Mapping[str, StoredFile]
+    files: Mapping[str, StoredFile] = field(repr=False)
     date: str
 
     def history(self) -> list[Commit]:
@@ -120,9 +121,9 @@ class Repository:
     repo_id: str
     kind: str
     private: bool
-    commits: dict[str, Commit] = field(default_factory=dict)
-    refs: dict[str, Commit] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)
+    commits: dict[str, Commit] = field(default_factory=dict, repr=False)
+    refs: dict[str, Commit] = field(default_factory=dict, repr=False)
+    objects: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         lines = [f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in sorted(_LFS_SUFFIXES)]

@@ -32,11 +32,13 @@ class GoldenNoiseNetwork(PushWithCard):
         Args:
             pretrained_model_name_or_path: a local folder, or `"user/name"`.
             kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `local_files_only`,
-                `dtype`, ...
+                `dtype`, ... A pickle is read only with `use_safetensors=False`.
 
         Raises:
             ValueError: nothing of that name, or a network of another class.
         """
+        # By default diffusers answers a broken download by looking for a pickle instead.
+        kwargs.setdefault("use_safetensors", True)
         config = read_network_config(pretrained_model_name_or_path, kwargs)
         found = config.get("_class_name")
         if found not in {parent.__name__ for parent in cls.__mro__}:
