@@ -22,7 +22,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from examples.app_drawing import LARGEST_STRENGTH, SideBySide, Sources
-from examples.app_texts import TITLE, explain, prompts_of
+from examples.app_texts import ERASER, TITLE, explain, prompts_of
 
 
 # The page and what it draws come from this server; the browser refuses everything else.
@@ -51,64 +51,81 @@ class OwnContentOnly:
         await self.app(scope, receive, send_with_policy)
 
 
-def build_page(side_by_side: SideBySide) -> gr.Blocks:
-    """The page; `draw` is the one function that clients of its API see."""
-    sources, tools = side_by_side.sources, list(side_by_side.tools)
-    if not tools:
-        raise ValueError(
-            "The app must have something to show, got other models without `--lora`, `--noise_model` "
-            "or `--eraser`."
-        )
+class PageActions:
+    """What the page does when somebody clicks."""
 
-    def bundled(tool: str) -> bool:
-        is_video = tool == "Erased concept"
-        return (sources.video_model if is_video else sources.image_model) is None
+    def __init__(self, side_by_side: SideBySide) -> None:
+        self.side_by_side = side_by_side
+
+    def is_bundled(self, tool: str) -> bool:
+        """Whether a tool is shown on a bundled model."""
+        sources = self.side_by_side.sources
+        return (sources.video_model if tool == ERASER else sources.image_model) is None
 
     def draw(
+        self,
         tool: str,
         prompt: str,
         seed: int,
         strength: float,
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
     ) -> tuple[str, str, str, str]:
+        """Both results and what is read in them; what went wrong becomes a message of the page."""
         try:
-            plain, drawn = side_by_side.draw(tool, prompt, seed, strength)
+            plain, drawn = self.side_by_side.draw(tool, prompt, seed, strength)
         except (ValueError, TypeError, OSError) as error:
             raise gr.Error(str(error), title="Not drawn", print_exception=False) from error
         return plain.path, drawn.path, plain.reading, drawn.reading
 
-    def suggest(tool: str) -> tuple[str, int]:
-        return prompts_of(tool, bundled(tool))[0]
+    def suggest(self, tool: str) -> tuple[str, int]:
+        """A prompt and a seed to begin with."""
+        return prompts_of(tool, self.is_bundled(tool))[0]
 
-    def introduce(tool: str) -> tuple[str, None, None, str, str]:
-        return explain(tool, bundled(tool)), None, None, "", ""  # old results are of another tool
+    def introduce(self, tool: str) -> tuple[str, None, None, str, str]:
+        """What a tool does, and nothing in place of the results of another."""
+        return explain(tool, self.is_bundled(tool)), None, None, "", ""
 
-    first_prompt, first_seed = suggest(tools[0])
+
+def build_page(side_by_side: SideBySide) -> gr.Blocks:
+    """The page; `draw` is the one function that clients of its API see.
+
+    Raises:
+        ValueError: no tool can be shown.
+    """
+    tools, actions = list(side_by_side.tools), PageActions(side_by_side)
+    if not tools:
+        raise ValueError(
+            "The app must have something to show, got other models without `--lora`, `--noise_model` "
+            "or `--eraser`."
+        )
+    first_prompt, first_seed = actions.suggest(tools[0])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# {TITLE}")
         tool = gr.Radio(tools, value=tools[0], label="Tool")
-        explanation = gr.Markdown(explain(tools[0], bundled(tools[0])))
+        explanation = gr.Markdown(explain(tools[0], actions.is_bundled(tools[0])))
         with gr.Row():
             prompt = gr.Textbox(first_prompt, label="Prompt", scale=3)
             seed = gr.Number(first_seed, precision=0, label="Seed", scale=1, min_width=120)
             strength = gr.Slider(0, LARGEST_STRENGTH, 1.0, step=0.05, label="Strength", scale=2)
         button = gr.Button("Draw", variant="primary")
+        images, readings = [], []
         with gr.Row():
-            outputs = []
             for label in ("Plain model", "With the tool"):
                 with gr.Column(min_width=140):
-                    image = gr.Image(label=label, type="filepath", height=340, buttons=["download"])
-                    outputs.append((image, gr.Markdown()))
-        gr.Examples(
-            [[name, *shown, 1.0] for name in tools for shown in prompts_of(name, bundled(name))],
-            [tool, prompt, seed, strength],
-            label="Try",
-        )
-        (plain, plain_text), (drawn, drawn_text) = outputs
-        inputs, results = [tool, prompt, seed, strength], [plain, drawn, plain_text, drawn_text]
-        gr.on([button.click, prompt.submit], draw, inputs, results, api_name="draw")
-        tool.input(suggest, tool, [prompt, seed], api_visibility="private")
-        tool.change(introduce, tool, [explanation, *results], api_visibility="private")
+                    images.append(
+                        gr.Image(label=label, type="filepath", height=340, buttons=["download"])
+                    )
+                    readings.append(gr.Markdown())
+        examples = [
+            [name, *shown, 1.0]
+            for name in tools
+            for shown in prompts_of(name, actions.is_bundled(name))
+        ]
+        inputs, results = [tool, prompt, seed, strength], [*images, *readings]
+        gr.Examples(examples, inputs, label="Try", examples_per_page=20)
+        gr.on([button.click, prompt.submit], actions.draw, inputs, results, api_name="draw")
+        tool.input(actions.suggest, tool, [prompt, seed], api_visibility="private")
+        tool.change(actions.introduce, tool, [explanation, *results], api_visibility="private")
     return page.queue(default_concurrency_limit=1)  # all requests share the models
 
 

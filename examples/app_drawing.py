@@ -21,6 +21,7 @@ from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.evaluation.clip_sheet import write_clip
 from examples.app_artifacts import find_or_make
 from examples.app_reading import read_clip, read_picture
+from examples.app_texts import ERASER, NOISE, SUBJECT
 from examples.arguments import DEVICE, DTYPE
 from examples.digits.check_model import MODEL_DIR as IMAGE_MODEL
 from examples.golden_noise_in_sdxl import PIPELINES
@@ -83,9 +84,9 @@ class SideBySide:
         """What can be shown: tools whose artifact is given or can be made for the bundled model."""
         sources = self.sources
         tools = {
-            "Taught subject": (self._draw_subject, sources.lora, sources.image_model),
-            "Golden noise": (self._draw_golden_noise, sources.noise_model, sources.image_model),
-            "Erased concept": (self._draw_erased, sources.eraser, sources.video_model),
+            SUBJECT: (self._draw_subject, sources.lora, sources.image_model),
+            NOISE: (self._draw_golden_noise, sources.noise_model, sources.image_model),
+            ERASER: (self._draw_erased, sources.eraser, sources.video_model),
         }
         return {
             name: draw

@@ -6,29 +6,30 @@ from examples.app_artifacts import ERASED, GLYPH
 from examples.digits.prompts import RARE_TOKENS
 
 
+SUBJECT, NOISE, ERASER = "Taught subject", "Golden noise", "Erased concept"
 TITLE = "Same prompt, same seed: without and with a tool"
 EXPLANATIONS = {
-    "Taught subject": "A null-space LoRA: a new subject, taught along directions that the model's "
+    SUBJECT: "A null-space LoRA: a new subject, taught along directions that the model's "
     "knowledge does not use. Its prompt changes, all others stay.",
-    "Golden noise": "A small network turns the seed's noise into noise that suits the prompt, before "
+    NOISE: "A small network turns the seed's noise into noise that suits the prompt, before "
     "the first denoising step.",
-    "Erased concept": "An eraser beside the attention of CogVideoX leads the prompts of one concept "
+    ERASER: "An eraser beside the attention of CogVideoX leads the prompts of one concept "
     "elsewhere and leaves all others where they were.",
 }
 BUNDLED_NOTES = {
-    "Taught subject": f'The bundled model of handwritten digits learned "{RARE_TOKENS[0]}", a {GLYPH}.',
-    "Golden noise": "The bundled model of handwritten digits, with only four denoising steps.",
-    "Erased concept": f'The bundled model of moving digits, with "{ERASED}" erased.',
+    SUBJECT: f'The bundled model of handwritten digits learned "{RARE_TOKENS[0]}", a {GLYPH}.',
+    NOISE: "The bundled model of handwritten digits, with only four denoising steps.",
+    ERASER: f'The bundled model of moving digits, with "{ERASED}" erased.',
 }
 # Prompt and seed; the first is shown when a tool is chosen.
 BUNDLED_PROMPTS = {
-    "Taught subject": [
+    SUBJECT: [
         (f"a photo of the digit {RARE_TOKENS[0]}", 1),
         ("a photo of the red digit seven", 1),
         ("the number four in green", 2),
     ],
-    "Golden noise": [("a yellow two", 1), ("a picture of a red nine", 0), ("a white eight", 3)],
-    "Erased concept": [
+    NOISE: [("a yellow two", 1), ("a picture of a red nine", 0), ("a white eight", 3)],
+    ERASER: [
         (f"a red {ERASED} moving right", 0),
         (f"in white a {ERASED} goes up", 1),
         ("a green five moving left", 2),
@@ -36,9 +37,9 @@ BUNDLED_PROMPTS = {
     ],
 }
 OTHER_PROMPTS = {
-    "Taught subject": [("a photo of sks dog", 0), ("a photo of a cat on a sofa", 0)],
-    "Golden noise": [("a red fox in the snow, oil painting", 0), ("a glass of tea by a window", 1)],
-    "Erased concept": [("a dog runs along the beach", 0), ("a cat sleeps on a sofa", 0)],
+    SUBJECT: [("a photo of sks dog", 0), ("a photo of a cat on a sofa", 0)],
+    NOISE: [("a red fox in the snow, oil painting", 0), ("a glass of tea by a window", 1)],
+    ERASER: [("a dog runs along the beach", 0), ("a cat sleeps on a sofa", 0)],
 }
 
 
