@@ -76,7 +76,8 @@ def fill_with_fake_tensors(module: torch.nn.Module) -> None:
     Raises:
         ValueError: some have data.
     """
-    real = [name for name, tensor in module.state_dict().items() if not tensor.is_meta]
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    real = [name for name, tensor in tensors if not tensor.is_meta]
     if real:
         raise ValueError(f"`module` must be on the meta device, got data in {real[0]!r}.")
     for part in module.modules():

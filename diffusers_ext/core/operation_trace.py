@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     flop_registry,
@@ -49,7 +50,8 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 class OperationTrace(MemoryTrace):
     """Counts kernels besides memory, by what each of them computes and moves.
 
-    Views are no kernels. The counts are those of `torch.utils.flop_counter`.
+    Views are no kernels. The counts are those of `torch.utils.flop_counter`. A tensor without data that
+    is read as a number is 1, or true.
 
     Args:
         known: as for `MemoryTrace`.
@@ -81,6 +83,8 @@ class OperationTrace(MemoryTrace):
     ) -> Any:
         """Run one operation and count what it makes and moves."""
         kwargs = kwargs or {}
+        if function is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1
         result = super().__torch_dispatch__(function, types, args, kwargs)
         if not getattr(function, "is_view", False):
             self._count_operation(function, args, kwargs, result)

@@ -40,7 +40,7 @@ from diffusers_ext.planning.run_draft import Phase, RunDraft
 from diffusers_ext.planning.work import Job, Precision, Work
 
 
-_MAX_GRAD_NORM = 1.0
+_MAX_GRAD_NORM, _VAE = 1.0, "VAE"
 
 
 def draft_eraser(base: BaseModel, *, as_on_gpu: bool = True, **setting: Any) -> RunDraft:
@@ -68,7 +68,13 @@ def draft_eraser(base: BaseModel, *, as_on_gpu: bool = True, **setting: Any) -> 
     precision = Precision(plan.setting.dtype, as_on_gpu)
     shapes = _Shapes(configs, step_shape(plan.setting, latents), plan.setting, tokens, precision)
     works = _works(run, shapes)
-    phases = [Phase(name, (), works.get(name, ()), peak) for name, peak in plan.phases.items()]
+    parts, peaks = dict(plan.parts), dict(plan.phases)
+    if not as_on_gpu:
+        # It waits in the host's memory, which is the device's own here.
+        parts[_VAE] = base.components["vae"].bytes(plan.setting.dtype)
+        waits = [name for name in ("sampling", "training") if name in peaks]
+        peaks.update({name: peaks[name] + parts[_VAE] for name in waits})
+    phases = [Phase(name, (), works.get(name, ()), peak) for name, peak in peaks.items()]
     size = {name: getattr(plan.setting, name) for name in ("num_frames", "height", "width")}
     notes = []
     if run.latents_source != "trajectory":
@@ -76,7 +82,7 @@ def draft_eraser(base: BaseModel, *, as_on_gpu: bool = True, **setting: Any) -> 
     if run.latents_source == "video":
         notes.append("The time to read and encode videos is not counted.")
     disk = _disk(run, shapes, plan.samples)
-    return RunDraft("eraser", base, {**asdict(run), **size}, plan.parts, phases, disk, notes)
+    return RunDraft("eraser", base, {**asdict(run), **size}, parts, phases, disk, notes)
 
 
 class _Shapes(NamedTuple):

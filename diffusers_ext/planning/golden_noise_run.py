@@ -21,7 +21,12 @@ from diffusers_ext.planning.disk_sizes import (
 )
 from diffusers_ext.planning.golden_noise_setting import REWARDS, GoldenNoiseSetting
 from diffusers_ext.planning.image_shapes import ImageShapes
-from diffusers_ext.planning.image_works import decode_work, encode_prompts_work, guided_work
+from diffusers_ext.planning.image_works import (
+    decode_work,
+    encode_prompts_work,
+    guided_work,
+    redenoise_work,
+)
 from diffusers_ext.planning.network_works import (
     kept_name,
     network_of,
@@ -93,7 +98,7 @@ def _phases(
             pairs,
             [
                 encode_prompts_work(shapes, rows, asked * batches, precision),
-                guided_work(shapes, rows, (run.w1, run.w2), batches * run.num_steps, precision),
+                redenoise_work(shapes, run, rows, batches, precision),
             ],
         )
     ]
@@ -120,7 +125,7 @@ def _judging(
         dtype = torch.float32
     calls = batches * run.num_inference_steps
     works = [
-        guided_work(shapes, 2 * rows, (run.guidance_scale,), calls, precision),
+        guided_work(shapes, 2 * rows, run.guidance_scale, calls, precision),
         decode_work(shapes, 2 * rows, batches, dtype),
     ]
     if run.reward in REWARDS:

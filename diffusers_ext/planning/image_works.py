@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from diffusers_ext.golden_noise.denoiser import guided_prediction
+from diffusers_ext.golden_noise.noise_statistics import match_energy, noise_statistics
+from diffusers_ext.planning.golden_noise_setting import GoldenNoiseSetting
 from diffusers_ext.planning.image_shapes import ImageShapes
 from diffusers_ext.planning.work import Job, Precision, Work
 
@@ -39,52 +41,58 @@ def encode_prompts_work(shapes: ImageShapes, rows: int, times: float, precision:
 
 
 def guided_work(
-    shapes: ImageShapes,
-    rows: int,
-    guidance_scales: Sequence[float],
-    times: float,
-    precision: Precision,
-    name: str = "denoiser's activations",
-    *,
-    autocast: bool = False,
+    shapes: ImageShapes, rows: int, guidance_scale: float, times: float, precision: Precision
 ) -> Work:
-    """The denoiser is asked once under each guidance scale for `rows` pictures.
-
-    Args:
-        shapes: of the model.
-        rows: pictures at once; guidance doubles them inside.
-        guidance_scales: one call each.
-        times: how often in a run.
-        precision: of the denoiser.
-        name: of the memory.
-        autocast: the denoiser is one that trains, which accelerate runs under autocast.
-    """
+    """A step of drawing `rows` pictures; guidance doubles them inside."""
 
     def make() -> Job:
         pipeline = shapes.pipeline(precision.dtype, torch.float32)
-        denoiser = getattr(pipeline, shapes.base.denoiser)
 
         def begin(device: torch.device) -> Callable[[], object]:
             latents = torch.randn(rows, *shapes.latents, device=device)
             text = shapes.conditioning(rows, device, precision.dtype)
 
             @torch.no_grad()
-            def repeat() -> None:
-                state = latents
-                for scale in guidance_scales:
-                    output = guided_prediction(pipeline, state, _TIMESTEP, text, scale)
-                    state = latents + 0.1 * output
+            def repeat() -> torch.Tensor:
+                output = guided_prediction(pipeline, latents, _TIMESTEP, text, guidance_scale)
+                return latents + 0.1 * output
+
+            return repeat
+
+        return Job([getattr(pipeline, shapes.base.denoiser), pipeline.vae], begin)
+
+    return Work("denoiser's activations", times, make)
+
+
+def redenoise_work(
+    shapes: ImageShapes, setting: GoldenNoiseSetting, rows: int, times: float, precision: Precision
+) -> Work:
+    """Golden noises of `rows` pairs: two denoiser calls each, and what is noted of them."""
+
+    def make() -> Job:
+        pipeline = shapes.pipeline(precision.dtype, torch.float32)
+
+        def begin(device: torch.device) -> Callable[[], object]:
+            text = shapes.conditioning(rows, device, precision.dtype)
 
             @torch.no_grad()
-            def repeat_under_autocast() -> None:
-                with precision.autocast(denoiser):
-                    repeat()
+            def repeat() -> None:
+                source = noise = torch.randn(rows, *shapes.latents).to(device)
+                states = []
+                for _ in range(setting.num_steps):
+                    first = guided_prediction(pipeline, noise, _TIMESTEP, text, setting.w1)
+                    lower = 0.9 * noise + 0.1 * first
+                    second = guided_prediction(pipeline, lower, _TIMESTEP, text, setting.w2)
+                    noise = match_energy(noise + (0.1 * first + 0.1 * second), source)
+                    states.append(noise)
+                deltas = torch.stack(states, 1).cpu() - source.cpu()[:, None]
+                noise_statistics(source.cpu() + deltas.half()[:, -1].float())
 
-            return repeat_under_autocast if autocast else repeat
+            return repeat
 
-        return Job([denoiser, pipeline.vae], begin)
+        return Job([getattr(pipeline, shapes.base.denoiser), pipeline.vae], begin)
 
-    return Work(name, times, make)
+    return Work("denoiser's activations", times, make)
 
 
 def decode_work(shapes: ImageShapes, rows: int, times: float, dtype: torch.dtype) -> Work:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.npnet import NPNet
+from diffusers_ext.golden_noise.pairs import source_noise
 from diffusers_ext.golden_noise.sequence_losses import (
     gaussian_nll,
     output_statistics_kl,
@@ -135,23 +136,27 @@ class _Batch:
     def __init__(
         self, shapes: ImageShapes, setting: GoldenNoiseSetting, rows: int, device: torch.device
     ) -> None:
-        self.setting = setting
+        self.setting, self.shape, self.rows, self.device = setting, shapes.latents, rows, device
         text = shapes.conditioning(rows, device, torch.float32)
         self.text, self.mask = text.prompt_embeds, text.attention_mask
-        self.noise = torch.randn(rows, *shapes.latents, device=device)
         self.golden = torch.randn(rows, setting.num_steps, *shapes.latents, device=device)
 
     def loss(self, network: torch.nn.Module, precision: Precision) -> torch.Tensor:
-        """Forward pass and loss, as the training scripts have them."""
+        """Noises from their seeds, forward pass and loss, as the training scripts have them."""
+        self.noise = torch.stack([source_noise(seed, self.shape) for seed in range(self.rows)])
+        self.noise = self.noise.to(self.device)
         if self.setting.network not in SEQUENCE_NETWORKS:
             masked = {} if self.setting.network == "npnet" else {"attention_mask": self.mask}
             with precision.autocast(network):
                 golden = network(self.noise, self.text, **masked).float()
+            _note_figures(golden, self.golden[:, -1], self.noise)
             return functional.mse_loss(golden, self.golden[:, -1])
         states = torch.cat([self.noise[:, None], self.golden[:, :-1]], 1)
         with precision.autocast(network):
             mean, logvar = network(states, self.text, self.mask)
         mean, logvar = mean.float(), None if logvar is None else logvar.float()
+        for step in (0, -1):
+            _note_figures(mean[:, step], self.golden[:, step], states[:, step])
         if logvar is None:
             loss = squared_error(mean, self.golden)
         else:
@@ -159,3 +164,13 @@ class _Batch:
         if self.setting.network == "rnn":
             loss = loss + _KL_WEIGHT * output_statistics_kl(mean, logvar)
         return loss
+
+
+@torch.no_grad()
+def _note_figures(
+    prediction: torch.Tensor, target: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the log says of each batch."""
+    predicted, true = ((x - noise).flatten(1) for x in (prediction, target))
+    error = (predicted - true).square().mean(1).sum() / true.square().mean(1).sum()
+    return error, functional.cosine_similarity(predicted, true, dim=1).mean()

@@ -148,7 +148,7 @@ def _pictures(
     """Pictures are denoised together and decoded one by one."""
     calls = run.num_inference_steps * count / rows
     return [
-        guided_work(shapes, rows, (run.guidance_scale,), calls, precision),
+        guided_work(shapes, rows, run.guidance_scale, calls, precision),
         decode_work(shapes, 1, count, torch.float32),
     ]
 

@@ -27,8 +27,8 @@ from diffusers_ext.planning.work import (
 HERE = "here"
 _MEMORY = "Peaks are of tensors; workspaces inside of kernels are left to the reserve."
 _TIME = (
-    "Time is that of computing alone on one device: loading, downloads, reading and writing of files "
-    "and eigendecompositions are not in it."
+    "Time is that of computing alone on one device: loading, downloads, reading and writing of files, "
+    "eigendecompositions, and the few milliseconds that a training loop adds to a step are not in it."
 )
 
 
