@@ -120,7 +120,8 @@ def _refusal(name: str) -> str:
     try:
         SHARED[name].load(f"tester/{name}", token=False)
     except (OSError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+        # diffusers' pipelines tell only as the cause that the Hub knows no such repository.
+        return f"{type(error).__name__}: {error} {error.__cause__}"
     return ""
 
 
