@@ -14,7 +14,7 @@ from safetensors import safe_open
 from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.hub import Card, make_card, push_folder, split_arguments
 from diffusers_ext.eraser.eraser_card import eraser_card
-from diffusers_ext.eraser.eraser_files import FORMATS, read_eraser
+from diffusers_ext.eraser.eraser_files import FILE_NAMES, FORMATS, read_eraser
 from diffusers_ext.evaluation.measured_results import measured_results
 from diffusers_ext.golden_noise.loading import NETWORK_MODULES, load_noise_model
 from diffusers_ext.golden_noise.network_card import GOLDEN_PIPELINES, network_card
@@ -123,8 +123,7 @@ def _push_eraser(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[st
         "base_model": eraser.config.base_model_name_or_path,
     }
     card = eraser_card(eraser.tensors, token=hub.get("token"), **{**known, **facts})
-    names = [name for names in FORMATS.values() for name in names]
-    return _push_files(source, repo_id, card, names, facts, hub)
+    return _push_files(source, repo_id, card, FILE_NAMES, facts, hub, delete_patterns=FILE_NAMES)
 
 
 def _push_statistics(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
@@ -161,7 +160,7 @@ def _push_pipeline(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[
     card = make_card(kind, token=hub.get("token"), **{**needed, **facts})
     prefix = f"{at_root}/" if at_root else ""
     patterns = [f"{prefix}{_INDEX}", *(f"{prefix}{part}/*" for part in parts), "statistics/*"]
-    return _push_files(source, repo_id, card, patterns, facts, hub, at_root)
+    return _push_files(source, repo_id, card, patterns, facts, hub, at_root=at_root)
 
 
 def _golden_facts(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +191,7 @@ def _push_files(
     patterns: Sequence[str],
     facts: Mapping[str, Any],
     hub: dict[str, Any],
-    at_root: str | None = None,
+    **folder_arguments: Any,
 ) -> str:
     """Upload the files of some patterns, those that the card shows, and the training's report."""
     shown = [file for _, file in facts.get("widget", ())]
@@ -201,7 +200,7 @@ def _push_files(
     kept |= {path for found in list(kept) if found.is_dir() for path in found.rglob("*")}
     others = [path for path in folder.rglob("*") if path.is_file() and path not in kept]
     ignored = [glob.escape(path.relative_to(folder).as_posix()) for path in others]
-    return push_folder(folder, repo_id, card, ignore_patterns=ignored, at_root=at_root, **hub)
+    return push_folder(folder, repo_id, card, ignore_patterns=ignored, **folder_arguments, **hub)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class Licence:
         if self.license == "other" and not self.license_name:
             raise ValueError(
                 "`license_name` must be given with the license 'other', got "
-                f"{self.license_name!r}. Name the licence of the base model."
+                f'{self.license_name!r}. Pass `Licence("other", "its-name", "https://its.address")`, '
+                "or none where the base model is on the Hub and its card tells."
             )
 
     @property

@@ -110,6 +110,15 @@ def test_an_eraser(hub, tmp_path, format):
     assert card.data.license == "apache-2.0"  # what is given goes before the report
     assert card.data.widget[0]["output"]["url"] == "one/shown.png"
     load_eraser(tiny_transformer(), "tester/eraser", subfolder="one")
+    other = {"peft": "legacy", "legacy": "peft"}[format]
+    arguments = {**FACTS, "preserved_concepts": [], "subfolder": "one"}
+    eraser = make_eraser(tiny_transformer(), concept="seven")
+    save_eraser(
+        eraser, tmp_path / "new", format=other, push_to_hub=True, repo_id="eraser", **arguments
+    )
+    in_place = hub.files("tester/eraser")  # the other format would be read first, or never
+    assert len(in_place) == len(files)
+    assert {f"one/{path.name}" for path in (tmp_path / "new").iterdir()} < in_place.keys()
 
 
 def test_statistics(hub, statistics, tmp_path):

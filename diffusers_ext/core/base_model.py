@@ -16,11 +16,12 @@ from hub_cards import Licence
 
 
 _CARD_NAME = "README.md"
-_CACHED = "models--"  # begins the name of a model's folder in the cache of the Hub
+# Begin the name of a repository's folder in the cache of the Hub.
+_CACHED = ("models--", "datasets--")
 
 
 def public_name(source: str | os.PathLike) -> str:
-    """A model's name on the Hub; of a folder the last part, as its path means nothing to others.
+    """A name on the Hub; of a folder the last part, as its path means nothing to others.
 
     Args:
         source: Hub name, or folder; one in the cache of the Hub has the name of its repository.
@@ -28,7 +29,7 @@ def public_name(source: str | os.PathLike) -> str:
     path = Path(source)
     cached = next((part for part in path.parts if part.startswith(_CACHED)), None)
     if cached is not None:
-        return cached.removeprefix(_CACHED).replace("--", "/")
+        return cached.partition("--")[2].replace("--", "/")
     is_path = path.exists() or path.is_absolute() or len(path.parts) > 2 or ".." in path.parts
     return path.resolve().name if is_path else str(source)
 
@@ -60,8 +61,9 @@ def find_licence(
             f"`license` must be given, got None, and the card of the base model {base} names none. "
             'Look it up there and pass its name on the Hub, such as "apache-2.0".'
         )
-    if link and "://" not in link and not Path(base).is_dir():
-        link = f"{constants.ENDPOINT}/{public_name(base)}/blob/main/{link}"  # relative to the base model
+    if link and "://" not in link:  # a file of the base model
+        name_on_hub = public_name(base)
+        link = f"{constants.ENDPOINT}/{name_on_hub}/blob/main/{link}" if "/" in name_on_hub else None
     return Licence(name, label, link)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 import tempfile
@@ -11,16 +12,18 @@ from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
+    CommitOperationDelete,
     DatasetCard,
     HfApi,
     ModelCard,
+    get_token,
 )
-from huggingface_hub.errors import (
-    RemoteEntryNotFoundError,
-)
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from diffusers_ext.core.base_model import find_licence, public_name
+from diffusers_ext.core.local_paths import public_content
+from diffusers_ext.core.stale_files import stale_files
 from hub_cards import Licence, Measured, artifact_card, keep_owner_words
 
 
@@ -44,12 +47,14 @@ def push_folder(
     commit_message: str | None = None,
     subfolder: str | None = None,
     ignore_patterns: Sequence[str] = (),
+    delete_patterns: Sequence[str] = (),
     at_root: str | None = None,
 ) -> str:
     """Upload the files of a folder and their card in one commit; others see all of it or nothing.
 
     After an interruption the same call goes on: large files that have arrived are not sent again.
-    What the owner wrote into a card that is already there stays.
+    What the owner wrote into a card that is already there stays, and so do all other files but
+    those of `stale_files`. Paths of this machine in configs and reports become names.
 
     Args:
         folder: what to upload. A `README.md` in it counts as the owner's where the Hub has none.
@@ -64,10 +69,12 @@ def push_folder(
         commit_message: "Upload with diffusers_ext" when `None`.
         subfolder: where in the repository the files go; the card stays at the root.
         ignore_patterns: files to leave out, as in `huggingface_hub`.
+        delete_patterns: names of files below `subfolder` that the same commit deletes, if there are
+            any that it does not write.
         at_root: name of a folder in `folder` whose files lose that part of their names.
 
     Returns:
-        Address of the commit, or of the pull request.
+        Address of the commit, or of the pull request; of the latest commit where nothing has changed.
 
     Raises:
         ValueError: no such folder, nothing in it, or a card that cannot be rendered, that the Hub
@@ -78,27 +85,46 @@ def push_folder(
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     new_card = card(repo_id, subfolder=subfolder) if subfolder else card(repo_id)
-    if token and token in str(new_card).replace("\\", ""):  # Markdown escapes its underscore
+    secret = token or get_token()
+    if secret and secret in str(new_card).replace("\\", ""):  # Markdown escapes its underscore
         raise ValueError("The card must not hold the token, got one that does.")
-    new_card.validate(repo_type)
+    check_card(new_card)
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    operations = [_addition(f"{prefix}{name}", path) for name, path in files.items()]
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     is_branch = revision is not None and not revision.startswith("refs/")
     if is_branch and not create_pr:  # whoever proposes a change may not be allowed to make branches
         api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
     target = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    operations = [CommitOperationAdd(f"{prefix}{name}", str(path)) for name, path in files.items()]
     # Nobody sees these before the commit. The card is read afterwards, because the owner may
     # edit it during a long upload.
     api.preupload_lfs_files(additions=operations, create_pr=create_pr, free_memory=False, **target)
+    new = {operation.path_in_repo for operation in operations}
+    patterns = [glob.escape(prefix) + pattern for pattern in delete_patterns]
+    stale = stale_files(api.list_repo_files(**target), new, patterns)
     text = str(keep_owner_words(new_card, _owner_text(api, Path(folder), target)))
     commit = api.create_commit(
-        operations=[*operations, CommitOperationAdd(CARD_NAME, text.encode())],
+        operations=[
+            *operations,
+            *(CommitOperationDelete(name) for name in stale),
+            CommitOperationAdd(CARD_NAME, text.encode()),
+        ],
         commit_message=commit_message or "Upload with diffusers_ext",
         create_pr=create_pr,
         **target,
     )
-    return commit.pr_url if create_pr else commit.commit_url
+    return commit.pr_url or commit.commit_url  # no pull request where nothing has changed
+
+
+def check_card(card: Card) -> None:
+    """Let the Hub read a card; raises `ValueError` where it refuses the header."""
+    try:
+        card.validate()
+    except ValueError as error:
+        raise ValueError(
+            f"The header of the card must be one that the Hub accepts, got: {error} A licence that is "
+            'not on its list is given as `Licence("other", "its-name", "https://its.address")`.'
+        ) from error
 
 
 def make_repository(
@@ -129,6 +155,11 @@ def _files_of(folder: Path, ignore_patterns: Sequence[str], at_root: str | None)
     if at_root is None:
         return files
     return {name.removeprefix(f"{at_root}/"): path for name, path in files.items()}
+
+
+def _addition(name: str, path: Path) -> CommitOperationAdd:
+    content = public_content(path)
+    return CommitOperationAdd(name, str(path) if content is None else content)
 
 
 def _owner_text(api: HfApi, folder: Path, target: dict[str, Any]) -> str | None:

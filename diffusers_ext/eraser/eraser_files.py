@@ -37,6 +37,7 @@ FORMATS = {
     "peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
     "legacy": (LEGACY_CONFIG_NAME, LEGACY_WEIGHTS_NAME),
 }
+FILE_NAMES = tuple(name for names in FORMATS.values() for name in names)
 
 
 class EraserFile(NamedTuple):

@@ -13,10 +13,9 @@ import torch
 
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
 from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.convert import (
-    StateDict,
-)
+from diffusers_ext.eraser.convert import StateDict
 from diffusers_ext.eraser.eraser_card import eraser_card
+from diffusers_ext.eraser.eraser_files import FILE_NAMES
 from diffusers_ext.eraser.loading import (
     EraserTarget,
     eraser_tensors,
@@ -62,7 +61,7 @@ def save_eraser(
         anchor_concept: what takes its place; from its config when `None`.
         base_model_name_or_path: the transformer it is for; as its config or the transformer says
             when `None`.
-        push_to_hub: upload these files afterwards.
+        push_to_hub: upload these files afterwards, in place of an eraser in the other format.
         repo_id: repository; the folder's name when `None`.
         hub_arguments: with `push_to_hub`: `private`, `token`, `revision`, `create_pr`,
             `commit_message`, `subfolder`; and for the model card `trained_on`, `preserved_concepts`,
@@ -98,7 +97,8 @@ def save_eraser(
         # Not the folder itself, which may hold the checkpoints of a training run.
         with tempfile.TemporaryDirectory() as upload:
             write_eraser_files(Path(upload), files)
-            push_folder(upload, repo_id or folder.resolve().name, card, **hub)
+            name = repo_id or folder.resolve().name
+            push_folder(upload, name, card, delete_patterns=FILE_NAMES, **hub)
 
 
 def _upload_parts(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Parts of an unfinished shard, and files that a killed run left half written.
 _NOT_SHARED = ("progress/*", ".*", "*/.*")
 _NATIVE = ("config.json", "report.json", "deltas/*", "pairs/*", "rejected/*", "shards/*")
+_SHARDS = tuple(
+    f"{folder}/[0-9][0-9][0-9][0-9][0-9].*" for folder in ("deltas", "pairs", "rejected", "shards")
+)
 _FOREIGN = ("metadata.csv", "*.pt", "*.npz", "*.json", "*.jsonl")
 _SETTINGS = (
     "redenoise_steps", "w1", "w2", "legacy_inversion", "negative_prompt", "num_inference_steps",
@@ -79,6 +82,7 @@ def push_pairs(
         card,
         repo_type="dataset",
         ignore_patterns=_NOT_SHARED,
+        delete_patterns=_SHARDS,  # of a set with more of them that was there before
         **hub_arguments,
     )
 

@@ -25,6 +25,7 @@ def put_card(repo_id: str, header: str, private: bool = False) -> None:
         ("../models/model", "model"),
         ("a/b/model", "model"),
         ("/cache/hub/models--user--a-model/snapshots/1f/transformer", "user/a-model"),
+        ("/cache/hub/datasets--user--pairs/snapshots/1f", "user/pairs"),
     ],
 )
 def test_the_public_name_holds_no_path(source, name):
@@ -60,7 +61,7 @@ def test_the_licence_of_the_base_model(hub):
 
 def test_the_licence_in_a_folder(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\nlicense_link: LICENSE\n---\n")
-    assert find_licence(tmp_path) == Licence("mit", None, "LICENSE")
+    assert find_licence(tmp_path) == Licence("mit")  # the link led nowhere from elsewhere
 
 
 @pytest.mark.parametrize(

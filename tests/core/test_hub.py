@@ -155,7 +155,7 @@ def test_an_interrupted_upload_shows_nothing_and_goes_on(hub, folder, method, pa
     assert len(hub.sent("PUT", "")) - sent == (1 if method == "PUT" else 0)
 
 
-@pytest.mark.parametrize("problem", ["folder", "empty", "card", "token", "header"])
+@pytest.mark.parametrize("problem", ["folder", "empty", "card", "token", "login", "header"])
 def test_nothing_reaches_the_hub_before_everything_is_right(hub, folder, tmp_path, problem):
     def broken(repo_id: str) -> ModelCard:
         raise ValueError("`rank` must be given.")
@@ -168,6 +168,10 @@ def test_nothing_reaches_the_hub_before_everything_is_right(hub, folder, tmp_pat
         "token": (
             folder, make_card("eraser", **FACTS, settings={"key": "hf_test"}),
             "The card must not hold the token", "hf_test",
+        ),
+        "login": (
+            folder, make_card("eraser", **FACTS, settings={"key": "hf_test"}),
+            "The card must not hold the token", None,
         ),
         "header": (folder, lambda _: ModelCard("---\nlicense: 7\n---\n"), ".", None),
     }[problem]  # fmt: skip

@@ -9,8 +9,9 @@ from huggingface_hub import DatasetCard, HfApi
 
 from diffusers_ext.golden_noise.pair_set_hub import measured, num_rejected, pair_set_card
 from diffusers_ext.golden_noise.pair_shards import PairRecord
+from diffusers_ext.golden_noise.pair_writer import PairWriter
 from diffusers_ext.golden_noise.pairs import open_pairs
-from tests.golden_noise.pair_sets import SHAPE, STEPS, record, write_set
+from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record, write_set
 from tests.golden_noise.shared_facts import RESULT, upload_base
 from tests.golden_noise.test_foreign_pairs import write_csv, write_official
 
@@ -91,6 +92,18 @@ def test_an_unfinished_set_is_shared_only_on_demand(hub, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert not open_pairs("tester/pairs").complete
     assert "holds 1 of 2 shards" in caplog.text
+
+
+def test_a_smaller_set_takes_the_place_of_a_larger_one(hub, pairs, tmp_path):
+    for subfolder in ("one", "two"):
+        pairs.push_to_hub("tester/pairs", subfolder=subfolder, **FACTS)
+    writer = PairWriter(tmp_path / "small", SHAPE, STEPS, num_shards=1, facts=None)
+    writer.create()
+    writer.write_part(0, 0, deltas_of([1]), [record(1)])
+    writer.finish_shard(0, 1)
+    open_pairs(tmp_path / "small").push_to_hub("tester/pairs", subfolder="one", **FACTS)
+    assert len(open_pairs("tester/pairs", subfolder="one")) == 1
+    assert len(open_pairs("tester/pairs", subfolder="two")) == len(pairs)
 
 
 def test_branches_folders_and_pull_requests(hub, pairs):
