@@ -19,8 +19,8 @@ from training.eraser_data import ClipSize
 from training.eraser_text import GivenTexts, RunText
 from training.loop import TrainingLoop
 from training.output_folder import staged_output
-from training.publish import patterns_below, prepare_upload, push_output, widget_of
-from training.upload import card_arguments
+from training.publish import left_here, prepare_upload, push_output, widget_of
+from training.upload import card_arguments, reported_arguments
 
 
 REPORT_NAME = "training_report.json"
@@ -38,7 +38,7 @@ def eraser_report(
     """Everything about a training as JSON, the token left out."""
     trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
     return {
-        "arguments": {name: value for name, value in vars(args).items() if name != "hub_token"},
+        "arguments": reported_arguments(args),
         "recipe": asdict(recipe_of(args)),
         "parameters": sum(parameter.numel() for parameter in trained),
         "preserved_concepts": text.preserved_concepts,
@@ -149,6 +149,5 @@ def publish_eraser(
     Returns:
         Address of the commit.
     """
-    ignored = ["checkpoint-*", ".partial-*", f"{args.logging_dir}/*"]
-    ignored += patterns_below(args.output_dir, args.trajectories_dir, args.video_dir)
-    return push_output(args, trained_eraser_card(args, report, clips), ignored)
+    card = trained_eraser_card(args, report, clips)
+    return push_output(args, card, left_here(args, args.trajectories_dir, args.video_dir))

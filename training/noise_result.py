@@ -14,8 +14,8 @@ from diffusers_ext.core.hub import Card
 from diffusers_ext.golden_noise.network_card import network_card
 from hub_cards import Measured
 from training.output_folder import staged_output
-from training.publish import patterns_below, push_output
-from training.upload import card_arguments
+from training.publish import left_here, push_output
+from training.upload import card_arguments, reported_arguments
 
 
 _TRAINING_SETTINGS = (
@@ -40,7 +40,7 @@ def network_report(
 ) -> dict[str, Any]:
     """Everything about a training as JSON, the token left out."""
     return {
-        "arguments": {name: value for name, value in vars(args).items() if name != "hub_token"},
+        "arguments": reported_arguments(args),
         "network": type(network).__name__,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "trained_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -134,9 +134,7 @@ def publish_network(
         pipeline_class=report["pipeline_class"],
         validation=report["validation"],
     )
-    ignored = ["checkpoint-*", ".partial-*", f"{args.logging_dir}/*"]
-    ignored += patterns_below(args.output_dir, args.dataset_dir, args.text_cache_dir)
-    return push_output(args, card, ignored)
+    return push_output(args, card, left_here(args, args.dataset_dir, args.text_cache_dir))
 
 
 def _set_name(args: argparse.Namespace) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
-from diffusers_ext.core.hub import make_repository
+from diffusers_ext.core.hub import check_card, make_repository
 from diffusers_ext.golden_noise.pair_set_hub import pair_set_card
 from diffusers_ext.golden_noise.pairs import PairDataset
 from training.upload import card_arguments, repository_name, upload_arguments
@@ -32,7 +32,7 @@ def prepare_pair_upload(
     """
     counts = {"num_pairs": 0, "num_rejected": 0, "num_steps": args.num_steps}
     card = pair_set_card(facts, latent_shape=latent_shape, **counts, **card_arguments(args))
-    card("user/name").validate()
+    check_card(card("user/name"))
     make_repository(repository_name(args), repo_type="dataset", **upload_arguments(args))
 
 

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.base_model import public_name
-from diffusers_ext.core.hub import Card, make_card, make_repository, push_folder
+from diffusers_ext.core.hub import Card, check_card, make_card, make_repository, push_folder
 from diffusers_ext.nullspace.lora_upload import measured_drift
 from diffusers_ext.nullspace.measured_models import plain_class_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -41,7 +41,7 @@ def prepare_upload(args: argparse.Namespace, card: Callable[..., Card]) -> None:
     Raises:
         ValueError: the Hub refuses the card.
     """
-    card("user/name").validate()
+    check_card(card("user/name"))
     make_repository(repository_name(args), **upload_arguments(args))
 
 
@@ -127,12 +127,11 @@ def publish(
     Returns:
         Address of the commit.
     """
-    ignored = ["checkpoint-*", ".partial-*", f"{args.logging_dir}/*", "class_*"]
-    ignored += patterns_below(args.output_dir, args.instance_data_dir, args.class_data_dir)
+    inputs = (args.instance_data_dir, args.class_data_dir)
     return push_output(
         args,
         subject_card(args, pipeline, statistics, report, pictures),
-        ignored,
+        ["class_*", *left_here(args, *inputs)],
         at_root="pipeline" if args.full_finetune else None,
     )
 
@@ -210,8 +209,16 @@ def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def patterns_below(output_dir: str, *folders: str | None) -> list[str]:
-    """Patterns for all files of those folders that lie in the output folder."""
-    root = Path(output_dir).resolve()
-    below = [Path(folder).resolve() for folder in folders if folder is not None]
-    return [f"{f.relative_to(root).as_posix()}/*" for f in below if f.is_relative_to(root)]
+def left_here(args: argparse.Namespace, *inputs: str | None) -> list[str]:
+    """Patterns for what an upload of the output folder leaves out: checkpoints, logs and the inputs.
+
+    Args:
+        args: of a training script.
+        inputs: folders of the training data, wherever they are.
+    """
+    root = Path(args.output_dir).resolve()
+    folders = [Path(folder).resolve() for folder in inputs if folder is not None]
+    folders.append(Path(args.output_dir, args.logging_dir).resolve())
+    below = [f.relative_to(root).as_posix() for f in folders if f.is_relative_to(root)]
+    # The names of TensorBoard's files hold that of the machine.
+    return ["checkpoint-*", ".partial-*", "*tfevents*", *(f"{folder}/*" for folder in below)]

@@ -63,7 +63,7 @@ from training.subject_checks import (
     subject_settings,
 )
 from training.subject_validation import Validation
-from training.upload import check_login
+from training.upload import check_login, reported_arguments
 
 
 logger = get_logger(__name__)
@@ -189,7 +189,7 @@ def main(args: argparse.Namespace) -> Path:
     pipeline.unet.eval()
     if accelerator.is_main_process:
         report = {
-            "arguments": {k: v for k, v in vars(args).items() if k != "hub_token"},
+            "arguments": reported_arguments(args),
             "directions": prepared.report,
             "statistics": [] if statistics is None else statistics.report(),
             "history": loop.history,

@@ -47,3 +47,8 @@ def repository_name(args: argparse.Namespace) -> str:
 def upload_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says about the upload itself."""
     return {"private": args.hub_private_repo or None, "token": args.hub_token}
+
+
+def reported_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What a report keeps of the command line: all but the token."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}

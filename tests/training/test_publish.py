@@ -14,7 +14,7 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 from examples.digits.check_model import load_pipeline
 from training.publish import (
     collection_card,
-    patterns_below,
+    left_here,
     prepare_upload,
     publish,
     push_output,
@@ -87,7 +87,7 @@ def test_private_files_stay_here(hub, accelerator, make_args, pipeline, tmp_path
         Image.new("RGB", (8, 8)).save(out / name)
     for name in (
         "checkpoint-3/state.bin", ".partial-output/x", "logs/run", "class_dogs/c.png", "weights",
-        "pipeline/model_index.json",
+        "pipeline/model_index.json", "runs/events.out.tfevents.1.machine",
     ):  # fmt: skip
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("words")
@@ -114,9 +114,13 @@ def test_the_repository_is_named_after_the_folder(
     assert list(hub.repos) == [f"tester/{tmp_path.name}"]
 
 
-def test_patterns_of_folders_in_the_output(tmp_path):
+@pytest.mark.parametrize("logging_dir", ["logs/", "logs", "../logs"])
+def test_checkpoints_logs_and_inputs_are_left_here(tmp_path, logging_dir):
     inside, outside = tmp_path / "out" / "a" / "b", tmp_path / "other"
-    assert patterns_below(str(tmp_path / "out"), str(inside), str(outside), None) == ["a/b/*"]
+    args = argparse.Namespace(output_dir=str(tmp_path / "out"), logging_dir=logging_dir)
+    always = ["checkpoint-*", ".partial-*", "*tfevents*"]
+    logs = [] if ".." in logging_dir else ["logs/*"]
+    assert left_here(args, str(inside), str(outside), None) == [*always, "a/b/*", *logs]
 
 
 def test_an_upload_is_prepared_before_the_run(hub, make_args, pipeline):
@@ -124,7 +128,7 @@ def test_an_upload_is_prepared_before_the_run(hub, make_args, pipeline):
     prepare_upload(args, subject_card(args, pipeline))
     assert hub.repos["tester/subject"].private
     assert not hub.files("tester/subject")
-    with pytest.raises(ValueError, match="license"):
+    with pytest.raises(ValueError, match="header .* must be .* Hub accepts, got: .*license"):
         prepare_upload(args, subject_card(make_args(hub_license="no such licence"), pipeline))
 
 
@@ -160,8 +164,9 @@ def test_a_run_is_published_at_its_end(teach, hub):
     assert card.data.eval_results[0].metric_value == pytest.approx(
         sum(drift) / len(drift), rel=1e-3
     )
-    for name in ("training_report.json", "README.md"):
-        assert "hf_test" not in files[name].decode()
+    for content in files.values():
+        assert b"hf_test" not in content
+        assert str(folder.parent).encode() not in content
     assert not (folder / "README.md").exists()
     assert FeatureStatistics.from_pretrained("tester/out", subfolder="statistics").facts["prompts"]
 
