@@ -79,7 +79,7 @@ def run_python(
         environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [sys.executable, "-c", _START + (_HIDE if not package else "") + code, *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=240, check=False,
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
         cwd=_ROOT if package else Path(sys.prefix),
     )  # fmt: skip
     if done.returncode:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers_ext.community import custom_pipeline_path
 from examples.digits.check_model import MODEL_DIR
 from tests.fresh_process import run_python
 from tests.golden_noise.golden_pipelines import golden_pipeline
+from tests.hub_storage import Repository
 from tests.tiny_pipelines import sdxl_pipeline
 
 
@@ -25,6 +27,7 @@ LOAD = """
 from diffusers import DiffusionPipeline
 result = {}
 for base, path in zip(arguments[::2], arguments[1::2]):
+    refusal = "none"
     try:
         DiffusionPipeline.from_pretrained(base, custom_pipeline=path)
     except ValueError as error:
@@ -62,6 +65,46 @@ def test_custom_pipelines_are_the_installed_classes_and_need_trust(tmp_path):
         "GoldenNoiseFluxPipeline": (["GoldenNoiseModel"], "FluxTransformer2DModel"),
     }
     for refusal, same, _, _ in result.values():
+        assert "trust_remote_code=True" in refusal
+        assert same
+
+
+FROM_THE_HUB = """
+from diffusers import DiffusionPipeline
+import diffusers_ext
+result = {}
+for custom in arguments:
+    refusal = "none"
+    try:
+        DiffusionPipeline.from_pretrained("tester/base", custom_pipeline=custom)
+    except ValueError as error:
+        refusal = str(error)
+    for trip in ("first", "from the cache"):
+        pipeline = DiffusionPipeline.from_pretrained(
+            "tester/base", custom_pipeline=custom, trust_remote_code=True
+        )
+    name = type(pipeline).__name__
+    own = sorted({"noise_model", "statistics"} & set(pipeline.components))
+    result[name] = [refusal, type(pipeline) is getattr(diffusers_ext, name), own]
+print(json.dumps(result))
+"""
+
+
+def test_custom_pipelines_from_a_file_and_from_the_hub(hub, hub_process, tmp_path):
+    """The base and one pipeline are on the Hub, the other is a file of the user's own name."""
+    for repo_id, folder in {"tester/base": MODEL_DIR, "tester/custom": tmp_path / "custom"}.items():
+        hub.repos[repo_id] = Repository(repo_id, "models", private=False)
+        if not Path(folder).exists():
+            folder.mkdir()
+            shutil.copy(custom_pipeline_path("golden_noise"), folder / "pipeline.py")
+        hub.repos[repo_id].put(Path(folder))
+    file = shutil.copy(custom_pipeline_path("nullspace_dreambooth"), tmp_path / "my_own.py")
+    result = hub_process(FROM_THE_HUB, "tester/custom", file)
+    assert {name: own for name, (_, _, own) in result.items()} == {
+        "GoldenNoisePipeline": ["noise_model"],
+        "NullSpaceDreamBoothPipeline": ["statistics"],
+    }
+    for refusal, same, _ in result.values():
         assert "trust_remote_code=True" in refusal
         assert same
 
