@@ -28,7 +28,12 @@ BUNDLED_PROMPTS = {
         ("a photo of the red digit seven", 1),
         ("the number four in green", 2),
     ],
-    NOISE: [("a yellow two", 1), ("a picture of a red nine", 0), ("a white eight", 3)],
+    NOISE: [
+        ("a drawing of a four in white", 3),
+        ("a drawing of a six in red", 6),
+        ("a drawing of a four in yellow", 11),
+        ("a yellow two", 1),
+    ],
     ERASER: [
         (f"a red {ERASED} moving right", 0),
         (f"in white a {ERASED} goes up", 1),

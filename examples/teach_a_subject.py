@@ -28,7 +28,7 @@ def main(input_args: list[str] | None = None) -> None:
         __doc__, input_args, model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         instance_data_dir=str, knowledge_prompts=str, instance_prompt="a photo of sks dog",
         max_train_steps=600, train_batch_size=4, learning_rate=3e-2, guidance_scale=7.5,
-        output_dir="outputs/subject",
+        num_inference_steps=50, output_dir="outputs/subject",
     )  # fmt: skip
     pipe = AutoPipelineForText2Image.from_pretrained(args.model, dtype=DTYPE).to(DEVICE)
     unet, subject = pipe.unet.requires_grad_(False), [args.instance_prompt]
@@ -51,8 +51,8 @@ def main(input_args: list[str] | None = None) -> None:
         decay.step()
     save_lora(type(pipe), unet, args.output_dir)  # for `pipe.load_lora_weights`
     statistics.save_pretrained(f"{args.output_dir}/statistics")
-    shown = {"subject_prompts": subject, "guidance_scale": args.guidance_scale}
-    report = evaluate_forgetting(pipe, None, knowledge[:6], num_images_per_prompt=2, **shown)
+    run = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
+    report = evaluate_forgetting(pipe, None, knowledge[:4], subject_prompts=subject, **run)
     report.picture_sheet(f"{args.output_dir}/sheet.png")
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from diffusers_ext import save_eraser, save_lora
 from tests.evaluation.golden_subjects import small_network
+from tests.examples.picture_files import read_frames
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_erasers import add_random_eraser
@@ -80,28 +80,19 @@ def draw(client, tool, prompt="a red seven", seed=3, strength=1.0):
     return client.predict(tool, prompt, seed, strength, api_name="/draw")
 
 
-def frames(path: str) -> np.ndarray:
-    with Image.open(path) as image:
-        shown = []
-        for index in range(getattr(image, "n_frames", 1)):
-            image.seek(index)
-            shown.append(np.asarray(image.convert("RGB")))
-    return np.stack(shown)
-
-
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_tool_changes_the_result_by_its_strength_and_the_seed_decides_the_rest(client, tool):
     plain, drawn, *readings = draw(client, tool)
     again, same, *_ = draw(client, tool, strength=0.0)
     other, *_ = draw(client, tool, seed=4, strength=0.0)
     assert readings == ["", ""]  # the judges know the bundled models only
-    assert frames(plain).shape == frames(drawn).shape
-    assert frames(plain).shape[0] == (9 if tool == "Erased concept" else 1)
-    assert frames(plain).shape[1] >= 320
-    assert not np.array_equal(frames(plain), frames(drawn))
-    assert np.array_equal(frames(plain), frames(again))
-    assert np.array_equal(frames(plain), frames(same))
-    assert not np.array_equal(frames(plain), frames(other))
+    assert read_frames(plain).shape == read_frames(drawn).shape
+    assert read_frames(plain).shape[0] == (9 if tool == "Erased concept" else 1)
+    assert read_frames(plain).shape[1] >= 320
+    assert not np.array_equal(read_frames(plain), read_frames(drawn))
+    assert np.array_equal(read_frames(plain), read_frames(again))
+    assert np.array_equal(read_frames(plain), read_frames(same))
+    assert not np.array_equal(read_frames(plain), read_frames(other))
 
 
 @pytest.mark.parametrize(
