@@ -67,7 +67,7 @@ def nullspace_run(
     shared = {
         "resolution": 32,
         "max_train_steps": steps,
-        "train_batch_size": 4,
+        "train_batch_size": 16,
         "checkpointing_steps": steps if saves else None,
         "num_inference_steps": sampling_steps,
         "num_validation_images": 4,
@@ -96,7 +96,7 @@ def golden_noise_run(folder: Path, *, steps: int, saves: bool = True, **_: int) 
     folder.mkdir(parents=True, exist_ok=True)
     _write_lines(prompts, _PAIR_PROMPTS)
     base = {"pretrained_model_name_or_path": DIGITS}
-    making = {"batch_size": 32, "noises_per_prompt": 8}
+    making = {"batch_size": 32, "noises_per_prompt": 4}
     shared = {
         "max_train_steps": steps,
         "train_batch_size": 64,

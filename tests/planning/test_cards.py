@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_ext.planning.cards import CARDS, find_card
+
+
+def test_cards_by_any_spelling():
+    for name, expected in (
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("a100-80", "A100 80GB"),
+        ("A10G", "A10G"),
+        ("rtx 4060 ti", "RTX 4060 Ti 16GB"),
+        ("H100", "H100"),
+    ):
+        assert find_card(name).name == expected
+    assert all(find_card(card.name) == card for card in CARDS)
+
+
+def test_unknown_and_ambiguous_cards():
+    with pytest.raises(ValueError, match="`gpu` must be .* got 'RTX 1060'"):
+        find_card("RTX 1060")
+    with pytest.raises(ValueError, match="got 'A100', which are .*A100 40GB.*A100 80GB"):
+        find_card("A100")
+    with pytest.raises(ValueError, match="got ''"):
+        find_card("")
+
+
+def test_rates_by_dtype():
+    t4, a100 = find_card("T4"), find_card("A100 80GB")
+    assert a100.flops(torch.bfloat16) == 312e12
+    assert a100.flops(torch.float32) == 19.5e12
+    assert a100.flops(torch.float32, convolution=True) == 156e12
+    assert t4.flops(torch.float16) == 65e12
+    assert t4.flops(torch.bfloat16) == t4.flops(torch.float32, convolution=True) == 8.1e12

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+from benchmarks.measured_memory import peak_bytes
+from benchmarks.planned_runs import DIGITS, IN_MEMORY, MOVING_DIGITS, RUNS
+from diffusers_ext.planning import plan_run, setting_names, work
+
+
+@pytest.fixture
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("make", RUNS, ids=lambda make: make.__name__)
+def test_memory_and_files_of_a_real_run_are_as_planned(tmp_path, make, fresh_accelerator):
+    run = make(tmp_path / "run", steps=2, sampling_steps=4)
+    # Too little memory for anything to be timed.
+    plan = plan_run(run.tool, run.model, gpu="here", memory_gib=1e-3, **run.setting)
+    assert plan.fits is False
+    assert plan.seconds is None
+    measured = max(peak_bytes(script) for script in run.scripts.values())
+    assert plan.peak == pytest.approx(measured, rel=0.15)
+    written = plan.disk_total - plan.disk.get(IN_MEMORY, 0)
+    assert written == pytest.approx(run.written, rel=0.15)
+
+
+def test_a_plan_of_a_card_has_times_and_a_verdict():
+    plan = plan_run("nullspace", DIGITS, gpu="RTX 4090", num_validation_prompts=1)
+    assert [phase.name for phase in plan.phases] == [
+        "statistics",
+        "encoding",
+        "training",
+        "validation",
+    ]
+    assert plan.fits is True
+    assert plan.device == "RTX 4090"
+    twice = plan_run("nullspace", DIGITS, gpu="4090", max_train_steps=1200)
+    seconds = [found.phases[2].seconds for found in (plan, twice)]
+    assert seconds[1] == pytest.approx(2 * seconds[0])
+    facts = json.loads(json.dumps(plan.to_dict()))
+    assert facts["peak"] == plan.peak == max(phase["peak"] for phase in facts["phases"])
+    assert facts["setting"]["resolution"] == 32
+    assert any("50%" in sentence for sentence in facts["assumptions"])
+
+
+def test_a_plan_without_a_device_has_neither_times_nor_a_verdict():
+    plan = plan_run("eraser", MOVING_DIGITS, rank=8, mixed_precision="no")
+    assert plan.fits is None
+    assert plan.seconds is None
+    assert plan.missing == 0
+    small = plan_run("eraser", MOVING_DIGITS, rank=8, mixed_precision="no", memory_gib=1.001)
+    assert small.fits is False
+    assert small.missing == small.peak + small.reserve - small.memory
+    assert "Does not fit" in small.table()
+
+
+def test_the_device_at_hand_is_timed(monkeypatch):
+    monkeypatch.setattr(work, "_MOST_REPEATS", 3)
+    plan = plan_run("eraser", MOVING_DIGITS, gpu="here", rank=8, mixed_precision="no")
+    assert all(phase.seconds > 0 for phase in plan.phases)
+    assert any("timed on this device" in sentence for sentence in plan.assumptions)
+
+
+def test_bad_requests():
+    with pytest.raises(
+        ValueError, match=r"`tool` must be one of \('nullspace', .* got 'inversion'"
+    ):
+        plan_run("inversion", DIGITS)
+    with pytest.raises(ValueError, match="`setting` of 'eraser' must be among .* got 'ranks'"):
+        plan_run("eraser", MOVING_DIGITS, ranks=8)
+    with pytest.raises(ValueError, match="`model` must be the folder of a pipeline or one of"):
+        plan_run("nullspace", "SD9")
+    with pytest.raises(ValueError, match="`gpu` must be 'here' or one of"):
+        plan_run("nullspace", DIGITS, gpu="RTX 9999")
+    with pytest.raises(ValueError, match="`memory_gib` must be positive, got 0"):
+        plan_run("nullspace", DIGITS, memory_gib=0)
+    with pytest.raises(ValueError, match="`model` must be a CogVideoX pipeline for the eraser"):
+        plan_run("eraser", DIGITS)
+    with pytest.raises(ValueError, match="`model` must be a pipeline of .*CogVideoXPipeline"):
+        plan_run("golden-noise", MOVING_DIGITS)
+    with pytest.raises(ValueError, match="must be Stable Diffusion or SDXL .* FluxPipeline"):
+        plan_run("nullspace", "FLUX.1-dev")
+
+
+@pytest.mark.parametrize(
+    ("tool", "setting", "message"),
+    [
+        ("nullspace", {"max_train_steps": 0}, "`max_train_steps` must be at least 1, got 0"),
+        ("nullspace", {"mixed_precision": "fp8"}, "`mixed_precision` must be one of .* got 'fp8'"),
+        ("nullspace", {"features": ["x"]}, "`features` must be among"),
+        ("nullspace", {"resolution": 30}, "`resolution` must be a multiple of 4"),
+        ("nullspace", {"full_finetune": True, "directions": "plain"}, "`full_finetune` must come"),
+        ("golden-noise", {"network": "cnn"}, "`network` must be one of"),
+        ("golden-noise", {"network": "rnn"}, "`num_steps` must be at least 2 for the rnn, got 1"),
+        ("golden-noise", {"kept_share": 0}, r"`kept_share` must be in \(0, 1\], got 0"),
+        ("golden-noise", {"validation_split": 1.0}, "`validation_split` must be in"),
+    ],
+)
+def test_bad_settings(tool, setting, message):
+    with pytest.raises(ValueError, match=message):
+        plan_run(tool, DIGITS, **setting)
+
+
+def test_setting_names_are_those_of_the_training_scripts():
+    assert {"rank", "max_train_steps", "train_batch_size"} <= set(setting_names("nullspace"))
+    assert {"w1", "noises_per_prompt", "use_ema"} <= set(setting_names("golden-noise"))
+    with pytest.raises(ValueError, match="`tool` must be one of"):
+        setting_names("inversion")

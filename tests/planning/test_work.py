@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from diffusers_ext.core.operation_trace import Operation
+from diffusers_ext.planning.cards import Card
+from diffusers_ext.planning.work import (
+    BANDWIDTH_UTILIZATION,
+    LAUNCH_SECONDS,
+    MATMUL_UTILIZATION,
+    Job,
+    Precision,
+    Work,
+    card_seconds,
+    measured_seconds,
+    trace_work,
+)
+
+
+CARD = Card("test", 8, half_tflops=100.0, float32_tflops=10.0, bandwidth=100.0)
+
+
+def linear_work(layers=None, rows=4):
+    def make(depth=layers):
+        with torch.device("meta"):
+            blocks = [torch.nn.Linear(16, 16, bias=False) for _ in range(depth or 1)]
+            model = torch.nn.Sequential(*blocks).requires_grad_(False)
+
+        def begin(device):
+            inputs = torch.randn(rows, 16, device=device)
+            return lambda: model(inputs)
+
+        return Job([model], begin)
+
+    return Work("activations", 1, make, layers=layers)
+
+
+def test_a_trace_counts_memory_and_operations():
+    trace = trace_work(linear_work())
+    assert trace.kept == 4 * 16 * 4
+    assert trace.peak == 4 * 16 * 4
+    product = Operation(2 * 4 * 16 * 16, 4 * (64 + 256 + 64), torch.float32)
+    assert trace.operations[product] == 1
+
+
+def test_operations_of_many_blocks_are_extrapolated_to_the_number():
+    deep, whole = linear_work(layers=12), linear_work(layers=12)
+    whole = Work(whole.name, 1, lambda: deep.make(12))
+    assert trace_work(deep).operations == trace_work(whole).operations
+
+
+def test_time_on_a_card_is_the_longest_of_arithmetic_traffic_and_launch():
+    flops = Operation(10**12, 8, torch.float16)
+    traffic = Operation(0, 10**9, torch.float32)
+    launch = Operation(0, 8, torch.float32)
+    seconds = card_seconds(Counter({flops: 2, traffic: 3, launch: 4}), CARD)
+    expected = 2 * 0.01 / MATMUL_UTILIZATION + 3 * 0.01 / BANDWIDTH_UTILIZATION
+    assert seconds == pytest.approx(expected + 4 * LAUNCH_SECONDS)
+
+
+def test_work_is_timed_with_random_weights():
+    seen = []
+
+    def make():
+        with torch.device("meta"):
+            model = torch.nn.BatchNorm1d(4)
+
+        def begin(device):
+            seen.append(model.weight.detach().clone())
+            return lambda: model(torch.randn(2, 4, device=device))
+
+        return Job([model], begin)
+
+    assert 0 < measured_seconds(Work("norm", 1, make), torch.device("cpu")) < 1
+    assert seen[0].isfinite().all()
+    assert seen[0].std() > 0
+
+
+def test_autocast_gives_float32_after_norms_only_as_on_a_gpu():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).bfloat16()
+    inputs = torch.randn(2, 4).bfloat16()
+    with Precision(torch.bfloat16, as_on_gpu=False).autocast(model):
+        assert model(inputs).dtype == torch.bfloat16
+    with Precision(torch.bfloat16).autocast(model):
+        assert model(inputs).dtype == torch.float32
+    with Precision(torch.float32).autocast(model):
+        assert not torch.is_autocast_enabled("cpu")
