@@ -73,7 +73,8 @@ def artifact_card(
     return render(
         found.template,
         data,
-        name=name,
+        subfolder=subfolder,
+        name=f"{name}/{subfolder}" if subfolder else name,
         repo_id=repo_id,
         prefix=f"{subfolder}/" if subfolder else "",
         where=_arguments(repo_id, subfolder),

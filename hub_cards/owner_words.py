@@ -23,11 +23,11 @@ _OWNERS_KEYS = ("pipeline_tag", "task_categories")
 def keep_owner_words(new: ModelCard | DatasetCard, old_text: str | None) -> ModelCard | DatasetCard:
     """A new card with what the owner of the old one wrote; neither is changed.
 
-    Words outside of the generated part stay where they are. A generated part that the owner edited
-    stays as the owner's, above the new one. A card without such a part keeps all of its words above
-    the new one, unless they are what diffusers, transformers or PEFT write by themselves. In the header
-    the owner's licence, language, thumbnail and task win, and every key that the new card has not;
-    tags and measured figures are united.
+    Words outside of the generated part stay where they are; so do the generated parts about other
+    subfolders. A generated part that the owner edited stays as the owner's, above the new one. A card
+    without such a part keeps all of its words above the new one, unless they are what diffusers,
+    transformers or PEFT write by themselves. In the header the owner's licence, language, thumbnail and
+    task win, and every key that the new card has not; tags and measured figures are united.
 
     Args:
         new: as `artifact_card` makes it.
@@ -48,7 +48,7 @@ def keep_owner_words(new: ModelCard | DatasetCard, old_text: str | None) -> Mode
     words = without_marks(block.words)
     if _licence(header) != _licence(new_header):
         words = words.replace(_licence(new_header).sentence, _licence(header).sentence)
-    body = _join_bodies(mark_generated(words), old_body)
+    body = _join_bodies(mark_generated(words, block.subfolder), old_body, block.subfolder)
     content = f"---\n{yaml_dump(header, sort_keys=False).strip()}\n---\n{body}"
     return type(new)(content.replace("\n", line_end))
 
@@ -71,12 +71,12 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     return header, text[found.end() :]
 
 
-def _join_bodies(block: str, old_body: str) -> str:
-    found = find_generated(old_body)
+def _join_bodies(block: str, old_body: str, subfolder: str) -> str:
+    found = find_generated(old_body, subfolder)
     if found is None:
-        words = without_marks(old_body)
+        words = without_marks(old_body, subfolder)
         return f"\n{block}\n" if is_automatic(words) else f"{words.rstrip()}\n\n{block}\n"
-    before, after = without_marks(found.before), without_marks(found.after)
+    before, after = (without_marks(words, subfolder) for words in (found.before, found.after))
     if found.edited:
         before = f"{before}{without_marks(found.words).strip()}\n\n"
     return f"{before}{block}{after}"

@@ -20,12 +20,15 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&])")
 
 
-def render(template: str, data: CardData, **facts: Any) -> ModelCard | DatasetCard:
+def render(
+    template: str, data: CardData, *, subfolder: str = "", **facts: Any
+) -> ModelCard | DatasetCard:
     """The card of one template, without network.
 
     Args:
         template: name of a file in `hub_cards/templates`, without its ending.
         data: the card's YAML header; entries that are `None` are left out.
+        subfolder: of the repository, that the card is about.
         facts: what the template's placeholders stand for.
 
     Raises:
@@ -43,7 +46,7 @@ def render(template: str, data: CardData, **facts: Any) -> ModelCard | DatasetCa
         ) from error
     card_class = DatasetCard if isinstance(data, DatasetCardData) else ModelCard
     words = re.sub(r"\n{3,}", "\n\n", words.replace("\r\n", "\n"))
-    return card_class(f"---\n{data.to_yaml()}\n---\n\n{mark_generated(words)}\n")
+    return card_class(f"---\n{data.to_yaml()}\n---\n\n{mark_generated(words, subfolder)}\n")
 
 
 @cache

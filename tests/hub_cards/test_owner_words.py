@@ -63,6 +63,23 @@ def test_the_generated_part_is_renewed_where_it_stands():
     assert text.count("## Limits") == 1
 
 
+def test_each_subfolder_has_a_part_of_its_own():
+    card = joined(card_of("eraser", trained_on="Of the root."), "Mine.\n")
+    for words in ("Old words.", "New words."):
+        for subfolder in ("a b", "c--/d"):
+            new = card_of("eraser", trained_on=words, subfolder=subfolder)
+            text = str(joined(new, str(card)))
+            card = ModelCard(text.rstrip() + "\n\nMine, too.\n")
+    text = card.text
+    assert text.count("diffusers_ext:begin") == text.count("diffusers_ext:end") == 3
+    assert text.count("Of the root.") == text.count("Mine.") == 1
+    assert (text.count("New words."), text.count("Old words."), text.count("Mine, ")) == (2, 0, 4)
+    edited = str(card).replace("New words.", "Words of the owner.", 1)
+    text = joined(card_of("eraser", trained_on="Newest.", subfolder="a b"), edited).text
+    assert (text.count("Words of the owner."), text.count("New words.")) == (1, 1)
+    assert text.count("diffusers_ext:begin") == 3
+
+
 def test_what_the_owner_edited_inside_stays_above_the_new_part():
     old = str(card_of("eraser", trained_on="Old prompts.")).replace("Old prompts.", "Mine.")
     new = card_of("eraser", trained_on="New prompts.")
