@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.hub import Card, make_card, push_folder, split_arguments
-from diffusers_ext.eraser.eraser_card import eraser_card
+from diffusers_ext.eraser.eraser_card import eraser_card, facts_of_config
 from diffusers_ext.eraser.eraser_files import FILE_NAMES, FORMATS, read_eraser
 from diffusers_ext.evaluation.measured_results import measured_results
 from diffusers_ext.golden_noise.loading import NETWORK_MODULES, load_noise_model
@@ -62,6 +62,8 @@ def push_artifact(
             given. Nothing has been uploaded then.
     """
     source = Path(source)
+    if not source.exists():
+        raise ValueError(f"`source` must be a folder or a file, got {source}: there is none.")
     push = _recognise(source)
     folder = source if source.is_dir() else source.parent
     hub, given = split_arguments(arguments)
@@ -88,10 +90,13 @@ def _recognise(source: Path) -> Callable[..., str]:
     known = {PAIRS: _push_pairs, FeatureStatistics.__name__: _push_statistics}
     known |= dict.fromkeys(NETWORK_MODULES, _push_network)
     if found not in known:
-        inside = sorted(p.name for p in source.iterdir()) if source.is_dir() else "no such folder"
+        inside = (
+            f"{sorted(path.name for path in source.iterdir())} in" if source.is_dir() else "only"
+        )
         raise ValueError(
             f"`source` must hold a LoRA, an eraser, a pipeline or one of {sorted(known)}, got "
-            f"{inside} in {source}."
+            f"{inside} {source}. Give the folder that `save_pretrained` or a training script wrote, "
+            "or the `.safetensors` file of a LoRA."
         )
     return known[found]
 
@@ -117,12 +122,8 @@ def _push_lora(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str,
 
 def _push_eraser(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
     eraser = read_eraser(source)
-    known = {
-        "concept": eraser.config.concept,
-        "anchor_concept": eraser.config.anchor_concept,
-        "base_model": eraser.config.base_model_name_or_path,
-    }
-    card = eraser_card(eraser.tensors, token=hub.get("token"), **{**known, **facts})
+    facts = {**facts_of_config(eraser.config), **facts}
+    card = eraser_card(eraser.tensors, token=hub.get("token"), **facts)
     return _push_files(source, repo_id, card, FILE_NAMES, facts, hub, delete_patterns=FILE_NAMES)
 
 

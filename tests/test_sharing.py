@@ -176,7 +176,7 @@ def test_nothing_unknown_is_uploaded(hub, tmp_path):
         with pytest.raises(ValueError, match=match):
             push_artifact(source, "repo", **{**FACTS, **facts})
 
-    push(tmp_path / "absent", "`source` must hold a LoRA, an eraser.* got no such folder")
+    push(tmp_path / "absent", "`source` must be a folder or a file, got .*absent: there is none")
     (tmp_path / "notes.txt").write_text("words")
     push(tmp_path, "`source` must hold .* got .'notes.txt'")
     push(tmp_path / "notes.txt", "`source` must hold")

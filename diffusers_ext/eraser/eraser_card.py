@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffusers_ext.core.hub import Card, make_card
+from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import StateDict, eraser_shape
 from hub_cards import Licence, Measured
 
@@ -58,3 +59,15 @@ def eraser_card(
         rank=eraser_shape(tensors).rank,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
     )
+
+
+def facts_of_config(config: EraserConfig) -> dict[str, Any]:
+    """What an eraser's config knows of the facts for its card; `None` for what it does not."""
+    base = config.base_model_name_or_path or ""
+    if base.count("/") > 1:  # more than a name on the Hub: a folder of the pipeline
+        base = base.removesuffix("/transformer")
+    return {
+        "concept": config.concept,
+        "anchor_concept": config.anchor_concept,
+        "base_model": base or None,
+    }

@@ -14,7 +14,7 @@ import torch
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import StateDict
-from diffusers_ext.eraser.eraser_card import eraser_card
+from diffusers_ext.eraser.eraser_card import eraser_card, facts_of_config
 from diffusers_ext.eraser.eraser_files import FILE_NAMES
 from diffusers_ext.eraser.loading import (
     EraserTarget,
@@ -112,13 +112,8 @@ def _upload_parts(
             )
         return {}, None
     hub, facts = split_arguments(arguments)
-    known = {
-        "concept": config.concept,
-        "anchor_concept": config.anchor_concept,
-        # Of a transformer in a folder of its pipeline.
-        "base_model": (config.base_model_name_or_path or "").removesuffix("/transformer") or None,
-    }
-    return hub, eraser_card(tensors, token=hub.get("token"), **{**known, **facts})
+    facts = {**facts_of_config(config), **facts}
+    return hub, eraser_card(tensors, token=hub.get("token"), **facts)
 
 
 def _check_in_memory(tensors: StateDict) -> None:
