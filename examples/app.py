@@ -117,12 +117,10 @@ def build_page(side_by_side: SideBySide) -> gr.Blocks:
                     )
                     readings.append(gr.Markdown())
         examples = [
-            [name, *shown, 1.0]
-            for name in tools
-            for shown in prompts_of(name, actions.is_bundled(name))
+            [name, *shown] for name in tools for shown in prompts_of(name, actions.is_bundled(name))
         ]
         inputs, results = [tool, prompt, seed, strength], [*images, *readings]
-        gr.Examples(examples, inputs, label="Try", examples_per_page=20)
+        gr.Examples(examples, [tool, prompt, seed], label="Try", examples_per_page=20)
         gr.on([button.click, prompt.submit], actions.draw, inputs, results, api_name="draw")
         tool.input(actions.suggest, tool, [prompt, seed], api_visibility="private")
         tool.change(actions.introduce, tool, [explanation, *results], api_visibility="private")
