@@ -63,7 +63,9 @@ def find_licence(
         )
     if link and "://" not in link:  # a file of the base model
         name_on_hub = public_name(base)
-        link = f"{constants.ENDPOINT}/{name_on_hub}/blob/main/{link}" if "/" in name_on_hub else None
+        link = (
+            f"{constants.ENDPOINT}/{name_on_hub}/blob/main/{link}" if "/" in name_on_hub else None
+        )
     return Licence(name, label, link)
 
 
