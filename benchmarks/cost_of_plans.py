@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -78,10 +77,11 @@ def _row(tool: str, what: str, planned: float, measured: float) -> dict[str, Any
 
 
 def _timed_row(tool: str, name: str, found: list[tuple[float, float]]) -> dict[str, Any]:
-    ratios = sorted(planned / measured for planned, measured in found)
-    planned, measured = (statistics.median(column) for column in zip(*found, strict=True))
-    row = {"tool": tool, "what": f"time of {name}", "planned": planned, "measured": measured}
-    return row | {"ratio": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1]}
+    """The pair of the median ratio; of an even number the lower one."""
+    ordered = sorted(found, key=lambda pair: pair[0] / pair[1])
+    row = _row(tool, f"time of {name}", *ordered[(len(ordered) - 1) // 2])
+    lowest, *_, highest = [planned / measured for planned, measured in (ordered[0], *ordered)]
+    return row | {"lowest": lowest, "highest": highest}
 
 
 def text_of(row: dict[str, Any], name: str) -> str:
@@ -108,7 +108,7 @@ def main(input_args: list[str] | None = None) -> None:
         + [f"{r['lowest']:.3f} to {r['highest']:.3f}" if "lowest" in r else "-"]
         for r in rows
     ]
-    header = ["tool", "what", "plan", "run", "plan / run (limit 1 +- 0.15)", "range of pairs"]
+    header = ["tool", "what", "plan", "run", "plan / run (limit 1 +- 0.15)", "range over pairs"]
     text = table(header, lines)
     results = {"limit": LIMIT, "pairs": args.pairs, "memory_steps": MEMORY_STEPS}
     write_results("cost_of_plans", {**results, "timed_steps": TIMED_STEPS, "rows": rows}, text)
