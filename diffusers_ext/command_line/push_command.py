@@ -35,7 +35,9 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
         help="any other fact of the card, as JSON or as text; may be repeated",
     )
     group = parser.add_argument_group("hub")
-    group.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+    group.add_argument(
+        "--private", action="store_true", default=None, help="if the repository is new"
+    )
     group.add_argument("--revision", help="branch, made when absent")
     group.add_argument("--create_pr", action="store_true", help="propose it as a pull request")
     group.add_argument("--commit_message")
