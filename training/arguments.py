@@ -98,6 +98,8 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hub_license", help="of the result, e.g. apache-2.0; the base model's own without it"
     )
+    group.add_argument("--hub_license_name", help="of a licence that is `other` on the Hub")
+    group.add_argument("--hub_license_link", help="its address")
     group.add_argument(
         "--hub_base_model", help="Hub name of the base model, where that is a folder here"
     )

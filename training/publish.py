@@ -194,7 +194,9 @@ def push_output(
 def card_record(args: argparse.Namespace, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a report keeps for a later upload by `push_artifact`: facts of the card, JSON-able."""
     base = args.hub_base_model or public_name(args.pretrained_model_name_or_path)
-    return {"base_model": base, "license": args.hub_license, **facts}
+    # One that the Hub does not list is more than a word, and is to be given again.
+    licence = None if args.hub_license_name else args.hub_license
+    return {"base_model": base, "license": licence, **facts}
 
 
 def widget_of(

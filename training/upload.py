@@ -9,14 +9,15 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from diffusers_ext.core.base_model import find_licence
+from diffusers_ext.core.base_model import find_licence, named_licence
 
 
 def card_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What every card needs and the command line says; `ValueError` where no licence is known."""
     base = args.hub_base_model or args.pretrained_model_name_or_path
     try:
-        licence = find_licence(base, args.hub_license, token=args.hub_token)
+        given = named_licence(args.hub_license, args.hub_license_name, args.hub_license_link)
+        licence = find_licence(base, given, token=args.hub_token)
     except ValueError as error:
         raise ValueError(f"{error} The flag is `--hub_license`.") from error
     return {"base_model": base, "license": licence, "token": args.hub_token}

@@ -13,10 +13,13 @@ from diffusers_ext.command_line.command import Command, Outcome
 _CARD_FACTS = {
     "base_model": "Hub name of the base model, where the files do not tell",
     "license": "a name of the Hub, e.g. apache-2.0; the base model's own without it",
+    "license_name": "of a licence that is `other` on the Hub",
+    "license_link": "its address",
     "trained_on": "what it was trained on or made from, in words",
     "instance_prompt": "of a LoRA or subject: asks for it",
     "results": "report of an evaluation: its folder or report.json",
 }
+_LICENCE = ("license", "license_name", "license_link")
 _HUB = ("private", "revision", "create_pr", "commit_message", "subfolder")
 
 
@@ -47,6 +50,7 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_push(args: argparse.Namespace) -> Outcome:
     """Recognise, describe and upload."""
+    from diffusers_ext.core.base_model import named_licence
     from diffusers_ext.sharing import push_artifact
 
     if not Path(args.source).exists():
@@ -59,6 +63,9 @@ def run_push(args: argparse.Namespace) -> Outcome:
     twice = sorted(facts.keys() & {*_CARD_FACTS, *hub, "token"})
     if twice:
         raise ValueError(f"`fact` must not name what has a flag of its own, got {twice}.")
+    names = [given.pop(name, None) for name in _LICENCE]
+    if any(names):
+        given["license"] = named_licence(*names)
     url = push_artifact(args.source, args.repo_id, token=args.hub_token, **hub, **given, **facts)
     return Outcome({"repo_id": args.repo_id, "url": url}, f"Pushed: {url}")
 

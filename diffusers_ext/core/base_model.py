@@ -34,6 +34,22 @@ def public_name(source: str | os.PathLike) -> str:
     return path.resolve().name if is_path else str(source)
 
 
+def named_licence(
+    license: str | None, license_name: str | None, license_link: str | None
+) -> str | Licence | None:
+    """A licence as a command line tells it, in three flags; `None` leaves it to the base model's card.
+
+    Raises:
+        ValueError: `"other"` without a name, or a name or address without a licence.
+    """
+    if license is None and (license_name or license_link):
+        raise ValueError(
+            f"`license` must be given with `license_name` {license_name!r} and `license_link` "
+            f'{license_link!r}, got None. Give "other" for a licence that the Hub does not list.'
+        )
+    return Licence(license, license_name, license_link) if license_name or license_link else license
+
+
 def find_licence(
     base: str | os.PathLike, licence: str | Licence | None = None, *, token: str | None = None
 ) -> Licence:

@@ -28,6 +28,18 @@ def test_a_lora(run, hub, lora):
     assert "Six pictures." in card.text
 
 
+def test_a_licence_that_the_hub_does_not_list(run, hub, statistics):
+    facts = {"base_model": "tester/base", "license_name": "own", "license_link": "https://a.b/c"}
+    assert run("push", statistics, "tester/known", license="other", **facts).code == 0
+    data = ModelCard(hub.files("tester/known")["README.md"].decode()).data
+    assert (data.license, data["license_name"], data["license_link"]) == (
+        "other", "own", "https://a.b/c",
+    )  # fmt: skip
+    ran = run("push", statistics, "tester/known", **facts)
+    assert ran.code == 1
+    assert "`license` must be given with `license_name` 'own'" in ran.err
+
+
 def test_statistics_as_a_private_pull_request_in_a_subfolder(run, hub, statistics):
     ran = run("push", statistics, "tester/known", "--private", **BASE)
     assert ran.code == 0

@@ -12,7 +12,7 @@ def arguments(**values) -> argparse.Namespace:
     usual = {
         "pretrained_model_name_or_path": "tester/base", "output_dir": "outputs/noise",
         "hub_base_model": None, "hub_license": None, "hub_token": None, "hub_model_id": None,
-        "hub_private_repo": False,
+        "hub_private_repo": False, "hub_license_name": None, "hub_license_link": None,
     }  # fmt: skip
     return argparse.Namespace(**{**usual, **values})
 
@@ -23,6 +23,11 @@ def test_what_the_card_needs(hub, tmp_path):
     assert (found["base_model"], found["license"].license) == ("tester/base", "openrail++")
     local = {"pretrained_model_name_or_path": str(tmp_path), "hub_base_model": "tester/base"}
     assert card_arguments(arguments(**local))["base_model"] == "tester/base"
+    other = {"hub_license": "other", "hub_license_name": "cogvideox", "hub_license_link": "LICENSE"}
+    found = card_arguments(arguments(**other))["license"]
+    assert (found.license, found.license_name, found.license_link) == tuple(other.values())
+    with pytest.raises(ValueError, match="`license` must be given with `license_name` 'cogvideox'"):
+        card_arguments(arguments(hub_license_name="cogvideox"))
     given = card_arguments(arguments(hub_license="mit", hub_token="hf_test"))
     assert (given["license"].license, given["token"]) == ("mit", "hf_test")
     with pytest.raises(ValueError, match=r"`license` must be given.* The flag is `--hub_license`"):
