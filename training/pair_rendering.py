@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,8 @@ def render(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for generator in generators:  # past what the noise itself was drawn from
         torch.randn(noise.shape[1:], generator=generator)
-    with quiet_run(pipeline):
+    # A VAE takes far more memory for a large picture than the denoiser.
+    with quiet_run(pipeline), decoded_one_by_one(pipeline.vae):
         images = pipeline(
             latents=_pipeline_latents(pipeline, noise),
             height=height,
@@ -120,6 +122,17 @@ def render(
             "float32 or bfloat16."
         )
     return pipeline.image_processor.numpy_to_pil(images.float().permute(0, 2, 3, 1).cpu().numpy())
+
+
+@contextmanager
+def decoded_one_by_one(vae: torch.nn.Module) -> Iterator[None]:
+    """The VAE decodes each picture of a batch by itself; its own way comes back."""
+    sliced = vae.use_slicing
+    vae.enable_slicing()
+    try:
+        yield
+    finally:
+        vae.use_slicing = sliced
 
 
 def _pipeline_latents(pipeline: DiffusionPipeline, noise: torch.Tensor) -> torch.Tensor:

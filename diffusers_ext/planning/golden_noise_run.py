@@ -119,14 +119,14 @@ def _phases(
 def _judging(
     shapes: ImageShapes, run: GoldenNoiseSetting, precision: Precision, rows: int, batches: int
 ) -> list[Work]:
-    """Pictures of both noises are drawn and decoded at once, then judged."""
+    """Pictures of both noises are drawn together, decoded one by one, then judged."""
     dtype = precision.dtype
     if dtype == torch.float16 and shapes.base.components["vae"].whole_config().force_upcast:
         dtype = torch.float32
     calls = batches * run.num_inference_steps
     works = [
         guided_work(shapes, 2 * rows, run.guidance_scale, calls, precision),
-        decode_work(shapes, 2 * rows, batches, dtype),
+        decode_work(shapes, 1, 2 * rows * batches, dtype),
     ]
     if run.reward in REWARDS:
         works.append(_reward_work(run.reward, 2 * rows, batches))

@@ -110,3 +110,19 @@ def test_what_is_no_pipeline_of_a_known_family(tmp_path):
     pixart_pipeline().save_pretrained(tmp_path / "pixart")
     with pytest.raises(ValueError, match="`pipeline` must be one of .* got a PixArtAlphaPipeline"):
         load_base_pipeline(arguments(tmp_path / "pixart"), torch.device("cpu"), torch.float32)
+
+
+def test_pictures_are_decoded_one_by_one_and_the_vae_is_left_as_it_was():
+    pipeline = random_digits_pipeline()
+    sizes = []
+    handle = pipeline.vae.decoder.register_forward_pre_hook(lambda _, a: sizes.append(len(a[0])))
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = encode_prompts(pipeline, ["a red two"] * 3)
+    render(pipeline, noise, text, Rendering(1, 1.0, None), [0, 1, 2])
+    handle.remove()
+    assert sizes == [1, 1, 1]
+    assert pipeline.vae.use_slicing is False
+    pipeline.vae.decoder.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        render(pipeline, noise, text, Rendering(1, 1.0, None), [0, 1, 2])
+    assert pipeline.vae.use_slicing is False
