@@ -18,7 +18,7 @@ from diffusers_ext.command_line.plan_settings import (
 
 _DESCRIPTION = (
     "Nothing is downloaded: the run is gone through over tensors that have shapes and no data. What is "
-    "not given is as the training script has it."
+    "not given is as the training script has it, unless its help below says what is taken."
 )
 
 

@@ -61,9 +61,12 @@ def _optional(word: str) -> str | None:
 
 
 def _mapping(word: str) -> dict[str, Any]:
-    value = json.loads(word)
+    try:
+        value = json.loads(word)
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {word!r}")
     return value
 
 
@@ -87,6 +90,7 @@ ERASER = {
     "rows_in_turn": Flag("target rows, then preserved rows: less memory", bool),
     "gradient_checkpointing": Flag(f"{_CHECKPOINTING}; on without it", bool, has_no=True),
     **_TRAINING,
+    "mixed_precision": Flag("no, fp16 or bf16; bf16 without it", str),
     "localization": Flag("masks are made and used", bool),
     "latents_source": Flag("trajectory, video or noise", str),
     "num_target_trajectories": Flag("clips of the concept that the teacher samples"),
@@ -137,9 +141,10 @@ GOLDEN_NOISE = {
     "kept_share": Flag("of the pairs that the filter keeps", float),
     "network": Flag("golden_noise_model, npnet, transformer or rnn", str),
     "structure": Flag("fields of the network's config, as a JSON object", _mapping),
-    "train_batch_size": Flag("pairs of a batch"),
+    "train_batch_size": Flag("pairs of a batch; what suits the network without it"),
     "gradient_checkpointing": Flag(_CHECKPOINTING, bool),
     **_TRAINING,
+    "max_train_steps": Flag("optimizer steps; those of the script's epochs without it"),
     "use_ema": Flag("averaged weights are kept and saved", bool),
     "text_batch_size": Flag("prompts encoded at once for the training"),
     "text_cache_dtype": Flag("fp16 or fp32, of the kept embeddings", str),

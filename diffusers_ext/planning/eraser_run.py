@@ -59,10 +59,13 @@ def draft_eraser(base: BaseModel, *, as_on_gpu: bool = True, **setting: Any) -> 
             f"`model` must be a CogVideoX pipeline for the eraser, got {base.pipeline or 'none'} in "
             f"{base.name}."
         )
+    missing = [name for name in PipelineConfigs._fields if name not in base.components]
+    if missing:
+        raise ValueError(
+            f"`model` must have a {missing[0]}, got {base.name} with {sorted(base.components)}."
+        )
     run = EraserRunSetting(**setting)
-    configs = PipelineConfigs(
-        *(base.components[name].config for name in ("transformer", "vae", "text_encoder"))
-    )
+    configs = PipelineConfigs(*(base.components[name].config for name in PipelineConfigs._fields))
     plan = plan_eraser_training(configs, run.memory_setting())
     _, latents, tokens = fill_size(configs, plan.setting)
     precision = Precision(plan.setting.dtype, as_on_gpu)
@@ -107,7 +110,8 @@ def _works(run: EraserRunSetting, shapes: _Shapes) -> dict[str, list[Work]]:
     # The anchor is asked where a point of a target run is kept; guidance needs two prompts always.
     three, two = batches * kept, batches * (passes - kept) + preserved * passes
     rows = run.sampling_batch_size
-    drawn = 1 if run.validation_steps is None else run.max_train_steps // run.validation_steps
+    # Beside the eraser's clip of each validation, once the base model's.
+    drawn = 1 + math.ceil(run.max_train_steps / (run.validation_steps or run.max_train_steps))
     text = math.ceil(run.num_prompts / run.text_batch_size)
     layers = shapes.transformer()["num_layers"]
 

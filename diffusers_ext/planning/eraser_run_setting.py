@@ -14,7 +14,8 @@ from diffusers_ext.planning.work import WEIGHT_DTYPES
 _STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
 _COUNTS = (
     "max_train_steps", "gradient_accumulation_steps", "num_prompts", "num_target_trajectories",
-    "num_inference_steps", "points_per_trajectory",
+    "num_preserved_trajectories", "num_inference_steps", "points_per_trajectory",
+    "validation_steps", "checkpointing_steps", "checkpoints_total_limit",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,13 @@ from diffusers_ext.planning.setting_checks import check_choice, check_counts, ch
 NETWORKS = ("golden_noise_model", "npnet", "transformer", "rnn")
 SEQUENCE_NETWORKS = ("transformer", "rnn")
 REWARDS = ("hpsv2", "pickscore", "clip_score")
+# What the training scripts take where nothing is given: pairs of a batch, and epochs.
+USUAL_TRAINING = {
+    "golden_noise_model": (32, 30),
+    "npnet": (16, 30),
+    "transformer": (8, 50),
+    "rnn": (16, 50),
+}
 _COUNTS = (
     "num_prompts", "noises_per_prompt", "num_steps", "batch_size", "shard_size",
     "num_inference_steps", "train_batch_size", "max_train_steps", "gradient_accumulation_steps",
@@ -38,8 +46,8 @@ class GoldenNoiseSetting:
         kept_share: of the pairs that the filter keeps.
         network: `"golden_noise_model"`, `"npnet"`, `"transformer"` or `"rnn"`, the script's `--model`.
         structure: fields of the network's config.
-        train_batch_size: pairs of a batch.
-        max_train_steps: optimizer steps.
+        train_batch_size: pairs of a batch; what the script takes for the network when `None`.
+        max_train_steps: optimizer steps; those of the script's epochs when `None`.
         gradient_accumulation_steps: batches of a step.
         gradient_checkpointing: blocks are computed again for their gradients.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`, of both scripts.
@@ -67,8 +75,8 @@ class GoldenNoiseSetting:
     kept_share: float = 1.0
     network: str = "golden_noise_model"
     structure: Mapping[str, Any] = field(default_factory=dict)
-    train_batch_size: int = 4
-    max_train_steps: int = 600
+    train_batch_size: int | None = None
+    max_train_steps: int | None = None
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     mixed_precision: str = "no"
@@ -95,6 +103,22 @@ class GoldenNoiseSetting:
                 f"`num_steps` must be at least 2 for the {self.network}, got {self.num_steps}. It learns "
                 "sequences; choose 'golden_noise_model' or 'npnet' for pairs."
             )
+        if self.training_pairs < 1:
+            raise ValueError(
+                "`kept_share` and `validation_split` must leave at least one pair to train on, got "
+                f"{self.kept_share} and {self.validation_split} of {self.candidates} pairs."
+            )
+        self._fill_training()
+
+    def _fill_training(self) -> None:
+        """Batch and steps as the training script has them, where nothing is given."""
+        batch, epochs = USUAL_TRAINING[self.network]
+        if self.train_batch_size is None:
+            object.__setattr__(self, "train_batch_size", batch)
+        if self.max_train_steps is None:
+            step = self.train_batch_size * self.gradient_accumulation_steps
+            steps = math.ceil(self.training_pairs * epochs / step)
+            object.__setattr__(self, "max_train_steps", steps)
 
     @property
     def candidates(self) -> int:
@@ -107,8 +131,12 @@ class GoldenNoiseSetting:
         return round(self.candidates * self.kept_share)
 
     @property
+    def training_pairs(self) -> int:
+        """Pairs that are not held out."""
+        return self.pairs - round(self.pairs * self.validation_split)
+
+    @property
     def validation_pairs(self) -> int:
         """Pairs that a validation measures, of both sides of the split together."""
-        held_out = round(self.pairs * self.validation_split)
-        sides = (held_out, self.pairs - held_out)
+        sides = (self.pairs - self.training_pairs, self.training_pairs)
         return sum(min(side, self.num_validation_pairs) for side in sides)

@@ -92,6 +92,7 @@ def test_a_run_that_does_not_fit_is_exit_code_3(run, asked):
         ("eraser", {"pretrained_model_name_or_path": "x"}, "`model` must be the folder of a pipeline"),
         ("eraser", {"gpu": "abacus"}, "`gpu` must be 'here' or one of"),
         ("eraser", {"max_train_steps": 0}, "`max_train_steps`"),
+        ("eraser", {"checkpointing_steps": 0}, "`checkpointing_steps` must be at least 1, got 0."),
         ("nullspace", {"layers": "first"}, "`layers` must be 'all' or indices, got ['first']."),
         ("golden-noise", {"mixed_precision": "fp8"}, "`mixed_precision`"),
     ],
@@ -106,4 +107,4 @@ def test_a_structure_that_is_no_json_is_wrong_usage(run):
     for structure in ("width=8", "[1]"):
         ran = run("plan", "golden-noise", pretrained_model_name_or_path="SDXL", structure=structure)
         assert ran.code == 2
-        assert "argument --structure: invalid" in ran.err
+        assert f"argument --structure: must be a JSON object, got '{structure}'" in ran.err

@@ -27,6 +27,7 @@ def setting_of(network, **changes):
         num_steps=steps,
         structure=STRUCTURES[network],
         train_batch_size=8,
+        max_train_steps=600,
         **changes,
     )
 

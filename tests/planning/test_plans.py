@@ -8,6 +8,10 @@ from accelerate.state import AcceleratorState, GradientState
 from benchmarks.measured_memory import peak_bytes
 from benchmarks.planned_runs import DIGITS, IN_MEMORY, MOVING_DIGITS, RUNS
 from diffusers_ext.planning import plan_run, setting_names, work
+from diffusers_ext.planning.eraser_run import draft_eraser
+from diffusers_ext.planning.golden_noise_setting import NETWORKS, GoldenNoiseSetting
+from diffusers_ext.planning.published_models import read_base_model
+from training.noise_command_line import DEFAULTS
 
 
 @pytest.fixture
@@ -100,11 +104,53 @@ def test_bad_requests():
         ("golden-noise", {"network": "rnn"}, "`num_steps` must be at least 2 for the rnn, got 1"),
         ("golden-noise", {"kept_share": 0}, r"`kept_share` must be in \(0, 1\], got 0"),
         ("golden-noise", {"validation_split": 1.0}, "`validation_split` must be in"),
+        ("golden-noise", {"num_prompts": 2, "kept_share": 0.1}, "at least one pair to train on"),
     ],
 )
 def test_bad_settings(tool, setting, message):
     with pytest.raises(ValueError, match=message):
         plan_run(tool, DIGITS, **setting)
+
+
+@pytest.mark.parametrize(
+    "name", ["validation_steps", "checkpointing_steps", "num_preserved_trajectories"]
+)
+def test_bad_settings_of_an_eraser(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+        plan_run("eraser", MOVING_DIGITS, **{name: 0})
+
+
+def test_a_folder_without_all_components_of_a_cogvideox(tmp_path):
+    names = ("transformer", "vae")
+    for name in names:
+        (tmp_path / name).mkdir()
+        config = (MOVING_DIGITS / name / "config.json").read_bytes()
+        (tmp_path / name / "config.json").write_bytes(config)
+    index = {
+        name: json.loads((MOVING_DIGITS / "model_index.json").read_bytes())[name] for name in names
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="`model` must have a text_encoder, got"):
+        plan_run("eraser", tmp_path)
+
+
+def test_clips_of_each_validation_and_once_of_the_base_model():
+    base, shared = read_base_model(MOVING_DIGITS), {"mixed_precision": "no", "validation": True}
+    for steps, clips in ((None, 2), (200, 4)):
+        draft = draft_eraser(base, rank=8, max_train_steps=500, validation_steps=steps, **shared)
+        works = {work.name: work.times for work in draft.phases[-1].works}
+        assert works == {"teacher's pass": 50 * clips, "VAE's decoding": clips}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_train_as_long_as_by_their_script(network):
+    usual = DEFAULTS[network]
+    setting = GoldenNoiseSetting(network=network, num_steps=3, gradient_accumulation_steps=2)
+    batch, epochs = usual["train_batch_size"], usual["num_epochs"]
+    assert setting.train_batch_size == batch
+    assert setting.max_train_steps == -(-950 * epochs // (2 * batch))
+    given = GoldenNoiseSetting(train_batch_size=4, max_train_steps=7)
+    assert (given.train_batch_size, given.max_train_steps) == (4, 7)
 
 
 def test_setting_names_are_those_of_the_training_scripts():
