@@ -148,8 +148,8 @@ class SideBySide:
         run = self.sources.sampling(self.sources.image_model, 20, 3.0)
         run["golden_noise_scale"] = 0.0
         plain = self._picture(prompt, seed, **run)
-        pipeline.load_lora_weights(lora, adapter_name="subject")
         try:
+            pipeline.load_lora_weights(lora, adapter_name="subject")
             pipeline.set_adapters("subject", strength)
             drawn = self._picture(prompt, seed, **run)
         finally:
