@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from diffusers_ext.core.memory_trace import tensor_bytes
+
 
 # Report and configs of a result: settings, history, sampled weights that tell models apart.
 REPORT_BYTES = 8 * 1024
@@ -20,11 +22,6 @@ _SAFETENSORS_DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-
-
-def tensor_size(tensor: torch.Tensor) -> int:
-    """Bytes of one tensor, which may be without data."""
-    return tensor.numel() * tensor.element_size()
 
 
 def safetensors_bytes(
@@ -39,7 +36,7 @@ def safetensors_bytes(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name, tensor in tensors.items():
-        stop = start + tensor_size(tensor)
+        stop = start + tensor_bytes([tensor])
         dtype = _SAFETENSORS_DTYPES[tensor.dtype]
         entry = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
         header[name] = entry
@@ -50,17 +47,17 @@ def safetensors_bytes(
 
 def optimizer_bytes(trained: Iterable[torch.Tensor]) -> int:
     """Size of the file with AdamW's state: both moments, and what the format adds to each."""
-    shapes = [(tensor.shape, tensor_size(tensor)) for tensor in trained]
-    if not shapes:
+    trained = list(trained)
+    if not trained:
         return 0
-    stand_ins = [torch.nn.Parameter(torch.zeros(1)) for _ in shapes]
+    stand_ins = [torch.nn.Parameter(torch.zeros(1)) for _ in trained]
     optimizer = torch.optim.AdamW(stand_ins)
     for stand_in in stand_ins:
         stand_in.grad = torch.zeros(1)
     optimizer.step()
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
-    return buffer.getbuffer().nbytes + 2 * sum(size for _, size in shapes)
+    return buffer.getbuffer().nbytes + 2 * tensor_bytes(trained)
 
 
 def checkpoint_bytes(
@@ -76,7 +73,7 @@ def checkpoint_bytes(
     weights, trained = list(kept), list(trained)
     named = {f"{index:0>60}": tensor for index, tensor in enumerate(weights)}
     size = safetensors_bytes(named) + optimizer_bytes(trained) + _CHECKPOINT_TEXT_BYTES
-    return size + (sum(tensor_size(tensor) for tensor in weights) if ema else 0)
+    return size + (tensor_bytes(weights) if ema else 0)
 
 
 def kept_checkpoints(steps: int, every: int | None, limit: int | None) -> int:
