@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from diffusers_ext import save_eraser, save_lora
 from tests.evaluation.golden_subjects import small_network
@@ -33,6 +35,7 @@ from examples.app_drawing import SideBySide, Sources
 
 
 ROOT = Path(__file__).resolve().parents[2]
+LORA_FILE = "pytorch_lora_weights.safetensors"
 TOOLS = ["Taught subject", "Golden noise", "Erased concept"]
 
 
@@ -115,6 +118,26 @@ def test_numbers_are_checked_without_the_page_too():
         SideBySide(Sources()).draw("Golden noise", "a red seven", 0, float("nan"))
     with pytest.raises(ValueError, match="`tool` must be one of .*, got 'Golden eggs'"):
         SideBySide(Sources()).draw("Golden eggs", "a red seven", 0, 1.0)
+
+
+def test_a_lora_that_does_not_load_leaves_nothing_behind(arguments, tmp_path):
+    found = dict(word[2:].split("=") for word in arguments)
+    weights = load_file(Path(found["lora"], LORA_FILE))
+    save_file(
+        {name: tensor[:, :1].clone() for name, tensor in weights.items()}, tmp_path / LORA_FILE
+    )
+    sources = Sources(
+        image_model=found["pretrained_model_name_or_path"],
+        lora=str(tmp_path),
+        num_inference_steps=1,
+    )
+    app, request = SideBySide(sources), ("Taught subject", "a red seven", 0, 1.0)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        app.draw(*request)
+    assert not any("lora" in name for name, _ in app.image_pipeline.unet.named_modules())
+    app.sources = replace(sources, lora=found["lora"])
+    plain, drawn = app.draw(*request)
+    assert not np.array_equal(read_frames(plain.path), read_frames(drawn.path))
 
 
 def test_only_drawing_is_in_the_api_and_the_browser_is_kept_from_other_hosts(client):
