@@ -26,7 +26,7 @@ def test_a_block_is_timed(cost):
     for _ in range(2):
         with cost.measure("sleep", 2):
             time.sleep(0.02)
-    assert 0.01 <= cost.seconds("sleep") < 1
+    assert 0.01 <= cost.seconds("sleep") < 60
 
 
 def test_memory_is_what_the_largest_resident_set_grew_by(cost):
