@@ -42,10 +42,12 @@ def _silenced() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled
     from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
     from huggingface_hub.utils import enable_progress_bars as enable_hub_bars
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
+    hub_level = hub_logging.get_verbosity()
     bars = [library.is_progress_bar_enabled() for library in libraries]
     hub_bars = not are_progress_bars_disabled()
     try:
@@ -53,6 +55,7 @@ def _silenced() -> Iterator[None]:
             library.set_verbosity_error()
             library.disable_progress_bar()
         disable_hub_bars()
+        hub_logging.set_verbosity_error()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -61,5 +64,6 @@ def _silenced() -> Iterator[None]:
             library.set_verbosity(level)
             if bar:
                 library.enable_progress_bar()
+        hub_logging.set_verbosity(hub_level)
         if hub_bars:
             enable_hub_bars()

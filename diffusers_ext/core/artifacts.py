@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 ArtifactType = TypeVar("ArtifactType", bound="Artifact")
 CONFIG_NAME = "config.json"
 _HEADER = ("_class_name", "format_version", "sha256")
+_NO_FOLDER = (
+    "`pretrained_model_name_or_path` must be a folder or 'user/name', got {}: no such folder."
+)
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
@@ -193,13 +196,12 @@ def _locate(
         if not path.is_file():
             raise ValueError(f"{path.parent} must hold {name}, got {_names(path.parent)}.")
         return path
+    if "/" not in str(source):  # nothing that the Hub could have: a slip, not a lost connection
+        raise ValueError(_NO_FOLDER.format(source))
     try:
         return Path(hf_hub_download(str(source), name, subfolder=subfolder, **download_arguments))
     except HFValidationError as error:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` must be a folder or 'user/name', got {source}: "
-            "no such folder."
-        ) from error
+        raise ValueError(_NO_FOLDER.format(source)) from error
     except RemoteEntryNotFoundError as error:
         raise ValueError(f"Repository {source} must hold {name}, got none.") from error
 

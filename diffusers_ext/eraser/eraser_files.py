@@ -8,7 +8,6 @@ import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -19,6 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import (
     LEGACY_TYPE,
@@ -182,7 +182,7 @@ def read_legacy_weights(path: str | os.PathLike) -> StateDict:
         ValueError: a damaged file, one that would run code, or one that holds something else.
     """
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True)
+        tree = read_pickled_tensors(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} must hold nothing but tensors; it is damaged or would run code, so it was not "

@@ -1,4 +1,4 @@
-"""Feature extractors for images behind one contract: pixels, DINOv2 and CLIP."""
+"""Feature extractors for images behind one interface: pixels, DINOv2 and CLIP."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from diffusers_ext.core.pickled_tensors import read_pickled_tensors
+
 
 VARIANTS = {2048: "SDXL", 1024: "Hunyuan-DiT"}  # by text width; DreamShaper's shapes are SDXL's
 TEXT_LENGTH = 77
@@ -77,7 +79,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             tree = load_file(path)
         else:
-            tree = torch.load(path, map_location="cpu", weights_only=True)
+            tree = read_pickled_tensors(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} must hold nothing but tensors; it is damaged or would run code, so it was not "

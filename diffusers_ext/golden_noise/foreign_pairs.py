@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from diffusers_ext.core.pickled_tensors import read_pickled_tensors
+
 
 METADATA_CSV = "metadata.csv"
 _CSV_COLUMNS = {
@@ -179,7 +181,7 @@ def _read_pt(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _load_pt(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_pickled_tensors(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} must be a whole .pt file of tensors, got: {str(error).splitlines()[0]}."

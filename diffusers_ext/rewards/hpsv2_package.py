@@ -1,4 +1,4 @@
-"""The `hpsv2` package behind the contract of the rewards."""
+"""The `hpsv2` package behind the interface of the rewards."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
+from diffusers_ext.core.pickled_tensors import read_pickled_tensors
+
 
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 _OUTSIDE_BLOCKS = {
@@ -139,7 +141,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             return load_file(path)
         # Only the newer format of `torch.save`, a zip file, can be mapped into memory.
         mmap = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = read_pickled_tensors(path, mmap=mmap)
     except FileNotFoundError:
         raise
     # torch reports a truncated zip file as an `OSError`.

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import logging as hub_logging
 
 import diffusers_ext
 from diffusers_ext.command_line import main as main_module
@@ -127,6 +128,7 @@ def test_stdout_holds_the_outcome_alone(try_command):
 def test_quiet_silences_the_libraries_and_everything_comes_back(try_command):
     logger = logging.getLogger("diffusers_ext")
     levels = logger.level, list(logger.handlers), diffusers_logging.get_verbosity()
+    hub_level = hub_logging.get_verbosity()
     bars = are_progress_bars_disabled(), diffusers_logging.is_progress_bar_enabled()
     seen = []
 
@@ -134,11 +136,13 @@ def test_quiet_silences_the_libraries_and_everything_comes_back(try_command):
         warnings.warn("look here", UserWarning, stacklevel=1)
         seen.append((are_progress_bars_disabled(), diffusers_logging.is_progress_bar_enabled()))
         diffusers_logging.get_logger("diffusers.x").warning("look there")
+        hub_logging.get_logger("huggingface_hub.x").warning("Retrying")
         raise ValueError("`x` must be 1,\n  got 2.")
 
     assert try_command(look, "--quiet") == (1, "", "error: `x` must be 1, got 2.\n")
     assert seen == [(True, False)]
     assert levels == (logger.level, logger.handlers, diffusers_logging.get_verbosity())
+    assert hub_level == hub_logging.get_verbosity()
     assert bars == (are_progress_bars_disabled(), diffusers_logging.is_progress_bar_enabled())
 
 

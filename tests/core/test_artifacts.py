@@ -142,6 +142,11 @@ def test_missing_file_is_named_with_what_is_there(folder, name):
         Scales.from_pretrained(folder)
 
 
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub():
+    with pytest.raises(ValueError, match=r"must be a folder or 'user/name', got nowhere: no such"):
+        Scales.from_pretrained("nowhere")
+
+
 def test_missing_folders_are_told_from_missing_files(folder):
     with pytest.raises(ValueError, match=r"must be a folder or 'user/name', got .*no such folder"):
         Scales.from_pretrained(folder / "nowhere")

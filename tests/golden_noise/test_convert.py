@@ -142,6 +142,9 @@ def test_other_content_is_refused(tmp_path):
     torch.save({"unet_svd": {"epoch": 3}}, path)
     with pytest.raises(ValueError, match=r"`unet_svd.epoch` must be a tensor, got int"):
         read_checkpoint(path)
+    path.write_text("a photo of a dog\n")
+    with pytest.raises(ValueError, match="must hold nothing but tensors; it is damaged"):
+        read_checkpoint(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "no weights")
     with pytest.raises(ValueError, match="complete checkpoint"):
