@@ -28,6 +28,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/forgetting_on_digits.py
+	$(BIN)/python benchmarks/debleeding_on_digits.py
 	$(BIN)/python benchmarks/cost_of_statistics.py
 	$(BIN)/python benchmarks/real_sizes.py
 	$(BIN)/python benchmarks/golden_noise_on_digits.py
@@ -37,6 +38,7 @@ bench: setup
 	$(BIN)/python benchmarks/concept_mask_on_moving_digits.py
 	$(BIN)/python benchmarks/erasure_on_moving_digits.py
 	$(BIN)/python benchmarks/cost_of_eraser.py
+	$(BIN)/python benchmarks/cost_of_plans.py
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

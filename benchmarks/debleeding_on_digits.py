@@ -1,4 +1,4 @@
-"""What projecting a finished LoRA leaves of its subject and of what it had ruined, by damping.
+"""What projecting a finished LoRA leaves of its subject, and mends of what it had ruined.
 
 python benchmarks/debleeding_on_digits.py --seeds 3
 """
@@ -20,8 +20,15 @@ from benchmarks.machine import table, write_results
 from diffusers_ext import FeatureStatistics, collect_statistics, debleed_lora
 from examples.digits.check_model import draw, load_pipeline
 from examples.digits.judge import DigitsJudge
-from examples.digits.prompts import TEMPLATES, TRAINING_PAIRS, prompt_pairs
+from examples.digits.prompts import (
+    HELD_OUT_PAIRS,
+    HELD_OUT_TEMPLATE,
+    TEMPLATES,
+    TRAINING_PAIRS,
+    prompt_pairs,
+)
 from examples.digits.subjects import (
+    INSTANCE_PROMPTS,
     PLAIN_FLAGS,
     glyph_share,
     knowledge_prompts,
@@ -31,16 +38,24 @@ from examples.digits.subjects import (
 
 
 GLYPH = "triangle"
-DAMPINGS = (1e-3, 1.0, 3.0, 10.0, 30.0, 100.0)
-KNOWN = prompt_pairs(TEMPLATES[0], TRAINING_PAIRS)
+DAMPINGS = (1e-3, 10.0, 100.0)
+STRICTNESSES = (1.0, 3.0, 10.0, 30.0, 100.0)
+GROUPS = {
+    "known": prompt_pairs(TEMPLATES[0], TRAINING_PAIRS),
+    "held_out": prompt_pairs(TEMPLATES[0], HELD_OUT_PAIRS)
+    + prompt_pairs(HELD_OUT_TEMPLATE, TRAINING_PAIRS),
+}
 
 
 def examine(lora: Path, seed: int, judge: DigitsJudge) -> dict[str, float]:
-    """Shares of 40 pictures of the glyph and of one picture per known pair that read as asked."""
+    """Shares of 40 pictures of the glyph and of one picture per other prompt that read as asked."""
     pipeline = load_with_loras([lora])
     glyph, _ = glyph_share(pipeline, GLYPH, judge, count=40, seed=7_000 + seed)
-    known = draw(pipeline, KNOWN, seed=8_000 + seed, description="draw old digits")
-    return {"glyph": glyph, "known": float(judge.correct(known, KNOWN).mean())}
+    shares = {"glyph": glyph}
+    for name, prompts in GROUPS.items():
+        pictures = draw(pipeline, prompts, seed=8_000 + seed, description=f"draw {name}")
+        shares[name] = float(judge.correct(pictures, prompts).mean())
+    return shares
 
 
 def measure_seed(
@@ -50,10 +65,13 @@ def measure_seed(
     flags = (*PLAIN_FLAGS, "--learning_rate", "1e-2")
     lora = train_subject(folder, f"plain_{seed}", GLYPH, flags, seed=seed)
     figures = {"as trained": examine(lora, seed, judge)}
-    for damping in DAMPINGS:
-        projected = folder / f"damping_{damping}_{seed}" / "pytorch_lora_weights.safetensors"
-        debleed_lora(lora, statistics, damping=damping, output_path=projected)
-        figures[f"damping {damping:g}"] = examine(projected.parent, seed, judge)
+    subject = {"pipeline": load_pipeline(), "instance_prompts": [INSTANCE_PROMPTS[GLYPH]]}
+    ways = {f"damping {value:g}": {"damping": value} for value in DAMPINGS}
+    ways |= {f"strictness {value:g}": {"strictness": value, **subject} for value in STRICTNESSES}
+    for name, way in ways.items():
+        projected = folder / f"{name} {seed}" / "pytorch_lora_weights.safetensors"
+        debleed_lora(lora, statistics, output_path=projected, **way)
+        figures[name] = examine(projected.parent, seed, judge)
     return figures
 
 
@@ -61,9 +79,9 @@ def results_table(seeds: list[dict[str, dict[str, float]]]) -> str:
     """Means over the seeds, the worst seed in brackets."""
     rows = []
     for name in seeds[0]:
-        shares = ([figures[name][key] for figures in seeds] for key in ("glyph", "known"))
+        shares = ([figures[name][key] for figures in seeds] for key in ("glyph", *GROUPS))
         rows.append([name, *(f"{np.mean(share):.3f} ({min(share):.2f})" for share in shares)])
-    return table(["plain LoRA", "new glyph", "old digits"], rows)
+    return table(["plain LoRA", "new glyph", "old digits", "held-out prompts"], rows)
 
 
 def main(input_args: list[str] | None = None) -> dict[str, Any]:

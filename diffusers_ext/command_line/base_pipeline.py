@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 _DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def add_base_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Which base model, and how it runs."""
     group = parser.add_argument_group("base model")
     group.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="folder or Hub name of a pipeline"
+        "--pretrained_model_name_or_path",
+        required=required,
+        help="folder or Hub name of a pipeline",
     )
     group.add_argument("--revision", help="of the base model on the Hub")
     group.add_argument("--variant", help="of the weight files, e.g. fp16")

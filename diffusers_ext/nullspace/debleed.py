@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from diffusers import DiffusionPipeline
 
+from diffusers_ext.nullspace.lora import instance_statistics_like
 from diffusers_ext.nullspace.lora_files import (
     StateDict,
     check_lora_effect,
@@ -16,6 +18,7 @@ from diffusers_ext.nullspace.lora_files import (
 )
 from diffusers_ext.nullspace.projector import NullSpaceProjector, project_rows
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.nullspace.subject_projection import subject_projections
 
 
 _DENOISERS = ("unet", "transformer")
@@ -25,6 +28,10 @@ def debleed_lora(
     lora: str | os.PathLike | Mapping[str, torch.Tensor],
     statistics: FeatureStatistics,
     *,
+    instance_prompts: Sequence[str] = (),
+    pipeline: DiffusionPipeline | None = None,
+    instance_statistics: FeatureStatistics | None = None,
+    strictness: float = 10.0,
     projector: NullSpaceProjector | None = None,
     uncovered: str = "error",
     output_path: str | os.PathLike | None = None,
@@ -32,36 +39,48 @@ def debleed_lora(
 ) -> StateDict:
     """Take out of an existing LoRA what acts on preserved inputs: `A <- A P`, without training.
 
+    With the prompts that ask for its subject, what it does on them is kept as far as can be
+    (`subject_projection`). Without them, all that preserved inputs use is cut off or damped, whether
+    the subject needs it or not.
+
     Args:
         lora: as in `read_lora`, for the model that `statistics` were collected on.
         statistics: of the prompts to protect.
-        projector: ready projector, in place of `criterion`.
+        instance_prompts: ask for what the LoRA was trained on.
+        pipeline: the base model, to read these with.
+        instance_statistics: ready statistics of the subject, in place of these two.
+        strictness: of `subject_projection`; more protects more and keeps less of the subject.
+        projector: ready projector, in place of instance prompts and `criterion`.
         uncovered: what to do with modules that have no statistic: `"error"`, `"keep"`, `"drop"`.
         output_path: file to write in diffusers format; `None` only returns the state dict.
         criterion: one of `NullSpaceProjector.from_statistics`, e.g. `damping=1e-3`, `energy=1e-4`.
 
     Returns:
         The projected LoRA, keys as in `read_lora`, dtypes as they were.
+
+    Raises:
+        ValueError: no way or several ways to project, a module without statistics, an instance prompt
+            that is preserved, or nothing left of the LoRA.
     """
     if uncovered not in ("error", "keep", "drop"):
         raise ValueError(f"`uncovered` must be 'error', 'keep' or 'drop', got {uncovered!r}.")
     check_output_path(output_path)
-    if (projector is None) != bool(criterion):
-        raise ValueError("Either `projector` or one criterion must be given, got neither or both.")
-    projector = projector or NullSpaceProjector.from_statistics(statistics, **criterion)
-    projections = projector.projections()
-    result: StateDict = {}
-    missing = []
-    for key, tensor in read_lora(lora).items():
-        component, _, name = key.rsplit(".lora_", 1)[0].partition(".")
-        linear = name if component in _DENOISERS else None
-        if linear in projections:
-            is_a = key.endswith(".lora_A.weight")
-            result[key] = project_rows(tensor, projections[linear]) if is_a else tensor
-        else:
-            missing.append(key)
-            if uncovered == "keep":
-                result[key] = tensor
+    ways = (instance_prompts, instance_statistics is not None, projector is not None, criterion)
+    if sum(map(bool, ways)) != 1:
+        raise ValueError(
+            "One of `instance_prompts`, `instance_statistics`, `projector` and one criterion must be "
+            "given, got none or several."
+        )
+    if instance_prompts:
+        if pipeline is None:
+            raise ValueError("`pipeline` must be given to read `instance_prompts`, got None.")
+        instance_statistics = instance_statistics_like(pipeline, statistics, instance_prompts)
+    if instance_statistics is not None:
+        projections = subject_projections(statistics, instance_statistics, strictness)
+    else:
+        projector = projector or NullSpaceProjector.from_statistics(statistics, **criterion)
+        projections = projector.projections()
+    result, missing = _projected(read_lora(lora), projections, uncovered == "keep")
     if missing and uncovered == "error":
         raise ValueError(
             f"`statistics` must cover every module of the LoRA, got none for {len(missing) // 2}, the "
@@ -71,6 +90,25 @@ def debleed_lora(
     if output_path is not None:
         write_lora(result, output_path)
     return result
+
+
+def _projected(
+    lora: StateDict, projections: Mapping[str, torch.Tensor], keep_uncovered: bool
+) -> tuple[StateDict, list[str]]:
+    """The LoRA with its A projected, and the keys of modules without a projection."""
+    result: StateDict = {}
+    missing = []
+    for key, tensor in lora.items():
+        component, _, name = key.rsplit(".lora_", 1)[0].partition(".")
+        linear = name if component in _DENOISERS else None
+        if linear in projections:
+            is_a = key.endswith(".lora_A.weight")
+            result[key] = project_rows(tensor, projections[linear]) if is_a else tensor
+        else:
+            missing.append(key)
+            if keep_uncovered:
+                result[key] = tensor
+    return result, missing
 
 
 def preserved_energy(

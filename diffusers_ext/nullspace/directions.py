@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -163,13 +162,7 @@ def null_space_directions(
         ValueError: a Linear is covered by one of them only, the models differ, `rank` is too large,
             an instance prompt is preserved, or holds nothing that the preserved ones lack.
     """
-    statistics.check_same_models(instance_statistics.facts["models"])
-    _check_new(statistics.facts, instance_statistics.facts["prompts"])
-    missing = sorted(statistics.sources.keys() ^ instance_statistics.sources.keys())
-    if missing:
-        raise ValueError(
-            f"Both statistics must cover the same Linears, got a difference in {missing[:3]}."
-        )
+    check_new_subject(statistics, instance_statistics)
     sets: dict[str, DirectionSet] = {}
     for linear, key in statistics.sources.items():
         if key in sets:
@@ -186,14 +179,23 @@ def null_space_directions(
     )
 
 
-def _check_new(facts: dict[str, Any], instance_prompts: list[str]) -> None:
+def check_new_subject(
+    statistics: FeatureStatistics, instance_statistics: FeatureStatistics
+) -> None:
+    """Raise `ValueError` unless the second are of the same model and Linears, and of a new subject."""
+    statistics.check_same_models(instance_statistics.facts["models"])
     # Energies cannot tell: one prompt of a hundred has a hundredth of its energy in their mean.
-    preserved = facts["prompts"]
-    if facts["settings"].get("expand_sub_phrases"):
+    preserved = statistics.facts["prompts"]
+    if statistics.facts["settings"].get("expand_sub_phrases"):
         preserved = sub_phrases(preserved)
-    repeated = [prompt for prompt in instance_prompts if prompt in preserved]
+    repeated = [p for p in instance_statistics.facts["prompts"] if p in preserved]
     if repeated:
         raise ValueError(
             f"An instance prompt must not be a preserved one or a part of it, got {repeated[0]!r}. "
             "Use a rare token in it, or take it out of the preserved prompts."
+        )
+    missing = sorted(statistics.sources.keys() ^ instance_statistics.sources.keys())
+    if missing:
+        raise ValueError(
+            f"Both statistics must cover the same Linears, got a difference in {missing[:3]}."
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
@@ -38,6 +39,24 @@ def test_the_file_is_that_of_the_library(debleed, lora, statistics, tmp_path):
     assert facts["drift_left"] == pytest.approx(left)
     assert 0 < facts["drift_left"] < 1e-2
     assert max(facts["drift_left_by_module"].values()) >= facts["drift_left"]
+
+
+def test_the_subject_is_kept(debleed, lora, statistics, digits, tmp_path):
+    prompts = ["a photo of the digit sks"]
+    model = {"pretrained_model_name_or_path": digits, "device": "cpu"}
+    ran = debleed(instance_prompt=prompts[0], strictness=3, json=True, **model)
+    assert ran.code == 0
+    assert ran.facts["criterion"] == {"strictness": 3.0}
+    pipeline = StableDiffusionPipeline.from_pretrained(digits)
+    known = FeatureStatistics.from_pretrained(statistics)
+    expected = debleed_lora(
+        lora, known, pipeline=pipeline, instance_prompts=prompts, strictness=3.0
+    )
+    assert same(load_file(tmp_path / "quiet.safetensors"), expected)
+    ran = debleed(instance_prompt=prompts[0], damping=1.0, **model)
+    assert ran.code == 1
+    assert "`damping` must not be given with `instance_prompt`" in ran.err
+    assert "`instance_prompt` must be given with `strictness`" in debleed(strictness=3).err
 
 
 def test_what_is_said_and_another_criterion(debleed, lora, tmp_path):

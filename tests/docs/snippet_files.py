@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from tests.docs.snippet_models import BASES, random_lora, save_random_eraser, stable_diffusion
+from tests.docs.snippet_models import BASES, save_random_eraser, save_subject, stable_diffusion
 from tests.docs.snippets import ROOT
 from tests.golden_noise.npnet_fixture import nested, official_weights
 
@@ -37,6 +36,5 @@ def write_files(folder: Path) -> None:
         "instance_data_dir: photos\ninstance_prompt: a photo of sks dog\noutput_dir: outputs/dog\n"
     )
     save_random_eraser(folder / "legacy_folder", format="legacy")
-    modules = stable_diffusion().unet.named_modules()
-    lora = random_lora("unet", modules, ("attn2.to_k", "attn2.to_v"))
-    save_file(lora, folder / "some_lora.safetensors")
+    save_subject(folder / "one", stable_diffusion())
+    (folder / "one" / "pytorch_lora_weights.safetensors").rename(folder / "some_lora.safetensors")

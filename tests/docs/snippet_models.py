@@ -106,7 +106,9 @@ def _save_network(folder: Path) -> None:
 
 def _save_statistics(folder: Path) -> None:
     prompts = ["a photo of a dog", "a red fox"]
-    collect_statistics(stable_diffusion(), prompts, show_progress=False).save_pretrained(folder)
+    statistics = collect_statistics(stable_diffusion(), prompts, show_progress=False)
+    statistics.facts["base_model"] = BASES["sd"]
+    statistics.save_pretrained(folder)
 
 
 def random_lora(
@@ -123,6 +125,13 @@ def random_lora(
                 torch.randn(rows, 2, generator=generator) / 10
             )
     return lora
+
+
+def save_subject(folder: Path, base: StableDiffusionPipeline | StableDiffusionXLPipeline) -> None:
+    """A LoRA of the keys and values of a base model's cross-attention."""
+    lora = random_lora("unet", base.unet.named_modules(), ("attn2.to_k", "attn2.to_v"))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(lora, folder / "pytorch_lora_weights.safetensors")
 
 
 def _save_style(folder: Path) -> None:
@@ -144,6 +153,7 @@ SAVED: dict[str, Callable[[Path], object]] = {
     "user/no-dog": save_random_eraser,
     "user/no-logo": save_random_eraser,
     "user/style": _save_style,
+    "user/some-lora": lambda folder: save_subject(folder, stable_diffusion_xl()),
 }
 
 

@@ -116,7 +116,10 @@ def test_text_encoder_loras_are_never_covered(few_statistics):
             {"uncovered": "skip", "rank": 3},
             "`uncovered` must be 'error', 'keep' or 'drop', got 'sk",
         ),
-        ({}, "Either `projector` or one criterion must be given, got neither or both"),
+        (
+            {},
+            "One of `instance_prompts`, `instance_statistics`, `projector` and one criterion must be",
+        ),
         ({"rank": 3, "energy": 0}, "Exactly one of"),
         (
             {"rank": 3, "output_path": "lora.bin"},
@@ -131,7 +134,7 @@ def test_bad_arguments_are_refused(few_statistics, text_lora, arguments, message
 
 def test_projector_and_criterion_exclude_each_other(few_statistics, text_lora):
     projector = NullSpaceProjector.from_statistics(few_statistics, rank=3)
-    with pytest.raises(ValueError, match="got neither or both"):
+    with pytest.raises(ValueError, match="got none or several"):
         debleed_lora(text_lora, few_statistics, projector=projector, rank=3)
 
 

@@ -68,7 +68,7 @@ def test_a_failure_while_writing_leaves_the_old_result(build, tmp_path, monkeypa
     assert {name: (folder / name).read_bytes() for name in files_below(folder)} == before
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
+        "model.safetensors",
         "plots",
         "report.json",
-        "model.safetensors",
     ]
