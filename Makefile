@@ -3,19 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-for-demo
+# Modules are compiled when they are first imported: most never are.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint bench clean
 
 setup: $(STAMP)
 
 # torch goes first: a looser request would bring gigabytes of CUDA packages to a CPU machine.
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(DEMO_STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[plots,rewards,demo,app,dev]"
+	$(INSTALL) --upgrade-strategy only-if-needed "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) -c constraints.txt -e ".[plots,rewards,demo]"
 	touch $@
 
-demo: setup
+$(STAMP): $(DEMO_STAMP)
+	$(INSTALL) -c constraints.txt -e ".[plots,rewards,demo,app,dev]"
+	touch $@
+
+demo: $(DEMO_STAMP)
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
 # One thread: the models are tiny, and tests that start several processes would fight for the cores.
