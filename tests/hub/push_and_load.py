@@ -30,7 +30,7 @@ from tests.tiny_digits import random_digits_pipeline
 
 BRANCH, FOLDER = "next/try", "deep/er"
 # Of other prompts and steps than the tiny models are for, or with files that are not there.
-DRAWS = re.compile(r"^((image|video) = |debleed_lora\().*$", re.MULTILINE)
+DRAWS = re.compile(r"^(?:(?:image|video) = .*|debleed_lora\(\n(?: .*\n)+\))$", re.MULTILINE)
 TRANSFORMER = "tester/video-transformer"
 OWNER_WORDS = ("# My own words\n\nKeep them.\n", "And these.\n")
 
