@@ -30,11 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmarks": {"library", "training", "examples", *LIBRARY},
 }
 FOLDERS = ("diffusers_ext", "training", "hub_cards", "examples", "benchmarks", "tests")
-MOST_LINES, MOST_BODY_LINES = 250, 50
+MOST_LINES, MOST_BODY_LINES = 400, 50
 # What may be longer, and why.
-LONG_FILES = {
-    "examples/digits/train_model.py": "one script, kept whole as it made the bundled weights",
-}
+LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 CATCH_ALL_NAMES = {"utils", "util", "common", "misc", "helpers", "helper", "tools", "stuff"}
 
@@ -99,9 +97,9 @@ def body_lines(node: Function) -> int:
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_imports_go_one_way(path):
-    assert forbidden(path, parse(path)) == []
+def test_imports_go_one_way():
+    offenders = {str(path): forbidden(path, parse(path)) for path in SOURCES}
+    assert {path: names for path, names in offenders.items() if names} == {}
 
 
 @pytest.mark.parametrize(
@@ -132,19 +130,21 @@ def test_no_subpackage_is_named_like_a_pipeline_of_diffusers():
     assert not own & pipelines
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_names_tell_what_is_in_a_file(path):
-    assert path.stem.removeprefix("test_") not in CATCH_ALL_NAMES
+def test_names_tell_what_is_in_a_file():
+    assert [p for p in FILES if p.stem.removeprefix("test_") in CATCH_ALL_NAMES] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_files_and_functions_are_short(path):
-    text = (ROOT / path).read_text(encoding="utf-8")
-    if str(path) not in LONG_FILES:
-        assert len(text.splitlines()) <= MOST_LINES
-    lengths = {f"{path}:{name}": body_lines(node) for name, node, _ in functions(ast.parse(text))}
-    long = {name: n for name, n in lengths.items() if n > MOST_BODY_LINES}
-    assert long.keys() <= LONG_FUNCTIONS.keys(), long
+def test_files_and_functions_are_short():
+    long = {}
+    for path in FILES:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        if len(text.splitlines()) > MOST_LINES and str(path) not in LONG_FILES:
+            long[str(path)] = len(text.splitlines())
+        for name, node, _ in functions(ast.parse(text)):
+            where = f"{path}:{name}"
+            if body_lines(node) > MOST_BODY_LINES and where not in LONG_FUNCTIONS:
+                long[where] = body_lines(node)
+    assert long == {}
 
 
 def test_exceptions_from_the_size_rule_are_needed_and_explained():
@@ -158,56 +158,92 @@ def test_exceptions_from_the_size_rule_are_needed_and_explained():
         assert len(reason.split()) >= 4
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_public_functions_have_annotations_and_docstrings(path):
-    tree = parse(path)
-    if path.name != "__init__.py" or tree.body:
-        assert ast.get_docstring(tree), "the module"
+def undocumented(tree: ast.Module, is_package: bool) -> Iterator[str]:
+    """What of a file is public and lacks a docstring or an annotation."""
+    if not ast.get_docstring(tree) and not (is_package and not tree.body):
+        yield "the module"
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), node.name
+        public = isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        if public and not ast.get_docstring(node):
+            yield node.name
     for name, node, public in functions(tree):
         if not public:
             continue
         # The class tells what these do.
         obvious = name.startswith("_") or name.endswith(("__init__", ".forward", "__"))
-        assert ast.get_docstring(node) or obvious, name
-        assert node.returns is not None, name
+        if not (ast.get_docstring(node) or obvious):
+            yield name
         given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         given += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
         bare = [a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls")]
-        assert not bare, f"{name}({', '.join(bare)})"
+        if bare or node.returns is None:
+            yield f"{name}({', '.join(bare)})"
 
 
-@pytest.mark.parametrize("path", LIBRARY_FILES, ids=str)
-def test_the_library_neither_prints_nor_asserts_nor_swallows_errors(path):
-    is_console = unit_of(path.with_suffix("").parts) == CONSOLE
-    for node in ast.walk(parse(path)):
+def test_public_functions_have_annotations_and_docstrings():
+    found = {str(p): list(undocumented(parse(p), p.name == "__init__.py")) for p in SOURCES}
+    assert {path: names for path, names in found.items() if names} == {}
+    tree = ast.parse("class A:\n    def f(self, x): ...\ndef g() -> None: ...")
+    assert list(undocumented(tree, False)) == ["the module", "A", "A.f", "A.f(x)", "g"]
+
+
+def careless(tree: ast.Module, is_console: bool) -> Iterator[str]:
+    """Prints, asserts, broad excepts and command lines of a file."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert is_console or node.func.id != "print", f"print in line {node.lineno}"
-        assert not isinstance(node, ast.Assert), f"assert in line {node.lineno}"
+            if node.func.id == "print" and not is_console:
+                yield f"print in line {node.lineno}"
+        if isinstance(node, ast.Assert):
+            yield f"assert in line {node.lineno}"
         if isinstance(node, ast.ExceptHandler):
-            broad = {None, "Exception"}
             caught = node.type.id if isinstance(node.type, ast.Name) else node.type
-            assert caught not in broad, f"a broad except in line {node.lineno}"
-    assert is_console or "argparse" not in {name[0] for name in imports(parse(path))}
+            if caught in (None, "Exception", "BaseException") and not _reraises(node):
+                yield f"a broad except in line {node.lineno}"
+    if not is_console and "argparse" in {name[0] for name in imports(tree)}:
+        yield "argparse"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[0] != "examples"], ids=str)
-def test_nothing_is_fetched_or_run_at_import(path):
+def _reraises(handler: ast.ExceptHandler) -> bool:
+    """Whether a handler cleans up and raises on; only then may it catch everything."""
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None and handler.type is not None
+
+
+def test_the_library_neither_prints_nor_asserts_nor_swallows_errors():
+    found = {
+        str(path): list(careless(parse(path), unit_of(path.with_suffix("").parts) == CONSOLE))
+        for path in LIBRARY_FILES
+    }
+    assert {path: names for path, names in found.items() if names} == {}
+    tree = ast.parse("try:\n    print(1)\nexcept Exception:\n    pass\nassert 1")
+    assert len(list(careless(tree, False))) == 3
+
+
+def test_nothing_is_fetched_or_run_at_import():
     doors = {"from_pretrained", "hf_hub_download", "snapshot_download", "load_dataset"}
-    for statement in parse(path).body:
-        if isinstance(statement, (ast.ClassDef, *Function.__args__)):
-            continue
+    found = {}
+    for path in SOURCES:
+        statements = [
+            statement
+            for statement in parse(path).body
+            if not isinstance(statement, (ast.ClassDef, *Function.__args__))
+        ]
         called = {
             getattr(node.func, "attr", getattr(node.func, "id", None))
+            for statement in statements
             for node in ast.walk(statement)
             if isinstance(node, ast.Call)
         }
-        assert not called & doors
+        if called & doors and path.parts[0] != "examples":
+            found[str(path)] = called & doors
+    assert found == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_no_file_names_a_machine_path(path):
-    text = (ROOT / path).read_text(encoding="utf-8")
-    assert not [f"/{name}/" for name in ("work", "tmp", "root", "home") if f'"/{name}/' in text]
+def test_no_file_names_a_machine_path():
+    found = {
+        str(path): name
+        for path in FILES
+        for name in ("work", "tmp", "root", "home")
+        if f'"/{name}/' in (ROOT / path).read_text(encoding="utf-8")
+    }
+    assert found == {}
