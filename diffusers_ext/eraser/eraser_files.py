@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,16 +180,5 @@ def read_legacy_weights(path: str | os.PathLike) -> StateDict:
     Raises:
         ValueError: a damaged file, one that would run code, or one that holds something else.
     """
-    try:
-        tree = read_pickled_tensors(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} must hold nothing but tensors; it is damaged or would run code, so it was not "
-            "loaded. Get the file again."
-        ) from error
-    # torch reports a truncated zip file as an `OSError`.
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} must be a whole file of `torch.save`, got: {error}. Get the file again."
-        ) from error
+    tree = read_pickled_tensors(path, remedy="Get the file again.")
     return from_legacy(tree, str(path))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from diffusers_ext.core.checked_tensors import read_tensors
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 
 
@@ -75,21 +73,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be a file with NPNet's weights, got {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            tree = load_file(path)
-        else:
-            tree = read_pickled_tensors(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} must hold nothing but tensors; it is damaged or would run code, so it was not "
-            "loaded. Get the published file again, or its safetensors form."
-        ) from error
-    # torch reports a truncated zip file as an `OSError`.
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} must be a complete checkpoint, got: {error}. Download it again."
-        ) from error
+    remedy = "Get the published file again, or its safetensors form."
+    if path.suffix == ".safetensors":
+        tree: Any = read_tensors(path, remedy=remedy)[0]
+    else:
+        tree = read_pickled_tensors(path, remedy=remedy)
     if not isinstance(tree, Mapping):
         raise ValueError(f"{path} must hold a dictionary of weights, got {type(tree).__name__}.")
     weights = dict(flatten(tree))

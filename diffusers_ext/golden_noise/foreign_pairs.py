@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import os
-import pickle
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -171,21 +170,12 @@ def _read_npz(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _read_pt(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
-    noise, golden = (_load_pt(path) for path in (entry.source, entry.golden))
+    noise, golden = (read_pickled_tensors(path) for path in (entry.source, entry.golden))
     states = golden if isinstance(golden, (list, tuple)) else [golden]
     if not states:
         raise ValueError(f"{entry.golden} must hold at least one noise, got none.")
     stacked = torch.stack([_single(entry.golden, state) for state in states])
     return _single(entry.source, noise), stacked
-
-
-def _load_pt(path: Path) -> Any:
-    try:
-        return read_pickled_tensors(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} must be a whole .pt file of tensors, got: {str(error).splitlines()[0]}."
-        ) from error
 
 
 def _single(path: Path, noise: Any) -> torch.Tensor:

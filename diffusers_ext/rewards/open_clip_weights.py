@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
+from diffusers_ext.core.checked_tensors import read_tensors
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 
 
+_REMEDY = "It must be a checkpoint of nothing but tensors, and may be truncated: download it again."
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 _OUTSIDE_BLOCKS = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -133,23 +132,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
     Raises:
         ValueError: the file is damaged, or holds objects that tensors do not need.
-        FileNotFoundError: there is none.
     """
     path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Only the newer format of `torch.save`, a zip file, can be mapped into memory.
-        mmap = zipfile.is_zipfile(path)
-        content = read_pickled_tensors(path, mmap=mmap)
-    except FileNotFoundError:
-        raise
-    # torch reports a truncated zip file as an `OSError`.
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} must be a checkpoint of nothing but tensors, got: {str(error)[:200]} It may "
-            "be truncated: download it again."
-        ) from error
+    if path.suffix == ".safetensors":
+        return read_tensors(path, remedy=_REMEDY)[0]
+    # Only the newer format of `torch.save`, a zip file, can be mapped into memory.
+    mmap = path.is_file() and zipfile.is_zipfile(path)
+    content = read_pickled_tensors(path, mmap=mmap, remedy=_REMEDY)
     weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict):
         raise ValueError(f"{path} must hold a state dict, got {type(weights).__name__}.")

@@ -105,7 +105,7 @@ class Trap:
 def test_nothing_is_executed(tmp_path):
     write_csv(tmp_path / "pt", sequences=False)
     torch.save(Trap(), tmp_path / "pt/noises/pair_000000_target_noise.pt")
-    with pytest.raises(ValueError, match="must be a whole .pt file of tensors, got: "):
+    with pytest.raises(ValueError, match="must hold nothing but tensors"):
         open_pairs(tmp_path / "pt")
     write_official(tmp_path / "npz")
     trap = np.array([Trap()], dtype=object)
@@ -137,7 +137,9 @@ def truncate(path: Path) -> None:
 def test_truncated_files(tmp_path):
     write_csv(tmp_path / "pt", sequences=True)
     truncate(tmp_path / "pt/sequences/pair_000001_golden_sequence.pt")
-    with pytest.raises(ValueError, match="pair_000001_golden_sequence.pt must be a whole .pt"):
+    with pytest.raises(
+        ValueError, match="pair_000001_golden_sequence.pt must be a whole file of `torch.save`"
+    ):
         open_pairs(tmp_path / "pt")[1]
     write_official(tmp_path / "npz")
     truncate(tmp_path / "npz/2_102.npz")
@@ -172,7 +174,7 @@ def test_files_outside_of_the_folder_are_not_read(tmp_path):
         ([torch.zeros(1, *SHAPE), "no"], "must hold noise tensors, got str"),
         (torch.zeros(2, *SHAPE), r"must hold noises of shape \(1, channels.*, got \(2, 4, 8, 8\)"),
         (torch.zeros(1, 16, 8, 8), r"shape \(1, 4, 8, 8\) like the first item, got \(1, 16, 8, 8"),
-        (torch.full((1, *SHAPE), torch.nan), "must hold finite noises, got NaN or infinity"),
+        (torch.full((1, *SHAPE), torch.nan), "must hold finite numbers, got NaN or infinity"),
     ],
 )
 def test_wrong_content(tmp_path, value, message):

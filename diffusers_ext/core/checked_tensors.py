@@ -1,0 +1,265 @@
+"""The one reader of safetensors files: what it gives is whole, finite, and what was asked for.
+
+Files come from strangers. The safetensors library refuses a header that does not fit its file
+(offsets, shapes, dtypes); here stands what it leaves open: what kind of file it is, which tensors
+must be there, and that they hold numbers. Every error is a `ValueError` that names the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+# Of the safetensors library, which reads no more either.
+MOST_HEADER_BYTES = 100_000_000
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REMEDY = "Download or write it again."
+# Name in the metadata of what `tensors_digest` gave when the file was written.
+DIGEST_KEY = "diffusers_ext.sha256"
+_BLOCK = 1 << 22  # numbers looked at in one go
+
+
+def check_regular_file(path: str | os.PathLike, remedy: str = REMEDY) -> Path:
+    """The path of a file of bytes; a pipe or a device, which may never end, is not even opened.
+
+    Raises:
+        ValueError: nothing there, a folder, a pipe, a device, or links that lead nowhere.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} must be a file, got: {reason}. {remedy}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise ValueError(f"{path} must be a file, got {kind}. {remedy}")
+    return Path(path)
+
+
+def open_tensors(path: str | os.PathLike, remedy: str = REMEDY) -> safe_open:
+    """A memory-mapped handle, after a look at the file and at the length of its header.
+
+    Whoever reads single rows of a large file uses it, and checks what it takes with `check_finite`.
+
+    Raises:
+        ValueError: not a whole safetensors file.
+    """
+    path = check_regular_file(path, remedy)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
+            raise ValueError(
+                f"{path} must be a whole safetensors file, got a header of {length} bytes in a file "
+                f"of {size}. {remedy}"
+            )
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"{path} must be a whole safetensors file, got: {error}. {remedy}"
+        ) from error
+
+
+def read_tensors(
+    path: str | os.PathLike,
+    *,
+    expected: Mapping[str, Sequence[int] | torch.Tensor] | None = None,
+    dtypes: Collection[torch.dtype] | None = None,
+    finite: bool = True,
+    remedy: str = REMEDY,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file and its metadata.
+
+    Args:
+        path: the file.
+        expected: all names that must be there and no others, each with its shape, or with a tensor
+            (also on `meta`) whose shape and dtype it must have; any names when `None`.
+        dtypes: those that tensors may have, such as `FLOATING`; any when `None`.
+        finite: refuse NaN and infinity.
+        remedy: last sentence of an error.
+
+    Returns:
+        The tensors on the CPU, and the metadata, empty where there is none.
+
+    Raises:
+        ValueError: not a whole safetensors file, other tensors than expected, numbers that are
+            none, or contents of which the file's own digest says that they were altered.
+    """
+    handle = open_tensors(path, remedy)
+    shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+    if expected is not None:  # before anything but the header is read
+        check_shapes(shapes, expected, path, remedy)
+    try:
+        tensors = {name: handle.get_tensor(name) for name in shapes}
+        metadata = dict(handle.metadata() or {})
+    # Of tensors whose dtype this torch does not have, or which do not fit into memory.
+    except (SafetensorError, OSError, RuntimeError, MemoryError, AttributeError) as error:
+        raise ValueError(f"{path} must hold tensors, got: {error}. {remedy}") from error
+    check_tensors(tensors, path, expected=expected, dtypes=dtypes, finite=finite, remedy=remedy)
+    check_digest(tensors, metadata, path, remedy)
+    return tensors, metadata
+
+
+def check_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike,
+    *,
+    expected: Mapping[str, Sequence[int] | torch.Tensor] | None = None,
+    dtypes: Collection[torch.dtype] | None = None,
+    finite: bool = True,
+    remedy: str = REMEDY,
+) -> None:
+    """The rules of `read_tensors` for tensors that are read already; `path` is only named."""
+    if expected is not None:
+        check_shapes({k: tuple(v.shape) for k, v in tensors.items()}, expected, path, remedy)
+    for name, tensor in tensors.items():
+        model = (expected or {}).get(name)
+        allowed = [model.dtype] if isinstance(model, torch.Tensor) else dtypes
+        if allowed is not None and tensor.dtype not in allowed:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise ValueError(
+                f"{path} must hold {name!r} in {names}, got "
+                f"{str(tensor.dtype).removeprefix('torch.')}. {remedy}"
+            )
+        if finite:
+            check_finite(tensor, name, path, remedy)
+
+
+def check_shapes(
+    shapes: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Sequence[int] | torch.Tensor],
+    path: str | os.PathLike,
+    remedy: str = REMEDY,
+) -> None:
+    """Raise `ValueError` unless a file's tensors have all expected names, no others, and their shapes."""
+    missing, surplus = sorted(expected.keys() - shapes), sorted(shapes.keys() - expected)
+    if missing or surplus:
+        parts = [f"{len(missing)} missing: {_some(missing)}"] if missing else []
+        parts += [f"{len(surplus)} that are not expected: {_some(surplus)}"] if surplus else []
+        raise ValueError(
+            f"{path} must hold the {len(expected)} tensors that its config describes, got "
+            f"{', and '.join(parts)}. {remedy}"
+        )
+    for name, model in expected.items():
+        wanted = tuple(model.shape if isinstance(model, torch.Tensor) else model)
+        if tuple(shapes[name]) != wanted:
+            raise ValueError(
+                f"{path} must hold {name!r} of shape {wanted}, got {tuple(shapes[name])}. {remedy}"
+            )
+
+
+def check_finite(
+    tensor: torch.Tensor, name: str, path: str | os.PathLike, remedy: str = REMEDY
+) -> None:
+    """Raise `ValueError` where a tensor holds NaN or infinity; integers hold neither."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+        return
+    if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):
+        return  # all its 16 values are numbers
+    flat = tensor.detach().reshape(-1)
+    for block in flat.split(_BLOCK):
+        # float8 has no operations of its own.
+        values = block.float() if block.element_size() == 1 else block
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"{path} must hold finite numbers, got NaN or infinity in {name!r}. {remedy}"
+            )
+
+
+def check_config_fits(
+    path: str | os.PathLike,
+    *,
+    counts: Mapping[str, int] | None = None,
+    sides: Mapping[str, int] | None = None,
+    config_path: str | os.PathLike | None = None,
+) -> None:
+    """Refuse a config that asks for more than its weights hold, before anything is made of it.
+
+    A config of 300,000 layers beside a file of ten would fill the memory with layers that get no
+    weights.
+
+    Args:
+        path: safetensors file of the weights.
+        counts: settings each unit of which has at least one tensor, such as `num_layers`.
+        sides: settings that are a side of at least one tensor, or part of one, such as `width`.
+        config_path: named in errors; the weights alone when `None`.
+
+    Raises:
+        ValueError: a setting that is no positive integer, or larger than the file can serve.
+    """
+    handle = open_tensors(path)
+    shapes = [handle.get_slice(name).get_shape() for name in handle.keys()]
+    largest = max((side for shape in shapes for side in shape), default=0)
+    where = f" in {config_path}" if config_path is not None else ""
+    for given, most, what in ((counts, len(shapes), "tensors"), (sides, largest, "numbers a side")):
+        for name, value in (given or {}).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}{where}.")
+            if value > most:
+                raise ValueError(
+                    f"`{name}` must fit the weights, got {value}{where}, but {path} has at most "
+                    f"{most} {what}. {REMEDY}"
+                )
+
+
+def tensors_digest(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of tensors, and of the metadata beside them.
+
+    It goes into the metadata as `DIGEST_KEY`, which counts itself out. In which order a file keeps
+    them does not matter.
+    """
+    kept = {name: value for name, value in (metadata or {}).items() if name != DIGEST_KEY}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        for block in _bytes_of(tensor):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def with_digest(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The metadata to write with tensors, so that `read_tensors` finds what was altered later."""
+    return {**(metadata or {}), DIGEST_KEY: tensors_digest(tensors, metadata)}
+
+
+def check_digest(
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    path: str | os.PathLike,
+    remedy: str = REMEDY,
+) -> None:
+    """Raise `ValueError` where a file's metadata holds a digest and its contents have another."""
+    if DIGEST_KEY not in metadata:
+        return  # of another program, or of before there were digests
+    if tensors_digest(tensors, metadata) != metadata[DIGEST_KEY]:
+        raise ValueError(
+            f"{path} must have the contents that it was written with, got others: the digest in its "
+            f"metadata does not fit. {remedy} If a program changed it on purpose, have it leave out "
+            f"{DIGEST_KEY!r} of the metadata."
+        )
+
+
+def _bytes_of(tensor: torch.Tensor) -> Iterable[memoryview]:
+    if not tensor.numel():
+        return
+    flat = tensor.reshape(-1).view(torch.uint8)
+    for block in flat.split(_BLOCK):
+        yield memoryview(block.numpy())
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")
