@@ -18,36 +18,25 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.pictures import find_pictures, read_picture, why_no_picture
 from training.drawing import draw_images, latent_scale
 
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 def list_images(folder: str | Path, name: str = "instance_data_dir") -> list[Path]:
     """The picture files of a folder in order of name; raises `ValueError` where there is none."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"`{name}` must be a folder of pictures, got {folder}.")
-    found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise ValueError(f"{folder} must hold pictures ({', '.join(IMAGE_SUFFIXES)}), got none.")
-    return found
+    return list(find_pictures(folder, name).paths)
 
 
 def load_image(path: Path, resolution: int, center_crop: bool = True) -> torch.Tensor:
-    """One picture as `(3, resolution, resolution)` float32 in [-1, 1].
+    """One picture as `(3, resolution, resolution)` float32 in [-1, 1], as `read_picture` sees it.
 
     `center_crop` cuts a square out of the middle; without it the picture is squeezed. Raises
     `ValueError` for a file that is no picture.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError) as error:  # what Pillow raises for files that are no pictures
-        raise ValueError(f"{path} must be a picture, got a file that is none: {error}.") from error
-    size = (resolution, resolution)
+    image, size = read_picture(path), (resolution, resolution)
     if center_crop:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     else:
@@ -210,7 +199,7 @@ def make_class_images(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    present = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+    present = [path for path in folder.iterdir() if why_no_picture(path) is None]
     missing = [i for i in range(count) if not (folder / f"class_{i:05d}.png").exists()]
     missing = missing[: max(0, count - len(present))]
     starts = range(0, len(missing), batch_size)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageOps
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.core.pictures import read_pictures
 from diffusers_ext.evaluation.features import CLIPFeatures, DINOv2Features, PixelFeatures
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 from diffusers_ext.evaluation.forgetting_report import ForgettingReport
@@ -38,7 +38,6 @@ from training.arguments import (
     add_sampling_arguments,
 )
 from training.config_file import parse_arguments, read_nullbooth_block
-from training.dreambooth import list_images
 from training.knowledge import decode_in_pipeline_dtype, load_pipeline
 from training.output_folder import staged_output
 from training.plugins import load_judge
@@ -81,8 +80,7 @@ def check_args(args: argparse.Namespace) -> dict[str, Any]:
     if args.held_out_prompts is not None:
         found["held_out_prompts"] = read_prompts_file(args.held_out_prompts)
     if args.subject_data_dir is not None:
-        paths = list_images(args.subject_data_dir, "subject_data_dir")
-        found["subject_images"] = [ImageOps.exif_transpose(Image.open(path)) for path in paths]
+        found["subject_images"] = read_pictures(args.subject_data_dir, "subject_data_dir")
     for name in ("judge", "subject_judge"):
         if getattr(args, name) is not None:
             found[name] = load_judge(getattr(args, name), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from itertools import islice, repeat
 from pathlib import Path
@@ -11,31 +12,57 @@ import numpy as np
 from diffusers.utils import load_video
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
+from diffusers_ext.core.pictures import (
+    FoundFiles,
+    is_hidden,
+    read_picture,
+    rgb_picture,
+    why_no_picture,
+)
+
+
+logger = logging.getLogger(__name__)
+
 
 ANIMATIONS = (".gif", ".webp", ".apng")
 CODED = (".mp4", ".mov", ".avi", ".mkv", ".webm")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
 def list_videos(folder: Path) -> list[Path]:
     """Videos of a folder by name: its video files, and its folders that hold pictures.
+
+    How many of how many entries are read, and which are not and why, goes into the log.
 
     Raises:
         ValueError: no such folder, or no video in it.
     """
     if not folder.is_dir():
         raise ValueError(f"`video_dir` must be a folder of videos, got {folder}: no such folder.")
-    found = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in ANIMATIONS + CODED or (path.is_dir() and _pictures(path))
-    ]
-    if not found:
+    entries = {path: _why_no_video(path) for path in sorted(folder.iterdir())}
+    passed_over = {path.name: reason for path, reason in entries.items() if reason is not None}
+    found = FoundFiles(
+        folder,
+        tuple(path for path, reason in entries.items() if reason is None),
+        passed_over,
+        "videos",
+    )
+    if not found.paths:
         raise ValueError(
             f"`video_dir` must hold videos ({', '.join(ANIMATIONS + CODED)}, or folders of "
-            f"pictures), got none in {folder}."
+            f"pictures), got none. {found.summary()}"
         )
-    return found
+    logger.info(found.summary())
+    return list(found.paths)
+
+
+def _why_no_video(path: Path) -> str | None:
+    if is_hidden(path):
+        return "hidden or of the system"
+    if path.is_dir():
+        return None if _pictures(path) else "folders without pictures"
+    if path.suffix.lower() not in ANIMATIONS + CODED:
+        return "of another format"
+    return None if path.is_file() else "links to nothing or no plain files"
 
 
 def read_video(path: Path, num_frames: int, height: int, width: int) -> np.ndarray:
@@ -56,7 +83,7 @@ def read_video(path: Path, num_frames: int, height: int, width: int) -> np.ndarr
     """
     try:
         frames = [
-            np.asarray(ImageOps.fit(frame.convert("RGB"), (width, height), Image.BICUBIC))
+            np.asarray(ImageOps.fit(rgb_picture(frame), (width, height), Image.BICUBIC))
             for frame in islice(_frames(path), num_frames)
         ]
     except (UnidentifiedImageError, OSError, EOFError) as error:
@@ -72,8 +99,7 @@ def read_video(path: Path, num_frames: int, height: int, width: int) -> np.ndarr
 def _frames(path: Path) -> Iterator[Image.Image]:
     if path.is_dir():
         for picture in _pictures(path):
-            with Image.open(picture) as frame:
-                yield frame
+            yield read_picture(picture)
     elif path.suffix.lower() in ANIMATIONS:
         with Image.open(path) as animation:
             yield from _animation_frames(animation)
@@ -96,4 +122,4 @@ def _animation_frames(animation: Image.Image) -> Iterator[Image.Image]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    return sorted(path for path in folder.iterdir() if why_no_picture(path) is None)

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
 def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared on which prompts."""
     add_base_model_arguments(parser)
@@ -51,6 +48,7 @@ def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_forgetting(args: argparse.Namespace) -> Outcome:
     """Draw, measure and write."""
+    from diffusers_ext.core.pictures import read_pictures
     from diffusers_ext.evaluation.features import PixelFeatures
     from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 
@@ -59,7 +57,7 @@ def run_forgetting(args: argparse.Namespace) -> Outcome:
         raise ValueError("`pixel_features` must not be given together with `dino`.")
     asked, files = _prompts(args), [locate_lora(source) for source in args.lora]
     if args.subject_data_dir is not None:
-        asked["subject_images"] = _read_pictures(args.subject_data_dir)
+        asked["subject_images"] = read_pictures(args.subject_data_dir, "subject_data_dir")
     pipeline = load_base_pipeline(args)
     _load_loras(pipeline, args.lora, files)
     asked |= load_features(args, chosen_device(args))
@@ -87,17 +85,6 @@ def _prompts(args: argparse.Namespace) -> dict[str, Any]:
     if args.held_out_prompts is not None:
         found["held_out_prompts"] = read_prompts_file(args.held_out_prompts)
     return found
-
-
-def _read_pictures(folder: str) -> list[Any]:
-    from PIL import Image, ImageOps
-
-    if not Path(folder).is_dir():
-        raise ValueError(f"`subject_data_dir` must be a folder, got {folder}: no such folder.")
-    paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in _PICTURES]
-    if not paths:
-        raise ValueError(f"`subject_data_dir` must hold pictures, got none in {folder}.")
-    return [ImageOps.exif_transpose(Image.open(path)) for path in paths]
 
 
 def _load_loras(pipeline: DiffusionPipeline, sources: list[str], files: list[Path]) -> None:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
+from diffusers_ext.core.pictures import rgb_picture
+
 
 logger = logging.getLogger(__name__)
 
@@ -200,11 +202,11 @@ class CLIPFeatures(ModelFeatures):
 
 
 def check_images(images: Sequence[Image.Image], name: str = "images") -> list[Image.Image]:
-    """The pictures as a list of RGB images; raises where there is none or one is no PIL image."""
+    """The pictures as a list of RGB images, as they look; raises where there is none or one is no PIL image."""
     pictures = list(images)
     wrong = [type(picture) for picture in pictures if not isinstance(picture, Image.Image)]
     if not pictures or wrong:
         raise ValueError(
             f"`{name}` must be a non-empty list of PIL images, got {wrong[:1] or 'none'}."
         )
-    return [picture.convert("RGB") for picture in pictures]
+    return [rgb_picture(picture) for picture in pictures]

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusers_ext.core.pictures import rgb_picture
+
 
 _SMALLEST_CELL, _LARGEST_CELL = 96, 256
 _LABEL_WIDTH, _GAP, _HEADING, _FONT_SIZE, _LINE = 260, 6, 28, 14, 18
@@ -64,8 +66,8 @@ def picture_sheet(rows: Sequence[SheetRow], columns: Sequence[str], pairs: int =
             top += _HEADING + _GAP
         _draw_label(pen, row, top, cell[1], font)
         for left, picture in zip(lefts, row.pictures, strict=False):
-            shown = picture.resize(_shown_size(picture), Image.Resampling.NEAREST)
-            sheet.paste(shown.convert("RGB"), (left, top))
+            shown = rgb_picture(picture).resize(_shown_size(picture), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left, top))
         top += cell[1] + _GAP
     return sheet
 

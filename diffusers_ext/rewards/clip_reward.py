@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.rewards.reward import check_pairs, check_scores
 
 
@@ -50,7 +51,7 @@ class CLIPReward:
         """How well each picture fits its own prompt.
 
         Args:
-            images: `n` PIL images of any sizes and modes; an alpha channel is dropped.
+            images: `n` PIL images of any sizes and modes, read as `rgb_picture` does: on white where transparent.
             prompts: one per image; cut off where the model stops reading (77 tokens).
 
         Returns:
@@ -192,7 +193,7 @@ class ProcessorReward(CLIPReward):
         return Path(source).name
 
     def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        pictures = [image.convert("RGB") for image in images]
+        pictures = [rgb_picture(image) for image in images]
         return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
     def _tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

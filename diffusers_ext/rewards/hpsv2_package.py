@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from PIL import Image
 
+from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.rewards.hpsv2_files import check_version
 from diffusers_ext.rewards.reward import check_pairs, check_scores
 
@@ -26,8 +27,8 @@ class HPSv2PackageReward:
     Its `score` reads the checkpoint of 986 million parameters anew at every call and takes one
     prompt, so every distinct prompt costs one reading, and pictures are not batched:
     `HPSv2Reward` gives the same numbers from one reading. The package also downloads the weights
-    of open_clip's ViT-H-14 at its first call, sets `NO_PROXY`, uses float16 on a GPU, and drops
-    no alpha channel, so pictures are converted to RGB here.
+    of open_clip's ViT-H-14 at its first call, sets `NO_PROXY`, uses float16 on a GPU, and fails
+    on an alpha channel, so pictures become RGB here.
 
     Args:
         version: `"v2.0"` or `"v2.1"`. The attribute `version` also names the package's release.
@@ -72,7 +73,7 @@ class HPSv2PackageReward:
         for prompt in dict.fromkeys(texts):
             rows = [row for row, text in enumerate(texts) if text == prompt]
             found = self._package.score(
-                [pictures[row].convert("RGB") for row in rows],
+                [rgb_picture(pictures[row]) for row in rows],
                 prompt,
                 cp=checkpoint,
                 hps_version=self._hps_version,

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from diffusers_ext.core.pictures import rgb_picture
+
 
 # https://github.com/openai/CLIP, the statistics of its training pictures.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -20,8 +22,7 @@ def letterbox(image: Image.Image, size: int = 224, *, antialias: bool = True) ->
     bicubic on the float tensor, overshoots kept, the smaller half of the padding left and above.
 
     Args:
-        image: of any mode. An alpha channel is dropped, not composited (the official code fails
-            on one).
+        image: of any mode; on white where it is transparent (the official code fails on an alpha channel).
         size: of the square, in pixels.
         antialias: what torchvision does since 0.17; `False` as it did when HPSv2 was published.
 
@@ -29,7 +30,7 @@ def letterbox(image: Image.Image, size: int = 224, *, antialias: bool = True) ->
         `(3, size, size)` float32, normalised as CLIP's pictures are.
     """
     # A copy, because PIL's own memory is read-only.
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(rgb_picture(image))).permute(2, 0, 1).float() / 255
     longer = max(pixels.shape[-2:])
     if longer != size:
         # Python's rounding (half to even), as the official code.

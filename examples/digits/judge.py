@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.svm import SVC
 
+from diffusers_ext.core.pictures import rgb_picture
 from examples.digits.pictures import GLYPHS, draw_glyphs, read_ink, real_digits, tint
 from examples.digits.prompts import COLORS, DIGITS, read_prompt
 
@@ -60,7 +61,7 @@ class DigitsJudge:
         """Read pictures `(n, 32, 32, 3)` uint8, or PIL images of that size."""
         pixels = np.stack(
             [
-                np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+                np.asarray(rgb_picture(picture) if isinstance(picture, Image.Image) else picture)
                 for picture in pictures
             ]
         )

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from diffusers_ext.core.pictures import rgb_picture
 from examples.digits.pictures import read_ink, real_digits, tint
 from examples.digits.prompts import COLORS, DIGITS, read_prompt
 
@@ -77,7 +78,7 @@ class SecondDigitsReward:
 
 def to_pixels(images: Sequence[Image.Image]) -> np.ndarray:
     """Pictures as `(n, 32, 32, 3)` uint8; raises `ValueError` for another size."""
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    pixels = np.stack([np.asarray(rgb_picture(image)) for image in images])
     if pixels.shape[1:] != (32, 32, 3):
         raise ValueError(f"`images` must be 32x32, got {pixels.shape[1]}x{pixels.shape[2]}.")
     return pixels

@@ -85,4 +85,8 @@ def picture(name: str) -> Image.Image:
 
 def pictures() -> list[Image.Image]:
     """In the order of the fixture's features."""
-    return [picture(name.removesuffix("_as_rgb")) for name in CASES["image_feature_order"]]
+    made = []
+    for name in CASES["image_feature_order"]:
+        image = picture(name.removesuffix("_as_rgb"))
+        made.append(image.convert("RGB") if name.endswith("_as_rgb") else image)
+    return made

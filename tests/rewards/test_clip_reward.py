@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
+from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.rewards import CLIPScoreReward, PickScoreReward
 from tests.rewards.hpsv2_fixtures import clip_tokenizer, pictures
 
@@ -23,6 +24,7 @@ def reward(clip_folder) -> CLIPScoreReward:
 
 def test_pictures_of_any_mode_and_size_are_scored_one_by_one_as_in_a_batch(reward, clip_folder):
     images = pictures()
+    images[0].putalpha(128)
     assert {image.mode for image in images} == {"RGB", "L", "RGBA"}
     scores = reward.score(images, PROMPTS)
     assert scores.shape == (4,)
@@ -35,7 +37,7 @@ def test_pictures_of_any_mode_and_size_are_scored_one_by_one_as_in_a_batch(rewar
 
 def test_features_are_the_models_own(reward):
     pixels = reward.image_processor(
-        images=[image.convert("RGB") for image in pictures()], return_tensors="pt"
+        images=[rgb_picture(image) for image in pictures()], return_tensors="pt"
     )
     expected = reward.model.get_image_features(**pixels).pooler_output
     found = reward.image_features(pictures())

@@ -12,7 +12,7 @@ from PIL import Image
 from diffusers_ext.rewards import HPSv2PackageReward, HPSv2Reward
 
 
-RED, GREEN = Image.new("RGBA", (6, 4), (255, 0, 0, 9)), Image.new("RGB", (4, 4), (0, 128, 0))
+RED, GREEN = Image.new("RGBA", (6, 4), (255, 0, 0, 255)), Image.new("RGB", (4, 4), (0, 128, 0))
 
 
 @pytest.fixture

@@ -79,6 +79,29 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert load_image(save(tmp_path / "picture.png", mode=mode), 16).shape == (3, 16, 16)
 
 
+def test_hidden_colours_of_a_cut_out_do_not_train(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 4)).astype(np.uint8)
+    pixels[..., 3] = 0
+    pixels[16:48, 16:48] = (128, 128, 128, 255)
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "cut.png")
+    assert load_image(tmp_path / "cut.png", 64)[:, :8, :8].std() < 1e-3
+
+
+def test_sixteen_bit_grey_is_not_white(tmp_path):
+    grey = np.full((64, 64), 20000, np.uint16)
+    grey[16:48, 16:48] = 50000
+    Image.fromarray(grey).save(tmp_path / "scan.png")
+    loaded = load_image(tmp_path / "scan.png", 64)
+    assert abs(loaded[0, 0, 0].item() + 0.39) < 0.02
+    assert abs(loaded[0, 32, 32].item() - 0.53) < 0.02
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    (tmp_path / "._a.jpg").write_bytes(b"\0\5\x16\7")
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpg"]
+
+
 def test_cameras_that_were_turned(tmp_path):
     picture = Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[:, None], 32, 1))
     exif = Image.Exif()

@@ -99,3 +99,18 @@ def test_coded_videos_are_read(tmp_path):
     imageio.mimwrite(tmp_path / "a.mp4", frames, fps=8)
     found = read_video(tmp_path / "a.mp4", 9, 16, 16)
     assert abs(found.astype(int) - 128).max() < 8
+
+
+def test_cut_outs_and_hidden_files(tmp_path, caplog):
+    cut_out = np.zeros((8, 8, 4), dtype=np.uint8)
+    cut_out[..., 0] = 200  # hidden under alpha 0
+    write_pictures(tmp_path / "a", [cut_out])
+    (tmp_path / "a" / "._000.png").write_bytes(b"\0")
+    for name in ("._b.mp4", ".DS_Store", "notes.txt"):
+        (tmp_path / name).write_bytes(b"\0")
+    (tmp_path / "empty").mkdir()
+    caplog.set_level("INFO")
+    assert list_videos(tmp_path) == [tmp_path / "a"]
+    assert f"Reading 1 videos of 5 entries of {tmp_path}" in caplog.text
+    assert "2 hidden or of the system (.DS_Store, ._b.mp4)" in caplog.text
+    assert read_video(tmp_path / "a", 1, 8, 8).min() == 255
