@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+from training.launcher_settings import PRECISIONS
+
 
 DIRECTIONS = ("generalized", "null", "soft", "plain")
 
@@ -22,9 +24,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
     group.add_argument(
         "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        default="no",
-        help="of the frozen weights and of what is computed",
+        choices=PRECISIONS,
+        help="of the frozen weights and of what is computed; accelerate's without it, else no",
     )
     group.add_argument("--allow_tf32", action="store_true", help="faster on Ampere and newer")
 
@@ -37,7 +38,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--train_batch_size", type=int, default=4, help="samples of a step in each process"
     )
     group.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="batches of a step"
+        "--gradient_accumulation_steps",
+        type=int,
+        help="batches of a step; accelerate's without it, else 1",
     )
     group.add_argument(
         "--gradient_checkpointing",

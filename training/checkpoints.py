@@ -77,7 +77,7 @@ class Checkpoints:
         accelerator.register_load_state_pre_hook(self._load_weights)
 
     def _kept(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-        model = self.accelerator.unwrap_model(model)
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return {
             name: parameter
             for name, parameter in model.named_parameters()

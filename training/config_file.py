@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from training.arguments import argument_names
+from training.launcher_settings import settle_launcher_settings
 
 
 def parse_arguments(
@@ -49,6 +50,10 @@ def parse_arguments(
         parser.error(f"these arguments must be given: {', '.join('--' + name for name in missing)}")
     if getattr(args, "report_to", None) == "wandb" and args.hub_token:
         parser.error("`--hub_token` must not be used with `--report_to wandb`, which would log it")
+    try:
+        settle_launcher_settings(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

@@ -155,6 +155,8 @@ def train_eraser(
     try:
         loop.run()
     finally:
-        pipeline.transformer = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
+        pipeline.transformer = accelerator.unwrap_model(
+            loop.model, keep_fp32_wrapper=False, keep_torch_compile=False
+        )
         transformer.requires_grad_(False).eval()
     return TrainedEraser(loop.history, loop.seconds, data)

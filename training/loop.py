@@ -165,11 +165,13 @@ class TrainingLoop:
                 micro_step = step * self.settings.gradient_accumulation_steps + accumulated
                 parts.append(self._micro_step(next(batches), micro_step))
             if self.ema is not None:
-                self.ema.step(self.accelerator.unwrap_model(self.model).parameters())
+                self.ema.step(
+                    self.accelerator.unwrap_model(self.model, keep_torch_compile=False).parameters()
+                )
             self._after_step(step + 1, parts, progress)
         self.seconds += time.perf_counter() - self._began
         self.accelerator.wait_for_everyone()
-        return self.accelerator.unwrap_model(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _micro_step(self, batch: Any, micro_step: int) -> Losses:
         generator = step_generator(self.settings.seed, micro_step, self.accelerator.process_index)

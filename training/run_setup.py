@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 
 from training.checkpoint_folders import (
@@ -40,6 +40,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    compiler = accelerator.state.dynamo_plugin.backend
+    if "max_train_steps" not in given and compiler != DynamoBackend.NO:
+        logger.warning(
+            f"This script trains nothing and compiles nothing: accelerate's {compiler.value} has no effect."
+        )
     set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -178,7 +178,7 @@ class SoftLoss:
     ) -> dict[str, torch.Tensor]:
         """Losses of `DreamBoothLoss`, and `preservation`."""
         losses = self.loss(model, batch, generator)
-        unet = self.accelerator.unwrap_model(model)
+        unet = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         penalty = preservation_penalty(unet, self.statistics)
         losses.update(loss=losses["loss"] + self.weight * penalty, preservation=penalty)
         return losses

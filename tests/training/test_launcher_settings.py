@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+from safetensors.torch import load_file
+
+from training import (
+    evaluate_eraser,
+    generate_npd,
+    train_cogvideox_eraser,
+    train_nullspace_dreambooth,
+)
+from training.launcher_settings import settle_launcher_settings
+from training.run_setup import make_accelerator
+
+
+ERASER = "--pretrained_model_name_or_path m --target_concept dog --prompts_file p --output_dir o"
+EVALUATION = "--pretrained_model_name_or_path m --evaluation_prompts p --judge clip --output_dir o"
+PAIRS = "--prompt_file p --output_dir o"
+SCRIPTS = (
+    (train_cogvideox_eraser, ERASER),
+    (evaluate_eraser, EVALUATION),
+    (generate_npd, PAIRS),
+)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_the_launchers_precision_holds(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = train_cogvideox_eraser.parse_args(ERASER.split())
+    assert make_accelerator(args).mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(("script", "line"), SCRIPTS)
+def test_all_scripts_take_accelerates_precision(script, line, monkeypatch):
+    assert script.parse_args(line.split()).mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert script.parse_args(line.split()).mixed_precision == "fp16"
+
+
+@pytest.mark.parametrize(("script", "line"), SCRIPTS)
+def test_a_contradiction_is_an_error_in_one_line(script, line, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(SystemExit):
+        script.parse_args([*line.split(), "--mixed_precision", "fp16"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "must be the same for accelerate and the script, got bf16" in said
+    assert "(ACCELERATE_MIXED_PRECISION) and fp16" in said
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [(None, None, "no"), (None, "no", "no"), (None, "fp16", "fp16"), ("bf16", None, "bf16"),
+     ("bf16", "no", "bf16"), ("no", "no", "no"), ("fp16", "fp16", "fp16")],
+)  # fmt: skip
+def test_precisions_that_fit(ours, theirs, expected):
+    args = Namespace(mixed_precision=ours)
+    settle_launcher_settings(args, {} if theirs is None else {"ACCELERATE_MIXED_PRECISION": theirs})
+    assert vars(args) == {"mixed_precision": expected}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"), [(None, None, 1), (None, "4", 4), (2, None, 2), (4, "4", 4)]
+)
+def test_accumulations_that_fit(ours, theirs, expected):
+    args = Namespace(gradient_accumulation_steps=ours)
+    variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    settle_launcher_settings(args, {} if theirs is None else {variable: theirs})
+    assert vars(args) == {"gradient_accumulation_steps": expected}
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "message"),
+    [
+        ({"mixed_precision": "no"}, {"MIXED_PRECISION": "bf16"}, "got bf16 from accelerate"),
+        ({"mixed_precision": None}, {"MIXED_PRECISION": "fp8"}, "must be one of no, fp16, bf16"),
+        (
+            {"gradient_accumulation_steps": 2},
+            {"GRADIENT_ACCUMULATION_STEPS": "4"},
+            "`gradient_accumulation_steps` must be the same .* got 4 .* and 2 from",
+        ),
+        ({"gradient_accumulation_steps": 2}, {"GRADIENT_ACCUMULATION_STEPS": "auto"}, "got 'auto'"),
+        ({}, {"USE_FSDP": "true"}, "whole models, got FSDP"),
+        ({}, {"USE_DEEPSPEED": "true"}, "whole models, got DeepSpeed"),
+    ],
+)
+def test_what_contradicts_or_cannot_be_done(given, variables, message):
+    variables = {f"ACCELERATE_{name}": value for name, value in variables.items()}
+    with pytest.raises(ValueError, match=message):
+        settle_launcher_settings(Namespace(**given), variables)
+
+
+def test_a_compiled_training_saves_the_names_of_a_plain_one(teach, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = teach("compiled", max_train_steps=2, checkpointing_steps=2)
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    plain = teach("plain", max_train_steps=2, checkpointing_steps=2)
+    for name in ("pytorch_lora_weights.safetensors", "checkpoint-2/trained_0.safetensors"):
+        assert load_file(compiled / name).keys() == load_file(plain / name).keys()
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_script_that_trains_nothing_says_that_it_compiles_nothing(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    make_accelerator(evaluate_eraser.parse_args(EVALUATION.split()))
+    assert "INDUCTOR has no effect" in caplog.text
+
+
+def test_checkpoints_know_the_precision(subject_line, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = train_nullspace_dreambooth.parse_args(subject_line())
+    assert train_nullspace_dreambooth.run_facts(args)["mixed_precision"] == "bf16"
