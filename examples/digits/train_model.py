@@ -27,6 +27,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # run as a file, only this folder is on the path
 
+from examples.arguments import save_in_half_precision
 from examples.digits.pictures import IMAGE_SIZE, real_digits, tint
 from examples.digits.prompts import (
     COLORS,
@@ -283,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
         vae, model.text_encoder, tokenizer, model.unet, build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipeline.to(dtype=torch.float16).save_pretrained(args.output_dir)
+    save_in_half_precision(pipeline, args.output_dir)
     log = {
         "seconds": {"autoencoder": round(vae_seconds), "all": round(time.perf_counter() - began)},
         "device": str(accelerator.device),

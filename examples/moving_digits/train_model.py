@@ -27,6 +27,7 @@ sys.path.insert(
 )  # run as a file, only this folder is on the path
 
 from diffusers_ext.core.artifacts import write_atomically
+from examples.arguments import save_in_half_precision
 from examples.moving_digits.clips import MovingDigits, to_pixels
 from examples.moving_digits.networks import (
     build_scheduler,
@@ -140,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
     history = train_denoiser(
         accelerator, digits, latents, entries, pipeline, args.max_train_steps, args.seed
     )
-    pipeline.to(dtype=torch.float16).save_pretrained(args.output_dir)
+    save_in_half_precision(pipeline, args.output_dir)
     write_log(args, "transformer", time.perf_counter() - began, history)
 
 

@@ -141,10 +141,11 @@ def _save_style(folder: Path) -> None:
 
 
 SAVED: dict[str, Callable[[Path], object]] = {
-    BASES["sd"]: lambda folder: stable_diffusion().save_pretrained(folder),
-    BASES["sdxl"]: lambda folder: stable_diffusion_xl().save_pretrained(folder),
-    BASES["video"]: lambda folder: video().save_pretrained(folder),
-    "THUDM/CogVideoX-2b": lambda folder: video().save_pretrained(folder),
+    # As published: stored in half precision.
+    BASES["sd"]: lambda folder: stable_diffusion().to(torch.float16).save_pretrained(folder),
+    BASES["sdxl"]: lambda folder: stable_diffusion_xl().to(torch.float16).save_pretrained(folder),
+    BASES["video"]: lambda folder: video().to(torch.bfloat16).save_pretrained(folder),
+    "THUDM/CogVideoX-2b": lambda folder: video().to(torch.float16).save_pretrained(folder),
     "openai/clip-vit-large-patch14": save_tiny_clip,
     "yuvalkirstain/PickScore_v1": save_tiny_clip,
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": save_tiny_clip,

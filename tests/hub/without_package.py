@@ -74,7 +74,8 @@ def card_without(name: str, repo_type: str = "model") -> list[str]:
     text = Path(hf_hub_download(f"tester/{name}", "README.md", repo_type=repo_type)).read_text()
     block = re.search(r"Without `diffusers_ext`.*?```python\n(.*?)```", text, re.DOTALL)[1]
     made = {}
-    exec(re.sub(r"(?m)^image = .*$", "", block), made)
+    block = re.sub(r"(?m)^(image = .*)(\)\.images\[0\])$", r"\1, num_inference_steps=2\2", block)
+    exec(block.replace('"cuda"', '"cpu"'), made)
     kept = ("pipeline", "moments", "golden")
     return [f"{key}: {type(made[key]).__name__}" for key in kept if key in made]
 

@@ -1,0 +1,39 @@
+"""The bundled folders load and draw as they are, without a dtype, a device or another argument."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import CogVideoXPipeline, DiffusionPipeline, StableDiffusionPipeline
+
+from examples.arguments import save_in_half_precision
+from examples.digits.check_model import MODEL_DIR as PICTURES
+from examples.moving_digits.check_model import MODEL_DIR as CLIPS
+from tests.tiny_cogvideox import tiny_video_pipeline
+
+
+def dtypes(pipeline: DiffusionPipeline) -> set[torch.dtype]:
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return {weight.dtype for module in modules for weight in module.parameters()}
+
+
+def test_the_bundled_model_draws_as_it_loads():
+    pipeline = DiffusionPipeline.from_pretrained(PICTURES)
+    assert isinstance(pipeline, StableDiffusionPipeline)
+    assert dtypes(pipeline) == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline("a photo of the red digit one", num_inference_steps=1, height=32, width=32)
+
+
+def test_the_bundled_video_model_draws_as_it_loads():
+    pipeline = DiffusionPipeline.from_pretrained(CLIPS)
+    assert isinstance(pipeline, CogVideoXPipeline)
+    assert dtypes(pipeline) == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline("a red three moving right", num_inference_steps=1)
+
+
+def test_what_is_saved_in_half_precision_loads_in_one_dtype(tmp_path):
+    save_in_half_precision(tiny_video_pipeline(), tmp_path)
+    assert dtypes(DiffusionPipeline.from_pretrained(tmp_path)) == {torch.float32}
+    asked = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert dtypes(asked) == {torch.bfloat16}
