@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch.nn import Module
 
+from diffusers_ext.core.checked_tensors import REMEDY, check_regular_file, read_tensors
+from diffusers_ext.core.config_digest import CONFIG_DIGEST, config_digest
+from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
 
 
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 ArtifactType = TypeVar("ArtifactType", bound="Artifact")
 CONFIG_NAME = "config.json"
 _HEADER = ("_class_name", "format_version", "sha256")
+_SHA256 = re.compile("[0-9a-f]{64}")
 _NO_FOLDER = (
     "`pretrained_model_name_or_path` must be a folder or 'user/name', got {}: no such folder."
 )
@@ -53,7 +57,8 @@ class Artifact:
 
     A subclass names its tensor file in `weights_name` and its format in `format_version`, converts
     itself in `_to_artifact` and `_from_artifact`, and describes itself in `_card`. The config
-    records the SHA-256 of the tensor file, so a truncated or altered folder is refused.
+    records the SHA-256 of the tensor file and of its own contents, so a truncated or altered folder
+    is refused.
     """
 
     weights_name: ClassVar[str] = "model.safetensors"
@@ -105,8 +110,11 @@ class Artifact:
             "format_version": self.format_version,
             "sha256": hashlib.sha256(weights).hexdigest(),
         }
+        # Through JSON, as it is read back: tuples become lists, and numbers as keys strings.
+        config = json.loads(json.dumps({**header, **config}, allow_nan=False))
+        config[CONFIG_DIGEST] = config_digest(config)
         write_atomically(folder / self.weights_name, weights)
-        write_atomically(folder / CONFIG_NAME, json.dumps({**header, **config}, indent=2) + "\n")
+        write_atomically(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, **hub_arguments)
 
@@ -149,7 +157,9 @@ class Artifact:
 
         Raises:
             ValueError: the folder is incomplete, altered, of another class or of a newer format.
+            TypeError: another keyword, also for a local folder.
         """
+        check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
         paths = [
             _locate(pretrained_model_name_or_path, name, subfolder, download_arguments)
             for name in (CONFIG_NAME, cls.weights_name)
@@ -158,33 +168,70 @@ class Artifact:
 
     @classmethod
     def _read(cls: type[ArtifactType], config_path: Path, weights_path: Path) -> ArtifactType:
-        try:
-            config = json.loads(config_path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{config_path} must hold JSON, got: {error}.") from error
+        config = _read_config(config_path)
         if config.get("_class_name") != cls.__name__:
             raise ValueError(
                 f"{config_path} must describe a {cls.__name__}, got {config.get('_class_name')!r}."
             )
-        missing = [key for key in _HEADER if key not in config]
-        if missing:
-            raise ValueError(f"{config_path} must hold {missing}, got only {sorted(config)}.")
-        if config["format_version"] > cls.format_version:
-            raise ValueError(
-                f"`format_version` must be at most {cls.format_version}, got "
-                f"{config['format_version']} in {config_path}. Update diffusers_ext."
-            )
-        found = hashlib.sha256(weights_path.read_bytes()).hexdigest()
+        _check_header(config, config_path, cls.format_version)
+        found = file_sha256(check_regular_file(weights_path))
         if found != config["sha256"]:
             raise ValueError(
                 f"{weights_path} must have SHA-256 {config['sha256'][:12]}..., got "
-                f"{found[:12]}...: it is truncated or was altered. Download or write it again."
+                f"{found[:12]}...: it is truncated or was altered. {REMEDY}"
             )
+        tensors, _ = read_tensors(weights_path)
+        own = {k: v for k, v in config.items() if k not in (*_HEADER, CONFIG_DIGEST)}
         try:
-            tensors = load_file(weights_path)
-        except SafetensorError as error:
-            raise ValueError(f"{weights_path} must be a safetensors file, got: {error}.") from error
-        return cls._from_artifact({k: v for k, v in config.items() if k not in _HEADER}, tensors)
+            return cls._from_artifact(own, tensors)
+        except ValueError as error:
+            raise ValueError(f"{config_path.parent} holds no {cls.__name__}: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(check_regular_file(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}. {REMEDY}")
+    return config
+
+
+def _check_header(config: dict[str, Any], path: Path, newest: int) -> None:
+    """What every artifact's config must say of its own files; a checksum cannot be left out."""
+    missing = [key for key in _HEADER if key not in config]
+    if missing:
+        raise ValueError(f"{path} must hold {missing}, got only {sorted(config)}.")
+    version = config["format_version"]
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"`format_version` must be a positive integer, got {version!r} in {path}.")
+    if version > newest:
+        raise ValueError(
+            f"`format_version` must be at most {newest}, got {version} in {path}. Update "
+            "diffusers_ext."
+        )
+    digests = [key for key in ("sha256", CONFIG_DIGEST) if key in config]
+    for key in digests:  # folders written before the config had its own come without it
+        if not isinstance(config[key], str) or not _SHA256.fullmatch(config[key]):
+            raise ValueError(
+                f"`{key}` must be a SHA-256 of 64 hexadecimal digits, got {config[key]!r} in {path}. "
+                f"{REMEDY}"
+            )
+    if CONFIG_DIGEST in config and config[CONFIG_DIGEST] != config_digest(config):
+        raise ValueError(
+            f"{path} must have the contents that it was written with, got others: its "
+            f"`{CONFIG_DIGEST}` does not fit. {REMEDY}"
+        )
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, read block by block."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _locate(

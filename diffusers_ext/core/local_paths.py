@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ext.core.base_model import public_name
+from diffusers_ext.core.config_digest import CONFIG_DIGEST, config_digest
 
 
 # Files in which the libraries and the training scripts note where something came from.
@@ -20,7 +21,8 @@ def public_content(path: Path) -> bytes | None:
     """A file as others may read it, where that differs from the file; `None` where it does not.
 
     Strings that are absolute paths of this machine become what `public_name` makes of them; of a
-    component of a pipeline, the name of the pipeline. All other characters stay.
+    component of a pipeline, the name of the pipeline. All other characters stay, but for the checksum
+    of its own contents that a config may hold: it fits again.
 
     Args:
         path: of a file; only configs and reports in JSON are looked into.
@@ -30,14 +32,20 @@ def public_content(path: Path) -> bytes | None:
     original = path.read_bytes()
     try:
         text = original.decode()
-        found = sorted({value for value in _strings(json.loads(text)) if _is_local_path(value)})
-    except ValueError:  # neither ours nor of a library
+        content = json.loads(text)
+        found = sorted({value for value in _strings(content) if _is_local_path(value)})
+    except (ValueError, RecursionError):  # neither ours nor of a library
         return None
     for value in found:
         for ascii_only in (True, False):
             written = json.dumps(value, ensure_ascii=ascii_only)
             text = text.replace(written, json.dumps(_public(Path(value)), ensure_ascii=ascii_only))
-    return text.encode() if found else None
+    if not found:
+        return None
+    digest = content.get(CONFIG_DIGEST) if isinstance(content, dict) else None
+    if digest is not None and digest == config_digest(content):
+        text = text.replace(f'"{digest}"', f'"{config_digest(json.loads(text))}"')
+    return text.encode()
 
 
 def _public(path: Path) -> str:

@@ -17,6 +17,7 @@ from diffusers_ext.nullspace.measured_models import denoiser_of, model_fingerpri
 from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.slots import check_widths, linear_name, split_linear_name
 from diffusers_ext.nullspace.statistics_card import statistics_card
+from diffusers_ext.nullspace.stored_moments import check_config, restore_moments, store_moments
 
 
 TEXT = "text"  # key of the one matrix that all cross-attention K and V share
@@ -211,37 +212,13 @@ class FeatureStatistics(Artifact):
         return statistics_card(self, token=token, **facts)
 
     def _to_artifact(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        tensors: dict[str, torch.Tensor] = {}
-        kinds: dict[str, dict[str, Any]] = {}
-        for key, moment in self.moments.items():
-            if isinstance(moment, LowRankMoment):
-                tensors[f"{key}.vectors"], tensors[f"{key}.values"] = moment.vectors, moment.values
-                kinds[key] = {"count": moment.count, "rest": moment.rest}
-            else:
-                tensors[f"{key}.total"] = moment.total
-                kinds[key] = {"count": moment.count, "floor": moment.floor}
-        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        kinds, tensors = store_moments(self.moments)
         return {"moments": kinds, "sources": self.sources, "facts": self.facts}, tensors
 
     @classmethod
     def _from_artifact(
         cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]
     ) -> FeatureStatistics:
-        missing = sorted({"moments", "sources", "facts"} - config.keys())
-        if missing:
-            raise ValueError(f"The config of statistics must hold {missing}, got {list(config)}.")
-        moments: dict[str, SecondMoment | LowRankMoment] = {}
-        for key, kind in config["moments"].items():
-            needed = ("vectors", "values") if "rest" in kind else ("total",)
-            if any(f"{key}.{part}" not in tensors for part in needed):
-                raise ValueError(
-                    f"Statistics must hold {needed} of {key!r}, got {sorted(tensors)}: their "
-                    "config was altered. Download or write them again."
-                )
-            if "rest" in kind:
-                vectors, values = tensors[f"{key}.vectors"], tensors[f"{key}.values"]
-                moments[key] = LowRankMoment(vectors, values, kind["rest"], kind["count"])
-            else:
-                total = tensors[f"{key}.total"]
-                moments[key] = SecondMoment.from_total(total, kind["count"], kind["floor"])
+        check_config(config)
+        moments = restore_moments(config["moments"], tensors)
         return cls(moments, config["sources"], config["facts"])

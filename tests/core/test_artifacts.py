@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save
 
 from diffusers_ext.core.artifacts import (
     Artifact,
@@ -65,8 +66,11 @@ def folder(tmp_path):
 
 
 def edit_config(folder, **changes) -> None:
+    """As somebody would who means it: without the config's own checksum."""
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    config = {**json.loads(path.read_text()), **changes}
+    config.pop("config_sha256", None)
+    path.write_text(json.dumps(config))
 
 
 def test_round_trip_is_exact(tmp_path, folder):
@@ -101,7 +105,9 @@ def test_weights_that_are_no_safetensors_are_refused(folder):
     content = b"not tensors"
     (folder / "scales.safetensors").write_bytes(content)
     edit_config(folder, sha256=hashlib.sha256(content).hexdigest())
-    with pytest.raises(ValueError, match=r"scales.safetensors must be a safetensors file, got"):
+    with pytest.raises(
+        ValueError, match=r"scales.safetensors must be a whole safetensors file, got"
+    ):
         Scales.from_pretrained(folder)
 
 
@@ -127,10 +133,71 @@ def test_other_class_is_refused(folder):
 
 
 def test_older_format_is_read_and_a_newer_one_refused(folder):
+    saved = (folder / "config.json").read_bytes()
     edit_config(folder, format_version=1)
     assert Scales.from_pretrained(folder).rank == 3
+    (folder / "config.json").write_bytes(saved)
     edit_config(folder, format_version=3)
     with pytest.raises(ValueError, match="must be at most 2, got 3 .* Update diffusers_ext"):
+        Scales.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", ["", None, 0, "0" * 63, ["a"], "z" * 64])
+@pytest.mark.parametrize("key", ["sha256", "config_sha256"])
+def test_checksums_cannot_be_switched_off(folder, key, value):
+    (folder / "scales.safetensors").write_bytes(save({"values": torch.zeros(2, 3)}))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"`{key}` must be a SHA-256 .*config\.json"):
+        Scales.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"rank": 3', '"rank": 4'), ('"rank"', '"rang"'), (": 2", ": 1")]
+)
+def test_any_change_of_a_config_is_found(folder, old, new):
+    path = folder / "config.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=r"config\.json must have the contents"):
+        Scales.from_pretrained(folder)
+    path.write_text(json.dumps(json.loads(text)))  # written in another way, with the same contents
+    assert Scales.from_pretrained(folder).rank == 3
+
+
+@pytest.mark.parametrize("version", [True, "1", 0, None, 1.0])
+def test_a_format_is_a_number(folder, version):
+    edit_config(folder, format_version=version)
+    with pytest.raises(
+        ValueError, match=r"`format_version` must be a positive integer.*config\.json"
+    ):
+        Scales.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, "", "\x00", '{"a": 1'])
+def test_a_config_of_another_form_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json must "):
+        Scales.from_pretrained(folder)
+
+
+def test_numbers_that_are_none_are_refused_whatever_the_checksum(folder):
+    Scales(torch.tensor([1.0, float("nan")])).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"scales\.safetensors must hold finite numbers"):
+        Scales.from_pretrained(folder)
+
+
+def test_unknown_keywords_are_refused_for_a_local_folder(folder):
+    with pytest.raises(TypeError, match=r"Scales.from_pretrained\(\) got .* 'typo'"):
+        Scales.from_pretrained(folder, typo=1)
+
+
+@pytest.mark.parametrize("name", ["config.json", "scales.safetensors"])
+def test_what_is_no_file_is_refused(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=rf"scales must hold {name}"):
         Scales.from_pretrained(folder)
 
 

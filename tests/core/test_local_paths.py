@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_ext.core.config_digest import config_digest
 from diffusers_ext.core.local_paths import public_content
 
 
@@ -29,6 +30,17 @@ def test_paths_become_names_and_all_else_stays(tmp_path):
         }  # fmt: skip
         assert found.decode().splitlines()[-5:] == text.splitlines()[-5:]
         assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_checksum_of_the_config_fits_again_and_a_wrong_one_stays_wrong(tmp_path):
+    config = {"base_model": str(tmp_path), "count": 3}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"config_sha256": config_digest(config)}, indent=2))
+    found = json.loads(public_content(path))
+    assert found["base_model"] == tmp_path.name
+    assert found["config_sha256"] == config_digest(found) != config_digest(config)
+    path.write_text(json.dumps(config | {"config_sha256": "0" * 64}))
+    assert json.loads(public_content(path))["config_sha256"] == "0" * 64
 
 
 @pytest.mark.parametrize(
