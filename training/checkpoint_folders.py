@@ -9,6 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from training.pickled_checkpoints import is_pickled
+from training.run_state import REMEDY
+
 
 FOLDER_PREFIX, PARTIAL_PREFIX = "checkpoint-", ".partial-checkpoint-"
 _RUN_FILE = "run.json"
@@ -66,18 +69,43 @@ def find_checkpoint(output_dir: str | os.PathLike, which: str) -> Path:
 
 def read_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
     """The steps that a checkpoint has behind it, and the facts of its run."""
-    run = json.loads((folder / _RUN_FILE).read_text())
-    return int(run["step"]), run["fingerprint"]
+    run = _read_run(folder)
+    return run["step"], run["fingerprint"]
 
 
 def finish_checkpoint(partial: Path, folder: Path, step: int, fingerprint: dict[str, Any]) -> None:
     """Give a completely written folder the name that makes it a checkpoint."""
     run = {"step": step, "fingerprint": fingerprint, "files": _hash_files(partial)}
-    (partial / _RUN_FILE).write_text(json.dumps(run, indent=2))
+    (partial / _RUN_FILE).write_text(json.dumps({**run, "sha256": _hash_run(run)}, indent=2))
     flush_folder(partial)
     if folder.exists():
         remove_checkpoint(folder)
     partial.rename(folder)
+
+
+def _hash_run(run: dict[str, Any]) -> str:
+    """SHA-256 of what a run file says, whatever its spaces and the order of its entries."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """`run.json` of a checkpoint; raises `ValueError` unless it says what was written to it.
+
+    Those of pickled checkpoints, which are older, hold no sum of themselves.
+    """
+    path, wrong = folder / _RUN_FILE, "JSON with a step, facts and the sums of files"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        given = run.pop("sha256", None)
+        whole = (given is None and is_pickled(folder)) or given == _hash_run(run)
+        kinds = {"step": int, "fingerprint": dict, "files": dict}
+        fits = all(type(run.get(name)) is kind for name, kind in kinds.items())
+    except (ValueError, AttributeError, TypeError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} must hold {wrong}, got: {error}. {REMEDY}") from error
+    if not (whole and fits):
+        state = "something else" if whole else "a sum that does not fit: it was altered"
+        raise ValueError(f"{path} must hold {wrong}, got {state}. {REMEDY}")
+    return run
 
 
 def _difference(name: str, old: Any, new: Any) -> tuple[str, str, str] | None:
@@ -113,8 +141,8 @@ def _hash_files(folder: Path) -> dict[str, str]:
 
 def _unaltered(folder: Path) -> Path:
     """`folder`; raises `ValueError` unless it holds the files that were written to it."""
-    found = _hash_files(folder)
-    for name, expected in json.loads((folder / _RUN_FILE).read_text())["files"].items():
+    expected_files, found = _read_run(folder)["files"], _hash_files(folder)
+    for name, expected in expected_files.items():
         if expected != found.get(name):
             state = "missing" if name not in found else "truncated or altered"
             raise ValueError(

@@ -97,7 +97,7 @@ class TrainingLoop:
     _began: float = field(default=0.0, init=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """What accelerate saves of the loop itself: its log and the seconds it has run."""
+        """What a checkpoint holds of the loop itself: its log and the seconds it has run."""
         seconds = self.seconds + time.perf_counter() - self._began
         return {"history": self.history, "seconds": seconds}
 
@@ -115,11 +115,11 @@ class TrainingLoop:
                 "configuration of accelerate, too?"
             )
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        for stateful in (self.lr_scheduler, self.ema, self):
-            if stateful is not None:
-                self.accelerator.register_for_checkpointing(stateful)
         if self.checkpoints is None:
             return 0
+        for stateful in (self.lr_scheduler, self.ema, self):
+            if stateful is not None:
+                self.checkpoints.register(stateful)
         step = self.checkpoints.resume(self.resume_from_checkpoint)
         check_steps_left(step, self.settings.max_train_steps)
         if self.ema is not None:

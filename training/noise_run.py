@@ -147,7 +147,6 @@ def build_loop(
         accelerator, network, ema, samples, cache.take, task.make_measure(args),
         batch_size=args.train_batch_size, most=args.num_validation_pairs,
     )  # fmt: skip
-    accelerator.register_for_checkpointing(validation)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(args, trained, accelerator)
     loop = TrainingLoop(
@@ -164,6 +163,7 @@ def build_loop(
             facts,
             args.checkpointing_steps,
             args.checkpoints_total_limit,
+            parts=[validation],
         ),
         resume_from_checkpoint=args.resume_from_checkpoint,
         ema=ema,

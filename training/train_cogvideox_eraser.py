@@ -134,8 +134,6 @@ def build_loop(
         anchor_concept=args.anchor_concept,
     )
     step = make_step(pipeline, data, recipe, accelerator.device, ADAPTER_NAME)
-    for part in step.stateful:
-        accelerator.register_for_checkpointing(part)
     optimizer = make_optimizer(args, parameters, accelerator)
     return TrainingLoop(
         accelerator,
@@ -151,6 +149,7 @@ def build_loop(
             facts,
             args.checkpointing_steps,
             args.checkpoints_total_limit,
+            parts=step.stateful,
         ),
         resume_from_checkpoint=args.resume_from_checkpoint,
         callbacks=validation.callbacks(),

@@ -142,7 +142,7 @@ def test_a_checkpoint_that_is_half_removed_has_lost_its_name(tmp_path, monkeypat
 @pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     Run(tmp_path).checkpoints.save(1)
-    path = tmp_path / "checkpoint-1" / "optimizer.bin"
+    path = tmp_path / "checkpoint-1" / "random_states_0.safetensors"
     content = path.read_bytes()
     if damage == "remove":
         path.unlink()
@@ -152,8 +152,44 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
             content[:half] if damage == "truncate" else content[:half] + b"x" + content[half + 1 :]
         )
         path.write_bytes(changed)
-    with pytest.raises(ValueError, match="whole checkpoint.* optimizer.bin is (missing|truncated)"):
+    with pytest.raises(
+        ValueError, match="whole checkpoint.* random_states_0.safetensors is (missing|truncated)"
+    ):
         Run(tmp_path).checkpoints.resume("latest")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 2},
+        {"step": "1"},
+        {"fingerprint": {}},
+        {"sha256": None},
+        {"sha256": ""},
+        {"files": {}},
+        {"files": []},
+    ],
+)
+def test_an_altered_run_file_is_refused(tmp_path, change):
+    Run(tmp_path).checkpoints.save(1)
+    path = tmp_path / "checkpoint-1" / "run.json"
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps({**run, **change}))
+    with pytest.raises(ValueError, match=r"run\.json must hold .* it was altered"):
+        Run(tmp_path).checkpoints.resume("latest")
+    path.write_text(json.dumps(run)[:-9])
+    with pytest.raises(ValueError, match=r"run\.json must hold JSON"):
+        Run(tmp_path).checkpoints.resume("latest")
+
+
+def test_a_checkpoint_holds_no_pickles(tmp_path):
+    run = Run(tmp_path)
+    run.step()
+    run.checkpoints.save(1)
+    assert {path.suffix for path in (tmp_path / "checkpoint-1").iterdir()} == {
+        ".json",
+        ".safetensors",
+    }
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path):
