@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -35,6 +36,8 @@ __all__ = [
     "teacher_trajectory",
 ]
 
+
+logger = logging.getLogger(__name__)
 
 # Folders with masks made in another way are told by it.
 MASK_KIND = "weighted heads x velocities"
@@ -85,7 +88,7 @@ def collect_teacher_samples(
         num_target, num_preserved: runs of each part.
         num_inference_steps, guidance_scale: of each run.
         empty_share: of the preserved points, kept with the velocity of the empty prompt.
-        points_per_trajectory: kept of each run; all when `None`.
+        points_per_trajectory: kept of each run; all when `None`, or where a run has no more.
         seed: chooses prompts, noises and points.
         batch_size: runs at once; a pass has up to three times as many rows.
         token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks, of the
@@ -109,7 +112,7 @@ def collect_teacher_samples(
     _check_numbers(counts, len(preserved_embeds), batch_size, empty_share)
     check_predicts_velocity(scheduler)
     num_steps = count_steps(scheduler, num_inference_steps)
-    _check_points(points_per_trajectory, num_steps)
+    points_per_trajectory = _points_of(points_per_trajectory, num_steps)
     embeds = {
         "target": (target_embeds, anchor_embeds, token_mask, 0.0),
         "preserved": (preserved_embeds, empty_embed.expand_as(preserved_embeds), None, empty_share),
@@ -234,9 +237,19 @@ def _check_numbers(
         raise ValueError(f"`empty_share` must be in [0, 1], got {empty_share}.")
 
 
-def _check_points(points_per_trajectory: int | None, num_steps: int) -> None:
-    if points_per_trajectory is not None and not 1 <= points_per_trajectory <= num_steps:
+def _points_of(points_per_trajectory: int | None, num_steps: int) -> int | None:
+    """How many points a run of so many steps gives."""
+    if points_per_trajectory is None:
+        return None
+    if points_per_trajectory < 1:
         raise ValueError(
-            f"`points_per_trajectory` must be from 1 to the {num_steps} steps of a run, got "
-            f"{points_per_trajectory}."
+            f"`points_per_trajectory` must be at least 1, got {points_per_trajectory}. `None` keeps "
+            "all."
         )
+    if points_per_trajectory > num_steps:
+        logger.info(
+            "All %d points of every run are kept: `points_per_trajectory` is %d.",
+            num_steps,
+            points_per_trajectory,
+        )
+    return min(points_per_trajectory, num_steps)

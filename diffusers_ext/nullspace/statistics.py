@@ -142,23 +142,20 @@ class FeatureStatistics(Artifact):
         facts = {**self.facts, "compressed_energy": energy}
         return FeatureStatistics(moments, dict(self.sources), facts)
 
-    def validate(self) -> None:
-        """Raise `ValueError` unless every matrix is finite, symmetric and not negative."""
-        for key, moment in self.moments.items():
-            moment.check_finite(key)
-            if moment.count < 1:
-                raise ValueError(f"`{key}` must rest on at least one vector, got {moment.count}.")
-            matrix = moment.mean
-            if not torch.isfinite(matrix).all():
-                raise ValueError(f"`{key}` must be finite, got a matrix that is not.")
-            largest = matrix.diagonal().max()
-            if (matrix - matrix.T).abs().max() > 1e-5 * largest:
-                raise ValueError(f"`{key}` must be a symmetric matrix, got one that is not.")
-            lowest = torch.linalg.eigvalsh(matrix)[0]
-            if lowest < -1e-5 * moment.dim * largest:
-                raise ValueError(
-                    f"`{key}` must have no negative eigenvalue, got {lowest.item():.3g}."
-                )
+    def validate(self) -> dict[str, dict[str, Any]]:
+        """Check every matrix, and say how well it is conditioned.
+
+        Returns:
+            `{key: {...}}` of Python values: `symmetric` (to 1e-5 of each entry), `positive_semidefinite`
+            (no eigenvalue below -1e-8), `condition_number` (largest by smallest singular value; infinite
+            where that is 0), `well_conditioned` (below 1e12) and `rank` (numerical, in float64). A
+            matrix with a true null space, which the method wants, is never well conditioned.
+
+        Raises:
+            ValueError: a matrix that rests on nothing, is not finite, or is not symmetric or has a
+                negative eigenvalue beyond the rounding of float32.
+        """
+        return {key: _check_moment(key, moment) for key, moment in self.moments.items()}
 
     def check_same_models(self, models: dict[str, Any]) -> None:
         """Raise `ValueError` for a model of `{name: fingerprint}` that is not the one measured."""
@@ -222,3 +219,28 @@ class FeatureStatistics(Artifact):
         check_config(config)
         moments = restore_moments(config["moments"], tensors)
         return cls(moments, config["sources"], config["facts"])
+
+
+def _check_moment(key: str, moment: SecondMoment | LowRankMoment) -> dict[str, Any]:
+    moment.check_finite(key)
+    if moment.count < 1:
+        raise ValueError(f"`{key}` must rest on at least one vector, got {moment.count}.")
+    matrix = moment.mean
+    if not torch.isfinite(matrix).all():
+        raise ValueError(f"`{key}` must be finite, got a matrix that is not.")
+    largest = matrix.diagonal().max()
+    if (matrix - matrix.T).abs().max() > 1e-5 * largest:
+        raise ValueError(f"`{key}` must be a symmetric matrix, got one that is not.")
+    values = torch.linalg.eigvalsh(matrix)
+    lowest = values[0].item()
+    if lowest < -1e-5 * moment.dim * largest:
+        raise ValueError(f"`{key}` must have no negative eigenvalue, got {lowest:.3g}.")
+    sizes = values.abs()  # the singular values of a symmetric matrix
+    condition_number = (sizes.max() / sizes.min()).item() if sizes.max() > 0 else float("inf")
+    return {
+        "symmetric": torch.allclose(matrix, matrix.T, rtol=1e-5),
+        "positive_semidefinite": lowest >= -1e-8,
+        "well_conditioned": condition_number < 1e12,
+        "condition_number": condition_number,
+        "rank": int((sizes > sizes.max() * moment.dim * torch.finfo(matrix.dtype).eps).sum()),
+    }

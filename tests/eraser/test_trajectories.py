@@ -109,6 +109,17 @@ def test_points_of_a_run_are_those_of_the_whole_run(teacher, samples):
     assert len(rows(some, "target")) == 6
 
 
+def test_more_points_than_steps_are_all_points(teacher, samples, caplog):
+    pipeline, velocity, texts = teacher
+    caplog.set_level("INFO")
+    every = collect(velocity, pipeline, texts, points_per_trajectory=16, empty_share=0.5)
+    assert "All 4 points of every run are kept: `points_per_trajectory` is 16." in caplog.text
+    for part in ("target", "preserved"):
+        for row, expected in zip(rows(every, part), rows(samples, part), strict=True):
+            assert row.keys() == expected.keys()
+            assert all(torch.equal(row[name], expected[name]) for name in row)
+
+
 @pytest.mark.parametrize(
     ("changes", "asked"),
     [
@@ -224,8 +235,7 @@ def test_an_eraser_is_off_in_the_teacher_and_on_again_afterwards(teacher, sample
         ({"num_target": 0, "num_preserved": 0}, "must be above 0, got 0 of both"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"empty_share": 1.5}, r"`empty_share` must be in \[0, 1\], got 1.5"),
-        ({"points_per_trajectory": 5}, "from 1 to the 4 steps of a run, got 5"),
-        ({"points_per_trajectory": 0}, "from 1 to the 4 steps of a run, got 0"),
+        ({"points_per_trajectory": 0}, "`points_per_trajectory` must be at least 1, got 0"),
         ({"process": (0, 2)}, "`directory` must be given where processes share"),
         ({"token_mask": torch.zeros(2, 5, dtype=torch.bool)}, r"`token_mask` must be \(2, 12\)"),
         ({"anchor_embeds": torch.zeros(1, 12, 16)}, r"`anchor_embeds` must be \(2, 12, 16\) of"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -136,6 +137,25 @@ def test_report_describes_every_matrix():
         "matrix": "q", "linears": 1, "dim": 4, "vectors": 4, "rank": 3, "dims_99": 3,
         "dims_99.9": 3, "trace": pytest.approx(4.1 / 4), "largest_share": pytest.approx(3 / 4.1),
     }  # fmt: skip
+
+
+def test_validate_tells_what_the_design_documents_promise():
+    """Symmetry, sign, conditioning and rank of every matrix, as numpy measures them."""
+    vectors = torch.randn(40, 6, generator=torch.manual_seed(0), dtype=torch.float64)
+    whole = SecondMoment(6, compute_dtype=torch.float64).update(vectors)
+    flat = SecondMoment(6, compute_dtype=torch.float64).update(vectors[:3])
+    sources = {f"{LAYER}.to_q": "whole", f"{LAYER}.to_k": "flat"}
+    found = FeatureStatistics({"whole": whole, "flat": flat}, sources, {}).validate()
+    assert found.keys() == {"whole", "flat"}
+    assert found["whole"] == {
+        "symmetric": True,
+        "positive_semidefinite": True,
+        "well_conditioned": True,
+        "condition_number": pytest.approx(np.linalg.cond(whole.mean.numpy())),
+        "rank": 6,
+    }
+    assert found["flat"]["condition_number"] > 1e12
+    assert (found["flat"]["well_conditioned"], found["flat"]["rank"]) == (False, 3)
 
 
 @pytest.mark.parametrize(
