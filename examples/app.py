@@ -8,6 +8,7 @@ python examples/app.py --pretrained_model_name_or_path stabilityai/stable-diffus
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,34 +22,18 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 
-from examples.app_drawing import LARGEST_STRENGTH, SideBySide, Sources
+from examples.app_drawing import LARGEST_SEED, LARGEST_STRENGTH, SideBySide, Sources
+from examples.app_messages import EXPECTED, message_for
+from examples.app_server import LARGEST_REQUEST, OwnContentOnly, SmallRequestsOnly
 from examples.app_texts import ERASER, TITLE, explain, prompts_of
 
 
-# The page and what it draws come from this server; the browser refuses everything else.
-_CONTENT_POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
-)
+logger = logging.getLogger(__name__)
+_RANDOM_SEED = f"() => Math.floor(Math.random() * {LARGEST_SEED + 1})"  # in the browser
 # Fonts of the reader's own machine, in place of ones from the net.
 _THEME = gr.themes.Default(
     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
-
-
-class OwnContentOnly:
-    """Adds the content policy to every answer of a web application."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", _CONTENT_POLICY.encode())
-                message["headers"] = [*message["headers"], policy]
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)
 
 
 class PageActions:
@@ -73,8 +58,10 @@ class PageActions:
         """Both results and what is read in them; what went wrong becomes a message of the page."""
         try:
             plain, drawn = self.side_by_side.draw(tool, prompt, seed, strength)
-        except (ValueError, TypeError, OSError) as error:
-            raise gr.Error(str(error), title="Not drawn", print_exception=False) from error
+        except EXPECTED as error:
+            logger.warning("Not drawn: %s", error, exc_info=True)
+            words = message_for(error, tool, self.side_by_side.artifact_of(tool))
+            raise gr.Error(words, title="Not drawn", print_exception=False) from error
         return plain.path, drawn.path, plain.reading, drawn.reading
 
     def suggest(self, tool: str) -> tuple[str, int]:
@@ -105,7 +92,9 @@ def build_page(side_by_side: SideBySide) -> gr.Blocks:
         explanation = gr.Markdown(explain(tools[0], actions.is_bundled(tools[0])))
         with gr.Row():
             prompt = gr.Textbox(first_prompt, label="Prompt", scale=3)
-            seed = gr.Number(first_seed, precision=0, label="Seed", scale=1, min_width=120)
+            with gr.Column(scale=1, min_width=140):
+                seed = gr.Number(first_seed, precision=0, label="Seed")
+                another = gr.Button("Another seed", size="sm")
             strength = gr.Slider(0, LARGEST_STRENGTH, 1.0, step=0.05, label="Strength", scale=2)
         button = gr.Button("Draw", variant="primary")
         images, readings = [], []
@@ -113,7 +102,13 @@ def build_page(side_by_side: SideBySide) -> gr.Blocks:
             for label in ("Plain model", "With the tool"):
                 with gr.Column(min_width=140):
                     images.append(
-                        gr.Image(label=label, type="filepath", height=340, buttons=["download"])
+                        gr.Image(
+                            label=label,
+                            type="filepath",
+                            height=340,
+                            buttons=["download"],
+                            interactive=False,
+                        )  # fmt: skip
                     )
                     readings.append(gr.Markdown())
         examples = [
@@ -122,6 +117,7 @@ def build_page(side_by_side: SideBySide) -> gr.Blocks:
         inputs, results = [tool, prompt, seed, strength], [*images, *readings]
         gr.Examples(examples, [tool, prompt, seed], label="Try", examples_per_page=20)
         gr.on([button.click, prompt.submit], actions.draw, inputs, results, api_name="draw")
+        another.click(None, None, seed, js=_RANDOM_SEED, api_visibility="private")
         tool.input(actions.suggest, tool, [prompt, seed], api_visibility="private")
         tool.change(actions.introduce, tool, [explanation, *results], api_visibility="private")
     return page.queue(default_concurrency_limit=1)  # all requests share the models
@@ -138,8 +134,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", help="folder or Hub name")
     parser.add_argument("--num_inference_steps", type=int, help="of all drawing")
     parser.add_argument("--output_dir", default="outputs/app", help="of what is trained")
-    parser.add_argument("--server_name", default="127.0.0.1")
-    parser.add_argument("--server_port", type=int, help="the first free one from 7860 without it")
+    parser.add_argument(
+        "--server_name", help="address to listen at; GRADIO_SERVER_NAME or 127.0.0.1 without it"
+    )
+    parser.add_argument(
+        "--server_port",
+        type=int,
+        help="GRADIO_SERVER_PORT or the first free one from 7860 without it",
+    )
     parser.add_argument("--share", choices=["no", "yes"], default="no", help="a public address")
     return parser.parse_args(input_args)
 
@@ -164,7 +166,8 @@ def launch(args: argparse.Namespace, **options: Any) -> gr.Blocks:
         ssr_mode=False,
         footer_links=["api"],
         enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(OwnContentOnly)]},
+        max_file_size=LARGEST_REQUEST,
+        app_kwargs={"middleware": [Middleware(OwnContentOnly), Middleware(SmallRequestsOnly)]},
         **options,
     )
     return page

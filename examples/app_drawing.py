@@ -20,6 +20,7 @@ from diffusers_ext import load_eraser, render_clips
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.evaluation.clip_sheet import write_clip
 from examples.app_artifacts import find_or_make
+from examples.app_messages import CannotDraw
 from examples.app_reading import read_clip, read_picture
 from examples.app_texts import ERASER, NOISE, SUBJECT
 from examples.arguments import DEVICE, DTYPE
@@ -78,6 +79,7 @@ class SideBySide:
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
         self.count = 0
+        self.plain: dict[tuple[Any, ...], Drawn] = {}
 
     @property
     def tools(self) -> dict[str, Callable[[str, int, float], tuple[Drawn, Drawn]]]:
@@ -104,17 +106,27 @@ class SideBySide:
             strength: of the tool; 0 is without it, 1 as it was trained.
 
         Raises:
-            ValueError: an unknown tool, no prompt, or a number out of range.
+            CannotDraw: an unknown tool, no prompt, or a number out of range.
         """
         if tool not in self.tools:
-            raise ValueError(f"`tool` must be one of {list(self.tools)}, got {tool!r}.")
+            raise CannotDraw(f"Choose one of these tools: {', '.join(self.tools)}; not {tool!r}.")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError("`prompt` must say what to draw, got an empty text.")
+            raise CannotDraw("The prompt is empty. Write what to draw.")
         if not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
-            raise ValueError(f"`seed` must be from 0 to {LARGEST_SEED}, got {seed}.")
+            shown = "an empty field" if seed is None else seed
+            raise CannotDraw(
+                f"The seed must be a whole number from 0 to {LARGEST_SEED}, not {shown}."
+            )
         if not (math.isfinite(strength) and 0 <= strength <= LARGEST_STRENGTH):
-            raise ValueError(f"`strength` must be from 0 to {LARGEST_STRENGTH}, got {strength}.")
+            raise CannotDraw(
+                f"The strength must be from 0 to {LARGEST_STRENGTH:g}, not {strength}."
+            )
         return self.tools[tool](prompt.strip(), seed, strength)
+
+    def artifact_of(self, tool: str) -> str | None:
+        """Folder or Hub name of a tool's LoRA, network or eraser, where one was given."""
+        names = {SUBJECT: "lora", NOISE: "noise_model", ERASER: "eraser"}
+        return getattr(self.sources, names[tool]) if tool in names else None
 
     @cached_property
     def folder(self) -> Path:
@@ -143,17 +155,29 @@ class SideBySide:
         load_eraser(pipeline, eraser, adapter_name="eraser", scale=0.0)
         return pipeline
 
-    def _draw_subject(self, prompt: str, seed: int, strength: float) -> tuple[Drawn, Drawn]:
+    @cached_property
+    def _subject(self) -> DiffusionPipeline:
+        """The image pipeline with the LoRA in it, which is off unless it is shown."""
         pipeline, lora = self.image_pipeline, self.sources.locate("lora")
-        run = self.sources.sampling(self.sources.image_model, 20, 3.0)
-        run["golden_noise_scale"] = 0.0
-        plain = self._picture(prompt, seed, **run)
         try:
             pipeline.load_lora_weights(lora, adapter_name="subject")
+        except BaseException:
+            pipeline.unload_lora_weights()  # the other tools get the plain weights
+            raise
+        pipeline.disable_lora()
+        return pipeline
+
+    def _draw_subject(self, prompt: str, seed: int, strength: float) -> tuple[Drawn, Drawn]:
+        pipeline = self._subject
+        run = self.sources.sampling(self.sources.image_model, 20, 3.0)
+        run["golden_noise_scale"] = 0.0
+        plain = self._plain(self._picture, prompt, seed, **run)
+        try:
+            pipeline.enable_lora()
             pipeline.set_adapters("subject", strength)
             drawn = self._picture(prompt, seed, **run)
         finally:
-            pipeline.unload_lora_weights()  # the next tool gets the plain weights
+            pipeline.disable_lora()
         return plain, drawn
 
     def _draw_golden_noise(self, prompt: str, seed: int, strength: float) -> tuple[Drawn, Drawn]:
@@ -162,22 +186,35 @@ class SideBySide:
             pipeline.load_noise_model(self.sources.locate("noise_model"))
         # With many steps every digit is right anyway.
         run = self.sources.sampling(self.sources.image_model, 4, 1.5)
-        plain = self._picture(prompt, seed, golden_noise_scale=0.0, **run)
+        plain = self._plain(self._picture, prompt, seed, golden_noise_scale=0.0, **run)
         return plain, self._picture(prompt, seed, golden_noise_scale=strength, **run)
 
     def _draw_erased(self, prompt: str, seed: int, strength: float) -> tuple[Drawn, Drawn]:
-        pipeline = self.video_pipeline
         run = self.sources.sampling(self.sources.video_model, 20, 3.0)
-        sides = []
-        for scale in (0.0, strength):
+        plain = self._plain(self._clip, prompt, seed, scale=0.0, **run)
+        return plain, self._clip(prompt, seed, scale=strength, **run)
+
+    def _plain(self, draw: Callable[..., Drawn], prompt: str, seed: int, **run: Any) -> Drawn:
+        """The result without a tool: drawn once for a prompt, a seed and settings, then kept."""
+        key = (draw.__name__, prompt, seed, *sorted(run.items()))
+        kept = self.plain.get(key)
+        if kept is None or not Path(kept.path).is_file():
+            self.plain = {k: v for k, v in self.plain.items() if Path(v.path).is_file()}
+            kept = self.plain[key] = draw(prompt, seed, **run)
+        return kept
+
+    def _clip(self, prompt: str, seed: int, scale: float, **run: Any) -> Drawn:
+        pipeline = self.video_pipeline
+        try:
             pipeline.transformer.set_adapters("eraser", scale)
             [clip] = render_clips(pipeline, [prompt], seeds=[seed], **run)
-            reading = read_clip(clip) if self.sources.video_model is None else ""
-            factor = max(1, -(-_SMALLEST_SIDE // max(clip.shape[1:3])))
-            path = self._next_file("gif")
-            write_clip(clip.repeat(factor, axis=1).repeat(factor, axis=2), path)
-            sides.append(Drawn(str(path), reading))
-        return sides[0], sides[1]
+        finally:
+            pipeline.transformer.set_adapters("eraser", 0.0)
+        reading = read_clip(clip) if self.sources.video_model is None else ""
+        factor = max(1, -(-_SMALLEST_SIDE // max(clip.shape[1:3])))
+        path = self._next_file("gif")
+        write_clip(clip.repeat(factor, axis=1).repeat(factor, axis=2), path)
+        return Drawn(str(path), reading)
 
     def _picture(self, prompt: str, seed: int, **run: Any) -> Drawn:
         generator = torch.Generator().manual_seed(seed)

@@ -30,12 +30,13 @@ if importlib.util.find_spec("gradio") is None and not os.environ.get("CI"):
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from examples.app import build_page
+from examples.app import build_page, parse_args
 from examples.app_drawing import SideBySide, Sources
 
 
 ROOT = Path(__file__).resolve().parents[2]
 LORA_FILE = "pytorch_lora_weights.safetensors"
+ADDRESS = "127.0.0.2"  # another one than gradio's own
 TOOLS = ["Taught subject", "Golden noise", "Erased concept"]
 
 
@@ -65,12 +66,18 @@ def client(arguments, tmp_path_factory):
     log = tmp_path_factory.mktemp("app") / "log.txt"
     command = [sys.executable, "examples/app.py", f"--server_port={port}", *arguments]
     with log.open("w") as output:
-        app = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        app = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "GRADIO_SERVER_NAME": ADDRESS},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         try:
-            while f"127.0.0.1:{port}" not in log.read_text():
+            while f"{ADDRESS}:{port}" not in log.read_text():
                 assert app.poll() is None, log.read_text()
                 time.sleep(0.1)
-            address = f"http://127.0.0.1:{port}/"
+            address = f"http://{ADDRESS}:{port}/"
             client = Client(address, download_files=str(log.parent), verbose=False)
             yield client
             client.close()
@@ -101,9 +108,9 @@ def test_the_tool_changes_the_result_by_its_strength_and_the_seed_decides_the_re
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompt": "  "}, "`prompt` must say what to draw, got an empty text"),
-        ({"seed": -1}, "`seed` must be from 0 to 4294967295, got -1"),
-        ({"seed": None}, "`seed` must be from 0 to 4294967295, got None"),
+        ({"prompt": "  "}, "The prompt is empty. Write what to draw."),
+        ({"seed": -1}, "The seed must be a whole number from 0 to 4294967295, not -1"),
+        ({"seed": None}, "The seed must be a whole number .* not an empty field"),
         ({"strength": 9.0}, "9.0 is greater than maximum value 2"),
         ({"tool": "Golden eggs"}, "Golden eggs"),
     ],
@@ -114,9 +121,9 @@ def test_bad_input_is_shown_as_our_message(client, given, message):
 
 
 def test_numbers_are_checked_without_the_page_too():
-    with pytest.raises(ValueError, match=r"`strength` must be from 0 to 2\.0, got nan"):
+    with pytest.raises(ValueError, match=r"The strength must be from 0 to 2, not nan"):
         SideBySide(Sources()).draw("Golden noise", "a red seven", 0, float("nan"))
-    with pytest.raises(ValueError, match="`tool` must be one of .*, got 'Golden eggs'"):
+    with pytest.raises(ValueError, match="Choose one of these tools: .*; not 'Golden eggs'"):
         SideBySide(Sources()).draw("Golden eggs", "a red seven", 0, 1.0)
 
 
@@ -148,6 +155,70 @@ def test_only_drawing_is_in_the_api_and_the_browser_is_kept_from_other_hosts(cli
     assert answer.headers["content-security-policy"].startswith("default-src 'self'")
     assert "fonts.googleapis" not in answer.text
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+def test_nothing_can_be_uploaded_and_large_requests_are_refused(client):
+    import httpx
+
+    assert httpx.get(client.src).status_code == 200
+    for path in ("gradio_api/upload", "upload", "gradio_api/upload_progress"):
+        answer = httpx.post(client.src + path, files={"files": b"x" * 10})
+        assert answer.status_code == 403
+        assert "Nothing can be uploaded" in answer.text
+    call = f"{client.src}gradio_api/call/draw"
+    assert httpx.post(call, json={"data": ["a" * 70_000]}).status_code == 413
+    pieces = (b"a" * 1000 for _ in range(70))  # of a length that is not told
+    assert httpx.post(call, content=pieces).status_code == 413
+
+
+def test_the_lora_is_loaded_once_and_the_plain_picture_drawn_once(arguments, monkeypatch):
+    found = dict(word[2:].split("=") for word in arguments)
+    app = SideBySide(
+        Sources(
+            image_model=found["pretrained_model_name_or_path"],
+            lora=found["lora"],
+            noise_model=found["noise_model"],
+            num_inference_steps=1,
+        )
+    )
+    pipeline, calls = app.image_pipeline, []
+    load, picture = pipeline.load_lora_weights, app._picture
+    monkeypatch.setattr(
+        pipeline, "load_lora_weights", lambda *a, **k: (calls.append("load"), load(*a, **k))
+    )
+    monkeypatch.setattr(
+        SideBySide,
+        "_picture",
+        lambda self, *a, **k: (calls.append("draw"), picture(*a, **k))[1],
+    )
+    first, drawn = app.draw("Taught subject", "a red seven", 0, 1.0)
+    weaker, half = app.draw("Taught subject", "a red seven", 0, 0.5)
+    assert calls == ["load", "draw", "draw", "draw"]
+    assert first == weaker
+    assert not np.array_equal(read_frames(drawn.path), read_frames(half.path))
+    # The LoRA rests while another tool draws.
+    app.plain.clear()
+    other, _ = app.draw("Golden noise", "a red seven", 0, 1.0)
+    plain = read_frames(first.path)
+    assert np.array_equal(read_frames(other.path), plain)
+    # A file that has gone is drawn again.
+    Path(other.path).unlink()
+    again, _ = app.draw("Taught subject", "a red seven", 0, 1.0)
+    assert np.array_equal(read_frames(again.path), plain)
+
+
+def test_the_address_is_gradios_own_unless_one_is_given(client):
+    assert parse_args([]).server_name is None
+    assert client.src.startswith(f"http://{ADDRESS}:")  # of GRADIO_SERVER_NAME
+
+
+def test_the_page_has_a_button_for_another_seed(client):
+    import httpx
+
+    shown = [
+        part["props"].get("value") for part in httpx.get(client.src + "config").json()["components"]
+    ]
+    assert "Another seed" in shown
 
 
 def test_tools_without_an_artifact_for_another_model_are_left_out(arguments):
