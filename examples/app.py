@@ -14,13 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from starlette.middleware import Middleware
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
-import gradio as gr
+try:
+    import gradio as gr
+    from starlette.middleware import Middleware
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"The app needs {missing.name}: pip install '.[app,demo]' in the folder of the project."
+    )
 
 from examples.app_drawing import LARGEST_SEED, LARGEST_STRENGTH, SideBySide, Sources
 from examples.app_messages import EXPECTED, message_for

@@ -52,6 +52,8 @@ NOT_RUN = {
     "make lint test": "runs this",
     "make bench": "hours",
     "pip install": "changes the environment",
+    "python3 -m venv": "makes an environment",
+    "source .venv": "a command of the shell",
     "python examples/app.py": "does not end; tests/examples runs the app",
     "printf": "writes files for the next line",
     "python examples/moving_digits/train_style_lora.py": "a minute; tested in tests/examples",
