@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch.utils.data import TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
 from benchmarks.timing import Ratio, compare
+from diffusers_ext.core.noise_schedules import training_schedule
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.nullspace.collect import collect_statistics, encode_text, text_moment
 from diffusers_ext.nullspace.lora import add_null_space_lora
@@ -115,7 +116,7 @@ def training_steps(null_space: bool, batch_size: int = 8) -> Callable[[], None]:
     trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     latents = TensorDataset(torch.randn(batch_size, 4, 8, 8), torch.rand(batch_size, 4, 8, 8))
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    scheduler = training_schedule(pipeline.scheduler)
     loss = DreamBoothLoss(scheduler, encode_condition(pipeline, prompt, 32))
     pipeline.unet.train()
 

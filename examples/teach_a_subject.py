@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoPipelineForText2Image, DDPMScheduler
+from diffusers import AutoPipelineForText2Image
 from tqdm.auto import trange
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from diffusers_ext import add_null_space_lora, collect_statistics, evaluate_forgetting, save_lora
+from diffusers_ext.core.noise_schedules import training_schedule
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from examples.arguments import DEVICE, DTYPE, read_arguments
 from training.dreambooth import DreamBoothLoss, encode_condition, encode_images, list_images
@@ -39,7 +40,7 @@ def main(input_args: list[str] | None = None) -> None:
     pictures = list_images(args.instance_data_dir)
     latents = encode_images(pipe, pictures, size, center_crop=True, flip=False)
     condition = encode_condition(pipe, args.instance_prompt, size)
-    loss = DreamBoothLoss(DDPMScheduler.from_config(pipe.scheduler.config), condition)
+    loss = DreamBoothLoss(training_schedule(pipe.scheduler), condition)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.max_train_steps)
     generator = torch.Generator().manual_seed(0)

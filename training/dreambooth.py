@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.noise_schedules import check_min_snr, check_prediction_type
 from diffusers_ext.core.pictures import find_pictures, read_picture, why_no_picture
 from training.drawing import draw_images, latent_scale
 
@@ -101,21 +102,12 @@ def encode_condition(pipeline: DiffusionPipeline, prompt: str, resolution: int) 
     return Condition(encoded[0], added)
 
 
-def check_prediction_type(scheduler: Any) -> None:
-    """Raise `ValueError` unless a model under this scheduler predicts the noise or the velocity."""
-    kind = scheduler.config.get("prediction_type")
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f"`prediction_type` of the scheduler must be 'epsilon' or 'v_prediction', got {kind!r}."
-        )
-
-
 @dataclass(frozen=True)
 class DreamBoothLoss:
     """The denoising loss on the subject's pictures, with prior preservation on request.
 
     Args:
-        scheduler: training noise schedule.
+        scheduler: training noise schedule, as `training_schedule` makes it.
         instance: condition of the instance prompt.
         class_latents, class_condition: pictures and prompt of the class; `None` without prior
             preservation.
@@ -132,6 +124,7 @@ class DreamBoothLoss:
 
     def __post_init__(self) -> None:
         check_prediction_type(self.scheduler)
+        check_min_snr(self.scheduler, self.snr_gamma)
 
     def __call__(
         self, model: torch.nn.Module, batch: list[torch.Tensor], generator: torch.Generator

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -16,6 +17,7 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.concepts import check_concept
 from training.eraser_arguments import AUTO_ANCHOR
@@ -73,6 +75,9 @@ def read_base(args: argparse.Namespace) -> BaseFacts:
             "`prediction_type` of the scheduler must be 'v_prediction', as CogVideoX has it, got "
             f"{predicts!r}."
         )
+    kind = getattr(diffusers, scheduler.config["_class_name"], None)
+    if kind is not None:  # one of another library is met when it is loaded
+        check_diffusion_levels(kind.from_config(scheduler.config))
     size = ClipSize.of_configs(transformer, vae, args.num_frames, args.height, args.width)
     shape = latent_shape(transformer, vae, *size)
     token_grid(transformer, shape)

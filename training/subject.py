@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.noise_schedules import training_schedule
 from diffusers_ext.nullspace.lora import (
     add_null_space_lora,
     lora_linears,
@@ -151,7 +152,7 @@ def make_loss(
         crop = not args.no_center_crop
         latents = encode_images(pipeline, paths, args.resolution, center_crop=crop, flip=False)
         condition = encode_condition(pipeline, args.class_prompt, args.resolution)
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    scheduler = training_schedule(pipeline.scheduler)
     loss = DreamBoothLoss(
         scheduler, instance, latents, condition, args.prior_loss_weight, args.snr_gamma
     )

@@ -11,12 +11,13 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
+from diffusers_ext.core.noise_schedules import check_min_snr, training_schedule
 from diffusers_ext.nullspace.lora_config import check_lora_config
 from diffusers_ext.nullspace.prompts import check_prompt_length
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from training.argument_rules import check_values
 from training.arguments import read_layers
-from training.dreambooth import check_prediction_type, list_images, load_image
+from training.dreambooth import list_images, load_image
 from training.knowledge import read_knowledge
 
 
@@ -83,7 +84,7 @@ def check_against_model(
     args: argparse.Namespace, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
 ) -> None:
     """Raise `ValueError` for arguments that do not fit the loaded model."""
-    check_prediction_type(pipeline.scheduler)
+    check_min_snr(training_schedule(pipeline.scheduler), args.snr_gamma)
     prompts = [args.instance_prompt, args.negative_prompt, *args.validation_prompt]
     if args.with_prior_preservation:
         prompts.append(args.class_prompt)

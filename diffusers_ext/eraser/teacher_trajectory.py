@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import SchedulerMixin
 
+from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.outputs import erasers_disabled
@@ -99,6 +100,7 @@ def check_predicts_velocity(scheduler: SchedulerMixin) -> None:
             f"`scheduler` must have the prediction type 'v_prediction', got {kind!r} in a "
             f"{type(scheduler).__name__}. Use the scheduler that comes with the model."
         )
+    check_diffusion_levels(scheduler)
 
 
 def count_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> int:

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch.nn.parallel import DistributedDataParallel
 
+from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 
 
@@ -100,6 +101,7 @@ class CogVideoXVelocity:
                 "`pipeline` must have a scheduler of prediction_type 'v_prediction', got "
                 f"{predicts!r}. CogVideoX models predict velocities."
             )
+        check_diffusion_levels(pipeline.scheduler, "pipeline.scheduler")
         transformer = pipeline.transformer
         frames = latent_shape(transformer, pipeline.vae, num_frames, height, width)[0]
         rotary = None

@@ -15,6 +15,7 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
+from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.core.targets import Targets, find_modules
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
@@ -160,6 +161,7 @@ def finetune_lora(
             "`scheduler` must be of prediction_type 'v_prediction', got "
             f"{scheduler.config.prediction_type!r}."
         )
+    check_diffusion_levels(scheduler)
     scheduler = copy.deepcopy(scheduler)  # adding noise moves its tables
     generator = torch.Generator().manual_seed(seed)
     device = latents.device

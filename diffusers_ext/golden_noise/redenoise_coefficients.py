@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+from diffusers_ext.core.noise_schedules import check_diffusion_levels
+
 
 class RedenoiseCoefficients(NamedTuple):
     """`x_p = down_noise x + down_first o_1`, `x' = noise x + first o_1 + second o_2`."""
@@ -89,11 +91,7 @@ def diffusion_coefficients(
         legacy_inversion: the step up as published, with a level that is one too low: `x_p` counts as
             of level `p - (t - p)` and is brought to level p, by `DDIMInverseScheduler`'s formula.
     """
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            "`pipeline.scheduler` must have `alphas_cumprod`, got a "
-            f"{type(scheduler).__name__}. Put a DDIMScheduler of the model's configuration there."
-        )
+    check_diffusion_levels(scheduler, "pipeline.scheduler")
     kind = scheduler.config.get("prediction_type")
     start, end = first_ddim_step(scheduler.config, num_steps)
     alphas = scheduler.alphas_cumprod.double()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler
 from PIL import Image
 from torch.utils.data import TensorDataset
 
@@ -217,6 +217,25 @@ def test_other_predictions_are_refused(kind):
     for check in (check_prediction_type, lambda s: DreamBoothLoss(s, Condition(None, {}))):
         with pytest.raises(ValueError, match=f"'epsilon' or 'v_prediction', got '{kind}'"):
             check(scheduler)
+
+
+def test_a_scheduler_of_another_kind_is_refused():
+    for check in (check_prediction_type, lambda s: DreamBoothLoss(s, Condition(None, {}))):
+        with pytest.raises(ValueError, match="scheduler"):
+            check(EDMEulerScheduler())
+
+
+def test_min_snr_at_noise_alone():
+    def weighted(kind):
+        scheduler = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
+        condition = Condition(torch.ones(1, 3, 2), {})
+        loss = DreamBoothLoss(scheduler, condition, snr_gamma=5.0)
+        generator = torch.Generator().manual_seed(0)
+        return loss(Echo(), batch(64), generator)["loss"]
+
+    assert weighted("v_prediction").isfinite()
+    with pytest.raises(ValueError, match="`snr_gamma` must be None"):
+        weighted("epsilon")
 
 
 def test_class_pictures_are_drawn_where_they_are_missing(pipeline, tmp_path):

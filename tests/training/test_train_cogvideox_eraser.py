@@ -188,16 +188,23 @@ def test_bad_input_is_refused_before_weights_are_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scheduler_of_another_prediction(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction_type": "epsilon"}, "`prediction_type` of the scheduler must be 'v_pred"),
+        ({"_class_name": "EDMEulerScheduler"}, "the noise levels of `alphas_cumprod`, got a EDM"),
+    ],
+)
+def test_a_scheduler_of_another_kind(files, tmp_path, monkeypatch, change, message):
     real = eraser_base.CogVideoXDDIMScheduler.load_config
     epsilon = SimpleNamespace(
         load_config=lambda *args, **options: {
             **real(*args, **options),
-            "prediction_type": "epsilon",
+            **change,
         }
     )
     monkeypatch.setattr(eraser_base, "CogVideoXDDIMScheduler", epsilon)
-    with pytest.raises(ValueError, match="`prediction_type` of the scheduler must be 'v_pred"):
+    with pytest.raises(ValueError, match=message):
         train(files, tmp_path / "out")
 
 
