@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from diffusers_ext.core.artifacts import CONFIG_NAME
+from diffusers_ext.core.checked_tensors import open_tensors
 from diffusers_ext.core.hub import Card, make_card, push_folder, split_arguments
+from diffusers_ext.core.inside_folder import path_inside
 from diffusers_ext.eraser.eraser_card import eraser_card, facts_of_config
 from diffusers_ext.eraser.eraser_files import FILE_NAMES, FORMATS, read_eraser
 from diffusers_ext.evaluation.measured_results import measured_results
@@ -21,12 +21,12 @@ from diffusers_ext.golden_noise.network_card import GOLDEN_PIPELINES, network_ca
 from diffusers_ext.golden_noise.pairs import CLASS_NAME as PAIRS
 from diffusers_ext.golden_noise.pairs import open_pairs
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
-from diffusers_ext.nullspace.lora_upload import measured_drift, push_lora
+from diffusers_ext.nullspace.lora_upload import push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.reported_facts import REPORT_NAME, own_statistics, reported_facts
 from hub_cards import Measured
 
 
-REPORT_NAME = "training_report.json"
 _INDEX = "model_index.json"
 _NULL_SPACE = {
     "NullSpaceDreamBoothPipeline": "StableDiffusionPipeline",
@@ -59,7 +59,8 @@ def push_artifact(
 
     Raises:
         ValueError: nothing known is there, the files are damaged, or a fact is neither known nor
-            given. Nothing has been uploaded then.
+            given; or the folder names or links to files outside of it. Nothing has been uploaded
+            then.
     """
     source = Path(source)
     if not source.exists():
@@ -69,7 +70,7 @@ def push_artifact(
     hub, given = split_arguments(arguments)
     if isinstance(results, (str, os.PathLike)):
         results = measured_results(results)
-    facts = _reported(folder)
+    facts = reported_facts(folder)
     if results is not None:
         facts["results"] = [*facts.get("results", ()), *results]
     return push(source, repo_id, {**facts, **given}, hub)
@@ -101,21 +102,12 @@ def _recognise(source: Path) -> Callable[..., str]:
     return known[found]
 
 
-def _reported(folder: Path) -> dict[str, Any]:
-    """Facts that a training left for the card."""
-    report = _read_json(folder / REPORT_NAME)
-    facts = dict(report.get("card", {}))
-    drifts = report.get("predicted_drift")
-    if drifts:
-        statistics = FeatureStatistics.from_pretrained(folder / "statistics")
-        facts["results"] = measured_drift(drifts, statistics)
-    return facts
-
-
 def _push_lora(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
     folder = source if source.is_dir() else source.parent
+    if source.is_dir():
+        path_inside(source, LORA_WEIGHT_NAME)
     if "statistics" not in facts and (folder / "statistics" / CONFIG_NAME).is_file():
-        facts["statistics"] = FeatureStatistics.from_pretrained(folder / "statistics")
+        facts["statistics"] = own_statistics(folder)
     facts["widget"] = [(prompt, folder / file) for prompt, file in facts.get("widget", ())]
     return push_lora(source, repo_id, **facts, **hub)
 
@@ -128,6 +120,8 @@ def _push_eraser(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[st
 
 
 def _push_statistics(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
+    for name in (CONFIG_NAME, FeatureStatistics.weights_name):
+        path_inside(source, name)
     return FeatureStatistics.from_pretrained(source).push_to_hub(repo_id, **facts, **hub)
 
 
@@ -145,7 +139,7 @@ def _push_pipeline(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[
     folder = source / (at_root or "")
     index = _read_json(folder / _INDEX)
     parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
-    name = index["_class_name"]
+    name = index.get("_class_name")
     if name in GOLDEN_PIPELINES.values():
         kind, own = "golden_noise_pipeline", _golden_facts(folder, index)
     else:
@@ -169,8 +163,8 @@ def _golden_facts(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     plain = next(plain for plain, golden in GOLDEN_PIPELINES.items() if golden == name)
     parameters = 0
     for path in (folder / "noise_model").glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+        file = open_tensors(path)
+        shapes = [file.get_slice(key).get_shape() for key in file.keys()]
         parameters += sum(_product(shape) for shape in shapes)
     return {
         "pipeline": name, "plain_pipeline": plain, "network": network or "",

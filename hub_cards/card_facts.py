@@ -6,6 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from hub_cards.safe_markdown import code, link
+
 
 @dataclass(frozen=True)
 class Licence:
@@ -37,9 +39,8 @@ class Licence:
     @property
     def sentence(self) -> str:
         """What a card's text says about it."""
-        name = f"`{self.license_name or self.license}`"
-        linked = f"[{name}]({self.license_link})" if self.license_link else name
-        return f"These files are shared under {linked}."
+        name = code(self.license_name or self.license)
+        return f"These files are shared under {link(name, self.license_link)}."
 
 
 @dataclass(frozen=True)

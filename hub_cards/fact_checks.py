@@ -9,6 +9,7 @@ from typing import Any
 
 from hub_cards.card_facts import Licence, Measured
 from hub_cards.kinds import Kind
+from hub_cards.safe_markdown import check_file_name
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -61,6 +62,7 @@ def check_lists(
     for pair in widget:
         if isinstance(pair, str) or len(pair) != 2:
             raise ValueError(f"`widget` must hold pairs of prompt and file, got {pair!r}.")
+        check_file_name(pair[1], "widget")
 
 
 def check_facts(kind: str, found: Kind, facts: Mapping[str, Any]) -> None:
@@ -88,5 +90,9 @@ def _check_value(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be {words}, got a {type(value).__name__}.")
     if name in _CLASSES and not value.isidentifier():
         raise ValueError(f"`{name}` must be the name of a class, got {value!r}.")
+    for item in value if isinstance(value, (list, tuple)) else ():
+        kind, words = (Integral, "whole numbers") if name == "latent_shape" else (str, "words")
+        if not isinstance(item, kind) or isinstance(item, bool):
+            raise TypeError(f"`{name}` must hold {words}, got a {type(item).__name__}: {item!r}.")
     if name == "directions" and value not in _DIRECTIONS:
         raise ValueError(f"`directions` must be one of {_DIRECTIONS}, got {value!r}.")

@@ -14,10 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 from jinja2.exceptions import UndefinedError
 
 from hub_cards.generated_block import mark_generated
+from hub_cards.safe_markdown import check_file_name, code, plain, prose
 
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&])")
 
 
 def render(
@@ -63,24 +63,10 @@ def _environment() -> Environment:
         "py": python_literal,
         "count": count,
         "figure": figure,
+        "prose": prose,
         "shown": shown,
     }
     return environment
-
-
-def plain(value: object) -> str:
-    """A value as one line of Markdown that shows exactly its characters, in tables as well."""
-    return _SPECIAL.sub(r"\\\1", one_line(value))
-
-
-def code(value: object) -> str:
-    """A value as inline code, whatever backticks are in it; not for tables."""
-    words = one_line(value)
-    if not words:
-        return "(empty)"
-    fence = "`" * (1 + max(map(len, re.findall(r"`+", words)), default=0))
-    padding = " " if words.startswith("`") or words.endswith("`") else ""
-    return f"{fence}{padding}{words}{padding}{fence}"
 
 
 def python_literal(words: str) -> str:
@@ -102,11 +88,6 @@ def figure(value: float) -> str:
 
 def shown(file: str) -> str:
     """A file of the repository: a picture as such, anything else as a link."""
-    address = quote(file)
+    address = quote(check_file_name(file, "widget"))
     is_picture = address.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))
     return f"![{plain(file)}]({address})" if is_picture else f"[{plain(file)}]({address})"
-
-
-def one_line(value: object) -> str:
-    """A value's words with single spaces between them."""
-    return " ".join(str(value).split())

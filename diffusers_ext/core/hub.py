@@ -22,6 +22,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from diffusers_ext.core.base_model import find_licence, public_name
+from diffusers_ext.core.inside_folder import path_inside
 from diffusers_ext.core.local_paths import public_content
 from diffusers_ext.core.stale_files import stale_files
 from hub_cards import Licence, Measured, artifact_card, keep_owner_words
@@ -77,7 +78,7 @@ def push_folder(
         Address of the commit, or of the pull request; of the latest commit where nothing has changed.
 
     Raises:
-        ValueError: no such folder, nothing in it, or a card that cannot be rendered, that the Hub
+        ValueError: no such folder, nothing in it, a link out of it, or a card that cannot be rendered, that the Hub
             refuses, or that holds the token. Nothing has reached the Hub then.
     """
     files = _files_of(Path(folder), ignore_patterns, at_root)
@@ -146,10 +147,15 @@ def _files_of(folder: Path, ignore_patterns: Sequence[str], at_root: str | None)
     """The files to upload by their names in the repository; the card comes separately."""
     if not folder.is_dir():
         raise ValueError(f"`folder` must be a folder, got {folder}: no such folder.")
+    # Links to folders are not entered; those to files must stay inside.
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     names = (path.relative_to(folder).as_posix() for path in found)
+    path_inside(folder, CARD_NAME)  # read later, as the owner's words
     ignored = [CARD_NAME, *ignore_patterns, *DEFAULT_IGNORE_PATTERNS]
-    files = {name: folder / name for name in filter_repo_objects(names, ignore_patterns=ignored)}
+    files = {
+        name: path_inside(folder, name)
+        for name in filter_repo_objects(names, ignore_patterns=ignored)
+    }
     if not files:
         raise ValueError(f"`folder` must hold files to upload, got none in {folder}.")
     if at_root is None:

@@ -6,7 +6,8 @@ from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardDa
 from hub_cards import KINDS, render
 from hub_cards.citations import bibtex
 from hub_cards.generated_block import find_generated
-from hub_cards.render import code, figure, one_line, plain, python_literal, shown
+from hub_cards.render import figure, python_literal, shown
+from hub_cards.safe_markdown import code, one_line, plain
 from tests.hub_cards.card_examples import COMMON, FACTS
 
 
