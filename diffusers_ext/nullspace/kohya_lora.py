@@ -1,4 +1,4 @@
-"""LoRAs with the key names of kohya's scripts, as A1111 and ComfyUI share them, read into diffusers' names."""
+"""LoRAs with the key names of kohya's scripts, as A1111 and ComfyUI share them: read and written."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+
+from diffusers_ext.nullspace.lora_checks import check_pair
 
 
 _PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
+_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
 # Where SDXL's blocks are counted as its authors did; the only family with such names.
 _SDXL = SimpleNamespace(layers_per_block=2)
 
@@ -21,31 +24,35 @@ def is_kohya_lora(keys: Iterable[str]) -> bool:
     return all(key.startswith(_PREFIXES) for key in keys)
 
 
-def read_kohya_lora(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def read_kohya_lora(
+    raw: Mapping[str, torch.Tensor], where: str = "`raw`"
+) -> dict[str, torch.Tensor]:
     """The same LoRA with keys `<component>.<module>.lora_A.weight | .lora_B.weight`, of scale 1.
 
     Args:
         raw: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
+        where: the file, named in errors.
 
     Raises:
-        ValueError: other kinds of adapters (DoRA, LoHa, LoKr), an A without its B, or a module
-            that has no name in diffusers.
+        ValueError: other kinds of adapters (DoRA, LoHa, LoKr), an A without its B, shapes or ranks
+            that do not fit, or a module that has no name in diffusers.
     """
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in raw.items():
         name, _, part = key.partition(".")
         if part not in _PARTS:
-            raise ValueError(f"Every key of a kohya LoRA must end in one of {_PARTS}, got {key!r}.")
-        modules.setdefault(name, {})[part] = tensor
+            raise ValueError(
+                f"{where}: every key of a kohya LoRA must end in one of {tuple(_PARTS)}, got {key!r}."
+            )
+        modules.setdefault(name, {})[_PARTS[part]] = tensor
     folded: dict[str, torch.Tensor] = {}
     for name, parts in modules.items():
-        if not {*_PARTS[:2]} <= parts.keys():
-            raise ValueError(
-                f"Every module of a LoRA must have A and B, got {list(parts)} of {name!r}."
-            )
-        down, up = (parts[part] for part in _PARTS[:2])
-        scale = parts["alpha"].item() / down.shape[0] if "alpha" in parts else 1.0
-        folded[f"{name}.lora_down.weight"], folded[f"{name}.lora_up.weight"] = down, up * scale
+        check_pair(name, parts, where)
+        scale = parts["alpha"].item() / parts["A"].shape[0] if "alpha" in parts else 1.0
+        up = parts["B"] if scale == 1 else parts["B"] * scale
+        if not torch.isfinite(up).all():
+            raise ValueError(f"{where}: B times its scale {scale:g} must be finite, got {name!r}.")
+        folded[f"{name}.lora_down.weight"], folded[f"{name}.lora_up.weight"] = parts["A"], up
     renamed, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(folded, unet_config=_SDXL)
     unet = {key: tensor for key, tensor in renamed.items() if key.startswith("unet.")}
     text = {key: tensor for key, tensor in renamed.items() if key not in unet}
@@ -54,8 +61,41 @@ def read_kohya_lora(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     )
     if len(lora) != 2 * len(modules):
         raise ValueError(
-            f"Every module of the LoRA must have a name in diffusers, got {len(lora) // 2} of "
+            f"{where}: every module of the LoRA must have a name in diffusers, got {len(lora) // 2} of "
             f"{len(modules)}."
         )
-    # As diffusers names the parts of newer text encoders, which lack that wrapper.
-    return {key.replace(".text_model.encoder.", ".encoder."): lora[key] for key in lora}
+    return lora
+
+
+def to_kohya_lora(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same LoRA with kohya's names, and one alpha for all modules.
+
+    Args:
+        lora: as `read_lora` gives it, of scale 1.
+
+    Raises:
+        ValueError: a module without a name there, such as a transformer's.
+    """
+    exported = convert_state_dict_to_kohya(dict(lora))
+    two_encoders = any(key.startswith("text_encoder_2.") for key in lora)
+    if not two_encoders:  # one text encoder is `te`, two are `te1` and `te2`
+        exported = {key.replace("lora_te1_", "lora_te_"): value for key, value in exported.items()}
+    weights = [key for key in exported if not key.endswith(".alpha")]
+    strange = [key for key in weights if not key.startswith(("lora_unet_", "lora_te"))]
+    if strange or len(weights) != len(lora):
+        raise ValueError(
+            f"Every LoRA key must have a kohya counterpart, got {len(weights)} for {len(lora)} "
+            f"(without one: {strange[:3]})."
+        )
+    return _with_one_alpha(exported)
+
+
+def _with_one_alpha(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same updates with one alpha for all modules: diffusers misreads several."""
+    alphas = {key: tensor for key, tensor in lora.items() if key.endswith(".alpha")}
+    largest = max(alphas.values())
+    scaled = dict(lora)
+    for key, alpha in alphas.items():
+        up = key.replace(".alpha", ".lora_up.weight")
+        scaled[key], scaled[up] = largest.clone(), lora[up] * (alpha / largest).item()
+    return scaled

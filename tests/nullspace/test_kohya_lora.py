@@ -103,7 +103,10 @@ def test_debleeding_a_lora_of_kohyas_names(few_statistics, tmp_path):
     [
         (("hada_w1_a",), "must end in one of .*, got 'lora_unet_x.hada_w1_a'"),
         (("lora_down.weight", "lora_up.weight", "dora_scale"), "got 'lora_unet_x.dora_scale'"),
-        (("lora_down.weight", "alpha"), "must have A and B, got .* of 'lora_unet_x'"),
+        (
+            ("lora_down.weight", "alpha"),
+            r"other.safetensors: .* have A and B, got .* for 'lora_unet_x'",
+        ),
     ],
 )
 def test_other_adapters_are_refused(tmp_path, parts, message):
