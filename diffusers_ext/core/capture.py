@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from diffusers_ext.core.call_scopes import CallScope
 from diffusers_ext.core.targets import Targets, find_modules
 
 
@@ -21,7 +22,8 @@ def capture(
     """Hand every input (or output) of the target modules to `sink` while the context is open.
 
     The model computes exactly what it computes without the hooks; they are removed on leaving, also
-    after an exception. LoRA layers are seen through: the input of a wrapped Linear is its own.
+    after an exception. Calls by other threads are not captured. LoRA layers are seen through: the
+    input of a wrapped Linear is its own.
 
     Args:
         model: module that holds the targets.
@@ -41,9 +43,14 @@ def capture(
         raise ValueError(f"`side` must be 'input' or 'output', got {side!r}.")
     modules = find_modules(model, targets)
     refuse_fused(model, modules)
-    with ExitStack() as hooks:
+    with CallScope() as scope, ExitStack() as hooks:
+
+        def take(name: str, features: torch.Tensor) -> None:
+            if torch.compiler.is_compiling() or scope.covers_this_call():
+                sink(name, features)
+
         for name, module in modules.items():
-            hooks.callback(_register(module, name, sink, side).remove)
+            hooks.callback(_register(module, name, take, side).remove)
         yield list(modules)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,7 +12,11 @@ from typing import Any
 import torch
 from diffusers.models.attention import AttentionMixin
 
+from diffusers_ext.core.call_scopes import CallScope
 from diffusers_ext.core.targets import match_names
+
+
+_LOCK = threading.RLock()
 
 
 class WrappingAttnProcessor:
@@ -41,8 +46,10 @@ class WrappingAttnProcessor:
 class _BoundAttnProcessor:
     """One layer's processor while `use_processors` is open."""
 
-    def __init__(self, prototype: WrappingAttnProcessor, name: str, inner: Any) -> None:
-        self.prototype, self.name, self.inner = prototype, name, inner
+    def __init__(
+        self, prototype: WrappingAttnProcessor, name: str, inner: Any, scope: CallScope
+    ) -> None:
+        self.prototype, self.name, self.inner, self.scope = prototype, name, inner, scope
 
 
 def _inner_attribute(name: str) -> property:
@@ -61,6 +68,8 @@ def _bound_class(inner_class: type) -> type[_BoundAttnProcessor]:
     signature = inspect.signature(inner_class.__call__)
 
     def __call__(self, attn, hidden_states, *args, **kwargs):
+        if not torch.compiler.is_compiling() and not self.scope.covers_this_call():
+            return self.inner(attn, hidden_states, *args, **kwargs)
         # Not every processor has `encoder_hidden_states` in the same place.
         given = signature.bind(self, attn, hidden_states, *args, **kwargs).arguments
         encoder = kwargs.get("encoder_hidden_states", given.get("encoder_hidden_states"))
@@ -85,7 +94,8 @@ def use_processors(
 
     Each layer's own processor goes on computing the attention. On leaving, also after an exception,
     every layer of the model has the processor object back that it had on entering. Uses may be
-    nested. A backward pass with gradient checkpointing belongs inside the context.
+    nested; those of several threads may overlap, and each acts on the calls of its own thread. A
+    backward pass with gradient checkpointing belongs inside the context.
 
     Args:
         model: a diffusers UNet or transformer.
@@ -109,8 +119,32 @@ def use_processors(
         raise TypeError(
             f"`processor` must be a WrappingAttnProcessor, got {type(processor).__name__}."
         )
-    originals = dict(model.attn_processors)
-    names = [key.removesuffix(".processor") for key in originals]
+    with CallScope() as scope:
+        with _LOCK:
+            originals = dict(model.attn_processors)
+            bound = _bind(model, processor, targets, scope)
+        try:
+            with _LOCK:
+                model.set_attn_processor({**originals, **bound})
+            yield [key.removesuffix(".processor") for key in bound]
+        finally:
+            with _LOCK:
+                now = model.attn_processors
+                model.set_attn_processor({
+                    key: _without(processor, scope, originals[key])
+                    for key, processor in now.items()
+                })  # fmt: skip
+
+
+def _bind(
+    model: AttentionMixin,
+    processor: WrappingAttnProcessor,
+    targets: str | Sequence[str],
+    scope: CallScope,
+) -> dict[str, _BoundAttnProcessor]:
+    """`{name of a processor: bound processor}` of the chosen layers; nothing is installed."""
+    processors = model.attn_processors
+    names = [key.removesuffix(".processor") for key in processors]
     chosen = match_names(names, targets, f"attention layers of {type(model).__name__}")
     layers = {name: model.get_submodule(name) for name in chosen}
     for name, layer in layers.items():
@@ -120,13 +154,38 @@ def use_processors(
                 "`unfuse_qkv_projections()` first."
             )
     processor.check_layers(layers)
-    bound = dict(originals)
-    for name in chosen:
-        inner = originals[f"{name}.processor"]
-        bound[f"{name}.processor"] = _bound_class(type(inner))(processor, name, inner)
-    try:
-        model.set_attn_processor(bound)
-        yield chosen
-    finally:
-        # It pops from the dictionary that it is given.
-        model.set_attn_processor(dict(originals))
+    bound = {}
+    for key in (f"{name}.processor" for name in chosen):
+        inner = processors[key]
+        name = key.removesuffix(".processor")
+        bound[key] = _bound_class(type(inner))(processor, name, inner, scope)
+    return bound
+
+
+def _without(now: Any, scope: CallScope, original: Any) -> Any:
+    """A layer's processor without the wrapping of one use; those of other threads stay.
+
+    Args:
+        now: the layer's processor.
+        scope: of the use that ends.
+        original: the processor when the use began, which comes back where another was put since.
+    """
+    outer, processor = None, now
+    while isinstance(processor, _BoundAttnProcessor):
+        if processor.scope is scope:
+            if outer is None:
+                return processor.inner
+            outer.inner = processor.inner
+            return now
+        outer, processor = processor, processor.inner
+    if processor is _innermost(original):
+        return now
+    while isinstance(original, _BoundAttnProcessor) and not original.scope.is_open:
+        original = original.inner
+    return original
+
+
+def _innermost(processor: Any) -> Any:
+    while isinstance(processor, _BoundAttnProcessor):
+        processor = processor.inner
+    return processor

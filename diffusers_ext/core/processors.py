@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from diffusers_ext.core.call_scopes import CallScope
 from diffusers_ext.core.capture import Sink, first_tensor
 from diffusers_ext.core.processor_wrapping import WrappingAttnProcessor, use_processors
 
@@ -111,11 +112,11 @@ class ProjectAttnProcessor(WrappingAttnProcessor):
         self, name: str, attn: torch.nn.Module, hidden_states: Any, encoder_hidden_states: Any
     ) -> Iterator[None]:
         """Hook the LoRA branches of the layer while its attention is computed."""
-        with ExitStack() as hooks:
+        with CallScope() as scope, ExitStack() as hooks:
             if self.strength != 0:
                 for linear, module in self._covered(name, attn):
                     for lora_A in _lora_branches(linear, module):
-                        hook = functools.partial(self._project, self.projections[linear])
+                        hook = functools.partial(self._project, self.projections[linear], scope)
                         hooks.callback(lora_A.register_forward_pre_hook(hook).remove)
             yield
 
@@ -125,8 +126,14 @@ class ProjectAttnProcessor(WrappingAttnProcessor):
                 yield path, module
 
     def _project(
-        self, matrix: torch.Tensor, _: torch.nn.Module, args: tuple[torch.Tensor]
-    ) -> torch.Tensor:
+        self,
+        matrix: torch.Tensor,
+        scope: CallScope,
+        _: torch.nn.Module,
+        args: tuple[torch.Tensor],
+    ) -> torch.Tensor | None:
+        if not torch.compiler.is_compiling() and not scope.covers_this_call():
+            return None  # another thread is in this layer
         x = args[0]
         # The matrices are held by `projections`, so their ids stay theirs; Linears share matrices.
         key = (id(matrix), x.dtype, x.device)

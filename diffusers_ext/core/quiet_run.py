@@ -9,18 +9,20 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.core.held_attributes import held_attribute
+
 
 @contextmanager
 def module_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
-    """Modules and all their parts in eval mode; each part's own mode comes back."""
-    training = [part for module in modules for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
+    """Modules and all their parts in eval mode; each part's own mode comes back.
+
+    With several threads it is back once the last of them is done.
+    """
+    parts = dict.fromkeys(part for module in modules for part in module.modules())
+    with ExitStack() as restore:
+        for part in parts:
+            restore.enter_context(held_attribute(part, "training", False))
         yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def eval_mode(pipeline: DiffusionPipeline) -> AbstractContextManager[None]:
@@ -31,15 +33,15 @@ def eval_mode(pipeline: DiffusionPipeline) -> AbstractContextManager[None]:
 
 @contextmanager
 def quiet_run(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Run a pipeline in eval mode, without its bar and on a copy of its scheduler; all come back."""
-    scheduler, had_bar = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", None)
-    with ExitStack() as restore:
-        restore.callback(setattr, pipeline, "scheduler", scheduler)
-        if had_bar is None:
-            restore.callback(lambda: pipeline.__dict__.pop("_progress_bar_config", None))
-        else:
-            restore.callback(setattr, pipeline, "_progress_bar_config", had_bar)
-        pipeline.scheduler = copy.deepcopy(scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        restore.enter_context(eval_mode(pipeline))
+    """Run a pipeline in eval mode, without its bar and on a copy of its scheduler; all come back.
+
+    They are back once the last of several threads is done; but a pipeline has one scheduler, so that
+    threads that draw at the same time need a pipeline each (`from_pipe` shares the models).
+    """
+    scheduler, no_bar = copy.deepcopy(pipeline.scheduler), {"disable": True}
+    with (
+        held_attribute(pipeline, "scheduler", scheduler),
+        held_attribute(pipeline, "_progress_bar_config", no_bar),
+        eval_mode(pipeline),
+    ):
         yield

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
+
+from diffusers_ext.core.held_attributes import held_attribute
 
 
 @contextmanager
 def exact_float32_matmul(device_type: str) -> Iterator[None]:
     """Products of float32 matrices in full float32, also under autocast.
 
-    TF32 or bfloat16 would leave three digits of a Gram matrix.
+    TF32 or bfloat16 would leave three digits of a Gram matrix. The precision is one of the whole
+    process: it is back once the last of all threads is done.
     """
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for setting, precision in zip(settings, before):
-            # Back to inheriting the precision of `torch.backends`, where that is what it did.
-            setting.fp32_precision = "none"
-            if setting.fp32_precision != precision:
-                setting.fp32_precision = precision
+    with ExitStack() as stack:
+        for setting in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            stack.enter_context(held_attribute(setting, "fp32_precision", "ieee", _set_precision))
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def _set_precision(setting: object, name: str, precision: str) -> None:
+    # Back to inheriting the precision of `torch.backends`, where that is what it did.
+    setattr(setting, name, "none")
+    if getattr(setting, name) != precision:
+        setattr(setting, name, precision)
 
 
 def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import Attention
 
+from diffusers_ext.core.call_scopes import CallScope
 from diffusers_ext.eraser.attention_mass import Rotary, attention_mass, rotate_video, standardize
 
 
@@ -29,7 +30,17 @@ class ConceptAttention:
         self._total: torch.Tensor | None = None
         self._heads: list[torch.Tensor] = []
         self._layers = 0
-        self.running = False  # inside of a forward of the transformer
+        self._scope = CallScope()
+        self._in_forward = False
+
+    def reading(self) -> CallScope:
+        """A context outside of which, as in other threads, nothing is read."""
+        return self._scope
+
+    @property
+    def running(self) -> bool:
+        """Inside of a forward of the transformer that is to be read."""
+        return self._in_forward and self._scope.covers_this_call()
 
     @property
     def maps(self) -> torch.Tensor:
@@ -56,11 +67,13 @@ class ConceptAttention:
     def begin(self, *_: Any) -> None:
         """Forget the forward before."""
         # A recomputation by gradient checkpointing runs blocks outside of a forward.
-        self._total, self._heads, self._layers, self.running = None, [], 0, True
+        if self._scope.covers_this_call():
+            self._total, self._heads, self._layers, self._in_forward = None, [], 0, True
 
     def end(self, *_: Any) -> None:
         """Hear nothing more until the next forward."""
-        self.running = False
+        if self._scope.covers_this_call():
+            self._in_forward = False
 
     def check_text(self, batch: int, text: int) -> None:
         """Refuse a forward of another batch or text length than that of `token_mask`."""
@@ -134,7 +147,7 @@ def concept_attention(
     """Read how strongly the video looks at a concept in every forward while the context is open.
 
     The model computes exactly what it computes without; hooks are removed on leaving, also after an
-    exception. A backward pass with gradient checkpointing adds nothing.
+    exception. A backward pass with gradient checkpointing adds nothing, nor do other threads.
 
     Args:
         transformer: a `CogVideoXTransformer3DModel`, plain or wrapped by PEFT.
@@ -170,7 +183,7 @@ def concept_attention(
             f"`head_weights` must be (layers, heads) = {shape}, got {tuple(head_weights.shape)}."
         )
     attention = ConceptAttention(token_mask, chunk_size, head_weights, keep_heads)
-    with ExitStack() as hooks:
+    with attention.reading(), ExitStack() as hooks:
         for name, module in modules.items():
             reader = _LayerReader(name, attention)
             for handle in (

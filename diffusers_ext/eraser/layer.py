@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
+
+from diffusers_ext.core.call_scopes import CallScope
 
 
 Recorder = Callable[[dict[str, torch.Tensor]], None]
@@ -34,6 +38,38 @@ class EraserProjection(nn.Linear):
         return functional.linear(features, weight, bias)
 
 
+_GATE_LOCK = threading.Lock()
+
+
+class ThreadGate(threading.local):
+    """Whether erasers are on in this thread, as a tensor of one or zero.
+
+    A compiled graph cannot read a context variable. It reads this tensor, at every call, as the
+    calling thread has it, and is neither broken nor compiled again.
+    """
+
+    def __init__(self) -> None:
+        self.openness = torch.ones((), device="cpu", dtype=torch.float32)
+        self.closings = [0]
+
+    def __reduce__(self) -> tuple[type[ThreadGate], tuple[()]]:
+        return type(self), ()  # a copy of the model has gates of its own
+
+    def close(self) -> Callable[[], None]:
+        """Close it in this thread; returns what takes that back, from any thread."""
+        openness, closings = self.openness, self.closings
+        with _GATE_LOCK:
+            closings[0] += 1
+            openness.fill_(0.0)
+
+        def reopen() -> None:
+            with _GATE_LOCK:
+                closings[0] -= 1
+                openness.fill_(float(closings[0] == 0))
+
+        return reopen
+
+
 class EraserLayer(nn.Module, BaseTunerLayer):
     """Erasers after the output projection of one joint attention, in the place of its dropout.
 
@@ -45,6 +81,10 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     (https://arxiv.org/abs/2311.17717). `up` starts at zero, so a new eraser changes nothing. The
     weights are float32 and cast to the dtype of the tokens when used. GELU lies between the two
     projections, so an eraser cannot be merged.
+
+    In its place the layer does what the dropout does. It adds in a hook on the attention, whose
+    output is `(video, text)`: nothing is noted between two calls, so that several threads may run one
+    model with prompts of different lengths.
 
     Args:
         base_layer: the dropout that ends the attention's output projection.
@@ -67,10 +107,10 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         self.unscaled: dict[str, list[tuple[float, float]]] = {}
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self.bypassed = False
+        self.off: list[CallScope] = []
+        self.gate = ThreadGate()
         self.recorders: list[Recorder] = []
-        self.text_length: int | None = None
-        self._text_hook: Any = None
+        self._attention_hook: Any = None
         self.train(base_layer.training)
 
     def update_layer(
@@ -100,23 +140,39 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         self.unscaled[adapter_name] = []
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Tokens `(batch, text + video, dim)` to tokens of the same shape and dtype."""
-        hidden_states = self.base_layer(hidden_states)
+        """What the dropout does; the erasers come after the attention, see `add_to_video`."""
+        return self.base_layer(hidden_states)
+
+    def add_to_video(self, video: torch.Tensor) -> torch.Tensor:
+        """Video tokens `(batch, video, dim)` to tokens of the same shape and dtype."""
         names = [name for name in self.active_adapters if name in self.eraser_down]
         if not names or self.disable_adapters or self.bypassed:
-            return hidden_states
-        if self.text_length is None:
-            raise ValueError(
-                "`EraserLayer` must run inside its attention, which tells it the number of text "
-                "tokens; got called without `encoder_hidden_states`."
-            )
-        text, video = hidden_states.tensor_split((self.text_length,), dim=1)
+            return video
         added = {name: self.erase(name, video) for name in names}
         for recorder in self.recorders:
             recorder(added)
         for output in added.values():
             video = video + output
-        return torch.cat((text, video), dim=1)
+        return video
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether the calling thread or task has switched the erasers off by `switched_off`."""
+        # A compiled graph multiplies by the gate instead.
+        if torch.compiler.is_compiling():
+            return False
+        return any(scope.covers_this_call() for scope in tuple(self.off))
+
+    @contextmanager
+    def switched_off(self, scope: CallScope) -> Iterator[None]:
+        """Add nothing in calls that `scope` covers, while the context is open."""
+        self.off.append(scope)
+        reopen = self.gate.close()
+        try:
+            yield
+        finally:
+            reopen()
+            self.off.remove(scope)
 
     def erase(self, adapter_name: str, video: torch.Tensor) -> torch.Tensor:
         """What one eraser adds: `scale * up(GELU(down(x)))`.
@@ -129,7 +185,10 @@ class EraserLayer(nn.Module, BaseTunerLayer):
             `(batch, video, dim)` in the dtype of `video`.
         """
         hidden = functional.gelu(self.eraser_down[adapter_name](video))
-        output = self.eraser_up[adapter_name](hidden, self.scale_tensors[adapter_name])
+        scale = self.scale_tensors[adapter_name]
+        if torch.compiler.is_compiling():
+            scale = scale * self.gate.openness
+        output = self.eraser_up[adapter_name](hidden, scale)
         return output.to(video.dtype)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -187,18 +246,16 @@ class EraserLayer(nn.Module, BaseTunerLayer):
             self.forget_attention()
 
     def watch_attention(self, attention: nn.Module) -> None:
-        """Note the number of text tokens whenever `attention` runs, until `forget_attention`."""
-        if self._text_hook is None:
-            self._text_hook = attention.register_forward_pre_hook(
-                _note_text_length, with_kwargs=True
-            )
+        """Add to the video tokens whenever `attention` has run, until `forget_attention`."""
+        if self._attention_hook is None:
+            self._attention_hook = attention.register_forward_hook(_add_to_video)
             self._remove_hook_with_layer()
 
     def forget_attention(self) -> None:
         """Remove the hook of `watch_attention`."""
-        if self._text_hook is not None:
-            self._text_hook.remove()
-        self._text_hook = self.text_length = None
+        if self._attention_hook is not None:
+            self._attention_hook.remove()
+        self._attention_hook = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -206,8 +263,8 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def _remove_hook_with_layer(self) -> None:
         # diffusers' `unload_lora` drops layers without a word to them.
-        if self._text_hook is not None:
-            weakref.finalize(self, self._text_hook.remove)
+        if self._attention_hook is not None:
+            weakref.finalize(self, self._attention_hook.remove)
 
     def _own_active_adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.scaling]
@@ -229,9 +286,16 @@ def refuse_merge(names: list[str]) -> None:
     )
 
 
-def _note_text_length(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _add_to_video(attention: nn.Module, _: tuple, output: Any) -> Any:
     # The layer is looked up, not bound, so that the hook of a deep copy serves the copy.
     layer = attention.to_out[1]
-    if isinstance(layer, EraserLayer):
-        text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-        layer.text_length = None if text is None else text.shape[1]
+    if not isinstance(layer, EraserLayer):
+        return output
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise ValueError(
+            "A joint attention with an eraser must give (video, text), got a "
+            f"{type(output).__name__} from {type(attention.processor).__name__}. Set a processor "
+            "of CogVideoX."
+        )
+    video, text = output
+    return layer.add_to_video(video), text

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusers_ext.core.call_scopes import CallScope
 from diffusers_ext.core.targets import natural_key
 from diffusers_ext.eraser.layer import EraserLayer, Recorder
 
@@ -38,23 +39,22 @@ def eraser_layers(model: nn.Module) -> dict[str, EraserLayer]:
 
 @contextmanager
 def erasers_disabled(model: nn.Module) -> Iterator[None]:
-    """Make the model what it was before the erasers, while the context is open.
+    """Make the model what it was before the erasers, for calls made inside of the context.
 
-    LoRAs stay on, and nothing becomes trainable or frozen. On leaving, also after an exception,
-    each layer is as it was. A model without erasers is left alone.
+    Like `torch.no_grad` it is for the thread or task that opened it: a model that serves another
+    request in another thread keeps its erasers. Contexts may overlap, and close in any order. LoRAs
+    stay on, and nothing becomes trainable or frozen. After the last one each layer is as it was, also
+    after an exception. A model without erasers is left alone.
 
     Args:
-        model: a transformer, with or without a PEFT model around it.
+        model: a transformer, with or without a PEFT model around it; compiled ones are not compiled
+            again, and follow the thread, not the task.
     """
-    layers = list(eraser_layers(model).values())
-    before = [layer.bypassed for layer in layers]
-    try:
-        for layer in layers:
-            layer.bypassed = True
+    with ExitStack() as stack:
+        scope = stack.enter_context(CallScope())
+        for layer in eraser_layers(model).values():
+            stack.enter_context(layer.switched_off(scope))
         yield
-    finally:
-        for layer, bypassed in zip(layers, before, strict=True):
-            layer.bypassed = bypassed
 
 
 @contextmanager
@@ -63,8 +63,8 @@ def eraser_outputs(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Keep what the erasers add to the video tokens in the first forward pass of the context.
 
-    Later passes, and the recomputation of gradient checkpointing, change nothing of it. Gradients
-    flow through what is kept, also after the context is closed.
+    Later passes, the recomputation of gradient checkpointing and passes of other threads change
+    nothing of it. Gradients flow through what is kept, also after the context is closed.
 
     Args:
         model: a transformer with erasers.
@@ -82,8 +82,9 @@ def eraser_outputs(
     layers = _layers_with(model, adapter_name)
     outputs: dict[str, torch.Tensor] = {}
     stores = [outputs]
-    recorders = {name: _recorder(name, adapter_name, reduce, stores) for name in layers}
-    with ExitStack() as stack:
+    scope = CallScope()
+    recorders = {name: _recorder(name, adapter_name, reduce, stores, scope) for name in layers}
+    with scope, ExitStack() as stack:
         # A graph holds the recorders that it is recomputed with: they must not hold its tensors.
         stack.callback(stores.clear)
         if reduce is not None:
@@ -141,6 +142,7 @@ def _recorder(
     adapter_name: str | None,
     reduce: Reduce | None,
     stores: list[dict[str, torch.Tensor]],
+    scope: CallScope,
 ) -> Recorder:
     def record(added: dict[str, torch.Tensor]) -> None:
         if adapter_name is None:
@@ -151,8 +153,9 @@ def _recorder(
             return
         # Recomputed too: gradient checkpointing counts the tensors that it saves.
         kept = output if reduce is None else reduce(name, output)
-        for outputs in stores:
-            outputs.setdefault(name, kept)
+        if torch.compiler.is_compiling() or scope.covers_this_call():
+            for outputs in stores:
+                outputs.setdefault(name, kept)
 
     return record
 

@@ -7,6 +7,7 @@ import torch
 
 from diffusers_ext.core.capture import capture, first_tensor, refuse_fused
 from diffusers_ext.core.targets import find_modules
+from tests.in_a_thread import in_a_thread
 from tests.tiny_lora import add_random_lora
 from tests.tiny_models import DENOISERS, flux, pixart, sd_unet
 
@@ -178,3 +179,13 @@ def test_unknown_side_is_an_error():
         capture(sd_unet().model, QKV, Store(), side="both"),
     ):
         pass
+
+
+@torch.no_grad()
+def test_what_other_threads_run_is_not_captured():
+    tiny, store = sd_unet(), Store()
+    with capture(tiny.model, "*attn2.to_k", store) as names:
+        in_a_thread(torch.no_grad()(tiny.run))
+        assert not store
+        tiny.run()
+    assert set(store) == set(names)

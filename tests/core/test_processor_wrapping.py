@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.processor_wrapping import WrappingAttnProcessor, use_processors
+from tests.in_a_thread import in_a_thread
 from tests.tiny_lora import add_random_lora
 from tests.tiny_models import DENOISERS, flux, hunyuan_dit, sd_unet, wan
 
@@ -242,3 +243,26 @@ def test_prototype_is_no_processor_by_itself():
         use_processors(tiny.model, WrappingAttnProcessor()),
     ):
         tiny.run()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", ["first", "second"])
+def test_uses_of_two_threads_overlap(last):
+    tiny = sd_unet()
+    originals = tiny.model.attn_processors
+    recorders = {"first": Recorder(), "second": Recorder()}
+    uses = {
+        name: use_processors(tiny.model, recorders[name], targets)
+        for name, targets in (("first", "*attn2"), ("second", ["*attn2", "mid_block*"]))
+    }
+    for use in uses.values():
+        use.__enter__()
+    in_a_thread(torch.no_grad()(tiny.run))
+    assert not any(recorder.seen for recorder in recorders.values())
+    (other,) = uses.keys() - {last}
+    uses[other].__exit__(None, None, None)
+    tiny.run()
+    assert not recorders[other].seen
+    assert recorders[last].seen
+    uses[last].__exit__(None, None, None)
+    assert same_processors(tiny.model, originals)

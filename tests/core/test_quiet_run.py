@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.core.quiet_run import module_eval_mode, quiet_run
 
 
 @pytest.fixture
@@ -47,3 +47,19 @@ def test_the_users_bar_settings_come_back_after_an_exception(pipeline, settings)
         raise KeyError("interrupted")
     assert vars(pipeline) == before
     assert getattr(pipeline, "_progress_bar_config", None) == settings
+
+
+def test_runs_that_overlap_leave_what_the_first_found(pipeline):
+    scheduler, unet = pipeline.scheduler, pipeline.unet.train()
+    before = dict(vars(pipeline))
+    modes = {name: part.training for name, part in unet.named_modules()}
+    first, second = quiet_run(pipeline), quiet_run(pipeline)
+    first.__enter__()
+    with module_eval_mode(unet.conv_in):
+        second.__enter__()
+    first.__exit__(None, None, None)
+    assert pipeline.scheduler is not scheduler
+    assert not any(part.training for part in unet.modules())
+    second.__exit__(None, None, None)
+    assert vars(pipeline) == before
+    assert {name: part.training for name, part in unet.named_modules()} == modes

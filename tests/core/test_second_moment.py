@@ -191,3 +191,17 @@ def test_compressed_moment_that_is_not_finite_is_found():
     low_rank.vectors[0, 0] = float("nan")
     with pytest.raises(ValueError, match="`text` must be finite, got a compressed moment"):
         low_rank.check_finite("text")
+
+
+def test_exact_products_of_threads_that_overlap_leave_the_precision_as_it_was():
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    first, second = exact_float32_matmul("cpu"), exact_float32_matmul("cpu")
+    first.__enter__()
+    try:
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert [setting.fp32_precision for setting in settings] == ["ieee"] * 2
+    finally:
+        second.__exit__(None, None, None)
+    assert [setting.fp32_precision for setting in settings] == before

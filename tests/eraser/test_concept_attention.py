@@ -6,6 +6,7 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
 from diffusers_ext.eraser.concept_attention import concept_attention
 from tests.eraser.plain_attention import TEXT, VIDEO, plain_maps, rotary
+from tests.in_a_thread import in_a_thread
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer
 
 
@@ -216,3 +217,17 @@ def test_an_attention_mask_is_refused():
         concept_attention(transformer, token_mask((1,), (2,))),
     ):
         transformer(**inputs(**extra))
+
+
+def test_other_threads_are_not_read():
+    transformer = model()
+
+    def other_request():
+        with torch.no_grad():
+            transformer(**inputs(batch=1))
+
+    with torch.no_grad(), concept_attention(transformer, token_mask((1,), (2,))) as attention:
+        transformer(**inputs())
+        maps = attention.maps
+        in_a_thread(other_request)  # of another batch than the mask's
+        assert torch.equal(attention.maps, maps)

@@ -19,7 +19,7 @@ A_LORA_BESIDE = pytest.mark.filterwarnings("ignore:Already found a `peft_config`
 
 
 def hooked(model: torch.nn.Module) -> list[str]:
-    return [name for name, part in model.named_modules() if part._forward_pre_hooks]
+    return [name for name, part in model.named_modules() if part._forward_hooks]
 
 
 def two_erasers() -> tuple[torch.nn.Module, torch.Tensor, dict[str, torch.Tensor]]:

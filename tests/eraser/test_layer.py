@@ -21,7 +21,6 @@ def make_layer(*names: str, dtype: torch.dtype = torch.float32) -> EraserLayer:
     for name in names:
         layer.update_layer(name, 4, False, torch.device("cpu"))
     layer.set_adapter(list(names))
-    layer.text_length = TEXT
     return layer.to(dtype)
 
 
@@ -33,28 +32,27 @@ def added(layer: EraserLayer, name: str, video: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_it_adds_the_scaled_bottlenecks_to_the_video_tokens_only():
-    layer, tokens = make_layer("a", "b"), torch.randn(2, TEXT + 7, WIDTH)
+def test_it_adds_the_scaled_bottlenecks_to_the_video_tokens():
+    layer, video = make_layer("a", "b"), torch.randn(2, 7, WIDTH)
     layer.set_scale("a", 0.75)
     layer.set_scale("b", -2.0)
     layer.set_scale("absent", 3.0)
-    output = layer(tokens)
-    assert torch.equal(output[:, :TEXT], tokens[:, :TEXT])
-    video = tokens[:, TEXT:]
+    output = layer.add_to_video(video)
     expected = video + 0.75 * added(layer, "a", video) - 2.0 * added(layer, "b", video)
-    torch.testing.assert_close(output[:, TEXT:].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer(video), video)  # in its place it is the dropout
     assert layer.scaling == {"a": 0.75, "b": -2.0}
 
 
 @torch.no_grad()
 def test_scale_zero_and_a_zero_up_change_no_bit():
-    layer, tokens = make_layer("a"), torch.randn(2, TEXT + 7, WIDTH)
-    assert not torch.equal(layer(tokens), tokens)
+    layer, video = make_layer("a"), torch.randn(2, 7, WIDTH)
+    assert not torch.equal(layer.add_to_video(video), video)
     layer.set_scale("a", 0.0)
-    assert torch.equal(layer(tokens), tokens)
+    assert torch.equal(layer.add_to_video(video), video)
     layer.update_layer("a", 4, True, torch.device("cpu"))
     assert layer.scaling == {"a": 1.0}
-    assert torch.equal(layer(tokens), tokens)
+    assert torch.equal(layer.add_to_video(video), video)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -102,15 +100,6 @@ def test_a_factor_of_zero_is_taken_back_as_well():
     assert layer.scaling["a"] == layer.scale_tensors["a"].item() == 1.0
 
 
-def test_it_refuses_to_run_outside_its_attention():
-    layer = make_layer("a")
-    layer.text_length = None
-    with pytest.raises(ValueError, match="`EraserLayer` must run inside its attention"):
-        layer(torch.randn(1, 8, WIDTH))
-    layer.enable_adapters(False)
-    layer(torch.randn(1, 8, WIDTH))
-
-
 def test_it_is_never_merged():
     layer = make_layer("a", "b")
     with pytest.raises(NotImplementedError, match="Erasers cannot be merged.*\\['a', 'b'\\]"):
@@ -123,27 +112,38 @@ def test_it_is_never_merged():
     assert not layer.supports_lora_conversion()
 
 
-def test_the_text_length_is_noted_however_the_attention_is_called():
-    class Attention(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.to_out = nn.ModuleList([nn.Identity(), layer])
+class Attention(nn.Module):
+    """A joint attention that passes on what it gets, with an eraser's layer at its end."""
 
-        def forward(self, hidden_states, encoder_hidden_states=None):
-            return self.to_out[1].text_length
+    processor = None
 
+    def __init__(self, layer):
+        super().__init__()
+        self.to_out = nn.ModuleList([nn.Identity(), layer])
+
+    def forward(self, *tokens):
+        return tokens
+
+
+def test_the_attention_gives_the_video_with_what_is_added():
     layer = make_layer("a")
     attention = Attention(layer)
     layer.watch_attention(attention)
     layer.watch_attention(attention)
-    assert len(attention._forward_pre_hooks) == 1
-    video, text = torch.zeros(1, 4, 2), torch.zeros(1, 3, 2)
-    assert attention(video, encoder_hidden_states=text) == 3
-    assert attention(video, text[:, :2]) == 2
-    assert attention(video) is None
+    assert len(attention._forward_hooks) == 1
+    video, text = torch.randn(1, 4, WIDTH), torch.randn(1, TEXT, WIDTH)
+    erased, same_text = attention(video, text)
+    assert torch.equal(erased, layer.add_to_video(video))
+    assert torch.equal(same_text, text)
+    with pytest.raises(
+        ValueError, match=r"must give \(video, text\), got a tuple.*processor of Cog"
+    ):
+        attention(video)
+    attention.to_out[1] = layer.base_layer
+    assert attention(video, text)[0] is video
     layer.forget_attention()
     layer.forget_attention()
-    assert not attention._forward_pre_hooks
+    assert not attention._forward_hooks
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_copied_model_is_independent(duplicate):
     assert torch.equal(velocity(twin), velocity(model))
     twin.unload_lora()
     gc.collect()
-    assert not any(module._forward_pre_hooks for module in twin.modules())
+    assert not any(module._forward_hooks for module in twin.modules())
 
 
 def test_a_new_layer_is_in_the_mode_of_the_model():

@@ -34,7 +34,7 @@ def state_of(model: torch.nn.Module) -> dict:
     return {
         "modules": {name: type(part) for name, part in model.named_modules()},
         "training": [part.training for part in model.modules()],
-        "hooks": {n: len(p._forward_pre_hooks) for n, p in model.named_modules()},
+        "hooks": {n: len(p._forward_hooks) for n, p in model.named_modules()},
         "trainable": {name: part.requires_grad for name, part in model.named_parameters()},
         "adapters": list(getattr(model, "peft_config", {})),
         "loaded": bool(model._hf_peft_config_loaded),
