@@ -141,9 +141,35 @@ def add_covariance_arguments(parser: argparse.ArgumentParser) -> None:
     """What is made of collected statistics."""
     group = parser.add_argument_group("statistics")
     group.add_argument("--compress", type=float, help="keep this share of the energy, e.g. 0.999")
-    group.add_argument("--export_layout", action="store_true", help="also as a tree of npy files")
-    group.add_argument("--visual_attention_map", action="store_true", help="draw attention maps")
+    group.add_argument(
+        "--export_layout",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also as a tree of npy files",
+    )
+    group.add_argument(
+        "--layout_timesteps",
+        nargs="+",
+        help="of the tree: all (that the run visits), or numbers; 0 without it",
+    )
+    group.add_argument(
+        "--layout_dir", default="layout", help="folder of the tree, below the output folder"
+    )
+    group.add_argument(
+        "--visual_attention_map",
+        action="store_true",
+        help="draw attention maps, of every timestep and layer",
+    )
     group.add_argument("--num_attention_maps", type=int, default=4, help="of the first prompts")
+
+
+def add_attention_argument(parser: argparse.ArgumentParser) -> None:
+    """How the UNet computes attention."""
+    parser.add_argument(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="xFormers in place of PyTorch's own memory-efficient attention",
+    )
 
 
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,10 +261,24 @@ NULL_SPACE_GROUPS = (
     add_sampling_arguments,
     add_knowledge_arguments,
     add_covariance_arguments,
+    add_attention_argument,
     add_subject_arguments,
     add_null_space_arguments,
     add_evaluation_arguments,
 )
+
+
+def read_timesteps(value: Sequence[str] | None) -> str | list[int] | None:
+    """`--layout_timesteps` as `"all"`, or different numbers that are not negative; `None` as it is."""
+    if value is None or list(value) == ["all"]:
+        return value if value is None else "all"
+    try:
+        timesteps = [int(timestep) for timestep in value]
+    except ValueError as error:
+        raise ValueError(f"`layout_timesteps` must be 'all' or numbers, got {value}.") from error
+    if min(timesteps) < 0 or len(set(timesteps)) < len(timesteps):
+        raise ValueError(f"`layout_timesteps` must be different and not negative, got {timesteps}.")
+    return timesteps
 
 
 def argument_names(groups: Sequence[Callable[[argparse.ArgumentParser], None]]) -> set[str]:

@@ -24,6 +24,7 @@ from diffusers_ext.nullspace.slots import FEATURES, check_features
 from training.argument_rules import check_values
 from training.arguments import (
     NULL_SPACE_GROUPS,
+    add_attention_argument,
     add_covariance_arguments,
     add_hub_arguments,
     add_knowledge_arguments,
@@ -31,6 +32,7 @@ from training.arguments import (
     add_resume_argument,
     add_sampling_arguments,
     read_layers,
+    read_timesteps,
 )
 from training.collection_progress import check_resume, collection_facts, collection_progress
 from training.config_file import parse_arguments, read_nullbooth_block
@@ -38,7 +40,8 @@ from training.knowledge import collect, load_pipeline, read_knowledge
 from training.output_folder import staged_output
 from training.publish import collection_card, prepare_upload, publish_statistics
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
-from training.statistics_report import draw_attention_maps, has_matplotlib, write_statistics
+from training.statistics_report import has_matplotlib, write_statistics
+from training.statistics_tree import check_tree_room, draw_attention_maps, write_tree
 from training.upload import check_login
 
 
@@ -56,6 +59,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         add_sampling_arguments,
         add_knowledge_arguments,
         add_covariance_arguments,
+        add_attention_argument,
         add_hub_arguments,
     ):
         add_arguments(parser)
@@ -69,6 +73,9 @@ def check_args(args: argparse.Namespace) -> list[str]:
     chosen = check_features(args.features)
     args.features = [feature for feature in FEATURES if feature in chosen]  # in one order
     args.cross_attention_layers = read_layers(args.cross_attention_layers)
+    args.layout_timesteps = read_timesteps(args.layout_timesteps)
+    below = lambda value: not Path(value).is_absolute() and ".." not in Path(value).parts
+    check_values(args, ["layout_dir"], "below the output folder", below)
     counts = ("num_inference_steps", "statistics_batch_size", "num_attention_maps")
     check_values(args, counts, "at least 1", lambda value: value >= 1)
     check_values(args, ["nullspace_threshold"], "positive", lambda value: value > 0)
@@ -93,6 +100,10 @@ def main(args: argparse.Namespace) -> Path:
     pipeline = load_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
     if args.push_to_hub and accelerator.is_main_process:
         prepare_upload(args, collection_card(args, pipeline, prompts))
+    if args.export_layout:
+        check_tree_room(args, pipeline)  # here, not after the work
+    elif args.layout_timesteps is not None:
+        logger.warning("No tree is written: --layout_timesteps is read with --export_layout.")
     with collection_progress(args, facts, accelerator) as progress_dir:
         began = time.perf_counter()
         statistics = collect(args, pipeline, accelerator, prompts, progress_dir)
@@ -102,8 +113,11 @@ def main(args: argparse.Namespace) -> Path:
         if accelerator.is_main_process:
             with staged_output(args.output_dir, last=(CONFIG_NAME,)) as folder:
                 write_statistics(args, statistics, facts, folder)
+                run = folder
+                if args.export_layout:
+                    run = write_tree(args, pipeline, statistics, folder)
                 if args.visual_attention_map:
-                    draw_attention_maps(args, pipeline, prompts, folder)
+                    draw_attention_maps(args, pipeline, prompts, folder, run)
     logger.info(f"Wrote {args.output_dir}")
     if args.push_to_hub and accelerator.is_main_process:
         publish_statistics(args, pipeline, statistics)

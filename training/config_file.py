@@ -116,6 +116,10 @@ _BLOCK_NAMES = {
 }
 
 
+# What the block stands for where statistics are written.
+_TREE = {"export_layout": True, "layout_timesteps": "all", "layout_dir": "."}
+
+
 def read_nullbooth_block(
     values: dict[str, Any], covariance_dir: str = "statistics"
 ) -> dict[str, Any]:
@@ -124,7 +128,8 @@ def read_nullbooth_block(
     Args:
         values: content of the file.
         covariance_dir: the argument that `cov_matrices_output_dir` gives: `"statistics"` where they
-            are read, `"output_dir"` where they are written.
+            are read, `"output_dir"` where they are written: as the tree of npy files that readers of
+            the original system's files look for, at all timesteps of the run.
     """
     values = dict(values)
     block = values.pop("nullbooth", None) or {}
@@ -137,6 +142,8 @@ def read_nullbooth_block(
     flat = {names[key]: value for key, value in block.items()}
     if "features" in flat:
         flat["features"] = _chosen_features(flat["features"])
+    if block and covariance_dir == "output_dir":
+        values = {**_TREE, **values}
     # The file's `output_dir` is the trained model's; the statistics have a folder of their own.
     both = sorted((flat.keys() & values.keys()) - {"output_dir"})
     if both:

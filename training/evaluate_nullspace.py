@@ -33,6 +33,7 @@ from diffusers_ext.nullspace.prompts import read_prompts_file
 from training.argument_rules import check_values
 from training.arguments import (
     NULL_SPACE_GROUPS,
+    add_attention_argument,
     add_evaluation_arguments,
     add_model_arguments,
     add_sampling_arguments,
@@ -52,7 +53,12 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for add_arguments in (add_model_arguments, add_sampling_arguments, add_evaluation_arguments):
+    for add_arguments in (
+        add_model_arguments,
+        add_attention_argument,
+        add_sampling_arguments,
+        add_evaluation_arguments,
+    ):
         add_arguments(parser)
     required = ("pretrained_model_name_or_path", "lora", "knowledge_prompts", "output_dir")
     return parse_arguments(parser, input_args, required, read_nullbooth_block, NULL_SPACE_GROUPS)

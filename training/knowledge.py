@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import is_xformers_available
 
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.prompts import read_prompts_file
@@ -25,6 +26,9 @@ def load_pipeline(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """The base pipeline, frozen, in evaluation mode; the VAE stays in float32."""
+    with_xformers = getattr(args, "enable_xformers_memory_efficient_attention", False)
+    if with_xformers:
+        check_xformers()
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
@@ -43,7 +47,20 @@ def load_pipeline(
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
+    if with_xformers:
+        pipeline.unet.enable_xformers_memory_efficient_attention()
     return pipeline
+
+
+def check_xformers() -> None:
+    """Raise `ValueError` where xFormers cannot compute attention."""
+    if not is_xformers_available() or not torch.cuda.is_available():
+        lacking = "no CUDA device" if is_xformers_available() else "no such package"
+        raise ValueError(
+            "`enable_xformers_memory_efficient_attention` must have xFormers on a CUDA device, got "
+            f"{lacking}. Leave it out: PyTorch's scaled_dot_product_attention, which runs without "
+            "it, is memory-efficient as well."
+        )
 
 
 def decode_in_pipeline_dtype(pipeline: DiffusionPipeline) -> None:

@@ -19,7 +19,8 @@ def staged_output(output_dir: str | os.PathLike, last: Sequence[str] = ()) -> It
     After an exception nothing of it is left, nor is `output_dir` where it did not exist before.
 
     Args:
-        output_dir: the folder of the results; older files of the same names are replaced.
+        output_dir: the folder of the results; older files of the same names are replaced, and a
+            folder that is not there yet appears with all that is in it.
         last: names of files without which the results do not load. They are withdrawn before
             the others move and come last, so old and new are never taken for one result.
 
@@ -33,15 +34,21 @@ def staged_output(output_dir: str | os.PathLike, last: Sequence[str] = ()) -> It
     staging.mkdir(parents=True)
     try:
         yield staging
-        files = sorted(path for path in staging.rglob("*") if path.is_file())
-        files.sort(key=lambda path: path.name in last)
         for name in last:
             (output_dir / name).unlink(missing_ok=True)
-        for path in files:
-            target = output_dir / path.relative_to(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+        names = os.listdir(staging)
+        _move_contents(staging, output_dir, [name for name in names if name not in last])
+        _move_contents(staging, output_dir, [name for name in names if name in last])
     finally:
         shutil.rmtree(staging)
         if is_new and not any(output_dir.iterdir()):
             output_dir.rmdir()
+
+
+def _move_contents(source: Path, target: Path, names: Sequence[str]) -> None:
+    for name in sorted(names):
+        path, place = source / name, target / name
+        if path.is_dir() and not path.is_symlink() and place.is_dir():
+            _move_contents(path, place, os.listdir(path))
+        else:
+            os.replace(path, place)

@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline
-from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.nullspace.attention_maps import attention_maps
-from diffusers_ext.nullspace.plots import (
-    plot_attention_maps,
-    plot_null_dimensions,
-    plot_spectrum,
-)
+from diffusers_ext.nullspace.plots import plot_null_dimensions, plot_spectrum
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from training.knowledge import decode_in_pipeline_dtype
 
 
 logger = get_logger(__name__)
@@ -63,7 +55,7 @@ def _cell(value: Any) -> str:
 def write_statistics(
     args: argparse.Namespace, statistics: FeatureStatistics, facts: dict[str, Any], folder: Path
 ) -> None:
-    """Write the artifact, `report.json`, the plots and the layout into `folder`."""
+    """Write the artifact, `report.json` and the plots into `folder`."""
     threshold = args.nullspace_threshold or DEFAULT_THRESHOLD
     rows = report_rows(statistics, threshold)
     logger.info(f"Statistics (null_dims: eigenvalues below {threshold:g})\n{format_table(rows)}")
@@ -82,24 +74,3 @@ def write_statistics(
         plot_null_dimensions(statistics, folder / "plots" / "null_dimensions.png")
     else:
         logger.info("No plots: they need matplotlib, `pip install diffusers_ext[plots]`.")
-    if args.export_layout:
-        statistics.export_layout(folder / "layout", threshold=threshold)
-
-
-def draw_attention_maps(
-    args: argparse.Namespace, pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path
-) -> None:
-    """Write one picture of attention maps for each of the first `--num_attention_maps` prompts."""
-    decode_in_pipeline_dtype(pipeline)
-    shown = prompts[: args.num_attention_maps]
-    for index, prompt in enumerate(tqdm(shown, desc="attention maps")):
-        maps = attention_maps(
-            pipeline,
-            prompt,
-            layers=args.cross_attention_layers,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            negative_prompt=args.negative_prompt,
-            seed=args.seed + index,
-        )
-        plot_attention_maps(maps, folder / "plots" / f"attention_{index:03d}.png")

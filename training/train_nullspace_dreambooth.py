@@ -28,6 +28,7 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 from training.argument_rules import check_training_arguments
 from training.arguments import (
     NULL_SPACE_GROUPS,
+    add_attention_argument,
     add_hub_arguments,
     add_knowledge_arguments,
     add_model_arguments,
@@ -79,6 +80,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     for add_arguments in (
         add_model_arguments,
+        add_attention_argument,
         add_training_arguments,
         add_resume_argument,
         add_reporting_arguments,

@@ -33,7 +33,7 @@ def attention_maps(
     prompt: str,
     *,
     layers: str | Sequence[int] = "all",
-    steps: Sequence[int] | None = None,
+    steps: str | Sequence[int] | None = None,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
@@ -50,7 +50,8 @@ def attention_maps(
         pipeline: with a `UNet2DConditionModel`; it is left as it was.
         prompt: one prompt.
         layers: `"all"`, or indices of transformer blocks in natural order.
-        steps: which of the scheduler's timesteps to keep, from 0; five spread evenly when `None`.
+        steps: which of the scheduler's timesteps to keep, from 0; `"all"`, or five spread evenly
+            when `None`.
         num_inference_steps, guidance_scale, negative_prompt, height, width: of the run.
         seed: of the initial latents.
 
@@ -81,17 +82,33 @@ def attention_maps(
 
 
 def _choose_steps(
-    scheduler: SchedulerMixin, num_inference_steps: int, steps: Sequence[int] | None
+    scheduler: SchedulerMixin, num_inference_steps: int, steps: str | Sequence[int] | None
 ) -> list[int]:
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
     last = len(scheduler.timesteps) - 1
     if steps is None:
-        return sorted(set(torch.linspace(0, last, 5).round().int().tolist()))
+        return spread_steps(last + 1)
+    if isinstance(steps, str):
+        if steps != "all":
+            raise ValueError(f"`steps` must be 'all' or from 0 to {last}, got {steps!r}.")
+        return list(range(last + 1))
     steps = sorted({int(step) for step in steps})
     if not steps or steps[0] < 0 or steps[-1] > last:
         raise ValueError(f"`steps` must be from 0 to {last}, got {steps}.")
     return steps
+
+
+def spread_steps(count: int) -> list[int]:
+    """Five of so many steps, spread evenly; all where there are fewer."""
+    return sorted(set(torch.linspace(0, count - 1, 5).round().int().tolist()))
+
+
+def at_steps(maps: AttentionMaps, steps: Sequence[int]) -> AttentionMaps:
+    """The maps of some of the kept timesteps, by their positions."""
+    timesteps = [maps.timesteps[step] for step in steps]
+    chosen = {layer: kept[list(steps)] for layer, kept in maps.maps.items()}
+    return maps._replace(timesteps=timesteps, maps=chosen)
 
 
 class _AttentionRecorder:

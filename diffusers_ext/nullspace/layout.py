@@ -2,13 +2,14 @@
 
 The tree is `run_<time>/timestep_<number>/<layer>/` with `{q,k,v,out}_covariance.npy`,
 `_projection.npy` and `_metadata.json`. What is written is uncentred and pooled over timesteps,
-because one weight serves all timesteps.
+because one weight serves all timesteps: every timestep holds the same matrices, and its metadata say so.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -39,6 +40,8 @@ from diffusers_ext.nullspace.slots import split_linear_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
+logger = logging.getLogger(__name__)
+
 FACTS_NAME = "facts.json"  # fingerprints and prompts, which the tree has no other place for
 
 
@@ -49,9 +52,10 @@ def export_layout(
     threshold: float = 2e-2,
     run_name: str | None = None,
     timesteps: Sequence[int] | None = None,
+    step_links: bool = False,
     show_progress: bool = True,
 ) -> Path:
-    """Write statistics as a tree of npy files, whole or not at all.
+    """Write statistics as a tree of npy files, whole or not at all; its size is logged first.
 
     Float32 blurs eigenvalues below 1e-7 of the largest, so an exact null space does not survive
     the way back; `save_pretrained` keeps it.
@@ -62,14 +66,17 @@ def export_layout(
         threshold: eigenvalues of `C` below this absolute value are null in the projections.
         run_name: of the new folder, starting with `run_`; `run_<YYYYMMDD_HHMMSS>` when `None`.
         timesteps: write the same pooled matrices under each of them, for readers that look a
-            timestep up; `(0,)` when `None`.
+            timestep up; `(0,)` when `None`. Disk and time grow with their number.
+        step_links: also name the timesteps by their order, `step_000` the first given, as symbolic
+            links.
         show_progress: show a progress bar.
 
     Returns:
         The folder of the run.
 
     Raises:
-        ValueError: the run exists, or its name, the threshold or the timesteps are unfit.
+        ValueError: the run exists, its name, the threshold or the timesteps are unfit, or the disk
+            has too little room.
     """
     name = datetime.now().strftime("run_%Y%m%d_%H%M%S") if run_name is None else run_name
     timesteps = [0] if timesteps is None else [int(timestep) for timestep in timesteps]
@@ -77,12 +84,21 @@ def export_layout(
     target = Path(directory, name)
     if target.exists():
         raise ValueError(f"`run_name` must be new, got {name!r}, which {target.parent} holds.")
+    null_dims = {
+        key: null_dimensions(statistics.spectrum(key).values, threshold=threshold)
+        for key in statistics.moments
+    }
+    projected = {key for key, count in null_dims.items() if count}
+    size = len(timesteps) * layout_size(statistics.widths, statistics.sources, projected)
+    check_room(size, target.parent, len(timesteps))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
     try:
         keys = sorted(statistics.moments, key=natural_key)
         for key in tqdm(keys, desc="export", disable=not show_progress):
             _write_matrix(statistics, key, temporary, threshold, timesteps)
+        for index, timestep in enumerate(timesteps if step_links else ()):
+            (temporary / f"step_{index:03d}").symlink_to(f"timestep_{timestep:04d}")
         write_atomically(temporary / FACTS_NAME, json.dumps(statistics.facts, indent=2) + "\n")
         temporary.chmod(0o755)
         temporary.rename(target)
@@ -90,6 +106,48 @@ def export_layout(
         shutil.rmtree(temporary)
         raise
     return target
+
+
+def layout_size(
+    widths: dict[str, int],
+    sources: dict[str, str] | None = None,
+    projected: set[str] | None = None,
+) -> int:
+    """Bytes that one timestep of a tree takes, without its small metadata.
+
+    Args:
+        widths: `{dotted name of a Linear: in_features}`.
+        sources: `{dotted name of a Linear: key}`, with `projected`.
+        projected: keys whose matrices have null dimensions, and so a projection; all when `None`.
+    """
+    size = 0
+    for linear, width in widths.items():
+        has_projection = projected is None or sources[linear] in projected
+        size += (1 + has_projection) * (width * width * 4 + 128)
+    return size
+
+
+def check_room(size: int, directory: str | os.PathLike, count: int) -> None:
+    """Log how large a tree of so many timesteps becomes; `ValueError` where it does not fit."""
+    place = Path(directory).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    logger.info("The tree of npy files takes %s for %d timesteps", in_bytes(size), count)
+    if size > free:
+        raise ValueError(
+            f"`directory` must have {in_bytes(size)} free for the npy files of {count} timesteps, got "
+            f"{in_bytes(free)} in {place}. Export fewer timesteps: their matrices are the same."
+        )
+
+
+def in_bytes(size: int) -> str:
+    """A size as people read it, in decimal units."""
+    unit = 0
+    number = float(size)
+    while number >= 1000 and unit < 4:
+        number, unit = number / 1000, unit + 1
+    return f"{number:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def _check_export(statistics: FeatureStatistics, name: str, timesteps: list[int]) -> None:
@@ -121,6 +179,10 @@ def _write_matrix(
         "nullspace_threshold": threshold,
         "centred": False,
         "pooled": True,
+        "note": (
+            f"the same matrix stands under each of the {len(timesteps)} exported timesteps: it is "
+            "pooled over all timesteps of the run, because one weight serves all of them"
+        ),
         "matrix": key,
     }
     for linear in (name for name in statistics.linears if statistics.sources[name] == key):

@@ -47,14 +47,16 @@ def find_files(run: Path) -> list[MatrixFile]:
     """All matrices of a run, sorted by path, in either of two forms.
 
     `{timestep,step}_<number>/<layer>/<slot>_covariance.npy`, or
-    `covariance_matrices/<layer>/{timestep_<number>,alpha_<index>_<number>}_<slot>_cov.npy`.
+    `covariance_matrices/<layer>/{timestep_<number>,alpha_<index>_<number>}_<slot>_cov.npy`. Links
+    to other steps of the run are second names, not further matrices.
 
     Raises:
         ValueError: the run holds neither.
     """
     files = []
     for path in run.glob("*/*/*_covariance.npy"):
-        if match := _STEP_FOLDER.fullmatch(path.parts[-3]):
+        step = path.parents[1]
+        if (match := _STEP_FOLDER.fullmatch(step.name)) and not step.is_symlink():
             slot = path.name.removesuffix("_covariance.npy")
             metadata_path = path.with_name(f"{slot}_metadata.json")
             files.append(

@@ -47,7 +47,7 @@ def plot_spectrum(
     """
     chosen = _check_keys(statistics, keys)
     columns = -(-len(chosen) // _LEGEND_ROWS)
-    figure = _figure(7 + 2.6 * columns, 4.8)
+    figure = new_figure(7 + 2.6 * columns, 4.8)
     axes = figure.add_subplot()
     layers = unique([key.partition(".to_")[0] for key in chosen])
     colors = {**dict(zip(layers, _colors(len(layers)))), TEXT: "black"}
@@ -56,7 +56,7 @@ def plot_spectrum(
         shares = (values / values[0]).clamp_min(_LOWEST)
         layer, _, slot = key.partition(".to_")
         style = {"color": colors[layer], "linestyle": "--" if slot == "out.0" else "-"}
-        axes.plot(range(1, len(shares) + 1), shares, label=_label(statistics, key), **style)
+        axes.plot(range(1, len(shares) + 1), shares, label=short_key(statistics, key), **style)
     for floor in sorted({statistics.moments[key].floor for key in chosen}):
         axes.axhline(floor, color="0.4", linestyle=":", label=f"numerical zero ({floor:.0e})")
     axes.set_yscale("log")
@@ -66,7 +66,7 @@ def plot_spectrum(
     axes.set_title("Spectra of the preserved inputs")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8, ncols=columns, frameon=False)
-    return _finish(figure, path)
+    return finish_figure(figure, path)
 
 
 def plot_null_dimensions(
@@ -89,7 +89,7 @@ def plot_null_dimensions(
         raise ValueError("`energy` must hold at least one share, got none.")
     keys = _check_keys(statistics, None)
     thickness = 0.8 / len(energies)
-    figure = _figure(8.5, 1.8 + 0.22 * len(energies) * len(keys))
+    figure = new_figure(8.5, 1.8 + 0.22 * len(energies) * len(keys))
     axes = figure.add_subplot()
     for index, (limit, color) in enumerate(zip(energies, _colors(len(energies)))):
         spectra = [statistics.spectrum(key).values for key in keys]
@@ -102,7 +102,7 @@ def plot_null_dimensions(
         bars = axes.barh(rows, shares, thickness, color=color, label=f"{limit:g}")
         texts = [f"{count} of {len(values)}" for count, values in zip(counts, spectra)]
         axes.bar_label(bars, texts, padding=3, fontsize=7)
-    axes.set_yticks(range(len(keys)), [_label(statistics, key) for key in keys], fontsize=8)
+    axes.set_yticks(range(len(keys)), [short_key(statistics, key) for key in keys], fontsize=8)
     axes.set_ylim(len(keys) - 0.5, -0.5)
     axes.set_xlim(0, 115)
     axes.set_xticks(range(0, 101, 20))
@@ -117,7 +117,7 @@ def plot_null_dimensions(
         title_fontsize=8,
         frameon=False,
     )
-    return _finish(figure, path)
+    return finish_figure(figure, path)
 
 
 def plot_attention_maps(maps: AttentionMaps, path: str | os.PathLike | None = None) -> Figure:
@@ -137,21 +137,21 @@ def plot_attention_maps(maps: AttentionMaps, path: str | os.PathLike | None = No
     steps, tokens, height, width = mean.shape
     tile = (_TILE, round(_TILE * width / height))
     columns = 0.85 * tokens * tile[1] / tile[0]
-    figure = _figure(3.4 + columns, 1.5 + 0.85 * steps)
+    figure = new_figure(3.4 + columns, 1.5 + 0.85 * steps)
     picture, axes = figure.subplots(1, 2, width_ratios=(1.6, columns))
     picture.imshow(maps.image)
     picture.set_title("picture", fontsize=9)
     picture.set_axis_off()
-    contrast = torch.log2((mean / mean.mean((2, 3), keepdim=True)).clamp_min(1e-6))
-    limit = min(max(float(contrast.abs().max()), _LEAST_CONTRAST), 3.0)
+    contrast = relative_attention(mean)
+    limit = attention_limit(contrast)
     mosaic = _mosaic(F.interpolate(contrast, tile, mode="nearest"))
     shown = axes.imshow(mosaic, cmap="RdBu_r", vmin=-limit, vmax=limit)
     _label_tiles(axes, maps, tile, (100 * mean.mean((0, 2, 3))).tolist())
-    ticks = [tick for tick in (-3, -2, -1, -0.5, 0, 0.5, 1, 2, 3) if abs(tick) <= limit]
+    ticks, texts = relative_ticks(limit)
     bar = figure.colorbar(shown, ax=axes, ticks=ticks, fraction=0.03, pad=0.02)
-    bar.ax.set_yticklabels([f"{2.0**tick:.2g} x" for tick in ticks], fontsize=8)
+    bar.ax.set_yticklabels(texts, fontsize=8)
     bar.set_label("relative to the token's mean", fontsize=8)
-    return _finish(figure, path)
+    return finish_figure(figure, path)
 
 
 def mean_over_layers(maps: AttentionMaps) -> torch.Tensor:
@@ -159,6 +159,31 @@ def mean_over_layers(maps: AttentionMaps) -> torch.Tensor:
     size = max((layer.shape[-2:] for layer in maps.maps.values()), key=lambda size: size.numel())
     resized = [F.interpolate(layer, size, mode="bilinear") for layer in maps.maps.values()]
     return torch.stack(resized).mean(0)
+
+
+def shown_words(maps: AttentionMaps) -> list[str]:
+    """The tokens as they stand in pictures."""
+    return [re.sub(r"^<\|(start|end)oftext\|>$", r"[\1]", token) for token in maps.tokens]
+
+
+def relative_attention(mean: torch.Tensor) -> torch.Tensor:
+    """How much more a position looks at a token than others do, in powers of two.
+
+    Args:
+        mean: `(timesteps, tokens, height, width)`.
+    """
+    return torch.log2((mean / mean.mean((2, 3), keepdim=True)).clamp_min(1e-6))
+
+
+def attention_limit(contrast: torch.Tensor) -> float:
+    """Ends of the colour scale, in powers of two."""
+    return min(max(float(contrast.abs().max()), _LEAST_CONTRAST), 3.0)
+
+
+def relative_ticks(limit: float) -> tuple[list[float], list[str]]:
+    """Ticks of the colour scale, and their texts."""
+    ticks = [tick for tick in (-3, -2, -1, -0.5, 0, 0.5, 1, 2, 3) if abs(tick) <= limit]
+    return ticks, [f"{2.0**tick:.2g} x" for tick in ticks]
 
 
 def _mosaic(tiles: torch.Tensor) -> np.ndarray:
@@ -171,7 +196,7 @@ def _mosaic(tiles: torch.Tensor) -> np.ndarray:
 def _label_tiles(
     axes: Axes, maps: AttentionMaps, tile: tuple[int, int], shares: list[float]
 ) -> None:
-    words = [re.sub(r"^<\|(start|end)oftext\|>$", r"[\1]", token) for token in maps.tokens]
+    words = shown_words(maps)
     labels = [f"{word}\n{share:.1f} %" for word, share in zip(words, shares)]
     # Prompts may hold dollar signs, and long words.
     style = {"fontsize": 8, "parse_math": False}
@@ -198,7 +223,7 @@ def _check_keys(statistics: FeatureStatistics, keys: Sequence[str] | None) -> li
     return known if keys is None else list(keys)
 
 
-def _label(statistics: FeatureStatistics, key: str) -> str:
+def short_key(statistics: FeatureStatistics, key: str) -> str:
     """A key, short enough for a legend, with the number of Linears behind it."""
     linears = sum(source == key for source in statistics.sources.values())
     for long, short in (
@@ -217,9 +242,10 @@ def _colors(count: int) -> list[Any]:
     return list(_matplotlib().colormaps["viridis"](np.linspace(0.05, 0.85, count)))
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
+    """A figure of so many inches that belongs to no window."""
     figure_class = _matplotlib().figure.Figure
-    return figure_class(figsize=(width, height), dpi=110, layout="constrained")
+    return figure_class(figsize=(width, height), dpi=110, layout=layout)
 
 
 def _matplotlib() -> Any:
@@ -230,7 +256,8 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def _finish(figure: Figure, path: str | os.PathLike | None) -> Figure:
+def finish_figure(figure: Figure, path: str | os.PathLike | None) -> Figure:
+    """The figure, written to a file where one is named."""
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

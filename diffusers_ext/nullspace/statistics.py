@@ -148,8 +148,8 @@ class FeatureStatistics(Artifact):
         Returns:
             `{key: {...}}` of Python values: `symmetric` (to 1e-5 of each entry), `positive_semidefinite`
             (no eigenvalue below -1e-8), `condition_number` (largest by smallest singular value; infinite
-            where that is 0), `well_conditioned` (below 1e12) and `rank` (numerical, in float64). A
-            matrix with a true null space, which the method wants, is never well conditioned.
+            where that is 0), `well_conditioned` (below 1e12) and `rank` (numerical, as in `report`). A
+            matrix with a true null space, which the method wants, is not well conditioned.
 
         Raises:
             ValueError: a matrix that rests on nothing, is not finite, or is not symmetric or has a
@@ -242,5 +242,5 @@ def _check_moment(key: str, moment: SecondMoment | LowRankMoment) -> dict[str, A
         "positive_semidefinite": lowest >= -1e-8,
         "well_conditioned": condition_number < 1e12,
         "condition_number": condition_number,
-        "rank": int((sizes > sizes.max() * moment.dim * torch.finfo(matrix.dtype).eps).sum()),
+        "rank": int((values > moment.floor * values[-1]).sum()),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.capture import capture
@@ -25,6 +26,13 @@ logger = logging.getLogger(__name__)
 
 _SAVE_EVERY = 8  # batches between two writes of the running totals
 _PROGRESS_PREFIX = "batches-"
+
+
+def sampled_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> list[int]:
+    """The timesteps of a run in their order, each once; the scheduler is left as it was."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    return list(dict.fromkeys(int(timestep) for timestep in scheduler.timesteps))
 
 
 class TrajectoryRun:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.nullspace import layout
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.layout import export_layout, load_layout
+from diffusers_ext.nullspace.layout import export_layout, in_bytes, layout_size, load_layout
 from diffusers_ext.nullspace.layout_files import safe_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.tiny_digits import random_digits_pipeline
@@ -127,6 +128,34 @@ def test_copies_for_several_timesteps_count_once(tmp_path, statistics):
     np.save(altered, np.load(altered) * 2)
     with pytest.raises(ValueError, match="v_covariance.npy must repeat the matrix 'text'"):
         load_layout(run, show_progress=False)
+
+
+def test_links_name_the_timesteps_by_their_order(tmp_path, statistics):
+    run = export_layout(
+        statistics, tmp_path, timesteps=[980, 20], step_links=True, show_progress=False
+    )
+    names = {path.name: path.resolve().name for path in run.glob("step_*")}
+    assert names == {"step_000": "timestep_0980", "step_001": "timestep_0020"}
+    loaded = load_layout(run, show_progress=False)
+    assert loaded.facts["settings"]["timesteps"] == [20, 980]
+    run.rename(tmp_path / "moved")
+    assert (tmp_path / "moved/step_000" / safe_name(LAYER) / "q_covariance.npy").is_file()
+
+
+def test_the_size_is_what_is_written(tmp_path, statistics, caplog):
+    caplog.set_level("INFO")
+    run = export_layout(statistics, tmp_path, timesteps=[1, 2, 3], show_progress=False)
+    size = sum(path.stat().st_size for path in run.rglob("*.npy"))
+    assert f"takes {in_bytes(size)} for 3 timesteps" in caplog.text
+    assert 0 < size <= 3 * layout_size(statistics.widths)
+
+
+def test_a_tree_that_does_not_fit_is_not_begun(tmp_path, statistics, monkeypatch):
+    usage = SimpleNamespace(free=10_000)
+    monkeypatch.setattr(layout.shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(ValueError, match=r"`directory` must have .* kB free .* got 10 kB in "):
+        export_layout(statistics, tmp_path / "new", show_progress=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_compressed_statistics_are_written_in_full(tmp_path, statistics):

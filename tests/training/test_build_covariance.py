@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,7 +105,12 @@ def test_more_forms_on_request(build):
     for key, moment in statistics.moments.items():
         torch.testing.assert_close(layout.moments[key].mean, moment.mean, rtol=1e-6, atol=1e-7)
     (metadata,) = set(folder.glob("layout/run_*/*/mid_block*/k_metadata.json"))
+    assert metadata.parts[-3] == "timestep_0000"
     assert json.loads(metadata.read_text())["nullspace_threshold"] == 0.01
+    (run,) = folder.glob("layout/run_*")
+    pictures = files_below(run / "visualizations")
+    assert "covariance_summaries/covariance_statistics.png" in pictures
+    assert len(pictures) == 1 + 2 * 7  # every timestep and layer
     maps = [folder / f"plots/attention_{index:03d}.png" for index in range(2)]
     assert picture(maps[0]).shape != picture(maps[1]).shape  # prompts of other lengths
     assert not (folder / "plots/attention_002.png").exists()
@@ -148,15 +157,37 @@ CONFIG = {
 }
 
 
-def test_the_original_yaml_gives_the_same_as_flags(build, tmp_path, prompts_file):
+def write_original_yaml(path: Path, prompts_file: Path, output_dir: Path) -> Path:
     block = {
         **CONFIG["nullbooth"],
         "original_knowledge_prompts": str(prompts_file),
-        "cov_matrices_output_dir": str(tmp_path / "from_file"),
+        "cov_matrices_output_dir": str(output_dir),
     }
-    path = tmp_path / "nullbooth.yaml"
     path.write_text(yaml.safe_dump({**CONFIG, "nullbooth": block}).replace("'2e-2'", "2e-2"))
     assert "nullspace_threshold: 2e-2\n" in path.read_text()
+    return path
+
+
+def files_without_times(folder: Path) -> set[str]:
+    return {re.sub(r"run_\d{8}_\d{6}", "run", name) for name in files_below(folder)}
+
+
+def read_as_documented(step: Path, layer: str, slot: str):
+    """What the design documents' readers load: paths made of the layer's name and the slot."""
+    place = step / layer.replace(".", "_")
+    projection = place / f"{slot}_projection.npy"
+    return (
+        np.load(place / f"{slot}_covariance.npy"),
+        np.load(projection) if projection.exists() else None,
+        json.loads((place / f"{slot}_metadata.json").read_text()),
+    )
+
+
+def test_the_original_yaml_writes_the_tree_that_its_readers_look_for(
+    build, tmp_path, prompts_file, caplog
+):
+    caplog.set_level(logging.INFO)
+    path = write_original_yaml(tmp_path / "nullbooth.yaml", prompts_file, tmp_path / "from_file")
     from_file = main(parse_args(command_line(config=path)))
     from_flags = build(
         "from_flags",
@@ -165,6 +196,9 @@ def test_the_original_yaml_gives_the_same_as_flags(build, tmp_path, prompts_file
         cross_attention_layers=[1, 3],
         nullspace_threshold=0.02,
         visual_attention_map=True,
+        export_layout=True,
+        layout_timesteps="all",
+        layout_dir=".",
     )
     assert from_file == tmp_path / "from_file"
     assert_same_totals(load(from_file), load(from_flags))
@@ -172,9 +206,78 @@ def test_the_original_yaml_gives_the_same_as_flags(build, tmp_path, prompts_file
     for report in reports:
         assert report.pop("seconds") > 0
     assert reports[0] == reports[1]
-    assert files_below(from_file) == files_below(from_flags)
+    assert files_without_times(from_file) == files_without_times(from_flags)
     maps = [(f / "plots/attention_003.png").read_bytes() for f in (from_file, from_flags)]
     assert maps[0] == maps[1]
+
+    (run,) = from_file.glob("run_*")
+    statistics, timesteps = load(from_file), (501, 1)
+    assert "for 2 timesteps" in caplog.text  # its size, before it is written
+    layers = statistics.layers
+    assert len(layers) == 2
+    for index, timestep in enumerate(timesteps):
+        steps = (run / f"timestep_{timestep:04d}", run / f"step_{index:03d}")
+        for step, layer, slot in itertools.product(steps, layers, ("q", "k", "out")):
+            covariance, projection, metadata = read_as_documented(step, layer, slot)
+            expected = statistics.second_moment(layer, slot).numpy()
+            np.testing.assert_allclose(covariance, expected, rtol=1e-5, atol=1e-6)
+            assert covariance.dtype == np.float32
+            assert metadata["actual_timestep"] == timestep
+            assert metadata["pooled"] is True
+            assert "each of the 2 exported timesteps" in metadata["note"]
+            assert (projection is None) == (metadata["null_space_dim"] == 0)
+    assert files_below(run / "visualizations") == {
+        "covariance_summaries/covariance_statistics.png",
+        *(f"timestep_{timestep:04d}/attention_{layer.replace('.', '_')}.png"
+          for timestep in timesteps for layer in layers),
+    }  # fmt: skip
+    again = FeatureStatistics.from_layout(from_file)
+    assert again.facts["settings"]["timesteps"] == [1, 501]
+    assert again.moments["text"].count == statistics.moments["text"].count
+
+
+def test_the_original_yaml_can_be_told_to_write_no_tree(tmp_path, prompts_file, fresh_accelerator):
+    path = write_original_yaml(tmp_path / "nullbooth.yaml", prompts_file, tmp_path / "out")
+    args = parse_args([*command_line(config=path), "--no-export_layout"])
+    args.visual_attention_map = False
+    assert files_below(main(args)) == ARTIFACT | PLOTS
+
+
+def test_chosen_timesteps(build):
+    folder = build(export_layout=True, layout_timesteps=[980, 20])
+    assert {path.name for path in folder.glob("layout/run_*/*") if path.is_dir()} == {
+        "timestep_0020", "timestep_0980", "visualizations",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layout_timesteps": ["some"]}, "`layout_timesteps` must be 'all' or numbers, got"),
+        ({"layout_timesteps": [1, 1]}, "`layout_timesteps` must be different and not negative"),
+        ({"layout_dir": "../elsewhere"}, "`layout_dir` must be below the output folder"),
+        (
+            {"enable_xformers_memory_efficient_attention": True},
+            "must have xFormers on a CUDA device, got .* Leave it out: PyTorch's scaled_dot_product",
+        ),
+    ],
+)
+def test_what_cannot_be_written_or_run_is_refused_before_the_work(
+    build, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr("training.knowledge.is_xformers_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        build(export_layout=True, **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tree_that_does_not_fit_is_refused_before_the_work(build, tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=1_500_000)
+    monkeypatch.setattr("diffusers_ext.nullspace.layout.shutil.disk_usage", lambda place: usage)
+    message = r"must have [\d.]+ MB free for the npy files of 2 timesteps, got 1.5 MB in "
+    with pytest.raises(ValueError, match=message):
+        build(export_layout=True, layout_timesteps="all")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib(build, tmp_path, monkeypatch, caplog):

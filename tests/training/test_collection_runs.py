@@ -58,6 +58,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(build, tmp_path):
     for number, is_time in enumerate(moments):
         kill_when("build_covariance", line, is_time)
         assert not (killed / "config.json").exists()
+        assert not (killed / "layout").exists()
         line += ["--resume_from_checkpoint", "latest"] if number == 0 else []
     build("killed", features=features, resume_from_checkpoint="latest", **settings)
     assert_same_totals(

@@ -171,7 +171,12 @@ def test_statistics_go_to_their_own_folder():
     values = {"nullbooth": BLOCK, "output_dir": "trained"}
     assert read_nullbooth_block(values)["output_dir"] == "trained"
     assert read_nullbooth_block(values, "output_dir")["output_dir"] == "cov"
-    assert "statistics" not in read_nullbooth_block(values, "output_dir")
+    written = read_nullbooth_block(values, "output_dir")
+    assert "statistics" not in written
+    tree = {"export_layout": True, "layout_timesteps": "all", "layout_dir": "."}
+    assert written.items() >= tree.items()
+    own = read_nullbooth_block({**values, "layout_timesteps": [20, 980]}, "output_dir")
+    assert own["layout_timesteps"] == [20, 980]
 
 
 def test_a_file_without_the_block_stays_as_it_is():

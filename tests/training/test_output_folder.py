@@ -70,4 +70,4 @@ def test_the_last_file_is_missing_while_others_move(tmp_path, monkeypatch):
     )
     with staged_output(tmp_path, last=["config"]) as folder:
         write(folder, "config", "plots/p", "weights")
-    assert moves == [("p", False), ("weights", False), ("config", False)]
+    assert moves == [("plots", False), ("weights", False), ("config", False)]
