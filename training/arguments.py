@@ -177,7 +177,9 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("subject")
     group.add_argument("--instance_data_dir", help="folder with pictures of the subject")
     group.add_argument("--instance_prompt", help='e.g. "a photo of sks dog"')
-    group.add_argument("--resolution", type=int, default=512, help="pixels a side of pictures")
+    group.add_argument(
+        "--resolution", type=int, help="pixels a side of pictures; the model's own without it"
+    )
     group.add_argument("--no_center_crop", action="store_true", help="squeeze in place of cropping")
     group.add_argument("--random_flip", action="store_true", help="mirror half of the pictures")
     group.add_argument(

@@ -31,6 +31,13 @@ def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return offset, config.scaling_factor / spread
 
 
+def own_resolution(pipeline: DiffusionPipeline) -> int | None:
+    """Pixels a side of the pictures that a UNet was made for; `None` where they are not square."""
+    size = pipeline.unet.config.sample_size
+    sides = {size} if isinstance(size, int) else set(size or ())
+    return sides.pop() * pipeline.vae_scale_factor if len(sides) == 1 else None
+
+
 def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of a pipeline's call from the command line's sampling group."""
     return {

@@ -7,18 +7,24 @@ import math
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.noise_schedules import check_min_snr, training_schedule
+from diffusers_ext.core.pictures import read_picture
 from diffusers_ext.nullspace.lora_config import check_lora_config
 from diffusers_ext.nullspace.prompts import check_prompt_length
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from training.argument_rules import check_values
 from training.arguments import read_layers
-from training.dreambooth import list_images, load_image
+from training.drawing import own_resolution
+from training.dreambooth import list_images
 from training.knowledge import read_knowledge
+
+
+logger = get_logger(__name__)
 
 
 def check_null_space_arguments(args: argparse.Namespace) -> None:
@@ -62,12 +68,13 @@ def check_subject_arguments(args: argparse.Namespace) -> None:
     """Raise `ValueError` for wrong arguments of the subject group, its pictures included."""
     if not args.instance_prompt.strip():
         raise ValueError(f"`instance_prompt` must not be empty, got {args.instance_prompt!r}.")
-    if args.resolution < 8 or args.resolution % 8:
-        raise ValueError(f"`resolution` must be a multiple of 8, got {args.resolution}.")
+    check_values(
+        args, ["resolution"], "a multiple of 8", lambda value: value >= 8 and value % 8 == 0
+    )
     check_values(args, ["num_class_images"], "at least 1", lambda value: value >= 1)
     check_values(args, ["snr_gamma"], "positive", lambda value: 0 < value < math.inf)
     for path in list_images(args.instance_data_dir):
-        load_image(path, args.resolution)
+        read_picture(path)
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
         raise ValueError(
             "`--class_data_dir` and `--class_prompt` must be given with `--with_prior_preservation`."
@@ -83,7 +90,8 @@ def check_subject_arguments(args: argparse.Namespace) -> None:
 def check_against_model(
     args: argparse.Namespace, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
 ) -> None:
-    """Raise `ValueError` for arguments that do not fit the loaded model."""
+    """Raise `ValueError` for arguments that do not fit the loaded model; settles `--resolution`."""
+    settle_resolution(args, pipeline)
     check_min_snr(training_schedule(pipeline.scheduler), args.snr_gamma)
     prompts = [args.instance_prompt, args.negative_prompt, *args.validation_prompt]
     if args.with_prior_preservation:
@@ -97,6 +105,29 @@ def check_against_model(
     check_prompt_length(pipeline, prompts)
 
 
+def settle_resolution(
+    args: argparse.Namespace, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+) -> None:
+    """Make `--resolution` the model's own where it is not given; warn where it is another.
+
+    Raises:
+        ValueError: not given, and the model has no one size of its own.
+    """
+    own = own_resolution(pipeline)
+    if args.resolution is None:
+        if own is None:
+            raise ValueError(
+                "`resolution` must be given for a model without a square size of its own, got None."
+            )
+        args.resolution = own
+    elif own is not None and args.resolution != own:
+        logger.warning(
+            f"--resolution is {args.resolution}, the model's own is {own}: pictures of another size "
+            "take another time to train on and may be drawn worse. Leave the flag out for the "
+            "model's own."
+        )
+
+
 def subject_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that, beside those of every training, decide what comes out."""
     names = (
@@ -106,6 +137,8 @@ def subject_settings(args: argparse.Namespace) -> dict[str, Any]:
         "gradient_checkpointing", "allow_tf32",
     )  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
+    if args.resolution is None:  # the model's own, which is not known before it is loaded
+        del settings["resolution"]
     if args.with_prior_preservation:
         settings.update(class_prompt=args.class_prompt, prior_loss_weight=args.prior_loss_weight)
     if args.directions == "plain":

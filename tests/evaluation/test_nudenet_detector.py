@@ -13,15 +13,24 @@ from diffusers_ext.evaluation.clip_verdicts import judge_facts, judged
 from diffusers_ext.evaluation.nudenet_detector import LENIENT, NudeNetDetector
 
 
+class Session:
+    """Red and green of what reaches the network; the release decides whether it is RGB or BGR."""
+
+    def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [inputs["images"].mean(axis=(0, 2, 3))]
+
+
 class Stub:
     """Sees breasts where there is red, feet where there is green; the score is the channel."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.settings = settings
+    def __init__(self, swaps: bool = False, **settings: Any) -> None:
+        self.settings, self.swaps, self.onnx_session = settings, swaps, Session()
 
     def detect(self, picture: np.ndarray) -> list[dict[str, Any]]:
         assert picture.flags.c_contiguous
-        _, green, red = picture.mean(axis=(0, 1)) / 255
+        blob = (picture[:, :, ::-1] if self.swaps else picture).transpose(2, 0, 1)[None] / 255
+        (found,) = self.onnx_session.run(None, {"images": blob})
+        red, green, _ = found
         return [
             {"class": "FEMALE_BREAST_EXPOSED", "score": red, "box": [0, 0, 1, 1]},
             {"class": "FEET_EXPOSED", "score": green, "box": [0, 0, 1, 1]},
@@ -49,6 +58,43 @@ def test_labels_and_frames_decide():
     )
     assert judged(strict, clips, [""]) == {"nudity": [False], "nude_frames": [0.0]}
     assert judged(lenient, clips, [""]) == {"nudity": [True], "nude_frames": [1.0]}
+
+
+@pytest.mark.parametrize(("swaps", "order"), [(False, "rgb"), (True, "bgr")])
+def test_the_network_gets_red_first_whatever_the_release_swaps(swaps, order):
+    stub = Stub(swaps=swaps)
+    session = stub.onnx_session
+    detector = NudeNetDetector(stub, version="3", threshold=0.5)
+    assert stub.onnx_session is session
+    assert detector.facts["channel_order"] == order
+    assert judged(detector, clips_of([200]), [""])["nudity"] == [True]
+    with pytest.raises(ValueError, match="`channel_order` must be one of .* got 'grb'"):
+        NudeNetDetector(stub, version="3", channel_order="grb")
+
+
+def test_a_probe_that_cannot_tell_is_refused():
+    stub = Stub()
+    for broken in (None, SimpleNamespace(run=lambda outputs, inputs: 1 / 0)):
+        stub.onnx_session = broken
+        with pytest.raises((ValueError, ZeroDivisionError)):
+            NudeNetDetector(stub, version="3")
+        assert stub.onnx_session is broken
+    assert NudeNetDetector(stub, version="3", channel_order="bgr").channel_order == "bgr"
+    stub = Stub()
+    stub.detect = lambda picture: stub.onnx_session.run(None, {"images": np.ones((1, 3, 4, 4))})
+    with pytest.raises(ValueError, match="got channels of mean .* for a red one"):
+        NudeNetDetector(stub, version="3")
+
+
+def test_the_real_package_sees_a_face_best_in_its_true_colours():
+    nudenet = pytest.importorskip("nudenet")
+    photograph = pytest.importorskip("skimage.data").astronaut()
+    detector = nudenet.NudeDetector()
+    order = NudeNetDetector(detector, version="3").facts["channel_order"]
+    given = {"rgb": photograph, "bgr": np.ascontiguousarray(photograph[:, :, ::-1])}
+    scores = {name: detector.detect(picture)[0]["score"] for name, picture in given.items()}
+    assert {d["class"] for d in detector.detect(given[order])} == {"FACE_FEMALE"}
+    assert scores[order] > max(scores[name] for name in scores if name != order) + 0.05
 
 
 def test_the_installed_package_with_its_version(monkeypatch, tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler
 
 from diffusers_ext.nullspace.collect import collect_statistics
@@ -13,7 +16,7 @@ from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import pixart_pipeline
 from training import subject, train_nullspace_dreambooth
 from training.run_setup import run_facts
-from training.subject_checks import subject_settings
+from training.subject_checks import settle_resolution, subject_settings
 from training.train_nullspace_dreambooth import check_args, main, parse_args
 
 
@@ -177,6 +180,23 @@ def test_no_null_space_or_no_news_stop_before_class_pictures_are_drawn(
           full_finetune=True, nullspace_threshold=1e-30)  # fmt: skip
     fails("must not be a preserved one", **prior, instance_prompt="a red seven")
     fails("`rank` must be from 1 to the width 128, got 129", **prior, rank=129)
+
+
+def test_the_resolution_is_the_models_own_unless_given(subject_line, fresh_accelerator, caplog):
+    PartialState()
+    sdxl = SimpleNamespace(config=SimpleNamespace(sample_size=128))
+    digits = load_pipeline().unet
+    for unet, given, settled in ((digits, None, 32), (sdxl, None, 1024), (sdxl, 512, 512)):
+        factor = 4 if settled == 32 else 8
+        args = parse_args(subject_line(resolution=given))
+        settle_resolution(args, SimpleNamespace(unet=unet, vae_scale_factor=factor))
+        assert args.resolution == settled
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "--resolution is 512, the model's own is 1024" in caplog.text
+    wide = SimpleNamespace(config=SimpleNamespace(sample_size=[60, 90]))
+    args = parse_args(subject_line(resolution=None))
+    with pytest.raises(ValueError, match="`resolution` must be given for a model without"):
+        settle_resolution(args, SimpleNamespace(unet=wide, vae_scale_factor=8))
 
 
 def test_other_pipelines_and_predictions(fails, tmp_path):
