@@ -13,9 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
+from diffusers_ext.core.checked_tensors import open_tensors
 from training.run_setup import WEIGHT_DTYPES
 
 
@@ -105,7 +105,8 @@ def stored_fingerprint(args: argparse.Namespace) -> dict[str, Any]:
         model = model_class.from_config(config)
     tensors: dict[str, torch.Tensor] = {}
     for file in _weight_files(source, name, args):
-        tensors.update(load_file(file))  # maps the file; only what is looked at is read
+        handle = open_tensors(file)  # maps the file; only what is looked at is read
+        tensors.update({key: handle.get_tensor(key) for key in handle.keys()})
     missing = model.load_state_dict(tensors, assign=True, strict=False).missing_keys
     if not missing:
         return fingerprint(model)

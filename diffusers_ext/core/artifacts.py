@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,12 @@ from safetensors.torch import save
 from torch.nn import Module
 
 from diffusers_ext.core.checked_tensors import REMEDY, check_regular_file, read_tensors
-from diffusers_ext.core.config_digest import CONFIG_DIGEST, config_digest
+from diffusers_ext.core.config_digest import (
+    CONFIG_DIGEST,
+    check_config_digest,
+    config_digest,
+    is_sha256,
+)
 from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
 
@@ -29,7 +33,6 @@ logger = logging.getLogger(__name__)
 ArtifactType = TypeVar("ArtifactType", bound="Artifact")
 CONFIG_NAME = "config.json"
 _HEADER = ("_class_name", "format_version", "sha256")
-_SHA256 = re.compile("[0-9a-f]{64}")
 _NO_FOLDER = (
     "`pretrained_model_name_or_path` must be a folder or 'user/name', got {}: no such folder."
 )
@@ -211,18 +214,12 @@ def _check_header(config: dict[str, Any], path: Path, newest: int) -> None:
             f"`format_version` must be at most {newest}, got {version} in {path}. Update "
             "diffusers_ext."
         )
-    digests = [key for key in ("sha256", CONFIG_DIGEST) if key in config]
-    for key in digests:  # folders written before the config had its own come without it
-        if not isinstance(config[key], str) or not _SHA256.fullmatch(config[key]):
-            raise ValueError(
-                f"`{key}` must be a SHA-256 of 64 hexadecimal digits, got {config[key]!r} in {path}. "
-                f"{REMEDY}"
-            )
-    if CONFIG_DIGEST in config and config[CONFIG_DIGEST] != config_digest(config):
+    if not is_sha256(config["sha256"]):
         raise ValueError(
-            f"{path} must have the contents that it was written with, got others: its "
-            f"`{CONFIG_DIGEST}` does not fit. {REMEDY}"
+            f"`sha256` must be a SHA-256 of 64 hexadecimal digits, got {config['sha256']!r} in "
+            f"{path}. {REMEDY}"
         )
+    check_config_digest(config, path)
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -4,11 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 
 CONFIG_DIGEST = "config_sha256"
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value is a SHA-256 in hexadecimal digits; an empty string is none."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def check_config_digest(config: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Raise `ValueError` where a config holds a digest of itself that is none or does not fit."""
+    if CONFIG_DIGEST not in config:
+        return  # written before there was one
+    if not is_sha256(config[CONFIG_DIGEST]):
+        raise ValueError(
+            f"`{CONFIG_DIGEST}` must be a SHA-256 of 64 hexadecimal digits, got "
+            f"{config[CONFIG_DIGEST]!r} in {path}. Download or write it again."
+        )
+    if config[CONFIG_DIGEST] != config_digest(config):
+        raise ValueError(
+            f"{path} must have the contents that it was written with, got others: its "
+            f"`{CONFIG_DIGEST}` does not fit. Download or write it again."
+        )
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors import safe_open
+from safetensors.torch import save
 
 from diffusers_ext.core.artifacts import (
     CONFIG_NAME,
@@ -19,12 +19,24 @@ from diffusers_ext.core.artifacts import (
     same_fingerprint,
     write_atomically,
 )
+from diffusers_ext.core.checked_tensors import (
+    FLOATING,
+    open_tensors,
+    read_tensors,
+    with_digest,
+)
+from diffusers_ext.core.config_digest import (
+    CONFIG_DIGEST,
+    check_config_digest,
+    config_digest,
+)
 from diffusers_ext.eraser.teacher_samples import PARTS, Row, TeacherSamples, to_storage
 
 
 CLASS_NAME, FORMAT_VERSION = "TeacherSamples", 1
 _HEADS_NAME = "head_weights.safetensors"
 _MOST_HANDLES = 64
+_REMEDY = "Remove it and collect again."
 
 
 class FileRows:
@@ -38,6 +50,7 @@ class FileRows:
     def __init__(self, folder: Path, num_runs: int) -> None:
         self.folder, self.num_runs = folder, num_runs
         self._handles: dict[int, safe_open] = {}
+        self._forms: dict[int, dict[str, Any]] = {}  # dtypes and shapes of the runs looked at
         missing = [run for run in range(num_runs) if not run_file(folder, run).is_file()]
         if missing:
             raise ValueError(
@@ -63,15 +76,28 @@ class FileRows:
         if run not in self._handles:
             if len(self._handles) >= _MOST_HANDLES:
                 self._handles.clear()
-            path = run_file(self.folder, run)
-            try:
-                self._handles[run] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path} must be a whole safetensors file, got: {error}. Remove it and collect "
-                    "again."
-                ) from error
+            self._handles[run] = self._checked(run)
         return self._handles[run]
+
+    def _checked(self, run: int) -> safe_open:
+        """A handle of one run, all of which is looked at the first time."""
+        path = run_file(self.folder, run)
+        if run not in self._forms:
+            tensors, _ = read_tensors(path, remedy=_REMEDY)
+            form = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            if "t" not in form or any(not shape for _, shape in form.values()):
+                raise ValueError(f"{path} must hold rows, `t` among them, got {form}. {_REMEDY}")
+            first = self._forms.setdefault(0, form) if run == 0 else self._form_of_first()
+            if form != first or len({shape[0] for _, shape in form.values()}) > 1:
+                raise ValueError(
+                    f"{path} must hold rows like {run_file(self.folder, 0).name}, got {form}. {_REMEDY}"
+                )
+            self._forms[run] = form
+        return open_tensors(path, _REMEDY)
+
+    def _form_of_first(self) -> dict[str, Any]:
+        self._open(0)
+        return self._forms[0]
 
 
 class TeacherFiles:
@@ -120,6 +146,7 @@ class TeacherFiles:
                 default=str,
             )
         )
+        config[CONFIG_DIGEST] = config_digest(config)
         self.folder.mkdir(parents=True, exist_ok=True)
         # Listed first, as another process may be creating the set at this moment.
         names = [path.name for path in self.folder.iterdir()]
@@ -141,13 +168,15 @@ class TeacherFiles:
     def write(self, part: str, run: int, rows: Row) -> None:
         """Keep the rows of one run; raises `ValueError` where they are not finite."""
         rows = to_storage(rows, self.dtype)
-        write_atomically(run_file(self.folder / part, run), save(rows))
+        content = save(rows, with_digest(rows))
+        write_atomically(run_file(self.folder / part, run), content)
 
     def head_weights(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The weights that all runs here are made with; `make` is called where there are none."""
         path = self.folder / _HEADS_NAME
         if not path.is_file():
-            write_atomically(path, save({"head_weights": make()}))
+            tensors = {"head_weights": make()}
+            write_atomically(path, save(tensors, with_digest(tensors)))
         return _read_head_weights(self.folder)
 
     def clean_up(self) -> None:
@@ -180,12 +209,10 @@ def run_file(folder: Path, run: int) -> Path:
 
 def _read_head_weights(folder: Path) -> torch.Tensor:
     path = folder / _HEADS_NAME
-    try:
-        return load(path.read_bytes())["head_weights"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path} must be a whole safetensors file, got: {error}. Remove it and collect again."
-        ) from error
+    tensors, _ = read_tensors(path, dtypes=FLOATING, remedy=_REMEDY)
+    if tensors.keys() != {"head_weights"}:
+        raise ValueError(f"{path} must hold 'head_weights', got {sorted(tensors)}. {_REMEDY}")
+    return tensors["head_weights"]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -202,6 +229,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} must describe {CLASS_NAME} of format {FORMAT_VERSION}, got {found[0]!r} of "
             f"format {found[1]}."
         )
+    check_config_digest(config, path)
+    settings = config.get("settings")
+    counts = [f"num_{part}" for part in PARTS]
+    if not isinstance(settings, dict) or "masks" not in settings:
+        raise ValueError(
+            f"`settings` of {path} must be an object with `masks`, got {settings!r:.200}."
+        )
+    for name in counts:
+        count = settings.get(name)
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**31:
+            raise ValueError(f"`settings.{name}` of {path} must be a number from 0, got {count!r}.")
+    missing = sorted({"scheduler", "model", "facts"} - config.keys())
+    if missing:
+        raise ValueError(f"{path} must hold {missing}, got only {sorted(config)}.")
     return config
 
 

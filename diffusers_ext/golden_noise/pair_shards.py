@@ -8,15 +8,18 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
-from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core import checked_tensors
+from diffusers_ext.core.artifacts import file_sha256, write_atomically
+from diffusers_ext.core.checked_tensors import check_regular_file, read_tensors
+from diffusers_ext.core.config_digest import is_sha256
 
 
 TENSOR = "delta"
@@ -115,8 +118,17 @@ def write_shard(
 def read_table(path: str | os.PathLike) -> list[PairRecord]:
     """The rows of one table; raises `ValueError` where it is not one."""
     try:
+        check_regular_file(path, _remedy(path))
         table = parquet.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    # Of the many ways in which bytes are no table, some end in errors of Python itself.
+    except (
+        pa.ArrowException,
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        OSError,
+        ValueError,
+    ) as error:
         raise ValueError(
             f"{path} must be a parquet table, got: {error}. {_remedy(path)}"
         ) from error
@@ -124,7 +136,14 @@ def read_table(path: str | os.PathLike) -> list[PairRecord]:
     if missing:
         raise ValueError(f"{path} must have the columns {missing}, got {table.column_names}.")
     columns = (table.column(name).to_pylist() for name in PairRecord._fields)
-    return [PairRecord(*values) for values in zip(*columns, strict=True)]
+    records = [PairRecord(*values) for values in zip(*columns, strict=True)]
+    for row, record in enumerate(records):
+        if not isinstance(record.prompt, str) or type(record.seed) is not int:
+            raise ValueError(
+                f"Row {row} of {path} must hold a prompt and a seed, got {record.prompt!r} and "
+                f"{record.seed!r}. {_remedy(path)}"
+            )
+    return records
 
 
 def check_shard(
@@ -143,16 +162,19 @@ def check_shard(
     """
     files = shard_files(folder, shard)
     summary = json.loads(files.summary.read_text())
-    for name, expected in summary["sha256"].items():
+    for name, expected in _sums(summary, files).items():
         path = Path(folder, name)
         if not path.is_file():
             raise ValueError(f"{folder} must hold {name}, got none. {_remedy(path)}")
-        if verify and _sha256(path) != expected:
+        found = file_sha256(path) if verify else expected
+        if found != expected:
             raise ValueError(
-                f"{path} must have SHA-256 {expected[:12]}..., got {_sha256(path)[:12]}...: it is "
+                f"{path} must have SHA-256 {expected[:12]}..., got {found[:12]}...: it is "
                 f"truncated or was altered. {_remedy(path)}"
             )
     records = read_table(files.pairs)
+    if verify:  # everything has been read once anyway
+        read_tensors(files.tensors, dtypes=[torch.float16], remedy=_remedy(files.tensors))
     shape = tuple(open_tensors(files.tensors).get_slice(TENSOR).get_shape())
     if shape[1:] != tuple(item_shape):
         raise ValueError(
@@ -168,12 +190,7 @@ def check_shard(
 
 def open_tensors(path: str | os.PathLike) -> safe_open:
     """A memory-mapped handle; raises `ValueError` where the file is no whole safetensors file."""
-    try:
-        handle = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} must be a whole safetensors file, got: {error}. {_remedy(path)}"
-        ) from error
+    handle = checked_tensors.open_tensors(path, _remedy(path))
     if TENSOR not in handle.keys():
         raise ValueError(f"{path} must hold the tensor {TENSOR!r}, got {sorted(handle.keys())}.")
     return handle
@@ -188,12 +205,22 @@ def _to_parquet(rows: Sequence[PairRecord]) -> bytes:
     return buffer.getvalue()
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _sums(summary: Any, files: ShardFiles) -> dict[str, str]:
+    """The checksums of a shard's three files, of which none can be left out."""
+    names = {f"{path.parent.name}/{path.name}" for path in files[:3]}
+    sums = summary.get("sha256") if isinstance(summary, dict) else None
+    if not isinstance(sums, dict) or sums.keys() != names:
+        raise ValueError(
+            f"{files.summary} must hold the SHA-256 of {sorted(names)}, got {sums!r:.200}. "
+            f"{_remedy(files.summary)}"
+        )
+    for name, value in sums.items():
+        if not is_sha256(value):
+            raise ValueError(
+                f"{files.summary} must hold the SHA-256 of {name}, got {value!r}. "
+                f"{_remedy(files.summary)}"
+            )
+    return sums
 
 
 def _remedy(path: str | os.PathLike) -> str:

@@ -13,19 +13,21 @@ import torch
 from safetensors.torch import save
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
+from diffusers_ext.core.checked_tensors import read_tensors, with_digest
+from diffusers_ext.core.config_digest import CONFIG_DIGEST, config_digest
 from diffusers_ext.golden_noise.pair_shards import (
     TABLES,
     TENSOR,
     PairRecord,
     check_shard,
     list_shards,
-    open_tensors,
     write_shard,
 )
 from diffusers_ext.golden_noise.pairs import CLASS_NAME, FORMAT_VERSION, read_config
 
 
 _PROGRESS = "progress"
+_REMEDY = "Remove it, and the run makes it again."
 _CARD = """---
 configs:
 - config_name: pairs
@@ -90,6 +92,7 @@ class PairWriter:
             "num_shards": self.num_shards,
             "facts": self.facts,
         }
+        config[CONFIG_DIGEST] = config_digest(json.loads(json.dumps(config, allow_nan=False)))
         write_atomically(self.folder / "README.md", _CARD)
         write_atomically(self.folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
@@ -114,10 +117,16 @@ class PairWriter:
         path = self._part_file(shard, part)
         if not path.is_file():
             return None
-        handle = open_tensors(path)
-        rows = {name: json.loads(handle.metadata()[name]) for name in TABLES}
+        tensors, metadata = read_tensors(path, dtypes=[torch.float16], remedy=_REMEDY)
+        shape = tuple(tensors[TENSOR].shape) if tensors.keys() == {TENSOR} else None
+        if shape is None or shape[1:] != self.item_shape or not metadata.keys() >= {*TABLES}:
+            raise ValueError(
+                f"{path} must hold noises of shape {self.item_shape} and {TABLES}, got {shape} and "
+                f"{sorted(metadata)}. {_REMEDY}"
+            )
+        rows = {name: json.loads(metadata[name]) for name in TABLES}
         tables = {name: [PairRecord(*row) for row in found] for name, found in rows.items()}
-        return Part(handle.get_tensor(TENSOR), **tables)
+        return Part(tensors[TENSOR], **tables)
 
     def write_part(
         self,
@@ -151,9 +160,10 @@ class PairWriter:
                 f"{first.seed}. Use float32 or bfloat16."
             )
         rows = {name: json.dumps(table) for name, table in zip(TABLES, (pairs, rejected))}
+        tensors = {TENSOR: deltas}
         path = self._part_file(shard, part)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({TENSOR: deltas}, metadata=rows))
+        write_atomically(path, save(tensors, metadata=with_digest(tensors, rows)))
 
     def finish_shard(self, shard: int, num_parts: int) -> None:
         """Make a shard of its parts, which go."""

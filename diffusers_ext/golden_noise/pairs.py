@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
+from diffusers_ext.core.config_digest import check_config_digest
 from diffusers_ext.golden_noise.foreign_pairs import ForeignPairDataset, is_foreign
 from diffusers_ext.golden_noise.pair_set_hub import download_pairs, push_pairs
 from diffusers_ext.golden_noise.pair_shards import (
@@ -187,9 +188,30 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} must hold JSON, got: {error}.") from error
     if config.get("_class_name") != CLASS_NAME:
         raise ValueError(f"{path} must describe a {CLASS_NAME}, got {config.get('_class_name')!r}.")
-    if config["format_version"] > FORMAT_VERSION:
+    check_config_digest(config, path)
+    version = config.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"`format_version` must be a positive integer, got {version!r} in {path}.")
+    if version > FORMAT_VERSION:
         raise ValueError(
             f"`format_version` must be at most {FORMAT_VERSION}, got {config['format_version']} in "
             f"{path}. Update diffusers_ext."
         )
+    _check_sizes(config, path)
     return config
+
+
+def _check_sizes(config: dict[str, Any], path: Path) -> None:
+    """Raise `ValueError` unless a set's config holds what reading the set relies on."""
+    shape = config.get("latent_shape")
+    numbers = {name: config.get(name) for name in ("num_steps", "num_shards")}
+    sizes = dict(enumerate(shape if isinstance(shape, list) and len(shape) == 3 else [None]))
+    numbers |= {f"latent_shape[{index}]": size for index, size in sizes.items()}
+    for name, value in numbers.items():
+        least = 0 if name == "num_shards" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+            raise ValueError(f"`{name}` must be a number from {least}, got {value!r} in {path}.")
+    if not isinstance(config.get("facts", False), (dict, type(None))):
+        raise ValueError(
+            f"`facts` must be an object or null, got {config.get('facts')!r} in {path}."
+        )

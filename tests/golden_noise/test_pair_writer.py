@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from diffusers_ext.core.config_digest import config_digest
 from diffusers_ext.golden_noise import pair_shards
 from diffusers_ext.golden_noise.pair_shards import shard_files
 from diffusers_ext.golden_noise.pair_writer import PairWriter
@@ -76,6 +77,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
 def test_the_config_is_plain_json(tmp_path):
     write_set(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("config_sha256") == config_digest(config)
     assert config == {
         "_class_name": "PairDataset",
         "format_version": 1,
