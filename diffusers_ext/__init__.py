@@ -4,6 +4,8 @@ Importing it registers the package with diffusers, so that pipelines with its co
 Hub, and the eraser with PEFT; nothing else happens at import.
 """
 
+from typing import Any
+
 from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
@@ -16,6 +18,7 @@ from diffusers_ext.core.processors import (
     use_processors,
 )
 from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.documented_names import ALIASES, missing_name
 from diffusers_ext.eraser import (
     CogVideoXVelocity,
     ConceptPreservationLoss,
@@ -172,3 +175,9 @@ _LOADABLE = {
 LOADABLE_CLASSES.setdefault("diffusers_ext", _LOADABLE)
 for _name, _methods in _LOADABLE.items():
     ALL_IMPORTABLE_CLASSES.setdefault(_name, _methods)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ALIASES:
+        return globals()[ALIASES[name]]
+    raise missing_name(__name__, name)
