@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.checked_tensors import open_tensors
 from diffusers_ext.core.hub import Card, make_card, push_folder, split_arguments
 from diffusers_ext.core.inside_folder import path_inside
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.eraser_card import eraser_card, facts_of_config
 from diffusers_ext.eraser.eraser_files import FILE_NAMES, FORMATS, read_eraser
 from diffusers_ext.evaluation.measured_results import measured_results
@@ -199,10 +199,4 @@ def _push_files(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
-    return content if isinstance(content, dict) else {}
+    return read_json(path) if path.is_file() else {}

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
+from diffusers_ext.core.text_files import read_json
 from training.checkpoint_folders import check_same_facts
 
 
@@ -54,7 +55,7 @@ def check_resume(args: argparse.Namespace, facts: dict[str, Any]) -> None:
             "`resume_from_checkpoint` must find the progress of a stopped collection, got 'latest' "
             f"but {args.output_dir} holds none.{hint}"
         )
-    check_same_facts(json.loads((folder / _RUN_FILE).read_text()), facts, folder)
+    check_same_facts(read_json(folder / _RUN_FILE, allow_nan=True), facts, folder)
 
 
 @contextmanager

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diffusers_ext.core.text_files import read_yaml
 from training.arguments import argument_names
 from training.launcher_settings import settle_launcher_settings
 
@@ -61,12 +60,10 @@ def read_config(path: str) -> dict[str, Any]:
     """The mapping of a YAML file; raises `ValueError` for a missing or other file."""
     if not Path(path).is_file():
         raise ValueError(f"`config` must be a YAML file, got {path}: no such file.")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"`config` must be a YAML file, got {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"`config` must be a YAML mapping, got {type(values).__name__} in {path}.")
+    values = read_yaml(path)
+    unnamed = [key for key in values if not isinstance(key, str)]
+    if unnamed:
+        raise ValueError(f"`config` must have names as keys, got {unnamed[0]!r} in {path}.")
     return values
 
 
@@ -96,6 +93,8 @@ def _as_flag(action: argparse.Action, value: Any) -> list[str]:
         return [flag] if value else action.option_strings[1:2]
     if isinstance(value, dict):
         raise ValueError(f"`{action.dest}` must not be a mapping, got {value!r}")
+    if action.type in (None, str):
+        _check_texts(action, value if isinstance(value, list) else [value])
     if action.nargs is not None:
         return [flag, *map(str, value if isinstance(value, list) else [value])]
     if isinstance(action, argparse._AppendAction):
@@ -103,6 +102,18 @@ def _as_flag(action: argparse.Action, value: Any) -> list[str]:
     if isinstance(value, list):
         raise ValueError(f"`{action.dest}` must be one value, got {value!r}")
     return [f"{flag}={value}"]
+
+
+def _check_texts(action: argparse.Action, values: Sequence[Any]) -> None:
+    """Raise where YAML has made something else of a text: `no` is false to it, and `007` is 7."""
+    wrong = [value for value in values if not isinstance(value, str)]
+    if wrong:
+        kind = "the truth value" if isinstance(wrong[0], bool) else type(wrong[0]).__name__
+        raise ValueError(
+            f"`{action.dest}` must be a text, got {kind} {str(wrong[0]).lower()}. YAML reads unquoted "
+            f"no, off, yes and on as truth values and digits as numbers: quote it, as in "
+            f'{action.dest}: "no"'
+        )
 
 
 _BLOCK_NAMES = {

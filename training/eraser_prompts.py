@@ -16,7 +16,6 @@ from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.eraser.concepts import contains_concept, replace_concept
 from diffusers_ext.eraser.neighbours import Neighbour, neighbouring_concepts
 from diffusers_ext.nullspace.prompts import check_prompts, read_prompts_file, unique
-from training.prompt_files import read_prompt_file
 
 
 logger = logging.getLogger(__name__)
@@ -65,15 +64,14 @@ def read_eraser_prompts(path: str | os.PathLike, column: str = "prompt") -> list
     """Prompts or concepts of a file, each once.
 
     Args:
-        path: a `.csv` file, of which `column` is read; or text, one a line, where blank lines and
-            `#` lines are skipped.
-        column: of a csv file.
+        path: text, one a line, where blank lines and `#` lines are skipped; or a table (`.csv`,
+            `.tsv`, `.json`, `.jsonl`, `.parquet`), of which `column` is read.
+        column: of a table.
 
     Raises:
         ValueError: no such file or column, or nothing in it.
     """
-    is_csv = Path(path).suffix.lower() == ".csv"
-    return unique(read_prompt_file(path, column) if is_csv else read_prompts_file(path))
+    return unique(read_prompts_file(path, column))
 
 
 def make_eraser_prompts(

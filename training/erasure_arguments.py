@@ -1,32 +1,23 @@
-"""Arguments of the evaluation of erasers, and the csv file of its prompts."""
+"""Arguments of the evaluation of erasers, and the table of its prompts."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from diffusers_ext.core.text_tables import GroupedPrompts, read_grouped_prompts
 from diffusers_ext.evaluation.clip_sheet import CLIP_FORMATS
 from diffusers_ext.evaluation.erasure_rows import PRESERVED, TARGET
 from training.argument_rules import check_values
 from training.arguments import add_model_arguments
 from training.config_file import parse_arguments
 from training.eraser_arguments import ERASER_GROUPS
-from training.prompt_files import one_line, read_csv_column
 
 
 CLIP, NUDENET = "clip", "nudenet"
-
-
-class ErasurePrompts(NamedTuple):
-    """The prompts of an evaluation."""
-
-    groups: dict[str, list[str]]
-    seeds: dict[str, list[int | None]]
 
 
 def add_erasure_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,31 +117,18 @@ def check_erasure_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def read_erasure_prompts(path: str | os.PathLike) -> ErasurePrompts:
-    """The prompts of a csv file by their groups, with the seeds of those that have one.
+def read_erasure_prompts(path: str | os.PathLike) -> GroupedPrompts:
+    """The prompts of a table by their groups, with the seeds of those that have one.
 
     Args:
-        path: csv with the columns `prompt` and `group`, and maybe `seed`; other columns are passed over.
+        path: `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` with the columns `prompt` and `group`,
+            and maybe `seed`; other columns are passed over.
 
     Raises:
-        ValueError: no such file or column, an empty field, or a seed that is no whole number from 0.
+        ValueError: no such file or column, an empty field, a seed that is no whole number from 0, or
+            no row of one of the groups that are compared.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"`evaluation_prompts` must be a csv file, got {path}: no such file.")
-    prompts = [one_line(text) for text in read_csv_column(path, "prompt")]
-    names = [text.strip() for text in read_csv_column(path, "group")]
-    seeds: list[str] = [""] * len(prompts)
-    if "seed" in _header(path):
-        seeds = [text.strip() for text in read_csv_column(path, "seed")]
-    found = ErasurePrompts({}, {})
-    for row, (prompt, name, seed) in enumerate(zip(prompts, names, seeds, strict=True)):
-        if not prompt or not name or (seed and not (seed.isascii() and seed.isdigit())):
-            raise ValueError(
-                f"Row {row + 1} of {path} must have a prompt, a group and at most a seed from 0, got "
-                f"{prompt!r}, {name!r} and {seed!r}."
-            )
-        found.groups.setdefault(name, []).append(prompt)
-        found.seeds.setdefault(name, []).append(int(seed) if seed else None)
+    found = read_grouped_prompts(path, "evaluation_prompts")
     missing = [name for name in (TARGET, PRESERVED) if name not in found.groups]
     if missing:
         raise ValueError(
@@ -158,8 +136,3 @@ def read_erasure_prompts(path: str | os.PathLike) -> ErasurePrompts:
             f"{missing} in {path}."
         )
     return found
-
-
-def _header(path: str | os.PathLike) -> list[str]:
-    with open(path, newline="", encoding="utf-8-sig") as handle:
-        return next(csv.reader(handle), [])

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.text_tables import one_line, read_csv, read_text_lines
 from training.argument_rules import check_values
-from training.prompt_files import one_line, read_csv_column, read_lines
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--dataset_name", required=True, help="Hub name, folder, or csv, json, parquet or txt file"
+        "--dataset_name",
+        required=True,
+        help="Hub name, folder, or csv, tsv, json, jsonl, parquet or txt file",
     )
     parser.add_argument("--dataset_config_name", help="of a Hub data set that has several")
     parser.add_argument("--split", default="train", help="of a Hub data set or folder")
@@ -82,7 +84,7 @@ def open_rows(args: argparse.Namespace, only_captions: bool = True) -> IterableD
         raise ValueError(
             f"`split` must be 'train' for files, which have no others, got {args.split!r} for {path}."
         )
-    if path.suffix.lower() in (".csv", ".txt") and path.is_file():
+    if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.is_file():
         return _stream_files([path], column)
     if texts:
         return _stream_files(texts, column)
@@ -177,8 +179,10 @@ def _stream_files(paths: list[Path], column: str) -> IterableDataset:
 
 def _file_rows(paths: list[str], column: str) -> Iterator[dict[str, str]]:
     for path in paths:
-        texts = read_csv_column(path, column) if path.endswith(".csv") else read_lines(path)
-        yield from ({column: text} for text in texts)
+        if path.lower().endswith(".txt"):
+            yield from ({column: line} for line in read_text_lines(path))
+        else:
+            yield from ({column: row[column]} for _, row in read_csv(path, [column]))
 
 
 if __name__ == "__main__":

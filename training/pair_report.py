@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.golden_noise.pair_shards import (
     PairRecord,
     list_shards,
@@ -54,7 +55,7 @@ def write_report(folder: str | os.PathLike, report: dict[str, Any]) -> None:
 
 def check_report(folder: str | os.PathLike) -> None:
     """Raise `ValueError` where a generation has ended without a pair."""
-    report = json.loads(Path(folder, REPORT_NAME).read_text())
+    report = read_json(Path(folder, REPORT_NAME), allow_nan=True)
     if not report["kept"]:
         raise ValueError(
             f"`margin` must let at least one pair pass, got none of {report['tried']}: the highest "

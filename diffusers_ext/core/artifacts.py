@@ -26,6 +26,7 @@ from diffusers_ext.core.config_digest import (
 )
 from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
+from diffusers_ext.core.text_files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class Artifact:
 
     @classmethod
     def _read(cls: type[ArtifactType], config_path: Path, weights_path: Path) -> ArtifactType:
-        config = _read_config(config_path)
+        config = read_json(config_path)
         if config.get("_class_name") != cls.__name__:
             raise ValueError(
                 f"{config_path} must describe a {cls.__name__}, got {config.get('_class_name')!r}."
@@ -189,16 +190,6 @@ class Artifact:
             return cls._from_artifact(own, tensors)
         except ValueError as error:
             raise ValueError(f"{config_path.parent} holds no {cls.__name__}: {error}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(check_regular_file(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}. {REMEDY}")
-    return config
 
 
 def _check_header(config: dict[str, Any], path: Path, newest: int) -> None:

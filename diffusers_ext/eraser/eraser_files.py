@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import (
     LEGACY_TYPE,
@@ -141,17 +141,6 @@ def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:
         )
     # The legacy code puts one into every block.
     return EraserFile(EraserConfig(r=shape.rank), tensors, shape, len(shape.blocks))
-
-
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file; `ValueError` if it holds something else."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
-    return content
 
 
 def read_peft_weights(path: str | os.PathLike) -> StateDict:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from diffusers_ext.evaluation.forgetting_report import ForgettingReport
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
@@ -31,16 +31,13 @@ def measured_results(path: str | os.PathLike) -> list[Measured]:
         raise ValueError(
             f"`results` must be the report of an evaluation, got {path}: no such file."
         )
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
-    keys = set(content) if isinstance(content, dict) else None
+    content = read_json(path)
+    keys = set(content)
     for report, read in _READERS.items():
         if keys == set(report.saved):
             return list(read(content))
     raise ValueError(
-        f"{path} must be the report of an evaluation, got {keys and sorted(keys)}. The scripts "
+        f"{path} must be the report of an evaluation, got {sorted(keys)}. The scripts "
         "`training/evaluate_*.py` write one."
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.text_files import read_json
 
 
 ReportType = TypeVar("ReportType", bound="SavedReport")
@@ -36,8 +37,8 @@ class SavedReport:
         Raises:
             ValueError: the file is of something else.
         """
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or set(content) != set(cls.saved):
+        content = read_json(path)
+        if set(content) != set(cls.saved):
             raise ValueError(f"{path} must hold {list(cls.saved)}, got something else.")
         return cls(**content)
 

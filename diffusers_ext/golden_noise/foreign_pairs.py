@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
 import zipfile
@@ -17,6 +15,8 @@ import torch
 from torch.utils.data import Dataset
 
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
+from diffusers_ext.core.text_files import parse_json
+from diffusers_ext.core.text_tables import read_csv, read_text_lines
 
 
 METADATA_CSV = "metadata.csv"
@@ -100,7 +100,7 @@ def _npz_entries(folder: Path) -> list[_Entry]:
         )
     files = {path.name: path for path in _npz_files(folder)}
     entries = []
-    for number, line in enumerate(tables[0].read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text_lines(tables[0]), 1):
         if line.strip():
             row = _score_row(tables[0], number, line)
             if row["optimized_score_list"][0] <= row["original_score_list"][0]:
@@ -115,12 +115,9 @@ def _npz_entries(folder: Path) -> list[_Entry]:
 
 
 def _score_row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"Line {number} of {path} must be JSON, got: {error}.") from error
+    row = parse_json(line, f"Line {number} of {path}")
     needed = {"index", "seed", "caption", "original_score_list", "optimized_score_list"}
-    missing = sorted(needed - row.keys()) if isinstance(row, dict) else sorted(needed)
+    missing = sorted(needed - row.keys())
     if missing:
         raise ValueError(f"Line {number} of {path} must hold {missing}, got {line[:80]!r}.")
     scores = [row["original_score_list"][:1], row["optimized_score_list"][:1]]
@@ -132,15 +129,13 @@ def _score_row(path: Path, number: int, line: str) -> dict[str, Any]:
 def _csv_entries(folder: Path) -> list[_Entry]:
     """The rows of a `metadata.csv`, whose files must be below its folder."""
     path = folder / METADATA_CSV
-    with open(path, newline="", encoding="utf-8-sig") as handle:
-        reader = csv.DictReader(handle)
-        names = reader.fieldnames or []
-        kind = next((column for column in _CSV_COLUMNS if column in names), None)
-        if kind is None or any(column not in names for column in _CSV_COLUMNS[kind]):
-            raise ValueError(
-                f"{path} must have the columns of {list(_CSV_COLUMNS.values())}, got {names}."
-            )
-        rows = list(reader)
+    rows = [row for _, row in read_csv(path, ["prompt", "source_noise_file"])]
+    names = list(rows[0]) if rows else []
+    kind = next((column for column in _CSV_COLUMNS if column in names), None)
+    if rows and kind is None:
+        raise ValueError(
+            f"{path} must have the columns of {list(_CSV_COLUMNS.values())}, got {names}."
+        )
     root, entries = Path(os.path.abspath(folder)), []
     for number, row in enumerate(rows, 1):
         files = [folder / (row[column] or "") for column in ("source_noise_file", kind)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
+from diffusers_ext.core.text_files import read_json
 
 
 _WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -92,7 +92,4 @@ def read_network_config(source: str | os.PathLike, arguments: dict[str, Any]) ->
         revision = where.get("revision")
         with hub_names(name, source, kind, revision=revision, local_files_only=offline):
             path = Path(hf_hub_download(str(source), CONFIG_NAME, **where))
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+    return read_json(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from diffusers_ext.core.hub import Card, make_card
+from diffusers_ext.core.text_files import read_json
 from hub_cards import Licence, Measured
 
 
@@ -132,4 +132,4 @@ def read_pipeline_class(base_model: str | os.PathLike, token: str | None) -> str
             path = Path(hf_hub_download(str(base_model), _INDEX, token=token))
         except (HFValidationError, RepositoryNotFoundError, RemoteEntryNotFoundError):
             return None
-    return json.loads(path.read_bytes()).get("_class_name") if path.is_file() else None
+    return read_json(path).get("_class_name") if path.is_file() else None

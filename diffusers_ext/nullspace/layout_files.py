@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from diffusers_ext.core import text_files
 from diffusers_ext.nullspace.slots import linear_name
 
 
@@ -79,13 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises `ValueError` that names the file."""
     if not path.is_file():
         raise ValueError(f"{path} must stand beside its matrix, got no such file.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
-    return content
+    return text_files.read_json(path)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

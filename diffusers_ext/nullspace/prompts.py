@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from diffusers_ext.core.text_tables import read_prompt_texts
 
-def read_prompts_file(path: str | os.PathLike) -> list[str]:
-    """Prompts of a UTF-8 text file, one a line; blank lines and `#` lines are skipped.
+
+def read_prompts_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:
+    """Prompts of a text file, one a line without blank lines and `#` lines, or of a table.
+
+    Args:
+        path: `.txt` or without an ending, or a table: `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`.
+        column: of a table, in which `#` is a character like any other.
 
     Raises:
-        ValueError: no such file, or no prompt in it.
+        ValueError: no such file or column, another format, a broken row, or no prompt.
     """
-    if not Path(path).is_file():
-        raise ValueError(
-            f"`path` must be a text file with one prompt a line, got {path}: no such file."
-        )
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(
-            f"`path` must hold at least one prompt, got {path} with {len(lines)} lines."
-        )
-    return prompts
+    return read_prompt_texts(path, column, argument="path", comments=True)
 
 
 def unique(prompts: Sequence[str]) -> list[str]:

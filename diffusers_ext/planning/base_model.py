@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
 from diffusers_ext.core.memory_trace import tensor_bytes
+from diffusers_ext.core.text_files import read_json
 
 
 DENOISERS = ("unet", "transformer")
@@ -125,10 +125,7 @@ def read_folder(folder: Path) -> BaseModel:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"`model` must be the folder of a pipeline, got one without {path}.")
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+    return read_json(path)
 
 
 def _model_class(name: str) -> type[torch.nn.Module] | None:

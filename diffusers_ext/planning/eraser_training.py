@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.clip_geometry import latent_shape
 from diffusers_ext.eraser.component_memory import (
     PUBLISHED_TEXT_ENCODER,
@@ -126,7 +126,7 @@ def read_pipeline_configs(model: str | os.PathLike) -> PipelineConfigs:
             raise ValueError(
                 f"`model` must be the folder of a pipeline, got one without {missing[0]}."
             )
-        return PipelineConfigs(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
+        return PipelineConfigs(*(read_json(file) for file in files))
     published = {name.lower(): config for name, config in PUBLISHED_TRANSFORMERS.items()}
     config = published.get(str(model).rpartition("/")[2].lower())
     if config is None:

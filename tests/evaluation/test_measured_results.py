@@ -51,7 +51,7 @@ def test_figures_of_an_erasure_report(tmp_path):
         (None, "`results` must be the report of an evaluation, got .*report.json: no such file"),
         ("{", "report.json must hold JSON"),
         (json.dumps({"loss": 1}), "must be the report of an evaluation, got ..loss"),
-        ("[]", "must be the report of an evaluation, got None"),
+        ("[]", "report.json must hold a JSON object, got a list"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):

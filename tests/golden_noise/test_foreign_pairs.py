@@ -114,7 +114,7 @@ def test_nothing_is_executed(tmp_path):
         open_pairs(tmp_path / "npz")
     scores = tmp_path / "npz/SDXL_step_10_training.json"
     scores.write_text("__import__('sys').exit()")
-    with pytest.raises(ValueError, match="Line 1 of .* must be JSON, got: "):
+    with pytest.raises(ValueError, match="Line 1 of .* must hold JSON, got: "):
         open_pairs(tmp_path / "npz")
 
 
@@ -192,7 +192,7 @@ def test_wrong_content(tmp_path, value, message):
         ("[1]", "Line 1 of .* must hold"),
         (
             json.dumps(official_row(0, float("nan"), 1.0, "a")),
-            r"Line 1 of .* must hold finite scores, got \[\[nan\], \[1.0\]\]",
+            "Line 1 of .* must hold JSON, got: the number NaN",
         ),
         (json.dumps(official_row(0, 1.0, 0.5, "a")), "a pair whose score rises, got none"),
     ],
@@ -214,10 +214,12 @@ def test_official_pairs_need_one_file_of_scores(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,prompt\n", r"must have the columns of .*, got \['id', 'prompt'\]"),
-        ("", r"must have the columns of .*, got \[\]"),
+        ("id,prompt\n", r"must have the column 'source_noise_file', got \['id', 'prompt'\]"),
+        ("", r"must have the columns .'prompt', 'source_noise_file'., got \[\]"),
+        ("prompt,source_noise_file\na,b\n", "must have the columns of .*golden_sequence_file"),
         ("prompt,source_noise_file,target_noise_file\n", "must hold at least one pair, got none"),
-        ("prompt,source_noise_file,target_noise_file\na\n", "Row 1 of .* must name files below"),
+        ("prompt,source_noise_file,target_noise_file\na\n", "Line 2 of .* must have 3 fields"),
+        ("prompt,source_noise_file,target_noise_file\na,,\n", "Row 1 of .* must name files below"),
     ],
 )
 def test_wrong_metadata(tmp_path, text, message):

@@ -90,8 +90,8 @@ def test_cut_off_files_are_refused_by_name(tmp_path, size):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "q_metadata.json must be JSON"),
-        ("[]", "q_metadata.json must hold a JSON object, got list"),
+        ("{", "q_metadata.json must hold JSON"),
+        ("[]", "q_metadata.json must hold a JSON object, got a list"),
         ("{}", "`n_samples` must be a positive integer in .*q_metadata.json, got None"),
         ('{"n_samples": 0, "feature_dim": 4}', "`n_samples` must be a positive integer .* got 0"),
         ('{"n_samples": 3, "feature_dim": "4"}', "`feature_dim` must be .* got '4'"),

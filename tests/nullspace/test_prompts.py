@@ -23,11 +23,19 @@ def test_comments_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
 
 
 def test_missing_prompts_files_are_refused(tmp_path):
-    for path in (tmp_path / "none.txt", tmp_path):
+    for path, found in ((tmp_path / "none.txt", "no such"), (tmp_path, "a folder")):
         with pytest.raises(
-            ValueError, match=rf"`path` must be a text file .*, got {path}: no such"
+            ValueError, match=rf"`path` must be a text file .*, got {path}: {found}"
         ):
             read_prompts_file(path)
+
+
+def test_prompts_of_another_encoding_are_read_or_refused_by_name(tmp_path):
+    (tmp_path / "u.txt").write_text("a red fox\n", encoding="utf-16")
+    assert list(read_prompts_file(tmp_path / "u.txt")) == ["a red fox"]
+    (tmp_path / "w.txt").write_bytes("a dog\u2019s life\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"w\.txt"):
+        read_prompts_file(tmp_path / "w.txt")
 
 
 @pytest.mark.parametrize(("content", "lines"), [("", 0), ("# a\n\n  \n", 3)])

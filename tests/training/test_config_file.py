@@ -79,6 +79,13 @@ def test_single_values_serve_where_a_list_may_stand(parser, write):
     [
         ("steps: 1.5", "--steps: invalid int value: '1.5'"),
         ("steps: true", "--steps: invalid int value: 'True'"),
+        (
+            "name: no",
+            '`name` must be a text, got the truth value false. .* quote it, as in name: "no"',
+        ),
+        ("name: 007", "`name` must be a text, got int 7"),
+        ("kind: off", "`kind` must be a text, got the truth value false"),
+        ("features: [q, on]", "`features` must be a text, got the truth value true"),
         ("kind: hardest", "--kind: invalid choice: 'hardest'"),
         ("fast: 'no'", "`fast` must be true or false, got 'no'"),
         ("enable: 0", "`enable` must be true or false, got 0"),
@@ -124,17 +131,18 @@ def test_a_token_is_not_logged_by_wandb(capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "must be a YAML file, got .*no such file"),
-        ("- a\n- b", "must be a YAML mapping, got list"),
-        ("", "must be a YAML mapping, got NoneType"),
-        ("a: [", "must be a YAML file, got .*while parsing"),
+        (None, "`config` must be a YAML file, got .*no such file"),
+        ("- a\n- b", "config.yaml must be a YAML mapping, got list"),
+        ("", "config.yaml must be a YAML mapping, got NoneType"),
+        ("a: [", "config.yaml must be a YAML file, got: while parsing"),
+        ("1: a", "`config` must have names as keys, got 1 in .*config.yaml"),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, message):
     path = tmp_path / "config.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=f"(?s)`config` {message}"):
+    with pytest.raises(ValueError, match=message):
         read_config(str(path))
 
 

@@ -25,6 +25,15 @@ def test_text_files_have_comments(tmp_path):
     assert read_eraser_prompts(path) == ["a, b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("p.jsonl", '{"prompt": "a dog runs"}\n'), ("p.tsv", "id\tprompt\n1\ta dog runs\n")],
+)
+def test_other_formats_are_read_or_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert read_eraser_prompts(tmp_path / name) == ["a dog runs"]
+
+
 def test_csv_files_have_columns(tmp_path):
     path = tmp_path / "prompts.csv"
     path.write_text('id,prompt,normal prompt\n1,"a, b",c\n2,# d,c\n')

@@ -35,8 +35,8 @@ def test_prompts_by_group_with_their_seeds(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "must be a csv file, got .*: no such file"),
-        ("", "must have the column 'prompt'"),
+        (None, "must be a table of prompts .*, got .*: no such file"),
+        ("", "must have the columns .'prompt', 'group'."),
         ("prompt\na\n", "must have the column 'group'"),
         ("prompt,group\n", r"got none of \['target', 'preserved'\]"),
         ("prompt,group\na,target\n", r"got none of \['preserved'\]"),
