@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers_ext.core.inside_folder import path_inside
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.nullspace.lora_upload import measured_drift
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -47,13 +47,7 @@ def reported_facts(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        report = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
-    if not isinstance(report, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(report).__name__}.")
-    return report
+    return read_json(path)
 
 
 def own_statistics(folder: str | os.PathLike) -> FeatureStatistics:
