@@ -30,6 +30,7 @@ from diffusers_ext.core.config_digest import (
     check_config_digest,
     config_digest,
 )
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.teacher_samples import PARTS, Row, TeacherSamples, to_storage
 
 
@@ -219,10 +220,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder} must hold samples of a collection, got no {CONFIG_NAME}.")
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+    config = read_json(path)
     found = (config.get("_class_name"), config.get("format_version"))
     if found != (CLASS_NAME, FORMAT_VERSION):
         raise ValueError(

@@ -20,6 +20,7 @@ from diffusers_ext.core import checked_tensors
 from diffusers_ext.core.artifacts import file_sha256, write_atomically
 from diffusers_ext.core.checked_tensors import check_regular_file, read_tensors
 from diffusers_ext.core.config_digest import is_sha256
+from diffusers_ext.core.text_files import read_json
 
 
 TENSOR = "delta"
@@ -161,7 +162,7 @@ def check_shard(
         ValueError: a file is missing, truncated or altered, or rows and tensors differ.
     """
     files = shard_files(folder, shard)
-    summary = json.loads(files.summary.read_text())
+    summary = read_json(files.summary)
     for name, expected in _sums(summary, files).items():
         path = Path(folder, name)
         if not path.is_file():

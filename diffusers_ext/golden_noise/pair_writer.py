@@ -15,6 +15,7 @@ from safetensors.torch import save
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
 from diffusers_ext.core.checked_tensors import read_tensors, with_digest
 from diffusers_ext.core.config_digest import CONFIG_DIGEST, config_digest
+from diffusers_ext.core.text_files import parse_json
 from diffusers_ext.golden_noise.pair_shards import (
     TABLES,
     TENSOR,
@@ -124,7 +125,7 @@ class PairWriter:
                 f"{path} must hold noises of shape {self.item_shape} and {TABLES}, got {shape} and "
                 f"{sorted(metadata)}. {_REMEDY}"
             )
-        rows = {name: json.loads(metadata[name]) for name in TABLES}
+        rows = {name: parse_json(metadata[name], path, list) for name in TABLES}
         tables = {name: [PairRecord(*row) for row in found] for name, found in rows.items()}
         return Part(tensors[TENSOR], **tables)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.config_digest import check_config_digest
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.golden_noise.foreign_pairs import ForeignPairDataset, is_foreign
 from diffusers_ext.golden_noise.pair_set_hub import download_pairs, push_pairs
 from diffusers_ext.golden_noise.pair_shards import (
@@ -182,10 +182,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
             f"{folder} must be a folder of noise pairs, got none of config.json, metadata.csv and "
             "*.npz in it."
         )
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, got: {error}.") from error
+    config = read_json(path)
     if config.get("_class_name") != CLASS_NAME:
         raise ValueError(f"{path} must describe a {CLASS_NAME}, got {config.get('_class_name')!r}.")
     check_config_digest(config, path)
