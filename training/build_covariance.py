@@ -34,6 +34,7 @@ from training.arguments import (
     read_layers,
     read_timesteps,
 )
+from training.closing_words import statistics_words
 from training.collection_progress import check_resume, collection_facts, collection_progress
 from training.config_file import parse_arguments, read_nullbooth_block
 from training.knowledge import collect, load_pipeline, read_knowledge
@@ -118,7 +119,7 @@ def main(args: argparse.Namespace) -> Path:
                     run = write_tree(args, pipeline, statistics, folder)
                 if args.visual_attention_map:
                     draw_attention_maps(args, pipeline, prompts, folder, run)
-    logger.info(f"Wrote {args.output_dir}")
+    logger.info(statistics_words(args, len(prompts), facts["seconds"]))
     if args.push_to_hub and accelerator.is_main_process:
         publish_statistics(args, pipeline, statistics)
     accelerator.wait_for_everyone()

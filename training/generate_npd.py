@@ -36,6 +36,7 @@ from training.arguments import (
     add_sampling_arguments,
 )
 from training.checkpoint_folders import check_same_facts
+from training.closing_words import pairs_words
 from training.config_file import parse_arguments
 from training.golden_evaluation_arguments import GOLDEN_EVALUATION_GROUPS
 from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS, read_aliases
@@ -226,7 +227,7 @@ def finish(
     won = f", win rate {report['win_rate']:.3f}" if "win_rate" in report else ""
     logger.info(
         f"Kept {report['kept']} of {report['tried']} pairs{won}, {tried} of them made now at "
-        f"{tried / seconds:.3g} a second; wrote {args.output_dir}"
+        f"{tried / seconds:.3g} a second; wrote {args.output_dir}. {pairs_words(args)}"
     )
     write_report(args.output_dir, report)
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from diffusers_ext.core.artifacts import fingerprint
 from training.checkpoints import Checkpoints
+from training.closing_words import network_words
 from training.loop import LossFunction, TrainingLoop
 from training.noise_data import (
     NoiseSamples,
@@ -210,7 +211,7 @@ def train_network(args: argparse.Namespace, task: NoiseTask) -> Path:
             seconds=loop.seconds,
         )
         save_network(args, network, report)
-        logger.info(f"Wrote {args.output_dir}")
+        logger.info(network_words(args, report))
         if shared:
             publish_network(args, network, report)
     accelerator.wait_for_everyone()

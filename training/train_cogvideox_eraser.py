@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, f
 
 from diffusers_ext.core.artifacts import fingerprint
 from training.checkpoints import Checkpoints
+from training.closing_words import eraser_words
 from training.eraser_anchor import settle_anchor
 from training.eraser_arguments import check_eraser_arguments, parse_eraser_arguments, recipe_of
 from training.eraser_base import BaseFacts, load_base, read_base
@@ -185,7 +186,7 @@ def main(args: argparse.Namespace) -> Path:
         )
         report["card"] = card_record(args, eraser_facts(args, report, validation.files))
         save_result(args, pipeline, ADAPTER_NAME, report)
-        logger.info(f"Wrote {args.output_dir}")
+        logger.info(eraser_words(args, report))
         if args.push_to_hub:
             publish_eraser(args, report, validation.files)
     accelerator.wait_for_everyone()

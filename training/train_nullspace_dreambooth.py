@@ -40,6 +40,7 @@ from training.arguments import (
     add_training_arguments,
 )
 from training.checkpoints import Checkpoints
+from training.closing_words import directions_words, subject_words
 from training.config_file import parse_arguments, read_nullbooth_block
 from training.dreambooth import encode_images, list_images
 from training.knowledge import load_or_collect, load_pipeline
@@ -179,8 +180,8 @@ def main(args: argparse.Namespace) -> Path:
     plain = args.directions == "plain"
     statistics = None if plain else load_or_collect(args, pipeline, accelerator)
     prepared = prepare_weights(args, pipeline, statistics)
-    for row in prepared.report:
-        logger.info(f"Directions: {row}")
+    if prepared.report:
+        logger.info(directions_words(prepared.report))
     validation = Validation(args, pipeline, accelerator)
     loop = build_loop(args, accelerator, pipeline, statistics, validation)
     make_output_dir(args, accelerator)
@@ -199,6 +200,8 @@ def main(args: argparse.Namespace) -> Path:
             "card": card_record(args, subject_facts(args, pipeline, statistics, validation.files)),
         }
         save_result(args, pipeline, statistics, report)
+        count = len(list_images(args.instance_data_dir))
+        logger.info(subject_words(args, report, count))
         if args.push_to_hub:
             publish(args, pipeline, statistics, report, validation.files)
     accelerator.wait_for_everyone()

@@ -1,0 +1,165 @@
+"""The last words of a run: what was learnt and kept, what was written, how to load and how to compare it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def directions_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the chosen directions of a LoRA hold, one clause per matrix of statistics."""
+    parts = [
+        f"{row['matrix']}: {row['rank']} for {row['linears']} layers, with "
+        f"{row['instance_share']:.1%} of what is new in the subject's prompts and at least "
+        f"{row['smallest_ratio']:.3g} times as much of it as of what is preserved"
+        for row in rows
+    ]
+    return f"Chose the directions that may change ({'; '.join(parts)})."
+
+
+def subject_words(args: argparse.Namespace, report: Mapping[str, Any], pictures: int) -> str:
+    """Of a trained subject.
+
+    Args:
+        args: of the training script.
+        report: as in `training_report.json`.
+        pictures: how many were trained on.
+    """
+    learnt = (
+        f"Learnt {args.instance_prompt!r} from {_count(pictures, 'picture')} in "
+        f"{_run(args, report)}."
+    )
+    folder, drifts = Path(args.output_dir), report.get("predicted_drift")
+    if drifts:
+        worst = max(drifts, key=drifts.get)
+        learnt += (
+            f" Kept what the statistics cover: on average over them the changed layers' outputs move by "
+            f"at most {drifts[worst] ** 0.5:.2%} ({worst}), as predicted from the weights; nothing was "
+            "drawn to measure it."
+        )
+    elif args.full_finetune:
+        learnt += " Only the null space of the statistics could change in the trained weights."
+    else:
+        learnt += " Nothing was constrained, so what the model knew may have changed."
+    if args.full_finetune:
+        target = str(folder / "pipeline")
+        load = f"DiffusionPipeline.from_pretrained({target!r})"
+        return f"{learnt} Wrote {target}. Load it: {load}"
+    compare = _command(
+        "evaluate_nullspace",
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        lora=args.output_dir,
+        knowledge_prompts=args.knowledge_prompts or "PROMPTS_TO_KEEP.txt",
+        subject_prompt=args.instance_prompt,
+        output_dir=folder / "evaluation",
+    )
+    return (
+        f"{learnt} Wrote {folder}. Load it: pipe.load_lora_weights({str(folder)!r}). Compare with the "
+        f"model as it was: {compare}"
+    )
+
+
+def network_words(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
+    """Of a trained golden-noise network; arguments as `subject_words`."""
+    data = report["data"]
+    words = (
+        f"Trained {report['network']} on {_count(data['training_samples'], 'sample')} in "
+        f"{_run(args, report)}."
+    )
+    last = report["validation"][-1] if report["validation"] else {}
+    figures = [
+        f"{name.removeprefix('validation_')} {value:.4g}"
+        for name, value in last.items()
+        if name.startswith("validation_relative") or name.startswith("validation_cosine")
+    ]
+    words += (
+        f" On held-out prompts: {', '.join(figures)} (relative squared error: 0 is perfect, 1 is the "
+        "noise as it is; cosine with the true change: 1 is perfect)."
+        if figures
+        else " Nothing was held out to measure it on."
+    )
+    folder = Path(args.output_dir)
+    base = args.pretrained_model_name_or_path or "BASE_MODEL"
+    compare = _command(
+        "evaluate_golden_noise",
+        pretrained_model_name_or_path=base,
+        noise_model=folder,
+        prompt_file="HELD_OUT_PROMPTS.txt",
+        reward="pickscore",
+        output_dir=folder / "evaluation",
+    )
+    return (
+        f"{words} Wrote {folder}. Load it: diffusers_ext.load_noise_model({str(folder)!r}). Compare with "
+        f"plain noise: {compare}"
+    )
+
+
+def eraser_words(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
+    """Of a trained eraser; arguments as `subject_words`."""
+    counts = {name: len(prompts) for name, prompts in report["prompts"].items()}
+    folder = Path(args.output_dir)
+    compare = _command(
+        "evaluate_eraser",
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        eraser=folder,
+        evaluation_prompts="PROMPTS.csv",
+        judge="JUDGE",
+        output_dir=folder / "evaluation",
+    )
+    return (
+        f"Trained to erase {args.target_concept!r} on {_count(counts['target'], 'prompt')} that ask for "
+        f"it and to keep {counts['preserved']} others, in {_run(args, report)}; whether it does is not "
+        f"measured yet. Wrote {folder}. Load it: diffusers_ext.load_eraser(pipe, {str(folder)!r}). "
+        f"Compare with the model as it was: {compare}"
+    )
+
+
+def statistics_words(args: argparse.Namespace, prompts: int, seconds: float) -> str:
+    """Of collected statistics."""
+    folder = Path(args.output_dir)
+    train = _command(
+        "train_nullspace_dreambooth",
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        statistics=folder,
+        instance_data_dir="PICTURES",
+        instance_prompt="a photo of sks",
+        output_dir="SUBJECT",
+    )
+    return (
+        f"Measured what the model reads for {_count(prompts, 'prompt')} in {_time(seconds)}: it stays "
+        f"wherever these statistics constrain a training. Wrote {folder}. Load it: diffusers_ext."
+        f"FeatureStatistics.from_pretrained({str(folder)!r}). Train a subject under it: {train}"
+    )
+
+
+def pairs_words(args: argparse.Namespace) -> str:
+    """How to load made noise pairs and what to do with them."""
+    train = _command(
+        "train_npnet",
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        dataset_dir=args.output_dir,
+        output_dir="NETWORK",
+    )
+    return f"Load them: diffusers_ext.PairDataset({args.output_dir!r}). Train a network: {train}"
+
+
+def _run(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
+    words = f"{_count(args.max_train_steps, 'step')} ({_time(report['seconds'])}"
+    losses = [row["loss"] for row in report["history"] if "loss" in row]
+    return f"{words}, loss {losses[0]:.4g} to {losses[-1]:.4g})" if losses else f"{words})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _command(script: str, **flags: Any) -> str:
+    given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+    return f"python training/{script}.py {given}"
