@@ -21,7 +21,7 @@ from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.text_files import read_json
 
 
-_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def read_network_config(source: str | os.PathLike, arguments: dict[str, Any]) ->
         ValueError: nothing of that name, no `config.json` there, or a broken one.
     """
     name, kind = "pretrained_model_name_or_path", "a golden-noise network"
-    where = {key: arguments[key] for key in _WHERE if arguments.get(key) is not None}
+    where = {key: arguments[key] for key in WHERE if arguments.get(key) is not None}
     if Path(source).is_dir():
         path = Path(source, where.get("subfolder", ""), CONFIG_NAME)
         if not path.is_file():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
+from diffusers_ext.core.checked_tensors import check_regular_file
 from diffusers_ext.golden_noise.hub_sources import read_network_config
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
 
@@ -19,22 +21,30 @@ NETWORK_MODULES = {
 }
 
 
+_FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+
+
 def load_noise_model(
     pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
 ) -> GoldenNoiseNetwork:
     """A golden-noise network from a folder or from the Hub, of the class its `config.json` names.
 
     Args:
-        pretrained_model_name_or_path: a local folder, or `"user/name"`.
-        kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `dtype`, ...
+        pretrained_model_name_or_path: a local folder, `"user/name"`, or a single file with the
+            published NPNet weights: the official `.pth`, or safetensors with the same keys.
+        kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `dtype`, ...; for a single
+            file those of `NPNet.from_single_file`.
 
     Returns:
         The network in eval mode.
 
     Raises:
-        ValueError: nothing of that name, or it holds something else.
+        ValueError: nothing of that name, it holds something else, or weights that are damaged.
+        TypeError: another keyword.
     """
     source = str(pretrained_model_name_or_path)
+    if not Path(source).is_dir() and (Path(source).is_file() or source.endswith(_FILE_ENDINGS)):
+        return _load_single_file(Path(source), kwargs)
     name = read_network_config(source, kwargs).get("_class_name")
     if name not in NETWORK_MODULES:
         raise ValueError(
@@ -44,3 +54,21 @@ def load_noise_model(
         )
     network_class = getattr(importlib.import_module(NETWORK_MODULES[name]), name)
     return network_class.from_pretrained(source, **kwargs)
+
+
+def _load_single_file(path: Path, arguments: dict[str, Any]) -> GoldenNoiseNetwork:
+    # Not imported above: only the module of the class that is asked for is.
+    npnet = importlib.import_module(NETWORK_MODULES["NPNet"]).NPNet
+    for name in arguments:
+        if name not in ("variant", "dtype"):
+            raise TypeError(
+                f"load_noise_model() got an unexpected keyword argument {name!r}: of a single file it "
+                "takes `variant` and `dtype`."
+            )
+    check_regular_file(path, "Give a network's folder, its Hub name, or a file of NPNet's weights.")
+    if path.name.startswith("diffusion_pytorch_model") and path.with_name("config.json").is_file():
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be the folder of a saved network, got its file "
+            f"{path}. Give {path.parent}."
+        )
+    return npnet.from_single_file(path, **arguments)

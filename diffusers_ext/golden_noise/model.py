@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -33,6 +35,8 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+
+    _counted: ClassVar[tuple[str, ...]] = ("num_layers",)
 
     @register_to_config
     def __init__(

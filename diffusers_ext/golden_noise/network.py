@@ -13,10 +13,11 @@ from diffusers_ext.core.hub import Card
 from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.golden_noise.hub_sources import read_network_config
 from diffusers_ext.golden_noise.network_card import network_card
+from diffusers_ext.golden_noise.network_files import CheckedWeights
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 
 
-class GoldenNoiseNetwork(PushWithCard):
+class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
     """Mixin of the networks; each defines `golden_noise`, pipelines and evaluation call `refine`.
 
     It stands before `ModelMixin`, whose loading gets clearer errors and whose uploads get a card; the
@@ -35,8 +36,11 @@ class GoldenNoiseNetwork(PushWithCard):
                 `dtype`, ... A pickle is read only with `use_safetensors=False`.
 
         Raises:
-            ValueError: nothing of that name, or a network of another class.
+            ValueError: nothing of that name, a network of another class, or weights that are not
+                whole, not finite, or not those that the config describes.
+            TypeError: another keyword, also for a local folder.
         """
+        cls.check_arguments(kwargs)
         # By default diffusers answers a broken download by looking for a pickle instead.
         kwargs.setdefault("use_safetensors", True)
         config = read_network_config(pretrained_model_name_or_path, kwargs)
@@ -46,6 +50,7 @@ class GoldenNoiseNetwork(PushWithCard):
                 f"`pretrained_model_name_or_path` must hold a {cls.__name__}, got {found!r} in "
                 f"{pretrained_model_name_or_path}. `load_noise_model` loads networks of any class."
             )
+        cls.check_files(pretrained_model_name_or_path, config, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:

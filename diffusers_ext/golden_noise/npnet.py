@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from diffusers import ModelMixin
@@ -18,7 +19,7 @@ from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.noise_transformer import NoiseCrossAttention, NoiseTransformer
 from diffusers_ext.golden_noise.svd_branch import SVDBranch
 from diffusers_ext.golden_noise.swin_inference import linear
-from diffusers_ext.golden_noise.windows import apply_in_windows
+from diffusers_ext.golden_noise.windows import apply_in_windows, text_windows
 
 
 SIGNS = ("canonical", "backend")
@@ -38,8 +39,9 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
 
     The network of "Golden Noise for Diffusion Models" (arXiv:2411.09502, Eq. 5 to 7): it edits the
     noise's singular values, adds the noise scaled by the text and what a Swin makes of both. The
-    defaults are the published SDXL network, with all its properties: one size of noise, one number
-    of tokens, no attention mask (padding is read as it is). Other structures than the published are
+    defaults are the published SDXL network, with all its properties: one size of noise and one number
+    of tokens, which `refine` carries to others in windows, and no attention mask (padding is read as
+    it is). Other structures than the published are
     config fields, so a loaded model knows its own.
 
     Args:
@@ -64,6 +66,8 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         nt_dropout: drop channels of the Swin branch's output in training.
         cross_attention: the Swin branch's output attends to the text-scaled noise.
     """
+
+    _counted: ClassVar[tuple[str, ...]] = ("swin_depths",)
 
     @register_to_config
     def __init__(
@@ -142,15 +146,18 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
                 another variant, missing or surplus keys.
         """
         weights = read_checkpoint(path)
-        found, config = find_variant(weights)
-        if variant is not None and variant != found:
-            raise ValueError(f"{path} must hold the weights of variant {variant!r}, got {found!r}.")
-        model = cls(**config)
-        model.load_state_dict(convert_npnet(weights, model.state_dict()))
+        try:
+            found, config = find_variant(weights)
+            if variant is not None and variant != found:
+                raise ValueError(f"they must be of variant {variant!r}, got {found!r}.")
+            model = cls(**config)
+            model.load_state_dict(convert_npnet(weights, model.state_dict()))
+        except ValueError as error:
+            raise ValueError(f"{path} must hold weights of NPNet: {error}") from error
         return model.to(dtype or torch.float32).eval()
 
     def check_inputs(self, noise: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
-        """Raise `ValueError` for a channel count or text shape of another model."""
+        """Raise `ValueError` for a channel count or text shape of another model, or for too short a text."""
         config = self.config
         if noise.ndim != 4 or noise.shape[1] != config.in_channels:
             raise ValueError(
@@ -162,11 +169,11 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
                 f"`prompt_embeds` must be (batch, tokens, {config.text_embed_dim}), got "
                 f"{tuple(prompt_embeds.shape)}. Use the network of this text encoder."
             )
-        if prompt_embeds.shape[1] != config.text_length or len(prompt_embeds) != len(noise):
+        if prompt_embeds.shape[1] < config.text_length or len(prompt_embeds) != len(noise):
             raise ValueError(
-                f"`prompt_embeds` must hold {config.text_length} tokens for each of the "
-                f"{len(noise)} noises, got {tuple(prompt_embeds.shape)}. Encode the prompt padded "
-                f"and truncated to {config.text_length} tokens."
+                f"`prompt_embeds` must hold {config.text_length} tokens or more for each of the "
+                f"{len(noise)} noises, got {tuple(prompt_embeds.shape)}. Encode the prompt padded to "
+                f"{config.text_length} tokens."
             )
 
     def forward(self, noise: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
@@ -183,7 +190,12 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         if noise.shape[-2:] != (self.config.sample_size,) * 2:
             raise ValueError(
                 f"`noise` must be {self.config.sample_size} high and wide, got "
-                f"{tuple(noise.shape)}. `refine` takes larger noise, window by window."
+                f"{tuple(noise.shape)}. `refine` takes noise of any size, window by window."
+            )
+        if prompt_embeds.shape[1] != self.config.text_length:
+            raise ValueError(
+                f"`prompt_embeds` must hold {self.config.text_length} tokens, got "
+                f"{tuple(prompt_embeds.shape)}. `refine` takes longer texts, part by part."
             )
         scaled = self.text_norm(noise, prompt_embeds.flatten(1))
         features = self.noise_transformer(noise + scaled)
@@ -200,14 +212,19 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         attention_mask: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`forward`, window by window where the noise is larger than `sample_size`.
+        """`forward`, window by window where the noise has another size (`apply_in_windows`).
 
-        The network reads padding tokens as it was trained to; mask and pooled embeddings are not
-        used.
+        Of a text longer than `text_length` tokens each part is read by itself (`text_windows`), and
+        the changes of all parts are averaged. The network reads padding tokens as it was trained to;
+        mask and pooled embeddings are not used.
         """
         self.check_inputs(noise, prompt_embeds)
-        function = partial(self, prompt_embeds=prompt_embeds)  # through the module's hooks
-        return apply_in_windows(function, noise, self.config.sample_size)
+        golden = [
+            # Through the module's hooks.
+            apply_in_windows(partial(self, prompt_embeds=part), noise, self.config.sample_size)
+            for part in text_windows(prompt_embeds, self.config.text_length)
+        ]
+        return golden[0] if len(golden) == 1 else torch.stack(golden).mean(0)
 
 
 def check_config(config: dict) -> None:

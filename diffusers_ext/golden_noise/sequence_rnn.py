@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,10 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         predict_residual: predict the change of a state instead of the next state.
         pooled_text: read pooled text embeddings `(batch, dim)` instead of one embedding a token.
     """
+
+    _counted: ClassVar[tuple[str, ...]] = (
+        "cnn_num_blocks", "gru_num_layers", "num_attention_layers", "num_text_layers",
+    )  # fmt: skip
 
     @register_to_config
     def __init__(

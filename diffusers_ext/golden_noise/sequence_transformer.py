@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -56,6 +56,8 @@ class NoiseSequenceTransformer(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         predict_variance: predict a log-variance for every value, too.
         predict_residual: predict the change of a state instead of the next state.
     """
+
+    _counted: ClassVar[tuple[str, ...]] = ("num_encoder_layers", "num_decoder_layers")
 
     @register_to_config
     def __init__(

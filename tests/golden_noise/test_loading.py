@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors.torch import save_file
 
 from diffusers_ext.golden_noise.loading import NETWORK_MODULES, load_noise_model
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
@@ -13,6 +14,7 @@ from diffusers_ext.golden_noise.npnet import NPNet
 from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
 from tests.evaluation.golden_subjects import small_network
+from tests.golden_noise.npnet_fixture import nested, official_weights
 
 
 NETWORKS = (NPNet, GoldenNoiseModel, NoiseSequenceTransformer, NoiseSequenceRNN)
@@ -57,3 +59,36 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json must hold JSON, got: "):
         load_noise_model(tmp_path)
+    for config in ("[1]", "[" * 100_000):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match="config.json must hold "):
+            load_noise_model(tmp_path)
+
+
+def test_a_single_file_of_npnet_is_read_as_what_it_is(tmp_path):
+    torch.save({}, tmp_path / "sdxl.pth")
+    with pytest.raises((ValueError, OSError)) as error:
+        load_noise_model(tmp_path / "sdxl.pth")
+    assert "no such folder" not in str(error.value)
+    assert "sdxl.pth" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["dit.pth", "dit.safetensors"])
+def test_published_files_load(tmp_path, name):
+    path, weights = tmp_path / name, official_weights("dit")
+    torch.save(nested(weights), path) if name.endswith("pth") else save_file(weights, path)
+    loaded = load_noise_model(path, variant="Hunyuan-DiT", dtype=torch.bfloat16)
+    assert type(loaded) is NPNet
+    assert loaded.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="'typo': of a single file it takes `variant` and `dtype`"):
+        load_noise_model(path, typo=1)
+    with pytest.raises(ValueError, match=rf"{name} must hold weights of NPNet: .*'SDXL'"):
+        load_noise_model(path, variant="SDXL")
+
+
+def test_files_that_are_none_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"gone.pth must be a file, got: No such file"):
+        load_noise_model(tmp_path / "gone.pth")
+    small_network().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be the folder of a saved network, got its file"):
+        load_noise_model(tmp_path / "diffusion_pytorch_model.safetensors")

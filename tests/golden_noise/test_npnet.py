@@ -159,8 +159,8 @@ def test_half_precision_stays_near():
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
 
 
-@pytest.mark.parametrize("size", [(8, 12), (13, 20)])
-def test_larger_noise_stays_white(size):
+@pytest.mark.parametrize("size", [(8, 12), (13, 20), (12, 5), (4, 4)])
+def test_noise_of_other_sizes_stays_white(size):
     network, (noise, text) = small_npnet(), small_inputs(batch=32, size=size)
     network.alpha.data.fill_(0.1)
     network.beta.data.fill_(0.05)
@@ -203,9 +203,8 @@ def test_impossible_sizes_are_refused(change, message):
     [
         ((2, 16, 8, 8), (2, 16, 128), r"`noise` must .* 4.* got "),
         ((2, 4, 8, 8), (2, 16, 64), r"`prompt_embeds` must .* 128.* got "),
-        ((2, 4, 8, 8), (2, 17, 128), r"must hold 16 tokens .* truncated to 16 tokens"),
+        ((2, 4, 8, 8), (2, 15, 128), r"must hold 16 tokens or more .* padded to 16 tokens"),
         ((2, 4, 8, 8), (1, 16, 128), r"`prompt_embeds` must be \(2, tokens, dim\)"),
-        ((2, 4, 8, 7), (2, 16, 128), r"at least 8 high and wide, .* got 8x7"),
     ],
 )
 def test_input_of_another_model_is_refused(noise_shape, text_shape, message):
@@ -218,3 +217,52 @@ def test_forward_takes_its_own_size_only():
     noise, text = small_inputs(size=(16, 16))
     with pytest.raises(ValueError, match=r"`noise` must be 8 high and wide, got \(2, 4, 16, 16\)"):
         small_npnet()(noise, text)
+    with pytest.raises(ValueError, match=r"must hold 16 tokens, got \(2, 17, 128\)"):
+        small_npnet()(torch.randn(2, 4, 8, 8), torch.randn(2, 17, 128))
+
+
+def test_npnet_takes_the_usual_sizes_of_sdxl():
+    network = NPNet().eval()
+    noise = torch.randn(1, 4, 152, 104, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        refined = network.refine(
+            noise, prompt_embeds=torch.randn(1, 77, network.config.text_embed_dim)
+        )
+    assert refined.shape == noise.shape
+    assert refined.isfinite().all()
+
+
+# 1152x896, 1344x768 and 512x512 pixels of a network for 1024x1024, at a quarter of its size.
+@pytest.mark.parametrize("size", [(36, 28), (42, 24), (16, 16)])
+def test_other_sizes_are_as_white_as_the_own_size(size):
+    network = small_npnet(sample_size=32)
+    text = small_inputs(batch=24)[1]
+    off = {}
+    for shape in ((32, 32), size):
+        noise = torch.randn(24, 4, *shape, generator=torch.Generator().manual_seed(1))
+        golden = network.refine(noise, text)
+        assert (golden - noise).square().mean().sqrt() > 0.1
+        before, after = noise_statistics(noise), noise_statistics(golden)
+        assert abs(after.std.mean() - 1) < 0.01
+        off[shape] = (after.lag1_correlation - before.lag1_correlation).mean().abs()
+    assert off[size] < off[32, 32] + 0.02
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 5), (4, 4)])
+def test_a_noise_is_refined_alike_in_any_batch(size):
+    network, (noise, text) = small_npnet(), small_inputs(batch=3, size=size)
+    together = network.refine(noise, text)
+    torch.manual_seed(3)  # the global generator has no part in it
+    for i in range(3):
+        alone = network.refine(noise[i : i + 1], text[i : i + 1])
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=1e-5)
+    assert torch.equal(network.refine(noise, text), together)
+
+
+def test_longer_texts_are_read_part_by_part():
+    network, (noise, text) = small_npnet(), small_inputs()
+    twice = torch.cat([text, text], 1)
+    torch.testing.assert_close(network.refine(noise, twice), network.refine(noise, text))
+    other = torch.cat([text, -text], 1)
+    mean = (network(noise, text) + network(noise, -text)) / 2
+    torch.testing.assert_close(network.golden_noise(noise, other), mean)

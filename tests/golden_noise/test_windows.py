@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.windows import apply_in_windows, blending_weights, window_starts
+from diffusers_ext.golden_noise.noise_statistics import noise_statistics
+from diffusers_ext.golden_noise.windows import (
+    apply_in_windows,
+    blending_weights,
+    continue_noise,
+    text_windows,
+    window_starts,
+)
 
 
 @pytest.mark.parametrize("window", [1, 8, 128])
@@ -38,8 +45,40 @@ def test_weights_fall_to_the_borders():
     assert weights[0, 0] < weights[0, 4] < weights[3, 4]
 
 
-def test_smaller_noise_is_refused():
-    with pytest.raises(
-        ValueError, match=r"at least 8 high and wide, .* got 16x7.*GoldenNoiseModel"
-    ):
-        apply_in_windows(torch.clone, torch.randn(1, 4, 16, 7), 8)
+@pytest.mark.parametrize("size", [(16, 7), (5, 6), (1, 40)])
+def test_a_short_side_is_continued_and_cropped(size):
+    noise, seen = torch.randn(2, 4, *size), []
+    found = apply_in_windows(lambda x: seen.append(tuple(x.shape)) or 1.5 * x, noise, 8)
+    torch.testing.assert_close(found, 1.5 * noise)
+    assert set(seen) == {(2, 4, 8, 8)}
+
+
+def test_continued_noise_is_white_and_holds_the_noise():
+    noise = torch.randn(32, 4, 20, 40, generator=torch.Generator().manual_seed(0))
+    continued = continue_noise(noise, 40, 41)
+    assert torch.equal(continued[..., 10:30, 0:40], noise)
+    around = noise_statistics(continued)
+    assert abs(around.std.mean() - 1) < 0.01
+    assert abs(around.lag1_correlation.mean()) < 0.01
+    assert not torch.equal(continued[0, :, :10], continued[1, :, :10])
+
+
+def test_the_continuation_is_of_the_sample_and_of_nothing_else():
+    noise = torch.randn(3, 4, 6, 6)
+    continued = continue_noise(noise, 8, 8)
+    torch.manual_seed(1)
+    assert torch.equal(continue_noise(noise[1:2], 8, 8), continued[1:2])
+    corner = continued[1, :, 0]
+    # A sampler's own scale and half precision leave the seed.
+    assert torch.equal(continue_noise(14.6 * noise[1:2] / 14.6, 8, 8)[0, :, 0], corner)
+    assert torch.equal(continue_noise(noise[1:2].bfloat16(), 8, 8)[0, :, 0], corner.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starts"), [(7, [0]), (14, [0, 7]), (10, [0, 3]), (15, [0, 4, 8])]
+)
+def test_texts_are_cut_into_as_few_parts_as_possible(tokens, starts):
+    text = torch.arange(tokens).expand(2, tokens)[..., None]
+    parts = text_windows(text, 7)
+    assert [part[0, 0].item() for part in parts] == starts
+    assert all(part.shape == (2, 7, 1) for part in parts)

@@ -1,0 +1,256 @@
+"""Weights of networks on disk: sealed when they are saved, checked before a model is made of them.
+
+diffusers only logs that weights are missing and fills them with random numbers, and it makes whatever
+model a config asks for before it opens the weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from safetensors.torch import save_file
+
+from diffusers_ext.core.checked_tensors import (
+    REMEDY,
+    check_digest,
+    check_regular_file,
+    check_shapes,
+    check_tensors,
+    open_tensors,
+    with_digest,
+)
+from diffusers_ext.core.config_digest import config_digest
+from diffusers_ext.core.pickled_tensors import read_pickled_tensors
+from diffusers_ext.core.safetensors_header import sort_metadata
+from diffusers_ext.golden_noise.hub_sources import WHERE
+
+
+LOADING_ARGUMENTS = (
+    "subfolder", "revision", "dtype", "variant", "cache_dir", "token", "local_files_only",
+    "force_download", "proxies", "use_safetensors", "device_map", "max_memory", "offload_folder",
+    "offload_state_dict", "low_cpu_mem_usage", "ignore_mismatched_sizes", "output_loading_info",
+    "torch_dtype", "quantization_config", "disable_mmap", "parallel_config",
+)  # fmt: skip
+# Name in the metadata of a weights file of the digest of the config that it was saved with.
+_CONFIG_KEY = "diffusers_ext.config_sha256"
+# What modules raise for settings that they cannot be made with.
+_UNBUILDABLE = (
+    TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError,
+)  # fmt: skip
+
+
+class CheckedWeights:
+    """Mixin, right before `ModelMixin`: what is loaded is whole, and what the config describes."""
+
+    # Config fields of which each unit has weights: layers, or blocks a stage.
+    _counted: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        """Raise `TypeError` for a keyword that is neither `from_pretrained`'s nor of the config."""
+        known = [*LOADING_ARGUMENTS, *_config_fields(cls)]
+        for name in arguments:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                meant = f" Did you mean `{close[0]}`?" if close else ""
+                raise TypeError(
+                    f"{cls.__name__}.from_pretrained() got an unexpected keyword argument {name!r}: it "
+                    f"takes {', '.join(LOADING_ARGUMENTS[:8])} and the fields of the config.{meant}"
+                )
+
+    @classmethod
+    def check_files(
+        cls, source: str | os.PathLike, config: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> None:
+        """Raise `ValueError`, with the file's name, unless the weights are those of the config.
+
+        Whole, finite, no others, of the shapes that the config describes; what is too large is
+        refused by the header of the file, before memory is taken.
+
+        Args:
+            source: a local folder, or `"user/name"`.
+            config: of its `config.json`.
+            arguments: of `from_pretrained`.
+        """
+        if config.get("quantization_config"):
+            raise ValueError(
+                f"{source} must hold plain weights, got quantised ones, which cannot be checked "
+                "against the config. Load plain ones with `quantization_config=`."
+            )
+        pickled = arguments.get("use_safetensors") is False
+        paths = weight_files(source, arguments, pickled=pickled)
+        given = {**config, **arguments}
+        fields = {name: given[name] for name in _config_fields(cls) if name in given}
+        where = f"the config of {source}"
+        if not pickled:
+            counts = {name: _total(fields[name]) for name in cls._counted if name in fields}
+            _check_counts(paths, counts, where)
+        try:
+            with torch.device("meta"):
+                expected = dict(cls(**fields).state_dict())
+        # Whatever a foreign config asks for: text for numbers, heads of 0, sizes beyond all memory.
+        except _UNBUILDABLE as error:
+            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            raise ValueError(f"{where} must describe a {cls.__name__}, got: {reason}") from error
+        check_contents(paths, {k: tuple(v.shape) for k, v in expected.items()}, config)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **arguments: Any) -> None:
+        """As in diffusers; the files hold a digest, by which loading finds what was altered."""
+        super().save_pretrained(save_directory, **arguments)
+        is_safetensors = arguments.get("safe_serialization", True)
+        if arguments.get("use_flashpack") or not is_safetensors:
+            return
+        if arguments.get("is_main_process", True):
+            stem = with_variant(SAFETENSORS_WEIGHTS_NAME, arguments.get("variant"))
+            stem = stem.removesuffix(".safetensors")
+            config = json.loads(Path(save_directory, self.config_name).read_bytes())
+            for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"):
+                for path in Path(save_directory).glob(pattern):
+                    seal(path, config)
+
+
+def _config_fields(cls: type) -> list[str]:
+    return list(inspect.signature(cls.__init__).parameters)[1:]
+
+
+def _total(count: Any) -> Any:
+    """The sum of a list of whole numbers; anything else as it is, to be refused by name."""
+    if isinstance(count, (list, tuple)) and all(type(part) is int for part in count):
+        return sum(count)
+    return count
+
+
+def _check_counts(paths: Sequence[Path], counts: Mapping[str, Any], where: str) -> None:
+    """Refuse more layers than there are tensors, before any layer is made."""
+    tensors = sum(len(list(open_tensors(path).keys())) for path in paths)
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count <= tensors:
+            raise ValueError(
+                f"`{name}` must be the number of layers whose weights are there, got {count!r} in "
+                f"{where}, but {paths[0]} has {tensors} tensors. {REMEDY}"
+            )
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """`diffusion_pytorch_model.fp16.safetensors`, as diffusers names files of a variant."""
+    if variant is None:
+        return name
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.{variant}.{ending}"
+
+
+def weight_files(
+    source: str | os.PathLike, arguments: Mapping[str, Any], *, pickled: bool = False
+) -> list[Path]:
+    """The one weights file of a model, or all that its index names; downloaded from the Hub.
+
+    Raises:
+        ValueError: none of that name, an index that names others than files beside it.
+    """
+    name = WEIGHTS_NAME if pickled else SAFETENSORS_WEIGHTS_NAME
+    variant = arguments.get("variant")
+    index = _find(source, with_variant(f"{name}.index.json", variant), arguments)
+    if index is None:
+        path = _find(source, with_variant(name, variant), arguments)
+        if path is None:
+            raise ValueError(
+                f"{source} must hold {with_variant(name, variant)}, got none. {REMEDY} A pickle is "
+                "read with `use_safetensors=False` alone, a variant with `variant=`."
+            )
+        return [path]
+    try:
+        names = sorted(
+            set(json.loads(check_regular_file(index).read_bytes())["weight_map"].values())
+        )
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} must map weights to their files, got: {error}. {REMEDY}"
+        ) from error
+    if not names or not all(isinstance(file, str) and Path(file).name == file for file in names):
+        raise ValueError(f"{index} must name files beside it, got {names}. {REMEDY}")
+    found = [_find(source, file, arguments) for file in names]
+    missing = [file for file, path in zip(names, found, strict=True) if path is None]
+    if missing:
+        raise ValueError(f"{index} must name files that are there, got {missing}. {REMEDY}")
+    return found
+
+
+def _find(source: str | os.PathLike, name: str, arguments: Mapping[str, Any]) -> Path | None:
+    where = {key: arguments[key] for key in WHERE if arguments.get(key) is not None}
+    if Path(source).is_dir():
+        folder = Path(source, where.get("subfolder", ""))
+        if not os.path.lexists(folder / name):
+            return None
+        return check_regular_file(folder / name)
+    try:
+        return Path(hf_hub_download(str(source), name, **where))
+    except RemoteEntryNotFoundError:
+        return None
+    except LocalEntryNotFoundError:
+        if where.get("local_files_only"):
+            return None
+        raise
+
+
+def check_contents(
+    paths: list[Path], expected: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> None:
+    """Raise `ValueError` unless the files hold exactly the expected tensors, finite and unaltered."""
+    first = paths[0] if len(paths) == 1 else paths[0].parent
+    if paths[0].suffix != ".safetensors":
+        tree = {}
+        for path in paths:
+            tree |= _pickled(path)
+        check_tensors(tree, first, expected=expected)
+        return
+    shapes = {}
+    for path in paths:
+        handle = open_tensors(path)
+        shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+    check_shapes(shapes, expected, first)
+    for path in paths:
+        tensors, metadata = _tensors_and_metadata(path)
+        check_tensors(tensors, path)
+        check_digest(tensors, metadata, path)
+        if metadata.get(_CONFIG_KEY, _digest(config)) != _digest(config):
+            raise ValueError(
+                f"{path} must stand beside the config that it was saved with, got another: the digest "
+                f"in its metadata does not fit. {REMEDY} Settings are changed by keywords of "
+                "`from_pretrained`, not in config.json."
+            )
+
+
+def _pickled(path: Path) -> dict[str, torch.Tensor]:
+    tree = read_pickled_tensors(path)
+    if not isinstance(tree, dict) or not all(isinstance(x, torch.Tensor) for x in tree.values()):
+        raise ValueError(f"{path} must hold weights by name, got other objects. {REMEDY}")
+    return tree
+
+
+def _tensors_and_metadata(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    handle = open_tensors(path)
+    return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Of what the network is; underscored fields say where it came from and which version wrote it."""
+    return config_digest({k: v for k, v in config.items() if not k.startswith("_")})
+
+
+def seal(path: Path, config: Mapping[str, Any]) -> None:
+    """Write the digests of contents and config into a weights file."""
+    tensors, metadata = _tensors_and_metadata(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the file is replaced
+    metadata = with_digest(tensors, {**metadata, _CONFIG_KEY: _digest(config)})
+    save_file(tensors, path, metadata)
+    sort_metadata(path)
