@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from diffusers_ext.core.checked_tensors import (
 from diffusers_ext.core.config_digest import config_digest
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 from diffusers_ext.core.safetensors_header import sort_metadata
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.golden_noise.hub_sources import WHERE
 
 
@@ -113,7 +113,7 @@ class CheckedWeights:
         if arguments.get("is_main_process", True):
             stem = with_variant(SAFETENSORS_WEIGHTS_NAME, arguments.get("variant"))
             stem = stem.removesuffix(".safetensors")
-            config = json.loads(Path(save_directory, self.config_name).read_bytes())
+            config = read_json(Path(save_directory, self.config_name), allow_nan=True)
             for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"):
                 for path in Path(save_directory).glob(pattern):
                     seal(path, config)
@@ -168,15 +168,9 @@ def weight_files(
                 "read with `use_safetensors=False` alone, a variant with `variant=`."
             )
         return [path]
-    try:
-        names = sorted(
-            set(json.loads(check_regular_file(index).read_bytes())["weight_map"].values())
-        )
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} must map weights to their files, got: {error}. {REMEDY}"
-        ) from error
-    if not names or not all(isinstance(file, str) and Path(file).name == file for file in names):
+    mapped = read_json(index).get("weight_map")
+    names = sorted({*map(str, mapped.values())}) if isinstance(mapped, dict) else []
+    if not names or not all(Path(file).name == file for file in names):
         raise ValueError(f"{index} must name files beside it, got {names}. {REMEDY}")
     found = [_find(source, file, arguments) for file in names]
     missing = [file for file, path in zip(names, found, strict=True) if path is None]
