@@ -58,8 +58,9 @@ KINDS: dict[str, Kind] = {
         pipeline_tag="text-to-image",
         library_name="diffusers",
         relation="adapter",
-        facts=("instance_prompt", "pipeline", "directions", "rank", "statistics"),
+        facts=("instance_prompt", "pipeline", "directions", "rank", "statistics", "kohya_file"),
         papers=_NULL_SPACE_PAPERS,
+        may_be_empty=("kohya_file",),
     ),
     "subject_pipeline": Kind(
         template="subject_pipeline",

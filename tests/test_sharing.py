@@ -72,7 +72,8 @@ def test_a_lora_of_a_training(hub, statistics, pipeline, tmp_path):
     push_artifact(tmp_path, "lora", private=True)
     files = hub.files("tester/lora")
     assert sorted(files) == [
-        "README.md", "pictures/0.png", LORA_WEIGHT_NAME, "statistics/config.json",
+        "README.md", "comfyui_a1111_kohya.safetensors", "pictures/0.png", LORA_WEIGHT_NAME,
+        "statistics/config.json",
         "statistics/model.safetensors",
     ]  # fmt: skip
     card = card_of(hub, "tester/lora")

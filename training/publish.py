@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.base_model import public_name
 from diffusers_ext.core.hub import Card, check_card, make_card, make_repository, push_folder
+from diffusers_ext.nullspace.lora_files import KOHYA_NAME
 from diffusers_ext.nullspace.lora_upload import measured_drift
 from diffusers_ext.nullspace.measured_models import plain_class_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -89,7 +90,7 @@ def subject_card(
     return make_card(
         "subject_pipeline" if args.full_finetune else "null_space_lora",
         **subject_facts(args, pipeline, statistics, pictures),
-        **({} if args.full_finetune else {"rank": args.rank}),
+        **({} if args.full_finetune else {"rank": args.rank, "kohya_file": KOHYA_NAME}),
         results=measured_drift(drifts, statistics) if drifts else (),
         statistics=statistics is not None,
         **card_arguments(args),

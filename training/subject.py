@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.base_model import public_name
 from diffusers_ext.core.noise_schedules import training_schedule
 from diffusers_ext.nullspace.lora import (
     add_null_space_lora,
@@ -21,7 +23,8 @@ from diffusers_ext.nullspace.lora import (
     preservation_penalty,
     save_lora,
 )
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
+from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME
+from diffusers_ext.nullspace.lora_metadata import training_metadata
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -32,6 +35,7 @@ from training.dreambooth import (
     DreamBoothLoss,
     encode_condition,
     encode_images,
+    list_images,
     make_class_images,
 )
 from training.output_folder import staged_output
@@ -196,9 +200,33 @@ def save_result(
         if args.full_finetune:
             pipeline.save_pretrained(folder / "pipeline")
         else:
-            save_lora(type(pipeline), pipeline.unet, folder)
+            save_lora(
+                type(pipeline),
+                pipeline.unet,
+                folder,
+                metadata=_lora_facts(args, pipeline),
+            )
         if statistics is not None:
             statistics.save_pretrained(folder / "statistics")
             if not args.full_finetune:
                 report["predicted_drift"] = predicted_drift(pipeline.unet, statistics)
         (folder / "training_report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def files_for_programs(args: argparse.Namespace) -> str:
+    """Which of the two files of a LoRA is for what, in one sentence."""
+    return (
+        f"{Path(args.output_dir, LORA_WEIGHT_NAME)} is for diffusers; {KOHYA_NAME} beside it is the same "
+        "LoRA for ComfyUI and A1111, which do not know the names in the first."
+    )
+
+
+def _lora_facts(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dict[str, str]:
+    """What managers of LoRAs show; the base model by its Hub name, never by a path."""
+    return training_metadata(
+        instance_prompt=args.instance_prompt,
+        base_model=args.hub_base_model or public_name(args.pretrained_model_name_or_path),
+        prediction_type=pipeline.scheduler.config.get("prediction_type"),
+        resolution=args.resolution,
+        num_pictures=len(list_images(args.instance_data_dir)),
+    )

@@ -57,7 +57,13 @@ from training.run_setup import (
     run_facts,
     start_trackers,
 )
-from training.subject import keep_rule, make_loss, prepare_weights, save_result
+from training.subject import (
+    files_for_programs,
+    keep_rule,
+    make_loss,
+    prepare_weights,
+    save_result,
+)
 from training.subject_checks import (
     check_against_model,
     check_null_space_arguments,
@@ -202,6 +208,8 @@ def main(args: argparse.Namespace) -> Path:
         save_result(args, pipeline, statistics, report)
         count = len(list_images(args.instance_data_dir))
         logger.info(subject_words(args, report, count))
+        if not args.full_finetune:
+            logger.info(files_for_programs(args))
         if args.push_to_hub:
             publish(args, pipeline, statistics, report, validation.files)
     accelerator.wait_for_everyone()

@@ -67,6 +67,11 @@ def read_kohya_lora(
     return lora
 
 
+def has_kohya_names(lora: Iterable[str]) -> bool:
+    """Whether all modules of a LoRA, as `read_lora` names them, have a name in kohya's scripts."""
+    return all(key.startswith(("unet.", "text_encoder.", "text_encoder_2.")) for key in lora)
+
+
 def to_kohya_lora(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same LoRA with kohya's names, and one alpha for all modules.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.safetensors_header import sort_metadata
 from diffusers_ext.core.targets import natural_key
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions
 from diffusers_ext.nullspace.lora_config import check_lora_config
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
+from diffusers_ext.nullspace.lora_files import add_kohya_file
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.prompts import check_prompts
 from diffusers_ext.nullspace.slots import check_widths
@@ -213,10 +212,23 @@ def save_lora(
     unet: torch.nn.Module,
     directory: str | os.PathLike,
     adapter_name: str = "default",
-) -> None:
-    """Write `pytorch_lora_weights.safetensors` with diffusers' own `save_lora_weights`.
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the LoRA twice: once for diffusers, once for ComfyUI, A1111 and kindred programs.
 
-    Equal LoRAs are equal files.
+    `pytorch_lora_weights.safetensors` is diffusers' own, by `save_lora_weights`;
+    `comfyui_a1111_kohya.safetensors` has the names that the other programs know. Equal LoRAs are equal files.
+
+    Args:
+        pipeline_class: that loads it.
+        unet: with the adapter.
+        directory: to write to, made when absent.
+        adapter_name: of the adapter.
+        metadata: for both files, as of `diffusers_ext.nullspace.lora_metadata.training_metadata`.
+
+    Returns:
+        The file for the other programs.
 
     Raises:
         ValueError: every B is zero, so that the file would have no effect, or one is not finite.
@@ -232,9 +244,13 @@ def save_lora(
         raise ValueError(
             "A saved LoRA must have an effect, got all B matrices zero. Train it first."
         )
-    pipeline_class.save_lora_weights(
+    # That of our own pipelines would write the second file without this metadata.
+    plain = next(
+        base for base in pipeline_class.__mro__ if base.__module__.startswith("diffusers.")
+    )
+    plain.save_lora_weights(
         save_directory=str(directory),
         unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=adapter_name),
         unet_lora_adapter_metadata=unet.peft_config[adapter_name].to_dict(),
     )
-    sort_metadata(Path(directory, LORA_WEIGHT_NAME))
+    return add_kohya_file(directory, metadata)

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save
 
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.core.checked_tensors import read_tensors, with_digest
+from diffusers_ext.core.checked_tensors import DIGEST_KEY, read_tensors, with_digest
 from diffusers_ext.core.safetensors_header import with_sorted_metadata
 from diffusers_ext.nullspace.kohya_lora import is_kohya_lora, read_kohya_lora, to_kohya_lora
 from diffusers_ext.nullspace.lora_checks import (
@@ -28,6 +28,9 @@ from diffusers_ext.nullspace.lora_names import LoraKey, parse_key
 
 
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+# The file for ComfyUI and A1111. Diffusers looks for its own name first, so this one beside it is never
+# loaded by mistake; a name that depends on no folder keeps equal trainings equal files.
+KOHYA_NAME = "comfyui_a1111_kohya.safetensors"
 FORMATS = ("diffusers", "kohya")
 StateDict = dict[str, torch.Tensor]
 LoraSource = str | os.PathLike | Mapping[str, torch.Tensor]
@@ -187,6 +190,31 @@ def export_lora(
     return exported
 
 
+def add_kohya_file(folder: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write the LoRA of a folder once more, as `comfyui_a1111_kohya.safetensors`.
+
+    Those programs know none of the names in `pytorch_lora_weights.safetensors` and would load it
+    without any effect; diffusers goes on loading that one. Both files get the metadata.
+
+    Args:
+        folder: with a `pytorch_lora_weights.safetensors`.
+        metadata: as of `training_metadata`.
+
+    Returns:
+        The new file.
+
+    Raises:
+        ValueError: no LoRA there, or a module that has no name in those programs.
+    """
+    source, target = Path(folder, LORA_WEIGHT_NAME), Path(folder, KOHYA_NAME)
+    metadata = {"modelspec.title": "LoRA", **(metadata or {})}
+    export_lora(source, "kohya", target, metadata=metadata)
+    tensors, found = read_tensors(source)
+    found.pop(DIGEST_KEY, None)
+    write_lora(tensors, source, {**found, **metadata})
+    return target
+
+
 def check_output_path(output_path: str | os.PathLike | None) -> None:
     """Raise `ValueError` for a file to write that is no safetensors file; `None` passes."""
     if output_path is not None and Path(output_path).suffix != ".safetensors":
@@ -201,6 +229,9 @@ def write_lora(
     Equal LoRAs are equal files. A digest in the metadata finds what is altered later.
     """
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in lora.items()}
+    contiguous = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in lora.items()
+    }
     told = with_digest(contiguous, {**(metadata or {}), "format": "pt"})
     write_atomically(output_path, with_sorted_metadata(save(contiguous, metadata=told)))

@@ -38,7 +38,6 @@ def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def training_metadata(
     *,
-    title: str,
     instance_prompt: str | None = None,
     base_model: str | None = None,
     prediction_type: str | None = None,
@@ -48,8 +47,7 @@ def training_metadata(
     """What is known of a training.
 
     Args:
-        title: shown by managers.
-        instance_prompt: asks for the subject; the trigger phrase.
+        instance_prompt: asks for the subject; the trigger phrase, and the title that managers show.
         base_model: its Hub name.
         prediction_type: of the base model's scheduler.
         resolution: pixels a side that it was trained at.
@@ -58,7 +56,7 @@ def training_metadata(
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction_type or "")
     frequency = {"instance": {instance_prompt: num_pictures}}
     told = {
-        "modelspec.title": title,
+        "modelspec.title": instance_prompt,
         "modelspec.trigger_phrase": instance_prompt,
         "modelspec.resolution": f"{resolution}x{resolution}" if resolution else None,
         "modelspec.prediction_type": prediction,
@@ -105,7 +103,11 @@ def data_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
     Metadata does not count, so that it may be edited.
     """
-    content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    copies = {  # tensors that share memory are not written
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+    content = save(copies)
     return hashlib.sha256(memoryview(content)[tensors_offset(content) :]).hexdigest()
 
 

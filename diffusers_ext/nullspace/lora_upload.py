@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
 
+from diffusers_ext.core.checked_tensors import open_tensors
 from diffusers_ext.core.hub import make_card, push_folder
-from diffusers_ext.nullspace.kohya_lora import is_kohya_lora
+from diffusers_ext.nullspace.kohya_lora import has_kohya_names, is_kohya_lora
+from diffusers_ext.nullspace.lora_checks import check_lora_effect
 from diffusers_ext.nullspace.lora_files import (
+    KOHYA_NAME,
     LORA_WEIGHT_NAME,
-    check_lora_effect,
+    export_lora,
     read_lora,
-    write_lora,
+    read_lora_file,
 )
+from diffusers_ext.nullspace.lora_metadata import kept_metadata, training_metadata
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from hub_cards import Licence, Measured
 
@@ -42,7 +45,9 @@ def push_lora(
 ) -> str:
     """Upload a LoRA as `pytorch_lora_weights.safetensors`, alone or with its statistics.
 
-    Key names of kohya's scripts become those of diffusers. The facts for the card have no defaults.
+    Key names of kohya's scripts become those of diffusers, and a second file with kohya's names,
+    `comfyui_a1111_kohya.safetensors`, serves ComfyUI and A1111; a LoRA of a transformer has no names
+    there and goes without. The facts for the card have no defaults.
 
     Args:
         lora: a `.safetensors` file, or a folder with `pytorch_lora_weights.safetensors`.
@@ -73,6 +78,7 @@ def push_lora(
     missing = [str(path) for _, path in widget if not Path(path).is_file()]
     if missing:
         raise ValueError(f"`widget` must name picture files, got {missing}: no such files.")
+    kohya_file = KOHYA_NAME if has_kohya_names(tensors) else None
     card = make_card(
         "null_space_lora",
         base_model=base_model,
@@ -87,21 +93,40 @@ def push_lora(
         directions=directions,
         rank=max(a.shape[0] for key, a in tensors.items() if key.endswith(".lora_A.weight")),
         statistics=statistics is not None,
+        kohya_file=kohya_file,
     )
-    file = Path(lora, LORA_WEIGHT_NAME) if Path(lora).is_dir() else Path(lora)
-    with safe_open(file, "pt") as handle:
-        is_kohya = is_kohya_lora(handle.keys())
     with tempfile.TemporaryDirectory() as upload:
-        if is_kohya:
-            write_lora(tensors, Path(upload, LORA_WEIGHT_NAME))
-        else:
-            shutil.copyfile(file, Path(upload, LORA_WEIGHT_NAME))
+        _write_files(lora, Path(upload), kohya_file, instance_prompt, base_model)
         if statistics is not None:
             statistics.save_pretrained(Path(upload, "statistics"))
         for (_, path), name in zip(widget, names):
             Path(upload, name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, Path(upload, name))
         return push_folder(upload, repo_id, card, **hub_arguments)
+
+
+def _write_files(
+    lora: str | os.PathLike,
+    folder: Path,
+    kohya_file: str | None,
+    instance_prompt: str | None,
+    base_model: str | None,
+) -> None:
+    """The files of the weights; the one for other programs where it has a name."""
+    file = Path(lora, LORA_WEIGHT_NAME) if Path(lora).is_dir() else Path(lora)
+    with open_tensors(file) as handle:
+        is_kohya = is_kohya_lora(handle.keys())
+    target = folder / LORA_WEIGHT_NAME
+    if is_kohya:
+        export_lora(file, "diffusers", target)
+    else:
+        shutil.copyfile(file, target)
+    if kohya_file is not None:
+        metadata = read_lora_file(target)[1]
+        told = training_metadata(instance_prompt=instance_prompt, base_model=base_model)
+        # What the training wrote knows more.
+        told |= {name: value for name, value in kept_metadata(metadata).items() if name in told}
+        export_lora(target, "kohya", folder / kohya_file, metadata=told)
 
 
 def measured_drift(drifts: Mapping[str, float], statistics: FeatureStatistics) -> list[Measured]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -30,7 +31,11 @@ from transformers import (
 from diffusers_ext.core.card_push import PushWithCard
 from diffusers_ext.core.hub import Card
 from diffusers_ext.core.processors import ProjectAttnProcessor, use_processors
-from diffusers_ext.nullspace.lora_files import check_loaded_lora
+from diffusers_ext.nullspace.lora_files import (
+    LORA_WEIGHT_NAME,
+    add_kohya_file,
+    check_loaded_lora,
+)
 from diffusers_ext.nullspace.pipeline_card import subject_pipeline_card
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -89,6 +94,22 @@ class NullSpaceMixin(PushWithCard):
                 layer.set_adapter(names)
             self.delete_adapters(sorted(added))
             raise
+
+    @classmethod
+    def save_lora_weights(
+        cls, save_directory: str | os.PathLike, *args: object, **kwargs: object
+    ) -> None:
+        """As in diffusers, and `comfyui_a1111_kohya.safetensors` beside it for ComfyUI and A1111.
+
+        They know none of the names in the first file. Under a `weight_name` of one's own, or as a pickle,
+        there is no second file; `export_lora(..., "kohya")` writes it.
+        """
+        save = super().save_lora_weights
+        save(save_directory, *args, **kwargs)
+        given = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
+        usual = given.get("weight_name") in (None, LORA_WEIGHT_NAME)
+        if usual and given.get("safe_serialization", True) and given.get("is_main_process", True):
+            add_kohya_file(save_directory)
 
     @contextmanager
     def preserve(

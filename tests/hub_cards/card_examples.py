@@ -35,6 +35,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "instance_prompt": "a photo of sks dog",
         "pipeline": "StableDiffusionXLPipeline",
         "directions": "generalized",
+        "kohya_file": "comfyui_a1111_kohya.safetensors",
         "rank": 1,
         "statistics": True,
     },

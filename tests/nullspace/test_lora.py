@@ -215,7 +215,8 @@ def test_saved_loras_are_ordinary_files(few_statistics, digits, tmp_path):
     assert not (tmp_path / "lora").exists()
     train(digits.unet)
     save_lora(StableDiffusionPipeline, digits.unet, tmp_path / "lora")
-    (path,) = (tmp_path / "lora").iterdir()
+    other, path = sorted((tmp_path / "lora").iterdir())
+    assert other.name == "comfyui_a1111_kohya.safetensors"
     assert path.name == "pytorch_lora_weights.safetensors"
     with safe_open(path, "pt") as handle:
         names = {name.rsplit(".lora", 1)[0] for name in handle.keys()}

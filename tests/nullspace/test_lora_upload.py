@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, check_loaded_lora
+from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME, check_loaded_lora
 from diffusers_ext.nullspace.lora_upload import push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.nullspace.test_pipeline import lora
@@ -37,7 +37,8 @@ def test_a_lora_loads_by_its_name(hub, file, digits, few_statistics, tmp_path):
     assert "tester/mine/commit/" in address
     files = hub.files("tester/mine", revision="next")
     assert sorted(files) == [
-        "README.md", "pictures/0.png", LORA_WEIGHT_NAME, "statistics/config.json",
+        "README.md", KOHYA_NAME, "pictures/0.png", LORA_WEIGHT_NAME,
+        "statistics/config.json",
         "statistics/model.safetensors",
     ]  # fmt: skip
     assert files[LORA_WEIGHT_NAME] == file.read_bytes()
@@ -61,10 +62,16 @@ def test_a_lora_in_a_folder_of_the_repository(hub, file, tmp_path):
         widget=[("a red sks", tmp_path / "one.gif")],
     )  # fmt: skip
     files = hub.files("tester/many")
-    names = ["README.md", "styles/one/pictures/0.gif", f"styles/one/{LORA_WEIGHT_NAME}"]
+    names = [
+        "README.md",
+        f"styles/one/{KOHYA_NAME}",
+        "styles/one/pictures/0.gif",
+        f"styles/one/{LORA_WEIGHT_NAME}",
+    ]
     assert sorted(files) == names
     card = ModelCard(files["README.md"].decode())
-    assert card.data.widget[0]["output"]["url"] == names[1]
+    assert card.data.widget[0]["output"]["url"] == names[2]
+    assert f"`styles/one/{KOHYA_NAME}` and put it" in card.text
     assert "null-space-lora" not in card.data.tags
 
 

@@ -165,7 +165,8 @@ def test_a_result_is_written_whole_or_not_at_all(
         name: (tmp_path / "out" / name).read_bytes() for name in files_below(tmp_path / "out")
     }
     assert before.keys() == {
-        "pytorch_lora_weights.safetensors", "training_report.json", "statistics/config.json",
+        "comfyui_a1111_kohya.safetensors", "pytorch_lora_weights.safetensors",
+        "training_report.json", "statistics/config.json",
         "statistics/model.safetensors",
     }  # fmt: skip
     report = json.loads(before["training_report.json"])

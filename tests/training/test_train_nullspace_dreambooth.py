@@ -78,7 +78,8 @@ def test_every_kind_of_directions_gives_an_ordinary_lora(teach, base, directions
     assert ("preservation" in report["history"][0]) == (directions == "soft")
     assert bool(report["directions"]) == frozen
     if directions == "plain":
-        assert files_below(folder) == {LORA, "training_report.json"}
+        kohya = "comfyui_a1111_kohya.safetensors"
+        assert files_below(folder) == {LORA, kohya, "training_report.json"}
     else:
         assert set(KNOWN) == set(
             FeatureStatistics.from_pretrained(folder / "statistics").facts["prompts"]
