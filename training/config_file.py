@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers_ext.core.text_files import read_yaml
 from training.arguments import argument_names
+from training.documented_flags import replaced_flag
 from training.launcher_settings import settle_launcher_settings
 
 
@@ -43,6 +44,9 @@ def parse_arguments(
         if unknown:
             parser.error(f"`{path}` must hold known arguments, got {unknown}")
         input_args = [*_as_flags(parser, values, input_args), *input_args]
+    replaced = replaced_flag(parser, input_args)
+    if replaced is not None:
+        parser.error(replaced)
     args = parser.parse_args(input_args)
     missing = [name for name in required if getattr(args, name) is None]
     if missing:
