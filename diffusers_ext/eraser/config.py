@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
@@ -11,6 +12,10 @@ from peft.utils import PeftType
 PEFT_TYPE_NAME = "ERASER"
 DEFAULT_TARGET = "attn1.to_out.1"
 DEFAULT_LAYERS_PATTERN = "transformer_blocks"
+MOST_LAYERS = 1000  # of any model; published ones have 42
+_NAME = re.compile(r"\w+(\.\w+)*")
+_REPEATS = re.compile(r"(?<!\\)[*+?{]")
+_RISKY = re.compile(r"\(\?(?!:)|(?<!\\)\)[*+?{]|\\[1-9]")
 
 
 def eraser_peft_type() -> PeftType:
@@ -85,8 +90,9 @@ class EraserConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = eraser_peft_type()
-        self._check_rank()
+        self._check_numbers()
         self._check_words()
+        self._check_patterns()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` must be None when `target_modules` is a regular expression, "
@@ -102,17 +108,71 @@ class EraserConfig(PeftConfig):
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
 
-    def _check_rank(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool):
-            raise TypeError(f"`r` must be an int, got {self.r!r}.")
-        if self.r < 1:
-            raise ValueError(f"`r` must be at least 1, got {self.r}.")
+    def _check_numbers(self) -> None:
+        for name in ("r", "in_features", "num_layers"):
+            value = getattr(self, name)
+            if value is None and name != "r":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"`{name}` must be an int, got {value!r}.")
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.num_layers is not None and self.num_layers > MOST_LAYERS:
+            raise ValueError(f"`num_layers` must be at most {MOST_LAYERS}, got {self.num_layers}.")
+        layers = self.layers_to_transform
+        for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
+            if layers is not None and (not isinstance(layer, int) or isinstance(layer, bool)):
+                raise TypeError(f"`layers_to_transform` must hold ints, got {layer!r}.")
+
+    def _check_patterns(self) -> None:
+        check_pattern("target_modules", self.target_modules)
+        check_pattern("exclude_modules", self.exclude_modules)
+        # PEFT puts these into an expression of its own.
+        pattern = self.layers_pattern
+        check_pattern("layers_pattern", [pattern] if isinstance(pattern, str) else pattern)
 
     def _check_words(self) -> None:
         for name in ("concept", "anchor_concept"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"`{name}` must be a str or None, got {value!r}.")
+
+
+def check_pattern(name: str, value: object) -> None:
+    """Raise unless `value` is a list of module names, or an expression that no name can keep busy.
+
+    A config may come from a stranger, and PEFT matches its expressions against every module. What is
+    repeated must be a single character, and not often: repeated groups take time without end.
+
+    Args:
+        name: of the setting.
+        value: names, one expression, or `None`.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a name that is none, or such an expression.
+    """
+    if value is None:
+        return
+    if not isinstance(value, str):
+        if not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) for v in value):
+            raise TypeError(f"`{name}` must be names or one regular expression, got {value!r}.")
+        wrong = [one for one in value if not _NAME.fullmatch(one)]
+        if wrong:
+            raise ValueError(f"`{name}` must hold names of modules, got {wrong[0][:80]!r}.")
+        return
+    repeated = _REPEATS.findall(value)
+    if len(value) > 1000 or len(repeated) > 3 or _RISKY.search(value):
+        raise ValueError(
+            f"`{name}` must be a regular expression without repeated groups, look-around and more "
+            f"than three repetitions, got {value[:80]!r}. List the names of the modules instead."
+        )
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"`{name}` must be a regular expression, got {value!r}: {error}."
+        ) from error
 
 
 def _as_set(names: list[str] | str | None) -> set[str] | str | None:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from diffusers_ext.core.checked_tensors import FLOATING
+
 
 LEGACY_TYPE = "adapter"
 PEFT_PREFIX = "base_model.model."
@@ -114,6 +116,11 @@ def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`")
         key = _KEY.fullmatch(name)
         if key is None:
             raise ValueError(f"{source} must hold the erasers of a CogVideoX, got `{name}`.")
+        if value.dtype not in FLOATING or value.layout != torch.strided:
+            raise ValueError(
+                f"{source}: `{name}` must be a dense tensor of float16, bfloat16, float32 or "
+                f"float64, got {value.dtype} ({value.layout})."
+            )
         if not torch.isfinite(value).all():
             raise ValueError(f"{source}: `{name}` must be finite, got values that are not.")
         blocks[int(key[2])] = key[1]

@@ -13,9 +13,9 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from diffusers_ext.core.checked_tensors import FLOATING, read_tensors
+from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.config import EraserConfig
@@ -62,6 +62,7 @@ def read_eraser(
     **download_arguments: Any,
 ) -> EraserFile:
     """Read a saved eraser without a model; arguments and errors as in `load_eraser`."""
+    check_download_arguments(download_arguments, "read_eraser")
     source = Path(pretrained_model_name_or_path)
     if source.is_file():
         raise ValueError(
@@ -115,9 +116,22 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
             f"{config_path} must have the `peft_type` 'ERASER', got {kind!r}. A LoRA is loaded by "
             "`load_lora_weights`."
         )
-    config = EraserConfig.from_pretrained(str(config_path.parent))
     tensors = read_peft_weights(weights_path)
     shape = eraser_shape(tensors, str(weights_path))
+    try:
+        config = EraserConfig.from_pretrained(str(config_path.parent))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_path} must be the config of an eraser, got: {error}") from error
+    if config.num_layers is not None and config.num_layers <= shape.blocks[-1]:
+        raise ValueError(
+            f"`num_layers` of {config_path} must be above the last block of the weights, "
+            f"{shape.blocks[-1]}, got {config.num_layers}."
+        )
+    if config.in_features not in (None, shape.width):
+        raise ValueError(
+            f"`in_features` of {config_path} must be the width {shape.width} of the weights, got "
+            f"{config.in_features}."
+        )
     if config.r != shape.rank:
         raise ValueError(
             f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}."
@@ -149,12 +163,7 @@ def read_peft_weights(path: str | os.PathLike) -> StateDict:
     Raises:
         ValueError: not a whole safetensors file, or a key without PEFT's prefix.
     """
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} must be a whole safetensors file, got: {error}. Download or write it again."
-        ) from error
+    tensors, _ = read_tensors(path, dtypes=FLOATING)
     strange = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
     if strange:
         raise ValueError(

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.eraser.config import DEFAULT_TARGET
 from diffusers_ext.eraser.convert import EraserShape
 from diffusers_ext.eraser.eraser_files import read_eraser
@@ -47,6 +48,8 @@ def convert_eraser(
         ValueError: missing or damaged files, an eraser without effect, a folder with an eraser in
             another format, or blocks without eraser in a model whose number of blocks is not known.
     """
+    download = {name: value for name, value in download_arguments.items() if name != "subfolder"}
+    check_download_arguments(download, "convert_eraser")
     folder = Path(save_directory)
     check_eraser_folder(folder, format)
     file = read_eraser(pretrained_model_name_or_path, **download_arguments)

@@ -107,6 +107,8 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         self.unscaled: dict[str, list[tuple[float, float]]] = {}
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
+        # diffusers' `set_lora_device` looks into every adapter layer for LoRAs; there is none here.
+        self.lora_A: dict[str, nn.Module] = {}
         self.off: list[CallScope] = []
         self.gate = ThreadGate()
         self.recorders: list[Recorder] = []
@@ -148,6 +150,10 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.eraser_down]
         if not names or self.disable_adapters or self.bypassed:
             return video
+        if not torch.compiler.is_compiling():
+            for name in names:
+                # From `scale_layer`, that is `attention_kwargs`: here diffusers takes it back.
+                check_scale(name, self.scaling[name])
         added = {name: self.erase(name, video) for name in names}
         for recorder in self.recorders:
             recorder(added)
@@ -192,9 +198,14 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         return output.to(video.dtype)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Make `scale` the number that one eraser's output is multiplied by; others are ignored."""
+        """Make `scale` the number that one eraser's output is multiplied by; others are ignored.
+
+        Raises:
+            ValueError: a negative scale, which would strengthen the concept.
+        """
         if adapter not in self.scaling:
             return
+        check_scale(adapter, scale)
         scaled = self.unscaled[adapter]
         if scale == 1.0 and scaled and scaled[-1][0] == 0:
             # diffusers ends `attention_kwargs={"scale": 0}` by this call: nothing can be divided
@@ -272,6 +283,15 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     def _write_scale(self, adapter: str, scale: float) -> None:
         self.scaling[adapter] = scale
         self.scale_tensors[adapter].fill_(scale)
+
+
+def check_scale(adapter_name: str, scale: float) -> None:
+    """Raise `ValueError` unless the scale of an eraser is a finite number of at least 0."""
+    if not 0 <= scale < float("inf"):
+        raise ValueError(
+            f"`scale` of the eraser {adapter_name!r} must be a finite number of at least 0, got "
+            f"{scale}: a negative one strengthens the concept. 0 is the model without the eraser."
+        )
 
 
 def refuse_merge(names: list[str]) -> None:

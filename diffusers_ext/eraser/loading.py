@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -12,9 +11,11 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 
+from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.eraser.config import DEFAULT_TARGET, EraserConfig
 from diffusers_ext.eraser.convert import PARTS, StateDict, check_fit, layer_name
 from diffusers_ext.eraser.eraser_files import EraserFile, read_eraser
+from diffusers_ext.eraser.layer import check_scale
 from diffusers_ext.eraser.outputs import eraser_layers
 from diffusers_ext.eraser.sizes import transformer_width
 
@@ -42,7 +43,7 @@ def load_eraser(
         pretrained_model_name_or_path: a folder, or `"user/name"`, in PEFT's format or with
             `eraser_weights.pt` and `eraser_config.json`.
         adapter_name: its name in the transformer, another one for every adapter.
-        scale: strength; 0 is the model without it, 1 the eraser as it was trained.
+        scale: strength, at least 0; 0 is the model without it, 1 the eraser as it was trained.
         is_trainable: train it on; everything else is frozen then. Otherwise it is frozen and the
             rest left as it is.
         subfolder: folder inside the source.
@@ -54,8 +55,9 @@ def load_eraser(
     Raises:
         ValueError: missing or damaged files, an eraser of another model, a name in use, adapters
             that are disabled, sequential CPU offload. The transformer is left as it was.
-        TypeError: not a CogVideoX transformer.
+        TypeError: not a CogVideoX transformer, or a keyword that is none of a download.
     """
+    check_download_arguments(download_arguments, "load_eraser")
     if isinstance(transformer_or_pipe, PeftModel):
         raise TypeError(
             "`transformer_or_pipe` must be a transformer or a pipeline, got a PeftModel. Use its "
@@ -147,8 +149,7 @@ def _check_target(
             f"`adapter_name` must be a name without dots, got {adapter_name!r}. Name it after its "
             "concept."
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"`scale` must be finite, got {scale}.")
+    check_scale(adapter_name, scale)
     if any(weight.is_meta for weight in transformer.parameters()):
         raise ValueError(
             "`transformer_or_pipe` must hold its weights, got some on the meta device, as after "

@@ -207,6 +207,12 @@ class MaskLocalizationLoss(torch.nn.Module):
         Raises:
             ValueError: no outputs, or a mask of other tokens.
         """
+        if not isinstance(eraser_outputs, Mapping):
+            raise TypeError(
+                "`eraser_outputs` must be `{name: (batch, video, dim)}`, got a "
+                f"{type(eraser_outputs).__name__}. Run the transformer within "
+                "`eraser_outputs(transformer) as outputs`, and give the outputs."
+            )
         loss = localization(eraser_outputs, mask, self.loss_type)
         with torch.no_grad():
             parts = {

@@ -16,6 +16,7 @@ from torch import nn
 from diffusers_ext.core.targets import natural_key
 from diffusers_ext.eraser.config import DEFAULT_TARGET, EraserConfig
 from diffusers_ext.eraser.layer import EraserLayer, refuse_merge
+from diffusers_ext.eraser.save_guard import guard_saving
 
 
 _LEAF = ".to_out.1"
@@ -87,6 +88,7 @@ class EraserModel(BaseTuner):
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
             )
             undo.pop_all()
+        guard_saving(model)
 
     def _prepare_adapter_config(
         self, peft_config: EraserConfig, model_config: dict[str, Any]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffusers_ext.core.checked_tensors import FLOATING
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import StateDict
@@ -117,6 +118,15 @@ def _upload_parts(
 
 
 def _check_in_memory(tensors: StateDict) -> None:
+    for name, tensor in tensors.items():
+        kind = type(tensor.data).__name__
+        if tensor.dtype not in FLOATING or kind != "Tensor":
+            stored = str(tensor.dtype) if kind == "Tensor" else f"a {kind}"
+            raise ValueError(
+                "The eraser's weights must be float16, bfloat16, float32 or float64 to be saved, got "
+                f"`{name}` as {stored}, as after layerwise casting or a quantisation of the "
+                "transformer. Save the eraser before that, or copy the files it was loaded from."
+            )
     if any(tensor.device.type == "meta" for tensor in tensors.values()):
         raise ValueError(
             "The eraser's weights must be in memory, got the meta device, as after "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from diffusers import CogVideoXTransformer3DModel
 
 from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.eraser.outputs import eraser_layers, erasers_disabled
@@ -15,6 +16,7 @@ from diffusers_ext.eraser.velocity import CogVideoXVelocity
 VelocityModel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # x_t (batch, frames, channels, height, width), t (batch,), prompt_embeds (1 or batch, text, dim)
 VelocityRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_WRAPPERS = ("base_model", "model", "module", "_orig_mod")
 
 
 def module_of(model: VelocityModel) -> torch.nn.Module:
@@ -23,6 +25,7 @@ def module_of(model: VelocityModel) -> torch.nn.Module:
     Raises:
         TypeError: neither a `CogVideoXVelocity` nor a module.
     """
+    check_velocity_model(model)
     if isinstance(model, CogVideoXVelocity):
         return model.model
     if isinstance(model, torch.nn.Module):
@@ -30,6 +33,30 @@ def module_of(model: VelocityModel) -> torch.nn.Module:
     raise TypeError(
         f"`model` must be a CogVideoXVelocity or a torch.nn.Module, got {type(model).__name__}."
     )
+
+
+def check_velocity_model(model: VelocityModel) -> None:
+    """Raise `TypeError` for a CogVideoX transformer itself, which takes other arguments than a loss gives.
+
+    It is not wrapped in silence: without the rotary embedding of its clip, of which the transformer
+    alone does not know the size, it predicts nonsense.
+    """
+    if isinstance(model, torch.nn.Module) and is_transformer(model):
+        raise TypeError(
+            "Losses must be given a model called as `model(x_t, t, prompt_embeds)`, got a "
+            f"{type(model).__name__} of a CogVideoX. Give `CogVideoXVelocity.from_pipeline(pipe, "
+            "num_frames, height, width)`, which calls it with the positions of its clip."
+        )
+
+
+def is_transformer(model: torch.nn.Module) -> bool:
+    """Whether a module is a CogVideoX transformer, also under PEFT, `torch.compile` or DDP."""
+    while not isinstance(model, CogVideoXTransformer3DModel):
+        inner = [part for name, part in model.named_children() if name in _WRAPPERS]
+        if len(inner) != 1 or len(list(model.children())) != 1:
+            return False
+        model = inner[0]
+    return True
 
 
 def velocities(model: VelocityModel, rows: Sequence[VelocityRows]) -> list[torch.Tensor]:
@@ -45,6 +72,7 @@ def velocities(model: VelocityModel, rows: Sequence[VelocityRows]) -> list[torch
     Raises:
         ValueError: embeddings of different lengths, or of another batch than their `x_t`.
     """
+    check_velocity_model(model)
     sizes = [len(x_t) for x_t, _, _ in rows]
     embeds = []
     for x_t, _, prompt_embeds in rows:

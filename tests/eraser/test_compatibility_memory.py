@@ -86,7 +86,7 @@ def test_sequential_cpu_offload_comes_after_the_eraser(folder, expected, tmp_pat
 
 
 @pytest.mark.parametrize("first", ["eraser", "casting"])
-def test_layerwise_casting(folder, expected, first):
+def test_layerwise_casting(folder, expected, first, tmp_path):
     base = tiny_transformer()
     base.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     transformer = tiny_transformer()
@@ -95,6 +95,11 @@ def test_layerwise_casting(folder, expected, first):
     transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     if first == "casting":
         load_eraser(transformer, folder)
+    if first == "eraser":
+        with pytest.raises(ValueError, match="as torch.float8_e4m3fn, as after layerwise casting"):
+            save_eraser(transformer, tmp_path / "again")
+    else:
+        save_eraser(transformer, tmp_path / "again")
     output = run(transformer)
     effect = (output - run(base)).norm()
     full = (expected - run(tiny_transformer())).norm()

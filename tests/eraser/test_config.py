@@ -62,3 +62,35 @@ def test_layers_cannot_contradict_a_regular_expression():
         EraserConfig(target_modules=r".*\.0\.attn1\.to_out\.1", layers_to_transform=[0])
     with pytest.raises(ValueError, match="`layers_pattern` must come with `layers_to_transform`"):
         EraserConfig(layers_pattern="transformer_blocks")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(([a-z_0-9.]+)+)+!", "(a|a)*b", r"(.*)\1", "(?=a)b", ".*.*.*.*x", "a?" * 30, "[", "x" * 1001],
+)
+def test_an_expression_that_could_hang_or_means_nothing_is_refused(pattern):
+    for name in ("target_modules", "exclude_modules"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a regular expression"):
+            EraserConfig(**{name: pattern})
+
+
+def test_names_and_simple_expressions_are_taken():
+    EraserConfig(target_modules=r".*transformer_blocks\.(0|1\d)\.attn1\.to_out\.1$")
+    EraserConfig(target_modules=["attn1.to_out.1"], exclude_modules=["transformer_blocks.0.attn1"])
+    for names in (["(a+)+"], ["a b"], [""]):
+        with pytest.raises(ValueError, match="`target_modules` must hold names of modules"):
+            EraserConfig(target_modules=names)
+    with pytest.raises(ValueError, match="`layers_pattern` must hold names"):
+        EraserConfig(layers_to_transform=[0], layers_pattern="(a+)+")
+    with pytest.raises(TypeError, match="`target_modules` must be names or one regular expression"):
+        EraserConfig(target_modules=[1])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [("num_layers", 300_000, ValueError), ("num_layers", "2", TypeError), ("in_features", 0, ValueError),
+     ("layers_to_transform", ["0"], TypeError)],
+)  # fmt: skip
+def test_numbers_are_checked(field, value, error):
+    with pytest.raises(error, match=f"`{field}` must"):
+        EraserConfig(**{field: value})

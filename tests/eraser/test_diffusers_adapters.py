@@ -207,3 +207,27 @@ def test_fused_projections_and_longer_prompts():
     torch.testing.assert_close(velocity(model), expected, rtol=1e-4, atol=1e-5)
     model.unfuse_qkv_projections()
     assert torch.equal(velocity(model), expected)
+
+
+@A_LORA_BESIDE
+def test_a_lora_can_be_moved_beside_an_eraser():
+    pipeline = tiny_video_pipeline()
+    add_random_eraser(pipeline.transformer, "dog")
+    add_random_lora(pipeline.transformer, adapter_name="style")
+    pipeline.transformer.set_adapters(["dog", "style"])
+    expected = velocity(pipeline.transformer)
+    pipeline.set_lora_device(["style", "dog"], "cpu")
+    assert torch.equal(velocity(pipeline.transformer), expected)
+
+
+def test_a_negative_scale_is_refused_and_changes_nothing():
+    model, _, _ = two_erasers()
+    model.set_adapters(["a", "b"], [0.3, 0.6])
+    before = velocity(model)
+    with pytest.raises(
+        ValueError, match="`scale` of the eraser 'a' must .* strengthens the concept"
+    ):
+        model.set_adapters(["a", "b"], [-1.0, 0.5])
+    with pytest.raises(ValueError, match="at least 0, got -0.3"):
+        velocity(model, attention_kwargs={"scale": -1})
+    assert torch.equal(velocity(model), before)

@@ -36,12 +36,50 @@ def edit(path, **changes):
         ({"r": 5}, "must be the rank 4 of the weights, got 5"),
         ({"layers_to_transform": [1]}, "for the 1 layers that its config names, got 2"),
         ({"exclude_modules": ["transformer_blocks.0.attn1.to_out.1"]}, "for the 1 layers"),
+        (
+            {"target_modules": "(([a-z_0-9.]+)+)+!"},
+            "adapter_config.json must be .* repeated groups",
+        ),
+        ({"r": 10**9}, "adapter_config.json must be the rank 4 of the weights"),
+        (
+            {"r": "4"},
+            "adapter_config.json must be the config of an eraser, got: `r` must be an int",
+        ),
+        (
+            {"num_layers": 300_000},
+            "adapter_config.json must be .* `num_layers` must be at most 1000",
+        ),
+        ({"num_layers": 1}, "`num_layers` of .*adapter_config.json must be above the last block"),
+        ({"in_features": 64}, "`in_features` of .*adapter_config.json must be the width 32"),
     ],
 )
 def test_a_config_that_does_not_match_the_weights_is_refused(folder, changes, message):
     edit(folder / "adapter_config.json", **changes)
     with pytest.raises(ValueError, match=message):
         load_eraser(tiny_transformer(), folder)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "half of int", "not finite", "shape"])
+def test_weights_are_those_of_an_eraser(folder, change):
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = "base_model.model.transformer_blocks.1.attn1.to_out.1.eraser_up.bias"
+    wrong = {
+        "half of int": tensors[name].to(torch.int16),
+        "not finite": torch.full_like(tensors[name], float("nan")),
+        "shape": tensors[name][:-1].clone(),
+    }
+    tensors[name] = wrong.get(change, tensors[name])
+    if change == "missing":
+        del tensors[name]
+    if change == "extra":
+        tensors[name + ".more"] = torch.zeros(1)
+    save_file(tensors, weights)
+    transformer = tiny_transformer()
+    before = [part for part, _ in transformer.named_modules()]
+    with pytest.raises(ValueError, match="adapter_model.safetensors.*eraser_up.bias"):
+        load_eraser(transformer, folder)
+    assert [part for part, _ in transformer.named_modules()] == before
 
 
 def test_damaged_or_missing_files_are_refused(tmp_path, folder):
@@ -63,6 +101,9 @@ def test_damaged_or_missing_files_are_refused(tmp_path, folder):
     weights.touch()
     with pytest.raises(ValueError, match="must hold JSON"):
         read_eraser(folder)
+    config.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        load_eraser(tiny_transformer(), folder)
     config.write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object, got a list"):
         read_eraser(folder)

@@ -35,13 +35,13 @@ def added(layer: EraserLayer, name: str, video: torch.Tensor) -> torch.Tensor:
 def test_it_adds_the_scaled_bottlenecks_to_the_video_tokens():
     layer, video = make_layer("a", "b"), torch.randn(2, 7, WIDTH)
     layer.set_scale("a", 0.75)
-    layer.set_scale("b", -2.0)
+    layer.set_scale("b", 2.0)
     layer.set_scale("absent", 3.0)
     output = layer.add_to_video(video)
-    expected = video + 0.75 * added(layer, "a", video) - 2.0 * added(layer, "b", video)
+    expected = video + 0.75 * added(layer, "a", video) + 2.0 * added(layer, "b", video)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(layer(video), video)  # in its place it is the dropout
-    assert layer.scaling == {"a": 0.75, "b": -2.0}
+    assert layer.scaling == {"a": 0.75, "b": 2.0}
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from diffusers_ext.eraser.config import EraserConfig
+from diffusers_ext.eraser.eraser_files import read_eraser
+from diffusers_ext.eraser.format_change import convert_eraser
 from diffusers_ext.eraser.loading import find_transformer, load_eraser
 from diffusers_ext.eraser.outputs import eraser_layers, trainable_eraser_parameters
 from tests.eraser.legacy_fixture import FOLDER, outputs, reference_transformer, run_reference
@@ -105,8 +107,9 @@ def test_bad_names_scales_and_models_are_refused(folder):
     for name in ("", "a.b"):
         with pytest.raises(ValueError, match="must be a name without dots"):
             load_eraser(transformer, folder, adapter_name=name)
-    with pytest.raises(ValueError, match="`scale` must be finite, got nan"):
-        load_eraser(transformer, folder, scale=float("nan"))
+    for scale in (float("nan"), float("inf"), -0.5):
+        with pytest.raises(ValueError, match=f"`scale` .* at least 0, got {scale}: a negative one"):
+            load_eraser(transformer, folder, scale=scale)
     transformer.disable_adapters()
     with pytest.raises(ValueError, match="erasers must be on .* Call `enable_adapters"):
         load_eraser(transformer, folder)
@@ -116,6 +119,17 @@ def test_bad_names_scales_and_models_are_refused(folder):
     with pytest.raises(TypeError, match="got a PeftModel. Use its own `load_adapter`"):
         load_eraser(peft_model, folder)
     assert find_transformer(peft_model) is peft_model.get_base_model()
+
+
+def test_unknown_keywords_are_refused_for_a_local_folder(folder, tmp_path):
+    with pytest.raises(TypeError, match="load_eraser.* argument 'typo'"):
+        load_eraser(tiny_transformer(), folder, typo=1)
+    with pytest.raises(TypeError, match="load_eraser.* argument 'lora_scale'"):
+        load_eraser(tiny_transformer(), folder, lora_scale=0.0)
+    with pytest.raises(TypeError, match="convert_eraser.* argument 'revison'.*`revision`"):
+        convert_eraser(folder, tmp_path / "new", "peft", revison="x")
+    with pytest.raises(TypeError, match="argument 'formt'"):
+        read_eraser(folder, formt="x")
 
 
 @pytest.mark.parametrize("format", ["peft", "legacy"])

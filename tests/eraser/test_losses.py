@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
-from diffusers_ext.eraser.losses import MaskLocalizationLoss, T2VUnlearningLoss
+from diffusers_ext.eraser.config import EraserConfig
+from diffusers_ext.eraser.losses import (
+    ConceptPreservationLoss,
+    MaskLocalizationLoss,
+    NegativelyGuidedVelocityLoss,
+    T2VUnlearningLoss,
+)
 from diffusers_ext.eraser.outputs import eraser_outputs, erasers_disabled
 from tests.eraser.erased_models import KINDS, random_rows
 from tests.eraser.loss_setting import (
@@ -15,6 +22,7 @@ from tests.eraser.loss_setting import (
     assert_only_the_eraser_has_gradient,
     count_calls,
 )
+from tests.tiny_cogvideox import tiny_transformer
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,3 +200,20 @@ def test_other_modules_may_stand_for_the_velocity():
     loss.backward()
     assert teacher.shift.grad is None
     assert student.shift.grad.item() == pytest.approx(2 * (1.5 + ETA) + 0.5)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager")])
+def test_a_raw_transformer_says_which_call_to_use(wrap):
+    s = Setting()
+    model, rows = wrap(s.transformer), (s.x_t, s.t, s.target)
+    say = r"called as `model\(x_t, t, prompt_embeds\)`.*`CogVideoXVelocity.from_pipeline"
+    with pytest.raises(TypeError, match=say):
+        T2VUnlearningLoss()(model, model, *rows, cond_neg=s.anchor)
+    with pytest.raises(TypeError, match=say):
+        NegativelyGuidedVelocityLoss()(None, model, *rows, v_concept=s.x_t, v_anchor=s.x_t)
+    with pytest.raises(TypeError, match=say):
+        ConceptPreservationLoss()(
+            s.velocity, get_peft_model(tiny_transformer(), EraserConfig(r=2)), *rows
+        )
+    with pytest.raises(TypeError, match=r"`eraser_outputs` must be .* Run the transformer within"):
+        MaskLocalizationLoss()(model, s.mask)
