@@ -21,6 +21,8 @@ ERASER_PAGE = (ROOT / "docs" / "concept_eraser.md").read_text()
 TOOL_PAGES = ("null_space_dreambooth", "golden_noise", "concept_eraser")
 # Of diffusers; tests/hub sees it.
 FOREIGN_MESSAGES = ("… is not one of the libraries Diffusers can load components from",)
+# Of accelerate, and of every parser.
+FOREIGN_FLAGS = {"--dynamo_backend", "--help"}
 EVERY_PAGE = pytest.mark.parametrize("page", [*PAGES, CHINESE], ids=lambda page: page.name)
 
 
@@ -76,6 +78,27 @@ def test_links_to_sections_have_a_heading(page):
         linked = (page.parent / target if target else page).read_text()
         headings = re.findall(r"^#+ (.*)$", linked, flags=re.MULTILINE)
         assert section in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+@cache
+def flags() -> frozenset[str]:
+    """All flags of the scripts, examples and commands; many are made of the names of settings."""
+    found = set()
+    for folder in ("benchmarks", "diffusers_ext", "docs", "examples", "training"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.add(f"--{node.value.removeprefix('--')}")
+                elif isinstance(node, ast.keyword):
+                    found.add(f"--{node.arg}")
+    return frozenset(found)
+
+
+@EVERY_PAGE
+def test_named_flags_exist(page):
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*", page.read_text(encoding="utf-8")))
+    known = flags() | FOREIGN_FLAGS
+    assert not {flag for flag in named if not {flag, flag.replace("--no-", "--")} & known}
 
 
 def test_the_table_of_the_eraser_settings_is_whole_and_right():
