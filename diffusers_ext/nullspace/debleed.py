@@ -111,6 +111,23 @@ def _projected(
     return result, missing
 
 
+def uncovered_modules(
+    lora: str | os.PathLike | Mapping[str, torch.Tensor], statistics: FeatureStatistics
+) -> list[str]:
+    """Modules of a LoRA that no statistic covers, with their component: nothing is known of what they do.
+
+    Every module of a text encoder is among them. One that changes also changes what the covered
+    modules read, which then is not what was measured.
+    """
+    names = [key.removesuffix(".lora_A.weight") for key in read_lora(lora) if ".lora_A." in key]
+    return [
+        name
+        for name in names
+        if name.partition(".")[0] not in _DENOISERS
+        or name.partition(".")[2] not in statistics.sources
+    ]
+
+
 def preserved_energy(
     lora: str | os.PathLike | Mapping[str, torch.Tensor], statistics: FeatureStatistics
 ) -> dict[str, float]:

@@ -5,6 +5,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
+from diffusers_ext.command_line.debleed_command import debleed_verdict
 from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy
 from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -94,7 +95,34 @@ def test_a_lora_of_which_nothing_is_covered(debleed, lora, tmp_path):
     ran = debleed(tmp_path / "queries.safetensors", uncovered="keep", json=True)
     assert (ran.facts["covered_modules"], ran.facts["drift_left"]) == (0, None)
     ran = debleed(tmp_path / "queries.safetensors", uncovered="keep")
-    assert "The LoRA does not act on what is preserved" in ran.out
+    assert "Nothing was projected: the statistics cover no module of the LoRA." in ran.out
+    assert (
+        "7 modules without a statistic were kept as they were and not measured (7 in unet)"
+        in ran.out
+    )
+
+
+def test_the_verdict_names_what_it_covers():
+    alone = debleed_verdict(2, {}, None, [], "error")
+    assert alone.startswith("The LoRA does not act on what is preserved")
+    others = ["unet.attn1.to_q", "text_encoder.text_model.encoder.layers.0.q_proj"]
+    for share, left in ((None, {}), (0.5, {"a": 0.5})):
+        told = debleed_verdict(2, left, share, others, "keep")
+        assert "The LoRA does not act" not in told
+        assert "2 modules without a statistic were kept" in told
+        assert "(1 in text_encoder, 1 in unet)" in told
+        assert "also changes what the projected modules read" in told
+    assert "were removed: 1 in unet." in debleed_verdict(2, {}, None, others[:1], "drop")
+
+
+def test_both_drifts_are_measured_by_drawing(debleed, digits):
+    model = {"pretrained_model_name_or_path": digits, "device": "cpu"}
+    ran = debleed(measure=2, num_inference_steps=2, json=True, **model)
+    assert ran.code == 0
+    measured = ran.facts["measured_drift"]
+    assert measured["prompts"] == 2
+    assert measured["floor"] <= measured["after"] < measured["before"]
+    assert "must be at least 1" in debleed(measure=0, **model).err
 
 
 @pytest.mark.parametrize(
