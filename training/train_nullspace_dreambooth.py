@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.pictures import find_pictures, is_caption
 from diffusers_ext.nullspace.projected_update import ProjectedUpdate
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from training.argument_rules import check_training_arguments
@@ -177,6 +178,14 @@ def main(args: argparse.Namespace) -> Path:
     """Train and save; returns the output folder."""
     check_args(args)
     accelerator = make_accelerator(args)
+    found = find_pictures(args.instance_data_dir, "instance_data_dir")
+    logger.info(found.summary())
+    captions = [name for name in found.passed_over if is_caption(name)]
+    if captions:
+        logger.warning(
+            f"{len(captions)} files of captions ({captions[0]}, ...) are not used: every picture is "
+            "trained with --instance_prompt."
+        )
     if args.push_to_hub and accelerator.is_main_process:
         check_login(args)  # a missing login stops the run here, not after it
     pipeline = load_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])

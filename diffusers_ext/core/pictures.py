@@ -106,6 +106,11 @@ def read_pictures(folder: str | os.PathLike, name: str = "folder") -> list[Image
     return [read_picture(path) for path in found.paths]
 
 
+def is_caption(name: str) -> bool:
+    """Whether a file beside pictures holds captions by its name: `a.txt`, `metadata.jsonl` and the like."""
+    return name.lower().endswith((".txt", ".caption")) or name.lower().startswith("metadata.")
+
+
 def is_hidden(path: Path) -> bool:
     """Whether a system or a program made the file for itself, such as `._a.jpg` and `Thumbs.db`."""
     return path.name.startswith(".") or path.name.lower() in _SYSTEM_FILES
