@@ -86,20 +86,18 @@ def load_features(args: argparse.Namespace, device: torch.device) -> FeatureExtr
     return None if args.clip is None else CLIPFeatures.from_pretrained(args.clip, device=device)
 
 
-def write_report(args: argparse.Namespace, report: GoldenNoiseReport) -> None:
+def write_report(args: argparse.Namespace, report: GoldenNoiseReport, folder: Path) -> None:
     """Write `report.json`, `pictures.csv`, `table.md` and `sheet.png`."""
     names: dict[str, Any] = {
         name: getattr(args, name)
         for name in ("pretrained_model_name_or_path", "revision", "noise_model", "prompt_file")
     }
     report.settings.update(names)
-    with staged_output(args.output_dir) as folder:
-        report.to_json(folder / "report.json")
-        report.to_csv(folder / "pictures.csv")
-        (folder / "table.md").write_text(report.to_table(), encoding="utf-8")
-        if report.kept:
-            report.picture_sheet(folder / "sheet.png")
-    logger.info(f"Wrote {args.output_dir}\n{report.to_table()}")
+    report.to_json(folder / "report.json")
+    report.to_csv(folder / "pictures.csv")
+    (folder / "table.md").write_text(report.to_table(), encoding="utf-8")
+    if report.kept:
+        report.picture_sheet(folder / "sheet.png")
 
 
 def main(args: argparse.Namespace) -> GoldenNoiseReport:
@@ -116,24 +114,27 @@ def main(args: argparse.Namespace) -> GoldenNoiseReport:
     features = load_features(args, accelerator.device)
     dtype = WEIGHT_DTYPES[args.mixed_precision]
     pipeline = load_base_pipeline(args, accelerator.device, dtype)
-    report = evaluate_golden_noise(
-        pipeline,
-        prompts,
-        refine=load_subjects(args, pipeline),
-        rewards=rewards,
-        num_images_per_prompt=args.num_images_per_prompt,
-        seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        negative_prompt=args.negative_prompt or None,
-        height=args.height,
-        width=args.width,
-        best_of=args.best_of,
-        features=features,
-        batch_size=args.batch_size,
-        sheet_prompts=args.sheet_prompts,
-    )
-    write_report(args, report)
+    with staged_output(args.output_dir) as folder:
+        report = evaluate_golden_noise(
+            pipeline,
+            prompts,
+            refine=load_subjects(args, pipeline),
+            rewards=rewards,
+            num_images_per_prompt=args.num_images_per_prompt,
+            seed=args.seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            negative_prompt=args.negative_prompt or None,
+            height=args.height,
+            width=args.width,
+            best_of=args.best_of,
+            features=features,
+            batch_size=args.batch_size,
+            sheet_prompts=args.sheet_prompts,
+            images_dir=folder / "images" if args.save_images else None,
+        )
+        write_report(args, report, folder)
+    logger.info(f"Wrote {args.output_dir}\n{report.to_table()}")
     return report
 
 

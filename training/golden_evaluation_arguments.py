@@ -23,7 +23,11 @@ def add_golden_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same as --pretrained_model_name_or_path",
     )
     group.add_argument(
-        "--noise_model", action="append", default=[], help="folder or Hub name; may be repeated"
+        "--noise_model",
+        "--npnet_weights_path",
+        action="append",
+        default=[],
+        help="folder, Hub name, or NPNet's single file; may be repeated",
     )
     group.add_argument("--golden_noise_scale", type=float, default=1.0, help="of the networks")
     group.add_argument("--prompt_file", help="text or csv file, one prompt a line")
@@ -34,6 +38,7 @@ def add_golden_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch_size", type=int, default=8, help="pictures at once")
     group.add_argument("--height", type=int, help="the model's own without it")
     group.add_argument("--width", type=int, help="the model's own without it")
+    group.add_argument("--save_images", action="store_true", help="all pictures, under images/")
     group.add_argument("--sheet_prompts", type=int, default=16, help="rows of the picture sheet")
 
 

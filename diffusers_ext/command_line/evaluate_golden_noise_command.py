@@ -41,7 +41,11 @@ def add_golden_noise_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="folder of the report")
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--noise_model", action="append", default=[], help="folder or Hub name; may be repeated"
+        "--noise_model",
+        "--npnet_weights_path",
+        action="append",
+        default=[],
+        help="folder, Hub name, or NPNet's single file; may be repeated",
     )
     group.add_argument("--golden_noise_scale", type=float, default=1.0, help="of the networks")
     group.add_argument(
@@ -65,6 +69,7 @@ def add_golden_noise_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reward_version", action="append", default=[], help="the same for v2.1 etc."
     )
+    group.add_argument("--save_images", action="store_true", help="all pictures, under images/")
     group.add_argument("--best_of", type=int, default=4, help="random noises; 1 for no comparison")
     add_feature_arguments(group, "the diversity")
     group = parser.add_argument_group("re-denoised targets")
@@ -97,6 +102,7 @@ def run_golden_noise(args: argparse.Namespace) -> Outcome:
         rewards=rewards,
         best_of=args.best_of,
         features=features,
+        images_dir=Path(args.output_dir, "images") if args.save_images else None,
         **picture_arguments(args),
     )
     names = ("pretrained_model_name_or_path", "revision", "noise_model", "prompt_file")

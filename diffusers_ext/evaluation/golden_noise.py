@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ def evaluate_golden_noise(
     features: FeatureExtractor | None = None,
     batch_size: int = 8,
     sheet_prompts: int = 16,
+    images_dir: str | os.PathLike | None = None,
     show_progress: bool = True,
 ) -> GoldenNoiseReport:
     """Draw every picture from its seed's noise and from what golden-noise networks make of it.
@@ -76,6 +78,7 @@ def evaluate_golden_noise(
         features: for the distance of pictures of one prompt; small pixels when `None`.
         batch_size: pictures at once.
         sheet_prompts: prompts of which the report keeps two seeds' pictures.
+        images_dir: folder to write every picture to, `<side>/<row of the report>_seed_<seed>.png`.
         show_progress: show a progress bar.
 
     Raises:
@@ -99,7 +102,9 @@ def evaluate_golden_noise(
         len(shots) // len(prompts),
         sheet_prompts,
     )
-    run = GoldenNoiseRun(pipeline, subjects, labelled, sampling, shape, best_of, figures)
+    run = GoldenNoiseRun(
+        pipeline, subjects, labelled, sampling, shape, best_of, figures, images_dir
+    )
     with quiet_run(pipeline), without_noise_model(pipeline):
         run.draw_all(shots, batch_size, show_progress)
     settings = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,6 +33,7 @@ class GoldenNoiseRun:
         shape: `(channels, height, width)` of the noise.
         best_of: random noises per picture, the standard one among them.
         figures: collects what is measured.
+        images_dir: folder of all pictures, one folder a side; none are kept whole when `None`.
     """
 
     def __init__(
@@ -41,7 +45,9 @@ class GoldenNoiseRun:
         shape: tuple[int, int, int],
         best_of: int,
         figures: NoiseFigures,
+        images_dir: str | os.PathLike | None = None,
     ) -> None:
+        self.images_dir = None if images_dir is None else Path(images_dir)
         self.pipeline, self.subjects, self.rewards = pipeline, subjects, rewards
         self.sampling, self.shape, self.best_of = sampling, shape, best_of
         self.figures, self.device = figures, pipeline._execution_device
@@ -72,11 +78,23 @@ class GoldenNoiseRun:
                     golden = self._refine(side, placed, text)
                 noises[side] = golden.cpu()
             images[side] = self._draw(shots, noises[side])
+        self._save(shots, images)
         scores = {side: self._score(images[side], prompts) for side in sides}
         if self.best_of > 1:
             best = best_of_name(self.best_of)
             scores[best] = self._best_of(shots, scores[STANDARD])
         self.figures.add(shots, images, noises, scores)
+
+    def _save(self, shots: Sequence[Shot], images: Mapping[str, Sequence[Image.Image]]) -> None:
+        """Write `<side>/<number>_seed_<seed>.png`; numbers are those of the report's rows."""
+        if self.images_dir is None:
+            return
+        for side, pictures in images.items():
+            folder = self.images_dir / re.sub(r"[^\w.-]+", "_", side)
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, (shot, picture) in enumerate(zip(shots, pictures, strict=True)):
+                row = len(self.figures.rows) + number
+                picture.save(folder / f"{row:05d}_seed_{shot.seed}.png")
 
     def _draw(self, shots: Sequence[Shot], noise: torch.Tensor) -> list[Image.Image]:
         with self.cost.measure("draw", len(shots)):

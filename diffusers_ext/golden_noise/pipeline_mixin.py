@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 
 from diffusers_ext.core.card_push import PushWithCard
 from diffusers_ext.core.hub import Card
+from diffusers_ext.core.pipeline_hand_over import HandOver, register_auto_pipeline
 from diffusers_ext.golden_noise.loading import load_noise_model
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
@@ -27,6 +29,8 @@ from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransfo
 # `from_pipe` hands a component over only if its very class is in the annotation.
 NoiseModel = NPNet | GoldenNoiseModel | NoiseSequenceTransformer | NoiseSequenceRNN
 
+# Read by diffusers from `**kwargs`, with a warning.
+_DEPRECATED_IN_CALLS = ("callback", "callback_steps")
 _SCALE = inspect.Parameter(
     "golden_noise_scale", inspect.Parameter.KEYWORD_ONLY, default=1.0, annotation=float
 )
@@ -55,7 +59,7 @@ class NetworkSizes(NamedTuple):
     pooled_dim: int | None = None  # of the pooled embeddings, where the family has them
 
 
-class GoldenNoiseMixin(PushWithCard):
+class GoldenNoiseMixin(HandOver, PushWithCard):
     """What the five pipelines add: a `noise_model` component that refines the noise of each call.
 
     It stands before a diffusers pipeline, whose `encode_prompt` and `prepare_latents` are where the
@@ -66,12 +70,17 @@ class GoldenNoiseMixin(PushWithCard):
 
     # argument of `GoldenNoiseNetwork.refine` -> its place in what `encode_prompt` returns
     _text_outputs: ClassVar[dict[str, int]] = {"prompt_embeds": 0}
+    _left_behind: ClassVar[dict[str, str]] = {
+        "noise_model": "Make the noise with `noise_model.refine` and pass it as `latents` "
+        '(docs/golden_noise.md, "Other pipelines").'
+    }
     _golden_call: _GoldenCall | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if GoldenNoiseMixin in cls.__bases__:
             plain = super()
+            register_auto_pipeline(cls, cls.__mro__[1 + cls.__mro__.index(PushWithCard)])
             cls.__call__ = _shown_as(plain.__call__, GoldenNoiseMixin.__call__, _SCALE, _SCALE_DOC)
             cls.encode_prompt = _shown_as(plain.encode_prompt, GoldenNoiseMixin.encode_prompt)
             cls.prepare_latents = _shown_as(plain.prepare_latents, GoldenNoiseMixin.prepare_latents)
@@ -114,6 +123,7 @@ class GoldenNoiseMixin(PushWithCard):
     def __call__(self, *args: Any, golden_noise_scale: float = 1.0, **kwargs: Any) -> Any:
         """As in the plain pipeline, from refined noise; see `help(pipeline.__call__)`."""
         _check_scale(golden_noise_scale)
+        self._check_call(kwargs)
         with self._golden(golden_noise_scale):
             return super().__call__(*args, **kwargs)
 
@@ -143,6 +153,19 @@ class GoldenNoiseMixin(PushWithCard):
         if self._golden_call is None:
             return prepared
         return self._golden_latents(prepared, height, width)
+
+    def _check_call(self, arguments: dict[str, Any]) -> None:
+        """Raise `TypeError` for a keyword that the plain pipeline would pass over in silence."""
+        calls = [owner.__call__ for owner in type(self).__mro__ if "__call__" in vars(owner)]
+        takes = {name for call in calls for name in inspect.signature(call).parameters}
+        known = sorted(takes - {"self", "args", "kwargs"}) + list(_DEPRECATED_IN_CALLS)
+        for name in arguments:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                meant = f" Did you mean `{close[0]}`?" if close else ""
+                raise TypeError(
+                    f"{type(self).__name__}.__call__() got an unexpected keyword argument {name!r}.{meant}"
+                )
 
     @contextmanager
     def _golden(self, scale: float) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.core.quiet_run import module_eval_mode
+from diffusers_ext.golden_noise.conditioning import TextConditioning
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork, check_channels, check_text
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 
@@ -90,7 +91,7 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
     def generate_sequence(
         self,
         initial_noise: torch.Tensor,
-        text_embed: torch.Tensor,
+        text_embed: torch.Tensor | TextConditioning,
         num_steps: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
         *,
@@ -103,7 +104,8 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
 
         Args:
             initial_noise: `(batch, channels, height, width)`, unit variance.
-            text_embed: `(batch, tokens, dim)`, or what the class says.
+            text_embed: `(batch, tokens, dim)`, or what the class says; or what `encode_prompts` gave,
+                of which the mask is read too, unless there is an `attention_mask`.
             num_steps: states to predict, at most those that the network was made for.
             generator: draws each state from the predicted Gaussian; one, or one a sample.
             attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
@@ -116,9 +118,26 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
             ValueError: shapes that do not fit the network, more steps than it was made for, or a
                 generator for a network that predicts no variance.
         """
+        if isinstance(text_embed, TextConditioning):
+            text_embed, attention_mask = self._read_conditioning(text_embed, attention_mask)
         return self(
             initial_noise, text_embed, attention_mask, num_steps=num_steps, generator=generator
         )
+
+    def _read_conditioning(
+        self, text: TextConditioning, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self.config.get("pooled_text"):
+            return (
+                text.prompt_embeds,
+                text.attention_mask if attention_mask is None else attention_mask,
+            )
+        if text.pooled_prompt_embeds is None:
+            raise ValueError(
+                "`text_embed` must have `pooled_prompt_embeds` for a network with `pooled_text`, got "
+                "None. Use a model whose text encoder pools."
+            )
+        return text.pooled_prompt_embeds, attention_mask
 
     def golden_noise(
         self,

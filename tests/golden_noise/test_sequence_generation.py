@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_ext.golden_noise.conditioning import TextConditioning
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from tests.golden_noise.tiny_sequences import (
     NETWORKS,
@@ -223,3 +224,23 @@ def test_no_layer_has_more_than_a_quarter_of_the_parameters(name, size):
     total = sum(layers.values())
     assert total == sum(parameter.numel() for parameter in network.parameters())
     assert max(layers.values()) <= total / 4
+
+
+@both
+def test_sequences_take_what_the_prompts_were_encoded_to(name):
+    network = random_network(name)
+    noise, text = sequence_and_text()
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    given = TextConditioning(text, attention_mask=mask)
+    expected = network.generate_sequence(noise[:, 0], text, STEPS, attention_mask=mask)
+    assert torch.equal(network.generate_sequence(noise[:, 0], given, STEPS), expected)
+
+
+def test_pooled_networks_read_the_pooled_text_of_encoded_prompts():
+    network = random_network("rnn", pooled_text=True)
+    noise, text = sequence_and_text()
+    given = TextConditioning(text, pooled_prompt_embeds=text[:, 0])
+    expected = network.generate_sequence(noise[:, 0], text[:, 0], STEPS)
+    assert torch.equal(network.generate_sequence(noise[:, 0], given, STEPS), expected)
+    with pytest.raises(ValueError, match="must have `pooled_prompt_embeds` for a network with"):
+        network.generate_sequence(noise[:, 0], TextConditioning(text), STEPS)

@@ -45,7 +45,7 @@ def prompt_file(tmp_path) -> Path:
 def evaluate(tmp_path, network, prompt_file, fresh_accelerator):
     """Run the script in this process; returns its report."""
 
-    def run(name: str = "out", **arguments) -> GoldenNoiseReport:
+    def run(name: str = "out", further: tuple = (), **arguments) -> GoldenNoiseReport:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         usual = {"output_dir": tmp_path / name, "prompt_file": prompt_file, "best_of": 1,
@@ -54,7 +54,7 @@ def evaluate(tmp_path, network, prompt_file, fresh_accelerator):
         for key, value in {**usual, **arguments}.items():
             for one in value if isinstance(value, list) else [value]:
                 line += [f"--{key}", str(one)]
-        return script.main(script.parse_args(command_line() + line))
+        return script.main(script.parse_args([*command_line(), *line, *further]))
 
     return run
 
@@ -172,3 +172,17 @@ def test_several_processes_are_refused(evaluate, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must be one process, got 2: what it times"):
         evaluate()
     assert not (tmp_path / "out").exists()
+
+
+def test_all_pictures_are_written_where_asked_for(evaluate, tmp_path):
+    line = ["--save_images"]
+    report = evaluate(max_prompts=1, num_images_per_prompt=2, target_steps=1, seed=4, further=line)
+    written = sorted(
+        p.relative_to(tmp_path / "out/images") for p in tmp_path.glob("out/images/*/*")
+    )
+    seeds = [row["seed"] for row in report.rows]
+    assert [str(path) for path in written] == [
+        f"{side}/{row:05d}_seed_{seed}.png"
+        for side in ("1-step_target", "small", "standard")
+        for row, seed in enumerate(seeds)
+    ]

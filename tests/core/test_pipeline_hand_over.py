@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+
+from diffusers_ext.core.pipeline_hand_over import register_auto_pipeline
+from tests.golden_noise.golden_pipelines import FAMILIES, golden_pipeline
+
+
+LOST = "has no `noise_model`: its class takes none. Make the noise with `noise_model.refine`"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_pipelines_find_the_pipelines_of_all_families(family, caplog):
+    pipeline = golden_pipeline(family)
+    again = AutoPipelineForText2Image.from_pipe(pipeline)
+    assert type(again) is type(pipeline)
+    assert again.noise_model is pipeline.noise_model
+    assert LOST not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("maker", "made"),
+    [
+        (AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline),
+        (AutoPipelineForInpainting, StableDiffusionInpaintPipeline),
+        (StableDiffusionImg2ImgPipeline, StableDiffusionImg2ImgPipeline),
+        (StableDiffusionPipeline, StableDiffusionPipeline),
+    ],
+)
+def test_what_is_left_behind_is_said_once(maker, made, caplog):
+    pipeline = golden_pipeline("sd")
+    other = maker.from_pipe(pipeline)
+    assert type(other) is made
+    assert "noise_model" not in other.components
+    assert other.unet is pipeline.unet
+    assert caplog.text.count(LOST) == 1
+    caplog.clear()
+    pipeline.set_noise_model(None)
+    maker.from_pipe(pipeline)
+    type(pipeline).from_pipe(pipeline)
+    assert LOST not in caplog.text
+
+
+def test_plain_pipelines_stay_what_auto_pipelines_make():
+    plain = FAMILIES["sd"].plain()
+    assert type(AutoPipelineForText2Image.from_pipe(plain)) is StableDiffusionPipeline
+    other = AutoPipelineForImage2Image.from_pipe(plain)
+    assert type(AutoPipelineForText2Image.from_pipe(other)) is StableDiffusionPipeline
+
+
+def test_pipelines_that_auto_pipelines_do_not_know_are_left_alone():
+    from diffusers.pipelines import auto_pipeline
+
+    before = dict(auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING)
+    register_auto_pipeline(object, object)
+    assert before == auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
