@@ -40,6 +40,7 @@ LOADING_ARGUMENTS = (
     "force_download", "proxies", "use_safetensors", "device_map", "max_memory", "offload_folder",
     "offload_state_dict", "low_cpu_mem_usage", "ignore_mismatched_sizes", "output_loading_info",
     "torch_dtype", "quantization_config", "disable_mmap", "parallel_config",
+    "use_flashpack", "flashpack_kwargs",
 )  # fmt: skip
 # Name in the metadata of a weights file of the digest of the config that it was saved with.
 _CONFIG_KEY = "diffusers_ext.config_sha256"
@@ -82,6 +83,10 @@ class CheckedWeights:
             config: of its `config.json`.
             arguments: of `from_pretrained`.
         """
+        if arguments.get("use_flashpack"):  # pipelines pass it on, false by default
+            raise ValueError(
+                f"`use_flashpack` must be False for {source}, got True: only safetensors are checked."
+            )
         if config.get("quantization_config"):
             raise ValueError(
                 f"{source} must hold plain weights, got quantised ones, which cannot be checked "

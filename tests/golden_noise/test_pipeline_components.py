@@ -214,3 +214,21 @@ def test_a_folder_without_a_network_is_refused(tmp_path):
     pipeline.unet.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must hold a golden-noise network, one of .*NPNet"):
         pipeline.load_noise_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_folders_in_half_precision_draw_as_they_load(network, dtype, tmp_path):
+    pipeline = golden_pipeline("sd", name=network)
+    stored = type(pipeline).from_pipe(pipeline, dtype=dtype)
+    stored.save_pretrained(tmp_path)
+    loaded = GoldenNoisePipeline.from_pretrained(tmp_path)  # without `dtype`
+    loaded.set_progress_bar_config(disable=True)
+    picture = draw(loaded, "sd")
+    assert picture.isfinite().all()
+    of_network = loaded.noise_model.from_pretrained(tmp_path / "noise_model")
+    loaded.set_noise_model(of_network)
+    assert torch.equal(draw(loaded, "sd"), picture)
+    half = load(GoldenNoisePipeline, tmp_path, dtype=dtype)
+    assert half.noise_model.dtype == dtype
+    assert draw(half, "sd").isfinite().all()
