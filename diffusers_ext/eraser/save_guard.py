@@ -42,7 +42,8 @@ class SaveGuard:
         names = eraser_names(model)
         if names:
             raise ValueError(
-                f"`{_METHOD}` must not lose erasers, got a {type(model).__name__} with {names}, which "
+                "`save_pretrained` must not lose erasers, got a "
+                f"{type(model).__name__} with {names}, which "
                 "a reload would not have. Save each by `save_eraser(transformer, folder, "
                 f"adapter_name={names[0]!r})`, and load it by `load_eraser` onto the model it is for. "
                 "To save the model without its erasers, call `transformer.delete_adapters(...)` or "
