@@ -90,10 +90,18 @@ def add_lora(
         rank=args.rank,
         directions=args.directions,
         eps=args.eps,
-        projector=null_space_cut(args, statistics) if args.directions == "null" else None,
+        projector=_asked_null_space(args, statistics),
         lora_config=config,
     )
     return [] if chosen is None else chosen.report()
+
+
+def _asked_null_space(
+    args: argparse.Namespace, statistics: FeatureStatistics
+) -> NullSpaceProjector | None:
+    """The null spaces that flags ask for; without one the statistics and the subject decide."""
+    asked = (args.null_energy, args.nullspace_threshold) != (None, None)
+    return null_space_cut(args, statistics) if args.directions == "null" and asked else None
 
 
 def free_constrained_weights(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusers_ext.nullspace.projector import NullSpaceProjector
+from diffusers_ext.nullspace.projector import NullSpaceProjector, null_dimensions
 from diffusers_ext.nullspace.prompts import sub_phrases
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -16,6 +16,8 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 _SMALLEST_RATIO = 1.5
 # What the subject does not use at all is left with this share of its largest ratio by rounding.
 _ROUNDING = 1e-10
+# Of `usual_null_space`.
+_EXACT_FLOOR, _ENOUGH, _CUT = 1e-12, 1e-4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,13 @@ class NullSpaceDirections:
         sets: `{key: DirectionSet}`.
         sources: `{dotted name of a Linear: key}`.
         kind: `"generalized"` or `"null"`.
+        null_space: which one the latter are of, in words; empty where the caller chose it.
     """
 
     sets: dict[str, DirectionSet]
     sources: dict[str, str]
     kind: str
+    null_space: str = ""
 
     def vectors(self, linear: str) -> torch.Tensor:
         """The rows of A for one Linear by its dotted name, `(rank, dim)` float64."""
@@ -136,6 +140,7 @@ class NullSpaceDirections:
                 "smallest_ratio": chosen.ratios[-1].item(),
                 "old_energy": chosen.old_energy.sum().item(),
                 "instance_share": chosen.instance_share,
+                **({"null_space": self.null_space} if self.null_space else {}),
             }
             for key, chosen in self.sets.items()
         ]
@@ -148,6 +153,7 @@ def null_space_directions(
     eps: float = 1e-4,
     *,
     projector: NullSpaceProjector | None = None,
+    null_space: str = "",
 ) -> NullSpaceDirections:
     """Directions for a LoRA of every Linear that the statistics cover.
 
@@ -157,6 +163,7 @@ def null_space_directions(
         rank: directions per Linear.
         eps: of `generalized_directions`.
         projector: cut the directions hard to its null spaces in place of the generalised problem.
+        null_space: which ones these are, for the report.
 
     Raises:
         ValueError: a Linear is covered by one of them only, the models differ, `rank` is too large,
@@ -175,8 +182,39 @@ def null_space_directions(
             basis = projector.basis_of(linear)
             sets[key] = null_directions(c_new, c_old, basis, rank)
     return NullSpaceDirections(
-        sets, dict(statistics.sources), "generalized" if projector is None else "null"
+        sets, dict(statistics.sources), "generalized" if projector is None else "null", null_space
     )
+
+
+def usual_null_space(
+    statistics: FeatureStatistics, instance_statistics: FeatureStatistics, rank: int
+) -> tuple[NullSpaceProjector, str]:
+    """The numerical null space where it exists and holds enough of the subject, else the energy cut.
+
+    Numerical: eigenvalues up to `SecondMoment.floor`, 1e-12 of the largest, and only of moments whose
+    Gram matrices were computed in float64; below the floor of float32 ones nothing can be told from
+    rounding. Enough: each of `rank` directions in it holds 1e-4 of the subject's energy. A direction is
+    scaled to the subject's unit energy, which scales float32's rounding (6e-8) by at most 1e2, so that
+    preserved outputs move by less than 1e-5. One matrix without such a space, and the cut is that of all.
+
+    Returns:
+        The projector, and which of the two it is, in words.
+    """
+    for linear, key in statistics.sources.items():
+        moment, spectrum = statistics.moments[key], statistics.spectrum(key)
+        count = null_dimensions(spectrum.values, energy=0, floor=moment.floor)
+        if moment.floor > _EXACT_FLOOR or count < rank:
+            break
+        c_new = instance_statistics.moments[instance_statistics.key(linear)].mean
+        basis = spectrum.vectors[:, :count]
+        inside = torch.linalg.eigvalsh(basis.T @ c_new.to(basis.device) @ basis)
+        if inside[-rank] < _ENOUGH * c_new.diagonal().sum().to(basis.device):
+            break
+    else:
+        projector = NullSpaceProjector.from_statistics(statistics, energy=0)
+        return projector, "numerical null space, exact in float32"
+    projector = NullSpaceProjector.from_statistics(statistics, energy=_CUT)
+    return projector, f"least {_CUT:g} of the energy, approximate"
 
 
 def check_new_subject(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,11 @@ from peft.utils import get_peft_model_state_dict
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.targets import natural_key
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions
+from diffusers_ext.nullspace.directions import (
+    NullSpaceDirections,
+    null_space_directions,
+    usual_null_space,
+)
 from diffusers_ext.nullspace.lora_config import check_lora_config
 from diffusers_ext.nullspace.lora_files import add_kohya_file
 from diffusers_ext.nullspace.projector import NullSpaceProjector
@@ -25,6 +30,8 @@ from diffusers_ext.nullspace.prompts import check_prompts
 from diffusers_ext.nullspace.slots import check_widths
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
+
+logger = logging.getLogger(__name__)
 
 DIRECTION_KINDS = ("generalized", "null", "soft")
 
@@ -85,7 +92,8 @@ def add_null_space_lora(
         rank: directions per Linear.
         directions: `"generalized"`, `"null"` or `"soft"`.
         eps: of the generalised problem.
-        projector: null spaces for `"null"`; by default those with 1e-3 of the energy.
+        projector: null spaces for `"null"`; by default the numerical one where it holds enough of the
+            subject, else the one with 1e-3 of the energy (`usual_null_space`).
         adapter_name: name of the adapter.
         lora_config: further LoRA options (dropout); its rank, scale and targets are set here.
 
@@ -117,14 +125,17 @@ def add_null_space_lora(
                     "neither."
                 )
             instance_statistics = instance_statistics_like(pipeline, statistics, instance_prompts)
+        null_space = ""
         if directions == "null" and projector is None:
-            projector = NullSpaceProjector.from_statistics(statistics, energy=1e-3)
+            projector, null_space = usual_null_space(statistics, instance_statistics, rank)
+            logger.info("Null directions are those of the %s.", null_space)
         chosen = null_space_directions(
             statistics,
             instance_statistics,
             rank,
             eps,
             projector=projector if directions == "null" else None,
+            null_space=null_space,
         )
     config.r, config.lora_alpha, config.use_rslora = rank, rank, False
     # A list, because the order of a set of strings differs from process to process.

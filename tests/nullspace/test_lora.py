@@ -8,7 +8,9 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors import safe_open
 
+from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.nullspace.collect import collect_statistics
+from diffusers_ext.nullspace.directions import usual_null_space
 from diffusers_ext.nullspace.lora import (
     add_null_space_lora,
     instance_statistics_like,
@@ -72,13 +74,44 @@ def test_training_stays_in_the_frozen_directions(few_statistics, digits, directi
             assert value.equal(weights[name.replace(".base_layer", "")])
 
 
-def test_null_directions_are_by_default_those_of_a_thousandth_of_the_energy(few_statistics, digits):
+def full_rank(statistics: FeatureStatistics, floor: float) -> FeatureStatistics:
+    """The same statistics with a little energy everywhere, or as if summed in float32."""
+    old = statistics.moments[TEXT]
+    level = 1e-6 * old.total.diagonal().mean() if floor == 1e-12 else 0.0
+    total = old.total + level * torch.eye(old.dim, dtype=torch.float64)
+    moments = {TEXT: SecondMoment.from_total(total, old.count, floor)}
+    return FeatureStatistics(moments, statistics.sources, statistics.facts)
+
+
+@pytest.mark.parametrize("floor", [None, 1e-12, 1e-6])
+def test_null_directions_are_exact_where_they_can_be_and_say_so(few_statistics, digits, floor):
+    statistics = few_statistics if floor is None else full_rank(few_statistics, floor)
     arguments = {"instance_prompts": SUBJECT, "pipeline": digits, "directions": "null"}
-    by_default = add_null_space_lora(digits.unet, few_statistics, **arguments)
-    cut = NullSpaceProjector.from_statistics(few_statistics, energy=1e-3)
+    by_default = add_null_space_lora(digits.unet, statistics, **arguments)
+    energy = 0 if floor is None else 1e-3
+    cut = NullSpaceProjector.from_statistics(statistics, energy=energy)
     other = random_digits_pipeline().unet
-    given = add_null_space_lora(other, few_statistics, **arguments, projector=cut)
+    given = add_null_space_lora(other, statistics, **arguments, projector=cut)
     assert by_default.sets[TEXT].vectors.equal(given.sets[TEXT].vectors)
+    told = (
+        "numerical null space, exact in float32" if floor is None else "least 0.001 of the energy"
+    )
+    assert by_default.report()[0]["null_space"].startswith(told)
+    assert "null_space" not in given.report()[0]
+
+
+def test_a_null_space_without_the_subject_is_not_used(few_statistics, digits):
+    subject = instance_statistics_like(digits, few_statistics, SUBJECT)
+    old = few_statistics.moments[TEXT]
+    values, vectors = few_statistics.spectrum(TEXT)
+    basis = vectors[:, values <= 1e-12 * values[-1]]
+    inside = basis @ basis.T
+    outside = torch.eye(old.dim, dtype=torch.float64) - (1 - 1e-3) * inside
+    total = outside @ subject.moments[TEXT].total @ outside  # 1e-6 of its energy is left inside
+    moments = {TEXT: SecondMoment.from_total(total, subject.moments[TEXT].count, 1e-12)}
+    few = FeatureStatistics(moments, subject.sources, subject.facts)
+    assert usual_null_space(few_statistics, subject, 1)[1].startswith("numerical")
+    assert usual_null_space(few_statistics, few, 1)[1].startswith("least 0.001")
 
 
 def test_soft_training_is_held_back_by_the_penalty(few_statistics):
