@@ -218,10 +218,16 @@ def test_a_folder_without_a_network_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_folders_in_half_precision_draw_as_they_load(network, dtype, tmp_path):
+def test_folders_in_half_precision_draw_as_they_load_and_in_half_precision(
+    network, dtype, tmp_path
+):
     pipeline = golden_pipeline("sd", name=network)
     stored = type(pipeline).from_pipe(pipeline, dtype=dtype)
     stored.save_pretrained(tmp_path)
+    # transformers keeps a stored dtype and diffusers does not, so a folder that is to load without
+    # `dtype` says so, as the bundled models do.
+    config = tmp_path / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
     loaded = GoldenNoisePipeline.from_pretrained(tmp_path)  # without `dtype`
     loaded.set_progress_bar_config(disable=True)
     picture = draw(loaded, "sd")
