@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench
+# make setup | demo | test | campaign | lint | bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 # Modules are compiled when they are first imported: most never are.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test campaign lint bench clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ demo: $(DEMO_STAMP)
 # One thread: the models are tiny, and tests that start several processes would fight for the cores.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# Some 2,000 altered artifacts are loaded and 24 runs killed; half an hour on two cores.
+campaign: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.campaign
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ from typing import Any
 
 
 CONFIG_DIGEST = "config_sha256"
+# Name in the metadata of a weights file of the digest of the config that it was saved beside.
+CONFIG_KEY = "diffusers_ext.config_sha256"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 

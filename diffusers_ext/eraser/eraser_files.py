@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from huggingface_hub.errors import (
 )
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from diffusers_ext.core.checked_tensors import FLOATING, read_tensors
+from diffusers_ext.core.checked_tensors import FLOATING, open_tensors, read_tensors
+from diffusers_ext.core.config_digest import CONFIG_KEY, config_digest
 from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 from diffusers_ext.core.text_files import read_json
@@ -110,7 +112,8 @@ def _download(source: str, subfolder: str | None, arguments: dict[str, Any]) -> 
 
 
 def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
-    kind = read_json(config_path).get("peft_type")
+    facts = read_json(config_path)
+    kind = facts.get("peft_type")
     if kind != "ERASER":
         raise ValueError(
             f"{config_path} must have the `peft_type` 'ERASER', got {kind!r}. A LoRA is loaded by "
@@ -120,7 +123,8 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
     shape = eraser_shape(tensors, str(weights_path))
     try:
         config = EraserConfig.from_pretrained(str(config_path.parent))
-    except (TypeError, ValueError) as error:
+    # Of what a stranger wrote, PEFT and its classes take much for granted.
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise ValueError(f"{config_path} must be the config of an eraser, got: {error}") from error
     if config.num_layers is not None and config.num_layers <= shape.blocks[-1]:
         raise ValueError(
@@ -136,7 +140,27 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         raise ValueError(
             f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}."
         )
+    _check_config(facts, config_path, weights_path)
     return EraserFile(config, tensors, shape, config.num_layers)
+
+
+def eraser_config_digest(facts: Mapping[str, Any]) -> str:
+    """Of a config in PEFT's format, but for the name of the base model, which may be mended by hand."""
+    return config_digest({k: v for k, v in facts.items() if k != "base_model_name_or_path"})
+
+
+def _check_config(facts: dict[str, Any], config_path: Path, weights_path: Path) -> None:
+    expected = (open_tensors(weights_path).metadata() or {}).get(CONFIG_KEY)
+    if expected is not None and expected != eraser_config_digest(facts):
+        raise ValueError(
+            f"{config_path} must be the config that {weights_path.name} was saved beside, got another: "
+            "the digest in the metadata of the weights does not fit. Download or write both again."
+        )
+    base = facts.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(
+            f"`base_model_name_or_path` of {config_path} must be a name, got {base!r}."
+        )
 
 
 def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:

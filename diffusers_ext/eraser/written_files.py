@@ -13,6 +13,9 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import save
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.checked_tensors import with_digest
+from diffusers_ext.core.config_digest import CONFIG_KEY
+from diffusers_ext.core.safetensors_header import with_sorted_metadata
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import (
     LEGACY_TYPE,
@@ -21,7 +24,7 @@ from diffusers_ext.eraser.convert import (
     eraser_shape,
     to_legacy,
 )
-from diffusers_ext.eraser.eraser_files import FORMATS
+from diffusers_ext.eraser.eraser_files import FORMATS, eraser_config_digest
 
 
 def check_eraser_folder(folder: Path, format: str) -> None:
@@ -68,10 +71,12 @@ def peft_files(
     }
     facts = {name: sorted(v) if isinstance(v, set) else v for name, v in facts.items()}
     weights = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+    content = (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode()
+    metadata = {"format": "pt", CONFIG_KEY: eraser_config_digest(json.loads(content))}
     config_name, weights_name = FORMATS["peft"]
     return {
-        weights_name: save(weights, metadata={"format": "pt"}),
-        config_name: (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode(),
+        weights_name: with_sorted_metadata(save(weights, metadata=with_digest(weights, metadata))),
+        config_name: content,
     }
 
 

@@ -46,7 +46,7 @@ def load_noise_model(
     if not Path(source).is_dir() and (Path(source).is_file() or source.endswith(_FILE_ENDINGS)):
         return _load_single_file(Path(source), kwargs)
     name = read_network_config(source, kwargs).get("_class_name")
-    if name not in NETWORK_MODULES:
+    if not isinstance(name, str) or name not in NETWORK_MODULES:
         raise ValueError(
             "`pretrained_model_name_or_path` must hold a golden-noise network, one of "
             f"{list(NETWORK_MODULES)}, got {name!r} in {source}. A `.pth` or safetensors file of "

@@ -45,7 +45,7 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
         kwargs.setdefault("use_safetensors", True)
         config = read_network_config(pretrained_model_name_or_path, kwargs)
         found = config.get("_class_name")
-        if found not in {parent.__name__ for parent in cls.__mro__}:
+        if not isinstance(found, str) or found not in {parent.__name__ for parent in cls.__mro__}:
             raise ValueError(
                 f"`pretrained_model_name_or_path` must hold a {cls.__name__}, got {found!r} in "
                 f"{pretrained_model_name_or_path}. `load_noise_model` loads networks of any class."

@@ -16,7 +16,11 @@ from typing import Any, ClassVar
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors.torch import save_file
 
 from diffusers_ext.core.checked_tensors import (
@@ -28,7 +32,7 @@ from diffusers_ext.core.checked_tensors import (
     open_tensors,
     with_digest,
 )
-from diffusers_ext.core.config_digest import config_digest
+from diffusers_ext.core.config_digest import CONFIG_KEY, config_digest
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 from diffusers_ext.core.safetensors_header import sort_metadata
 from diffusers_ext.core.text_files import read_json
@@ -42,11 +46,10 @@ LOADING_ARGUMENTS = (
     "torch_dtype", "quantization_config", "disable_mmap", "parallel_config",
     "use_flashpack", "flashpack_kwargs",
 )  # fmt: skip
-# Name in the metadata of a weights file of the digest of the config that it was saved with.
-_CONFIG_KEY = "diffusers_ext.config_sha256"
 # What modules raise for settings that they cannot be made with.
 _UNBUILDABLE = (
     TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError,
+    StrictDataclassError,
 )  # fmt: skip
 
 
@@ -107,7 +110,7 @@ class CheckedWeights:
         except _UNBUILDABLE as error:
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise ValueError(f"{where} must describe a {cls.__name__}, got: {reason}") from error
-        check_contents(paths, {k: tuple(v.shape) for k, v in expected.items()}, config)
+        check_contents(paths, expected, config)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **arguments: Any) -> None:
         """As in diffusers; the files hold a digest, by which loading finds what was altered."""
@@ -202,15 +205,20 @@ def _find(source: str | os.PathLike, name: str, arguments: Mapping[str, Any]) ->
 
 
 def check_contents(
-    paths: list[Path], expected: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+    paths: list[Path], model: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> None:
-    """Raise `ValueError` unless the files hold exactly the expected tensors, finite and unaltered."""
+    """Raise `ValueError` unless the files hold exactly the tensors of a model, finite and unaltered.
+
+    Their dtypes may be others, but a weight is a floating-point number, in half precision, too.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.items()}
     first = paths[0] if len(paths) == 1 else paths[0].parent
     if paths[0].suffix != ".safetensors":
         tree = {}
         for path in paths:
             tree |= _pickled(path)
         check_tensors(tree, first, expected=expected)
+        _check_floating(tree, model, first)
         return
     shapes = {}
     for path in paths:
@@ -220,12 +228,24 @@ def check_contents(
     for path in paths:
         tensors, metadata = _tensors_and_metadata(path)
         check_tensors(tensors, path)
+        _check_floating(tensors, model, path)
         check_digest(tensors, metadata, path)
-        if metadata.get(_CONFIG_KEY, _digest(config)) != _digest(config):
+        if metadata.get(CONFIG_KEY, _digest(config)) != _digest(config):
             raise ValueError(
                 f"{path} must stand beside the config that it was saved with, got another: the digest "
                 f"in its metadata does not fit. {REMEDY} Settings are changed by keywords of "
                 "`from_pretrained`, not in config.json."
+            )
+
+
+def _check_floating(
+    tensors: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() != model[name].is_floating_point():
+            raise ValueError(
+                f"{path} must hold {name!r} as {model[name].dtype} or of its kind, got "
+                f"{tensor.dtype}. {REMEDY}"
             )
 
 
@@ -250,6 +270,6 @@ def seal(path: Path, config: Mapping[str, Any]) -> None:
     """Write the digests of contents and config into a weights file."""
     tensors, metadata = _tensors_and_metadata(path)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the file is replaced
-    metadata = with_digest(tensors, {**metadata, _CONFIG_KEY: _digest(config)})
+    metadata = with_digest(tensors, {**metadata, CONFIG_KEY: _digest(config)})
     save_file(tensors, path, metadata)
     sort_metadata(path)

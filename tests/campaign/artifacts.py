@@ -88,6 +88,8 @@ def _eraser_parts(folder: Path) -> Any:
     config = transformer.peft_config[name].to_dict()
     state = transformer.state_dict()
     found = {key: value for key, value in state.items() if "eraser" in key}
+    # The name of the base model may be mended by hand: no checksum covers it.
+    config.pop("base_model_name_or_path")
     return found, {key: repr(value) for key, value in config.items()}
 
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from diffusers_ext.eraser import eraser_files
 from diffusers_ext.eraser.eraser_files import read_eraser
@@ -27,6 +27,28 @@ def folder(tmp_path):
 def edit(path, **changes):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | changes))
+    weights = path.with_name("adapter_model.safetensors")
+    if weights.exists():  # as of another program, whose digest cannot tell
+        weights.write_bytes(save(load_file(weights), metadata={"format": "pt"}))
+
+
+def test_a_config_changed_by_hand_is_told_by_the_weights(folder):
+    path = folder / "adapter_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"base_model_name_or_path": "user/renamed"}))
+    assert read_eraser(folder).config.base_model_name_or_path == "user/renamed"
+    path.write_text(json.dumps(content | {"concept": "another"}))
+    with pytest.raises(ValueError, match=r"adapter_config\.json must be the config that"):
+        read_eraser(folder)
+
+
+def test_one_altered_weight_is_found(folder):
+    path = folder / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors must have the contents"):
+        read_eraser(folder)
 
 
 @pytest.mark.parametrize(
