@@ -25,7 +25,8 @@ from tests.training.script_runs import QUICK, REPOSITORY, command_line, environm
 
 
 KILLS = 4  # of every job
-_VOLATILE = ("arguments", "seconds")  # of reports: the flags, one of which resumes, and the time
+# Of reports: the flags, one of which resumes, the time, and what the last of several runs did.
+_VOLATILE = ("arguments", "seconds", "this_run")
 _SERVER = """
 import json, os, sys, warnings
 
