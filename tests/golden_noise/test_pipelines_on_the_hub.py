@@ -38,7 +38,7 @@ def test_pipelines_come_back_from_the_hub_without_remote_code(hub, family):
     assert index["noise_model"] == ["diffusers_ext", NETWORKS[CASES[family]][0].__name__]
     card = ModelCard(files["README.md"].decode())
     for text in (
-        f'{type(pipeline).__name__}.from_pretrained("tester/golden")',
+        f'{type(pipeline).__name__}.from_pretrained("tester/golden", dtype=torch.bfloat16)',
         f"from diffusers import {FAMILIES[family].golden.__bases__[1].__name__}",
         f"`{type(pipeline.noise_model).__name__}`",
         "900 noise pairs",
