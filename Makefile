@@ -1,6 +1,7 @@
 # make setup | demo | test | campaign | lint | bench
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-for-demo
@@ -25,9 +26,9 @@ $(STAMP): $(DEMO_STAMP)
 demo: $(DEMO_STAMP)
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
-# One thread: the models are tiny, and tests that start several processes would fight for the cores.
+# One thread each: the models are tiny, and tests that start several processes would fight for the cores.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 # Some 2,000 altered artifacts are loaded and 24 runs killed; half an hour on two cores.
 campaign: setup
