@@ -4,8 +4,6 @@
 python examples/teach_a_subject.py --instance_data_dir photos --knowledge_prompts knowledge.txt
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

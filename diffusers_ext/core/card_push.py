@@ -8,6 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn import Module
+
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
 
 
@@ -15,6 +19,31 @@ _SAVE_ARGUMENTS = (
     "safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function",
     "use_flashpack",
 )  # fmt: skip
+
+
+def check_no_adapters(pipeline: Any) -> None:
+    """Refuse to save a pipeline with LoRAs loaded: its weights would be written under PEFT's names.
+
+    diffusers writes them all the same, and what it then loads has neither the LoRA nor the weights
+    beneath it.
+
+    Raises:
+        ValueError: a component with an adapter; it names the adapters and what to do.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        return
+    for name, component in pipeline.components.items():
+        adapted = isinstance(component, Module) and any(
+            isinstance(part, BaseTunerLayer) for part in component.modules()
+        )
+        if adapted:
+            adapters = sorted(getattr(component, "peft_config", {}))
+            raise ValueError(
+                f"A pipeline must hold no adapters when it is saved, got {adapters} in its `{name}`, "
+                "which would be lost. Save them by themselves (LoRAs with `save_lora` or "
+                "`push_lora`, erasers with `save_eraser`), then call `unload_lora_weights()` on the "
+                "pipeline; or make LoRAs part of the weights by `fuse_lora()` before that call."
+            )
 
 
 class PushWithCard:
@@ -48,7 +77,11 @@ class PushWithCard:
             push_to_hub: upload afterwards; a missing fact is an error before anything is written.
             repo_id: repository; the folder's name when `None`.
             arguments: with `push_to_hub` those of `push_to_hub`; else those of diffusers.
+
+        Raises:
+            ValueError: a pipeline with adapters loaded, which would be lost (`check_no_adapters`).
         """
+        check_no_adapters(self)
         saving: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
         if max_shard_size is not None:
             saving["max_shard_size"] = max_shard_size
@@ -77,6 +110,7 @@ class PushWithCard:
         Raises:
             ValueError: a fact that is neither known nor given; nothing has been uploaded then.
         """
+        check_no_adapters(self)
         saving = {n: arguments.pop(n) for n in _SAVE_ARGUMENTS if n in arguments}
         hub, facts = split_arguments(arguments)
         return self._push(self._card(token=hub.get("token"), **facts), repo_id, saving, hub)

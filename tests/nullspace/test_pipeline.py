@@ -17,6 +17,7 @@ from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 from examples.digits.check_model import MODEL_DIR
 from tests.tiny_digits import random_digits_pipeline
+from tests.tiny_lora import add_random_lora
 from tests.tiny_pipelines import sdxl_pipeline
 
 
@@ -236,3 +237,15 @@ def test_what_cannot_be_preserved_is_said(pipeline, caplog):
     pipeline.fuse_lora()
     with pytest.raises(ValueError, match="must not have its LoRA fused"), pipeline.preserve():
         draw(pipeline)
+
+
+def test_a_pipeline_with_a_lora_refuses_to_be_saved_and_says_what_to_do(pipeline, tmp_path):
+    add_random_lora(pipeline.unet)
+    for save in (pipeline.save_pretrained, pipeline.push_to_hub):
+        with pytest.raises(ValueError, match=r"got \['default'\] in its `unet`.*`save_lora`"):
+            save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipeline.unload_lora_weights()
+    plain = draw(pipeline)
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert torch.equal(draw(load(NullSpaceDreamBoothPipeline, tmp_path / "saved")), plain)
