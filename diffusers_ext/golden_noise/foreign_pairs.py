@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from diffusers_ext.core.checked_tensors import check_regular_file
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 from diffusers_ext.core.text_files import parse_json
 from diffusers_ext.core.text_tables import read_csv, read_text_lines
@@ -153,6 +154,7 @@ def _csv_entries(folder: Path) -> list[_Entry]:
 
 def _read_npz(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
     try:
+        check_regular_file(entry.source)
         with open(entry.source, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             noise, golden = arrays["arr_0"], arrays["arr_1"]
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import random
@@ -119,6 +120,8 @@ class Campaign:
             return "equal", ""
         if not kind.sealed and found["form"] == original["form"]:
             return "another value, which nothing can tell", ""
+        if any(str(altered) in warning for warning in found["warnings"]):
+            return "part of it, with a warning", found["warnings"][0][:300]
         return "accepted though different", ""
 
 
@@ -163,6 +166,10 @@ def _child(kind: Kind, folder: Path, writer: int) -> None:
 
 
 def _loaded(kind: Kind, folder: Path) -> dict[str, Any]:
+    heard = Heard()
+    logging.disable(logging.NOTSET)
+    for name in ("diffusers_ext", "training"):
+        logging.getLogger(name).addHandler(heard)
     try:
         value = kind.load(folder)
     except Exception as error:
@@ -179,7 +186,21 @@ def _loaded(kind: Kind, folder: Path) -> dict[str, Any]:
         }
     told = Description()
     told.add(value)
-    return {"value": told.digest.hexdigest(), "form": told.form.hexdigest(), "nan": told.nan}
+    return {
+        "value": told.digest.hexdigest(), "form": told.form.hexdigest(), "nan": told.nan,
+        "warnings": heard.warnings,
+    }  # fmt: skip
+
+
+class Heard(logging.Handler):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warnings.append(record.getMessage())
 
 
 class Description:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -225,4 +226,13 @@ def test_official_pairs_need_one_file_of_scores(tmp_path):
 def test_wrong_metadata(tmp_path, text, message):
     (tmp_path / "metadata.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
+        open_pairs(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_file_is_not_opened(tmp_path):
+    write_official(tmp_path)
+    for path in tmp_path.glob("*.npz"):
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"npz must be a file, got a pipe"):
         open_pairs(tmp_path)
