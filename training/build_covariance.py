@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.nullspace.slots import FEATURES, check_features
 from training.argument_rules import check_values
 from training.arguments import (
@@ -128,4 +129,5 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

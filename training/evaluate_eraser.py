@@ -26,6 +26,7 @@ from diffusers import CogVideoXPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.eraser.loading import load_eraser
 from diffusers_ext.evaluation.clip_detector import CLIPDetector
 from diffusers_ext.evaluation.clip_sheet import check_clip_format
@@ -152,4 +153,5 @@ def main(args: argparse.Namespace) -> ErasureReport:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.evaluation.features import CLIPFeatures, DINOv2Features, FeatureExtractor
 from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
@@ -139,4 +140,5 @@ def main(args: argparse.Namespace) -> GoldenNoiseReport:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

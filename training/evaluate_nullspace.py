@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.core.pictures import read_pictures
 from diffusers_ext.evaluation.features import CLIPFeatures, DINOv2Features, PixelFeatures
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
@@ -182,4 +183,5 @@ def main(args: argparse.Namespace) -> ForgettingReport:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

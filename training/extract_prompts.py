@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.core.text_tables import one_line, read_csv, read_text_lines
 from training.argument_rules import check_values
 
@@ -186,4 +187,5 @@ def _file_rows(paths: list[str], column: str) -> Iterator[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

@@ -26,6 +26,7 @@ from diffusers import DiffusionPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.golden_noise.pair_writer import PairWriter
 from diffusers_ext.golden_noise.pairs import read_config
 from diffusers_ext.rewards.reward import Reward
@@ -233,4 +234,5 @@ def finish(
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

@@ -17,6 +17,7 @@ from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from training.arguments import read_layers
+from training.text_pipeline import read_components
 
 
 logger = get_logger(__name__)
@@ -29,6 +30,7 @@ def load_pipeline(
     with_xformers = getattr(args, "enable_xformers_memory_efficient_attention", False)
     if with_xformers:
         check_xformers()
+    read_components(args)  # says in one line where there is none
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffusers_ext.core.hub_connection import not_found
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.evaluation import noise_rendering
 from diffusers_ext.golden_noise.conditioning import TextConditioning
@@ -41,8 +42,7 @@ def load_base_pipeline(
         config = DiffusionPipeline.load_config(source, **where)
     except OSError as error:
         raise ValueError(
-            "`pretrained_model_name_or_path` must be a folder or Hub name of a pipeline, got "
-            f"{source}: {error}"
+            not_found("pretrained_model_name_or_path", source, "a pipeline", error)
         ) from error
     # A black picture in place of a refused one would decide about its pair.
     unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in config else {}

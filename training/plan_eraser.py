@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.planning import (
     CardFit,
     EraserPlan,
@@ -167,4 +168,5 @@ def main(args: argparse.Namespace) -> EraserPlan:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

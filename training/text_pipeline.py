@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
 from diffusers_ext.core.checked_tensors import open_tensors
+from diffusers_ext.core.hub_connection import not_found
 from training.run_setup import WEIGHT_DTYPES
 
 
@@ -66,8 +67,7 @@ def read_components(args: argparse.Namespace) -> dict[str, Any]:
         return DiffusionPipeline.load_config(source, revision=args.revision)
     except OSError as error:
         raise ValueError(
-            "`pretrained_model_name_or_path` must be a folder or Hub name of a pipeline, got "
-            f"{source}: {error}"
+            not_found("pretrained_model_name_or_path", source, "a pipeline", error)
         ) from error
 
 

@@ -25,6 +25,7 @@ from diffusers import CogVideoXPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from training.checkpoints import Checkpoints
 from training.closing_words import eraser_words
 from training.eraser_anchor import settle_anchor
@@ -195,4 +196,5 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

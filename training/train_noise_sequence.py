@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from training.golden_noise_arguments import SEQUENCE_GROUPS
 from training.noise_command_line import check_noise_arguments, parse_noise_arguments
 from training.noise_data import sequence_steps
@@ -55,4 +56,5 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

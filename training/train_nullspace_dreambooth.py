@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.core.pictures import find_pictures, is_caption
 from diffusers_ext.nullspace.projected_update import ProjectedUpdate
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -227,4 +228,5 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

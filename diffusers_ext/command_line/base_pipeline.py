@@ -53,13 +53,14 @@ def check_pipeline_class(args: argparse.Namespace, class_name: str | None = None
     """
     from diffusers import DiffusionPipeline
 
+    from diffusers_ext.core.hub_connection import not_found
+
     source = args.pretrained_model_name_or_path
     try:
         components = DiffusionPipeline.load_config(source, revision=args.revision)
     except OSError as error:
         raise ValueError(
-            f"`pretrained_model_name_or_path` must be a folder or Hub name of a pipeline, got {source}: "
-            f"{error}"
+            not_found("pretrained_model_name_or_path", source, "a pipeline", error)
         ) from error
     found = components["_class_name"]
     if class_name is not None and found != class_name:

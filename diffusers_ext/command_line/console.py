@@ -17,6 +17,15 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def hub_in_one_try() -> Iterator[None]:
+    """A Hub that cannot be reached is given up at once, see `diffusers_ext.core.hub_connection`."""
+    from diffusers_ext.core.hub_connection import one_try_to_connect
+
+    with one_try_to_connect():
+        yield
+
+
+@contextlib.contextmanager
 def quiet_libraries(quiet: bool) -> Iterator[None]:
     """Logs of this package on stderr, or, where `quiet`, errors alone and no bars or warnings.
 

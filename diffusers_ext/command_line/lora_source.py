@@ -21,7 +21,9 @@ def locate_lora(source: str, weight_name: str | None = None) -> Path:
         ValueError: no such file.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    from diffusers_ext.core.hub_connection import not_found
 
     name = weight_name or WEIGHT_NAME
     if Path(source).is_file():
@@ -42,3 +44,5 @@ def locate_lora(source: str, weight_name: str | None = None) -> Path:
         raise ValueError(
             f"Repository {source} must hold {name}, got none. Name it with `--weight_name`."
         ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(not_found("lora", source, f"a LoRA with {name}", error)) from error

@@ -22,7 +22,7 @@ from diffusers_ext.command_line.command import (
     WRONG_USAGE,
     Command,
 )
-from diffusers_ext.command_line.console import quiet_libraries, stdout_to_stderr
+from diffusers_ext.command_line.console import hub_in_one_try, quiet_libraries, stdout_to_stderr
 from diffusers_ext.command_line.convert_command import CONVERT_ERASER, CONVERT_LORA, CONVERT_NPNET
 from diffusers_ext.command_line.debleed_command import DEBLEED
 from diffusers_ext.command_line.evaluate_erasure_command import EVALUATE_ERASURE
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # of argparse, after its message
         return int(stop.code or DONE)
     try:
-        with stdout_to_stderr(), quiet_libraries(args.quiet):
+        with stdout_to_stderr(), quiet_libraries(args.quiet), hub_in_one_try():
             outcome = args.command.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -13,7 +13,11 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 from safetensors.torch import save
 from torch.nn import Module
 
@@ -26,6 +30,7 @@ from diffusers_ext.core.config_digest import (
 )
 from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
+from diffusers_ext.core.hub_connection import not_found
 from diffusers_ext.core.text_files import read_json
 
 
@@ -239,6 +244,10 @@ def _locate(
         raise ValueError(_NO_FOLDER.format(source)) from error
     except RemoteEntryNotFoundError as error:
         raise ValueError(f"Repository {source} must hold {name}, got none.") from error
+    except LocalEntryNotFoundError as error:  # the Hub could not be asked
+        raise LocalEntryNotFoundError(
+            not_found("pretrained_model_name_or_path", source, f"an artifact with {name}", error)
+        ) from error
 
 
 def _names(folder: Path) -> list[str]:

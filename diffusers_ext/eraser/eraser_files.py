@@ -18,6 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers_ext.core.checked_tensors import FLOATING, open_tensors, read_tensors
 from diffusers_ext.core.config_digest import CONFIG_KEY, config_digest
 from diffusers_ext.core.download_arguments import check_download_arguments
+from diffusers_ext.core.hub_connection import not_found
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.config import EraserConfig
@@ -107,7 +108,9 @@ def _download(source: str, subfolder: str | None, arguments: dict[str, Any]) -> 
                 "no such folder."
             ) from error
     if isinstance(missing, LocalEntryNotFoundError):  # the Hub could not be asked
-        raise missing
+        raise LocalEntryNotFoundError(
+            not_found("pretrained_model_name_or_path", source, "an eraser", missing)
+        ) from missing
     raise ValueError(f"Repository {source} must hold {expected}, got neither.") from missing
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
+from diffusers_ext.core.hub_connection import not_found
 from diffusers_ext.core.text_files import read_json
 
 
@@ -61,7 +62,7 @@ def hub_names(
         raise ValueError(f"{wanted}: there is no {CONFIG_NAME} in it.") from error
     except LocalEntryNotFoundError as error:
         if not local_files_only:
-            raise
+            raise LocalEntryNotFoundError(not_found(argument, source, kind, error)) from error
         raise ValueError(
             f"{wanted}: with `local_files_only` it must have been downloaded whole before. Call it "
             "once without."

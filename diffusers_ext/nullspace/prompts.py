@@ -61,7 +61,10 @@ def check_prompt_length(pipeline: Any, prompts: Sequence[str]) -> None:
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is None:
             continue
-        lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False).input_ids]
+        # A textual inversion of several vectors is one word here and several tokens to the model.
+        convert = getattr(pipeline, "maybe_convert_prompt", lambda prompts, _: prompts)
+        written = convert(list(prompts), tokenizer)
+        lengths = [len(ids) for ids in tokenizer(written, truncation=False).input_ids]
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > tokenizer.model_max_length:
             raise ValueError(

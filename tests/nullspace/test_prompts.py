@@ -3,6 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from diffusers_ext.nullspace.prompts import (
     check_prompt_length,
@@ -12,6 +13,7 @@ from diffusers_ext.nullspace.prompts import (
     unique,
 )
 from examples.digits.prompts import make_tokenizer
+from tests.tiny_digits import random_digits_pipeline
 
 
 def test_comments_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
@@ -90,3 +92,14 @@ def test_prompts_longer_than_any_encoder_are_refused():
     check_prompt_length(SimpleNamespace(tokenizer=long, tokenizer_2=None), [longest + " red"])
     with pytest.raises(ValueError, match=r"must fit the tokenizer_2 \(16 tokens\)"):
         check_prompt_length(SimpleNamespace(tokenizer=long, tokenizer_2=short), [longest + " red"])
+
+
+def test_the_vectors_of_a_textual_inversion_count():
+    pipeline = random_digits_pipeline()
+    vectors = torch.randn(14, pipeline.text_encoder.config.hidden_size)
+    pipeline.load_textual_inversion({"<sks>": vectors}, token="<sks>")
+    check_prompt_length(pipeline, ["<sks>"])  # 16 tokens with both ends
+    with pytest.raises(
+        ValueError, match="must fit the tokenizer .16 tokens., got 17 tokens in 'red <s"
+    ):
+        check_prompt_length(pipeline, ["red <sks>"])
