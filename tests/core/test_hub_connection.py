@@ -9,21 +9,22 @@ from tests.fresh_process import run_python
 
 CODE = """
 import contextlib, io, time
-from diffusers_ext import FeatureStatistics, load_eraser, load_noise_model
+from diffusers_ext import FeatureStatistics, load_noise_model
 from diffusers_ext.command_line.main import main
 from diffusers_ext.core.hub_connection import one_try_to_connect
+from diffusers_ext.eraser.eraser_files import read_eraser
 from training.text_pipeline import read_components
 from types import SimpleNamespace
-prompts, out = arguments
-model = ["--pretrained_model_name_or_path", "user/name"]
-script = SimpleNamespace(pretrained_model_name_or_path="user/name", revision=None)
+prompts, out = arguments[0], arguments[1] + ".safetensors"
+model = ["--pretrained_model_name_or_path", "u/n"]
+script = SimpleNamespace(pretrained_model_name_or_path="u/n", revision=None)
 calls = [
     lambda: main(["collect", *model, "--knowledge_prompts", prompts, "--output_dir", out, "--quiet"]),
-    lambda: main(["debleed", "user/name", "--statistics", "user/name", "--output_path", out + ".safetensors", "--quiet"]),
+    lambda: main(["debleed", "u/n", "--statistics", "u/n", "--output_path", out, "--quiet"]),
     lambda: read_components(script),
-    lambda: FeatureStatistics.from_pretrained("user/name"),
-    lambda: load_eraser(None, "user/name"),
-    lambda: load_noise_model("user/name"),
+    lambda: FeatureStatistics.from_pretrained("u/n"),
+    lambda: read_eraser("u/n"),
+    lambda: load_noise_model("u/n"),
 ]
 found = []
 for call in calls:
@@ -50,5 +51,5 @@ def test_without_a_network_all_end_in_one_line_at_once(tmp_path):
         )  # fmt: skip
     for seconds, line in found:
         assert seconds < 5
-        assert "got user/name: no such folder, and the Hub cannot be asked" in line
+        assert "got u/n: no such folder, and the Hub cannot be asked" in line
         assert "Check the connection" in line
