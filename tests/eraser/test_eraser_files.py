@@ -201,3 +201,9 @@ def test_hub_repositories_are_searched_for_either_format(monkeypatch, tmp_path):
     assert read_eraser("user/name", subfolder="old").shape.rank == 4
     with pytest.raises(ValueError, match="Repository user/name must hold .* got neither"):
         read_eraser("user/name", subfolder="none")
+
+
+def test_deeply_nested_json_is_refused_by_name(folder):
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises((ValueError, OSError), match="adapter_config"):
+        load_eraser(tiny_transformer(), folder)
