@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 
 from diffusers_ext import FeatureStatistics, export_lora, load_eraser, load_noise_model, open_pairs
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.eraser.teacher_samples import PARTS
 from diffusers_ext.eraser.trajectories import open_teacher_samples
 from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline
 from diffusers_ext.nullspace.collect import collect_statistics
@@ -158,7 +157,7 @@ def _teacher(folder: Path) -> None:
 
 def _teacher_rows(folder: Path) -> Any:
     samples = open_teacher_samples(folder)
-    rows = [[part[i] for i in range(len(part))] for part in (getattr(samples, p) for p in PARTS)]
+    rows = [[part[i] for i in range(len(part))] for part in samples.parts.values()]
     return rows, samples.head_weights
 
 

@@ -210,7 +210,7 @@ class Description:
         self.digest, self.form, self.nan = hashlib.sha256(), hashlib.sha256(), False
 
     def add(self, value: Any) -> None:
-        """Take in one value; texts and lists of texts differ in value, not in form."""
+        """Take in one value. Form is that of tensors: a text cut short is another text."""
         if isinstance(value, torch.Tensor):
             value = value.detach().contiguous()
             self.nan |= not bool(torch.isfinite(value).all())
@@ -223,7 +223,6 @@ class Description:
                 self.add(value[key])
         elif isinstance(value, (list, tuple)):
             self.digest.update(f"list {len(value)}".encode())
-            self.form.update(b"list")
             for item in value:
                 self.add(item)
         else:
