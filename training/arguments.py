@@ -17,7 +17,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config", help="YAML file of arguments, one for all scripts; flags override it"
     )
-    group.add_argument("--pretrained_model_name_or_path", help="base model: folder or Hub name")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        help="base model: folder, Hub name, or .safetensors file of Stable Diffusion or SDXL",
+    )
+    group.add_argument(
+        "--single_file_config",
+        help="folder or Hub name of a diffusers model whose configs and tokenizer a .safetensors file is "
+        "read with; what diffusers infers without it",
+    )
     group.add_argument("--revision", help="revision of the base model on the Hub")
     group.add_argument("--variant", help="variant of the weight files, e.g. fp16")
     group.add_argument("--output_dir", help="folder for everything this run writes")

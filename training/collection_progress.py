@@ -34,6 +34,10 @@ def collection_facts(
         "guidance_scale", "statistics_batch_size", "seed",
     )  # fmt: skip
     facts = {name: getattr(args, name) for name in names}
+    if (
+        getattr(args, "single_file_config", None) is not None
+    ):  # of progress written before there was none
+        facts["single_file_config"] = args.single_file_config
     facts["knowledge_prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     facts["num_processes"] = num_processes
     return json.loads(json.dumps(facts))

@@ -17,6 +17,7 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from diffusers_ext.core.base_source import refuse_single_file
 from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.concepts import check_concept
@@ -51,6 +52,7 @@ def read_base(args: argparse.Namespace) -> BaseFacts:
         ValueError: no CogVideoX text-to-video pipeline, clips that it cannot take, a rank above its
             width, a scheduler of another prediction, or a concept that its tokenizer cannot spell.
     """
+    refuse_single_file(args.pretrained_model_name_or_path, f"a {CogVideoXPipeline.__name__}")
     kind = read_components(args)["_class_name"]
     if kind != CogVideoXPipeline.__name__:
         raise ValueError(

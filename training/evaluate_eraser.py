@@ -26,6 +26,7 @@ from diffusers import CogVideoXPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.core.base_source import refuse_single_file
 from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.eraser.loading import load_eraser
 from diffusers_ext.evaluation.clip_detector import CLIPDetector
@@ -84,6 +85,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> CogVideoXPi
         ValueError: no CogVideoX text-to-video pipeline, or an eraser of another model.
     """
     source = args.pretrained_model_name_or_path
+    refuse_single_file(source, f"a {CogVideoXPipeline.__name__}")
     kind = read_components(args)["_class_name"]
     if kind != CogVideoXPipeline.__name__:
         raise ValueError(

@@ -116,6 +116,10 @@ def generation_facts(
     )  # fmt: skip
     drawn = ("num_inference_steps", "guidance_scale", "margin")
     facts = {name: getattr(args, name) for name in names + (drawn if reward else ())}
+    if (
+        getattr(args, "single_file_config", None) is not None
+    ):  # of progress written before there was none
+        facts["single_file_config"] = args.single_file_config
     facts["reward"] = None if reward is None else {"name": reward.name, "version": reward.version}
     text = "\n".join(prompts).encode()
     facts["prompts"] = {"count": len(prompts), "sha256": hashlib.sha256(text).hexdigest()}

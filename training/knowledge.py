@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import is_xformers_available
 
+from diffusers_ext.core.base_source import load_base
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.nullspace.slots import check_features, find_linears
@@ -31,10 +32,11 @@ def load_pipeline(
     if with_xformers:
         check_xformers()
     read_components(args)  # says in one line where there is none
-    pipeline = DiffusionPipeline.from_pretrained(
+    pipeline = load_base(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
+        single_file_config=getattr(args, "single_file_config", None),
         dtype=dtype,
     )
     if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffusers_ext.core.hub_connection import not_found
+from diffusers_ext.core.base_source import load_base, read_base_config
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.evaluation import noise_rendering
 from diffusers_ext.golden_noise.conditioning import TextConditioning
@@ -37,20 +37,17 @@ def load_base_pipeline(
     Raises:
         ValueError: no pipeline, or one of a family that golden noise is not known for.
     """
-    source, where = args.pretrained_model_name_or_path, {"revision": args.revision}
-    try:
-        config = DiffusionPipeline.load_config(source, **where)
-    except OSError as error:
-        raise ValueError(
-            not_found("pretrained_model_name_or_path", source, "a pipeline", error)
-        ) from error
+    source = args.pretrained_model_name_or_path
+    where = {
+        "revision": args.revision,
+        "single_file_config": getattr(args, "single_file_config", None),
+    }
+    config = read_base_config(source, **where)
     # A black picture in place of a refused one would decide about its pair.
     unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in config else {}
     if "requires_safety_checker" in config:
         unfiltered["requires_safety_checker"] = False
-    pipeline = DiffusionPipeline.from_pretrained(
-        source, variant=args.variant, dtype=dtype, **where, **unfiltered
-    )
+    pipeline = load_base(source, variant=args.variant, dtype=dtype, **where, **unfiltered)
     pipeline_family(pipeline)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner
 from diffusers_ext.evaluation.noise_rendering import draw_from_noise, latent_shape, unit_noise
@@ -121,4 +122,5 @@ def main(args: argparse.Namespace) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_try_to_connect():
+        main(parse_args())

@@ -15,8 +15,14 @@ from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import snapshot_download
 
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
+from diffusers_ext.core.base_source import (
+    config_place,
+    is_single_file,
+    load_base,
+    load_single_file_unet,
+    read_base_config,
+)
 from diffusers_ext.core.checked_tensors import open_tensors
-from diffusers_ext.core.hub_connection import not_found
 from training.run_setup import WEIGHT_DTYPES
 
 
@@ -46,15 +52,18 @@ def load_text_pipeline(args: argparse.Namespace, device: torch.device) -> Diffus
     absent: dict[str, Any] = {name: None for name in _NOT_TEXT if name in components}
     if "requires_safety_checker" in components:
         absent["requires_safety_checker"] = False
-    pipeline = DiffusionPipeline.from_pretrained(
-        source, revision=args.revision, variant=args.variant, dtype=dtype, **absent
-    )
+    config_file = getattr(args, "single_file_config", None)
+    pipeline = load_base(
+        source, revision=args.revision, variant=args.variant, dtype=dtype,
+        single_file_config=config_file, **absent,
+    )  # fmt: skip
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval().to(device)
     name = denoiser_name(components, source)
+    place = config_place(source, revision=args.revision, single_file_config=config_file)
     config = denoiser_class(components[name]).load_config(
-        source, subfolder=name, revision=args.revision
+        place, subfolder=name, revision=args.revision
     )
     setattr(pipeline, name, DenoiserStandIn(FrozenDict(config), dtype))
     return pipeline
@@ -62,13 +71,11 @@ def load_text_pipeline(args: argparse.Namespace, device: torch.device) -> Diffus
 
 def read_components(args: argparse.Namespace) -> dict[str, Any]:
     """The base model's `model_index.json`; raises `ValueError` where there is none."""
-    source = args.pretrained_model_name_or_path
-    try:
-        return DiffusionPipeline.load_config(source, revision=args.revision)
-    except OSError as error:
-        raise ValueError(
-            not_found("pretrained_model_name_or_path", source, "a pipeline", error)
-        ) from error
+    return read_base_config(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        single_file_config=getattr(args, "single_file_config", None),
+    )
 
 
 def denoiser_name(components: dict[str, Any], source: str) -> str:
@@ -100,6 +107,10 @@ def stored_fingerprint(args: argparse.Namespace) -> dict[str, Any]:
     source, components = args.pretrained_model_name_or_path, read_components(args)
     name = denoiser_name(components, source)
     model_class = denoiser_class(components[name])
+    if is_single_file(source):
+        config_file = getattr(args, "single_file_config", None)
+        place = config_place(source, revision=args.revision, single_file_config=config_file)
+        return fingerprint(load_single_file_unet(source, place))
     config = model_class.load_config(source, subfolder=name, revision=args.revision)
     with torch.device("meta"):
         model = model_class.from_config(config)

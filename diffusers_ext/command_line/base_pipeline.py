@@ -20,7 +20,12 @@ def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = T
     group.add_argument(
         "--pretrained_model_name_or_path",
         required=required,
-        help="folder or Hub name of a pipeline",
+        help="folder or Hub name of a pipeline, or .safetensors file of Stable Diffusion or SDXL",
+    )
+    group.add_argument(
+        "--single_file_config",
+        help="folder or Hub name of a diffusers model whose configs and tokenizer a .safetensors file is "
+        "read with; what diffusers infers without it",
     )
     group.add_argument("--revision", help="of the base model on the Hub")
     group.add_argument("--variant", help="of the weight files, e.g. fp16")
@@ -51,17 +56,14 @@ def check_pipeline_class(args: argparse.Namespace, class_name: str | None = None
     Raises:
         ValueError: no pipeline, or one of another class.
     """
-    from diffusers import DiffusionPipeline
-
-    from diffusers_ext.core.hub_connection import not_found
+    from diffusers_ext.core.base_source import read_base_config, refuse_single_file
 
     source = args.pretrained_model_name_or_path
-    try:
-        components = DiffusionPipeline.load_config(source, revision=args.revision)
-    except OSError as error:
-        raise ValueError(
-            not_found("pretrained_model_name_or_path", source, "a pipeline", error)
-        ) from error
+    if class_name is not None:
+        refuse_single_file(source, f"a {class_name}")
+    components = read_base_config(
+        source, revision=args.revision, single_file_config=args.single_file_config
+    )
     found = components["_class_name"]
     if class_name is not None and found != class_name:
         raise ValueError(
@@ -84,17 +86,19 @@ def load_base_pipeline(
         ValueError: no pipeline, or one of another class.
     """
     import torch
-    from diffusers import DiffusionPipeline
+
+    from diffusers_ext.core.base_source import load_base
 
     device, components = chosen_device(args), check_pipeline_class(args, class_name)
     # A blackened picture would be measured like any other.
     unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in components else {}
     if "requires_safety_checker" in components:
         unfiltered["requires_safety_checker"] = False
-    pipeline = DiffusionPipeline.from_pretrained(
+    pipeline = load_base(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
+        single_file_config=args.single_file_config,
         dtype=getattr(torch, _DTYPES[args.mixed_precision]),
         **unfiltered,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffusers_ext.core.base_source import is_single_file
 from diffusers_ext.eraser.sizes import PUBLISHED_TRANSFORMERS
 from diffusers_ext.planning.base_model import BaseModel, Component, read_folder
 from diffusers_ext.planning.published_encoders import (
@@ -154,6 +155,11 @@ def read_base_model(model: str | os.PathLike) -> BaseModel:
     """
     if Path(model).is_dir():
         return read_folder(Path(model))
+    if is_single_file(model):
+        raise ValueError(
+            f"`model` must be the folder of a pipeline or a published name, got {model}, a single file, "
+            "which has no configs to plan by. Name the model that it is derived from, such as SDXL."
+        )
     found = published_model(str(model))
     if found is None:
         raise ValueError(
