@@ -88,7 +88,7 @@ def test_two_erasers_and_clip(evaluate, tmp_path, models):
         ({"clip_format": "mp4"}, ImportError, "mp4 must have"),
         ({"concept_aspect": "digit"}, ValueError, "`concept_aspect` must be one of"),
         ({"pretrained_model_name_or_path": EMPTY}, ValueError, "folder or Hub name"),
-        ({"evaluation_prompts": "nowhere.csv"}, ValueError, "must be a csv file"),
+        ({"evaluation_prompts": "nowhere.csv"}, ValueError, "must be a table of prompts"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(
