@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "community": {"core", "hub_cards", *TOOLS},
     "library": {"hub_cards", *LIBRARY},
     CONSOLE: {"library", *LIBRARY},
-    "training": {"library", "hub_cards", *LIBRARY},
+    # Scripts and console share parser and errors.
+    "training": {CONSOLE, "library", "hub_cards", *LIBRARY},
     "examples": {"library", "training", "benchmarks", *LIBRARY},
     "benchmarks": {"library", "training", "examples", *LIBRARY},
 }

@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+from diffusers_ext.command_line.argument_parser import TRACEBACK_FLAG, add_overwrite_argument
 from training.launcher_settings import PRECISIONS
 
 
 DIRECTIONS = ("generalized", "null", "soft", "plain")
+
+
+def add_traceback_argument(parser: argparse._ActionsContainer) -> None:
+    """Errors are one line without it."""
+    parser.add_argument(TRACEBACK_FLAG, action="store_true", help="show where an error came from")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +35,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="revision of the base model on the Hub")
     group.add_argument("--variant", help="variant of the weight files, e.g. fp16")
     group.add_argument("--output_dir", help="folder for everything this run writes")
+    add_overwrite_argument(group)
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
     group.add_argument(
         "--mixed_precision",
         choices=PRECISIONS,
         help="of the frozen weights and of what is computed; accelerate's without it, else no",
     )
+    add_traceback_argument(group)
     group.add_argument("--allow_tf32", action="store_true", help="faster on Ampere and newer")
 
 

@@ -19,8 +19,8 @@ from accelerate.logging import get_logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.artifacts import CONFIG_NAME
-from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.nullspace.slots import FEATURES, check_features
 from training.argument_rules import check_values
 from training.arguments import (
@@ -39,9 +39,10 @@ from training.closing_words import statistics_words
 from training.collection_progress import check_resume, collection_facts, collection_progress
 from training.config_file import parse_arguments, read_nullbooth_block
 from training.knowledge import collect, load_pipeline, read_knowledge
-from training.output_folder import staged_output
+from training.output_folder import check_output_dir, one_run_a_folder, staged_output
 from training.publish import collection_card, prepare_upload, publish_statistics
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
+from training.script_entry import run_script
 from training.statistics_report import has_matplotlib, write_statistics
 from training.statistics_tree import check_tree_room, draw_attention_maps, write_tree
 from training.upload import check_login
@@ -52,7 +53,7 @@ logger = get_logger(__name__)
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script, over the YAML file of `--config`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for add_arguments in (
@@ -91,12 +92,14 @@ def check_args(args: argparse.Namespace) -> list[str]:
     return read_knowledge(args)
 
 
+@one_run_a_folder
 def main(args: argparse.Namespace) -> Path:
     """Collect and save; returns the output folder."""
     prompts = check_args(args)
     accelerator = make_accelerator(args)
     facts = collection_facts(args, prompts, accelerator.num_processes)
     check_resume(args, facts)
+    check_output_dir(args, (CONFIG_NAME,))
     if args.push_to_hub and accelerator.is_main_process:
         check_login(args)  # a missing login stops the run here, not after it
     pipeline = load_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
@@ -129,5 +132,4 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from safetensors.torch import save_file
 
 from diffusers_ext.core.checked_tensors import check_shapes, read_tensors
+from diffusers_ext.core.full_disk import full_disk_named
 from training.checkpoint_folders import (
     FOLDER_PREFIX,
     PARTIAL_PREFIX,
@@ -189,7 +190,8 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self._write(partial)
+        with full_disk_named(partial):
+            self._write(partial)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             finish_checkpoint(partial, folder, step, self.fingerprint)

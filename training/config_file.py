@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers_ext.core.suggestions import did_you_mean
 from diffusers_ext.core.text_files import read_yaml
 from training.arguments import argument_names
 from training.documented_flags import replaced_flag
@@ -42,7 +43,8 @@ def parse_arguments(
         known = {action.dest for action in parser._actions}
         unknown = sorted(values.keys() - known - argument_names(groups))
         if unknown:
-            parser.error(f"`{path}` must hold known arguments, got {unknown}")
+            meant = did_you_mean(unknown, known)
+            parser.error(f"`{path}` must hold known arguments, got {unknown}.{meant}")
         input_args = [*_as_flags(parser, values, input_args), *input_args]
     replaced = replaced_flag(parser, input_args)
     if replaced is not None:
@@ -153,7 +155,10 @@ def read_nullbooth_block(
     names = {**_BLOCK_NAMES, "cov_matrices_output_dir": covariance_dir}
     unknown = sorted(block.keys() - names.keys())
     if unknown:
-        raise ValueError(f"`nullbooth` must have keys among {sorted(names)}, got {unknown}.")
+        raise ValueError(
+            f"`nullbooth` must have keys among {sorted(names)}, got {unknown}."
+            f"{did_you_mean(unknown, names)}"
+        )
     flat = {names[key]: value for key, value in block.items()}
     if "features" in flat:
         flat["features"] = _chosen_features(flat["features"])

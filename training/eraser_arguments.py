@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from training.argument_rules import check_training_arguments, check_values
 from training.arguments import (
     add_hub_arguments,
@@ -147,7 +148,7 @@ def parse_eraser_arguments(
         input_args: command line; `None` takes the process's.
         other_groups: of scripts that share the file.
     """
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for add_arguments in ERASER_GROUPS:

@@ -18,7 +18,7 @@ from training.eraser_arguments import recipe_of
 from training.eraser_data import ClipSize
 from training.eraser_text import GivenTexts, RunText
 from training.loop import TrainingLoop
-from training.output_folder import staged_output
+from training.output_folder import ON_THE_WAY, staged_output
 from training.publish import left_here, prepare_upload, push_output, widget_of
 from training.upload import card_arguments, reported_arguments
 
@@ -56,7 +56,7 @@ def save_result(
     report: dict[str, Any],
 ) -> None:
     """Write the eraser and the report, all at once."""
-    with staged_output(args.output_dir, last=("adapter_config.json",)) as folder:
+    with staged_output(args.output_dir, ("adapter_config.json",), ON_THE_WAY) as folder:
         save_eraser(
             pipeline.transformer,
             folder,

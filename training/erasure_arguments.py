@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.text_tables import GroupedPrompts, read_grouped_prompts
 from diffusers_ext.evaluation.clip_sheet import CLIP_FORMATS
 from diffusers_ext.evaluation.erasure_rows import PRESERVED, TARGET
@@ -86,7 +87,7 @@ def parse_erasure_arguments(
     description: str | None, input_args: Sequence[str] | None
 ) -> argparse.Namespace:
     """Command line of the evaluation, over the YAML file of `--config`, which the training shares."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for add_arguments in ERASURE_GROUPS:

@@ -27,7 +27,6 @@ from diffusers import CogVideoXPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.base_source import refuse_single_file
-from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.eraser.loading import load_eraser
 from diffusers_ext.evaluation.clip_detector import CLIPDetector
 from diffusers_ext.evaluation.clip_sheet import check_clip_format
@@ -43,9 +42,10 @@ from training.erasure_arguments import (
     parse_erasure_arguments,
     read_erasure_prompts,
 )
-from training.output_folder import staged_output
+from training.output_folder import check_output_dir, one_run_a_folder, staged_output
 from training.plugins import load_judge
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
+from training.script_entry import run_script
 from training.text_pipeline import read_components
 
 
@@ -119,10 +119,12 @@ def write_report(args: argparse.Namespace, report: ErasureReport) -> None:
     logger.info(f"Wrote {args.output_dir}\n{report.to_table()}")
 
 
+@one_run_a_folder
 def main(args: argparse.Namespace) -> ErasureReport:
     """Draw, judge, measure and write; returns the report."""
     check_erasure_arguments(args)
     check_clip_format(args.clip_format)
+    check_output_dir(args)
     prompts = read_erasure_prompts(args.evaluation_prompts)
     accelerator = make_accelerator(args)
     if accelerator.num_processes > 1:
@@ -155,5 +157,4 @@ def main(args: argparse.Namespace) -> ErasureReport:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

@@ -23,7 +23,6 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.evaluation.features import CLIPFeatures, DINOv2Features, FeatureExtractor
 from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
@@ -35,11 +34,12 @@ from training.golden_evaluation_arguments import (
     check_golden_evaluation_arguments,
     parse_golden_evaluation_arguments,
 )
-from training.output_folder import staged_output
+from training.output_folder import check_output_dir, one_run_a_folder, staged_output
 from training.pair_rendering import load_base_pipeline
 from training.plugins import load_reward
 from training.prompt_files import read_prompt_file
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
+from training.script_entry import run_script
 
 
 logger = get_logger(__name__)
@@ -101,9 +101,11 @@ def write_report(args: argparse.Namespace, report: GoldenNoiseReport, folder: Pa
         report.picture_sheet(folder / "sheet.png")
 
 
+@one_run_a_folder
 def main(args: argparse.Namespace) -> GoldenNoiseReport:
     """Draw, score, measure and write; returns the report."""
     check_golden_evaluation_arguments(args)
+    check_output_dir(args)
     prompts = read_prompt_file(args.prompt_file, args.prompt_column)[: args.max_prompts]
     accelerator = make_accelerator(args)
     if accelerator.num_processes > 1:
@@ -140,5 +142,4 @@ def main(args: argparse.Namespace) -> GoldenNoiseReport:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

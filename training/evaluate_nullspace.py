@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.core.hub_connection import one_try_to_connect
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.pictures import read_pictures
 from diffusers_ext.evaluation.features import CLIPFeatures, DINOv2Features, PixelFeatures
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
@@ -41,9 +41,10 @@ from training.arguments import (
 )
 from training.config_file import parse_arguments, read_nullbooth_block
 from training.knowledge import decode_in_pipeline_dtype, load_pipeline
-from training.output_folder import staged_output
+from training.output_folder import check_output_dir, one_run_a_folder, staged_output
 from training.plugins import load_judge
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
+from training.script_entry import run_script
 
 
 logger = get_logger(__name__)
@@ -51,7 +52,7 @@ logger = get_logger(__name__)
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script, over the YAML file of `--config`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for add_arguments in (
@@ -68,6 +69,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that can be wrong without a model; returns arguments of `evaluate_forgetting`."""
     check_values(args, ["output_dir"], "a folder", lambda value: not Path(value).is_file())
+    check_output_dir(args)
     counts = ("num_inference_steps", "num_images_per_prompt", "batch_size")
     check_values(args, counts, "at least 1", lambda value: value >= 1)
     check_values(args, ["sheet_prompts"], "at least 0", lambda value: value >= 0)
@@ -147,6 +149,7 @@ def write_report(args: argparse.Namespace, report: ForgettingReport) -> None:
     logger.info(f"Wrote {args.output_dir}\n{report.to_table(per_prompt=False)}")
 
 
+@one_run_a_folder
 def main(args: argparse.Namespace) -> ForgettingReport:
     """Draw, measure and write; returns the report."""
     asked = check_args(args)
@@ -183,5 +186,4 @@ def main(args: argparse.Namespace) -> ForgettingReport:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

@@ -20,10 +20,13 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.command_line.argument_parser import OneLineParser, add_overwrite_argument
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.core.hub_connection import one_try_to_connect
+from diffusers_ext.core.result_folder import check_no_file
 from diffusers_ext.core.text_tables import one_line, read_csv, read_text_lines
 from training.argument_rules import check_values
+from training.arguments import add_traceback_argument
+from training.script_entry import run_script
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -46,6 +49,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="of a Hub data set or folder")
     parser.add_argument("--caption_column", default="caption", help="not read for txt files")
     parser.add_argument("--output_dir", required=True, help="folder of the prompts file")
+    add_overwrite_argument(parser)
+    add_traceback_argument(parser)
     parser.add_argument("--output_filename", default="prompts.txt", help="name of the prompts file")
     parser.add_argument("--max_prompts", type=int, help="different ones; all without it")
     parser.add_argument("--shuffle", action="store_true", help="by --seed")
@@ -66,6 +71,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_values(args, ["output_dir"], "a folder", lambda value: not Path(value).is_file())
     rule = "the name of a file in `output_dir`"
     check_values(args, ["output_filename"], rule, lambda value: value == Path(value).name)
+    path = Path(args.output_dir, args.output_filename)
+    check_no_file(path, args.overwrite_output_dir, flag="output_filename")
 
 
 def open_rows(args: argparse.Namespace, only_captions: bool = True) -> IterableDataset:
@@ -187,5 +194,4 @@ def _file_rows(paths: list[str], column: str) -> Iterator[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

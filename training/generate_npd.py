@@ -25,8 +25,8 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
-from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.golden_noise.pair_writer import PairWriter
 from diffusers_ext.golden_noise.pairs import read_config
 from diffusers_ext.rewards.reward import Reward
@@ -41,6 +41,7 @@ from training.closing_words import pairs_words
 from training.config_file import parse_arguments
 from training.golden_evaluation_arguments import GOLDEN_EVALUATION_GROUPS
 from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS, read_aliases
+from training.output_folder import one_run_a_folder
 from training.pair_arguments import (
     SDXL,
     add_filter_arguments,
@@ -54,6 +55,7 @@ from training.pair_report import check_report, summarize, write_report
 from training.plugins import load_reward
 from training.prompt_files import read_prompt_file
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
+from training.script_entry import run_script
 from training.upload import check_login
 
 
@@ -62,7 +64,7 @@ logger = get_logger(__name__)
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script, over the YAML file of `--config`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     groups = (
@@ -139,6 +141,8 @@ def generation_facts(
 def open_set(args: argparse.Namespace, writer: PairWriter, accelerator: Accelerator) -> list[int]:
     """Start the set or check the one that is to be continued; the shards left for this process."""
     if accelerator.is_main_process and args.resume_from_checkpoint is None:
+        if args.overwrite_output_dir:
+            writer.discard()
         writer.create()
     accelerator.wait_for_everyone()
     if args.resume_from_checkpoint is not None:
@@ -154,9 +158,13 @@ def check_resume(args: argparse.Namespace) -> None:
     """Raise `ValueError` where the output folder contradicts `--resume_from_checkpoint`."""
     there = Path(args.output_dir, CONFIG_NAME).exists()
     if there and args.resume_from_checkpoint is None:
+        if args.overwrite_output_dir:
+            read_config(args.output_dir)  # only a set of noises gives way to another
+            return
         raise ValueError(
             f"`output_dir` must hold no pairs of an earlier run, got some in {args.output_dir}. "
-            "Pass `--resume_from_checkpoint latest` to continue it, or choose another folder."
+            "Pass `--resume_from_checkpoint latest` to continue it or `--overwrite_output_dir` to "
+            "replace it, or choose another folder."
         )
     if not there and args.resume_from_checkpoint is not None:
         raise ValueError(
@@ -165,6 +173,7 @@ def check_resume(args: argparse.Namespace) -> None:
         )
 
 
+@one_run_a_folder
 def main(args: argparse.Namespace) -> Path:
     """Generate; returns the output folder."""
     check_pair_arguments(args)
@@ -238,5 +247,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from training.argument_rules import check_values
 from training.arguments import add_model_arguments, add_sampling_arguments
 from training.config_file import parse_arguments
@@ -93,7 +94,7 @@ def parse_golden_evaluation_arguments(
     description: str | None, input_args: Sequence[str] | None
 ) -> argparse.Namespace:
     """Command line of the evaluation, over the YAML file of `--config`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for add_arguments in GOLDEN_EVALUATION_GROUPS:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from training.argument_rules import check_training_arguments, check_values
 from training.arguments import add_sampling_arguments
 from training.config_file import parse_arguments
@@ -48,7 +49,7 @@ def parse_noise_arguments(
         models: choices of `--model`, the first is the default.
         input_args: command line; `None` takes the process's.
     """
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=models, default=models[0], help="kind of network")

@@ -13,7 +13,7 @@ from diffusers_ext.core.base_model import public_name
 from diffusers_ext.core.hub import Card
 from diffusers_ext.golden_noise.network_card import network_card
 from hub_cards import Measured
-from training.output_folder import staged_output
+from training.output_folder import ON_THE_WAY, staged_output
 from training.publish import left_here, push_output
 from training.upload import card_arguments, reported_arguments
 
@@ -52,7 +52,7 @@ def save_network(
     args: argparse.Namespace, network: torch.nn.Module, report: dict[str, Any]
 ) -> None:
     """Write the network and the report, all at once."""
-    with staged_output(args.output_dir, last=("config.json",)) as folder:
+    with staged_output(args.output_dir, ("config.json",), ON_THE_WAY) as folder:
         network.save_pretrained(folder)
         text = json.dumps(report, indent=2) + "\n"
         (folder / "training_report.json").write_text(text, encoding="utf-8")

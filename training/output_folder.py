@@ -1,54 +1,79 @@
-"""Results that appear in the output folder all at once, or not at all."""
+"""The output folder of a script: held by one run, free of finished results, or cleared on request."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import argparse
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+from accelerate.utils.environment import get_int_from_env
+
+from diffusers_ext.core.folder_lock import folder_lock
+from diffusers_ext.core.result_folder import check_no_result, remove_result, staged_output
+from training.checkpoint_folders import list_checkpoints, remove_checkpoint
 
 
-_STAGING = ".partial-output"
+__all__ = ["check_output_dir", "clear_output_dir", "one_run_a_folder", "staged_output"]
+
+ReturnType = TypeVar("ReturnType")
+# What runs draw on the way; besides checkpoints all that they write before the end.
+ON_THE_WAY = ("validation/step-*",)
+# By these a result that lists no files is known.
+REPORTS = ("training_report.json", "report.json")
+# Of trainings that listed no files.
+_UNLISTED = (
+    "training_report.json", "pytorch_lora_weights.safetensors", "adapter_config.json",
+    "adapter_model.safetensors", "config.json", "diffusion_pytorch_model.safetensors",
+    "statistics/config.json", "statistics/model.safetensors", "pipeline/**/*",
+)  # fmt: skip
+# Whoever starts processes tells them their number by one of these.
+RANKS = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
 
 
-@contextmanager
-def staged_output(output_dir: str | os.PathLike, last: Sequence[str] = ()) -> Iterator[Path]:
-    """A hidden folder whose files move to `output_dir` when the block ends without an exception.
+def one_run_a_folder(
+    main: Callable[[argparse.Namespace], ReturnType],
+) -> Callable[[argparse.Namespace], ReturnType]:
+    """Let a script's `main` hold `--output_dir` while it runs; of several processes the first one does."""
 
-    After an exception nothing of it is left, nor is `output_dir` where it did not exist before.
+    @functools.wraps(main)
+    def held(args: argparse.Namespace) -> ReturnType:
+        if get_int_from_env(RANKS, 0) != 0:
+            return main(args)
+        with folder_lock(args.output_dir):
+            return main(args)
+
+    return held
+
+
+def check_output_dir(args: argparse.Namespace, names: Sequence[str] = REPORTS) -> None:
+    """Raise `ValueError` where `--output_dir` holds a result and nobody asked to replace it.
 
     Args:
-        output_dir: the folder of the results; older files of the same names are replaced, and a
-            folder that is not there yet appears with all that is in it.
-        last: names of files without which the results do not load. They are withdrawn before
-            the others move and come last, so old and new are never taken for one result.
-
-    Yields:
-        The hidden folder.
+        args: of a script.
+        names: files that tell of a result that lists no files.
     """
-    output_dir = Path(output_dir)
-    is_new = not output_dir.exists()
-    staging = output_dir / _STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        for name in last:
-            (output_dir / name).unlink(missing_ok=True)
-        names = os.listdir(staging)
-        _move_contents(staging, output_dir, [name for name in names if name not in last])
-        _move_contents(staging, output_dir, [name for name in names if name in last])
-    finally:
-        shutil.rmtree(staging)
-        if is_new and not any(output_dir.iterdir()):
-            output_dir.rmdir()
+    if not hasattr(args, "resume_from_checkpoint") and Path(args.output_dir, REPORTS[0]).is_file():
+        raise ValueError(
+            f"`output_dir` must not hold a trained model, got {args.output_dir} with {REPORTS[0]}: a "
+            "report would take its place. Choose another folder."
+        )
+    resumed = getattr(args, "resume_from_checkpoint", None) is not None
+    if resumed or args.overwrite_output_dir:
+        return
+    hint = ""
+    if hasattr(args, "resume_from_checkpoint") and list_checkpoints(args.output_dir):
+        hint = " Pass `--resume_from_checkpoint latest` to train it further."
+    check_no_result(args.output_dir, names, hint=hint)
 
 
-def _move_contents(source: Path, target: Path, names: Sequence[str]) -> None:
-    for name in sorted(names):
-        path, place = source / name, target / name
-        if path.is_dir() and not path.is_symlink() and place.is_dir():
-            _move_contents(path, place, os.listdir(path))
-        else:
-            os.replace(path, place)
+def clear_output_dir(args: argparse.Namespace) -> None:
+    """With `--overwrite_output_dir`, remove what an earlier training left: result, pictures, checkpoints."""
+    if not args.overwrite_output_dir or args.resume_from_checkpoint is not None:
+        return
+    folder = Path(args.output_dir)
+    unlisted = _UNLISTED if (folder / "training_report.json").is_file() else ()
+    remove_result(folder, [*unlisted, *ON_THE_WAY])
+    for checkpoint in list_checkpoints(folder):
+        remove_checkpoint(checkpoint)

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.core.hub_connection import one_try_to_connect
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.planning import (
     CardFit,
     EraserPlan,
@@ -30,9 +30,11 @@ from diffusers_ext.planning import (
     recommend_eraser_training,
 )
 from training.argument_rules import check_values
+from training.arguments import add_traceback_argument
 from training.eraser_recipe import LATENTS_SOURCES, REAL_MODEL_DEFAULTS
 from training.eraser_rows import rows_of_each_kind
 from training.run_setup import WEIGHT_DTYPES
+from training.script_entry import run_script
 
 
 _GIB = 2**30
@@ -40,12 +42,13 @@ _GIB = 2**30
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script; defaults are those of the training script for real models."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--pretrained_model_name_or_path", required=True, help="a folder, or such as CogVideoX-5b"
     )
+    add_traceback_argument(parser)
     parser.add_argument("--memory_gib", type=float, help="of a card: recommend settings for it")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument("--exact", action="store_true", help="trace all blocks, not a few")
@@ -168,5 +171,4 @@ def main(args: argparse.Namespace) -> EraserPlan:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

@@ -21,6 +21,7 @@ from training.checkpoint_folders import (
     read_checkpoint,
 )
 from training.loop import LoopSettings, check_steps_left
+from training.output_folder import check_output_dir, clear_output_dir
 
 
 logger = get_logger(__name__)
@@ -55,6 +56,7 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Make the folder of a run, once nothing can be wrong with its arguments any more."""
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        clear_output_dir(args)
     accelerator.wait_for_everyone()
 
 
@@ -131,7 +133,8 @@ def check_resume(args: argparse.Namespace, facts: dict[str, Any]) -> None:
         facts: those of `run_facts` that are known so far; the others are not compared.
     """
     if args.resume_from_checkpoint is None:
-        if args.checkpointing_steps is not None:
+        check_output_dir(args)
+        if args.checkpointing_steps is not None and not args.overwrite_output_dir:
             check_no_checkpoints(args.output_dir)
         return
     folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint)

@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.core.hub_connection import one_try_to_connect
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner
 from diffusers_ext.evaluation.noise_rendering import draw_from_noise, latent_shape, unit_noise
@@ -29,10 +29,11 @@ from training.argument_rules import check_values
 from training.arguments import add_model_arguments, add_sampling_arguments
 from training.config_file import parse_arguments
 from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS, read_aliases
-from training.output_folder import staged_output
+from training.output_folder import check_output_dir, one_run_a_folder, staged_output
 from training.pair_arguments import add_filter_arguments, add_pair_arguments
 from training.pair_rendering import load_base_pipeline
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
+from training.script_entry import run_script
 
 
 logger = get_logger(__name__)
@@ -64,7 +65,7 @@ def add_golden_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script, over the YAML file of `--config`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for add_arguments in (
@@ -91,9 +92,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_values(args, ["seed"], "from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 
 
+@one_run_a_folder
 def main(args: argparse.Namespace) -> list[Path]:
     """Draw and write one file a picture; returns their paths."""
     check_arguments(args)
+    check_output_dir(args)
     accelerator = make_accelerator(args)
     pipeline = load_base_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
     refine = NetworkRefiner(
@@ -122,5 +125,4 @@ def main(args: argparse.Namespace) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

@@ -38,7 +38,7 @@ from training.dreambooth import (
     list_images,
     make_class_images,
 )
-from training.output_folder import staged_output
+from training.output_folder import ON_THE_WAY, staged_output
 
 
 class Preparation(NamedTuple):
@@ -204,7 +204,9 @@ def save_result(
     report: dict,
 ) -> None:
     """Write the LoRA (or the pipeline), the statistics it was trained under, and the report."""
-    with staged_output(args.output_dir, last=(LORA_WEIGHT_NAME, "model_index.json")) as folder:
+    with staged_output(
+        args.output_dir, (LORA_WEIGHT_NAME, "model_index.json"), ON_THE_WAY
+    ) as folder:
         if args.full_finetune:
             pipeline.save_pretrained(folder / "pipeline")
         else:

@@ -25,7 +25,6 @@ from diffusers import CogVideoXPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.hub_connection import one_try_to_connect
 from training.checkpoints import Checkpoints
 from training.closing_words import eraser_words
 from training.eraser_anchor import settle_anchor
@@ -44,6 +43,7 @@ from training.eraser_text import GivenTexts, RunText, encode_run_text, read_text
 from training.eraser_validation import ClipValidation
 from training.erasure_arguments import ERASURE_GROUPS
 from training.loop import TrainingLoop
+from training.output_folder import one_run_a_folder
 from training.publish import card_record
 from training.run_setup import (
     check_resume,
@@ -55,6 +55,7 @@ from training.run_setup import (
     run_facts,
     start_trackers,
 )
+from training.script_entry import run_script
 from training.upload import check_login
 
 
@@ -158,6 +159,7 @@ def build_loop(
     )
 
 
+@one_run_a_folder
 def main(args: argparse.Namespace) -> Path:
     """Train and save; returns the output folder."""
     check_eraser_arguments(args)
@@ -196,5 +198,4 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

@@ -17,7 +17,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.core.hub_connection import one_try_to_connect
 from training.golden_noise_arguments import PAIR_GROUPS
 from training.noise_command_line import check_noise_arguments, parse_noise_arguments
 from training.noise_data import target_steps
@@ -25,6 +24,8 @@ from training.noise_losses import PairLoss
 from training.noise_networks import check_structure_flags
 from training.noise_run import NoiseTask, train_network
 from training.noise_validation import Measure, measure_pairs
+from training.output_folder import one_run_a_folder
+from training.script_entry import run_script
 from training.text_cache import TextCache
 
 
@@ -44,6 +45,7 @@ def make_measure(args: argparse.Namespace) -> Measure:
     return measure_pairs(masked=args.model != "npnet")
 
 
+@one_run_a_folder
 def main(args: argparse.Namespace) -> Path:
     """Train and save; returns the output folder."""
     check_noise_arguments(args)
@@ -52,5 +54,4 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

@@ -22,8 +22,8 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.core.pictures import find_pictures, is_caption
 from diffusers_ext.nullspace.projected_update import ProjectedUpdate
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -47,6 +47,7 @@ from training.config_file import parse_arguments, read_nullbooth_block
 from training.dreambooth import encode_images, list_images
 from training.knowledge import load_or_collect, load_pipeline
 from training.loop import TrainingLoop
+from training.output_folder import one_run_a_folder
 from training.publish import card_record, prepare_upload, publish, subject_card, subject_facts
 from training.run_setup import (
     WEIGHT_DTYPES,
@@ -59,6 +60,7 @@ from training.run_setup import (
     run_facts,
     start_trackers,
 )
+from training.script_entry import run_script
 from training.subject import (
     files_for_programs,
     keep_rule,
@@ -84,7 +86,7 @@ _DEFAULT_RATES = {"generalized": 3e-2, "null": 3e-2, "soft": 1e-3, "plain": 1e-3
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script, over the YAML file of `--config`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for add_arguments in (
@@ -175,6 +177,7 @@ def build_loop(
     )
 
 
+@one_run_a_folder
 def main(args: argparse.Namespace) -> Path:
     """Train and save; returns the output folder."""
     check_args(args)
@@ -228,5 +231,4 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    with one_try_to_connect():
-        main(parse_args())
+    run_script(parse_args, main)

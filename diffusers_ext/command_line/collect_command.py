@@ -60,6 +60,7 @@ def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
 def run_collect(args: argparse.Namespace) -> Outcome:
     """Collect and save."""
     from diffusers_ext.core.hub import find_licence
+    from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.nullspace.prompts import read_prompts_file
 
     counts = ("num_inference_steps", "statistics_batch_size", "height", "width")
@@ -82,7 +83,8 @@ def run_collect(args: argparse.Namespace) -> Outcome:
         statistics.export_layout(args.export_layout, show_progress=not args.quiet)
     if args.compress is not None:
         statistics = statistics.compress(args.compress)
-    statistics.save_pretrained(args.output_dir)
+    with staged_output(args.output_dir, last=("config.json",)) as folder:
+        statistics.save_pretrained(folder)
     rows = statistics.report()
     facts: dict[str, Any] = {
         "output_dir": args.output_dir,
@@ -160,4 +162,6 @@ COLLECT = Command(
     ),
     add_collect_arguments,
     run_collect,
+    output="output_dir",
+    result_names=("config.json",),
 )

@@ -38,6 +38,8 @@ class Command:
         examples: whole command lines without the program's name, at least one.
         add_arguments: adds its own arguments to a parser.
         run: does it. Imports what it needs when it is called, so that help comes fast.
+        output: name of the argument that says where a result goes; `None` where nothing is written.
+        result_names: files that tell of a finished result in a folder; empty where `output` is a file.
     """
 
     name: str
@@ -46,3 +48,5 @@ class Command:
     examples: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Outcome]
+    output: str | None = None
+    result_names: tuple[str, ...] = ()

@@ -41,18 +41,24 @@ def add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eraser(args: argparse.Namespace) -> Outcome:
     """Read, check, write; no base model is needed."""
+    from diffusers_ext.core.result_folder import staged_output
+    from diffusers_ext.eraser.eraser_files import FORMATS
     from diffusers_ext.eraser.format_change import convert_eraser
+    from diffusers_ext.eraser.written_files import check_eraser_folder
 
-    shape = convert_eraser(
-        args.source,
-        args.destination,
-        args.format,
-        subfolder=args.subfolder,
-        concept=args.concept,
-        anchor_concept=args.anchor_concept,
-        base_model_name_or_path=args.base_model,
-        revision=args.revision,
-    )
+    config_name, _ = FORMATS[args.format]
+    check_eraser_folder(Path(args.destination), args.format)
+    with staged_output(args.destination, last=(config_name,)) as folder:
+        shape = convert_eraser(
+            args.source,
+            folder,
+            args.format,
+            subfolder=args.subfolder,
+            concept=args.concept,
+            anchor_concept=args.anchor_concept,
+            base_model_name_or_path=args.base_model,
+            revision=args.revision,
+        )
     return _written(
         args.destination, format=args.format, rank=shape.rank, width=shape.width,
         blocks=len(shape.blocks),
@@ -67,12 +73,14 @@ def add_npnet_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_npnet(args: argparse.Namespace) -> Outcome:
     """Read and save in the form of `NPNet.from_pretrained`."""
+    from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.golden_noise.npnet import NPNet
 
     if Path(args.destination).is_file():
         raise ValueError(f"`destination` must be a folder, got the file {args.destination}.")
     network = NPNet.from_single_file(args.source)
-    network.save_pretrained(args.destination)
+    with staged_output(args.destination, last=("config.json",)) as folder:
+        network.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return _written(
         args.destination, parameters=parameters, text_embed_dim=network.config.text_embed_dim
@@ -94,6 +102,7 @@ CONVERT_LORA = Command(
     ),
     add_lora_arguments,
     run_lora,
+    output="destination",
 )
 CONVERT_ERASER = Command(
     "convert eraser",
@@ -107,6 +116,8 @@ CONVERT_ERASER = Command(
     ),
     add_eraser_arguments,
     run_eraser,
+    output="destination",
+    result_names=("adapter_config.json", "eraser_config.json"),
 )
 CONVERT_NPNET = Command(
     "convert npnet",
@@ -116,4 +127,6 @@ CONVERT_NPNET = Command(
     ("convert npnet sdxl.pth npnet-sdxl",),
     add_npnet_arguments,
     run_npnet,
+    output="destination",
+    result_names=("config.json",),
 )

@@ -258,4 +258,5 @@ DEBLEED = Command(
     ),
     add_debleed_arguments,
     run_debleed,
+    output="output_path",
 )

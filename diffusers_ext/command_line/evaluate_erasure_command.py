@@ -80,6 +80,7 @@ def _add_detector_arguments(group: argparse._ArgumentGroup) -> None:
 
 def run_erasure(args: argparse.Namespace) -> Outcome:
     """Draw, judge, measure and write."""
+    from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.evaluation.clip_sheet import check_clip_format
     from diffusers_ext.evaluation.erasure import evaluate_erasure
 
@@ -110,7 +111,8 @@ def run_erasure(args: argparse.Namespace) -> Outcome:
     )
     names = ("pretrained_model_name_or_path", "revision", "eraser", "evaluation_prompts")
     report.settings.update({name: getattr(args, name) for name in names})
-    report.save(args.output_dir, args.clip_format, args.fps)
+    with staged_output(args.output_dir) as folder:
+        report.save(folder, args.clip_format, args.fps)
     return report_outcome(report, Path(args.output_dir), report.to_table())
 
 
@@ -182,4 +184,6 @@ EVALUATE_ERASURE = Command(
     ),
     add_erasure_arguments,
     run_erasure,
+    output="output_dir",
+    result_names=("report.json",),
 )

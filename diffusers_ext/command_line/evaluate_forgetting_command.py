@@ -49,6 +49,7 @@ def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
 def run_forgetting(args: argparse.Namespace) -> Outcome:
     """Draw, measure and write."""
     from diffusers_ext.core.pictures import read_pictures
+    from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.evaluation.features import PixelFeatures
     from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 
@@ -74,7 +75,8 @@ def run_forgetting(args: argparse.Namespace) -> Outcome:
     names = ("pretrained_model_name_or_path", "lora", "dino", "clip")
     report.settings.update({name: getattr(args, name) for name in names})
     folder = Path(args.output_dir)
-    write_report(report, folder, has_pictures=bool(report.pairs))
+    with staged_output(folder) as staging:
+        write_report(report, staging, has_pictures=bool(report.pairs))
     return report_outcome(report, folder, report.to_table(per_prompt=False))
 
 
@@ -118,4 +120,6 @@ EVALUATE_FORGETTING = Command(
     ),
     add_forgetting_arguments,
     run_forgetting,
+    output="output_dir",
+    result_names=("report.json",),
 )

@@ -88,6 +88,7 @@ def add_golden_noise_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_golden_noise(args: argparse.Namespace) -> Outcome:
     """Draw, score, measure and write."""
+    from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 
     _check(args)
@@ -108,8 +109,9 @@ def run_golden_noise(args: argparse.Namespace) -> Outcome:
     names = ("pretrained_model_name_or_path", "revision", "noise_model", "prompt_file")
     report.settings.update({name: getattr(args, name) for name in names})
     folder = Path(args.output_dir)
-    write_report(report, folder, has_pictures=bool(report.kept))
-    report.to_csv(folder / "pictures.csv")
+    with staged_output(folder) as staging:
+        write_report(report, staging, has_pictures=bool(report.kept))
+        report.to_csv(staging / "pictures.csv")
     return report_outcome(report, folder, report.to_table())
 
 
@@ -155,4 +157,6 @@ EVALUATE_GOLDEN_NOISE = Command(
     ),
     add_golden_noise_arguments,
     run_golden_noise,
+    output="output_dir",
+    result_names=("report.json",),
 )

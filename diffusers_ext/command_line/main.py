@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers_ext.command_line.argument_parser import OneLineParser, add_overwrite_argument
 from diffusers_ext.command_line.collect_command import COLLECT
 from diffusers_ext.command_line.command import (
     DOES_NOT_FIT,
@@ -30,7 +31,8 @@ from diffusers_ext.command_line.evaluate_forgetting_command import EVALUATE_FORG
 from diffusers_ext.command_line.evaluate_golden_noise_command import EVALUATE_GOLDEN_NOISE
 from diffusers_ext.command_line.plan_command import PLAN_ERASER, PLAN_GOLDEN_NOISE, PLAN_NULLSPACE
 from diffusers_ext.command_line.push_command import PUSH
-from diffusers_ext.command_line.user_errors import user_errors
+from diffusers_ext.command_line.result_place import result_place
+from diffusers_ext.command_line.user_errors import error_line, user_errors
 
 
 COMMANDS = (
@@ -76,7 +78,7 @@ class _ShowVersion(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; parsed arguments hold their `Command` as `command`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=PROGRAM,
         description="Tools for diffusion models: null-space DreamBooth, golden noise, an eraser.",
         epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}",
@@ -110,12 +112,15 @@ def _add_command(parent: Any, name: str, command: Command) -> None:
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        refuse_unknown=True,
     )
     command.add_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", action="store_true", help="one JSON document on stdout, also of an error"
     )
+    if command.output is not None:
+        add_overwrite_argument(output)
     output.add_argument("--quiet", action="store_true", help="no logs and no progress bars")
     output.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.set_defaults(command=command)
@@ -145,7 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # of argparse, after its message
         return int(stop.code or DONE)
     try:
-        with stdout_to_stderr(), quiet_libraries(args.quiet), hub_in_one_try():
+        with (
+            stdout_to_stderr(),
+            quiet_libraries(args.quiet),
+            hub_in_one_try(),
+            result_place(args),
+        ):
             outcome = args.command.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -153,13 +163,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except user_errors() as error:
         if args.traceback:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = error_line(error, args, _flags(args.command))
         print(f"error: {message}", file=sys.stderr)
         if args.json:
             print(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
         return FAILED
     print(json.dumps(outcome.facts, default=_as_text) if args.json else outcome.text)
     return outcome.code
+
+
+def _flags(command: Command) -> dict[str, str]:
+    """What the arguments of a command are called on its command line."""
+    parser = argparse.ArgumentParser(add_help=False)
+    command.add_arguments(parser)
+    return {
+        action.dest: max(action.option_strings, key=lambda option: option[2:] == action.dest)
+        if action.option_strings
+        else action.dest
+        for action in parser._actions
+    }
 
 
 def _as_text(value: Any) -> str:

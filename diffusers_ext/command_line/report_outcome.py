@@ -35,5 +35,6 @@ def report_outcome(report: SavedReport, folder: Path, table: str) -> Outcome:
         table: for people.
     """
     facts = {name: getattr(report, name) for name in report.saved if name != "rows"}
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    files = sorted(path.relative_to(folder).as_posix() for path in paths)
     return Outcome({"output_dir": folder, "files": files, **facts}, f"{table}\nWrote {folder}")

@@ -29,6 +29,7 @@ from diffusers_ext.core.config_digest import (
     is_sha256,
 )
 from diffusers_ext.core.download_arguments import check_download_arguments
+from diffusers_ext.core.full_disk import full_disk_named
 from diffusers_ext.core.hub import Card, push_folder, split_arguments
 from diffusers_ext.core.hub_connection import not_found
 from diffusers_ext.core.text_files import read_json
@@ -48,17 +49,18 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
     """Write a file that is either the old one or the whole new one, also if the machine stops."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with full_disk_named(path):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 class Artifact:

@@ -29,6 +29,8 @@ from hub_cards import Licence, Measured, artifact_card, keep_owner_words
 
 
 CARD_NAME = "README.md"
+# Of `core.result_folder` and `core.folder_lock`: about a folder on this machine.
+_LEFT_HERE = (".result.json", ".run.lock")
 HUB_ARGUMENTS = (
     "private", "token", "revision", "create_pr", "commit_message", "subfolder",
 )  # fmt: skip
@@ -151,7 +153,7 @@ def _files_of(folder: Path, ignore_patterns: Sequence[str], at_root: str | None)
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     names = (path.relative_to(folder).as_posix() for path in found)
     path_inside(folder, CARD_NAME)  # read later, as the owner's words
-    ignored = [CARD_NAME, *ignore_patterns, *DEFAULT_IGNORE_PATTERNS]
+    ignored = [CARD_NAME, *_LEFT_HERE, *ignore_patterns, *DEFAULT_IGNORE_PATTERNS]
     files = {
         name: path_inside(folder, name)
         for name in filter_repo_objects(names, ignore_patterns=ignored)

@@ -22,6 +22,7 @@ from diffusers_ext.golden_noise.pair_shards import (
     PairRecord,
     check_shard,
     list_shards,
+    shard_files,
     write_shard,
 )
 from diffusers_ext.golden_noise.pairs import CLASS_NAME, FORMAT_VERSION, read_config
@@ -96,6 +97,15 @@ class PairWriter:
         config[CONFIG_DIGEST] = config_digest(json.loads(json.dumps(config, allow_nan=False)))
         write_atomically(self.folder / "README.md", _CARD)
         write_atomically(self.folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+
+    def discard(self) -> None:
+        """Remove the set that the folder holds, its config first; other files stay."""
+        (self.folder / CONFIG_NAME).unlink(missing_ok=True)
+        for shard in list_shards(self.folder):
+            for path in reversed(shard_files(self.folder, shard)):
+                path.unlink(missing_ok=True)
+        (self.folder / "report.json").unlink(missing_ok=True)
+        self.clean_up()
 
     def check(self) -> None:
         """Raise `ValueError` where the folder holds another set than this, or a broken shard."""

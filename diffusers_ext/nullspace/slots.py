@@ -7,6 +7,7 @@ from numbers import Integral
 
 import torch
 
+from diffusers_ext.core.suggestions import did_you_mean
 from diffusers_ext.core.targets import natural_key
 
 
@@ -43,7 +44,10 @@ def check_features(features: Sequence[str]) -> tuple[str, ...]:
     features = (features,) if isinstance(features, str) else tuple(features)
     unknown = [feature for feature in features if feature not in FEATURES]
     if unknown or not features:
-        raise ValueError(f"`features` must be among {list(FEATURES)}, got {unknown or 'none'}.")
+        raise ValueError(
+            f"`features` must be among {list(FEATURES)}, got {unknown or 'none'}."
+            f"{did_you_mean(unknown, FEATURES)}"
+        )
     return tuple(feature for feature in FEATURES if feature in features)
 
 

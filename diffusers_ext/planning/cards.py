@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from diffusers_ext.core.suggestions import did_you_mean
+
 
 _WITHOUT_BFLOAT16 = "T4"
 
@@ -68,7 +70,8 @@ def find_card(name: str) -> Card:
     if len(found) != 1:
         several = f", which are {[card.name for card in found]}" if found else ""
         raise ValueError(
-            f"`gpu` must be 'here' or one of {[card.name for card in CARDS]}, got {name!r}{several}. "
+            f"`gpu` must be 'here' or one of {[card.name for card in CARDS]}, got {name!r}{several}."
+            f"{did_you_mean(name, [card.name for card in CARDS])} "
             "Give `memory_gib` for another card."
         )
     return found[0]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diffusers_ext.core.base_source import is_single_file
+from diffusers_ext.core.suggestions import did_you_mean
 from diffusers_ext.eraser.sizes import PUBLISHED_TRANSFORMERS
 from diffusers_ext.planning.base_model import BaseModel, Component, read_folder
 from diffusers_ext.planning.published_encoders import (
@@ -164,7 +165,7 @@ def read_base_model(model: str | os.PathLike) -> BaseModel:
     if found is None:
         raise ValueError(
             f"`model` must be the folder of a pipeline or one of {published_names()}, got "
-            f"{str(model)!r}. Download another model and name its folder."
+            f"{str(model)!r}.{did_you_mean(str(model), published_names())} Download another model and name its folder."
         )
     return found
 

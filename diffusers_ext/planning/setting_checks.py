@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from diffusers_ext.core.suggestions import did_you_mean
 from diffusers_ext.planning.work import WEIGHT_DTYPES
 
 
@@ -25,4 +26,6 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise `ValueError` unless a value is one of some."""
     known = list(choices)
     if value not in known:
-        raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be one of {known}, got {value!r}.{did_you_mean(str(value), map(str, known))}"
+        )

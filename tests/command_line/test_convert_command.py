@@ -72,7 +72,7 @@ def test_npnet(run, monkeypatch, tmp_path):
         (["lora", "{lora}", "out.bin", "--format", "kohya"], "must end in .safetensors"),
         (["eraser", "./nowhere", "out", "--format", "peft"], "no such folder"),
         (["eraser", "{lora}", "out", "--format", "peft"], "must hold adapter_config.json"),
-        (["npnet", "nowhere.pth", "out"], "`path` must be a file with NPNet's weights"),
+        (["npnet", "nowhere.pth", "out"], "`source` must be a file with NPNet's weights"),
         (["npnet", "{lora}/pytorch_lora_weights.safetensors", "out"], "must be NPNet's"),
         (["npnet", "any.pth", __file__], "`destination` must be a folder"),
     ],

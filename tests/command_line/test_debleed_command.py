@@ -17,7 +17,7 @@ def debleed(run, lora, statistics, tmp_path):
 
     def call(*words, **flags):
         usual = {"statistics": statistics, "output_path": tmp_path / "quiet.safetensors"}
-        return run("debleed", *(words or (lora,)), **{**usual, **flags})
+        return run("debleed", *(words or (lora,)), overwrite_output_dir=True, **{**usual, **flags})
 
     return call
 
@@ -56,7 +56,7 @@ def test_the_subject_is_kept(debleed, lora, statistics, digits, tmp_path):
     assert same(load_file(tmp_path / "quiet.safetensors"), expected)
     ran = debleed(instance_prompt=prompts[0], damping=1.0, **model)
     assert ran.code == 1
-    assert "`damping` must not be given with `instance_prompt`" in ran.err
+    assert "`--damping` must not be given with `--instance_prompt`" in ran.err
     assert "`instance_prompt` must be given with `strictness`" in debleed(strictness=3).err
 
 
@@ -78,7 +78,7 @@ def test_modules_without_a_statistic(debleed, lora, tmp_path):
     save_file(tensors, tmp_path / "more.safetensors")
     ran = debleed(tmp_path / "more.safetensors")
     assert ran.code == 1
-    assert "`statistics` must cover every module of the LoRA, got none for 1" in ran.err
+    assert "`--statistics` must cover every module of the LoRA, got none for 1" in ran.err
     assert not (tmp_path / "quiet.safetensors").exists()
     facts = debleed(tmp_path / "more.safetensors", uncovered="keep", json=True).facts
     assert (facts["modules"], facts["covered_modules"]) == (15, 14)
@@ -131,9 +131,9 @@ def test_both_drifts_are_measured_by_drawing(debleed, digits):
         (["nowhere.safetensors"], {}, "nowhere.safetensors"),
         (["a b/c"], {}, "A LoRA must be a file, a folder or 'user/name', got a b/c"),
         ([], {"statistics": "./nowhere"}, "no such folder"),
-        ([], {"output_path": "quiet.bin"}, "`output_path` must end in .safetensors"),
-        ([], {"damping": 0}, "`damping` must be positive, got 0.0."),
-        ([], {"rank": 1000}, "`rank` must be from 1 to the width"),
+        ([], {"output_path": "quiet.bin"}, "`--output_path` must end in .safetensors"),
+        ([], {"damping": 0}, "`--damping` must be positive, got 0.0."),
+        ([], {"rank": 1000}, "`--rank` must be from 1 to the width"),
         ([], {"weight_name": "other.safetensors"}, "must hold other.safetensors, got none"),
     ],
 )

@@ -72,11 +72,11 @@ def test_the_report_is_that_of_the_library(evaluate, models, tmp_path):
     [
         ({"eraser": "./nowhere"}, "no such folder"),
         ({"evaluation_prompts": "nowhere.csv"}, "got nowhere.csv: no such file."),
-        ({"classes": None}, "`classes` and `target_concept` must be given for `--judge clip`"),
+        ({"classes": None}, "`--classes` and `--target_concept` must be given for `--judge clip`"),
         ({"judge": "nudenet"}, "nudenet"),
-        ({"fps": 0}, "`fps` must be in [1, 50], got 0."),
-        ({"kept_clips": -1}, "`kept_clips` must be at least 0, got -1."),
-        ({"concept_aspect": "digit"}, "`concept_aspect` must be one of"),
+        ({"fps": 0}, "`--fps` must be in [1, 50], got 0."),
+        ({"kept_clips": -1}, "`--kept_clips` must be at least 0, got -1."),
+        ({"concept_aspect": "digit"}, "`--concept_aspect` must be one of"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(evaluate, hub, tmp_path, flags, message):
@@ -88,4 +88,6 @@ def test_bad_input_is_refused_and_leaves_nothing(evaluate, hub, tmp_path, flags,
 
 def test_another_pipeline_is_refused(evaluate, digits):
     ran = evaluate(pretrained_model_name_or_path=digits)
-    assert ran.err.startswith("error: `pretrained_model_name_or_path` must be a CogVideoXPipeline")
+    assert ran.err.startswith(
+        "error: `--pretrained_model_name_or_path` must be a CogVideoXPipeline"
+    )

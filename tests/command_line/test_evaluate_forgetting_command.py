@@ -74,10 +74,10 @@ def test_subjects_and_features(evaluate, lora, tmp_path):
         ({"knowledge_prompts": "nowhere.txt"}, "got nowhere.txt: no such file."),
         (
             {"subject_data_dir": "nowhere"},
-            "`subject_data_dir` must be a folder of pictures, got nowhere",
+            "`--subject_data_dir` must be a folder of pictures, got nowhere",
         ),
-        ({"pixel_features": True, "dino": "x"}, "must not be given together with `dino`"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0."),
+        ({"pixel_features": True, "dino": "x"}, "must not be given together with `--dino`"),
+        ({"batch_size": 0}, "`--batch_size` must be at least 1, got 0."),
         ({"distribution": True}, "`features`"),
     ],
 )
@@ -91,7 +91,7 @@ def test_bad_input_is_refused_and_leaves_nothing(evaluate, hub, tmp_path, flags,
 def test_a_folder_without_pictures_and_a_damaged_lora(evaluate, lora, tmp_path):
     (tmp_path / "empty").mkdir()
     ran = evaluate(subject_data_dir=tmp_path / "empty", pixel_features=True)
-    assert "`subject_data_dir` must hold pictures (.png, " in ran.err
+    assert "`--subject_data_dir` must hold pictures (.png, " in ran.err
     assert f"got none in {tmp_path / 'empty'}" in ran.err
     other = tmp_path / "other.safetensors"
     other.write_bytes((lora / "pytorch_lora_weights.safetensors").read_bytes()[:-4])

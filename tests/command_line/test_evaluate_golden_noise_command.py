@@ -75,12 +75,12 @@ def test_the_table_is_shown(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"noise_model": None}, "`noise_model` or `target_steps` must be given"),
+        ({"noise_model": None}, "`--noise_model` or `--target_steps` must be given"),
         ({"noise_model": "./nowhere"}, "nowhere"),
         ({"prompt_file": "nowhere.txt"}, "got nowhere.txt: no such file."),
         ({"prompt_column": "text"}, "must have the column 'text', got ['prompt']."),
-        ({"w1": "inf"}, "`w1` must be a finite number, got inf."),
-        ({"best_of": 0}, "`best_of` must be at least 1, got 0."),
+        ({"w1": "inf"}, "`--w1` must be a finite number, got inf."),
+        ({"best_of": 0}, "`--best_of` must be at least 1, got 0."),
         (
             {"reward": ["clip_score", "--reward=pickscore"]},
             "must be REWARD=value, once for each of",

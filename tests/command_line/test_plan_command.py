@@ -90,11 +90,11 @@ def test_a_run_that_does_not_fit_is_exit_code_3(run, asked):
     ("tool", "flags", "message"),
     [
         ("eraser", {"pretrained_model_name_or_path": "x"}, "`model` must be the folder of a pipeline"),
-        ("eraser", {"gpu": "abacus"}, "`gpu` must be 'here' or one of"),
-        ("eraser", {"max_train_steps": 0}, "`max_train_steps`"),
-        ("eraser", {"checkpointing_steps": 0}, "`checkpointing_steps` must be at least 1, got 0."),
-        ("nullspace", {"layers": "first"}, "`layers` must be 'all' or indices, got ['first']."),
-        ("golden-noise", {"mixed_precision": "fp8"}, "`mixed_precision`"),
+        ("eraser", {"gpu": "abacus"}, "`--gpu` must be 'here' or one of"),
+        ("eraser", {"max_train_steps": 0}, "`--max_train_steps`"),
+        ("eraser", {"checkpointing_steps": 0}, "`--checkpointing_steps` must be at least 1, got 0."),
+        ("nullspace", {"layers": "first"}, "`--layers` must be 'all' or indices, got ['first']."),
+        ("golden-noise", {"mixed_precision": "fp8"}, "`--mixed_precision`"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(run, tool, flags, message):

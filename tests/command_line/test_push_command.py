@@ -37,7 +37,7 @@ def test_a_licence_that_the_hub_does_not_list(run, hub, statistics):
     )  # fmt: skip
     ran = run("push", statistics, "tester/known", **facts)
     assert ran.code == 1
-    assert "`license` must be given with `license_name` 'own'" in ran.err
+    assert "`--license` must be given with `--license_name` 'own'" in ran.err
 
 
 def test_statistics_as_a_private_pull_request_in_a_subfolder(run, hub, statistics):
@@ -75,11 +75,11 @@ def test_collecting_and_pushing_at_once(run, hub, digits, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"license": None}, "`license` must be given"),
-        ({"trained_on": None}, "`trained_on` must be given"),
-        ({"fact": "sks"}, "`fact` must be NAME=VALUE, each name once, got 'sks'."),
-        ({"fact": "license=mit"}, "`fact` must not name what has a flag of its own, got ['license']"),
-        ({"fact": "token=hf_x"}, "`fact` must not name what has a flag of its own, got ['token']"),
+        ({"license": None}, "`--license` must be given"),
+        ({"trained_on": None}, "`--trained_on` must be given"),
+        ({"fact": "sks"}, "`--fact` must be NAME=VALUE, each name once, got 'sks'."),
+        ({"fact": "license=mit"}, "`--fact` must not name what has a flag of its own, got ['license']"),
+        ({"fact": "token=hf_x"}, "`--fact` must not name what has a flag of its own, got ['token']"),
         ({"fact": "colour=red"}, "colour"),
         ({"results": "nowhere"}, "nowhere"),
     ],

@@ -116,6 +116,7 @@ def evaluate(tmp_path, loras, fresh_accelerator):
     def run(name: str = "out", several: list[Path] | None = None, **arguments) -> ForgettingReport:
         arguments = {
             "output_dir": tmp_path / name,
+            "overwrite_output_dir": True,
             "knowledge_prompts": write_prompts(tmp_path / "known.txt", EVALUATED),
             "lora": None if several else loras[0],
             "num_inference_steps": 2,

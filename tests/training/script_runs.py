@@ -101,4 +101,6 @@ def assert_same_totals(first: FeatureStatistics, second: FeatureStatistics) -> N
 
 
 def files_below(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    """All files but the list of the result's own."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".result.json")
+    return {path.relative_to(folder).as_posix() for path in files}

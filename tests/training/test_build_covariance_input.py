@@ -64,9 +64,10 @@ def test_a_failure_while_writing_leaves_the_old_result(build, tmp_path, monkeypa
 
     monkeypatch.setattr("training.statistics_report.plot_null_dimensions", fail)
     with pytest.raises(OSError, match="disk full"):
-        build(seed=1)
+        build(seed=1, overwrite_output_dir=True)
     assert {name: (folder / name).read_bytes() for name in files_below(folder)} == before
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".result.json",
         "config.json",
         "model.safetensors",
         "plots",

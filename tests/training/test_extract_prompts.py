@@ -67,7 +67,7 @@ WRITERS = {"csv": write_csv, "jsonl": write_json, "parquet": write_parquet}
 
 def extract(tmp_path: Path, source: Path | str, *flags: str) -> list[str]:
     line = ["--dataset_name", str(source), "--output_dir", str(tmp_path / "out")]
-    line += ["--cache_dir", str(tmp_path / "cache"), *flags]
+    line += ["--cache_dir", str(tmp_path / "cache"), "--overwrite_output_dir", *flags]
     path = main(parse_args(line))
     assert path == tmp_path / "out/prompts.txt"
     text = path.read_text(encoding="utf-8")

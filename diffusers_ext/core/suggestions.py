@@ -1,0 +1,20 @@
+"""What somebody may have meant by a name that is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(given: str | Iterable[str], known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for an error, with the nearest known name of each; empty without any.
+
+    Args:
+        given: one or several unknown names.
+        known: all names that there are.
+    """
+    names = [given] if isinstance(given, str) else list(given)
+    options = {str(name).lower(): str(name) for name in known}
+    found = [get_close_matches(str(name).lower(), options, n=1, cutoff=0.6) for name in names]
+    meant = dict.fromkeys(options[match] for matches in found for match in matches)
+    return f" Did you mean {' and '.join(map(repr, meant))}?" if meant else ""
