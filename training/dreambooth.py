@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,36 @@ def encode_images(
     return TensorDataset(torch.cat(means), torch.cat(stds))
 
 
+def with_prompts(
+    dataset: TensorDataset, of_pictures: Sequence[str], prompts: Sequence[str]
+) -> TensorDataset:
+    """`(mean, std, index)` of pictures with captions: the index of each one's prompt among `prompts`.
+
+    Args:
+        dataset: of `encode_images`, in which a picture may have several views one after another.
+        of_pictures: the prompt of each picture.
+        prompts: each once, in the order of the condition's rows.
+    """
+    index = torch.tensor([prompts.index(prompt) for prompt in of_pictures])
+    return TensorDataset(*dataset.tensors, index.repeat_interleave(len(dataset) // len(index)))
+
+
 @dataclass(frozen=True)
 class Condition:
-    """What the UNet is told for one prompt.
+    """What the UNet is told for one prompt, or for several.
 
     Attributes:
-        prompt_embeds: `(1, tokens, width)`.
-        added: SDXL's pooled embedding and sizes; empty for Stable Diffusion.
+        prompt_embeds: `(prompts, tokens, width)`.
+        added: SDXL's pooled embeddings and sizes, a row a prompt; empty for Stable Diffusion.
     """
 
     prompt_embeds: torch.Tensor
     added: dict[str, torch.Tensor]
+
+    def rows(self, index: torch.Tensor) -> Condition:
+        """The condition of each sample of a batch, by the index of its prompt."""
+        index = index.to(self.prompt_embeds.device)
+        return Condition(self.prompt_embeds[index], {k: v[index] for k, v in self.added.items()})
 
 
 @torch.no_grad()
@@ -102,13 +122,23 @@ def encode_condition(pipeline: DiffusionPipeline, prompt: str, resolution: int) 
     return Condition(encoded[0], added)
 
 
+def encode_conditions(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int
+) -> Condition:
+    """Encode prompts, each as `encode_condition` does it alone, into the rows of one condition."""
+    each = [encode_condition(pipeline, prompt, resolution) for prompt in prompts]
+    added = {name: torch.cat([one.added[name] for one in each]) for name in each[0].added}
+    return Condition(torch.cat([one.prompt_embeds for one in each]), added)
+
+
 @dataclass(frozen=True)
 class DreamBoothLoss:
     """The denoising loss on the subject's pictures, with prior preservation on request.
 
     Args:
         scheduler: training noise schedule, as `training_schedule` makes it.
-        instance: condition of the instance prompt.
+        instance: condition of the instance prompt; of all prompts of the pictures where the batches
+            have an index beside mean and standard deviation, as `with_prompts` gives them.
         class_latents, class_condition: pictures and prompt of the class; `None` without prior
             preservation.
         prior_loss_weight: weight of the class pictures' loss.
@@ -131,7 +161,10 @@ class DreamBoothLoss:
     ) -> dict[str, torch.Tensor]:
         """Losses `loss` and `instance`, and `prior` with prior preservation."""
         device = self.instance.prompt_embeds.device
-        instance = self._denoising_loss(model, batch, self.instance, generator, device)
+        latents, condition = batch[:2], self.instance
+        if len(batch) > 2:
+            condition = condition.rows(batch[2])
+        instance = self._denoising_loss(model, latents, condition, generator, device)
         losses = {"loss": instance, "instance": instance}
         if self.class_latents is not None:
             picks = torch.randint(len(self.class_latents), (len(batch[0]),), generator=generator)

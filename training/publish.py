@@ -17,6 +17,7 @@ from diffusers_ext.nullspace.lora_upload import measured_drift
 from diffusers_ext.nullspace.measured_models import plain_class_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.nullspace.statistics_card import statistics_card
+from training.captions import read_captions
 from training.dreambooth import list_images
 from training.upload import card_arguments, repository_name, upload_arguments
 
@@ -101,6 +102,8 @@ def _trained_on(args: argparse.Namespace, statistics: FeatureStatistics | None) 
     count = len(list_images(args.instance_data_dir))
     pictures = "1 picture" if count == 1 else f"{count} pictures"
     parts = [f"{pictures} of the subject at {args.resolution} x {args.resolution} pixels."]
+    if captions := read_captions(args.instance_data_dir):
+        parts.append(f"{len(captions)} of {count} were trained with captions of their own.")
     if args.with_prior_preservation:
         parts.append(
             f"Beside them {args.num_class_images} pictures of its class that the base model drew "

@@ -29,11 +29,13 @@ from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from training.arguments import read_layers
+from training.captions import caption_counts, subject_prompts
 from training.checkpoints import KeepRule, is_trainable
 from training.drawing import sampling_arguments
 from training.dreambooth import (
     DreamBoothLoss,
     encode_condition,
+    encode_conditions,
     encode_images,
     list_images,
     make_class_images,
@@ -85,7 +87,7 @@ def add_lora(
     chosen = add_null_space_lora(
         pipeline.unet,
         statistics,
-        instance_prompts=[args.instance_prompt],
+        instance_prompts=subject_prompts(args),
         pipeline=pipeline,
         rank=args.rank,
         directions=args.directions,
@@ -146,7 +148,7 @@ def make_loss(
     statistics: FeatureStatistics | None,
 ) -> Callable:
     """The denoising loss; class pictures are drawn first where they are missing."""
-    instance = encode_condition(pipeline, args.instance_prompt, args.resolution)
+    instance = encode_conditions(pipeline, subject_prompts(args), args.resolution)
     latents = condition = None
     if args.with_prior_preservation:
         # Under autocast, because weights that train are in float32 and the others may not be.
@@ -239,4 +241,5 @@ def _lora_facts(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dict[s
         prediction_type=pipeline.scheduler.config.get("prediction_type"),
         resolution=args.resolution,
         num_pictures=len(list_images(args.instance_data_dir)),
+        caption_counts=caption_counts(args),
     )

@@ -19,6 +19,7 @@ from diffusers_ext.nullspace.prompts import check_prompt_length
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from training.argument_rules import check_values
 from training.arguments import read_layers
+from training.captions import subject_prompts
 from training.drawing import own_resolution
 from training.dreambooth import list_images
 from training.knowledge import read_knowledge
@@ -75,6 +76,7 @@ def check_subject_arguments(args: argparse.Namespace) -> None:
     check_values(args, ["snr_gamma"], "positive", lambda value: 0 < value < math.inf)
     for path in list_images(args.instance_data_dir):
         read_picture(path)
+    subject_prompts(args)  # broken captions stop here
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
         raise ValueError(
             "`--class_data_dir` and `--class_prompt` must be given with `--with_prior_preservation`."
@@ -93,7 +95,7 @@ def check_against_model(
     """Raise `ValueError` for arguments that do not fit the loaded model; settles `--resolution`."""
     settle_resolution(args, pipeline)
     check_min_snr(training_schedule(pipeline.scheduler), args.snr_gamma)
-    prompts = [args.instance_prompt, args.negative_prompt, *args.validation_prompt]
+    prompts = [*subject_prompts(args), args.negative_prompt, *args.validation_prompt]
     if args.with_prior_preservation:
         prompts.append(args.class_prompt)
     if args.directions != "plain":

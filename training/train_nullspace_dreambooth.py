@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, f
 
 from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.pictures import find_pictures, is_caption
+from diffusers_ext.core.pictures import find_pictures
 from diffusers_ext.nullspace.projected_update import ProjectedUpdate
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from training.argument_rules import check_training_arguments
@@ -41,11 +41,18 @@ from training.arguments import (
     add_subject_arguments,
     add_training_arguments,
 )
+from training.captions import (
+    caption_facts,
+    picture_prompts,
+    subject_prompts,
+    tell_of_captions,
+    warn_of_missing_words,
+)
 from training.checkpoints import Checkpoints
 from training.closing_words import directions_words, subject_words
 from training.config_file import parse_arguments, read_nullbooth_block
-from training.dreambooth import encode_images, list_images
-from training.knowledge import load_or_collect, load_pipeline
+from training.dreambooth import encode_images, list_images, with_prompts
+from training.knowledge import load_or_collect, load_pipeline, read_knowledge
 from training.loop import TrainingLoop
 from training.output_folder import one_run_a_folder
 from training.publish import card_record, prepare_upload, publish, subject_card, subject_facts
@@ -142,6 +149,8 @@ def build_loop(
     dataset = encode_images(
         pipeline, images, args.resolution, center_crop=crop, flip=args.random_flip
     )
+    if captions := caption_facts(args):
+        dataset = with_prompts(dataset, picture_prompts(args), subject_prompts(args))
     loss_function = make_loss(args, pipeline, accelerator, statistics)
     prior = args.with_prior_preservation
     facts = run_facts(
@@ -151,6 +160,7 @@ def build_loop(
         class_pictures=hash_files(list_images(args.class_data_dir)) if prior else None,
         knowledge=None if statistics is None else statistics.facts,
         num_processes=accelerator.num_processes,
+        **captions,
         **subject_settings(args),
     )
     check_resume(args, facts)
@@ -184,12 +194,7 @@ def main(args: argparse.Namespace) -> Path:
     accelerator = make_accelerator(args)
     found = find_pictures(args.instance_data_dir, "instance_data_dir")
     logger.info(found.summary())
-    captions = [name for name in found.passed_over if is_caption(name)]
-    if captions:
-        logger.warning(
-            f"{len(captions)} files of captions ({captions[0]}, ...) are not used: every picture is "
-            "trained with --instance_prompt."
-        )
+    tell_of_captions(args)
     if args.push_to_hub and accelerator.is_main_process:
         check_login(args)  # a missing login stops the run here, not after it
     pipeline = load_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
@@ -198,6 +203,7 @@ def main(args: argparse.Namespace) -> Path:
         prepare_upload(args, subject_card(args, pipeline))
     plain = args.directions == "plain"
     statistics = None if plain else load_or_collect(args, pipeline, accelerator)
+    warn_of_missing_words(args, read_knowledge(args) if plain else statistics.facts["prompts"])
     prepared = prepare_weights(args, pipeline, statistics)
     if prepared.report:
         logger.info(directions_words(prepared.report))

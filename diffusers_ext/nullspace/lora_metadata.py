@@ -43,6 +43,7 @@ def training_metadata(
     prediction_type: str | None = None,
     resolution: int | None = None,
     num_pictures: int | None = None,
+    caption_counts: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """What is known of a training.
 
@@ -51,10 +52,11 @@ def training_metadata(
         base_model: its Hub name.
         prediction_type: of the base model's scheduler.
         resolution: pixels a side that it was trained at.
-        num_pictures: trained on with the instance prompt as their caption.
+        num_pictures: trained on.
+        caption_counts: how many of them had each caption; all the instance prompt by default.
     """
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction_type or "")
-    frequency = {"instance": {instance_prompt: num_pictures}}
+    frequency = {"instance": dict(caption_counts or {instance_prompt: num_pictures})}
     told = {
         "modelspec.title": instance_prompt,
         "modelspec.trigger_phrase": instance_prompt,
