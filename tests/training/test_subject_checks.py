@@ -242,7 +242,7 @@ def test_every_setting_that_decides_what_comes_out_is_compared_on_resume(subject
     args = parse_args(subject_line(**PRIOR))
     decided = subject_settings(args)
     elsewhere = {
-        "config", "pretrained_model_name_or_path", "revision", "variant", "output_dir",
+        "config", "pretrained_model_name_or_path", "single_file_config", "revision", "variant", "output_dir",
         "instance_data_dir", "class_data_dir", "num_class_images", "knowledge_prompts",
         "other_instance_prompts", "features", "cross_attention_layers", "negative_prompt",
         "no_sub_phrases", "num_inference_steps", "guidance_scale", "statistics_batch_size",
