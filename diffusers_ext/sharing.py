@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.checked_tensors import open_tensors
+from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.core.hub import Card, make_card, push_folder, split_arguments
 from diffusers_ext.core.inside_folder import path_inside
 from diffusers_ext.core.text_files import read_json
@@ -65,6 +66,7 @@ def push_artifact(
     source = Path(source)
     if not source.exists():
         raise ValueError(f"`source` must be a folder or a file, got {source}: there is none.")
+    refuse_checkpoint(source)
     push = _recognise(source)
     folder = source if source.is_dir() else source.parent
     hub, given = split_arguments(arguments)

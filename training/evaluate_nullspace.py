@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.command_line.argument_parser import OneLineParser
+from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.core.pictures import read_pictures
 from diffusers_ext.evaluation.features import CLIPFeatures, DINOv2Features, PixelFeatures
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
@@ -98,6 +99,7 @@ def check_args(args: argparse.Namespace) -> dict[str, Any]:
 
 def find_lora(source: str) -> Path:
     """The weight file of a `--lora`; raises `ValueError` where there is none."""
+    refuse_checkpoint(source)
     path = Path(source, LORA_WEIGHT_NAME) if Path(source).is_dir() else Path(source)
     if not path.is_file():
         raise ValueError(

@@ -23,8 +23,10 @@ def locate_lora(source: str, weight_name: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+    from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
     from diffusers_ext.core.hub_connection import not_found
 
+    refuse_checkpoint(source)
     name = weight_name or WEIGHT_NAME
     if Path(source).is_file():
         return Path(source)

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch.nn import Module
 
 from diffusers_ext.core.checked_tensors import REMEDY, check_regular_file, read_tensors
+from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.core.config_digest import (
     CONFIG_DIGEST,
     check_config_digest,
@@ -234,6 +235,7 @@ def _locate(
 ) -> Path:
     """Path of one file of an artifact, downloaded when `source` is not a local folder."""
     if Path(source).is_dir():
+        refuse_checkpoint(Path(source, subfolder or ""))
         path = Path(source, subfolder or "", name)
         if not path.is_file():
             raise ValueError(f"{path.parent} must hold {name}, got {_names(path.parent)}.")

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_ext.core.checked_tensors import FLOATING, open_tensors, read_tensors
+from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.core.config_digest import CONFIG_KEY, config_digest
 from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.hub_connection import not_found
@@ -67,6 +68,7 @@ def read_eraser(
     """Read a saved eraser without a model; arguments and errors as in `load_eraser`."""
     check_download_arguments(download_arguments, "read_eraser")
     source = Path(pretrained_model_name_or_path)
+    refuse_checkpoint(source / (subfolder or ""))
     if source.is_file():
         raise ValueError(
             f"`pretrained_model_name_or_path` must be a folder or 'user/name', got the file "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ext.core.checked_tensors import check_regular_file
+from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.golden_noise.hub_sources import read_network_config
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
 
@@ -43,6 +44,7 @@ def load_noise_model(
         TypeError: another keyword.
     """
     source = str(pretrained_model_name_or_path)
+    refuse_checkpoint(Path(source, kwargs.get("subfolder") or ""))
     if not Path(source).is_dir() and (Path(source).is_file() or source.endswith(_FILE_ENDINGS)):
         return _load_single_file(Path(source), kwargs)
     name = read_network_config(source, kwargs).get("_class_name")

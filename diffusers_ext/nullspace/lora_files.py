@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.checked_tensors import DIGEST_KEY, read_tensors, with_digest
+from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.core.safetensors_header import with_sorted_metadata
 from diffusers_ext.nullspace.kohya_lora import is_kohya_lora, read_kohya_lora, to_kohya_lora
 from diffusers_ext.nullspace.lora_checks import (
@@ -98,6 +99,7 @@ def _load(source: LoraSource) -> tuple[Mapping[str, torch.Tensor], dict[str, str
     if isinstance(source, Mapping):
         return source, {}, "`source`"
     path = Path(source)
+    refuse_checkpoint(path)
     path = path / LORA_WEIGHT_NAME if path.is_dir() else path
     if not path.exists() or path.suffix != ".safetensors":
         raise ValueError(
