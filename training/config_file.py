@@ -110,9 +110,14 @@ def _as_flag(action: argparse.Action, value: Any) -> list[str]:
     return [f"{flag}={value}"]
 
 
+# Flags that take `all` or numbers of layers or timesteps.
+_WORDS_OR_NUMBERS = {"cross_attention_layers", "layout_timesteps"}
+
+
 def _check_texts(action: argparse.Action, values: Sequence[Any]) -> None:
     """Raise where YAML has made something else of a text: `no` is false to it, and `007` is 7."""
-    wrong = [value for value in values if not isinstance(value, str)]
+    kinds = (str, int) if action.dest in _WORDS_OR_NUMBERS else str
+    wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, kinds)]
     if wrong:
         kind = "the truth value" if isinstance(wrong[0], bool) else type(wrong[0]).__name__
         raise ValueError(
