@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
+from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.pictures import rgb_picture
 
 
@@ -92,7 +93,9 @@ class ModelFeatures:
 
         Raises:
             ValueError: the model is of another kind.
+            TypeError: another keyword, also for a local folder.
         """
+        check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
         source = str(pretrained_model_name_or_path)
         config = AutoConfig.from_pretrained(source, **download_arguments)
         if config.model_type not in cls.model_types:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.rewards.reward import check_pairs, check_scores
 
@@ -158,7 +159,9 @@ class ProcessorReward(CLIPReward):
         Raises:
             ValueError: the model is of another kind, or lacks weights.
             OSError: files are missing.
+            TypeError: another keyword, also for a local folder.
         """
+        check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
         source = str(pretrained_model_name_or_path or cls.default_model)
         if processor is None:
             processor = source if Path(source).is_dir() else cls.default_processor or source

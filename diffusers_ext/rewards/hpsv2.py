@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
+from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.rewards.clip_reward import CLIPReward
 from diffusers_ext.rewards.hpsv2_files import HPSV2_REPOSITORY, check_version, locate_checkpoint
 from diffusers_ext.rewards.hpsv2_package import HPSv2PackageReward
@@ -93,6 +94,7 @@ class HPSv2Reward(CLIPReward):
             ValueError: no such version, file or backend, or the weights are not the model's.
             ImportError: ftfy, or the package of the backend, is not usable.
         """
+        check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
         if backend not in BACKENDS:
             raise ValueError(f"`backend` must be one of {BACKENDS}, got {backend!r}.")
         if backend == "hpsv2":
