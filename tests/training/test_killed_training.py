@@ -63,7 +63,7 @@ folders.shutil.rmtree = remove_half
 """,
     "the result is half written": """
 save = subject.save_lora
-def save_half(pipeline_class, unet, directory):
+def save_half(pipeline_class, unet, directory, **facts):
     Path(directory, "pytorch_lora_weights.safetensors").write_bytes(b"half")
     stop_at(1)
 subject.save_lora = save_half
