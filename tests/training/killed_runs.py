@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -64,7 +65,11 @@ class TrainingServer:
         pid = int(self._process.stdout.readline())
         deadline = time.monotonic() + 240
         while not is_time():
-            os.kill(pid, 0)  # raises when the training has ended by itself
+            if select.select([self._process.stdout], [], [], 0)[0]:
+                status = int(
+                    self._process.stdout.readline()
+                )  # or the next run would take it for its own
+                raise AssertionError(f"ended by itself with {status}: {self.log.read_text()}")
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
