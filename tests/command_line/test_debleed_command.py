@@ -57,7 +57,7 @@ def test_the_subject_is_kept(debleed, lora, statistics, digits, tmp_path):
     ran = debleed(instance_prompt=prompts[0], damping=1.0, **model)
     assert ran.code == 1
     assert "`--damping` must not be given with `--instance_prompt`" in ran.err
-    assert "`instance_prompt` must be given with `strictness`" in debleed(strictness=3).err
+    assert "`--instance_prompt` must be given with `--strictness`" in debleed(strictness=3).err
 
 
 def test_what_is_said_and_another_criterion(debleed, lora, tmp_path):
