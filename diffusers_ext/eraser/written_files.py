@@ -95,8 +95,7 @@ def legacy_files(tensors: StateDict, num_layers: int) -> dict[str, bytes]:
 def write_eraser_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write the files; a new folder appears with all of them or not at all."""
     if folder.exists():
-        for name, content in files.items():
-            write_atomically(folder / name, content)
+        _replace_files(folder, files)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
@@ -104,3 +103,20 @@ def write_eraser_files(folder: Path, files: dict[str, bytes]) -> None:
         staged.mkdir()
         write_eraser_files(staged, files)
         os.replace(staged, folder)
+
+
+def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write all files or leave the old ones: weights that are sealed with another config are refused."""
+    old = {name: (folder / name).read_bytes() for name in files if (folder / name).is_file()}
+    written = []
+    try:
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+            written.append(name)
+    except BaseException:
+        for name in written:
+            if name in old:
+                write_atomically(folder / name, old[name])
+            else:
+                (folder / name).unlink()
+        raise

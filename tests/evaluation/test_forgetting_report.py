@@ -44,10 +44,13 @@ def test_a_figure_that_is_not_finite_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", ["[]", "{}"])
-def test_a_file_of_something_else_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", r"report\.json must hold"), ("{}", "must hold .*'drift_floor'.* got something else")],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, message):
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(ValueError, match="must hold .*'drift_floor'.* got something else"):
+    with pytest.raises(ValueError, match=message):
         ForgettingReport.from_json(tmp_path / "report.json")
 
 
