@@ -77,7 +77,8 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
         convert_eraser(source, source, "legacy")
     with pytest.raises(ValueError, match="no such folder"):
         convert_eraser(tmp_path / "nowhere", out, "peft")
-    config = source / "adapter_config.json"
+    config, weights = source / "adapter_config.json", source / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # as of before there were digests
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": None}))
     with pytest.raises(ValueError, match="`num_layers` of the eraser's config must be known"):
         convert_eraser(source, out, "legacy")
