@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
+
+from diffusers_ext.core.suggestions import check_keywords
 
 
 DOWNLOAD_ARGUMENTS = (
@@ -20,11 +21,5 @@ def check_download_arguments(arguments: Mapping[str, Any], function: str) -> Non
         arguments: what a loader got as `**download_arguments`.
         function: name of the loader, as the user calls it.
     """
-    for name in arguments:
-        if name not in DOWNLOAD_ARGUMENTS:
-            close = difflib.get_close_matches(name, DOWNLOAD_ARGUMENTS, 1)
-            meant = f" Did you mean `{close[0]}`?" if close else ""
-            raise TypeError(
-                f"{function}() got an unexpected keyword argument {name!r}: of a download it takes "
-                f"{', '.join(DOWNLOAD_ARGUMENTS[:5])}.{meant}"
-            )
+    takes = f"of a download {', '.join(DOWNLOAD_ARGUMENTS[:5])}"
+    check_keywords(arguments, DOWNLOAD_ARGUMENTS, function, takes)

@@ -18,3 +18,24 @@ def did_you_mean(given: str | Iterable[str], known: Iterable[str]) -> str:
     found = [get_close_matches(str(name).lower(), options, n=1, cutoff=0.6) for name in names]
     meant = dict.fromkeys(options[match] for matches in found for match in matches)
     return f" Did you mean {' and '.join(map(repr, meant))}?" if meant else ""
+
+
+def check_keywords(
+    arguments: Iterable[str], known: Iterable[str], function: str, takes: str | None = None
+) -> None:
+    """Raise `TypeError`, as Python does, for a keyword that would be passed over in silence.
+
+    Args:
+        arguments: names that were given.
+        known: names that there are.
+        function: what was called, as the user writes it, without parentheses.
+        takes: the most useful of the known names, in words.
+    """
+    known = list(known)
+    for name in arguments:
+        if name not in known:
+            told = f": it takes {takes}." if takes else "."
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}{told}"
+                f"{did_you_mean(name, known)}"
+            )

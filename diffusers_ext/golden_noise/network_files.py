@@ -6,7 +6,6 @@ model a config asks for before it opens the weights.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from diffusers_ext.core.checked_tensors import (
 from diffusers_ext.core.config_digest import CONFIG_KEY, config_digest
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 from diffusers_ext.core.safetensors_header import sort_metadata
+from diffusers_ext.core.suggestions import check_keywords
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.golden_noise.hub_sources import WHERE
 
@@ -63,14 +63,8 @@ class CheckedWeights:
     def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
         """Raise `TypeError` for a keyword that is neither `from_pretrained`'s nor of the config."""
         known = [*LOADING_ARGUMENTS, *_config_fields(cls)]
-        for name in arguments:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                meant = f" Did you mean `{close[0]}`?" if close else ""
-                raise TypeError(
-                    f"{cls.__name__}.from_pretrained() got an unexpected keyword argument {name!r}: it "
-                    f"takes {', '.join(LOADING_ARGUMENTS[:8])} and the fields of the config.{meant}"
-                )
+        takes = f"{', '.join(LOADING_ARGUMENTS[:8])} and the fields of the config"
+        check_keywords(arguments, known, f"{cls.__name__}.from_pretrained", takes)
 
     @classmethod
     def check_files(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import os
@@ -17,6 +16,7 @@ import torch
 from diffusers_ext.core.card_push import PushWithCard
 from diffusers_ext.core.hub import Card
 from diffusers_ext.core.pipeline_hand_over import HandOver, register_auto_pipeline
+from diffusers_ext.core.suggestions import check_keywords
 from diffusers_ext.golden_noise.loading import load_noise_model
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
@@ -159,13 +159,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         calls = [owner.__call__ for owner in type(self).__mro__ if "__call__" in vars(owner)]
         takes = {name for call in calls for name in inspect.signature(call).parameters}
         known = sorted(takes - {"self", "args", "kwargs"}) + list(_DEPRECATED_IN_CALLS)
-        for name in arguments:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                meant = f" Did you mean `{close[0]}`?" if close else ""
-                raise TypeError(
-                    f"{type(self).__name__}.__call__() got an unexpected keyword argument {name!r}.{meant}"
-                )
+        check_keywords(arguments, known, f"{type(self).__name__}.__call__")
 
     @contextmanager
     def _golden(self, scale: float) -> Iterator[None]:

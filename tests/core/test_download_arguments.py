@@ -20,7 +20,7 @@ def test_others_are_named_with_what_was_meant():
         TypeError, match=r"load\(\) got an unexpected keyword argument 'revison'"
     ) as e:
         check_download_arguments({"token": None, "revison": "main"}, "load")
-    assert "Did you mean `revision`?" in str(e.value)
+    assert "Did you mean 'revision'?" in str(e.value)
     with pytest.raises(TypeError, match="'typo': of a download it takes revision") as e:
         check_download_arguments({"typo": 1}, "load")
     assert "Did you mean" not in str(e.value)

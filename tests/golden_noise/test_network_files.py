@@ -139,5 +139,5 @@ def test_indices_name_files_beside_them(tmp_path):
 def test_unknown_keywords_are_refused_for_a_local_folder(tmp_path, name):
     network = saved(tmp_path, name)
     for load in (load_noise_model, type(network).from_pretrained):
-        with pytest.raises(TypeError, match="'subfoldr'.*Did you mean `subfolder`"):
+        with pytest.raises(TypeError, match="'subfoldr'.*Did you mean 'subfolder'"):
             load(tmp_path, subfoldr="a")

@@ -92,8 +92,8 @@ def test_scales_that_are_not_finite_are_refused(scale):
 @every_family
 def test_unknown_keywords_are_refused_with_what_was_meant(family):
     pipeline = golden_pipeline(family)
-    with pytest.raises(TypeError, match="'golden_scale'.*Did you mean `golden_noise_scale`"):
+    with pytest.raises(TypeError, match="'golden_scale'.*Did you mean 'golden_noise_scale'"):
         draw(pipeline, family, golden_scale=1)
     pipeline.set_noise_model(None)
-    with pytest.raises(TypeError, match="'num_inference_step'.*Did you mean `num_inference_steps`"):
+    with pytest.raises(TypeError, match="'num_inference_step'.*Did you mean 'num_inference_steps'"):
         draw(pipeline, family, num_inference_step=1)

@@ -42,7 +42,9 @@ def test_what_a_pipeline_does_not_know_must_be_given(hub, digits, few_statistics
             pipeline.save_pretrained(tmp_path / "out", push_to_hub=True, **{**FACTS, missing: None})
     assert not (tmp_path / "out").exists()
     add_random_lora(pipeline.unet)
-    with pytest.raises(ValueError, match=r"must have no LoRA loaded, got \['default'\]"):
+    with pytest.raises(
+        ValueError, match=r"must hold no adapters .*, got \['default'\] in its `unet`"
+    ):
         pipeline.push_to_hub("tester/subject", **FACTS)
     assert not hub.repos
 
