@@ -21,5 +21,5 @@ def check_download_arguments(arguments: Mapping[str, Any], function: str) -> Non
         arguments: what a loader got as `**download_arguments`.
         function: name of the loader, as the user calls it.
     """
-    takes = f"of a download {', '.join(DOWNLOAD_ARGUMENTS[:5])}"
+    takes = f"of a download it takes {', '.join(DOWNLOAD_ARGUMENTS[:5])}"
     check_keywords(arguments, DOWNLOAD_ARGUMENTS, function, takes)

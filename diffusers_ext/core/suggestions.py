@@ -29,12 +29,12 @@ def check_keywords(
         arguments: names that were given.
         known: names that there are.
         function: what was called, as the user writes it, without parentheses.
-        takes: the most useful of the known names, in words.
+        takes: a clause with the most useful of the known names, such as `"it takes rank"`.
     """
     known = list(known)
     for name in arguments:
         if name not in known:
-            told = f": it takes {takes}." if takes else "."
+            told = f": {takes}." if takes else "."
             raise TypeError(
                 f"{function}() got an unexpected keyword argument {name!r}{told}"
                 f"{did_you_mean(name, known)}"

@@ -63,7 +63,7 @@ class CheckedWeights:
     def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
         """Raise `TypeError` for a keyword that is neither `from_pretrained`'s nor of the config."""
         known = [*LOADING_ARGUMENTS, *_config_fields(cls)]
-        takes = f"{', '.join(LOADING_ARGUMENTS[:8])} and the fields of the config"
+        takes = f"it takes {', '.join(LOADING_ARGUMENTS[:8])} and the fields of the config"
         check_keywords(arguments, known, f"{cls.__name__}.from_pretrained", takes)
 
     @classmethod

@@ -14,7 +14,7 @@ def test_the_nearest_names():
 def test_keywords_that_nothing_takes():
     check_keywords({"rank": 4}, ["rank", "seed"], "train")
     with pytest.raises(TypeError) as refused:
-        check_keywords({"rnak": 4}, iter(["rank", "seed"]), "train", "rank")
+        check_keywords({"rnak": 4}, iter(["rank", "seed"]), "train", "it takes rank")
     assert str(refused.value) == (
         "train() got an unexpected keyword argument 'rnak': it takes rank. Did you mean 'rank'?"
     )
