@@ -99,14 +99,7 @@ class Artifact:
         repo_id: str | None = None,
         **hub_arguments: Any,
     ) -> None:
-        """Write the folder; with `push_to_hub=True` also upload it, and nothing else in the folder.
-
-        Args:
-            save_directory: folder, made when absent.
-            push_to_hub: upload afterwards.
-            repo_id: repository; the folder's name when `None`.
-            hub_arguments: as in `push_to_hub`.
-        """
+        """Write the folder; with `push_to_hub=True` also upload what was written."""
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
@@ -134,7 +127,6 @@ class Artifact:
         """Upload to a model repository, made when absent, with a model card.
 
         Args:
-            repo_id: `"user/name"`.
             hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`,
                 `subfolder`; and for the card, where the object does not know them, `base_model`,
                 `license`, `trained_on`, `settings`, `results` and the facts of its kind.
@@ -163,7 +155,6 @@ class Artifact:
 
         Args:
             pretrained_model_name_or_path: a local folder, or `"user/name"`.
-            subfolder: folder inside it.
             download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`,
                 `force_download`.
 

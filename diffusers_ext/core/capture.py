@@ -26,7 +26,6 @@ def capture(
     input of a wrapped Linear is its own.
 
     Args:
-        model: module that holds the targets.
         targets: glob pattern(s) on dotted names, or `{name: module}`.
         sink: `sink(name, features)`; `features` is detached, of whatever shape and dtype the module
             sees, usually `(batch, tokens, dim)`. It is called once per forward call of the module,

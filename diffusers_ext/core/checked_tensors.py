@@ -80,12 +80,9 @@ def read_tensors(
     """All tensors of a safetensors file and its metadata.
 
     Args:
-        path: the file.
         expected: all names that must be there and no others, each with its shape, or with a tensor
             (also on `meta`) whose shape and dtype it must have; any names when `None`.
         dtypes: those that tensors may have, such as `FLOATING`; any when `None`.
-        finite: refuse NaN and infinity.
-        remedy: last sentence of an error.
 
     Returns:
         The tensors on the CPU, and the metadata, empty where there is none.
@@ -191,7 +188,6 @@ def check_config_fits(
         path: safetensors file of the weights.
         counts: settings each unit of which has at least one tensor, such as `num_layers`.
         sides: settings that are a side of at least one tensor, or part of one, such as `width`.
-        config_path: named in errors; the weights alone when `None`.
 
     Raises:
         ValueError: a setting that is no positive integer, or larger than the file can serve.

@@ -15,11 +15,6 @@ DOWNLOAD_ARGUMENTS = (
 
 
 def check_download_arguments(arguments: Mapping[str, Any], function: str) -> None:
-    """Raise `TypeError` where a keyword is none of a download, whether or not one takes place.
-
-    Args:
-        arguments: what a loader got as `**download_arguments`.
-        function: name of the loader, as the user calls it.
-    """
+    """Raise `TypeError` where a keyword is none of a download, whether or not one takes place."""
     takes = f"of a download it takes {', '.join(DOWNLOAD_ARGUMENTS[:5])}"
     check_keywords(arguments, DOWNLOAD_ARGUMENTS, function, takes)

@@ -24,7 +24,6 @@ def folder_lock(folder: str | os.PathLike, flag: str = "output_dir") -> Iterator
     made when absent, and removed with the parents made for it when the block leaves it empty.
 
     Args:
-        folder: to hold.
         flag: what the folder is called on the command line.
 
     Raises:

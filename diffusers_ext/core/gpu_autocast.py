@@ -16,10 +16,6 @@ def gpu_autocast(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Only for a model that is thrown away: its norms stay so, for gradient checkpointing runs them again
     in the backward pass.
-
-    Args:
-        model: that is run inside.
-        dtype: half precision; float32 is no autocast.
     """
     if dtype == torch.float32:
         yield

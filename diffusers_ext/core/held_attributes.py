@@ -35,9 +35,6 @@ def held_attribute(
     the last one that which it had before the first. An attribute that was not there goes again.
 
     Args:
-        owner: any object; all threads see the value.
-        name: of the attribute.
-        value: to be held.
         write: called as `write(owner, name, value)` in the place of `setattr`.
     """
     key, mine = (id(owner), name), object()

@@ -97,10 +97,7 @@ def not_found(argument: str, source: str | os.PathLike, kind: str, error: BaseEx
     """One line for what neither a folder nor the Hub has given.
 
     Args:
-        argument: the user's argument.
-        source: what it holds.
         kind: what was looked for, such as `"a pipeline"`.
-        error: of the loading.
     """
     reason = unreachable(error)
     wanted = f"`{argument}` must be a folder or Hub name of {kind}, got {source}"

@@ -13,10 +13,6 @@ def check_diffusion_levels(scheduler: Any, name: str = "scheduler") -> None:
 
     Schedulers of EDM, consistency and flow-matching models have none; from their configurations alone
     diffusers would make default levels without a word.
-
-    Args:
-        scheduler: of diffusers; it is only read.
-        name: of the argument, for the error.
     """
     levels = getattr(scheduler, "alphas_cumprod", None)
     if isinstance(levels, torch.Tensor) and not scheduler.config.get("use_flow_sigmas"):
@@ -32,9 +28,6 @@ def check_diffusion_levels(scheduler: Any, name: str = "scheduler") -> None:
 
 def training_schedule(scheduler: Any) -> DDPMScheduler:
     """The noise schedule that a model under this scheduler was trained with, for further training.
-
-    Args:
-        scheduler: of a pipeline, predicting noise or velocity; it is only read.
 
     Raises:
         ValueError: a scheduler that predicts something else, or with levels that a `DDPMScheduler` of its
@@ -66,12 +59,7 @@ def check_prediction_type(scheduler: Any) -> None:
 
 
 def check_min_snr(schedule: DDPMScheduler, snr_gamma: float | None) -> None:
-    """Raise `ValueError` where Min-SNR weights (arXiv 2303.09556) would divide by zero.
-
-    Args:
-        schedule: of the training.
-        snr_gamma: limit of the weights; `None` for no weighting.
-    """
+    """Raise `ValueError` where Min-SNR weights (arXiv 2303.09556) would divide by zero."""
     levels = schedule.alphas_cumprod
     noise_alone = schedule.config.prediction_type == "epsilon" and bool((levels <= 0).any())
     if snr_gamma is not None and (noise_alone or bool((levels >= 1).any())):

@@ -21,10 +21,7 @@ def read_pickled_tensors(
     """What a file of `torch.save` holds, on the CPU.
 
     Args:
-        path: the file.
         mmap: map it into memory instead of reading it; only of the newer format, a zip file.
-        finite: refuse NaN and infinity in any tensor of it.
-        remedy: last sentence of an error.
 
     Raises:
         ValueError: no regular file, a damaged one, other objects than tensors and plain containers,

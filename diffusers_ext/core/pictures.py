@@ -40,10 +40,7 @@ class FoundFiles:
     """What of a folder is read, and what is not.
 
     Attributes:
-        folder: that was looked through.
         paths: that are read, in order of name.
-        passed_over: why each other entry of the folder is not read, by its name.
-        kind: what is read, in the plural.
     """
 
     folder: Path
@@ -69,10 +66,6 @@ class FoundFiles:
 
 def find_pictures(folder: str | os.PathLike, name: str = "folder") -> FoundFiles:
     """The pictures of a folder, by the ends of their names, subfolders not included.
-
-    Args:
-        folder: to look through.
-        name: of the argument, for errors.
 
     Raises:
         ValueError: no such folder, or no picture in it.
@@ -154,10 +147,6 @@ def rgb_picture(image: Image.Image, name: str = "The picture") -> Image.Image:
 
     16-bit and 32-bit whole numbers are rescaled from 0 ... 65535, floats from 0 ... 1. An embedded colour
     profile other than sRGB is applied. An RGB image with neither comes back as a plain copy.
-
-    Args:
-        image: to convert; it stays as it is.
-        name: of the picture, for warnings.
 
     Raises:
         ValueError: values out of these ranges, or a mode that has no colours.

@@ -98,8 +98,6 @@ def use_processors(
     backward pass with gradient checkpointing belongs inside the context.
 
     Args:
-        model: a diffusers UNet or transformer.
-        processor: the prototype; nothing is written to it.
         targets: glob pattern(s) on dotted names of attention layers, such as `"*attn2"`.
 
     Yields:
@@ -166,8 +164,6 @@ def _without(now: Any, scope: CallScope, original: Any) -> Any:
     """A layer's processor without the wrapping of one use; those of other threads stay.
 
     Args:
-        now: the layer's processor.
-        scope: of the use that ends.
         original: the processor when the use began, which comes back where another was put since.
     """
     outer, processor = None, now

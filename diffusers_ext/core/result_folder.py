@@ -31,10 +31,7 @@ def check_no_result(
     """Raise `ValueError` where a folder holds a finished result: a second one must not replace it unasked.
 
     Args:
-        folder: where a result is to go; it may be absent.
         names: files that tell of a result written without `staged_output`.
-        flag: what the folder is called on the command line.
-        hint: a further remedy.
     """
     folder = Path(folder)
     found = [name for name in _finished(folder) if (folder / name).exists()]
@@ -72,9 +69,6 @@ def staged_output(
             the others move and come last, so old and new are never taken for one result.
         beside: patterns of files that the run has written to `output_dir` itself.
 
-    Yields:
-        The hidden folder.
-
     Raises:
         OSError: the disk is full; it names the folder.
     """
@@ -97,7 +91,6 @@ def remove_result(folder: str | os.PathLike, patterns: Sequence[str] = ()) -> No
     """Remove a result's files, and folders that are empty then; what nobody listed stays.
 
     Args:
-        folder: of the result.
         patterns: further files of it, such as those of a result without a list.
     """
     folder = Path(folder)

@@ -50,13 +50,11 @@ class SecondMoment:
     Totals are sums, so parts of a stream can be merged and reduced over processes in any order.
 
     Args:
-        dim: width of the vectors.
         device: where the total lives.
         compute_dtype: dtype of one update's Gram matrix; the running total is float64 always.
 
     Attributes:
         total: `(dim, dim)` float64, `sum x x^T`.
-        count: number of vectors seen.
         floor: eigenvalues below this share of the largest are rounding of the Gram matrices.
     """
 
@@ -151,7 +149,6 @@ class LowRankMoment:
         vectors: `(dim, k)`, orthonormal columns.
         values: `(k,)` eigenvalues of `C`.
         rest: energy per direction outside `vectors`.
-        count: number of vectors behind `C`.
     """
 
     def __init__(

@@ -7,12 +7,7 @@ from difflib import get_close_matches
 
 
 def did_you_mean(given: str | Iterable[str], known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for an error, with the nearest known name of each; empty without any.
-
-    Args:
-        given: one or several unknown names.
-        known: all names that there are.
-    """
+    """` Did you mean 'x'?` for an error, with the nearest known name of each; empty without any."""
     names = [given] if isinstance(given, str) else list(given)
     options = {str(name).lower(): str(name) for name in known}
     found = [get_close_matches(str(name).lower(), options, n=1, cutoff=0.6) for name in names]
@@ -26,8 +21,6 @@ def check_keywords(
     """Raise `TypeError`, as Python does, for a keyword that would be passed over in silence.
 
     Args:
-        arguments: names that were given.
-        known: names that there are.
         function: what was called, as the user writes it, without parentheses.
         takes: a clause with the most useful of the known names, such as `"it takes rank"`.
     """

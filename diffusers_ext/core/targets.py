@@ -20,11 +20,6 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 def match_names(names: Iterable[str], patterns: str | Sequence[str], kind: str) -> list[str]:
     """The names that match a glob pattern, or one of several, in natural order.
 
-    Args:
-        names: dotted names.
-        patterns: such as `"*attn2.to_k"`.
-        kind: what the names are, for the error message.
-
     Raises:
         ValueError: there is no pattern, or one that matches nothing.
     """
@@ -48,7 +43,6 @@ def find_modules(model: torch.nn.Module, targets: Targets) -> dict[str, torch.nn
     """Submodules of `model` by name pattern.
 
     Args:
-        model: any module.
         targets: glob pattern(s) on dotted names (`"*attn2.to_k"`), or a ready `{name: module}`.
 
     Returns:

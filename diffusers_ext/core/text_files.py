@@ -32,11 +32,7 @@ _KINDS = {dict: "object", list: "list"}
 
 
 def read_text(path: str | os.PathLike, most_bytes: int = MAX_TEXT_BYTES) -> str:
-    """A text file in UTF-8, or in UTF-16 or UTF-32 where it begins with their byte-order mark.
-
-    Raises:
-        ValueError: no regular file, a larger one, another encoding, or no text.
-    """
+    """A text file in UTF-8, or in UTF-16 or UTF-32 where it begins with their byte-order mark."""
     return decode(read_bytes(path, most_bytes), path)
 
 

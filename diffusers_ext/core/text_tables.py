@@ -31,9 +31,6 @@ def read_prompt_texts(
     Args:
         path: text, one prompt a line, or a table by its ending: `.csv`, `.tsv`, `.json`, `.jsonl`,
             `.parquet`.
-        column: of a table.
-        argument: the user's, named in errors.
-        comments: skip lines of a text file that begin with `#`.
 
     Raises:
         ValueError: no such file or column, another format, a broken row, or no prompt.
@@ -65,7 +62,6 @@ def read_grouped_prompts(path: str | os.PathLike, argument: str) -> GroupedPromp
 
     Args:
         path: with the columns `prompt` and `group`, and maybe `seed`; others are passed over.
-        argument: the user's, named in errors.
 
     Raises:
         ValueError: no such file or column, an empty field, or a seed that is no whole number from 0.
@@ -125,8 +121,6 @@ def read_rows(
     A whole number is the text of its digits, as in CSV, and nothing (`null`) the empty one.
 
     Args:
-        path: ends in one of `TABLE_SUFFIXES`.
-        columns: that it must have.
         optional: that it may have; `""` in all rows where it has not.
 
     Yields:
@@ -161,7 +155,6 @@ def read_csv(path: str | os.PathLike, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a CSV file whose fields are parted by commas, semicolons or tabs, all columns.
 
     Args:
-        path: of the file; fields are parted by tabs only where it ends in `.tsv`.
         columns: that it must have, by which the delimiter is found.
 
     Raises:

@@ -36,7 +36,6 @@ class MultiHeadAttention(nn.Module):
         Args:
             tokens: `(batch, tokens, width)`.
             context: `(batch, context_tokens, context_width)`; `tokens` when `None`.
-            mask: bool, broadcasts to `(batch, heads, tokens, keys)`; true where a key is read.
             past: keys and values that come before those of `context`.
 
         Returns:

@@ -46,9 +46,6 @@ class ForeignPairDataset(Dataset):
     Items are as in `PairDataset`, one file read at a time.
 
     Attributes:
-        prompts: one per item.
-        num_steps: golden noises an item.
-        latent_shape: `(channels, height, width)`.
         facts: `None`: such sets say nothing about how they were made.
     """
 

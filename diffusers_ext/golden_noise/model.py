@@ -29,9 +29,6 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         patch_size: latent pixels a side of one token.
         sample_size: latent pixels a side at the size trained at; it sets the finest position wave.
         text_embed_dim: width of the text embeddings.
-        width: of the tokens, at least the numbers in a patch.
-        num_layers: transformer blocks.
-        num_heads: of each attention.
     """
 
     config_name = "config.json"
@@ -115,10 +112,6 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
 
 def to_patches(latents: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
     """Cut latents into patches, row by row; a size that is no multiple is padded with zeros.
-
-    Args:
-        latents: `(batch, channels, height, width)`.
-        patch_size: side of a patch.
 
     Returns:
         `(batch, rows * columns, channels * patch_size**2)` and `(rows, columns)`.

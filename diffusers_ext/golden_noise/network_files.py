@@ -74,11 +74,6 @@ class CheckedWeights:
 
         Whole, finite, no others, of the shapes that the config describes; what is too large is
         refused by the header of the file, before memory is taken.
-
-        Args:
-            source: a local folder, or `"user/name"`.
-            config: of its `config.json`.
-            arguments: of `from_pretrained`.
         """
         if arguments.get("use_flashpack"):  # pipelines pass it on, false by default
             raise ValueError(

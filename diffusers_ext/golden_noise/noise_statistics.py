@@ -19,9 +19,6 @@ class NoiseStatistics(NamedTuple):
 def noise_statistics(noise: torch.Tensor) -> NoiseStatistics:
     """Moments and neighbour correlation of each noise of a batch.
 
-    Args:
-        noise: `(batch, channels, height, width)`.
-
     Raises:
         ValueError: another number of dimensions, or a single row and column.
     """
@@ -74,7 +71,6 @@ def match_energy(noise: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
     Args:
         noise: `(batch, ...)`.
-        source: of the same shape.
 
     Returns:
         `noise` times one factor a sample, in its dtype.
@@ -98,7 +94,6 @@ def match_spectrum(noise: torch.Tensor, source: torch.Tensor, bins: int = 8) -> 
     whiteness and variance.
 
     Args:
-        noise: `(batch, channels, height, width)`.
         source: of the same shape; equal noise stays as it is to the bit.
         bins: rings between frequency 0 and 0.5 cycles a latent pixel; the first is half as wide.
 

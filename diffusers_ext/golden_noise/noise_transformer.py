@@ -21,13 +21,9 @@ class NoiseTransformer(nn.Module):
     columns of the output. All published weights were trained that way, so it is kept.
 
     Args:
-        in_channels: of the noise.
-        sample_size: height and width of the noise.
         image_size: of the Swin, in pixels.
         patch_size: in pixels.
         embed_dim: width of the first stage; each further stage doubles it.
-        depths: layers per stage.
-        num_heads: per stage.
         window_size: in patches; divides the side of the map of every stage.
         adapter: the design document's `nt_adapter`: a residual convolution block before the Swin
             that starts as the identity.
@@ -106,11 +102,6 @@ class NoiseCrossAttention(nn.Module):
 
     Each position of the branch's output is a query, each position of the text-scaled noise a key;
     a residual that starts at zero.
-
-    Args:
-        channels: of both.
-        num_heads: of the attention.
-        head_dim: width of a head.
     """
 
     def __init__(self, channels: int, num_heads: int = 8, head_dim: int = 64) -> None:

@@ -46,9 +46,7 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
 
     Args:
         in_channels: of the noise; a square number, as the channels are laid out as a square.
-        sample_size: height and width of the noise.
         text_embed_dim: width of the text embeddings; 2048 for SDXL, 1024 for Hunyuan-DiT.
-        text_length: number of tokens.
         svd_hidden_dim: width of the networks of the singular vectors.
         svd_output_dim: width of the network of the pooled tokens.
         svd_num_heads: heads of the attention over singular vectors.
@@ -57,8 +55,6 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         swin_image_size: pixels of Swin's square image.
         swin_patch_size: pixels of a patch's side.
         swin_embed_dim: width of Swin's first stage.
-        swin_depths: layers per stage.
-        swin_num_heads: heads per stage.
         swin_window_size: patches of a window's side.
         svd_dropout: LayerNorm, GELU, dropout and stochastic depth in the SVD branch.
         nt_adapter: a residual convolution block before the Swin.
@@ -132,13 +128,8 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         """Load published weights: the official `.pth`, or safetensors with the same keys, flat.
 
         Args:
-            path: a local file.
             variant: `"SDXL"` (also DreamShaper's) or `"Hunyuan-DiT"` to insist on one; the weights
                 themselves tell which it is.
-            dtype: float32 when `None`.
-
-        Returns:
-            In evaluation mode.
 
         Raises:
             FileNotFoundError: no such file.

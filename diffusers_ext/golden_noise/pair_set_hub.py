@@ -107,15 +107,7 @@ def pair_set_card(
 
     Args:
         made: the facts of `generate_npd.py`, which the other arguments go before; `None` without.
-        num_pairs, num_rejected, num_steps, latent_shape: of the set.
-        base_model: Hub name, folder or label of the model that the noises are for.
-        trained_on: what the set was made from.
-        license: the base model's own when `None`.
-        pipeline: class of the base model's pipeline.
         reward: name and version of what judged the pairs; the empty string for none.
-        results: what was measured.
-        settings: how the set was made.
-        token: to read the base model's card.
 
     Raises:
         ValueError: a fact that is neither given nor known.
@@ -186,12 +178,6 @@ def download_pairs(
     **download_arguments: Any,
 ) -> Path:
     """The folder of a set from the Hub, whole.
-
-    Args:
-        name: `"user/name"` of a repository of data.
-        argument: the user's argument that holds it, for errors.
-        revision, subfolder: of the repository.
-        download_arguments: `cache_dir`, `token`, `local_files_only`, `force_download`.
 
     Raises:
         ValueError: no such repository or revision, or one that was never downloaded whole with

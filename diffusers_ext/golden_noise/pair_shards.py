@@ -89,11 +89,7 @@ def write_shard(
     """Write one shard; the summary, which says that it is there, comes last.
 
     Args:
-        folder: of the set.
-        shard: number of the shard.
         deltas: `(pairs, steps, channels, height, width)` float16, golden noises minus the source's.
-        pairs: the rows of `deltas`.
-        rejected: what the filter refused.
     """
     files = shard_files(folder, shard)
     contents = [
@@ -153,8 +149,6 @@ def check_shard(
     """The rows of a shard, after a check that every one has its tensor.
 
     Args:
-        folder: of the set.
-        shard: number of the shard.
         item_shape: `(steps, channels, height, width)`.
         verify: also compare the SHA-256 of every file.
 

@@ -64,15 +64,7 @@ class PairWriter:
         num_shards: int,
         facts: dict[str, Any] | None = None,
     ) -> None:
-        """Name the folder; nothing is written yet.
-
-        Args:
-            folder: of the set.
-            latent_shape: `(channels, height, width)`.
-            num_steps: golden noises an item.
-            num_shards: of the finished set.
-            facts: JSON-able; how the set is made.
-        """
+        """Name the folder; nothing is written yet."""
         self.folder = Path(folder)
         self.item_shape = (num_steps, *latent_shape)
         self.num_shards = num_shards
@@ -150,10 +142,7 @@ class PairWriter:
         """Keep the result of one batch.
 
         Args:
-            shard, part: which batch.
             deltas: `(pairs, steps, channels, height, width)`, golden noises minus their source.
-            pairs: the rows of `deltas`.
-            rejected: what the filter refused.
 
         Raises:
             ValueError: a shape that does not fit, or values that are not finite in float16.

@@ -53,11 +53,7 @@ class PairDataset(Dataset):
     `datasets.load_dataset(folder, "pairs")` and `"rejected"`.
 
     Attributes:
-        prompts: one per item.
         records: seeds, rewards and noise statistics, one per item.
-        num_steps: golden noises an item.
-        latent_shape: `(channels, height, width)`.
-        facts: how the set was made.
         complete: whether the generation has ended.
     """
 

@@ -17,12 +17,9 @@ def patch_positions(
     frequencies f spaced geometrically from 1/2 cycle to `max_frequency` cycles a side.
 
     Args:
-        rows: of patches.
-        columns: of patches.
         width: length of a position, a multiple of 4.
         max_frequency: half the patches of a side at the size trained at, the finest wave that these
             patches can tell apart. Another size then samples the same waves more or less densely.
-        device: where the result lies.
 
     Returns:
         `(rows * columns, width)` float32, row by row.

@@ -34,14 +34,7 @@ def step_coefficients(
     num_steps: int = 10,
     legacy_inversion: bool = False,
 ) -> RedenoiseCoefficients:
-    """What `redenoise` computes with: levels of the pipeline's scheduler, which is only read.
-
-    Args:
-        pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux.
-        size: height and width of the latents.
-        num_steps: as in `redenoise`.
-        legacy_inversion: as in `redenoise`.
-    """
+    """What `redenoise` computes with: levels of the pipeline's scheduler, which is only read."""
     family = pipeline_family(pipeline)
     if family not in ("sd3", "flux"):
         return diffusion_coefficients(pipeline.scheduler, num_steps, legacy_inversion)
@@ -142,9 +135,6 @@ def redenoise_sequence(
     """Re-denoise again and again, each time from the noise before, brought back to its energy.
 
     Args:
-        pipeline: as in `redenoise`, like all others.
-        latents: `(batch, channels, height, width)`, unit noise.
-        text: the prompts, one a sample.
         repeats: how many times; two calls of the denoiser each.
 
     Returns:

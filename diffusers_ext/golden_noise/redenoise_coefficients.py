@@ -39,13 +39,7 @@ class RedenoiseCoefficients(NamedTuple):
 def ddim_step_coefficients(
     from_alpha: float, to_alpha: float, prediction_type: str
 ) -> tuple[float, float]:
-    """Factors of sample and output in a DDIM step (arXiv:2010.02502, equation 12, eta = 0).
-
-    Args:
-        from_alpha: `alphas_cumprod` of the sample's level.
-        to_alpha: of the level to go to, up or down.
-        prediction_type: `"epsilon"` or `"v_prediction"`.
-    """
+    """Factors of sample and output in a DDIM step (arXiv:2010.02502, equation 12, eta = 0)."""
     signal, noise = math.sqrt(from_alpha), math.sqrt(1 - from_alpha)
     to_signal, to_noise = math.sqrt(to_alpha), math.sqrt(1 - to_alpha)
     if prediction_type == "v_prediction":

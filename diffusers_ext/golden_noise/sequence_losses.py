@@ -6,15 +6,7 @@ import torch
 
 
 def squared_error(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error, `mean((y - mu)^2)`.
-
-    Args:
-        mean: predicted states mu, any shape.
-        target: true states y, of the same shape.
-
-    Returns:
-        Scalar.
-    """
+    """Mean squared error, `mean((y - mu)^2)`."""
     _check_same_shape("target", target, mean)
     return (target - mean).square().mean()
 
@@ -25,12 +17,7 @@ def gaussian_nll(mean: torch.Tensor, logvar: torch.Tensor, target: torch.Tensor)
     `mean(0.5 * ((y - mu)^2 * exp(-l) + l))`; at fixed mu its minimum is `l = log (y - mu)^2`.
 
     Args:
-        mean: predicted states mu, any shape.
         logvar: log-variances l, of the same shape.
-        target: true states y, of the same shape.
-
-    Returns:
-        Scalar.
     """
     _check_same_shape("target", target, mean)
     _check_same_shape("logvar", logvar, mean)
@@ -48,7 +35,6 @@ def output_statistics_kl(mean: torch.Tensor, logvar: torch.Tensor | None = None)
 
     Args:
         mean: predicted states mu, `(batch, steps, channels, height, width)`.
-        logvar: log-variances l, of the same shape, when predicted.
 
     Returns:
         Scalar, not negative; 0 where every output has mean 0 and variance 1.

@@ -35,20 +35,13 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
     `predict_residual` an untrained network is the identity. Any height and width.
 
     Args:
-        in_channels: of the latents.
         sample_size: side of the latents trained at, in latent pixels.
         cnn_base_filters: channels of the first stage; each further one doubles them and halves the
             resolution.
         cnn_num_blocks: residual blocks of each stage.
         cnn_feat_dim: width of attention and pooled text at the lowest resolution.
         gru_hidden_size: of the state a place.
-        gru_num_layers: GRU layers.
         text_embed_dim: width of the text embeddings.
-        num_attention_heads: of all attention.
-        num_attention_layers: blocks of self- and cross-attention before the GRU.
-        num_text_layers: self-attention blocks over the text.
-        dropout: inside the blocks.
-        num_steps: longest sequence.
         predict_variance: predict a log-variance for every value, too.
         predict_residual: predict the change of a state instead of the next state.
         pooled_text: read pooled text embeddings `(batch, dim)` instead of one embedding a token.

@@ -24,11 +24,7 @@ class FrameMemory(NamedTuple):
 
 
 def frame_causal_mask(steps: int, patches: int, device: torch.device | None = None) -> torch.Tensor:
-    """Who sees whom: every patch sees all patches of its own and of earlier frames.
-
-    Returns:
-        Bool `(steps * patches, steps * patches)`, true where row reads column.
-    """
+    """Who sees whom: every patch sees all patches of its own and of earlier frames."""
     frame = torch.arange(steps, device=device).repeat_interleave(patches)
     return frame[:, None] >= frame[None, :]
 
@@ -44,15 +40,9 @@ class NoiseSequenceTransformer(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
     Args:
         in_channels: of the latents.
         sample_size: side of the latents trained at, in latent pixels.
-        patch_size: side of a patch, in latent pixels.
-        text_embed_dim: width of the text embeddings.
-        d_model: width of the tokens.
         nhead: attention heads.
         num_encoder_layers: self-attention blocks over the text.
-        num_decoder_layers: blocks over the noise.
-        dim_feedforward: width inside the blocks.
         dropout: on each block's changes.
-        num_steps: longest sequence.
         predict_variance: predict a log-variance for every value, too.
         predict_residual: predict the change of a state instead of the next state.
     """

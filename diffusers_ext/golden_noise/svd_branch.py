@@ -133,13 +133,10 @@ class SVDBranch(nn.Module):
 
     Args:
         in_channels: of the noise, a square number.
-        sample_size: height and width of the noise.
         hidden_dim: inside the networks of the vectors; the side of the matrix with `dropout`.
-        output_dim: inside the network of the pooled tokens.
         num_heads: of the attention over tokens; divides the side of the matrix.
         dropout: the design document's `svd_dropout`: LayerNorm, GELU and dropout in the networks,
             and the attention as a residual path with stochastic depth.
-        signs: as in `singular_parts`.
     """
 
     def __init__(

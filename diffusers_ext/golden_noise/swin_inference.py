@@ -67,11 +67,8 @@ def reordering(
     """Index from one order of tokens to another.
 
     Args:
-        size: side of the map.
-        window: side of a window.
         before: the shift of the windows, `None` for raster order.
         after: the shift of the windows, `"raster"` or `"quads"`.
-        device: of the index.
     """
     raster = torch.arange(size * size, device=device)
     if isinstance(after, int):
@@ -112,7 +109,6 @@ def swin_layer(layer: SwinLayer, windows: torch.Tensor, bias: torch.Tensor) -> t
     """A Swin layer on any number of its windows.
 
     Args:
-        layer: the layer.
         windows: `(windows, area, dim)`.
         bias: `(windows or 1, heads, area, area)`, added to the attention scores.
     """
@@ -134,7 +130,6 @@ def in_groups(layer: SwinLayer, x: torch.Tensor, mask: torch.Tensor | None) -> t
     """A Swin layer on tokens in window order, as many windows at a time as a core's cache holds.
 
     Args:
-        layer: the layer.
         x: `(batch, tokens, dim)`.
         mask: as of `shift_mask`, `None` without a shift.
     """

@@ -25,12 +25,7 @@ class TextReader(nn.Module):
     a mask hides every token of a prompt.
 
     Args:
-        text_embed_dim: width of the text embeddings.
         width: of the tokens that come out.
-        num_layers: transformer blocks; 0 only projects.
-        num_heads: of these blocks.
-        feedforward: width inside these blocks.
-        dropout: in these blocks.
     """
 
     def __init__(

@@ -14,12 +14,7 @@ import torch
 
 
 def window_starts(length: int, window: int) -> list[int]:
-    """First positions of evenly spread windows that cover `length` and overlap by a quarter or more.
-
-    Args:
-        length: at least `window`.
-        window: length of one.
-    """
+    """First positions of evenly spread windows that cover `length`, overlapping by a quarter or more."""
     step = max(1, window * 3 // 4)
     count = 1 + math.ceil((length - window) / step)
     return [round(i * (length - window) / max(1, count - 1)) for i in range(count)]
@@ -34,11 +29,7 @@ def blending_weights(window: int, device: torch.device | str = "cpu") -> torch.T
 
 
 def noise_seed(noise: torch.Tensor) -> int:
-    """A seed that one sample's noise stands for: of its signs, which scaling and rounding leave.
-
-    Args:
-        noise: of one sample.
-    """
+    """A seed that one sample's noise stands for: of its signs, which scaling and rounding leave."""
     signs = (noise.detach() > 0).cpu().numpy().tobytes()
     return int.from_bytes(hashlib.sha256(signs).digest()[:8], "little") >> 1
 
@@ -50,11 +41,7 @@ def continue_noise(noise: torch.Tensor, height: int, width: int) -> torch.Tensor
     alike in any batch and on any device.
 
     Args:
-        noise: `(batch, channels, rows, columns)`.
         height, width: at least `rows` and `columns`.
-
-    Returns:
-        `(batch, channels, height, width)`.
     """
     rows, columns = noise.shape[-2:]
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -111,7 +98,6 @@ def text_windows(text: torch.Tensor, length: int) -> list[torch.Tensor]:
 
     Args:
         text: `(batch, tokens, dim)`, at least `length` tokens.
-        length: of a part.
     """
     tokens = text.shape[1]
     count = math.ceil(tokens / length)

@@ -48,12 +48,9 @@ def attention_maps(
 
     Args:
         pipeline: with a `UNet2DConditionModel`; it is left as it was.
-        prompt: one prompt.
         layers: `"all"`, or indices of transformer blocks in natural order.
         steps: which of the scheduler's timesteps to keep, from 0; `"all"`, or five spread evenly
             when `None`.
-        num_inference_steps, guidance_scale, negative_prompt, height, width: of the run.
-        seed: of the initial latents.
 
     Raises:
         TypeError: another denoiser.
@@ -146,7 +143,6 @@ def attention_probabilities(
     """Attention of image positions to text tokens, averaged over heads.
 
     Args:
-        attention: diffusers' `Attention`, for its heads and scale.
         query: `(1, positions, dim)`.
         key: `(1, tokens, dim)`.
 

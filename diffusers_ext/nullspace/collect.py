@@ -66,14 +66,11 @@ def collect_statistics(
         expand_sub_phrases: for K and V also count each prompt with one word left out.
         include_guidance_prompts: `False` leaves the empty and the negative prompt out, which only the
             statistics of a new subject may do: guidance would amplify what moves there.
-        num_inference_steps, guidance_scale, height, width: of the denoising runs.
         batch_size: prompts per denoising run; text is encoded 16 times as many at once.
-        seed: of the initial latents.
         shard: `(index, count)`: take every `count`-th batch from `index` on. The batches are the same
             for every count, so parts sum up to the statistics of one process.
         progress_dir: folder for the running totals of the denoising runs; a killed collection
             continues from them to the same bits.
-        show_progress: show a progress bar.
 
     Returns:
         `FeatureStatistics`; with `shard` those of the part, to be merged by `all_reduce`.

@@ -45,10 +45,7 @@ def debleed_lora(
 
     Args:
         lora: as in `read_lora`, for the model that `statistics` were collected on.
-        statistics: of the prompts to protect.
-        instance_prompts: ask for what the LoRA was trained on.
         pipeline: the base model, to read these with.
-        instance_statistics: ready statistics of the subject, in place of these two.
         strictness: of `subject_projection`; more protects more and keeps less of the subject.
         projector: ready projector, in place of instance prompts and `criterion`.
         uncovered: what to do with modules that have no statistic: `"error"`, `"keep"`, `"drop"`.
@@ -135,10 +132,6 @@ def preserved_energy(
 
     Divided by `tr(W C W^T)` of the model's own weights it is `predicted_drift`; so the share of it
     that `debleed_lora` leaves is the share of the predicted drift.
-
-    Args:
-        lora: as in `read_lora`.
-        statistics: of the preserved prompts.
 
     Returns:
         By dotted name of the Linear; modules without a statistic are left out.

@@ -47,7 +47,6 @@ def generalized_directions(
 
     Args:
         c_new, c_old: `(dim, dim)` float64 second moments.
-        rank: number of directions.
         eps: regularisation, relative to the mean old energy per dimension.
     """
     dim = c_old.shape[0]
@@ -73,7 +72,6 @@ def null_directions(
     Args:
         c_new, c_old: `(dim, dim)` float64.
         basis: `(dim, null dimensions)`, orthonormal columns.
-        rank: number of directions, at most the null dimensions.
     """
     if not 1 <= rank <= basis.shape[1]:
         raise ValueError(
@@ -114,9 +112,6 @@ class NullSpaceDirections:
     """Directions for every Linear that both statistics cover.
 
     Attributes:
-        sets: `{key: DirectionSet}`.
-        sources: `{dotted name of a Linear: key}`.
-        kind: `"generalized"` or `"null"`.
         null_space: which one the latter are of, in words; empty where the caller chose it.
     """
 
@@ -158,12 +153,8 @@ def null_space_directions(
     """Directions for a LoRA of every Linear that the statistics cover.
 
     Args:
-        statistics: of the preserved prompts.
         instance_statistics: of the instance prompts, same features and layers, no sub-phrases.
-        rank: directions per Linear.
-        eps: of `generalized_directions`.
         projector: cut the directions hard to its null spaces in place of the generalised problem.
-        null_space: which ones these are, for the report.
 
     Raises:
         ValueError: a Linear is covered by one of them only, the models differ, `rank` is too large,

@@ -31,7 +31,6 @@ def read_kohya_lora(
 
     Args:
         raw: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
-        where: the file, named in errors.
 
     Raises:
         ValueError: other kinds of adapters (DoRA, LoHa, LoKr), an A without its B, shapes or ranks
@@ -74,9 +73,6 @@ def has_kohya_names(lora: Iterable[str]) -> bool:
 
 def to_kohya_lora(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same LoRA with kohya's names, and one alpha for all modules.
-
-    Args:
-        lora: as `read_lora` gives it, of scale 1.
 
     Raises:
         ValueError: a module without a name there, such as a transformer's.

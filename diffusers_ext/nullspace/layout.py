@@ -62,17 +62,12 @@ def export_layout(
 
     Args:
         statistics: their second moments `C = E[x x^T]`, `(dim, dim)`, become float32.
-        directory: folder of the runs, made when absent.
         threshold: eigenvalues of `C` below this absolute value are null in the projections.
         run_name: of the new folder, starting with `run_`; `run_<YYYYMMDD_HHMMSS>` when `None`.
         timesteps: write the same pooled matrices under each of them, for readers that look a
             timestep up; `(0,)` when `None`. Disk and time grow with their number.
         step_links: also name the timesteps by their order, `step_000` the first given, as symbolic
             links.
-        show_progress: show a progress bar.
-
-    Returns:
-        The folder of the run.
 
     Raises:
         ValueError: the run exists, its name, the threshold or the timesteps are unfit, or the disk
@@ -116,8 +111,6 @@ def layout_size(
     """Bytes that one timestep of a tree takes, without its small metadata.
 
     Args:
-        widths: `{dotted name of a Linear: in_features}`.
-        sources: `{dotted name of a Linear: key}`, with `projected`.
         projected: keys whose matrices have null dimensions, and so a projection; all when `None`.
     """
     size = 0
@@ -219,7 +212,6 @@ def load_layout(
         directory: a run, or a folder with a single `run_*` in it.
         denoiser: gives the layers' dotted names where the tree lacks them, and widths to check.
         allow_centred: take centred covariances as they are; they do not keep the mean input.
-        show_progress: show a progress bar.
 
     Returns:
         `FeatureStatistics`, with the `facts` of the export where the tree holds them.

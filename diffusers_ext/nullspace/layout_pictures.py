@@ -55,10 +55,6 @@ def draw_layer_attention(
         maps: of several prompts, drawn below each other, with the same layers and timesteps.
         folder: gets `timestep_<number>/attention_<layer>.png`. A timestep that a scheduler visits
             twice is shown at its first visit.
-        show_progress: show a progress bar.
-
-    Returns:
-        The files.
     """
     layers, timesteps = list(maps[0].maps), maps[0].timesteps
     if any(list(one.maps) != layers or one.timesteps != timesteps for one in maps):
@@ -92,14 +88,8 @@ def plot_layer_attention(
     more or less than this share a position looks at it.
 
     Args:
-        maps: of several prompts.
-        layer: dotted name.
         position: of the timestep among the kept ones.
-        path: picture file to write.
         limit: ends of the colour scale, in powers of two; of this picture when `None`.
-
-    Returns:
-        The matplotlib figure.
     """
     shown = [one.maps[layer][position : position + 1] for one in maps]
     contrasts = [relative_attention(mean) for mean in shown]
@@ -196,12 +186,7 @@ def plot_covariance_statistics(
     """What every matrix is: its rank, null dimensions, eigenvalues and condition number.
 
     Args:
-        statistics: what to show.
-        path: picture file to write.
         threshold: eigenvalues below this absolute value are null, as in the tree's projections.
-
-    Returns:
-        The matplotlib figure.
     """
     keys = sorted(statistics.moments, key=natural_key)
     quality = statistics.validate()

@@ -85,16 +85,12 @@ def add_null_space_lora(
 
     Args:
         unet: the pipeline's UNet; a PEFT adapter is added to it.
-        statistics: of the preserved prompts.
         instance_prompts: prompts of the new subject; they need `pipeline`, which encodes them.
         pipeline: the pipeline that `unet` belongs to.
         instance_statistics: ready statistics of the subject, in place of the two above.
-        rank: directions per Linear.
-        directions: `"generalized"`, `"null"` or `"soft"`.
         eps: of the generalised problem.
         projector: null spaces for `"null"`; by default the numerical one where it holds enough of the
             subject, else the one with 1e-3 of the energy (`usual_null_space`).
-        adapter_name: name of the adapter.
         lora_config: further LoRA options (dropout); its rank, scale and targets are set here.
 
     Returns:
@@ -184,9 +180,6 @@ def preservation_penalty(
     """Mean over Linears of `tr(D C D^T) / tr(W C W^T)`, the relative output drift on preserved inputs.
 
     Differentiable in the adapter; the loss term of the `"soft"` directions.
-
-    Returns:
-        Scalar float32.
     """
     return torch.stack(list(_relative_drifts(model, statistics, adapter_name).values())).mean()
 
@@ -230,13 +223,6 @@ def save_lora(
 
     `pytorch_lora_weights.safetensors` is diffusers' own, by `save_lora_weights`;
     `comfyui_a1111_kohya.safetensors` has the names that the other programs know. Equal LoRAs are equal files.
-
-    Args:
-        pipeline_class: that loads it.
-        unet: with the adapter.
-        directory: to write to, made when absent.
-        adapter_name: of the adapter.
-        metadata: for both files, as of `diffusers_ext.nullspace.lora_metadata.training_metadata`.
 
     Returns:
         The file for the other programs.

@@ -26,10 +26,6 @@ _NUMBERS = ("lora_alpha", "r")
 def adapter_settings(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     """The settings of PEFT's adapters that diffusers keeps in a file's metadata, checked.
 
-    Args:
-        metadata: of the safetensors file.
-        where: the file, named in errors.
-
     Raises:
         ValueError: no JSON object, a scale or rank that is no number, or a pattern that could run for
             ever.
@@ -76,9 +72,7 @@ def check_pair(name: str, parts: Mapping[str, torch.Tensor], where: str) -> None
     """Raise `ValueError` unless A, B and alpha of one module fit each other.
 
     Args:
-        name: of the module.
         parts: `{"A": (rank, in, ...), "B": (out, rank, ...)}`, and `"alpha"` where there is one.
-        where: the file, named in errors.
     """
     if "A" not in parts or "B" not in parts:
         raise ValueError(

@@ -131,7 +131,6 @@ def check_loaded_lora(pipeline: DiffusionPipeline, adapter_name: str | None = No
     """Raise `ValueError` unless a LoRA loaded in the pipeline changes at least one weight.
 
     Args:
-        pipeline: with LoRAs loaded by `load_lora_weights`.
         adapter_name: which one; `None` asks for any.
 
     Returns:
@@ -171,9 +170,6 @@ def export_lora(
     depends on the tensors (rank, alpha, hashes) is written anew.
 
     Args:
-        path: LoRA to read, as in `read_lora`.
-        format: `"diffusers"` or `"kohya"`.
-        output_path: file to write; `None` only returns the state dict.
         metadata: further entries of the file's metadata, over those of the file that was read.
 
     Raises:
@@ -197,13 +193,6 @@ def add_kohya_file(folder: str | os.PathLike, metadata: Mapping[str, str] | None
 
     Those programs know none of the names in `pytorch_lora_weights.safetensors` and would load it
     without any effect; diffusers goes on loading that one. Both files get the metadata.
-
-    Args:
-        folder: with a `pytorch_lora_weights.safetensors`.
-        metadata: as of `training_metadata`.
-
-    Returns:
-        The new file.
 
     Raises:
         ValueError: no LoRA there, or a module that has no name in those programs.

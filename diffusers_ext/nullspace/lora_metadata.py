@@ -49,10 +49,7 @@ def training_metadata(
 
     Args:
         instance_prompt: asks for the subject; the trigger phrase, and the title that managers show.
-        base_model: its Hub name.
-        prediction_type: of the base model's scheduler.
         resolution: pixels a side that it was trained at.
-        num_pictures: trained on.
         caption_counts: how many of them had each caption; all the instance prompt by default.
     """
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction_type or "")
@@ -78,8 +75,6 @@ def lora_metadata(
     """The metadata of a file.
 
     Args:
-        lora: as `read_lora` gives it, which tells the family of the base model.
-        written: the tensors of the file, with their names.
         kept: entries that are known already; they win over the family that is found here.
     """
     ranks = {tensor.shape[0] for key, tensor in lora.items() if key.endswith(".lora_A.weight")}

@@ -51,16 +51,12 @@ def push_lora(
 
     Args:
         lora: a `.safetensors` file, or a folder with `pytorch_lora_weights.safetensors`.
-        repo_id: `"user/name"`, made when absent.
-        instance_prompt: asks for the subject.
         pipeline: class of diffusers, or its name, that loads the LoRA.
         directions: `"generalized"`, `"null"`, `"soft"`, or `"plain"` for an ordinary LoRA.
         trained_on: the pictures it was trained on, in words.
         base_model: Hub name of the base model; that of `statistics` when `None`.
         statistics: under which it was trained; they are uploaded to `statistics/`.
         license: as of the base model when `None`.
-        settings: of the training.
-        results: measured figures.
         widget: (prompt, picture) to show; local files, uploaded to `pictures/`.
         hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
 

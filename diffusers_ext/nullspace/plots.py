@@ -39,11 +39,7 @@ def plot_spectrum(
 
     Args:
         statistics: what to show; Linears with the same input are one line.
-        path: picture file to write.
         keys: keys of `statistics.moments`; all when `None`.
-
-    Returns:
-        The matplotlib figure.
     """
     chosen = _check_keys(statistics, keys)
     columns = -(-len(chosen) // _LEGEND_ROWS)
@@ -77,12 +73,7 @@ def plot_null_dimensions(
     """How many dimensions are null, matrix by matrix, for some discarded energies.
 
     Args:
-        statistics: what to show.
-        path: picture file to write.
         energy: share(s) of the energy that may be left unprotected; 0 is the numerical null space.
-
-    Returns:
-        The matplotlib figure.
     """
     energies = [energy] if isinstance(energy, (int, float)) else list(energy)
     if not energies:
@@ -125,13 +116,6 @@ def plot_attention_maps(maps: AttentionMaps, path: str | os.PathLike | None = No
 
     Colours tell how much more or less than the token's mean a position looks at the token; below
     each token stands that mean, as a share of all attention.
-
-    Args:
-        maps: of `attention_maps`.
-        path: picture file to write.
-
-    Returns:
-        The matplotlib figure.
     """
     mean = mean_over_layers(maps)
     steps, tokens, height, width = mean.shape

@@ -38,10 +38,8 @@ def null_dimensions(
     Args:
         values: `(dim,)` eigenvalues, ascending, not negative.
         energy: largest share of the trace that may be left unprotected; 0 keeps the numerical null space.
-        rank: this many dimensions.
         threshold: eigenvalues below this absolute value of `C = E[x x^T]`.
         percentile: this percentage of the dimensions.
-        floor: eigenvalues up to this share of the largest are numerically zero.
     """
     criteria = {"energy": energy, "rank": rank, "threshold": threshold, "percentile": percentile}
     given = [name for name, value in criteria.items() if value is not None]
@@ -71,7 +69,6 @@ def damped_projection(spectrum: Spectrum, damping: float) -> torch.Tensor:
     """`P = l (C + l I)^-1` with `l = damping * tr(C) / dim`: 1 on null directions, near 0 on used ones.
 
     Args:
-        spectrum: of `C`.
         damping: positive; the smaller, the nearer to a hard null-space projector.
 
     Returns:
@@ -88,7 +85,6 @@ class NullSpaceProjector:
 
     Args:
         projections: `{key: (dim, dim) float64}`, one per distinct matrix.
-        sources: `{dotted name of a Linear: key}`.
         bases: `{key: (dim, null dimensions)}` orthonormal columns; empty for a damped projector.
         cuts: `{key: Cut}`; empty for a damped projector.
     """
@@ -116,8 +112,6 @@ class NullSpaceProjector:
         """Build the projectors by exactly one criterion.
 
         Args:
-            statistics: of the preserved prompts.
-            energy, rank, threshold, percentile: as in `null_dimensions`.
             damping: as in `damped_projection`; for statistics without a null space.
 
         Raises:
@@ -186,7 +180,6 @@ class NullSpaceProjector:
 
         Args:
             delta: `(out_features, in_features)`.
-            layer, slot: the Linear, e.g. `"...attn2"` and `"k"`.
 
         Returns:
             Same shape and dtype; computed in float64.

@@ -37,8 +37,6 @@ class FeatureStatistics(Artifact):
     embeddings, so one `(width, width)` matrix serves them all.
 
     Args:
-        moments: `{key: SecondMoment}`.
-        sources: `{dotted name of a Linear: key}`.
         facts: where the numbers come from: `models` (fingerprints), `prompts`, `settings`.
     """
 
@@ -96,7 +94,6 @@ class FeatureStatistics(Artifact):
         """Add the statistics of further prompts of the same model; both must cover the same Linears.
 
         Args:
-            other: statistics of the further prompts.
             times: count them as if seen this often; a few prompts that matter, such as those of other
                 subjects, would else drown among many.
 

@@ -39,10 +39,7 @@ class TrajectoryRun:
     """Second moments along denoising runs, batch by batch, resumable.
 
     Args:
-        pipeline: runs the denoising.
-        linears: `{dotted name: module}` to read.
         facts: of the statistics to be; the progress folder is tied to them.
-        shard, progress_dir, show_progress: as in `collect_statistics`.
     """
 
     def __init__(

@@ -28,8 +28,6 @@ class CLIPReward:
     Args:
         model: it is frozen and set to eval mode. Its device and dtype are used.
         tokenizer: of the same vocabulary.
-        version: of the metric, for results.
-        batch_size: pictures, and prompts, per forward pass.
     """
 
     name: ClassVar[str]
@@ -109,10 +107,6 @@ class ProcessorReward(CLIPReward):
 
     Args:
         model: a `CLIPModel`; it is frozen and set to eval mode.
-        image_processor: its preprocessing.
-        tokenizer: its tokenizer.
-        version: of the metric, for results.
-        batch_size: pictures, and prompts, per forward pass.
     """
 
     default_model: ClassVar[str]
@@ -150,9 +144,6 @@ class ProcessorReward(CLIPReward):
             processor: folder or repository of tokenizer and image preprocessing. When `None`,
                 that of the published metric, or the folder itself if the model is a local one.
             version: what results call this model; the metric's own when `None`.
-            device: where the model runs.
-            dtype: of the model; scores are float32.
-            batch_size: pictures, and prompts, per forward pass.
             download_arguments: `revision` (of the model), `cache_dir`, `token`,
                 `local_files_only`.
 

@@ -33,11 +33,9 @@ class HPSv2Reward(CLIPReward):
 
     Args:
         model: transformers' `CLIPModel` with the weights; it is frozen and set to eval mode.
-        tokenizer: CLIP's.
         version: `"v2.0"` or `"v2.1"`. The attribute `version` also tells of `antialias=False`.
         antialias: smooth before shrinking, as torchvision does since 0.17; `False` gives the
             numbers of an older torchvision, which differ by up to 0.003 in the tests' tiny model.
-        batch_size: pictures, and prompts, per forward pass.
     """
 
     name = "hpsv2"
@@ -83,10 +81,6 @@ class HPSv2Reward(CLIPReward):
             tokenizer: folder or repository of CLIP's tokenizer. When `None`, the folder of the
                 checkpoint if it holds one, else `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
             config: structure of the checkpoint; ViT-H-14 when `None`, as published.
-            antialias: see the class.
-            device: where the model runs.
-            dtype: of the model; scores are float32.
-            batch_size: pictures, and prompts, per forward pass.
             download_arguments: `revision` (of the checkpoint), `cache_dir`, `token`,
                 `local_files_only`.
 

@@ -29,8 +29,6 @@ def locate_checkpoint(
     Args:
         source: the file itself, a folder with the published file or the same as
             `.safetensors`, or `"user/name"`.
-        version: `"v2.0"` or `"v2.1"`.
-        download_arguments: of `hf_hub_download`.
 
     Raises:
         ValueError: the folder lacks the file, the file has the other version's name, or `source`

@@ -36,11 +36,6 @@ def clean_prompt(prompt: str) -> str:
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int = 77) -> torch.Tensor:
     """Tokens of cleaned prompts: start, at most `length - 2` of text, end, then zeros.
 
-    Args:
-        tokenizer: CLIP's.
-        prompts: not yet cleaned.
-        length: the model's context.
-
     Returns:
         `(n, length)` int64.
     """

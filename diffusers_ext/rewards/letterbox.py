@@ -23,7 +23,6 @@ def letterbox(image: Image.Image, size: int = 224, *, antialias: bool = True) ->
 
     Args:
         image: of any mode; on white where it is transparent (the official code fails on an alpha channel).
-        size: of the square, in pixels.
         antialias: what torchvision does since 0.17; `False` as it did when HPSv2 was published.
 
     Returns:

@@ -155,9 +155,7 @@ def load_open_clip(
     """A `CLIPModel` with an open_clip checkpoint's weights, strictly.
 
     Args:
-        path: `.pt` or `.safetensors`.
         config: the checkpoint's structure; the number of heads cannot be read off the weights.
-        dtype: of the model.
 
     Raises:
         ValueError: the file is damaged, or of another model.

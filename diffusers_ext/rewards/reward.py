@@ -53,11 +53,6 @@ def checked_scores(
 ) -> torch.Tensor:
     """The scores of any reward, the user's own included, after a look at what it gave.
 
-    Args:
-        reward: an object with `score`, `name` and `version`.
-        images: `n` pictures.
-        prompts: one per picture.
-
     Returns:
         `(n,)` float32 on the CPU.
 
@@ -69,13 +64,7 @@ def checked_scores(
 
 
 def check_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
-    """Scores as float32 on the CPU; raises `ValueError` unless they are one number per prompt.
-
-    Args:
-        scores: what a reward gave.
-        prompts: of the pictures, for their number and for the error.
-        name: of the reward.
-    """
+    """Scores as float32 on the CPU; raises `ValueError` unless they are one number per prompt."""
     values = torch.as_tensor(scores).detach().to("cpu", torch.float32)
     if values.shape != (len(prompts),):
         raise ValueError(
