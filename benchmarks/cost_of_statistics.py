@@ -29,11 +29,12 @@ from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.nullspace.collect import collect_statistics, encode_text, text_moment
 from diffusers_ext.nullspace.lora import add_null_space_lora
 from diffusers_ext.nullspace.slots import find_linears
+from diffusers_ext.nullspace.step import DreamBoothLoss
 from examples.digits.check_model import load_pipeline
 from examples.digits.prompts import make_tokenizer
 from examples.digits.subjects import INSTANCE_PROMPTS, knowledge_prompts
 from training.data import step_generator
-from training.dreambooth import DreamBoothLoss, encode_condition
+from training.dreambooth import encode_condition
 
 
 FEATURES = ("q", "out")

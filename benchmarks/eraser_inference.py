@@ -9,9 +9,9 @@ from diffusers import CogVideoXPipeline
 
 from benchmarks.eraser_steps import Subject
 from benchmarks.timing import compare
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.shaped_step import StepShape, empty_inputs
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
-from training.eraser_recipe import EraserTraining
 
 
 def inference_costs(

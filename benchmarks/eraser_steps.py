@@ -15,13 +15,13 @@ from benchmarks.document_recipe import (
     document_loss,
     noised_randomness,
 )
+from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.masks import mask_to_latents
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from examples.moving_digits.check_model import load_pipeline
 from training.eraser_data import ClipSize, EraserData
-from training.eraser_recipe import EraserTraining
-from training.eraser_rows import EraserText
 from training.eraser_run import add_eraser, make_step
 
 

@@ -13,9 +13,9 @@ from diffusers_ext.eraser.anchors import anchor_distances
 from diffusers_ext.eraser.clip_geometry import latent_shape
 from diffusers_ext.eraser.concepts import contains_concept, replace_concept
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from training.eraser_data import ClipSize
-from training.eraser_recipe import EraserTraining
 from training.eraser_text import RunText
 
 

@@ -8,6 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from diffusers_ext.command_line.argument_parser import OneLineParser
+from diffusers_ext.eraser.recipe import (
+    LATENTS_SOURCES,
+    LOSS_TYPES,
+    REAL_MODEL_DEFAULTS,
+    EraserTraining,
+)
 from training.argument_rules import check_training_arguments, check_values
 from training.arguments import (
     add_hub_arguments,
@@ -16,12 +22,6 @@ from training.arguments import (
     add_training_arguments,
 )
 from training.config_file import parse_arguments
-from training.eraser_recipe import (
-    LATENTS_SOURCES,
-    LOSS_TYPES,
-    REAL_MODEL_DEFAULTS,
-    EraserTraining,
-)
 
 
 AUTO_ANCHOR = "auto"

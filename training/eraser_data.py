@@ -10,14 +10,14 @@ import torch
 from diffusers import CogVideoXPipeline
 from torch.utils.data import Dataset
 
+from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.clip_geometry import latent_shape
 from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.trajectories import collect_teacher_samples
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from training.eraser_prompts import EraserPrompts
-from training.eraser_recipe import EraserTraining
-from training.eraser_rows import EraserText
 from training.eraser_samples import NoiseSource, VideoSource
 
 

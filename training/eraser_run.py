@@ -10,17 +10,17 @@ from accelerate import Accelerator
 from diffusers import CogVideoXPipeline
 from diffusers.optimization import get_scheduler
 
+from diffusers_ext.eraser.attack import AdversarialPrompts
+from diffusers_ext.eraser.batch import RowMaker
 from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.outputs import trainable_eraser_parameters
+from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.eraser.rollouts import OnPolicyRollouts
+from diffusers_ext.eraser.step import EraserStep
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from training.eraser_data import ClipSize, EraserData, make_data
-from training.eraser_defence import RevivalDefence
 from training.eraser_prompts import EraserPrompts
-from training.eraser_recipe import EraserTraining
-from training.eraser_row_maker import RowMaker
-from training.eraser_step import EraserStep
-from training.eraser_student_runs import StudentRuns
 from training.loop import LoopSettings, TrainingLoop
 
 
@@ -80,12 +80,14 @@ def make_step(
         token_mask=data.token_mask,
         head_weights=getattr(data.samples, "head_weights", None),
     )
-    runs, defence = None, None
+    rollouts, adversarial_prompts = None, None
     if recipe.on_policy_share:
-        runs = StudentRuns(pipeline, data.text, recipe, shape, data.size._asdict())
+        rollouts = OnPolicyRollouts(pipeline, data.text, recipe, shape, data.size._asdict())
     if recipe.adversarial_share:
-        defence = RevivalDefence(velocity, recipe)
-    return EraserStep(maker, recipe, adapter_name, student_runs=runs, defence=defence)
+        adversarial_prompts = AdversarialPrompts(velocity, recipe)
+    return EraserStep(
+        maker, recipe, adapter_name, rollouts=rollouts, adversarial_prompts=adversarial_prompts
+    )
 
 
 def train_eraser(

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.concepts import replace_concept
 from diffusers_ext.eraser.neighbours import neighbouring_concepts
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
@@ -22,7 +23,6 @@ from training.eraser_prompts import (
     make_eraser_prompts,
     read_eraser_prompts,
 )
-from training.eraser_rows import EraserText
 from training.text_pipeline import load_text_pipeline
 
 

@@ -14,7 +14,7 @@ from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.npnet import NPNet
 from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
-from training.text_cache import TextCache
+from diffusers_ext.golden_noise.text_cache import TextCache
 
 
 NETWORKS: dict[str, type[torch.nn.Module]] = {

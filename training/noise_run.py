@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
 from training.checkpoints import Checkpoints
 from training.closing_words import network_words
 from training.loop import LossFunction, TrainingLoop
@@ -45,7 +46,6 @@ from training.run_setup import (
     run_facts,
     start_trackers,
 )
-from training.text_cache import CACHE_DTYPES, TextCache
 from training.text_pipeline import check_base_model, load_text_pipeline
 from training.upload import check_login
 

@@ -12,14 +12,14 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from training.noise_losses import (
+from diffusers_ext.golden_noise.losses import (
     ChangeFigures,
     change_figures,
     pair_inputs,
     relative_error,
     sequence_inputs,
 )
-from training.text_cache import NetworkText
+from diffusers_ext.golden_noise.text_cache import NetworkText
 
 
 logger = get_logger(__name__)

@@ -22,6 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.command_line.argument_parser import OneLineParser
+from diffusers_ext.eraser.batch import rows_of_each_kind
+from diffusers_ext.eraser.recipe import LATENTS_SOURCES, REAL_MODEL_DEFAULTS
 from diffusers_ext.planning import (
     CardFit,
     EraserPlan,
@@ -31,8 +33,6 @@ from diffusers_ext.planning import (
 )
 from training.argument_rules import check_values
 from training.arguments import add_traceback_argument
-from training.eraser_recipe import LATENTS_SOURCES, REAL_MODEL_DEFAULTS
-from training.eraser_rows import rows_of_each_kind
 from training.run_setup import WEIGHT_DTYPES
 from training.script_entry import run_script
 

@@ -28,12 +28,12 @@ from diffusers_ext.nullspace.lora_metadata import training_metadata
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.nullspace.step import DreamBoothLoss
 from training.arguments import read_layers
 from training.captions import caption_counts, subject_prompts
 from training.checkpoints import KeepRule, is_trainable
 from training.drawing import sampling_arguments
 from training.dreambooth import (
-    DreamBoothLoss,
     encode_condition,
     encode_conditions,
     encode_images,

@@ -17,16 +17,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.golden_noise.losses import SequenceLoss
+from diffusers_ext.golden_noise.text_cache import TextCache
 from training.golden_noise_arguments import SEQUENCE_GROUPS
 from training.noise_command_line import check_noise_arguments, parse_noise_arguments
 from training.noise_data import sequence_steps
-from training.noise_losses import SequenceLoss
 from training.noise_networks import check_structure_flags
 from training.noise_run import NoiseTask, train_network
 from training.noise_validation import Measure, measure_sequences
 from training.output_folder import one_run_a_folder
 from training.script_entry import run_script
-from training.text_cache import TextCache
 
 
 _KL_WEIGHT = 0.01

@@ -17,16 +17,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.golden_noise.losses import PairLoss
+from diffusers_ext.golden_noise.text_cache import TextCache
 from training.golden_noise_arguments import PAIR_GROUPS
 from training.noise_command_line import check_noise_arguments, parse_noise_arguments
 from training.noise_data import target_steps
-from training.noise_losses import PairLoss
 from training.noise_networks import check_structure_flags
 from training.noise_run import NoiseTask, train_network
 from training.noise_validation import Measure, measure_pairs
 from training.output_folder import one_run_a_folder
 from training.script_entry import run_script
-from training.text_cache import TextCache
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from diffusers_ext.eraser.masks import mask_to_latents
-from diffusers_ext.eraser.teacher import VelocityModel, known_or_asked, velocities
+from diffusers_ext.eraser.teacher import VelocityModel, cached_or_predicted, velocities
 from diffusers_ext.eraser.velocity_losses import (
     check_loss_type,
     localization,
@@ -89,7 +89,7 @@ class NegativelyGuidedVelocityLoss(torch.nn.Module):
         """
         anchor = choose_anchor(cond_neg, uncond, v_anchor)
         wanted = [(v_concept, (x_t, t, cond_target)), (v_anchor, (x_t, t, anchor))]
-        v_concept, v_anchor = known_or_asked(model_original, model_unlearned, wanted)
+        v_concept, v_anchor = cached_or_predicted(model_original, model_unlearned, wanted)
         (prediction,) = velocities(model_unlearned, [(x_t, t, cond_target)])
         return self.compare(prediction, t, v_concept, v_anchor, mask)
 
@@ -159,7 +159,7 @@ class ConceptPreservationLoss(torch.nn.Module):
             The loss, and `preservation_loss`, `v_orig_norm` and `v_unlearn_norm` for logging.
         """
         rows = (x_t, t, cond_preserve)
-        (v_preserve,) = known_or_asked(model_original, model_unlearned, [(v_preserve, rows)])
+        (v_preserve,) = cached_or_predicted(model_original, model_unlearned, [(v_preserve, rows)])
         (prediction,) = velocities(model_unlearned, [rows])
         return self.compare(prediction, v_preserve)
 

@@ -15,7 +15,7 @@ from diffusers_ext.eraser.loss_terms import (
     choose_anchor,
 )
 from diffusers_ext.eraser.outputs import eraser_outputs as capture_eraser_outputs
-from diffusers_ext.eraser.teacher import VelocityModel, known_or_asked, module_of, velocities
+from diffusers_ext.eraser.teacher import VelocityModel, cached_or_predicted, module_of, velocities
 from diffusers_ext.eraser.velocity_losses import localization, negative_velocity, velocity_distance
 
 
@@ -140,7 +140,7 @@ class T2VUnlearningLoss(torch.nn.Module):
             preserved = (x_pre, t if t_preserve is None else t_preserve, cond_preserve)
             wanted.append((v_preserve, preserved))
             student_rows.append(preserved)
-        teacher = known_or_asked(model_original, model_unlearned, wanted)
+        teacher = cached_or_predicted(model_original, model_unlearned, wanted)
         localizes = mask is not None and self.weights["localization"]
         captures = localizes and eraser_outputs is None
         capture = capture_eraser_outputs(module_of(model_unlearned)) if captures else nullcontext()

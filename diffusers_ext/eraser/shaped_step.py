@@ -12,7 +12,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from diffusers_ext.eraser.clip_geometry import token_grid
 from diffusers_ext.eraser.outputs import eraser_outputs
-from diffusers_ext.eraser.passes_in_turn import run_in_turn
+from diffusers_ext.eraser.step import run_in_turn
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import layer_localization, velocity_distance
 

@@ -120,7 +120,7 @@ def teacher_velocities(
         return [velocity.detach() for velocity in velocities(model_original, rows)]
 
 
-def known_or_asked(
+def cached_or_predicted(
     model_original: VelocityModel | None,
     model_unlearned: VelocityModel,
     wanted: Sequence[tuple[torch.Tensor | None, VelocityRows]],

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from diffusers import CogVideoXPipeline
 
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.evaluation.erasure import draw_base_clips, evaluate_erasure
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from examples.digits.prompts import COLORS, DIGITS
@@ -23,7 +24,6 @@ from examples.moving_digits.prompts import (
 )
 from training.eraser_anchor import choose_anchor_concept
 from training.eraser_prompts import EraserPrompts, make_eraser_prompts
-from training.eraser_recipe import EraserTraining
 from training.eraser_run import TrainedEraser, train_eraser
 
 

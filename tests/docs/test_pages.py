@@ -9,10 +9,10 @@ from functools import cache
 
 import pytest
 
+from diffusers_ext.eraser.recipe import EraserTraining
 from tests.docs.snippets import PAGES, ROOT, snippets
 from training.arguments import argument_names
 from training.eraser_arguments import ERASER_GROUPS, parse_eraser_arguments, recipe_of
-from training.eraser_recipe import EraserTraining
 
 
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"

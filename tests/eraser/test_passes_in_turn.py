@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_ext.core.memory_trace import MemoryTrace
-from diffusers_ext.eraser.passes_in_turn import run_in_turn
+from diffusers_ext.eraser.step import run_in_turn
 
 
 def make_passes(weight, calls, *, count=3, depth=20):

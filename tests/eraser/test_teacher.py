@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext.eraser.losses import T2VUnlearningLoss
-from diffusers_ext.eraser.teacher import known_or_asked, teacher_velocities, velocities
+from diffusers_ext.eraser.teacher import cached_or_predicted, teacher_velocities, velocities
 from tests.eraser.erased_models import KINDS, random_rows
 from tests.eraser.loss_setting import Setting, count_calls
 
@@ -56,7 +56,7 @@ def test_only_unknown_velocities_are_asked_for():
     calls = count_calls(s.velocity)
     known = torch.ones_like(s.x_t, requires_grad=True)
     wanted = [(known, (s.x_t, s.t, s.target)), (None, (s.x_t, s.t, s.anchor))]
-    first, second = known_or_asked(s.velocity, s.velocity, wanted)
+    first, second = cached_or_predicted(s.velocity, s.velocity, wanted)
     assert calls == [(2, False)]
     assert torch.equal(first, known.detach())
     assert not first.requires_grad

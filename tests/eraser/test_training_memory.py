@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks.measured_memory import peak_bytes
+from diffusers_ext.eraser.batch import EraserText
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.shaped_step import StepShape
 from diffusers_ext.eraser.training_memory import step_memory
 from tests.tiny_cogvideox import tiny_video_pipeline
 from training.eraser_data import ClipSize
-from training.eraser_recipe import EraserTraining
-from training.eraser_rows import EraserText
 from training.eraser_run import EraserData, add_eraser, make_step
 
 

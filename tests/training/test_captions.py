@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
+from diffusers_ext.nullspace.step import DreamBoothLoss
 from tests.tiny_pipelines import sdxl_pipeline
 from tests.training.test_dreambooth import Echo
 from training.captions import caption_facts, picture_prompts, read_captions, subject_prompts
 from training.dreambooth import (
-    DreamBoothLoss,
     encode_condition,
     encode_conditions,
     with_prompts,

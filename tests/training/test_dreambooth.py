@@ -9,12 +9,11 @@ from diffusers import DDPMScheduler, EDMEulerScheduler
 from PIL import Image
 from torch.utils.data import TensorDataset
 
+from diffusers_ext.core.noise_schedules import check_prediction_type
+from diffusers_ext.nullspace.step import Condition, DreamBoothLoss
 from examples.digits.check_model import load_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 from training.dreambooth import (
-    Condition,
-    DreamBoothLoss,
-    check_prediction_type,
     encode_condition,
     encode_images,
     list_images,

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from diffusers_ext.eraser.recipe import EraserTraining
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import PRESERVED, TARGETS, read_report, train, write_eraser_files
 from training import train_cogvideox_eraser
 from training.eraser_anchor import choose_anchor_concept, settle_anchor
-from training.eraser_recipe import EraserTraining
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from diffusers_ext.eraser.outputs import eraser_layers, erasers_disabled
+from diffusers_ext.eraser.recipe import EraserTraining
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import tiny_prompts
 from training.eraser_data import ClipSize, make_data, samples_facts
-from training.eraser_recipe import EraserTraining
 from training.eraser_run import add_eraser, train_eraser
 
 

@@ -7,10 +7,10 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
 from tests.training.noise_sets import PROMPTS, write_noises
 from training.noise_data import NoiseSamples
 from training.noise_validation import NoiseValidation, averaged_weights, measure_pairs
-from training.text_cache import NetworkText, TextCache
 
 
 ROWS = {prompt: row for row, prompt in enumerate(PROMPTS)}

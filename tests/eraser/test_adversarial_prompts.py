@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from diffusers_ext.eraser.recipe import EraserTraining
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import fill_eraser, tiny_prompts
 from training.eraser_data import ClipSize, make_data
-from training.eraser_recipe import EraserTraining
 from training.eraser_run import add_eraser, make_step
 
 
@@ -50,13 +50,13 @@ def test_prompts_get_learned_embeddings_from_the_first_attack_on(trained):
     _, data, parameters = trained
     step, generator = make(trained), torch.Generator().manual_seed(1)
     rows = step.maker.rows(step.maker.teacher_rows(batch_of(data), generator))
-    prompts = [step.defence.prompts(rows, generator) for _ in range(7)]
+    prompts = [step.adversarial_prompts.prompts(rows, generator) for _ in range(7)]
     assert prompts[:2] == [None, None]
     for longer in prompts[2:]:
         assert longer.shape == (2, 12 + 5, 16)
         assert torch.equal(longer[:, :12], rows.prompt_embeds[:2])
     assert len({found[0, -1].sum().item() for found in prompts[2:]}) > 1
-    assert len(step.defence._sets) == 2
+    assert len(step.adversarial_prompts._sets) == 2
     assert all(parameter.grad is None for parameter in parameters)
     assert all(parameter.requires_grad for parameter in parameters)
 
@@ -66,23 +66,23 @@ def test_the_loss_counts_the_answers_to_these_prompts(trained):
     step, batch = make(trained), batch_of(data)
     rows = step.maker.rows(step.maker.teacher_rows(batch, torch.Generator()))
     for _ in range(2):
-        step.defence.prompts(rows, torch.Generator().manual_seed(3))
+        step.adversarial_prompts.prompts(rows, torch.Generator().manual_seed(3))
     lengths = []
     hook = pipeline.transformer.register_forward_hook(
         lambda _, args, inputs, __: lengths.append(inputs["encoder_hidden_states"].shape[:2]),
         with_kwargs=True,
     )
-    state = step.defence.state_dict()
+    state = step.adversarial_prompts.state_dict()
     losses = step(pipeline.transformer, batch, torch.Generator().manual_seed(3))
     hook.remove()
     assert lengths[-2:] == [(2, 17), (6, 12)]
     again = make(trained)
-    again.defence.load_state_dict(state)
-    prompts = again.defence.prompts(rows, torch.Generator().manual_seed(3))
+    again.adversarial_prompts.load_state_dict(state)
+    prompts = again.adversarial_prompts.prompts(rows, torch.Generator().manual_seed(3))
     with torch.no_grad():
         attacked = step.maker.velocity(rows.x_t[:2], rows.t[:2], prompts)
         rest = step.maker.velocity(rows.x_t[2:4], rows.t[2:4], rows.prompt_embeds[2:4])
-    expected = (torch.cat([attacked, rest]) - rows.wanted[:4]).square().mean()
+    expected = (torch.cat([attacked, rest]) - rows.target_velocity[:4]).square().mean()
     torch.testing.assert_close(losses["unlearning"].detach(), expected)
 
 

@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
 from diffusers_ext.core.memory_trace import MemoryTrace
+from diffusers_ext.eraser.recipe import EraserTraining
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, fill_eraser, tiny_prompts
 from training.eraser_arguments import recipe_of
 from training.eraser_data import ClipSize, make_data
-from training.eraser_recipe import EraserTraining
 from training.eraser_run import add_eraser, make_step
 from training.eraser_text import GivenTexts
 from training.train_cogvideox_eraser import parse_args, settings

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from training.eraser_recipe import REAL_MODEL_DEFAULTS, EraserTraining
+from diffusers_ext.eraser.recipe import REAL_MODEL_DEFAULTS, EraserTraining
 
 
 def test_the_defaults_of_real_models_are_a_recipe():

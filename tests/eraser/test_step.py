@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from diffusers_ext.eraser.batch import States, rows_of_each_kind
+from diffusers_ext.eraser.recipe import EraserTraining
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import fill_eraser, tiny_prompts
 from training.eraser_data import ClipSize, make_data
-from training.eraser_recipe import EraserTraining
-from training.eraser_rows import States, rows_of_each_kind
 from training.eraser_run import add_eraser, make_step
 
 

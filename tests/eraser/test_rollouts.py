@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import default_collate
 
 from diffusers_ext.eraser.outputs import erasers_disabled
+from diffusers_ext.eraser.recipe import EraserTraining
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import fill_eraser, tiny_prompts
 from training.eraser_data import ClipSize, make_data
-from training.eraser_recipe import EraserTraining
 from training.eraser_run import add_eraser, make_step
 
 
@@ -41,7 +41,7 @@ def make(trained, **changes):
 
 def test_states_are_those_of_the_student(trained):
     pipeline, _ = trained
-    runs = [make(trained).student_runs for _ in range(2)]
+    runs = [make(trained).rollouts for _ in range(2)]
     scheduler = pipeline.scheduler
     seed = torch.Generator().manual_seed
     own = runs[0].take(400, seed(5))
@@ -62,7 +62,7 @@ def test_the_teacher_answers_at_the_students_states(trained):
     step = make(trained)
     batch = default_collate([data.samples[number] for number in (0, 1, 2, 3)])
     known = step.maker.teacher_rows(batch, torch.Generator())
-    states = step.student_runs.take(2, torch.Generator().manual_seed(1))
+    states = step.rollouts.take(2, torch.Generator().manual_seed(1))
     replaced = step.maker.replace_target(known, states)
     assert torch.equal(replaced.target.x_t, torch.cat([states.x_t, known.target.x_t[2:]]))
     assert torch.equal(replaced.mask[2:], known.mask[2:])
@@ -75,7 +75,7 @@ def test_the_teacher_answers_at_the_students_states(trained):
 
 def test_it_runs_anew_only_now_and_then_and_goes_on_from_its_state(trained):
     generators = [torch.Generator().manual_seed(number) for number in range(4)]
-    whole = make(trained).student_runs
+    whole = make(trained).rollouts
     before = [generator.get_state() for generator in generators]
     expected = [whole.take(3, generator) for generator in generators]
     pool = {*whole._states.x_t.sum((1, 2, 3, 4)).tolist()}
@@ -83,7 +83,7 @@ def test_it_runs_anew_only_now_and_then_and_goes_on_from_its_state(trained):
     assert not {*expected[1].x_t.sum((1, 2, 3, 4)).tolist()} <= pool
     for generator, state in zip(generators, before):
         generator.set_state(state)
-    first, second = make(trained).student_runs, make(trained).student_runs
+    first, second = make(trained).rollouts, make(trained).rollouts
     found = [first.take(3, generators[0])]
     second.load_state_dict(first.state_dict())
     found += [second.take(3, generator) for generator in generators[1:]]

@@ -9,11 +9,11 @@ from accelerate.utils import broadcast
 from diffusers import CogVideoXPipeline
 
 from diffusers_ext.core.quiet_run import quiet_run
-from training.eraser_recipe import EraserTraining
-from training.eraser_rows import EraserText, States
+from diffusers_ext.eraser.batch import EraserText, States
+from diffusers_ext.eraser.recipe import EraserTraining
 
 
-class StudentRuns:
+class OnPolicyRollouts:
     """Samples clips with the eraser on, every `on_policy_every` steps, and keeps their states.
 
     What a training learns at the teacher's states need not hold where the student's errors lead it

@@ -3,19 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.head_calibration import calibrate_heads
 from diffusers_ext.eraser.masks import weighted_attention_mask
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher import VelocityRows, teacher_velocities
 from diffusers_ext.eraser.teacher_samples import EMPTY_PROMPT
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import negative_velocity
-from training.eraser_recipe import EraserTraining
-from training.eraser_rows import EraserText, Rows, States, TeacherRows, rows_of_each_kind
+
+
+class EraserText(NamedTuple):
+    """Embeddings of all prompts, each `(prompts, text, dim)`; the empty prompt's is `(text, dim)`."""
+
+    target: torch.Tensor
+    anchor: torch.Tensor
+    preserved: torch.Tensor
+    empty: torch.Tensor
+
+
+class Rows(NamedTuple):
+    """What the student is asked in one pass: target rows first, preserved rows after them.
+
+    Attributes:
+        x_t: `(rows, frames, channels, height, width)` float32.
+        t: `(rows,)`.
+        prompt_embeds: `(rows, text, dim)`.
+        target_velocity: velocities to reach, as `x_t`.
+        teacher_velocity: the teacher's velocities for target rows.
+        weights: `(rows,)`, how much each counts.
+        mask: of the concept, `(target rows, frames, rows, columns)` in [0, 1], or `None`.
+    """
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    prompt_embeds: torch.Tensor
+    target_velocity: torch.Tensor
+    teacher_velocity: torch.Tensor
+    weights: torch.Tensor
+    mask: torch.Tensor | None
+
+    @property
+    def num_target(self) -> int:
+        """How many rows are target rows."""
+        return len(self.teacher_velocity)
+
+
+class States(NamedTuple):
+    """Where velocities are asked for: x_t, timesteps and numbers of prompts, one entry a row."""
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    prompts: torch.Tensor
+
+
+class TeacherRows(NamedTuple):
+    """States and what the teacher says there.
+
+    Attributes:
+        target, preserved: states of each kind; the preserved prompt -1 is the empty one.
+        v_concept, v_anchor: the teacher's velocities at target states.
+        v_preserved: its velocities at preserved states.
+        mask: of the concept, `(target rows, frames, rows, columns)` in [0, 1], or `None`.
+    """
+
+    target: States
+    preserved: States
+    v_concept: torch.Tensor
+    v_anchor: torch.Tensor
+    v_preserved: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def rows_of_each_kind(batch_size: int, preserved_share: float) -> tuple[int, int]:
+    """Target and preserved rows taken of a batch that has `batch_size` of each.
+
+    Of the kind with the larger share all are taken; of the other as many as its share leaves, at
+    least one unless its share is 0.
+    """
+    larger = max(preserved_share, 1 - preserved_share)
+    smaller = round(batch_size * (1 - larger) / larger)
+    if larger < 1:
+        smaller = max(1, smaller)
+    return (batch_size, smaller) if preserved_share <= 0.5 else (smaller, batch_size)
 
 
 class RowMaker:

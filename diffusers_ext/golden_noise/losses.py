@@ -13,7 +13,7 @@ from diffusers_ext.golden_noise.sequence_losses import (
     output_statistics_kl,
     squared_error,
 )
-from training.text_cache import NetworkText, TextCache
+from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
 
 
 class ChangeFigures(NamedTuple):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.eraser.outputs import erasers_disabled
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
-from diffusers_ext.evaluation.clip_rendering import render_clips
-from diffusers_ext.evaluation.concept_revival import (
+from diffusers_ext.eraser.attack import (
     insert_embeddings,
     learn_revival_embeddings,
     revived_prompts,
 )
+from diffusers_ext.eraser.outputs import erasers_disabled
+from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.evaluation.clip_rendering import render_clips
 from tests.eraser.erased_models import erased_pipeline, random_rows
 from tests.evaluation.erased_model_states import unchanged
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss, change_figures, relative_error
 from diffusers_ext.golden_noise.sequence_generation import SequencePrediction
 from diffusers_ext.golden_noise.sequence_losses import gaussian_nll, output_statistics_kl
-from training.noise_losses import PairLoss, SequenceLoss, change_figures, relative_error
-from training.text_cache import NetworkText, TextCache
+from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
 
 
 CPU = torch.device("cpu")

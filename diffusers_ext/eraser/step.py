@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from diffusers_ext.eraser.attack import AdversarialPrompts
+from diffusers_ext.eraser.batch import RowMaker, Rows
 from diffusers_ext.eraser.outputs import eraser_outputs
-from diffusers_ext.eraser.passes_in_turn import run_in_turn
+from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.eraser.rollouts import OnPolicyRollouts
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import layer_localization, velocity_distance
-from training.eraser_defence import RevivalDefence
-from training.eraser_recipe import EraserTraining
-from training.eraser_row_maker import RowMaker
-from training.eraser_rows import Rows
-from training.eraser_student_runs import StudentRuns
+
+
+Result = TypeVar("Result")
 
 
 class Part(NamedTuple):
@@ -44,8 +46,8 @@ class EraserStep:
         maker: of rows.
         recipe: weights and options.
         adapter_name: the eraser that trains.
-        student_runs: gives states of the student, for a recipe with `on_policy_share`.
-        defence: gives learned embeddings, for a recipe with `adversarial_share`.
+        rollouts: gives states of the student, for a recipe with `on_policy_share`.
+        adversarial_prompts: gives learned embeddings, for a recipe with `adversarial_share`.
     """
 
     def __init__(
@@ -54,30 +56,30 @@ class EraserStep:
         recipe: EraserTraining,
         adapter_name: str,
         *,
-        student_runs: StudentRuns | None = None,
-        defence: RevivalDefence | None = None,
+        rollouts: OnPolicyRollouts | None = None,
+        adversarial_prompts: AdversarialPrompts | None = None,
     ) -> None:
         self.maker, self.recipe, self.adapter_name = maker, recipe, adapter_name
-        self.student_runs, self.defence = student_runs, defence
+        self.rollouts, self.adversarial_prompts = rollouts, adversarial_prompts
 
     @property
     def stateful(self) -> list[Any]:
         """What a checkpoint has to keep besides the weights."""
-        return [part for part in (self.student_runs, self.defence) if part is not None]
+        return [part for part in (self.rollouts, self.adversarial_prompts) if part is not None]
 
     def __call__(
         self, model: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
         """`loss` and its parts; `erased` is 0 for an untouched model and 1 where v_neg is reached."""
         known = self.maker.teacher_rows(batch, generator)
-        if self.student_runs is not None:
+        if self.rollouts is not None:
             count = round(self.recipe.on_policy_share * len(known.target.t))
-            states = self.student_runs.take(count, generator)
+            states = self.rollouts.take(count, generator)
             known = self.maker.replace_target(known, states)
         rows = self.maker.rows(known)
         prompts = None
-        if self.defence is not None:
-            prompts = self.defence.prompts(rows, generator)
+        if self.adversarial_prompts is not None:
+            prompts = self.adversarial_prompts.prompts(rows, generator)
         student = copy.copy(self.maker.velocity)
         student.transformer = model  # as accelerate has prepared it
         return self._losses(rows, *self._ask(student, rows, prompts))
@@ -102,8 +104,8 @@ class EraserStep:
         losses = {"loss": total, **parts}
         if n:
             with torch.no_grad():
-                start = velocity_distance(rows.unerased, rows.wanted[:n], "l2")
-                now = velocity_distance(prediction[:n].detach(), rows.wanted[:n], "l2")
+                start = velocity_distance(rows.teacher_velocity, rows.target_velocity[:n], "l2")
+                now = velocity_distance(prediction[:n].detach(), rows.target_velocity[:n], "l2")
                 losses["erased"] = 1 - now / start.clamp_min(1e-12)
         return losses
 
@@ -164,5 +166,23 @@ class EraserStep:
     def _distance(self, prediction: torch.Tensor, rows: Rows, chosen: slice) -> torch.Tensor:
         weights = rows.weights[chosen, None, None, None, None] if self.recipe.weighs_rows else None
         return velocity_distance(
-            prediction[chosen], rows.wanted[chosen], self.recipe.loss_type, weights
+            prediction[chosen], rows.target_velocity[chosen], self.recipe.loss_type, weights
         )
+
+
+def run_in_turn(passes: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Run passes so that one backward over all their results takes the memory of one of them.
+
+    All but the last are computed again in the backward pass, which costs one more forward of each.
+    The last keeps its activations: autograd goes backward from what was computed last, and has
+    freed them when it comes to the others. Gradient checkpointing of blocks works inside as well.
+
+    Args:
+        passes: functions without arguments that compute the same whenever they are called; they see
+            the random numbers and the autocast of the first call again.
+
+    Returns:
+        What each gives, in their order.
+    """
+    results = [checkpoint(run, use_reentrant=False) for run in passes[:-1]]
+    return results + [run() for run in passes[-1:]]

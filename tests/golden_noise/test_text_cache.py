@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_ext.golden_noise.text_cache import TextCache
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
-from training.text_cache import TextCache
 
 
 def test_each_prompt_is_encoded_once(monkeypatch):

@@ -1,0 +1,108 @@
+"""The training step of null-space DreamBooth: the denoising loss on cached latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.training_utils import compute_snr
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from diffusers_ext.core.noise_schedules import check_min_snr, check_prediction_type
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the UNet is told for one prompt, or for several.
+
+    Attributes:
+        prompt_embeds: `(prompts, tokens, width)`.
+        added: SDXL's pooled embeddings and sizes, a row a prompt; empty for Stable Diffusion.
+    """
+
+    prompt_embeds: torch.Tensor
+    added: dict[str, torch.Tensor]
+
+    def rows(self, index: torch.Tensor) -> Condition:
+        """The condition of each sample of a batch, by the index of its prompt."""
+        index = index.to(self.prompt_embeds.device)
+        return Condition(self.prompt_embeds[index], {k: v[index] for k, v in self.added.items()})
+
+
+@dataclass(frozen=True)
+class DreamBoothLoss:
+    """The denoising loss on the subject's pictures, with prior preservation on request.
+
+    Args:
+        scheduler: training noise schedule, as `training_schedule` makes it.
+        instance: condition of the instance prompt; of all prompts of the pictures where the batches
+            have an index beside mean and standard deviation, as `with_prompts` gives them.
+        class_latents, class_condition: pictures and prompt of the class; `None` without prior
+            preservation.
+        prior_loss_weight: weight of the class pictures' loss.
+        snr_gamma: Min-SNR weighting (arXiv 2303.09556) when given.
+    """
+
+    scheduler: Any
+    instance: Condition
+    class_latents: TensorDataset | None = None
+    class_condition: Condition | None = None
+    prior_loss_weight: float = 1.0
+    snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        check_prediction_type(self.scheduler)
+        check_min_snr(self.scheduler, self.snr_gamma)
+
+    def __call__(
+        self, model: torch.nn.Module, batch: list[torch.Tensor], generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Losses `loss` and `instance`, and `prior` with prior preservation."""
+        device = self.instance.prompt_embeds.device
+        latents, condition = batch[:2], self.instance
+        if len(batch) > 2:
+            condition = condition.rows(batch[2])
+        instance = self._denoising_loss(model, latents, condition, generator, device)
+        losses = {"loss": instance, "instance": instance}
+        if self.class_latents is not None:
+            picks = torch.randint(len(self.class_latents), (len(batch[0]),), generator=generator)
+            class_batch = list(self.class_latents[picks])
+            prior = self._denoising_loss(
+                model, class_batch, self.class_condition, generator, device
+            )
+            losses.update(loss=instance + self.prior_loss_weight * prior, prior=prior)
+        return losses
+
+    def _denoising_loss(
+        self,
+        model: torch.nn.Module,
+        batch: list[torch.Tensor],
+        condition: Condition,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> torch.Tensor:
+        mean, std = (part.to(device) for part in batch)
+        latents = mean + std * torch.randn(mean.shape, generator=generator).to(device)
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        count = len(mean)
+        limit = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(limit, (count,), generator=generator).to(device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        embeds = condition.prompt_embeds.expand(count, -1, -1)
+        added = {k: v.expand(count, -1) for k, v in condition.added.items()} or None
+        dtype = embeds.dtype
+        prediction = model(
+            noisy.to(dtype), timesteps, embeds, added_cond_kwargs=added
+        ).sample.float()
+        kind = self.scheduler.config.prediction_type
+        target = (
+            noise if kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
+        )
+        errors = functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+        if self.snr_gamma is not None:
+            snr = compute_snr(self.scheduler, timesteps)
+            weights = snr.clamp(max=self.snr_gamma) / (snr if kind == "epsilon" else snr + 1)
+            errors = errors * weights
+        return errors.mean()
