@@ -1,15 +1,17 @@
-"""Pipelines with a component more than diffusers' own, where diffusers makes one pipeline of another.
+"""Pipelines with a component more than diffusers' own: made, and handed from one class to another.
 
+diffusers reads the components of a pipeline from the signature of its constructor;
 `AutoPipelineForText2Image` and its siblings look a pipeline up by its class, and `from_pipe` of any
 class leaves behind what that class does not take, without a word.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from diffusers.pipelines import auto_pipeline
 
@@ -17,18 +19,60 @@ from diffusers.pipelines import auto_pipeline
 logger = logging.getLogger(__name__)
 
 
-def register_auto_pipeline(pipeline_class: type, plain_class: type) -> None:
-    """Let diffusers' AutoPipelines find a pipeline derived from a plain one.
+def plain_class(pipeline_class: type) -> type:
+    """The class of diffusers that a pipeline class is or extends; `ValueError` where there is none."""
+    for parent in pipeline_class.__mro__:
+        if parent.__module__.partition(".")[0] == "diffusers":
+            return parent
+    raise ValueError(f"`pipeline` must be one of diffusers, got {pipeline_class.__name__}.")
+
+
+def add_component(pipeline_class: type, name: str, kind: Any) -> None:
+    """Let the constructor take an optional component `name`, the last of them, for `set_<name>`.
+
+    All else it takes is as in the pipeline of diffusers that `pipeline_class` extends, where optional
+    components may be left out.
+
+    Args:
+        kind: its class, or a union of all classes that `from_pipe` may hand over.
+    """
+    plain = plain_class(pipeline_class)
+    pipeline_class._optional_components = [*plain._optional_components, name]
+    components, _ = plain._get_signature_keys(plain)
+    parameters = list(inspect.signature(plain.__init__).parameters.values())
+    for index, known in reversed(list(enumerate(parameters))):
+        if known.default is known.empty:
+            if known.name not in plain._optional_components:
+                break
+            parameters[index] = known.replace(default=None)
+    place = 1 + max(i for i, known in enumerate(parameters) if known.name in components)
+    kind = kind | None
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters.insert(place, inspect.Parameter(name, either, default=None, annotation=kind))
+    signature = inspect.Signature(parameters)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        component = given.arguments.pop(name, None)
+        plain_args, plain_kwargs = given.args[1:], given.kwargs
+        super(pipeline_class, self).__init__(*plain_args, **plain_kwargs)
+        getattr(self, f"set_{name}")(component)
+
+    __init__.__signature__ = signature
+    # Where diffusers looks the classes of components up.
+    __init__.__annotations__ = {**get_type_hints(plain.__init__), name: kind}
+    pipeline_class.__init__ = __init__
+
+
+def register_auto_pipeline(pipeline_class: type) -> None:
+    """Let diffusers' AutoPipelines find a pipeline derived from one that they know.
 
     Text-to-image gives `pipeline_class` itself; image-to-image and inpainting what they give for the
     plain one.
-
-    Args:
-        pipeline_class: text-to-image, with further components.
-        plain_class: one that AutoPipelines know; otherwise nothing is registered.
     """
     text_to_image: MutableMapping[str, type] = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-    known = [name for name, found in text_to_image.items() if found is plain_class]
+    plain = plain_class(pipeline_class)
+    known = [name for name, found in text_to_image.items() if found is plain]
     if not known:
         return
     own = f"{known[0]}-{pipeline_class.__name__}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,11 @@ import torch
 
 from diffusers_ext.core.card_push import PushWithCard
 from diffusers_ext.core.hub import Card
-from diffusers_ext.core.pipeline_hand_over import HandOver, register_auto_pipeline
+from diffusers_ext.core.pipeline_hand_over import (
+    HandOver,
+    add_component,
+    register_auto_pipeline,
+)
 from diffusers_ext.core.suggestions import check_keywords
 from diffusers_ext.golden_noise.loading import load_noise_model
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
@@ -80,7 +85,11 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         super().__init_subclass__(**kwargs)
         if GoldenNoiseMixin in cls.__bases__:
             plain = super()
-            register_auto_pipeline(cls, cls.__mro__[1 + cls.__mro__.index(PushWithCard)])
+            add_component(cls, "noise_model", NoiseModel)
+            # Right before the denoiser, for which it makes the noise.
+            order = cls.model_cpu_offload_seq
+            cls.model_cpu_offload_seq = re.sub("->(unet|transformer)", r"->noise_model->\1", order)
+            register_auto_pipeline(cls)
             cls.__call__ = _shown_as(plain.__call__, GoldenNoiseMixin.__call__, _SCALE, _SCALE_DOC)
             cls.encode_prompt = _shown_as(plain.encode_prompt, GoldenNoiseMixin.encode_prompt)
             cls.prepare_latents = _shown_as(plain.prepare_latents, GoldenNoiseMixin.prepare_latents)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.pipeline_hand_over import plain_class
 
 
 def denoiser_of(pipeline: Any) -> torch.nn.Module:
@@ -43,7 +44,4 @@ def model_fingerprints(pipeline: Any, names: Iterable[str]) -> dict[str, Any]:
 
 def plain_class_name(pipeline: Any) -> str:
     """Name of the class of diffusers that a pipeline is, or that its class extends."""
-    for parent in type(pipeline).__mro__:
-        if parent.__module__.partition(".")[0] == "diffusers":
-            return parent.__name__
-    raise ValueError(f"`pipeline` must be one of diffusers, got {type(pipeline).__name__}.")
+    return plain_class(type(pipeline)).__name__

@@ -10,26 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
 
 from diffusers_ext.core.card_push import PushWithCard
 from diffusers_ext.core.hub import Card
+from diffusers_ext.core.pipeline_hand_over import add_component
 from diffusers_ext.core.processors import ProjectAttnProcessor, use_processors
 from diffusers_ext.nullspace.lora_files import (
     LORA_WEIGHT_NAME,
@@ -50,6 +36,11 @@ class NullSpaceMixin(PushWithCard):
     The facts for the model card of an upload are the arguments of
     `diffusers_ext.nullspace.pipeline_card.subject_pipeline_card`.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if NullSpaceMixin in cls.__bases__:
+            add_component(cls, "statistics", FeatureStatistics)
 
     def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
         if adapters := sorted(_adapters(self)):
@@ -174,69 +165,9 @@ class NullSpaceDreamBoothPipeline(NullSpaceMixin, StableDiffusionPipeline):
     Loads from a plain base model too; see `NullSpaceMixin` for what it adds.
     """
 
-    _optional_components = [*StableDiffusionPipeline._optional_components, "statistics"]
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        safety_checker: StableDiffusionSafetyChecker = None,
-        feature_extractor: CLIPImageProcessor = None,
-        image_encoder: CLIPVisionModelWithProjection = None,
-        statistics: FeatureStatistics | None = None,
-        requires_safety_checker: bool = True,
-    ) -> None:
-        super().__init__(
-            vae,
-            text_encoder,
-            tokenizer,
-            unet,
-            scheduler,
-            safety_checker,
-            feature_extractor,
-            image_encoder,
-            requires_safety_checker,
-        )
-        self.set_statistics(statistics)
-
 
 class NullSpaceDreamBoothXLPipeline(NullSpaceMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` with an optional `statistics` component.
 
     Loads from a plain base model too; see `NullSpaceMixin` for what it adds.
     """
-
-    _optional_components = [*StableDiffusionXLPipeline._optional_components, "statistics"]
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        text_encoder_2: CLIPTextModelWithProjection,
-        tokenizer: CLIPTokenizer,
-        tokenizer_2: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        image_encoder: CLIPVisionModelWithProjection = None,
-        feature_extractor: CLIPImageProcessor = None,
-        statistics: FeatureStatistics | None = None,
-        force_zeros_for_empty_prompt: bool = True,
-        add_watermarker: bool | None = None,
-    ) -> None:
-        super().__init__(
-            vae,
-            text_encoder,
-            text_encoder_2,
-            tokenizer,
-            tokenizer_2,
-            unet,
-            scheduler,
-            image_encoder,
-            feature_extractor,
-            force_zeros_for_empty_prompt,
-            add_watermarker,
-        )
-        self.set_statistics(statistics)

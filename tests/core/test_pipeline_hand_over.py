@@ -5,6 +5,7 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
+    DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -60,5 +61,5 @@ def test_pipelines_that_auto_pipelines_do_not_know_are_left_alone():
     from diffusers.pipelines import auto_pipeline
 
     before = dict(auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING)
-    register_auto_pipeline(object, object)
+    register_auto_pipeline(DiffusionPipeline)
     assert before == auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
