@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers_ext.core.inside_folder import path_inside
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.hub.upload_files import path_inside
 from diffusers_ext.nullspace.lora_upload import measured_drift
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 

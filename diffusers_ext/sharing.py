@@ -11,8 +11,6 @@ from typing import Any
 from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.checked_tensors import open_tensors
 from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
-from diffusers_ext.core.hub import Card, make_card, push_folder, split_arguments
-from diffusers_ext.core.inside_folder import path_inside
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.eraser_card import eraser_card, facts_of_config
 from diffusers_ext.eraser.eraser_files import FILE_NAMES, FORMATS, read_eraser
@@ -21,11 +19,14 @@ from diffusers_ext.golden_noise.loading import NETWORK_MODULES, load_noise_model
 from diffusers_ext.golden_noise.network_card import GOLDEN_PIPELINES, network_card
 from diffusers_ext.golden_noise.pairs import CLASS_NAME as PAIRS
 from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.hub import Measured
+from diffusers_ext.hub.card import Card, make_card
+from diffusers_ext.hub.push import push_folder, split_arguments
+from diffusers_ext.hub.upload_files import path_inside
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.lora_upload import push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.reported_facts import REPORT_NAME, own_statistics, reported_facts
-from hub_cards import Measured
 
 
 _INDEX = "model_index.json"

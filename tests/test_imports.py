@@ -12,25 +12,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOOLS = {"nullspace", "golden_noise", "eraser", "rewards"}
-LIBRARY = {"core", "community", "evaluation", "planning", *TOOLS}
+LIBRARY = {"hub", "core", "community", "evaluation", "planning", *TOOLS}
 CONSOLE = "command_line"  # the only part of the library that talks to a terminal
 # unit -> units of this repository that it may import, besides itself; a unit is a folder of the
 # library or a folder beside it, "library" is `diffusers_ext` as a whole
 MAY_IMPORT: dict[str, set[str]] = {
-    "hub_cards": set(),
-    "core": {"hub_cards"},
-    **{tool: {"core", "hub_cards"} for tool in TOOLS},
-    "evaluation": {"core", "hub_cards", *TOOLS},
-    "planning": {"core", "hub_cards", *TOOLS},
-    "community": {"core", "hub_cards", *TOOLS},
-    "library": {"hub_cards", *LIBRARY},
+    "hub": set(),
+    "core": {"hub"},
+    **{tool: {"hub", "core"} for tool in TOOLS},
+    "evaluation": {"hub", "core", *TOOLS},
+    "planning": {"hub", "core", *TOOLS},
+    "community": {"hub", "core", *TOOLS},
+    "library": LIBRARY,
     CONSOLE: {"library", *LIBRARY},
     # Scripts and console share parser and errors.
-    "training": {CONSOLE, "library", "hub_cards", *LIBRARY},
+    "training": {CONSOLE, "library", *LIBRARY},
     "examples": {"library", "training", "benchmarks", *LIBRARY},
     "benchmarks": {"library", "training", "examples", *LIBRARY},
 }
-FOLDERS = ("diffusers_ext", "training", "hub_cards", "examples", "benchmarks", "tests")
+FOLDERS = ("diffusers_ext", "training", "examples", "benchmarks", "tests")
 MOST_LINES, MOST_BODY_LINES = 400, 50
 # What may be longer, and why.
 LONG_FILES: dict[str, str] = {}
@@ -111,7 +111,7 @@ def test_imports_go_one_way():
         ("diffusers_ext/eraser/a.py", "from diffusers_ext import evaluation"),
         ("diffusers_ext/evaluation/a.py", "from diffusers_ext import collect_statistics"),
         ("diffusers_ext/rewards/a.py", "def f():\n    from training.loop import TrainingLoop"),
-        ("hub_cards/a.py", "import diffusers_ext"),
+        ("diffusers_ext/hub/a.py", "from diffusers_ext.core.artifacts import Artifact"),
         ("diffusers_ext/evaluation/a.py", "from diffusers_ext.command_line.main import main"),
         ("diffusers_ext/sharing.py", "import diffusers_ext.command_line"),
         ("diffusers_ext/command_line/a.py", "from training.plugins import load_reward"),

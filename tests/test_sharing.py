@@ -20,8 +20,8 @@ from diffusers_ext import (
     push_artifact,
     save_eraser,
 )
+from diffusers_ext.hub import Measured
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, check_loaded_lora
-from hub_cards import Measured
 from tests.eraser.saved_erasers import make_eraser
 from tests.golden_noise.golden_pipelines import random_network
 from tests.golden_noise.pair_sets import write_set

@@ -11,9 +11,9 @@ from typing import Any
 
 from diffusers import CogVideoXPipeline
 
-from diffusers_ext.core.base_model import public_name
-from diffusers_ext.core.hub import Card, make_card
 from diffusers_ext.eraser.saving import save_eraser
+from diffusers_ext.hub.card import Card, make_card
+from diffusers_ext.hub.licence import public_name
 from training.eraser_arguments import recipe_of
 from training.eraser_data import ClipSize
 from training.eraser_text import GivenTexts, RunText

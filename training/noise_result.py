@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from diffusers_ext.core.base_model import public_name
-from diffusers_ext.core.hub import Card
 from diffusers_ext.golden_noise.network_card import network_card
-from hub_cards import Measured
+from diffusers_ext.hub import Measured
+from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.licence import public_name
 from training.output_folder import ON_THE_WAY, staged_output
 from training.publish import left_here, push_output
 from training.upload import card_arguments, reported_arguments

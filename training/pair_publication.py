@@ -8,9 +8,9 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
-from diffusers_ext.core.hub import check_card, make_repository
 from diffusers_ext.golden_noise.pair_set_hub import pair_set_card
 from diffusers_ext.golden_noise.pairs import PairDataset
+from diffusers_ext.hub.push import check_card, make_repository
 from training.upload import card_arguments, repository_name, upload_arguments
 
 

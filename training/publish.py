@@ -10,8 +10,9 @@ from typing import Any
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.base_model import public_name
-from diffusers_ext.core.hub import Card, check_card, make_card, make_repository, push_folder
+from diffusers_ext.hub.card import Card, make_card
+from diffusers_ext.hub.licence import public_name
+from diffusers_ext.hub.push import check_card, make_repository, push_folder
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME
 from diffusers_ext.nullspace.lora_upload import measured_drift
 from diffusers_ext.nullspace.measured_models import plain_class_name

@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.base_model import public_name
 from diffusers_ext.core.noise_schedules import training_schedule
+from diffusers_ext.hub.licence import public_name
 from diffusers_ext.nullspace.lora import (
     add_null_space_lora,
     lora_linears,

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from diffusers_ext.core.base_model import find_licence, named_licence
+from diffusers_ext.hub.licence import find_licence, named_licence
 
 
 def card_arguments(args: argparse.Namespace) -> dict[str, Any]:

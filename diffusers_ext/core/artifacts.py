@@ -31,9 +31,10 @@ from diffusers_ext.core.config_digest import (
 )
 from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.full_disk import full_disk_named
-from diffusers_ext.core.hub import Card, push_folder, split_arguments
 from diffusers_ext.core.hub_connection import not_found
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.push import push_folder, split_arguments
 
 
 logger = logging.getLogger(__name__)

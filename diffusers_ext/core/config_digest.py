@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers_ext.hub.upload_files import CONFIG_DIGEST, config_digest
 
-CONFIG_DIGEST = "config_sha256"
+
 # Name in the metadata of a weights file of the digest of the config that it was saved beside.
 CONFIG_KEY = "diffusers_ext.config_sha256"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -35,9 +34,3 @@ def check_config_digest(config: Mapping[str, Any], path: str | os.PathLike) -> N
             f"{path} must have the contents that it was written with, got others: its "
             f"`{CONFIG_DIGEST}` does not fit. Download or write it again."
         )
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a config's contents, however it is indented or ordered, without the digest itself."""
-    kept = {key: value for key, value in config.items() if key != CONFIG_DIGEST}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diffusers_ext.core.hub import Card, make_card
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import StateDict, eraser_shape
-from hub_cards import Licence, Measured
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import Card, make_card
 
 
 def eraser_card(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from diffusers_ext.core.checked_tensors import FLOATING
-from diffusers_ext.core.hub import Card, push_folder, split_arguments
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import StateDict
 from diffusers_ext.eraser.eraser_card import eraser_card, facts_of_config
@@ -30,6 +29,8 @@ from diffusers_ext.eraser.written_files import (
     peft_files,
     write_eraser_files,
 )
+from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.push import push_folder, split_arguments
 
 
 def save_eraser(

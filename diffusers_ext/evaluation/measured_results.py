@@ -11,7 +11,7 @@ from diffusers_ext.core.text_files import read_json
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from diffusers_ext.evaluation.forgetting_report import ForgettingReport
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
-from hub_cards import Measured
+from diffusers_ext.hub import Measured
 
 
 _COUNTS = ("prompts", "images")

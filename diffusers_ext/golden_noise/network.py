@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from diffusers_ext.core.card_push import PushWithCard
-from diffusers_ext.core.hub import Card
 from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.golden_noise.hub_sources import read_network_config
 from diffusers_ext.golden_noise.network_card import network_card
 from diffusers_ext.golden_noise.network_files import CheckedWeights
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
+from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.push import PushWithCard
 
 
 class GoldenNoiseNetwork(PushWithCard, CheckedWeights):

@@ -15,9 +15,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from diffusers_ext.core.hub import Card, make_card
 from diffusers_ext.core.text_files import read_json
-from hub_cards import Licence, Measured
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import Card, make_card
 
 
 # The pipeline of this package that takes the network for a base pipeline.

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 
-from diffusers_ext.core.base_model import public_name
-from diffusers_ext.core.hub import Card, make_card, push_folder
 from diffusers_ext.golden_noise.hub_sources import hub_names
 from diffusers_ext.golden_noise.pair_shards import list_shards, read_table, shard_files
-from hub_cards import Licence, Measured
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import Card, make_card
+from diffusers_ext.hub.licence import public_name
+from diffusers_ext.hub.push import push_folder
 
 
 if TYPE_CHECKING:

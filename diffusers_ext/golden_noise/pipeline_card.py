@@ -9,10 +9,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.base_model import public_name
-from diffusers_ext.core.hub import Card, make_card
 from diffusers_ext.golden_noise.network_card import GOLDEN_PIPELINES, read_pipeline_class
-from hub_cards import Licence, Measured
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import Card, make_card
+from diffusers_ext.hub.licence import public_name
 
 
 def pipeline_card(

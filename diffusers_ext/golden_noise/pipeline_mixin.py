@@ -14,8 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from diffusers_ext.core.card_push import PushWithCard
-from diffusers_ext.core.hub import Card
 from diffusers_ext.core.pipeline_hand_over import (
     HandOver,
     add_component,
@@ -29,6 +27,8 @@ from diffusers_ext.golden_noise.npnet import NPNet
 from diffusers_ext.golden_noise.pipeline_card import pipeline_card
 from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.push import PushWithCard
 
 
 # `from_pipe` hands a component over only if its very class is in the annotation.

@@ -12,7 +12,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.checked_tensors import open_tensors
-from diffusers_ext.core.hub import make_card, push_folder
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import make_card
+from diffusers_ext.hub.push import push_folder
 from diffusers_ext.nullspace.kohya_lora import has_kohya_names, is_kohya_lora
 from diffusers_ext.nullspace.lora_checks import check_lora_effect
 from diffusers_ext.nullspace.lora_files import (
@@ -24,7 +26,6 @@ from diffusers_ext.nullspace.lora_files import (
 )
 from diffusers_ext.nullspace.lora_metadata import kept_metadata, training_metadata
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from hub_cards import Licence, Measured
 
 
 def push_lora(

@@ -13,10 +13,10 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from diffusers_ext.core.card_push import PushWithCard
-from diffusers_ext.core.hub import Card
 from diffusers_ext.core.pipeline_hand_over import add_component
 from diffusers_ext.core.processors import ProjectAttnProcessor, use_processors
+from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.push import PushWithCard
 from diffusers_ext.nullspace.lora_files import (
     LORA_WEIGHT_NAME,
     add_kohya_file,

@@ -8,9 +8,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.hub import Card, make_card
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.nullspace.measured_models import plain_class_name
-from hub_cards import Licence, Measured
 
 
 def subject_pipeline_card(

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_ext.core.artifacts import Artifact, same_fingerprint
-from diffusers_ext.core.hub import Card
 from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
 from diffusers_ext.core.targets import natural_key
+from diffusers_ext.hub.card import Card
 from diffusers_ext.nullspace.measured_models import denoiser_of, model_fingerprints
 from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.slots import check_widths, linear_name, split_linear_name

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ext.core.hub import Card, make_card
-from hub_cards import Licence, Measured
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import Card, make_card
 
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from diffusers_ext.core.artifacts import (
     same_fingerprint,
     write_atomically,
 )
-from diffusers_ext.core.hub import make_card
+from diffusers_ext.hub.card import make_card
 from tests.tiny_lora import add_random_lora
 from tests.tiny_models import pixart, sd_unet, sdxl_unet
 

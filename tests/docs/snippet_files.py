@@ -18,7 +18,7 @@ OTHERS = ("a photo of a cat", "a red fox")
 
 def write_files(folder: Path) -> None:
     """Pictures, prompts, tables, a YAML file, a LoRA of Stable Diffusion; and the scripts."""
-    for name in ("training", "examples", "diffusers_ext", "hub_cards"):
+    for name in ("training", "examples", "diffusers_ext"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "photos").mkdir()
     for index in range(2):

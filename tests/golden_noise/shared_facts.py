@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from hub_cards import Measured
+from diffusers_ext.hub import Measured
 
 
 RESULT = Measured("held-out prompts", "relative error", 0.25, notes="8 pairs")

@@ -9,9 +9,10 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 import diffusers_ext
-from diffusers_ext.core import hub as hub_module
-from diffusers_ext.core.hub import make_card, make_repository, push_folder, split_arguments
-from hub_cards import Licence, Measured
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub import push as hub_module
+from diffusers_ext.hub.card import make_card
+from diffusers_ext.hub.push import make_repository, push_folder, split_arguments
 
 
 REPO = "tester/seven"
@@ -239,5 +240,5 @@ def test_no_upload_goes_round_the_card():
     sources = [*root.glob("diffusers_ext/**/*.py"), *root.glob("training/**/*.py")]
     found = {path: set(doors.findall(path.read_text(encoding="utf-8"))) for path in sources}
     assert {path.relative_to(root).as_posix(): names for path, names in found.items() if names} == {
-        "diffusers_ext/core/hub.py": {"create_commit", "create_repo", "preupload_lfs_files"}
+        "diffusers_ext/hub/push.py": {"create_commit", "create_repo", "preupload_lfs_files"}
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_ext.core.config_digest import config_digest
-from diffusers_ext.core.local_paths import public_content
+from diffusers_ext.hub.upload_files import public_content
 
 
 def test_paths_become_names_and_all_else_stays(tmp_path):

@@ -4,8 +4,8 @@ import pytest
 from diffusers import UNet2DConditionModel
 from huggingface_hub import ModelCard
 
-from diffusers_ext.core.card_push import PushWithCard
-from diffusers_ext.core.hub import make_card
+from diffusers_ext.hub.card import make_card
+from diffusers_ext.hub.push import PushWithCard
 from tests.tiny_models import sd_unet
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
-from hub_cards import Licence, Measured, keep_owner_words
-from tests.hub_cards.card_examples import BASE, FACTS, card_of
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.owner_text import keep_owner_words
+from tests.hub.card_examples import BASE, FACTS, card_of
 
 
 OLD = """---

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from diffusers_ext.core.base_model import find_licence, public_name
-from hub_cards import Licence
+from diffusers_ext.hub import Licence
+from diffusers_ext.hub.licence import find_licence, public_name
 
 
 def put_card(repo_id: str, header: str, private: bool = False) -> None:

@@ -6,9 +6,9 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hub_cards import Licence
-from hub_cards.safe_markdown import check_file_name, is_harmless, link, prose
-from tests.hub_cards.card_examples import card_of
+from diffusers_ext.hub import Licence
+from diffusers_ext.hub.safe_markdown import check_file_name, is_harmless, link, prose
+from tests.hub.card_examples import card_of
 
 
 EVIL = [

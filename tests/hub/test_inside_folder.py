@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.core.inside_folder import path_inside
+from diffusers_ext.hub.upload_files import path_inside
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
-from hub_cards import KINDS, render
-from hub_cards.citations import bibtex
-from hub_cards.generated_block import find_generated
-from hub_cards.render import figure, python_literal, shown
-from hub_cards.safe_markdown import code, one_line, plain
-from tests.hub_cards.card_examples import COMMON, FACTS
+from diffusers_ext.hub.card import render
+from diffusers_ext.hub.kinds import KINDS, bibtex
+from diffusers_ext.hub.owner_text import find_generated
+from diffusers_ext.hub.safe_markdown import code, figure, one_line, plain, python_literal, shown
+from tests.hub.card_examples import COMMON, FACTS
 
 
 # What `artifact_card` adds to the facts that it is given.

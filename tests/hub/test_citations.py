@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import re
 
-from hub_cards.citations import PAPERS, bibtex
-from hub_cards.kinds import KINDS
+from diffusers_ext.hub.kinds import KINDS, PAPERS, bibtex
 
 
 def test_every_entry_is_whole():

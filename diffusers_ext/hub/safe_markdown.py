@@ -7,6 +7,7 @@ links by schemes that run or hold code, are shown as the characters that they ar
 from __future__ import annotations
 
 import html
+import json
 import re
 from pathlib import PurePosixPath
 from urllib.parse import quote, unquote
@@ -92,3 +93,27 @@ def _as_browsers_read(address: str) -> str:
     for _ in range(3):
         found = unquote(html.unescape(found)).replace("\\", "")
     return re.sub(r"[\x00-\x20\x7f-\xa0\u200b-\u200f\u2028\u2029\ufeff]", "", found)
+
+
+def python_literal(words: str) -> str:
+    """Words as a Python string in double quotes."""
+    return json.dumps(str(words), ensure_ascii=False)
+
+
+def count(number: int) -> str:
+    """A whole number with commas."""
+    return f"{int(number):,}"
+
+
+def figure(value: float) -> str:
+    """A measured figure with four digits; a whole number, or a large one, with all before the point."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def shown(file: str) -> str:
+    """A file of the repository: a picture as such, anything else as a link."""
+    address = quote(check_file_name(file, "widget"))
+    is_picture = address.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))
+    return f"![{plain(file)}]({address})" if is_picture else f"[{plain(file)}]({address})"

@@ -10,8 +10,8 @@ import re
 import pytest
 
 import diffusers_ext
-from hub_cards import KINDS
-from tests.hub_cards.card_examples import VARIANTS, card_of
+from diffusers_ext.hub.kinds import KINDS
+from tests.hub.card_examples import VARIANTS, card_of
 
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import DatasetCard, ModelCard
 
-from hub_cards import KINDS, Licence, artifact_card
-from tests.hub_cards.card_examples import BASE, COMMON, FACTS, VARIANTS, card_of
+from diffusers_ext.hub import Licence
+from diffusers_ext.hub.card import artifact_card
+from diffusers_ext.hub.kinds import KINDS
+from tests.hub.card_examples import BASE, COMMON, FACTS, VARIANTS, card_of
 
 
 SECTIONS = (

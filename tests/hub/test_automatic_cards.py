@@ -4,7 +4,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
-from hub_cards.automatic_cards import is_automatic
+from diffusers_ext.hub.owner_text import is_automatic
 
 
 def test_the_card_that_peft_writes(tmp_path):

@@ -1,8 +1,9 @@
-"""Facts about the base model of an artifact that its card repeats: its name and its licence."""
+"""The licence of an artifact: the one given, else the one that its base model's card names."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, metadata_load
@@ -12,12 +13,46 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from hub_cards import Licence
+from diffusers_ext.hub.safe_markdown import code, link
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence by the Hub's three header keys.
+
+    Args:
+        license: identifier of the Hub's list, as `"apache-2.0"`; `"other"` for any further one.
+        license_name: identifier of a licence that is not on the list.
+        license_link: its address, or a file of the repository.
+
+    Raises:
+        ValueError: no licence, or another one without its name.
+    """
+
+    license: str
+    license_name: str | None = None
+    license_link: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.license, str) or not self.license.strip():
+            raise ValueError(f"`license` must name a licence, got {self.license!r}.")
+        if self.license == "other" and not self.license_name:
+            raise ValueError(
+                "`license_name` must be given with the license 'other', got "
+                f'{self.license_name!r}. Pass `Licence("other", "its-name", "https://its.address")`, '
+                "or none where the base model is on the Hub and its card tells."
+            )
+
+    @property
+    def sentence(self) -> str:
+        """What a card's text says about it."""
+        name = code(self.license_name or self.license)
+        return f"These files are shared under {link(name, self.license_link)}."
 
 
 _CARD_NAME = "README.md"
-# Begin the name of a repository's folder in the cache of the Hub.
-_CACHED = ("models--", "datasets--")
+# Begin the name of a repository's folder in the cache of the Hub, whose files are links to `blobs`.
+CACHED_FOLDERS = ("models--", "datasets--")
 
 
 def public_name(source: str | os.PathLike) -> str:
@@ -27,7 +62,7 @@ def public_name(source: str | os.PathLike) -> str:
         source: Hub name, or folder; one in the cache of the Hub has the name of its repository.
     """
     path = Path(source)
-    cached = next((part for part in path.parts if part.startswith(_CACHED)), None)
+    cached = next((part for part in path.parts if part.startswith(CACHED_FOLDERS)), None)
     if cached is not None:
         return cached.partition("--")[2].replace("--", "/")
     is_path = path.exists() or path.is_absolute() or len(path.parts) > 2 or ".." in path.parts

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hub_cards.generated_block import find_generated, mark_generated, without_marks
+from diffusers_ext.hub.owner_text import find_generated, mark_generated, without_marks
 
 
 def test_generated_words_are_found_between_others():

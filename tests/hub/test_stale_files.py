@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from diffusers_ext.core.hub import push_folder
-from diffusers_ext.core.stale_files import stale_files
-from tests.core.test_hub import ERASER, REPO
+from diffusers_ext.hub.push import push_folder
+from diffusers_ext.hub.upload_files import stale_files
+from tests.hub.test_push import ERASER, REPO
 
 
 SHARDS = ["unet/model-00001-of-00002.safetensors", "unet/model-00002-of-00002.safetensors"]

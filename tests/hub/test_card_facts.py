@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from hub_cards import Licence, Measured
-from hub_cards.card_facts import slug
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.kinds import slug
 
 
 def test_a_licence_says_its_name():

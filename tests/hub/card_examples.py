@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, ModelCard
 
-from hub_cards import Licence, Measured, artifact_card
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import artifact_card
 
 
 BASE = "somebody/base"
