@@ -15,6 +15,7 @@ from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.eraser_card import eraser_card, facts_of_config
 from diffusers_ext.eraser.eraser_files import FILE_NAMES, FORMATS, read_eraser
 from diffusers_ext.evaluation.measured_results import measured_results
+from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.golden_noise.loading import NETWORK_MODULES, load_noise_model
 from diffusers_ext.golden_noise.network_card import GOLDEN_PIPELINES, network_card
 from diffusers_ext.golden_noise.pairs import CLASS_NAME as PAIRS
@@ -30,10 +31,7 @@ from diffusers_ext.reported_facts import REPORT_NAME, own_statistics, reported_f
 
 
 _INDEX = "model_index.json"
-_NULL_SPACE = {
-    "NullSpaceDreamBoothPipeline": "StableDiffusionPipeline",
-    "NullSpaceDreamBoothXLPipeline": "StableDiffusionXLPipeline",
-}
+_NULL_SPACE = {f.nullspace_pipeline: f.pipelines[0] for f in FAMILIES if f.nullspace_pipeline}
 
 
 def push_artifact(

@@ -12,17 +12,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOOLS = {"nullspace", "golden_noise", "eraser", "rewards"}
-LIBRARY = {"hub", "core", "community", "evaluation", "planning", *TOOLS}
+LIBRARY = {"hub", "core", "families", "community", "evaluation", "planning", *TOOLS}
 CONSOLE = "command_line"  # the only part of the library that talks to a terminal
 # unit -> units of this repository that it may import, besides itself; a unit is a folder of the
 # library or a folder beside it, "library" is `diffusers_ext` as a whole
 MAY_IMPORT: dict[str, set[str]] = {
     "hub": set(),
     "core": {"hub"},
-    **{tool: {"hub", "core"} for tool in TOOLS},
-    "evaluation": {"hub", "core", *TOOLS},
-    "planning": {"hub", "core", *TOOLS},
-    "community": {"hub", "core", *TOOLS},
+    "families": {"hub", "core"},
+    **{tool: {"hub", "core", "families"} for tool in TOOLS},
+    "evaluation": {"hub", "core", "families", *TOOLS},
+    "planning": {"hub", "core", "families", *TOOLS},
+    "community": {"hub", "core", "families", *TOOLS},
     "library": LIBRARY,
     CONSOLE: {"library", *LIBRARY},
     # Scripts and console share parser and errors.

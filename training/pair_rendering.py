@@ -15,9 +15,9 @@ from PIL import Image
 from diffusers_ext.core.base_source import load_base, read_base_config
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.evaluation import noise_rendering
-from diffusers_ext.golden_noise.conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser import denoiser_of
-from diffusers_ext.golden_noise.families import pipeline_family
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.golden_noise.denoiser import TOOL, denoiser_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def load_base_pipeline(
     if "requires_safety_checker" in config:
         unfiltered["requires_safety_checker"] = False
     pipeline = load_base(source, variant=args.variant, dtype=dtype, **where, **unfiltered)
-    pipeline_family(pipeline)
+    find_family(pipeline, TOOL)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
@@ -66,8 +66,7 @@ def latent_shape(pipeline: DiffusionPipeline, output_size: int | None) -> tuple[
         ValueError: a size that the model cannot draw.
     """
     if output_size is not None:
-        patch = denoiser_of(pipeline).config.get("patch_size", 1)
-        patch = 2 if pipeline_family(pipeline) == "flux" else patch
+        patch = find_family(pipeline, TOOL).patch(denoiser_of(pipeline).config)
         unit = pipeline.vae_scale_factor * patch
         if output_size % unit:
             raise ValueError(
@@ -101,17 +100,21 @@ def render(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for generator in generators:  # past what the noise itself was drawn from
         torch.randn(noise.shape[1:], generator=generator)
+    family = find_family(pipeline, TOOL)
+    noise = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
     # A VAE takes far more memory for a large picture than the denoiser.
     with quiet_run(pipeline), decoded_one_by_one(pipeline.vae):
         images = pipeline(
-            latents=_pipeline_latents(pipeline, noise),
+            # Unit noise: pipelines scale it by `init_noise_sigma`, if at all, by themselves.
+            latents=family.pack(pipeline, noise),
             height=height,
             width=width,
             num_inference_steps=rendering.num_inference_steps,
             generator=generators,
             output_type="pt",
-            **_text_arguments(pipeline, text),
-            **_guidance_arguments(pipeline, rendering),
+            guidance_scale=rendering.guidance_scale,
+            **family.text_arguments(text),
+            **family.call_arguments,
         ).images
     if not torch.isfinite(images).all():
         raise ValueError(
@@ -130,26 +133,3 @@ def decoded_one_by_one(vae: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         vae.use_slicing = sliced
-
-
-def _pipeline_latents(pipeline: DiffusionPipeline, noise: torch.Tensor) -> torch.Tensor:
-    """Unit noise as the pipeline's call takes it: all families scale it by `init_noise_sigma`, if
-    at all, by themselves."""
-    noise = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
-    if pipeline_family(pipeline) == "flux":
-        return pipeline._pack_latents(noise, *noise.shape)
-    return noise
-
-
-def _text_arguments(pipeline: DiffusionPipeline, text: TextConditioning) -> dict[str, Any]:
-    names = text.tensors()
-    if pipeline_family(pipeline) == "flux":
-        names = {name: x for name, x in names.items() if not name.startswith("negative_")}
-    return {name.replace("attention_mask", "prompt_attention_mask"): x for name, x in names.items()}
-
-
-def _guidance_arguments(pipeline: DiffusionPipeline, rendering: Rendering) -> dict[str, Any]:
-    if pipeline_family(pipeline) == "hunyuan_dit":
-        # Bins are sizes for pixels; the noise has its size already.
-        return {"guidance_scale": rendering.guidance_scale, "use_resolution_binning": False}
-    return {"guidance_scale": rendering.guidance_scale}

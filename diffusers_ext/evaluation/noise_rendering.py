@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.evaluation.rendering import Sampling, Shot, draw
-from diffusers_ext.golden_noise.denoiser import denoiser_of, latent_channels
-from diffusers_ext.golden_noise.families import pipeline_family
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.golden_noise.denoiser import TOOL, denoiser_of
 from diffusers_ext.golden_noise.pairs import source_noise
 
 
@@ -24,19 +24,16 @@ def latent_shape(
         pipeline: draws the picture.
         height, width: of the picture in pixels; the pipeline's own when `None`.
     """
-    factor, family = pipeline.vae_scale_factor, pipeline_family(pipeline)
-    if family == "sd":
-        own = denoiser_of(pipeline).config.sample_size
-    else:
-        own = pipeline.default_sample_size
+    factor, family = pipeline.vae_scale_factor, find_family(pipeline, TOOL)
+    config = denoiser_of(pipeline).config
+    own = family.sample_size(config)
     sizes = (own, own) if isinstance(own, int) else tuple(own)
     rows, columns = (
         size if asked is None else asked // factor
         for size, asked in zip(sizes, (height, width), strict=True)
     )
-    if family in ("flux", "hunyuan_dit"):  # 2 x 2 latent pixels are one token
-        rows, columns = rows // 2 * 2, columns // 2 * 2
-    return latent_channels(pipeline), rows, columns
+    patch = family.patch(config) if family.rounds_size else 1
+    return family.latent_channels(config), rows // patch * patch, columns // patch * patch
 
 
 def unit_noise(shots: Sequence[Shot], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -57,14 +54,14 @@ def draw_from_noise(
         sampling: how they are drawn.
         noise: `(n, channels, latent height, latent width)`.
     """
-    family = pipeline_family(pipeline)
+    family = find_family(pipeline, TOOL)
     latents = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
     height, width = (size * pipeline.vae_scale_factor for size in noise.shape[-2:])
-    if family == "flux":
-        latents = pipeline._pack_latents(latents, *latents.shape)
-    # Bins would give the picture another size than the noise has.
-    further = {"use_resolution_binning": False} if family == "hunyuan_dit" else {}
-    return draw(pipeline, shots, replace(sampling, height=height, width=width), latents, **further)
+    latents, sampling = (
+        family.pack(pipeline, latents),
+        replace(sampling, height=height, width=width),
+    )
+    return draw(pipeline, shots, sampling, latents, **family.call_arguments)
 
 
 @contextmanager

@@ -5,29 +5,26 @@ from __future__ import annotations
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.golden_noise.conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser_calls import DENOISER_CALLS
-from diffusers_ext.golden_noise.families import has_embedded_guidance, pipeline_family
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.families.text_conditioning import TextConditioning
 
 
-_REQUIRED: dict[str, tuple[str, ...]] = {
-    "sd": (),
-    "sdxl": ("pooled_prompt_embeds",),
-    "hunyuan_dit": ("attention_mask", "prompt_embeds_2", "attention_mask_2"),
-    "sd3": ("pooled_prompt_embeds",),
-    "flux": ("pooled_prompt_embeds",),
-}
+TOOL = "golden_noise"
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
     """The pipeline's UNet or transformer."""
-    return pipeline.unet if pipeline_family(pipeline) in ("sd", "sdxl") else pipeline.transformer
+    return getattr(pipeline, find_family(pipeline, TOOL).denoiser)
 
 
 def latent_channels(pipeline: DiffusionPipeline) -> int:
     """Channels of the latents, unpacked also for Flux."""
-    channels = int(denoiser_of(pipeline).config.in_channels)
-    return channels // 4 if pipeline_family(pipeline) == "flux" else channels
+    return find_family(pipeline, TOOL).latent_channels(denoiser_of(pipeline).config)
+
+
+def has_embedded_guidance(pipeline: DiffusionPipeline) -> bool:
+    """Whether the denoiser takes the guidance scale as an input (Flux.1-dev, LCM)."""
+    return find_family(pipeline, TOOL).embedded_guidance(denoiser_of(pipeline).config)
 
 
 def guided_prediction(
@@ -62,15 +59,13 @@ def guided_prediction(
     device = pipeline._execution_device
     inputs = latents.to(device, denoiser_of(pipeline).dtype)
     text = _cast(text.to(device), inputs.dtype)
-    names = ("prompt_embeds", *_REQUIRED[pipeline_family(pipeline)])
     timestep = torch.as_tensor(timestep, device=device)
-    forward = DENOISER_CALLS[pipeline_family(pipeline)]
+    family = find_family(pipeline, TOOL)
     if guidance_scale == 1 or has_embedded_guidance(pipeline):
-        output = forward(pipeline, inputs, timestep, text, guidance_scale)
+        output = family.predict(pipeline, inputs, timestep, text, guidance_scale)
         return output.float().to(latents.device)
-    both = forward(
-        pipeline, torch.cat([inputs] * 2), timestep, _doubled(text, names), guidance_scale
-    )
+    text = _doubled(text, family.text_fields)
+    both = family.predict(pipeline, torch.cat([inputs] * 2), timestep, text, guidance_scale)
     unconditional, conditional = both.float().chunk(2)
     output = unconditional + guidance_scale * (conditional - unconditional)
     return output.to(latents.device)
@@ -89,7 +84,8 @@ def check_inputs(
             f"`prompt_embeds` must be a batch of {len(latents)} like `latents`, got "
             f"{tuple(text.prompt_embeds.shape)}."
         )
-    for name, shape in _text_shapes(pipeline).items():
+    family = find_family(pipeline, TOOL)
+    for name, shape in family.text_shapes(denoiser_of(pipeline).config).items():
         tensor = getattr(text, name)
         if tensor is not None and not _fits(tensor, shape):
             wanted = ", ".join("any" if length is None else str(length) for length in shape)
@@ -97,7 +93,7 @@ def check_inputs(
                 f"`{name}` must be ({len(latents)}, {wanted}) for this "
                 f"{type(pipeline).__name__}, got {tuple(tensor.shape)}."
             )
-    names = _REQUIRED[pipeline_family(pipeline)]
+    names = family.text_fields
     embedded = has_embedded_guidance(pipeline)
     if embedded and text.negative_prompt_embeds is not None:
         raise ValueError(
@@ -105,7 +101,7 @@ def check_inputs(
             "an input, got embeddings."
         )
     if not embedded and any(scale != 1 for scale in guidance_scales):
-        names = names + tuple(f"negative_{name}" for name in ("prompt_embeds", *names))
+        names = names + tuple(f"negative_{name}" for name in names)
     missing = [name for name in names if getattr(text, name) is None]
     if missing:
         raise ValueError(
@@ -121,36 +117,12 @@ def _check_latents(pipeline: DiffusionPipeline, latents: torch.Tensor) -> None:
             f"`latents` must be floating-point (batch, {channels}, height, width) for this "
             f"{type(pipeline).__name__}, got {latents.dtype} {tuple(latents.shape)}."
         )
-    family = pipeline_family(pipeline)
-    patch = 2 if family == "flux" else denoiser_of(pipeline).config.get("patch_size", 1)
+    patch = find_family(pipeline, TOOL).patch(denoiser_of(pipeline).config)
     if latents.shape[2] % patch or latents.shape[3] % patch:
         raise ValueError(
             f"`latents` must have a height and width divisible by {patch}, got "
             f"{tuple(latents.shape)}."
         )
-
-
-def _text_shapes(pipeline: DiffusionPipeline) -> dict[str, tuple[int | None, ...]]:
-    """What follows the batch in the shapes of the text; `None` for any length."""
-    family, denoiser = pipeline_family(pipeline), denoiser_of(pipeline)
-    config = denoiser.config
-    if family in ("sd3", "flux"):
-        return {
-            "prompt_embeds": (None, config.joint_attention_dim),
-            "pooled_prompt_embeds": (config.pooled_projection_dim,),
-        }
-    if family == "hunyuan_dit":
-        return {
-            "prompt_embeds": (config.text_len, config.cross_attention_dim),
-            "prompt_embeds_2": (config.text_len_t5, config.cross_attention_dim_t5),
-        }
-    width = config.encoder_hid_dim or config.cross_attention_dim
-    width = width[0] if isinstance(width, (list, tuple)) else width
-    shapes: dict[str, tuple[int | None, ...]] = {"prompt_embeds": (None, width)}
-    if family == "sdxl":
-        sizes = 6 * config.addition_time_embed_dim
-        shapes["pooled_prompt_embeds"] = (denoiser.add_embedding.linear_1.in_features - sizes,)
-    return shapes
 
 
 def _fits(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:

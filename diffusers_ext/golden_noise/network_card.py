@@ -16,18 +16,13 @@ from huggingface_hub.errors import (
 )
 
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import Card, make_card
 
 
 # The pipeline of this package that takes the network for a base pipeline.
-GOLDEN_PIPELINES = {
-    "StableDiffusionPipeline": "GoldenNoisePipeline",
-    "StableDiffusionXLPipeline": "GoldenNoiseXLPipeline",
-    "HunyuanDiTPipeline": "GoldenNoiseHunyuanDiTPipeline",
-    "StableDiffusion3Pipeline": "GoldenNoiseSD3Pipeline",
-    "FluxPipeline": "GoldenNoiseFluxPipeline",
-}
+GOLDEN_PIPELINES = {f.pipelines[0]: f.golden_pipeline for f in FAMILIES if f.golden_pipeline}
 _KINDS = {
     "NPNet": "npnet",
     "GoldenNoiseModel": "golden_noise_model",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,6 +20,8 @@ from diffusers_ext.core.pipeline_hand_over import (
     register_auto_pipeline,
 )
 from diffusers_ext.core.suggestions import check_keywords
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.golden_noise.denoiser import TOOL
 from diffusers_ext.golden_noise.loading import load_noise_model
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
@@ -56,14 +58,6 @@ class _GoldenCall:
     text: dict[str, torch.Tensor | None] = field(default_factory=dict)  # arguments of `refine`
 
 
-class NetworkSizes(NamedTuple):
-    """What a network must be made for to fit a pipeline."""
-
-    in_channels: int  # of the unpacked latents
-    text_embed_dim: int  # of the token embeddings
-    pooled_dim: int | None = None  # of the pooled embeddings, where the family has them
-
-
 class GoldenNoiseMixin(HandOver, PushWithCard):
     """What the five pipelines add: a `noise_model` component that refines the noise of each call.
 
@@ -73,8 +67,6 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
     `diffusers_ext.golden_noise.pipeline_card.pipeline_card`.
     """
 
-    # argument of `GoldenNoiseNetwork.refine` -> its place in what `encode_prompt` returns
-    _text_outputs: ClassVar[dict[str, int]] = {"prompt_embeds": 0}
     _left_behind: ClassVar[dict[str, str]] = {
         "noise_model": "Make the noise with `noise_model.refine` and pass it as `latents` "
         '(docs/golden_noise.md, "Other pipelines").'
@@ -143,7 +135,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         # The first is the conditional text: of further ones Flux makes the negative prompt's,
         # Hunyuan-DiT the T5's.
         if call is not None and not call.text:
-            call.text = self._network_text(encoded, kwargs)
+            call.text = find_family(self, TOOL).network_text(encoded, kwargs)
         return encoded
 
     def prepare_latents(
@@ -180,30 +172,27 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         finally:
             self._golden_call = outer
 
-    def _network_text(
-        self, encoded: tuple[torch.Tensor | None, ...], arguments: dict[str, Any]
-    ) -> dict[str, torch.Tensor | None]:
-        return {name: encoded[place] for name, place in self._text_outputs.items()}
-
-    def _golden_latents(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        sigma = self.scheduler.init_noise_sigma
-        return (self._refine(latents.float() / sigma) * sigma).to(latents.dtype)
-
-    def _refine(self, noise: torch.Tensor) -> torch.Tensor:
-        call = self._golden_call
-        return self.noise_model.refine(noise, scale=call.scale, **call.text)
+    def _golden_latents(
+        self, prepared: torch.Tensor | tuple[torch.Tensor, ...], height: int, width: int
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        family, call = find_family(self, TOOL), self._golden_call
+        # Flux returns the positions of its packed latents as well.
+        latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
+        sigma = 1.0 if family.flow_matching else self.scheduler.init_noise_sigma
+        noise = family.unpack(self, latents, height, width).float() / sigma
+        golden = self.noise_model.refine(noise, scale=call.scale, **call.text) * sigma
+        golden = family.pack(self, golden).to(latents.dtype)
+        return (golden, *others) if others else golden
 
     def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
         return pipeline_card(self, token=token, **facts)
 
-    def _sizes(self) -> NetworkSizes | None:
-        """What the denoiser tells; `None` where the pipeline has none."""
-        raise TypeError(f"{type(self).__name__} must define `_sizes`.")
-
     def _check_sizes(self, noise_model: GoldenNoiseNetwork) -> None:
-        sizes = self._sizes()
-        if sizes is None:
+        family = find_family(self, TOOL)
+        denoiser = getattr(self, family.denoiser)
+        if denoiser is None:
             return
+        sizes = family.network_sizes(denoiser.config)
         config = noise_model.config
         text_width = sizes.pooled_dim if config.get("pooled_text") else sizes.text_embed_dim
         for name, size in (("in_channels", sizes.in_channels), ("text_embed_dim", text_width)):

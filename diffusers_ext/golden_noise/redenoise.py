@@ -16,9 +16,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.quiet_run import eval_mode
-from diffusers_ext.golden_noise.conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser import check_inputs, denoiser_of, guided_prediction
-from diffusers_ext.golden_noise.families import pipeline_family
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.golden_noise.denoiser import TOOL, check_inputs, denoiser_of, guided_prediction
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from diffusers_ext.golden_noise.redenoise_coefficients import (
     RedenoiseCoefficients,
@@ -35,15 +35,15 @@ def step_coefficients(
     legacy_inversion: bool = False,
 ) -> RedenoiseCoefficients:
     """What `redenoise` computes with: levels of the pipeline's scheduler, which is only read."""
-    family = pipeline_family(pipeline)
-    if family not in ("sd3", "flux"):
+    family = find_family(pipeline, TOOL)
+    if not family.flow_matching:
         return diffusion_coefficients(pipeline.scheduler, num_steps, legacy_inversion)
     if legacy_inversion:
         raise ValueError(
             "`legacy_inversion` must be False for a flow-matching model, got True: it was never "
             "published for one."
         )
-    patch = 2 if family == "flux" else denoiser_of(pipeline).config.patch_size
+    patch = family.patch(denoiser_of(pipeline).config)
     tokens = (size[0] // patch) * (size[1] // patch)
     return flow_coefficients(pipeline.scheduler, num_steps, tokens, family)
 

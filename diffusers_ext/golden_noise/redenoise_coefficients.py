@@ -20,9 +20,9 @@ import math
 from typing import Any, NamedTuple
 
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from diffusers_ext.core.noise_schedules import check_diffusion_levels
+from diffusers_ext.families.family import Family
 
 
 class RedenoiseCoefficients(NamedTuple):
@@ -103,7 +103,10 @@ def diffusion_coefficients(
 
 
 def flow_coefficients(
-    scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, image_tokens: int, family: str
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    num_steps: int,
+    image_tokens: int,
+    family: Family,
 ) -> RedenoiseCoefficients:
     """Coefficients for a model of velocity, from the first two levels of the pipeline's grid.
 
@@ -111,28 +114,18 @@ def flow_coefficients(
         scheduler: only read.
         num_steps: steps of the grid; fewer make a stronger change.
         image_tokens: of one image, on which a dynamic shift of the grid depends.
-        family: `"sd3"` or `"flux"`, which ask for different grids.
+        family: of the pipeline, which asks for its grid.
     """
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(
             "`pipeline.scheduler` must be a FlowMatchEulerDiscreteScheduler, got a "
             f"{type(scheduler).__name__}. Put one of the model's configuration there."
         )
-    config = scheduler.config
-    _check_num_steps(num_steps, config.num_train_timesteps)
-    arguments: dict[str, Any] = {}
-    if config.use_dynamic_shifting:
-        arguments["mu"] = calculate_shift(
-            image_tokens,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
-    if family == "flux":
-        arguments["sigmas"] = [1 - i / num_steps for i in range(num_steps)]
+    _check_num_steps(num_steps, scheduler.config.num_train_timesteps)
     grid = copy.deepcopy(scheduler)
-    grid.set_timesteps(num_steps, **arguments)
+    grid.set_timesteps(
+        num_steps, **family.grid_arguments(scheduler.config, num_steps, image_tokens)
+    )
     start, end = grid.sigmas[:2].double().tolist()
     return _solved(grid.timesteps[0].item(), 1.0, end - start)
 

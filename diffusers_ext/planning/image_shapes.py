@@ -9,8 +9,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.families.registry import families_of
 from diffusers_ext.golden_noise.conditioning import TextConditioning
-from diffusers_ext.golden_noise.families import FAMILIES
 from diffusers_ext.planning.base_model import BaseModel
 
 
@@ -37,7 +37,7 @@ class ImageShapes:
         resolution: pixels of a side; the model's own when `None`.
 
     Attributes:
-        family: as `pipeline_family` calls it.
+        family: name of its `Family`.
         resolution: pixels of a side.
         latents: `(channels, height, width)`, unpacked also for Flux.
         text: of one prompt.
@@ -47,7 +47,7 @@ class ImageShapes:
     """
 
     def __init__(self, base: BaseModel, resolution: int | None = None) -> None:
-        families = {cls.__name__: family for cls, family in FAMILIES.items()}
+        families = {f.pipelines[0]: f.name for f in families_of("golden_noise")}
         if base.pipeline not in families:
             raise ValueError(
                 f"`model` must be a pipeline of {sorted(families)}, got {base.pipeline or 'none'} in "

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from diffusers_ext.families.family import NetworkSizes
+from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.conditioning import encode_prompts
+from diffusers_ext.golden_noise.denoiser import denoiser_of
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.npnet import NPNet
@@ -109,11 +112,15 @@ NETWORKS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
+def network_sizes(pipeline: DiffusionPipeline) -> NetworkSizes:
+    return find_family(pipeline).network_sizes(denoiser_of(pipeline).config)
+
+
 def random_network(
     pipeline: DiffusionPipeline, name: str = "model", **config: Any
 ) -> GoldenNoiseNetwork:
     """A small network for the pipeline's latents and text whose output is far from the identity."""
-    sizes = pipeline._sizes()
+    sizes = network_sizes(pipeline)
     network_class, options = NETWORKS[name]
     shared = {
         "in_channels": sizes.in_channels,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.golden_noise.families import pipeline_family
+from diffusers_ext.families.registry import find_family
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import (
     tiny_flux_pipeline,
@@ -59,7 +59,7 @@ def pipeline_first_step(
     """Run the pipeline's `__call__` on `PROMPTS` until its scheduler steps."""
     factor = pipeline.vae_scale_factor
     height, width = (factor * length for length in noise.shape[2:])
-    family = pipeline_family(pipeline)
+    family = find_family(pipeline).name
     flux = family == "flux"
     negatives = None if negative_prompt is None else [negative_prompt] * len(PROMPTS)
     arguments: dict[str, Any] = {"guidance_scale": guidance_scale, "negative_prompt": negatives}

@@ -6,9 +6,14 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, UNet2DConditionModel
 
+from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.conditioning import TextConditioning, encode_prompts
-from diffusers_ext.golden_noise.denoiser import denoiser_of, guided_prediction, latent_channels
-from diffusers_ext.golden_noise.families import has_embedded_guidance, pipeline_family
+from diffusers_ext.golden_noise.denoiser import (
+    denoiser_of,
+    guided_prediction,
+    has_embedded_guidance,
+    latent_channels,
+)
 from tests.golden_noise.redenoise_cases import (
     BUILDERS,
     PROMPTS,
@@ -110,7 +115,7 @@ def test_half_precision_models_give_float32(family):
 )  # fmt: skip
 def test_families_are_told_by_their_pipelines(family, name, channels):
     pipeline = BUILDERS[family]()
-    assert pipeline_family(pipeline) == name
+    assert find_family(pipeline).name == name
     assert latent_channels(pipeline) == channels
 
 

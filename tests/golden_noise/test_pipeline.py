@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
+from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.conditioning import encode_prompts
 from tests.golden_noise.golden_pipelines import (
     FAMILIES,
@@ -52,7 +53,7 @@ def test_the_network_reads_the_text_it_is_trained_with(family):
     (call,) = calls
     for name in ("prompt_embeds", "attention_mask", "pooled_prompt_embeds"):
         given, expected = call.get(name), getattr(text, name)
-        if expected is None or name not in pipeline._text_outputs:
+        if expected is None or name not in find_family(pipeline).text_outputs:
             assert given is None, name
         else:
             assert given.equal(expected), name
@@ -85,7 +86,7 @@ def test_several_images_of_a_prompt_each_read_it(family):
     repeated = [prompt for prompt in PROMPTS for _ in range(2)]
     draw(pipeline, family, prompt=repeated, generator=seeded(0, 1, 2, 3))
     images, prompts = calls
-    for name in (*pipeline._text_outputs, "noise", "golden"):
+    for name in (*find_family(pipeline).text_outputs, "noise", "golden"):
         torch.testing.assert_close(images[name], prompts[name])
 
 

@@ -15,6 +15,7 @@ from tests.golden_noise.golden_pipelines import (
     NETWORKS,
     draw,
     golden_pipeline,
+    network_sizes,
     random_network,
     with_network,
 )
@@ -157,7 +158,7 @@ def test_networks_for_other_latents_or_text_are_refused_with_both_sizes(family, 
     pipeline = golden_pipeline(family)
     before = pipeline.noise_model
     name = type(pipeline).__name__
-    sizes = pipeline._sizes()
+    sizes = network_sizes(pipeline)
     other = 4 if sizes.in_channels == 16 else 16
     for wrong, has in (({"in_channels": other}, sizes.in_channels), ({"text_embed_dim": 10}, None)):
         ((field, value),) = wrong.items()
@@ -177,7 +178,7 @@ def test_networks_for_other_latents_or_text_are_refused_with_both_sizes(family, 
 @every_family
 def test_networks_of_pooled_text_are_measured_by_it(family):
     pipeline = golden_pipeline(family)
-    pooled = pipeline._sizes().pooled_dim
+    pooled = network_sizes(pipeline).pooled_dim
     if pooled is None:
         with pytest.raises(ValueError, match="must read tokens in a pipeline whose text encoder"):
             pipeline.set_noise_model(random_network(pipeline, "rnn", pooled_text=True))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from diffusers_ext.families.flux import Flux
+from diffusers_ext.families.sd3 import SD3
 from diffusers_ext.golden_noise.redenoise_coefficients import (
     ddim_step_coefficients,
     diffusion_coefficients,
@@ -108,19 +110,19 @@ def test_other_prediction_types_are_refused():
 def test_flow_matching_takes_the_first_step_of_the_shifted_grid():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     before = {k: str(v) for k, v in vars(scheduler).items()}
-    found = flow_coefficients(scheduler, 10, 1024, "sd3")
+    found = flow_coefficients(scheduler, 10, 1024, SD3())
     assert {k: str(v) for k, v in vars(scheduler).items()} == before
     # Ten levels from 1 to the last one's 0.003 (shifted at construction), and the shift again.
     scheduler.set_timesteps(10)
     second = scheduler.sigmas[1].item()
     assert found == (1000.0, 1.0, second - 1, 1.0, second - 1, 1 - second)
-    found = flow_coefficients(FlowMatchEulerDiscreteScheduler(shift=3.0), 10, 1024, "flux")
+    found = flow_coefficients(FlowMatchEulerDiscreteScheduler(shift=3.0), 10, 1024, Flux())
     assert found.second == pytest.approx(1 - 3 * 0.9 / (1 + 2 * 0.9), rel=1e-5)
 
 
 def test_a_dynamic_shift_depends_on_the_image_tokens():
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     for tokens, mu in ((256, 0.5), (4096, 1.15)):
-        found = flow_coefficients(scheduler, 10, tokens, "flux")
+        found = flow_coefficients(scheduler, 10, tokens, Flux())
         shifted = math.exp(mu) / (math.exp(mu) + (1 / 0.9 - 1))
         assert found.second == pytest.approx(1 - shifted, rel=1e-5)

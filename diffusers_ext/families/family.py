@@ -1,0 +1,206 @@
+"""The class that a base-model family fills in: all that a tool must know of its models."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+
+from diffusers_ext.families.text_conditioning import TextConditioning
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class NetworkSizes(NamedTuple):
+    """What a golden-noise network must be made for to fit a model."""
+
+    in_channels: int  # of the unpacked latents
+    text_embed_dim: int  # of the token embeddings
+    pooled_dim: int | None = None  # of the pooled embeddings, where the family has them
+
+
+class Family:
+    """A base-model family; what is said here holds for most, a subclass says what differs.
+
+    Classes are named, not imported, so that knowing a family costs nothing: by their bare name where
+    they are diffusers', as `"module:Name"` otherwise. Methods take a pipeline, its denoiser's `config`
+    or the denoiser.
+
+    Attributes:
+        name: short, for files and reports.
+        title: for messages.
+        pipelines: classes of the pipelines; the first draws from text alone.
+        tools: those of this package that work with it: `"nullspace"`, `"golden_noise"`, `"eraser"`.
+        golden_pipeline: class of this package that takes a golden-noise network.
+        nullspace_pipeline: class of this package that takes feature statistics.
+        denoiser: component of the pipeline, and the key prefix of its LoRAs.
+        denoiser_class: of it.
+        flow_matching: the model predicts `noise - x_0` on straight paths; otherwise what its
+            scheduler's `prediction_type` says, at the levels of `alphas_cumprod`.
+        text_fields: of `TextConditioning` that the denoiser reads.
+        text_outputs: where `encode_prompt` of the pipeline returns what a golden-noise network reads,
+            `{argument of GoldenNoiseNetwork.refine: place}`.
+        call_arguments: keywords that make the pipeline take latents of any size as they are.
+        rounds_size: the pipeline draws the next smaller size where patches do not tile the latents.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    tools: ClassVar[frozenset[str]] = frozenset()
+    golden_pipeline: ClassVar[str | None] = None
+    nullspace_pipeline: ClassVar[str | None] = None
+    denoiser: ClassVar[str] = "transformer"
+    denoiser_class: ClassVar[str]
+    flow_matching: ClassVar[bool] = False
+    text_fields: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    text_outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
+    call_arguments: ClassVar[Mapping[str, Any]] = {}
+    rounds_size: ClassVar[bool] = False
+
+    # Text
+
+    def encode(
+        self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None
+    ) -> TextConditioning:
+        """Encode prompts as the pipeline's own call does.
+
+        Args:
+            pipeline: on its device, in eval mode.
+            prompts: one a sample.
+            negatives: as many; `None` for what the pipeline takes when none are given.
+
+        Raises:
+            ValueError: negative prompts for a model that takes none.
+        """
+        raise NotImplementedError
+
+    def text_shapes(self, config: Any) -> dict[str, tuple[int | None, ...]]:
+        """What follows the batch in the shapes of the text; `None` for any length."""
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "prompt_embeds": (None, self.text_width(config))
+        }
+        pooled = self.pooled_width(config)
+        return shapes if pooled is None else {**shapes, "pooled_prompt_embeds": (pooled,)}
+
+    def text_width(self, config: Any) -> int:
+        """Width of the token embeddings that the denoiser reads."""
+        return config.cross_attention_dim
+
+    def pooled_width(self, config: Any) -> int | None:
+        """Width of the pooled embeddings; `None` where the denoiser reads none."""
+        return None
+
+    def text_arguments(self, text: TextConditioning) -> dict[str, torch.Tensor]:
+        """Keywords of the pipeline's call for prompts that are encoded."""
+        return {
+            name.replace("attention_mask", "prompt_attention_mask"): tensor
+            for name, tensor in text.tensors().items()
+        }
+
+    def network_text(
+        self, encoded: tuple[torch.Tensor | None, ...], arguments: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor | None]:
+        """What a golden-noise network reads of the text.
+
+        Args:
+            encoded: what `encode_prompt` returned.
+            arguments: keywords that it was called with.
+        """
+        return {name: encoded[place] for name, place in self.text_outputs.items()}
+
+    # Latents
+
+    def latent_channels(self, config: Any) -> int:
+        """Of the latents, unpacked."""
+        return int(config.in_channels)
+
+    def patch(self, config: Any) -> int:
+        """Latent pixels of a side that make one token."""
+        return config.get("patch_size", 1)
+
+    def sample_size(self, config: Any) -> int | tuple[int, int]:
+        """Side of the latents that the pipeline draws by itself, or height and width."""
+        return config.sample_size
+
+    def pack(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(batch, channels, height, width)` as the pipeline's call takes them."""
+        return latents
+
+    def unpack(
+        self, pipeline: DiffusionPipeline, latents: torch.Tensor, height: int, width: int
+    ) -> torch.Tensor:
+        """The way back from `pack`, of a picture of `height` x `width` pixels."""
+        return latents
+
+    def network_sizes(self, config: Any) -> NetworkSizes:
+        """What a golden-noise network for this denoiser must be made for."""
+        channels = self.latent_channels(config)
+        return NetworkSizes(channels, self.text_width(config), self.pooled_width(config))
+
+    # Prediction
+
+    def embedded_guidance(self, config: Any) -> bool:
+        """Whether the denoiser takes the guidance scale as an input (Flux.1-dev, LCM)."""
+        return False
+
+    def predict(
+        self,
+        pipeline: DiffusionPipeline,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: TextConditioning,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """One call of the denoiser as its pipeline makes it, without guidance.
+
+        Args:
+            pipeline: with the denoiser, on its device.
+            latents: `(batch, channels, height, width)` in the denoiser's dtype, unpacked.
+            timestep: scalar, on the scheduler's scale.
+            text: one prompt a sample, on the same device and in the same dtype.
+            guidance_scale: read by models that take it as an input.
+
+        Returns:
+            What the model predicts, the shape of `latents`.
+        """
+        raise NotImplementedError
+
+    def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
+        """What the pipeline passes to `set_timesteps` of a flow-matching scheduler.
+
+        Args:
+            config: of the scheduler.
+            num_steps: of the grid.
+            image_tokens: of one picture, on which a dynamic shift depends.
+        """
+        if not config.use_dynamic_shifting:
+            return {}
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        shift = calculate_shift(
+            image_tokens,
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        return {"mu": shift}
+
+
+def import_class(name: str) -> type:
+    """The class of a name, as `Family` writes them."""
+    return pkgutil.resolve_name(name if ":" in name else f"diffusers:{name}")
+
+
+def refuse_negative_prompts(negatives: list[str] | None) -> None:
+    """Raise `ValueError` where a model that takes the guidance scale as an input gets some."""
+    if negatives is not None:
+        raise ValueError(
+            "`negative_prompt` must be None for a model that takes the guidance scale as an "
+            f"input, got {negatives[0]!r}."
+        )

@@ -1,0 +1,119 @@
+"""FLUX.1: flow matching over packed latents, dev with the guidance scale as an input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusers_ext.families.family import Family, refuse_negative_prompts
+from diffusers_ext.families.text_conditioning import TextConditioning
+
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+
+class Flux(Family):
+    """FLUX.1 dev and schnell; 2 x 2 latent pixels are one token of four times the channels."""
+
+    name = "flux"
+    title = "Flux"
+    pipelines = ("FluxPipeline",)
+    tools = frozenset({"golden_noise"})
+    golden_pipeline = "GoldenNoiseFluxPipeline"
+    denoiser_class = "FluxTransformer2DModel"
+    flow_matching = True
+    text_fields = ("prompt_embeds", "pooled_prompt_embeds")
+    text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 1}
+    rounds_size = True
+
+    def encode(
+        self, pipeline: FluxPipeline, prompts: list[str], negatives: list[str] | None
+    ) -> TextConditioning:
+        """See `Family`."""
+        embeds, pooled, _ = pipeline.encode_prompt(prompt=prompts)
+        if self.embedded_guidance(pipeline.transformer.config):
+            refuse_negative_prompts(negatives)
+            return TextConditioning(embeds, pooled_prompt_embeds=pooled)
+        negative, negative_pooled, _ = pipeline.encode_prompt(
+            prompt=negatives or [""] * len(prompts)
+        )
+        return TextConditioning(
+            embeds,
+            negative,
+            pooled_prompt_embeds=pooled,
+            negative_pooled_prompt_embeds=negative_pooled,
+        )
+
+    def text_width(self, config: Any) -> int:
+        """See `Family`."""
+        return config.joint_attention_dim
+
+    def pooled_width(self, config: Any) -> int:
+        """See `Family`."""
+        return config.pooled_projection_dim
+
+    def text_arguments(self, text: TextConditioning) -> dict[str, torch.Tensor]:
+        """See `Family`; the pipeline's call takes no negative prompt beside its guidance input."""
+        found = super().text_arguments(text)
+        return {name: x for name, x in found.items() if not name.startswith("negative_")}
+
+    def latent_channels(self, config: Any) -> int:
+        """See `Family`."""
+        return int(config.in_channels) // 4
+
+    def patch(self, config: Any) -> int:
+        """See `Family`; the packing's, not the config's."""
+        return 2
+
+    def sample_size(self, config: Any) -> int:
+        """See `Family`; the config says nothing of it."""
+        return 128
+
+    def pack(self, pipeline: FluxPipeline, latents: torch.Tensor) -> torch.Tensor:
+        """See `Family`."""
+        return pipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(
+        self, pipeline: FluxPipeline, latents: torch.Tensor, height: int, width: int
+    ) -> torch.Tensor:
+        """See `Family`."""
+        return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+
+    def embedded_guidance(self, config: Any) -> bool:
+        """See `Family`."""
+        return bool(config.guidance_embeds)
+
+    def predict(
+        self,
+        pipeline: FluxPipeline,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: TextConditioning,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """See `Family`."""
+        batch, _, height, width = latents.shape
+        guidance = None
+        if self.embedded_guidance(pipeline.transformer.config):
+            guidance = torch.full((batch,), guidance_scale, device=latents.device)
+        prediction = pipeline.transformer(
+            hidden_states=self.pack(pipeline, latents),
+            timestep=timestep.expand(batch).to(latents.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=text.pooled_prompt_embeds,
+            encoder_hidden_states=text.prompt_embeds,
+            txt_ids=torch.zeros(text.prompt_embeds.shape[1], 3).to(latents),
+            img_ids=pipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, latents.device, latents.dtype
+            ),
+            return_dict=False,
+        )[0]
+        factor = pipeline.vae_scale_factor
+        return self.unpack(pipeline, prediction, height * factor, width * factor)
+
+    def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
+        """See `Family`; the levels are the pipeline's own."""
+        sigmas = [1 - i / num_steps for i in range(num_steps)]
+        return {**super().grid_arguments(config, num_steps, image_tokens), "sigmas": sigmas}

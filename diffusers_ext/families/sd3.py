@@ -1,0 +1,67 @@
+"""Stable Diffusion 3 and 3.5: flow matching with joint attention of picture and text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusers_ext.families.family import Family
+from diffusers_ext.families.text_conditioning import TextConditioning
+
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+
+
+class SD3(Family):
+    """Stable Diffusion 3; its text is CLIP's tokens, then T5's."""
+
+    name = "sd3"
+    title = "SD3"
+    pipelines = ("StableDiffusion3Pipeline",)
+    tools = frozenset({"golden_noise"})
+    golden_pipeline = "GoldenNoiseSD3Pipeline"
+    denoiser_class = "SD3Transformer2DModel"
+    flow_matching = True
+    text_fields = ("prompt_embeds", "pooled_prompt_embeds")
+    text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
+
+    def encode(
+        self, pipeline: StableDiffusion3Pipeline, prompts: list[str], negatives: list[str] | None
+    ) -> TextConditioning:
+        """See `Family`."""
+        embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
+            prompt=prompts, prompt_2=None, prompt_3=None, negative_prompt=negatives
+        )
+        return TextConditioning(
+            embeds,
+            negative,
+            pooled_prompt_embeds=pooled,
+            negative_pooled_prompt_embeds=negative_pooled,
+        )
+
+    def text_width(self, config: Any) -> int:
+        """See `Family`."""
+        return config.joint_attention_dim
+
+    def pooled_width(self, config: Any) -> int:
+        """See `Family`."""
+        return config.pooled_projection_dim
+
+    def predict(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: TextConditioning,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """See `Family`."""
+        return pipeline.transformer(
+            hidden_states=latents,
+            timestep=timestep.expand(len(latents)),
+            encoder_hidden_states=text.prompt_embeds,
+            pooled_projections=text.pooled_prompt_embeds,
+            return_dict=False,
+        )[0]

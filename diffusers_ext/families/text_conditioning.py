@@ -1,0 +1,89 @@
+"""What a denoiser is told about the prompts: one object for all model families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+
+# Tensors have no truth value, so two of these are compared by identity.
+@dataclass(frozen=True, eq=False)
+class TextConditioning:
+    """Encoded prompts of a batch; what a family does not have is `None`.
+
+    Args:
+        prompt_embeds: `(batch, tokens, dim)`.
+        negative_prompt_embeds: the same shape; what guidance leads away from.
+        attention_mask: `(batch, tokens)`, nonzero where a token is read (Hunyuan-DiT).
+        negative_attention_mask: the same shape.
+        pooled_prompt_embeds: `(batch, pooled_dim)` (SDXL, SD3, Flux).
+        negative_pooled_prompt_embeds: the same shape.
+        prompt_embeds_2: `(batch, tokens_2, dim_2)`, the second encoder's (Hunyuan-DiT's T5).
+        negative_prompt_embeds_2: the same shape.
+        attention_mask_2: `(batch, tokens_2)`.
+        negative_attention_mask_2: the same shape.
+
+    Raises:
+        ValueError: tensors that are not one batch of these shapes.
+    """
+
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    negative_attention_mask: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None
+    negative_pooled_prompt_embeds: torch.Tensor | None = None
+    prompt_embeds_2: torch.Tensor | None = None
+    negative_prompt_embeds_2: torch.Tensor | None = None
+    attention_mask_2: torch.Tensor | None = None
+    negative_attention_mask_2: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt_embeds.ndim != 3:
+            raise ValueError(
+                "`prompt_embeds` must be (batch, tokens, dim), got "
+                f"{tuple(self.prompt_embeds.shape)}."
+            )
+        for name, tensor in self.tensors().items():
+            if len(tensor) != len(self):
+                raise ValueError(
+                    f"`{name}` must be a batch of {len(self)} like `prompt_embeds`, got "
+                    f"{tuple(tensor.shape)}."
+                )
+            self._check_shape(name, tensor)
+
+    def _check_shape(self, name: str, tensor: torch.Tensor) -> None:
+        wanted_like, shape = name.removeprefix("negative_"), tensor.shape
+        if name.startswith("attention_mask"):
+            wanted_like = name.replace("attention_mask", "prompt_embeds")
+        like = getattr(self, wanted_like)
+        wanted = None if like is None else like.shape[: 2 if "mask" in name else None]
+        if shape != wanted:
+            raise ValueError(
+                f"`{name}` must be {wanted and tuple(wanted)} like `{wanted_like}`, got "
+                f"{tuple(shape)}."
+            )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are there, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: slice | Sequence[int] | torch.Tensor) -> TextConditioning:
+        if isinstance(index, int):
+            raise TypeError(
+                f"`index` must be a slice or a list of indices, got {index}. Use [{index}] in a "
+                "list: a conditioning is always a batch."
+            )
+        if not isinstance(index, (slice, torch.Tensor)):
+            index = list(index)
+        return TextConditioning(**{name: x[index] for name, x in self.tensors().items()})
+
+    def to(self, device: torch.device | str) -> TextConditioning:
+        """The same on another device."""
+        return TextConditioning(**{name: x.to(device) for name, x in self.tensors().items()})
