@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import StateDict, eraser_shape
-from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import Card, make_card
 
 
@@ -17,47 +16,27 @@ def eraser_card(
     concept: str | None = None,
     anchor_concept: str | None = None,
     preserved_concepts: Sequence[str] | None = None,
-    base_model: str | None = None,
-    license: str | Licence | None = None,
-    trained_on: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    results: Sequence[Measured] = (),
-    widget: Sequence[tuple[str, str]] = (),
-    token: str | None = None,
+    **common: Any,
 ) -> Callable[..., Card]:
     """The card of an eraser but for the repository's name.
 
     Args:
-        tensors: of the eraser.
-        concept: what it erases.
         anchor_concept: what takes its place; nothing in particular when `None`.
         preserved_concepts: those that the training kept on purpose; empty when there were none.
-        base_model: Hub name of the CogVideoX pipeline that it is for.
-        license: as of the base model when `None`.
-        trained_on: prompts or clips, in words.
-        settings: of the training.
-        results: measured figures.
-        widget: (prompt, file in the repository) of clips.
-        token: to read the base model's card.
+        common: facts of every card, as of `make_card`.
 
     Raises:
         ValueError: a fact that is not given.
     """
     return make_card(
         "eraser",
-        base_model=base_model,
-        license=license,
-        trained_on=trained_on,
-        settings=settings,
-        results=results,
-        widget=widget,
-        token=token,
         concept=concept,
         anchor_concept=anchor_concept or "",
         preserved_concepts=None if preserved_concepts is None else list(preserved_concepts),
         pipeline="CogVideoXPipeline",
         rank=eraser_shape(tensors).rank,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
+        **common,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
 
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.families.registry import FAMILIES
-from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import Card, make_card
 
 
@@ -36,28 +35,20 @@ def network_card(
     network: torch.nn.Module,
     *,
     base_model: str | os.PathLike | None = None,
-    trained_on: str | None = None,
     pipeline: str | type | None = None,
-    license: str | Licence | None = None,
-    results: Sequence[Measured] = (),
-    settings: Mapping[str, Any] | None = None,
-    widget: Sequence[tuple[str, str]] = (),
     latent_shape: Sequence[int] | None = None,
     token: str | None = None,
+    **common: Any,
 ) -> Callable[..., Card]:
     """The card of a network but for the name of its repository.
 
     Args:
         network: one of the four of this package.
         base_model: Hub name, folder or label of the model whose noise it refines.
-        trained_on: the noises it was trained on.
         pipeline: class of the golden pipeline that takes it; read from the base model when `None`.
-        license: the base model's own when `None`.
-        results: what was measured.
-        settings: of the training.
-        widget: (prompt, file in the repository) of pictures to show.
         latent_shape: `(channels, height, width)` trained at; as its config says when `None`.
         token: to read the base model.
+        common: further facts of every card, as of `make_card`.
 
     Raises:
         ValueError: a network of another class, or a fact that is neither given nor known.
@@ -78,11 +69,6 @@ def network_card(
     return make_card(
         _KINDS[name],
         base_model=base_model,
-        license=license,
-        trained_on=trained_on,
-        settings=settings,
-        results=results,
-        widget=widget,
         token=token,
         network=name,
         pipeline=golden_pipeline_name(base_model, pipeline, token=token),
@@ -90,6 +76,7 @@ def network_card(
         latent_shape=tuple(latent_shape),
         any_size=name != "NPNet",
         text_embed_dim=config.text_embed_dim,
+        **common,
     )
 
 

@@ -12,10 +12,10 @@ from huggingface_hub import snapshot_download
 
 from diffusers_ext.golden_noise.hub_sources import hub_names
 from diffusers_ext.golden_noise.pair_shards import list_shards, read_table, shard_files
-from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.licence import public_name
-from diffusers_ext.hub.push import push_folder
+from diffusers_ext.hub.push import push_folder, split_arguments
 
 
 if TYPE_CHECKING:
@@ -38,44 +38,27 @@ def push_pairs(
     pairs: PairDataset,
     repo_id: str,
     *,
-    base_model: str | os.PathLike | None = None,
-    trained_on: str | None = None,
-    license: str | Licence | None = None,
-    pipeline: str | None = None,
-    reward: str | None = None,
-    results: Sequence[Measured] | None = None,
-    settings: Mapping[str, Any] | None = None,
     allow_unfinished: bool = False,
-    **hub_arguments: Any,
+    **arguments: Any,
 ) -> str:
-    """Upload a set as a repository of data; the arguments are those of `PairDataset.push_to_hub`.
-
-    Returns:
-        Address of the commit, or of the pull request.
-
-    Raises:
-        ValueError: an unfinished set, or a fact for the card that is neither given nor known.
-    """
+    """Upload a set as a repository of data; arguments and errors as of `PairDataset.push_to_hub`."""
     if not pairs.complete and not allow_unfinished:
         raise ValueError(
             f"{pairs.folder} must hold all of its shards to be shared, got "
             f"{len(list_shards(pairs.folder))}: its generation has not ended. Continue it by "
             "`generate_npd.py --resume_from_checkpoint latest`, or pass `allow_unfinished=True`."
         )
+    hub, facts = split_arguments(arguments)
+    if facts.get("results") is None:
+        facts["results"] = measured(pairs.folder)
     card = pair_set_card(
         pairs.facts,
         num_pairs=len(pairs),
         num_rejected=num_rejected(pairs.folder),
         num_steps=pairs.num_steps,
         latent_shape=pairs.latent_shape,
-        base_model=base_model,
-        trained_on=trained_on,
-        license=license,
-        pipeline=pipeline,
-        reward=reward,
-        results=measured(pairs.folder) if results is None else results,
-        settings=settings,
-        token=hub_arguments.get("token"),
+        token=hub.get("token"),
+        **facts,
     )
     return push_folder(
         pairs.folder,
@@ -84,7 +67,7 @@ def push_pairs(
         repo_type="dataset",
         ignore_patterns=_NOT_SHARED,
         delete_patterns=_SHARDS,  # of a set with more of them that was there before
-        **hub_arguments,
+        **hub,
     )
 
 
@@ -97,18 +80,17 @@ def pair_set_card(
     latent_shape: Sequence[int],
     base_model: str | os.PathLike | None = None,
     trained_on: str | None = None,
-    license: str | Licence | None = None,
     pipeline: str | None = None,
     reward: str | None = None,
-    results: Sequence[Measured] = (),
     settings: Mapping[str, Any] | None = None,
-    token: str | None = None,
+    **common: Any,
 ) -> Callable[..., Card]:
     """The card of a set but for the name of its repository.
 
     Args:
         made: the facts of `generate_npd.py`, which the other arguments go before; `None` without.
         reward: name and version of what judged the pairs; the empty string for none.
+        common: further facts of every card, as of `make_card`.
 
     Raises:
         ValueError: a fact that is neither given nor known.
@@ -129,17 +111,15 @@ def pair_set_card(
     return make_card(
         "pair_data_set",
         base_model=base_model,
-        license=license,
         trained_on=_origin(made, label, reward) if trained_on is None else trained_on,
         settings=settings,
-        results=results,
-        token=token,
         num_pairs=num_pairs,
         num_rejected=num_rejected,
         num_steps=num_steps,
         latent_shape=tuple(latent_shape),
         pipeline=pipeline or made.get("pipeline"),
         reward=reward,
+        **common,
     )
 
 

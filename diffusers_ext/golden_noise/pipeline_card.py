@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.golden_noise.network_card import GOLDEN_PIPELINES, read_pipeline_class
-from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.licence import public_name
 
@@ -20,11 +19,8 @@ def pipeline_card(
     *,
     base_model: str | os.PathLike | None = None,
     trained_on: str | None = None,
-    license: str | Licence | None = None,
-    results: Sequence[Measured] = (),
-    settings: Mapping[str, Any] | None = None,
-    widget: Sequence[tuple[str, str]] = (),
     token: str | None = None,
+    **common: Any,
 ) -> Callable[..., Card]:
     """The card of a pipeline but for the name of its repository.
 
@@ -33,11 +29,8 @@ def pipeline_card(
         base_model: Hub name, folder or label of the plain model; where the pipeline was loaded from
             when `None`, if that was a plain model on the Hub.
         trained_on: the noises its network was trained on; needless without a network.
-        license: the base model's own when `None`.
-        results: what was measured.
-        settings: of the network's training.
-        widget: (prompt, file in the repository) of pictures to show.
         token: to read the base model.
+        common: further facts of every card, as of `make_card`.
 
     Raises:
         ValueError: a fact that is neither given nor known, or a LoRA is loaded.
@@ -57,17 +50,14 @@ def pipeline_card(
     return make_card(
         "golden_noise_pipeline",
         base_model=base_model,
-        license=license,
         trained_on=trained_on,
-        settings=settings,
-        results=results,
-        widget=widget,
         token=token,
         pipeline=name,
         plain_pipeline=plain,
         # Not `None`, which stands for what is not known.
         network="" if network is None else type(network).__name__,
         parameters=0 if network is None else sum(p.numel() for p in network.parameters()),
+        **common,
     )
 
 

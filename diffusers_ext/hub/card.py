@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -267,9 +268,9 @@ def _snapshot(repo_id: str, subfolder: str) -> str:
 def make_card(
     kind: str,
     *,
-    base_model: str | None,
-    license: str | Licence | None,
-    trained_on: str | None,
+    base_model: str | os.PathLike | None = None,
+    license: str | Licence | None = None,
+    trained_on: str | None = None,
     settings: Mapping[str, Any] | None = None,
     results: Sequence[Measured] = (),
     widget: Sequence[tuple[str, str]] = (),
@@ -282,10 +283,9 @@ def make_card(
         kind: one of `KINDS`.
         base_model: Hub name or folder of the model that the artifact is for; of a folder the card
             names only the last part.
-        license: as in `find_licence`.
-        trained_on: what it was trained on or made from.
+        license: as of the base model when `None`.
+        trained_on: what it was trained on or made from, in words.
         settings: those that matter for what came out.
-        results: what was measured.
         widget: (prompt, file of the folder to upload) of pictures or clips to show.
         token: to read the base model's card.
         facts: those of the kind; `None` stands for a fact that is not known.

@@ -90,7 +90,7 @@ def push_lora(
         directions=directions,
         rank=max(a.shape[0] for key, a in tensors.items() if key.endswith(".lora_A.weight")),
         statistics=statistics is not None,
-        kohya_file=kohya_file,
+        kohya_file=kohya_file or "",
     )
     with tempfile.TemporaryDirectory() as upload:
         _write_files(lora, Path(upload), kohya_file, instance_prompt, base_model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.nullspace.measured_models import plain_class_name
 
@@ -18,28 +17,17 @@ def subject_pipeline_card(
     *,
     instance_prompt: str | None = None,
     base_model: str | None = None,
-    license: str | Licence | None = None,
-    trained_on: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    results: Sequence[Measured] = (),
-    widget: Sequence[tuple[str, str]] = (),
     statistics: bool | None = None,
-    token: str | None = None,
+    **common: Any,
 ) -> Callable[..., Card]:
     """The card of whole weights, with the statistics they were trained under where there are any.
 
     Args:
-        pipeline: to describe.
         instance_prompt: asks for the subject.
         base_model: Hub name of the model it was made from; where the pipeline, or its statistics, came
             from when `None`.
-        license: as of the base model when `None`.
-        trained_on: the pictures it was trained on, in words.
-        settings: of the training.
-        results: measured figures.
-        widget: (prompt, file in the repository) of pictures.
         statistics: whether the repository has `statistics/`; as the pipeline has them when `None`.
-        token: to read the base model's card.
+        common: further facts of every card, as of `make_card`.
 
     Raises:
         ValueError: a fact that is neither known nor given.
@@ -48,15 +36,10 @@ def subject_pipeline_card(
     return make_card(
         "subject_pipeline",
         base_model=base_model or _base_of(pipeline),
-        license=license,
-        trained_on=trained_on,
-        settings=settings,
-        results=results,
-        widget=widget,
-        token=token,
         instance_prompt=instance_prompt,
         pipeline=plain_class_name(pipeline),
         statistics=component is not None if statistics is None else statistics,
+        **common,
     )
 
 

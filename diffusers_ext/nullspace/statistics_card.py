@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import Card, make_card
 
 
@@ -19,32 +18,24 @@ def statistics_card(
     statistics: FeatureStatistics,
     *,
     base_model: str | None = None,
-    license: str | Licence | None = None,
     trained_on: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    results: Sequence[Measured] = (),
-    widget: Sequence[tuple[str, str]] = (),
     pipeline: str | None = None,
     num_prompts: int | None = None,
     example_prompts: Sequence[str] | None = None,
-    token: str | None = None,
+    **common: Any,
 ) -> Callable[..., Card]:
     """The card of statistics but for the repository's name.
 
     What is `None` comes from the statistics themselves, the licence from the base model's card.
 
     Args:
-        statistics: to describe.
-        base_model: Hub name of the measured model.
-        license: licence of the statistics.
         trained_on: what they were collected from.
         settings: of the collection.
-        results: measured figures.
-        widget: (prompt, file in the repository) of pictures.
         pipeline: class of the measured pipeline.
         num_prompts: number of preserved prompts.
         example_prompts: a few of them.
-        token: to read the base model's card.
+        common: further facts of every card, as of `make_card`.
 
     Raises:
         ValueError: a fact that is neither known nor given, as of statistics imported without facts.
@@ -59,17 +50,14 @@ def statistics_card(
     return make_card(
         "feature_statistics",
         base_model=base_model or facts.get("base_model") or None,
-        license=license,
         trained_on=trained_on,
         settings=collection_settings(facts) if settings is None else settings,
-        results=results,
-        widget=widget,
-        token=token,
         pipeline=pipeline or facts.get("pipeline"),
         num_prompts=num_prompts,
         example_prompts=list(example_prompts or prompts[:_SHOWN_PROMPTS]),
         layers=len(statistics.layers),
         megabytes=sum(tensor.nbytes for tensor in tensors) / 1e6,
+        **common,
     )
 
 
