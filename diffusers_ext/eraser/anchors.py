@@ -29,18 +29,16 @@ def anchor_distances(
 
     `mean over runs and steps of ||v(x_t, candidate) - v(x_t, concept)||^2 / ||v(x_t, concept)||^2`.
     A neutral word is no safe anchor: what the model draws for it may be the very concept that is
-    erased, and guidance cannot sharpen a word that fits everything.
+    erased, and guidance cannot sharpen a word that fits everything. The model is asked without its
+    erasers, in eval mode, on a copy of the scheduler.
 
     Args:
-        velocity: the model; erasers are off, eval mode on, and both as before afterwards.
-        scheduler: samples; a copy is used.
         target_embeds: `(prompts, text, dim)`, one run each.
         candidate_embeds: `(candidates, prompts, text, dim)`, the same prompts with each candidate in
             the place of the concept.
         empty_embed: `(text, dim)`, the empty prompt of the guidance.
         latent_shape: `(frames, channels, height, width)`.
-        num_inference_steps, guidance_scale: of the runs.
-        seed: of their noises.
+        num_inference_steps, guidance_scale, seed: of the runs and their noises.
 
     Returns:
         `(candidates,)` float32 on the CPU.

@@ -39,12 +39,10 @@ def attention_mass(
 
 
 def rotate_video(features: torch.Tensor, rotary: Rotary | None, text: int) -> torch.Tensor:
-    """Rotary embedding of the video part, as CogVideoX applies it.
+    """Rotary embedding of the video part of queries or keys, as CogVideoX applies it.
 
-    Args:
-        features: `(batch, heads, text + video, head_dim)` queries or keys; not written to.
-        rotary: `(cos, sin)`, each `(video, head_dim)`, or `None` for absolute positions.
-        text: how many tokens are text.
+    `features` are `(batch, heads, text + video, head_dim)` and not written to; `rotary` is `(cos,
+    sin)`, each `(video, head_dim)`, or `None` for absolute positions.
     """
     if rotary is None:
         return features
@@ -62,15 +60,8 @@ def standardize(maps: torch.Tensor) -> torch.Tensor:
 def head_correlations(head_maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Pearson's correlation of each head's map with a reference, over the tokens of each clip.
 
-    Args:
-        head_maps: `(batch, layers, heads, video)`.
-        reference: `(batch, video)`, such as the difference that a concept makes to the velocity.
-
-    Returns:
-        `(batch, layers, heads)` float32.
-
-    Raises:
-        ValueError: shapes that do not fit.
+    From `(batch, layers, heads, video)` and `(batch, video)`, such as the difference that a concept
+    makes to the velocity, to `(batch, layers, heads)` float32.
     """
     if head_maps.ndim != 4 or reference.shape != (len(head_maps), head_maps.shape[-1]):
         raise ValueError(
@@ -84,11 +75,7 @@ def head_correlations(head_maps: torch.Tensor, reference: torch.Tensor) -> torch
 def agreement_weights(correlations: torch.Tensor) -> torch.Tensor:
     """How much each head counts: its mean correlation with the reference, or 0 if negative.
 
-    Args:
-        correlations: `(batch, layers, heads)`.
-
-    Returns:
-        `(layers, heads)` weights that add up to 1.
+    From `(batch, layers, heads)` to `(layers, heads)` weights that add up to 1.
 
     Raises:
         ValueError: no head agrees with the reference.

@@ -24,7 +24,7 @@ class TokenGrid(NamedTuple):
 def latent_shape(
     transformer: torch.nn.Module, vae: torch.nn.Module, num_frames: int, height: int, width: int
 ) -> tuple[int, int, int, int]:
-    """Shape of the latents that a CogVideoX pipeline denoises for a clip.
+    """`(frames, channels, height, width)` of the latents that a CogVideoX pipeline denoises for a clip.
 
     The VAE turns `2 r k + 1` frames, `r` its temporal compression, into `2 k + 1` latent frames
     and back; at any other number its decoder returns another number of frames than asked for.
@@ -32,14 +32,8 @@ def latent_shape(
     they divide; the pipeline drops them, the first ones, before decoding.
 
     Args:
-        transformer: `CogVideoXTransformer3DModel`, with or without adapters.
-        vae: `AutoencoderKLCogVideoX`.
-        num_frames: frames of the clip.
-        height: pixels.
-        width: pixels.
-
-    Returns:
-        `(frames, channels, height, width)`, without the batch.
+        transformer, vae: with the configs of CogVideoX.
+        height, width: pixels.
 
     Raises:
         ValueError: a number of frames or a size that the model cannot take; names the nearest.
@@ -71,12 +65,7 @@ def latent_shape(
 def token_grid(transformer: torch.nn.Module, latent_shape: Sequence[int]) -> TokenGrid:
     """The grid of video tokens that the transformer makes of latents.
 
-    Args:
-        transformer: `CogVideoXTransformer3DModel`, with or without adapters.
-        latent_shape: `(frames, channels, height, width)`, with or without a batch before.
-
-    Returns:
-        Tokens along frames, rows and columns; their product is the number of video tokens.
+    `latent_shape` is `(frames, channels, height, width)`, with or without a batch before.
 
     Raises:
         ValueError: latents that patches do not tile.

@@ -201,11 +201,7 @@ def concept_attention(
 
 
 def find_transformer(model: torch.nn.Module) -> CogVideoXTransformer3DModel:
-    """The transformer itself, under whatever wraps it.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The transformer itself, under whatever wraps it."""
     for module in model.modules():
         if isinstance(module, CogVideoXTransformer3DModel):
             return module
@@ -217,11 +213,7 @@ def find_transformer(model: torch.nn.Module) -> CogVideoXTransformer3DModel:
 def find_joint_attentions(
     transformer: CogVideoXTransformer3DModel, layers: Sequence[int] | None = None
 ) -> dict[str, Attention]:
-    """The `attn1` of CogVideoX blocks by name: all of them, or those of the chosen blocks.
-
-    Raises:
-        ValueError: `layers` names none, or blocks that are not there.
-    """
+    """The `attn1` of CogVideoX blocks by name: all of them, or those of the chosen blocks."""
     blocks = transformer.transformer_blocks
     chosen = range(len(blocks)) if layers is None else sorted(set(layers))
     if not chosen or min(chosen) < 0 or max(chosen) >= len(blocks):

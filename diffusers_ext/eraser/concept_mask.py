@@ -99,10 +99,8 @@ def concept_head_weights(
 ) -> torch.Tensor:
     """Which heads look at a concept where it changes the velocity; no labels are needed.
 
-    A few dozen clips at various timesteps are enough. See `concept_mask` for the other arguments.
-
-    Args:
-        batch_size: clips at once; a pass has twice as many rows.
+    A few dozen clips at various timesteps are enough, `batch_size` of them at once; a pass has twice
+    as many rows. See `concept_mask` for the other arguments.
 
     Returns:
         `(layers, heads)` float32 that add up to 1: each head's correlation with the difference

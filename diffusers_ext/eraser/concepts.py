@@ -14,12 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def concept_spans(prompt: str, concept: str) -> list[tuple[int, int]]:
-    """Where a prompt names a concept: (start, end) of each whole-word occurrence, in any case.
+    """(start, end) of each whole-word occurrence of a concept, in any case.
 
     Blanks between the words of a concept may be of any kind; inflected forms are other words.
-
-    Raises:
-        ValueError: `concept` is empty.
     """
     words = concept.split()
     if not words:
@@ -39,13 +36,9 @@ def replace_concept(prompt: str, concept: str, replacement: str) -> str:
     A capital letter that only the prompt gives the concept goes over to the replacement; articles
     stay as they are.
 
-    Args:
-        prompt: names the concept as whole words, in any case.
-        concept: a word or a few.
-        replacement: what to write instead.
-
     Raises:
-        ValueError: the prompt does not name the concept, or the replacement is empty or names it.
+        ValueError: the prompt does not name the concept as whole words, or the replacement is empty or
+            names it.
     """
     spans = concept_spans(prompt, concept)
     if not spans:
@@ -88,20 +81,12 @@ def concept_token_mask(
     concept: str,
     max_sequence_length: int,
 ) -> torch.Tensor:
-    """Which tokens of each prompt spell the concept.
+    """Which tokens of each prompt spell the concept, `(batch, max_sequence_length)` bool.
 
     The words are looked up in the text and followed to their tokens, since the same word is other
     tokens with a capital letter or behind a bracket, and a word's tokens may begin a longer word.
-
-    Args:
-        tokenizer: of the pipeline.
-        prompts: with or without the concept.
-        concept: a word or a few; every occurrence counts.
-        max_sequence_length: tokens of a padded prompt.
-
-    Returns:
-        `(batch, max_sequence_length)` bool; a row without `True` does not name the concept. Neither
-        padding nor the end-of-sequence token is ever marked.
+    Every occurrence counts; a row without `True` does not name the concept. Neither padding nor the
+    end-of-sequence token is ever marked.
 
     Raises:
         TypeError: the tokenizer does not know where its tokens come from.

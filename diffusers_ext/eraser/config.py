@@ -43,11 +43,8 @@ class EraserConfig(PeftConfig):
 
     The eraser of a layer is `up(GELU(down(x)))`, added to the video tokens after the output
     projection of the joint attention. The strength of a loaded eraser is no setting: it is the
-    weight given to `set_adapters`, and multiplies what the eraser adds.
-
-    Raises:
-        ValueError: a setting is out of range, or two contradict each other.
-        TypeError: a setting is of the wrong type.
+    weight given to `set_adapters`, and multiplies what the eraser adds. A setting out of range is a
+    `ValueError`, one of the wrong type a `TypeError`.
     """
 
     r: int = field(
@@ -144,12 +141,8 @@ def check_pattern(name: str, value: object) -> None:
     A config may come from a stranger, and PEFT matches its expressions against every module. What is
     repeated must be a single character, and not often: repeated groups take time without end.
 
-    Args:
-        name: of the setting.
-        value: names, one expression, or `None`.
-
     Raises:
-        TypeError: something else.
+        TypeError: neither names, nor one expression, nor `None`.
         ValueError: a name that is none, or such an expression.
     """
     if value is None:

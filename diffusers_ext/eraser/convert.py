@@ -50,10 +50,8 @@ def layer_name(attention: str, part: str) -> str:
 def from_legacy(tree: Any, source: str = "`tree`") -> StateDict:
     """The legacy dictionary `{block: {part: tensor}}` under the names in the transformer.
 
-    Args:
-        tree: `transformer_blocks.{i}.attn1.adapter` -> `down.weight` `(rank, dim)`, `down.bias`
-            `(rank,)`, `up.weight` `(dim, rank)`, `up.bias` `(dim,)`.
-        source: where it comes from, for the error messages.
+    Blocks are `transformer_blocks.{i}.attn1.adapter`; parts `down.weight` `(rank, dim)`, `down.bias`
+    `(rank,)`, `up.weight` `(dim, rank)` and `up.bias` `(dim,)`. Errors begin with `source`.
 
     Raises:
         ValueError: anything else, such as the eraser of another model family.
@@ -82,13 +80,9 @@ def from_legacy(tree: Any, source: str = "`tree`") -> StateDict:
 
 
 def to_legacy(tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str, StateDict]:
-    """The legacy dictionary of an eraser, for the code that wants one in every block.
+    """The legacy dictionary of an eraser, for the code that wants one in each of `num_layers` blocks.
 
     A block without an eraser gets zeros: `up(gelu(down(x))) = 0` then.
-
-    Args:
-        tensors: named as in the transformer.
-        num_layers: blocks of the transformer.
     """
     shape = eraser_shape(tensors)
     tree = {}
@@ -104,12 +98,9 @@ def to_legacy(tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str,
 def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`") -> EraserShape:
     """Width, rank and blocks of an eraser, after a check that its tensors belong together.
 
-    Args:
-        tensors: named as in the transformer.
-        source: where they come from, for the error messages.
-
     Raises:
         ValueError: no tensors, a strange or missing key, a wrong shape, values that are not finite.
+            It begins with `source`.
     """
     blocks: dict[int, str] = {}
     for name, value in tensors.items():
@@ -143,12 +134,7 @@ def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`")
 def check_fit(shape: EraserShape, width: int, num_layers: int, made_for: int | None) -> None:
     """Raise `ValueError` unless an eraser is for a transformer of this size; it names both sizes.
 
-    Args:
-        shape: of the eraser.
-        width: of the transformer's tokens.
-        num_layers: blocks of the transformer.
-        made_for: blocks of the transformer that the eraser was made for; `None` where its file
-            does not say.
+    `made_for` is the number of blocks it was made for, `None` where its file does not say.
     """
     blocks = shape.blocks[-1] + 1 if made_for is None else made_for
     right_blocks = blocks <= num_layers if made_for is None else blocks == num_layers

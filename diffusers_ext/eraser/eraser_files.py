@@ -49,7 +49,6 @@ class EraserFile(NamedTuple):
     Attributes:
         config: its PEFT config; of the legacy format only the rank is known.
         tensors: named as in the transformer.
-        shape: what the tensors say about the model it is for.
         num_layers: blocks of the transformer it was made for, `None` where the file does not say.
     """
 
@@ -187,11 +186,7 @@ def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:
 
 
 def read_peft_weights(path: str | os.PathLike) -> StateDict:
-    """The tensors of an `adapter_model.safetensors`, named as in the transformer.
-
-    Raises:
-        ValueError: not a whole safetensors file, or a key without PEFT's prefix.
-    """
+    """Tensors of an `adapter_model.safetensors`, named as in the transformer; `ValueError` for another file."""
     tensors, _ = read_tensors(path, dtypes=FLOATING)
     strange = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
     if strange:
@@ -202,10 +197,6 @@ def read_peft_weights(path: str | os.PathLike) -> StateDict:
 
 
 def read_legacy_weights(path: str | os.PathLike) -> StateDict:
-    """The tensors of an `eraser_weights.pt`, named as in the transformer; no code in it is run.
-
-    Raises:
-        ValueError: a damaged file, one that would run code, or one that holds something else.
-    """
+    """Tensors of an `eraser_weights.pt`, named as in the transformer; no code in it is run."""
     tree = read_pickled_tensors(path, remedy="Get the file again.")
     return from_legacy(tree, str(path))

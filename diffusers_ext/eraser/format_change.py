@@ -36,9 +36,8 @@ def convert_eraser(
         pretrained_model_name_or_path: as in `load_eraser`.
         save_directory: folder, made when absent; other files in it stay.
         format: `"peft"` or `"legacy"`, which keeps nothing but the weights.
-        concept: what it erases; as its file says when `None`.
-        anchor_concept: what takes its place; as its file says when `None`.
-        base_model_name_or_path: the model it is for; as its file says when `None`.
+        concept, anchor_concept, base_model_name_or_path: as in `save_eraser`; as its file says when
+            `None`.
         download_arguments: as in `load_eraser`, `subfolder` among them.
 
     Returns:

@@ -39,20 +39,14 @@ def calibrate_heads(
     """`concept_head_weights` at all points of a few short runs, of prompts that name the concept.
 
     Everything is drawn from `seed`, and clips go through the model one by one, so that the weights
-    are the same whatever the batch of what they are used for.
+    are the same whatever the batch of what they are used for. The model's erasers are off here.
 
     Args:
-        velocity: the model; its erasers are off here.
-        scheduler: samples; a copy is used.
-        target_embeds: `(target prompts, text, dim)`; its dtype is that of the latents.
-        anchor_embeds: the same shape.
+        target_embeds, anchor_embeds: `(target prompts, text, dim)`; the dtype is that of the latents.
         empty_embed: `(text, dim)`, the negative prompt of the guidance.
         token_mask: `(target prompts, text)` bool, the concept's tokens.
         latent_shape: `(frames, channels, height, width)`.
         num_inference_steps: of a run, at most 4 of which are made.
-        guidance_scale: of the runs.
-        seed: chooses prompts and noises.
-        show_progress: show a progress bar.
 
     Returns:
         `(layers, heads)` float32 on the CPU.

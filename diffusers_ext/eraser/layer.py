@@ -23,14 +23,9 @@ class EraserProjection(nn.Linear):
     """A Linear that computes in the dtype of its input, whatever dtype its weights are kept in."""
 
     def forward(self, features: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """`scale * (W x + b)`.
+        """`scale * (W x + b)`, in the dtype of `features` (or of autocast).
 
-        Args:
-            features: `(..., in_features)`, floating.
-            scale: one number; by default 1. It is applied to the input, the narrow side of `up`.
-
-        Returns:
-            `(..., out_features)`, in the dtype of `features` (or of autocast).
+        `scale` is one number, by default 1. It is applied to the input, the narrow side of `up`.
         """
         weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
         if scale is not None:
@@ -118,14 +113,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, r: int, init_weights: bool, device: torch.device
     ) -> None:
-        """Add one eraser, with random `down` and, by default, zero `up`.
-
-        Args:
-            adapter_name: its name.
-            r: width of the bottleneck.
-            init_weights: False draws `up` at random too.
-            device: where the attention is.
-        """
+        """Add one eraser of width `r`: random `down`, and `up` zero unless `init_weights` is False."""
         down = EraserProjection(self.in_features, r, device="cpu", dtype=torch.float32)
         up = EraserProjection(r, self.out_features, device="cpu", dtype=torch.float32)
         if init_weights:
@@ -181,15 +169,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
             self.off.remove(scope)
 
     def erase(self, adapter_name: str, video: torch.Tensor) -> torch.Tensor:
-        """What one eraser adds: `scale * up(GELU(down(x)))`.
-
-        Args:
-            adapter_name: the eraser.
-            video: tokens `(batch, video, dim)`.
-
-        Returns:
-            `(batch, video, dim)` in the dtype of `video`.
-        """
+        """What one eraser adds to `(batch, video, dim)`: `scale * up(GELU(down(x)))`, in the same dtype."""
         hidden = functional.gelu(self.eraser_down[adapter_name](video))
         scale = self.scale_tensors[adapter_name]
         if torch.compiler.is_compiling():
@@ -198,11 +178,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         return output.to(video.dtype)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Make `scale` the number that one eraser's output is multiplied by; others are ignored.
-
-        Raises:
-            ValueError: a negative scale, which would strengthen the concept.
-        """
+        """Make `scale` the number that one eraser's output is multiplied by; others are ignored."""
         if adapter not in self.scaling:
             return
         check_scale(adapter, scale)
@@ -233,11 +209,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
                 self._write_scale(name, self.scaling[name] / scale)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse to merge an eraser; nothing happens where none is to be merged.
-
-        Raises:
-            NotImplementedError: one of the adapters is an eraser.
-        """
+        """Refuse to merge an eraser, by `NotImplementedError`; nothing happens where none is to be merged."""
         names = self.active_adapters if adapter_names is None else adapter_names
         erasers = [name for name in names if name in self.eraser_down]
         if erasers:
@@ -295,11 +267,7 @@ def check_scale(adapter_name: str, scale: float) -> None:
 
 
 def refuse_merge(names: list[str]) -> None:
-    """Raise the error of a merge.
-
-    Raises:
-        NotImplementedError: always.
-    """
+    """Raise the error of a merge."""
     raise NotImplementedError(
         f"Erasers cannot be merged into the model, got {names}: GELU lies between their two "
         "projections. To fuse a LoRA beside them, name it in `adapter_names`."

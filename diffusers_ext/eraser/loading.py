@@ -83,11 +83,7 @@ def load_eraser(
 
 
 def find_transformer(transformer_or_pipe: EraserTarget) -> CogVideoXTransformer3DModel:
-    """The CogVideoX transformer itself, out of a pipeline, `torch.compile` or a `PeftModel`.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The CogVideoX transformer itself, out of a pipeline, `torch.compile` or a `PeftModel`."""
     model = transformer_or_pipe
     if isinstance(model, DiffusionPipeline):
         model = getattr(model, "transformer", None)
@@ -103,11 +99,7 @@ def find_transformer(transformer_or_pipe: EraserTarget) -> CogVideoXTransformer3
 
 
 def find_eraser(transformer: CogVideoXTransformer3DModel, adapter_name: str | None = None) -> str:
-    """The name of an eraser of the transformer; of the only one when `None`.
-
-    Raises:
-        ValueError: no such eraser, or several to choose from.
-    """
+    """The name of an eraser of the transformer; of the only one when `None`."""
     adapters = getattr(transformer, "peft_config", {})
     names = [name for name, config in adapters.items() if isinstance(config, EraserConfig)]
     if adapter_name is None and len(names) == 1:

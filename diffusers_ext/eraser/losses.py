@@ -16,18 +16,6 @@ from diffusers_ext.eraser.loss_terms import (
 )
 from diffusers_ext.eraser.outputs import eraser_outputs as capture_eraser_outputs
 from diffusers_ext.eraser.teacher import VelocityModel, cached_or_predicted, module_of, velocities
-from diffusers_ext.eraser.velocity_losses import localization, negative_velocity, velocity_distance
-
-
-__all__ = [
-    "ConceptPreservationLoss",
-    "MaskLocalizationLoss",
-    "NegativelyGuidedVelocityLoss",
-    "T2VUnlearningLoss",
-    "localization",
-    "negative_velocity",
-    "velocity_distance",
-]
 
 
 class T2VUnlearningLoss(torch.nn.Module):
@@ -42,15 +30,11 @@ class T2VUnlearningLoss(torch.nn.Module):
 
     Args:
         alphas_cumprod: see `NegativelyGuidedVelocityLoss`.
-        unlearning_weight: w_u.
-        preservation_weight: w_p.
-        localization_weight: w_l. A term of weight 0 is not computed.
-        guidance_scale: eta of the negative guidance.
+        unlearning_weight, preservation_weight, localization_weight: at least 0. A term of weight 0
+            is not computed.
+        guidance_scale: eta of the negative guidance, at least 0.
         loss_type: `"l2"` or `"l1"`, of all terms.
         mask_unlearning: weigh L_unlearn by the mask as well; the paper does not.
-
-    Raises:
-        ValueError: a negative weight or scale, or another `loss_type`.
     """
 
     def __init__(
@@ -105,42 +89,40 @@ class T2VUnlearningLoss(torch.nn.Module):
             model_unlearned: the student, the only one with gradient.
             x_t: `(batch, frames, channels, height, width)` of the target prompts.
             t: `(batch,)`.
-            cond_target: `(1 or batch, text, dim)` embeddings of the prompt with the concept.
-            cond_preserve: `(1 or rows, text, dim)` embeddings of what must stay.
+            cond_target, cond_preserve: `(1 or batch, text, dim)` embeddings of the prompt with the
+                concept, and of what must stay.
             cond_neg: anchor: the prompt with the concept replaced by a neutral word.
             uncond: anchor where `cond_neg` is `None`: embeddings of the empty prompt.
             mask: `(batch, frames', rows, columns)` in [0, 1] on the token grid, 1 where the
                 concept is.
             eraser_outputs: `{name: (batch, video, dim)}` with gradient; taken from the student's
                 pass unless given.
-            x_preserve: latents of preserved prompts, `x_t` unless given.
-            t_preserve: their timesteps, `t` unless given.
-            v_concept: teacher velocity under `cond_target`, made before.
-            v_anchor: teacher velocity under the anchor, made before.
-            v_preserve: teacher velocity under `cond_preserve`, made before.
+            x_preserve, t_preserve: of preserved prompts; `x_t` and `t` unless given.
+            v_concept, v_anchor, v_preserve: teacher velocities, made before.
 
         Returns:
-            The total, and for logging: `total_loss`; `{term}_loss_weighted`; `unlearning/` with
-            `unlearning_loss`, `v_pred_norm` and `v_neg_norm`; `preservation/` with
-            `preservation_loss`, `v_orig_norm` and `v_unlearn_norm`; `localization/` with
-            `total_loss`, `num_layers` and `{eraser}/loss`.
+            The total, and for logging: `total_loss`; `{term}_loss_weighted`; and
+            `{term}/{figure}` with the figures that each term's class logs.
 
         Raises:
             ValueError: no anchor, no teacher for an unknown velocity, or tensors that do not fit.
         """
-        self._check_mask(mask, eraser_outputs)
+        if mask is None and (eraser_outputs is not None or self.mask_unlearning):
+            raise ValueError(
+                "`mask` must be given with `eraser_outputs` and under `mask_unlearning`, got None."
+            )
         target = (x_t, t, cond_target)
-        wanted, student_rows = [], [target]
+        needed, student_rows = [], [target]
         if self.weights["unlearning"]:
             anchor = choose_anchor(cond_neg, uncond, v_anchor)
-            wanted += [(v_concept, target), (v_anchor, (x_t, t, anchor))]
+            needed += [(v_concept, target), (v_anchor, (x_t, t, anchor))]
         preserves = cond_preserve is not None and self.weights["preservation"]
         if preserves:
             x_pre = x_t if x_preserve is None else x_preserve
             preserved = (x_pre, t if t_preserve is None else t_preserve, cond_preserve)
-            wanted.append((v_preserve, preserved))
+            needed.append((v_preserve, preserved))
             student_rows.append(preserved)
-        teacher = cached_or_predicted(model_original, model_unlearned, wanted)
+        teacher = cached_or_predicted(model_original, model_unlearned, needed)
         localizes = mask is not None and self.weights["localization"]
         captures = localizes and eraser_outputs is None
         capture = capture_eraser_outputs(module_of(model_unlearned)) if captures else nullcontext()
@@ -156,26 +138,22 @@ class T2VUnlearningLoss(torch.nn.Module):
             if captures:
                 eraser_outputs = {name: output[: len(x_t)] for name, output in captured.items()}
             terms["localization"] = self.localization(eraser_outputs, mask)
-        return self._weighted_sum(terms)
+        return self._logged_sum(terms)
 
-    def _weighted_sum(self, terms: Mapping[str, LossAndParts]) -> LossAndParts:
+    def weighted_sum(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The total of the terms that are there."""
+        return sum(self.weights[name] * loss for name, loss in terms.items())
+
+    def _logged_sum(self, terms: Mapping[str, LossAndParts]) -> LossAndParts:
         if not terms:
             raise ValueError(
                 "`T2VUnlearningLoss` must be given what a term of positive weight needs, got no "
                 "such term."
             )
-        weighted = {name: self.weights[name] * loss for name, (loss, _) in terms.items()}
-        total = torch.stack(list(weighted.values())).sum()
+        total = self.weighted_sum({name: loss for name, (loss, _) in terms.items()})
         logged: dict[str, torch.Tensor | int] = {"total_loss": total.detach()}
-        logged |= {f"{name}_loss_weighted": loss.detach() for name, loss in weighted.items()}
+        for name, (loss, _) in terms.items():
+            logged[f"{name}_loss_weighted"] = self.weights[name] * loss.detach()
         for term, (_, parts) in terms.items():
             logged |= {f"{term}/{name}": value for name, value in parts.items()}
         return total, logged
-
-    def _check_mask(
-        self, mask: torch.Tensor | None, eraser_outputs: Mapping[str, torch.Tensor] | None
-    ) -> None:
-        if mask is None and (eraser_outputs is not None or self.mask_unlearning):
-            raise ValueError(
-                "`mask` must be given with `eraser_outputs` and under `mask_unlearning`, got None."
-            )

@@ -62,15 +62,8 @@ def weighted_attention_mask(
 ) -> torch.Tensor:
     """Where weighted heads look at a concept and it changes the velocity: the best mask there is.
 
-    `sqrt(attended * velocity_mask)`, `attended` being the maps with their lower half as zero.
-
-    Args:
-        maps: `(batch, video)`, of `concept_attention` with `head_weights`.
-        v_concept, v_anchor, token_mask, grid, v_empty: see `velocity_mask`.
-        threshold: see `normalize_attention`.
-
-    Returns:
-        `(batch, frames', rows, columns)` float32 in [0, 1].
+    `sqrt(attended * velocity_mask)`, `attended` being the maps with their lower half as zero: maps
+    `(batch, video)` of `concept_attention` with `head_weights`. The rest is as in `velocity_mask`.
     """
     attended = normalize_attention(maps, grid, floor=CONCEPT_FLOOR)
     changed = velocity_mask(v_concept, v_anchor, token_mask, grid, v_empty)
@@ -131,15 +124,8 @@ def velocity_difference(
 ) -> torch.Tensor:
     """How far the teacher's velocities with and without the concept lie apart, token by token.
 
-    `sqrt(mean over a token's latents of (v(x_t, c) - v(x_t, anchor))^2)`.
-
-    Args:
-        v_concept: `(batch, frames, channels, height, width)`.
-        v_anchor: the same at the same `x_t` with the anchor prompt.
-        grid: `(frames, rows, columns)` of the video tokens.
-
-    Returns:
-        `(batch, video)` float32.
+    `sqrt(mean over a token's latents of (v(x_t, c) - v(x_t, anchor))^2)`, `(batch, video)` float32,
+    of velocities `(batch, frames, channels, height, width)` and a grid `(frames, rows, columns)`.
 
     Raises:
         ValueError: shapes that differ, or latents that the grid does not tile.
@@ -163,12 +149,8 @@ def mask_to_tokens(mask: torch.Tensor) -> torch.Tensor:
 def mask_to_latents(mask: torch.Tensor, latent_shape: Sequence[int]) -> torch.Tensor:
     """A mask on the token grid for latents: each token's value at all latents of its patch.
 
-    Args:
-        mask: `(batch, frames', rows, columns)`.
-        latent_shape: `(frames, channels, height, width)`, with or without a batch before.
-
-    Returns:
-        `(batch, frames, 1, height, width)`.
+    From `(batch, frames', rows, columns)` to `(batch, frames, 1, height, width)`; `latent_shape` is
+    `(frames, channels, height, width)`, with or without a batch before.
 
     Raises:
         ValueError: latents that the grid does not tile.

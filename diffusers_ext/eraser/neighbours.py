@@ -57,11 +57,7 @@ class Neighbour(NamedTuple):
 def concrete_words(topic: str | None = None) -> list[str]:
     """The bundled English words for things that can be seen, each once.
 
-    Args:
-        topic: name of one file of `words`, such as `"animals"`; all of them when `None`.
-
-    Raises:
-        ValueError: no such topic.
+    `topic` names one file of `words`, such as `"animals"`; all of them when `None`.
     """
     files = {path.stem: path for path in sorted(_WORDS.glob("*.txt"))}
     if topic is not None and topic not in files:
@@ -98,17 +94,10 @@ def share_a_word(first: str, second: str) -> bool:
 
 
 def centred_cosines(embeddings: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Cosines to a query after the mean of all embeddings is taken from both.
+    """Cosines `(words,)` of embeddings `(words, dim)` to a query `(dim,)`, both centred.
 
-    Encoders put all words into a narrow cone; without their common part the angles tell words apart
-    (Mu and Viswanath, "All-but-the-Top", ICLR 2018, first step).
-
-    Args:
-        embeddings: `(words, dim)` float.
-        query: `(dim,)` float.
-
-    Returns:
-        `(words,)`.
+    Encoders put all words into a narrow cone; without the mean of all embeddings the angles tell
+    words apart (Mu and Viswanath, "All-but-the-Top", ICLR 2018, first step).
     """
     mean = embeddings.mean(dim=0)
     return F.cosine_similarity(embeddings - mean, (query - mean)[None], dim=1)
@@ -129,8 +118,7 @@ def word_embeddings(
     an encoder that was trained this way says something else without it.
 
     Args:
-        tokenizer: of the pipeline.
-        text_encoder: of the pipeline; runs in eval mode and keeps its own.
+        tokenizer, text_encoder: of the pipeline; the latter runs in eval mode and keeps its own.
         words: one or more tokens each.
         max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
         batch_size: words encoded at once.
@@ -179,20 +167,18 @@ def neighbouring_concepts(
     max_sequence_length: int,
     exclude: Sequence[str] = (),
 ) -> list[Neighbour]:
-    """The words that the text encoder places nearest to a concept.
+    """The words that the text encoder places nearest to a concept, the nearest first.
+
+    None shares a word, inflected or not, with the concept or with `exclude`.
 
     Args:
-        tokenizer: of the pipeline.
-        text_encoder: of the pipeline.
+        tokenizer, text_encoder: of the pipeline.
         concept: a word or a few.
         count: how many neighbours.
         words: candidates; when `None`, those of `concrete_words()` of which the tokenizer need not
             spell a part in single letters: it hardly ever met the others.
         max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
         exclude: further names of the concept, such as synonyms, which must not be preserved.
-
-    Returns:
-        The nearest first. None shares a word, inflected or not, with the concept or with `exclude`.
 
     Raises:
         ValueError: a concept that the tokenizer cannot spell, or fewer candidates than `count`.

@@ -20,14 +20,10 @@ _WRAPPERS = ("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module
 
 
 def eraser_layers(model: nn.Module) -> dict[str, EraserLayer]:
-    """The layers of a model that hold an eraser.
+    """The layers of a model that hold an eraser, `{name: layer}` in natural order.
 
-    Args:
-        model: a transformer with erasers, or one wrapped by PEFT, `torch.compile` or DDP.
-
-    Returns:
-        `{name: layer}` in natural order; a name such as `"transformer_blocks.0.attn1"`, the same
-        whatever wraps the model. Empty without erasers.
+    A name such as `"transformer_blocks.0.attn1"` is the same whether or not PEFT, `torch.compile` or
+    DDP wraps the model.
     """
     layers = {
         _attention_name(name): module
@@ -44,11 +40,8 @@ def erasers_disabled(model: nn.Module) -> Iterator[None]:
     Like `torch.no_grad` it is for the thread or task that opened it: a model that serves another
     request in another thread keeps its erasers. Contexts may overlap, and close in any order. LoRAs
     stay on, and nothing becomes trainable or frozen. After the last one each layer is as it was, also
-    after an exception. A model without erasers is left alone.
-
-    Args:
-        model: a transformer, with or without a PEFT model around it; compiled ones are not compiled
-            again, and follow the thread, not the task.
+    after an exception. A model without erasers is left alone. Compiled ones are not compiled again,
+    and follow the thread, not the task.
     """
     with ExitStack() as stack:
         scope = stack.enter_context(CallScope())
@@ -95,10 +88,6 @@ def eraser_outputs(
 
 def trainable_eraser_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     """The parameters of one eraser that an optimizer may train, in a fixed order.
-
-    Args:
-        model: a transformer with erasers.
-        adapter_name: the eraser.
 
     Raises:
         ValueError: the model has no such eraser, or it is frozen.

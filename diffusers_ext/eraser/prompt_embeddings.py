@@ -28,8 +28,7 @@ def encode_video_prompts(
     """What `CogVideoXPipeline` hands to its transformer: padded to full length, padding not masked.
 
     Args:
-        tokenizer: of the pipeline.
-        text_encoder: of the pipeline; runs in eval mode and keeps its own.
+        tokenizer, text_encoder: of the pipeline; the latter runs in eval mode and keeps its own.
         prompts: `""` is the unconditional one; repeated prompts are encoded once.
         max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
         batch_size: prompts encoded at once.

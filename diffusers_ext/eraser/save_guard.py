@@ -20,10 +20,8 @@ class SaveGuard:
 
     diffusers writes weights and reloads them into a plain model, so that an eraser would vanish: the
     pipeline's `save_pretrained` and `push_to_hub` ask each model for its own. Nothing of diffusers
-    is changed but this one attribute of this one model; a copy of the model has a guard of its own.
-
-    Args:
-        model: a diffusers model; not kept alive.
+    is changed but this one attribute of this one model, which is not kept alive; a copy of the model
+    has a guard of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -59,8 +59,8 @@ def save_eraser(
         format: `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) or `"legacy"`
             (`eraser_config.json`, `eraser_weights.pt`).
         dtype: of the saved weights; as they are when `None`.
-        concept: what it erases; from its config when `None`.
-        anchor_concept: what takes its place; from its config when `None`.
+        concept, anchor_concept: what it erases and what takes its place; as its config says when
+            `None`.
         base_model_name_or_path: the transformer it is for; as its config or the transformer says
             when `None`.
         push_to_hub: upload these files afterwards, in place of an eraser in the other format.

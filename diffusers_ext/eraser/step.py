@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_ext.eraser.attack import AdversarialPrompts
 from diffusers_ext.eraser.batch import RowMaker, Rows
+from diffusers_ext.eraser.losses import T2VUnlearningLoss
 from diffusers_ext.eraser.outputs import eraser_outputs
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.rollouts import OnPolicyRollouts
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
-from diffusers_ext.eraser.velocity_losses import layer_localization, velocity_distance
+from diffusers_ext.eraser.velocity_losses import velocity_distance
 
 
 Result = TypeVar("Result")
@@ -61,6 +62,14 @@ class EraserStep:
     ) -> None:
         self.maker, self.recipe, self.adapter_name = maker, recipe, adapter_name
         self.rollouts, self.adversarial_prompts = rollouts, adversarial_prompts
+        self.loss = T2VUnlearningLoss(
+            None,
+            recipe.unlearning_weight,
+            recipe.preservation_weight,
+            recipe.localization_weight,
+            recipe.guidance_scale,
+            recipe.loss_type,
+        )
 
     @property
     def stateful(self) -> list[Any]:
@@ -87,21 +96,18 @@ class EraserStep:
     def _losses(
         self, rows: Rows, prediction: torch.Tensor, localized: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        recipe, n = self.recipe, rows.num_target
-        parts = {}
-        if n:
-            parts["unlearning"] = self._distance(prediction, rows, slice(None, n))
-        if n < len(rows.t):
-            parts["preservation"] = self._distance(prediction, rows, slice(n, None))
+        n, terms = rows.num_target, {}
+        weights = rows.weights[:, None, None, None, None] if self.recipe.weighs_rows else None
+        for term, name, chosen in (
+            (self.loss.unlearning, "unlearning", slice(None, n)),
+            (self.loss.preservation, "preservation", slice(n, None)),
+        ):
+            if len(rows.t[chosen]):
+                found = (prediction[chosen], rows.target_velocity[chosen])
+                terms[name] = term.distance(*found, None if weights is None else weights[chosen])
         if localized is not None:
-            parts["localization"] = localized
-        weights = {
-            "unlearning": recipe.unlearning_weight,
-            "preservation": recipe.preservation_weight,
-            "localization": recipe.localization_weight,
-        }
-        total = sum(weights[name] * value for name, value in parts.items())
-        losses = {"loss": total, **parts}
+            terms["localization"] = localized
+        losses = {"loss": self.loss.weighted_sum(terms), **terms}
         if n:
             with torch.no_grad():
                 start = velocity_distance(rows.teacher_velocity, rows.target_velocity[:n], "l2")
@@ -151,23 +157,17 @@ class EraserStep:
     def _ask_part(
         self, velocities: Iterator[CogVideoXVelocity], part: Part
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        velocity, mask, loss_type = next(velocities), part.mask, self.recipe.loss_type
+        velocity, mask = next(velocities), part.mask
         if mask is None:
             return velocity(*part[:3]), None
 
         def outside(name: str, output: torch.Tensor) -> torch.Tensor:
-            return layer_localization(output[: len(mask)], mask, loss_type)
+            return self.loss.localization.of_layer(output[: len(mask)], mask)
 
         transformer = self.maker.velocity.transformer
         with eraser_outputs(transformer, self.adapter_name, reduce=outside) as outputs:
             prediction = velocity(*part[:3])
         return prediction, torch.stack(list(outputs.values())).mean()
-
-    def _distance(self, prediction: torch.Tensor, rows: Rows, chosen: slice) -> torch.Tensor:
-        weights = rows.weights[chosen, None, None, None, None] if self.recipe.weighs_rows else None
-        return velocity_distance(
-            prediction[chosen], rows.target_velocity[chosen], self.recipe.loss_type, weights
-        )
 
 
 def run_in_turn(passes: Sequence[Callable[[], Result]]) -> list[Result]:

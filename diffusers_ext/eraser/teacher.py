@@ -20,12 +20,8 @@ _WRAPPERS = ("base_model", "model", "module", "_orig_mod")
 
 
 def module_of(model: VelocityModel) -> torch.nn.Module:
-    """The module behind a velocity model.
-
-    Raises:
-        TypeError: neither a `CogVideoXVelocity` nor a module.
-    """
-    check_velocity_model(model)
+    """The module behind a velocity model; `TypeError` for a mere function."""
+    _refuse_transformer(model)
     if isinstance(model, CogVideoXVelocity):
         return model.model
     if isinstance(model, torch.nn.Module):
@@ -35,44 +31,32 @@ def module_of(model: VelocityModel) -> torch.nn.Module:
     )
 
 
-def check_velocity_model(model: VelocityModel) -> None:
-    """Raise `TypeError` for a CogVideoX transformer itself, which takes other arguments than a loss gives.
-
-    It is not wrapped in silence: without the rotary embedding of its clip, of which the transformer
-    alone does not know the size, it predicts nonsense.
-    """
-    if isinstance(model, torch.nn.Module) and is_transformer(model):
-        raise TypeError(
-            "Losses must be given a model called as `model(x_t, t, prompt_embeds)`, got a "
-            f"{type(model).__name__} of a CogVideoX. Give `CogVideoXVelocity.from_pipeline(pipe, "
-            "num_frames, height, width)`, which calls it with the positions of its clip."
-        )
-
-
-def is_transformer(model: torch.nn.Module) -> bool:
-    """Whether a module is a CogVideoX transformer, also under PEFT, `torch.compile` or DDP."""
-    while not isinstance(model, CogVideoXTransformer3DModel):
-        inner = [part for name, part in model.named_children() if name in _WRAPPERS]
-        if len(inner) != 1 or len(list(model.children())) != 1:
-            return False
-        model = inner[0]
-    return True
+def _refuse_transformer(model: VelocityModel) -> None:
+    # Not wrapped in silence: without the rotary embedding of its clip, of which the transformer
+    # alone does not know the size, it predicts nonsense.
+    inner = model
+    while isinstance(inner, torch.nn.Module):
+        if isinstance(inner, CogVideoXTransformer3DModel):
+            raise TypeError(
+                "Losses must be given a model called as `model(x_t, t, prompt_embeds)`, got a "
+                f"{type(model).__name__} of a CogVideoX. Give `CogVideoXVelocity.from_pipeline("
+                "pipe, num_frames, height, width)`, which calls it with the positions of its clip."
+            )
+        children = dict(inner.named_children())
+        # PEFT, `torch.compile` and DDP hold the model alone, under one of these names.
+        alone = len(children) == 1 and next(iter(children)) in _WRAPPERS
+        inner = next(iter(children.values())) if alone else None
 
 
 def velocities(model: VelocityModel, rows: Sequence[VelocityRows]) -> list[torch.Tensor]:
-    """Velocities of several groups of rows from one call of the model.
+    """Velocities of several groups of rows, each of the shape of its `x_t`, from one call.
 
-    Args:
-        model: called as `model(x_t, t, prompt_embeds)`.
-        rows: `(x_t, t, prompt_embeds)` of each group; embeddings of one row serve its whole group.
-
-    Returns:
-        One velocity per group, of the shape of its `x_t`.
+    Embeddings of one row serve their whole group.
 
     Raises:
         ValueError: embeddings of different lengths, or of another batch than their `x_t`.
     """
-    check_velocity_model(model)
+    _refuse_transformer(model)
     sizes = [len(x_t) for x_t, _, _ in rows]
     embeds = []
     for x_t, _, prompt_embeds in rows:
@@ -98,14 +82,7 @@ def teacher_velocities(
 ) -> list[torch.Tensor]:
     """What the model before erasing predicts: erasers off, eval mode, no gradient.
 
-    Args:
-        model_original: the teacher; may be the student itself or share its transformer, whose
-            erasers are off during the call. LoRAs stay on.
-        model_unlearned: the student.
-        rows: see `velocities`.
-
-    Returns:
-        One velocity per group of rows, detached.
+    The teacher may be the student itself or share its transformer. LoRAs stay on.
 
     Raises:
         ValueError: teacher and student are the same module and it has no eraser.
@@ -123,23 +100,20 @@ def teacher_velocities(
 def cached_or_predicted(
     model_original: VelocityModel | None,
     model_unlearned: VelocityModel,
-    wanted: Sequence[tuple[torch.Tensor | None, VelocityRows]],
+    needed: Sequence[tuple[torch.Tensor | None, VelocityRows]],
 ) -> list[torch.Tensor]:
-    """Teacher velocities, those made before as they are and the others from one pass.
+    """Detached teacher velocities: those made before as they are, the others from one pass.
 
     Args:
-        model_original: see `teacher_velocities`; `None` where all velocities are known.
+        model_original: see `teacher_velocities`; `None` where all velocities are cached.
         model_unlearned: the student.
-        wanted: pairs of a velocity, if it is known, and the rows that it is of.
-
-    Returns:
-        One detached velocity per pair.
+        needed: pairs of a cached velocity or `None`, and the rows that it is of.
 
     Raises:
-        ValueError: a velocity is unknown and there is no teacher.
+        ValueError: a velocity is not cached and there is no teacher.
     """
-    missing = [rows for known, rows in wanted if known is None]
+    missing = [rows for cached, rows in needed if cached is None]
     if missing and model_original is None:
         raise ValueError("`model_original` must be given for velocities not made before, got None.")
-    asked = iter(teacher_velocities(model_original, model_unlearned, missing) if missing else ())
-    return [next(asked) if known is None else known.detach() for known, _ in wanted]
+    found = iter(teacher_velocities(model_original, model_unlearned, missing) if missing else ())
+    return [next(found) if cached is None else cached.detach() for cached, _ in needed]

@@ -19,17 +19,8 @@ from diffusers_ext.core.artifacts import (
     same_fingerprint,
     write_atomically,
 )
-from diffusers_ext.core.checked_tensors import (
-    FLOATING,
-    open_tensors,
-    read_tensors,
-    with_digest,
-)
-from diffusers_ext.core.config_digest import (
-    CONFIG_DIGEST,
-    check_config_digest,
-    config_digest,
-)
+from diffusers_ext.core.checked_tensors import FLOATING, open_tensors, read_tensors, with_digest
+from diffusers_ext.core.config_digest import CONFIG_DIGEST, check_config_digest, config_digest
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.teacher_samples import PARTS, Row, TeacherSamples, to_storage
 
@@ -41,12 +32,7 @@ _REMEDY = "Remove it and collect again."
 
 
 class FileRows:
-    """Rows of one part in a folder, memory-mapped, picklable for the workers of a `DataLoader`.
-
-    Args:
-        folder: of the part.
-        num_runs: files in it.
-    """
+    """Rows of one part in a folder, memory-mapped, picklable for the workers of a `DataLoader`."""
 
     def __init__(self, folder: Path, num_runs: int) -> None:
         self.folder, self.num_runs = folder, num_runs
@@ -88,17 +74,15 @@ class FileRows:
             form = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
             if "t" not in form or any(not shape for _, shape in form.values()):
                 raise ValueError(f"{path} must hold rows, `t` among them, got {form}. {_REMEDY}")
-            first = self._forms.setdefault(0, form) if run == 0 else self._form_of_first()
+            if run != 0:
+                self._open(0)  # so that its form is known
+            first = self._forms.setdefault(0, form)
             if form != first or len({shape[0] for _, shape in form.values()}) > 1:
                 raise ValueError(
                     f"{path} must hold rows like {run_file(self.folder, 0).name}, got {form}. {_REMEDY}"
                 )
             self._forms[run] = form
         return open_tensors(path, _REMEDY)
-
-    def _form_of_first(self) -> dict[str, Any]:
-        self._open(0)
-        return self._forms[0]
 
 
 class TeacherFiles:
@@ -110,8 +94,7 @@ class TeacherFiles:
     Args:
         directory: made when absent.
         scheduler, model: with which the samples are made.
-        settings: JSON-able numbers of the collection.
-        facts: JSON-able, how the embeddings were made.
+        settings, facts: JSON-able, of the collection and of how the embeddings were made.
         dtype: of floating-point rows.
 
     Raises:
@@ -133,20 +116,17 @@ class TeacherFiles:
                 f"keeps them, got {facts}."
             )
         self.folder, self.dtype = Path(directory), dtype
+        public = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+        config = {
+            "_class_name": CLASS_NAME,
+            "format_version": FORMAT_VERSION,
+            "settings": settings | {"dtype": str(dtype).removeprefix("torch.")},
+            "scheduler": [type(scheduler).__name__, public],
+            "model": fingerprint(model),
+            "facts": facts,
+        }
         # Through JSON, as it is read back: tuples become lists.
-        config = json.loads(
-            json.dumps(
-                {
-                    "_class_name": CLASS_NAME,
-                    "format_version": FORMAT_VERSION,
-                    "settings": settings | {"dtype": str(dtype).removeprefix("torch.")},
-                    "scheduler": [type(scheduler).__name__, _public(dict(scheduler.config))],
-                    "model": fingerprint(model),
-                    "facts": facts,
-                },
-                default=str,
-            )
-        )
+        config = json.loads(json.dumps(config, default=str))
         config[CONFIG_DIGEST] = config_digest(config)
         self.folder.mkdir(parents=True, exist_ok=True)
         # Listed first, as another process may be creating the set at this moment.
@@ -180,22 +160,16 @@ class TeacherFiles:
             write_atomically(path, save(tensors, with_digest(tensors)))
         return _read_head_weights(self.folder)
 
-    def clean_up(self) -> None:
-        """Remove what killed processes have left half written, once all runs are there."""
+    def samples(self) -> TeacherSamples:
+        """All runs, once they are there; what killed processes have left half written is removed."""
         for pattern in (".*.json.*", "**/.*.safetensors.*"):
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
+        return open_teacher_samples(self.folder)
 
 
 def open_teacher_samples(directory: str | os.PathLike) -> TeacherSamples:
-    """The samples of a finished collection.
-
-    Args:
-        directory: that `collect_teacher_samples` filled.
-
-    Raises:
-        ValueError: none there, or not all of them.
-    """
+    """The samples of a finished collection; `ValueError` where not all of them are there."""
     folder = Path(directory)
     settings = _read_config(folder)["settings"]
     parts = {part: FileRows(folder / part, settings[f"num_{part}"]) for part in PARTS}
@@ -246,8 +220,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_same(folder: Path, config: dict[str, Any]) -> None:
     stored = _read_config(folder)
-    changed = [f"settings.{name}" for name in _changed(stored["settings"], config["settings"])]
-    changed += [f"facts.{name}" for name in _changed(stored["facts"], config["facts"])]
+    changed = [
+        f"{kind}.{name}"
+        for kind in ("settings", "facts")
+        for name in sorted({*stored[kind], *config[kind]})
+        if stored[kind].get(name) != config[kind].get(name)
+    ]
     changed += ["scheduler"] * (stored["scheduler"] != config["scheduler"])
     changed += ["model"] * (not same_fingerprint(stored["model"], config["model"]))
     if changed:
@@ -255,12 +233,3 @@ def _check_same(folder: Path, config: dict[str, Any]) -> None:
             f"{folder} must hold samples made in the same way as now, got others: "
             f"{', '.join(changed)} differ. Choose another folder, or restore the old settings."
         )
-
-
-def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    names = sorted({*first, *second})
-    return [name for name in names if first.get(name) != second.get(name)]
-
-
-def _public(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -43,25 +43,8 @@ class SamplePart(NamedTuple):
     head_weights: torch.Tensor | None = None  # needed with a token mask
 
 
-class _Batch(NamedTuple):
-    """The inputs of a batch of runs."""
-
-    prompts: torch.Tensor  # (batch, text, dim)
-    others: torch.Tensor
-    kept: torch.Tensor  # (steps, batch) bool, points that are kept
-    other_at: torch.Tensor  # (steps, batch) bool, where the other prompt has to be run
-    attention: AttentionRequest | None
-
-
 class TeacherRuns:
-    """Makes batches of runs.
-
-    Args:
-        velocity: the model.
-        scheduler: samples.
-        settings: of every run.
-        empty_embed: `(text, dim)`, the negative prompt of the guidance.
-    """
+    """Makes batches of runs; `empty_embed` `(text, dim)` is the negative prompt of the guidance."""
 
     def __init__(
         self,
@@ -91,50 +74,48 @@ class TeacherRuns:
         )
 
     def make(self, part: SamplePart, plans: Sequence[TrajectoryPlan]) -> list[Row]:
-        """Runs as one batch.
-
-        Args:
-            part: what is run.
-            plans: of these runs.
-
-        Returns:
-            The rows of each run, `{name: (points, ...)}` on the CPU.
-        """
-        settings, batch = self.settings, self._prepare(part, plans)
-        generators = [torch.Generator().manual_seed(plan.seed) for plan in plans]
-        latents = randn_tensor(
-            (len(plans), *settings.latent_shape),
-            generator=generators,
-            device=self.device,
-            dtype=part.prompts.dtype,
-        )
-        points = teacher_trajectory(
-            self.velocity,
-            self.scheduler,
-            latents,
-            batch.prompts,
-            self.empty_embed.to(batch.prompts.dtype).expand_as(batch.prompts),
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generators=generators,
-            extra_prompt_embeds=batch.others,
-            extra_at=batch.other_at,
-            attention=batch.attention,
-        )
-        rows: list[list[Row]] = [[] for _ in plans]
-        last = int(batch.kept.any(1).nonzero().max())
-        for step, point in zip(range(last + 1), points):
-            others = _other_velocities(point, batch.other_at[step])
-            masks = self._masks(batch.attention, point, others)
-            for i in batch.kept[step].nonzero().flatten().tolist():
-                rows[i].append(_row(part.name, plans[i], len(rows[i]), point, others, masks, i))
-        return [{name: torch.stack([r[name] for r in run]) for name in run[0]} for run in rows]
-
-    def _prepare(self, part: SamplePart, plans: Sequence[TrajectoryPlan]) -> _Batch:
-        chosen = torch.tensor([plan.prompt for plan in plans])
+        """Runs as one batch: the rows of each, `{name: (points, ...)}` on the CPU."""
+        settings, chosen = self.settings, torch.tensor([plan.prompt for plan in plans])
         prompts, others = (
             texts[chosen.to(texts.device)].to(self.device) for texts in (part.prompts, part.others)
         )
+        kept, other_at = self._points(part.name, plans, others)
+        attention = None
+        if part.token_mask is not None:
+            tokens = part.token_mask.cpu()[chosen]
+            attention = AttentionRequest(tokens, kept, part.head_weights)
+        generators = [torch.Generator().manual_seed(plan.seed) for plan in plans]
+        points = teacher_trajectory(
+            self.velocity,
+            self.scheduler,
+            randn_tensor(
+                (len(plans), *settings.latent_shape),
+                generator=generators,
+                device=self.device,
+                dtype=part.prompts.dtype,
+            ),
+            prompts,
+            self.empty_embed.to(prompts.dtype).expand_as(prompts),
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generators=generators,
+            extra_prompt_embeds=others,
+            extra_at=other_at,
+            attention=attention,
+        )
+        rows: list[list[Row]] = [[] for _ in plans]
+        last = int(kept.any(1).nonzero().max())
+        for step, point in zip(range(last + 1), points):
+            velocities = _other_velocities(point, other_at[step])
+            masks = self._masks(attention, point, velocities)
+            for i in kept[step].nonzero().flatten().tolist():
+                rows[i].append(_row(part.name, plans[i], len(rows[i]), point, velocities, masks, i))
+        return [{name: torch.stack([r[name] for r in run]) for name in run[0]} for run in rows]
+
+    def _points(
+        self, part: str, plans: Sequence[TrajectoryPlan], others: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(steps, batch)` bool: points that are kept, and those where the other prompt has to be run."""
         num_steps = count_steps(self.scheduler, self.settings.num_inference_steps)
         kept = torch.zeros(num_steps, len(plans), dtype=torch.bool)
         other_at = torch.zeros_like(kept)
@@ -142,13 +123,9 @@ class TeacherRuns:
             kept[list(plan.steps), i] = True
             # The guidance runs the empty prompt in any case.
             if self.settings.guidance_scale <= 1 or not torch.equal(others[i], self.empty_embed):
-                needed = plan.empty if part.name == "preserved" else (True,) * len(plan.steps)
+                needed = plan.empty if part == "preserved" else (True,) * len(plan.steps)
                 other_at[list(plan.steps), i] = torch.tensor(needed)
-        attention = None
-        if part.token_mask is not None:
-            tokens = part.token_mask.cpu()[chosen]
-            attention = AttentionRequest(tokens, kept, part.head_weights)
-        return _Batch(prompts, others, kept, other_at, attention)
+        return kept, other_at
 
     def _masks(
         self,

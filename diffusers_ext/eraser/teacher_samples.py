@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,21 +15,15 @@ Row = dict[str, torch.Tensor]
 
 
 class SampleRows(Protocol):
-    """The rows of one part, wherever they are kept."""
+    """The rows of one part, wherever they are kept; a row has no batch axis."""
 
-    def __len__(self) -> int:
-        """How many."""
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Row:
-        """One row, without a batch axis."""
+    def __getitem__(self, index: int) -> Row: ...
 
 
 class TensorRows:
-    """Rows in memory.
-
-    Args:
-        runs: one per run, `{name: (points, ...)}`; the same names and shapes in all.
-    """
+    """Rows in memory, given run by run as `{name: (points, ...)}`."""
 
     def __init__(self, runs: Sequence[Row]) -> None:
         self.columns = {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
@@ -61,12 +55,6 @@ class TeacherSamples(Dataset):
     def __init__(
         self, parts: Mapping[str, SampleRows], head_weights: torch.Tensor | None = None
     ) -> None:
-        """Join parts.
-
-        Args:
-            parts: by name, of `"target"` and `"preserved"`; not all empty.
-            head_weights: of the masks.
-        """
         self.head_weights = head_weights
         self.parts = {name: rows for name, rows in parts.items() if len(rows)}
         if not self.parts or not set(self.parts) <= set(PARTS):
@@ -79,23 +67,43 @@ class TeacherSamples(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"`index` must be from 0 to {len(self) - 1}, got {index}.")
         rows = {name: rows[index % len(rows)] for name, rows in self.parts.items()}
-        return {name: _to_float32(row) for name, row in rows.items()}
+        return {name: _cast(row, torch.float32) for name, row in rows.items()}
+
+
+class TeacherMemory:
+    """The runs of one collection in memory; `TeacherFiles` keeps them in a folder."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._runs: dict[str, list[Row]] = {part: [] for part in PARTS}
+        self._head_weights: torch.Tensor | None = None
+
+    def has(self, part: str, run: int) -> bool:
+        """Whether a run is there: never, it is not made twice."""
+        return False
+
+    def write(self, part: str, run: int, rows: Row) -> None:
+        """Keep the rows of one run; raises `ValueError` where they are not finite."""
+        self._runs[part].append(to_storage(rows, self.dtype))
+
+    def head_weights(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The weights that all runs here are made with."""
+        self._head_weights = make()
+        return self._head_weights
+
+    def samples(self) -> TeacherSamples:
+        """All that was kept."""
+        parts = {part: TensorRows(runs) if runs else [] for part, runs in self._runs.items()}
+        return TeacherSamples(parts, self._head_weights)
 
 
 def to_storage(rows: Row, dtype: torch.dtype) -> Row:
-    """Rows in the dtype in which they are kept.
-
-    Args:
-        rows: `{name: (points, ...)}`.
-        dtype: of floating-point rows; others stay.
+    """Rows `{name: (points, ...)}`, the floating-point ones in the dtype in which they are kept.
 
     Raises:
         ValueError: values that are not finite in `dtype`.
     """
-    stored = {
-        name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
-        for name, value in rows.items()
-    }
+    stored = {name: value.contiguous() for name, value in _cast(rows, dtype).items()}
     for name, value in stored.items():
         if not value.isfinite().all():
             prompt = rows["prompt"][~value.flatten(1).isfinite().all(1)][0]
@@ -106,7 +114,5 @@ def to_storage(rows: Row, dtype: torch.dtype) -> Row:
     return stored
 
 
-def _to_float32(row: Row) -> Row:
-    return {
-        name: value.float() if value.is_floating_point() else value for name, value in row.items()
-    }
+def _cast(rows: Row, dtype: torch.dtype) -> Row:
+    return {n: value.to(dtype) if value.is_floating_point() else value for n, value in rows.items()}

@@ -65,16 +65,14 @@ def teacher_trajectory(
     """Sample with classifier-free guidance, as `CogVideoXPipeline` does, and give every step.
 
     The guided velocity is `v(empty) + w (v(prompt) - v(empty))` (https://arxiv.org/abs/2207.12598, equation 6,
-    with w = `guidance_scale`). Each step is one batched pass over the rows of all prompts.
+    with w = `guidance_scale`). Each step is one batched pass over the rows of all prompts. The model's
+    erasers are off in it; nothing of the model stays changed between two steps.
 
     Args:
-        velocity: the model; its erasers are off here. Nothing of it stays changed between two steps.
         scheduler: predicts velocities; a copy is used.
         latents: `(batch, frames, channels, height, width)` normal noise; its dtype is that of the run.
         prompt_embeds: `(batch, text, dim)`.
         negative_prompt_embeds: the same shape; not read with a `guidance_scale` of 1 or less.
-        num_inference_steps: of the run.
-        guidance_scale: strength of the guidance.
         generators: one per row, for schedulers that draw noise in each step.
         extra_prompt_embeds: a further prompt per row, with a velocity but without a part in the guidance.
         extra_at: `(steps, batch)` bool, where that velocity is wanted; everywhere when `None`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,29 +12,12 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
-from diffusers_ext.eraser.teacher_files import TeacherFiles, open_teacher_samples
+from diffusers_ext.eraser.teacher_files import TeacherFiles
 from diffusers_ext.eraser.teacher_runs import RunSettings, SamplePart, TeacherRuns
-from diffusers_ext.eraser.teacher_samples import (
-    SampleRows,
-    TeacherSamples,
-    TensorRows,
-    to_storage,
-)
-from diffusers_ext.eraser.teacher_trajectory import (
-    check_predicts_velocity,
-    count_steps,
-    teacher_trajectory,
-)
-from diffusers_ext.eraser.trajectory_plan import TrajectoryPlan, plan_trajectories
+from diffusers_ext.eraser.teacher_samples import TeacherMemory, TeacherSamples
+from diffusers_ext.eraser.teacher_trajectory import check_predicts_velocity, count_steps
+from diffusers_ext.eraser.trajectory_plan import plan_trajectories
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
-
-
-__all__ = [
-    "TeacherSamples",
-    "collect_teacher_samples",
-    "open_teacher_samples",
-    "teacher_trajectory",
-]
 
 
 logger = logging.getLogger(__name__)
@@ -86,10 +69,8 @@ def collect_teacher_samples(
             prompt of the guidance.
         latent_shape: `(frames, channels, height, width)`, see `clip_geometry.latent_shape`.
         num_target, num_preserved: runs of each part.
-        num_inference_steps, guidance_scale: of each run.
         empty_share: of the preserved points, kept with the velocity of the empty prompt.
         points_per_trajectory: kept of each run; all when `None`, or where a run has no more.
-        seed: chooses prompts, noises and points.
         batch_size: runs at once; a pass has up to three times as many rows.
         token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks, of the
             heads that `calibrate_heads` finds and of the velocities (`weighted_attention_mask`).
@@ -100,7 +81,6 @@ def collect_teacher_samples(
         storage_dtype: of the floating-point rows where they are kept; items are float32.
         process: `(index, count)` of the processes that share a `directory`.
         wait_for_everyone: called when this process has made its share.
-        show_progress: show progress bars.
 
     Raises:
         ValueError: shapes or numbers that do not fit, velocities that are not finite, or a
@@ -113,83 +93,53 @@ def collect_teacher_samples(
     check_predicts_velocity(scheduler)
     num_steps = count_steps(scheduler, num_inference_steps)
     points_per_trajectory = _points_of(points_per_trajectory, num_steps)
-    embeds = {
-        "target": (target_embeds, anchor_embeds, token_mask, 0.0),
-        "preserved": (preserved_embeds, empty_embed.expand_as(preserved_embeds), None, empty_share),
-    }
     options = {"points_per_trajectory": points_per_trajectory, "seed": seed}
     parts = []
-    for name, (prompts, others, tokens, share) in embeds.items():
-        plans = plan_trajectories(
-            name, counts[name], len(prompts), num_steps, empty_share=share, **options
-        )
+    for name, prompts, others, tokens, share in (
+        ("target", target_embeds, anchor_embeds, token_mask, 0.0),
+        ("preserved", preserved_embeds, empty_embed.expand_as(preserved_embeds), None, empty_share),
+    ):
+        runs_of_part = (name, counts[name], len(prompts), num_steps)
+        plans = plan_trajectories(*runs_of_part, empty_share=share, **options)
         parts.append(SamplePart(name, prompts, others, tokens, plans))
     run = RunSettings(tuple(latent_shape), num_inference_steps, guidance_scale, mask_threshold)
+    if directory is not None:
+        settings = run._asdict() | options | {f"num_{name}": n for name, n in counts.items()}
+        settings |= {"empty_share": empty_share, "masks": token_mask is not None and MASK_KIND}
+        kept = TeacherFiles(directory, scheduler, velocity.model, settings, facts, storage_dtype)
+    elif process != (0, 1):
+        raise ValueError("`directory` must be given where processes share the runs, got None.")
+    else:
+        kept = TeacherMemory(storage_dtype)
     runs = TeacherRuns(velocity, scheduler, run, empty_embed[0])
-    collector = _Collector(runs, batch_size, seed, show_progress)
-    if directory is None:
-        if process != (0, 1):
-            raise ValueError("`directory` must be given where processes share the runs, got None.")
-        return collector.in_memory(parts, storage_dtype)
-    settings = run._asdict() | options | {f"num_{name}": count for name, count in counts.items()}
-    settings |= {"empty_share": empty_share, "masks": token_mask is not None and MASK_KIND}
-    files = TeacherFiles(directory, scheduler, velocity.model, settings, facts, storage_dtype)
-    collector.to_files(parts, files, process)
+    for part in parts:
+        _make_part(part, runs, kept, batch_size, seed, process, show_progress)
     if wait_for_everyone is not None:
         wait_for_everyone()
-    files.clean_up()
-    return open_teacher_samples(directory)
+    return kept.samples()
 
 
-class _Collector:
-    """Makes the runs of a part batch by batch."""
-
-    def __init__(self, runs: TeacherRuns, batch_size: int, seed: int, show_progress: bool) -> None:
-        self.runs, self.batch_size = runs, batch_size
-        self.seed, self.show_progress = seed, show_progress
-
-    def in_memory(self, parts: Sequence[SamplePart], dtype: torch.dtype) -> TeacherSamples:
-        """All runs."""
-        kept: dict[str, SampleRows] = {}
-        head_weights = None
-        for part in parts:
-            if _needs_heads(part):
-                head_weights = self._calibrate(part)
-                part = part._replace(head_weights=head_weights)
-            rows = []
-            for batch in self._batches(part, (0, 1)):
-                rows += [to_storage(run, dtype) for run in self.runs.make(part, batch)]
-            kept[part.name] = TensorRows(rows) if rows else []
-        return TeacherSamples(kept, head_weights)
-
-    def to_files(
-        self, parts: Sequence[SamplePart], files: TeacherFiles, process: tuple[int, int]
-    ) -> None:
-        """The runs of this process that are not there yet."""
-        for part in parts:
-            if _needs_heads(part):
-                weights = files.head_weights(partial(self._calibrate, part))
-                part = part._replace(head_weights=weights)
-            for batch in self._batches(part, process):
-                # Whole batches: among other rows a row may round differently.
-                if not all(files.has(part.name, plan.index) for plan in batch):
-                    for plan, run in zip(batch, self.runs.make(part, batch), strict=True):
-                        files.write(part.name, plan.index, run)
-
-    def _calibrate(self, part: SamplePart) -> torch.Tensor:
-        return self.runs.calibrate_heads(part, self.seed, self.show_progress)
-
-    def _batches(
-        self, part: SamplePart, process: tuple[int, int]
-    ) -> Iterator[list[TrajectoryPlan]]:
-        size, plans = self.batch_size, part.plans
-        batches = [plans[start : start + size] for start in range(0, len(plans), size)]
-        mine = batches[process[0] :: process[1]]
-        yield from tqdm(mine, desc=f"{part.name} runs", disable=not self.show_progress)
-
-
-def _needs_heads(part: SamplePart) -> bool:
-    return part.token_mask is not None and bool(part.plans)
+def _make_part(
+    part: SamplePart,
+    runs: TeacherRuns,
+    kept: TeacherFiles | TeacherMemory,
+    batch_size: int,
+    seed: int,
+    process: tuple[int, int],
+    show_progress: bool,
+) -> None:
+    """The runs of this process that are not there yet, batch by batch."""
+    if part.token_mask is not None and part.plans:
+        make = partial(runs.calibrate_heads, part, seed, show_progress)
+        part = part._replace(head_weights=kept.head_weights(make))
+    plans = part.plans
+    batches = [plans[start : start + batch_size] for start in range(0, len(plans), batch_size)]
+    mine = batches[process[0] :: process[1]]
+    for batch in tqdm(mine, desc=f"{part.name} runs", disable=not show_progress):
+        # Whole batches: among other rows a row may round differently.
+        if not all(kept.has(part.name, plan.index) for plan in batch):
+            for plan, rows in zip(batch, runs.make(part, batch), strict=True):
+                kept.write(part.name, plan.index, rows)
 
 
 def _check_embeds(

@@ -2,7 +2,7 @@
 
 Negative guidance as in ESD (Gandikota et al. 2023, arXiv 2303.07345), for video velocities as in
 T2VUnlearning (Ye et al. 2025, arXiv 2505.17550); localisation as in Receler (Huang et al. 2024,
-arXiv 2311.17717).
+arXiv 2311.17717). A `loss_type` is `"l2"` (squares) or `"l1"` (absolute values).
 """
 
 from __future__ import annotations
@@ -18,17 +18,10 @@ LOSS_TYPES = ("l2", "l1")
 def negative_velocity(v_anchor: torch.Tensor, v_concept: torch.Tensor, eta: float) -> torch.Tensor:
     """`v_neg = v_anchor - eta (v_concept - v_anchor)`: away from the concept, past the anchor.
 
-    Both velocities are the frozen model's at the same `x_t` and `t`. At fixed `x_t` and `t`
-    velocity, noise and `x_0` are affine in each other and the coefficients `1 + eta` and `-eta`
-    add up to one, so the rule is the same in all three and needs no noise schedule.
-
-    Args:
-        v_anchor: velocity of the prompt with the concept replaced, or of the empty prompt.
-        v_concept: velocity of the prompt with the concept; the shape of `v_anchor`.
-        eta: strength of the negative guidance, at least 0; at 0 the anchor itself.
-
-    Returns:
-        The shape of `v_anchor`.
+    Both velocities are the frozen model's at the same `x_t` and `t`, of the prompt with the concept
+    and of the prompt with the concept replaced (or the empty one). At fixed `x_t` and `t` velocity,
+    noise and `x_0` are affine in each other and the coefficients `1 + eta` and `-eta` add up to
+    one, so the rule is the same in all three and needs no noise schedule.
 
     Raises:
         ValueError: shapes that differ.
@@ -43,19 +36,11 @@ def velocity_distance(
     loss_type: str = "l2",
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean squared (l2) or absolute (l1) difference, weighted by a mask where there is one.
+    """Mean difference of two velocities, a scalar in at least float32.
 
-    `sum(m d) / sum(m)`, `d` the element's difference: unlike a plain mean of `m d`, its size
-    does not depend on how large the masked region is.
-
-    Args:
-        prediction: `(batch, frames, channels, height, width)`, or any shape.
-        target: the shape of `prediction`; what is wanted of it, usually detached.
-        loss_type: `"l2"` or `"l1"`.
-        mask: weights, at least 0, that broadcast to `prediction`; zero everywhere gives 0.
-
-    Returns:
-        A scalar, at least float32.
+    With a mask of weights, at least 0, that broadcast to `prediction`: `sum(m d) / sum(m)`, which
+    unlike a plain mean of `m d` does not depend on how large the masked region is; 0 where the mask
+    is zero everywhere.
 
     Raises:
         ValueError: shapes that do not fit, or another `loss_type`.
@@ -88,7 +73,6 @@ def layer_localization(
         output: `(batch, video, dim)`, what the eraser adds to the video tokens.
         mask: `(batch, video)`, `(batch, video, 1)` or `(batch, frames, rows, columns)` on the
             grid of video tokens, in [0, 1]: 1 where the concept is.
-        loss_type: `"l2"` or `"l1"`.
 
     Returns:
         A scalar, at least float32; samples that are all concept count 0.
@@ -102,6 +86,7 @@ def layer_localization(
             f"{output.shape[0]} samples, got {tuple(mask.shape)}."
         )
     dtype = torch.promote_types(output.dtype, torch.float32)
+    # Video tokens run frame by frame, row by row, as the mask's axes do.
     background = 1 - mask.to(dtype).reshape(*output.shape[:2])
     tokens = _penalty(output.to(dtype) * background.unsqueeze(-1), loss_type).mean(dim=2)
     area = background.sum(dim=1)
@@ -111,24 +96,11 @@ def layer_localization(
 def localization(
     outputs: Mapping[str, torch.Tensor], mask: torch.Tensor, loss_type: str = "l2"
 ) -> torch.Tensor:
-    """Mean over layers of `layer_localization`: T2VUnlearning's eq. 9, normalised.
-
-    Args:
-        outputs: what each eraser adds, `{name: (batch, video, dim)}`.
-        mask: see `layer_localization`.
-        loss_type: `"l2"` or `"l1"`.
-
-    Returns:
-        A scalar, at least float32.
-
-    Raises:
-        ValueError: no outputs, or a mask of other tokens.
-    """
+    """Mean over layers `{name: (batch, video, dim)}` of `layer_localization`: eq. 9, normalised."""
     if not outputs:
         raise ValueError("`outputs` must hold the output of at least one eraser, got none.")
-    return torch.stack([
-        layer_localization(output, mask, loss_type) for output in outputs.values()
-    ]).mean()  # fmt: skip
+    layers = [layer_localization(output, mask, loss_type) for output in outputs.values()]
+    return torch.stack(layers).mean()
 
 
 def check_loss_type(loss_type: str) -> None:

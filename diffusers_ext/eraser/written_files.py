@@ -42,12 +42,9 @@ def check_eraser_folder(folder: Path, format: str) -> None:
 
 
 def check_eraser_tensors(tensors: StateDict, name: str, dtype: torch.dtype | None = None) -> None:
-    """Raise `ValueError` unless tensors, as they are to be written, are an eraser with an effect.
+    """Raise `ValueError` unless tensors, as they are to be written, are the eraser `name` with an effect.
 
-    Args:
-        tensors: named as in the transformer.
-        name: of the eraser, for the error.
-        dtype: that they were brought to, for the error: a narrow one may overflow, or leave nothing.
+    `dtype`, that they were brought to, is for the error: a narrow one may overflow, or leave nothing.
     """
     eraser_shape(tensors, f"The eraser {name!r}" + (f" in {dtype}" if dtype else ""))
     if not any(tensor.any() for key, tensor in tensors.items() if "eraser_up" in key):

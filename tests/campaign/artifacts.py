@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from diffusers_ext import FeatureStatistics, export_lora, load_eraser, load_noise_model, open_pairs
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.eraser.trajectories import open_teacher_samples
+from diffusers_ext.eraser.teacher_files import open_teacher_samples
 from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.lora_files import read_lora_file

@@ -126,7 +126,9 @@ def test_unknown_keywords_are_refused_for_a_local_folder(folder, tmp_path):
         load_eraser(tiny_transformer(), folder, typo=1)
     with pytest.raises(TypeError, match="load_eraser.* argument 'lora_scale'"):
         load_eraser(tiny_transformer(), folder, lora_scale=0.0)
-    with pytest.raises(TypeError, match="convert_eraser.* argument 'revison'.*`revision`"):
+    with pytest.raises(
+        TypeError, match="convert_eraser.* argument 'revison'.*Did you mean 'revision'"
+    ):
         convert_eraser(folder, tmp_path / "new", "peft", revison="x")
     with pytest.raises(TypeError, match="argument 'formt'"):
         read_eraser(folder, formt="x")

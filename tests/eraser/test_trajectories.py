@@ -6,7 +6,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.eraser.concept_mask import concept_mask
 from diffusers_ext.eraser.outputs import erasers_disabled
-from diffusers_ext.eraser.trajectories import teacher_trajectory
+from diffusers_ext.eraser.teacher_trajectory import teacher_trajectory
 from diffusers_ext.eraser.trajectory_plan import trajectory_seed
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import (
