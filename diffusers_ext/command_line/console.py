@@ -27,9 +27,12 @@ def hub_in_one_try() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_libraries(quiet: bool) -> Iterator[None]:
-    """Logs of this package on stderr, or, where `quiet`, errors alone and no bars or warnings.
+    """Logs and warnings of this package on stderr, and errors alone of the libraries below it.
 
     Everything comes back as it was.
+
+    Args:
+        quiet: errors alone of this package too, and no progress bars.
     """
     logger = logging.getLogger("diffusers_ext")
     handler = logging.StreamHandler(sys.stderr)
@@ -38,41 +41,52 @@ def quiet_libraries(quiet: bool) -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
     try:
-        with _silenced() if quiet else contextlib.nullcontext():
-            yield
+        with warnings.catch_warnings():
+            module = "" if quiet else r"(?!diffusers_ext\b)"
+            warnings.filterwarnings("ignore", module=module)
+            with _errors_alone(), _no_bars() if quiet else contextlib.nullcontext():
+                yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
+def _errors_alone() -> Iterator[None]:
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging, hub_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import are_progress_bars_disabled
     from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
     from huggingface_hub.utils import enable_progress_bars as enable_hub_bars
-    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    hub_level = hub_logging.get_verbosity()
     bars = [library.is_progress_bar_enabled() for library in libraries]
     hub_bars = not are_progress_bars_disabled()
     try:
         for library in libraries:
-            library.set_verbosity_error()
             library.disable_progress_bar()
         disable_hub_bars()
-        hub_logging.set_verbosity_error()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        for library, level, bar in zip(libraries, levels, bars, strict=True):
-            library.set_verbosity(level)
+        for library, bar in zip(libraries, bars, strict=True):
             if bar:
                 library.enable_progress_bar()
-        hub_logging.set_verbosity(hub_level)
         if hub_bars:
             enable_hub_bars()

@@ -156,6 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hub_in_one_try(),
             result_place(args),
         ):
+            # Left out when the package was imported, so that help comes fast.
+            import diffusers_ext.registration  # noqa: F401
+
             outcome = args.command.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

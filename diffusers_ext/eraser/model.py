@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -168,6 +167,9 @@ def _joint_attentions(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_joint(attention: nn.Module, block: nn.Module) -> bool:
+    # Imported here: it brings all transformers of diffusers, and this module is imported with PEFT.
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+
     # By the processor where a model of another family borrows it, by the block where it is wrapped.
     processor = type(getattr(attention, "processor", None)).__name__
     return isinstance(block, CogVideoXBlock) or "CogVideoX" in processor

@@ -15,6 +15,7 @@ import pytest
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import are_progress_bars_disabled
 from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging as transformers_logging
 
 import diffusers_ext
 from diffusers_ext.command_line import main as main_module
@@ -184,32 +185,78 @@ def test_exit_code_of_an_outcome(try_command):
     assert try_command(lambda args: Outcome({}, "no", 3)).code == 3
 
 
-def test_as_a_module_in_a_fresh_process():
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "huggingface_hub",
+    "numpy",
+    "PIL",
+}
+
+
+def test_help_of_the_module_comes_before_any_heavy_library():
     done = subprocess.run(
-        [sys.executable, "-m", "diffusers_ext.command_line", "--help"],
-        capture_output=True, text=True, timeout=120, check=False, cwd=ROOT,
+        [sys.executable, "-X", "importtime", "-m", "diffusers_ext.command_line", "--help"],
+        capture_output=True, text=True, timeout=120, check=True, cwd=ROOT,
     )  # fmt: skip
-    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert done.stdout.startswith("usage: diffusers-ext")
-    assert "collect" in done.stdout
+    assert "diffusers_ext.command_line.main" in imported
+    assert not HEAVY & imported
 
 
-def test_parsing_alone_imports_no_heavy_library():
-    code = """
-import json, sys, types
-package = types.ModuleType("diffusers_ext")  # in place of its own import, which is not lazy
-package.__path__ = ["diffusers_ext"]
-sys.modules["diffusers_ext"] = package
+def test_help_a_first_command_and_what_the_package_adds_to_diffusers_and_peft(tmp_path, lora):
+    """Sets of modules in a fresh process: they say what takes time, on any machine."""
+    lines = [[], ["--help"], ["--version"], *([*c.name.split(), "--help"] for c in COMMANDS)]
+    convert = ["convert", "lora", str(lora), str(tmp_path / "x.safetensors"), "--format", "kohya"]
+    code = f"""
+import contextlib, io, json, sys
+sys.argv[0] = "/somewhere/bin/diffusers-ext"
 from diffusers_ext.command_line.main import main
-codes = [main(["--help"]), main(["evaluate", "erasure", "--help"]), main(["collect"])]
-heavy = {"torch", "diffusers", "transformers", "numpy", "PIL"}
-print(json.dumps([codes, sorted(heavy & set(sys.modules))]))
+codes = [main(line) for line in {lines}]
+heavy = sorted({HEAVY} & set(sys.modules))
+import diffusers, peft
+before = set(sys.modules)
+import diffusers_ext.registration
+added = sorted(set(sys.modules) - before)
+known = [
+    "diffusers_ext" in diffusers.pipelines.pipeline_loading_utils.LOADABLE_CLASSES,
+    "ERASER" in peft.PeftType.__members__,
+]
+with contextlib.redirect_stderr(io.StringIO()) as told:
+    codes.append(main({convert}))
+print(json.dumps([codes, heavy, added, known, told.getvalue()]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=60, check=True, cwd=ROOT,
+        capture_output=True, text=True, timeout=280, check=True, cwd=ROOT,
     )  # fmt: skip
-    assert json.loads(done.stdout.splitlines()[-1]) == [[0, 0, 2], []]
+    codes, heavy, added, known, told = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [2, *[0] * len(lines)]
+    assert heavy == []
+    assert known == [True, True]
+    slow = r"diffusers\.(pipelines|models|loaders)\.\w+\.|transformers\.models|scipy|datasets|PIL"
+    assert [name for name in added if re.match(slow, name)] == []
+    assert len(added) < 100  # of some 3,000
+    assert told == ""
+
+
+def test_other_packages_are_quiet_and_own_warnings_are_shown(try_command):
+    levels = diffusers_logging.get_verbosity(), hub_logging.get_verbosity()
+
+    def look(args) -> Outcome:
+        warnings.warn_explicit("of theirs", UserWarning, "torch/x.py", 1, module="torch.x")
+        diffusers_logging.get_logger("diffusers.x").warning("in float32")
+        transformers_logging.get_logger("transformers.x").warning("requires torchvision")
+        with pytest.warns(UserWarning, match="of ours"):
+            warnings.warn_explicit("of ours", UserWarning, "x.py", 1, module="diffusers_ext.x")
+        return Outcome({}, "done")
+
+    assert try_command(look) == (0, "done\n", "")
+    assert levels == (diffusers_logging.get_verbosity(), hub_logging.get_verbosity())
 
 
 def test_the_entry_point_is_there():
