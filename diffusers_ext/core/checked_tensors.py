@@ -28,11 +28,7 @@ _BLOCK = 1 << 22  # numbers looked at in one go
 
 
 def check_regular_file(path: str | os.PathLike, remedy: str = REMEDY) -> Path:
-    """The path of a file of bytes; a pipe or a device, which may never end, is not even opened.
-
-    Raises:
-        ValueError: nothing there, a folder, a pipe, a device, or links that lead nowhere.
-    """
+    """The path of a file of bytes; a pipe or a device, which may never end, is not even opened."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -48,9 +44,6 @@ def open_tensors(path: str | os.PathLike, remedy: str = REMEDY) -> safe_open:
     """A memory-mapped handle, after a look at the file and at the length of its header.
 
     Whoever reads single rows of a large file uses it, and checks what it takes with `check_finite`.
-
-    Raises:
-        ValueError: not a whole safetensors file.
     """
     path = check_regular_file(path, remedy)
     try:
@@ -185,12 +178,8 @@ def check_config_fits(
     weights.
 
     Args:
-        path: safetensors file of the weights.
         counts: settings each unit of which has at least one tensor, such as `num_layers`.
         sides: settings that are a side of at least one tensor, or part of one, such as `width`.
-
-    Raises:
-        ValueError: a setting that is no positive integer, or larger than the file can serve.
     """
     handle = open_tensors(path)
     shapes = [handle.get_slice(name).get_shape() for name in handle.keys()]

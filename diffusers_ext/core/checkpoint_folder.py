@@ -16,9 +16,6 @@ def refuse_checkpoint(source: str | os.PathLike) -> None:
 
     Whoever loads results from folders asks this first. A checkpoint holds the state that a training
     goes on from: some weights under the names of the model that trains, and nothing to load them by.
-
-    Args:
-        source: whatever a user gives: a path of any kind, or a name on the Hub, which passes.
     """
     path = Path(source)
     for folder in (path, path.parent) if path.is_file() else (path,):

@@ -25,9 +25,6 @@ def folder_lock(folder: str | os.PathLike, flag: str = "output_dir") -> Iterator
 
     Args:
         flag: what the folder is called on the command line.
-
-    Raises:
-        ValueError: another process holds it, or the path is a file.
     """
     folder = Path(folder)
     made = _make(folder, flag)

@@ -19,14 +19,7 @@ _WORDS = ("No space left", "os error 28", "os error 122", "PytorchStreamWriter f
 
 @contextmanager
 def full_disk_named(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what libraries raise on a full disk within the block into one `OSError`.
-
-    Args:
-        path: where the block writes, named unless the error itself names a file.
-
-    Raises:
-        OSError: with errno `ENOSPC`, the path, and what to do.
-    """
+    """Turn what libraries raise on a full disk within the block into one `OSError` that names the place."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -94,11 +94,7 @@ def unreachable(error: BaseException) -> str | None:
 
 
 def not_found(argument: str, source: str | os.PathLike, kind: str, error: BaseException) -> str:
-    """One line for what neither a folder nor the Hub has given.
-
-    Args:
-        kind: what was looked for, such as `"a pipeline"`.
-    """
+    """One line for what neither a folder nor the Hub has given."""
     reason = unreachable(error)
     wanted = f"`{argument}` must be a folder or Hub name of {kind}, got {source}"
     if Path(source).exists() or reason is None:

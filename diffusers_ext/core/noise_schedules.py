@@ -27,12 +27,7 @@ def check_diffusion_levels(scheduler: Any, name: str = "scheduler") -> None:
 
 
 def training_schedule(scheduler: Any) -> DDPMScheduler:
-    """The noise schedule that a model under this scheduler was trained with, for further training.
-
-    Raises:
-        ValueError: a scheduler that predicts something else, or with levels that a `DDPMScheduler` of its
-            configuration does not have.
-    """
+    """The noise schedule that a model under this scheduler was trained with, for further training."""
     check_prediction_type(scheduler)
     # Left in, it would make values that this class took by default the other class's defaults.
     config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}

@@ -22,10 +22,6 @@ def read_pickled_tensors(
 
     Args:
         mmap: map it into memory instead of reading it; only of the newer format, a zip file.
-
-    Raises:
-        ValueError: no regular file, a damaged one, other objects than tensors and plain containers,
-            or tensors that would take far more memory than the file.
     """
     path = check_regular_file(path, remedy)
     _check_zip(path, remedy)

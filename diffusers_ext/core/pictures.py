@@ -37,11 +37,7 @@ _COLOUR_SPACES = {"RGB": "RGB", "CMYK": "CMYK", "GRAY": "L"}
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """What of a folder is read, and what is not.
-
-    Attributes:
-        paths: that are read, in order of name.
-    """
+    """What of a folder is read, and what is not."""
 
     folder: Path
     paths: tuple[Path, ...]
@@ -65,11 +61,7 @@ class FoundFiles:
 
 
 def find_pictures(folder: str | os.PathLike, name: str = "folder") -> FoundFiles:
-    """The pictures of a folder, by the ends of their names, subfolders not included.
-
-    Raises:
-        ValueError: no such folder, or no picture in it.
-    """
+    """The pictures of a folder, by the ends of their names, subfolders not included."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`{name}` must be a folder of pictures, got {folder}.")
@@ -147,9 +139,6 @@ def rgb_picture(image: Image.Image, name: str = "The picture") -> Image.Image:
 
     16-bit and 32-bit whole numbers are rescaled from 0 ... 65535, floats from 0 ... 1. An embedded colour
     profile other than sRGB is applied. An RGB image with neither comes back as a plain copy.
-
-    Raises:
-        ValueError: values out of these ranges, or a mode that has no colours.
     """
     image = _eight_bits(image)
     if not image.has_transparency_data:

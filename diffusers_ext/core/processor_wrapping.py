@@ -161,11 +161,7 @@ def _bind(
 
 
 def _without(now: Any, scope: CallScope, original: Any) -> Any:
-    """A layer's processor without the wrapping of one use; those of other threads stay.
-
-    Args:
-        original: the processor when the use began, which comes back where another was put since.
-    """
+    """A layer's processor without the wrapping of one use; those of other threads stay."""
     outer, processor = None, now
     while isinstance(processor, _BoundAttnProcessor):
         if processor.scope is scope:

@@ -28,11 +28,7 @@ def check_no_result(
     flag: str = "output_dir",
     hint: str = "",
 ) -> None:
-    """Raise `ValueError` where a folder holds a finished result: a second one must not replace it unasked.
-
-    Args:
-        names: files that tell of a result written without `staged_output`.
-    """
+    """Raise `ValueError` where a folder holds a finished result: a second one must not replace it unasked."""
     folder = Path(folder)
     found = [name for name in _finished(folder) if (folder / name).exists()]
     found = found or [name for name in names if (folder / name).is_file()]
@@ -68,9 +64,6 @@ def staged_output(
         last: names of files without which the results do not load. They are withdrawn before
             the others move and come last, so old and new are never taken for one result.
         beside: patterns of files that the run has written to `output_dir` itself.
-
-    Raises:
-        OSError: the disk is full; it names the folder.
     """
     output_dir = Path(output_dir)
     is_new = not output_dir.exists()
@@ -88,11 +81,7 @@ def staged_output(
 
 
 def remove_result(folder: str | os.PathLike, patterns: Sequence[str] = ()) -> None:
-    """Remove a result's files, and folders that are empty then; what nobody listed stays.
-
-    Args:
-        patterns: further files of it, such as those of a result without a list.
-    """
+    """Remove a result's files, and folders that are empty then; what nobody listed stays."""
     folder = Path(folder)
     for name in [*_read_list(folder).get("files", ()), *_matching(folder, patterns)]:
         (folder / name).unlink(missing_ok=True)

@@ -32,11 +32,7 @@ def _set_precision(setting: object, name: str, precision: str) -> None:
 
 
 def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """`X^T X` of features `(..., dim)`, computed in `dtype`.
-
-    Returns:
-        `(dim, dim)` in `dtype`.
-    """
+    """`X^T X` of features `(..., dim)`, computed in `dtype`."""
     rows = features.reshape(-1, features.shape[-1]).to(dtype)
     with exact_float32_matmul(rows.device.type):
         return rows.T @ rows

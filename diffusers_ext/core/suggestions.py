@@ -21,7 +21,6 @@ def check_keywords(
     """Raise `TypeError`, as Python does, for a keyword that would be passed over in silence.
 
     Args:
-        function: what was called, as the user writes it, without parentheses.
         takes: a clause with the most useful of the known names, such as `"it takes rank"`.
     """
     known = list(known)

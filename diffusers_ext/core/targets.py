@@ -18,11 +18,7 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 
 
 def match_names(names: Iterable[str], patterns: str | Sequence[str], kind: str) -> list[str]:
-    """The names that match a glob pattern, or one of several, in natural order.
-
-    Raises:
-        ValueError: there is no pattern, or one that matches nothing.
-    """
+    """The names that match a glob pattern, or one of several, in natural order."""
     names = list(names)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
@@ -40,17 +36,7 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], kind: str) 
 
 
 def find_modules(model: torch.nn.Module, targets: Targets) -> dict[str, torch.nn.Module]:
-    """Submodules of `model` by name pattern.
-
-    Args:
-        targets: glob pattern(s) on dotted names (`"*attn2.to_k"`), or a ready `{name: module}`.
-
-    Returns:
-        `{name: module}` in natural order of the names.
-
-    Raises:
-        ValueError: a pattern matches no submodule, or nothing is given.
-    """
+    """Submodules of `model` by name pattern."""
     if isinstance(targets, Mapping):
         if not targets:
             raise ValueError("`targets` must hold at least one module, got none.")

@@ -52,11 +52,7 @@ def read_bytes(path: str | os.PathLike, most_bytes: int) -> bytes:
 
 
 def decode(content: bytes, where: str | os.PathLike) -> str:
-    """Bytes of a text file as text, by their byte-order mark, UTF-8 without one.
-
-    Raises:
-        ValueError: they are of another encoding or no text; names `where` and the line.
-    """
+    """Bytes of a text file as text, by their byte-order mark, UTF-8 without one."""
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     if encoding == "utf-8":  # whose mark its own decoder keeps
         content = content.removeprefix(codecs.BOM_UTF8)
@@ -84,13 +80,8 @@ def read_json(
     """What a JSON file holds.
 
     Args:
-        path: of the file.
         expect: `dict` or `list`, which it must hold; anything when `None`.
         allow_nan: take `NaN` and `Infinity`, which are no JSON, too.
-
-    Raises:
-        ValueError: no regular file, another encoding, broken, nested too deeply, a key twice, or
-            another type; names the file.
     """
     return parse_json(read_bytes(path, MAX_JSON_BYTES), path, expect, allow_nan=allow_nan)
 
@@ -128,9 +119,6 @@ def read_yaml(path: str | os.PathLike, expect: type | None = dict) -> Any:
     """What a YAML file holds; no tag of it makes a Python object.
 
     YAML 1.1 is read: the unquoted words `yes`, `no`, `on` and `off` are truth values.
-
-    Raises:
-        ValueError: as `read_json`, and aliases that repeat more than a file could hold.
     """
     text = read_text(path, MAX_YAML_BYTES)
     try:

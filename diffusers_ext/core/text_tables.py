@@ -31,9 +31,6 @@ def read_prompt_texts(
     Args:
         path: text, one prompt a line, or a table by its ending: `.csv`, `.tsv`, `.json`, `.jsonl`,
             `.parquet`.
-
-    Raises:
-        ValueError: no such file or column, another format, a broken row, or no prompt.
     """
     check_prompt_file(path, argument)
     if is_table(path):
@@ -62,9 +59,6 @@ def read_grouped_prompts(path: str | os.PathLike, argument: str) -> GroupedPromp
 
     Args:
         path: with the columns `prompt` and `group`, and maybe `seed`; others are passed over.
-
-    Raises:
-        ValueError: no such file or column, an empty field, or a seed that is no whole number from 0.
     """
     check_prompt_file(path, argument, TABLE_SUFFIXES)
     found = GroupedPrompts({}, {})
@@ -125,9 +119,6 @@ def read_rows(
 
     Yields:
         Where the row stands, and its texts by column; others are passed over.
-
-    Raises:
-        ValueError: no such column, a broken row, or a value that is no text.
     """
     for where, row in _READERS[Path(path).suffix.lower()](Path(path), columns):
         missing = [name for name in columns if name not in row]
@@ -152,14 +143,7 @@ def _text(value: Any, column: str, where: str) -> str:
 
 
 def read_csv(path: str | os.PathLike, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a CSV file whose fields are parted by commas, semicolons or tabs, all columns.
-
-    Args:
-        columns: that it must have, by which the delimiter is found.
-
-    Raises:
-        ValueError: no such column, one twice, or a row with more or fewer fields than the header.
-    """
+    """The rows of a CSV file whose fields are parted by commas, semicolons or tabs, all columns."""
     text = read_text(path)
     first, _, rest = text.partition("\n")
     if first.rstrip("\r") in {f"sep={delimiter}" for delimiter in _DELIMITERS}:  # Excel's

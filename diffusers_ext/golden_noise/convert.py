@@ -61,15 +61,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of an official `.pth` or of a safetensors file under the official names, flat.
-
-    Args:
-        path: `.safetensors`, or anything `torch.save` wrote; no code in it is run.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a damaged file, or one that holds more than tensors.
-    """
+    """The tensors of an official `.pth` or of a safetensors file under the official names, flat."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be a file with NPNet's weights, got {path}.")
@@ -96,14 +88,7 @@ def official_spelling(name: str) -> str:
 
 
 def find_variant(weights: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, int]]:
-    """Which published network the weights are, from the width of its text projection.
-
-    Returns:
-        The name of the variant and the config fields of its `NPNet`.
-
-    Raises:
-        ValueError: weights of no published network.
-    """
+    """Which published network the weights are, from the width of its text projection."""
     name = "embeeding.linear.weight"
     if name not in weights:
         tops = sorted({key.partition(".")[0] for key in weights})
@@ -153,10 +138,6 @@ def convert_npnet(
 
     Args:
         weights: as `read_checkpoint` gives them.
-        model_state: state dict of an `NPNet` of the same variant, on any device.
-
-    Raises:
-        ValueError: missing or surplus keys, or a tensor of another shape; it names them.
     """
     weights = {name: value for name, value in weights.items() if not _CONSTANTS.fullmatch(name)}
     shapes = expected_shapes(model_state)

@@ -113,8 +113,7 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
 def to_patches(latents: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
     """Cut latents into patches, row by row; a size that is no multiple is padded with zeros.
 
-    Returns:
-        `(batch, rows * columns, channels * patch_size**2)` and `(rows, columns)`.
+    `(batch, rows * columns, channels * patch_size**2)`, and `(rows, columns)`.
     """
     missing = [-side % patch_size for side in latents.shape[-2:]]
     latents = F.pad(latents, (0, missing[1], 0, missing[0]))

@@ -149,11 +149,7 @@ def with_variant(name: str, variant: str | None) -> str:
 def weight_files(
     source: str | os.PathLike, arguments: Mapping[str, Any], *, pickled: bool = False
 ) -> list[Path]:
-    """The one weights file of a model, or all that its index names; downloaded from the Hub.
-
-    Raises:
-        ValueError: none of that name, an index that names others than files beside it.
-    """
+    """The one weights file of a model, or all that its index names; downloaded from the Hub."""
     name = WEIGHTS_NAME if pickled else SAFETENSORS_WEIGHTS_NAME
     variant = arguments.get("variant")
     index = _find(source, with_variant(f"{name}.index.json", variant), arguments)

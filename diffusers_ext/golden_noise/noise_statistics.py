@@ -17,11 +17,7 @@ class NoiseStatistics(NamedTuple):
 
 
 def noise_statistics(noise: torch.Tensor) -> NoiseStatistics:
-    """Moments and neighbour correlation of each noise of a batch.
-
-    Raises:
-        ValueError: another number of dimensions, or a single row and column.
-    """
+    """Moments and neighbour correlation of each noise of a batch."""
     if noise.ndim != 4 or noise.shape[-2] * noise.shape[-1] < 2:
         raise ValueError(
             "`noise` must be (batch, channels, height, width) with neighbours, got "
@@ -68,9 +64,6 @@ def match_energy(noise: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
     A sampler expects unit variance; the source's own mean square (and not 1) is what leaves an
     unchanged noise unchanged to the bit.
-
-    Args:
-        noise: `(batch, ...)`.
 
     Returns:
         `noise` times one factor a sample, in its dtype.

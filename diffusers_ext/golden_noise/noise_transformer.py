@@ -22,7 +22,6 @@ class NoiseTransformer(nn.Module):
 
     Args:
         image_size: of the Swin, in pixels.
-        patch_size: in pixels.
         embed_dim: width of the first stage; each further stage doubles it.
         window_size: in patches; divides the side of the map of every stage.
         adapter: the design document's `nt_adapter`: a residual convolution block before the Swin

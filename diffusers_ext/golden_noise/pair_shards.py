@@ -150,10 +150,6 @@ def check_shard(
 
     Args:
         item_shape: `(steps, channels, height, width)`.
-        verify: also compare the SHA-256 of every file.
-
-    Raises:
-        ValueError: a file is missing, truncated or altered, or rows and tensors differ.
     """
     files = shard_files(folder, shard)
     summary = read_json(files.summary)

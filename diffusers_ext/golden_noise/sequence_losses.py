@@ -15,9 +15,6 @@ def gaussian_nll(mean: torch.Tensor, logvar: torch.Tensor, target: torch.Tensor)
     """Negative log-likelihood of a diagonal Gaussian, without its constant.
 
     `mean(0.5 * ((y - mu)^2 * exp(-l) + l))`; at fixed mu its minimum is `l = log (y - mu)^2`.
-
-    Args:
-        logvar: log-variances l, of the same shape.
     """
     _check_same_shape("target", target, mean)
     _check_same_shape("logvar", logvar, mean)
@@ -32,9 +29,6 @@ def output_statistics_kl(mean: torch.Tensor, logvar: torch.Tensor | None = None)
     of total variance gives `v = var(mu) + mean(exp(l))`. A noise close to white satisfies it however
     sure the network is of each value; the same term on every single value would ask for mu = 0 and
     variance 1, a fresh random noise.
-
-    Args:
-        mean: predicted states mu, `(batch, steps, channels, height, width)`.
 
     Returns:
         Scalar, not negative; 0 where every output has mean 0 and variance 1.

@@ -25,14 +25,7 @@ class SingularParts(NamedTuple):
 
 
 def noise_to_matrix(noise: torch.Tensor) -> torch.Tensor:
-    """Lay the channels out as a square of tiles.
-
-    Args:
-        noise: `(batch, channels, height, width)`, a square number of channels.
-
-    Returns:
-        `(batch, tiles * height, tiles * width)`, `tiles ** 2 == channels`, row by row.
-    """
+    """Lay the channels out as a square of tiles, `(batch, tiles * height, tiles * width)`, row by row."""
     batch, channels, height, width = noise.shape
     tiles = math.isqrt(channels)
     grid = noise.reshape(batch, tiles, tiles, height, width).transpose(2, 3)
@@ -58,11 +51,7 @@ def singular_parts(matrix: torch.Tensor, signs: str = "canonical") -> SingularPa
     of `A` in float32, in about its time.
 
     Args:
-        matrix: `(batch, side, side)`.
         signs: `"canonical"`, or `"backend"` for those of `torch.linalg.svd` in float32.
-
-    Returns:
-        In the dtype of `matrix`, without gradients.
     """
     if signs == "backend":
         return SingularParts(*(x.to(matrix.dtype) for x in torch.linalg.svd(matrix.float())))
@@ -132,7 +121,6 @@ class SVDBranch(nn.Module):
     nothing is differentiated through a decomposition.
 
     Args:
-        in_channels: of the noise, a square number.
         hidden_dim: inside the networks of the vectors; the side of the matrix with `dropout`.
         num_heads: of the attention over tokens; divides the side of the matrix.
         dropout: the design document's `svd_dropout`: LayerNorm, GELU and dropout in the networks,

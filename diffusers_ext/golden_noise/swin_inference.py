@@ -106,12 +106,7 @@ def position_bias(attention: SwinAttention) -> torch.Tensor:
 
 
 def swin_layer(layer: SwinLayer, windows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """A Swin layer on any number of its windows.
-
-    Args:
-        windows: `(windows, area, dim)`.
-        bias: `(windows or 1, heads, area, area)`, added to the attention scores.
-    """
+    """A Swin layer on any number of its windows `(windows, area, dim)`; `bias` is added to the scores."""
     attention = layer.attention
     count, area, dim = windows.shape
     normed = layer.layernorm_before(windows)
@@ -127,12 +122,7 @@ def swin_layer(layer: SwinLayer, windows: torch.Tensor, bias: torch.Tensor) -> t
 
 
 def in_groups(layer: SwinLayer, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """A Swin layer on tokens in window order, as many windows at a time as a core's cache holds.
-
-    Args:
-        x: `(batch, tokens, dim)`.
-        mask: as of `shift_mask`, `None` without a shift.
-    """
+    """A Swin layer on tokens in window order, as many windows at a time as a core's cache holds."""
     batch, _, dim = x.shape
     bias = position_bias(layer.attention)
     area = bias.shape[-1]
@@ -158,10 +148,6 @@ def swin_features(model: SwinModel, pixels: torch.Tensor) -> torch.Tensor:
 
     Args:
         model: at every stage, the side of the map is a multiple of the window.
-        pixels: `(batch, channels, image_size, image_size)`.
-
-    Returns:
-        `(batch, tokens, dim)`.
     """
     x = model.embeddings.patch_embeddings.projection(pixels)
     size = x.shape[-1]

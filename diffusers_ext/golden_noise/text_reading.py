@@ -23,9 +23,6 @@ class TextReader(nn.Module):
 
     A learned token that is always read comes first: attention then has something to read also where
     a mask hides every token of a prompt.
-
-    Args:
-        width: of the tokens that come out.
     """
 
     def __init__(

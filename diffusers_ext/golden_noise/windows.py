@@ -39,9 +39,6 @@ def continue_noise(noise: torch.Tensor, height: int, width: int) -> torch.Tensor
 
     The generator's seed is that of the sample's noise (`noise_seed`), so the same noise is continued
     alike in any batch and on any device.
-
-    Args:
-        height, width: at least `rows` and `columns`.
     """
     rows, columns = noise.shape[-2:]
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -65,13 +62,8 @@ def apply_in_windows(
     nor resized, as either would make neighbours correlate and the variance fall.
 
     Args:
-        function: `(batch, channels, window, window)` to the same shape.
         noise: `(batch, channels, height, width)`; continued (`continue_noise`) where a side is
             shorter than `window`, and cropped afterwards.
-        window: side of what the function takes.
-
-    Returns:
-        The shape of `noise`.
     """
     rows, columns = noise.shape[-2:]
     height, width = max(rows, window), max(columns, window)
@@ -95,9 +87,6 @@ def text_windows(text: torch.Tensor, length: int) -> list[torch.Tensor]:
     """Parts of `length` tokens that cover a text, as few as possible, evenly spread.
 
     A multiple of `length` is cut where programs for long prompts join the encodings of its parts.
-
-    Args:
-        text: `(batch, tokens, dim)`, at least `length` tokens.
     """
     tokens = text.shape[1]
     count = math.ceil(tokens / length)

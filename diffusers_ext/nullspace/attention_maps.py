@@ -140,14 +140,9 @@ class _AttentionRecorder:
 def attention_probabilities(
     attention: torch.nn.Module, query: torch.Tensor, key: torch.Tensor
 ) -> torch.Tensor:
-    """Attention of image positions to text tokens, averaged over heads.
+    """Attention of image positions to text tokens, `(positions, tokens)` float32, averaged over heads.
 
-    Args:
-        query: `(1, positions, dim)`.
-        key: `(1, tokens, dim)`.
-
-    Returns:
-        `(positions, tokens)` float32; every row sums to 1.
+    `query` is `(1, positions, dim)`, `key` `(1, tokens, dim)`; every row of the result sums to 1.
     """
     query, key = (attention.head_to_batch_dim(part.float()) for part in (query, key))
     return attention.get_attention_scores(query, key).mean(0)

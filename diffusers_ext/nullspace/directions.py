@@ -187,9 +187,6 @@ def usual_null_space(
     rounding. Enough: each of `rank` directions in it holds 1e-4 of the subject's energy. A direction is
     scaled to the subject's unit energy, which scales float32's rounding (6e-8) by at most 1e2, so that
     preserved outputs move by less than 1e-5. One matrix without such a space, and the cut is that of all.
-
-    Returns:
-        The projector, and which of the two it is, in words.
     """
     for linear, key in statistics.sources.items():
         moment, spectrum = statistics.moments[key], statistics.spectrum(key)

@@ -31,10 +31,6 @@ def read_kohya_lora(
 
     Args:
         raw: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
-
-    Raises:
-        ValueError: other kinds of adapters (DoRA, LoHa, LoKr), an A without its B, shapes or ranks
-            that do not fit, or a module that has no name in diffusers.
     """
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in raw.items():
@@ -72,11 +68,7 @@ def has_kohya_names(lora: Iterable[str]) -> bool:
 
 
 def to_kohya_lora(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same LoRA with kohya's names, and one alpha for all modules.
-
-    Raises:
-        ValueError: a module without a name there, such as a transformer's.
-    """
+    """The same LoRA with kohya's names, and one alpha for all modules."""
     exported = convert_state_dict_to_kohya(dict(lora))
     two_encoders = any(key.startswith("text_encoder_2.") for key in lora)
     if not two_encoders:  # one text encoder is `te`, two are `te1` and `te2`

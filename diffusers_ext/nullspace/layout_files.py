@@ -49,9 +49,6 @@ def find_files(run: Path) -> list[MatrixFile]:
     `{timestep,step}_<number>/<layer>/<slot>_covariance.npy`, or
     `covariance_matrices/<layer>/{timestep_<number>,alpha_<index>_<number>}_<slot>_cov.npy`. Links
     to other steps of the run are second names, not further matrices.
-
-    Raises:
-        ValueError: the run holds neither.
     """
     files = []
     for path in run.glob("*/*/*_covariance.npy"):
@@ -93,11 +90,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_matrix(path: Path, dim: int) -> torch.Tensor:
-    """One matrix, `(dim, dim)` float64, made exactly symmetric.
-
-    Raises:
-        ValueError: not a whole npy file, of another shape, not finite, or not symmetric.
-    """
+    """One matrix, `(dim, dim)` float64, made exactly symmetric."""
     with path.open("rb") as handle:
         try:
             matrix = np.lib.format.read_array(handle, allow_pickle=False)
@@ -122,11 +115,7 @@ def find_linear(
     """Dotted name of the Linear whose inputs one file is about.
 
     Args:
-        file, metadata: of the matrix; the metadata of our own trees name the layer.
         modules: `{dotted name: module}` of the denoiser, against which other trees are matched.
-
-    Raises:
-        ValueError: the layer is unknown, or its Linear reads vectors of another width.
     """
     layer = metadata.get("layer")
     if layer is None and modules is None:

@@ -24,12 +24,7 @@ _NUMBERS = ("lora_alpha", "r")
 
 
 def adapter_settings(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The settings of PEFT's adapters that diffusers keeps in a file's metadata, checked.
-
-    Raises:
-        ValueError: no JSON object, a scale or rank that is no number, or a pattern that could run for
-            ever.
-    """
+    """The settings of PEFT's adapters that diffusers keeps in a file's metadata, checked."""
     text = metadata.get(LORA_ADAPTER_METADATA_KEY)
     if not text:
         return {}

@@ -193,9 +193,6 @@ def add_kohya_file(folder: str | os.PathLike, metadata: Mapping[str, str] | None
 
     Those programs know none of the names in `pytorch_lora_weights.safetensors` and would load it
     without any effect; diffusers goes on loading that one. Both files get the metadata.
-
-    Raises:
-        ValueError: no LoRA there, or a module that has no name in those programs.
     """
     source, target = Path(folder, LORA_WEIGHT_NAME), Path(folder, KOHYA_NAME)
     metadata = {"modelspec.title": "LoRA", **(metadata or {})}

@@ -52,9 +52,6 @@ def parse_key(key: str) -> LoraKey:
 
     Names of a model wrapped by PEFT (`base_model.model.`), bare names, and those of attention
     processors (`...attn2.processor.to_k_lora.down.weight`) are read too.
-
-    Raises:
-        ValueError: a key of no LoRA, or one with the names of a model's original code.
     """
     name, part = _split(key)
     component, name = _component(name)

@@ -151,11 +151,7 @@ def shown_words(maps: AttentionMaps) -> list[str]:
 
 
 def relative_attention(mean: torch.Tensor) -> torch.Tensor:
-    """How much more a position looks at a token than others do, in powers of two.
-
-    Args:
-        mean: `(timesteps, tokens, height, width)`.
-    """
+    """How much more a position looks at a token than others do, in powers of two, map by map."""
     return torch.log2((mean / mean.mean((2, 3), keepdim=True)).clamp_min(1e-6))
 
 

@@ -68,11 +68,10 @@ def null_dimensions(
 def damped_projection(spectrum: Spectrum, damping: float) -> torch.Tensor:
     """`P = l (C + l I)^-1` with `l = damping * tr(C) / dim`: 1 on null directions, near 0 on used ones.
 
+    `(dim, dim)` float64, symmetric.
+
     Args:
         damping: positive; the smaller, the nearer to a hard null-space projector.
-
-    Returns:
-        `(dim, dim)` float64, symmetric.
     """
     if not 0 < damping < float("inf"):
         raise ValueError(f"`damping` must be positive, got {damping}.")
@@ -188,12 +187,7 @@ class NullSpaceProjector:
 
 
 def project_rows(delta: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """`D P` in float64, returned in `delta`'s dtype.
-
-    Args:
-        delta: `(rows, dim)`.
-        projection: `(dim, dim)`.
-    """
+    """`D P` of an update `(rows, dim)`, in float64, returned in its dtype."""
     if delta.shape[-1] != projection.shape[0]:
         raise ValueError(
             f"`delta` must have rows of width {projection.shape[0]} (the Linear's inputs), got shape "

@@ -28,12 +28,6 @@ def subject_projection(
         c_new, c_old: `(dim, dim)` float64 second moments of the subject and of what is preserved.
         strictness: `s`; 0 changes nothing on the subject, more leaves less on what is preserved.
         eps: regularisation, relative to the mean old energy per dimension.
-
-    Returns:
-        `(dim, dim)` float64.
-
-    Raises:
-        ValueError: a strictness that is not positive and finite.
     """
     if not 0 < strictness < math.inf:
         raise ValueError(f"`strictness` must be positive, got {strictness}.")
@@ -46,12 +40,7 @@ def subject_projection(
 def subject_projections(
     statistics: FeatureStatistics, instance_statistics: FeatureStatistics, strictness: float
 ) -> dict[str, torch.Tensor]:
-    """`subject_projection` of every Linear that both statistics cover, by its dotted name.
-
-    Raises:
-        ValueError: statistics of different models or Linears, an instance prompt that is preserved, or
-            a strictness that is not positive.
-    """
+    """`subject_projection` of every Linear that both statistics cover, by its dotted name."""
     check_new_subject(statistics, instance_statistics)
     projections: dict[tuple[str, str], torch.Tensor] = {}
     result = {}

@@ -23,12 +23,7 @@ _LEGACY_EOS = 2
 
 
 class CLIPReward:
-    """Base: the model is loaded once, every distinct prompt is read once a call, all in batches.
-
-    Args:
-        model: it is frozen and set to eval mode. Its device and dtype are used.
-        tokenizer: of the same vocabulary.
-    """
+    """Base: the model is loaded once, every distinct prompt is read once a call, all in batches."""
 
     name: ClassVar[str]
 
@@ -103,11 +98,7 @@ class CLIPReward:
 
 
 class ProcessorReward(CLIPReward):
-    """Base of the rewards that use a CLIP model's own transformers preprocessing.
-
-    Args:
-        model: a `CLIPModel`; it is frozen and set to eval mode.
-    """
+    """Base of the rewards that use a CLIP model's own transformers preprocessing."""
 
     default_model: ClassVar[str]
     default_processor: ClassVar[str | None] = None  # the model's own repository when `None`

@@ -24,9 +24,5 @@ class CLIPScoreReward(ProcessorReward):
 
 
 def clip_scores(cosines: torch.Tensor) -> torch.Tensor:
-    """`max(100 * cosines, 0)`.
-
-    Args:
-        cosines: of L2-normalised text and image features, `(n,)`.
-    """
+    """`max(100 * cosines, 0)`."""
     return (100.0 * cosines).clamp(min=0.0)

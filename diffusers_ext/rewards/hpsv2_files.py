@@ -29,10 +29,6 @@ def locate_checkpoint(
     Args:
         source: the file itself, a folder with the published file or the same as
             `.safetensors`, or `"user/name"`.
-
-    Raises:
-        ValueError: the folder lacks the file, the file has the other version's name, or `source`
-            can be no repository.
     """
     name, path = CHECKPOINTS[check_version(version)], Path(source)
     if path.is_file():

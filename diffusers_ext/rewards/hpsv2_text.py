@@ -34,11 +34,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int = 77) -> torch.Tensor:
-    """Tokens of cleaned prompts: start, at most `length - 2` of text, end, then zeros.
-
-    Returns:
-        `(n, length)` int64.
-    """
+    """Tokens of cleaned prompts: start, at most `length - 2` of text, end, then zeros; int64."""
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     ids = torch.zeros(len(cleaned), length, dtype=torch.long)
     for row, text in zip(ids, cleaned, strict=True):

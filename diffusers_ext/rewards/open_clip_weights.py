@@ -72,14 +72,7 @@ def vit_h_14_config() -> CLIPConfig:
 
 
 def map_open_clip(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename, and split the attention's joint q/k/v projection.
-
-    Args:
-        state_dict: of an open_clip CLIP with a vision transformer.
-
-    Raises:
-        ValueError: a key that such a model does not have.
-    """
+    """Rename, and split the attention's joint q/k/v projection."""
     mapped: dict[str, torch.Tensor] = {}
     for key, tensor in state_dict.items():
         block = _BLOCK.fullmatch(key)
@@ -128,11 +121,7 @@ def check_weights(
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The state dict of a safetensors file, or of a `.pt` file with or without `state_dict` in it.
-
-    Raises:
-        ValueError: the file is damaged, or holds objects that tensors do not need.
-    """
+    """The state dict of a safetensors file, or of a `.pt` file with or without `state_dict` in it."""
     path = Path(path)
     if path.suffix == ".safetensors":
         return read_tensors(path, remedy=_REMEDY)[0]
@@ -156,9 +145,6 @@ def load_open_clip(
 
     Args:
         config: the checkpoint's structure; the number of heads cannot be read off the weights.
-
-    Raises:
-        ValueError: the file is damaged, or of another model.
     """
     weights = map_open_clip(read_checkpoint(path))
     with torch.device("meta"):

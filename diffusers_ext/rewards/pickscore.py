@@ -27,10 +27,5 @@ class PickScoreReward(ProcessorReward):
 
 
 def pick_scores(cosines: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """`exp(logit_scale) * cosines`.
-
-    Args:
-        cosines: of L2-normalised text and image features, `(n,)`.
-        logit_scale: the model's, a scalar.
-    """
+    """`exp(logit_scale) * cosines`."""
     return cosines * logit_scale.detach().float().exp().to(cosines.device)

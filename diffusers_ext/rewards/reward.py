@@ -28,12 +28,7 @@ class Reward(Protocol):
 def check_pairs(
     images: Sequence[Image.Image], prompts: Sequence[str]
 ) -> tuple[list[Image.Image], list[str]]:
-    """Both as lists.
-
-    Raises:
-        ValueError: no picture, or not one prompt per picture.
-        TypeError: something else than PIL images and strings.
-    """
+    """Both as lists."""
     pictures, texts = list(images), list(prompts)
     if not pictures:
         raise ValueError("`images` must hold at least one picture, got none.")
