@@ -26,6 +26,7 @@ from benchmarks.machine import table, write_results
 from benchmarks.timing import Ratio, compare
 from diffusers_ext.core.noise_schedules import training_schedule
 from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.core.seeds import step_generator
 from diffusers_ext.nullspace.collect import collect_statistics, encode_text, text_moment
 from diffusers_ext.nullspace.lora import add_null_space_lora
 from diffusers_ext.nullspace.slots import find_linears
@@ -33,7 +34,6 @@ from diffusers_ext.nullspace.step import DreamBoothLoss
 from examples.digits.check_model import load_pipeline
 from examples.digits.prompts import make_tokenizer
 from examples.digits.subjects import INSTANCE_PROMPTS, knowledge_prompts
-from training.data import step_generator
 from training.dreambooth import encode_condition
 
 

@@ -1,4 +1,4 @@
-"""Batches and random numbers that depend on the step alone, so that a resumed run repeats them to the bit."""
+"""Batches that depend on the step alone, so that a resumed run repeats them to the bit."""
 
 from __future__ import annotations
 
@@ -6,28 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-
-_MICRO_STEP_STREAM, _EPOCH_STREAM = 1, 2
-
-
-def step_seed(seed: int, stream: int, index: int, process_index: int = 0) -> int:
-    """A 63-bit seed for one purpose (`stream`) at one `index` of a run; SplitMix64 keeps neighbours unrelated."""
-    mixed = (
-        seed * 0x9E3779B97F4A7C15
-        + stream * 0xBF58476D1CE4E5B9
-        + process_index * 0xD6E8FEB86659FD93
-        + index
-    ) % 2**64
-    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
-    return (mixed ^ (mixed >> 31)) >> 1
-
-
-def step_generator(seed: int, micro_step: int, process_index: int = 0) -> torch.Generator:
-    """The CPU generator of one micro-step: noise and timesteps drawn from it do not depend on what ran before."""
-    return torch.Generator().manual_seed(
-        step_seed(seed, _MICRO_STEP_STREAM, micro_step, process_index)
-    )
+from diffusers_ext.core.seeds import epoch_generator
 
 
 class StepBatchSampler:
@@ -63,7 +42,7 @@ class StepBatchSampler:
     def _sample(self, position: int) -> int:
         epoch, offset = divmod(position, self.length)
         if self._epoch[0] != epoch:
-            generator = torch.Generator().manual_seed(step_seed(self.seed, _EPOCH_STREAM, epoch))
+            generator = epoch_generator(self.seed, epoch)
             self._epoch = (epoch, torch.randperm(self.length, generator=generator).tolist())
         return self._epoch[1][offset]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.quiet_run import module_eval_mode
+from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.clip_geometry import latent_shape
 from training.video_files import list_videos, read_video
 
@@ -39,7 +39,11 @@ class NoiseSource(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.length:
             raise IndexError(f"`index` must be from 0 to {self.length - 1}, got {index}.")
-        return {"x_0": torch.randn(self.latent_shape, generator=_generator(self.seed, index))}
+        return {
+            "x_0": torch.randn(
+                self.latent_shape, generator=stream_generator(self.seed, "latents", index)
+            )
+        }
 
 
 class VideoSource(Dataset):
@@ -79,7 +83,7 @@ class VideoSource(Dataset):
         latents = []
         for index, path in enumerate(tqdm(self.paths, desc="encode videos")):
             frames = torch.from_numpy(read_video(path, num_frames, height, width))
-            encoded = encode_frames(pipeline.vae, frames, _generator(seed, index))
+            encoded = encode_frames(pipeline.vae, frames, stream_generator(seed, "latents", index))
             padding = encoded[:1].expand(shape[0] - len(encoded), -1, -1, -1)
             latents.append(torch.cat([padding, encoded]))
         self.latents = torch.stack(latents)
@@ -109,8 +113,3 @@ def encode_frames(
     with module_eval_mode(vae):
         latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample(generator)
     return (latents[0].float() * vae.config.scaling_factor).transpose(0, 1).cpu()
-
-
-def _generator(seed: int, index: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/latents/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

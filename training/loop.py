@@ -14,8 +14,9 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from diffusers_ext.core.seeds import step_generator
 from training.checkpoints import Checkpoints
-from training.data import StepBatchSampler, step_generator
+from training.data import StepBatchSampler
 
 
 logger = get_logger(__name__)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import torch
+
+from diffusers_ext.core.seeds import stream_generator, stream_seed
 
 
 class TrajectoryPlan(NamedTuple):
@@ -16,21 +17,6 @@ class TrajectoryPlan(NamedTuple):
     seed: int  # of its noise
     steps: tuple[int, ...]  # whose points are kept, ascending
     empty: tuple[bool, ...]  # points at which the empty prompt's velocity stands for the prompt's
-
-
-def trajectory_seed(seed: int, part: str, index: int) -> int:
-    """Seed of one run's generator; runs of other seeds or parts share none.
-
-    Args:
-        seed: of all samples.
-        part: `"target"` or `"preserved"`.
-        index: of the run in its part.
-
-    Returns:
-        A number in [0, 2^63).
-    """
-    digest = hashlib.sha256(f"{seed}/{part}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def plan_trajectories(
@@ -66,20 +52,16 @@ def plan_trajectories(
     count = num_steps if points_per_trajectory is None else points_per_trajectory
     plans = []
     for index in range(num_trajectories):
-        generator = _generator(seed, f"{part} points", index)
+        generator = stream_generator(seed, f"{part} points", index)
         start, rest = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         steps = tuple(int((position + start) * num_steps / count) for position in range(count))
         num_empty = int(count * empty_share + rest)
         chosen = set(torch.randperm(count, generator=generator)[:num_empty].tolist())
         empty = tuple(position in chosen for position in range(count))
-        run_seed = trajectory_seed(seed, part, index)
+        run_seed = stream_seed(seed, part, index)
         plans.append(TrajectoryPlan(index, prompts[index], run_seed, steps, empty))
     return plans
 
 
 def _shuffled(count: int, seed: int, stream: str, index: int) -> list[int]:
-    return torch.randperm(count, generator=_generator(seed, stream, index)).tolist()
-
-
-def _generator(seed: int, stream: str, index: int) -> torch.Generator:
-    return torch.Generator().manual_seed(trajectory_seed(seed, stream, index))
+    return torch.randperm(count, generator=stream_generator(seed, stream, index)).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
 from diffusers_ext.core.quiet_run import eval_mode, quiet_run
+from diffusers_ext.core.seeds import stream_seed
 from diffusers_ext.nullspace.statistics import denoiser_of
 
 
@@ -45,8 +45,7 @@ def image_seed(seed: int, prompt: str, index: int, stream: str = "paired") -> in
     It depends on nothing else: neither on the batch nor on the other prompts. Two streams are two
     disjoint sets of seeds.
     """
-    digest = hashlib.sha256(f"{seed}/{stream}/{index}/{prompt}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return stream_seed(seed, stream, index, prompt)
 
 
 def shots_of(prompts: Sequence[str], count: int, seed: int, stream: str = "paired") -> list[Shot]:

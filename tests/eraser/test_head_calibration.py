@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.concept_mask import concept_head_weights
 from diffusers_ext.eraser.head_calibration import calibrate_heads
 from diffusers_ext.eraser.teacher_trajectory import teacher_trajectory
-from diffusers_ext.eraser.trajectory_plan import trajectory_seed
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import SHAPE, CountedVelocity, tiny_teacher
 from tests.tiny_erasers import add_random_eraser
@@ -37,7 +37,7 @@ def test_weights_are_those_of_states_along_guided_runs_of_prompts_with_the_conce
     pipeline, velocity, texts = teacher
     states = []
     for index in range(8):
-        generator = torch.Generator().manual_seed(trajectory_seed(5, "heads", index))
+        generator = stream_generator(5, "heads", index)
         points = teacher_trajectory(
             velocity,
             pipeline.scheduler,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.concept_mask import concept_mask
 from diffusers_ext.eraser.outputs import erasers_disabled
 from diffusers_ext.eraser.teacher_trajectory import teacher_trajectory
-from diffusers_ext.eraser.trajectory_plan import trajectory_seed
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import (
     GUIDANCE,
@@ -68,7 +68,7 @@ def test_rows_are_points_of_runs_with_the_velocities_of_the_model(teacher, sampl
 
 def test_a_run_is_the_one_of_its_own_generator(teacher, samples):
     pipeline, velocity, texts = teacher
-    generator = torch.Generator().manual_seed(trajectory_seed(0, "target", 2))
+    generator = stream_generator(0, "target", 2)
     prompt = int(rows(samples, "target")[2 * STEPS]["prompt"])
     points = teacher_trajectory(
         velocity,

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from diffusers_ext.eraser.trajectory_plan import plan_trajectories, trajectory_seed
+from diffusers_ext.core.seeds import stream_seed
+from diffusers_ext.eraser.trajectory_plan import plan_trajectories
 
 
 def plan(num_trajectories=60, num_prompts=8, num_steps=20, **changes):
@@ -50,7 +51,7 @@ def test_the_share_of_the_empty_prompt(share, wanted):
 
 def test_runs_of_other_seeds_and_parts_share_no_noise():
     seeds = {
-        trajectory_seed(seed, part, index)
+        stream_seed(seed, part, index)
         for seed in range(5)
         for part in ("target", "preserved")
         for index in range(20)

@@ -3,9 +3,8 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
-import torch
 
-from training.data import StepBatchSampler, step_generator, step_seed
+from training.data import StepBatchSampler
 
 
 def take(count: int, length: int = 7, batch_size: int = 2, seed: int = 0, **arguments):
@@ -65,23 +64,3 @@ def test_a_set_smaller_than_a_batch_is_repeated():
 def test_empty_sets_and_batches_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         StepBatchSampler(*arguments)
-
-
-def test_seeds_differ_by_seed_stream_index_and_process():
-    seeds = {
-        step_seed(seed, stream, index, process)
-        for seed in (0, 1, 2**32 - 1)
-        for stream in (1, 2)
-        for index in range(50)
-        for process in range(3)
-    }
-    assert len(seeds) == 3 * 2 * 50 * 3
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_the_generator_of_a_step_does_not_depend_on_what_ran_before():
-    expected = torch.randn(4, generator=step_generator(3, 5))
-    torch.randn(10, generator=step_generator(3, 4))
-    assert torch.equal(torch.randn(4, generator=step_generator(3, 5)), expected)
-    for other in ((3, 6), (4, 5), (3, 5, 1)):
-        assert not torch.equal(torch.randn(4, generator=step_generator(*other)), expected)

@@ -7,8 +7,8 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch.utils.data import TensorDataset
 
+from diffusers_ext.core.seeds import step_generator
 from training.checkpoints import Checkpoints
-from training.data import step_generator
 from training.loop import LoopSettings, TrainingLoop
 
 
