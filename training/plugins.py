@@ -57,7 +57,7 @@ def load_reward(
         version: of a named reward; its default when `None`.
         device: where a named reward runs; one of `module:attribute` chooses for itself.
         options: further arguments of a named reward's `from_pretrained`, where they are not
-            `None`: `batch_size`, `backend`, `tokenizer`, `processor`, `local_files_only`, ...
+            `None`: `batch_size`, `tokenizer`, `processor`, `local_files_only`, ...
 
     Raises:
         ValueError: no such reward, it lacks `score`, `name` or `version`, or arguments that only

@@ -2,14 +2,12 @@
 
 from diffusers_ext.rewards.clip_score import CLIPScoreReward
 from diffusers_ext.rewards.hpsv2 import HPSv2Reward
-from diffusers_ext.rewards.hpsv2_package import HPSv2PackageReward
 from diffusers_ext.rewards.pickscore import PickScoreReward
 from diffusers_ext.rewards.reward import Reward, checked_scores
 
 
 __all__ = [
     "CLIPScoreReward",
-    "HPSv2PackageReward",
     "HPSv2Reward",
     "PickScoreReward",
     "Reward",

@@ -102,6 +102,7 @@ class ProcessorReward(CLIPReward):
 
     default_model: ClassVar[str]
     default_processor: ClassVar[str | None] = None  # the model's own repository when `None`
+    default_version: ClassVar[str | None] = None  # the last part of the model's name when `None`
 
     def __init__(
         self,
@@ -169,13 +170,9 @@ class ProcessorReward(CLIPReward):
             str(processor), backend="pil", **download_arguments
         )
         tokenizer = AutoTokenizer.from_pretrained(str(processor), **download_arguments)
-        version = version or cls._default_version(source)
+        version = version or cls.default_version or Path(source).name
         parts = (model.to(device), image_processor, tokenizer)
         return cls(*parts, version=version, batch_size=batch_size)
-
-    @classmethod
-    def _default_version(cls, source: str) -> str:
-        return Path(source).name
 
     def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         pictures = [rgb_picture(image) for image in images]

@@ -14,13 +14,11 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.rewards.clip_reward import CLIPReward
 from diffusers_ext.rewards.hpsv2_files import HPSV2_REPOSITORY, check_version, locate_checkpoint
-from diffusers_ext.rewards.hpsv2_package import HPSv2PackageReward
 from diffusers_ext.rewards.hpsv2_text import import_ftfy, token_ids
 from diffusers_ext.rewards.letterbox import letterbox
 from diffusers_ext.rewards.open_clip_weights import load_open_clip, vit_h_14_config
 
 
-BACKENDS = ("transformers", "hpsv2")
 # The published checkpoints come without a tokenizer; this repository holds the one of their model.
 TOKENIZER_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -60,7 +58,6 @@ class HPSv2Reward(CLIPReward):
         pretrained_model_name_or_path: str | os.PathLike = HPSV2_REPOSITORY,
         *,
         version: str = "v2.1",
-        backend: str = "transformers",
         tokenizer: str | os.PathLike | None = None,
         config: CLIPConfig | None = None,
         antialias: bool = True,
@@ -68,16 +65,13 @@ class HPSv2Reward(CLIPReward):
         dtype: torch.dtype = torch.float32,
         batch_size: int = 16,
         **download_arguments: Any,
-    ) -> HPSv2Reward | HPSv2PackageReward:
+    ) -> HPSv2Reward:
         """Load a published checkpoint from a file, a folder or the Hub.
 
         Args:
             pretrained_model_name_or_path: a checkpoint, a folder that holds the version's
                 checkpoint under its published name, or `"user/name"`.
             version: `"v2.0"` (what `hpsv2.score` takes unless told otherwise) or `"v2.1"`.
-            backend: `"transformers"`, or `"hpsv2"` for the installed package of that name,
-                slower: see `HPSv2PackageReward`. It takes none of `tokenizer`, `config`, `dtype`
-                and `antialias=False`, and runs on the device of its own choice.
             tokenizer: folder or repository of CLIP's tokenizer. When `None`, the folder of the
                 checkpoint if it holds one, else `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
             config: structure of the checkpoint; ViT-H-14 when `None`, as published.
@@ -85,28 +79,15 @@ class HPSv2Reward(CLIPReward):
                 `local_files_only`.
 
         Raises:
-            ValueError: no such version, file or backend, or the weights are not the model's.
-            ImportError: ftfy, or the package of the backend, is not usable.
+            ValueError: no such version or file, or the weights are not the model's.
+            ImportError: ftfy is not installed.
         """
         check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
-        if backend not in BACKENDS:
-            raise ValueError(f"`backend` must be one of {BACKENDS}, got {backend!r}.")
-        if backend == "hpsv2":
-            fixed = tokenizer is None and config is None and antialias and dtype == torch.float32
-            if not fixed:
-                raise ValueError(
-                    "`backend='hpsv2'` must come without `tokenizer`, `config`, `dtype` and "
-                    "`antialias=False`, which that package does not know, got one of them."
-                )
-            check_version(version)
-            package = HPSv2PackageReward(version=version, device=device)
-            source, where = pretrained_model_name_or_path, download_arguments
-            package.checkpoint = locate_checkpoint(source, version, where)
-            return package
         import_ftfy()  # before gigabytes are read
         path = locate_checkpoint(pretrained_model_name_or_path, version, download_arguments)
         if tokenizer is None:
-            tokenizer = path.parent if _holds_tokenizer(path.parent) else TOKENIZER_REPOSITORY
+            files = (path.with_name(name) for name in ("tokenizer.json", "vocab.json"))
+            tokenizer = path.parent if any(map(Path.is_file, files)) else TOKENIZER_REPOSITORY
         where = {key: value for key, value in download_arguments.items() if key != "revision"}
         words = AutoTokenizer.from_pretrained(str(tokenizer), **where)
         model = load_open_clip(path, config or vit_h_14_config(), dtype).to(device)
@@ -122,7 +103,3 @@ class HPSv2Reward(CLIPReward):
 
     def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
         return cosines
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))

@@ -17,10 +17,7 @@ class PickScoreReward(ProcessorReward):
     name = "pickscore"
     default_model = "yuvalkirstain/PickScore_v1"
     default_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
-    @classmethod
-    def _default_version(cls, source: str) -> str:
-        return "v1"
+    default_version = "v1"
 
     def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
         return pick_scores(cosines, self.model.logit_scale)

@@ -133,9 +133,9 @@ def test_names_versions_and_devices_reach_the_reward(monkeypatch):
     seen = []
     for kind in REWARDS.values():
         monkeypatch.setattr(kind, "from_pretrained", lambda *a, **k: seen.append((a, k)))
-    load_reward("hpsv2", version="v2.0", model="folder", device="cuda", backend="hpsv2")
+    load_reward("hpsv2", version="v2.0", model="folder", device="cuda", batch_size=4)
     load_reward("hpsv2")
     assert seen == [
-        (("folder",), {"version": "v2.0", "device": "cuda", "backend": "hpsv2"}),
+        (("folder",), {"version": "v2.0", "device": "cuda", "batch_size": 4}),
         ((), {"device": "cpu"}),
     ]
