@@ -26,6 +26,7 @@ from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.core.config_digest import (
     CONFIG_DIGEST,
     check_config_digest,
+    check_format_version,
     config_digest,
     is_sha256,
 )
@@ -197,14 +198,7 @@ def _check_header(config: dict[str, Any], path: Path, newest: int) -> None:
     missing = [key for key in _HEADER if key not in config]
     if missing:
         raise ValueError(f"{path} must hold {missing}, got only {sorted(config)}.")
-    version = config["format_version"]
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"`format_version` must be a positive integer, got {version!r} in {path}.")
-    if version > newest:
-        raise ValueError(
-            f"`format_version` must be at most {newest}, got {version} in {path}. Update "
-            "diffusers_ext."
-        )
+    check_format_version(config, path, newest)
     if not is_sha256(config["sha256"]):
         raise ValueError(
             f"`sha256` must be a SHA-256 of 64 hexadecimal digits, got {config['sha256']!r} in "
@@ -230,7 +224,8 @@ def _locate(
         refuse_checkpoint(Path(source, subfolder or ""))
         path = Path(source, subfolder or "", name)
         if not path.is_file():
-            raise ValueError(f"{path.parent} must hold {name}, got {_names(path.parent)}.")
+            held = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+            raise ValueError(f"{path.parent} must hold {name}, got {held}.")
         return path
     if "/" not in str(source):  # nothing that the Hub could have: a slip, not a lost connection
         raise ValueError(_NO_FOLDER.format(source))
@@ -244,10 +239,6 @@ def _locate(
         raise LocalEntryNotFoundError(
             not_found("pretrained_model_name_or_path", source, f"an artifact with {name}", error)
         ) from error
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def fingerprint(module: Module, samples: int = 256) -> dict[str, Any]:

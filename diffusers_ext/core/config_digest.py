@@ -34,3 +34,15 @@ def check_config_digest(config: Mapping[str, Any], path: str | os.PathLike) -> N
             f"{path} must have the contents that it was written with, got others: its "
             f"`{CONFIG_DIGEST}` does not fit. Download or write it again."
         )
+
+
+def check_format_version(config: Mapping[str, Any], path: str | os.PathLike, newest: int) -> None:
+    """Raise `ValueError` where a config is of no format, or of one that only a newer version reads."""
+    version = config.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"`format_version` must be a positive integer, got {version!r} in {path}.")
+    if version > newest:
+        raise ValueError(
+            f"`format_version` must be at most {newest}, got {version} in {path}. Update "
+            "diffusers_ext."
+        )

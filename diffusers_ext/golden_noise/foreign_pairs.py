@@ -33,12 +33,12 @@ class _Entry(NamedTuple):
     golden: Path
 
 
-def is_foreign(folder: str | os.PathLike) -> bool:
+def is_third_party(folder: str | os.PathLike) -> bool:
     """Whether a folder holds a `metadata.csv` or official `.npz` files."""
     return Path(folder, METADATA_CSV).is_file() or any(_npz_files(Path(folder)))
 
 
-class ForeignPairDataset(Dataset):
+class ThirdPartyPairDataset(Dataset):
     """The official `.npz` pairs, or the `.pt` pairs and sequences of a `metadata.csv`.
 
     Of official pairs those are kept whose first optimized score is above the first original score, as

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
-from diffusers_ext.core.config_digest import check_config_digest
+from diffusers_ext.core.config_digest import check_config_digest, check_format_version
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.golden_noise.foreign_pairs import ForeignPairDataset, is_foreign
+from diffusers_ext.golden_noise.foreign_pairs import ThirdPartyPairDataset, is_third_party
 from diffusers_ext.golden_noise.pair_set_hub import download_pairs, push_pairs
 from diffusers_ext.golden_noise.pair_shards import (
     TENSOR,
@@ -139,7 +139,7 @@ def open_pairs(
     token: str | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-) -> PairDataset | ForeignPairDataset:
+) -> PairDataset | ThirdPartyPairDataset:
     """A set of noise pairs or sequences in any of the formats that are known.
 
     Native folders; the official folder of `<index>_<seed>.npz` with its JSONL of scores
@@ -167,7 +167,7 @@ def open_pairs(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-    return ForeignPairDataset(folder) if is_foreign(folder) else PairDataset(folder, verify)
+    return ThirdPartyPairDataset(folder) if is_third_party(folder) else PairDataset(folder, verify)
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
@@ -182,29 +182,18 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if config.get("_class_name") != CLASS_NAME:
         raise ValueError(f"{path} must describe a {CLASS_NAME}, got {config.get('_class_name')!r}.")
     check_config_digest(config, path)
-    version = config.get("format_version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"`format_version` must be a positive integer, got {version!r} in {path}.")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"`format_version` must be at most {FORMAT_VERSION}, got {config['format_version']} in "
-            f"{path}. Update diffusers_ext."
-        )
-    _check_sizes(config, path)
-    return config
-
-
-def _check_sizes(config: dict[str, Any], path: Path) -> None:
-    """Raise `ValueError` unless a set's config holds what reading the set relies on."""
+    check_format_version(config, path, FORMAT_VERSION)
+    # What reading the set relies on.
     shape = config.get("latent_shape")
     numbers = {name: config.get(name) for name in ("num_steps", "num_shards")}
     sizes = dict(enumerate(shape if isinstance(shape, list) and len(shape) == 3 else [None]))
     numbers |= {f"latent_shape[{index}]": size for index, size in sizes.items()}
     for name, value in numbers.items():
         least = 0 if name == "num_shards" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        if type(value) is not int or not least <= value < 2**31:
             raise ValueError(f"`{name}` must be a number from {least}, got {value!r} in {path}.")
     if not isinstance(config.get("facts", False), (dict, type(None))):
         raise ValueError(
             f"`facts` must be an object or null, got {config.get('facts')!r} in {path}."
         )
+    return config

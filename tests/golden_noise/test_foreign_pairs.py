@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.foreign_pairs import ForeignPairDataset
+from diffusers_ext.golden_noise.foreign_pairs import ThirdPartyPairDataset
 from diffusers_ext.golden_noise.pairs import open_pairs
 
 
@@ -51,7 +51,7 @@ def write_official(folder: Path, below: str = "") -> None:
 def test_official_pairs(tmp_path, below):
     write_official(tmp_path, below)
     pairs = open_pairs(tmp_path)
-    assert isinstance(pairs, ForeignPairDataset)
+    assert isinstance(pairs, ThirdPartyPairDataset)
     assert (len(pairs), pairs.num_steps, pairs.latent_shape) == (2, 1, SHAPE)
     assert pairs.facts is None
     assert pairs.prompts == ['a "big", red seven', "None"]
