@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from diffusers_ext.command_line.command import Command, Outcome
-from diffusers_ext.command_line.lora_source import locate_lora
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +18,11 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_lora(args: argparse.Namespace) -> Outcome:
     """Read, rename, write."""
+    from diffusers_ext.core.sources import lora_file
     from diffusers_ext.nullspace.lora_files import check_output_path, export_lora
 
     check_output_path(args.destination)
-    source = locate_lora(args.source, args.weight_name)
+    source = lora_file(args.source, args.weight_name)
     tensors = export_lora(source, args.format, args.destination)
     return _written(args.destination, format=args.format, tensors=len(tensors))
 

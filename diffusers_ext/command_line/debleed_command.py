@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ext.command_line.base_pipeline import add_base_model_arguments, load_base_pipeline
 from diffusers_ext.command_line.command import Command, Outcome
-from diffusers_ext.command_line.lora_source import locate_lora
 
 
 if TYPE_CHECKING:
@@ -81,6 +80,7 @@ def add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_debleed(args: argparse.Namespace) -> Outcome:
     """Project and write."""
+    from diffusers_ext.core.sources import lora_file
     from diffusers_ext.nullspace.debleed import (
         debleed_lora,
         preserved_energy,
@@ -98,7 +98,7 @@ def run_debleed(args: argparse.Namespace) -> Outcome:
     statistics = FeatureStatistics.from_pretrained(
         args.statistics, subfolder=args.statistics_subfolder, revision=args.statistics_revision
     )
-    lora, metadata = read_lora_file(locate_lora(args.lora, args.weight_name))
+    lora, metadata = read_lora_file(lora_file(args.lora, args.weight_name))
     criterion = _criterion(args)
     subject: dict[str, Any] = {}
     if args.instance_prompt:

@@ -14,7 +14,6 @@ from diffusers_ext.command_line.base_pipeline import (
 )
 from diffusers_ext.command_line.command import Command, Outcome
 from diffusers_ext.command_line.feature_models import add_feature_arguments, load_features
-from diffusers_ext.command_line.lora_source import locate_lora
 from diffusers_ext.command_line.picture_arguments import (
     COUNTS,
     add_picture_arguments,
@@ -50,13 +49,14 @@ def run_forgetting(args: argparse.Namespace) -> Outcome:
     """Draw, measure and write."""
     from diffusers_ext.core.pictures import read_pictures
     from diffusers_ext.core.result_folder import staged_output
+    from diffusers_ext.core.sources import lora_file
     from diffusers_ext.evaluation.features import PixelFeatures
     from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 
     check_drawing_arguments(args, COUNTS)
     if args.pixel_features and args.dino:
         raise ValueError("`pixel_features` must not be given together with `dino`.")
-    asked, files = _prompts(args), [locate_lora(source) for source in args.lora]
+    asked, files = _prompts(args), [lora_file(source) for source in args.lora]
     if args.subject_data_dir is not None:
         asked["subject_images"] = read_pictures(args.subject_data_dir, "subject_data_dir")
     pipeline = load_base_pipeline(args)

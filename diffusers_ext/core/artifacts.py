@@ -12,17 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-)
 from safetensors.torch import save
 from torch.nn import Module
 
 from diffusers_ext.core.checked_tensors import REMEDY, check_regular_file, read_tensors
-from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.core.config_digest import (
     CONFIG_DIGEST,
     check_config_digest,
@@ -30,9 +23,8 @@ from diffusers_ext.core.config_digest import (
     config_digest,
     is_sha256,
 )
-from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.full_disk import full_disk_named
-from diffusers_ext.core.hub_connection import not_found
+from diffusers_ext.core.sources import CONFIG_NAME, artifact_file, check_download_arguments
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import push_folder, split_arguments
@@ -41,11 +33,7 @@ from diffusers_ext.hub.push import push_folder, split_arguments
 logger = logging.getLogger(__name__)
 
 ArtifactType = TypeVar("ArtifactType", bound="Artifact")
-CONFIG_NAME = "config.json"
 _HEADER = ("_class_name", "format_version", "sha256")
-_NO_FOLDER = (
-    "`pretrained_model_name_or_path` must be a folder or 'user/name', got {}: no such folder."
-)
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
@@ -166,7 +154,7 @@ class Artifact:
         """
         check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
         paths = [
-            _locate(pretrained_model_name_or_path, name, subfolder, download_arguments)
+            artifact_file(pretrained_model_name_or_path, name, subfolder, download_arguments)
             for name in (CONFIG_NAME, cls.weights_name)
         ]
         return cls._read(*paths)
@@ -214,31 +202,6 @@ def file_sha256(path: str | os.PathLike) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _locate(
-    source: str | os.PathLike, name: str, subfolder: str | None, download_arguments: dict[str, Any]
-) -> Path:
-    """Path of one file of an artifact, downloaded when `source` is not a local folder."""
-    if Path(source).is_dir():
-        refuse_checkpoint(Path(source, subfolder or ""))
-        path = Path(source, subfolder or "", name)
-        if not path.is_file():
-            held = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
-            raise ValueError(f"{path.parent} must hold {name}, got {held}.")
-        return path
-    if "/" not in str(source):  # nothing that the Hub could have: a slip, not a lost connection
-        raise ValueError(_NO_FOLDER.format(source))
-    try:
-        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **download_arguments))
-    except HFValidationError as error:
-        raise ValueError(_NO_FOLDER.format(source)) from error
-    except RemoteEntryNotFoundError as error:
-        raise ValueError(f"Repository {source} must hold {name}, got none.") from error
-    except LocalEntryNotFoundError as error:  # the Hub could not be asked
-        raise LocalEntryNotFoundError(
-            not_found("pretrained_model_name_or_path", source, f"an artifact with {name}", error)
-        ) from error
 
 
 def fingerprint(module: Module, samples: int = 256) -> dict[str, Any]:

@@ -8,19 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_ext.core.checked_tensors import FLOATING, open_tensors, read_tensors
 from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.core.config_digest import CONFIG_KEY, config_digest
-from diffusers_ext.core.download_arguments import check_download_arguments
-from diffusers_ext.core.hub_connection import not_found
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
+from diffusers_ext.core.sources import check_download_arguments, files_on_hub
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import (
@@ -96,23 +91,18 @@ def _find_in_folder(folder: Path) -> tuple[Path, Path]:
 
 def _download(source: str, subfolder: str | None, arguments: dict[str, Any]) -> tuple[Path, ...]:
     expected = " or ".join(" and ".join(names) for names in FORMATS.values())
+    no_file = f"Repository {source} must hold {expected}, got neither."
     missing: EntryNotFoundError | None = None
-    for names in FORMATS.values():
-        try:
-            files = [hf_hub_download(source, n, subfolder=subfolder, **arguments) for n in names]
-            return tuple(Path(file) for file in files)
-        except EntryNotFoundError as error:
-            missing = missing or error
-        except HFValidationError as error:
-            raise ValueError(
-                f"`pretrained_model_name_or_path` must be a folder or 'user/name', got {source}: "
-                "no such folder."
-            ) from error
-    if isinstance(missing, LocalEntryNotFoundError):  # the Hub could not be asked
-        raise LocalEntryNotFoundError(
-            not_found("pretrained_model_name_or_path", source, "an eraser", missing)
-        ) from missing
-    raise ValueError(f"Repository {source} must hold {expected}, got neither.") from missing
+    with files_on_hub(source, "an eraser", no_file=no_file):
+        for names in FORMATS.values():
+            try:
+                files = [
+                    hf_hub_download(source, n, subfolder=subfolder, **arguments) for n in names
+                ]
+                return tuple(Path(file) for file in files)
+            except EntryNotFoundError as error:
+                missing = missing or error
+        raise missing
 
 
 def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers_ext.core.download_arguments import check_download_arguments
+from diffusers_ext.core.sources import check_download_arguments
 from diffusers_ext.eraser.config import DEFAULT_TARGET
 from diffusers_ext.eraser.convert import EraserShape
 from diffusers_ext.eraser.eraser_files import read_eraser

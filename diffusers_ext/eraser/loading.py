@@ -11,7 +11,7 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 
-from diffusers_ext.core.download_arguments import check_download_arguments
+from diffusers_ext.core.sources import check_download_arguments
 from diffusers_ext.eraser.config import DEFAULT_TARGET, EraserConfig
 from diffusers_ext.eraser.convert import PARTS, StateDict, check_fit, layer_name
 from diffusers_ext.eraser.eraser_files import EraserFile, read_eraser

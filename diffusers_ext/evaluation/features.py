@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.pictures import rgb_picture
+from diffusers_ext.core.sources import check_download_arguments
 
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from typing import Any
 
 from diffusers_ext.core.checked_tensors import check_regular_file
 from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
-from diffusers_ext.golden_noise.hub_sources import read_network_config
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.network_files import read_network_config
 
 
 # Only the module of the class that is asked for is imported.

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from diffusers_ext.core.quiet_run import module_eval_mode
-from diffusers_ext.golden_noise.hub_sources import read_network_config
 from diffusers_ext.golden_noise.network_card import network_card
-from diffusers_ext.golden_noise.network_files import CheckedWeights
+from diffusers_ext.golden_noise.network_files import CheckedWeights, read_network_config
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import PushWithCard

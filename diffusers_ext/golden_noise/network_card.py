@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.hub.card import Card, make_card
+from diffusers_ext.hub.licence import find_on_hub
 
 
 # The pipeline of this package that takes the network for a base pipeline.
@@ -110,8 +105,5 @@ def read_pipeline_class(base_model: str | os.PathLike, token: str | None) -> str
     """The class in the `model_index.json` of a folder or repository; `None` where there is none."""
     path = Path(base_model, _INDEX)
     if not Path(base_model).is_dir():
-        try:
-            path = Path(hf_hub_download(str(base_model), _INDEX, token=token))
-        except (HFValidationError, RepositoryNotFoundError, RemoteEntryNotFoundError):
-            return None
-    return read_json(path).get("_class_name") if path.is_file() else None
+        path = find_on_hub(str(base_model), _INDEX, token)
+    return read_json(path).get("_class_name") if path is not None and path.is_file() else None

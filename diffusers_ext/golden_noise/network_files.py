@@ -34,9 +34,9 @@ from diffusers_ext.core.checked_tensors import (
 from diffusers_ext.core.config_digest import CONFIG_KEY, config_digest
 from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 from diffusers_ext.core.safetensors_header import sort_metadata
+from diffusers_ext.core.sources import CONFIG_NAME, hub_names
 from diffusers_ext.core.suggestions import check_keywords
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.golden_noise.hub_sources import WHERE
 
 
 LOADING_ARGUMENTS = (
@@ -51,6 +51,35 @@ _UNBUILDABLE = (
     TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError,
     StrictDataclassError,
 )  # fmt: skip
+
+_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def read_network_config(source: str | os.PathLike, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a network, downloaded where `source` is no folder.
+
+    Args:
+        source: a local folder, or `"user/name"`.
+        arguments: of `from_pretrained`; those that say where to look are read.
+
+    Raises:
+        ValueError: nothing of that name, no `config.json` there, or a broken one.
+    """
+    name, kind = "pretrained_model_name_or_path", "a golden-noise network"
+    where = {key: arguments[key] for key in _WHERE if arguments.get(key) is not None}
+    if Path(source).is_dir():
+        path = Path(source, where.get("subfolder", ""), CONFIG_NAME)
+        if not path.is_file():
+            raise ValueError(
+                f"`{name}` must be a folder or Hub name of {kind}, got {source}: there is no "
+                f"{path.relative_to(source)} in it."
+            )
+    else:
+        offline = where.get("local_files_only", False)
+        revision = where.get("revision")
+        with hub_names(name, source, kind, revision=revision, local_files_only=offline):
+            path = Path(hf_hub_download(str(source), CONFIG_NAME, **where))
+    return read_json(path)
 
 
 class CheckedWeights:
@@ -173,7 +202,7 @@ def weight_files(
 
 
 def _find(source: str | os.PathLike, name: str, arguments: Mapping[str, Any]) -> Path | None:
-    where = {key: arguments[key] for key in WHERE if arguments.get(key) is not None}
+    where = {key: arguments[key] for key in _WHERE if arguments.get(key) is not None}
     if Path(source).is_dir():
         folder = Path(source, where.get("subfolder", ""))
         if not os.path.lexists(folder / name):

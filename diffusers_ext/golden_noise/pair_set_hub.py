@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 
-from diffusers_ext.golden_noise.hub_sources import hub_names
+from diffusers_ext.core.sources import hub_names
 from diffusers_ext.golden_noise.pair_shards import list_shards, read_table, shard_files
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card, make_card

@@ -104,7 +104,8 @@ def find_licence(
         return Licence(licence)
     path = Path(base, _CARD_NAME) if Path(base).is_dir() else None
     if path is None or not path.is_file():
-        path = _card_on_hub(public_name(base), token)
+        name = public_name(base)
+        path = find_on_hub(name, _CARD_NAME, token) if "/" in name else None
     data = (metadata_load(path) if path is not None else None) or {}
     name, label, link = (data.get(key) for key in ("license", "license_name", "license_link"))
     if not isinstance(name, str) or (name == "other" and not label):
@@ -120,10 +121,9 @@ def find_licence(
     return Licence(name, label, link)
 
 
-def _card_on_hub(base: str, token: str | None) -> Path | None:
-    if "/" not in base:
-        return None
+def find_on_hub(repo_id: str, name: str, token: str | None) -> Path | None:
+    """A file of a repository; `None` where there is no such repository or no such file in it."""
     try:
-        return Path(hf_hub_download(base, _CARD_NAME, token=token))
+        return Path(hf_hub_download(repo_id, name, token=token))
     except (HFValidationError, RepositoryNotFoundError, RemoteEntryNotFoundError):
         return None

@@ -17,6 +17,7 @@ from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.checked_tensors import DIGEST_KEY, read_tensors, with_digest
 from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
 from diffusers_ext.core.safetensors_header import with_sorted_metadata
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.kohya_lora import is_kohya_lora, read_kohya_lora, to_kohya_lora
 from diffusers_ext.nullspace.lora_checks import (
     adapter_settings,
@@ -28,7 +29,6 @@ from diffusers_ext.nullspace.lora_metadata import kept_metadata, lora_metadata
 from diffusers_ext.nullspace.lora_names import LoraKey, parse_key
 
 
-LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 # The file for ComfyUI and A1111. Diffusers looks for its own name first, so this one beside it is never
 # loaded by mistake; a name that depends on no folder keeps equal trainings equal files.
 KOHYA_NAME = "comfyui_a1111_kohya.safetensors"

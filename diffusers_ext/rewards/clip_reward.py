@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from diffusers_ext.core.download_arguments import check_download_arguments
 from diffusers_ext.core.pictures import rgb_picture
+from diffusers_ext.core.sources import check_download_arguments
 from diffusers_ext.rewards.reward import check_pairs, check_scores
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from diffusers_ext.core.download_arguments import check_download_arguments
+from diffusers_ext.core.sources import check_download_arguments
 from diffusers_ext.rewards.clip_reward import CLIPReward
 from diffusers_ext.rewards.hpsv2_files import HPSV2_REPOSITORY, check_version, locate_checkpoint
 from diffusers_ext.rewards.hpsv2_text import import_ftfy, token_ids

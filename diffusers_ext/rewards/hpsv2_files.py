@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
+
+from diffusers_ext.core.sources import files_on_hub
 
 
 HPSV2_REPOSITORY = "xswu/HPSv2"
@@ -48,10 +49,10 @@ def locate_checkpoint(
                 f"https://huggingface.co/{HPSV2_REPOSITORY}."
             )
         return found[0]
-    try:
+    no_folder = (
+        "`pretrained_model_name_or_path` must be a file, a folder or 'user/name', got "
+        f"{source}: no such file or folder."
+    )
+    no_file = f"Repository {source} must hold {name}, got none."
+    with files_on_hub(source, "HPSv2's weights", no_file=no_file, no_folder=no_folder):
         return Path(hf_hub_download(str(source), name, **download_arguments))
-    except HFValidationError as error:
-        raise ValueError(
-            "`pretrained_model_name_or_path` must be a file, a folder or 'user/name', got "
-            f"{source}: no such file or folder."
-        ) from error

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.command_line.lora_source import locate_lora
 from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
+from diffusers_ext.core.sources import lora_file
 from diffusers_ext.eraser.eraser_files import read_eraser
 from diffusers_ext.golden_noise.loading import load_noise_model
 from diffusers_ext.nullspace.lora_files import read_lora
@@ -20,7 +20,7 @@ LOADERS = {
     "load_noise_model": load_noise_model,
     "statistics": FeatureStatistics.from_pretrained,
     "push_artifact": lambda source: push_artifact(source, "user/name"),
-    "console": lambda source: locate_lora(str(source)),
+    "console": lambda source: lora_file(str(source)),
     "evaluate_nullspace": lambda source: find_lora(str(source)),
 }
 

@@ -1,0 +1,163 @@
+"""What users name by a folder, a file or a name on the Hub, and errors that say what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
+from diffusers_ext.core.hub_connection import not_found
+from diffusers_ext.core.suggestions import check_keywords
+
+
+CONFIG_NAME = "config.json"
+LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+DOWNLOAD_ARGUMENTS = (
+    "revision", "cache_dir", "token", "local_files_only", "force_download",
+    "endpoint", "etag_timeout", "headers", "library_name", "library_version", "user_agent",
+)  # fmt: skip
+_ARGUMENT = "pretrained_model_name_or_path"
+_NO_FOLDER = "`{}` must be a folder or 'user/name', got {}: no such folder."
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def check_download_arguments(arguments: Mapping[str, Any], function: str) -> None:
+    """Raise `TypeError` where a keyword is none of a download, whether or not one takes place."""
+    takes = f"of a download it takes {', '.join(DOWNLOAD_ARGUMENTS[:5])}"
+    check_keywords(arguments, DOWNLOAD_ARGUMENTS, function, takes)
+
+
+@contextmanager
+def files_on_hub(
+    source: str | os.PathLike,
+    kind: str,
+    *,
+    no_file: str,
+    no_folder: str | None = None,
+    argument: str = _ARGUMENT,
+) -> Iterator[None]:
+    """Say in the user's words what a download lacks; no repository or revision stays the Hub's error.
+
+    Args:
+        source: what the user's `argument` holds.
+        kind: what is looked for, as in "a folder or Hub name of `kind`".
+        no_file, no_folder: the messages for a file that the repository lacks, and for what cannot be
+            a repository's name.
+
+    Raises:
+        ValueError: with one of these messages.
+        LocalEntryNotFoundError: the Hub cannot be asked.
+    """
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(no_folder or _NO_FOLDER.format(argument, source)) from error
+    except RemoteEntryNotFoundError as error:
+        raise ValueError(no_file) from error
+    except LocalEntryNotFoundError as error:
+        raise LocalEntryNotFoundError(not_found(argument, source, kind, error)) from error
+
+
+@contextmanager
+def hub_names(
+    argument: str,
+    source: str | os.PathLike,
+    kind: str,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Iterator[None]:
+    """As `files_on_hub`, and `ValueError` for a repository or revision that is not there, too.
+
+    Args:
+        revision, local_files_only: as the download was asked for.
+    """
+    wanted = f"`{argument}` must be a folder or Hub name of {kind}, got {source}"
+    no_file = f"{wanted}: there is no {CONFIG_NAME} in it."
+    no_folder = f"{wanted}: no such folder."
+    try:
+        with files_on_hub(source, kind, no_file=no_file, no_folder=no_folder, argument=argument):
+            yield
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"`revision` must be a branch, tag or commit of {source}, got {revision!r}."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{wanted}: no such folder, and no such repository for this login. A private or gated "
+            "one needs `token`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        if not local_files_only:
+            raise
+        raise ValueError(
+            f"{wanted}: with `local_files_only` it must have been downloaded whole before. Call it "
+            "once without."
+        ) from error
+
+
+def artifact_file(
+    source: str | os.PathLike,
+    name: str,
+    subfolder: str | None,
+    download_arguments: Mapping[str, Any],
+) -> Path:
+    """Path of one file of an artifact, downloaded where `source` is no folder.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if Path(source).is_dir():
+        folder = Path(source, subfolder or "")
+        refuse_checkpoint(folder)
+        if not (folder / name).is_file():
+            held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+            raise ValueError(f"{folder} must hold {name}, got {held}.")
+        return folder / name
+    if "/" not in str(source):  # nothing that the Hub could have: a slip, not a lost connection
+        raise ValueError(_NO_FOLDER.format(_ARGUMENT, source))
+    no_file = f"Repository {source} must hold {name}, got none."
+    with files_on_hub(source, f"an artifact with {name}", no_file=no_file):
+        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **download_arguments))
+
+
+def lora_file(source: str, weight_name: str | None = None) -> Path:
+    """The file of a LoRA that a command line names, downloaded where it is neither file nor folder.
+
+    Args:
+        source: a file, a folder, or `"user/name"`.
+        weight_name: of the file in the folder or repository; diffusers' own name when `None`.
+
+    Raises:
+        ValueError: no such file.
+    """
+    refuse_checkpoint(source)
+    name = weight_name or LORA_WEIGHT_NAME
+    if Path(source).is_file():
+        return Path(source)
+    if Path(source).is_dir():
+        path = Path(source, name)
+        if not path.is_file():
+            raise ValueError(f"{source} must hold {name}, got none. Name it with `--weight_name`.")
+        return path
+    if not _REPOSITORY.fullmatch(source) or source.endswith(".safetensors"):
+        # Asking the Hub for a mistyped path would take long and say something else.
+        raise ValueError(
+            f"A LoRA must be a file, a folder or 'user/name', got {source}: no such file."
+        )
+    no_file = f"Repository {source} must hold {name}, got none. Name it with `--weight_name`."
+    with files_on_hub(source, f"a LoRA with {name}", no_file=no_file, argument="lora"):
+        return Path(hf_hub_download(source, name))
