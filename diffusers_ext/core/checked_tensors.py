@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -187,7 +187,7 @@ def check_config_fits(
     where = f" in {config_path}" if config_path is not None else ""
     for given, most, what in ((counts, len(shapes), "tensors"), (sides, largest, "numbers a side")):
         for name, value in (given or {}).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}{where}.")
             if value > most:
                 raise ValueError(
@@ -209,8 +209,9 @@ def tensors_digest(
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        for block in _bytes_of(tensor):
-            digest.update(block)
+        if tensor.numel():
+            for block in tensor.reshape(-1).view(torch.uint8).split(_BLOCK):
+                digest.update(memoryview(block.numpy()))
     return digest.hexdigest()
 
 
@@ -236,14 +237,6 @@ def check_digest(
             f"metadata does not fit. {remedy} If a program changed it on purpose, have it leave out "
             f"{DIGEST_KEY!r} of the metadata."
         )
-
-
-def _bytes_of(tensor: torch.Tensor) -> Iterable[memoryview]:
-    if not tensor.numel():
-        return
-    flat = tensor.reshape(-1).view(torch.uint8)
-    for block in flat.split(_BLOCK):
-        yield memoryview(block.numpy())
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -26,7 +26,11 @@ def full_disk_named(path: str | os.PathLike) -> Iterator[None]:
         if not is_full_disk(error):
             raise
         where = getattr(error, "filename", None) or path
-        raise OSError(errno.ENOSPC, _message(where), str(where)) from error
+        message = (
+            f"No space is left for {Path(where)}: free some on this disk, or write to another one; what "
+            "was complete before is intact"
+        )
+        raise OSError(errno.ENOSPC, message, str(where)) from error
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -39,10 +43,3 @@ def is_full_disk(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def _message(where: str | os.PathLike) -> str:
-    return (
-        f"No space is left for {Path(where)}: free some on this disk, or write to another one; what was "
-        "complete before is intact"
-    )

@@ -21,28 +21,16 @@ def gpu_autocast(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
         yield
         return
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.forward = partial(_float32_layer_norm, module)
-        elif isinstance(module, torch.nn.GroupNorm):
-            module.forward = partial(_float32_group_norm, module)
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm):
+            module.forward = partial(_float32_norm, module)
     with torch.autocast("cpu", dtype):
         yield
 
 
-def _float32_layer_norm(module: torch.nn.LayerNorm, features: torch.Tensor) -> torch.Tensor:
-    weight, bias = _float32_parameters(module)
-    return functional.layer_norm(
-        features.float(), module.normalized_shape, weight, bias, module.eps
-    )
-
-
-def _float32_group_norm(module: torch.nn.GroupNorm, features: torch.Tensor) -> torch.Tensor:
-    weight, bias = _float32_parameters(module)
-    return functional.group_norm(features.float(), module.num_groups, weight, bias, module.eps)
-
-
-def _float32_parameters(
-    module: torch.nn.LayerNorm | torch.nn.GroupNorm,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    weight, bias = (None if p is None else p.float() for p in (module.weight, module.bias))
-    return weight, bias
+def _float32_norm(
+    module: torch.nn.LayerNorm | torch.nn.GroupNorm, features: torch.Tensor
+) -> torch.Tensor:
+    affine = (None if p is None else p.float() for p in (module.weight, module.bias))
+    if isinstance(module, torch.nn.GroupNorm):
+        return functional.group_norm(features.float(), module.num_groups, *affine, module.eps)
+    return functional.layer_norm(features.float(), module.normalized_shape, *affine, module.eps)

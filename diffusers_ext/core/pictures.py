@@ -125,7 +125,9 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
     _check_format(path)
     try:
         with Image.open(path) as file:
-            _tell_of_frames(file, path)
+            frames = getattr(file, "n_frames", 1)
+            if frames > 1 and file.format != "MPO":  # a camera's JPEG with a preview or a depth map
+                _warn_once(f"{path} has {frames} frames: the first one is read.")
             return rgb_picture(ImageOps.exif_transpose(_black_is_zero(file)), str(path))
     except _DAMAGE as error:
         raise ValueError(
@@ -224,12 +226,6 @@ def _black_is_zero(file: Image.Image) -> Image.Image:
     turned = Image.fromarray((65535 - np.asarray(file)).astype(np.uint16))
     turned.info.update(file.info)
     return turned
-
-
-def _tell_of_frames(file: Image.Image, path: Path) -> None:
-    frames = getattr(file, "n_frames", 1)
-    if frames > 1 and file.format != "MPO":  # a camera's JPEG with a preview or a depth map
-        _warn_once(f"{path} has {frames} frames: the first one is read.")
 
 
 @functools.cache

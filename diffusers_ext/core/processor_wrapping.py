@@ -170,14 +170,11 @@ def _without(now: Any, scope: CallScope, original: Any) -> Any:
             outer.inner = processor.inner
             return now
         outer, processor = processor, processor.inner
-    if processor is _innermost(original):
+    innermost = original
+    while isinstance(innermost, _BoundAttnProcessor):
+        innermost = innermost.inner
+    if processor is innermost:
         return now
     while isinstance(original, _BoundAttnProcessor) and not original.scope.is_open:
         original = original.inner
     return original
-
-
-def _innermost(processor: Any) -> Any:
-    while isinstance(processor, _BoundAttnProcessor):
-        processor = processor.inner
-    return processor

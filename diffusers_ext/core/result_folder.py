@@ -30,7 +30,9 @@ def check_no_result(
 ) -> None:
     """Raise `ValueError` where a folder holds a finished result: a second one must not replace it unasked."""
     folder = Path(folder)
-    found = [name for name in _finished(folder) if (folder / name).exists()]
+    listed = _read_list(folder)
+    finished = listed["files"] if listed.get("complete") else ()
+    found = [name for name in finished if (folder / name).exists()]
     found = found or [name for name in names if (folder / name).is_file()]
     if found:
         raise ValueError(
@@ -112,12 +114,6 @@ def _move_contents(source: Path, target: Path, names: Sequence[str]) -> None:
             _move_contents(path, place, os.listdir(path))
         else:
             os.replace(path, place)
-
-
-def _finished(folder: Path) -> list[str]:
-    """Files of a result that was written to its end; empty where there is none."""
-    listed = _read_list(folder)
-    return listed["files"] if listed.get("complete") else []
 
 
 def _read_list(folder: Path) -> dict[str, Any]:

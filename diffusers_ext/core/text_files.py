@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -188,22 +188,16 @@ def _repeated_nodes(node: yaml.Node, above: tuple[int, ...], known: dict[int, in
         value = node.value.lower()
         if len(value) > _MAX_NUMBER or value.strip("+-") in (".inf", ".nan"):
             raise ValueError(f"the number {value[:20]} in line {node.start_mark.line + 1}")
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         _check_keys(node)
+        children = [part for pair in node.value for part in pair]
     inside = above + (id(node),)
-    total = 1 + sum(_repeated_nodes(child, inside, known) for child in _children(node))
+    total = 1 + sum(_repeated_nodes(child, inside, known) for child in children)
     if total > _MAX_YAML_NODES:
         raise ValueError(f"more than {_MAX_YAML_NODES} values with what its aliases repeat")
     known[id(node)] = total
     return total
-
-
-def _children(node: yaml.Node) -> Iterator[yaml.Node]:
-    if isinstance(node, yaml.SequenceNode):
-        yield from node.value
-    elif isinstance(node, yaml.MappingNode):
-        for pair in node.value:
-            yield from pair
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

@@ -228,10 +228,6 @@ def _read_json_table(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         yield _json_row(item, f"item {number} of {path}", columns)
 
 
-def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    yield from _json_lines(read_text(path), path, columns)
-
-
 def _json_lines(text: str, path: Path, columns: Sequence[str]) -> Iterator[Row]:
     # Not `splitlines`: a text may hold other line breaks as they are.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -252,7 +248,7 @@ def _json_row(item: Any, where: str, columns: Sequence[str]) -> Row:
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     import pyarrow
-    from pyarrow import parquet
+    from pyarrow import parquet, types
 
     try:
         with parquet.ParquetFile(path) as file:
@@ -261,8 +257,12 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             if missing:
                 raise _no_columns(str(path), missing, names)
             # Pictures beside the texts are most of such a file.
-            texts = [field.name for field in file.schema_arrow if not _is_nested(field.type)]
-            wanted = [name for name in names if name in texts or name in columns]
+            large = (types.is_nested, types.is_binary, types.is_large_binary)
+            wanted = [
+                field.name
+                for field in file.schema_arrow
+                if field.name in columns or not any(is_kind(field.type) for is_kind in large)
+            ]
             number = 0
             for batch in file.iter_batches(columns=wanted):
                 for row in batch.to_pylist():
@@ -274,16 +274,10 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         ) from error
 
 
-def _is_nested(kind: Any) -> bool:
-    from pyarrow import types
-
-    return types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind)
-
-
 _READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
     ".json": _read_json_table,
-    ".jsonl": _read_jsonl,
+    ".jsonl": lambda path, columns: _json_lines(read_text(path), path, columns),
     ".parquet": _read_parquet,
 }

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     LocalEntryNotFoundError,
@@ -137,7 +138,7 @@ class CheckedWeights:
         if arguments.get("use_flashpack") or not is_safetensors:
             return
         if arguments.get("is_main_process", True):
-            stem = with_variant(SAFETENSORS_WEIGHTS_NAME, arguments.get("variant"))
+            stem = _add_variant(SAFETENSORS_WEIGHTS_NAME, arguments.get("variant"))
             stem = stem.removesuffix(".safetensors")
             config = read_json(Path(save_directory, self.config_name), allow_nan=True)
             for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"):
@@ -167,26 +168,18 @@ def _check_counts(paths: Sequence[Path], counts: Mapping[str, Any], where: str) 
             )
 
 
-def with_variant(name: str, variant: str | None) -> str:
-    """`diffusion_pytorch_model.fp16.safetensors`, as diffusers names files of a variant."""
-    if variant is None:
-        return name
-    stem, _, ending = name.rpartition(".")
-    return f"{stem}.{variant}.{ending}"
-
-
 def weight_files(
     source: str | os.PathLike, arguments: Mapping[str, Any], *, pickled: bool = False
 ) -> list[Path]:
     """The one weights file of a model, or all that its index names; downloaded from the Hub."""
     name = WEIGHTS_NAME if pickled else SAFETENSORS_WEIGHTS_NAME
     variant = arguments.get("variant")
-    index = _find(source, with_variant(f"{name}.index.json", variant), arguments)
+    index = _find(source, _add_variant(f"{name}.index.json", variant), arguments)
     if index is None:
-        path = _find(source, with_variant(name, variant), arguments)
+        path = _find(source, _add_variant(name, variant), arguments)
         if path is None:
             raise ValueError(
-                f"{source} must hold {with_variant(name, variant)}, got none. {REMEDY} A pickle is "
+                f"{source} must hold {_add_variant(name, variant)}, got none. {REMEDY} A pickle is "
                 "read with `use_safetensors=False` alone, a variant with `variant=`."
             )
         return [path]

@@ -92,10 +92,14 @@ def write_shard(
         deltas: `(pairs, steps, channels, height, width)` float16, golden noises minus the source's.
     """
     files = shard_files(folder, shard)
-    contents = [
-        save({TENSOR: deltas.contiguous()}),
-        *(_to_parquet(rows) for rows in (pairs, rejected)),
-    ]
+    contents = [save({TENSOR: deltas.contiguous()})]
+    for rows in (pairs, rejected):
+        columns = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names}
+        buffer = io.BytesIO()
+        with parquet.ParquetWriter(buffer, _SCHEMA) as writer:
+            if rows:  # `datasets` refuses an empty row group, not a table without one
+                writer.write_table(pa.table(columns, schema=_SCHEMA))
+        contents.append(buffer.getvalue())
     for path, content in zip(files, contents, strict=False):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
@@ -185,15 +189,6 @@ def open_tensors(path: str | os.PathLike) -> safe_open:
     if TENSOR not in handle.keys():
         raise ValueError(f"{path} must hold the tensor {TENSOR!r}, got {sorted(handle.keys())}.")
     return handle
-
-
-def _to_parquet(rows: Sequence[PairRecord]) -> bytes:
-    columns = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names}
-    buffer = io.BytesIO()
-    with parquet.ParquetWriter(buffer, _SCHEMA) as writer:
-        if rows:  # `datasets` refuses an empty row group, not a table without one
-            writer.write_table(pa.table(columns, schema=_SCHEMA))
-    return buffer.getvalue()
 
 
 def _sums(summary: Any, files: ShardFiles) -> dict[str, str]:

@@ -95,7 +95,10 @@ def collect_statistics(
         "negative_prompt": negative_prompt,
     }
     if rest:
-        settings["scheduler"] = _scheduler_settings(pipeline)
+        own = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+        kind = type(pipeline.scheduler).__name__
+        # Trained betas may be an array.
+        settings["scheduler"] = {"class": kind, **json.loads(json.dumps(own, default=str))}
         settings["batch_size"] = batch_size
         settings["run"] = {
             "num_inference_steps": num_inference_steps,
@@ -140,14 +143,6 @@ def _check_arguments(
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"`shard` must be an index below a count, got {tuple(shard)}.")
-
-
-def _scheduler_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    config = pipeline.scheduler.config
-    own = {key: value for key, value in config.items() if not key.startswith("_")}
-    # Trained betas may be an array.
-    own = json.loads(json.dumps(own, default=str))
-    return {"class": type(pipeline.scheduler).__name__, **own}
 
 
 def text_only(denoiser: torch.nn.Module, linear: str) -> bool:

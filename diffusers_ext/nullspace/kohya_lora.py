@@ -80,15 +80,10 @@ def to_kohya_lora(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             f"Every LoRA key must have a kohya counterpart, got {len(weights)} for {len(lora)} "
             f"(without one: {strange[:3]})."
         )
-    return _with_one_alpha(exported)
-
-
-def _with_one_alpha(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same updates with one alpha for all modules: diffusers misreads several."""
-    alphas = {key: tensor for key, tensor in lora.items() if key.endswith(".alpha")}
+    # One alpha for all modules, B scaled to it: diffusers misreads several.
+    alphas = {key: tensor for key, tensor in exported.items() if key.endswith(".alpha")}
     largest = max(alphas.values())
-    scaled = dict(lora)
     for key, alpha in alphas.items():
         up = key.replace(".alpha", ".lora_up.weight")
-        scaled[key], scaled[up] = largest.clone(), lora[up] * (alpha / largest).item()
-    return scaled
+        exported[key], exported[up] = largest.clone(), exported[up] * (alpha / largest).item()
+    return exported

@@ -137,23 +137,12 @@ def add_null_space_lora(
     # A list, because the order of a set of strings differs from process to process.
     config.target_modules = statistics.linears
     unet.add_adapter(config, adapter_name=adapter_name)
-    for _, layer in lora_linears(unet, adapter_name):
-        layer.lora_A[adapter_name].to(torch.float32)
-        layer.lora_B[adapter_name].to(torch.float32)
-    if chosen is not None:
-        _freeze_directions(unet, chosen, adapter_name)
+    for name, layer in lora_linears(unet, adapter_name):
+        a, b = layer.lora_A[adapter_name].float(), layer.lora_B[adapter_name].float()
+        if chosen is not None:
+            a.requires_grad_(False).weight.copy_(chosen.vectors(name))
+            torch.nn.init.zeros_(b.weight)
     return chosen
-
-
-def _freeze_directions(
-    unet: torch.nn.Module, directions: NullSpaceDirections, adapter_name: str
-) -> None:
-    with torch.no_grad():
-        for name, layer in lora_linears(unet, adapter_name):
-            weight = layer.lora_A[adapter_name].weight
-            weight.copy_(directions.vectors(name))
-            weight.requires_grad_(False)
-            layer.lora_B[adapter_name].weight.zero_()
 
 
 def lora_linears(

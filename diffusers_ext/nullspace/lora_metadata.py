@@ -89,7 +89,10 @@ def lora_metadata(
         **_family(lora, kept),
         **kept,
         "ss_network_dim": dim,
-        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else _alpha_of(dim),
+        # Without alphas the scale is 1, which is an alpha as large as the rank.
+        "ss_network_alpha": (
+            alphas.pop() if len(alphas) == 1 else dim if dim == "Dynamic" else str(float(dim))
+        ),
         "sshs_model_hash": digest,
         "modelspec.hash_sha256": f"0x{digest}",
     }
@@ -106,11 +109,6 @@ def data_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     }
     content = save(copies)
     return hashlib.sha256(memoryview(content)[tensors_offset(content) :]).hexdigest()
-
-
-def _alpha_of(dim: str) -> str:
-    # Without alphas the scale is 1, which is an alpha as large as the rank.
-    return dim if dim == "Dynamic" else str(float(dim))
 
 
 def _family(lora: Mapping[str, torch.Tensor], kept: Mapping[str, str]) -> dict[str, str]:

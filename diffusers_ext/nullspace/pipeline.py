@@ -75,7 +75,10 @@ class NullSpaceMixin(PushWithCard):
     ) -> None:
         """As in diffusers, but a LoRA without any effect on this model is a `ValueError`."""
         before = _adapters(self)
-        active = [(layer, list(layer.active_adapters)) for layer in _lora_layers(self)]
+        models = [c for c in self.components.values() if isinstance(c, torch.nn.Module)]
+        parts = [part for model in models for part in model.modules()]
+        layers = [part for part in parts if isinstance(part, BaseTunerLayer)]
+        active = [(layer, list(layer.active_adapters)) for layer in layers]
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
         added = _adapters(self) - before
         try:
@@ -146,13 +149,6 @@ def _warn_of_uncovered(unet: torch.nn.Module, projector: NullSpaceProjector) -> 
             len(left),
             left[0],
         )
-
-
-def _lora_layers(pipeline: DiffusionPipeline) -> list[BaseTunerLayer]:
-    models = [c for c in pipeline.components.values() if isinstance(c, torch.nn.Module)]
-    return [
-        part for model in models for part in model.modules() if isinstance(part, BaseTunerLayer)
-    ]
 
 
 def _adapters(pipeline: DiffusionPipeline) -> set[str]:

@@ -128,7 +128,10 @@ def plot_attention_maps(maps: AttentionMaps, path: str | os.PathLike | None = No
     picture.set_axis_off()
     contrast = relative_attention(mean)
     limit = attention_limit(contrast)
-    mosaic = _mosaic(F.interpolate(contrast, tile, mode="nearest"))
+    # Tiles side by side, (rows, columns, height, width) to one picture, with gaps of not-a-number.
+    tiles = F.interpolate(contrast, tile, mode="nearest")
+    tiles = F.pad(tiles, (0, _GAP, 0, _GAP), value=float("nan"))
+    mosaic = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:-_GAP, :-_GAP].numpy()
     shown = axes.imshow(mosaic, cmap="RdBu_r", vmin=-limit, vmax=limit)
     _label_tiles(axes, maps, tile, (100 * mean.mean((0, 2, 3))).tolist())
     ticks, texts = relative_ticks(limit)
@@ -164,13 +167,6 @@ def relative_ticks(limit: float) -> tuple[list[float], list[str]]:
     """Ticks of the colour scale, and their texts."""
     ticks = [tick for tick in (-3, -2, -1, -0.5, 0, 0.5, 1, 2, 3) if abs(tick) <= limit]
     return ticks, [f"{2.0**tick:.2g} x" for tick in ticks]
-
-
-def _mosaic(tiles: torch.Tensor) -> np.ndarray:
-    """Tiles `(rows, columns, height, width)` side by side, with gaps of not-a-number."""
-    tiles = F.pad(tiles, (0, _GAP, 0, _GAP), value=float("nan"))
-    rows, columns, height, width = tiles.shape
-    return tiles.transpose(1, 2).reshape(rows * height, columns * width)[:-_GAP, :-_GAP].numpy()
 
 
 def _label_tiles(

@@ -54,15 +54,11 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"`{name}` must be an object, got {type(config[name]).__name__} in the config."
             )
-    _check_sources(config["sources"], config["moments"])
-    _check_facts(config["facts"])
-
-
-def _check_sources(sources: Mapping[str, Any], moments: Mapping[str, Any]) -> None:
-    for linear, key in sources.items():
+    for linear, key in config["sources"].items():
         split_linear_name(linear)
-        if not isinstance(key, str) or key not in moments:
+        if not isinstance(key, str) or key not in config["moments"]:
             raise ValueError(f"`sources` must point at given moments, got {key!r} of {linear!r}.")
+    _check_facts(config["facts"])
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
@@ -103,7 +99,17 @@ def restore_moments(
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATING:
             raise ValueError(f"{name!r} must be of a floating dtype, got {tensor.dtype}.")
-    return {key: _restored(key, kind, tensors) for key, kind in kinds.items()}
+    moments: dict[str, Moment] = {}
+    for key, kind in kinds.items():
+        if "rest" in kind:
+            vectors, values = tensors[f"{key}.vectors"], tensors[f"{key}.values"]
+            _check_eigenvectors(key, vectors, values)
+            moments[key] = LowRankMoment(vectors, values, kind["rest"], kind["count"])
+        else:
+            total = tensors[f"{key}.total"]
+            _check_positive(key, total)
+            moments[key] = SecondMoment.from_total(total, kind["count"], kind["floor"])
+    return moments
 
 
 def _check_kind(key: str, kind: Any) -> None:
@@ -113,7 +119,7 @@ def _check_kind(key: str, kind: Any) -> None:
             f"`moments.{key}` must hold `count`, and `floor` or `rest`, got {kind!r:.80}."
         )
     count = kind["count"]
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < 2**63:
+    if type(count) is not int or not 0 < count < 2**63:
         raise ValueError(f"`moments.{key}.count` must be a positive integer, got {count!r}.")
     (other,) = names - {"count"}
     most = 1.0 if other == "floor" else math.inf
@@ -122,16 +128,6 @@ def _check_kind(key: str, kind: Any) -> None:
             f"`moments.{key}.{other}` must be a number from 0"
             f"{' to below 1' if other == 'floor' else ''}, got {kind[other]!r}."
         )
-
-
-def _restored(key: str, kind: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Moment:
-    if "rest" in kind:
-        vectors, values = tensors[f"{key}.vectors"], tensors[f"{key}.values"]
-        _check_eigenvectors(key, vectors, values)
-        return LowRankMoment(vectors, values, kind["rest"], kind["count"])
-    total = tensors[f"{key}.total"]
-    _check_positive(key, total)
-    return SecondMoment.from_total(total, kind["count"], kind["floor"])
 
 
 def _check_eigenvectors(key: str, vectors: torch.Tensor, values: torch.Tensor) -> None:

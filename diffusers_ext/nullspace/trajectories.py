@@ -84,19 +84,16 @@ class TrajectoryRun:
                 self._denoise([prompts[i] for i in batch], batch, settings)
                 if self.folder is not None and (index % _SAVE_EVERY == 0 or index == len(mine)):
                     self._save_progress(index)
-        self._fill_idle(targets)
+        # A process without any batch still takes part in the all-reduce, with zeros.
+        for key, module in targets.items():
+            if key not in self.moments:
+                self.moments[key] = SecondMoment(module.in_features, module.weight.device)
         return self.moments, self.sources
 
     def _count(self, key: str, features: torch.Tensor) -> None:
         if key not in self.moments:
             self.moments[key] = SecondMoment(features.shape[-1], features.device)
         self.moments[key].update(features)
-
-    def _fill_idle(self, targets: dict[str, torch.nn.Module]) -> None:
-        """A process without any batch still takes part in the all-reduce, with zeros."""
-        for key, module in targets.items():
-            if key not in self.moments:
-                self.moments[key] = SecondMoment(module.in_features, module.weight.device)
 
     def _denoise(self, prompts: list[str], indices: list[int], settings: dict[str, Any]) -> None:
         run = dict(settings["run"])
