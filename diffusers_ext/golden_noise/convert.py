@@ -16,8 +16,6 @@ from diffusers_ext.core.pickled_tensors import read_pickled_tensors
 
 VARIANTS = {2048: "SDXL", 1024: "Hunyuan-DiT"}  # by text width; DreamShaper's shapes are SDXL's
 TEXT_LENGTH = 77
-# The official name is misspelt; safetensors ports spell it out.
-_TEXT_PREFIXES = ("embeeding.", "text_embedding.")
 # Constants that old versions of timm saved with the weights.
 _CONSTANTS = re.compile(r"unet_embedding\.swin\..*\.(relative_position_index|attn_mask)")
 # In every checkpoint, without effect on the output: checked and dropped.
@@ -76,15 +74,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: `{name}` must be a tensor, got {type(value).__name__}.")
-    return {official_spelling(name): value.detach() for name, value in weights.items()}
-
-
-def official_spelling(name: str) -> str:
-    """The official name of a tensor of a port."""
-    for prefix in _TEXT_PREFIXES:
-        if name.startswith(prefix):
-            return _TEXT_PREFIXES[0] + name.removeprefix(prefix)
-    return name
+    # The official name is misspelt; safetensors ports spell it out.
+    return {
+        re.sub(r"^text_embedding\.", "embeeding.", name): value.detach()
+        for name, value in weights.items()
+    }
 
 
 def find_variant(weights: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, int]]:

@@ -74,16 +74,7 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Golden noise before its spectrum is matched.
 
-        Args:
-            noise: `(batch, in_channels, height, width)`, unit variance.
-            prompt_embeds: `(batch, tokens, text_embed_dim)`.
-            attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
-
-        Returns:
-            The shape of `noise`.
-
-        Raises:
-            ValueError: another number of channels, another text width, or shapes that do not fit.
+        Shapes and errors as in `refine`; it has the shape of `noise`.
         """
         config = self.config
         check_text(noise, prompt_embeds, attention_mask)
@@ -118,6 +109,7 @@ def to_patches(latents: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, tu
     missing = [-side % patch_size for side in latents.shape[-2:]]
     latents = F.pad(latents, (0, missing[1], 0, missing[0]))
     grid = latents.shape[-2] // patch_size, latents.shape[-1] // patch_size
+    # `unfold` gives (batch, numbers of a patch, patches): channel by channel, each row by row.
     return F.unfold(latents, patch_size, stride=patch_size).transpose(1, 2), grid
 
 

@@ -168,15 +168,7 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
             )
 
     def forward(self, noise: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """The published network.
-
-        Args:
-            noise: `(batch, in_channels, sample_size, sample_size)`, unit variance.
-            prompt_embeds: `(batch, text_length, text_embed_dim)`.
-
-        Returns:
-            Golden noise of the shape of `noise`.
-        """
+        """The published network, on noise of one size and text of one length."""
         self.check_inputs(noise, prompt_embeds)
         if noise.shape[-2:] != (self.config.sample_size,) * 2:
             raise ValueError(

@@ -40,13 +40,8 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
     ) -> tuple[torch.Tensor, Any]:
         """The head's output for frames that follow those in `memory`, and the memory with them.
 
-        Args:
-            frames: `(batch, steps, channels, height, width)` in the network's dtype.
-            text: what `read_text` returned.
-            memory: what this method returned for the earlier frames; `None` at the start.
-
-        Returns:
-            `(batch, steps, channels, height, width)`, twice the channels with `predict_variance`.
+        Frames and output are `(batch, steps, channels, height, width)` in the network's dtype, the
+        output of twice the channels with `predict_variance`; the first frames have no memory.
         """
         raise TypeError(f"{type(self).__name__} must define `predict_frames`.")
 
@@ -64,16 +59,8 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
         With `num_steps` it is `generate_sequence`, which comes this way for the hooks that bring
         offloaded weights in: they see the module called, not its methods.
 
-        Args:
-            noise_sequence: `(batch, steps, channels, height, width)`, states 0 to steps - 1.
-            text_embed: `(batch, tokens, dim)`, or what the class says.
-            attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
-
-        Returns:
-            States 1 to steps, in the dtype of `noise_sequence`.
-
-        Raises:
-            ValueError: shapes that do not fit the network, or more steps than it was made for.
+        `noise_sequence` `(batch, steps, channels, height, width)` are states 0 to steps - 1; the
+        prediction is of states 1 to steps, in its dtype. Text and errors as in `generate_sequence`.
         """
         if num_steps is not None:
             return self._generate(noise_sequence, text_embed, attention_mask, num_steps, generator)
@@ -128,10 +115,8 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
         self, text: TextConditioning, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self.config.get("pooled_text"):
-            return (
-                text.prompt_embeds,
-                text.attention_mask if attention_mask is None else attention_mask,
-            )
+            mask = text.attention_mask if attention_mask is None else attention_mask
+            return text.prompt_embeds, mask
         if text.pooled_prompt_embeds is None:
             raise ValueError(
                 "`text_embed` must have `pooled_prompt_embeds` for a network with `pooled_text`, got "

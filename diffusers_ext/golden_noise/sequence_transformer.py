@@ -112,6 +112,7 @@ class NoiseSequenceTransformer(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         mask = None
         if steps > 1:
             num_patches = patches.shape[2]
+            # Keys are all frames so far, queries the new ones alone: the last rows of the whole mask.
             mask = frame_causal_mask(earlier + steps, num_patches, frames.device)
             mask = mask[earlier * num_patches :]
         keys_values = []

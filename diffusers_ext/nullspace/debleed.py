@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.nullspace.lora import instance_statistics_like
 from diffusers_ext.nullspace.lora_files import (
+    LoraSource,
     StateDict,
     check_lora_effect,
     check_output_path,
@@ -25,7 +26,7 @@ _DENOISERS = ("unet", "transformer")
 
 
 def debleed_lora(
-    lora: str | os.PathLike | Mapping[str, torch.Tensor],
+    lora: LoraSource,
     statistics: FeatureStatistics,
     *,
     instance_prompts: Sequence[str] = (),
@@ -96,8 +97,7 @@ def _projected(
     result: StateDict = {}
     missing = []
     for key, tensor in lora.items():
-        component, _, name = key.rsplit(".lora_", 1)[0].partition(".")
-        linear = name if component in _DENOISERS else None
+        linear = _linear(key.rsplit(".lora_", 1)[0])
         if linear in projections:
             is_a = key.endswith(".lora_A.weight")
             result[key] = project_rows(tensor, projections[linear]) if is_a else tensor
@@ -108,26 +108,28 @@ def _projected(
     return result, missing
 
 
-def uncovered_modules(
-    lora: str | os.PathLike | Mapping[str, torch.Tensor], statistics: FeatureStatistics
-) -> list[str]:
+def _linear(module: str) -> str | None:
+    """Dotted name in the denoiser of a module with its component; `None` for one of a text encoder."""
+    component, _, name = module.partition(".")
+    return name if component in _DENOISERS else None
+
+
+def _modules(lora: StateDict) -> list[str]:
+    ending = ".lora_A.weight"
+    return [key.removesuffix(ending) for key in lora if key.endswith(ending)]
+
+
+def uncovered_modules(lora: LoraSource, statistics: FeatureStatistics) -> list[str]:
     """Modules of a LoRA that no statistic covers, with their component: nothing is known of what they do.
 
     Every module of a text encoder is among them. One that changes also changes what the covered
     modules read, which then is not what was measured.
     """
-    names = [key.removesuffix(".lora_A.weight") for key in read_lora(lora) if ".lora_A." in key]
-    return [
-        name
-        for name in names
-        if name.partition(".")[0] not in _DENOISERS
-        or name.partition(".")[2] not in statistics.sources
-    ]
+    modules = _modules(read_lora(lora))
+    return [module for module in modules if _linear(module) not in statistics.sources]
 
 
-def preserved_energy(
-    lora: str | os.PathLike | Mapping[str, torch.Tensor], statistics: FeatureStatistics
-) -> dict[str, float]:
+def preserved_energy(lora: LoraSource, statistics: FeatureStatistics) -> dict[str, float]:
     """`tr(D C D^T)`, how strongly each update `D` of a LoRA acts on preserved inputs.
 
     Divided by `tr(W C W^T)` of the model's own weights it is `predicted_drift`; so the share of it
@@ -137,13 +139,12 @@ def preserved_energy(
         By dotted name of the Linear; modules without a statistic are left out.
     """
     tensors, energies = read_lora(lora), {}
-    for key, a in tensors.items():
-        component, _, rest = key.partition(".")
-        linear = rest.removesuffix(".lora_A.weight")
-        if linear == rest or component not in _DENOISERS or linear not in statistics.sources:
-            continue
-        b = tensors[key.replace(".lora_A.", ".lora_B.")]
-        moment = statistics.moments[statistics.key(linear)].mean.double()
-        a, b = a.to(moment), b.to(moment)
-        energies[linear] = float(((a @ moment @ a.T) * (b.T @ b)).sum())
+    for module in _modules(tensors):
+        linear = _linear(module)
+        if linear in statistics.sources:
+            moment = statistics.moments[statistics.key(linear)].mean.double()
+            a = tensors[f"{module}.lora_A.weight"].to(moment)
+            b = tensors[f"{module}.lora_B.weight"].to(moment)
+            # tr(B A C A^T B^T), at the cost of the rank.
+            energies[linear] = float(((a @ moment @ a.T) * (b.T @ b)).sum())
     return energies

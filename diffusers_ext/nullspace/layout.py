@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.artifacts import fingerprint, write_atomically
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.core.targets import natural_key
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.nullspace.layout_files import (
     MatrixFile,
     find_files,
     find_linear,
     find_run,
-    read_json,
     read_matrix,
     read_metadata,
     safe_name,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from diffusers_ext.core import text_files
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.nullspace.slots import linear_name
 
 
@@ -72,15 +72,10 @@ def find_files(run: Path) -> list[MatrixFile]:
     return sorted(files)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises `ValueError` that names the file."""
-    if not path.is_file():
-        raise ValueError(f"{path} must stand beside its matrix, got no such file.")
-    return text_files.read_json(path)
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
     """Metadata of one matrix; raises `ValueError` where its sizes are not positive integers."""
+    if not path.is_file():
+        raise ValueError(f"{path} must stand beside its matrix, got no such file.")
     metadata = read_json(path)
     for name in ("n_samples", "feature_dim"):
         value = metadata.get(name)

@@ -20,9 +20,4 @@ class CLIPScoreReward(ProcessorReward):
     default_model = "openai/clip-vit-large-patch14"
 
     def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
-        return clip_scores(cosines)
-
-
-def clip_scores(cosines: torch.Tensor) -> torch.Tensor:
-    """`max(100 * cosines, 0)`."""
-    return (100.0 * cosines).clamp(min=0.0)
+        return (100.0 * cosines).clamp(min=0.0)

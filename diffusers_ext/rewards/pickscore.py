@@ -20,9 +20,5 @@ class PickScoreReward(ProcessorReward):
     default_version = "v1"
 
     def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
-        return pick_scores(cosines, self.model.logit_scale)
-
-
-def pick_scores(cosines: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """`exp(logit_scale) * cosines`."""
-    return cosines * logit_scale.detach().float().exp().to(cosines.device)
+        scale = self.model.logit_scale.detach().float().exp()
+        return cosines * scale.to(cosines.device)

@@ -3,12 +3,11 @@ from __future__ import annotations
 import torch
 
 from diffusers_ext.rewards import CLIPScoreReward
-from diffusers_ext.rewards.clip_score import clip_scores
 from tests.rewards.hpsv2_fixtures import pictures
 
 
 def test_the_cosine_counts_in_hundredths_from_zero():
-    found = clip_scores(torch.tensor([1.0, 0.25, 0.0, -0.3]))
+    found = CLIPScoreReward._from_cosines(None, torch.tensor([1.0, 0.25, 0.0, -0.3]))
     assert found.tolist() == [100.0, 25.0, 0.0, 0.0]
 
 

@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffusers_ext.rewards import PickScoreReward
-from diffusers_ext.rewards.pickscore import pick_scores
 from tests.rewards.hpsv2_fixtures import official_tensors, pictures
 
 
 def test_scores_and_preference_are_those_of_the_recipe():
     tensors = official_tensors()
     cosines = tensors["image_features"][:2] @ tensors["text_features"][2]
-    scores = pick_scores(cosines, torch.tensor(math.log(100)))
+    reward = SimpleNamespace(model=SimpleNamespace(logit_scale=torch.tensor(math.log(100))))
+    scores = PickScoreReward._from_cosines(reward, cosines)
     assert torch.allclose(scores, torch.tensor([1.3120, 2.9555]), atol=1e-3)
     assert torch.allclose(scores.softmax(0), torch.tensor([0.1620, 0.8380]), atol=1e-3)
 
