@@ -165,37 +165,6 @@ def check_finite(
             )
 
 
-def check_config_fits(
-    path: str | os.PathLike,
-    *,
-    counts: Mapping[str, int] | None = None,
-    sides: Mapping[str, int] | None = None,
-    config_path: str | os.PathLike | None = None,
-) -> None:
-    """Refuse a config that asks for more than its weights hold, before anything is made of it.
-
-    A config of 300,000 layers beside a file of ten would fill the memory with layers that get no
-    weights.
-
-    Args:
-        counts: settings each unit of which has at least one tensor, such as `num_layers`.
-        sides: settings that are a side of at least one tensor, or part of one, such as `width`.
-    """
-    handle = open_tensors(path)
-    shapes = [handle.get_slice(name).get_shape() for name in handle.keys()]
-    largest = max((side for shape in shapes for side in shape), default=0)
-    where = f" in {config_path}" if config_path is not None else ""
-    for given, most, what in ((counts, len(shapes), "tensors"), (sides, largest, "numbers a side")):
-        for name, value in (given or {}).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}{where}.")
-            if value > most:
-                raise ValueError(
-                    f"`{name}` must fit the weights, got {value}{where}, but {path} has at most "
-                    f"{most} {what}. {REMEDY}"
-                )
-
-
 def tensors_digest(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:

@@ -22,7 +22,6 @@ PICTURE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
     ".heic", ".heif", ".hif", ".jp2", ".ppm", ".pgm", ".tga",
 )  # fmt: skip
-_HEIC = (".heic", ".heif", ".hif")
 # What systems leave in folders beside what people put there; names in lower case.
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
 _WHITE = (255, 255, 255, 255)
