@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
+from examples.demo_processes import step_events
 from examples.demo_report import DemoPart, DemoReport
 from examples.demo_report_page import seconds_text, write_page
 
@@ -40,6 +41,13 @@ def use_one_thread() -> None:
         torch.set_num_threads(1)
 
 
+def prepare() -> None:
+    """Set this process up for steps: one thread, and no word of the libraries."""
+    warnings.filterwarnings("ignore")
+    use_one_thread()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
 def load_parts(names: list[str], output_dir: Path) -> list[DemoPart]:
     """The parts by name, each with a folder of its own below `output_dir`."""
     from examples.demo_eraser import EraserDemo
@@ -50,13 +58,14 @@ def load_parts(names: list[str], output_dir: Path) -> list[DemoPart]:
     return [parts[name](output_dir / name) for name in names]
 
 
-def machine_facts() -> dict[str, str]:
-    """Device, threads, date and versions, for readers."""
+def machine_facts(processes: int) -> dict[str, str]:
+    """Device, processes and their threads, date and versions, for readers."""
     from benchmarks.machine import describe_machine
 
     machine = describe_machine()
     return {
-        "Machine": f"{machine['device']}, {machine['cores']} cores; torch threads: {machine['threads']}",
+        "Machine": f"{machine['device']}, {machine['cores']} cores; processes: {processes}, torch "
+        f"threads of each: {machine['threads']}",
         "Date": machine["date"],
         **machine["versions"],
     }
@@ -67,8 +76,13 @@ def main(input_args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        help="steps that do not need each other run side by side; the same results from any number",
+    )
     args = parser.parse_args(input_args)
-    warnings.filterwarnings("ignore")
     page = args.output_dir / "report.html"
     page.unlink(missing_ok=True)  # of an earlier demo
     print(
@@ -76,11 +90,11 @@ def main(input_args: list[str] | None = None) -> None:
         flush=True,
     )
     # Torch and the tools are imported only now, so that the line above comes at once.
-    use_one_thread()
+    prepare()
     parts = load_parts(args.parts, args.output_dir)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    report = DemoReport(parts, facts=machine_facts(), began=_BEGAN)
-    report.run(partial(write_page, path=page), tell=partial(print, flush=True))
+    report = DemoReport(parts, facts=machine_facts(args.processes), began=_BEGAN)
+    events = step_events(parts, args.processes, prepare) if args.processes > 1 else None
+    report.run(partial(write_page, path=page), partial(print, flush=True), events)
     print_tables(report)
     print(f"\nAll in {seconds_text(report.total)}: {page.resolve().as_uri()}")
 
@@ -90,7 +104,7 @@ def print_tables(report: DemoReport) -> None:
     from benchmarks.machine import table
 
     for section in report.sections:
-        print(f"\n## {section.part.title} ({seconds_text(sum(section.seconds))})")
+        print(f"\n## {section.part.title} ({seconds_text(sum(section.seconds.values()))})")
         for found in section.tables:
             print(f"\n{found.title}\n\n{table(list(found.header), [list(r) for r in found.rows])}")
 

@@ -110,18 +110,24 @@ accelerate launch training/train_nullspace_dreambooth.py \\
         self.output_dir = output_dir
         self.loras: dict[str, list[Path]] = {BASE: []}
         self.seconds: dict[str, float] = {}
-        self.drawn: dict[str, dict[str, Drawn]] = {BASE: {}}  # model -> group
+        self.drawn: dict[str, dict[str, Drawn]] = {name: {} for name in (BASE, *LORAS)}  # by group
 
     def steps(self) -> list[Step]:
         """Draw, then train and draw twice; a few pictures come first, so that there is something to see."""
         first, *others = PROMPTS
+        show_base = partial(self._show, BASE)
         steps = [
-            Step("Draw old digits with the base model", partial(self._draw, BASE, [first])),
-            Step("Draw everything else with it", partial(self._draw, BASE, others)),
+            Step(
+                "Draw old digits with the base model", partial(self._draw, BASE, [first]), show_base
+            ),
+            Step("Draw everything else with it", partial(self._draw, BASE, others), show_base),
         ]
-        for name in LORAS:
-            steps.append(Step(f"Train the {name}", partial(self._train, name)))
-            steps.append(Step(f"Draw with the {name}", partial(self._draw, name, list(PROMPTS))))
+        for chain, name in enumerate(LORAS):
+            train, draw_all = partial(self._train, name), partial(self._draw, name, list(PROMPTS))
+            steps += [
+                Step(f"Train the {name}", train, partial(self._note, name), chain),
+                Step(f"Draw with the {name}", draw_all, partial(self._show, name), chain),
+            ]
         return steps
 
     @cached_property
@@ -129,26 +135,32 @@ accelerate launch training/train_nullspace_dreambooth.py \\
         # One that knows glyphs also for digits: it must be able to say that a digit became a glyph.
         return DigitsJudge(glyphs=True)
 
-    def _train(self, name: str) -> Findings:
+    def _train(self, name: str) -> float:
         started = time.perf_counter()
         folder = train_subject(self.output_dir, name.replace(" ", "_"), GLYPH, LORAS[name])
-        self.loras[name], self.drawn[name] = [folder], {}
-        self.seconds[name] = time.perf_counter() - started
+        self.loras[name] = [folder]
+        return time.perf_counter() - started
+
+    def _draw(self, name: str, groups: list[str]) -> dict[str, Drawn]:
+        pipeline = load_with_loras(self.loras[name])
+        return {group: draw_group(pipeline, group, self._judge) for group in groups}
+
+    def _note(self, name: str, seconds: float) -> Findings:
+        self.seconds[name] = seconds
         return Findings()
 
-    def _draw(self, name: str, groups: list[str]) -> Findings:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        pipeline = load_with_loras(self.loras[name])
-        for group in groups:
-            self.drawn[name][group] = draw_group(pipeline, group, self._judge)
-        if len(self.drawn[name]) < len(PROMPTS):
+    def _show(self, name: str, drawn: dict[str, Drawn]) -> Findings:
+        self.drawn[name].update(drawn)
+        complete = {n: groups for n, groups in self.drawn.items() if len(groups) == len(PROMPTS)}
+        if BASE not in complete:
             return Findings(galleries(self.drawn))
-        rows = table_rows(self.drawn, self.seconds)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        rows = table_rows(complete, self.seconds)
         write_atomically(self.output_dir / "table.md", table(list(_HEADER), rows) + "\n")
-        images = {n: {g: d.images for g, d in groups.items()} for n, groups in self.drawn.items()}
+        images = {n: {g: d.images for g, d in groups.items()} for n, groups in complete.items()}
         subject_sheet(images, _ROWS).save(self.output_dir / "sheet.png")
         figures = Table("How much was learnt and kept", _TABLE_TEXT, _HEADER, rows)
-        return Findings([figures, *galleries(self.drawn)], sentence(self.drawn))
+        return Findings([figures, *galleries(self.drawn)], sentence(complete))
 
 
 _ROWS = {
@@ -225,7 +237,11 @@ def galleries(drawn: dict[str, dict[str, Drawn]]) -> list[Gallery]:
                 Comparison(
                     PROMPTS[group][index],
                     SEEDS[group] + index,
-                    {n: _picture(n, groups[group], group, index) for n, groups in drawn.items()},
+                    {
+                        name: _picture(name, groups[group], group, index)
+                        for name, groups in drawn.items()
+                        if group in groups
+                    },
                 )
                 for index in indices
             ]

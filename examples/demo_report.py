@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -51,10 +51,29 @@ class Findings(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step that is still to be done."""
+    """A step that is still to be done.
+
+    Attributes:
+        title: no other step of its part has it.
+        action: does it, maybe in another process, and returns what is picklable.
+        findings: makes findings of that where the report is; `None` where the action returns them.
+        chain: steps of one chain follow each other in one process, different chains know nothing of
+            each other.
+    """
 
     title: str
-    action: Callable[[], Findings]
+    action: Callable[[], Any]
+    findings: Callable[[Any], Findings] | None = None
+    chain: int = 0
+
+
+class StepEvent(NamedTuple):
+    """A step begins, or ends with what it found."""
+
+    part: int
+    step: int
+    seconds: float | None = None  # `None` where it begins
+    result: Any = None
 
 
 class DemoPart(Protocol):
@@ -84,14 +103,14 @@ class Section:
     Args:
         part: its texts.
         planned: titles of all its steps.
-        seconds: of the steps that are done, in the same order.
+        seconds: of the steps that are done, by title.
         blocks: galleries and tables by title.
         result: its last step's.
     """
 
     part: DemoPart
     planned: list[str]
-    seconds: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, Gallery | Table] = field(default_factory=dict)
     result: str = ""
 
@@ -122,8 +141,13 @@ class DemoReport:
         self.preparation = self.seconds_so_far  # imports, before the first step
         self.first_picture: float | None = None
         self.total: float | None = None
-        self.running: str | None = None
+        self._running: list[str] = []
         self.stopped: str | None = None
+
+    @property
+    def running(self) -> str | None:
+        """The steps that are being done."""
+        return "; ".join(self._running) or None
 
     @property
     def seconds_so_far(self) -> float:
@@ -141,35 +165,52 @@ class DemoReport:
         return sum(len(section.seconds) for section in self.sections)
 
     def run(
-        self, save: Callable[[DemoReport], None], tell: Callable[[str], None] = lambda line: None
+        self,
+        save: Callable[[DemoReport], None],
+        tell: Callable[[str], None] = lambda line: None,
+        events: Iterable[StepEvent] | None = None,
     ) -> None:
         """Do all steps; the report is saved before the first, after each, and when one fails.
 
         Args:
             save: writes the report as it is.
             tell: gets one line before and after each step.
+            events: the steps as they are done elsewhere; they are done here, in order, when `None`.
         """
-        for section, steps in zip(self.sections, self._steps, strict=True):
-            for step in steps:
-                self.running = f"{section.part.title}: {step.title}"
+        finished, numbers = False, {}
+        try:
+            for event in self._own_events() if events is None else events:
+                section, step = self.sections[event.part], self._steps[event.part][event.step]
+                title = f"{section.part.title}: {step.title}"
+                if event.seconds is None:
+                    numbers[title] = f"[{len(numbers) + 1}/{self.number_of_steps}]"
+                    self._running.append(title)
+                    save(self)
+                    tell(f"{numbers[title]} {title}")
+                    continue
+                self._running.remove(title)
+                self._add(section, step, event)
+                tell(f"{numbers[title]} took {event.seconds:.1f} s")
+            finished = True
+        finally:  # an interruption too must not leave a page that says it goes on
+            if not finished:
+                self.stopped = self.running
+                self._running.clear()
                 save(self)
-                number = f"[{self.steps_done + 1}/{self.number_of_steps}]"
-                tell(f"{number} {self.running}")
-                started, finished = time.perf_counter(), False
-                try:
-                    findings = step.action()
-                    finished = True
-                finally:  # an interruption too must not leave a page that says it goes on
-                    if not finished:
-                        self.stopped, self.running = self.running, None
-                        save(self)
-                self._add(section, findings, time.perf_counter() - started)
-                tell(f"{number} took {section.seconds[-1]:.1f} s")
-        self.running, self.total = None, self.seconds_so_far
+        self.total = self.seconds_so_far
         save(self)
 
-    def _add(self, section: Section, findings: Findings, seconds: float) -> None:
-        section.seconds.append(seconds)
+    def _own_events(self) -> Iterator[StepEvent]:
+        for part, steps in enumerate(self._steps):
+            for index, step in enumerate(steps):
+                yield StepEvent(part, index)
+                started = time.perf_counter()
+                result = step.action()
+                yield StepEvent(part, index, time.perf_counter() - started, result)
+
+    def _add(self, section: Section, step: Step, event: StepEvent) -> None:
+        section.seconds[step.title] = event.seconds
+        findings = event.result if step.findings is None else step.findings(event.result)
         latest = {block.title: block for block in findings.blocks}
         section.blocks = latest | {k: v for k, v in section.blocks.items() if k not in latest}
         section.result = findings.result or section.result

@@ -47,7 +47,9 @@ def render_page(report: DemoReport) -> str:
         written_at=time.strftime("%H:%M:%S"),
         describe=describe,
         still_of=still_of,
-        longest=max([report.preparation, *(t for s in report.sections for t in s.seconds)]),
+        longest=max(
+            [report.preparation, *(t for s in report.sections for t in s.seconds.values())]
+        ),
         clips_begin=next((s for s in report.sections if _holds_clips(s.blocks.values())), None),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from diffusers_ext.core.artifacts import write_atomically
 from examples.digits.check_model import MODEL_DIR, draw, load_pipeline
 from examples.digits.judge import DigitsJudge
 from examples.digits.pictures import GLYPHS, draw_glyphs, tint
@@ -48,14 +50,17 @@ def write_subject(folder: str | Path, glyph: str, *, count: int = 6, seed: int =
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for index, ink in enumerate(draw_glyphs(glyph, count, seed)):
-        Image.fromarray(tint(ink, "white")).save(folder / f"{glyph}_{index}.png")
+        buffer = io.BytesIO()
+        Image.fromarray(tint(ink, "white")).save(buffer, "PNG")
+        # Whole at any time: two trainings of the same glyph may share the folder.
+        write_atomically(folder / f"{glyph}_{index}.png", buffer.getvalue())
     return folder
 
 
 def write_knowledge(path: str | Path) -> Path:
     """Write the preserved set as a prompts file; returns its path."""
     lines = ["# What the digits model was trained on", *knowledge_prompts()]
-    Path(path).write_text("\n".join(lines) + "\n")
+    write_atomically(path, "\n".join(lines) + "\n")
     return Path(path)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import pickle
 import shlex
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -33,7 +34,7 @@ def finished(tmp_path_factory):
     try:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
             shorten(patch)
-            demo.main(["--output_dir", str(folder)])
+            demo.main(["--output_dir", str(folder), "--processes", "1"])
     finally:
         torch.set_num_threads(threads)
         logger.setLevel(level)
@@ -118,6 +119,13 @@ def test_a_part_can_be_run_alone(tmp_path):
     assert part.output_dir == tmp_path / "eraser"
     with pytest.raises(SystemExit):
         demo.main(["--parts", "everything"])
+
+
+def test_parts_can_go_to_another_process_where_their_chains_are_the_same(tmp_path):
+    for part in demo.load_parts(list(demo.PARTS), tmp_path):
+        steps, copied = part.steps(), pickle.loads(pickle.dumps(part)).steps()
+        assert [(one.title, one.chain) for one in steps] == [(o.title, o.chain) for o in copied]
+        assert len({one.title for one in steps}) == len(steps)
 
 
 @pytest.mark.parametrize("part", PARTS)

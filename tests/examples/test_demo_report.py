@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
 
 import pytest
 
-from examples.demo_report import DemoReport, Gallery
+from examples.demo_processes import step_events
+from examples.demo_report import DemoReport, Findings, Gallery, Step
 from tests.examples.demo_parts import QuickPart
 
 
@@ -50,3 +53,49 @@ def test_a_step_that_fails_is_reported_and_raised(error):
         report.run(lambda r: saved.append((r.steps_done, r.running, r.stopped)))
     assert saved[-1] == (1, None, "Part a: Train")
     assert report.total is None
+
+
+class TwoChains(QuickPart):
+    """The last step needs neither of those before it."""
+
+    def steps(self) -> list[Step]:
+        *others, last = super().steps()
+        return [*others, last._replace(chain=1, findings=self._received)]
+
+    def _received(self, found: Findings) -> Findings:
+        return found._replace(result=f"{self.name} heard of it in process {os.getpid()}.")
+
+
+def test_chains_run_in_processes_of_their_own_and_the_report_is_the_same():
+    here, elsewhere = (
+        DemoReport([TwoChains("a"), QuickPart("b")], began=time.perf_counter()) for _ in range(2)
+    )
+    here.run(lambda report: None)
+    parts, saved, told = [TwoChains("a"), QuickPart("b")], [], []
+    done = list(step_events(parts, 2, light_preparation))
+    # As if both had taken the same time.
+    events = sorted(done, key=lambda event: (event.step, event.seconds is not None))
+    elsewhere.run(lambda r: saved.append((r.steps_done, r.running)), told.append, events)
+    assert saved[-1] == (6, None)
+    assert any(running.count("; ") for _, running in saved[:-1])
+    assert len([line for line in told if "took" in line]) == 6
+    for one, other in zip(here.sections, elsewhere.sections, strict=True):
+        assert one.result == other.result
+        assert set(one.seconds) == set(other.seconds) == set(one.planned)
+        assert one.blocks["Figures"] == other.blocks["Figures"]
+        assert len(one.blocks["Pictures"].comparisons) == len(other.blocks["Pictures"].comparisons)
+
+
+def test_a_step_that_fails_elsewhere_ends_all_processes():
+    parts, saved = [QuickPart("a", error=ValueError("no")), QuickPart("b")], []
+    report = DemoReport(parts, began=time.perf_counter())
+    with pytest.raises(RuntimeError, match="A step of the demo failed"):
+        report.run(
+            lambda r: saved.append(r.stopped), events=step_events(parts, 2, light_preparation)
+        )
+    assert "Part a: Train" in saved[-1]
+    assert multiprocessing.active_children() == []
+
+
+def light_preparation() -> None:
+    """In place of importing torch."""
