@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from PIL import Image
+
 from diffusers_ext.evaluation.clip_sheet import KeptClip, clip_sheet, write_clip
 from diffusers_ext.evaluation.erasure_summary import ALL, BASE, summarize_group
 from diffusers_ext.evaluation.erasure_tables import erasure_tables
-from diffusers_ext.evaluation.report_files import SavedReport, write_rows, write_text
+from diffusers_ext.evaluation.report_files import SavedReport
 
 
 _SLUG_LENGTH = 40
@@ -31,6 +33,7 @@ class ErasureReport(SavedReport):
     """
 
     saved: ClassVar[tuple[str, ...]] = ("settings", "groups", "rows")
+    csv_name: ClassVar[str] = "clips.csv"
 
     settings: dict[str, Any]
     groups: dict[str, dict[str, Any]]
@@ -73,29 +76,18 @@ class ErasureReport(SavedReport):
             return found[self.sides[0]][aspect]["base"]
         return found[side or self.sides[0]][aspect]["other"]
 
-    def to_csv(self, path: str | os.PathLike) -> None:
-        """Write one row per pair of clips."""
-        write_rows(path, self.rows)
-
     def to_table(self) -> str:
         """The figures as Markdown tables, with 95 % intervals in brackets."""
         return erasure_tables(self.groups, self.sides, self.settings["concept_aspect"])
 
-    def picture_sheet(self, path: str | os.PathLike) -> None:
-        """Write a picture of the kept clips: one row of frames per prompt and side."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        clip_sheet(self.kept).save(path)
+    def _sheet(self) -> Image.Image:
+        """One row of frames per prompt and side."""
+        return clip_sheet(self.kept)
 
     def write_clips(
         self, folder: str | os.PathLike, clip_format: str = "gif", fps: int = 8
     ) -> list[Path]:
-        """Write the kept clips, one file per prompt and side.
-
-        Args:
-            folder: made when absent.
-            clip_format: `"gif"` or `"mp4"`.
-            fps: frames a second.
-        """
+        """Write the kept clips as `"gif"` or `"mp4"`, one file per prompt and side; gives their paths."""
         paths = []
         for number, one in enumerate(self.kept):
             words = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower())[:_SLUG_LENGTH].strip("-")
@@ -108,9 +100,5 @@ class ErasureReport(SavedReport):
 
     def save(self, folder: str | os.PathLike, clip_format: str = "gif", fps: int = 8) -> None:
         """Write `report.json`, `clips.csv`, `table.md`, and of kept clips `sheet.png` and `clips/`."""
-        self.to_json(Path(folder, "report.json"))
-        self.to_csv(Path(folder, "clips.csv"))
-        write_text(Path(folder, "table.md"), self.to_table())
-        if self.kept:
-            self.picture_sheet(Path(folder, "sheet.png"))
-            self.write_clips(Path(folder, "clips"), clip_format, fps)
+        super().save(folder)
+        self.write_clips(Path(folder, "clips"), clip_format, fps)

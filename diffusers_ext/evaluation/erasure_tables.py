@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusers_ext.evaluation.erasure_summary import BASE
+from diffusers_ext.evaluation.report_files import markdown_table, number_cell, spoken
 
 
 _MOST_READINGS = 4
@@ -16,15 +17,12 @@ def erasure_tables(
 ) -> str:
     """Rates, figures, readings and degenerate clips of all groups, with 95 % intervals in brackets.
 
-    Args:
-        groups: `{group: summary}` as of `summarize_group`.
-        sides: of the erased clips.
-        concept_aspect: the verdict that is about the erased concept, marked in the table.
+    `groups` are as of `summarize_group`; the verdict `concept_aspect` is marked.
     """
     tables = [_rates(groups, sides, concept_aspect), _figures(groups, sides)]
     tables += _readings(groups, sides)
     tables += [table for table in [_degenerate(groups)] if len(table) > 1]
-    return "\n\n".join(_markdown(table) for table in tables) + "\n"
+    return "\n\n".join(markdown_table(table, 2) for table in tables) + "\n"
 
 
 def _rates(
@@ -37,7 +35,7 @@ def _rates(
             if not first["pairs"]:
                 continue
             name = f"{aspect} (the concept)" if aspect == concept_aspect else aspect
-            row = [_title(group), name, str(first["pairs"])]
+            row = [spoken(group), name, str(first["pairs"])]
             row.append(_number(first["base"], first["base_interval"]))
             for side in sides:
                 rate = found["rates"][side][aspect]
@@ -56,7 +54,7 @@ def _figures(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str]) -> l
         for name, first in found["figures"][sides[0]].items():
             if not first["pairs"]:
                 continue
-            row = [_title(group), _title(name), str(first["pairs"]), _number(first.get("base"))]
+            row = [spoken(group), spoken(name), str(first["pairs"]), _number(first.get("base"))]
             for side in sides:
                 figure = found["figures"][side][name]
                 row.append(_number(figure["other"], figure.get("other_interval")))
@@ -70,11 +68,11 @@ def _readings(
 ) -> Iterator[list[list[str]]]:
     names = dict.fromkeys(name for found in groups.values() for name in found["readings"])
     for name in names:
-        table = [[f"{_title(name)}, by group", *(f"on {side}" for side in (BASE, *sides))]]
+        table = [[f"{spoken(name)}, by group", *(f"on {side}" for side in (BASE, *sides))]]
         for group, found in groups.items():
             if name in found["readings"]:
                 shares = found["readings"][name]
-                table.append([_title(group), *(_shares(shares[side]) for side in (BASE, *sides))])
+                table.append([spoken(group), *(_shares(shares[side]) for side in (BASE, *sides))])
         yield table
 
 
@@ -86,7 +84,7 @@ def _degenerate(groups: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             table = table or [["degenerate clips", "side", *counts, "pairs left out"]]
             if any(counts.values()):
                 left_out = str(found["left_out"]) if side == BASE else "-"
-                table.append([_title(group), side, *map(str, counts.values()), left_out])
+                table.append([spoken(group), side, *map(str, counts.values()), left_out])
     return table
 
 
@@ -100,20 +98,5 @@ def _shares(shares: Mapping[str, float]) -> str:
     return ", ".join([*shown, f"others {rest:.1%}"] if rest else shown) or "-"
 
 
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    # A name may hold what would end a cell or a row.
-    rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in table]
-    rule = "|---|---" + "|---:" * (len(table[0]) - 2) + "|"
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _number(value: float | None, interval: Sequence[float] | None = None) -> str:
-    if value is None:
-        return "-"
-    text = f"{value:.3f}"
-    return text if interval is None else f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return number_cell(value, interval, ".3f")

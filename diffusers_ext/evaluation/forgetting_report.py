@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-from diffusers_ext.evaluation.paired_figures import KeptPair
-from diffusers_ext.evaluation.picture_sheet import SheetRow, picture_sheet
-from diffusers_ext.evaluation.report_files import SavedReport
+from PIL import Image
+
+from diffusers_ext.evaluation.paired_figures import SIDES, KeptPair
+from diffusers_ext.evaluation.picture_sheet import SheetRow, sheet_of_sides
+from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
 
 
 _NOT_FIGURES = ("group", "prompt", "images")
@@ -33,12 +33,9 @@ class ForgettingReport(SavedReport):
     """
 
     saved: ClassVar[tuple[str, ...]] = (
-        "settings",
-        "drift_floor",
-        "summary",
-        "distribution",
-        "rows",
-    )
+        "settings", "drift_floor", "summary", "distribution", "rows",
+    )  # fmt: skip
+    pictures: ClassVar[str] = "pairs"
 
     settings: dict[str, Any]
     drift_floor: float
@@ -50,41 +47,27 @@ class ForgettingReport(SavedReport):
     def to_table(self, per_prompt: bool = True) -> str:
         """The figures as Markdown tables: per group, distributions, and per prompt."""
         groups = [{"group": group, **figures} for group, figures in self.summary.items()]
-        parts = [_markdown(groups), f"Base against itself: pixel drift {self.drift_floor:.3g}."]
+        parts = [_table(groups), f"Base against itself: pixel drift {self.drift_floor:.3g}."]
         distances = [
-            {
-                "group": group,
-                "metric": metric,
-                "base to tuned": found["tuned"],
-                "floor": found["floor"],
-            }
+            {"group": group, "metric": name, "base to tuned": x["tuned"], "floor": x["floor"]}
             for group, metrics in self.distribution.items()
-            for metric, found in metrics.items()
+            for name, x in metrics.items()
         ]
-        parts += [_markdown(distances)] if distances else []
-        parts += [_markdown(self.rows)] if per_prompt else []
+        parts += [_table(distances, 2)] if distances else []
+        parts += [_table(self.rows, 2)] if per_prompt else []
         return "\n\n".join(parts) + "\n"
 
-    def picture_sheet(self, path: str | os.PathLike) -> None:
-        """Write a picture with one row per prompt: base and tuned side by side, for two seeds."""
-        if not self.pairs:
-            raise ValueError(
-                "`pairs` must hold pictures to draw a sheet, got none. They are not saved with the "
-                "report, and `sheet_prompts=0` keeps none."
-            )
-        figures = {(row["group"], row["prompt"]): row for row in self.rows}
-        pictures: dict[tuple[str, str], list] = {}
-        for pair in self.pairs:
+    def _sheet(self) -> Image.Image:
+        """One row per prompt: base and tuned side by side, for two seeds."""
+        pictures: dict[tuple[str, str], list[Image.Image]] = {}
+        for pair in self._kept_pictures():
             pictures.setdefault((pair.group, pair.prompt), []).extend([pair.base, pair.tuned])
+        drift = {(row["group"], row["prompt"]): row["pixel_drift"] for row in self.rows}
         rows = [
-            SheetRow(
-                key[1], f"pixel drift {figures[key]['pixel_drift']:.3f}", shown, _title(key[0])
-            )
+            SheetRow(key[1], f"pixel drift {drift[key]:.3f}", shown, spoken(key[0]))
             for key, shown in pictures.items()
         ]
-        columns = ["base", "tuned"] * (max(len(row.pictures) for row in rows) // 2)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture_sheet(rows, columns).save(path)
+        return sheet_of_sides(rows, SIDES)
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -95,30 +78,13 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {**counts, **means, "worst_pixel_drift": max(row["pixel_drift"] for row in rows)}
 
 
-def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+def _table(rows: Sequence[dict[str, Any]], left: int = 1) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(_title(name) for name in names) + " |"]
-    lines.append(
-        "|"
-        + "|".join("---" if name in ("group", "prompt", "metric") else "---:" for name in names)
-        + "|"
-    )
-    lines += [
-        "| " + " | ".join(_cell(name, row.get(name)) for name in names) + " |" for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ")
+    cells = [[_cell(name, row.get(name)) for name in names] for row in rows]
+    return markdown_table([list(map(spoken, names)), *cells], left)
 
 
 def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if name in ("group", "metric"):
-        return _title(value)
-    # A prompt may hold what would end a cell or a row.
-    return " ".join(str(value).replace("|", "\\|").split())
+    if value is None or isinstance(value, float):
+        return number_cell(value)
+    return spoken(value) if name in ("group", "metric") else str(value)

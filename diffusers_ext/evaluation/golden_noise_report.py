@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
+from PIL import Image
+
 from diffusers_ext.evaluation.noise_figures import STANDARD, KeptPictures
-from diffusers_ext.evaluation.picture_sheet import SheetRow, picture_sheet
-from diffusers_ext.evaluation.report_files import SavedReport, write_rows
+from diffusers_ext.evaluation.picture_sheet import SheetRow, sheet_of_sides
+from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
 
 
 _MEBIBYTE = 2**20
@@ -34,14 +34,9 @@ class GoldenNoiseReport(SavedReport):
     """
 
     saved: ClassVar[tuple[str, ...]] = (
-        "settings",
-        "scores",
-        "best_of",
-        "noise",
-        "diversity",
-        "cost",
-        "rows",
-    )
+        "settings", "scores", "best_of", "noise", "diversity", "cost", "rows",
+    )  # fmt: skip
+    csv_name: ClassVar[str] = "pictures.csv"
 
     settings: dict[str, Any]
     scores: dict[str, dict[str, dict[str, Any]]]
@@ -52,13 +47,9 @@ class GoldenNoiseReport(SavedReport):
     rows: list[dict[str, Any]]
     kept: list[KeptPictures] = field(default_factory=list, repr=False, compare=False)
 
-    def to_csv(self, path: str | os.PathLike) -> None:
-        """Write one row per picture."""
-        write_rows(path, self.rows)
-
     def to_table(self) -> str:
         """The figures as Markdown tables, with 95 % intervals in brackets."""
-        return "\n\n".join(_markdown(table) for table in self._tables()) + "\n"
+        return "\n\n".join(markdown_table(table) for table in self._tables()) + "\n"
 
     def _tables(self) -> Iterator[list[list[str]]]:
         for label in self.settings["rewards"]:
@@ -66,13 +57,13 @@ class GoldenNoiseReport(SavedReport):
         if self.best_of:
             yield self._best_of_table()
         names = ["mean", "std", "kurtosis", "lag1_correlation", "change"]
-        yield [["noise", *(name.replace("_", " ") for name in names), "power by frequency"]] + [
-            [side, *(_number(found.get(name)) for name in names), _numbers(found["spectrum"])]
+        yield [["noise", *map(spoken, names), "power by frequency"]] + [
+            [side, *(number_cell(found.get(name)) for name in names), _numbers(found["spectrum"])]
             for side, found in self.noise.items()
         ]
         if self.diversity:
             yield [["diversity over seeds", "distance", "ratio"]] + [
-                [side, _number(x["distance"]), _number(x["ratio"], x["ratio_interval"])]
+                [side, number_cell(x["distance"]), number_cell(x["ratio"], x["ratio_interval"])]
                 for side, x in self.diversity.items()
             ]
         yield self._cost_table()
@@ -81,13 +72,13 @@ class GoldenNoiseReport(SavedReport):
         first = next(iter(self.scores.values()))[label]
         return [
             [label, "mean", "difference", "win rate", "ties"],
-            [STANDARD, _number(first["mean_standard"]), "-", "-", "-"],
+            [STANDARD, number_cell(first["mean_standard"]), "-", "-", "-"],
         ] + [
             [
                 side,
-                _number(found[label]["mean_other"]),
-                _number(found[label]["difference"], found[label]["difference_interval"]),
-                _number(found[label]["win_rate"], found[label]["win_rate_interval"]),
+                number_cell(found[label]["mean_other"]),
+                number_cell(found[label]["difference"], found[label]["difference_interval"]),
+                number_cell(found[label]["win_rate"], found[label]["win_rate_interval"]),
                 str(found[label]["ties"]),
             ]
             for side, found in self.scores.items()
@@ -101,10 +92,10 @@ class GoldenNoiseReport(SavedReport):
         ] + [
             [
                 subject,
-                _number(found["time_ratio"]),
-                _number(found["difference"], found["difference_interval"]),
-                _number(found["win_rate"], found["win_rate_interval"]),
-                f"{_number(found['equal_time_mean'])} (n = {found['equal_time_count']})",
+                number_cell(found["time_ratio"]),
+                number_cell(found["difference"], found["difference_interval"]),
+                number_cell(found["win_rate"], found["win_rate_interval"]),
+                f"{number_cell(found['equal_time_mean'])} (n = {found['equal_time_count']})",
                 str(found["matching_count"] or f"more than {count}"),
             ]
             for subject, found in self.best_of["against"].items()
@@ -114,55 +105,33 @@ class GoldenNoiseReport(SavedReport):
         table = [["cost", "s a picture", "s extra", "share extra", "weights MiB", "memory MiB"]]
         for side, found in self.cost.items():
             if side == "score":
-                table.append(["scoring", _number(found["seconds"]), *["-"] * 4])
+                table.append(["scoring", number_cell(found["seconds"]), *["-"] * 4])
                 continue
-            seconds = [_number(found[n]) for n in ("seconds", "extra_seconds", "extra_share")]
+            seconds = [number_cell(found[n]) for n in ("seconds", "extra_seconds", "extra_share")]
             memory = found["peak_memory_bytes"]
             sizes = [found["parameter_bytes"] / _MEBIBYTE, memory and memory / _MEBIBYTE]
-            table.append([side, *seconds, *map(_number, sizes)])
+            table.append([side, *seconds, *map(number_cell, sizes)])
         if self.best_of:
             name = f"best of {self.best_of['count']}"
-            table.append([name, _number(self.best_of["seconds"][-1]), *["-"] * 4])
+            table.append([name, number_cell(self.best_of["seconds"][-1]), *["-"] * 4])
         return table
 
-    def picture_sheet(self, path: str | os.PathLike) -> None:
-        """Write a picture with one row per prompt: all sides side by side, for two seeds."""
-        if not self.kept:
-            raise ValueError(
-                "`kept` must hold pictures to draw a sheet, got none. They are not saved with the "
-                "report, and `sheet_prompts=0` keeps none."
-            )
+    def _sheet(self) -> Image.Image:
+        """One row per prompt: all sides side by side, for two seeds, with the first reward's scores."""
         by_prompt: dict[str, list[KeptPictures]] = {}
-        for kept in self.kept:
+        for kept in self._kept_pictures():
             by_prompt.setdefault(kept.prompt, []).append(kept)
         sides = list(self.kept[0].pictures)
         rows = [
-            SheetRow(prompt, _note(found), [k.pictures[side] for k in found for side in sides])
+            SheetRow(
+                prompt,
+                "\n".join(" | ".join(f"{x:.3f}" for x in kept.scores.values()) for kept in found),
+                [kept.pictures[side] for kept in found for side in sides],
+            )
             for prompt, found in by_prompt.items()
         ]
-        columns = sides * (max(len(row.pictures) for row in rows) // len(sides))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture_sheet(rows, columns, pairs=len(sides)).save(path)
-
-
-def _note(found: Sequence[KeptPictures]) -> str:
-    """The first reward's scores, one line a seed."""
-    return "\n".join(" | ".join(f"{score:.3f}" for score in kept.scores.values()) for kept in found)
-
-
-def _markdown(table: list[list[str]]) -> str:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
-    rule = "|---" + "|---:" * (len(table[0]) - 1) + "|"
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _number(value: float | None, interval: Sequence[float] | None = None) -> str:
-    if value is None:
-        return "-"
-    text = f"{value:.4g}"
-    return text if interval is None else f"{text} [{interval[0]:.4g}, {interval[1]:.4g}]"
+        return sheet_of_sides(rows, sides)
 
 
 def _numbers(values: Sequence[float | None]) -> str:
-    return " ".join("-" if value is None else f"{value:.2f}" for value in values)
+    return " ".join(number_cell(value, form=".2f") for value in values)

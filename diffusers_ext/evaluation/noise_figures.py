@@ -11,6 +11,7 @@ from PIL import Image
 from diffusers_ext.evaluation.features import FeatureExtractor
 from diffusers_ext.evaluation.paired_comparison import mean_pairwise_distance
 from diffusers_ext.evaluation.paired_figures import extract_features
+from diffusers_ext.evaluation.picture_sheet import KEPT_PER_PROMPT, thumbnail
 from diffusers_ext.evaluation.rendering import Shot
 from diffusers_ext.golden_noise.noise_statistics import (
     NoiseStatistics,
@@ -20,7 +21,6 @@ from diffusers_ext.golden_noise.noise_statistics import (
 
 
 STANDARD = "standard"
-_KEPT_PER_PROMPT, _LARGEST_KEPT = 2, 256  # pictures of the sheet: per prompt, longer side in pixels
 
 
 class KeptPictures(NamedTuple):
@@ -113,8 +113,8 @@ class NoiseFigures:
         for index, shot in enumerate(shots):
             prompts = {kept.prompt for kept in self.kept}
             is_shown = shot.prompt in prompts or len(prompts) < self.sheet_prompts
-            if shot.index < _KEPT_PER_PROMPT and is_shown:
-                pictures = {side: _thumbnail(images[side][index]) for side in self.sides}
+            if shot.index < KEPT_PER_PROMPT and is_shown:
+                pictures = {side: thumbnail(images[side][index]) for side in self.sides}
                 first = {
                     side: next(iter(scores[side].values()))[index].item() for side in self.sides
                 }
@@ -139,9 +139,3 @@ class NoiseFigures:
         """Mean power per ring of spatial frequency; `None` for a ring without a frequency."""
         power = self._power[side] / len(self.rows)
         return [None if torch.isnan(value) else value.item() for value in power]
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    kept = image.copy()
-    kept.thumbnail((_LARGEST_KEPT, _LARGEST_KEPT))
-    return kept

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffusers_ext.evaluation.features import FeatureExtractor
+from diffusers_ext.evaluation.picture_sheet import KEPT_PER_PROMPT, thumbnail
 from diffusers_ext.evaluation.rendering import Shot, to_images
 
 
@@ -19,7 +20,6 @@ Judge = Callable[[list[Image.Image], list[str]], Sequence[bool] | np.ndarray | t
 Scorer = Callable[[list[Image.Image], list[str]], torch.Tensor]
 
 SIDES = ("base", "tuned")
-_PAIRS_KEPT, _LARGEST_KEPT = 2, 256  # pictures of a report: pairs per prompt, longer side in pixels
 
 
 class KeptPair(NamedTuple):
@@ -108,8 +108,8 @@ class PairedFigures:
             figures = self._columns.setdefault(shot.prompt, {})
             for name, values in columns.items():
                 figures.setdefault(name, []).append(values[row])
-            if shot.index < _PAIRS_KEPT and len(self._columns) <= self.sheet_prompts:
-                pair = [_thumbnail(images[side][row]) for side in SIDES]
+            if shot.index < KEPT_PER_PROMPT and len(self._columns) <= self.sheet_prompts:
+                pair = [thumbnail(images[side][row]) for side in SIDES]
                 self.pairs.append(KeptPair(self.group, shot.prompt, *pair))
 
     def embed(self, images: list[Image.Image]) -> torch.Tensor:
@@ -184,9 +184,3 @@ def _one_per_image(
             f"{found.shape}."
         )
     return found.astype(float).tolist()
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    kept = image.copy()
-    kept.thumbnail((_LARGEST_KEPT, _LARGEST_KEPT))
-    return kept

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from diffusers_ext.core.pictures import rgb_picture
 
 
+KEPT_PER_PROMPT = 2  # pictures, or pairs of them, of one prompt on the sheet of a report
 _SMALLEST_CELL, _LARGEST_CELL = 96, 256
 _LABEL_WIDTH, _GAP, _HEADING, _FONT_SIZE, _LINE = 260, 6, 28, 14, 18
 _BACKGROUND, _INK, _FAINT, _BAND = (255, 255, 255), (25, 25, 25), (110, 110, 110), (228, 232, 238)
@@ -26,15 +27,12 @@ class SheetRow(NamedTuple):
 
 
 def picture_sheet(rows: Sequence[SheetRow], columns: Sequence[str], pairs: int = 2) -> Image.Image:
-    """Draw a sheet of pictures.
+    """Draw an RGB sheet; small pictures are enlarged by whole factors, without smoothing.
 
     Args:
         rows: each at most as many pictures as there are columns.
-        columns: heading of each column.
+        columns: their headings.
         pairs: columns that stand close together; a wider gap follows each such group.
-
-    Returns:
-        An RGB picture. Small pictures are enlarged by whole factors, without smoothing.
     """
     if not rows:
         raise ValueError("`rows` must hold at least one row of pictures, got none.")
@@ -70,6 +68,19 @@ def picture_sheet(rows: Sequence[SheetRow], columns: Sequence[str], pairs: int =
             sheet.paste(shown, (left, top))
         top += cell[1] + _GAP
     return sheet
+
+
+def sheet_of_sides(rows: Sequence[SheetRow], sides: Sequence[str]) -> Image.Image:
+    """A sheet whose rows repeat the same sides, once for every seed."""
+    columns = list(sides) * (max(len(row.pictures) for row in rows) // len(sides))
+    return picture_sheet(rows, columns, pairs=len(sides))
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """A copy to keep for a sheet."""
+    kept = image.copy()
+    kept.thumbnail((_LARGEST_CELL, _LARGEST_CELL))
+    return kept
 
 
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
