@@ -31,19 +31,8 @@ class FinetunedLora:
     """A LoRA that changes the transformer only while its context is open: `with lora: ...`.
 
     `W x + b + (alpha / rank) B A x`, `A` uniform as Linear layers start, `B` zero, both float32.
-    It is added by hooks, so that modules, keys and other adapters are never touched.
-
-    Args:
-        model: the transformer.
-        rank: of `A` and `B`.
-        alpha: scale.
-        targets: patterns of the Linear layers to adapt.
-        generator: draws `A`.
-        device: of the weights.
-
-    Raises:
-        ValueError: a rank below 1, patterns that match nothing or no Linear layers, or fused
-            projections, whose single parts do not run.
+    It is added by hooks, so that modules, keys and other adapters are never touched. Fused projections
+    are refused: their single parts do not run.
     """
 
     def __init__(
@@ -125,7 +114,8 @@ def finetune_lora(
     """Train a LoRA with the model's own loss, `||v(x_t, c, t) - v||^2` at uniform timesteps, by AdamW.
 
     Erasers stay on and fixed. The model is run in eval mode; its parameters, gradients, modes and
-    adapters stay as they are, and so does torch's random state.
+    adapters stay as they are, and so does torch's random state. The LoRA is not in effect until its
+    context is opened; it carries the `losses`.
 
     Args:
         velocity: of the transformer with its erasers.
@@ -133,21 +123,6 @@ def finetune_lora(
         latents: `(clips, frames, channels, height, width)` of clean clips, scaled by the VAE's
             factor, on the model's device.
         prompt_embeds: `(clips, text, text_dim)`, their prompts.
-        steps: optimiser steps.
-        rank: of the LoRA.
-        alpha: its scale, `rank` unless given.
-        targets: patterns of layers; the projections of all joint attentions unless given.
-        learning_rate: of AdamW.
-        weight_decay: of AdamW.
-        batch_size: clips a step.
-        seed: of the start, the order of clips, timesteps and noise.
-
-    Returns:
-        The LoRA with its `losses`; not in effect until its context is opened.
-
-    Raises:
-        ValueError: no clips, not one prompt per clip, `steps` below 1, a scheduler of another
-            prediction type, or a model it does not fit.
     """
     if not len(latents) or len(latents) != len(prompt_embeds):
         raise ValueError(
