@@ -7,9 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ext.command_line.base_pipeline import add_base_model_arguments, load_base_pipeline
 from diffusers_ext.command_line.command import Command, Outcome
-from diffusers_ext.command_line.value_rules import check_drawing_arguments, check_values
+from diffusers_ext.command_line.options import (
+    add_base_model_arguments,
+    check_drawing_arguments,
+    check_values,
+    load_base_pipeline,
+)
 
 
 if TYPE_CHECKING:

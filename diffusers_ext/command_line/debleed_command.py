@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ext.command_line.base_pipeline import add_base_model_arguments, load_base_pipeline
 from diffusers_ext.command_line.command import Command, Outcome
+from diffusers_ext.command_line.options import add_base_model_arguments, load_base_pipeline
 
 
 if TYPE_CHECKING:

@@ -7,16 +7,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers_ext.command_line.base_pipeline import (
+from diffusers_ext.command_line.command import Command, Outcome, report_outcome
+from diffusers_ext.command_line.options import (
     add_base_model_arguments,
+    check_drawing_arguments,
     check_pipeline_class,
+    check_values,
     chosen_device,
     load_base_pipeline,
 )
-from diffusers_ext.command_line.command import Command, Outcome
-from diffusers_ext.command_line.prompt_tables import read_grouped_prompts
-from diffusers_ext.command_line.report_outcome import report_outcome
-from diffusers_ext.command_line.value_rules import check_drawing_arguments, check_values
 
 
 if TYPE_CHECKING:
@@ -81,12 +80,13 @@ def _add_detector_arguments(group: argparse._ArgumentGroup) -> None:
 def run_erasure(args: argparse.Namespace) -> Outcome:
     """Draw, judge, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
+    from diffusers_ext.core.text_tables import read_grouped_prompts
     from diffusers_ext.evaluation.clip_sheet import check_clip_format
     from diffusers_ext.evaluation.erasure import evaluate_erasure
 
     _check(args)
     check_clip_format(args.clip_format)
-    prompts = read_grouped_prompts(args.evaluation_prompts)
+    prompts = read_grouped_prompts(args.evaluation_prompts, "evaluation_prompts")
     check_pipeline_class(args, _PIPELINE)
     device = chosen_device(args)
     judge = _load_judge(args, device)

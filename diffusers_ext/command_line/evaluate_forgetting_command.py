@@ -7,20 +7,18 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ext.command_line.base_pipeline import (
+from diffusers_ext.command_line.command import Command, Outcome, report_outcome
+from diffusers_ext.command_line.options import (
+    COUNTS,
     add_base_model_arguments,
+    add_feature_arguments,
+    add_picture_arguments,
+    check_drawing_arguments,
     chosen_device,
     load_base_pipeline,
-)
-from diffusers_ext.command_line.command import Command, Outcome
-from diffusers_ext.command_line.feature_models import add_feature_arguments, load_features
-from diffusers_ext.command_line.picture_arguments import (
-    COUNTS,
-    add_picture_arguments,
+    load_features,
     picture_arguments,
 )
-from diffusers_ext.command_line.report_outcome import report_outcome, write_report
-from diffusers_ext.command_line.value_rules import check_drawing_arguments
 
 
 if TYPE_CHECKING:
@@ -76,7 +74,7 @@ def run_forgetting(args: argparse.Namespace) -> Outcome:
     report.settings.update({name: getattr(args, name) for name in names})
     folder = Path(args.output_dir)
     with staged_output(folder) as staging:
-        write_report(report, staging, has_pictures=bool(report.pairs))
+        report.save(staging)
     return report_outcome(report, folder, report.to_table(per_prompt=False))
 
 

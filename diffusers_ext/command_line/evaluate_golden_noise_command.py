@@ -7,26 +7,21 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ext.command_line.base_pipeline import (
+from diffusers_ext.command_line.command import Command, Outcome, report_outcome
+from diffusers_ext.command_line.options import (
+    COUNTS,
+    REWARDS,
     add_base_model_arguments,
+    add_feature_arguments,
+    add_picture_arguments,
+    check_drawing_arguments,
+    check_values,
     chosen_device,
     load_base_pipeline,
-)
-from diffusers_ext.command_line.command import Command, Outcome
-from diffusers_ext.command_line.feature_models import (
-    REWARDS,
-    add_feature_arguments,
     load_features,
     load_rewards,
-)
-from diffusers_ext.command_line.picture_arguments import (
-    COUNTS,
-    add_picture_arguments,
     picture_arguments,
 )
-from diffusers_ext.command_line.prompt_tables import read_prompt_column
-from diffusers_ext.command_line.report_outcome import report_outcome, write_report
-from diffusers_ext.command_line.value_rules import check_drawing_arguments, check_values
 
 
 if TYPE_CHECKING:
@@ -89,10 +84,13 @@ def add_golden_noise_arguments(parser: argparse.ArgumentParser) -> None:
 def run_golden_noise(args: argparse.Namespace) -> Outcome:
     """Draw, score, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
+    from diffusers_ext.core.text_tables import read_prompt_texts
     from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 
     _check(args)
-    prompts = read_prompt_column(args.prompt_file, args.prompt_column)[: args.max_prompts]
+    prompts = read_prompt_texts(args.prompt_file, args.prompt_column, argument="prompt_file")[
+        : args.max_prompts
+    ]
     device = chosen_device(args)
     rewards, features = load_rewards(args, device), load_features(args, device).get("features")
     pipeline = load_base_pipeline(args)
@@ -110,8 +108,7 @@ def run_golden_noise(args: argparse.Namespace) -> Outcome:
     report.settings.update({name: getattr(args, name) for name in names})
     folder = Path(args.output_dir)
     with staged_output(folder) as staging:
-        write_report(report, staging, has_pictures=bool(report.kept))
-        report.to_csv(staging / "pictures.csv")
+        report.save(staging)
     return report_outcome(report, folder, report.to_table())
 
 

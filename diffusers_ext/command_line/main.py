@@ -22,6 +22,7 @@ from diffusers_ext.command_line.command import (
     PROGRAM,
     WRONG_USAGE,
     Command,
+    result_place,
 )
 from diffusers_ext.command_line.console import hub_in_one_try, quiet_libraries, stdout_to_stderr
 from diffusers_ext.command_line.convert_command import CONVERT_ERASER, CONVERT_LORA, CONVERT_NPNET
@@ -31,7 +32,6 @@ from diffusers_ext.command_line.evaluate_forgetting_command import EVALUATE_FORG
 from diffusers_ext.command_line.evaluate_golden_noise_command import EVALUATE_GOLDEN_NOISE
 from diffusers_ext.command_line.plan_command import PLAN_ERASER, PLAN_GOLDEN_NOISE, PLAN_NULLSPACE
 from diffusers_ext.command_line.push_command import PUSH
-from diffusers_ext.command_line.result_place import result_place
 from diffusers_ext.command_line.user_errors import error_line, user_errors
 
 

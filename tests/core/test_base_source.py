@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffusers_ext.command_line import base_pipeline
+from diffusers_ext.command_line import options
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.base_source import (
     load_base,
@@ -58,7 +58,7 @@ def picture(pipeline):
 
 
 LOADERS = [
-    base_pipeline.load_base_pipeline,
+    options.load_base_pipeline,
     lambda args: load_base_pipeline(args, CPU, torch.float32),
     lambda args: load_pipeline(args, CPU, torch.float32),
 ]
@@ -215,6 +215,6 @@ def test_video_models_and_plans_take_no_single_file():
         refuse_single_file("x.safetensors", "a CogVideoXPipeline")
     args = argparse.Namespace(pretrained_model_name_or_path="x.safetensors")
     with pytest.raises(ValueError, match="which is not read here"):
-        base_pipeline.check_pipeline_class(args, "CogVideoXPipeline")
+        options.check_pipeline_class(args, "CogVideoXPipeline")
     with pytest.raises(ValueError, match="a single file, which has no configs to plan by"):
         read_base_model("x.safetensors")

@@ -153,3 +153,21 @@ def test_groups_and_seeds(tmp_path, name, text):
     assert found.seeds == {"target": [4, None], "preserved": [None]}
     with pytest.raises(ValueError, match="`evaluation_prompts` must be a table of prompts"):
         read_grouped_prompts(tmp_path / "p.txt", "evaluation_prompts")
+
+
+def test_rows_of_groups_that_say_too_little_are_refused(tmp_path):
+    path = tmp_path / "prompts.csv"
+    for row in (",target,", "a dog,,", "a dog,target,-1", "a dog,target,²"):
+        path.write_text(f"prompt,group,seed\n{row}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match="Row 1 of .* must have a prompt, a group and at most"):
+            read_grouped_prompts(path, "evaluation_prompts")
+
+
+def test_every_text_of_a_file_is_a_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red nine\n\n# 1\r\nNone\n".encode())
+    assert read(path) == ["a red nine", "# 1", "None"]
+    path = tmp_path / "prompts.csv"
+    path.write_text('id;prompt;text\n1;"a red; nine";x\n2;;y\n3;NA;"two\nlines"\n')
+    assert read(path) == ["a red; nine", "NA"]
+    assert read_prompt_texts(path, "text", argument="prompt_file") == ["x", "y", "two lines"]

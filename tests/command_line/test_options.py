@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from diffusers_ext.command_line.feature_models import load_features, load_rewards
+from diffusers_ext.command_line.options import load_features, load_rewards
 from diffusers_ext.rewards import CLIPScoreReward, PickScoreReward
 from tests.tiny_clip import save_tiny_clip
 

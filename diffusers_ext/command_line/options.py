@@ -1,0 +1,188 @@
+"""Options that several commands share: the base model, how pictures are drawn, what looks at them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from diffusers_ext.rewards import Reward
+
+
+REWARDS = ("hpsv2", "pickscore", "clip_score")
+COUNTS = ("num_inference_steps", "num_images_per_prompt", "batch_size", "height", "width")
+_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Which base model, and how it runs."""
+    group = parser.add_argument_group("base model")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        required=required,
+        help="folder or Hub name of a pipeline, or .safetensors file of Stable Diffusion or SDXL",
+    )
+    group.add_argument(
+        "--single_file_config",
+        help="folder or Hub name of a diffusers model whose configs and tokenizer a .safetensors file is "
+        "read with; what diffusers infers without it",
+    )
+    group.add_argument("--revision", help="of the base model on the Hub")
+    group.add_argument("--variant", help="of the weight files, e.g. fp16")
+    group.add_argument("--mixed_precision", choices=list(_DTYPES), default="no")
+    group.add_argument("--device", help="e.g. cuda:1; a GPU if there is one without it")
+    group.add_argument("--seed", type=int, default=0, help="of everything random")
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sampling group of an evaluation of pictures."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--negative_prompt", default="")
+    group.add_argument("--num_inference_steps", type=int, default=50)
+    group.add_argument("--guidance_scale", type=float, default=7.5)
+    group.add_argument("--num_images_per_prompt", type=int, default=4)
+    group.add_argument("--batch_size", type=int, default=8, help="pictures at once")
+    group.add_argument("--height", type=int, help="the model's own without it")
+    group.add_argument("--width", type=int, help="the model's own without it")
+    group.add_argument("--sheet_prompts", type=int, default=16, help="rows of the picture sheet")
+
+
+def add_feature_arguments(parser: argparse._ArgumentGroup, purpose: str) -> None:
+    """DINOv2 or CLIP."""
+    parser.add_argument("--dino", help=f"DINOv2 for {purpose}: folder or Hub name")
+    parser.add_argument("--clip", help=f"CLIP for {purpose}, where there is no DINOv2")
+
+
+def check_values(
+    args: argparse.Namespace, names: Sequence[str], rule: str, holds: Callable[[Any], bool]
+) -> None:
+    """Raise `ValueError` where a given argument breaks a rule; `None` is not given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"`{name}` must be {rule}, got {value}.")
+
+
+def check_drawing_arguments(args: argparse.Namespace, counts: Sequence[str]) -> None:
+    """Raise `ValueError` for a wrong output folder, seed, or number of something."""
+    check_values(args, counts, "at least 1", lambda value: value >= 1)
+    check_values(args, ["output_dir"], "a folder", lambda value: not Path(value).is_file())
+    check_values(args, ["seed"], "from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+
+
+def picture_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling group as arguments of an evaluation."""
+    names = (*COUNTS, "guidance_scale", "sheet_prompts", "seed")
+    return {
+        **{name: getattr(args, name) for name in names},
+        # Not the empty string: SDXL reads zeros in place of a prompt that is not given.
+        "negative_prompt": args.negative_prompt or None,
+        "show_progress": not args.quiet,
+    }
+
+
+def chosen_device(args: argparse.Namespace) -> torch.device:
+    """`--device`, or the best one there is."""
+    import torch
+
+    if args.device is not None:
+        try:
+            return torch.device(args.device)
+        except RuntimeError as error:
+            raise ValueError(f"`device` must be one of torch's, got {args.device!r}.") from error
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_pipeline_class(args: argparse.Namespace, class_name: str | None = None) -> dict[str, Any]:
+    """The base model's `model_index.json`, read before any weights; only one `class_name` may do."""
+    from diffusers_ext.core.base_source import read_base_config, refuse_single_file
+
+    source = args.pretrained_model_name_or_path
+    if class_name is not None:
+        refuse_single_file(source, f"a {class_name}")
+    components = read_base_config(
+        source, revision=args.revision, single_file_config=args.single_file_config
+    )
+    found = components["_class_name"]
+    if class_name is not None and found != class_name:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a {class_name}, got a {found} in {source}."
+        )
+    return components
+
+
+def load_base_pipeline(
+    args: argparse.Namespace, class_name: str | None = None, *, place: bool = True
+) -> DiffusionPipeline:
+    """The base model, frozen, in evaluation mode, without a safety checker; `place` it on the device."""
+    import torch
+
+    from diffusers_ext.core.base_source import load_base
+
+    device, components = chosen_device(args), check_pipeline_class(args, class_name)
+    # A blackened picture would be measured like any other.
+    unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in components else {}
+    if "requires_safety_checker" in components:
+        unfiltered["requires_safety_checker"] = False
+    pipeline = load_base(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        single_file_config=args.single_file_config,
+        dtype=getattr(torch, _DTYPES[args.mixed_precision]),
+        **unfiltered,
+    )
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device) if place else pipeline
+
+
+def load_features(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """`features` of `--dino`, else of `--clip`; `scorer`, how well pictures fit prompts, of `--clip`."""
+    from diffusers_ext.evaluation.features import CLIPFeatures, DINOv2Features
+
+    found: dict[str, Any] = {}
+    if args.clip is not None:
+        found["features"] = CLIPFeatures.from_pretrained(args.clip, device=device)
+        found["scorer"] = found["features"].text_similarity
+    if args.dino is not None:
+        found["features"] = DINOv2Features.from_pretrained(args.dino, device=device)
+    return found
+
+
+def load_rewards(args: argparse.Namespace, device: torch.device) -> list[Reward]:
+    """The rewards of `--reward`, in their order."""
+    from diffusers_ext.rewards import CLIPScoreReward, HPSv2Reward, PickScoreReward
+
+    classes = {kind.name: kind for kind in (HPSv2Reward, PickScoreReward, CLIPScoreReward)}
+    models = _by_reward(args.reward, args.reward_model, "reward_model")
+    versions = _by_reward(args.reward, args.reward_version, "reward_version")
+    rewards = []
+    for name in args.reward:
+        source = (models[name],) if name in models else ()
+        given = {"version": versions[name]} if name in versions else {}
+        rewards.append(classes[name].from_pretrained(*source, device=device, **given))
+    return rewards
+
+
+def _by_reward(rewards: list[str], entries: list[str], name: str) -> dict[str, str]:
+    """`{reward: value}` of a repeated `REWARD=value`; a single reward needs no `REWARD=`."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        reward, equals, value = entry.partition("=")
+        if reward not in rewards and len(rewards) == 1:
+            reward, equals, value = rewards[0], "=", entry
+        if not (equals and value) or reward not in rewards or reward in found:
+            raise ValueError(
+                f"`{name}` must be REWARD=value, once for each of {rewards}, got {entry!r}."
+            )
+        found[reward] = value
+    return found
