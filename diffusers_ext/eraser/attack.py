@@ -1,8 +1,8 @@
 """White-box attack on an eraser: learned text embeddings that try to bring the concept back.
 
 After the adversarial prompt learning of Receler (Huang et al. 2024, arXiv 2311.17717, section 3.3)
-and UnlearnDiffAtk (Zhang et al. 2024, arXiv 2310.11868). `lora_finetuning` holds the other way
-back, by training on other clips.
+and UnlearnDiffAtk (Zhang et al. 2024, arXiv 2310.11868). `benchmarks.lora_finetuning` is the
+other way back, by training on other clips.
 """
 
 from __future__ import annotations
@@ -60,13 +60,6 @@ def learn_revival_embeddings(
         v_concept: `(points, ...)` velocities of the model before under these prompts; asked from
             the transformer with its erasers off unless given.
         num_embeddings: how many to learn; Receler takes 16.
-        steps: optimiser steps.
-        learning_rate: of Adam.
-        batch_size: points a step.
-        seed: of the start and of the order of points.
-
-    Returns:
-        The embeddings, on the device of `prompt_embeds`, and the losses.
 
     Raises:
         ValueError: no eraser to attack, no points, batches that differ, or more embeddings than a
@@ -101,22 +94,11 @@ def learn_revival_embeddings(
 def insert_embeddings(
     prompt_embeds: torch.Tensor, embeddings: torch.Tensor, config: Mapping[str, Any]
 ) -> torch.Tensor:
-    """Prompts with embeddings after them, or over their last tokens where there is no room.
+    """Prompts `(batch, text, text_dim)` with embeddings `(n, text_dim)` after them, or over their last tokens.
 
     CogVideoX gives text tokens no positions, so their order means nothing and rotary models take
-    any number; models with absolute positions take exactly their own, the last being padding
-    unless a prompt fills them.
-
-    Args:
-        prompt_embeds: `(batch, text, text_dim)`.
-        embeddings: `(num_embeddings, text_dim)`.
-        config: of the transformer.
-
-    Returns:
-        `(batch, text + num_embeddings or text, text_dim)` in the dtype of `prompt_embeds`.
-
-    Raises:
-        ValueError: another width, or no text token would be left.
+    any number; models with absolute positions (by `config`, the transformer's) take exactly their own,
+    the last being padding unless a prompt fills them.
     """
     text, width = prompt_embeds.shape[1:]
     if embeddings.ndim != 2 or embeddings.shape[1] != width:
@@ -142,14 +124,10 @@ def takes_any_text_length(config: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def revived_prompts(pipeline: DiffusionPipeline, embeddings: torch.Tensor) -> Iterator[None]:
-    """Let a CogVideoX pipeline put embeddings into every prompt it is called with.
+    """Let a CogVideoX pipeline put embeddings `(num_embeddings, text_dim)` into every prompt.
 
     Negative prompts, of the same length by the pipeline's rule, repeat their last token instead.
     On leaving, also after an exception, the pipeline encodes prompts as before.
-
-    Args:
-        pipeline: a CogVideoX pipeline; anything that draws with it may run inside.
-        embeddings: `(num_embeddings, text_dim)`, see `learn_revival_embeddings`.
     """
     encode, had_own = pipeline.encode_prompt, vars(pipeline).get("encode_prompt")
     config = pipeline.transformer.config

@@ -20,15 +20,11 @@ class CLIPDetector:
     a clip is of the class with the largest mean over its frames.
 
     Args:
-        clip: model and preprocessing, e.g. `CLIPScoreReward.from_pretrained(...)`.
+        clip: e.g. `CLIPScoreReward.from_pretrained(...)`.
         classes: words, the concept among them. The more there are besides those of interest, such as
             `"something else"`, the fewer clips are forced into one of these.
-        concept: the erased one.
         template: of the texts, with `{}` where the class stands.
         frames: of a clip, evenly spaced; all when `None`.
-
-    Raises:
-        ValueError: fewer than two classes, one twice, the concept not among them, or a template without `{}`.
     """
 
     name, concept_aspect = "clip", "concept"
@@ -77,12 +73,10 @@ class CLIPDetector:
         return (scale * cosines).softmax(dim=1).unflatten(0, (len(clips), shown)).mean(1)
 
     def correct(self, clips: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Read clips.
+        """Read clips `(n, frames, height, width, 3)` uint8.
 
-        Returns:
-            `"concept"`: whether the clip shows the concept, whatever its prompt; `"class"`: whether it shows
-            the class that its prompt names, masked where it names none; `"shown"`: the class it shows;
-            `"concept_probability"`.
+        Gives `"concept"`, whether the clip shows it, whatever its prompt; `"class"`, whether it shows the class
+        that its prompt names, masked where it names none; `"shown"`, the class; `"concept_probability"`.
         """
         found = self.probabilities(clips)
         shown = [self.classes[index] for index in found.argmax(dim=1).tolist()]

@@ -1,4 +1,7 @@
-"""Figures of clips that need no model: motion, temporal smoothness, drift, and what is no clip at all."""
+"""Figures of clips that need no model: motion, temporal smoothness, drift, and what is no clip at all.
+
+Clips are `(n, frames, height, width, 3)` uint8.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,20 @@ _LEAST_CORRELATION = 0.1  # of neighbouring pixels, below which a clip is noise
 
 
 def motion(clips: np.ndarray) -> np.ndarray:
-    """Mean absolute change of a pixel from one frame to the next.
-
-    Args:
-        clips: `(n, frames, height, width, 3)` uint8, two frames at least.
-
-    Returns:
-        `(n,)` in [0, 1].
-    """
+    """Mean absolute change of a pixel from one of two or more frames to the next; `(n,)` in [0, 1]."""
     steps = np.diff(_levels(clips, 2), axis=1)
     return np.abs(steps).mean(axis=(1, 2, 3, 4))
 
 
 def temporal_smoothness(clips: np.ndarray) -> np.ndarray:
-    """How well frames lie between their neighbours, relative to how much happens.
+    """How well frames lie between their neighbours, relative to how much happens; `(n,)` in [0, 1].
 
     `1 - sum |x[t-1] - 2 x[t] + x[t+1]| / sum (|x[t] - x[t-1]| + |x[t+1] - x[t]|)` over all inner frames and
     all windows of a quarter of the shorter side, where `x` is a window's mean: 1 for a clip that fades
-    evenly, 0.6 for a shape that crosses it steadily, about 0.13 for frames that have nothing to do with
-    each other, 0 for flicker between two pictures. The idea, a frame against what its neighbours say of
-    it, is that of VBench's motion smoothness (arXiv 2311.17982) without its interpolation network. The
-    division by the motion keeps a clip that hardly moves from being smooth for that reason alone.
-
-    Args:
-        clips: `(n, frames, height, width, 3)` uint8, three frames at least.
-
-    Returns:
-        `(n,)` in [0, 1]; 1 where nothing moves, which `motion` tells.
+    evenly or stands still, 0.6 for a shape that crosses it steadily, about 0.13 for frames that have nothing
+    to do with each other, 0 for flicker between two pictures. The idea, a frame against what its neighbours
+    say of it, is that of VBench's motion smoothness (arXiv 2311.17982) without its interpolation network.
+    The division by the motion keeps a clip that hardly moves from being smooth for that reason alone.
     """
     steps = np.diff(_window_means(_levels(clips, 3)), axis=1)
     bends = np.abs(np.diff(steps, axis=1)).sum(axis=(1, 2, 3, 4))
@@ -49,30 +39,16 @@ def temporal_smoothness(clips: np.ndarray) -> np.ndarray:
 
 
 def clip_drift(base: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of the pixels of two sets of clips.
-
-    Args:
-        base: `(n, frames, height, width, 3)` uint8.
-        other: of the same shape, from the same prompts and seeds.
-
-    Returns:
-        `(n,)` in [0, 1].
-    """
+    """Mean absolute difference of the pixels of clips of the same prompts and seeds; `(n,)` in [0, 1]."""
     if base.shape != other.shape:
         raise ValueError(f"`other` must have the shape of `base`, {base.shape}, got {other.shape}.")
     return np.abs(_levels(base) - _levels(other)).mean(axis=(1, 2, 3, 4))
 
 
 def spatial_correlation(clips: np.ndarray) -> np.ndarray:
-    """Correlation of a pixel with its right and lower neighbours: near 1 for pictures, 0 for noise.
+    """Correlation of a pixel with its right and lower neighbours: near 1 for pictures, 0 for noise; `(n,)`.
 
-    `1 - mean (x - y)^2 / (2 var)` over both kinds of neighbours and all frames.
-
-    Args:
-        clips: `(n, frames, height, width, 3)` uint8.
-
-    Returns:
-        `(n,)`, at most 1; 1 where all pixels are equal.
+    `1 - mean (x - y)^2 / (2 var)` over both kinds of neighbours and all frames; 1 where all are equal.
     """
     levels = _levels(clips)
     variance = levels.var(axis=(1, 2, 3, 4))
@@ -85,12 +61,8 @@ def spatial_correlation(clips: np.ndarray) -> np.ndarray:
 def degenerate_clips(clips: np.ndarray) -> dict[str, np.ndarray]:
     """Which clips are none: a figure may be good for the wrong reason on them.
 
-    Args:
-        clips: `(n, frames, height, width, 3)` uint8.
-
-    Returns:
-        `{"blank", "frozen", "noise"}`, each `(n,)` bool: every frame of one flat colour (as black frames of
-        an overflow are), nothing moves, or neighbouring pixels that have nothing to do with each other.
+    `{"blank", "frozen", "noise"}`, each `(n,)` bool: every frame of one flat colour (as black frames of an
+    overflow are), nothing moves, or neighbouring pixels that have nothing to do with each other.
     """
     blank = _levels(clips).std(axis=(2, 3)).max(axis=(1, 2)) < _SMALLEST_SPREAD
     noise = ~blank & (spatial_correlation(clips) < _LEAST_CORRELATION)

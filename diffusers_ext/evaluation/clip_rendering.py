@@ -24,21 +24,14 @@ def render_clips(
     show_progress: bool = True,
     **call: Any,
 ) -> np.ndarray:
-    """One clip per prompt.
+    """One clip per prompt, `(clips, frames, height, width, 3)` uint8.
 
     Args:
         pipeline: a CogVideoX pipeline, with or without adapters; its scheduler, bar and modes come back.
-        prompts: what to draw.
         seeds: one per prompt; the noise of a clip is drawn on the CPU from its own generator.
-        batch_size: clips drawn at once.
-        description: of the progress bar.
-        show_progress: show the bar.
         call: further arguments of the pipeline's call: `num_frames`, `height`, `width`, `guidance_scale`,
-            `num_inference_steps`, `attention_kwargs`, ... `max_sequence_length` is the transformer's unless given:
-            the pipeline's own default silently pads the text of smaller models.
-
-    Returns:
-        `(clips, frames, height, width, 3)` uint8.
+            `num_inference_steps`, `attention_kwargs`, ... `max_sequence_length` is the transformer's unless
+            given: the pipeline's own default silently pads the text of smaller models.
 
     Raises:
         ValueError: not one seed per prompt, no prompt, or a clip that is not finite.

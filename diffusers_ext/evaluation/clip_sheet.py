@@ -32,15 +32,7 @@ class KeptClip(NamedTuple):
 
 
 def clip_sheet(kept: Sequence[KeptClip], frames: int = _FRAMES_SHOWN) -> Image.Image:
-    """A picture with one row per prompt and side: frames evenly spaced, the first and the last among them.
-
-    Args:
-        kept: clips of one number of frames.
-        frames: how many of them are shown at most.
-
-    Raises:
-        ValueError: no clips, or of different numbers of frames.
-    """
+    """A picture with one row per prompt and side: at most `frames`, evenly spaced, first and last among them."""
     lengths = {len(clip) for one in kept for clip in one.clips.values()}
     if len(lengths) != 1:
         raise ValueError(
@@ -63,12 +55,7 @@ def clip_sheet(kept: Sequence[KeptClip], frames: int = _FRAMES_SHOWN) -> Image.I
 
 
 def check_clip_format(clip_format: str) -> None:
-    """Raise unless clips of a format can be written here.
-
-    Raises:
-        ValueError: another format.
-        ImportError: mp4 without imageio and imageio-ffmpeg.
-    """
+    """Raise `ValueError` for another format, `ImportError` for mp4 without imageio and imageio-ffmpeg."""
     if clip_format not in CLIP_FORMATS:
         raise ValueError(f"The format of clips must be one of {CLIP_FORMATS}, got {clip_format!r}.")
     missing = [name for name in _VIDEO_PACKAGES if importlib.util.find_spec(name) is None]
@@ -80,16 +67,9 @@ def check_clip_format(clip_format: str) -> None:
 
 
 def write_clip(clip: np.ndarray, path: str | os.PathLike, fps: int = 8) -> None:
-    """Write a clip as an endless gif or as mp4, by the ending of its name; small ones are enlarged.
+    """Write a clip `(frames, height, width, 3)` uint8 as an endless gif or as mp4, by the ending of `path`.
 
-    Args:
-        clip: `(frames, height, width, 3)` uint8.
-        path: ends in `.gif` or `.mp4`; folders are made.
-        fps: frames a second; gif keeps time in hundredths of a second.
-
-    Raises:
-        ValueError: another ending or array, or `fps` out of [1, 50].
-        ImportError: mp4 without imageio and imageio-ffmpeg.
+    Small clips are enlarged; `fps` is in [1, 50], and gif keeps time in hundredths of a second.
     """
     path = Path(path)
     kind = path.suffix.removeprefix(".")

@@ -15,7 +15,7 @@ _KINDS = {"b": "bool", "f": "float", "U": "str"}
 
 
 def judged(judge: ClipJudge, clips: np.ndarray, prompts: Sequence[str]) -> dict[str, list[Any]]:
-    """Ask a judge about clips and look at what it gave.
+    """Ask a judge about clips and check what it gave: `{name: one bool, float, str or None per clip}`.
 
     Args:
         judge: `judge(clips, prompts)` gives a dictionary of arrays `(n,)`: bool for an aspect, whether the
@@ -23,13 +23,6 @@ def judged(judge: ClipJudge, clips: np.ndarray, prompts: Sequence[str]) -> dict[
             reading, what is seen instead. Masked entries of a `numpy.ma` array say nothing, where a prompt
             asks for nothing in that aspect. An object with a method `correct` is asked by that.
         clips: `(n, frames, height, width, 3)` uint8.
-        prompts: one per clip.
-
-    Returns:
-        `{name: one bool, float, str or None per clip}`.
-
-    Raises:
-        ValueError: something else than such arrays, a figure that is not finite, or a reserved name.
     """
     found = getattr(judge, "correct", judge)(clips, list(prompts))
     if not isinstance(found, Mapping) or not found:
@@ -55,16 +48,7 @@ def judge_facts(judge: ClipJudge) -> dict[str, Any]:
 
 
 def find_concept_aspect(judge: ClipJudge, given: str | None, aspects: Sequence[str]) -> str:
-    """Which of a judge's verdicts is about the erased concept.
-
-    Args:
-        judge: may say it itself, in an attribute `concept_aspect`.
-        given: what the user said; the judge's own, or its only aspect, when `None`.
-        aspects: names of all verdicts.
-
-    Raises:
-        ValueError: it cannot be told, or there is no such verdict.
-    """
+    """Which verdict is about the erased concept: `given`, the judge's `concept_aspect`, or its only one."""
     chosen = given or getattr(getattr(judge, "__self__", judge), "concept_aspect", None)
     if chosen is None and len(aspects) == 1:
         return aspects[0]

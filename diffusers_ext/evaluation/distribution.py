@@ -18,13 +18,7 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     matrix root is taken and sets smaller than `dim` lose no digits.
 
     It is biased upwards by about `1/n`: two samples of one distribution are not at 0 unless `n` is
-    far above `dim`. Compare only sets of the same size, and with their floor.
-
-    Args:
-        a, b: features `(n, dim)`; each at least two rows.
-
-    Returns:
-        The distance, at least 0.
+    far above `dim`. Compare only sets of the same size, at least two rows, and with their floor.
     """
     a, b = _check(a, b, rows=2)
     factors = [(x - x.mean(0)) / (x.shape[0] - 1) ** 0.5 for x in (a, b)]
@@ -52,18 +46,12 @@ def median_bandwidth(features: torch.Tensor) -> float:
 
 
 def mmd(a: torch.Tensor, b: torch.Tensor, *, bandwidth: float | None = None) -> float:
-    """Squared maximum mean discrepancy of L2-normalised features, unbiased.
+    """Squared maximum mean discrepancy of L2-normalised features, unbiased; two rows at least.
 
     The U-statistic of Gretton et al. 2012 ("A Kernel Two-Sample Test", eq. 3) with the Gaussian
-    kernel `k(x, y) = exp(-|x - y|^2 / (2 s^2))`. Its mean is 0 for equal distributions, so there it
-    is often negative.
-
-    Args:
-        a, b: features `(n, dim)`; each at least two rows.
-        bandwidth: `s`; the median distance of all pairs of the pooled set when `None`.
-
-    Returns:
-        The estimate of MMD^2.
+    kernel `k(x, y) = exp(-|x - y|^2 / (2 s^2))`, where the bandwidth `s` is the median distance of
+    all pairs of the pooled set when `None`. Its mean is 0 for equal distributions, so there it is
+    often negative.
     """
     a, b = (F.normalize(x, dim=1) for x in _check(a, b, rows=2))
     scale = median_bandwidth(torch.cat([a, b])) if bandwidth is None else bandwidth
@@ -81,18 +69,10 @@ def mmd(a: torch.Tensor, b: torch.Tensor, *, bandwidth: float | None = None) -> 
 
 
 def coverage(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> float:
-    """Share of real points that have a fake one in their neighbourhood.
+    """Share of real points that have a fake one in their neighbourhood (Naeem et al. 2020, arXiv 2002.09797).
 
-    Naeem et al. 2020 (arXiv 2002.09797): the neighbourhood of a real point is the closed ball up to
-    its k-th nearest other real point.
-
-    Args:
-        real: reference features `(n, dim)`, more than `k` rows.
-        fake: features `(m, dim)`.
-        k: neighbours.
-
-    Returns:
-        A share in [0, 1]; about `1 - 2^-k` for equal distributions and `n = m`.
+    That is the closed ball up to the k-th nearest other real point. About `1 - 2^-k` for equal
+    distributions and as many fake as real points.
     """
     real, fake = _check(real, fake, rows=1)
     if not 1 <= k < real.shape[0]:
@@ -105,18 +85,12 @@ def coverage(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> float:
 
 
 def one_nearest_neighbour_accuracy(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Leave-one-out accuracy of a nearest neighbour that tells two sets apart (1-NNA).
+    """Leave-one-out accuracy of a nearest neighbour that tells two sets apart (1-NNA), in [0, 1].
 
     Lopez-Paz and Oquab 2017 (arXiv 1610.06545). About 0.5 for independent samples of one
-    distribution, 1 for sets that are far apart, and towards 0 where every point has a twin in the
-    other set: images of the same seeds must not be compared this way. Among several neighbours at
-    one distance each counts in part.
-
-    Args:
-        a, b: features `(n, dim)`, of one size for 0.5 to be the middle.
-
-    Returns:
-        A share in [0, 1].
+    distribution and size, 1 for sets that are far apart, and towards 0 where every point has a twin
+    in the other set: images of the same seeds must not be compared this way. Among several
+    neighbours at one distance each counts in part.
     """
     a, b = _check(a, b, rows=1)
     points = torch.cat([a, b])
@@ -130,15 +104,8 @@ def one_nearest_neighbour_accuracy(a: torch.Tensor, b: torch.Tensor) -> float:
 def jensen_shannon(a: torch.Tensor, b: torch.Tensor, bins: int = 20) -> float:
     """Jensen-Shannon divergence of each dimension's histogram, in bits, averaged over dimensions.
 
-    The bins of a dimension span the range of both sets. It sees marginals only and is biased
-    upwards for few rows, as empty bins are.
-
-    Args:
-        a, b: features `(n, dim)`.
-        bins: equal bins per dimension.
-
-    Returns:
-        A number in [0, 1]; a dimension that is constant over both sets counts 0.
+    The equal bins of a dimension span the range of both sets; a constant one counts 0. It sees
+    marginals only and is biased upwards for few rows, as empty bins are.
     """
     a, b = _check(a, b, rows=1)
     if bins < 2:
@@ -169,21 +136,13 @@ def distribution_metrics(
 def with_floor(
     base_a: torch.Tensor, base_b: torch.Tensor, tuned: torch.Tensor, *, k: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Every figure of base against tuned, next to the figure of base against itself.
+    """Every figure of base against tuned, next to that of base against itself: `{metric: {"tuned", "floor"}}`.
 
     The reference is `base_b`. `tuned` must come from the seeds of `base_a` and never from those of
     `base_b`: then a tuned model that draws what the base model draws scores exactly the floor. The
     MMD bandwidth comes from the base model alone, so both of its figures share one kernel. Sets
     drawn from the same prompts are more alike than independent samples, so the floor of 1-NNA
     may be below 0.5.
-
-    Args:
-        base_a, base_b: features `(n, dim)` of the base model for two disjoint sets of seeds.
-        tuned: features `(n, dim)` of the tuned model for the seeds of `base_a`.
-        k: neighbours of `coverage`.
-
-    Returns:
-        `{metric: {"tuned": value, "floor": value}}`.
     """
     if not base_a.shape == base_b.shape == tuned.shape:
         raise ValueError(

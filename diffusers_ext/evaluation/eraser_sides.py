@@ -16,15 +16,7 @@ from diffusers_ext.evaluation.erasure_summary import ALL
 def find_erasers(
     pipeline: DiffusionPipeline, adapter_name: str | Sequence[str] | None = None
 ) -> list[str]:
-    """Names of the erasers to evaluate.
-
-    Args:
-        pipeline: whose `transformer` carries erasers.
-        adapter_name: one or several of them; all active ones when `None`.
-
-    Raises:
-        ValueError: there is none, or none of that name.
-    """
+    """Names of the erasers to evaluate: the given ones, all active ones when `None`."""
     layers = eraser_layers(pipeline.transformer).values()
     loaded = list(dict.fromkeys(name for layer in layers for name in layer.eraser_down))
     active = [layer for layer in layers if not layer.disable_adapters]
@@ -64,11 +56,7 @@ def erasers_at_scale(
 
 
 def name_scales(scales: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
-    """`{side: scale}`: `"erased"` for a single scale of 1, else `"scale 0.5"`, ...
-
-    Raises:
-        ValueError: no scales, a scale twice or not finite, or a group of a reserved name.
-    """
+    """`{side: scale}`: `"erased"` for a single scale of 1, else `"scale 0.5"`, ..."""
     if not scales or len(set(scales)) < len(scales) or not all(map(math.isfinite, scales)):
         raise ValueError(f"`scales` must hold different finite numbers, got {list(scales)}.")
     if ALL in groups or "" in groups:

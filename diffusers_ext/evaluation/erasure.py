@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from diffusers_ext.evaluation.erasure_rows import (
     measure_pairs,
 )
 from diffusers_ext.evaluation.erasure_summary import BASE
+from diffusers_ext.evaluation.rendering import check_counts
 
 
 logger = logging.getLogger(__name__)
@@ -72,13 +72,10 @@ def evaluate_erasure(
         num_videos_per_prompt: clips per entry of a group and side.
         seed: from which all seeds derive.
         seeds: of the entries' first clips, by group; derived where they are `None`.
-        num_inference_steps, guidance_scale, negative_prompt, num_frames, height, width: of the pipeline's
-            call, with its own defaults where they are `None`.
-        batch_size: clips at once.
+        negative_prompt, num_frames, height, width: the pipeline's own defaults where they are `None`.
         base_clips: `(clips, frames, height, width, 3)` uint8 without erasers, drawn before of the same
             groups and settings (`draw_base_clips`), so that several erasers share them.
         kept_clips: of every group, so many are kept for sheet and files.
-        show_progress: show a progress bar.
         call: further arguments of the pipeline's call.
 
     Raises:
@@ -94,17 +91,28 @@ def evaluate_erasure(
         "width": width,
         **call,
     }
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_counts(batch_size=batch_size)
     shots = clip_shots(groups, num_videos_per_prompt, seed, seeds)
     if base_clips is not None and len(base_clips) != len(shots):
         raise ValueError(
             f"`base_clips` must hold the {len(shots)} clips of `groups`, got {len(base_clips)}."
         )
     names, sides = find_erasers(pipeline, adapter_name), name_scales(scales, list(groups))
-    run = _Run(pipeline, judge, concept_aspect, names, sides, settings, kept_clips)
-    run.draw_all(shots, batch_size, base_clips, show_progress)
-    if not any(row[f"{side}/drift"] for row in run.rows for side in sides):
+    rows: list[dict[str, Any]] = []
+    kept: list[KeptClip] = []
+    batches = [shots[start : start + batch_size] for start in range(0, len(shots), batch_size)]
+    for batch in tqdm(batches, desc="evaluation", disable=not show_progress):
+        base = None if base_clips is None else base_clips[len(rows) : len(rows) + len(batch)]
+        clips = _draw_sides(pipeline, batch, names, sides, settings, base)
+        measured = measure_pairs(batch, clips, judge)
+        if not rows:
+            concept_aspect = find_concept_aspect(judge, concept_aspect, list_aspects(measured))
+        rows += measured
+        for index, shot in enumerate(batch):
+            if sum(one.group == shot.group for one in kept) < kept_clips:
+                one = {side: of_side[index].copy() for side, of_side in clips.items()}
+                kept.append(keep_clip(shot, one, measured[index], concept_aspect))
+    if not any(row[f"{side}/drift"] for row in rows for side in sides):
         logger.warning("The erasers changed no clip: they have no effect.")
     facts = {
         **_facts(pipeline, names),
@@ -114,9 +122,9 @@ def evaluate_erasure(
         "scales": sides,
         "batch_size": batch_size,
         "judge": judge_facts(judge),
-        "concept_aspect": run.concept_aspect,
+        "concept_aspect": concept_aspect,
     }
-    return ErasureReport.from_rows(facts, run.rows, run.kept)
+    return ErasureReport.from_rows(facts, rows, kept)
 
 
 def draw_base_clips(
@@ -129,74 +137,30 @@ def draw_base_clips(
     batch_size: int = 1,
     **call: Any,
 ) -> np.ndarray:
-    """The `base_clips` of `evaluate_erasure`, which must get the same arguments.
-
-    Returns:
-        `(clips, frames, height, width, 3)` uint8, group by group.
-    """
+    """The `base_clips` of `evaluate_erasure`, which must get the same arguments."""
     shots = clip_shots(groups, num_videos_per_prompt, seed, seeds)
     with erasers_disabled(pipeline.transformer):
         return _render(pipeline, shots, call, batch_size=batch_size, description="base")
 
 
-class _Run:
-    """The drawing of all sides, batch by batch."""
-
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        judge: ClipJudge,
-        concept_aspect: str | None,
-        names: Sequence[str],
-        sides: Mapping[str, float],
-        call: dict[str, Any],
-        kept_clips: int,
-    ) -> None:
-        self.pipeline, self.judge, self.names, self.sides = pipeline, judge, names, sides
-        self.concept_aspect, self.call, self.kept_clips = concept_aspect, call, kept_clips
-        self.rows: list[dict[str, Any]] = []
-        self.kept: list[KeptClip] = []
-        self.counts: Counter[str] = Counter()
-
-    def draw_all(
-        self,
-        shots: Sequence[ClipShot],
-        batch_size: int,
-        base_clips: np.ndarray | None,
-        show_progress: bool,
-    ) -> None:
-        """Draw, judge and measure."""
-        with tqdm(total=len(shots), desc="evaluation", disable=not show_progress) as bar:
-            for start in range(0, len(shots), batch_size):
-                batch = shots[start : start + batch_size]
-                base = None if base_clips is None else base_clips[start : start + batch_size]
-                self._measure(batch, self._draw(batch, base))
-                bar.update(len(batch))
-
-    def _draw(self, shots: Sequence[ClipShot], base: np.ndarray | None) -> dict[str, np.ndarray]:
-        if base is None:
-            with erasers_disabled(self.pipeline.transformer):
-                base = self._render(shots)
-        clips = {BASE: base}
-        for side, scale in self.sides.items():
-            with erasers_at_scale(self.pipeline, self.names, scale):
-                clips[side] = self._render(shots)
-        return clips
-
-    def _render(self, shots: Sequence[ClipShot]) -> np.ndarray:
-        return _render(self.pipeline, shots, self.call, batch_size=len(shots), show_progress=False)
-
-    def _measure(self, shots: Sequence[ClipShot], clips: dict[str, np.ndarray]) -> None:
-        rows = measure_pairs(shots, clips, self.judge)
-        if not self.rows:
-            aspects = list_aspects(rows)
-            self.concept_aspect = find_concept_aspect(self.judge, self.concept_aspect, aspects)
-        for index, (shot, row) in enumerate(zip(shots, rows, strict=True)):
-            if self.counts[shot.group] < self.kept_clips:
-                self.counts[shot.group] += 1
-                one = {side: drawn[index].copy() for side, drawn in clips.items()}
-                self.kept.append(keep_clip(shot, one, row, self.concept_aspect))
-        self.rows += rows
+def _draw_sides(
+    pipeline: DiffusionPipeline,
+    shots: Sequence[ClipShot],
+    names: Sequence[str],
+    sides: Mapping[str, float],
+    call: Mapping[str, Any],
+    base: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Clips of one batch by side, those of the base as given."""
+    drawing = {"batch_size": len(shots), "show_progress": False}
+    if base is None:
+        with erasers_disabled(pipeline.transformer):
+            base = _render(pipeline, shots, call, **drawing)
+    clips = {BASE: base}
+    for side, scale in sides.items():
+        with erasers_at_scale(pipeline, names, scale):
+            clips[side] = _render(pipeline, shots, call, **drawing)
+    return clips
 
 
 def _render(

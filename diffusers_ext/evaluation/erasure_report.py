@@ -63,13 +63,7 @@ class ErasureReport(SavedReport):
         return list(self.settings["scales"])
 
     def rate(self, group: str, aspect: str | None = None, side: str | None = None) -> float:
-        """Share of a group's clips in which an aspect is seen.
-
-        Args:
-            group: `"target"`, `"preserved"`, ..., or `"all"`.
-            aspect: of the judge; the erased concept's when `None`.
-            side: `"base"` or one of `sides`; the first of these when `None`.
-        """
+        """Share of a group's clips that show an aspect: the concept, on the first erased side, when `None`."""
         aspect = aspect or self.settings["concept_aspect"]
         found = self.groups[group]["rates"]
         if side == BASE:

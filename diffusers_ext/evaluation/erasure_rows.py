@@ -39,13 +39,9 @@ def clip_shots(
     batch or on other prompts; a prompt that is listed twice gets twice as many clips.
 
     Args:
-        groups: prompts by the name of their group.
-        count: clips per entry.
+        groups: prompts by the name of their group; those of the target and the preserved ones differ.
         seed: from which seeds derive.
         seeds: of the entries' first clips, in the order of the prompts; derived where they are `None`.
-
-    Raises:
-        ValueError: no target or preserved prompts, a prompt that is both, or not one seed per prompt.
     """
     if count < 1:
         raise ValueError(f"`num_videos_per_prompt` must be at least 1, got {count}.")
@@ -81,16 +77,10 @@ def clip_shots(
 def measure_pairs(
     shots: Sequence[ClipShot], clips: Mapping[str, np.ndarray], judge: ClipJudge
 ) -> list[dict[str, Any]]:
-    """One row per pair of clips.
+    """One row per pair of clips `{side: (n, frames, height, width, 3) uint8}`, the base's among them.
 
-    Args:
-        shots: what was drawn.
-        clips: `{side: (n, frames, height, width, 3) uint8}`, the base's among them.
-        judge: as of `judged`.
-
-    Returns:
-        Rows of `group`, `prompt`, `index`, `seed`, and for every side `side/name` of all that the judge
-        says, `side/motion`, `side/temporal_smoothness`, `side/degenerate`, and `side/drift` from the base.
+    Rows hold `group`, `prompt`, `index`, `seed`, and for every side `side/name` of all that the judge says,
+    `side/motion`, `side/temporal_smoothness`, `side/degenerate`, and `side/drift` from the base.
     """
     prompts = [shot.prompt for shot in shots]
     columns: dict[str, Sequence[Any]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffusers_ext.evaluation.noise_summary import resampled_groups
-from diffusers_ext.evaluation.paired_comparison import bootstrap_interval
+from diffusers_ext.evaluation.paired_comparison import as_lists, bootstrap_interval
 from diffusers_ext.evaluation.rate_comparison import compare_rates
 
 
@@ -19,16 +19,10 @@ DEGENERATE = (BLANK, "frozen", "noise")
 
 
 def summarize_group(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> dict[str, Any]:
-    """Rates, figures, readings and degenerate clips of one group.
+    """Rates, figures, readings and degenerate clips of one group, from the rows of `ErasureReport`.
 
-    Pairs whose base clip is blank are left out of all but the last: nothing can be erased from them.
-
-    Args:
-        rows: as of `ErasureReport`.
-        sides: of the erased clips.
-
-    Raises:
-        ValueError: all clips of the base are blank.
+    Pairs whose base clip is blank are left out of all but the last: nothing can be erased from them; it
+    is an error if all are.
     """
     used = [row for row in rows if BLANK not in row[f"{BASE}/degenerate"].split()]
     if not used:
@@ -74,7 +68,7 @@ def _rates(rows: Sequence[dict[str, Any]], name: str, side: str) -> dict[str, An
     if not rows:
         return {"pairs": 0}
     base, other = (torch.tensor([row[key] for row in rows], dtype=torch.bool) for key in keys)
-    return _as_lists(compare_rates(base, other, groups=resampled_groups(rows))._asdict())
+    return as_lists(compare_rates(base, other, groups=resampled_groups(rows))._asdict())
 
 
 def _figures(rows: Sequence[dict[str, Any]], name: str, side: str) -> dict[str, Any]:
@@ -94,7 +88,7 @@ def _figures(rows: Sequence[dict[str, Any]], name: str, side: str) -> dict[str, 
     if (base > 0).all():
         found["ratio"] = found["other"] / found["base"]
         found["ratio_interval"] = bootstrap_interval(other, base, groups=groups)
-    return _as_lists(found)
+    return as_lists(found)
 
 
 def _drift(rows: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
@@ -113,8 +107,3 @@ def _shares(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
 def _degenerate(rows: Sequence[dict[str, Any]], side: str) -> dict[str, int]:
     found = Counter(kind for row in rows for kind in row[f"{side}/degenerate"].split())
     return {kind: found[kind] for kind in DEGENERATE}
-
-
-def _as_lists(found: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, as JSON gives them back."""
-    return {key: list(x) if isinstance(x, tuple) else x for key, x in found.items()}

@@ -56,13 +56,7 @@ class PixelFeatures:
 
 
 class ModelFeatures:
-    """Base of the extractors that run a transformers model, loaded once.
-
-    Args:
-        model: the vision model; it is frozen and set to eval mode. Its device and dtype are used.
-        image_processor: its preprocessing.
-        batch_size: pictures per forward pass.
-    """
+    """Base of the extractors that run a transformers model, loaded once, frozen and in eval mode."""
 
     model_types: ClassVar[tuple[str, ...]] = ()
 
@@ -85,15 +79,8 @@ class ModelFeatures:
         """Load model and preprocessing from a folder or from the Hub; safetensors only.
 
         Args:
-            pretrained_model_name_or_path: a local folder, or `"user/name"`.
-            device: where the model runs.
             dtype: of the model; the features come back as float32.
-            batch_size: pictures per forward pass.
             download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`.
-
-        Raises:
-            ValueError: the model is of another kind.
-            TypeError: another keyword, also for a local folder.
         """
         check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
         source = str(pretrained_model_name_or_path)
@@ -149,14 +136,7 @@ class DINOv2Features(ModelFeatures):
 
 
 class CLIPFeatures(ModelFeatures):
-    """CLIP image embeddings (arXiv 2103.00020), and how well pictures fit their prompts.
-
-    Args:
-        model: a `CLIPModel`.
-        image_processor: its preprocessing.
-        tokenizer: its tokenizer.
-        batch_size: pictures per forward pass.
-    """
+    """CLIP image embeddings (arXiv 2103.00020), and how well pictures fit their prompts."""
 
     model_types = ("clip",)
 
@@ -181,9 +161,6 @@ class CLIPFeatures(ModelFeatures):
         """CLIP-T: cosine of each picture and its own prompt, `(n,)` float32 on the CPU.
 
         A prompt longer than CLIP reads is cut off, with a warning in the log.
-
-        Raises:
-            ValueError: not one prompt per picture.
         """
         if isinstance(prompts, str) or len(prompts) != len(images):
             raise ValueError(

@@ -27,6 +27,7 @@ from diffusers_ext.evaluation.rendering import (
     Sampling,
     Shot,
     adapter_layers,
+    check_counts,
     image_seed,
     paired_drawing,
     shots_of,
@@ -89,12 +90,9 @@ def evaluate_forgetting(
             seeds of one prompt.
         distribution: also compare distributions of features, next to the distance of two disjoint
             seed sets of the base model, which is drawn once more for that.
-        num_images_per_prompt: pictures per prompt and model.
         seed: from which all pictures' seeds derive.
-        num_inference_steps, guidance_scale, negative_prompt, height, width: of the pipeline's call.
         batch_size: pictures at once; the pictures do not depend on it beyond rounding.
         sheet_prompts: prompts per group whose first two pairs the report keeps.
-        show_progress: show a progress bar.
 
     Raises:
         ValueError: no prompts, a prompt both preserved and held out, a figure without what it
@@ -102,7 +100,7 @@ def evaluate_forgetting(
             does not give one bool per picture.
     """
     groups = _check_groups(prompts, held_out_prompts, subject_prompts)
-    _check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)
+    check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)
     _check_instruments(groups, features, subject_images, subject_judge)
     if distribution:
         _check_distribution(groups, features, num_images_per_prompt)
@@ -115,20 +113,22 @@ def evaluate_forgetting(
         asked = subject_judge if group == SUBJECT else judge
         instruments = Instruments(asked, scorer, features, subject)
         figures[group] = PairedFigures(group, instruments, sheet_prompts)
+    layers = adapter_layers(base if tuned is None else tuned)
     settings = {
         "base": str(base.config.get("_name_or_path") or ""),
         "tuned": None if tuned is None else str(tuned.config.get("_name_or_path") or ""),
-        "adapters": _adapter_names(base if tuned is None else tuned),
+        "adapters": unique([name for layer in layers for name in layer.active_adapters]),
         "scheduler": type(base.scheduler).__name__,
         **vars(sampling),
         "num_images_per_prompt": num_images_per_prompt,
         "seed": seed,
         "features": None if features is None else type(features).__name__,
     }
+    shots = {group: shots_of(groups[group], num_images_per_prompt, seed) for group in groups}
     with paired_drawing(base, tuned, sampling) as sides:
-        run = _Run(*sides, seed, num_images_per_prompt, batch_size)
-        second = run.draw_all(groups, figures, distribution, show_progress)
-        drift_floor = run.drift_floor()
+        drift_floor, second = _measure_all(
+            *sides, shots, figures, seed if distribution else None, batch_size, show_progress
+        )
     rows = [row for group in groups for row in figures[group].rows()]
     if all(row["pixel_drift"] == 0 for row in rows):
         logger.warning("The tuned model drew exactly what the base drew: the tuning has no effect.")
@@ -142,55 +142,45 @@ def evaluate_forgetting(
     )
 
 
+def _measure_all(
+    draw_base: Draw,
+    draw_tuned: Draw,
+    shots: dict[str, list[Shot]],
+    figures: dict[str, PairedFigures],
+    floor_seed: int | None,
+    batch_size: int,
+    show_progress: bool,
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Draw and measure all pairs.
+
+    Returns the pixel drift of the base model against itself over the first batch, and by group its
+    features of a second set of seeds, which derives from `floor_seed`; none without that.
+    """
+    first: tuple[list[Shot], torch.Tensor] | None = None
+    second: dict[str, list[torch.Tensor]] = {}
+    total = sum(map(len, shots.values()))
+    with tqdm(total=total, desc="evaluation", unit="pair", disable=not show_progress) as bar:
+        for group in shots:
+            for start in range(0, len(shots[group]), batch_size):
+                batch = shots[group][start : start + batch_size]
+                drawn = draw_base(batch)
+                first = first or (batch, drawn)
+                figures[group].add(batch, drawn, draw_tuned(batch))
+                if floor_seed is not None and group != SUBJECT:
+                    others = [
+                        shot._replace(seed=image_seed(floor_seed, shot.prompt, shot.index, "floor"))
+                        for shot in batch
+                    ]
+                    images = to_images(draw_base(others))
+                    second.setdefault(group, []).append(figures[group].embed(images))
+                bar.update(len(batch))
+    drift = pixel_drift(first[1], draw_base(first[0])).mean().item()
+    return drift, {group: torch.cat(parts) for group, parts in second.items()}
+
+
 def _distances(figures: PairedFigures, second: torch.Tensor) -> dict[str, dict[str, float]]:
     base, tuned = figures.all_features("base"), figures.all_features("tuned")
     return with_floor(base, second, tuned, k=_NEIGHBOURS)
-
-
-class _Run:
-    """The drawing of all groups, batch by batch."""
-
-    def __init__(
-        self, draw_base: Draw, draw_tuned: Draw, seed: int, count: int, batch_size: int
-    ) -> None:
-        self.draw_base, self.draw_tuned = draw_base, draw_tuned
-        self.seed, self.count, self.batch_size = seed, count, batch_size
-        self.first: tuple[list[Shot], torch.Tensor] | None = None
-
-    def draw_all(
-        self,
-        groups: dict[str, list[str]],
-        figures: dict[str, PairedFigures],
-        distribution: bool,
-        show_progress: bool,
-    ) -> dict[str, torch.Tensor]:
-        """Measure all pairs; returns the base model's features of the second seed set by group."""
-        second: dict[str, list[torch.Tensor]] = {}
-        total = self.count * sum(map(len, groups.values()))
-        with tqdm(total=total, desc="evaluation", unit="pair", disable=not show_progress) as bar:
-            for group, prompts in groups.items():
-                shots = shots_of(prompts, self.count, self.seed)
-                for start in range(0, len(shots), self.batch_size):
-                    batch = shots[start : start + self.batch_size]
-                    drawn = self.draw_base(batch)
-                    self.first = self.first or (batch, drawn)
-                    figures[group].add(batch, drawn, self.draw_tuned(batch))
-                    if distribution and group != SUBJECT:
-                        images = to_images(self.draw_base(self._other_seeds(batch)))
-                        second.setdefault(group, []).append(figures[group].embed(images))
-                    bar.update(len(batch))
-        return {group: torch.cat(parts) for group, parts in second.items()}
-
-    def _other_seeds(self, shots: Sequence[Shot]) -> list[Shot]:
-        return [
-            shot._replace(seed=image_seed(self.seed, shot.prompt, shot.index, "floor"))
-            for shot in shots
-        ]
-
-    def drift_floor(self) -> float:
-        """Pixel drift of the base model against itself, over the first batch."""
-        shots, drawn = self.first
-        return pixel_drift(drawn, self.draw_base(shots)).mean().item()
 
 
 def _check_groups(
@@ -207,12 +197,6 @@ def _check_groups(
             "out of one: a preserved prompt is not held out."
         )
     return groups
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {count}.")
 
 
 def _check_instruments(
@@ -238,8 +222,3 @@ def _check_distribution(
                 f"`distribution` must rest on more than {_NEIGHBOURS} pictures per group, got "
                 f"{len(prompts) * count} for {group}. Raise `num_images_per_prompt`."
             )
-
-
-def _adapter_names(pipeline: DiffusionPipeline) -> list[str]:
-    """Names of the adapters that take part in a pipeline's output."""
-    return unique([name for layer in adapter_layers(pipeline) for name in layer.active_adapters])

@@ -20,7 +20,7 @@ from diffusers_ext.evaluation.golden_noise_run import GoldenNoiseRun, label_rewa
 from diffusers_ext.evaluation.golden_noise_subjects import Refine, name_subjects
 from diffusers_ext.evaluation.noise_figures import STANDARD, NoiseFigures
 from diffusers_ext.evaluation.noise_rendering import latent_shape, without_noise_model
-from diffusers_ext.evaluation.rendering import Sampling, Shot, shots_of
+from diffusers_ext.evaluation.rendering import Sampling, Shot, check_counts, shots_of
 from diffusers_ext.golden_noise.denoiser import denoiser_of
 from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
 from diffusers_ext.nullspace.prompts import check_prompts, unique
@@ -68,28 +68,23 @@ def evaluate_golden_noise(
             golden noise (as `RedenoisedTarget`); several by name; the pipeline's own `noise_model`
             when `None`. On the pipeline's device.
         rewards: one or several; the first decides what is best, the others are reported.
-        num_images_per_prompt: pictures per prompt and side.
         seed: from which all pictures' seeds derive.
-        seeds: seeds of every prompt's pictures, in place of the two above.
-        num_inference_steps, guidance_scale, negative_prompt, height, width: of the pipeline's call.
+        seeds: seeds of every prompt's pictures, in place of `seed` and `num_images_per_prompt`.
         golden_noise_scale: of networks.
         best_of: random noises per picture, the standard one among them, of which the first reward
             keeps the best; 1 leaves that comparison out.
         features: for the distance of pictures of one prompt; small pixels when `None`.
-        batch_size: pictures at once.
         sheet_prompts: prompts of which the report keeps two seeds' pictures.
         images_dir: folder to write every picture to, `<side>/<row of the report>_seed_<seed>.png`.
-        show_progress: show a progress bar.
 
     Raises:
         ValueError: no prompts, no network, numbers out of range, pictures, noise or scores that
             are not finite, or a network for other latents or text.
         TypeError: a reward or `refine` of another kind.
     """
-    counts = {"num_images_per_prompt": num_images_per_prompt, "best_of": best_of}
-    for name, count in {**counts, "batch_size": batch_size}.items():
-        if count < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+    check_counts(
+        num_images_per_prompt=num_images_per_prompt, best_of=best_of, batch_size=batch_size
+    )
     prompts, labelled = unique(check_prompts(prompts)), label_rewards(rewards)
     refine = getattr(pipeline, "noise_model", None) if refine is None else refine
     subjects = name_subjects(refine, golden_noise_scale)

@@ -27,12 +27,9 @@ class GoldenNoiseRun:
 
     Args:
         pipeline: the plain pipeline.
-        subjects: `{name: refine}`.
-        rewards: `{label: reward}`; the first chooses among candidates and is timed.
-        sampling: for all pictures.
+        rewards: the first chooses among candidates and is timed.
         shape: `(channels, height, width)` of the noise.
         best_of: random noises per picture, the standard one among them.
-        figures: collects what is measured.
         images_dir: folder of all pictures, one folder a side; none are kept whole when `None`.
     """
 
@@ -154,12 +151,7 @@ class GoldenNoiseRun:
 
 
 def label_rewards(rewards: Reward | Sequence[Reward]) -> dict[str, Reward]:
-    """Rewards by `"name version"`, in their order.
-
-    Raises:
-        TypeError: one is no reward.
-        ValueError: there is none, or two share name and version.
-    """
+    """Rewards by `"name version"`, in their order, one at least."""
     found = [rewards] if hasattr(rewards, "score") else list(rewards)
     if not found:
         raise ValueError("`rewards` must hold at least one reward, got none.")

@@ -66,12 +66,7 @@ class RedenoisedTarget:
 
 
 class NetworkRefiner:
-    """A network called with a `TextConditioning`.
-
-    Args:
-        network: as of `load_noise_model`.
-        scale: 0 leaves the noise as it is, 1 is the network's output.
-    """
+    """A network called with a `TextConditioning`; `scale` 0 leaves the noise as it is, 1 is its output."""
 
     def __init__(self, network: GoldenNoiseNetwork, scale: float = 1.0) -> None:
         self.network, self.scale = network, scale
@@ -104,16 +99,7 @@ def name_subjects(
     refine: GoldenNoiseNetwork | Refine | Mapping[str, GoldenNoiseNetwork | Refine] | None,
     scale: float = 1.0,
 ) -> dict[str, Refine]:
-    """What is evaluated, by name, all called as `refine(noise, text)`.
-
-    Args:
-        refine: one, which is then named `"golden"`, or several by name.
-        scale: of networks.
-
-    Raises:
-        ValueError: there is none, or a name that the report uses itself.
-        TypeError: neither a network nor callable.
-    """
+    """What is evaluated, by name (one alone is `"golden"`), all called as `refine(noise, text)`."""
     found = refine if isinstance(refine, Mapping) else {"golden": refine}
     if refine is None or not found:
         raise ValueError(

@@ -18,14 +18,7 @@ _COUNTS = ("prompts", "images")
 
 
 def measured_results(path: str | os.PathLike) -> list[Measured]:
-    """The figures of a report of `evaluate_nullspace`, `evaluate_golden_noise` or `evaluate_eraser`.
-
-    Args:
-        path: the report's JSON file, or the folder with its `report.json`.
-
-    Raises:
-        ValueError: no such file, or one of something else.
-    """
+    """The figures of the report of an evaluation: its JSON file, or the folder with its `report.json`."""
     path = Path(path, "report.json") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(

@@ -33,10 +33,9 @@ class KeptPictures(NamedTuple):
 
 
 class NoiseFigures:
-    """Figures of several sides (standard noise, golden noises), batch by batch.
+    """Figures of several sides (standard noise first, golden noises), batch by batch.
 
     Args:
-        sides: their names, the standard one first.
         features: for the distance between pictures of one prompt.
         images_per_prompt: after so many pictures a prompt's features are compared and dropped.
         sheet_prompts: prompts of which two seeds are kept as thumbnails.
@@ -64,13 +63,9 @@ class NoiseFigures:
         noises: Mapping[str, torch.Tensor],
         scores: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> None:
-        """Add one batch.
+        """Add one batch by side: pictures, noises `(n, channels, height, width)` on the CPU, scores `(n,)` by reward.
 
-        Args:
-            shots: prompts and seeds.
-            images: `{side: pictures}`.
-            noises: `{side: (n, channels, height, width)}`, on the CPU.
-            scores: `{side: {reward: (n,)}}`; sides without pictures may be among them.
+        Sides without pictures may be among the scores.
         """
         columns: dict[str, list[float]] = {
             f"{side}/{label}": values.tolist()

@@ -18,12 +18,7 @@ from diffusers_ext.golden_noise.pairs import source_noise
 def latent_shape(
     pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None
 ) -> tuple[int, int, int]:
-    """`(channels, height, width)` of a picture's noise, before any packing into tokens.
-
-    Args:
-        pipeline: draws the picture.
-        height, width: of the picture in pixels; the pipeline's own when `None`.
-    """
+    """`(channels, height, width)` of the noise of a picture of so many pixels, before any packing into tokens."""
     factor, family = pipeline.vae_scale_factor, find_family(pipeline, TOOL)
     config = denoiser_of(pipeline).config
     own = family.sample_size(config)
@@ -47,12 +42,6 @@ def draw_from_noise(
     """Pictures `(n, 3, height, width)` in [0, 1] from unit noise, which sets their size.
 
     Pipelines multiply `latents` by their scheduler's `init_noise_sigma` themselves.
-
-    Args:
-        pipeline: draws.
-        shots: the pictures.
-        sampling: how they are drawn.
-        noise: `(n, channels, latent height, latent width)`.
     """
     family = find_family(pipeline, TOOL)
     latents = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)

@@ -9,8 +9,7 @@ import torch
 
 from diffusers_ext.evaluation.noise_figures import STANDARD, NoiseFigures
 from diffusers_ext.evaluation.paired_comparison import (
-    Interval,
-    PairedComparison,
+    as_lists,
     bootstrap_interval,
     compare_pairs,
     expected_best,
@@ -38,12 +37,12 @@ def compare_sides(
     groups = resampled_groups(rows)
     return {
         side: {
-            label: _as_lists(
+            label: as_lists(
                 compare_pairs(
                     _column(rows, f"{standard}/{label}"),
                     _column(rows, f"{side}/{label}"),
                     groups=groups,
-                )
+                )._asdict()
             )
             for label in labels
         }
@@ -144,16 +143,9 @@ def cost_summary(
 ) -> dict[str, dict[str, Any]]:
     """Seconds a picture and memory of every side, and of `"score"`.
 
-    Args:
-        cost: with the parts `"draw"`, `"score"` and `"refine X"`, measured in the same batches. A
-            drawing takes as long from any noise, so those of all sides are one part.
-        sides: the standard one first.
-        facts: of the subjects, with `parameter_bytes` where they are networks.
-
-    Returns:
-        `{side: {"seconds", "extra_seconds", "extra_share", "parameter_bytes",
-        "peak_memory_bytes"}}`; memory as in `RunCost.peak_memory`, of the refinement alone for
-        subjects.
+    A drawing takes as long from any noise, so those of all sides are one part of `cost`, `"draw"`. `facts`
+    of subjects that are networks hold `parameter_bytes`. Memory is as in `RunCost.peak_memory`, of the
+    refinement alone for subjects.
     """
     plain = cost.seconds("draw")
     found: dict[str, dict[str, Any]] = {}
@@ -173,12 +165,6 @@ def cost_summary(
 def best_of_name(count: int) -> str:
     """Name of the side that draws `count` times and keeps the best."""
     return f"best of {count}"
-
-
-def _as_lists(comparison: PairedComparison) -> dict[str, Any]:
-    """As JSON gives it back."""
-    found = comparison._asdict()
-    return {name: list(x) if isinstance(x, Interval) else x for name, x in found.items()}
 
 
 def _column(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor:

@@ -32,17 +32,12 @@ class NudeNetDetector:
 
     Args:
         detector: a `nudenet.NudeDetector`, or whatever has its `detect`.
-        version: of the package.
         threshold: least score of a detection that counts, from 0.2, below which NudeNet is silent.
         labels: what counts; `EXPOSED` or `LENIENT`.
         frames: of a clip, evenly spaced; all when `None`.
         model: what results call the network.
         channel_order: `"rgb"` or `"bgr"`, in which `detect` takes an array; `None` finds it out from what
             reaches the network of a `nudenet.NudeDetector`, which was trained on RGB.
-
-    Raises:
-        ValueError: a threshold out of [0.2, 1], no labels or unknown ones, or a channel order that is
-            neither given nor to be found.
     """
 
     name, concept_aspect = "nudenet", "nudity"
@@ -74,16 +69,12 @@ class NudeNetDetector:
     def from_installed(
         cls, model_path: str | os.PathLike | None = None, resolution: int = 320, **options: Any
     ) -> NudeNetDetector:
-        """The detector of the installed package.
+        """The detector of the installed package; raises `ImportError` where there is none.
 
         Args:
             model_path: an ONNX file of NudeNet; the small one that comes with the package when `None`.
             resolution: that `model_path` reads: 320, or 640.
             options: `threshold`, `labels`, `frames`.
-
-        Raises:
-            ImportError: NudeNet is not installed.
-            ValueError: no such file.
         """
         if importlib.util.find_spec("nudenet") is None:
             raise ImportError(
@@ -117,9 +108,8 @@ class NudeNetDetector:
     def correct(self, clips: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Read clips `(n, frames, height, width, 3)` uint8.
 
-        Returns:
-            `"nudity"`: whether any frame shows it, whatever the prompt; `"nude_frames"`: the share of frames,
-            which tells small differences that the first does not.
+        Gives `"nudity"`, whether any frame shows it, whatever the prompt, and `"nude_frames"`, the share of
+        frames, which tells small differences that the first does not.
         """
         count = clips.shape[1]
         shown = count if self.frames is None else min(self.frames, count)
@@ -134,18 +124,12 @@ class NudeNetDetector:
 
 
 def probe_channel_order(detector: Any) -> str:
-    """In which order a `nudenet.NudeDetector` takes an array so that its network gets red first.
+    """In which order, `"rgb"` or `"bgr"`, a `nudenet.NudeDetector` takes an array so that its network gets red first.
 
     The network was trained on RGB. What the package does to an array before has changed between releases
     (3.4.2 swaps red and blue twice, so that a file, read as BGR by OpenCV, reaches the network as BGR, and
     an RGB array as RGB), so a red picture is followed to the network's input. The detector is as before
     afterwards.
-
-    Returns:
-        `"rgb"` or `"bgr"`.
-
-    Raises:
-        ValueError: no red channel arrives, or the detector keeps its network elsewhere than NudeNet 3.
     """
     remedy = "Pass `channel_order='rgb'` or `'bgr'` to `NudeNetDetector`."
     session = getattr(detector, "onnx_session", None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,19 +41,11 @@ def compare_pairs(
     confidence: float = 0.95,
     resamples: int = 4000,
 ) -> PairedComparison:
-    """Compare scores of pairs.
+    """Compare scores `(pairs,)` of the same prompts and seeds.
 
-    Args:
-        standard: `(pairs,)`.
-        other: `(pairs,)`, of the same prompts and seeds.
-        groups: `(pairs,)` integers; pairs of one group are resampled together, see
-            `bootstrap_interval`.
-        confidence: of the intervals: Wilson's of the win rate, with as many pairs as the groups
-            are worth (`effective_count`), and the bootstrap's of the difference.
-        resamples: of the bootstrap.
-
-    Raises:
-        ValueError: not two finite vectors of one length.
+    The interval of the difference is `bootstrap_interval`'s. Pairs of one of the `groups` (integers) are
+    resampled together, and count as many as they are worth (`effective_count`) in Wilson's interval of the
+    win rate.
     """
     standard, other = _check_scores("standard", standard), _check_scores("other", other)
     if standard.shape != other.shape:
@@ -84,13 +76,8 @@ def win_rate(standard: torch.Tensor, other: torch.Tensor) -> float:
 def effective_count(values: torch.Tensor, groups: torch.Tensor) -> float:
     """How many independent values grouped ones are worth: `n` over the design effect (Kish, 1965).
 
-    Args:
-        values: `(n,)`.
-        groups: `(n,)` integers; values of one group may be alike.
-
-    Returns:
-        Between the number of groups and `n`: variance of the mean if all were independent over that
-        of whole groups, times `n`.
+    Between the number of groups and `n`: variance of the mean if all were independent over that
+    of whole groups, times `n`.
     """
     residuals = values.double() - values.double().mean()
     _, row = torch.unique(groups, return_inverse=True)
@@ -104,13 +91,7 @@ def effective_count(values: torch.Tensor, groups: torch.Tensor) -> float:
 
 
 def wilson_interval(rate: float, count: float, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a share (J. Am. Stat. Assoc. 22, 1927); it stays within [0, 1].
-
-    Args:
-        rate: the share found, in [0, 1].
-        count: among so many.
-        confidence: of the interval, in (0, 1).
-    """
+    """Wilson's score interval of a share of `count` (J. Am. Stat. Assoc. 22, 1927); it stays within [0, 1]."""
     if count < 1 or not 0 <= rate <= 1:
         raise ValueError(
             f"`rate` must be in [0, 1] and `count` at least 1, got {rate} and {count}."
@@ -138,9 +119,6 @@ def bootstrap_interval(
         weights: `(n,)`; the interval is then of `sum(values) / sum(weights)`, a ratio of means.
         groups: `(n,)` integers. Whole groups are resampled, as pictures of one prompt are alike
             and count for less than as many prompts; single values when `None`.
-        confidence: of the interval, in (0, 1).
-        resamples: how often.
-        seed: of the resampling.
     """
     values = _check_scores("values", values)
     weights = torch.ones_like(values) if weights is None else _check_scores("weights", weights)
@@ -168,17 +146,11 @@ def bootstrap_interval(
 
 
 def expected_best(selection: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean score of the best of n candidates, for every n up to all of them.
+    """Mean score of the best of n candidates, for every n up to all of them: `(candidates,)` float64.
 
     Of N candidates in ascending order, the i-th is the best of n drawn without replacement with
-    probability C(i - 1, n - 1) / C(N, n); so all N serve every n.
-
-    Args:
-        selection: `(pictures, candidates)`; the best candidate has the highest.
-        scores: of the same shape, what the chosen candidate is worth; `selection` when `None`.
-
-    Returns:
-        `(candidates,)` float64: best of 1, of 2, ...
+    probability C(i - 1, n - 1) / C(N, n); so all N serve every n. The best has the highest `selection`
+    `(pictures, candidates)`; `scores`, `selection` when `None`, say what it is worth.
     """
     if selection.ndim != 2 or not selection.numel() or not torch.isfinite(selection).all():
         raise ValueError(
@@ -209,6 +181,11 @@ def mean_pairwise_distance(features: torch.Tensor) -> float:
         )
     distances = torch.pdist(features.double()) / math.sqrt(features.shape[1])
     return distances.mean().item()
+
+
+def as_lists(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Intervals as lists, as JSON gives them back."""
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in found.items()}
 
 
 def group_indices(names: Sequence[str]) -> torch.Tensor:

@@ -33,14 +33,7 @@ class KeptPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruments:
-    """What looks at the pictures of one group; every part is optional.
-
-    Args:
-        judge: `judge(images, prompts)`, one bool per picture.
-        scorer: `scorer(images, prompts)`, one number per picture, e.g. CLIP-T or a reward.
-        features: image features.
-        subject_features: L2-normalised features `(images, dim)` of the real subject.
-    """
+    """What looks at the pictures of one group; every part is optional, features of the subject are normalised."""
 
     judge: Judge | None = None
     scorer: Scorer | None = None
@@ -76,10 +69,7 @@ def diversity(features: torch.Tensor) -> float:
 class PairedFigures:
     """Collects the figures of one group of prompts, batch by batch; pictures are not kept.
 
-    Args:
-        group: name of the group in the report.
-        instruments: what looks at the pictures.
-        sheet_prompts: prompts of which two pairs are kept as thumbnails.
+    Of `sheet_prompts` prompts two pairs are kept as thumbnails.
     """
 
     def __init__(self, group: str, instruments: Instruments, sheet_prompts: int = 16) -> None:

@@ -29,20 +29,12 @@ def compare_rates(
     groups: torch.Tensor | None = None,
     confidence: float = 0.95,
 ) -> RateComparison:
-    """Compare the rates of paired verdicts.
+    """Compare the rates of paired verdicts, `(pairs,)` bool.
 
     The intervals are Wilson's for the rates and Newcombe's for their difference, which stay open where
-    all verdicts agree; a bootstrap would call such a difference certain, however few the pairs.
-
-    Args:
-        base: `(pairs,)` bool.
-        other: `(pairs,)` bool, of the same prompts and seeds.
-        groups: `(pairs,)` integers; pairs of one group may be alike, and the intervals count as many
-            pairs as the groups are worth (`effective_count`).
-        confidence: of the intervals.
-
-    Raises:
-        ValueError: not two vectors of bools of one length.
+    all verdicts agree; a bootstrap would call such a difference certain, however few the pairs. Pairs of
+    one of the `groups` (integers) may be alike, and the intervals count as many pairs as the groups are
+    worth (`effective_count`).
     """
     for name, values in (("base", base), ("other", other)):
         if values.dtype != torch.bool or values.ndim != 1 or not len(values):

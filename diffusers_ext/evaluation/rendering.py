@@ -48,6 +48,13 @@ def image_seed(seed: int, prompt: str, index: int, stream: str = "paired") -> in
     return stream_seed(seed, stream, index, prompt)
 
 
+def check_counts(**counts: int) -> None:
+    """Raise `ValueError` for a number below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+
+
 def shots_of(prompts: Sequence[str], count: int, seed: int, stream: str = "paired") -> list[Shot]:
     """`count` pictures of each prompt, prompt by prompt."""
     return [
@@ -67,16 +74,8 @@ def draw(
 ) -> torch.Tensor:
     """Pictures `(n, 3, height, width)` in [0, 1], float32 on the CPU, one generator per picture.
 
-    Args:
-        pipeline: draws.
-        shots: the pictures.
-        sampling: how they are drawn.
-        latents: `(n, ...)`, the starting noise as the pipeline's call takes it; drawn from the
-            shots' seeds when `None`.
-        further: arguments of the pipeline's call.
-
-    Raises:
-        ValueError: a picture is not finite.
+    The starting noise `latents`, as the pipeline's call takes it, is drawn from the shots' seeds when
+    `None`. A picture that is not finite is an error.
     """
     prompts = [shot.prompt for shot in shots]
     arguments = {name: value for name, value in vars(sampling).items() if value is not None}
@@ -114,19 +113,8 @@ def paired_drawing(
     """Two functions that draw the same shots with the base and with the tuned model.
 
     Both pipelines draw in eval mode, without progress bars and on copies of their schedulers; all
-    of that, and the adapters, are back as they were on leaving, also after an exception.
-
-    Args:
-        base: the base model; with `tuned=None` the tuned one, whose adapters are switched off for
-            the base side.
-        tuned: the tuned model.
-        sampling: for both.
-
-    Yields:
-        `(draw_base, draw_tuned)`.
-
-    Raises:
-        ValueError: the two cannot be compared, or there is no adapter to switch off.
+    of that, and the adapters, are back as they were on leaving, also after an exception. With
+    `tuned=None` the adapters of `base` are switched off for the base side.
     """
     if tuned is None:
         check_switchable(base)
