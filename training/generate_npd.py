@@ -39,7 +39,7 @@ from training.arguments import (
 from training.checkpoint_folders import check_same_facts
 from training.closing_words import pairs_words
 from training.config_file import parse_arguments
-from training.golden_evaluation_arguments import GOLDEN_EVALUATION_GROUPS
+from training.evaluation_names import add_golden_noise_names
 from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS, read_aliases
 from training.output_folder import one_run_a_folder
 from training.pair_arguments import (
@@ -78,7 +78,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     for add_arguments in groups:
         add_arguments(parser)
     parser.set_defaults(pretrained_model_name_or_path=SDXL)
-    shared = (*PAIR_GROUPS, *SEQUENCE_GROUPS, *GOLDEN_EVALUATION_GROUPS)  # of one YAML file
+    shared = (*PAIR_GROUPS, *SEQUENCE_GROUPS, add_golden_noise_names)  # of one YAML file
     return parse_arguments(
         parser, input_args, ("prompt_file", "output_dir"), read_aliases, groups=shared
     )

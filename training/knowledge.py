@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.utils import is_xformers_available
 
-from diffusers_ext.core.base_source import load_base
+from diffusers_ext.core.base_source import check_xformers, load_base
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.nullspace.slots import check_features, find_linears
@@ -54,17 +53,6 @@ def load_pipeline(
     if with_xformers:
         pipeline.unet.enable_xformers_memory_efficient_attention()
     return pipeline
-
-
-def check_xformers() -> None:
-    """Raise `ValueError` where xFormers cannot compute attention."""
-    if not is_xformers_available() or not torch.cuda.is_available():
-        lacking = "no CUDA device" if is_xformers_available() else "no such package"
-        raise ValueError(
-            "`enable_xformers_memory_efficient_attention` must have xFormers on a CUDA device, got "
-            f"{lacking}. Leave it out: PyTorch's scaled_dot_product_attention, which runs without "
-            "it, is memory-efficient as well."
-        )
 
 
 def decode_in_pipeline_dtype(pipeline: DiffusionPipeline) -> None:

@@ -11,7 +11,7 @@ from diffusers_ext.command_line.argument_parser import OneLineParser
 from training.argument_rules import check_training_arguments, check_values
 from training.arguments import add_sampling_arguments
 from training.config_file import parse_arguments
-from training.golden_evaluation_arguments import GOLDEN_EVALUATION_GROUPS
+from training.evaluation_names import add_golden_noise_names
 from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS, read_aliases
 from training.pair_arguments import add_filter_arguments, add_pair_arguments
 
@@ -28,7 +28,7 @@ _WEIGHT_DECAY = 1e-2
 _KNOWN_GROUPS = (
     *PAIR_GROUPS,
     *SEQUENCE_GROUPS,
-    *GOLDEN_EVALUATION_GROUPS,
+    add_golden_noise_names,
     add_sampling_arguments,
     add_pair_arguments,
     add_filter_arguments,

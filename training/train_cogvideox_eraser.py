@@ -41,7 +41,7 @@ from training.eraser_result import (
 from training.eraser_run import add_eraser, make_step
 from training.eraser_text import GivenTexts, RunText, encode_run_text, read_texts
 from training.eraser_validation import ClipValidation
-from training.erasure_arguments import ERASURE_GROUPS
+from training.evaluation_names import add_erasure_names
 from training.loop import TrainingLoop
 from training.output_folder import one_run_a_folder
 from training.publish import card_record
@@ -67,7 +67,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script, over the YAML file of `--config`."""
-    return parse_eraser_arguments(__doc__, input_args, ERASURE_GROUPS)
+    return parse_eraser_arguments(__doc__, input_args, [add_erasure_names])
 
 
 def settings(args: argparse.Namespace, given: GivenTexts, base: BaseFacts) -> dict[str, Any]:

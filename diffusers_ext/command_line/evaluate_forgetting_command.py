@@ -24,11 +24,18 @@ from diffusers_ext.command_line.options import (
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+
 
 def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared on which prompts."""
     add_base_model_arguments(parser)
     parser.add_argument("--output_dir", required=True, help="folder of the report")
+    parser.add_argument(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="xFormers in place of PyTorch's own memory-efficient attention",
+    )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--lora", action="append", required=True, help="file, folder or Hub name; may be repeated"
@@ -37,27 +44,27 @@ def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--held_out_prompts", help="text file of knowledge not in the statistics")
     group.add_argument("--subject_prompt", action="append", default=[], help="may be repeated")
     group.add_argument("--subject_data_dir", help="pictures of the real subject, for similarity")
+    group.add_argument(
+        "--judge", help="module:attribute, imported; whether a picture shows its prompt"
+    )
+    group.add_argument("--subject_judge", help="the same for the subject prompts")
     add_feature_arguments(group, "features")
     group.add_argument("--pixel_features", action="store_true", help="pixels as features")
     group.add_argument("--distribution", action="store_true", help="also compare distributions")
     add_picture_arguments(parser)
 
 
-def run_forgetting(args: argparse.Namespace) -> Outcome:
+def compare_loras(args: argparse.Namespace) -> ForgettingReport:
     """Draw, measure and write."""
-    from diffusers_ext.core.pictures import read_pictures
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.core.sources import lora_file
     from diffusers_ext.evaluation.features import PixelFeatures
     from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 
-    check_drawing_arguments(args, COUNTS)
-    if args.pixel_features and args.dino:
-        raise ValueError("`pixel_features` must not be given together with `dino`.")
-    asked, files = _prompts(args), [lora_file(source) for source in args.lora]
-    if args.subject_data_dir is not None:
-        asked["subject_images"] = read_pictures(args.subject_data_dir, "subject_data_dir")
+    asked, files = _check(args), [lora_file(source) for source in args.lora]
     pipeline = load_base_pipeline(args)
+    if args.enable_xformers_memory_efficient_attention:
+        pipeline.unet.enable_xformers_memory_efficient_attention()
     _load_loras(pipeline, args.lora, files)
     asked |= load_features(args, chosen_device(args))
     if args.pixel_features:
@@ -70,20 +77,46 @@ def run_forgetting(args: argparse.Namespace) -> Outcome:
         **asked,
         **picture_arguments(args),
     )
-    names = ("pretrained_model_name_or_path", "lora", "dino", "clip")
+    names = ("pretrained_model_name_or_path", "lora", "judge", "subject_judge", "dino", "clip")
     report.settings.update({name: getattr(args, name) for name in names})
-    folder = Path(args.output_dir)
-    with staged_output(folder) as staging:
-        report.save(staging)
-    return report_outcome(report, folder, report.to_table(per_prompt=False))
+    with staged_output(args.output_dir) as folder:
+        report.save(folder)
+    return report
 
 
-def _prompts(args: argparse.Namespace) -> dict[str, Any]:
+def run_forgetting(args: argparse.Namespace) -> Outcome:
+    """Compare, and say what was found without one row for every prompt."""
+    report = compare_loras(args)
+    return report_outcome(report, Path(args.output_dir), report.to_table(per_prompt=False))
+
+
+def _check(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that can be wrong without a model; gives arguments of `evaluate_forgetting`."""
+    from diffusers_ext.core.base_source import check_xformers
+    from diffusers_ext.core.pictures import read_pictures
+    from diffusers_ext.evaluation.plugins import load_judge
     from diffusers_ext.nullspace.prompts import read_prompts_file
 
-    found = {"prompts": read_prompts_file(args.knowledge_prompts)}
+    check_drawing_arguments(args, COUNTS)
+    if args.enable_xformers_memory_efficient_attention:
+        check_xformers()
+    if args.pixel_features and args.dino:
+        raise ValueError("`pixel_features` must not be given together with `dino`.")
+    has_features = args.dino or args.clip or args.pixel_features
+    for name in ("distribution", "subject_data_dir"):
+        if getattr(args, name) and not has_features:
+            raise ValueError(
+                f"`{name}` must have features to compare: pass `--dino`, `--clip` or "
+                "`--pixel_features`."
+            )
+    found: dict[str, Any] = {"prompts": read_prompts_file(args.knowledge_prompts)}
     if args.held_out_prompts is not None:
         found["held_out_prompts"] = read_prompts_file(args.held_out_prompts)
+    if args.subject_data_dir is not None:
+        found["subject_images"] = read_pictures(args.subject_data_dir, "subject_data_dir")
+    for name in ("judge", "subject_judge"):
+        if getattr(args, name) is not None:
+            found[name] = load_judge(getattr(args, name), name)
     return found
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from diffusers_ext.command_line.command import Command, Outcome, report_outcome
 from diffusers_ext.command_line.options import (
     COUNTS,
-    REWARDS,
     add_base_model_arguments,
     add_feature_arguments,
     add_picture_arguments,
@@ -27,12 +26,13 @@ from diffusers_ext.command_line.options import (
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
     from diffusers_ext.evaluation.golden_noise_subjects import Refine
 
 
 def add_golden_noise_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared, on which prompts and by which rewards."""
-    add_base_model_arguments(parser)
+    add_base_model_arguments(parser, aliases=["--base_model_id"])
     parser.add_argument("--output_dir", required=True, help="folder of the report")
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -51,9 +51,9 @@ def add_golden_noise_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reward",
         action="append",
-        choices=REWARDS,
+        default=[],
         required=True,
-        help="may be repeated, the first decides",
+        help="hpsv2, pickscore, clip_score or module:attribute; may be repeated, the first decides",
     )
     group.add_argument(
         "--reward_model",
@@ -78,46 +78,58 @@ def add_golden_noise_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--redenoise_steps", type=int, default=10, help="the fewer, the stronger")
     group.add_argument("--w1", type=float, default=5.5, help="guidance of the step down")
     group.add_argument("--w2", type=float, default=1.0, help="guidance of the step up")
+    group.add_argument("--legacy_inversion", action="store_true", help="the published form")
     add_picture_arguments(parser)
 
 
-def run_golden_noise(args: argparse.Namespace) -> Outcome:
+def compare_noise(args: argparse.Namespace) -> GoldenNoiseReport:
     """Draw, score, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.core.text_tables import read_prompt_texts
     from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 
     _check(args)
-    prompts = read_prompt_texts(args.prompt_file, args.prompt_column, argument="prompt_file")[
-        : args.max_prompts
-    ]
+    prompts = read_prompt_texts(args.prompt_file, args.prompt_column, argument="prompt_file")
     device = chosen_device(args)
     rewards, features = load_rewards(args, device), load_features(args, device).get("features")
     pipeline = load_base_pipeline(args)
-    report = evaluate_golden_noise(
-        pipeline,
-        prompts,
-        refine=_load_subjects(args, pipeline),
-        rewards=rewards,
-        best_of=args.best_of,
-        features=features,
-        images_dir=Path(args.output_dir, "images") if args.save_images else None,
-        **picture_arguments(args),
-    )
-    names = ("pretrained_model_name_or_path", "revision", "noise_model", "prompt_file")
-    report.settings.update({name: getattr(args, name) for name in names})
-    folder = Path(args.output_dir)
-    with staged_output(folder) as staging:
-        report.save(staging)
-    return report_outcome(report, folder, report.to_table())
+    with staged_output(args.output_dir) as folder:
+        report = evaluate_golden_noise(
+            pipeline,
+            prompts[: args.max_prompts],
+            refine=_load_subjects(args, pipeline),
+            rewards=rewards,
+            best_of=args.best_of,
+            features=features,
+            images_dir=folder / "images" if args.save_images else None,
+            **picture_arguments(args),
+        )
+        names = ("pretrained_model_name_or_path", "revision", "noise_model", "prompt_file")
+        report.settings.update({name: getattr(args, name) for name in names})
+        report.save(folder)
+    return report
+
+
+def run_golden_noise(args: argparse.Namespace) -> Outcome:
+    """Compare, and say what was found."""
+    report = compare_noise(args)
+    return report_outcome(report, Path(args.output_dir), report.to_table())
 
 
 def _check(args: argparse.Namespace) -> None:
     check_drawing_arguments(args, (*COUNTS, "best_of", "max_prompts"))
+    check_values(args, ["redenoise_steps"], "at least 2", lambda value: value >= 2)
     numbers = ("w1", "w2", "guidance_scale", "golden_noise_scale")
     check_values(args, numbers, "a finite number", math.isfinite)
+    check_values(
+        args, ["target_steps"], "at least 1 each", lambda steps: all(step >= 1 for step in steps)
+    )
     if not args.noise_model and not args.target_steps:
         raise ValueError("`noise_model` or `target_steps` must be given: what should be evaluated?")
+    if not args.reward:
+        raise ValueError("`reward` must be given at least once: what makes a picture better?")
+    if args.dino and args.clip:
+        raise ValueError("`dino` must not be given together with `clip`.")
 
 
 def _load_subjects(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dict[str, Refine]:
@@ -126,6 +138,7 @@ def _load_subjects(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dic
     from diffusers_ext.golden_noise.loading import load_noise_model
 
     step = {"num_steps": args.redenoise_steps, "w1": args.w1, "w2": args.w2}
+    step["legacy_inversion"] = args.legacy_inversion
     subjects: dict[str, Any] = {
         f"{repeats}-step target": RedenoisedTarget(pipeline, repeats, **step)
         for repeats in dict.fromkeys(args.target_steps)

@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from diffusers_ext.rewards import Reward
 
 
-REWARDS = ("hpsv2", "pickscore", "clip_score")
 COUNTS = ("num_inference_steps", "num_images_per_prompt", "batch_size", "height", "width")
 _DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Which base model, and how it runs."""
+def add_base_model_arguments(
+    parser: argparse.ArgumentParser, required: bool = True, aliases: Sequence[str] = ()
+) -> None:
+    """Which base model, under other flags too, and how it runs."""
     group = parser.add_argument_group("base model")
     group.add_argument(
         "--pretrained_model_name_or_path",
+        *aliases,
         required=required,
         help="folder or Hub name of a pipeline, or .safetensors file of Stable Diffusion or SDXL",
     )
@@ -35,7 +37,9 @@ def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = T
     )
     group.add_argument("--revision", help="of the base model on the Hub")
     group.add_argument("--variant", help="of the weight files, e.g. fp16")
-    group.add_argument("--mixed_precision", choices=list(_DTYPES), default="no")
+    group.add_argument(
+        "--mixed_precision", choices=list(_DTYPES), help="of the weights; no without it"
+    )
     group.add_argument("--device", help="e.g. cuda:1; a GPU if there is one without it")
     group.add_argument("--seed", type=int, default=0, help="of everything random")
 
@@ -43,10 +47,10 @@ def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = T
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     """The sampling group of an evaluation of pictures."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--negative_prompt", default="")
-    group.add_argument("--num_inference_steps", type=int, default=50)
-    group.add_argument("--guidance_scale", type=float, default=7.5)
-    group.add_argument("--num_images_per_prompt", type=int, default=4)
+    group.add_argument("--negative_prompt", default="", help="of all prompts")
+    group.add_argument("--num_inference_steps", type=int, default=50, help="of a picture")
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="classifier-free guidance")
+    group.add_argument("--num_images_per_prompt", type=int, default=4, help="seeds a prompt")
     group.add_argument("--batch_size", type=int, default=8, help="pictures at once")
     group.add_argument("--height", type=int, help="the model's own without it")
     group.add_argument("--width", type=int, help="the model's own without it")
@@ -74,6 +78,8 @@ def check_drawing_arguments(args: argparse.Namespace, counts: Sequence[str]) -> 
     check_values(args, counts, "at least 1", lambda value: value >= 1)
     check_values(args, ["output_dir"], "a folder", lambda value: not Path(value).is_file())
     check_values(args, ["seed"], "from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+    if hasattr(args, "sheet_prompts"):
+        check_values(args, ["sheet_prompts"], "at least 0", lambda value: value >= 0)
 
 
 def picture_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def load_base_pipeline(
         revision=args.revision,
         variant=args.variant,
         single_file_config=args.single_file_config,
-        dtype=getattr(torch, _DTYPES[args.mixed_precision]),
+        dtype=getattr(torch, _DTYPES[args.mixed_precision or "no"]),
         **unfiltered,
     )
     for component in pipeline.components.values():
@@ -160,17 +166,14 @@ def load_features(args: argparse.Namespace, device: torch.device) -> dict[str, A
 
 def load_rewards(args: argparse.Namespace, device: torch.device) -> list[Reward]:
     """The rewards of `--reward`, in their order."""
-    from diffusers_ext.rewards import CLIPScoreReward, HPSv2Reward, PickScoreReward
+    from diffusers_ext.evaluation.plugins import load_reward
 
-    classes = {kind.name: kind for kind in (HPSv2Reward, PickScoreReward, CLIPScoreReward)}
     models = _by_reward(args.reward, args.reward_model, "reward_model")
     versions = _by_reward(args.reward, args.reward_version, "reward_version")
-    rewards = []
-    for name in args.reward:
-        source = (models[name],) if name in models else ()
-        given = {"version": versions[name]} if name in versions else {}
-        rewards.append(classes[name].from_pretrained(*source, device=device, **given))
-    return rewards
+    return [
+        load_reward(spec, model=models.get(spec), version=versions.get(spec), device=device)
+        for spec in args.reward
+    ]
 
 
 def _by_reward(rewards: list[str], entries: list[str], name: str) -> dict[str, str]:

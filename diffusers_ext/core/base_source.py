@@ -244,3 +244,17 @@ def _what_it_is(names: dict[str, Any]) -> str:
     return (
         f"tensors such as {min(names, default='none')!r}. Give the model as a folder of diffusers"
     )
+
+
+def check_xformers() -> None:
+    """Raise `ValueError` where xFormers cannot compute attention."""
+    import torch
+    from diffusers.utils import is_xformers_available
+
+    if not is_xformers_available() or not torch.cuda.is_available():
+        lacking = "no CUDA device" if is_xformers_available() else "no such package"
+        raise ValueError(
+            "`enable_xformers_memory_efficient_attention` must have xFormers on a CUDA device, got "
+            f"{lacking}. Leave it out: PyTorch's scaled_dot_product_attention, which runs without "
+            "it, is memory-efficient as well."
+        )

@@ -73,12 +73,12 @@ def test_subjects_and_features(evaluate, lora, tmp_path):
         ({"lora": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"knowledge_prompts": "nowhere.txt"}, "got nowhere.txt: no such file."),
         (
-            {"subject_data_dir": "nowhere"},
+            {"subject_data_dir": "nowhere", "pixel_features": True},
             "`--subject_data_dir` must be a folder of pictures, got nowhere",
         ),
         ({"pixel_features": True, "dino": "x"}, "must not be given together with `--dino`"),
         ({"batch_size": 0}, "`--batch_size` must be at least 1, got 0."),
-        ({"distribution": True}, "`features`"),
+        ({"distribution": True}, "`--distribution` must have features to compare"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(evaluate, hub, tmp_path, flags, message):

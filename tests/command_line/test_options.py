@@ -53,3 +53,9 @@ def test_features_of_clip_also_score(tmp_path):
     found = load_features(namespace(clip=clip), "cpu")
     assert found["scorer"] == found["features"].text_similarity
     assert load_features(namespace(), "cpu") == {}
+
+
+def test_values_belong_to_their_reward():
+    args = namespace(reward=["tests.training.stub_rewards:Brightness"], reward_model=["/a/rank=8"])
+    with pytest.raises(ValueError, match=r"must be one of .* to take \['model'\]"):
+        load_rewards(args, "cpu")

@@ -11,7 +11,6 @@ from diffusers_ext.golden_noise.loading import load_noise_model
 from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.sharing import push_artifact
-from training.evaluate_nullspace import find_lora
 
 
 LOADERS = {
@@ -21,7 +20,6 @@ LOADERS = {
     "statistics": FeatureStatistics.from_pretrained,
     "push_artifact": lambda source: push_artifact(source, "user/name"),
     "console": lambda source: lora_file(str(source)),
-    "evaluate_nullspace": lambda source: find_lora(str(source)),
 }
 
 

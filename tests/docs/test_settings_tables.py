@@ -20,6 +20,8 @@ def test_every_group_of_every_script_has_a_table():
         "positional arguments",
         "options",
         "model",
+        "base model",
+        "script",
         "training",
         "reporting",
         "sampling",

@@ -265,7 +265,7 @@ def test_chosen_timesteps(build):
 def test_what_cannot_be_written_or_run_is_refused_before_the_work(
     build, tmp_path, monkeypatch, arguments, message
 ):
-    monkeypatch.setattr("training.knowledge.is_xformers_available", lambda: False)
+    monkeypatch.setattr("diffusers.utils.is_xformers_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         build(export_layout=True, **arguments)
     assert not (tmp_path / "out").exists()

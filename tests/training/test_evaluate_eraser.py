@@ -14,7 +14,7 @@ from tests.training.script_runs import MODEL_DIR, command_line, files_below
 from training import evaluate_eraser as script
 
 
-EMPTY = "empty"  # a folder
+EMPTY, TARGET = "empty", "target.csv"  # a folder, and prompts without preserved ones
 JUDGE = "tests.training.erasure_runs:RedJudge"
 DRAWING = {"num_inference_steps": 1, "num_frames": 9, "height": 16, "width": 16,
            "sampling_guidance_scale": 2.0, "sampling_batch_size": 3}  # fmt: skip
@@ -89,12 +89,28 @@ def test_two_erasers_and_clip(evaluate, tmp_path, models):
         ({"concept_aspect": "digit"}, ValueError, "`concept_aspect` must be one of"),
         ({"pretrained_model_name_or_path": EMPTY}, ValueError, "folder or Hub name"),
         ({"evaluation_prompts": "nowhere.csv"}, ValueError, "must be a table of prompts"),
+        ({"evaluation_prompts": TARGET}, ValueError, r"got none of \['preserved'\] in target.csv"),
+        ({"eraser": []}, ValueError, "`eraser` must be given at least once"),
+        (
+            {"judge": "clip"},
+            ValueError,
+            "`classes` and `target_concept` must be given for `--judge",
+        ),
+        ({"num_videos_per_prompt": 0}, ValueError, "`num_videos_per_prompt` must be at least 1"),
+        ({"num_frames": 0}, ValueError, "`num_frames` must be at least 1, got 0"),
+        ({"kept_clips": -1}, ValueError, "`kept_clips` must be at least 0, got -1"),
+        ({"fps": 51}, ValueError, r"`fps` must be in \[1, 50\], got 51"),
+        ({"scale": [1, "inf"]}, ValueError, "`scale` must be finite numbers"),
+        ({"sampling_guidance_scale": "nan"}, ValueError, "must be a finite number, got nan"),
+        ({"seed": -1}, ValueError, r"`seed` must be from 0 to 2\^32 - 1"),
+        ({"output_dir": __file__}, ValueError, "`output_dir` must be a folder"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(
     evaluate, tmp_path, monkeypatch, arguments, error, message
 ):
     (tmp_path / EMPTY).mkdir()
+    (tmp_path / TARGET).write_text("prompt,group\na,target\n")
     monkeypatch.chdir(tmp_path)
     find_spec = importlib.util.find_spec
     missing = {"nudenet", "imageio", "imageio_ffmpeg"}
@@ -117,7 +133,20 @@ def test_another_pipeline_is_refused(evaluate):
 
 def test_several_processes_are_refused(evaluate, tmp_path, monkeypatch):
     several = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr(script, "make_accelerator", lambda _: several)
+    monkeypatch.setattr("training.evaluation_scripts.make_accelerator", lambda _: several)
     with pytest.raises(ValueError, match="must be one process, got 2"):
         evaluate()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_the_training_serves_the_evaluation(tmp_path):
+    path = tmp_path / "eraser.yaml"
+    path.write_text(
+        "target_concept: seven\nguidance_scale: 2.0\nprompts_file: t.txt\nheight: 64\n"
+        "eraser: [a, b]\nsampling_batch_size: 3\n"
+    )
+    line = "--pretrained_model_name_or_path m --evaluation_prompts p --judge clip --output_dir o"
+    args = script.parse_args(["--config", str(path), *line.split()])
+    assert (args.target_concept, args.height, args.eraser) == ("seven", 64, ["a", "b"])
+    assert args.sampling_guidance_scale == 6.0  # the file's belongs to the loss
+    assert (args.sampling_batch_size, args.scale) == (3, [1.0])

@@ -168,7 +168,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
 
 def test_several_processes_are_refused(evaluate, tmp_path, monkeypatch):
     several = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr(script, "make_accelerator", lambda _: several)
+    monkeypatch.setattr("training.evaluation_scripts.make_accelerator", lambda _: several)
     with pytest.raises(ValueError, match="must be one process, got 2: what it times"):
         evaluate()
     assert not (tmp_path / "out").exists()
@@ -186,3 +186,19 @@ def test_all_pictures_are_written_where_asked_for(evaluate, tmp_path):
         for side in ("1-step_target", "small", "standard")
         for row, seed in enumerate(seeds)
     ]
+
+
+def test_what_must_be_given(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--noise_model", "x"])
+    missing = "--pretrained_model_name_or_path, --prompt_file, --output_dir"
+    assert f"these arguments must be given: {missing}" in capsys.readouterr().err
+
+
+def test_what_may_be_repeated():
+    line = "--base_model_id m --prompt_file p --output_dir o --reward r".split()
+    line += "--noise_model a --noise_model b --target_steps 1 --target_steps 5".split()
+    args = script.parse_args(line)
+    assert args.pretrained_model_name_or_path == "m"
+    assert (args.noise_model, args.target_steps, args.reward) == (["a", "b"], [1, 5], ["r"])
+    assert (args.num_images_per_prompt, args.best_of, args.w1, args.w2) == (4, 4, 5.5, 1.0)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from docs.settings_tables import script_parser
+from training.arguments import argument_names
+from training.evaluation_names import add_erasure_names, add_golden_noise_names
 
 
 FLAGS = json.loads((Path(__file__).parents[1] / "fixtures/evaluation_flags.json").read_text())
@@ -32,3 +34,16 @@ def test_no_flag_is_lost(script):
         assert described(found[flag], like) == like, flag
         if "default" not in like and "action" not in like:
             assert found[flag].default is None, flag
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [("evaluate_eraser", add_erasure_names), ("evaluate_golden_noise", add_golden_noise_names)],
+)
+def test_other_scripts_know_the_names_in_a_shared_file(script, names):
+    groups = {group.title: group for group in script_parser(script)._action_groups}
+    own = [
+        group for title, group in groups.items() if title not in ("base model", "script", "options")
+    ]
+    taken = {action.dest for group in own for action in group._group_actions} - {"output_dir"}
+    assert argument_names([names]) == taken

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from tests.training.script_runs import EVALUATED, write_prompts
-from training import evaluate_nullspace
+from training import evaluation_scripts
 
 
 def lora_file(folder: Path, source: Path, change) -> Path:
@@ -44,7 +44,7 @@ def prompts_of(folder: Path, *prompts: str) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (lambda _: {"lora": "nowhere"}, f"folder with {LORA_WEIGHT_NAME} or a file, got nowhere"),
+        (lambda _: {"lora": "nowhere"}, "must be a file, a folder or 'user/name', got nowhere"),
         (lambda _: {"knowledge_prompts": "nowhere.txt"}, "got nowhere.txt: no such file"),
         (lambda f: {"held_out_prompts": prompts_of(f)}, "must hold at least one prompt"),
         (
@@ -77,7 +77,7 @@ def test_bad_input_is_refused_and_leaves_nothing(evaluate, tmp_path, arguments, 
 
 def test_several_processes_are_refused(evaluate, tmp_path, monkeypatch):
     several = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr(evaluate_nullspace, "make_accelerator", lambda _: several)
+    monkeypatch.setattr(evaluation_scripts, "make_accelerator", lambda _: several)
     with pytest.raises(ValueError, match="must be one process, got 2. Pass `--num_processes 1`"):
         evaluate()
     assert not (tmp_path / "out").exists()
