@@ -13,11 +13,7 @@ from diffusers_ext.evaluation.paired_comparison import mean_pairwise_distance
 from diffusers_ext.evaluation.paired_figures import extract_features
 from diffusers_ext.evaluation.picture_sheet import KEPT_PER_PROMPT, thumbnail
 from diffusers_ext.evaluation.rendering import Shot
-from diffusers_ext.golden_noise.noise_statistics import (
-    NoiseStatistics,
-    noise_statistics,
-    radial_spectrum,
-)
+from diffusers_ext.golden_noise.noise_statistics import noise_statistics, radial_spectrum
 
 
 STANDARD = "standard"
@@ -85,13 +81,7 @@ class NoiseFigures:
     def _measure_noise(
         self, side: str, noise: torch.Tensor, standard: torch.Tensor
     ) -> dict[str, list[float]]:
-        found = dict(
-            zip(
-                NoiseStatistics._fields,
-                map(torch.Tensor.tolist, noise_statistics(noise)),
-                strict=True,
-            )
-        )
+        found = {name: x.tolist() for name, x in noise_statistics(noise)._asdict().items()}
         if side != STANDARD:
             change = (noise - standard).flatten(1).norm(dim=1) / standard.flatten(1).norm(dim=1)
             found["change"] = change.tolist()
