@@ -27,7 +27,7 @@ _NATIVE = ("config.json", "report.json", "deltas/*", "pairs/*", "rejected/*", "s
 _SHARDS = tuple(
     f"{folder}/[0-9][0-9][0-9][0-9][0-9].*" for folder in ("deltas", "pairs", "rejected", "shards")
 )
-_FOREIGN = ("metadata.csv", "*.pt", "*.npz", "*.json", "*.jsonl")
+_THIRD_PARTY = ("metadata.csv", "*.pt", "*.npz", "*.json", "*.jsonl")
 _SETTINGS = (
     "redenoise_steps", "w1", "w2", "legacy_inversion", "negative_prompt", "num_inference_steps",
     "guidance_scale", "margin", "noises_per_prompt", "seed", "mixed_precision",
@@ -171,7 +171,7 @@ def download_pairs(
             str(name),
             repo_type="dataset",
             revision=revision,
-            allow_patterns=[prefix + pattern for pattern in (*_NATIVE, *_FOREIGN)],
+            allow_patterns=[prefix + pattern for pattern in (*_NATIVE, *_THIRD_PARTY)],
             **download_arguments,
         )
     return Path(snapshot, prefix)

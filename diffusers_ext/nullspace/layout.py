@@ -75,7 +75,14 @@ def export_layout(
     """
     name = datetime.now().strftime("run_%Y%m%d_%H%M%S") if run_name is None else run_name
     timesteps = [0] if timesteps is None else [int(timestep) for timestep in timesteps]
-    _check_export(statistics, name, timesteps)
+    if Path(name).name != name or not name.startswith("run_"):
+        raise ValueError(f"`run_name` must be a folder name starting with 'run_', got {name!r}.")
+    if not timesteps or min(timesteps) < 0 or len(set(timesteps)) < len(timesteps):
+        raise ValueError(f"`timesteps` must be different and not negative, got {timesteps}.")
+    folders = [safe_name(layer) for layer in statistics.layers]
+    alike = sorted({folder for folder in folders if folders.count(folder) > 1})
+    if alike:
+        raise ValueError(f"Layers must have different folders, got several for {alike}.")
     target = Path(directory, name)
     if target.exists():
         raise ValueError(f"`run_name` must be new, got {name!r}, which {target.parent} holds.")
@@ -141,17 +148,6 @@ def in_bytes(size: int) -> str:
     while number >= 1000 and unit < 4:
         number, unit = number / 1000, unit + 1
     return f"{number:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
-
-
-def _check_export(statistics: FeatureStatistics, name: str, timesteps: list[int]) -> None:
-    if Path(name).name != name or not name.startswith("run_"):
-        raise ValueError(f"`run_name` must be a folder name starting with 'run_', got {name!r}.")
-    if not timesteps or min(timesteps) < 0 or len(set(timesteps)) < len(timesteps):
-        raise ValueError(f"`timesteps` must be different and not negative, got {timesteps}.")
-    folders = [safe_name(layer) for layer in statistics.layers]
-    alike = sorted({folder for folder in folders if folders.count(folder) > 1})
-    if alike:
-        raise ValueError(f"Layers must have different folders, got several for {alike}.")
 
 
 def _write_matrix(
@@ -228,7 +224,13 @@ def load_layout(
         metadata = read_metadata(file.metadata_path)
         linear = find_linear(file, metadata, modules)
         pool.add(file, linear, metadata, allow_centred)
-    pool.check_complete(run)
+    steps = set().union(*pool.steps.values())
+    for linear, found in pool.steps.items():
+        if found != steps:
+            raise ValueError(
+                f"{run} must hold {linear} at each of {len(steps)} steps, got none at "
+                f"{min(steps - found)}: it was not written to the end."
+            )
     facts = _read_facts(run, denoiser)
     timesteps = sorted({file.timestep for file in files})
     imported = {"imported_from_layout": True, "centred": pool.centred, "timesteps": timesteps}
@@ -270,15 +272,6 @@ class _Pool:
         elif not torch.equal(self.moments[key].total, total):
             raise ValueError(f"{file.path} must repeat the matrix {key!r}, got another one.")
         self.steps.setdefault(linear, set()).add(file.step)
-
-    def check_complete(self, run: Path) -> None:
-        steps = set().union(*self.steps.values())
-        for linear, found in self.steps.items():
-            if found != steps:
-                raise ValueError(
-                    f"{run} must hold {linear} at each of {len(steps)} steps, got none at "
-                    f"{min(steps - found)}: it was not written to the end."
-                )
 
 
 def _read_facts(run: Path, denoiser: torch.nn.Module | None) -> dict[str, Any]:
