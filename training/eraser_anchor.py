@@ -34,15 +34,10 @@ def choose_anchor_concept(
     recipe: EraserTraining,
     size: ClipSize | None = None,
 ) -> dict[str, float]:
-    """Candidates with their distances from the concept, the nearest first.
+    """Candidates, preserved concepts, with their distances from the concept, the nearest first.
 
-    Args:
-        pipeline: the base model, its text encoder included.
-        prompts: that name the concept; at most 16 are used, evenly chosen.
-        concept: what is erased.
-        candidates: preserved concepts.
-        recipe: sampling steps, guidance and seed.
-        size: of the clips; the model's own when `None`.
+    At most 16 prompts that name the concept are used, evenly chosen. Of the recipe sampling steps,
+    guidance and seed are read; clips are of the model's own size where none is given.
 
     Raises:
         ValueError: no candidate, or no prompt that names the concept.
@@ -78,15 +73,10 @@ def rank_anchors(
     recipe: EraserTraining,
     size: ClipSize,
 ) -> dict[str, float]:
-    """Candidates with their distances from the concept, the nearest first.
+    """As `choose_anchor_concept`, of embeddings; the text encoder is not read.
 
-    Args:
-        pipeline: the base model; its text encoder is not read.
-        target_embeds: `(prompts, text, dim)`.
-        anchors: the same prompts with each candidate in the place of the concept.
-        empty_embed: `(text, dim)`.
-        recipe: sampling steps, guidance and seed.
-        size: of the clips.
+    `target_embeds` are `(prompts, text, dim)`, `anchors` those of the same prompts with each candidate
+    in the place of the concept, `empty_embed` `(text, dim)`.
     """
     distances = anchor_distances(
         CogVideoXVelocity.from_pipeline(pipeline, *size),
@@ -109,17 +99,7 @@ def settle_anchor(
     recipe: EraserTraining,
     size: ClipSize,
 ) -> tuple[RunText, str]:
-    """Choose among the candidates that `--anchor_concept auto` has encoded.
-
-    Args:
-        text: of the run, with candidates.
-        concept: what is erased.
-        pipeline: the base model on its device.
-        recipe, size: of the run.
-
-    Returns:
-        The text with the chosen anchors, and the chosen word.
-    """
+    """The text of a run with the best of the candidates that `--anchor_concept auto` has encoded, and its word."""
     device, rows = pipeline.transformer.device, _spread(len(text.prompts.target))
     anchors = {word: embeds[rows].to(device) for word, embeds in text.anchors.items()}
     target, empty = text.embeds.target[rows].to(device), text.embeds.empty.to(device)

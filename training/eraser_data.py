@@ -41,12 +41,7 @@ class ClipSize(NamedTuple):
         height: int | None = None,
         width: int | None = None,
     ) -> ClipSize:
-        """The given sizes, and those that the model was made for where none is given.
-
-        Args:
-            transformer, vae: with the `config` of each.
-            num_frames, height, width: frames and pixels.
-        """
+        """The given sizes, and those that the model, by its configs, was made for where none is given."""
         config, scale = transformer.config, 2 ** (len(vae.config.block_out_channels) - 1)
         return cls(
             config.sample_frames if num_frames is None else num_frames,
@@ -115,16 +110,10 @@ def make_samples(
     video_dir: str | Path | None = None,
     **collection: Any,
 ) -> Dataset:
-    """The samples of a recipe: teacher trajectories, or clean latents of videos or noise.
+    """The samples of a recipe: teacher trajectories, or clean latents of `video_dir` or of noise.
 
-    Args:
-        pipeline: the base model without an eraser, or with erasers that the teacher switches off.
-        text: embeddings of the prompts.
-        token_mask: of the concept, for masks.
-        recipe: source and amount.
-        size: of the clips.
-        video_dir: folder of videos for `latents_source="video"`.
-        collection: further arguments of `collect_teacher_samples`: `directory` and `facts`, ...
+    The pipeline may have erasers, which the teacher switches off. `collection` are further arguments
+    of `collect_teacher_samples`: `directory` and `facts`, ...
     """
     shape = latent_shape(pipeline.transformer, pipeline.vae, *size)
     if recipe.latents_source == "noise":

@@ -23,17 +23,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EraserPrompts:
-    """The prompts of one erasure.
+    """The prompts of one erasure."""
 
-    Attributes:
-        target: prompts that ask for the concept.
-        anchor: what each of them becomes; `""` leads to the unconditional model.
-        preserved: prompts whose clips must not change; at least one, which may be `""`.
-    """
-
-    target: list[str]
-    anchor: list[str]
-    preserved: list[str]
+    target: list[str]  # ask for the concept
+    anchor: list[str]  # what each of them becomes; `""` leads to the unconditional model
+    preserved: list[str]  # whose clips must not change; at least one, which may be `""`
 
     def __post_init__(self) -> None:
         for name in ("target", "anchor", "preserved"):
@@ -61,16 +55,7 @@ class EraserPrompts:
 
 
 def read_eraser_prompts(path: str | os.PathLike, column: str = "prompt") -> list[str]:
-    """Prompts or concepts of a file, each once.
-
-    Args:
-        path: text, one a line, where blank lines and `#` lines are skipped; or a table (`.csv`,
-            `.tsv`, `.json`, `.jsonl`, `.parquet`), of which `column` is read.
-        column: of a table.
-
-    Raises:
-        ValueError: no such file or column, or nothing in it.
-    """
+    """Prompts or concepts of a text file or table, each once; see `read_prompts_file`."""
     return unique(read_prompts_file(path, column))
 
 
@@ -92,13 +77,10 @@ def make_eraser_prompts(
 
     Args:
         target: prompts that ask for the concept.
-        concept: what is erased.
         anchor_concept: a neutral word that takes its place in the anchors ("a red seven" -> "a red
             digit"), which every target prompt then must name; the anchors are empty when `None`.
-        preserved_concepts: words that must go on meaning the same.
-        preserved_prompts: whole prompts to keep besides.
-        max_preserved: keep a random choice of the prompts with a preserved concept; all when `None`.
-        seed: of that choice.
+        max_preserved: keep a random choice, by `seed`, of the prompts with a preserved concept; all
+            when `None`.
 
     Raises:
         ValueError: something preserved that names the concept, or a target prompt without it where
@@ -148,18 +130,7 @@ def auto_preserved_concepts(
     words: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
 ) -> list[str]:
-    """Neighbours of a concept, shown to the user and written to a file that can be edited and given back.
-
-    Args:
-        tokenizer: of the pipeline.
-        text_encoder: of the pipeline.
-        concept: what is erased.
-        count: how many.
-        path: file to write, which `read_eraser_prompts` reads.
-        max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
-        words: candidates; the bundled list when `None`.
-        exclude: further names of the concept.
-    """
+    """`neighbouring_concepts`, logged and written to a file that can be edited and given back."""
     neighbours = neighbouring_concepts(
         tokenizer,
         text_encoder,

@@ -21,11 +21,6 @@ class NoiseSource(Dataset):
     """Latents that are normal noise: cheap, and unlike any clip at all but the highest timesteps.
 
     Items are `{"x_0": (frames, channels, height, width) float32}`.
-
-    Args:
-        latent_shape: `(frames, channels, height, width)`.
-        length: how many items.
-        seed: of the noise.
     """
 
     def __init__(self, latent_shape: Sequence[int], length: int, *, seed: int = 0) -> None:
@@ -57,12 +52,8 @@ class VideoSource(Dataset):
         pipeline: a CogVideoX pipeline; its VAE encodes.
         video_dir: gif, webp or mp4 files, or one folder of pictures per video.
         num_frames: the first frames of each video.
-        height: pixels; videos are scaled to cover the size, and cropped.
-        width: pixels.
+        height, width: pixels; videos are scaled to cover the size, and cropped.
         seed: of the posterior's samples.
-
-    Attributes:
-        paths: of the videos.
 
     Raises:
         ValueError: a size the model cannot take, no videos, or one with too few frames.
@@ -99,16 +90,11 @@ class VideoSource(Dataset):
 def encode_frames(
     vae: torch.nn.Module, frames: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """One video as latents of the transformer.
+    """One video `(frames, height, width, 3)` uint8 as latents of the transformer.
 
-    Args:
-        vae: `AutoencoderKLCogVideoX`; in eval mode here, and as before afterwards.
-        frames: `(frames, height, width, 3)` uint8.
-        generator: of the posterior's sample.
-
-    Returns:
-        `(latent frames, channels, height, width)` float32 on the CPU, times the scaling factor.
+    They are `(latent frames, channels, height, width)` float32 on the CPU, times the scaling factor.
     """
+    # The VAE wants (batch, 3, frames, height, width) in [-1, 1], and gives channels before frames.
     pixels = frames.permute(3, 0, 1, 2)[None].to(vae.device, torch.float32) / 127.5 - 1.0
     with module_eval_mode(vae):
         latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample(generator)

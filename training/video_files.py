@@ -68,12 +68,6 @@ def _why_no_video(path: Path) -> str | None:
 def read_video(path: Path, num_frames: int, height: int, width: int) -> np.ndarray:
     """The first frames of a video, scaled to cover the size and cropped around the centre.
 
-    Args:
-        path: as `list_videos` gives it.
-        num_frames: wanted.
-        height: pixels.
-        width: pixels.
-
     Returns:
         `(num_frames, height, width, 3)` uint8.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import SchedulerMixin
 
-from diffusers_ext.core.seeds import stream_seed
+from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.teacher_trajectory import frozen_teacher, teacher_trajectory
 from diffusers_ext.eraser.velocity import CogVideoXVelocity
 
@@ -51,8 +51,7 @@ def anchor_distances(
             f"`candidate_embeds` must be (candidates, {', '.join(map(str, target_embeds.shape))}) with "
             f"at least one candidate, got {tuple(candidate_embeds.shape)}."
         )
-    seeds = [stream_seed(seed, "anchor", index) for index in range(len(target_embeds))]
-    generators = [torch.Generator().manual_seed(one) for one in seeds]
+    generators = [stream_generator(seed, "anchor", index) for index in range(len(target_embeds))]
     noises = [torch.randn(*latent_shape, generator=generator) for generator in generators]
     points = teacher_trajectory(
         velocity,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from diffusers_ext.eraser.eraser_files import read_eraser
 from diffusers_ext.eraser.written_files import (
     check_eraser_folder,
     check_eraser_tensors,
-    legacy_files,
-    peft_files,
+    described,
+    eraser_contents,
     write_eraser_files,
 )
 
@@ -53,19 +52,18 @@ def convert_eraser(
     check_eraser_folder(folder, format)
     file = read_eraser(pretrained_model_name_or_path, **download_arguments)
     check_eraser_tensors(file.tensors, str(pretrained_model_name_or_path))
-    if format == "legacy":
-        if file.num_layers is None:
-            raise ValueError(
-                "`num_layers` of the eraser's config must be known to write the legacy format, got "
-                f"None in {pretrained_model_name_or_path}. Load it into its model and save it again."
-            )
-        write_eraser_files(folder, legacy_files(file.tensors, file.num_layers))
-        return file.shape
-    config = copy.copy(file.config)
+    if format == "legacy" and file.num_layers is None:
+        raise ValueError(
+            "`num_layers` of the eraser's config must be known to write the legacy format, got "
+            f"None in {pretrained_model_name_or_path}. Load it into its model and save it again."
+        )
+    config = described(
+        file.config,
+        concept=concept,
+        anchor_concept=anchor_concept,
+        base_model_name_or_path=base_model_name_or_path,
+    )
     config.target_modules = config.target_modules or {DEFAULT_TARGET}
     config.in_features, config.num_layers = file.shape.width, file.num_layers
-    config.concept = concept or config.concept
-    config.anchor_concept = anchor_concept or config.anchor_concept
-    config.base_model_name_or_path = base_model_name_or_path or config.base_model_name_or_path
-    write_eraser_files(folder, peft_files(config, file.tensors))
+    write_eraser_files(folder, eraser_contents(format, config, file.tensors, file.num_layers))
     return file.shape

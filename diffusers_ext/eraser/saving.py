@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Callable
@@ -25,8 +24,8 @@ from diffusers_ext.eraser.loading import (
 from diffusers_ext.eraser.written_files import (
     check_eraser_folder,
     check_eraser_tensors,
-    legacy_files,
-    peft_files,
+    described,
+    eraser_contents,
     write_eraser_files,
 )
 from diffusers_ext.hub.card import Card
@@ -83,16 +82,17 @@ def save_eraser(
     _check_in_memory(tensors)
     tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}
     check_eraser_tensors(tensors, adapter_name, dtype)
-    config = copy.copy(transformer.peft_config[adapter_name])
-    config.concept = concept or config.concept
-    config.anchor_concept = anchor_concept or config.anchor_concept
+    config = transformer.peft_config[adapter_name]
     # PEFT's own wrapper forgets the name of a diffusers model.
     known_name = config.base_model_name_or_path or transformer.config.get("_name_or_path")
-    config.base_model_name_or_path = base_model_name_or_path or known_name or None
-    if format == "peft":
-        files = peft_files(config, tensors, type(transformer))
-    else:
-        files = legacy_files(tensors, len(transformer.transformer_blocks))
+    config = described(
+        config,
+        concept=concept,
+        anchor_concept=anchor_concept,
+        base_model_name_or_path=base_model_name_or_path or known_name or None,
+    )
+    num_layers = len(transformer.transformer_blocks)
+    files = eraser_contents(format, config, tensors, num_layers, type(transformer))
     hub, card = _upload_parts(config, tensors, push_to_hub, hub_arguments)
     write_eraser_files(folder, files)
     if card is not None:

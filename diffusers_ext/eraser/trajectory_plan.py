@@ -32,23 +32,13 @@ def plan_trajectories(
     """Plan the runs of one part; every prompt comes up equally often, up to one run.
 
     The kept steps of a run are equally spaced from a random first one: all steps are kept equally
-    often, none twice.
-
-    Args:
-        part: `"target"` or `"preserved"`.
-        num_trajectories: runs.
-        num_prompts: of the part.
-        num_steps: of a run.
-        points_per_trajectory: kept of each run; `None` keeps all.
-        empty_share: of the kept points, for the empty prompt; in [0, 1].
-        seed: of all samples.
-
-    Returns:
-        One plan per run.
+    often, none twice. `points_per_trajectory` of each are kept, all when `None`; of these
+    `empty_share`, in [0, 1], are for the empty prompt.
     """
     prompts: list[int] = []
     while len(prompts) < num_trajectories:
-        prompts += _shuffled(num_prompts, seed, f"{part} prompts", len(prompts))
+        generator = stream_generator(seed, f"{part} prompts", len(prompts))
+        prompts += torch.randperm(num_prompts, generator=generator).tolist()
     count = num_steps if points_per_trajectory is None else points_per_trajectory
     plans = []
     for index in range(num_trajectories):
@@ -61,7 +51,3 @@ def plan_trajectories(
         run_seed = stream_seed(seed, part, index)
         plans.append(TrajectoryPlan(index, prompts[index], run_seed, steps, empty))
     return plans
-
-
-def _shuffled(count: int, seed: int, stream: str, index: int) -> list[int]:
-    return torch.randperm(count, generator=stream_generator(seed, stream, index)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -54,12 +55,24 @@ def check_eraser_tensors(tensors: StateDict, name: str, dtype: torch.dtype | Non
         )
 
 
-def peft_files(
+def described(config: EraserConfig, **given: str | None) -> EraserConfig:
+    """A copy of a config, with what is given in the place of what it says."""
+    config = copy.copy(config)
+    for name, value in given.items():
+        setattr(config, name, value or getattr(config, name))
+    return config
+
+
+def eraser_contents(
+    format: str,
     config: EraserConfig,
     tensors: StateDict,
+    num_layers: int,
     model_class: type[torch.nn.Module] = CogVideoXTransformer3DModel,
 ) -> dict[str, bytes]:
-    """`{file name: content}` in PEFT's format; `model_class` is what `AutoPeftModel` loads."""
+    """`{file name: content}` of an eraser, weights first; `model_class` is what `AutoPeftModel` loads."""
+    if format == "legacy":
+        return _legacy_files(tensors, num_layers)
     config.inference_mode = True
     facts = config.to_dict()
     facts["auto_mapping"] = {
@@ -77,8 +90,7 @@ def peft_files(
     }
 
 
-def legacy_files(tensors: StateDict, num_layers: int) -> dict[str, bytes]:
-    """`{file name: content}` in the legacy format, for a transformer of so many blocks."""
+def _legacy_files(tensors: StateDict, num_layers: int) -> dict[str, bytes]:
     facts = {"eraser_type": LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}
     weights = io.BytesIO()
     torch.save(to_legacy(tensors, num_layers), weights)
