@@ -96,9 +96,7 @@ def collect_statistics(
     }
     if rest:
         own = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-        kind = type(pipeline.scheduler).__name__
-        # Trained betas may be an array.
-        settings["scheduler"] = {"class": kind, **json.loads(json.dumps(own, default=str))}
+        settings["scheduler"] = {"class": type(pipeline.scheduler).__name__, **own}
         settings["batch_size"] = batch_size
         settings["run"] = {
             "num_inference_steps": num_inference_steps,
@@ -115,7 +113,8 @@ def collect_statistics(
         "prompts": prompts,
         "settings": settings,
     }
-    facts = json.loads(json.dumps(facts))  # as they will be when read back
+    # As they will be when read back; a scheduler's trained betas may be an array.
+    facts = json.loads(json.dumps(facts, default=str))
     moments: dict[str, SecondMoment] = {}
     sources = {name: TEXT for name in linears if name not in rest}
     if sources:
@@ -126,11 +125,8 @@ def collect_statistics(
             moments[TEXT].merge(text_moment(pipeline, guided).repeated(len(prompts)))
     if rest:
         run = TrajectoryRun(pipeline, rest, facts, shard, progress_dir, show_progress)
-        trajectory_moments, trajectory_sources = run.collect(unique([*prompts, *guided]))
-        moments.update(trajectory_moments)
-        sources.update(trajectory_sources)
-    for key, moment in moments.items():
-        moment.check_finite(key)
+        along_runs, read_by = run.collect(unique([*prompts, *guided]))
+        moments, sources = moments | along_runs, sources | read_by
     return FeatureStatistics(moments, sources, facts)
 
 
