@@ -28,7 +28,7 @@ from benchmarks.machine import table, write_results
 from diffusers_ext.eraser.concept_mask import concept_head_weights, concept_mask
 from diffusers_ext.eraser.concepts import concept_token_mask, replace_concept
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.check_model import load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
 from examples.moving_digits.prompts import NEUTRAL_DIGIT, PROMPT_LENGTH, TEMPLATES

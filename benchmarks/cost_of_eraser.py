@@ -35,10 +35,9 @@ from diffusers_ext.eraser.shaped_step import (
     StepShape,
     empty_inputs,
     student_pass,
-    velocity_of_shape,
 )
-from diffusers_ext.eraser.sizes import PUBLISHED_TRANSFORMERS
 from diffusers_ext.eraser.training_memory import step_memory, transformer_with_eraser
+from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS, CogVideoX
 from diffusers_ext.planning import EraserSetting, plan_eraser_training
 
 
@@ -101,7 +100,7 @@ def flop_ratio() -> float:
     fake, counts = fake_tensors(), []
     with fake, torch.no_grad():
         fill_with_fake_tensors(model)
-        velocity = velocity_of_shape(model, shape)
+        velocity = CogVideoX().empty_velocity(model, shape.latent_shape, shape.dtype)
         inputs = empty_inputs(velocity, shape, 1)
         for disabled in (False, True):
             with FlopCounterMode(display=False) as counter:
@@ -137,7 +136,8 @@ def measured_five_b(shape: StepShape) -> int:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer, velocity = torch.optim.AdamW(trained), velocity_of_shape(model, shape)
+    optimizer = torch.optim.AdamW(trained)
+    velocity = CogVideoX().empty_velocity(model, shape.latent_shape, shape.dtype)
 
     def step() -> None:
         with torch.autocast("cuda", shape.dtype):

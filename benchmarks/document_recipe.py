@@ -14,7 +14,7 @@ import torch
 
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.outputs import eraser_outputs
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.cogvideox import CogVideoXVelocity
 
 
 @dataclass(frozen=True)

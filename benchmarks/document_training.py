@@ -16,11 +16,11 @@ from benchmarks.document_recipe import (
     document_loss,
     noised_randomness,
 )
-from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.masks import mask_to_latents
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.cogvideox import CogVideoXVelocity
+from diffusers_ext.families.registry import find_family
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES
 from examples.moving_digits.erasers import RECIPE, others_of
 from examples.moving_digits.prompts import PROMPT_LENGTH
@@ -55,8 +55,10 @@ def train_document_eraser(pipeline: CogVideoXPipeline, target: str) -> float:
     """Train; the eraser stays in the pipeline. Returns seconds."""
     original = copy.deepcopy(pipeline)
     size = (NUM_FRAMES, CANVAS, CANVAS)
-    shape = latent_shape(pipeline.transformer, pipeline.vae, *size)
-    grid = token_grid(pipeline.transformer, shape)
+    shape = find_family(pipeline, "eraser").latent_shape(
+        pipeline.transformer.config, pipeline.vae.config, *size
+    )
+    grid = find_family(pipeline, "eraser").token_grid(pipeline.transformer.config, shape)
     texts, num_preserved = _texts(pipeline, target)
     parameters = add_eraser(pipeline.transformer, RECIPE)
     teacher, student = (CogVideoXVelocity.from_pipeline(p, *size) for p in (original, pipeline))

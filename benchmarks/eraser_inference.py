@@ -11,7 +11,7 @@ from benchmarks.eraser_steps import Subject
 from benchmarks.timing import compare
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.shaped_step import StepShape, empty_inputs
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.cogvideox import CogVideoXVelocity
 
 
 def inference_costs(

@@ -16,10 +16,10 @@ from benchmarks.document_recipe import (
     noised_randomness,
 )
 from diffusers_ext.eraser.batch import EraserText
-from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.masks import mask_to_latents
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.cogvideox import CogVideoXVelocity
+from diffusers_ext.families.registry import find_family
 from examples.moving_digits.check_model import load_pipeline
 from training.eraser_data import ClipSize, EraserData
 from training.eraser_run import add_eraser, make_step
@@ -50,8 +50,12 @@ class Subject:
         gradient_checkpointing: bool = False,
     ) -> None:
         self.name, self.pipeline, self.size, self.rank, self.rows = name, pipeline, size, rank, rows
-        self.latents = latent_shape(pipeline.transformer, pipeline.vae, *size)
-        self.grid = token_grid(pipeline.transformer, self.latents)
+        self.latents = find_family(pipeline, "eraser").latent_shape(
+            pipeline.transformer.config, pipeline.vae.config, *size
+        )
+        self.grid = find_family(pipeline, "eraser").token_grid(
+            pipeline.transformer.config, self.latents
+        )
         self.gradient_checkpointing = gradient_checkpointing
         config = pipeline.transformer.config
         self.text = torch.randn(3, config.max_text_seq_length, config.text_embed_dim)

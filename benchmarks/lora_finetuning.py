@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.core.targets import Targets, find_modules
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import velocity_distance
+from diffusers_ext.families.velocity import Velocity
 
 
 ATTENTION_PROJECTIONS = tuple(
@@ -97,7 +97,7 @@ class FinetunedLora:
 
 
 def finetune_lora(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     scheduler: SchedulerMixin,
     latents: torch.Tensor,
     prompt_embeds: torch.Tensor,

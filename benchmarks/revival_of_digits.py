@@ -14,7 +14,7 @@ from benchmarks.lora_finetuning import FinetunedLora, finetune_lora
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
 from diffusers_ext.eraser.loading import load_eraser
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.check_model import draw, load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
 from examples.moving_digits.erasers import RECIPE, evaluation_groups, training_prompts

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 
 from diffusers_ext.eraser.anchors import anchor_distances
-from diffusers_ext.eraser.clip_geometry import latent_shape
 from diffusers_ext.eraser.concepts import contains_concept, replace_concept
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.registry import find_family
 from training.eraser_data import ClipSize
 from training.eraser_text import RunText
 
@@ -27,7 +26,7 @@ _MOST_PROMPTS = 16
 
 @torch.no_grad()
 def choose_anchor_concept(
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     concept: str,
     candidates: Sequence[str],
@@ -59,14 +58,18 @@ def choose_anchor_concept(
         transformer.config.max_text_seq_length,
     ).to(transformer.device)
     empty, texts = embeds[0], embeds[1:].unflatten(0, (len(versions), len(chosen)))
-    size = ClipSize.of_configs(transformer, pipeline.vae) if size is None else size
+    size = (
+        ClipSize.of_configs(find_family(pipeline, "eraser"), transformer, pipeline.vae)
+        if size is None
+        else size
+    )
     return rank_anchors(
         pipeline, texts[0], dict(zip(candidates, texts[1:], strict=True)), empty, recipe, size
     )
 
 
 def rank_anchors(
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     target_embeds: torch.Tensor,
     anchors: Mapping[str, torch.Tensor],
     empty_embed: torch.Tensor,
@@ -79,12 +82,14 @@ def rank_anchors(
     in the place of the concept, `empty_embed` `(text, dim)`.
     """
     distances = anchor_distances(
-        CogVideoXVelocity.from_pipeline(pipeline, *size),
+        find_family(pipeline, "eraser").velocity(pipeline, *size),
         pipeline.scheduler,
         target_embeds,
         torch.stack(list(anchors.values())),
         empty_embed,
-        latent_shape=latent_shape(pipeline.transformer, pipeline.vae, *size),
+        latent_shape=find_family(pipeline, "eraser").latent_shape(
+            pipeline.transformer.config, pipeline.vae.config, *size
+        ),
         num_inference_steps=recipe.num_inference_steps,
         guidance_scale=recipe.sampling_guidance_scale,
         seed=recipe.seed,
@@ -95,7 +100,7 @@ def rank_anchors(
 def settle_anchor(
     text: RunText,
     concept: str,
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     recipe: EraserTraining,
     size: ClipSize,
 ) -> tuple[RunText, str]:

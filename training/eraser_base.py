@@ -8,19 +8,16 @@ from types import SimpleNamespace
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-)
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diffusers_ext.core.base_source import refuse_single_file
 from diffusers_ext.core.noise_schedules import check_diffusion_levels
-from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.concepts import check_concept
+from diffusers_ext.eraser.sizes import transformer_width
+from diffusers_ext.families.family import Family, import_class
+from diffusers_ext.families.registry import families_of
 from training.eraser_arguments import AUTO_ANCHOR
 from training.eraser_data import ClipSize
 from training.run_setup import WEIGHT_DTYPES
@@ -52,38 +49,32 @@ def read_base(args: argparse.Namespace) -> BaseFacts:
         ValueError: no CogVideoX text-to-video pipeline, clips that it cannot take, a rank above its
             width, a scheduler of another prediction, or a concept that its tokenizer cannot spell.
     """
-    refuse_single_file(args.pretrained_model_name_or_path, f"a {CogVideoXPipeline.__name__}")
-    kind = read_components(args)["_class_name"]
-    if kind != CogVideoXPipeline.__name__:
-        raise ValueError(
-            "`pretrained_model_name_or_path` must be a CogVideoXPipeline, got a "
-            f"{kind} in {args.pretrained_model_name_or_path}."
-        )
+    family = read_video_family(args)
     source, revision = args.pretrained_model_name_or_path, args.revision
     transformer, vae, scheduler = (
         SimpleNamespace(
             config=FrozenDict(model.load_config(source, subfolder=name, revision=revision))
         )
         for model, name in (
-            (CogVideoXTransformer3DModel, "transformer"),
-            (AutoencoderKLCogVideoX, "vae"),
-            (CogVideoXDDIMScheduler, "scheduler"),  # every scheduler's config reads alike
+            (import_class(family.denoiser_class), "transformer"),
+            (import_class(family.vae_class), "vae"),
+            (DDIMScheduler, "scheduler"),  # every scheduler's config reads alike
         )
     )
     tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision)
     predicts = scheduler.config.get("prediction_type")
     if predicts != "v_prediction":
         raise ValueError(
-            "`prediction_type` of the scheduler must be 'v_prediction', as CogVideoX has it, got "
+            f"`prediction_type` of the scheduler must be 'v_prediction', as {family.title} has it, got "
             f"{predicts!r}."
         )
     kind = getattr(diffusers, scheduler.config["_class_name"], None)
     if kind is not None:  # one of another library is met when it is loaded
         check_diffusion_levels(kind.from_config(scheduler.config))
-    size = ClipSize.of_configs(transformer, vae, args.num_frames, args.height, args.width)
-    shape = latent_shape(transformer, vae, *size)
-    token_grid(transformer, shape)
-    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    size = ClipSize.of_configs(family, transformer, vae, args.num_frames, args.height, args.width)
+    shape = family.latent_shape(transformer.config, vae.config, *size)
+    family.token_grid(transformer.config, shape)
+    width = transformer_width(transformer.config)
     if args.eraser_rank > width:
         raise ValueError(
             f"`eraser_rank` must be at most the model's width, {width}, got {args.eraser_rank}."
@@ -95,12 +86,29 @@ def read_base(args: argparse.Namespace) -> BaseFacts:
     return BaseFacts(transformer, vae, tokenizer, size, shape)
 
 
-def load_base(args: argparse.Namespace, device: torch.device) -> CogVideoXPipeline:
+def read_video_family(args: argparse.Namespace) -> Family:
+    """The family of `--pretrained_model_name_or_path`, which must be one that an eraser is known for.
+
+    Raises:
+        ValueError: a single file, or another pipeline.
+    """
+    source, known = args.pretrained_model_name_or_path, families_of("eraser")
+    names = {family.pipelines[0]: family for family in known}
+    refuse_single_file(source, f"a {' or '.join(names)}")
+    kind = read_components(args)["_class_name"]
+    if kind not in names:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a {' or '.join(names)}, got a {kind} in {source}."
+        )
+    return names[kind]
+
+
+def load_base(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
     """The base model without its text encoder, frozen, in the dtype of `--mixed_precision`.
 
     The VAE stays on the CPU: only videos and validation clips need it.
     """
-    pipeline = CogVideoXPipeline.from_pretrained(
+    pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
 from diffusers_ext.eraser.batch import EraserText
-from diffusers_ext.eraser.clip_geometry import latent_shape
 from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.trajectories import collect_teacher_samples
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.family import Family
+from diffusers_ext.families.registry import find_family
 from training.eraser_prompts import EraserPrompts
 from training.eraser_samples import NoiseSource, VideoSource
 
@@ -35,6 +35,7 @@ class ClipSize(NamedTuple):
     @classmethod
     def of_configs(
         cls,
+        family: Family,
         transformer: Any,
         vae: Any,
         num_frames: int | None = None,
@@ -42,12 +43,9 @@ class ClipSize(NamedTuple):
         width: int | None = None,
     ) -> ClipSize:
         """The given sizes, and those that the model, by its configs, was made for where none is given."""
-        config, scale = transformer.config, 2 ** (len(vae.config.block_out_channels) - 1)
-        return cls(
-            config.sample_frames if num_frames is None else num_frames,
-            config.sample_height * scale if height is None else height,
-            config.sample_width * scale if width is None else width,
-        )
+        own = family.clip_size(transformer.config, vae.config)
+        given = (num_frames, height, width)
+        return cls(*(side if size is None else size for size, side in zip(given, own)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class EraserData:
 
 @torch.no_grad()
 def encode_text(
-    pipeline: CogVideoXPipeline, prompts: EraserPrompts, *, batch_size: int = 32
+    pipeline: DiffusionPipeline, prompts: EraserPrompts, *, batch_size: int = 32
 ) -> EraserText:
     """Embeddings of all prompts, kept on the CPU; equal prompts are encoded once."""
     embeds = encode_video_prompts(
@@ -86,7 +84,7 @@ def encode_text(
 
 
 def concept_tokens(
-    pipeline: CogVideoXPipeline, prompts: EraserPrompts, recipe: EraserTraining, concept: str | None
+    pipeline: DiffusionPipeline, prompts: EraserPrompts, recipe: EraserTraining, concept: str | None
 ) -> torch.Tensor | None:
     """Where the concept stands in each target prompt; `None` where the recipe asks for no masks."""
     if not recipe.localization_weight:
@@ -101,7 +99,7 @@ def concept_tokens(
 
 
 def make_samples(
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     text: EraserText,
     token_mask: torch.Tensor | None,
     recipe: EraserTraining,
@@ -115,7 +113,9 @@ def make_samples(
     The pipeline may have erasers, which the teacher switches off. `collection` are further arguments
     of `collect_teacher_samples`: `directory` and `facts`, ...
     """
-    shape = latent_shape(pipeline.transformer, pipeline.vae, *size)
+    shape = find_family(pipeline, "eraser").latent_shape(
+        pipeline.transformer.config, pipeline.vae.config, *size
+    )
     if recipe.latents_source == "noise":
         return NoiseSource(shape, _NUM_NOISES, seed=recipe.seed)
     if recipe.latents_source == "video":
@@ -123,7 +123,7 @@ def make_samples(
             raise ValueError("`video_dir` must be given for `latents_source` 'video', got None.")
         return VideoSource(pipeline, video_dir, *size, seed=recipe.seed)
     return collect_teacher_samples(
-        CogVideoXVelocity.from_pipeline(pipeline, *size),
+        find_family(pipeline, "eraser").velocity(pipeline, *size),
         pipeline.scheduler,
         *text,
         latent_shape=shape,
@@ -142,7 +142,7 @@ def make_samples(
 
 
 def make_data(
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     prompts: EraserPrompts,
     recipe: EraserTraining,
     size: ClipSize,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 
 from diffusers_ext.eraser.saving import save_eraser
 from diffusers_ext.hub.card import Card, make_card
@@ -20,6 +20,7 @@ from training.eraser_text import GivenTexts, RunText
 from training.loop import TrainingLoop
 from training.output_folder import ON_THE_WAY, staged_output
 from training.publish import left_here, prepare_upload, push_output, widget_of
+from training.text_pipeline import read_components
 from training.upload import card_arguments, reported_arguments
 
 
@@ -51,7 +52,7 @@ def eraser_report(
 
 def save_result(
     args: argparse.Namespace,
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     adapter_name: str,
     report: dict[str, Any],
 ) -> None:
@@ -104,7 +105,7 @@ def trained_eraser_card(
     return make_card(
         "eraser",
         **eraser_facts(args, report, clips),
-        pipeline=CogVideoXPipeline.__name__,
+        pipeline=read_components(args)["_class_name"],
         rank=args.eraser_rank,
         parameters=report["parameters"],
         **card_arguments(args),

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 
 from diffusers_ext.eraser.attack import AdversarialPrompts
 from diffusers_ext.eraser.batch import RowMaker
-from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.outputs import trainable_eraser_parameters
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.rollouts import OnPolicyRollouts
 from diffusers_ext.eraser.step import EraserStep
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.registry import find_family
 from training.eraser_data import ClipSize, EraserData, make_data
 from training.eraser_prompts import EraserPrompts
 from training.loop import LoopSettings, TrainingLoop
@@ -60,7 +59,7 @@ def add_eraser(
 
 
 def make_step(
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     data: EraserData,
     recipe: EraserTraining,
     device: torch.device,
@@ -68,14 +67,15 @@ def make_step(
 ) -> EraserStep:
     """The loss function of a training."""
     transformer = pipeline.transformer
-    shape = latent_shape(transformer, pipeline.vae, *data.size)
-    velocity = CogVideoXVelocity.from_pipeline(pipeline, *data.size)
+    family = find_family(pipeline, "eraser")
+    shape = family.latent_shape(transformer.config, pipeline.vae.config, *data.size)
+    velocity = family.velocity(pipeline, *data.size)
     maker = RowMaker(
         velocity,
         data.text,
         recipe,
         device,
-        grid=token_grid(transformer, shape),
+        grid=family.token_grid(transformer.config, shape),
         scheduler=pipeline.scheduler,
         token_mask=data.token_mask,
         head_weights=getattr(data.samples, "head_weights", None),
@@ -91,7 +91,7 @@ def make_step(
 
 
 def train_eraser(
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     prompts: EraserPrompts,
     recipe: EraserTraining,
     *,
@@ -118,7 +118,11 @@ def train_eraser(
         options: of `make_samples`.
     """
     transformer = pipeline.transformer
-    size = ClipSize.of_configs(transformer, pipeline.vae) if size is None else size
+    size = (
+        ClipSize.of_configs(find_family(pipeline, "eraser"), transformer, pipeline.vae)
+        if size is None
+        else size
+    )
     if data is None:
         data = make_data(pipeline, prompts, recipe, size, concept=concept, **options)
     if accelerator is None:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
-from diffusers_ext.eraser.clip_geometry import latent_shape
+from diffusers_ext.families.registry import find_family
 from training.video_files import list_videos, read_video
 
 
@@ -69,7 +69,9 @@ class VideoSource(Dataset):
         *,
         seed: int = 0,
     ) -> None:
-        shape = latent_shape(pipeline.transformer, pipeline.vae, num_frames, height, width)
+        shape = find_family(pipeline, "eraser").latent_shape(
+            pipeline.transformer.config, pipeline.vae.config, num_frames, height, width
+        )
         self.paths = list_videos(Path(video_dir))
         latents = []
         for index, path in enumerate(tqdm(self.paths, desc="encode videos")):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.eraser.outputs import erasers_disabled
@@ -45,7 +45,7 @@ class ClipValidation:
     def __init__(
         self,
         args: argparse.Namespace,
-        pipeline: CogVideoXPipeline,
+        pipeline: DiffusionPipeline,
         accelerator: Accelerator,
         text: RunText,
         size: ClipSize,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
@@ -87,7 +87,7 @@ def settings(args: argparse.Namespace, given: GivenTexts, base: BaseFacts) -> di
 def make_run_data(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     base: BaseFacts,
     text: RunText,
 ) -> EraserData:
@@ -115,7 +115,7 @@ def make_run_data(
 def build_loop(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    pipeline: CogVideoXPipeline,
+    pipeline: DiffusionPipeline,
     data: EraserData,
     facts: dict[str, Any],
     validation: ClipValidation,

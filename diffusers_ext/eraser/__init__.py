@@ -27,7 +27,7 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.registration": "register_eraser",
         "diffusers_ext.eraser.saving": "save_eraser",
         "diffusers_ext.eraser.sizes": "eraser_size",
-        "diffusers_ext.eraser.velocity": "CogVideoXVelocity",
+        "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
     }
 )
 __all__ = sorted(_SOURCES)

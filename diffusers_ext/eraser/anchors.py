@@ -9,12 +9,12 @@ from diffusers import SchedulerMixin
 
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.teacher_trajectory import frozen_teacher, teacher_trajectory
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.velocity import Velocity
 
 
 @torch.no_grad()
 def anchor_distances(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     scheduler: SchedulerMixin,
     target_embeds: torch.Tensor,
     candidate_embeds: torch.Tensor,

@@ -20,8 +20,8 @@ from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.eraser.batch import Rows
 from diffusers_ext.eraser.outputs import eraser_layers, erasers_disabled
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import velocity_distance
+from diffusers_ext.families.velocity import Velocity
 
 
 class RevivalEmbeddings(NamedTuple):
@@ -32,7 +32,7 @@ class RevivalEmbeddings(NamedTuple):
 
 
 def learn_revival_embeddings(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     x_t: torch.Tensor,
     t: torch.Tensor,
     prompt_embeds: torch.Tensor,
@@ -159,7 +159,7 @@ class AdversarialPrompts:
         recipe: share, interval, steps and number of embeddings.
     """
 
-    def __init__(self, velocity: CogVideoXVelocity, recipe: EraserTraining) -> None:
+    def __init__(self, velocity: Velocity, recipe: EraserTraining) -> None:
         self.velocity, self.recipe = velocity, recipe
         self._calls = 0
         self._sets: list[torch.Tensor] = []
@@ -207,7 +207,7 @@ class AdversarialPrompts:
 
 @torch.no_grad()
 def _before(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     points: tuple[torch.Tensor, torch.Tensor],
     prompt_embeds: torch.Tensor,
     v_concept: torch.Tensor | None,
@@ -221,7 +221,7 @@ def _before(
 
 
 def _check_points(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     x_t: torch.Tensor,
     t: torch.Tensor,
     prompt_embeds: torch.Tensor,

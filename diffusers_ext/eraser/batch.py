@@ -13,8 +13,8 @@ from diffusers_ext.eraser.masks import weighted_attention_mask
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher import VelocityRows, teacher_velocities
 from diffusers_ext.eraser.teacher_samples import EMPTY_PROMPT
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import negative_velocity
+from diffusers_ext.families.velocity import Velocity
 
 
 class EraserText(NamedTuple):
@@ -111,7 +111,7 @@ class RowMaker:
 
     def __init__(
         self,
-        velocity: CogVideoXVelocity,
+        velocity: Velocity,
         text: EraserText,
         recipe: EraserTraining,
         device: torch.device,

@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import Attention
 
 from diffusers_ext.core.call_scopes import CallScope
 from diffusers_ext.eraser.attention_mass import Rotary, attention_mass, rotate_video, standardize
+from diffusers_ext.families.registry import families_of, find_family, match_family
 
 
 class ConceptAttention:
@@ -200,22 +200,25 @@ def concept_attention(
         yield attention
 
 
-def find_transformer(model: torch.nn.Module) -> CogVideoXTransformer3DModel:
+def find_transformer(model: torch.nn.Module) -> torch.nn.Module:
     """The transformer itself, under whatever wraps it."""
     for module in model.modules():
-        if isinstance(module, CogVideoXTransformer3DModel):
+        if match_family(module, "eraser") is not None:
             return module
-    raise ValueError(
-        f"`transformer` must be a CogVideoXTransformer3DModel, got a {type(model).__name__}."
-    )
+    known = " or ".join(family.denoiser_class for family in families_of("eraser"))
+    raise ValueError(f"`transformer` must be a {known}, got a {type(model).__name__}.")
 
 
 def find_joint_attentions(
-    transformer: CogVideoXTransformer3DModel, layers: Sequence[int] | None = None
+    transformer: torch.nn.Module, layers: Sequence[int] | None = None
 ) -> dict[str, Attention]:
-    """The `attn1` of CogVideoX blocks by name: all of them, or those of the chosen blocks."""
-    blocks = transformer.transformer_blocks
+    """The joint attentions by name: those of all blocks, or of the chosen ones."""
+    family = find_family(transformer, "eraser")
+    blocks, attention = getattr(transformer, family.blocks), family.eraser_target.partition(".")[0]
     chosen = range(len(blocks)) if layers is None else sorted(set(layers))
     if not chosen or min(chosen) < 0 or max(chosen) >= len(blocks):
         raise ValueError(f"`layers` must be from 0 to {len(blocks) - 1}, got {list(chosen)}.")
-    return {f"transformer_blocks.{index}.attn1": blocks[index].attn1 for index in chosen}
+    return {
+        f"{family.blocks}.{index}.{attention}": getattr(blocks[index], attention)
+        for index in chosen
+    }

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from diffusers_ext.eraser.attention_mass import agreement_weights, head_correlations
-from diffusers_ext.eraser.clip_geometry import token_grid
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.masks import (
     CONCEPT_FLOOR,
@@ -17,12 +16,12 @@ from diffusers_ext.eraser.masks import (
     weighted_attention_mask,
 )
 from diffusers_ext.eraser.teacher_trajectory import frozen_teacher
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.velocity import Velocity
 
 
 @torch.no_grad()
 def concept_mask(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     x_t: torch.Tensor,
     t: torch.Tensor,
     prompt_embeds: torch.Tensor,
@@ -61,7 +60,7 @@ def concept_mask(
         the prompt does not name the concept.
     """
     model = velocity.model
-    grid = token_grid(model, x_t.shape)
+    grid = velocity.token_grid(x_t.shape)
     embeds = [part for part in (prompt_embeds, anchor_embeds, empty_embeds) if part is not None]
     if empty_embeds is not None and anchor_embeds is None:
         raise ValueError("`empty_embeds` must come with `anchor_embeds`, got only the former.")
@@ -86,7 +85,7 @@ def concept_mask(
 
 @torch.no_grad()
 def concept_head_weights(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     x_t: torch.Tensor,
     t: torch.Tensor,
     prompt_embeds: torch.Tensor,
@@ -110,7 +109,7 @@ def concept_head_weights(
         ValueError: no prompt names the concept, or no head agrees with the velocities.
     """
     model = velocity.model
-    grid = token_grid(model, x_t.shape)
+    grid = velocity.token_grid(x_t.shape)
     named = token_mask.any(dim=1).nonzero().flatten()
     if not len(named):
         raise ValueError("`token_mask` must mark the concept in some prompt, got none that has it.")
@@ -133,7 +132,7 @@ def concept_head_weights(
 
 
 def _velocities(
-    velocity: CogVideoXVelocity, x_t: torch.Tensor, t: torch.Tensor, embeds: list[torch.Tensor]
+    velocity: Velocity, x_t: torch.Tensor, t: torch.Tensor, embeds: list[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     count = len(embeds)
     return velocity(x_t.repeat(count, 1, 1, 1, 1), t.repeat(count), torch.cat(embeds)).chunk(count)

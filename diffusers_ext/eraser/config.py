@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from diffusers_ext.families.cogvideox import CogVideoX
+
 
 PEFT_TYPE_NAME = "ERASER"
-DEFAULT_TARGET = "attn1.to_out.1"
-DEFAULT_LAYERS_PATTERN = "transformer_blocks"
+DEFAULT_TARGET = CogVideoX.eraser_target
+DEFAULT_LAYERS_PATTERN = CogVideoX.blocks
 MOST_LAYERS = 1000  # of any model; published ones have 42
 _NAME = re.compile(r"\w+(\.\w+)*")
 _REPEATS = re.compile(r"(?<!\\)[*+?{]")

@@ -16,14 +16,14 @@ from diffusers_ext.eraser.teacher_trajectory import (
     teacher_trajectory,
 )
 from diffusers_ext.eraser.trajectory_plan import plan_trajectories
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.velocity import Velocity
 
 
 _NUM_RUNS, _MOST_STEPS = 8, 4
 
 
 def calibrate_heads(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     scheduler: SchedulerMixin,
     target_embeds: torch.Tensor,
     anchor_embeds: torch.Tensor,

@@ -6,25 +6,26 @@ import os
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 
 from diffusers_ext.core.sources import check_download_arguments
-from diffusers_ext.eraser.config import DEFAULT_TARGET, EraserConfig
+from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import PARTS, StateDict, check_fit, layer_name
 from diffusers_ext.eraser.eraser_files import EraserFile, read_eraser
 from diffusers_ext.eraser.layer import check_scale
 from diffusers_ext.eraser.outputs import eraser_layers
 from diffusers_ext.eraser.sizes import transformer_width
+from diffusers_ext.families.registry import families_of, find_family, match_family
 
 
-EraserTarget = CogVideoXTransformer3DModel | DiffusionPipeline | PeftModel
+EraserTarget = ModelMixin | DiffusionPipeline | PeftModel
 
 
 def load_eraser(
-    transformer_or_pipe: CogVideoXTransformer3DModel | DiffusionPipeline,
+    transformer_or_pipe: ModelMixin | DiffusionPipeline,
     pretrained_model_name_or_path: str | os.PathLike,
     *,
     adapter_name: str = "default",
@@ -82,7 +83,7 @@ def load_eraser(
     return adapter_name
 
 
-def find_transformer(transformer_or_pipe: EraserTarget) -> CogVideoXTransformer3DModel:
+def find_transformer(transformer_or_pipe: EraserTarget) -> ModelMixin:
     """The CogVideoX transformer itself, out of a pipeline, `torch.compile` or a `PeftModel`."""
     model = transformer_or_pipe
     if isinstance(model, DiffusionPipeline):
@@ -90,15 +91,16 @@ def find_transformer(transformer_or_pipe: EraserTarget) -> CogVideoXTransformer3
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    if not isinstance(model, CogVideoXTransformer3DModel):
+    if match_family(model, "eraser") is None:
+        known = " or ".join(family.denoiser_class for family in families_of("eraser"))
         raise TypeError(
-            "`transformer_or_pipe` must be a CogVideoXTransformer3DModel or a pipeline with one, "
+            f"`transformer_or_pipe` must be a {known} or a pipeline with one, "
             f"got a {type(transformer_or_pipe).__name__}."
         )
     return model
 
 
-def find_eraser(transformer: CogVideoXTransformer3DModel, adapter_name: str | None = None) -> str:
+def find_eraser(transformer: ModelMixin, adapter_name: str | None = None) -> str:
     """The name of an eraser of the transformer; of the only one when `None`."""
     adapters = getattr(transformer, "peft_config", {})
     names = [name for name, config in adapters.items() if isinstance(config, EraserConfig)]
@@ -112,7 +114,7 @@ def find_eraser(transformer: CogVideoXTransformer3DModel, adapter_name: str | No
     return adapter_name
 
 
-def eraser_tensors(transformer: CogVideoXTransformer3DModel, adapter_name: str) -> StateDict:
+def eraser_tensors(transformer: ModelMixin, adapter_name: str) -> StateDict:
     """The parameters of one eraser, named as in the transformer without the adapter's name."""
     return {
         layer_name(attention, part): getattr(layer, module)[adapter_name].get_parameter(kind)
@@ -122,13 +124,11 @@ def eraser_tensors(transformer: CogVideoXTransformer3DModel, adapter_name: str) 
     }
 
 
-def _adapted(transformer: CogVideoXTransformer3DModel) -> list[BaseTunerLayer]:
+def _adapted(transformer: ModelMixin) -> list[BaseTunerLayer]:
     return [part for part in transformer.modules() if isinstance(part, BaseTunerLayer)]
 
 
-def _check_target(
-    transformer: CogVideoXTransformer3DModel, adapter_name: str, scale: float
-) -> None:
+def _check_target(transformer: ModelMixin, adapter_name: str, scale: float) -> None:
     """Raise `ValueError` for a transformer, a name or a scale that nothing can be loaded with."""
     taken = list(getattr(transformer, "peft_config", {}))
     if adapter_name in taken:
@@ -154,12 +154,14 @@ def _check_target(
         )
 
 
-def _check_file(file: EraserFile, transformer: CogVideoXTransformer3DModel) -> None:
+def _check_file(file: EraserFile, transformer: ModelMixin) -> None:
     """Raise `ValueError` unless the file is for this model and its config for its weights."""
-    num_blocks = len(transformer.transformer_blocks)
+    num_blocks = len(getattr(transformer, find_family(transformer, "eraser").blocks))
     check_fit(file.shape, transformer_width(transformer.config), num_blocks, file.num_layers)
     config = file.config
-    config.target_modules = config.target_modules or {DEFAULT_TARGET}
+    config.target_modules = config.target_modules or {
+        find_family(transformer, "eraser").eraser_target
+    }
     wanted = {
         name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)
     }
@@ -172,7 +174,7 @@ def _check_file(file: EraserFile, transformer: CogVideoXTransformer3DModel) -> N
 
 
 def _fill(
-    transformer: CogVideoXTransformer3DModel,
+    transformer: ModelMixin,
     adapter_name: str,
     tensors: StateDict,
     scale: float,

@@ -16,6 +16,7 @@ from diffusers_ext.core.targets import natural_key
 from diffusers_ext.eraser.config import DEFAULT_TARGET, EraserConfig
 from diffusers_ext.eraser.layer import EraserLayer, refuse_merge
 from diffusers_ext.eraser.save_guard import guard_saving
+from diffusers_ext.families.registry import families_of, match_family
 
 
 _LEAF = ".to_out.1"
@@ -93,7 +94,8 @@ class EraserModel(BaseTuner):
         self, peft_config: EraserConfig, model_config: dict[str, Any]
     ) -> EraserConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = {DEFAULT_TARGET}
+            family = match_family(self.model, "eraser")
+            peft_config.target_modules = {family.eraser_target if family else DEFAULT_TARGET}
         if peft_config.base_model_name_or_path is None:
             # diffusers keeps the name in the config, where it may be a `Path`.
             path = model_config.get("_name_or_path")
@@ -167,12 +169,7 @@ def _joint_attentions(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_joint(attention: nn.Module, block: nn.Module) -> bool:
-    # Imported here: it brings all transformers of diffusers, and this module is imported with PEFT.
-    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-
-    # By the processor where a model of another family borrows it, by the block where it is wrapped.
-    processor = type(getattr(attention, "processor", None)).__name__
-    return isinstance(block, CogVideoXBlock) or "CogVideoX" in processor
+    return any(family.is_joint_attention(attention, block) for family in families_of("eraser"))
 
 
 def _check_place(name: str, attentions: dict[str, nn.Module]) -> None:

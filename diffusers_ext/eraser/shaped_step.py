@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 
-from diffusers_ext.eraser.clip_geometry import token_grid
 from diffusers_ext.eraser.outputs import eraser_outputs
 from diffusers_ext.eraser.step import run_in_turn
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import layer_localization, velocity_distance
+from diffusers_ext.families.velocity import Velocity
 
 
 ADAPTER_NAME = "default"
@@ -59,28 +56,7 @@ class StepShape:
             raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {self.dtype}.")
 
 
-def velocity_of_shape(model: CogVideoXTransformer3DModel, shape: StepShape) -> CogVideoXVelocity:
-    """The velocity of a transformer, with conditions without content.
-
-    Args:
-        model: with or without an eraser, anywhere.
-        shape: of its latents.
-    """
-    config, conditions = model.config, {}
-    if config.use_rotary_positional_embeddings:
-        angles = (math.prod(token_grid(model, shape.latent_shape)), config.attention_head_dim)
-        cosines, sines = (torch.empty(angles, device=model.device) for _ in range(2))
-        conditions["image_rotary_emb"] = (cosines, sines)
-    if config.ofs_embed_dim is not None:
-        conditions["ofs"] = 2.0
-    if config.in_channels != config.out_channels:
-        conditions["image_latents"] = torch.empty(
-            1, *shape.latent_shape, dtype=shape.dtype, device=model.device
-        )
-    return CogVideoXVelocity(model, **conditions)
-
-
-def student_pass(velocity: CogVideoXVelocity, shape: StepShape) -> None:
+def student_pass(velocity: Velocity, shape: StepShape) -> None:
     """Forward and backward of a training step over tensors without content.
 
     Args:
@@ -92,7 +68,7 @@ def student_pass(velocity: CogVideoXVelocity, shape: StepShape) -> None:
     wanted, unerased = torch.empty_like(inputs[0]), torch.empty_like(inputs[0][:n])
     mask = None
     if shape.localization and n:
-        mask = torch.empty(n, *token_grid(velocity.model, shape.latent_shape), device=wanted.device)
+        mask = torch.empty(n, *velocity.token_grid(shape.latent_shape), device=wanted.device)
     borders = (0, n, rows) if shape.rows_in_turn else (0, rows)
     passes = [
         partial(_ask, velocity, [part[start:stop] for part in inputs], mask if start < n else None)
@@ -109,7 +85,7 @@ def student_pass(velocity: CogVideoXVelocity, shape: StepShape) -> None:
 
 
 def _ask(
-    velocity: CogVideoXVelocity, inputs: list[torch.Tensor], mask: torch.Tensor | None
+    velocity: Velocity, inputs: list[torch.Tensor], mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Velocities, and what the erasers add outside of a mask of the first rows."""
     if mask is None:
@@ -123,9 +99,7 @@ def _ask(
     return prediction, torch.stack(list(outputs.values())).mean()
 
 
-def empty_inputs(
-    velocity: CogVideoXVelocity, shape: StepShape, rows: int
-) -> tuple[torch.Tensor, ...]:
+def empty_inputs(velocity: Velocity, shape: StepShape, rows: int) -> tuple[torch.Tensor, ...]:
     """x_t, t and prompt embeddings of so many rows, where the model is."""
     config, device = velocity.config, velocity.model.device
     text = (rows, shape.text or config["max_text_seq_length"], config["text_embed_dim"])

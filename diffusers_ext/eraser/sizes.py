@@ -6,33 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 
-_FIVE_B = {
-    "num_attention_heads": 48,
-    "num_layers": 42,
-    "use_rotary_positional_embeddings": True,
-}
-_FIVE_B_1_5 = {
-    **_FIVE_B,
-    "patch_size_t": 2,
-    "patch_bias": False,
-    "sample_height": 96,
-    "sample_width": 170,
-    "sample_frames": 81,
-}
-# What the configs say besides the defaults of `CogVideoXTransformer3DModel`, which are those of 2b.
-PUBLISHED_TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "CogVideoX-2b": {"num_attention_heads": 30, "num_layers": 30},
-    "CogVideoX-5b": _FIVE_B,
-    "CogVideoX-5b-I2V": {
-        **_FIVE_B,
-        "in_channels": 32,
-        "use_learned_positional_embeddings": True,
-    },
-    "CogVideoX1.5-5B": _FIVE_B_1_5,
-    "CogVideoX1.5-5B-I2V": {**_FIVE_B_1_5, "in_channels": 32, "ofs_embed_dim": 512},
-}
-
-
 def transformer_width(transformer_config: Mapping[str, Any]) -> int:
     """Width of the tokens between the blocks, `num_attention_heads * attention_head_dim`.
 

@@ -17,8 +17,8 @@ from diffusers_ext.eraser.losses import T2VUnlearningLoss
 from diffusers_ext.eraser.outputs import eraser_outputs
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.rollouts import OnPolicyRollouts
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.eraser.velocity_losses import velocity_distance
+from diffusers_ext.families.velocity import Velocity
 
 
 Result = TypeVar("Result")
@@ -116,7 +116,7 @@ class EraserStep:
         return losses
 
     def _ask(
-        self, student: CogVideoXVelocity, rows: Rows, prompts: torch.Tensor | None
+        self, student: Velocity, rows: Rows, prompts: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The student's velocities, and what its erasers add outside of the mask.
 
@@ -155,7 +155,7 @@ class EraserStep:
         return parts
 
     def _ask_part(
-        self, velocities: Iterator[CogVideoXVelocity], part: Part
+        self, velocities: Iterator[Velocity], part: Part
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         velocity, mask = next(velocities), part.mask
         if mask is None:

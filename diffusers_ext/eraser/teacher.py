@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 
 from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.eraser.outputs import eraser_layers, erasers_disabled
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.registry import match_family
+from diffusers_ext.families.velocity import Velocity
 
 
 # `model(x_t, t, prompt_embeds)` gives the velocity: a `CogVideoXVelocity` or a module like it.
@@ -22,7 +22,7 @@ _WRAPPERS = ("base_model", "model", "module", "_orig_mod")
 def module_of(model: VelocityModel) -> torch.nn.Module:
     """The module behind a velocity model; `TypeError` for a mere function."""
     _refuse_transformer(model)
-    if isinstance(model, CogVideoXVelocity):
+    if isinstance(model, Velocity):
         return model.model
     if isinstance(model, torch.nn.Module):
         return model
@@ -36,7 +36,7 @@ def _refuse_transformer(model: VelocityModel) -> None:
     # alone does not know the size, it predicts nonsense.
     inner = model
     while isinstance(inner, torch.nn.Module):
-        if isinstance(inner, CogVideoXTransformer3DModel):
+        if match_family(inner, "eraser") is not None:
             raise TypeError(
                 "Losses must be given a model called as `model(x_t, t, prompt_embeds)`, got a "
                 f"{type(model).__name__} of a CogVideoX. Give `CogVideoXVelocity.from_pipeline("

@@ -9,7 +9,6 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_ext.eraser.clip_geometry import token_grid
 from diffusers_ext.eraser.head_calibration import calibrate_heads
 from diffusers_ext.eraser.masks import weighted_attention_mask
 from diffusers_ext.eraser.teacher_samples import EMPTY_PROMPT, Row
@@ -20,7 +19,7 @@ from diffusers_ext.eraser.teacher_trajectory import (
     teacher_trajectory,
 )
 from diffusers_ext.eraser.trajectory_plan import TrajectoryPlan
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.velocity import Velocity
 
 
 class RunSettings(NamedTuple):
@@ -48,7 +47,7 @@ class TeacherRuns:
 
     def __init__(
         self,
-        velocity: CogVideoXVelocity,
+        velocity: Velocity,
         scheduler: SchedulerMixin,
         settings: RunSettings,
         empty_embed: torch.Tensor,
@@ -141,7 +140,7 @@ class TeacherRuns:
             point.velocity,
             others,
             request.token_mask,
-            token_grid(self.velocity.model, point.x_t.shape),
+            self.velocity.token_grid(point.x_t.shape),
             point.negative,
             threshold=self.settings.mask_threshold,
         )

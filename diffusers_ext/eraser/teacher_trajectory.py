@@ -15,7 +15,7 @@ from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.core.quiet_run import module_eval_mode
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.outputs import erasers_disabled
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.velocity import Velocity
 
 
 class AttentionRequest(NamedTuple):
@@ -49,7 +49,7 @@ def frozen_teacher(transformer: torch.nn.Module) -> Iterator[None]:
 
 
 def teacher_trajectory(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     scheduler: SchedulerMixin,
     latents: torch.Tensor,
     prompt_embeds: torch.Tensor,
@@ -110,7 +110,7 @@ def count_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
 
 @torch.no_grad()
 def _walk(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     run: _Run,
     texts: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     guidance_scale: float,
@@ -141,7 +141,7 @@ def _walk(
 
 
 def _forward(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     x_t: torch.Tensor,
     timestep: torch.Tensor,
     embeds: torch.Tensor,

@@ -25,9 +25,9 @@ from diffusers_ext.eraser.shaped_step import (
     StepShape,
     empty_inputs,
     student_pass,
-    velocity_of_shape,
 )
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.families.velocity import Velocity
 
 
 # Blocks that are traced where a model has more: memory is linear in their number from here on.
@@ -116,7 +116,9 @@ def _trace_step(config: dict[str, Any], shape: StepShape) -> StepMemory:
     with fake:
         fill_with_fake_tensors(model)
         weights = trainable_eraser_parameters(model, ADAPTER_NAME)
-        velocity = velocity_of_shape(model, shape)
+        velocity = find_family(model, "eraser").empty_velocity(
+            model, shape.latent_shape, shape.dtype
+        )
     # Which rows hold the concept is data, so this is not entered under fake tensors.
     with _read_attention(model, shape), fake, erasers_disabled(model.eval()):
         teacher = _teacher_peak(velocity, shape)
@@ -128,12 +130,12 @@ def _trace_step(config: dict[str, Any], shape: StepShape) -> StepMemory:
     return StepMemory(frozen, eraser, 2 * eraser, student, teacher, 2 * eraser)
 
 
-def _trace(velocity: CogVideoXVelocity) -> MemoryTrace:
+def _trace(velocity: Velocity) -> MemoryTrace:
     return MemoryTrace([*velocity.model.parameters(), *velocity.model.buffers()])
 
 
 @torch.no_grad()
-def _teacher_peak(velocity: CogVideoXVelocity, shape: StepShape) -> int:
+def _teacher_peak(velocity: Velocity, shape: StepShape) -> int:
     """Peak of one pass without gradients, its inputs included."""
     if not shape.teacher_rows:
         return 0
@@ -142,7 +144,7 @@ def _teacher_peak(velocity: CogVideoXVelocity, shape: StepShape) -> int:
     return trace.peak
 
 
-def _student_peak(velocity: CogVideoXVelocity, shape: StepShape) -> int:
+def _student_peak(velocity: Velocity, shape: StepShape) -> int:
     """Peak of forward and backward: inputs, teacher velocities and gradients included."""
     with _trace(velocity) as trace, _gpu_autocast(velocity.model, shape):
         student_pass(velocity, shape)

@@ -17,7 +17,7 @@ from diffusers_ext.eraser.teacher_runs import RunSettings, SamplePart, TeacherRu
 from diffusers_ext.eraser.teacher_samples import TeacherMemory, TeacherSamples
 from diffusers_ext.eraser.teacher_trajectory import check_predicts_velocity, count_steps
 from diffusers_ext.eraser.trajectory_plan import plan_trajectories
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.velocity import Velocity
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ MASK_KIND = "weighted heads x velocities"
 
 
 def collect_teacher_samples(
-    velocity: CogVideoXVelocity,
+    velocity: Velocity,
     scheduler: SchedulerMixin,
     target_embeds: torch.Tensor,
     anchor_embeds: torch.Tensor,
@@ -67,7 +67,7 @@ def collect_teacher_samples(
         preserved_embeds: `(preserved prompts, text, dim)`; may have no row if `num_preserved` is 0.
         empty_embed: `(text, dim)` or `(1, text, dim)`, the empty prompt, which is also the negative
             prompt of the guidance.
-        latent_shape: `(frames, channels, height, width)`, see `clip_geometry.latent_shape`.
+        latent_shape: `(frames, channels, height, width)`, see `Family.latent_shape`.
         num_target, num_preserved: runs of each part.
         empty_share: of the preserved points, kept with the velocity of the empty prompt.
         points_per_trajectory: kept of each run; all when `None`, or where a run has no more.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
 from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.velocity import TokenGrid, Velocity
 
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Family:
         golden_pipeline: class of this package that takes a golden-noise network.
         nullspace_pipeline: class of this package that takes feature statistics.
         denoiser: component of the pipeline, and the key prefix of its LoRAs.
-        denoiser_class: of it.
+        denoiser_class, vae_class: of it and of the VAE.
         flow_matching: the model predicts `noise - x_0` on straight paths; otherwise what its
             scheduler's `prediction_type` says, at the levels of `alphas_cumprod`.
         text_fields: of `TextConditioning` that the denoiser reads.
@@ -46,6 +47,9 @@ class Family:
             `{argument of GoldenNoiseNetwork.refine: place}`.
         call_arguments: keywords that make the pipeline take latents of any size as they are.
         rounds_size: the pipeline draws the next smaller size where patches do not tile the latents.
+        blocks: list of the denoiser's transformer blocks.
+        eraser_target: leaf without weights at the end of each block's joint attention, whose place an
+            eraser takes.
     """
 
     name: ClassVar[str]
@@ -56,11 +60,14 @@ class Family:
     nullspace_pipeline: ClassVar[str | None] = None
     denoiser: ClassVar[str] = "transformer"
     denoiser_class: ClassVar[str]
+    vae_class: ClassVar[str] = "AutoencoderKL"
     flow_matching: ClassVar[bool] = False
     text_fields: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     text_outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
     call_arguments: ClassVar[Mapping[str, Any]] = {}
     rounds_size: ClassVar[bool] = False
+    blocks: ClassVar[str] = "transformer_blocks"
+    eraser_target: ClassVar[str | None] = None
 
     # Text
 
@@ -190,6 +197,62 @@ class Family:
             config.max_shift,
         )
         return {"mu": shift}
+
+    # Clips, and where an eraser attaches
+
+    def is_joint_attention(self, attention: torch.nn.Module, block: torch.nn.Module) -> bool:
+        """Whether an attention of a block gives `(video, text)`, also where something wraps it."""
+        return False
+
+    def text_length(self, config: Any) -> int:
+        """Tokens that prompts are padded to."""
+        raise NotImplementedError
+
+    def clip_size(self, config: Any, vae_config: Any) -> tuple[int, int, int]:
+        """Frames, height and width in pixels that the model was made for."""
+        raise NotImplementedError
+
+    def latent_shape(
+        self, config: Any, vae_config: Any, num_frames: int, height: int, width: int
+    ) -> tuple[int, int, int, int]:
+        """Shape of the latents that the pipeline denoises for a clip.
+
+        Returns:
+            `(frames, channels, height, width)`, without the batch.
+
+        Raises:
+            ValueError: a number of frames or a size that the model cannot take; names the nearest.
+        """
+        raise NotImplementedError
+
+    def token_grid(self, config: Any, latent_shape: Sequence[int]) -> TokenGrid:
+        """The grid of video tokens of latents `(frames, channels, height, width)`, batched or not.
+
+        Raises:
+            ValueError: latents that patches do not tile.
+        """
+        raise NotImplementedError
+
+    def velocity(
+        self,
+        pipeline: DiffusionPipeline,
+        num_frames: int,
+        height: int,
+        width: int,
+        **conditions: Any,
+    ) -> Velocity:
+        """The denoiser's velocity for clips of so many frames and pixels, with the pipeline's conditions.
+
+        Raises:
+            ValueError: a scheduler that does not take velocities, or a clip that the model cannot take.
+        """
+        raise NotImplementedError
+
+    def empty_velocity(
+        self, transformer: torch.nn.Module, latent_shape: Sequence[int], dtype: torch.dtype
+    ) -> Velocity:
+        """The same with conditions without content, anywhere, for shapes to be traced."""
+        raise NotImplementedError
 
 
 def import_class(name: str) -> type:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.families.flux import Flux
 from diffusers_ext.families.hunyuan_dit import HunyuanDiT
@@ -12,7 +13,14 @@ from diffusers_ext.families.sdxl import SDXL
 from diffusers_ext.families.stable_diffusion import StableDiffusion
 
 
-FAMILIES: list[Family] = [StableDiffusion(), SDXL(), HunyuanDiT(), SD3(), Flux()]
+FAMILIES: list[Family] = [
+    StableDiffusion(),
+    SDXL(),
+    HunyuanDiT(),
+    SD3(),
+    Flux(),
+    CogVideoX(),
+]
 
 
 def families_of(tool: str | None) -> list[Family]:

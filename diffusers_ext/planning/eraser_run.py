@@ -18,9 +18,9 @@ from diffusers_ext.eraser.shaped_step import (
     StepShape,
     empty_inputs,
     student_pass,
-    velocity_of_shape,
 )
 from diffusers_ext.eraser.training_memory import transformer_with_eraser
+from diffusers_ext.families.registry import find_family
 from diffusers_ext.planning.base_model import BaseModel
 from diffusers_ext.planning.disk_sizes import (
     REPORT_BYTES,
@@ -146,7 +146,9 @@ def _teacher_job(shapes: _Shapes, rows: int, layers: int | None = None) -> Job:
     model = transformer_with_eraser(shapes.transformer(layers), shapes.step).eval()
 
     def begin(device: torch.device) -> Callable[[], object]:
-        velocity = velocity_of_shape(model, shapes.step)
+        velocity = find_family(model, "eraser").empty_velocity(
+            model, shapes.step.latent_shape, shapes.step.dtype
+        )
         inputs = empty_inputs(velocity, shapes.step, rows)
 
         @torch.no_grad()
@@ -165,7 +167,9 @@ def _step_job(run: EraserRunSetting, shapes: _Shapes, layers: int | None = None)
     def begin(device: torch.device) -> Callable[[], object]:
         weights = trainable_eraser_parameters(model, ADAPTER_NAME)
         optimizer = torch.optim.AdamW(weights)
-        velocity = velocity_of_shape(model, shapes.step)
+        velocity = find_family(model, "eraser").empty_velocity(
+            model, shapes.step.latent_shape, shapes.step.dtype
+        )
 
         def repeat() -> None:
             for _ in range(run.gradient_accumulation_steps):

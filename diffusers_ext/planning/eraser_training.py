@@ -6,22 +6,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.eraser.clip_geometry import latent_shape
 from diffusers_ext.eraser.component_memory import (
     PUBLISHED_TEXT_ENCODER,
     text_encoder_memory,
     vae_memory,
 )
 from diffusers_ext.eraser.shaped_step import StepShape
-from diffusers_ext.eraser.sizes import PUBLISHED_TRANSFORMERS, check_rank, transformer_width
+from diffusers_ext.eraser.sizes import check_rank, transformer_width
 from diffusers_ext.eraser.training_memory import meta_transformer, step_memory
+from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS
+from diffusers_ext.families.registry import find_family
 
 
 GIB = 2**30
@@ -191,13 +191,13 @@ def fill_size(
     with torch.device("meta"):
         vae = AutoencoderKLCogVideoX.from_config(dict(configs.vae))
     transformer = meta_transformer({**configs.transformer, "num_layers": 1})
-    config, scale = transformer.config, 2 ** (len(vae.config.block_out_channels) - 1)
-    own = (config.sample_frames, config.sample_height * scale, config.sample_width * scale)
+    config, family = transformer.config, find_family(transformer, "eraser")
+    own = family.clip_size(config, vae.config)
     given = (setting.num_frames, setting.height, setting.width)
     size = [side if chosen is None else chosen for chosen, side in zip(given, own)]
-    shape = latent_shape(transformer, SimpleNamespace(config=vae.config), *size)
+    shape = family.latent_shape(config, vae.config, *size)
     setting = replace(setting, num_frames=size[0], height=size[1], width=size[2])
-    return setting, shape, config.max_text_seq_length
+    return setting, shape, family.text_length(config)
 
 
 def step_shape(setting: EraserSetting, latents: tuple[int, int, int, int]) -> StepShape:

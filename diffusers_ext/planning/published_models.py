@@ -14,7 +14,7 @@ import torch
 
 from diffusers_ext.core.base_source import is_single_file
 from diffusers_ext.core.suggestions import did_you_mean
-from diffusers_ext.eraser.sizes import PUBLISHED_TRANSFORMERS
+from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS
 from diffusers_ext.planning.base_model import BaseModel, Component, read_folder
 from diffusers_ext.planning.published_encoders import (
     BERT_L,

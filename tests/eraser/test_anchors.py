@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_ext.eraser.anchors import anchor_distances
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_video_pipeline
 from tests.tiny_erasers import add_random_eraser
 

@@ -12,8 +12,8 @@ from diffusers_ext.eraser.attack import (
     revived_prompts,
 )
 from diffusers_ext.eraser.outputs import erasers_disabled
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
 from diffusers_ext.evaluation.clip_rendering import render_clips
+from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.eraser.erased_models import erased_pipeline, random_rows
 from tests.evaluation.erased_model_states import unchanged
 

@@ -14,7 +14,7 @@ from diffusers_ext.eraser.masks import (
     velocity_difference,
     velocity_mask,
 )
-from diffusers_ext.eraser.velocity import CogVideoXVelocity
+from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer, tiny_video_pipeline
 

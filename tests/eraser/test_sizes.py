@@ -9,7 +9,8 @@ from diffusers import CogVideoXTransformer3DModel
 from peft import inject_adapter_in_model
 
 from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.sizes import PUBLISHED_TRANSFORMERS, eraser_size, transformer_width
+from diffusers_ext.eraser.sizes import eraser_size, transformer_width
+from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS
 
 
 # Parameters of the whole transformer, width, blocks.

@@ -7,6 +7,7 @@ import torch
 
 from diffusers_ext.eraser.outputs import eraser_layers, erasers_disabled
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.families.cogvideox import CogVideoX
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import tiny_prompts
 from training.eraser_data import ClipSize, make_data, samples_facts
@@ -102,8 +103,8 @@ def test_a_new_eraser_changes_nothing_and_does_not_touch_the_global_generator():
 def test_sizes_are_the_models_own_where_none_are_given():
     pipeline = tiny_video_pipeline()
     models = pipeline.transformer, pipeline.vae
-    assert ClipSize.of_configs(*models) == SIZE
-    assert ClipSize.of_configs(*models, num_frames=17, width=24) == (17, 16, 24)
+    assert ClipSize.of_configs(CogVideoX(), *models) == SIZE
+    assert ClipSize.of_configs(CogVideoX(), *models, num_frames=17, width=24) == (17, 16, 24)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.clip_geometry import latent_shape, token_grid
+from diffusers_ext.families.cogvideox import CogVideoX
 from tests.tiny_cogvideox import tiny_transformer, tiny_vae, tiny_video_pipeline
 
 
 ABSOLUTE = {"use_rotary_positional_embeddings": False}
 PATCHES_IN_TIME = {"patch_size": 2, "patch_size_t": 2, "sample_height": 8, "sample_width": 8}
+
+
+def latent_shape(transformer, vae, *size):
+    return CogVideoX().latent_shape(transformer.config, vae.config, *size)
+
+
+def token_grid(transformer, shape):
+    return CogVideoX().token_grid(transformer.config, shape)
 
 
 @pytest.mark.parametrize(
