@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.pictures import find_pictures, read_picture, why_no_picture
+from diffusers_ext.families.registry import find_family
 from diffusers_ext.nullspace.step import Condition
 from training.drawing import draw_images, latent_scale
 
@@ -92,13 +93,11 @@ def encode_condition(pipeline: DiffusionPipeline, prompt: str, resolution: int) 
         num_images_per_prompt=1,
         do_classifier_free_guidance=False,
     )
-    if not isinstance(pipeline, StableDiffusionXLPipeline):
-        return Condition(encoded[0], {})
-    size = (resolution, resolution)
-    width = pipeline.text_encoder_2.config.projection_dim
-    time_ids = pipeline._get_add_time_ids(size, (0, 0), size, encoded[0].dtype, width)
-    added = {"text_embeds": encoded[2], "time_ids": time_ids.to(encoded[0].device)}
-    return Condition(encoded[0], added)
+    family = find_family(pipeline, "nullspace")
+    place = family.text_outputs.get("pooled_prompt_embeds")
+    pooled = None if place is None else encoded[place]
+    size, dtype = (resolution, resolution), encoded[0].dtype
+    return Condition(encoded[0], family.added_conditions(pipeline, pooled, *size, dtype))
 
 
 def encode_conditions(

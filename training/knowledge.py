@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.base_source import check_xformers, load_base
+from diffusers_ext.families.registry import match_family, titles_of
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.nullspace.slots import check_features, find_linears
@@ -25,7 +26,7 @@ logger = get_logger(__name__)
 
 def load_pipeline(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+) -> DiffusionPipeline:
     """The base pipeline, frozen, in evaluation mode; the VAE stays in float32."""
     with_xformers = getattr(args, "enable_xformers_memory_efficient_attention", False)
     if with_xformers:
@@ -38,9 +39,9 @@ def load_pipeline(
         single_file_config=getattr(args, "single_file_config", None),
         dtype=dtype,
     )
-    if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+    if match_family(pipeline, "nullspace") is None:
         raise ValueError(
-            f"`pretrained_model_name_or_path` must be a Stable Diffusion or SDXL pipeline, got "
+            f"`pretrained_model_name_or_path` must be a {titles_of('nullspace')} pipeline, got "
             f"{type(pipeline).__name__}."
         )
     pipeline.to(device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
@@ -89,9 +89,7 @@ def check_subject_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def check_against_model(
-    args: argparse.Namespace, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
-) -> None:
+def check_against_model(args: argparse.Namespace, pipeline: DiffusionPipeline) -> None:
     """Raise `ValueError` for arguments that do not fit the loaded model; settles `--resolution`."""
     settle_resolution(args, pipeline)
     check_min_snr(training_schedule(pipeline.scheduler), args.snr_gamma)
@@ -107,9 +105,7 @@ def check_against_model(
     check_prompt_length(pipeline, prompts)
 
 
-def settle_resolution(
-    args: argparse.Namespace, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
-) -> None:
+def settle_resolution(args: argparse.Namespace, pipeline: DiffusionPipeline) -> None:
     """Make `--resolution` the model's own where it is not given; warn where it is another.
 
     Raises:

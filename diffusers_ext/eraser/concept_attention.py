@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 
 from diffusers_ext.core.call_scopes import CallScope
 from diffusers_ext.eraser.attention_mass import Rotary, attention_mass, rotate_video, standardize
-from diffusers_ext.families.registry import families_of, find_family, match_family
+from diffusers_ext.families.registry import denoisers_of, find_family, match_family
 
 
 class ConceptAttention:
@@ -205,8 +205,9 @@ def find_transformer(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if match_family(module, "eraser") is not None:
             return module
-    known = " or ".join(family.denoiser_class for family in families_of("eraser"))
-    raise ValueError(f"`transformer` must be a {known}, got a {type(model).__name__}.")
+    raise ValueError(
+        f"`transformer` must be a {denoisers_of('eraser')}, got a {type(model).__name__}."
+    )
 
 
 def find_joint_attentions(

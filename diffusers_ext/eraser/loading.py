@@ -18,7 +18,7 @@ from diffusers_ext.eraser.eraser_files import EraserFile, read_eraser
 from diffusers_ext.eraser.layer import check_scale
 from diffusers_ext.eraser.outputs import eraser_layers
 from diffusers_ext.eraser.sizes import transformer_width
-from diffusers_ext.families.registry import families_of, find_family, match_family
+from diffusers_ext.families.registry import denoisers_of, find_family, match_family
 
 
 EraserTarget = ModelMixin | DiffusionPipeline | PeftModel
@@ -92,9 +92,8 @@ def find_transformer(transformer_or_pipe: EraserTarget) -> ModelMixin:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     if match_family(model, "eraser") is None:
-        known = " or ".join(family.denoiser_class for family in families_of("eraser"))
         raise TypeError(
-            f"`transformer_or_pipe` must be a {known} or a pipeline with one, "
+            f"`transformer_or_pipe` must be a {denoisers_of('eraser')} or a pipeline with one, "
             f"got a {type(transformer_or_pipe).__name__}."
         )
     return model

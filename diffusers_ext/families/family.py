@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+# Blocks of diffusers' UNets and transformers with cross-attention.
+_BLOCK_FEATURES = {
+    **{
+        f"{prefix}{slot}": (block, slot, path)
+        for prefix, block in (("", "attn2"), ("attn1.", "attn1"))
+        for slot, path in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"))
+    },
+    "ff.in": ("ff", "ff_in", "net.0.proj"),
+    "ff.out": ("ff", "ff_out", "net.2"),
+}
+
+
 class NetworkSizes(NamedTuple):
     """What a golden-noise network must be made for to fit a model."""
 
@@ -43,11 +55,17 @@ class Family:
         flow_matching: the model predicts `noise - x_0` on straight paths; otherwise what its
             scheduler's `prediction_type` says, at the levels of `alphas_cumprod`.
         text_fields: of `TextConditioning` that the denoiser reads.
+        token_encoders: text encoders whose tokens the denoiser reads, one after the other.
+        reads_hidden_states: the pipeline reads the hidden states of its text encoders.
+        t5_tokens: that T5 reads where the pipeline's call has the default length.
         text_outputs: where `encode_prompt` of the pipeline returns what a golden-noise network reads,
             `{argument of GoldenNoiseNetwork.refine: place}`.
         call_arguments: keywords that make the pipeline take latents of any size as they are.
         rounds_size: the pipeline draws the next smaller size where patches do not tile the latents.
         blocks: list of the denoiser's transformer blocks.
+        text_attention: module of a block where text enters by cross-attention.
+        features: Linears whose inputs null space counts, `{feature: (module of a block, slot, Linear
+            of that module)}`.
         eraser_target: leaf without weights at the end of each block's joint attention, whose place an
             eraser takes.
     """
@@ -63,10 +81,15 @@ class Family:
     vae_class: ClassVar[str] = "AutoencoderKL"
     flow_matching: ClassVar[bool] = False
     text_fields: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    token_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    reads_hidden_states: ClassVar[bool] = False
+    t5_tokens: ClassVar[int] = 256
     text_outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
     call_arguments: ClassVar[Mapping[str, Any]] = {}
     rounds_size: ClassVar[bool] = False
     blocks: ClassVar[str] = "transformer_blocks"
+    text_attention: ClassVar[str | None] = "attn2"
+    features: ClassVar[Mapping[str, tuple[str, str, str]]] = _BLOCK_FEATURES
     eraser_target: ClassVar[str | None] = None
 
     # Text
@@ -101,6 +124,17 @@ class Family:
     def pooled_width(self, config: Any) -> int | None:
         """Width of the pooled embeddings; `None` where the denoiser reads none."""
         return None
+
+    def added_conditions(
+        self,
+        pipeline: DiffusionPipeline,
+        pooled: torch.Tensor | None,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+    ) -> dict[str, torch.Tensor]:
+        """What a UNet is told besides the tokens, of pooled text and the size of a picture in pixels."""
+        return {}
 
     def text_arguments(self, text: TextConditioning) -> dict[str, torch.Tensor]:
         """Keywords of the pipeline's call for prompts that are encoded."""
@@ -197,6 +231,15 @@ class Family:
             config.max_shift,
         )
         return {"mu": shift}
+
+    # Attention, and where text enters
+
+    def reads_text_alone(self, denoiser: torch.nn.Module, layer: str, slot: str) -> bool:
+        """Whether a Linear reads the text embeddings as the pipeline gives them, whatever the latents.
+
+        Other denoisers transform the text first.
+        """
+        return False
 
     # Clips, and where an eraser attaches
 

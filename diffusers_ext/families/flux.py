@@ -24,6 +24,8 @@ class Flux(Family):
     golden_pipeline = "GoldenNoiseFluxPipeline"
     denoiser_class = "FluxTransformer2DModel"
     flow_matching = True
+    token_encoders = ("text_encoder_2",)
+    t5_tokens = 512
     text_fields = ("prompt_embeds", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 1}
     rounds_size = True

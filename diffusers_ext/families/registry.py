@@ -28,6 +28,16 @@ def families_of(tool: str | None) -> list[Family]:
     return [family for family in FAMILIES if tool is None or tool in family.tools]
 
 
+def denoisers_of(tool: str) -> str:
+    """Names of the denoiser classes that a tool works with, for an error."""
+    return " or ".join(dict.fromkeys(_bare(f.denoiser_class) for f in families_of(tool)))
+
+
+def titles_of(tool: str) -> str:
+    """Names of the families that a tool works with, for an error."""
+    return " or ".join(family.title for family in families_of(tool))
+
+
 def match_family(model: Any, tool: str | None = None) -> Family | None:
     """The family of a pipeline or a denoiser, or of a class or class name; `None` for another.
 

@@ -24,6 +24,8 @@ class SD3(Family):
     golden_pipeline = "GoldenNoiseSD3Pipeline"
     denoiser_class = "SD3Transformer2DModel"
     flow_matching = True
+    token_encoders = ("text_encoder", "text_encoder_3")  # CLIP's tokens come before T5's
+    reads_hidden_states = True
     text_fields = ("prompt_embeds", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
 

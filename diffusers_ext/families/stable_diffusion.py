@@ -66,6 +66,9 @@ class StableDiffusion(Family):
         guidance_scale: float,
     ) -> torch.Tensor:
         """See `Family`."""
+        height, width = (pipeline.vae_scale_factor * length for length in latents.shape[2:])
+        pooled = text.pooled_prompt_embeds
+        added = self.added_conditions(pipeline, pooled, height, width, latents.dtype)
         conditions: dict[str, Any] = {}
         if self.embedded_guidance(pipeline.unet.config):
             scales = torch.full((len(latents),), guidance_scale - 1.0)
@@ -78,11 +81,10 @@ class StableDiffusion(Family):
             encoder_hidden_states=text.prompt_embeds,
             return_dict=False,
             **conditions,
-            **self.size_conditions(pipeline, latents, text),
+            added_cond_kwargs=added or None,
         )[0]
 
-    def size_conditions(
-        self, pipeline: DiffusionPipeline, latents: torch.Tensor, text: TextConditioning
-    ) -> dict[str, Any]:
-        """What a UNet is told of the picture's size; nothing here."""
-        return {}
+    def reads_text_alone(self, denoiser: torch.nn.Module, layer: str, slot: str) -> bool:
+        """K and V of cross-attention in UNets without image prompts."""
+        plain = getattr(denoiser, "encoder_hid_proj", None) is None
+        return plain and layer.endswith(self.text_attention) and slot in ("k", "v")

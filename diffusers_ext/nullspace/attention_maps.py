@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.families.registry import denoisers_of, match_family
 from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts
 from diffusers_ext.nullspace.slots import find_linears, linear_name, split_linear_name
 from diffusers_ext.nullspace.statistics import denoiser_of
@@ -57,8 +58,10 @@ def attention_maps(
         ValueError: unknown layers or steps, fused projections, or a prompt that is too long.
     """
     denoiser = denoiser_of(pipeline)
-    if not isinstance(denoiser, UNet2DConditionModel):
-        raise TypeError(f"`pipeline` must have a UNet2DConditionModel, got {type(denoiser)}.")
+    if match_family(denoiser, "nullspace") is None:
+        raise TypeError(
+            f"`pipeline` must have a {denoisers_of('nullspace')}, got {type(denoiser)}."
+        )
     check_prompt_length(pipeline, check_prompts([prompt], "prompt"))
     linears = find_linears(denoiser, ("q", "k"), layers)
     steps = _choose_steps(pipeline.scheduler, num_inference_steps, steps)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.capture import refuse_fused
 from diffusers_ext.core.quiet_run import eval_mode
 from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.families.registry import match_family
 from diffusers_ext.nullspace.measured_models import (
     denoiser_of,
     model_fingerprints,
@@ -144,16 +145,10 @@ def _check_arguments(
 def text_only(denoiser: torch.nn.Module, linear: str) -> bool:
     """Whether a Linear reads the text embeddings alone, at every timestep and for every latent.
 
-    That holds for K and V of cross-attention in UNets without image prompts. Other denoisers
-    transform the text first; there K and V are counted along trajectories.
+    See `Family.reads_text_alone`; all other Linears are counted along trajectories.
     """
-    layer, slot = split_linear_name(linear)
-    return (
-        isinstance(denoiser, UNet2DConditionModel)
-        and getattr(denoiser, "encoder_hid_proj", None) is None
-        and layer.endswith("attn2")
-        and slot in ("k", "v")
-    )
+    family = match_family(denoiser)
+    return family is not None and family.reads_text_alone(denoiser, *split_linear_name(linear))
 
 
 @torch.no_grad()

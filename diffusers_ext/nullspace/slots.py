@@ -9,18 +9,11 @@ import torch
 
 from diffusers_ext.core.suggestions import did_you_mean
 from diffusers_ext.core.targets import natural_key
+from diffusers_ext.families.family import Family
+from diffusers_ext.families.registry import match_family
 
 
-# feature -> (block inside the transformer block, slot, Linear inside that block)
-FEATURES: dict[str, tuple[str, str, str]] = {
-    **{
-        f"{prefix}{slot}": (block, slot, path)
-        for prefix, block in (("", "attn2"), ("attn1.", "attn1"))
-        for slot, path in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"))
-    },
-    "ff.in": ("ff", "ff_in", "net.0.proj"),
-    "ff.out": ("ff", "ff_out", "net.2"),
-}
+FEATURES = Family.features
 SLOT_PATHS = {slot: path for _, slot, path in FEATURES.values()}
 
 
@@ -67,18 +60,19 @@ def find_linears(
     Raises:
         ValueError: an index out of range, or a feature that no layer of the model has.
     """
-    modules = dict(denoiser.named_modules())
-    blocks = [name.removesuffix(".attn2") for name in modules if name.endswith(".attn2")]
+    modules, family = dict(denoiser.named_modules()), match_family(denoiser) or Family
+    end = f".{family.text_attention}"
+    blocks = [name.removesuffix(end) for name in modules if name.endswith(end)]
     blocks = sorted(blocks, key=natural_key)
     if not blocks:
         raise ValueError(
-            f"`denoiser` must have cross-attention layers named `attn2`, got {type(denoiser).__name__} "
-            "without any."
+            f"`denoiser` must have cross-attention layers named `{family.text_attention}`, got "
+            f"{type(denoiser).__name__} without any."
         )
     blocks = [blocks[index] for index in check_layers(layers, len(blocks))]
     found: dict[str, torch.nn.Module] = {}
     for feature in check_features(features):
-        block, _, path = FEATURES[feature]
+        block, _, path = family.features[feature]
         names = [f"{name}.{block}.{path}" for name in blocks if f"{name}.{block}.{path}" in modules]
         if not names:
             raise ValueError(

@@ -14,11 +14,6 @@ from diffusers_ext.golden_noise.conditioning import TextConditioning
 from diffusers_ext.planning.base_model import BaseModel
 
 
-_FLUX_SAMPLE_SIZE = 128
-# Tokens of T5 where the pipeline's call has the default length.
-_T5_TOKENS = {"sd3": 256, "flux": 512, "hunyuan_dit": 256}
-
-
 class TextShape(NamedTuple):
     """One prompt as the denoiser reads it."""
 
@@ -37,7 +32,7 @@ class ImageShapes:
         resolution: pixels of a side; the model's own when `None`.
 
     Attributes:
-        family: name of its `Family`.
+        family: that it belongs to.
         resolution: pixels of a side.
         latents: `(channels, height, width)`, unpacked also for Flux.
         text: of one prompt.
@@ -47,7 +42,7 @@ class ImageShapes:
     """
 
     def __init__(self, base: BaseModel, resolution: int | None = None) -> None:
-        families = {f.pipelines[0]: f.name for f in families_of("golden_noise")}
+        families = {f.pipelines[0]: f for f in families_of("golden_noise")}
         if base.pipeline not in families:
             raise ValueError(
                 f"`model` must be a pipeline of {sorted(families)}, got {base.pipeline or 'none'} in "
@@ -56,15 +51,15 @@ class ImageShapes:
         self.base, self.family = base, families[base.pipeline]
         self.config = _config_of(base, base.denoiser)
         scale = 2 ** (len(_config_of(base, "vae").block_out_channels) - 1)
-        own = _FLUX_SAMPLE_SIZE if self.family == "flux" else self.config.sample_size
+        own = self.family.sample_size(self.config)
         self.resolution = own * scale if resolution is None else resolution
-        patch = 2 if self.family == "flux" else self.config.get("patch_size", 1)
+        patch = self.family.patch(self.config)
         if self.resolution < 1 or self.resolution % (scale * patch):
             raise ValueError(
                 f"`resolution` must be a multiple of {scale * patch} for {base.name}, got "
                 f"{self.resolution}."
             )
-        channels = self.config.in_channels // (4 if self.family == "flux" else 1)
+        channels = self.family.latent_channels(self.config)
         side = self.resolution // scale
         self.latents = (channels, side, side)
         self.text = self._text()
@@ -72,18 +67,15 @@ class ImageShapes:
     @property
     def embedded_guidance(self) -> bool:
         """Whether the denoiser takes the guidance scale as an input, so that one call is enough."""
-        if self.family in ("sd", "sdxl"):
-            return self.config.time_cond_proj_dim is not None
-        return self.family == "flux" and bool(self.config.guidance_embeds)
+        return self.family.embedded_guidance(self.config)
 
     def encoder_tokens(self, name: str) -> int:
         """How many tokens a text encoder reads."""
         component = self.base.components[name]
         if component.class_name.startswith("T5"):
-            return _T5_TOKENS[self.family]
-        if self.family == "hunyuan_dit":
-            return self.config.text_len
-        return _config_of(self.base, name).max_position_embeddings
+            return self.family.t5_tokens
+        own = self.config.get("text_len")  # of Hunyuan-DiT's BERT
+        return own or _config_of(self.base, name).max_position_embeddings
 
     def conditioning(self, rows: int, device: torch.device, dtype: torch.dtype) -> TextConditioning:
         """Prompts without content, with their negative ones where the model takes any."""
@@ -114,33 +106,24 @@ class ImageShapes:
         }
         if "requires_safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
             absent["requires_safety_checker"] = False
-        flow = self.family in ("sd3", "flux")
         absent["scheduler"] = (
             diffusers.FlowMatchEulerDiscreteScheduler()
-            if flow
+            if self.family.flow_matching
             else diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
         )
         return pipeline_class(**{**absent, **models})
 
     def _text(self) -> TextShape:
-        config = self.config
-        if self.family in ("sd3", "flux"):
-            encoders = self.base.text_encoders
-            tokens = self.encoder_tokens(encoders[-1])
-            if self.family == "sd3":  # CLIP's tokens come before T5's
-                tokens += self.encoder_tokens(encoders[0])
-            pooled = config.pooled_projection_dim
-            return TextShape(tokens, config.joint_attention_dim, pooled, None, False)
-        if self.family == "hunyuan_dit":
-            second = (config.text_len_t5, config.cross_attention_dim_t5)
-            return TextShape(config.text_len, config.cross_attention_dim, None, second, True)
-        tokens = self.encoder_tokens("text_encoder")
-        width = config.encoder_hid_dim or config.cross_attention_dim
-        pooled = None
-        if self.family == "sdxl":
-            pooled = config.projection_class_embeddings_input_dim
-            pooled -= 6 * config.addition_time_embed_dim
-        return TextShape(tokens, width, pooled, None, False)
+        config, family = self.config, self.family
+        shapes = family.text_shapes(config)
+        tokens, width = shapes["prompt_embeds"]
+        if tokens is None:
+            present = self.base.text_encoders
+            read = (n if n in present else present[-1] for n in family.token_encoders)
+            tokens = sum(map(self.encoder_tokens, read))
+        second = shapes.get("prompt_embeds_2")
+        masked = "attention_mask" in family.text_fields
+        return TextShape(tokens, width, family.pooled_width(config), second, masked)
 
 
 def _config_of(base: BaseModel, name: str) -> Any:

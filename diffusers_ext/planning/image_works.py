@@ -19,7 +19,7 @@ _TIMESTEP = 500
 def encode_prompts_work(shapes: ImageShapes, rows: int, times: float, precision: Precision) -> Work:
     """All text encoders read `rows` prompts, as `encode_prompt` lets them."""
     names = shapes.base.text_encoders
-    hidden = shapes.family in ("sdxl", "sd3")
+    hidden = shapes.family.reads_hidden_states
 
     def make() -> Job:
         encoders = [shapes.base.components[name].build(precision.dtype) for name in names]

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 
 from diffusers_ext.core.memory_trace import tensor_bytes
+from diffusers_ext.families.registry import titles_of
 from diffusers_ext.planning.base_model import BaseModel
 from diffusers_ext.planning.disk_sizes import (
     REPORT_BYTES,
@@ -61,9 +62,9 @@ def draft_nullspace(base: BaseModel, *, as_on_gpu: bool = True, **setting: Any) 
     """
     run = NullSpaceSetting(**setting)
     shapes = ImageShapes(base, run.resolution)
-    if shapes.family not in ("sd", "sdxl"):
+    if "nullspace" not in shapes.family.tools:
         raise ValueError(
-            "`model` must be Stable Diffusion or SDXL for null-space DreamBooth, got "
+            f"`model` must be {titles_of('nullspace')} for null-space DreamBooth, got "
             f"{base.pipeline} in {base.name}."
         )
     precision = Precision(WEIGHT_DTYPES[run.mixed_precision], as_on_gpu)
