@@ -17,18 +17,6 @@ from diffusers_ext.core.memory_trace import (
 )
 
 
-# What the config of T5 v1.1 XXL, the text encoder of all published CogVideoX, says.
-PUBLISHED_TEXT_ENCODER: dict[str, Any] = {
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "vocab_size": 32128,
-}
-
-
 class ComponentMemory(NamedTuple):
     """Bytes of a frozen component; `activations` are the peak of one call beyond its weights."""
 

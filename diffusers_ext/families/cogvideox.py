@@ -10,6 +10,7 @@ import torch
 
 from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.families.family import Family
+from diffusers_ext.families.published import T5_XXL, Published
 from diffusers_ext.families.velocity import TokenGrid, Velocity
 
 
@@ -51,6 +52,16 @@ PUBLISHED_TRANSFORMERS: dict[str, dict[str, Any]] = {
 }
 
 
+def _published(name: str, transformer: dict[str, Any]) -> Published:
+    components = {
+        "text_encoder": T5_XXL,
+        "vae": ("AutoencoderKLCogVideoX", {}),
+        "transformer": ("CogVideoXTransformer3DModel", transformer),
+    }
+    dtype = torch.float16 if name == "CogVideoX-2b" else torch.bfloat16
+    return Published(f"zai-org/{name}", name, components, dtype)
+
+
 class CogVideoX(Family):
     """CogVideoX; latents are `(frames, channels, height, width)`, text comes before the video.
 
@@ -72,6 +83,7 @@ class CogVideoX(Family):
     denoiser_class = "CogVideoXTransformer3DModel"
     vae_class = "AutoencoderKLCogVideoX"
     eraser_target = "attn1.to_out.1"
+    published = tuple(_published(*model) for model in PUBLISHED_TRANSFORMERS.items())
 
     def text_length(self, config: Any) -> int:
         """See `Family`."""

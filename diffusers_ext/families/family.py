@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
+from diffusers_ext.families.published import Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.families.velocity import TokenGrid, Velocity
 
@@ -47,6 +48,7 @@ class Family:
         name: short, for files and reports.
         title: for messages.
         pipelines: classes of the pipelines; the first draws from text alone.
+        published: models on the Hub, for the planner.
         tools: those of this package that work with it: `"nullspace"`, `"golden_noise"`, `"eraser"`.
         golden_pipeline: class of this package that takes a golden-noise network.
         nullspace_pipeline: class of this package that takes feature statistics.
@@ -73,6 +75,7 @@ class Family:
     name: ClassVar[str]
     title: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
+    published: ClassVar[tuple[Published, ...]] = ()
     tools: ClassVar[frozenset[str]] = frozenset()
     golden_pipeline: ClassVar[str | None] = None
     nullspace_pipeline: ClassVar[str | None] = None

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.families.family import Family, refuse_negative_prompts
+from diffusers_ext.families.published import CLIP_L, T5_XXL, VAE_16, Component, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
+
+
+def _flux(guidance_embeds: bool) -> dict[str, Component]:
+    transformer = ("FluxTransformer2DModel", {"guidance_embeds": guidance_embeds})
+    encoders = {"text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
+    return {"vae": VAE_16, **encoders, "transformer": transformer}
 
 
 class Flux(Family):
@@ -29,6 +36,12 @@ class Flux(Family):
     text_fields = ("prompt_embeds", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 1}
     rounds_size = True
+    published = (
+        Published("black-forest-labs/FLUX.1-dev", "FLUX.1-dev", _flux(True), torch.bfloat16),
+        Published(
+            "black-forest-labs/FLUX.1-schnell", "FLUX.1-schnell", _flux(False), torch.bfloat16
+        ),
+    )
 
     def encode(
         self, pipeline: FluxPipeline, prompts: list[str], negatives: list[str] | None

@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.families.family import Family
+from diffusers_ext.families.published import BERT_L, MT5_XL, SDXL_VAE, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 
 
 if TYPE_CHECKING:
     from diffusers import HunyuanDiTPipeline
+
+
+_HUNYUAN_DIT = {
+    "hidden_size": 1408,
+    "in_channels": 4,
+    "mlp_ratio": 4.3637,
+    "num_layers": 40,
+    "patch_size": 2,
+    "sample_size": 128,
+}
 
 
 class HunyuanDiT(Family):
@@ -29,6 +40,19 @@ class HunyuanDiT(Family):
     # Bins are sizes for pixels; given latents have their size already.
     call_arguments = {"use_resolution_binning": False}
     rounds_size = True
+    published = (
+        Published(
+            "Tencent-Hunyuan/HunyuanDiT-Diffusers",
+            "Hunyuan-DiT",
+            {
+                "vae": SDXL_VAE,
+                "text_encoder": BERT_L,
+                "transformer": ("HunyuanDiT2DModel", _HUNYUAN_DIT),
+                "text_encoder_2": MT5_XL,
+            },
+            torch.float32,
+        ),
+    )
 
     def encode(
         self, pipeline: HunyuanDiTPipeline, prompts: list[str], negatives: list[str] | None

@@ -7,11 +7,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.families.family import Family
+from diffusers_ext.families.published import (
+    CLIP_BIG_G,
+    CLIP_L_PROJECTION,
+    T5_XXL,
+    VAE_16,
+    Published,
+)
 from diffusers_ext.families.text_conditioning import TextConditioning
 
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
+
+
+_SD3 = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
 
 
 class SD3(Family):
@@ -28,6 +46,20 @@ class SD3(Family):
     reads_hidden_states = True
     text_fields = ("prompt_embeds", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
+    published = (
+        Published(
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            "SD3",
+            {
+                "transformer": ("SD3Transformer2DModel", _SD3),
+                "vae": VAE_16,
+                "text_encoder": CLIP_L_PROJECTION,
+                "text_encoder_2": CLIP_BIG_G,
+                "text_encoder_3": T5_XXL,
+            },
+            torch.float16,
+        ),
+    )
 
     def encode(
         self, pipeline: StableDiffusion3Pipeline, prompts: list[str], negatives: list[str] | None

@@ -6,11 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffusers_ext.families.published import CLIP_BIG_G, CLIP_L, SDXL_VAE, Published
 from diffusers_ext.families.stable_diffusion import StableDiffusion
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+_SDXL_UNET = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 class SDXL(StableDiffusion):
@@ -24,6 +40,19 @@ class SDXL(StableDiffusion):
     reads_hidden_states = True
     text_fields = ("prompt_embeds", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
+    published = (
+        Published(
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            "SDXL",
+            {
+                "vae": SDXL_VAE,
+                "text_encoder": CLIP_L,
+                "text_encoder_2": CLIP_BIG_G,
+                "unet": ("UNet2DConditionModel", _SDXL_UNET),
+            },
+            torch.float32,
+        ),
+    )
 
     def pooled_width(self, config: Any) -> int:
         """See `Family`."""

@@ -7,11 +7,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.families.family import Family, refuse_negative_prompts
+from diffusers_ext.families.published import (
+    CLIP_L,
+    OPEN_CLIP_H,
+    SAFETY_CHECKER,
+    VAE,
+    Component,
+    Published,
+)
 from diffusers_ext.families.text_conditioning import TextConditioning
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+_SD2_UNET = {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+
+
+def _stable_diffusion_2(sample_size: int) -> dict[str, Component]:
+    unet = ("UNet2DConditionModel", {**_SD2_UNET, "sample_size": sample_size})
+    return {"vae": VAE, "text_encoder": OPEN_CLIP_H, "unet": unet}
 
 
 class StableDiffusion(Family):
@@ -25,6 +45,31 @@ class StableDiffusion(Family):
     nullspace_pipeline = "NullSpaceDreamBoothPipeline"
     denoiser = "unet"
     denoiser_class = "UNet2DConditionModel"
+    published = (
+        Published(
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "SD1.5",
+            {
+                "vae": VAE,
+                "text_encoder": CLIP_L,
+                "safety_checker": SAFETY_CHECKER,
+                "unet": (
+                    "UNet2DConditionModel",
+                    {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+                ),
+            },
+            torch.float32,
+        ),
+        Published(
+            "stabilityai/stable-diffusion-2-1", "SD2.1", _stable_diffusion_2(96), torch.float32
+        ),
+        Published(
+            "stabilityai/stable-diffusion-2-1-base",
+            "SD2.1-base",
+            _stable_diffusion_2(64),
+            torch.float32,
+        ),
+    )
 
     def encode(
         self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None

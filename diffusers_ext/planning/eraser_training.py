@@ -13,7 +13,6 @@ from diffusers import AutoencoderKLCogVideoX
 
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.component_memory import (
-    PUBLISHED_TEXT_ENCODER,
     text_encoder_memory,
     vae_memory,
 )
@@ -21,6 +20,7 @@ from diffusers_ext.eraser.shaped_step import StepShape
 from diffusers_ext.eraser.sizes import check_rank, transformer_width
 from diffusers_ext.eraser.training_memory import meta_transformer, step_memory
 from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS
+from diffusers_ext.families.published import T5_XXL
 from diffusers_ext.families.registry import find_family
 
 
@@ -134,7 +134,7 @@ def read_pipeline_configs(model: str | os.PathLike) -> PipelineConfigs:
             f"`model` must be a folder or one of {sorted(PUBLISHED_TRANSFORMERS)}, got {str(model)!r}. "
             "Download another model and name its folder."
         )
-    return PipelineConfigs(config, {}, PUBLISHED_TEXT_ENCODER)
+    return PipelineConfigs(config, {}, T5_XXL[1])
 
 
 def plan_eraser_training(

@@ -6,15 +6,15 @@ import torch
 from benchmarks.measured_memory import peak_bytes
 from diffusers_ext.core.memory_trace import MemoryTrace
 from diffusers_ext.eraser.component_memory import (
-    PUBLISHED_TEXT_ENCODER,
     text_encoder_memory,
     vae_memory,
 )
+from diffusers_ext.families.published import T5_XXL
 from tests.tiny_cogvideox import tiny_vae, tiny_video_pipeline
 
 
 def test_the_published_text_encoder_has_its_size():
-    memory = text_encoder_memory(PUBLISHED_TEXT_ENCODER, 1, 16, torch.bfloat16)
+    memory = text_encoder_memory(T5_XXL[1], 1, 16, torch.bfloat16)
     assert memory.weights == 2 * 4_762_310_656
 
 

@@ -1,11 +1,28 @@
-"""Shapes of the text encoders and VAEs that the published base models share."""
+"""Published base models as shapes: their components' classes, and what configs say besides defaults.
+
+Read from the `config.json` of each component on the Hub. Wherever the number of parameters is
+published, the tests compare it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from diffusers_ext.eraser.component_memory import PUBLISHED_TEXT_ENCODER
-from diffusers_ext.planning.base_model import Component
+import torch
+
+
+# Class name of diffusers or transformers, and what its config says.
+Component = tuple[str, Mapping[str, Any]]
+
+
+class Published(NamedTuple):
+    """A base model on the Hub."""
+
+    repository: str
+    short_name: str
+    components: Mapping[str, Component]  # in the order of the pipeline
+    dtype: torch.dtype  # of the published weights
 
 
 _VAE_BLOCKS: dict[str, Any] = {
@@ -15,9 +32,9 @@ _VAE_BLOCKS: dict[str, Any] = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-VAE = Component("AutoencoderKL", _VAE_BLOCKS)
-SDXL_VAE = Component("AutoencoderKL", {**_VAE_BLOCKS, "force_upcast": True})
-VAE_16 = Component(
+VAE: Component = ("AutoencoderKL", _VAE_BLOCKS)
+SDXL_VAE: Component = ("AutoencoderKL", {**_VAE_BLOCKS, "force_upcast": True})
+VAE_16: Component = (
     "AutoencoderKL",
     {
         **_VAE_BLOCKS,
@@ -33,9 +50,9 @@ _CLIP_L_CONFIG: dict[str, Any] = {
     "num_hidden_layers": 12,
     "projection_dim": 768,
 }
-CLIP_L = Component("CLIPTextModel", _CLIP_L_CONFIG)
-CLIP_L_PROJECTION = Component("CLIPTextModelWithProjection", _CLIP_L_CONFIG)
-CLIP_BIG_G = Component(
+CLIP_L: Component = ("CLIPTextModel", _CLIP_L_CONFIG)
+CLIP_L_PROJECTION: Component = ("CLIPTextModelWithProjection", _CLIP_L_CONFIG)
+CLIP_BIG_G: Component = (
     "CLIPTextModelWithProjection",
     {
         "hidden_act": "gelu",
@@ -46,7 +63,7 @@ CLIP_BIG_G = Component(
         "projection_dim": 1280,
     },
 )
-OPEN_CLIP_H = Component(
+OPEN_CLIP_H: Component = (
     "CLIPTextModel",
     {
         "hidden_act": "gelu",
@@ -57,18 +74,27 @@ OPEN_CLIP_H = Component(
         "projection_dim": 512,
     },
 )
-T5_XXL = Component("T5EncoderModel", PUBLISHED_TEXT_ENCODER)
-MT5_XL = Component(
+_T5_XXL_CONFIG: dict[str, Any] = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "vocab_size": 32128,
+}
+T5_XXL: Component = ("T5EncoderModel", _T5_XXL_CONFIG)
+MT5_XL: Component = (
     "T5EncoderModel",
     {
-        **PUBLISHED_TEXT_ENCODER,
+        **_T5_XXL_CONFIG,
         "d_model": 2048,
         "d_ff": 5120,
         "num_heads": 32,
         "vocab_size": 250112,
     },
 )
-BERT_L = Component(
+BERT_L: Component = (
     "BertModel",
     {
         "hidden_size": 1024,
@@ -78,7 +104,7 @@ BERT_L = Component(
         "vocab_size": 47020,
     },
 )
-SAFETY_CHECKER = Component(
+SAFETY_CHECKER: Component = (
     "StableDiffusionSafetyChecker",
     {
         "projection_dim": 768,
