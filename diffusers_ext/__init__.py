@@ -38,7 +38,7 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.outputs": "erasers_disabled",
         "diffusers_ext.eraser.saving": "save_eraser",
         "diffusers_ext.eraser.sizes": "eraser_size",
-        "diffusers_ext.eraser.velocity": "CogVideoXVelocity",
+        "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
         "diffusers_ext.evaluation.clip_detector": "CLIPDetector",
         "diffusers_ext.evaluation.clip_rendering": "render_clips",
         "diffusers_ext.evaluation.erasure": "evaluate_erasure",

@@ -215,7 +215,7 @@ def find_joint_attentions(
 ) -> dict[str, Attention]:
     """The joint attentions by name: those of all blocks, or of the chosen ones."""
     family = find_family(transformer, "eraser")
-    blocks, attention = getattr(transformer, family.blocks), family.eraser_target.partition(".")[0]
+    blocks, attention = getattr(transformer, family.blocks), family.joint_attention
     chosen = range(len(blocks)) if layers is None else sorted(set(layers))
     if not chosen or min(chosen) < 0 or max(chosen) >= len(blocks):
         raise ValueError(f"`layers` must be from 0 to {len(blocks) - 1}, got {list(chosen)}.")

@@ -12,7 +12,7 @@ from diffusers_ext.families.cogvideox import CogVideoX
 
 
 PEFT_TYPE_NAME = "ERASER"
-DEFAULT_TARGET = CogVideoX.eraser_target
+DEFAULT_TARGET = CogVideoX().eraser_target
 DEFAULT_LAYERS_PATTERN = CogVideoX.blocks
 MOST_LAYERS = 1000  # of any model; published ones have 42
 _NAME = re.compile(r"\w+(\.\w+)*")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_ext.core.checked_tensors import FLOATING
+from diffusers_ext.families.registry import families_of
 
 
 LEGACY_TYPE = "adapter"
@@ -25,7 +26,7 @@ PARTS = {
     "up.bias": ("eraser_up", "bias"),
 }
 _LEGACY_KEY = re.compile(r"(transformer_blocks\.\d+\.attn1)\.adapter")
-_KEY = re.compile(r"(transformer_blocks\.(\d+)\.attn1)\.to_out\.1\.eraser_(down|up)\.(weight|bias)")
+_KEY = r"((?:{blocks})\.(\d+)\.(?:{attentions}))\.to_out\.1\.eraser_(down|up)\.(weight|bias)"
 
 
 class EraserShape(NamedTuple):
@@ -102,9 +103,16 @@ def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`")
         ValueError: no tensors, a strange or missing key, a wrong shape, values that are not finite.
             It begins with `source`.
     """
+    known = families_of("eraser")
+    pattern = re.compile(
+        _KEY.format(
+            blocks="|".join(re.escape(family.blocks) for family in known),
+            attentions="|".join(re.escape(family.joint_attention) for family in known),
+        )
+    )
     blocks: dict[int, str] = {}
     for name, value in tensors.items():
-        key = _KEY.fullmatch(name)
+        key = pattern.fullmatch(name)
         if key is None:
             raise ValueError(f"{source} must hold the erasers of a CogVideoX, got `{name}`.")
         if value.dtype not in FLOATING or value.layout != torch.strided:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.families.family import Family
 from diffusers_ext.families.published import T5_XXL, Published
 from diffusers_ext.families.velocity import TokenGrid, Velocity
@@ -82,7 +81,7 @@ class CogVideoX(Family):
     tools = frozenset({"eraser"})
     denoiser_class = "CogVideoXTransformer3DModel"
     vae_class = "AutoencoderKLCogVideoX"
-    eraser_target = "attn1.to_out.1"
+    joint_attention = "attn1"
     published = tuple(_published(*model) for model in PUBLISHED_TRANSFORMERS.items())
 
     def text_length(self, config: Any) -> int:
@@ -234,6 +233,8 @@ class CogVideoXVelocity(Velocity):
             ValueError: a scheduler that does not take velocities, a clip that the model cannot
                 take (see `CogVideoX.latent_shape`), or missing image latents.
         """
+        from diffusers_ext.core.noise_schedules import check_diffusion_levels
+
         predicts = pipeline.scheduler.config.get("prediction_type")
         if predicts != "v_prediction":
             raise ValueError(

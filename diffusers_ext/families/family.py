@@ -68,8 +68,8 @@ class Family:
         text_attention: module of a block where text enters by cross-attention.
         features: Linears whose inputs null space counts, `{feature: (module of a block, slot, Linear
             of that module)}`.
-        eraser_target: leaf without weights at the end of each block's joint attention, whose place an
-            eraser takes.
+        joint_attention: module of a block that gives `(video, text)` and ends in `to_out`, a Linear
+            and a dropout whose place an eraser takes.
     """
 
     name: ClassVar[str]
@@ -93,7 +93,7 @@ class Family:
     blocks: ClassVar[str] = "transformer_blocks"
     text_attention: ClassVar[str | None] = "attn2"
     features: ClassVar[Mapping[str, tuple[str, str, str]]] = _BLOCK_FEATURES
-    eraser_target: ClassVar[str | None] = None
+    joint_attention: ClassVar[str | None] = None
 
     # Text
 
@@ -245,6 +245,11 @@ class Family:
         return False
 
     # Clips, and where an eraser attaches
+
+    @property
+    def eraser_target(self) -> str:
+        """End of the names of the leaves whose place an eraser takes."""
+        return f"{self.joint_attention}.to_out.1"
 
     def is_joint_attention(self, attention: torch.nn.Module, block: torch.nn.Module) -> bool:
         """Whether an attention of a block gives `(video, text)`, also where something wraps it."""
