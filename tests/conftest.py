@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -41,12 +42,24 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
-    """The session's Hub, empty; a request that it does not know fails the test."""
+    """The session's Hub, empty, and nothing of it in the cache that all tests share.
+
+    A request that it does not know fails the test.
+    """
     _SERVER.clear()
     yield _SERVER
     unknown = [f"{request.method} {request.path}" for request in _SERVER.unknown]
     _SERVER.clear()
+    _forget_repositories()
     assert not unknown
+
+
+def _forget_repositories() -> None:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if cache.is_dir() and cache.is_relative_to(_HOME.name):
+        shutil.rmtree(cache)
 
 
 @pytest.fixture

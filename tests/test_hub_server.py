@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 from httpx2 import ConnectError, RemoteProtocolError
 from huggingface_hub import (
     HfApi,
     ModelCard,
+    constants,
     get_session,
     hf_hub_download,
     hf_hub_url,
@@ -73,6 +75,13 @@ def test_what_is_pushed_comes_back(hub, folder, tmp_path, repo_type):
     assert [entry.path for entry in found] == ["README.md", "deep"]
     assert "a" in info.tags
     assert info.card_data.license == "mit"
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_a_download_is_not_there_for_the_next_test(repo, time):
+    cache = Path(constants.HF_HUB_CACHE)
+    assert not (cache / "models--tester--thing").exists()
+    assert Path(hf_hub_download("tester/thing", "README.md")).is_relative_to(cache)
 
 
 def test_nothing_is_sent_twice(hub, repo, folder):
