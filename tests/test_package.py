@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+from setuptools import find_packages
 
 import diffusers_ext
 from diffusers_ext.nullspace.collect import collect_statistics
@@ -39,6 +40,22 @@ def test_every_public_name_is_there():
     setup.read(ROOT / "setup.cfg")
     assert setup["metadata"]["version"] == "attr: diffusers_ext.__version__"
     assert diffusers_ext.__version__.count(".") == 2
+
+
+def test_the_wheel_holds_one_package_with_its_data():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = find_packages(ROOT, include=setup["options.packages.find"]["include"].split())
+    assert {name.split(".")[0] for name in packages} == {"diffusers_ext"}
+    sources = {path.parent for path in (ROOT / "diffusers_ext").rglob("*.py")}
+    assert {ROOT / name.replace(".", "/") for name in packages} == sources
+    data = {
+        path
+        for package, pattern in setup["options.package_data"].items()
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    others = [p for p in (ROOT / "diffusers_ext").rglob("*") if p.suffix not in (".py", ".pyc")]
+    assert data == {path for path in others if path.is_file()}
 
 
 def test_component_classes_are_registered_with_diffusers():

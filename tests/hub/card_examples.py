@@ -1,4 +1,4 @@
-"""Facts for a card of every kind."""
+"""Cards of every kind, with facts that change one at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import artifact_card
+from docs.sample_cards import FACTS
 
 
 BASE = "somebody/base"
@@ -23,61 +24,6 @@ COMMON: dict[str, Any] = {
     ],
     "widget": [("a photo of sks dog", "validation/dog 1.png"), ("a dog runs", "clips/dog.mp4")],
     "version": "1.2.3",
-}
-_NETWORK = {
-    "pipeline": "GoldenNoiseXLPipeline",
-    "parameters": 1_600_000,
-    "latent_shape": (4, 128, 96),
-    "any_size": True,
-    "text_embed_dim": 2048,
-}
-FACTS: dict[str, dict[str, Any]] = {
-    "null_space_lora": {
-        "instance_prompt": "a photo of sks dog",
-        "pipeline": "StableDiffusionXLPipeline",
-        "directions": "generalized",
-        "kohya_file": "comfyui_a1111_kohya.safetensors",
-        "rank": 1,
-        "statistics": True,
-    },
-    "subject_pipeline": {
-        "instance_prompt": "a photo of sks dog",
-        "pipeline": "StableDiffusionXLPipeline",
-        "statistics": True,
-    },
-    "feature_statistics": {
-        "pipeline": "StableDiffusionPipeline",
-        "num_prompts": 1234,
-        "example_prompts": ["a red fox", ""],
-        "layers": 32,
-        "megabytes": 2.36,
-    },
-    "npnet": {**_NETWORK, "network": "NPNet", "any_size": False},
-    "golden_noise_model": {**_NETWORK, "network": "GoldenNoiseModel"},
-    "noise_sequence_transformer": {**_NETWORK, "network": "NoiseSequenceTransformer"},
-    "noise_sequence_rnn": {**_NETWORK, "network": "NoiseSequenceRNN", "latent_shape": ()},
-    "golden_noise_pipeline": {
-        "pipeline": "GoldenNoiseXLPipeline",
-        "plain_pipeline": "StableDiffusionXLPipeline",
-        "network": "NPNet",
-        "parameters": 9_000_000,
-    },
-    "eraser": {
-        "concept": "dog",
-        "anchor_concept": "cat",
-        "preserved_concepts": ["horse", "cow"],
-        "pipeline": "CogVideoXPipeline",
-        "rank": 128,
-        "parameters": 33_164_544,
-    },
-    "pair_data_set": {
-        "num_pairs": 1200,
-        "num_rejected": 300,
-        "num_steps": 5,
-        "latent_shape": (4, 128, 96),
-        "pipeline": "StableDiffusionXLPipeline",
-        "reward": "hpsv2 2.1",
-    },
 }
 # What else the facts of a kind may say, and the templates answer to.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
