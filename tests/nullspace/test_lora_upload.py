@@ -75,6 +75,14 @@ def test_a_lora_in_a_folder_of_the_repository(hub, file, tmp_path):
     assert "null-space-lora" not in card.data.tags
 
 
+def test_a_lora_of_a_transformer_goes_without_a_second_file(hub, tmp_path):
+    layer, file = "transformer.transformer_blocks.0.attn.to_q", tmp_path / "flux.safetensors"
+    save_file({f"{layer}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}, file)
+    push_lora(file, "mine", **{**FACTS, "pipeline": "FluxPipeline"})
+    assert sorted(hub.files("tester/mine")) == ["README.md", LORA_WEIGHT_NAME]
+    assert "ComfyUI" not in hub.files("tester/mine")["README.md"].decode()
+
+
 def test_nothing_wrong_is_uploaded(hub, file, tmp_path):
     def push(source=file, **changes) -> None:
         push_lora(source, "mine", **{**FACTS, **changes})
