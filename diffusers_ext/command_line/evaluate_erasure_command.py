@@ -20,13 +20,10 @@ from diffusers_ext.command_line.options import (
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import CogVideoXPipeline
+    from diffusers import DiffusionPipeline
 
     from diffusers_ext.evaluation.clip_verdicts import ClipJudge
     from diffusers_ext.evaluation.erasure_report import ErasureReport
-
-
-_PIPELINE = "CogVideoXPipeline"
 
 
 def add_erasure_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +113,7 @@ def compare_erasers(args: argparse.Namespace) -> ErasureReport:
             "`evaluation_prompts` must have rows of group 'target' and 'preserved', got none of "
             f"{missing} in {args.evaluation_prompts}."
         )
-    check_pipeline_class(args, _PIPELINE)
+    check_pipeline_class(args, "eraser")
     device = chosen_device(args)
     judge = _load_judge(args, device)
     report = evaluate_erasure(
@@ -196,10 +193,10 @@ def _load_judge(args: argparse.Namespace, device: torch.device) -> ClipJudge:
     )
 
 
-def _load_erased_pipeline(args: argparse.Namespace, device: torch.device) -> CogVideoXPipeline:
+def _load_erased_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
     from diffusers_ext.eraser.loading import load_eraser
 
-    pipeline = load_base_pipeline(args, _PIPELINE, place=False)
+    pipeline = load_base_pipeline(args, "eraser", place=False)
     for index, eraser in enumerate(args.eraser):
         load_eraser(pipeline, eraser, adapter_name=f"evaluated_{index}")
     if args.vae_tiling:

@@ -105,33 +105,36 @@ def chosen_device(args: argparse.Namespace) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_pipeline_class(args: argparse.Namespace, class_name: str | None = None) -> dict[str, Any]:
-    """The base model's `model_index.json`, read before any weights; only one `class_name` may do."""
+def check_pipeline_class(args: argparse.Namespace, tool: str | None = None) -> dict[str, Any]:
+    """The base model's `model_index.json`, read before any weights; of a family that a `tool` works with."""
     from diffusers_ext.core.base_source import read_base_config, refuse_single_file
+    from diffusers_ext.families.registry import families_of
 
     source = args.pretrained_model_name_or_path
-    if class_name is not None:
-        refuse_single_file(source, f"a {class_name}")
+    classes = [family.pipelines[0] for family in families_of(tool)] if tool else []
+    if classes:
+        refuse_single_file(source, f"a {' or '.join(classes)}")
     components = read_base_config(
         source, revision=args.revision, single_file_config=args.single_file_config
     )
     found = components["_class_name"]
-    if class_name is not None and found != class_name:
+    if classes and found not in classes:
         raise ValueError(
-            f"`pretrained_model_name_or_path` must be a {class_name}, got a {found} in {source}."
+            f"`pretrained_model_name_or_path` must be a {' or '.join(classes)}, got a {found} in "
+            f"{source}."
         )
     return components
 
 
 def load_base_pipeline(
-    args: argparse.Namespace, class_name: str | None = None, *, place: bool = True
+    args: argparse.Namespace, tool: str | None = None, *, place: bool = True
 ) -> DiffusionPipeline:
     """The base model, frozen, in evaluation mode, without a safety checker; `place` it on the device."""
     import torch
 
     from diffusers_ext.core.base_source import load_base
 
-    device, components = chosen_device(args), check_pipeline_class(args, class_name)
+    device, components = chosen_device(args), check_pipeline_class(args, tool)
     # A blackened picture would be measured like any other.
     unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in components else {}
     if "requires_safety_checker" in components:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from transformers import T5Config, T5EncoderModel
 
 from diffusers_ext.core.memory_trace import (
@@ -15,6 +14,8 @@ from diffusers_ext.core.memory_trace import (
     fill_with_fake_tensors,
     tensor_bytes,
 )
+from diffusers_ext.families.cogvideox import CogVideoX
+from diffusers_ext.families.family import import_class
 
 
 class ComponentMemory(NamedTuple):
@@ -70,7 +71,7 @@ def vae_memory(
         decodes: latents to clip; otherwise clip to latents.
     """
     with torch.device("meta"):
-        vae = AutoencoderKLCogVideoX.from_config(dict(config))
+        vae = import_class(CogVideoX.vae_class).from_config(dict(config))
     torch.nn.Module.to(vae, dtype).eval()
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     frames = (num_frames - 1) // vae.config.temporal_compression_ratio + 1

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers_ext.eraser.config import EraserConfig
 from diffusers_ext.eraser.convert import StateDict, eraser_shape
+from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.hub.card import Card, make_card
 
 
@@ -33,7 +34,7 @@ def eraser_card(
         concept=concept,
         anchor_concept=anchor_concept or "",
         preserved_concepts=None if preserved_concepts is None else list(preserved_concepts),
-        pipeline="CogVideoXPipeline",
+        pipeline=CogVideoX.pipelines[0],
         rank=eraser_shape(tensors).rank,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         **common,

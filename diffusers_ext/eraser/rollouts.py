@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.eraser.batch import EraserText, States
@@ -29,7 +29,7 @@ class OnPolicyRollouts:
 
     def __init__(
         self,
-        pipeline: CogVideoXPipeline,
+        pipeline: DiffusionPipeline,
         text: EraserText,
         recipe: EraserTraining,
         latent_shape: tuple[int, int, int, int],

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import ModelMixin
 from peft import inject_adapter_in_model
 
 from diffusers_ext.core.gpu_autocast import gpu_autocast
@@ -26,6 +26,8 @@ from diffusers_ext.eraser.shaped_step import (
     empty_inputs,
     student_pass,
 )
+from diffusers_ext.families.cogvideox import CogVideoX
+from diffusers_ext.families.family import import_class
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.velocity import Velocity
 
@@ -81,7 +83,7 @@ def step_memory(
 
 def meta_transformer(
     transformer_config: Mapping[str, Any], dtype: torch.dtype = torch.float32
-) -> CogVideoXTransformer3DModel:
+) -> ModelMixin:
     """A transformer without data, frozen, on the meta device.
 
     Args:
@@ -89,14 +91,12 @@ def meta_transformer(
         dtype: of its weights.
     """
     with torch.device("meta"):
-        model = CogVideoXTransformer3DModel.from_config(dict(transformer_config))
+        model = import_class(CogVideoX.denoiser_class).from_config(dict(transformer_config))
     # Not the method of diffusers, which has a warning about every cast.
     return torch.nn.Module.to(model, dtype).requires_grad_(False)
 
 
-def transformer_with_eraser(
-    transformer_config: Mapping[str, Any], shape: StepShape
-) -> CogVideoXTransformer3DModel:
+def transformer_with_eraser(transformer_config: Mapping[str, Any], shape: StepShape) -> ModelMixin:
     """A transformer without data and with an eraser to be trained, on the meta device.
 
     Args:
@@ -152,7 +152,7 @@ def _student_peak(velocity: Velocity, shape: StepShape) -> int:
 
 
 @contextmanager
-def _read_attention(model: CogVideoXTransformer3DModel, shape: StepShape) -> Iterator[None]:
+def _read_attention(model: ModelMixin, shape: StepShape) -> Iterator[None]:
     """Read the concept's attention in a third of the teacher's rows, where masks are made."""
     if not (shape.localization and shape.teacher_rows):
         yield
@@ -165,7 +165,7 @@ def _read_attention(model: CogVideoXTransformer3DModel, shape: StepShape) -> Ite
 
 
 @contextmanager
-def _gpu_autocast(model: CogVideoXTransformer3DModel, shape: StepShape) -> Iterator[None]:
+def _gpu_autocast(model: ModelMixin, shape: StepShape) -> Iterator[None]:
     """Autocast as on a GPU, where a shape asks for it."""
     with gpu_autocast(model, shape.dtype if shape.autocast else torch.float32):
         yield

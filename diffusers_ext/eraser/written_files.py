@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import save
 
 from diffusers_ext.core.artifacts import write_atomically
@@ -26,6 +25,8 @@ from diffusers_ext.eraser.convert import (
     to_legacy,
 )
 from diffusers_ext.eraser.eraser_files import FORMATS, eraser_config_digest
+from diffusers_ext.families.cogvideox import CogVideoX
+from diffusers_ext.families.family import import_class
 
 
 def check_eraser_folder(folder: Path, format: str) -> None:
@@ -68,12 +69,16 @@ def eraser_contents(
     config: EraserConfig,
     tensors: StateDict,
     num_layers: int,
-    model_class: type[torch.nn.Module] = CogVideoXTransformer3DModel,
+    model_class: type[torch.nn.Module] | None = None,
 ) -> dict[str, bytes]:
-    """`{file name: content}` of an eraser, weights first; `model_class` is what `AutoPeftModel` loads."""
+    """`{file name: content}` of an eraser, weights first.
+
+    `model_class` is what `AutoPeftModel` loads, CogVideoX's when `None`.
+    """
     if format == "legacy":
         return _legacy_files(tensors, num_layers)
     config.inference_mode = True
+    model_class = model_class or import_class(CogVideoX.denoiser_class)
     facts = config.to_dict()
     facts["auto_mapping"] = {
         "base_model_class": model_class.__name__,

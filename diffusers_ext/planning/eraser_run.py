@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from transformers import T5Config, T5EncoderModel
 
 from diffusers_ext.eraser.outputs import erasers_disabled, trainable_eraser_parameters
@@ -20,7 +19,9 @@ from diffusers_ext.eraser.shaped_step import (
     student_pass,
 )
 from diffusers_ext.eraser.training_memory import transformer_with_eraser
-from diffusers_ext.families.registry import find_family
+from diffusers_ext.families.cogvideox import CogVideoX
+from diffusers_ext.families.family import import_class
+from diffusers_ext.families.registry import find_family, match_family, titles_of
 from diffusers_ext.planning.base_model import BaseModel
 from diffusers_ext.planning.disk_sizes import (
     REPORT_BYTES,
@@ -54,9 +55,9 @@ def draft_eraser(base: BaseModel, *, as_on_gpu: bool = True, **setting: Any) -> 
     Raises:
         ValueError: another pipeline, or a setting that the model cannot take.
     """
-    if base.components[base.denoiser].class_name != "CogVideoXTransformer3DModel":
+    if match_family(base.components[base.denoiser].class_name, "eraser") is None:
         raise ValueError(
-            f"`model` must be a CogVideoX pipeline for the eraser, got {base.pipeline or 'none'} in "
+            f"`model` must be a {titles_of('eraser')} pipeline for the eraser, got {base.pipeline or 'none'} in "
             f"{base.name}."
         )
     missing = [name for name in PipelineConfigs._fields if name not in base.components]
@@ -186,7 +187,7 @@ def _step_job(run: EraserRunSetting, shapes: _Shapes, layers: int | None = None)
 
 def _decode_job(shapes: _Shapes) -> Job:
     with torch.device("meta"):
-        vae = AutoencoderKLCogVideoX.from_config(dict(shapes.configs.vae))
+        vae = import_class(CogVideoX.vae_class).from_config(dict(shapes.configs.vae))
     vae = torch.nn.Module.to(vae, shapes.setting.dtype).requires_grad_(False).eval()
     frames, channels, height, width = shapes.step.latent_shape
 

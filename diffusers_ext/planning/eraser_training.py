@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
 
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.component_memory import (
@@ -19,7 +18,8 @@ from diffusers_ext.eraser.component_memory import (
 from diffusers_ext.eraser.shaped_step import StepShape
 from diffusers_ext.eraser.sizes import check_rank, transformer_width
 from diffusers_ext.eraser.training_memory import meta_transformer, step_memory
-from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS
+from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS, CogVideoX
+from diffusers_ext.families.family import import_class
 from diffusers_ext.families.published import T5_XXL
 from diffusers_ext.families.registry import find_family
 
@@ -189,7 +189,7 @@ def fill_size(
 ) -> tuple[EraserSetting, tuple[int, int, int, int], int]:
     """The setting with the clip's size, the shape of its latents, and the tokens of a prompt."""
     with torch.device("meta"):
-        vae = AutoencoderKLCogVideoX.from_config(dict(configs.vae))
+        vae = import_class(CogVideoX.vae_class).from_config(dict(configs.vae))
     transformer = meta_transformer({**configs.transformer, "num_layers": 1})
     config, family = transformer.config, find_family(transformer, "eraser")
     own = family.clip_size(config, vae.config)
