@@ -1,4 +1,13 @@
-"""The whole loss that trains an eraser, in one pass of the teacher and one of the student."""
+"""What an eraser is trained on: away from the concept, true to the rest, inside the mask.
+
+The student is the model with its erasers, the teacher the model without; both are called as
+`model(x_t, t, prompt_embeds)`, see `CogVideoXVelocity`. All targets come from the teacher, without
+gradient: a target from the student would let the student move the target instead of itself.
+Shapes: `x_t` and velocities `v_...` are `(batch, frames, channels, height, width)`, `t` is
+`(batch,)`, embeddings `cond_...` are `(1 or batch, text, dim)`, masks `(batch, frames', rows,
+columns)` in [0, 1] on the grid of video tokens, 1 where the concept is. A velocity of the teacher
+that is given was made before, and is not asked for again.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +16,178 @@ from contextlib import nullcontext
 
 import torch
 
-from diffusers_ext.eraser.loss_terms import (
-    ConceptPreservationLoss,
-    LossAndParts,
-    MaskLocalizationLoss,
-    NegativelyGuidedVelocityLoss,
-    choose_anchor,
-)
+from diffusers_ext.eraser.masks import mask_to_latents
 from diffusers_ext.eraser.outputs import eraser_outputs as capture_eraser_outputs
-from diffusers_ext.eraser.teacher import VelocityModel, cached_or_predicted, module_of, velocities
+from diffusers_ext.eraser.teacher import (
+    VelocityModel,
+    cached_or_predicted,
+    module_of,
+    velocities,
+)
+from diffusers_ext.eraser.velocity_losses import (
+    check_loss_type,
+    layer_localization,
+    localization,
+    negative_velocity,
+    velocity_distance,
+)
+
+
+# The loss, and figures of it for logging, without gradient.
+LossAndParts = tuple[torch.Tensor, dict[str, torch.Tensor | int]]
+
+
+class _Term(torch.nn.Module):
+    """One term; `logged` names its value and the mean norms of the student's velocity and the target."""
+
+    logged: tuple[str, str, str]
+
+    def __init__(self, loss_type: str = "l2") -> None:
+        super().__init__()
+        check_loss_type(loss_type)
+        self.loss_type = loss_type
+
+    def distance(
+        self, prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `velocity_distance`."""
+        return velocity_distance(prediction, target, self.loss_type, weights)
+
+    def compare(
+        self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> LossAndParts:
+        """The loss of a velocity that is there."""
+        weights = None if mask is None else mask_to_latents(mask, prediction.shape)
+        loss = self.distance(prediction, target.detach(), weights)
+        # L2 norms of the samples, averaged over the batch.
+        norms = (v.detach().flatten(1).norm(dim=1).mean() for v in (prediction, target))
+        return loss, dict(zip(self.logged, (loss.detach(), *norms), strict=True))
+
+
+class NegativelyGuidedVelocityLoss(_Term):
+    """`||v_neg - v_student(x_t, c, t)||^2`, `v_neg = v_anchor - eta (v_c - v_anchor)` of the teacher.
+
+    T2VUnlearning (arXiv 2505.17550), after ESD (arXiv 2303.07345). The mean over all elements.
+
+    Args:
+        alphas_cumprod: `(timesteps,)` of the scheduler. The rule needs no schedule in any
+            prediction space (see `negative_velocity`); given, timesteps outside are refused.
+        guidance_scale: eta, at least 0.
+        loss_type: `"l2"` or `"l1"`.
+    """
+
+    logged = ("unlearning_loss", "v_pred_norm", "v_neg_norm")
+
+    def __init__(
+        self,
+        alphas_cumprod: torch.Tensor | None = None,
+        guidance_scale: float = 7.5,
+        loss_type: str = "l2",
+    ) -> None:
+        super().__init__(loss_type)
+        if not guidance_scale >= 0:
+            raise ValueError(f"`guidance_scale` must be at least 0, got {guidance_scale}.")
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.guidance_scale = guidance_scale
+
+    def forward(
+        self,
+        model_original: VelocityModel | None,
+        model_unlearned: VelocityModel,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        cond_target: torch.Tensor,
+        cond_neg: torch.Tensor | None = None,
+        uncond: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        *,
+        v_concept: torch.Tensor | None = None,
+        v_anchor: torch.Tensor | None = None,
+    ) -> LossAndParts:
+        """One pass of the teacher, one of the student; arguments as in `T2VUnlearningLoss.forward`.
+
+        A mask weighs the difference. Logs `unlearning_loss`, `v_pred_norm` and `v_neg_norm`.
+
+        Raises:
+            ValueError: no anchor, or timesteps outside of the schedule.
+        """
+        anchor = _choose_anchor(cond_neg, uncond, v_anchor)
+        needed = [(v_concept, (x_t, t, cond_target)), (v_anchor, (x_t, t, anchor))]
+        teacher = cached_or_predicted(model_original, model_unlearned, needed)
+        (prediction,) = velocities(model_unlearned, [(x_t, t, cond_target)])
+        return self.compare(prediction, self.target(t, *teacher), mask)
+
+    def target(
+        self, t: torch.Tensor, v_concept: torch.Tensor, v_anchor: torch.Tensor
+    ) -> torch.Tensor:
+        """v_neg of the teacher's velocities."""
+        last = None if self.alphas_cumprod is None else len(self.alphas_cumprod) - 1
+        if last is not None and (t.min() < 0 or t.max() > last):
+            raise ValueError(
+                f"`t` must lie in 0 ... {last} like `alphas_cumprod`, got {t.tolist()}."
+            )
+        return negative_velocity(v_anchor, v_concept, self.guidance_scale)
+
+
+class ConceptPreservationLoss(_Term):
+    """`||v_student(x_t, c_pre, t) - v_teacher(x_t, c_pre, t)||^2` over whole clips, never masked.
+
+    T2VUnlearning (arXiv 2505.17550). The mean over all elements; `loss_type` is `"l2"` or `"l1"`.
+    """
+
+    logged = ("preservation_loss", "v_unlearn_norm", "v_orig_norm")
+
+    def forward(
+        self,
+        model_original: VelocityModel | None,
+        model_unlearned: VelocityModel,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        cond_preserve: torch.Tensor,
+        *,
+        v_preserve: torch.Tensor | None = None,
+    ) -> LossAndParts:
+        """One pass of the teacher, one of the student, best at `x_t` of clips of the preserved prompts.
+
+        Logs `preservation_loss`, `v_orig_norm` and `v_unlearn_norm`.
+        """
+        rows = (x_t, t, cond_preserve)
+        (v_preserve,) = cached_or_predicted(model_original, model_unlearned, [(v_preserve, rows)])
+        (prediction,) = velocities(model_unlearned, [rows])
+        return self.compare(prediction, v_preserve)
+
+
+class MaskLocalizationLoss(_Term):
+    """`1/L sum_l ||o_l (1 - M)||^2`, divided by channels and background area.
+
+    Eq. 9 of T2VUnlearning (arXiv 2505.17550) with the divisors of Receler (arXiv 2311.17717); see
+    `layer_localization`. `loss_type` is `"l2"` or `"l1"`.
+    """
+
+    def forward(
+        self, eraser_outputs: Mapping[str, torch.Tensor], mask: torch.Tensor
+    ) -> LossAndParts:
+        """Weigh what erasers add, `{name: (batch, video, dim)}` of `eraser_outputs`, outside the concept.
+
+        The mask may also be `(batch, video, 1)`. Logs `total_loss`, `num_layers` and `{name}/loss`.
+
+        Raises:
+            ValueError: no outputs, or a mask of other tokens.
+        """
+        if not isinstance(eraser_outputs, Mapping):
+            raise TypeError(
+                "`eraser_outputs` must be `{name: (batch, video, dim)}`, got a "
+                f"{type(eraser_outputs).__name__}. Run the transformer within "
+                "`eraser_outputs(transformer) as outputs`, and give the outputs."
+            )
+        loss = localization(eraser_outputs, mask, self.loss_type)
+        with torch.no_grad():
+            parts = {f"{n}/loss": self.of_layer(o, mask) for n, o in eraser_outputs.items()}
+        return loss, {"total_loss": loss.detach(), "num_layers": len(parts), **parts}
+
+    def of_layer(self, output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The share of one layer; see `layer_localization`."""
+        return layer_localization(output, mask, self.loss_type)
 
 
 class T2VUnlearningLoss(torch.nn.Module):
@@ -23,16 +195,15 @@ class T2VUnlearningLoss(torch.nn.Module):
 
     Usage, the teacher being the same transformer with its erasers off:
 
-        velocity = find_family(pipeline, "eraser").velocity(pipeline, num_frames, height, width)
+        velocity = CogVideoXVelocity.from_pipeline(pipeline, num_frames, height, width)
         loss, parts = T2VUnlearningLoss(guidance_scale=1.0)(
             velocity, velocity, x_t, t, cond_target, cond_preserve, cond_neg=anchor
         )
 
     Args:
-        alphas_cumprod: see `NegativelyGuidedVelocityLoss`.
+        alphas_cumprod, guidance_scale: see `NegativelyGuidedVelocityLoss`.
         unlearning_weight, preservation_weight, localization_weight: at least 0. A term of weight 0
             is not computed.
-        guidance_scale: eta of the negative guidance, at least 0.
         loss_type: `"l2"` or `"l1"`, of all terms.
         mask_unlearning: weigh L_unlearn by the mask as well; the paper does not.
     """
@@ -87,18 +258,13 @@ class T2VUnlearningLoss(torch.nn.Module):
             model_original: the teacher, frozen; may be the student itself, whose erasers are then
                 off. `None` where all its velocities are given.
             model_unlearned: the student, the only one with gradient.
-            x_t: `(batch, frames, channels, height, width)` of the target prompts.
-            t: `(batch,)`.
-            cond_target, cond_preserve: `(1 or batch, text, dim)` embeddings of the prompt with the
-                concept, and of what must stay.
+            x_t, t, cond_target: of the prompts with the concept.
+            cond_preserve: of what must stay.
             cond_neg: anchor: the prompt with the concept replaced by a neutral word.
             uncond: anchor where `cond_neg` is `None`: embeddings of the empty prompt.
-            mask: `(batch, frames', rows, columns)` in [0, 1] on the token grid, 1 where the
-                concept is.
             eraser_outputs: `{name: (batch, video, dim)}` with gradient; taken from the student's
                 pass unless given.
             x_preserve, t_preserve: of preserved prompts; `x_t` and `t` unless given.
-            v_concept, v_anchor, v_preserve: teacher velocities, made before.
 
         Returns:
             The total, and for logging: `total_loss`; `{term}_loss_weighted`; and
@@ -114,7 +280,7 @@ class T2VUnlearningLoss(torch.nn.Module):
         target = (x_t, t, cond_target)
         needed, student_rows = [], [target]
         if self.weights["unlearning"]:
-            anchor = choose_anchor(cond_neg, uncond, v_anchor)
+            anchor = _choose_anchor(cond_neg, uncond, v_anchor)
             needed += [(v_concept, target), (v_anchor, (x_t, t, anchor))]
         preserves = cond_preserve is not None and self.weights["preservation"]
         if preserves:
@@ -130,8 +296,9 @@ class T2VUnlearningLoss(torch.nn.Module):
             predictions = velocities(model_unlearned, student_rows)
         terms = {}
         if self.weights["unlearning"]:
+            v_neg = self.unlearning.target(t, *teacher[:2])
             region = mask if self.mask_unlearning else None
-            terms["unlearning"] = self.unlearning.compare(predictions[0], t, *teacher[:2], region)
+            terms["unlearning"] = self.unlearning.compare(predictions[0], v_neg, region)
         if preserves:
             terms["preservation"] = self.preservation.compare(predictions[1], teacher[-1])
         if localizes:
@@ -157,3 +324,15 @@ class T2VUnlearningLoss(torch.nn.Module):
         for term, (_, parts) in terms.items():
             logged |= {f"{term}/{name}": value for name, value in parts.items()}
         return total, logged
+
+
+def _choose_anchor(
+    cond_neg: torch.Tensor | None, uncond: torch.Tensor | None, v_anchor: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The embeddings that the guidance starts from; `ValueError` where nothing can serve."""
+    if cond_neg is None and uncond is None and v_anchor is None:
+        raise ValueError(
+            "`cond_neg` or `uncond` must be given as the anchor of the guidance, got neither. "
+            "The embeddings of the empty prompt always serve as `uncond`."
+        )
+    return cond_neg if cond_neg is not None else uncond
