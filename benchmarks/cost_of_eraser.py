@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,12 @@ from benchmarks.measured_memory import peak_bytes
 from benchmarks.timing import compare
 from diffusers_ext.core.memory_trace import fake_tensors, fill_with_fake_tensors
 from diffusers_ext.eraser.outputs import erasers_disabled
-from diffusers_ext.eraser.shaped_step import (
-    StepShape,
-    empty_inputs,
-    student_pass,
-)
-from diffusers_ext.eraser.training_memory import step_memory, transformer_with_eraser
-from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS, CogVideoX
-from diffusers_ext.planning import EraserSetting, plan_eraser_training
+from diffusers_ext.planning import plan_run
+from diffusers_ext.planning.base_model import BaseModel, Component
+from diffusers_ext.planning.eraser_run import EraserRun, draft_eraser
+from diffusers_ext.planning.eraser_run_setting import EraserRunSetting
+from diffusers_ext.planning.published_models import read_base_model
+from diffusers_ext.planning.work import Work, trace_work
 
 
 MIB, GIB = 2**20, 2**30
@@ -49,7 +48,6 @@ STEPS = {
 }
 LIMITS = {"step_time": 1 / 3, "step_peak": 0.55, "inference": 1.05, "flops": 1.03, "5b_gib": 20}
 FIVE_B = "CogVideoX-5b"
-FIVE_B_LATENTS = (13, 16, 60, 90)  # 49 frames of 480x720
 
 
 def step_costs(subject: Subject, pairs: int) -> list[dict[str, Any]]:
@@ -67,24 +65,30 @@ def step_costs(subject: Subject, pairs: int) -> list[dict[str, Any]]:
     return found
 
 
+def training_work(base: BaseModel, **setting: Any) -> Work:
+    """The optimizer's step of a training, as it is planned."""
+    draft = draft_eraser(base, **setting)
+    return next(phase for phase in draft.phases if phase.name == "training").works[0]
+
+
 def traced_against_measured(subject: Subject) -> list[dict[str, Any]]:
     """The plan's peak of forward and backward beside that of the real step."""
-    found = []
+    pipeline = subject.pipeline
+    components = {
+        "transformer": Component("CogVideoXTransformer3DModel", dict(pipeline.transformer.config)),
+        "vae": Component("AutoencoderKLCogVideoX", dict(pipeline.vae.config)),
+        "text_encoder": Component("T5EncoderModel", pipeline.text_encoder.config.to_dict()),
+    }
+    base, found = BaseModel(subject.name, "CogVideoXPipeline", components), []
+    setting = {"rank": subject.rank, "target_rows": subject.rows, "preserved_rows": subject.rows}
+    setting |= {"mixed_precision": "no", **subject.size._asdict()}
     for checkpointing in (False, True):
         subject.gradient_checkpointing = checkpointing
         step = training_step(subject)
         step()
-        shape = StepShape(
-            subject.latents,
-            rank=subject.rank,
-            target_rows=subject.rows,
-            preserved_rows=subject.rows,
-            dtype=torch.float32,
-            gradient_checkpointing=checkpointing,
-        )
-        traced = step_memory(subject.pipeline.transformer.config, shape).student
-        row = {"model": subject.name, "checkpointing": checkpointing, "traced": traced}
-        found.append(row | {"measured": peak_bytes(step)})
+        work = training_work(base, gradient_checkpointing=checkpointing, **setting)
+        row = {"model": subject.name, "checkpointing": checkpointing}
+        found.append(row | {"traced": trace_work(work).peak, "measured": peak_bytes(step)})
     subject.gradient_checkpointing = False
     return found
 
@@ -94,25 +98,23 @@ def flop_ratio() -> float:
 
     All but the two ends of the model are such blocks, so that the ratio of the whole is no larger.
     """
-    shape = StepShape(FIVE_B_LATENTS)
-    config = {**PUBLISHED_TRANSFORMERS[FIVE_B], "num_layers": 1}
-    model = transformer_with_eraser(config, shape).eval()
-    fake, counts = fake_tensors(), []
-    with fake, torch.no_grad():
+    run = EraserRun.of(
+        read_base_model(FIVE_B), EraserRunSetting(gradient_checkpointing=False), True
+    )
+    model, counts = run.student(layers=1).eval(), []
+    with fake_tensors(), torch.no_grad():
         fill_with_fake_tensors(model)
-        velocity = CogVideoX().empty_velocity(model, shape.latent_shape, shape.dtype)
-        inputs = empty_inputs(velocity, shape, 1)
+        velocity = run.velocity(model)
+        x_t, t = torch.empty(1, *run.latents), torch.zeros(1, dtype=torch.long)
+        prompts = run.text(1)
         for disabled in (False, True):
             with FlopCounterMode(display=False) as counter:
-                if disabled:
-                    with erasers_disabled(model):
-                        velocity(*inputs)
-                else:
-                    velocity(*inputs)
+                with erasers_disabled(model) if disabled else nullcontext():
+                    velocity(x_t, t, prompts)
             counts.append(counter.get_total_flops())
     # The counter does not know the CPU's attention: 2 x 2 tokens^2 width.
-    video = FIVE_B_LATENTS[0] * FIVE_B_LATENTS[2] * FIVE_B_LATENTS[3] // 4
-    attention = 4 * (video + model.config.max_text_seq_length) ** 2 * 3072
+    frames, _, height, width = run.latents
+    attention = 4 * (frames * height * width // 4 + prompts.shape[1]) ** 2 * 3072
     return (counts[0] + attention) / (counts[1] + attention)
 
 
@@ -120,31 +122,22 @@ def five_b_plans() -> list[dict[str, Any]]:
     """Peak of training 5b at 49x480x720, target and preserved rows in turn and in one pass."""
     found = []
     for in_turn in (True, False):
-        plan = plan_eraser_training(FIVE_B, EraserSetting(rows_in_turn=in_turn), exact=True)
+        plan = plan_run("eraser", FIVE_B, rows_in_turn=in_turn, exact=True)
         rows = "2 rows in turn" if in_turn else "2 rows in one pass"
-        found.append({"rows": rows, "phases": plan.phases, "peak": plan.peak})
-    if torch.cuda.is_available():
-        found[0]["measured_on_gpu"] = measured_five_b(StepShape(FIVE_B_LATENTS, rows_in_turn=True))
-        found[1]["measured_on_gpu"] = measured_five_b(StepShape(FIVE_B_LATENTS))
+        phases = {phase.name: phase.peak for phase in plan.phases}
+        found.append({"rows": rows, "phases": phases, "peak": plan.peak})
+        if torch.cuda.is_available():
+            found[-1]["measured_on_gpu"] = measured_five_b(in_turn)
     return found
 
 
-def measured_five_b(shape: StepShape) -> int:
+def measured_five_b(in_turn: bool) -> int:
     """Peak of the second step of 5b with random weights on the GPU, all that is kept included."""
     torch.cuda.empty_cache()
-    model = transformer_with_eraser(PUBLISHED_TRANSFORMERS[FIVE_B], shape).to_empty(device="cuda")
-    for parameter in model.parameters():
+    (model,), begin = training_work(read_base_model(FIVE_B), rows_in_turn=in_turn).make()
+    for parameter in model.to_empty(device="cuda").parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    velocity = CogVideoX().empty_velocity(model, shape.latent_shape, shape.dtype)
-
-    def step() -> None:
-        with torch.autocast("cuda", shape.dtype):
-            student_pass(velocity, shape)
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = begin(torch.device("cuda"))
     step()
     kept = torch.cuda.memory_allocated()
     return kept + peak_bytes(step)

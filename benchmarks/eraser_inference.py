@@ -10,7 +10,6 @@ from diffusers import CogVideoXPipeline
 from benchmarks.eraser_steps import Subject
 from benchmarks.timing import compare
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.shaped_step import StepShape, empty_inputs
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 
 
@@ -34,8 +33,9 @@ def inference_costs(
     )
     found = []
     for count in rows:
-        shape = StepShape(subject.latents, dtype=torch.float32)
-        inputs = [torch.zeros_like(tensor) for tensor in empty_inputs(without, shape, count)]
+        text = (count, *subject.text.shape[1:])
+        inputs = [torch.zeros(count, *subject.latents), torch.zeros(count, dtype=torch.long)]
+        inputs.append(torch.zeros(text))
 
         def run(velocity: CogVideoXVelocity, inputs: list = inputs) -> None:
             with torch.no_grad():

@@ -20,7 +20,6 @@ from diffusers_ext.nullspace.lora import (
     add_null_space_lora,
     lora_linears,
     predicted_drift,
-    preservation_penalty,
     save_lora,
 )
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME
@@ -28,7 +27,7 @@ from diffusers_ext.nullspace.lora_metadata import training_metadata
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.nullspace.step import DreamBoothLoss
+from diffusers_ext.nullspace.step import DreamBoothLoss, SoftLoss
 from training.arguments import read_layers
 from training.captions import caption_counts, subject_prompts
 from training.checkpoints import KeepRule, is_trainable
@@ -172,31 +171,7 @@ def make_loss(
     )
     if args.directions != "soft" or args.full_finetune:
         return loss
-    return SoftLoss(loss, statistics, args.preservation_weight, accelerator)
-
-
-class SoftLoss:
-    """The denoising loss plus a price on the drift of preserved outputs."""
-
-    def __init__(
-        self,
-        loss: DreamBoothLoss,
-        statistics: FeatureStatistics,
-        weight: float,
-        accelerator: Accelerator,
-    ) -> None:
-        self.loss, self.statistics, self.weight = loss, statistics, weight
-        self.accelerator = accelerator
-
-    def __call__(
-        self, model: torch.nn.Module, batch: list[torch.Tensor], generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
-        """Losses of `DreamBoothLoss`, and `preservation`."""
-        losses = self.loss(model, batch, generator)
-        unet = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        penalty = preservation_penalty(unet, self.statistics)
-        losses.update(loss=losses["loss"] + self.weight * penalty, preservation=penalty)
-        return losses
+    return SoftLoss(loss, statistics, args.preservation_weight)
 
 
 def save_result(

@@ -204,7 +204,7 @@ class RowMaker:
         t = torch.cat([target.t, preserved.t])
         weights = ((t >= self.recipe.min_timestep) & (t <= self.recipe.max_timestep)).float()
         empty = preserved.prompts == EMPTY_PROMPT
-        weights[len(target.t) :][empty] *= self.recipe.empty_weight
+        weights[len(target.t) :] *= torch.where(empty, self.recipe.empty_weight, 1.0)
         return Rows(
             torch.cat([target.x_t, preserved.x_t]),
             t,

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from diffusers.training_utils import compute_snr
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from diffusers_ext.core.noise_schedules import check_min_snr, check_prediction_type
+from diffusers_ext.nullspace.lora import preservation_penalty
+from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,22 @@ class DreamBoothLoss:
             weights = snr.clamp(max=self.snr_gamma) / (snr if kind == "epsilon" else snr + 1)
             errors = errors * weights
         return errors.mean()
+
+
+@dataclass(frozen=True)
+class SoftLoss:
+    """The denoising loss plus `weight` times the drift of preserved outputs."""
+
+    loss: DreamBoothLoss
+    statistics: FeatureStatistics
+    weight: float
+
+    def __call__(
+        self, model: torch.nn.Module, batch: list[torch.Tensor], generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Losses of `DreamBoothLoss`, and `preservation`."""
+        losses = self.loss(model, batch, generator)
+        unet = extract_model_from_parallel(model, keep_torch_compile=False)
+        penalty = preservation_penalty(unet, self.statistics)
+        losses.update(loss=losses["loss"] + self.weight * penalty, preservation=penalty)
+        return losses

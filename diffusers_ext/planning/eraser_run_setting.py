@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from diffusers_ext.planning.eraser_training import EraserSetting
+from diffusers_ext.eraser.recipe import LATENTS_SOURCES
 from diffusers_ext.planning.setting_checks import check_counts, check_precision
-from diffusers_ext.planning.work import WEIGHT_DTYPES
 
 
-_STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
+STORAGE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _COUNTS = (
     "max_train_steps", "gradient_accumulation_steps", "num_prompts", "num_target_trajectories",
     "num_preserved_trajectories", "num_inference_steps", "points_per_trajectory",
-    "validation_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "sampling_batch_size", "text_batch_size", "validation_steps", "checkpointing_steps", "checkpoints_total_limit",
 )  # fmt: skip
 
 
@@ -24,9 +23,16 @@ class EraserRunSetting:
     """How an eraser is trained, by the names of the training script.
 
     Attributes:
-        rank, num_frames, height, width, target_rows, preserved_rows, rows_in_turn,
-            gradient_checkpointing, localization, latents_source, sampling_batch_size,
-            text_batch_size, validation: as in `EraserSetting`.
+        rank: of the eraser.
+        num_frames, height, width: of the clips; the model's own when `None`.
+        target_rows, preserved_rows: of one micro-step.
+        rows_in_turn: target rows, then preserved rows go through the models.
+        gradient_checkpointing: blocks are computed again for their gradients.
+        localization: masks are made and used.
+        latents_source: `"trajectory"`, `"video"` or `"noise"`; the last two ask the teacher in each step.
+        sampling_batch_size: clips that the teacher samples at once.
+        text_batch_size: prompts encoded at once.
+        validation: clips are decoded in the course of training.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
         max_train_steps: optimizer steps.
         gradient_accumulation_steps: batches of a step.
@@ -68,21 +74,16 @@ class EraserRunSetting:
 
     def __post_init__(self) -> None:
         check_precision(self.mixed_precision)
-        check_counts(self, _COUNTS)
-        if self.trajectories_dtype not in _STORAGE:
+        if self.latents_source not in LATENTS_SOURCES:
             raise ValueError(
-                f"`trajectories_dtype` must be one of {list(_STORAGE)}, got "
+                f"`latents_source` must be one of {LATENTS_SOURCES}, got {self.latents_source!r}."
+            )
+        check_counts(self, _COUNTS)
+        check_counts(self, ("target_rows", "preserved_rows"), least=0)
+        if not self.target_rows + self.preserved_rows:
+            raise ValueError("`target_rows` and `preserved_rows` must not both be 0.")
+        if self.trajectories_dtype not in STORAGE_DTYPES:
+            raise ValueError(
+                f"`trajectories_dtype` must be one of {list(STORAGE_DTYPES)}, got "
                 f"{self.trajectories_dtype!r}."
             )
-
-    def memory_setting(self) -> EraserSetting:
-        """What its memory depends on."""
-        shared = {f.name for f in fields(EraserSetting)} & {f.name for f in fields(self)}
-        points = min(self.points_per_trajectory, self.num_inference_steps)
-        return EraserSetting(
-            dtype=WEIGHT_DTYPES[self.mixed_precision],
-            target_points=points * self.num_target_trajectories,
-            preserved_points=points * self.num_preserved_trajectories,
-            storage_dtype=_STORAGE[self.trajectories_dtype],
-            **{name: getattr(self, name) for name in shared},
-        )

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from diffusers.training_utils import EMAModel
-from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 
+from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss
 from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.npnet import NPNet
 from diffusers_ext.golden_noise.pairs import source_noise
-from diffusers_ext.golden_noise.sequence_losses import (
-    gaussian_nll,
-    output_statistics_kl,
-    squared_error,
-)
 from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, NetworkText, TextCache
 from diffusers_ext.planning.golden_noise_setting import SEQUENCE_NETWORKS, GoldenNoiseSetting
 from diffusers_ext.planning.image_shapes import ImageShapes
-from diffusers_ext.planning.nullspace_works import OPTIMIZER, make_state
-from diffusers_ext.planning.work import Job, Precision, Work
+from diffusers_ext.planning.nullspace_works import OPTIMIZER
+from diffusers_ext.planning.work import Precision, Work, inference_work, training_works
 
 
 _CLASSES: dict[str, type[torch.nn.Module]] = {
@@ -30,7 +27,7 @@ _CLASSES: dict[str, type[torch.nn.Module]] = {
     "transformer": NoiseSequenceTransformer,
     "rnn": NoiseSequenceRNN,
 }
-_KL_WEIGHT, _MAX_GRAD_NORM, _EMA_DECAY = 0.01, 1.0, 0.999
+_KL_WEIGHT = 0.01
 
 
 def network_of(shapes: ImageShapes, setting: GoldenNoiseSetting) -> torch.nn.Module:
@@ -61,17 +58,22 @@ def kept_name(setting: GoldenNoiseSetting) -> str:
 def network_works(
     shapes: ImageShapes, setting: GoldenNoiseSetting, precision: Precision
 ) -> list[Work]:
-    """The optimizer's step with its last batch, and the batches before it."""
-    steps, before = setting.max_train_steps, setting.gradient_accumulation_steps - 1
+    """The training's own step over pairs or sequences without content."""
+    rows = setting.train_batch_size
 
-    def step() -> Job:
-        return _training_job(shapes, setting, precision, updates=True)
+    def begin(network: torch.nn.Module, device: torch.device) -> Callable[[], torch.Tensor]:
+        cache = _one_prompt(shapes, setting)
+        step = _loss_of(setting, cache, device)
+        return lambda: step(network, _batch(shapes, setting, rows, device), None)["loss"]
 
-    def batch() -> Job:
-        return _training_job(shapes, setting, precision, updates=False)
-
-    name, kept = "network's activations and gradients", kept_name(setting)
-    return [Work(name, steps, step, kept), Work(name, steps * before, batch, kept)]
+    work = Work(
+        "network's activations and gradients",
+        setting.max_train_steps,
+        partial(network_of, shapes, setting),
+        kept_name(setting),
+    )
+    batches = setting.gradient_accumulation_steps
+    return training_works(work, batches, precision, begin, weight_decay=1e-2, ema=setting.use_ema)
 
 
 def validation_work(
@@ -79,98 +81,52 @@ def validation_work(
 ) -> Work:
     """A batch of pairs is measured."""
 
-    def make() -> Job:
-        network = network_of(shapes, setting).eval()
-
-        def begin(device: torch.device) -> Callable[[], object]:
-            batch = _Batch(shapes, setting, rows, device)
-
-            @torch.no_grad()
-            def repeat() -> None:
-                batch.loss(network, Precision(torch.float32))
-                if setting.network in SEQUENCE_NETWORKS:
-                    network.generate_sequence(
-                        batch.noise, batch.text, setting.num_steps, attention_mask=batch.mask
-                    )
-
-            return repeat
-
-        return Job([network], begin)
-
-    return Work("validation", times, make)
-
-
-def _training_job(
-    shapes: ImageShapes, setting: GoldenNoiseSetting, precision: Precision, *, updates: bool
-) -> Job:
-    network = network_of(shapes, setting)
-
-    def begin(device: torch.device) -> Callable[[], object]:
-        weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(weights, foreach=precision.as_on_gpu)
-        make_state(optimizer)
-        if setting.gradient_accumulation_steps > 1:
-            for weight in weights:
-                weight.grad = torch.zeros_like(weight)
-        ema = EMAModel(network.parameters(), decay=_EMA_DECAY) if setting.use_ema else None
-        batch = _Batch(shapes, setting, setting.train_batch_size, device)
+    def begin(network: torch.nn.Module, device: torch.device) -> Callable[[], object]:
+        cache = _one_prompt(shapes, setting)
+        step = _loss_of(setting, cache, device)
 
         def repeat() -> None:
-            batch.loss(network, precision).backward()
-            if not updates:
-                return
-            torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM, foreach=precision.as_on_gpu)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=setting.gradient_accumulation_steps == 1)
-            if ema is not None:
-                ema.step(network.parameters())
+            batch = _batch(shapes, setting, rows, device)
+            step(network, batch, None)
+            if setting.network in SEQUENCE_NETWORKS:
+                text = cache.take(batch["text"], device)
+                network.generate_sequence(
+                    batch["noise"],
+                    text.prompt_embeds,
+                    setting.num_steps,
+                    attention_mask=text.attention_mask,
+                )
 
         return repeat
 
-    return Job([network], begin)
+    return inference_work("validation", times, lambda: network_of(shapes, setting).eval(), begin)
 
 
-class _Batch:
-    """Pairs or sequences without content, and the loss on them."""
-
-    def __init__(
-        self, shapes: ImageShapes, setting: GoldenNoiseSetting, rows: int, device: torch.device
-    ) -> None:
-        self.setting, self.shape, self.rows, self.device = setting, shapes.latents, rows, device
-        text = shapes.conditioning(rows, device, torch.float32)
-        self.text, self.mask = text.prompt_embeds, text.attention_mask
-        self.golden = torch.randn(rows, setting.num_steps, *shapes.latents, device=device)
-
-    def loss(self, network: torch.nn.Module, precision: Precision) -> torch.Tensor:
-        """Noises from their seeds, forward pass and loss, as the training scripts have them."""
-        self.noise = torch.stack([source_noise(seed, self.shape) for seed in range(self.rows)])
-        self.noise = self.noise.to(self.device)
-        if self.setting.network not in SEQUENCE_NETWORKS:
-            masked = {} if self.setting.network == "npnet" else {"attention_mask": self.mask}
-            with precision.autocast(network):
-                golden = network(self.noise, self.text, **masked).float()
-            _note_figures(golden, self.golden[:, -1], self.noise)
-            return functional.mse_loss(golden, self.golden[:, -1])
-        states = torch.cat([self.noise[:, None], self.golden[:, :-1]], 1)
-        with precision.autocast(network):
-            mean, logvar = network(states, self.text, self.mask)
-        mean, logvar = mean.float(), None if logvar is None else logvar.float()
-        for step in (0, -1):
-            _note_figures(mean[:, step], self.golden[:, step], states[:, step])
-        if logvar is None:
-            loss = squared_error(mean, self.golden)
-        else:
-            loss = gaussian_nll(mean, logvar, self.golden)
-        if self.setting.network == "rnn":
-            loss = loss + _KL_WEIGHT * output_statistics_kl(mean, logvar)
-        return loss
+def _loss_of(
+    setting: GoldenNoiseSetting, cache: TextCache, device: torch.device
+) -> PairLoss | SequenceLoss:
+    """The loss as the training script has it for the network."""
+    if setting.network in SEQUENCE_NETWORKS:
+        weight = _KL_WEIGHT if setting.network == "rnn" else 0.0
+        return SequenceLoss(cache, device, kl_weight=weight)
+    return PairLoss(cache, device, masked=setting.network != "npnet")
 
 
-@torch.no_grad()
-def _note_figures(
-    prediction: torch.Tensor, target: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the log says of each batch."""
-    predicted, true = ((x - noise).flatten(1) for x in (prediction, target))
-    error = (predicted - true).square().mean(1).sum() / true.square().mean(1).sum()
-    return error, functional.cosine_similarity(predicted, true, dim=1).mean()
+def _one_prompt(shapes: ImageShapes, setting: GoldenNoiseSetting) -> TextCache:
+    """The text of one prompt, which is in the host's memory and with data."""
+    with _disable_current_modes():
+        text = shapes.conditioning(1, torch.device("cpu"), CACHE_DTYPES[setting.text_cache_dtype])
+    return TextCache([""], NetworkText(text.prompt_embeds, text.attention_mask, None))
+
+
+def _batch(
+    shapes: ImageShapes, setting: GoldenNoiseSetting, rows: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Noises from their seeds, golden noises without content, and rows of the text."""
+    return {
+        "noise": torch.stack([source_noise(seed, shapes.latents) for seed in range(rows)]).to(
+            device
+        ),
+        "golden": torch.zeros(rows, setting.num_steps, *shapes.latents, device=device),
+        "text": torch.zeros(rows, dtype=torch.long),
+    }

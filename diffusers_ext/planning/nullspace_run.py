@@ -36,8 +36,8 @@ from diffusers_ext.planning.nullspace_unet import (
 from diffusers_ext.planning.nullspace_works import (
     OPTIMIZER,
     STATISTICS,
+    nullspace_training,
     text_moment_work,
-    training_works,
     trajectory_work,
 )
 from diffusers_ext.planning.run_draft import Phase, RunDraft
@@ -119,7 +119,7 @@ def _phases(
         phases.append(Phase("class pictures", (*frozen, _TRAINED, STATISTICS), drawn))
         encoding = encode_work(shapes, 1, run.views + run.num_class_images, torch.float32)
     phases.append(Phase("encoding", (*frozen, _TRAINED, STATISTICS), [encoding]))
-    phases.append(Phase("training", trains, training_works(shapes, run, precision)))
+    phases.append(Phase("training", trains, nullspace_training(shapes, run, precision)))
     if run.validations:
         count = run.num_validation_images * run.num_validation_prompts * run.validations
         drawn = _pictures(shapes, run, precision, count, run.num_validation_images)

@@ -29,6 +29,7 @@ def plan_run(
     *,
     gpu: str | None = None,
     memory_gib: float | None = None,
+    exact: bool = False,
     **setting: Any,
 ) -> RunPlan:
     """What a run takes: memory by part and by phase, disk, and time.
@@ -42,6 +43,7 @@ def plan_run(
         gpu: a card such as `"RTX 4090"`, whose published figures give the time; `"here"` times one
             repetition of each step on the device at hand, with random weights. No time when `None`.
         memory_gib: of the device, in place of what is known of it.
+        exact: all blocks of a model are traced; otherwise a few, and the rest is linear in their number.
         setting: of the run, by the names of the training scripts; see `setting_names`.
 
     Raises:
@@ -56,7 +58,7 @@ def plan_run(
         )
     target = find_target(gpu, memory_gib)
     draft = _DRAFTS[tool][0](read_base_model(model), as_on_gpu=target.as_on_gpu, **setting)
-    return finish_plan(draft, target)
+    return finish_plan(draft, target, exact)
 
 
 def setting_names(tool: str) -> list[str]:

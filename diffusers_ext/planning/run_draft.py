@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from diffusers_ext.planning.base_model import BaseModel
-from diffusers_ext.planning.cards import Card, find_card
+from diffusers_ext.planning.gpus import Gpu, find_gpu
 from diffusers_ext.planning.run_plan import GIB, PhasePlan, RunPlan
 from diffusers_ext.planning.work import (
     BANDWIDTH_UTILIZATION,
@@ -18,7 +18,7 @@ from diffusers_ext.planning.work import (
     MATMUL_UTILIZATION,
     Work,
     WorkTrace,
-    card_seconds,
+    gpu_seconds,
     measured_seconds,
     trace_work,
 )
@@ -39,13 +39,18 @@ class Phase(NamedTuple):
         name: of the phase.
         resident: names of the parts that are in memory all the time.
         works: what is done in it, one after the other.
-        peak: bytes, where they are known already.
+        untimed: what is done besides, in the memory and not in the time.
     """
 
     name: str
     resident: Sequence[str]
     works: Sequence[Work]
-    peak: int | None = None
+    untimed: Sequence[Work] = ()
+
+    @property
+    def traced(self) -> list[Work]:
+        """All that takes memory."""
+        return [*(work for work in self.works if work.times), *self.untimed]
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,13 @@ class Target:
     Attributes:
         name: for people; `None` where no device is named.
         memory: bytes, if they are known.
-        card: whose figures are published.
+        gpu: whose figures are published.
         device: that is at hand.
     """
 
     name: str | None
     memory: int | None
-    card: Card | None = None
+    gpu: Gpu | None = None
     device: torch.device | None = None
 
     @property
@@ -107,8 +112,8 @@ def find_target(gpu: str | None, memory_gib: float | None) -> Target:
     if gpu is None:
         return Target(None, given)
     if gpu != HERE:
-        card = find_card(gpu)
-        return Target(card.name, given or int(card.memory_gib * GIB), card)
+        gpu = find_gpu(gpu)
+        return Target(gpu.name, given or int(gpu.memory_gib * GIB), gpu)
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(device)
@@ -117,16 +122,16 @@ def find_target(gpu: str | None, memory_gib: float | None) -> Target:
     return Target("this CPU", given or memory, device=torch.device("cpu"))
 
 
-def finish_plan(draft: RunDraft, target: Target) -> RunPlan:
+def finish_plan(draft: RunDraft, target: Target, exact: bool = False) -> RunPlan:
     """Trace all works of a draft, and time them for the target.
 
-    Nothing is timed on the device at hand where the run does not fit it.
+    Nothing is timed on the device at hand where the run does not fit it. With `exact` all blocks of a
+    model are traced, not a few.
     """
-    untraced = [phase for phase in draft.phases if phase.peak is None]
-    needed = draft.phases if target.card is not None else untraced
-    traces = {id(work): trace_work(work) for phase in needed for work in phase.works if work.times}
+    works = [work for phase in draft.phases for work in phase.traced]
+    traces = {id(w): trace_work(replace(w, layers=None) if exact else w) for w in works}
     parts = dict(draft.parts)
-    for work in (work for phase in untraced for work in phase.works if work.times):
+    for work in works:
         _add_parts(parts, work, traces[id(work)])
     phases = [PhasePlan(phase.name, _peak(phase, parts, traces), None) for phase in draft.phases]
     plan = RunPlan(
@@ -140,7 +145,7 @@ def finish_plan(draft: RunDraft, target: Target) -> RunPlan:
         target.name,
         target.memory,
     )
-    timed = target.card is not None or (target.device is not None and plan.fits)
+    timed = target.gpu is not None or (target.device is not None and plan.fits)
     if timed:
         seconds = [_seconds(phase, traces, target) for phase in draft.phases]
         phases = [p._replace(seconds=s) for p, s in zip(phases, seconds, strict=True)]
@@ -150,32 +155,30 @@ def finish_plan(draft: RunDraft, target: Target) -> RunPlan:
 
 def _add_parts(parts: dict[str, int], work: Work, trace: WorkTrace) -> None:
     peak = trace.peak if work.kept_name else trace.kept + trace.peak
-    parts[work.name] = max(parts.get(work.name, 0), peak)
+    parts[work.name] = max(parts.get(work.name, 0), peak - work.apart)
     if work.kept_name:
         parts[work.kept_name] = max(parts.get(work.kept_name, 0), trace.kept)
 
 
 def _peak(phase: Phase, parts: Mapping[str, int], traces: Mapping[int, WorkTrace]) -> int:
-    if phase.peak is not None:
-        return phase.peak
     own = {work.kept_name for work in phase.works}
     resident = sum(parts[name] for name in phase.resident if name not in own)
-    found = (traces[id(work)] for work in phase.works if work.times)
+    found = (traces[id(work)] for work in phase.traced)
     return resident + max((trace.kept + trace.peak for trace in found), default=0)
 
 
 def _seconds(phase: Phase, traces: Mapping[int, WorkTrace], target: Target) -> float:
     total = 0.0
     for work in (work for work in phase.works if work.times):
-        if target.card is not None:
-            total += work.times * card_seconds(traces[id(work)].operations, target.card)
+        if target.gpu is not None:
+            total += work.times * gpu_seconds(traces[id(work)].operations, target.gpu)
         else:
             total += work.times * measured_seconds(work, target.device)
     return total
 
 
 def _time_assumptions(target: Target, timed: bool) -> list[str]:
-    if target.card is not None:
+    if target.gpu is not None:
         return [
             f"Each operation takes what its arithmetic takes at {MATMUL_UTILIZATION:.0%} of the card's "
             f"published rate, what its traffic takes at {BANDWIDTH_UTILIZATION:.0%} of the published "

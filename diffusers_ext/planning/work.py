@@ -6,25 +6,29 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from diffusers.training_utils import EMAModel
 
 from diffusers_ext.core.gpu_autocast import gpu_autocast
 from diffusers_ext.core.memory_trace import fake_tensors, fill_with_fake_tensors
 from diffusers_ext.core.operation_trace import Operation, OperationTrace
-from diffusers_ext.planning.cards import Card
+from diffusers_ext.planning.gpus import Gpu
 
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Of a card's published rates; what eager PyTorch reaches in models of this kind, by and large.
+# Of a GPU's published rates; what eager PyTorch reaches in models of this kind, by and large.
 MATMUL_UTILIZATION, BANDWIDTH_UTILIZATION = 0.5, 0.75
 LAUNCH_SECONDS = 5e-6
 _TRACED_LAYERS = (2, 3)
 _LEAST_REPEATS, _MOST_REPEATS, _TIMED_SECONDS = 3, 25, 1.0
-_WEIGHT_SPREAD = 0.02
+_WEIGHT_SPREAD, _MAX_GRAD_NORM = 0.02, 1.0
+
+Update = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class Precision:
             with torch.autocast(device, self.dtype):
                 yield
 
+    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Let every call of `model` be under autocast, as accelerate does."""
+        forward = model.forward
+
+        def cast(*args: Any, **kwargs: Any) -> Any:
+            with self.autocast(model):
+                return forward(*args, **kwargs)
+
+        model.forward = cast
+        return model
+
 
 class Job(NamedTuple):
     """Models without data, and how to begin once they have some.
@@ -75,7 +90,8 @@ class Work:
         make: a new job; takes the number of blocks where there are `layers`.
         kept_name: of what stays between two repetitions and after them, as an optimizer's state does;
             where there is nothing worth a name, it counts as `name`.
-        layers: blocks of the job's model where it is traced with fewer; operations are linear in them.
+        layers: blocks of the job's model where it is traced with fewer; everything is linear in them.
+        apart: bytes of its memory that other names stand for.
     """
 
     name: str
@@ -83,6 +99,85 @@ class Work:
     make: Callable[..., Job]
     kept_name: str | None = None
     layers: int | None = None
+    apart: int = 0
+
+
+def inference_work(
+    name: str,
+    times: float,
+    build: Callable[..., torch.nn.Module],
+    begin: Callable[[torch.nn.Module, torch.device], Callable[[], object]],
+    layers: int | None = None,
+) -> Work:
+    """Calls of one frozen model without gradients; `begin(model, device)` gives what is repeated."""
+
+    def make(layers: int | None = None) -> Job:
+        model = build() if layers is None else build(layers=layers)
+        return Job([model], lambda device: torch.no_grad()(begin(model, device)))
+
+    return Work(name, times, make, layers=layers)
+
+
+def training_works(
+    work: Work,
+    batches: int,
+    precision: Precision,
+    begin: Callable[[torch.nn.Module, torch.device], Callable[[], torch.Tensor]],
+    *,
+    weight_decay: float = 0.0,
+    ema: bool = False,
+    update: Callable[[torch.optim.Optimizer, torch.device], Update] = lambda *_: nullcontext,
+) -> list[Work]:
+    """AdamW's steps of some batches each: the last batch with the update, and the batches before it.
+
+    Args:
+        work: an optimizer step, whose `make` gives the model as it trains.
+        batches: of a step.
+        precision: of the model's calls.
+        begin: `begin(model, device)` gives the loss of one batch.
+        weight_decay: of AdamW.
+        ema: averaged weights follow.
+        update: `update(optimizer, device)` gives the context of the optimizer's steps.
+    """
+
+    def make(updates: bool, layers: int | None = None) -> Job:
+        model = precision.prepare(work.make() if layers is None else work.make(layers=layers))
+
+        def begin_training(device: torch.device) -> Callable[[], object]:
+            weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            # On a GPU the optimizer works on all weights at once.
+            fused = {"foreach": precision.as_on_gpu}
+            optimizer = torch.optim.AdamW(weights, weight_decay=weight_decay, **fused)
+            _make_state(optimizer, keep_gradients=batches > 1)
+            averaged = EMAModel(model.parameters()) if ema else None
+            updating, loss = update(optimizer, device), begin(model, device)
+
+            def repeat() -> None:
+                loss().backward()
+                if not updates:
+                    return
+                torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM, **fused)
+                with updating():
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=batches == 1)
+                if averaged is not None:
+                    averaged.step(model.parameters())
+
+            return repeat
+
+        return Job([model], begin_training)
+
+    before = replace(work, times=work.times * (batches - 1), make=partial(make, False))
+    return [replace(work, make=partial(make, True)), before]
+
+
+def _make_state(optimizer: torch.optim.Optimizer, keep_gradients: bool) -> None:
+    """Let an optimizer make its state, with gradients that are zero."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=not keep_gradients)
 
 
 class WorkTrace(NamedTuple):
@@ -94,23 +189,21 @@ class WorkTrace(NamedTuple):
 
 
 def trace_work(work: Work) -> WorkTrace:
-    """Run one repetition over tensors without data.
-
-    Of a model that is traced with fewer blocks only the operations are right.
-    """
+    """Run one repetition over tensors without data, of a model with many blocks by two with few."""
     few, more = _TRACED_LAYERS
     if work.layers is None or work.layers <= 2 * more:
         return _trace(work.make())
-    first, second = (_trace(work.make(layers)) for layers in (few, more))
-    steps = (work.layers - few) // (more - few)
+    first, second = (_trace(work.make(layers=layers)) for layers in (few, more))
+
+    def linear(at_few: int, at_more: int) -> int:
+        return at_few + (at_more - at_few) * (work.layers - few) // (more - few)
+
     keys = first.operations.keys() | second.operations.keys()
-    operations = Counter(
-        {
-            key: first.operations[key] + steps * (second.operations[key] - first.operations[key])
-            for key in keys
-        }
+    return WorkTrace(
+        linear(first.kept, second.kept),
+        linear(first.peak, second.peak),
+        Counter({k: linear(first.operations[k], second.operations[k]) for k in keys}),
     )
-    return WorkTrace(first.kept, second.peak, operations)
 
 
 def _trace(job: Job) -> WorkTrace:
@@ -127,14 +220,14 @@ def _trace(job: Job) -> WorkTrace:
     return WorkTrace(kept, trace.peak - kept, trace.operations)
 
 
-def card_seconds(operations: Counter[Operation], card: Card) -> float:
-    """Time of operations on a card: each takes what its arithmetic or its traffic takes, or a launch."""
-    bandwidth = 1e9 * card.bandwidth * BANDWIDTH_UTILIZATION
+def gpu_seconds(operations: Counter[Operation], gpu: Gpu) -> float:
+    """Time of operations on a GPU: each takes what its arithmetic or its traffic takes, or a launch."""
+    bandwidth = 1e9 * gpu.bandwidth * BANDWIDTH_UTILIZATION
     return sum(
         count
         * max(
             operation.flops
-            / (card.flops(operation.dtype, operation.convolution) * MATMUL_UTILIZATION),
+            / (gpu.flops(operation.dtype, operation.convolution) * MATMUL_UTILIZATION),
             operation.bytes / bandwidth,
             LAUNCH_SECONDS,
         )

@@ -7,7 +7,7 @@ from diffusers_ext.nullspace.statistics import TEXT
 from diffusers_ext.planning.image_shapes import ImageShapes
 from diffusers_ext.planning.nullspace_setting import NullSpaceSetting
 from diffusers_ext.planning.nullspace_unet import covered_linears, lora_tensors, trained_unet
-from diffusers_ext.planning.nullspace_works import training_works, trajectory_work
+from diffusers_ext.planning.nullspace_works import nullspace_training, trajectory_work
 from diffusers_ext.planning.published_models import read_base_model
 from diffusers_ext.planning.work import Precision, trace_work
 from examples.digits.check_model import MODEL_DIR
@@ -29,7 +29,7 @@ BASE = read_base_model(MODEL_DIR)
     ids=["checkpointing", "whole weights", "soft", "prior"],
 )
 def test_a_training_step_allocates_what_was_traced(changes):
-    step, _ = training_works(ImageShapes(BASE), NullSpaceSetting(**changes), ON_CPU)
+    step, _ = nullspace_training(ImageShapes(BASE), NullSpaceSetting(**changes), ON_CPU)
     assert trace_work(step).peak == pytest.approx(measured_peak(step), rel=0.15)
 
 

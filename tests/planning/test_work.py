@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext.core.operation_trace import Operation
-from diffusers_ext.planning.cards import Card
+from diffusers_ext.planning.gpus import Gpu
 from diffusers_ext.planning.work import (
     BANDWIDTH_UTILIZATION,
     LAUNCH_SECONDS,
@@ -14,13 +14,13 @@ from diffusers_ext.planning.work import (
     Job,
     Precision,
     Work,
-    card_seconds,
+    gpu_seconds,
     measured_seconds,
     trace_work,
 )
 
 
-CARD = Card("test", 8, half_tflops=100.0, float32_tflops=10.0, bandwidth=100.0)
+CARD = Gpu("test", 8, half_tflops=100.0, float32_tflops=10.0, bandwidth=100.0)
 
 
 def linear_work(layers=None, rows=4):
@@ -56,7 +56,7 @@ def test_time_on_a_card_is_the_longest_of_arithmetic_traffic_and_launch():
     flops = Operation(10**12, 8, torch.float16)
     traffic = Operation(0, 10**9, torch.float32)
     launch = Operation(0, 8, torch.float32)
-    seconds = card_seconds(Counter({flops: 2, traffic: 3, launch: 4}), CARD)
+    seconds = gpu_seconds(Counter({flops: 2, traffic: 3, launch: 4}), CARD)
     expected = 2 * 0.01 / MATMUL_UTILIZATION + 3 * 0.01 / BANDWIDTH_UTILIZATION
     assert seconds == pytest.approx(expected + 4 * LAUNCH_SECONDS)
 

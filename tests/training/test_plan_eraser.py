@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from diffusers_ext.planning import plan_run
 from tests.tiny_cogvideox import tiny_video_pipeline
 from training.plan_eraser import main, parse_args
 
@@ -20,12 +21,13 @@ def run(folder, *flags):
     return main(parse_args(command))
 
 
-def test_a_table_is_printed(folder, capsys):
-    plan = run(folder, "--mixed_precision", "no", "--train_batch_size", "3")
-    printed = capsys.readouterr().out
-    assert "9 frames of 16x16, rank 8, 3 target and 3 preserved rows in one pass" in printed
-    assert f"{plan.phases['training'] / 2**30:.2f} GiB" in printed
-    assert "samples kept" in printed
+def test_the_plan_is_that_of_the_library(folder, capsys):
+    flags = ("--mixed_precision", "no", "--train_batch_size", "3", "--exact", "--validation")
+    plan = run(folder, *flags, "--localization_weight", "0.5")
+    assert capsys.readouterr().out == plan.table() + "\n"
+    setting = {"rank": 8, "target_rows": 3, "preserved_rows": 3, "localization": True}
+    setting |= {"mixed_precision": "no", "validation": True, "gradient_checkpointing": False}
+    assert plan == plan_run("eraser", folder, exact=True, **setting)
 
 
 def test_json_can_be_read_back(folder, capsys):
@@ -33,12 +35,12 @@ def test_json_can_be_read_back(folder, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["fits"]
     assert found["peak"] == plan.peak
-    assert found["setting"]["dtype"] == "bfloat16"
+    assert found["setting"]["mixed_precision"] == "bf16"
 
 
-def test_too_small_a_card_is_told_by_how_much(folder, capsys):
+def test_too_small_a_gpu_is_told_by_how_much(folder, capsys):
     run(folder, "--memory_gib", "1.00001")
-    assert "Nothing fits 1.00001 GiB" in capsys.readouterr().out
+    assert "Does not fit: peak" in capsys.readouterr().out
 
 
 def test_bad_arguments(folder):

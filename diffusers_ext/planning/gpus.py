@@ -19,7 +19,7 @@ from diffusers_ext.core.suggestions import did_you_mean
 _WITHOUT_BFLOAT16 = "T4"
 
 
-class Card(NamedTuple):
+class Gpu(NamedTuple):
     """One GPU."""
 
     name: str
@@ -37,41 +37,41 @@ class Card(NamedTuple):
         return 1e12 * self.float32_tflops
 
 
-CARDS = (
-    Card("RTX 3060", 12, 25.5, 12.7, 360),
-    Card("RTX 3080", 10, 59.5, 29.8, 760),
-    Card("RTX 3090", 24, 71.0, 35.6, 936),
-    Card("RTX 4060 Ti 16GB", 16, 44.1, 22.1, 288),
-    Card("RTX 4070", 12, 58.3, 29.1, 504),
-    Card("RTX 4080", 16, 97.5, 48.7, 717),
-    Card("RTX 4090", 24, 165.2, 82.6, 1008),
-    Card("RTX 5080", 16, 112.6, 56.3, 960),
-    Card("RTX 5090", 32, 209.5, 104.8, 1792),
-    Card("T4", 16, 65.0, 8.1, 320),
-    Card("A10G", 24, 70.0, 35.0, 600),
-    Card("L4", 24, 121.0, 30.3, 300),
-    Card("L40S", 48, 362.0, 91.6, 864),
-    Card("A100 40GB", 40, 312.0, 19.5, 1555),
-    Card("A100 80GB", 80, 312.0, 19.5, 2039),
-    Card("H100", 80, 989.0, 67.0, 3350),
-    Card("H200", 141, 989.0, 67.0, 4800),
+GPUS = (
+    Gpu("RTX 3060", 12, 25.5, 12.7, 360),
+    Gpu("RTX 3080", 10, 59.5, 29.8, 760),
+    Gpu("RTX 3090", 24, 71.0, 35.6, 936),
+    Gpu("RTX 4060 Ti 16GB", 16, 44.1, 22.1, 288),
+    Gpu("RTX 4070", 12, 58.3, 29.1, 504),
+    Gpu("RTX 4080", 16, 97.5, 48.7, 717),
+    Gpu("RTX 4090", 24, 165.2, 82.6, 1008),
+    Gpu("RTX 5080", 16, 112.6, 56.3, 960),
+    Gpu("RTX 5090", 32, 209.5, 104.8, 1792),
+    Gpu("T4", 16, 65.0, 8.1, 320),
+    Gpu("A10G", 24, 70.0, 35.0, 600),
+    Gpu("L4", 24, 121.0, 30.3, 300),
+    Gpu("L40S", 48, 362.0, 91.6, 864),
+    Gpu("A100 40GB", 40, 312.0, 19.5, 1555),
+    Gpu("A100 80GB", 80, 312.0, 19.5, 2039),
+    Gpu("H100", 80, 989.0, 67.0, 3350),
+    Gpu("H200", 141, 989.0, 67.0, 4800),
 )
 
 
-def find_card(name: str) -> Card:
-    """A card by its name, with or without spaces, maker and unit: `"4090"`, `"a100-80"`, `"L4"`.
+def find_gpu(name: str) -> Gpu:
+    """A GPU by its name, with or without spaces, maker and unit: `"4090"`, `"a100-80"`, `"L4"`.
 
     Raises:
-        ValueError: no such card, or more than one.
+        ValueError: no such GPU, or more than one.
     """
     wanted = _key(name)
-    exact = [card for card in CARDS if _key(card.name) == wanted]
-    found = exact or [card for card in CARDS if wanted and _key(card.name).startswith(wanted)]
+    exact = [gpu for gpu in GPUS if _key(gpu.name) == wanted]
+    found = exact or [gpu for gpu in GPUS if wanted and _key(gpu.name).startswith(wanted)]
     if len(found) != 1:
-        several = f", which are {[card.name for card in found]}" if found else ""
+        several = f", which are {[gpu.name for gpu in found]}" if found else ""
         raise ValueError(
-            f"`gpu` must be 'here' or one of {[card.name for card in CARDS]}, got {name!r}{several}."
-            f"{did_you_mean(name, [card.name for card in CARDS])} "
+            f"`gpu` must be 'here' or one of {[gpu.name for gpu in GPUS]}, got {name!r}{several}."
+            f"{did_you_mean(name, [gpu.name for gpu in GPUS])} "
             "Give `memory_gib` for another card."
         )
     return found[0]

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.planning.cards import CARDS, find_card
+from diffusers_ext.planning.gpus import GPUS, find_gpu
 
 
-def test_cards_by_any_spelling():
+def test_gpus_by_any_spelling():
     for name, expected in (
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("4090", "RTX 4090"),
@@ -15,21 +15,21 @@ def test_cards_by_any_spelling():
         ("rtx 4060 ti", "RTX 4060 Ti 16GB"),
         ("H100", "H100"),
     ):
-        assert find_card(name).name == expected
-    assert all(find_card(card.name) == card for card in CARDS)
+        assert find_gpu(name).name == expected
+    assert all(find_gpu(gpu.name) == gpu for gpu in GPUS)
 
 
-def test_unknown_and_ambiguous_cards():
+def test_unknown_and_ambiguous_gpus():
     with pytest.raises(ValueError, match="`gpu` must be .* got 'RTX 1060'"):
-        find_card("RTX 1060")
+        find_gpu("RTX 1060")
     with pytest.raises(ValueError, match="got 'A100', which are .*A100 40GB.*A100 80GB"):
-        find_card("A100")
+        find_gpu("A100")
     with pytest.raises(ValueError, match="got ''"):
-        find_card("")
+        find_gpu("")
 
 
 def test_rates_by_dtype():
-    t4, a100 = find_card("T4"), find_card("A100 80GB")
+    t4, a100 = find_gpu("T4"), find_gpu("A100 80GB")
     assert a100.flops(torch.bfloat16) == 312e12
     assert a100.flops(torch.float32) == 19.5e12
     assert a100.flops(torch.float32, convolution=True) == 156e12

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+
+from diffusers_ext.planning import fit, plan_run, recommend_eraser_training
+from diffusers_ext.planning.run_plan import GIB, RunPlan
+from tests.tiny_cogvideox import tiny_video_pipeline
+
+
+SETTING = {"rank": 8, "num_frames": 17, "mixed_precision": "no", "text_batch_size": 1}
+
+
+def test_gpus_of_any_size(tmp_path, monkeypatch):
+    # Wide enough for its training to be the worst phase.
+    tiny_video_pipeline(num_attention_heads=8, num_layers=4).save_pretrained(tmp_path)
+    monkeypatch.setattr(fit, "_MOST_ROWS", 2)
+    frugal = {"rows_in_turn": True, "gradient_checkpointing": True}
+    least = plan_run("eraser", tmp_path, **SETTING, **frugal)
+    assert least.worst_phase == "training"
+
+    def found(size):
+        return recommend_eraser_training(tmp_path, (size + RunPlan.reserve) / GIB, **SETTING)
+
+    large = found(100 * least.peak)
+    assert large.fits
+    assert not large.setting["gradient_checkpointing"]
+    assert large.setting["target_rows"] == 2
+    assert not large.setting["rows_in_turn"]
+    exactly = found(least.peak + 1)
+    assert exactly.fits
+    assert exactly.setting["rows_in_turn"]
+    assert exactly.setting["num_frames"] == 17
+    shorter = found(least.peak - 1)
+    assert shorter.fits
+    assert shorter.setting["num_frames"] == 9
+    none = found(1000)
+    assert not none.fits
+    assert none.missing == none.peak + none.reserve - none.memory
+    with pytest.raises(ValueError, match="`memory_gib` must be above the reserve 1.0, got 0.5"):
+        recommend_eraser_training(tmp_path, 0.5, **SETTING)
