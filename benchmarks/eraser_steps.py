@@ -122,7 +122,7 @@ def training_step(
     recipe = EraserTraining(
         rank=subject.rank,
         train_batch_size=subject.rows,
-        guidance_scale=ETA,
+        negative_guidance=ETA,
         localization_weight=1.0 if localization else 0.0,
         latents_source="noise" if live_teacher else "trajectory",
     )

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -19,30 +18,18 @@ from accelerate.logging import get_logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.artifacts import CONFIG_NAME
-from diffusers_ext.nullspace.slots import FEATURES, check_features
-from training.argument_rules import check_values
-from training.arguments import (
-    NULL_SPACE_GROUPS,
-    add_attention_argument,
-    add_covariance_arguments,
-    add_hub_arguments,
-    add_knowledge_arguments,
-    add_model_arguments,
-    add_resume_argument,
-    add_sampling_arguments,
-    read_layers,
-    read_timesteps,
-)
+from diffusers_ext.nullspace.settings import CollectionSettings
+from training.arguments import NULL_SPACE_GROUPS
 from training.closing_words import statistics_words
 from training.collection_progress import check_resume, collection_facts, collection_progress
-from training.config_file import parse_arguments, read_nullbooth_block
+from training.config_file import read_nullbooth_block
 from training.knowledge import collect, load_pipeline, read_knowledge
 from training.output_folder import check_output_dir, one_run_a_folder, staged_output
 from training.publish import collection_card, prepare_upload, publish_statistics
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
 from training.script_entry import run_script
+from training.settings import parse_settings
 from training.statistics_report import has_matplotlib, write_statistics
 from training.statistics_tree import check_tree_room, draw_attention_maps, write_tree
 from training.upload import check_login
@@ -51,40 +38,14 @@ from training.upload import check_login
 logger = get_logger(__name__)
 
 
-def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(input_args: Sequence[str] | None = None) -> CollectionSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for add_arguments in (
-        add_model_arguments,
-        add_resume_argument,
-        add_sampling_arguments,
-        add_knowledge_arguments,
-        add_covariance_arguments,
-        add_attention_argument,
-        add_hub_arguments,
-    ):
-        add_arguments(parser)
-    required = ("pretrained_model_name_or_path", "knowledge_prompts", "output_dir")
     read_block = partial(read_nullbooth_block, covariance_dir="output_dir")
-    return parse_arguments(parser, input_args, required, read_block, NULL_SPACE_GROUPS)
+    return parse_settings(CollectionSettings, __doc__, input_args, read_block, NULL_SPACE_GROUPS)
 
 
-def check_args(args: argparse.Namespace) -> list[str]:
+def check_args(args: CollectionSettings) -> list[str]:
     """Everything that can be wrong without loading a model; returns the preserved prompts."""
-    chosen = check_features(args.features)
-    args.features = [feature for feature in FEATURES if feature in chosen]  # in one order
-    args.cross_attention_layers = read_layers(args.cross_attention_layers)
-    args.layout_timesteps = read_timesteps(args.layout_timesteps)
-    below = lambda value: not Path(value).is_absolute() and ".." not in Path(value).parts
-    check_values(args, ["layout_dir"], "below the output folder", below)
-    counts = ("num_inference_steps", "statistics_batch_size", "num_attention_maps")
-    check_values(args, counts, "at least 1", lambda value: value >= 1)
-    check_values(args, ["nullspace_threshold"], "positive", lambda value: value > 0)
-    check_values(args, ["compress"], "a share of the energy in (0, 1]", lambda v: 0 < v <= 1)
-    check_values(args, ["seed"], "from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
-    check_values(args, ["output_dir"], "a folder", lambda value: not Path(value).is_file())
     if args.visual_attention_map and not has_matplotlib():
         raise ValueError(
             "`visual_attention_map` must have matplotlib, got none: pip install diffusers_ext[plots]."
@@ -93,7 +54,7 @@ def check_args(args: argparse.Namespace) -> list[str]:
 
 
 @one_run_a_folder
-def main(args: argparse.Namespace) -> Path:
+def main(args: CollectionSettings) -> Path:
     """Collect and save; returns the output folder."""
     prompts = check_args(args)
     accelerator = make_accelerator(args)
@@ -132,4 +93,4 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(parse_args, main, CollectionSettings)

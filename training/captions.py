@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -15,6 +14,7 @@ from accelerate.logging import get_logger
 from diffusers_ext.core.pictures import find_pictures, is_caption, is_hidden
 from diffusers_ext.core.text_files import read_text
 from diffusers_ext.core.text_tables import one_line, read_rows
+from diffusers_ext.nullspace.settings import SubjectSettings
 
 
 logger = get_logger(__name__)
@@ -83,19 +83,19 @@ def _text_rows(path: Path, pictures: Sequence[str]) -> list[tuple[str, str, str]
     return [(str(path), picture, text) for picture in named or [path.stem]]
 
 
-def picture_prompts(args: argparse.Namespace) -> list[str]:
+def picture_prompts(args: SubjectSettings) -> list[str]:
     """What each picture of the subject is trained with, in their order: its caption or the instance prompt."""
     captions = read_captions(args.instance_data_dir)
     paths = find_pictures(args.instance_data_dir, "instance_data_dir").paths
     return [captions.get(path.name, args.instance_prompt) for path in paths]
 
 
-def subject_prompts(args: argparse.Namespace) -> list[str]:
+def subject_prompts(args: SubjectSettings) -> list[str]:
     """The instance prompt and the captions, each once: what the subject is asked for by."""
     return list(dict.fromkeys([args.instance_prompt, *picture_prompts(args)]))
 
 
-def caption_facts(args: argparse.Namespace) -> dict[str, str]:
+def caption_facts(args: SubjectSettings) -> dict[str, str]:
     """What a checkpoint must agree with: nothing without captions, so that older ones go on."""
     if not read_captions(args.instance_data_dir):
         return {}
@@ -103,12 +103,12 @@ def caption_facts(args: argparse.Namespace) -> dict[str, str]:
     return {"captions": hashlib.sha256(prompts.encode()).hexdigest()}
 
 
-def caption_counts(args: argparse.Namespace) -> dict[str, int]:
+def caption_counts(args: SubjectSettings) -> dict[str, int]:
     """How many pictures are trained with each prompt."""
     return dict(Counter(picture_prompts(args)))
 
 
-def tell_of_captions(args: argparse.Namespace) -> None:
+def tell_of_captions(args: SubjectSettings) -> None:
     """Log how many pictures have captions and where these come from; warn of files that are not read."""
     found = find_pictures(args.instance_data_dir, "instance_data_dir")
     captions = read_captions(args.instance_data_dir)
@@ -131,7 +131,7 @@ def tell_of_captions(args: argparse.Namespace) -> None:
     )
 
 
-def warn_of_missing_words(args: argparse.Namespace, preserved: Sequence[str]) -> None:
+def warn_of_missing_words(args: SubjectSettings, preserved: Sequence[str]) -> None:
     """Warn of captions that leave out the subject's name.
 
     Args:

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from diffusers_ext.core.settings import with_new_names
+from diffusers_ext.eraser.recipe import EraserTraining
 from training.pickled_checkpoints import is_pickled
 from training.run_state import REMEDY
 
@@ -68,9 +70,12 @@ def find_checkpoint(output_dir: str | os.PathLike, which: str) -> Path:
 
 
 def read_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
-    """The steps that a checkpoint has behind it, and the facts of its run."""
+    """The steps that a checkpoint has behind it, and the facts of its run by today's names."""
     run = _read_run(folder)
-    return run["step"], run["fingerprint"]
+    facts = run["fingerprint"]
+    if "recipe" in facts:
+        facts = {**facts, "recipe": with_new_names(facts["recipe"], EraserTraining)}
+    return run["step"], facts
 
 
 def finish_checkpoint(partial: Path, folder: Path, step: int, fingerprint: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -16,6 +15,7 @@ from accelerate.logging import get_logger
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.nullspace.settings import CollectionSettings
 from training.checkpoint_folders import check_same_facts
 
 
@@ -25,7 +25,7 @@ _FOLDER, _RUN_FILE = "progress", "run.json"
 
 
 def collection_facts(
-    args: argparse.Namespace, prompts: list[str], num_processes: int
+    args: CollectionSettings, prompts: list[str], num_processes: int
 ) -> dict[str, Any]:
     """What must be equal for a collection to be continued."""
     names = (
@@ -43,7 +43,7 @@ def collection_facts(
     return json.loads(json.dumps(facts))
 
 
-def check_resume(args: argparse.Namespace, facts: dict[str, Any]) -> None:
+def check_resume(args: CollectionSettings, facts: dict[str, Any]) -> None:
     """Raise `ValueError` if `--resume_from_checkpoint` asks for what is not there."""
     which, folder = args.resume_from_checkpoint, Path(args.output_dir, _FOLDER)
     if which is None:
@@ -64,7 +64,7 @@ def check_resume(args: argparse.Namespace, facts: dict[str, Any]) -> None:
 
 @contextmanager
 def collection_progress(
-    args: argparse.Namespace, facts: dict[str, Any], accelerator: Accelerator
+    args: CollectionSettings, facts: dict[str, Any], accelerator: Accelerator
 ) -> Iterator[Path]:
     """The progress folder of a collection; it goes when the block has ended well.
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers_ext.core.settings import Settings, setting_names
 from diffusers_ext.core.suggestions import did_you_mean
 from diffusers_ext.core.text_files import read_yaml
-from training.arguments import argument_names
 from training.documented_flags import replaced_flag
 from training.launcher_settings import settle_launcher_settings
 
@@ -20,7 +20,7 @@ def parse_arguments(
     input_args: Sequence[str] | None,
     required: Sequence[str],
     read_block: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    groups: Sequence[Callable[[argparse.ArgumentParser], None]] = (),
+    groups: Sequence[Callable[[argparse.ArgumentParser], None] | type[Settings]] = (),
 ) -> argparse.Namespace:
     """Parse flags over an optional YAML file.
 
@@ -36,7 +36,7 @@ def parse_arguments(
             script's and are passed over; all other names are errors.
     """
     input_args = sys.argv[1:] if input_args is None else list(input_args)
-    path = parser.parse_known_args(input_args)[0].config
+    path = getattr(parser.parse_known_args(input_args)[0], "config", None)
     if path is not None:
         values = read_config(path)
         values = values if read_block is None else read_block(values)
@@ -60,6 +60,18 @@ def parse_arguments(
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def argument_names(
+    groups: Sequence[Callable[[argparse.ArgumentParser], None] | type[Settings]],
+) -> set[str]:
+    """Names of all settings of some classes, and of all arguments of some groups."""
+    parser = argparse.ArgumentParser(conflict_handler="resolve", add_help=False)
+    classes = [one for one in groups if isinstance(one, type)]
+    for add_group in groups:
+        if not isinstance(add_group, type):
+            add_group(parser)
+    return {action.dest for action in parser._actions} | setting_names(classes)
 
 
 def read_config(path: str) -> dict[str, Any]:

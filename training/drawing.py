@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.core.run_settings import SamplingSettings
 
 
 def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +38,7 @@ def own_resolution(pipeline: DiffusionPipeline) -> int | None:
     return sides.pop() * pipeline.vae_scale_factor if len(sides) == 1 else None
 
 
-def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_arguments(args: SamplingSettings) -> dict[str, Any]:
     """Arguments of a pipeline's call from the command line's sampling group."""
     return {
         "num_inference_steps": args.num_inference_steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -15,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from diffusers_ext.core.base_source import refuse_single_file
 from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.eraser.concepts import check_concept
+from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings
 from diffusers_ext.eraser.sizes import transformer_width
 from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.families.registry import families_of
-from training.eraser_arguments import AUTO_ANCHOR
 from training.eraser_data import ClipSize
 from training.run_setup import WEIGHT_DTYPES
 from training.text_pipeline import read_components
@@ -42,7 +41,7 @@ class BaseFacts:
     latent_shape: tuple[int, int, int, int]
 
 
-def read_base(args: argparse.Namespace) -> BaseFacts:
+def read_base(args: EraserSettings) -> BaseFacts:
     """Read the configs of `--pretrained_model_name_or_path` and check the arguments against them.
 
     Raises:
@@ -75,9 +74,9 @@ def read_base(args: argparse.Namespace) -> BaseFacts:
     shape = family.latent_shape(transformer.config, vae.config, *size)
     family.token_grid(transformer.config, shape)
     width = transformer_width(transformer.config)
-    if args.eraser_rank > width:
+    if args.rank > width:
         raise ValueError(
-            f"`eraser_rank` must be at most the model's width, {width}, got {args.eraser_rank}."
+            f"`eraser_rank` must be at most the model's width, {width}, got {args.rank}."
         )
     anchor = None if args.anchor_concept == AUTO_ANCHOR else args.anchor_concept
     for concept in (args.target_concept, anchor):
@@ -86,7 +85,7 @@ def read_base(args: argparse.Namespace) -> BaseFacts:
     return BaseFacts(transformer, vae, tokenizer, size, shape)
 
 
-def read_video_family(args: argparse.Namespace) -> Family:
+def read_video_family(args: EraserSettings) -> Family:
     """The family of `--pretrained_model_name_or_path`, which must be one that an eraser is known for.
 
     Raises:
@@ -103,7 +102,7 @@ def read_video_family(args: argparse.Namespace) -> Family:
     return names[kind]
 
 
-def load_base(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
+def load_base(args: EraserSettings, device: torch.device) -> DiffusionPipeline:
     """The base model without its text encoder, frozen, in the dtype of `--mixed_precision`.
 
     The VAE stays on the CPU: only videos and validation clips need it.

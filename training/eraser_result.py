@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.eraser.saving import save_eraser
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.licence import public_name
-from training.eraser_arguments import recipe_of
 from training.eraser_data import ClipSize
 from training.eraser_text import GivenTexts, RunText
 from training.loop import TrainingLoop
@@ -27,20 +25,20 @@ from training.upload import card_arguments, reported_arguments
 REPORT_NAME = "training_report.json"
 # Of the recipe, what a card shows.
 _SHOWN = (
-    "guidance_scale", "unlearning_weight", "preservation_weight", "localization_weight",
+    "negative_guidance", "unlearning_weight", "preservation_weight", "localization_weight",
     "loss_type", "latents_source", "learning_rate", "train_batch_size",
     "gradient_accumulation_steps", "max_train_steps",
 )  # fmt: skip
 
 
 def eraser_report(
-    args: argparse.Namespace, text: RunText, loop: TrainingLoop, **facts: Any
+    args: EraserSettings, text: RunText, loop: TrainingLoop, **facts: Any
 ) -> dict[str, Any]:
     """Everything about a training as JSON, the token left out."""
     trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
     return {
         "arguments": reported_arguments(args),
-        "recipe": asdict(recipe_of(args)),
+        "recipe": args.recipe(),
         "parameters": sum(parameter.numel() for parameter in trained),
         "preserved_concepts": text.preserved_concepts,
         "prompts": text.prompts.facts,
@@ -51,7 +49,7 @@ def eraser_report(
 
 
 def save_result(
-    args: argparse.Namespace,
+    args: EraserSettings,
     pipeline: DiffusionPipeline,
     adapter_name: str,
     report: dict[str, Any],
@@ -70,7 +68,7 @@ def save_result(
 
 
 def eraser_facts(
-    args: argparse.Namespace, report: Mapping[str, Any], clips: Sequence[Path] = ()
+    args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """What the card of a trained eraser tells besides base model and licence, JSON-able.
 
@@ -95,7 +93,7 @@ def eraser_facts(
 
 
 def trained_eraser_card(
-    args: argparse.Namespace, report: Mapping[str, Any], clips: Sequence[Path] = ()
+    args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
 ) -> Callable[..., Card]:
     """The card of a trained eraser but for the name of its repository; arguments as `eraser_facts`.
 
@@ -106,7 +104,7 @@ def trained_eraser_card(
         "eraser",
         **eraser_facts(args, report, clips),
         pipeline=read_components(args)["_class_name"],
-        rank=args.eraser_rank,
+        rank=args.rank,
         parameters=report["parameters"],
         **card_arguments(args),
     )
@@ -125,7 +123,7 @@ def _trained_on(report: Mapping[str, Any]) -> str:
     )
 
 
-def prepare_eraser_upload(args: argparse.Namespace, given: GivenTexts, size: ClipSize) -> None:
+def prepare_eraser_upload(args: EraserSettings, given: GivenTexts, size: ClipSize) -> None:
     """Check the upload before the run, with what the command line and its files tell.
 
     Raises:
@@ -134,7 +132,7 @@ def prepare_eraser_upload(args: argparse.Namespace, given: GivenTexts, size: Cli
     concepts = given.preserved_concepts or []
     known = {
         "size": size._asdict(),
-        "recipe": asdict(recipe_of(args)),
+        "recipe": args.recipe(),
         "preserved_concepts": concepts,
         "prompts": {"target": given.target, "preserved": given.preserved_prompts},
         "parameters": 1,
@@ -142,9 +140,7 @@ def prepare_eraser_upload(args: argparse.Namespace, given: GivenTexts, size: Cli
     prepare_upload(args, trained_eraser_card(args, known))
 
 
-def publish_eraser(
-    args: argparse.Namespace, report: Mapping[str, Any], clips: Sequence[Path]
-) -> str:
+def publish_eraser(args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path]) -> str:
     """Upload the output folder (eraser, report, card, last clips), without checkpoints and logs.
 
     Returns:

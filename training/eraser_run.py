@@ -142,7 +142,7 @@ def train_eraser(
         description="eraser training",
     )
     optimizer = torch.optim.AdamW(
-        parameters, recipe.learning_rate, weight_decay=recipe.weight_decay
+        parameters, recipe.learning_rate, weight_decay=recipe.adam_weight_decay
     )
     loop = TrainingLoop(
         accelerator,

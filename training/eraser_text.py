@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.concepts import replace_concept
 from diffusers_ext.eraser.neighbours import neighbouring_concepts
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
-from training.eraser_arguments import AUTO_ANCHOR
+from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings
 from training.eraser_data import encode_text
 from training.eraser_prompts import (
     EraserPrompts,
@@ -45,7 +44,7 @@ class GivenTexts:
     preserved_concepts: list[str] | None
     preserved_prompts: list[str]
 
-    def prompts(self, args: argparse.Namespace, preserved_concepts: list[str]) -> EraserPrompts:
+    def prompts(self, args: EraserSettings, preserved_concepts: list[str]) -> EraserPrompts:
         """All prompts of the run; raises `ValueError` where they contradict each other."""
         return make_eraser_prompts(
             self.target,
@@ -78,7 +77,7 @@ class RunText:
     anchors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def read_texts(args: argparse.Namespace) -> GivenTexts:
+def read_texts(args: EraserSettings) -> GivenTexts:
     """Read the files of the command line and check them against each other.
 
     Raises:
@@ -104,9 +103,7 @@ def read_texts(args: argparse.Namespace) -> GivenTexts:
     return given
 
 
-def encode_run_text(
-    args: argparse.Namespace, given: GivenTexts, accelerator: Accelerator
-) -> RunText:
+def encode_run_text(args: EraserSettings, given: GivenTexts, accelerator: Accelerator) -> RunText:
     """Encode everything a run reads; the text encoder is gone afterwards."""
     pipeline = load_text_pipeline(args, accelerator.device)
     concepts = given.preserved_concepts
@@ -128,7 +125,7 @@ def encode_run_text(
 
 
 def _candidate_anchors(
-    args: argparse.Namespace, pipeline: Any, prompts: EraserPrompts, concepts: list[str]
+    args: EraserSettings, pipeline: Any, prompts: EraserPrompts, concepts: list[str]
 ) -> dict[str, torch.Tensor]:
     if args.anchor_concept != AUTO_ANCHOR:
         return {}
@@ -143,9 +140,7 @@ def _candidate_anchors(
     return found
 
 
-def _nearest_concepts(
-    args: argparse.Namespace, pipeline: Any, accelerator: Accelerator
-) -> list[str]:
+def _nearest_concepts(args: EraserSettings, pipeline: Any, accelerator: Accelerator) -> list[str]:
     """Neighbours of the concept; the main process shows them and writes them down."""
     options = {
         "max_sequence_length": pipeline.transformer.config.max_text_seq_length,

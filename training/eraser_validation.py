@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.quiet_run import quiet_run
 from diffusers_ext.eraser.outputs import erasers_disabled
+from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.evaluation.clip_sheet import write_clip
 from training.eraser_data import ClipSize
 from training.eraser_text import RunText
@@ -44,7 +44,7 @@ class ClipValidation:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: EraserSettings,
         pipeline: DiffusionPipeline,
         accelerator: Accelerator,
         text: RunText,

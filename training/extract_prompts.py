@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.argument_parser import OneLineParser, add_overwrite_argument
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.result_folder import check_no_file
+from diffusers_ext.core.run_settings import A_FOLDER, SEED, ModelSettings
+from diffusers_ext.core.settings import COUNT, Rule, Settings, as_in, required, setting
 from diffusers_ext.core.text_tables import one_line, read_csv, read_text_lines
-from training.argument_rules import check_values
-from training.arguments import add_traceback_argument
 from training.script_entry import run_script
+from training.settings import parse_settings
 
 
 logger = logging.getLogger(__name__)
@@ -35,47 +35,42 @@ logger = logging.getLogger(__name__)
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+@dataclass(kw_only=True)
+class ExtractionSettings(Settings):
+    """Which captions go to which file."""
+
+    dataset_name: str = required("Hub name, folder, or csv, tsv, json, jsonl, parquet or txt file")
+    dataset_config_name: str | None = setting(None, "of a Hub data set that has several")
+    split: str = setting("train", "of a Hub data set or folder")
+    caption_column: str = setting("caption", "not read for txt files")
+    output_dir: str = required("folder of the prompts file", rule=A_FOLDER)
+    overwrite_output_dir: bool = as_in(ModelSettings, "overwrite_output_dir", default=False)
+    traceback: bool = as_in(ModelSettings, "traceback", default=False)
+    output_filename: str = setting(
+        "prompts.txt",
+        "name of the prompts file",
+        rule=Rule("the name of a file in `output_dir`", lambda value: value == Path(value).name),
+    )
+    max_prompts: int | None = setting(None, "different ones; all without it", rule=COUNT)
+    shuffle: bool = setting(False, "by --seed")
+    seed: int = setting(0, "of the shuffling", rule=SEED)
+    shuffle_buffer_size: int = setting(10_000, "rows to choose the next one from", rule=COUNT)
+    revision: str | None = setting(None, "revision of the data set on the Hub")
+    cache_dir: str | None = setting(None, "of downloads")
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> ExtractionSettings:
     """Command line of this script."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--dataset_name",
-        required=True,
-        help="Hub name, folder, or csv, tsv, json, jsonl, parquet or txt file",
-    )
-    parser.add_argument("--dataset_config_name", help="of a Hub data set that has several")
-    parser.add_argument("--split", default="train", help="of a Hub data set or folder")
-    parser.add_argument("--caption_column", default="caption", help="not read for txt files")
-    parser.add_argument("--output_dir", required=True, help="folder of the prompts file")
-    add_overwrite_argument(parser)
-    add_traceback_argument(parser)
-    parser.add_argument("--output_filename", default="prompts.txt", help="name of the prompts file")
-    parser.add_argument("--max_prompts", type=int, help="different ones; all without it")
-    parser.add_argument("--shuffle", action="store_true", help="by --seed")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffling")
-    parser.add_argument(
-        "--shuffle_buffer_size", type=int, default=10_000, help="rows to choose the next one from"
-    )
-    parser.add_argument("--revision", help="revision of the data set on the Hub")
-    parser.add_argument("--cache_dir", help="of downloads")
-    return parser.parse_args(input_args)
+    return parse_settings(ExtractionSettings, __doc__, input_args)
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Everything that can be wrong without opening the data set."""
-    counts = ("max_prompts", "shuffle_buffer_size")
-    check_values(args, counts, "at least 1", lambda value: value >= 1)
-    check_values(args, ["seed"], "from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
-    check_values(args, ["output_dir"], "a folder", lambda value: not Path(value).is_file())
-    rule = "the name of a file in `output_dir`"
-    check_values(args, ["output_filename"], rule, lambda value: value == Path(value).name)
+def check_args(args: ExtractionSettings) -> None:
+    """Raise `ValueError` where a file is in the way."""
     path = Path(args.output_dir, args.output_filename)
     check_no_file(path, args.overwrite_output_dir, flag="output_filename")
 
 
-def open_rows(args: argparse.Namespace, only_captions: bool = True) -> IterableDataset:
+def open_rows(args: ExtractionSettings, only_captions: bool = True) -> IterableDataset:
     """A stream of the data set's rows.
 
     Args:
@@ -114,7 +109,7 @@ def open_rows(args: argparse.Namespace, only_captions: bool = True) -> IterableD
     return builder.as_streaming_dataset(split=args.split)
 
 
-def captions(args: argparse.Namespace) -> Iterator[str]:
+def captions(args: ExtractionSettings) -> Iterator[str]:
     """All captions of the data set, a row's several ones one after another.
 
     Raises:
@@ -158,7 +153,7 @@ def different_prompts(texts: Iterable[str], max_prompts: int | None) -> list[str
     return list(found)
 
 
-def main(args: argparse.Namespace) -> Path:
+def main(args: ExtractionSettings) -> Path:
     """Extract; returns the file that was written."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
     check_args(args)
@@ -172,7 +167,7 @@ def main(args: argparse.Namespace) -> Path:
     return path
 
 
-def _no_such_column(args: argparse.Namespace, names: Iterable[str]) -> ValueError:
+def _no_such_column(args: ExtractionSettings, names: Iterable[str]) -> ValueError:
     return ValueError(
         f"`caption_column` must be a column of {args.dataset_name}, got {args.caption_column!r}. "
         f"There are {sorted(names)}."
@@ -194,4 +189,4 @@ def _file_rows(paths: list[str], column: str) -> Iterator[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(parse_args, main, ExtractionSettings)

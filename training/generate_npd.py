@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -25,87 +24,43 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
 from diffusers_ext.golden_noise.pair_writer import PairWriter
 from diffusers_ext.golden_noise.pairs import read_config
+from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.rewards.reward import Reward
-from training.arguments import (
-    add_hub_arguments,
-    add_model_arguments,
-    add_resume_argument,
-    add_sampling_arguments,
-)
 from training.checkpoint_folders import check_same_facts
 from training.closing_words import pairs_words
-from training.config_file import parse_arguments
-from training.evaluation_names import add_golden_noise_names
-from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS, read_aliases
+from training.golden_noise_groups import GOLDEN_NOISE_GROUPS
 from training.output_folder import one_run_a_folder
-from training.pair_arguments import (
-    SDXL,
-    add_filter_arguments,
-    add_pair_arguments,
-    check_pair_arguments,
-)
-from training.pair_generation import PairMaker, PairSettings, generate, list_candidates
+from training.pair_generation import PairMaker, generate, list_candidates
 from training.pair_publication import prepare_pair_upload, publish_pairs
-from training.pair_rendering import Rendering, latent_shape, load_base_pipeline
+from training.pair_rendering import latent_shape, load_base_pipeline
 from training.pair_report import check_report, summarize, write_report
 from training.plugins import load_reward
 from training.prompt_files import read_prompt_file
 from training.run_setup import WEIGHT_DTYPES, make_accelerator
 from training.script_entry import run_script
+from training.settings import parse_settings
 from training.upload import check_login
 
 
 logger = get_logger(__name__)
 
 
-def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(input_args: Sequence[str] | None = None) -> PairSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    groups = (
-        add_model_arguments,
-        add_resume_argument,
-        add_sampling_arguments,
-        add_pair_arguments,
-        add_filter_arguments,
-        add_hub_arguments,
-    )
-    for add_arguments in groups:
-        add_arguments(parser)
-    parser.set_defaults(pretrained_model_name_or_path=SDXL)
-    shared = (*PAIR_GROUPS, *SEQUENCE_GROUPS, add_golden_noise_names)  # of one YAML file
-    return parse_arguments(
-        parser, input_args, ("prompt_file", "output_dir"), read_aliases, groups=shared
-    )
+    return parse_settings(PairSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
+def read_prompts(args: PairSettings) -> list[str]:
     """The different prompts of `--prompt_file`, at most `--max_prompts`."""
     lines = read_prompt_file(args.prompt_file, args.prompt_column)
     return list(dict.fromkeys(lines))[: args.max_prompts]
 
 
-def pair_settings(args: argparse.Namespace) -> PairSettings:
-    """How pairs are made, from the command line."""
-    return PairSettings(
-        args.num_steps,
-        args.redenoise_steps,
-        args.w1,
-        args.w2,
-        args.legacy_inversion,
-        args.margin,
-        # Not the empty string: SDXL reads zeros in place of a prompt that is not given.
-        Rendering(args.num_inference_steps, args.guidance_scale, args.negative_prompt or None),
-    )
-
-
 def generation_facts(
-    args: argparse.Namespace,
+    args: PairSettings,
     prompts: Sequence[str],
     pipeline: DiffusionPipeline,
     reward: Reward | None,
@@ -118,9 +73,7 @@ def generation_facts(
     )  # fmt: skip
     drawn = ("num_inference_steps", "guidance_scale", "margin")
     facts = {name: getattr(args, name) for name in names + (drawn if reward else ())}
-    if (
-        getattr(args, "single_file_config", None) is not None
-    ):  # of progress written before there was none
+    if args.single_file_config is not None:  # of progress written before there was none
         facts["single_file_config"] = args.single_file_config
     facts["reward"] = None if reward is None else {"name": reward.name, "version": reward.version}
     text = "\n".join(prompts).encode()
@@ -138,7 +91,7 @@ def generation_facts(
     return json.loads(json.dumps(facts, default=str))
 
 
-def open_set(args: argparse.Namespace, writer: PairWriter, accelerator: Accelerator) -> list[int]:
+def open_set(args: PairSettings, writer: PairWriter, accelerator: Accelerator) -> list[int]:
     """Start the set or check the one that is to be continued; the shards left for this process."""
     if accelerator.is_main_process and args.resume_from_checkpoint is None:
         if args.overwrite_output_dir:
@@ -154,7 +107,7 @@ def open_set(args: argparse.Namespace, writer: PairWriter, accelerator: Accelera
     return left[accelerator.process_index :: accelerator.num_processes]
 
 
-def check_resume(args: argparse.Namespace) -> None:
+def check_resume(args: PairSettings) -> None:
     """Raise `ValueError` where the output folder contradicts `--resume_from_checkpoint`."""
     there = Path(args.output_dir, CONFIG_NAME).exists()
     if there and args.resume_from_checkpoint is None:
@@ -174,9 +127,8 @@ def check_resume(args: argparse.Namespace) -> None:
 
 
 @one_run_a_folder
-def main(args: argparse.Namespace) -> Path:
+def main(args: PairSettings) -> Path:
     """Generate; returns the output folder."""
-    check_pair_arguments(args)
     prompts = read_prompts(args)
     check_resume(args)
     accelerator = make_accelerator(args)
@@ -204,7 +156,7 @@ def main(args: argparse.Namespace) -> Path:
         writer,
         shards,
         candidates,
-        PairMaker(pipeline, shape, pair_settings(args), reward).make,
+        PairMaker(pipeline, shape, args, reward).make,
         shard_size=args.shard_size,
         batch_size=args.batch_size,
         show_progress=accelerator.is_local_main_process,
@@ -223,7 +175,7 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def finish(
-    args: argparse.Namespace,
+    args: PairSettings,
     writer: PairWriter,
     accelerator: Accelerator,
     tried: int,
@@ -247,4 +199,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(parse_args, main, PairSettings)

@@ -15,9 +15,9 @@ from diffusers_ext.core.base_source import check_xformers, load_base
 from diffusers_ext.families.registry import match_family, titles_of
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.prompts import read_prompts_file
+from diffusers_ext.nullspace.settings import read_layers
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from training.arguments import read_layers
 from training.text_pipeline import read_components
 
 

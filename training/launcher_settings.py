@@ -6,8 +6,9 @@ import argparse
 import os
 from collections.abc import Mapping
 
+from diffusers_ext.core.run_settings import PRECISIONS
 
-PRECISIONS = ("no", "fp16", "bf16")
+
 _MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _GRADIENT_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 # They split or replace the weights that these scripts save, project and compare.

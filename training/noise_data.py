@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 
 from diffusers_ext.golden_noise.pair_set_hub import download_pairs
 from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.golden_noise.settings import NoiseSettings
 from training.prompt_means import WithoutPromptMeans
 
 
@@ -94,7 +94,7 @@ class NoiseSamples(Dataset):
         }
 
 
-def read_pairs(args: argparse.Namespace) -> Dataset:
+def read_pairs(args: NoiseSettings) -> Dataset:
     """The data of `--dataset_dir`; raises `ValueError` where it contradicts the command line."""
     folder = Path(args.dataset_dir)
     if not folder.is_dir():
@@ -118,7 +118,7 @@ def read_pairs(args: argparse.Namespace) -> Dataset:
     return pairs
 
 
-def target_steps(args: argparse.Namespace, num_steps: int) -> list[int]:
+def target_steps(args: NoiseSettings, num_steps: int) -> list[int]:
     """The one step of pair trainers, from 1: `--target_step`, by default the last."""
     step = num_steps if args.target_step == "last" else args.target_step
     if not str(step).isdecimal() or not 1 <= int(step) <= num_steps:
@@ -128,7 +128,7 @@ def target_steps(args: argparse.Namespace, num_steps: int) -> list[int]:
     return [int(step)]
 
 
-def sequence_steps(args: argparse.Namespace, num_steps: int) -> list[int]:
+def sequence_steps(args: NoiseSettings, num_steps: int) -> list[int]:
     """The steps of sequence trainers, from 1, cut to `--max_seq_len` states with the first noise."""
     if num_steps < 2:
         raise ValueError(
@@ -145,7 +145,7 @@ def sequence_steps(args: argparse.Namespace, num_steps: int) -> list[int]:
     return list(range(1, longest))
 
 
-def count_steps(args: argparse.Namespace, samples: int, num_processes: int) -> int:
+def count_steps(args: NoiseSettings, samples: int, num_processes: int) -> int:
     """Optimizer steps of the run: `--max_train_steps`, or those of `--num_epochs`."""
     if args.max_train_steps is not None:
         return args.max_train_steps

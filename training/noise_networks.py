@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from diffusers_ext.golden_noise.model import GoldenNoiseModel
 from diffusers_ext.golden_noise.npnet import NPNet
 from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.settings import NoiseSettings
 from diffusers_ext.golden_noise.text_cache import TextCache
 
 
@@ -23,50 +23,11 @@ NETWORKS: dict[str, type[torch.nn.Module]] = {
     "transformer": NoiseSequenceTransformer,
     "rnn": NoiseSequenceRNN,
 }
-# Flags that are config fields of the same name, by network.
-_SEQUENCE_FLAGS = ("predict_variance", "predict_residual", "dropout")
-STRUCTURE_FLAGS: dict[str, tuple[str, ...]] = {
-    "npnet": (
-        "svd_dropout", "nt_adapter", "nt_finetune", "nt_dropout", "cross_attention", "svd_signs",
-        "svd_hidden_dim", "svd_output_dim", "svd_num_heads", "swin_image_size",
-        "swin_patch_size", "swin_embed_dim", "swin_window_size", "swin_depths", "swin_num_heads",
-    ),
-    "golden_noise_model": ("patch_size", "width", "num_layers", "num_heads"),
-    "transformer": (
-        "patch_size", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers",
-        "dim_feedforward", *_SEQUENCE_FLAGS,
-    ),
-    "rnn": (
-        "cnn_base_filters", "cnn_num_blocks", "cnn_feat_dim", "gru_hidden_size", "gru_num_layers",
-        "num_attention_heads", "num_attention_layers", "num_text_layers",
-        *_SEQUENCE_FLAGS,
-    ),
-}  # fmt: skip
-# Flags of one network that are no fields of its config.
-_OTHER_FLAGS = {"rnn": ("kl_weight",)}
 _WEIGHT_FILES = (".pth", ".pt", ".safetensors")
 
 
-def check_structure_flags(args: argparse.Namespace) -> None:
-    """Raise `ValueError` for a flag of another network than `--model`."""
-    of_model = {*STRUCTURE_FLAGS[args.model], *_OTHER_FLAGS.get(args.model, ())}
-    for model, names in STRUCTURE_FLAGS.items():
-        for name in (*names, *_OTHER_FLAGS.get(model, ())):
-            if name not in of_model and getattr(args, name, None) is not None:
-                raise ValueError(
-                    f"`{name}` must not be given with `--model {args.model}`, got "
-                    f"{getattr(args, name)}: it belongs to `--model {model}`."
-                )
-
-
-def given_structure(args: argparse.Namespace) -> dict[str, Any]:
-    """The config fields that the command line sets."""
-    given = {name: getattr(args, name, None) for name in STRUCTURE_FLAGS[args.model]}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def data_config(
-    args: argparse.Namespace, latent_shape: Sequence[int], cache: TextCache, num_steps: int
+    args: NoiseSettings, latent_shape: Sequence[int], cache: TextCache, num_steps: int
 ) -> dict[str, Any]:
     """The config fields that follow from latents, text and length of the sequences.
 
@@ -108,7 +69,7 @@ def data_config(
 
 
 def make_network(
-    args: argparse.Namespace, latent_shape: Sequence[int], cache: TextCache, num_steps: int
+    args: NoiseSettings, latent_shape: Sequence[int], cache: TextCache, num_steps: int
 ) -> torch.nn.Module:
     """The network that trains, in float32: new, or `--init_from`.
 
@@ -116,7 +77,7 @@ def make_network(
         ValueError: what the command line and the data ask for contradicts the saved network, or no
             network can be built so.
     """
-    wanted = {**data_config(args, latent_shape, cache, num_steps), **given_structure(args)}
+    wanted = {**data_config(args, latent_shape, cache, num_steps), **args.structure()}
     if args.init_from is None:
         torch.manual_seed(args.seed)  # whatever has drawn numbers before
         return NETWORKS[args.model](**wanted)
@@ -135,7 +96,7 @@ def make_network(
     return network
 
 
-def _load(args: argparse.Namespace) -> torch.nn.Module:
+def _load(args: NoiseSettings) -> torch.nn.Module:
     wanted = NETWORKS[args.model]
     if Path(args.init_from).suffix in _WEIGHT_FILES:
         if args.model != "npnet":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from diffusers_ext.golden_noise.network_card import network_card
+from diffusers_ext.golden_noise.settings import NoiseSettings
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.licence import public_name
@@ -35,9 +35,7 @@ _STATES = {
 }
 
 
-def network_report(
-    args: argparse.Namespace, network: torch.nn.Module, **facts: Any
-) -> dict[str, Any]:
+def network_report(args: NoiseSettings, network: torch.nn.Module, **facts: Any) -> dict[str, Any]:
     """Everything about a training as JSON, the token left out."""
     return {
         "arguments": reported_arguments(args),
@@ -48,9 +46,7 @@ def network_report(
     }
 
 
-def save_network(
-    args: argparse.Namespace, network: torch.nn.Module, report: dict[str, Any]
-) -> None:
+def save_network(args: NoiseSettings, network: torch.nn.Module, report: dict[str, Any]) -> None:
     """Write the network and the report, all at once."""
     with staged_output(args.output_dir, ("config.json",), ON_THE_WAY) as folder:
         network.save_pretrained(folder)
@@ -59,7 +55,7 @@ def save_network(
 
 
 def trained_network_card(
-    args: argparse.Namespace,
+    args: NoiseSettings,
     network: torch.nn.Module,
     *,
     data: Mapping[str, Any],
@@ -95,7 +91,7 @@ def trained_network_card(
 
 
 def figures_measured(
-    args: argparse.Namespace, data: Mapping[str, Any], figures: Mapping[str, float]
+    args: NoiseSettings, data: Mapping[str, Any], figures: Mapping[str, float]
 ) -> list[Measured]:
     """The figures of one validation on prompts that were not trained on.
 
@@ -120,7 +116,7 @@ def figures_measured(
 
 
 def publish_network(
-    args: argparse.Namespace, network: torch.nn.Module, report: Mapping[str, Any]
+    args: NoiseSettings, network: torch.nn.Module, report: Mapping[str, Any]
 ) -> str:
     """Upload the output folder (network, report, card), without checkpoints, logs and data.
 
@@ -137,11 +133,11 @@ def publish_network(
     return push_output(args, card, left_here(args, args.dataset_dir, args.text_cache_dir))
 
 
-def _set_name(args: argparse.Namespace) -> str:
+def _set_name(args: NoiseSettings) -> str:
     return public_name(args.dataset_dir)
 
 
-def _origin(args: argparse.Namespace, data: Mapping[str, Any]) -> str:
+def _origin(args: NoiseSettings, data: Mapping[str, Any]) -> str:
     """The noises in words."""
     steps = data["steps"]
     what = f"sequences of {len(steps)} golden noises" if len(steps) > 1 else "noise pairs"

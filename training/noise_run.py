@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.golden_noise.settings import NoiseSettings
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
 from training.checkpoints import Checkpoints
 from training.closing_words import network_words
@@ -65,9 +65,9 @@ class NoiseTask:
     """
 
     name: str
-    choose_steps: Callable[[argparse.Namespace, int], list[int]]
-    make_loss: Callable[[argparse.Namespace, TextCache, torch.device], LossFunction]
-    make_measure: Callable[[argparse.Namespace], Measure]
+    choose_steps: Callable[[NoiseSettings, int], list[int]]
+    make_loss: Callable[[NoiseSettings, TextCache, torch.device], LossFunction]
+    make_measure: Callable[[NoiseSettings], Measure]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class NoiseData:
         }
 
 
-def open_data(args: argparse.Namespace, task: NoiseTask) -> NoiseData:
+def open_data(args: NoiseSettings, task: NoiseTask) -> NoiseData:
     """Open, check and split the data of `--dataset_dir`."""
     pairs = read_pairs(args)
     steps = task.choose_steps(args, pairs.num_steps)
@@ -95,7 +95,7 @@ def open_data(args: argparse.Namespace, task: NoiseTask) -> NoiseData:
     return NoiseData(pairs, split, steps, data_facts(pairs, split, steps))
 
 
-def settings(args: argparse.Namespace, data: NoiseData) -> dict[str, Any]:
+def settings(args: NoiseSettings, data: NoiseData) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued and is known before the text is encoded."""
     names = (
         "model", "use_ema", "ema_decay", "validation_split", "text_cache_dtype", "init_from",
@@ -106,7 +106,7 @@ def settings(args: argparse.Namespace, data: NoiseData) -> dict[str, Any]:
 
 
 def encode_text(
-    args: argparse.Namespace, data: NoiseData, accelerator: Accelerator
+    args: NoiseSettings, data: NoiseData, accelerator: Accelerator
 ) -> tuple[TextCache, str]:
     """The text of all prompts, and the class of the base pipeline; no text encoder stays."""
     pipeline = load_text_pipeline(args, accelerator.device)
@@ -123,7 +123,7 @@ def encode_text(
 
 
 def build_loop(
-    args: argparse.Namespace,
+    args: NoiseSettings,
     accelerator: Accelerator,
     task: NoiseTask,
     data: NoiseData,
@@ -178,7 +178,7 @@ def network_config(network: torch.nn.Module) -> dict[str, Any]:
     return {name: value for name, value in network.config.items() if not name.startswith("_")}
 
 
-def train_network(args: argparse.Namespace, task: NoiseTask) -> Path:
+def train_network(args: NoiseSettings, task: NoiseTask) -> Path:
     """Train and save; returns the output folder."""
     accelerator = make_accelerator(args)
     data = open_data(args, task)

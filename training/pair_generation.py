@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,9 @@ from diffusers_ext.golden_noise.pair_shards import PairRecord
 from diffusers_ext.golden_noise.pair_writer import PairWriter, Part
 from diffusers_ext.golden_noise.pairs import source_noise
 from diffusers_ext.golden_noise.redenoise import redenoise_sequence
+from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.rewards.reward import Reward, checked_scores
-from training.pair_rendering import Rendering, render
+from training.pair_rendering import render
 
 
 class Candidate(NamedTuple):
@@ -28,19 +28,6 @@ class Candidate(NamedTuple):
     prompt: str
     seed: int  # of the noise
     sampling_seed: int  # of what a sampler draws on its way
-
-
-@dataclass(frozen=True)
-class PairSettings:
-    """How golden noise is made and which is kept."""
-
-    num_steps: int
-    redenoise_steps: int
-    w1: float
-    w2: float
-    legacy_inversion: bool
-    margin: float
-    rendering: Rendering
 
 
 def list_candidates(prompts: Sequence[str], noises_per_prompt: int, seed: int) -> list[Candidate]:
@@ -117,8 +104,8 @@ class PairMaker:
 
     def _encode(self, batch: Sequence[Candidate]) -> TextConditioning:
         prompts = list(dict.fromkeys(candidate.prompt for candidate in batch))
-        negative = self.settings.rendering.negative_prompt
-        text = encode_prompts(self.pipeline, prompts, negative)
+        # Not the empty string: SDXL reads zeros in place of a prompt that is not given.
+        text = encode_prompts(self.pipeline, prompts, self.settings.negative_prompt or None)
         return text[[prompts.index(candidate.prompt) for candidate in batch]]
 
     def _score(
@@ -132,7 +119,7 @@ class PairMaker:
             self.pipeline,
             torch.cat([noise, golden]),
             text[[*range(len(batch))] * 2],
-            self.settings.rendering,
+            self.settings,
             [candidate.sampling_seed for candidate in batch] * 2,
         )
         prompts = [candidate.prompt for candidate in batch] * 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from accelerate.logging import get_logger
 
 from diffusers_ext.golden_noise.pair_set_hub import pair_set_card
 from diffusers_ext.golden_noise.pairs import PairDataset
+from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.hub.push import check_card, make_repository
 from training.upload import card_arguments, repository_name, upload_arguments
 
@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 def prepare_pair_upload(
-    args: argparse.Namespace, facts: Mapping[str, Any], latent_shape: Sequence[int]
+    args: PairSettings, facts: Mapping[str, Any], latent_shape: Sequence[int]
 ) -> None:
     """Make the repository and let the Hub read a card before the set is made, not after it.
 
@@ -36,7 +36,7 @@ def prepare_pair_upload(
     make_repository(repository_name(args), repo_type="dataset", **upload_arguments(args))
 
 
-def publish_pairs(args: argparse.Namespace) -> str:
+def publish_pairs(args: PairSettings) -> str:
     """Upload the finished set of the output folder; returns the address of the commit."""
     pairs = PairDataset(args.output_dir, verify=False)  # written by this run
     facts = {**card_arguments(args), **upload_arguments(args)}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,23 +12,15 @@ from PIL import Image
 
 from diffusers_ext.core.base_source import load_base, read_base_config
 from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.core.run_settings import ModelSettings, SamplingSettings
 from diffusers_ext.evaluation import noise_rendering
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.denoiser import TOOL, denoiser_of
 
 
-@dataclass(frozen=True)
-class Rendering:
-    """Arguments of a pipeline's call."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    negative_prompt: str | None
-
-
 def load_base_pipeline(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+    args: ModelSettings, device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
     """The pipeline of `--pretrained_model_name_or_path`, frozen, in evaluation mode, unfiltered.
 
@@ -38,10 +28,7 @@ def load_base_pipeline(
         ValueError: no pipeline, or one of a family that golden noise is not known for.
     """
     source = args.pretrained_model_name_or_path
-    where = {
-        "revision": args.revision,
-        "single_file_config": getattr(args, "single_file_config", None),
-    }
+    where = {"revision": args.revision, "single_file_config": args.single_file_config}
     config = read_base_config(source, **where)
     # A black picture in place of a refused one would decide about its pair.
     unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in config else {}
@@ -81,7 +68,7 @@ def render(
     pipeline: DiffusionPipeline,
     noise: torch.Tensor,
     text: TextConditioning,
-    rendering: Rendering,
+    settings: SamplingSettings,
     seeds: Sequence[int],
 ) -> list[Image.Image]:
     """One picture per noise, in one call of the pipeline, which is left as it was.
@@ -90,7 +77,7 @@ def render(
         pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux.
         noise: `(batch, channels, height, width)`, unit noise.
         text: the prompts, one a noise.
-        rendering: steps and guidance.
+        settings: steps and guidance.
         seeds: one a noise, for samplers that draw noise on their way.
 
     Raises:
@@ -109,10 +96,10 @@ def render(
             latents=family.pack(pipeline, noise),
             height=height,
             width=width,
-            num_inference_steps=rendering.num_inference_steps,
+            num_inference_steps=settings.num_inference_steps,
             generator=generators,
             output_type="pt",
-            guidance_scale=rendering.guidance_scale,
+            guidance_scale=settings.guidance_scale,
             **family.text_arguments(text),
             **family.call_arguments,
         ).images

@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 
+from diffusers_ext.core.settings import named_values
 from training.checkpoint_folders import (
     check_no_checkpoints,
     check_same_facts,
@@ -63,7 +64,9 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def start_trackers(accelerator: Accelerator, args: argparse.Namespace, name: str) -> None:
     """Start `--report_to` with the run's arguments, the token left out."""
     if args.report_to is not None and accelerator.is_main_process:
-        config = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
+        config = {
+            k: v for k, v in named_values(args).items() if isinstance(v, (int, float, str, bool))
+        }
         config.pop("hub_token", None)
         accelerator.init_trackers(name, config=config)
 

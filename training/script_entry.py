@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from accelerate.utils.environment import get_int_from_env
@@ -16,6 +17,7 @@ from accelerate.utils.environment import get_int_from_env
 from diffusers_ext.command_line.argument_parser import TRACEBACK_FLAG, WRONG_USAGE
 from diffusers_ext.command_line.user_errors import error_line, user_errors
 from diffusers_ext.core.hub_connection import one_try_to_connect
+from diffusers_ext.core.settings import Settings, flag_name
 from training.output_folder import RANKS
 
 
@@ -25,7 +27,9 @@ _PATIENCE = 3.0
 
 
 def run_script(
-    parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], Any]
+    parse_args: Callable[[], Any],
+    main: Callable[[Any], Any],
+    settings_class: type[Settings] | None = None,
 ) -> None:
     """Parse and run; `--traceback` shows where an error came from.
 
@@ -34,7 +38,8 @@ def run_script(
 
     Args:
         parse_args: of the process's command line.
-        main: of the script.
+        main: of the script; takes what `parse_args` returns.
+        settings_class: what `parse_args` returns, so that errors of its rules name flags.
 
     Raises:
         SystemExit: with code 2 after an error of the user's, 130 after an interruption.
@@ -59,7 +64,10 @@ def run_script(
             raise
         if TRACEBACK_FLAG in sys.argv[1:]:
             traceback.print_exc()
-        flags = {name: f"--{name}" for name in vars(args)}
+        names = {name: name for name in vars(args)}
+        if settings_class is not None:
+            names = {one.name: flag_name(one) for one in fields(settings_class)}
+        flags = {name: f"--{flag}" for name, flag in names.items()}
         place = f"[process {rank}] " if rank else ""
         print(f"{place}error: {error_line(error, args, flags)}", file=sys.stderr)
         raise SystemExit(WRONG_USAGE) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from accelerate.logging import get_logger
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.nullspace.plots import plot_null_dimensions, plot_spectrum
 from diffusers_ext.nullspace.projector import null_dimensions
+from diffusers_ext.nullspace.settings import CollectionSettings
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
@@ -53,7 +53,7 @@ def _cell(value: Any) -> str:
 
 
 def write_statistics(
-    args: argparse.Namespace, statistics: FeatureStatistics, facts: dict[str, Any], folder: Path
+    args: CollectionSettings, statistics: FeatureStatistics, facts: dict[str, Any], folder: Path
 ) -> None:
     """Write the artifact, `report.json` and the plots into `folder`."""
     threshold = args.nullspace_threshold or DEFAULT_THRESHOLD

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from diffusers_ext.nullspace.layout_pictures import (
     plot_covariance_statistics,
 )
 from diffusers_ext.nullspace.plots import plot_attention_maps
+from diffusers_ext.nullspace.settings import CollectionSettings
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.nullspace.trajectories import sampled_timesteps
@@ -27,14 +27,14 @@ from training.statistics_report import DEFAULT_THRESHOLD, has_matplotlib
 PICTURES = "visualizations"
 
 
-def tree_timesteps(args: argparse.Namespace, pipeline: DiffusionPipeline) -> list[int]:
+def tree_timesteps(args: CollectionSettings, pipeline: DiffusionPipeline) -> list[int]:
     """The timesteps that the tree has folders for."""
     if args.layout_timesteps == "all":
         return sampled_timesteps(pipeline.scheduler, args.num_inference_steps)
     return [0] if args.layout_timesteps is None else args.layout_timesteps
 
 
-def check_tree_room(args: argparse.Namespace, pipeline: DiffusionPipeline) -> None:
+def check_tree_room(args: CollectionSettings, pipeline: DiffusionPipeline) -> None:
     """Log the most that the tree can take; raise `ValueError` where the disk has less."""
     linears = find_linears(pipeline.unet, args.features, args.cross_attention_layers)
     widths = {name: linear.in_features for name, linear in linears.items()}
@@ -43,7 +43,7 @@ def check_tree_room(args: argparse.Namespace, pipeline: DiffusionPipeline) -> No
 
 
 def write_tree(
-    args: argparse.Namespace,
+    args: CollectionSettings,
     pipeline: DiffusionPipeline,
     statistics: FeatureStatistics,
     folder: Path,
@@ -63,7 +63,7 @@ def write_tree(
 
 
 def draw_attention_maps(
-    args: argparse.Namespace,
+    args: CollectionSettings,
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     folder: Path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +24,10 @@ from diffusers_ext.nullspace.lora import (
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.lora_metadata import training_metadata
 from diffusers_ext.nullspace.projector import NullSpaceProjector
+from diffusers_ext.nullspace.settings import NullSpaceSettings, read_layers
 from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.nullspace.step import DreamBoothLoss, SoftLoss
-from training.arguments import read_layers
 from training.captions import caption_counts, subject_prompts
 from training.checkpoints import KeepRule, is_trainable
 from training.drawing import sampling_arguments
@@ -49,7 +48,7 @@ class Preparation(NamedTuple):
     report: list[dict]  # on the directions of a LoRA
 
 
-def null_space_cut(args: argparse.Namespace, statistics: FeatureStatistics) -> NullSpaceProjector:
+def null_space_cut(args: NullSpaceSettings, statistics: FeatureStatistics) -> NullSpaceProjector:
     """The null spaces of `--null_energy` or `--nullspace_threshold`; 1e-3 of the energy by default."""
     if args.null_energy is None and args.nullspace_threshold is not None:
         return NullSpaceProjector.from_statistics(statistics, threshold=args.nullspace_threshold)
@@ -58,7 +57,7 @@ def null_space_cut(args: argparse.Namespace, statistics: FeatureStatistics) -> N
 
 
 def add_plain_lora(
-    args: argparse.Namespace, pipeline: DiffusionPipeline, config: LoraConfig
+    args: NullSpaceSettings, pipeline: DiffusionPipeline, config: LoraConfig
 ) -> None:
     """An unconstrained LoRA on the same Linears, for comparison."""
     layers = read_layers(args.cross_attention_layers)
@@ -71,7 +70,7 @@ def add_plain_lora(
 
 
 def add_lora(
-    args: argparse.Namespace, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None
+    args: NullSpaceSettings, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None
 ) -> list[dict]:
     """Put the LoRA on the UNet; returns the report on its directions."""
     config = LoraConfig(
@@ -98,7 +97,7 @@ def add_lora(
 
 
 def _asked_null_space(
-    args: argparse.Namespace, statistics: FeatureStatistics
+    args: NullSpaceSettings, statistics: FeatureStatistics
 ) -> NullSpaceProjector | None:
     """The null spaces that flags ask for; without one the statistics and the subject decide."""
     asked = (args.null_energy, args.nullspace_threshold) != (None, None)
@@ -106,7 +105,7 @@ def _asked_null_space(
 
 
 def free_constrained_weights(
-    args: argparse.Namespace, unet: torch.nn.Module, statistics: FeatureStatistics
+    args: NullSpaceSettings, unet: torch.nn.Module, statistics: FeatureStatistics
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Make the weights that have a statistic trainable; returns `{weight: projection}`."""
     statistics.check_same_models({"denoiser": fingerprint(unet)})
@@ -123,7 +122,7 @@ def free_constrained_weights(
 
 
 def prepare_weights(
-    args: argparse.Namespace, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None
+    args: NullSpaceSettings, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None
 ) -> Preparation:
     """Make the UNet trainable in the way that the command line asks for."""
     if args.full_finetune:
@@ -135,13 +134,13 @@ def prepare_weights(
     return prepared
 
 
-def keep_rule(args: argparse.Namespace) -> KeepRule:
+def keep_rule(args: NullSpaceSettings) -> KeepRule:
     """What a checkpoint holds: the LoRA with its frozen A, or the trained weights."""
     return is_trainable if args.full_finetune else lambda name, _: "lora_" in name
 
 
 def make_loss(
-    args: argparse.Namespace,
+    args: NullSpaceSettings,
     pipeline: DiffusionPipeline,
     accelerator: Accelerator,
     statistics: FeatureStatistics | None,
@@ -175,7 +174,7 @@ def make_loss(
 
 
 def save_result(
-    args: argparse.Namespace,
+    args: NullSpaceSettings,
     pipeline: DiffusionPipeline,
     statistics: FeatureStatistics | None,
     report: dict,
@@ -200,7 +199,7 @@ def save_result(
         (folder / "training_report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def files_for_programs(args: argparse.Namespace) -> str:
+def files_for_programs(args: NullSpaceSettings) -> str:
     """Which of the two files of a LoRA is for what, in one sentence."""
     return (
         f"{Path(args.output_dir, LORA_WEIGHT_NAME)} is for diffusers; {KOHYA_NAME} beside it is the same "
@@ -208,7 +207,7 @@ def files_for_programs(args: argparse.Namespace) -> str:
     )
 
 
-def _lora_facts(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dict[str, str]:
+def _lora_facts(args: NullSpaceSettings, pipeline: DiffusionPipeline) -> dict[str, str]:
     """What managers of LoRAs show; the base model by its Hub name, never by a path."""
     return training_metadata(
         instance_prompt=args.instance_prompt,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffusers_ext.nullspace.settings import NullSpaceSettings
 from training.drawing import draw_images, sampling_arguments
 
 
@@ -22,7 +22,7 @@ class Validation:
     """
 
     def __init__(
-        self, args: argparse.Namespace, pipeline: DiffusionPipeline, accelerator: Accelerator
+        self, args: NullSpaceSettings, pipeline: DiffusionPipeline, accelerator: Accelerator
     ) -> None:
         self.args, self.pipeline, self.accelerator = args, pipeline, accelerator
         self.files: list[Path] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from diffusers_ext.core.base_source import (
     read_base_config,
 )
 from diffusers_ext.core.checked_tensors import open_tensors
+from diffusers_ext.core.run_settings import ModelSettings
 from training.run_setup import WEIGHT_DTYPES
 
 
@@ -41,7 +41,7 @@ class DenoiserStandIn:
     dtype: torch.dtype
 
 
-def load_text_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
+def load_text_pipeline(args: ModelSettings, device: torch.device) -> DiffusionPipeline:
     """The base pipeline without denoiser and VAE, frozen, in the dtype of `--mixed_precision`.
 
     Raises:
@@ -69,7 +69,7 @@ def load_text_pipeline(args: argparse.Namespace, device: torch.device) -> Diffus
     return pipeline
 
 
-def read_components(args: argparse.Namespace) -> dict[str, Any]:
+def read_components(args: ModelSettings) -> dict[str, Any]:
     """The base model's `model_index.json`; raises `ValueError` where there is none."""
     return read_base_config(
         args.pretrained_model_name_or_path,
@@ -97,7 +97,7 @@ def denoiser_class(entry: list[str]) -> type[diffusers.ModelMixin]:
     return getattr(diffusers, name)
 
 
-def stored_fingerprint(args: argparse.Namespace) -> dict[str, Any]:
+def stored_fingerprint(args: ModelSettings) -> dict[str, Any]:
     """`fingerprint` of the base model's denoiser, read from its files without loading it.
 
     Returns:
@@ -129,7 +129,7 @@ def stored_fingerprint(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_base_model(
-    args: argparse.Namespace, pipeline: DiffusionPipeline, made_with: dict[str, Any] | None
+    args: ModelSettings, pipeline: DiffusionPipeline, made_with: dict[str, Any] | None
 ) -> None:
     """Raise `ValueError` unless noise pairs were made with the denoiser and text encoders of a base.
 
@@ -158,7 +158,7 @@ def check_base_model(
             )
 
 
-def _weight_files(source: str, name: str, args: argparse.Namespace) -> list[Path]:
+def _weight_files(source: str, name: str, args: ModelSettings) -> list[Path]:
     folder = Path(source)
     if not folder.is_dir():
         # The text encoders have just been fetched, so the snapshot is there, though not all of it;

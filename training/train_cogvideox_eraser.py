@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,10 +24,10 @@ from diffusers import DiffusionPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.eraser.recipe import EraserSettings
 from training.checkpoints import Checkpoints
 from training.closing_words import eraser_words
 from training.eraser_anchor import settle_anchor
-from training.eraser_arguments import check_eraser_arguments, parse_eraser_arguments, recipe_of
 from training.eraser_base import BaseFacts, load_base, read_base
 from training.eraser_data import EraserData, concept_tokens, make_samples, samples_facts
 from training.eraser_result import (
@@ -56,6 +55,7 @@ from training.run_setup import (
     start_trackers,
 )
 from training.script_entry import run_script
+from training.settings import parse_settings
 from training.upload import check_login
 
 
@@ -65,14 +65,14 @@ ADAPTER_NAME = "default"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(input_args: Sequence[str] | None = None) -> EraserSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    return parse_eraser_arguments(__doc__, input_args, [add_erasure_names])
+    return parse_settings(EraserSettings, __doc__, input_args, shared=[add_erasure_names])
 
 
-def settings(args: argparse.Namespace, given: GivenTexts, base: BaseFacts) -> dict[str, Any]:
+def settings(args: EraserSettings, given: GivenTexts, base: BaseFacts) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued and is known before weights are loaded."""
-    recipe = asdict(recipe_of(args))
+    recipe = args.recipe()
     del recipe["max_train_steps"]
     names = ("target_concept", "anchor_concept", "max_preserved_prompts", "trajectories_dtype")
     return run_facts(
@@ -85,19 +85,19 @@ def settings(args: argparse.Namespace, given: GivenTexts, base: BaseFacts) -> di
 
 
 def make_run_data(
-    args: argparse.Namespace,
+    args: EraserSettings,
     accelerator: Accelerator,
     pipeline: DiffusionPipeline,
     base: BaseFacts,
     text: RunText,
 ) -> EraserData:
     """The samples of the run, made or read again."""
-    recipe, collection = recipe_of(args), {}
-    token_mask = concept_tokens(pipeline, text.prompts, recipe, args.target_concept)
-    if recipe.latents_source == "video":
+    collection: dict[str, Any] = {}
+    token_mask = concept_tokens(pipeline, text.prompts, args, args.target_concept)
+    if args.latents_source == "video":
         pipeline.vae.to(accelerator.device)
         collection["video_dir"] = args.video_dir
-    elif recipe.latents_source == "trajectory":
+    elif args.latents_source == "trajectory":
         collection["storage_dtype"] = _DTYPES[args.trajectories_dtype]
     if args.trajectories_dir is not None:
         collection |= {
@@ -107,13 +107,13 @@ def make_run_data(
             "wait_for_everyone": accelerator.wait_for_everyone,
         }
     with accelerator.autocast():  # as the student runs, or the two would differ before any training
-        samples = make_samples(pipeline, text.embeds, token_mask, recipe, base.size, **collection)
+        samples = make_samples(pipeline, text.embeds, token_mask, args, base.size, **collection)
     pipeline.vae.to("cpu")
     return EraserData(text.embeds, token_mask, samples, base.size)
 
 
 def build_loop(
-    args: argparse.Namespace,
+    args: EraserSettings,
     accelerator: Accelerator,
     pipeline: DiffusionPipeline,
     data: EraserData,
@@ -121,7 +121,6 @@ def build_loop(
     validation: ClipValidation,
 ) -> TrainingLoop:
     """The loop over a transformer, to which it adds an eraser."""
-    recipe = recipe_of(args)
     facts = {
         **facts,
         "model": fingerprint(pipeline.transformer),
@@ -131,12 +130,12 @@ def build_loop(
     check_resume(args, facts)
     parameters = add_eraser(
         pipeline.transformer,
-        recipe,
+        args,
         ADAPTER_NAME,
         concept=args.target_concept,
         anchor_concept=args.anchor_concept,
     )
-    step = make_step(pipeline, data, recipe, accelerator.device, ADAPTER_NAME)
+    step = make_step(pipeline, data, args, accelerator.device, ADAPTER_NAME)
     optimizer = make_optimizer(args, parameters, accelerator)
     return TrainingLoop(
         accelerator,
@@ -160,9 +159,8 @@ def build_loop(
 
 
 @one_run_a_folder
-def main(args: argparse.Namespace) -> Path:
+def main(args: EraserSettings) -> Path:
     """Train and save; returns the output folder."""
-    check_eraser_arguments(args)
     accelerator = make_accelerator(args)
     base, given = read_base(args), read_texts(args)
     facts = settings(args, given, base)
@@ -174,7 +172,7 @@ def main(args: argparse.Namespace) -> Path:
     pipeline = load_base(args, accelerator.device)
     if text.anchors:
         text, args.anchor_concept = settle_anchor(
-            text, args.target_concept, pipeline, recipe_of(args), base.size
+            text, args.target_concept, pipeline, args, base.size
         )
     data = make_run_data(args, accelerator, pipeline, base, text)
     validation = ClipValidation(args, pipeline, accelerator, text, base.size)
@@ -198,4 +196,4 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(parse_args, main, EraserSettings)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,40 +17,37 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.golden_noise.losses import PairLoss
+from diffusers_ext.golden_noise.settings import PairNetworkSettings
 from diffusers_ext.golden_noise.text_cache import TextCache
-from training.golden_noise_arguments import PAIR_GROUPS
-from training.noise_command_line import check_noise_arguments, parse_noise_arguments
+from training.golden_noise_groups import GOLDEN_NOISE_GROUPS
 from training.noise_data import target_steps
-from training.noise_networks import check_structure_flags
 from training.noise_run import NoiseTask, train_network
 from training.noise_validation import Measure, measure_pairs
 from training.output_folder import one_run_a_folder
 from training.script_entry import run_script
+from training.settings import parse_settings
 
 
-def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(input_args: Sequence[str] | None = None) -> PairNetworkSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    models = ("npnet", "golden_noise_model")
-    return parse_noise_arguments(__doc__, PAIR_GROUPS, models, input_args)
+    return parse_settings(PairNetworkSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
 
 
-def make_loss(args: argparse.Namespace, cache: TextCache, device: torch.device) -> PairLoss:
+def make_loss(args: PairNetworkSettings, cache: TextCache, device: torch.device) -> PairLoss:
     """The loss of `--model`; only NPNet reads padding like other tokens."""
     return PairLoss(cache, device, masked=args.model != "npnet")
 
 
-def make_measure(args: argparse.Namespace) -> Measure:
+def make_measure(args: PairNetworkSettings) -> Measure:
     """The figures of `--model`."""
     return measure_pairs(masked=args.model != "npnet")
 
 
 @one_run_a_folder
-def main(args: argparse.Namespace) -> Path:
+def main(args: PairNetworkSettings) -> Path:
     """Train and save; returns the output folder."""
-    check_noise_arguments(args)
-    check_structure_flags(args)
     return train_network(args, NoiseTask("golden-noise", target_steps, make_loss, make_measure))
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(parse_args, main, PairNetworkSettings)

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -22,25 +21,12 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.pictures import find_pictures
 from diffusers_ext.nullspace.projected_update import ProjectedUpdate
+from diffusers_ext.nullspace.settings import NullSpaceSettings
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from training.argument_rules import check_training_arguments
-from training.arguments import (
-    NULL_SPACE_GROUPS,
-    add_attention_argument,
-    add_hub_arguments,
-    add_knowledge_arguments,
-    add_model_arguments,
-    add_null_space_arguments,
-    add_reporting_arguments,
-    add_resume_argument,
-    add_sampling_arguments,
-    add_subject_arguments,
-    add_training_arguments,
-)
+from training.arguments import NULL_SPACE_GROUPS
 from training.captions import (
     caption_facts,
     picture_prompts,
@@ -50,7 +36,7 @@ from training.captions import (
 )
 from training.checkpoints import Checkpoints
 from training.closing_words import directions_words, subject_words
-from training.config_file import parse_arguments, read_nullbooth_block
+from training.config_file import read_nullbooth_block
 from training.dreambooth import encode_images, list_images, with_prompts
 from training.knowledge import load_or_collect, load_pipeline, read_knowledge
 from training.loop import TrainingLoop
@@ -68,6 +54,7 @@ from training.run_setup import (
     start_trackers,
 )
 from training.script_entry import run_script
+from training.settings import parse_settings
 from training.subject import (
     files_for_programs,
     keep_rule,
@@ -76,9 +63,10 @@ from training.subject import (
     save_result,
 )
 from training.subject_checks import (
+    check_adapter,
     check_against_model,
-    check_null_space_arguments,
-    check_subject_arguments,
+    check_knowledge,
+    check_pictures,
     subject_settings,
 )
 from training.subject_validation import Validation
@@ -87,44 +75,19 @@ from training.upload import check_login, reported_arguments
 
 logger = get_logger(__name__)
 
-# Frozen directions have unit energy, so B holds output changes; a plain LoRA's B is far smaller.
-_DEFAULT_RATES = {"generalized": 3e-2, "null": 3e-2, "soft": 1e-3, "plain": 1e-3}
 
-
-def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(input_args: Sequence[str] | None = None) -> NullSpaceSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return parse_settings(
+        NullSpaceSettings, __doc__, input_args, read_nullbooth_block, NULL_SPACE_GROUPS
     )
-    for add_arguments in (
-        add_model_arguments,
-        add_attention_argument,
-        add_training_arguments,
-        add_resume_argument,
-        add_reporting_arguments,
-        add_hub_arguments,
-        add_sampling_arguments,
-        add_knowledge_arguments,
-        add_subject_arguments,
-        add_null_space_arguments,
-    ):
-        add_arguments(parser)
-    required = (
-        "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "output_dir",
-    )  # fmt: skip
-    args = parse_arguments(parser, input_args, required, read_nullbooth_block, NULL_SPACE_GROUPS)
-    if not args.enable:  # `nullbooth: {enable: false}` is ordinary DreamBooth
-        args.directions = "plain"
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.full_finetune else _DEFAULT_RATES[args.directions]
-    return args
 
 
-def check_args(args: argparse.Namespace) -> None:
+def check_args(args: NullSpaceSettings) -> None:
     """Everything that can be wrong without loading a model."""
-    check_training_arguments(args)
-    check_null_space_arguments(args)
-    check_subject_arguments(args)
+    check_adapter(args)
+    check_knowledge(args)
+    check_pictures(args)
     check_resume(args, run_facts(args, **subject_settings(args)))
 
 
@@ -137,7 +100,7 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 
 def build_loop(
-    args: argparse.Namespace,
+    args: NullSpaceSettings,
     accelerator: Accelerator,
     pipeline: DiffusionPipeline,
     statistics: FeatureStatistics | None,
@@ -188,7 +151,7 @@ def build_loop(
 
 
 @one_run_a_folder
-def main(args: argparse.Namespace) -> Path:
+def main(args: NullSpaceSettings) -> Path:
     """Train and save; returns the output folder."""
     check_args(args)
     accelerator = make_accelerator(args)
@@ -237,4 +200,4 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(parse_args, main, NullSpaceSettings)

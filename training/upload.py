@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from diffusers_ext.core.run_settings import HubSettings
+from diffusers_ext.core.settings import Settings, named_values
 from diffusers_ext.hub.licence import find_licence, named_licence
 
 
-def card_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def card_arguments(args: HubSettings) -> dict[str, Any]:
     """What every card needs and the command line says; `ValueError` where no licence is known."""
     base = args.hub_base_model or args.pretrained_model_name_or_path
     try:
@@ -23,7 +24,7 @@ def card_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {"base_model": base, "license": licence, "token": args.hub_token}
 
 
-def check_login(args: argparse.Namespace) -> None:
+def check_login(args: HubSettings) -> None:
     """Raise `ValueError` where nobody is logged in: before the run, not after it."""
     try:
         HfApi(token=args.hub_token).whoami()
@@ -40,16 +41,16 @@ def check_login(args: argparse.Namespace) -> None:
         ) from error
 
 
-def repository_name(args: argparse.Namespace) -> str:
+def repository_name(args: HubSettings) -> str:
     """The repository of `--hub_model_id`, or one with the name of the output folder."""
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
-def upload_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def upload_arguments(args: HubSettings) -> dict[str, Any]:
     """What the command line says about the upload itself."""
     return {"private": args.hub_private_repo or None, "token": args.hub_token}
 
 
-def reported_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def reported_arguments(args: Settings) -> dict[str, Any]:
     """What a report keeps of the command line: all but the token."""
-    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return {name: value for name, value in named_values(args).items() if name != "hub_token"}

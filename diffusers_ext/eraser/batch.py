@@ -158,7 +158,7 @@ class RowMaker:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(concept, anchor, preserved) velocities, and the concept's mask if it is needed.
 
-        They come from one pass, or from one after the other with `rows_in_turn`. For masks the empty
+        They come from one pass, or from one after the other with `separate_passes`. For masks the empty
         prompt is asked for as well, unless it is the anchor.
         """
         states = (target, target, preserved)
@@ -174,13 +174,13 @@ class RowMaker:
         if not torch.equal(embeds[1], empty):
             rows.append((target.x_t, target.t, empty))
         tokens, weights = self.token_mask[target.prompts.cpu()], self._heads(target.x_t.shape[1:])
-        others = 0 if self.recipe.rows_in_turn else sum(len(t) for _, t, _ in rows[1:])
+        others = 0 if self.recipe.separate_passes else sum(len(t) for _, t, _ in rows[1:])
         read = torch.cat([tokens, tokens.new_zeros(others, tokens.shape[1])])
         transformer = self.velocity.transformer
         with concept_attention(transformer, read, head_weights=weights) as attention:
-            velocities = self._ask(rows[:1] if self.recipe.rows_in_turn else rows)
+            velocities = self._ask(rows[:1] if self.recipe.separate_passes else rows)
             maps = attention.maps[: len(tokens)]
-        if self.recipe.rows_in_turn:
+        if self.recipe.separate_passes:
             velocities += self._ask(rows[1:])
         (v_concept, v_anchor, v_preserved), v_empty = velocities[:3], velocities[3:]
         threshold = self.recipe.mask_threshold
@@ -195,7 +195,7 @@ class RowMaker:
     def rows(self, known: TeacherRows) -> Rows:
         """What the student is asked, and what it is to answer."""
         target, preserved = known.target, known.preserved
-        eta = self.recipe.guidance_scale
+        eta = self.recipe.negative_guidance
         v_negative = negative_velocity(known.v_anchor, known.v_concept, eta)
         embeds = [
             self._take(self.text.target, target.prompts),
@@ -245,7 +245,7 @@ class RowMaker:
 
     def _ask(self, rows: list[VelocityRows]) -> list[torch.Tensor]:
         """The teacher's velocities of several groups of rows."""
-        if self.recipe.rows_in_turn and len(rows) > 1:
+        if self.recipe.separate_passes and len(rows) > 1:
             return [velocity for row in rows for velocity in self._ask([row])]
         if not any(len(t) for _, t, _ in rows):
             return [x_t for x_t, _, _ in rows]  # no rows, no velocities

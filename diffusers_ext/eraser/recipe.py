@@ -1,102 +1,169 @@
-"""What a training of an eraser is made with: one dataclass, for the script and for other callers."""
+"""What an eraser is trained with: its recipe, and all settings of a training run.
+
+`EraserTraining` has the defaults of the bundled moving-digits model; `EraserSettings`, which the training
+script reads, those of pretrained models: they are larger by three orders of magnitude, and sampling one of
+their clips takes minutes.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from diffusers_ext.core.run_settings import (
+    WITHOUT_IT,
+    HubSettings,
+    ModelSettings,
+    ReportingSettings,
+    ResumeSettings,
+    TrainingSettings,
+)
+from diffusers_ext.core.settings import (
+    COUNT,
+    SHARE,
+    Rule,
+    Settings,
+    as_in,
+    required,
+    setting,
+)
 from diffusers_ext.eraser.velocity_losses import LOSS_TYPES
 
 
+AUTO_ANCHOR = "auto"
 LATENTS_SOURCES = ("trajectory", "video", "noise")
 _TRAIN_TIMESTEPS = 1000
+_WEIGHT = Rule("at least 0 and finite", lambda value: 0 <= value < math.inf)
+_WORDS = Rule("a word or words", lambda value: bool(value.strip()))
 
 
-@dataclass(frozen=True)
-class EraserTraining:
-    """The recipe of an eraser; the defaults are those of the bundled moving-digits model.
+@dataclass(kw_only=True)
+class LatentsRecipe(Settings, title="latents"):
+    """Where the noisy latents x_t come from."""
 
-    Attributes:
-        rank: inner width of each eraser.
-        guidance_scale: eta of the negative guidance, `v_anchor - eta (v_concept - v_anchor)`; 0 follows
-            the anchor.
-        unlearning_weight: of the distance to the negatively guided velocity.
-        preservation_weight: of the distance to the teacher on preserved prompts.
-        localization_weight: of what erasers add outside of the concept's region; 0 asks for no masks.
-        loss_type: `"l2"` or `"l1"`, of both distances.
-        learning_rate: of AdamW; real models need about 1e-4.
-        lr_scheduler: name of a diffusers schedule of the rate, without warm-up.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to it.
-        max_train_steps: optimizer steps.
-        train_batch_size: samples of a step; each has a target row and a preserved row.
-        rows_in_turn: target rows, then preserved rows go through the models: the memory of one kind
-            for one more forward of the other; losses stay the same.
-        gradient_accumulation_steps: batches of a step.
-        preserved_share: of a step's rows; rows of the rarer kind are left out of the batch for it.
-        empty_share: of the preserved rows, those of the empty prompt, which guidance needs.
-        empty_weight: of these rows in the mean over preserved rows.
-        min_timestep: rows below do not count.
-        max_timestep: rows above do not count.
-        mask_threshold: of the concept's mask; soft when `None`.
-        latents_source: `"trajectory"`: x_t on the teacher's way to clips; `"video"`: noised latents of
-            videos; `"noise"`: noised random numbers, which no sampler meets and which ruin clips.
-        num_target_trajectories: clips sampled for target prompts.
-        num_preserved_trajectories: clips sampled for preserved prompts.
-        points_per_trajectory: states kept of each; all when `None`.
-        num_inference_steps: of the teacher's sampling.
-        sampling_guidance_scale: of the teacher's sampling.
-        sampling_batch_size: clips sampled at once.
-        on_policy_share: of a step's target rows, those whose x_t comes from the student's own sampling.
-        on_policy_every: steps between two samplings by the student.
-        adversarial_share: of a step's target rows, those whose prompts carry embeddings that were learned
-            to bring the concept back.
-        adversarial_every: steps between two attacks that learn them; the first one comes that late.
-        adversarial_steps: of each attack.
-        num_adversarial_embeddings: learned by each attack.
-        num_adversarial_sets: of the latest attacks that are kept.
-        seed: of everything random.
-    """
+    latents_source: str = setting(
+        "trajectory",
+        "where noisy latents come from: the teacher's way to clips; noised latents of videos; noised "
+        "random numbers, which no sampler meets and which ruin clips",
+        rule=Rule(f"one of {LATENTS_SOURCES}", lambda value: value in LATENTS_SOURCES),
+        choices=LATENTS_SOURCES,
+    )
+    num_target_trajectories: int = setting(64, "clips sampled for target prompts", rule=COUNT)
+    num_preserved_trajectories: int = setting(
+        256, "clips sampled for preserved prompts", rule=COUNT
+    )
+    points_per_trajectory: int | None = setting(
+        None, "states kept of each clip's denoising; 0 keeps all", rule=COUNT
+    )
+    num_inference_steps: int = setting(20, "denoising steps of all sampling", rule=COUNT)
+    sampling_guidance_scale: float = setting(
+        3.0, "classifier-free guidance of all sampling", rule=_WEIGHT
+    )
+    sampling_batch_size: int = setting(32, "clips sampled at once", rule=COUNT)
 
-    rank: int = 32
-    guidance_scale: float = 0.5
-    unlearning_weight: float = 1.0
-    preservation_weight: float = 2.0
-    localization_weight: float = 0.0
-    loss_type: str = "l2"
-    learning_rate: float = 5e-3
-    lr_scheduler: str = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_train_steps: int = 500
-    train_batch_size: int = 24
-    rows_in_turn: bool = False
-    gradient_accumulation_steps: int = 1
-    preserved_share: float = 0.5
-    empty_share: float = 0.2
-    empty_weight: float = 1.0
-    min_timestep: int = 0
-    max_timestep: int = _TRAIN_TIMESTEPS - 1
-    mask_threshold: float | None = None
-    latents_source: str = "trajectory"
-    num_target_trajectories: int = 64
-    num_preserved_trajectories: int = 256
-    points_per_trajectory: int | None = None
-    num_inference_steps: int = 20
-    sampling_guidance_scale: float = 3.0
-    sampling_batch_size: int = 32
-    on_policy_share: float = 0.0
-    on_policy_every: int = 50
-    adversarial_share: float = 0.0
-    adversarial_every: int = 50
-    adversarial_steps: int = 30
-    num_adversarial_embeddings: int = 16
-    num_adversarial_sets: int = 4
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_recipe({field.name: getattr(self, field.name) for field in fields(self)})
+@dataclass(kw_only=True)
+class EraserTraining(LatentsRecipe, title="eraser"):
+    """The recipe of an eraser, without base model, prompts and files."""
+
+    rank: int = setting(32, "inner width of each eraser", flag="eraser_rank", rule=COUNT)
+    negative_guidance: float = setting(
+        0.5,
+        "eta of v_anchor - eta (v_concept - v_anchor): 0 follows the anchor, more leads past it",
+        old_names=("guidance_scale",),
+        rule=_WEIGHT,
+    )
+    unlearning_weight: float = setting(
+        1.0, "of the distance to the negatively guided velocity", rule=_WEIGHT
+    )
+    preservation_weight: float = setting(
+        2.0, "of the distance to the teacher on preserved prompts", rule=_WEIGHT
+    )
+    localization_weight: float = setting(
+        0.0,
+        "of what erasers add outside of the concept's region; 0 asks for no masks",
+        rule=_WEIGHT,
+    )
+    mask_threshold: float | None = setting(
+        None,
+        "attention from which a place is the concept's; soft masks without it",
+        rule=Rule("in (0, 1)", lambda value: 0 < value < 1),
+    )
+    loss_type: str = setting(
+        "l2",
+        "of both distances",
+        rule=Rule(f"one of {LOSS_TYPES}", lambda value: value in LOSS_TYPES),
+        choices=LOSS_TYPES,
+    )
+    separate_passes: bool = setting(
+        False,
+        "target rows, then preserved rows go through the models: memory for one kind at a time, one more "
+        "forward of the target rows, the same losses",
+        old_names=("rows_in_turn",),
+    )
+    preserved_share: float = setting(
+        0.5, "of a step's rows; the rarer kind is left out of the batch for it", rule=SHARE
+    )
+    empty_share: float = setting(
+        0.2, "of preserved rows: the empty prompt, which guidance needs", rule=SHARE
+    )
+    empty_weight: float = setting(
+        1.0, "of these rows in the mean over preserved rows", rule=_WEIGHT
+    )
+    min_timestep: int = setting(0, "rows below do not count")
+    max_timestep: int = setting(_TRAIN_TIMESTEPS - 1, "rows above do not count")
+    on_policy_share: float = setting(
+        0.0, "of target rows: x_t from the student's own sampling", rule=SHARE
+    )
+    on_policy_every: int = setting(50, "steps between the student's samplings", rule=COUNT)
+    adversarial_share: float = setting(
+        0.0,
+        "of target rows: prompts with embeddings learned to bring the concept back",
+        rule=SHARE,
+    )
+    adversarial_every: int = setting(
+        50, "steps between the attacks that learn them; the first comes that late", rule=COUNT
+    )
+    adversarial_steps: int = setting(30, "of each attack", rule=COUNT)
+    num_adversarial_embeddings: int = setting(16, "learned by each attack", rule=COUNT)
+    num_adversarial_sets: int = setting(4, "of the latest attacks are kept", rule=COUNT)
+
+    learning_rate: float = as_in(TrainingSettings, "learning_rate", default=5e-3)
+    lr_scheduler: str = as_in(TrainingSettings, "lr_scheduler", default="cosine")
+    adam_weight_decay: float = as_in(
+        TrainingSettings,
+        "adam_weight_decay",
+        default=0.0,
+        rule=_WEIGHT,
+        old_names=("weight_decay",),
+    )
+    max_grad_norm: float = as_in(TrainingSettings, "max_grad_norm", default=1.0)
+    max_train_steps: int = as_in(TrainingSettings, "max_train_steps", default=500)
+    train_batch_size: int = as_in(
+        TrainingSettings,
+        "train_batch_size",
+        default=24,
+        help="samples of a step in each process; each has a target row and a preserved row",
+    )
+    gradient_accumulation_steps: int = as_in(
+        TrainingSettings, "gradient_accumulation_steps", default=1
+    )
+    seed: int = as_in(ModelSettings, "seed", default=0)
+
+    def check(self) -> None:
+        """Also what belongs together."""
+        super().check()
+        terms = ("unlearning_weight", "preservation_weight", "localization_weight")
+        if not any(getattr(self, name) for name in terms):
+            raise ValueError(f"{terms} must not all be 0: nothing would be trained.")
+        low, high = self.min_timestep, self.max_timestep
+        if not 0 <= low <= high < _TRAIN_TIMESTEPS:
+            raise ValueError(
+                "`min_timestep` and `max_timestep` must be from 0 to 999 and in order, got "
+                f"{low} and {high}."
+            )
 
     @property
     def weighs_rows(self) -> bool:
@@ -104,64 +171,119 @@ class EraserTraining:
         whole = (self.min_timestep, self.max_timestep) == (0, _TRAIN_TIMESTEPS - 1)
         return not whole or self.empty_weight != 1.0
 
+    def recipe(self) -> dict[str, Any]:
+        """The values of the recipe alone, by name."""
+        return {one.name: getattr(self, one.name) for one in fields(EraserTraining)}
 
-def check_recipe(values: dict[str, Any]) -> None:
-    """Raise `ValueError` for values that no recipe may have, by the names of `EraserTraining`."""
-    counts = (
-        "rank", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
-        "num_target_trajectories", "num_preserved_trajectories", "points_per_trajectory",
-        "num_inference_steps", "sampling_batch_size", "on_policy_every",
-        "adversarial_every", "adversarial_steps", "num_adversarial_embeddings",
-        "num_adversarial_sets",
-    )  # fmt: skip
-    _check(values, counts, "at least 1", lambda value: value >= 1)
-    weights = (
-        "guidance_scale", "unlearning_weight", "preservation_weight", "localization_weight",
-        "weight_decay", "empty_weight", "sampling_guidance_scale",
-    )  # fmt: skip
-    _check(values, weights, "at least 0 and finite", lambda value: 0 <= value < math.inf)
-    _check(values, ("learning_rate",), "positive", lambda value: 0 < value < math.inf)
-    _check(values, ("max_grad_norm",), "positive", lambda value: value > 0)
-    shares = ("preserved_share", "empty_share", "on_policy_share", "adversarial_share")
-    _check(values, shares, "in [0, 1]", lambda value: 0 <= value <= 1)
-    _check(values, ("mask_threshold",), "in (0, 1)", lambda value: 0 < value < 1)
-    _check(values, ("loss_type",), f"one of {LOSS_TYPES}", lambda value: value in LOSS_TYPES)
-    _check(
-        values,
-        ("latents_source",),
-        f"one of {LATENTS_SOURCES}",
-        lambda value: value in LATENTS_SOURCES,
+
+@dataclass(kw_only=True)
+class ConceptSettings(Settings, title="concept"):
+    """What is erased, what takes its place, and what stays."""
+
+    target_concept: str = required("word or words to erase", rule=_WORDS)
+    anchor_concept: str | None = setting(
+        None,
+        "word in its place, or 'auto': the preserved concept that the model tells least from it; the empty "
+        "prompt without it",
+        rule=_WORDS,
     )
-    terms = ("unlearning_weight", "preservation_weight", "localization_weight")
-    if not any(values[name] for name in terms):
-        raise ValueError(f"{terms} must not all be 0: nothing would be trained.")
-    low, high = values["min_timestep"], values["max_timestep"]
-    if not 0 <= low <= high < _TRAIN_TIMESTEPS:
-        raise ValueError(
-            "`min_timestep` and `max_timestep` must be from 0 to 999 and in order, got "
-            f"{low} and {high}."
-        )
+    prompts_file: str = required("prompts of the concept: text, one a line, or csv")
+    prompt_column: str = setting("prompt", "of csv files")
+    preserved_concepts_file: str | None = setting(None, "other concepts, one a line")
+    auto_preserved_concepts: bool = setting(
+        False, "take the text encoder's nearest words; they are shown and written to a file"
+    )
+    num_preserved_concepts: int = setting(15, "taken by itself", rule=COUNT)
+    preserved_prompts_file: str | None = setting(None, "whole prompts to preserve besides")
+    max_preserved_prompts: int | None = setting(None, "with a preserved concept", rule=COUNT)
+    text_batch_size: int = setting(8, "prompts encoded at once", rule=COUNT)
 
 
-def _check(values: dict[str, Any], names: tuple[str, ...], rule: str, holds: Any) -> None:
-    for name in names:
-        if values[name] is not None and not holds(values[name]):
-            raise ValueError(f"`{name}` must be {rule}, got {values[name]}.")
+@dataclass(kw_only=True)
+class ClipSettings(Settings, title="latents"):
+    """The clips of a run, and what is kept of them."""
+
+    video_dir: str | None = setting(None, "folder of clips for --latents_source video")
+    num_frames: int | None = setting(None, WITHOUT_IT)
+    height: int | None = setting(None, WITHOUT_IT)
+    width: int | None = setting(None, WITHOUT_IT)
+    trajectories_dir: str | None = setting(None, "keep the teacher's samples there")
+    trajectories_dtype: str = setting("fp32", "of kept samples", choices=("fp32", "fp16"))
 
 
-# What the training script takes where the command line says nothing: pretrained models are larger by
-# three orders of magnitude than the bundled one, and sampling one of their clips takes minutes.
+@dataclass(kw_only=True)
+class ClipReportingSettings(ReportingSettings, title="reporting"):
+    """Logs and validation clips."""
+
+    validation_prompt: list[str] = setting(
+        [], "prompt of validation clips; may be repeated", repeated=True
+    )
+    num_validation_videos: int = setting(1, "validation clips of a prompt", rule=COUNT)
+    validation_fps: int = setting(8, "frames a second of the gif files", rule=COUNT)
+
+
+@dataclass(kw_only=True)
+class EraserSettings(
+    EraserTraining, ModelSettings, ConceptSettings, ClipSettings, TrainingSettings, ResumeSettings,
+    ClipReportingSettings, HubSettings,
+):  # fmt: skip
+    """How an eraser is trained from prompts; the defaults are those of pretrained models."""
+
+    rank: int = as_in(EraserTraining, "rank", default=128)
+    learning_rate: float = as_in(EraserTraining, "learning_rate", default=1e-4)
+    adam_weight_decay: float = as_in(EraserTraining, "adam_weight_decay", default=1e-2)
+    train_batch_size: int = as_in(EraserTraining, "train_batch_size", default=1)
+    gradient_accumulation_steps: int | None = as_in(
+        TrainingSettings, "gradient_accumulation_steps", default=None
+    )
+    num_target_trajectories: int = as_in(EraserTraining, "num_target_trajectories", default=16)
+    num_preserved_trajectories: int = as_in(
+        EraserTraining, "num_preserved_trajectories", default=32
+    )
+    points_per_trajectory: int | None = as_in(EraserTraining, "points_per_trajectory", default=16)
+    num_inference_steps: int = as_in(EraserTraining, "num_inference_steps", default=50)
+    sampling_guidance_scale: float = as_in(EraserTraining, "sampling_guidance_scale", default=6.0)
+    sampling_batch_size: int = as_in(EraserTraining, "sampling_batch_size", default=1)
+
+    def settle(self) -> None:
+        """All points of a trajectory where 0 are asked for."""
+        super().settle()
+        self.points_per_trajectory = self.points_per_trajectory or None
+
+    def check(self) -> None:
+        """Also where latents come from, and that something is preserved."""
+        super().check()
+        source, folder = self.latents_source, self.video_dir
+        if source == "video" and (folder is None or not Path(folder).is_dir()):
+            raise ValueError(
+                f"`video_dir` must be a folder of clips for `--latents_source video`, got {folder}."
+            )
+        if source != "trajectory" and self.trajectories_dir is not None:
+            raise ValueError(
+                f"`trajectories_dir` must not be given with `--latents_source {source}`, which samples "
+                f"none, got {self.trajectories_dir}."
+            )
+        if self.preserved_concepts_file and self.auto_preserved_concepts:
+            raise ValueError(
+                "`preserved_concepts_file` must not be given with `--auto_preserved_concepts`, got both."
+            )
+        preserved = (
+            self.preserved_concepts_file, self.preserved_prompts_file, self.auto_preserved_concepts
+        )  # fmt: skip
+        if self.preservation_weight and not any(preserved):
+            raise ValueError(
+                "One of `preserved_concepts_file`, `preserved_prompts_file` and "
+                "`auto_preserved_concepts` must be given, got none. Name what the model must keep, or "
+                "set `--preservation_weight 0` to keep nothing."
+            )
+
+
+# What pretrained models take where nothing is given.
 REAL_MODEL_DEFAULTS: dict[str, Any] = {
     **asdict(EraserTraining()),
-    "rank": 128,
-    "learning_rate": 1e-4,
-    "weight_decay": 1e-2,
-    "max_train_steps": 500,
-    "train_batch_size": 1,
-    "num_target_trajectories": 16,
-    "num_preserved_trajectories": 32,
-    "points_per_trajectory": 16,
-    "num_inference_steps": 50,
-    "sampling_guidance_scale": 6.0,
-    "sampling_batch_size": 1,
+    **{
+        one.name: one.default
+        for one in fields(EraserSettings)
+        if one.name in {of.name for of in fields(EraserTraining)} and one.default is not None
+    },
 }

@@ -40,7 +40,7 @@ class EraserStep:
     with `v_neg = v_anchor - eta (v_concept - v_anchor)` of the teacher, the same model without erasers
     (T2VUnlearning, arXiv 2505.17550, section 4). Target and preserved rows go through the student in one
     pass; target rows with learned embeddings, which make prompts longer, in a second one. With
-    `rows_in_turn` each kind has its own pass, and all but the last are computed again for their
+    `separate_passes` each kind has its own pass, and all but the last are computed again for their
     gradients: one more forward of them, and the activations of one kind at a time.
 
     Args:
@@ -67,7 +67,7 @@ class EraserStep:
             recipe.unlearning_weight,
             recipe.preservation_weight,
             recipe.localization_weight,
-            recipe.guidance_scale,
+            recipe.negative_guidance,
             recipe.loss_type,
         )
 
@@ -129,7 +129,7 @@ class EraserStep:
             partial(self._ask_part, chain([student], repeat(again)), part)
             for part in self._parts(rows, prompts)
         ]
-        in_turn = self.recipe.rows_in_turn
+        in_turn = self.recipe.separate_passes
         answers = run_in_turn(passes) if in_turn else [ask() for ask in passes]
         localized = [found for _, found in answers if found is not None]
         return torch.cat([part for part, _ in answers]), localized[0] if localized else None
@@ -138,7 +138,7 @@ class EraserStep:
         """The passes of the student, in the order of the rows."""
         first, n = 0 if prompts is None else len(prompts), rows.num_target
         parts = [Part(rows.x_t[:first], rows.t[:first], prompts, None)] if first else []
-        borders = [first, n, len(rows.t)] if self.recipe.rows_in_turn else [first, len(rows.t)]
+        borders = [first, n, len(rows.t)] if self.recipe.separate_passes else [first, len(rows.t)]
         for start, stop in pairwise(borders):
             mask = None
             if self.recipe.localization_weight and start < n:

@@ -261,7 +261,7 @@ def _step_works(run: EraserRun) -> list[Work]:
         rank=setting.rank,
         preserved_share=setting.preserved_rows / (setting.target_rows + setting.preserved_rows),
         localization_weight=1.0 if setting.localization else 0.0,
-        rows_in_turn=setting.rows_in_turn,
+        separate_passes=setting.rows_in_turn,
     )
 
     def begin(model: torch.nn.Module, device: torch.device) -> Callable[[], torch.Tensor]:

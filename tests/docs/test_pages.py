@@ -9,10 +9,9 @@ from functools import cache
 
 import pytest
 
-from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.core.settings import flag_name
+from diffusers_ext.eraser.recipe import REAL_MODEL_DEFAULTS, EraserTraining
 from tests.docs.snippets import PAGES, ROOT, snippets
-from training.arguments import argument_names
-from training.eraser_arguments import ERASER_GROUPS, parse_eraser_arguments, recipe_of
 
 
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
@@ -89,6 +88,8 @@ def flags() -> frozenset[str]:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.add(f"--{node.value.removeprefix('--')}")
+                elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    found.add(f"--{node.target.id}")
                 elif isinstance(node, ast.keyword):
                     found.add(f"--{node.arg}")
     return frozenset(found)
@@ -105,15 +106,12 @@ def test_the_table_of_the_eraser_settings_is_whole_and_right():
     rows = re.findall(
         r"^\| `(\w+)` \| `--(\w+)` \| (.*?) ?\| (.*?) ?\| ", ERASER_PAGE, re.MULTILINE
     )
-    required = ("pretrained_model_name_or_path", "target_concept", "prompts_file", "output_dir")
-    script = recipe_of(parse_eraser_arguments("", [f"--{name}=a" for name in required]))
     shown = lambda value: "" if value is None else str(value)
     expected = {
-        field.name: (shown(field.default), shown(getattr(script, field.name)))
-        for field in fields(EraserTraining)
+        one.name: (flag_name(one), shown(one.default), shown(REAL_MODEL_DEFAULTS[one.name]))
+        for one in fields(EraserTraining)
     }
-    assert {name: tuple(defaults) for name, _, *defaults in rows} == expected
-    assert {flag for _, flag, *_ in rows} <= argument_names(ERASER_GROUPS)
+    assert {name: tuple(columns) for name, *columns in rows} == expected
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)

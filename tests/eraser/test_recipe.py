@@ -25,7 +25,7 @@ def test_rows_are_weighed_only_where_they_differ(values, weighs):
     [
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
         ({"max_train_steps": 0}, "`max_train_steps` must be at least 1"),
-        ({"guidance_scale": -1.0}, "`guidance_scale` must be at least 0"),
+        ({"negative_guidance": -1.0}, "`negative_guidance` must be at least 0"),
         ({"preservation_weight": math.nan}, "`preservation_weight` must be at least 0 and finite"),
         ({"learning_rate": 0.0}, "`learning_rate` must be positive"),
         ({"empty_share": 1.5}, r"`empty_share` must be in \[0, 1\], got 1.5"),

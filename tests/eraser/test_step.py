@@ -16,7 +16,7 @@ from training.eraser_run import add_eraser, make_step
 
 RECIPE = EraserTraining(
     rank=4,
-    guidance_scale=1.5,
+    negative_guidance=1.5,
     num_target_trajectories=2,
     num_preserved_trajectories=2,
     num_inference_steps=4,
@@ -104,7 +104,7 @@ def test_the_teacher_asked_now_says_what_was_kept(heads, in_turn, trained):
     batch = batch_of(data)
     bare = dataclasses.replace(data, samples=None)
     given = (pipeline, data if heads == "kept" else bare, None)
-    step = make(given, rows_in_turn=in_turn)
+    step = make(given, separate_passes=in_turn)
     target, kept = batch["target"], batch["preserved"]
     states = [States(part["x_t"], part["t"], part["prompt"]) for part in (target, kept)]
     v_concept, v_anchor, v_preserved, mask = step.maker.ask_teacher(*states)

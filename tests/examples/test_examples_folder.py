@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from training.arguments import argument_names
-from training.eraser_arguments import ERASER_GROUPS
+from diffusers_ext.core.settings import setting_names
+from diffusers_ext.eraser.recipe import EraserSettings
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
@@ -62,4 +62,4 @@ def test_the_options_of_the_commands_exist(script, arguments):
         assert re.search(rf'\b{name}=|"--{name}"|"{name}"', text), option
         if name == "training":
             names = {word[2:] for word in shlex.split(value) if word.startswith("--")}
-            assert names <= argument_names(ERASER_GROUPS)
+            assert names <= setting_names([EraserSettings])

@@ -49,7 +49,7 @@ def training_step(rows, checkpointing, localization, in_turn):
         rank=8,
         train_batch_size=rows,
         localization_weight=1.0 if localization else 0.0,
-        rows_in_turn=in_turn,
+        separate_passes=in_turn,
     )
     config = pipeline.transformer.config
     text = torch.randn(3, config.max_text_seq_length, config.text_embed_dim)

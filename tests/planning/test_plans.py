@@ -7,11 +7,11 @@ from accelerate.state import AcceleratorState, GradientState
 
 from benchmarks.measured_memory import peak_bytes
 from benchmarks.planned_runs import DIGITS, IN_MEMORY, MOVING_DIGITS, RUNS
+from diffusers_ext.golden_noise.settings import NETWORK_DEFAULTS
 from diffusers_ext.planning import plan_run, setting_names, work
 from diffusers_ext.planning.eraser_run import draft_eraser
 from diffusers_ext.planning.golden_noise_setting import NETWORKS, GoldenNoiseSetting
 from diffusers_ext.planning.published_models import read_base_model
-from training.noise_command_line import DEFAULTS
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_clips_of_each_validation_and_once_of_the_base_model():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_train_as_long_as_by_their_script(network):
-    usual = DEFAULTS[network]
+    usual = NETWORK_DEFAULTS[network]
     setting = GoldenNoiseSetting(network=network, num_steps=3, gradient_accumulation_steps=2)
     batch, epochs = usual["train_batch_size"], usual["num_epochs"]
     assert setting.train_batch_size == batch

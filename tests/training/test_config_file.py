@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from training.arguments import add_reporting_arguments
+from diffusers_ext.core.run_settings import ReportingSettings
 from training.config_file import parse_arguments, read_config, read_nullbooth_block
 
 
@@ -103,7 +103,7 @@ def test_values_that_flags_would_refuse_are_refused(parser, write, capsys, text,
 
 def test_arguments_of_the_other_scripts_are_passed_over(parser, write, capsys):
     path = write("steps: 7\nlogging_steps: 3")
-    args = parse_arguments(parser, ["--config", path], (), groups=[add_reporting_arguments])
+    args = parse_arguments(parser, ["--config", path], (), groups=[ReportingSettings])
     assert args.steps == 7
     assert not hasattr(args, "logging_steps")
     with pytest.raises(SystemExit):

@@ -4,7 +4,7 @@ import pytest
 
 from docs.settings_tables import script_parser
 from training.documented_flags import DOCUMENTED_FLAGS, replaced_flag
-from training.eraser_arguments import parse_eraser_arguments
+from training.train_cogvideox_eraser import parse_args
 
 
 # Every flag that the design documents give to a script, by the script's name here.
@@ -43,5 +43,5 @@ def test_every_documented_flag_is_taken_or_says_what_to_use(script):
 def test_a_script_ends_with_what_to_use(capsys):
     line = ["--model_path", "a", "--target_concept", "b", "--prompts_file", "c"]
     with pytest.raises(SystemExit):
-        parse_eraser_arguments("", line)
+        parse_args(line)
     assert "`--model_path` of the design documents is not known here" in capsys.readouterr().err

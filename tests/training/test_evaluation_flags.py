@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from docs.settings_tables import script_parser
-from training.arguments import argument_names
+from training.config_file import argument_names
 from training.evaluation_names import add_erasure_names, add_golden_noise_names
 
 

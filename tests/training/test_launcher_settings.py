@@ -15,7 +15,10 @@ from training.launcher_settings import settle_launcher_settings
 from training.run_setup import make_accelerator
 
 
-ERASER = "--pretrained_model_name_or_path m --target_concept dog --prompts_file p --output_dir o"
+ERASER = (
+    "--pretrained_model_name_or_path m --target_concept dog --prompts_file p "
+    "--preserved_concepts_file k --output_dir o"
+)
 EVALUATION = "--pretrained_model_name_or_path m --evaluation_prompts p --judge clip --output_dir o"
 PAIRS = "--prompt_file p --output_dir o"
 SCRIPTS = (

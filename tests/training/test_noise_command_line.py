@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from training import train_noise_sequence, train_npnet
-from training.golden_noise_arguments import read_aliases
 
 
 LINE = ["--base_model_id", "b", "--dataset_dir", "d", "--output_dir", "o"]
@@ -52,12 +51,14 @@ def test_an_unknown_name_and_two_base_models_are_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_npnet.parse_args([*LINE, "--config", str(config)])
     assert "must hold known arguments, got ['base_model']" in capsys.readouterr().err
+    config.write_text("base_model_id: a\npretrained_model_name_or_path: b\n")
     with pytest.raises(ValueError, match="must not stand beside its other name `base_model_id`"):
-        read_aliases({"base_model_id": "a", "pretrained_model_name_or_path": "b"})
+        train_npnet.parse_args([*LINE, "--config", str(config)])
 
 
 def test_data_and_output_must_be_given(capsys):
     with pytest.raises(SystemExit):
         train_npnet.parse_args([])
     error = capsys.readouterr().err
-    assert "--pretrained_model_name_or_path, --dataset_dir, --output_dir" in error
+    for flag in ("--pretrained_model_name_or_path", "--dataset_dir", "--output_dir"):
+        assert flag in error.partition("these arguments must be given: ")[2]

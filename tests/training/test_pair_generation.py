@@ -9,22 +9,21 @@ from diffusers_ext.golden_noise.conditioning import encode_prompts
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs import source_noise
 from diffusers_ext.golden_noise.redenoise import redenoise_sequence
+from diffusers_ext.golden_noise.settings import PairSettings
 from tests.golden_noise.golden_pipelines import FAMILIES
 from tests.tiny_digits import random_digits_pipeline
 from tests.training.stub_rewards import Brightness, Constant
-from training.pair_generation import Candidate, PairMaker, PairSettings, list_candidates, split
-from training.pair_rendering import Rendering, latent_shape, render
+from training.pair_generation import Candidate, PairMaker, list_candidates, split
+from training.pair_rendering import latent_shape, render
 
 
 SHAPE = (4, 8, 8)
 SETTINGS = PairSettings(
+    prompt_file="prompts.txt",
+    output_dir="out",
     num_steps=2,
-    redenoise_steps=10,
-    w1=5.5,
-    w2=1.0,
-    legacy_inversion=False,
-    margin=0.0,
-    rendering=Rendering(3, 2.0, None),
+    num_inference_steps=3,
+    guidance_scale=2.0,
 )
 PROMPTS = ["a red seven", "a blue three"]
 
@@ -60,7 +59,7 @@ def test_kept_and_rejected_pairs_are_told_apart_by_their_rewards(pipeline):
     states = redenoise_sequence(pipeline, noise, text, repeats=2)
     golden = noise + (states[:, -1] - noise).half().float()
     scores = [
-        Brightness().score(render(pipeline, x, text, SETTINGS.rendering, [0] * 4), [])
+        Brightness().score(render(pipeline, x, text, SETTINGS, [0] * 4), [])
         for x in (noise, golden)
     ]
     wins = (scores[1] > scores[0]).tolist()

@@ -1,29 +1,34 @@
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
+from diffusers_ext.core.run_settings import ModelSettings, SamplingSettings
 from diffusers_ext.golden_noise.conditioning import encode_prompts
 from diffusers_ext.golden_noise.pairs import source_noise
 from examples.digits.check_model import MODEL_DIR
 from tests.golden_noise.golden_pipelines import FAMILIES, PROMPTS
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import pixart_pipeline
-from training.pair_rendering import Rendering, latent_shape, load_base_pipeline, render
+from training.pair_rendering import latent_shape, load_base_pipeline, render
+
+
+def sampling(steps: int, guidance: float, negative: str) -> SamplingSettings:
+    return SamplingSettings(
+        num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative
+    )
 
 
 SEEDS = [5, 2**62 + 6]
 
 
-def rendered(pipeline, pixels: int, rendering: Rendering) -> np.ndarray:
+def rendered(pipeline, pixels: int, settings: SamplingSettings) -> np.ndarray:
     shape = latent_shape(pipeline, pixels)
     noise = torch.stack([source_noise(seed, shape) for seed in SEEDS])
-    text = encode_prompts(pipeline, PROMPTS, rendering.negative_prompt)
-    images = render(pipeline, noise, text, rendering, SEEDS)
+    text = encode_prompts(pipeline, PROMPTS, settings.negative_prompt or None)
+    images = render(pipeline, noise, text, settings, SEEDS)
     assert [image.size for image in images] == [(pixels, pixels)] * 2
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
@@ -47,7 +52,7 @@ def test_a_seed_is_the_picture_that_the_pipeline_draws_from_it(family):
     expected = drawn(
         pipeline, pixels, num_inference_steps=2, guidance_scale=3.0, **FAMILIES[family].call
     )
-    found = rendered(pipeline, pixels, Rendering(2, 3.0, None))
+    found = rendered(pipeline, pixels, sampling(2, 3.0, ""))
     assert expected.std() > 1
     assert abs(found - expected).max() <= 1
 
@@ -62,9 +67,9 @@ def test_a_sampler_with_large_sigmas_and_a_negative_prompt(sampler):
     assert pipeline.scheduler.init_noise_sigma > 10
     before = pipeline.scheduler
     steps = before.timesteps.tolist()
-    found = rendered(pipeline, 24, Rendering(2, 3.0, "a red two"))
+    found = rendered(pipeline, 24, sampling(2, 3.0, "a red two"))
     assert abs(found - expected).max() <= 1
-    assert abs(rendered(pipeline, 24, Rendering(2, 3.0, None)) - expected).max() > 1
+    assert abs(rendered(pipeline, 24, sampling(2, 3.0, "")) - expected).max() > 1
     assert pipeline.scheduler is before
     assert before.timesteps.tolist() == steps
 
@@ -73,7 +78,7 @@ def test_pictures_that_are_not_finite():
     pipeline = random_digits_pipeline()
     pipeline.vae.post_quant_conv.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="must draw finite pictures, got NaN or infinite pixels"):
-        rendered(pipeline, 32, Rendering(1, 1.0, None))
+        rendered(pipeline, 32, sampling(1, 1.0, ""))
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -93,8 +98,8 @@ def test_a_size_that_the_model_cannot_draw():
         latent_shape(FAMILIES["flux"].plain(), 20)
 
 
-def arguments(path) -> argparse.Namespace:
-    return argparse.Namespace(pretrained_model_name_or_path=str(path), revision=None, variant=None)
+def arguments(path) -> ModelSettings:
+    return ModelSettings(pretrained_model_name_or_path=str(path), output_dir="out")
 
 
 def test_the_base_pipeline_is_frozen_and_unfiltered():
@@ -118,11 +123,11 @@ def test_pictures_are_decoded_one_by_one_and_the_vae_is_left_as_it_was():
     handle = pipeline.vae.decoder.register_forward_pre_hook(lambda _, a: sizes.append(len(a[0])))
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     text = encode_prompts(pipeline, ["a red two"] * 3)
-    render(pipeline, noise, text, Rendering(1, 1.0, None), [0, 1, 2])
+    render(pipeline, noise, text, sampling(1, 1.0, ""), [0, 1, 2])
     handle.remove()
     assert sizes == [1, 1, 1]
     assert pipeline.vae.use_slicing is False
     pipeline.vae.decoder.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        render(pipeline, noise, text, Rendering(1, 1.0, None), [0, 1, 2])
+        render(pipeline, noise, text, sampling(1, 1.0, ""), [0, 1, 2])
     assert pipeline.vae.use_slicing is False

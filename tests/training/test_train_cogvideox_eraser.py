@@ -11,11 +11,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_ext.eraser import losses
 from diffusers_ext.eraser.loading import load_eraser
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, read_report, train, write_eraser_files
 from tests.training.script_runs import files_below
-from training import eraser_base, eraser_step, eraser_text
+from training import eraser_base, eraser_text
 from training.train_cogvideox_eraser import parse_args
 
 
@@ -118,7 +119,7 @@ def test_another_run_is_refused_before_weights_are_loaded(files, tmp_path, monke
     train(files, tmp_path / "out", **RESUMED)
     monkeypatch.setattr(eraser_text, "load_text_pipeline", None)
     for change, message in (
-        ({"guidance_scale": 2.0}, "`recipe.guidance_scale` must be the same"),
+        ({"guidance_scale": 2.0}, "`recipe.negative_guidance` must be the same"),
         ({"anchor_concept": None}, "`anchor_concept` must be the same"),
         ({"max_train_steps": 1, "lr_scheduler": "constant"}, "must be "),
     ):
@@ -127,13 +128,13 @@ def test_another_run_is_refused_before_weights_are_loaded(files, tmp_path, monke
 
 
 def test_a_loss_that_is_not_a_number_leaves_the_last_checkpoint(files, tmp_path, monkeypatch):
-    real, calls = eraser_step.velocity_distance, []
+    real, calls = losses.velocity_distance, []
 
     def fails_later(prediction, *rest):
         calls.append(1)
-        return real(prediction, *rest) * (math.nan if len(calls) > 4 * 2 else 1)
+        return real(prediction, *rest) * (math.nan if len(calls) > 2 * 2 else 1)
 
-    monkeypatch.setattr(eraser_step, "velocity_distance", fails_later)
+    monkeypatch.setattr(losses, "velocity_distance", fails_later)
     with pytest.raises(FloatingPointError, match="The loss must stay finite, got nan"):
         train(files, tmp_path / "out", checkpointing_steps=1, logging_steps=1)
     kept = {path.split("/")[0] for path in files_below(tmp_path / "out")}
@@ -152,7 +153,7 @@ def write(path, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eraser_rank": 0}, "`eraser_rank` must be at least 1, got 0"),
+        ({"eraser_rank": 0}, "`rank` must be at least 1, got 0"),
         ({"eraser_rank": 33}, "`eraser_rank` must be at most the model's width, 32, got 33"),
         ({"num_frames": 10}, "`num_frames` must be .* got 10. The nearest is 9"),
         ({"height": 20}, "`height` must be a positive multiple of 8"),
@@ -196,14 +197,14 @@ def test_bad_input_is_refused_before_weights_are_loaded(
     ],
 )
 def test_a_scheduler_of_another_kind(files, tmp_path, monkeypatch, change, message):
-    real = eraser_base.CogVideoXDDIMScheduler.load_config
+    real = eraser_base.DDIMScheduler.load_config
     epsilon = SimpleNamespace(
         load_config=lambda *args, **options: {
             **real(*args, **options),
             **change,
         }
     )
-    monkeypatch.setattr(eraser_base, "CogVideoXDDIMScheduler", epsilon)
+    monkeypatch.setattr(eraser_base, "DDIMScheduler", epsilon)
     with pytest.raises(ValueError, match=message):
         train(files, tmp_path / "out")
 
@@ -246,4 +247,4 @@ def test_what_an_upload_lacks_stops_the_run(files, tmp_path, hub, monkeypatch):
 
 def test_the_command_line_of_the_tests_is_that_of_users(files, tmp_path):
     args = parse_args(eraser_line(files, tmp_path, eraser_rank=None, learning_rate=None))
-    assert (args.eraser_rank, args.learning_rate, args.guidance_scale) == (128, 1e-4, 0.5)
+    assert (args.rank, args.learning_rate, args.negative_guidance) == (128, 1e-4, 0.5)

@@ -1,4 +1,4 @@
-"""`rows_in_turn`: the plain step's losses and gradients in the memory of one kind of rows."""
+"""`separate_passes`: the plain step's losses and gradients in the memory of one kind of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from diffusers_ext.core.memory_trace import MemoryTrace
 from diffusers_ext.eraser.recipe import EraserTraining
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, fill_eraser, tiny_prompts
-from training.eraser_arguments import recipe_of
 from training.eraser_data import ClipSize, make_data
 from training.eraser_run import add_eraser, make_step
 from training.eraser_text import GivenTexts
@@ -62,7 +61,7 @@ def losses_and_gradients(
 ):
     """Losses of the last of some calls, the eraser's gradients, and bytes: peak and left over."""
     pipeline, data, parameters = trained
-    recipe = dataclasses.replace(RECIPE, rows_in_turn=in_turn, **changes)
+    recipe = dataclasses.replace(RECIPE, separate_passes=in_turn, **changes)
     step = make_step(pipeline, data, recipe, CPU)
     batch = default_collate([data.samples[i] for i in range(4)]) if batch is None else batch
     model = pipeline.transformer if model is None else model
@@ -146,7 +145,7 @@ def test_teacher_and_student_are_asked_for_one_kind_at_a_time(trained):
 
 def test_the_flag_reaches_the_recipe_and_what_a_checkpoint_is_compared_with(trained, tmp_path):
     texts, base = GivenTexts([], [], []), SimpleNamespace(size=ClipSize(9, 16, 16))
-    for flags in ([], ["--rows_in_turn"]):
+    for flags in ([], ["--separate_passes"], ["--rows_in_turn"]):
         args = parse_args([*eraser_line(tmp_path, tmp_path / "out"), *flags])
-        assert recipe_of(args).rows_in_turn is bool(flags)
-        assert settings(args, texts, base)["recipe"]["rows_in_turn"] is bool(flags)
+        assert args.separate_passes is bool(flags)
+        assert settings(args, texts, base)["recipe"]["separate_passes"] is bool(flags)

@@ -1,0 +1,240 @@
+"""Settings of the null-space runs: of a training, and of collecting what a model knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers_ext.core.run_settings import (
+    WITHOUT_IT,
+    HubSettings,
+    ImageReportingSettings,
+    ModelSettings,
+    ResumeSettings,
+    SamplingSettings,
+    TrainingSettings,
+)
+from diffusers_ext.core.settings import (
+    BELOW_ONE,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Rule,
+    Settings,
+    as_in,
+    required,
+    setting,
+)
+from diffusers_ext.nullspace.slots import FEATURES, check_features
+
+
+DIRECTIONS = ("generalized", "null", "soft", "plain")
+# Frozen directions have unit energy, so B holds output changes; a plain LoRA's B is far smaller.
+_RATES = {"generalized": 3e-2, "null": 3e-2, "soft": 1e-3, "plain": 1e-3}
+_FULL_RATE = 1e-4
+
+
+@dataclass(kw_only=True)
+class AttentionSettings(Settings):
+    """How the UNet computes attention."""
+
+    enable_xformers_memory_efficient_attention: bool = setting(
+        False, "xFormers in place of PyTorch's own memory-efficient attention"
+    )
+
+
+@dataclass(kw_only=True)
+class KnowledgeSettings(Settings, title="knowledge"):
+    """What is preserved and how it is measured."""
+
+    knowledge_prompts: str | None = setting(None, "text file, one prompt a line, # comments")
+    other_instance_prompts: list[str] = setting(
+        [], "of other subjects, to be kept free; may be repeated", repeated=True
+    )
+    features: list[str] = setting(["k", "v"], "inputs of which projections: k v q out")
+    cross_attention_layers: str | list[int] = setting("all", "all, or indices", several=True)
+    no_sub_phrases: bool = setting(False, "preserve the prompts alone, not their parts")
+    statistics_batch_size: int = setting(4, "prompts at once", rule=COUNT)
+    nullspace_threshold: float | None = setting(
+        None, "directions of larger eigenvalues are protected; absolute", rule=POSITIVE
+    )
+
+    def settle(self) -> None:
+        """Layers as indices."""
+        super().settle()
+        self.cross_attention_layers = read_layers(self.cross_attention_layers)
+
+    def check(self) -> None:
+        """Also the names of the features."""
+        super().check()
+        check_features(self.features)
+
+
+@dataclass(kw_only=True)
+class StatisticsSettings(Settings, title="statistics"):
+    """What is made of collected statistics."""
+
+    compress: float | None = setting(
+        None,
+        "keep this share of the energy, e.g. 0.999",
+        rule=Rule("a share of the energy in (0, 1]", lambda value: 0 < value <= 1),
+    )
+    export_layout: bool = setting(False, "also as a tree of npy files", with_no=True)
+    layout_timesteps: str | list[int] | None = setting(
+        None, "of the tree: all (that the run visits), or numbers; 0 without it", several=True
+    )
+    layout_dir: str = setting(
+        "layout",
+        "folder of the tree, below the output folder",
+        rule=Rule(
+            "below the output folder",
+            lambda value: not Path(value).is_absolute() and ".." not in Path(value).parts,
+        ),
+    )
+    visual_attention_map: bool = setting(False, "draw attention maps, of every timestep and layer")
+    num_attention_maps: int = setting(4, "prompts whose maps are drawn, the first ones", rule=COUNT)
+
+    def settle(self) -> None:
+        """Timesteps as numbers."""
+        super().settle()
+        self.layout_timesteps = read_timesteps(self.layout_timesteps)
+
+
+@dataclass(kw_only=True)
+class SubjectSettings(Settings, title="subject"):
+    """What is taught."""
+
+    instance_data_dir: str = required("folder with pictures of the subject")
+    instance_prompt: str = required('e.g. "a photo of sks dog"')
+    resolution: int | None = setting(
+        None,
+        f"pixels a side of pictures; {WITHOUT_IT}",
+        rule=Rule("a multiple of 8", lambda value: value >= 8 and value % 8 == 0),
+    )
+    no_center_crop: bool = setting(False, "squeeze in place of cropping")
+    random_flip: bool = setting(False, "mirror half of the pictures")
+    snr_gamma: float | None = setting(
+        None, "Min-SNR weighting of the loss, usually 5; none without it", rule=POSITIVE
+    )
+    with_prior_preservation: bool = setting(False, "also train on pictures of the class")
+    class_data_dir: str | None = setting(None, "their folder; missing ones are drawn")
+    class_prompt: str | None = setting(None, 'e.g. "a photo of a dog"')
+    num_class_images: int = setting(100, "pictures of the class", rule=COUNT)
+    prior_loss_weight: float = setting(
+        1.0, "how much the loss on pictures of the class counts", rule=NOT_NEGATIVE
+    )
+
+    def check(self) -> None:
+        """Also what belongs together."""
+        super().check()
+        if not self.instance_prompt.strip():
+            raise ValueError(f"`instance_prompt` must not be empty, got {self.instance_prompt!r}.")
+        if not self.with_prior_preservation:
+            return
+        if not (self.class_data_dir and self.class_prompt):
+            raise ValueError(
+                "`--class_data_dir` and `--class_prompt` must be given with "
+                "`--with_prior_preservation`."
+            )
+        if Path(self.class_data_dir).is_file():
+            raise ValueError(
+                f"`class_data_dir` must be a folder, got the file {self.class_data_dir}."
+            )
+
+
+@dataclass(kw_only=True)
+class DirectionSettings(Settings, title="null space"):
+    """Which directions train."""
+
+    statistics: str | None = setting(None, "folder or Hub name of feature statistics")
+    directions: str = setting("generalized", "which ones may change", choices=DIRECTIONS)
+    rank: int = setting(1, "directions a layer", rule=COUNT)
+    eps: float = setting(
+        1e-4, "the larger, the more generalized directions may move what is known", rule=POSITIVE
+    )
+    null_energy: float | None = setting(None, "share of energy left unprotected", rule=BELOW_ONE)
+    preservation_weight: float = setting(
+        100.0, "how much soft directions pay for moving what is known", rule=NOT_NEGATIVE
+    )
+    lora_dropout: float = setting(0.0, "share of the LoRA's input that is zeroed", rule=BELOW_ONE)
+    lora_bias: str = setting("none", "only none: a bias breaks preservation")
+    use_dora: bool = setting(False, "refused: it breaks preservation")
+    full_finetune: bool = setting(False, "train whole weights, projected")
+    enable: bool = setting(True, "--no-enable is ordinary DreamBooth")
+
+    def settle(self) -> None:
+        """Without the null space all directions may change."""
+        super().settle()
+        if not self.enable:
+            self.directions = "plain"
+
+
+@dataclass(kw_only=True)
+class NullSpaceSettings(
+    ModelSettings, AttentionSettings, TrainingSettings, ResumeSettings, ImageReportingSettings,
+    HubSettings, SamplingSettings, KnowledgeSettings, SubjectSettings, DirectionSettings,
+):  # fmt: skip
+    """How a subject is taught in the null space of what a model knows."""
+
+    def settle(self) -> None:
+        """Also the learning rate of these directions."""
+        super().settle()
+        if self.learning_rate is None:
+            self.learning_rate = _FULL_RATE if self.full_finetune else _RATES[self.directions]
+
+    def check(self) -> None:
+        """Also what full fine-tuning allows."""
+        super().check()
+        if self.full_finetune and self.directions == "plain":
+            raise ValueError("`--full_finetune` must be constrained, got `--directions plain`.")
+        if self.full_finetune and self.adam_weight_decay:
+            raise ValueError(
+                f"`adam_weight_decay` must be 0 with `--full_finetune`, got {self.adam_weight_decay}: "
+                "it pulls the pretrained weights themselves towards zero."
+            )
+        if Path(self.instance_data_dir).resolve() == Path(self.output_dir).resolve():
+            raise ValueError(
+                f"`output_dir` must not be the folder of the pictures, got {self.output_dir} for both."
+            )
+
+
+@dataclass(kw_only=True)
+class CollectionSettings(
+    ModelSettings, ResumeSettings, SamplingSettings, KnowledgeSettings, StatisticsSettings,
+    AttentionSettings, HubSettings,
+):  # fmt: skip
+    """How statistics of what a model knows are collected."""
+
+    knowledge_prompts: str = as_in(KnowledgeSettings, "knowledge_prompts")
+
+    def settle(self) -> None:
+        """Features in one order."""
+        super().settle()
+        chosen = check_features(self.features)
+        self.features = [feature for feature in FEATURES if feature in chosen]
+
+
+def read_layers(value: str | Sequence[int | str]) -> str | list[int]:
+    """`--cross_attention_layers` as `"all"` or a list of indices."""
+    if value == "all" or list(value) == ["all"]:
+        return "all"
+    try:
+        return [int(index) for index in value]
+    except ValueError as error:
+        raise ValueError(
+            f"`cross_attention_layers` must be 'all' or indices, got {value}."
+        ) from error
+
+
+def read_timesteps(value: str | Sequence[int | str] | None) -> str | list[int] | None:
+    """`--layout_timesteps` as `"all"`, or different numbers that are not negative; `None` as it is."""
+    if value is None or value == "all" or list(value) == ["all"]:
+        return value if value is None else "all"
+    try:
+        timesteps = [int(timestep) for timestep in value]
+    except ValueError as error:
+        raise ValueError(f"`layout_timesteps` must be 'all' or numbers, got {value}.") from error
+    if min(timesteps) < 0 or len(set(timesteps)) < len(timesteps):
+        raise ValueError(f"`layout_timesteps` must be different and not negative, got {timesteps}.")
+    return timesteps
