@@ -14,7 +14,8 @@ from diffusers_ext.eraser.sizes import eraser_size
 from diffusers_ext.planning import plan_run
 from diffusers_ext.planning.base_model import read_folder
 from diffusers_ext.planning.eraser_run import draft_eraser
-from diffusers_ext.planning.work import trace_work
+from diffusers_ext.planning.gpus import find_gpu
+from diffusers_ext.planning.work import gpu_seconds, trace_work
 from tests.planning.real_jobs import measured_peak
 from tests.tiny_cogvideox import tiny_video_pipeline
 from training.eraser_data import ClipSize
@@ -99,7 +100,7 @@ def test_frozen_models_take_what_was_traced(folder, phase, index):
     if phase == "encoding":
         setting["latents_source"] = "video"
     work = works_of(folder, phase, **setting)[index]
-    traced, measured = trace_work(work).peak, measured_peak(work)
+    trace, measured = trace_work(work), measured_peak(work)
     if "VAE" in work.name:
         # Not what is measured: the CPU's convolutions unfold their input, which a GPU's need not.
         (vae,), begin = work.make()
@@ -107,10 +108,11 @@ def test_frozen_models_take_what_was_traced(folder, phase, index):
         repeat = begin(torch.device("cpu"))
         with MemoryTrace([*vae.parameters(), *vae.buffers()]) as real:
             repeat()
-        assert traced == pytest.approx(real.peak, rel=0.05)
-        assert traced < measured
+        # What is given counts here if anything looks at a part of it.
+        assert 0.95 * trace.peak < real.peak < 1.05 * (trace.kept + trace.peak)
+        assert trace.peak < measured
     else:
-        assert traced == pytest.approx(measured, rel=0.15)
+        assert trace.peak == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -121,7 +123,9 @@ def test_few_blocks_tell_of_many(folder, checkpointing):
         trace_work(replace(step, make=partial(step.make, layers=8), layers=None)),
     )
     assert (few.kept, few.peak) == pytest.approx((whole.kept, whole.peak))
-    assert few.operations == whole.operations
+    # Not the same operations: those of the optimizer are over all weights at once.
+    seconds = [gpu_seconds(trace.operations, find_gpu("T4")) for trace in (few, whole)]
+    assert seconds[0] == pytest.approx(seconds[1], rel=1e-2)
 
 
 def test_phases_are_sums_of_parts(folder):

@@ -8,6 +8,7 @@ from tests.tiny_cogvideox import tiny_video_pipeline
 
 
 SETTING = {"rank": 8, "num_frames": 17, "mixed_precision": "no", "text_batch_size": 1}
+SETTING["latents_source"] = "noise"  # or the teacher's sampling would be the worst phase
 
 
 def test_gpus_of_any_size(tmp_path, monkeypatch):

@@ -24,9 +24,11 @@ CARD = Gpu("test", 8, half_tflops=100.0, float32_tflops=10.0, bandwidth=100.0)
 
 
 def linear_work(layers=None, rows=4):
-    def make(depth=layers):
+    blocks = layers or 1
+
+    def make(layers=blocks):
         with torch.device("meta"):
-            blocks = [torch.nn.Linear(16, 16, bias=False) for _ in range(depth or 1)]
+            blocks = [torch.nn.Linear(16, 16, bias=False) for _ in range(layers)]
             model = torch.nn.Sequential(*blocks).requires_grad_(False)
 
         def begin(device):
@@ -48,7 +50,7 @@ def test_a_trace_counts_memory_and_operations():
 
 def test_operations_of_many_blocks_are_extrapolated_to_the_number():
     deep, whole = linear_work(layers=12), linear_work(layers=12)
-    whole = Work(whole.name, 1, lambda: deep.make(12))
+    whole = Work(whole.name, 1, lambda: deep.make(layers=12))
     assert trace_work(deep).operations == trace_work(whole).operations
 
 
