@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import (
-    CardData,
     DatasetCard,
     DatasetCardData,
     EvalResult,
     ModelCard,
     ModelCardData,
 )
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound
-from jinja2.exceptions import UndefinedError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diffusers_ext.hub.kinds import (
     HUB_NAME,
@@ -38,57 +36,6 @@ from diffusers_ext.hub.safe_markdown import code, count, figure, plain, prose, p
 
 
 Card = ModelCard | DatasetCard
-_TEMPLATES = Path(__file__).parent / "templates"
-
-
-def render(
-    template: str, data: CardData, *, subfolder: str = "", **facts: Any
-) -> ModelCard | DatasetCard:
-    """The card of one template, without network.
-
-    Args:
-        template: name of a file in `templates/`, without its ending.
-        data: the card's YAML header; entries that are `None` are left out.
-        subfolder: of the repository, that the card is about.
-        facts: what the template's placeholders stand for.
-
-    Raises:
-        ValueError: no such template, or a fact that it needs is missing.
-    """
-    try:
-        words = _environment().get_template(f"{template}.jinja").render(facts)
-    except TemplateNotFound as error:
-        present = sorted(found.stem for found in _TEMPLATES.glob("[!_]*.jinja"))
-        raise ValueError(f"`template` must be one of {present}, got {template!r}.") from error
-    except UndefinedError as error:
-        raise ValueError(
-            f"`facts` must hold all that the template {template!r} shows, got {sorted(facts)}: "
-            f"{error}."
-        ) from error
-    card_class = DatasetCard if isinstance(data, DatasetCardData) else ModelCard
-    words = re.sub(r"\n{3,}", "\n\n", words.replace("\r\n", "\n"))
-    return card_class(f"---\n{data.to_yaml()}\n---\n\n{mark_generated(words, subfolder)}\n")
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "plain": plain,
-        "code": code,
-        "py": python_literal,
-        "count": count,
-        "figure": figure,
-        "prose": prose,
-        "shown": shown,
-    }
-    return environment
-
 
 _SIZES = {
     1_000: "n<1K",
@@ -99,27 +46,30 @@ _SIZES = {
 }
 
 
-def model_header(
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = {
+        function.__name__: function for function in (plain, code, count, figure, prose, shown)
+    }
+    environment.filters |= {**filters, "py": python_literal}
+    return environment
+
+
+def _model_header(
     kind: Kind,
-    *,
     model_name: str,
     base_model: str | None,
     licence: Licence,
     results: Sequence[Measured],
     widget: Sequence[tuple[str, str]],
     facts: Mapping[str, Any],
-) -> CardData:
-    """The header of a model repository.
-
-    Args:
-        kind: of the artifact.
-        model_name: under which the measured figures stand.
-        base_model: a Hub name; `None` leaves it out.
-        licence: of the artifact.
-        results: what was measured.
-        widget: prompts with a picture or clip of each.
-        facts: the kind's own.
-    """
+) -> ModelCardData:
     tags = [*kind.tags]
     if facts.get("directions", "plain") != "plain":
         tags.append("null-space-lora")
@@ -139,9 +89,7 @@ def model_header(
         base_model_relation=kind.relation if base_model else None,
         library_name=kind.library_name,
         pipeline_tag=kind.pipeline_tag,
-        license=licence.license,
-        license_name=licence.license_name,
-        license_link=licence.license_link,
+        **vars(licence),
         instance_prompt=facts.get("instance_prompt") or None,
         tags=tags,
         widget=[{"text": prompt, "output": {"url": file}} for prompt, file in widget] or None,
@@ -150,27 +98,17 @@ def model_header(
     )
 
 
-def data_set_header(kind: Kind, *, licence: Licence, num_rows: int, folder: str) -> CardData:
-    """The header of a repository with noise pairs, by which `datasets` finds the tables.
-
-    Args:
-        kind: of the artifact.
-        licence: of the data.
-        num_rows: pairs in it.
-        folder: of the repository, empty for its root.
-    """
+def _data_set_header(kind: Kind, licence: Licence, num_rows: int, prefix: str) -> DatasetCardData:
+    """By which `datasets` finds the tables of a repository with noise pairs."""
     size = next((name for most, name in _SIZES.items() if num_rows < most), "n>10M")
-    where = f"{folder}/" if folder else ""
     return DatasetCardData(
-        license=licence.license,
-        license_name=licence.license_name,
-        license_link=licence.license_link,
+        **vars(licence),
         task_categories=["text-to-image"],
         size_categories=[size],
         tags=[*kind.tags],
         configs=[
-            {"config_name": "pairs", "default": True, "data_files": f"{where}pairs/*.parquet"},
-            {"config_name": "rejected", "data_files": f"{where}rejected/*.parquet"},
+            {"config_name": "pairs", "default": True, "data_files": f"{prefix}pairs/*.parquet"},
+            {"config_name": "rejected", "data_files": f"{prefix}rejected/*.parquet"},
         ],
     )
 
@@ -188,19 +126,17 @@ def artifact_card(
     version: str,
     subfolder: str | None = None,
     **facts: Any,
-) -> ModelCard | DatasetCard:
+) -> Card:
     """The card of one artifact, without network. What nobody says is an error, not a gap.
 
     Args:
         kind: a key of `KINDS`.
         repo_id: where the artifact is going to be, `"user/name"`.
         base: Hub name of the base model, or a label for one that is not on the Hub.
-        licence: of the artifact.
         trained_on: what it was made from, as Markdown.
         settings: how it was made: names and numbers or words; empty leaves the table out.
         results: what was measured; empty says that nothing was.
         widget: prompts with the picture or clip of each, a file of the repository; may be empty.
-        version: of diffusers_ext.
         subfolder: of the repository, where the artifact is not in its root.
         facts: the kind's own, all of `KINDS[kind].facts`.
 
@@ -215,30 +151,26 @@ def artifact_card(
     check_lists(settings, results, widget)
     check_facts(kind, found, facts)
     name, subfolder = repo_id.split("/")[1], (subfolder or "").strip("/")
+    prefix = f"{subfolder}/" if subfolder else ""
     on_hub = bool(HUB_NAME.fullmatch(base))
     if found.repo_type == "dataset":
-        data = data_set_header(
-            found, licence=licence, num_rows=facts["num_pairs"], folder=subfolder
-        )
+        card_class, data = DatasetCard, _data_set_header(found, licence, facts["num_pairs"], prefix)
     else:
-        data = model_header(
-            found,
-            model_name=name,
-            base_model=base if on_hub else None,
-            licence=licence,
-            results=results,
-            widget=widget,
-            facts=facts,
-        )
-    return render(
-        found.template,
-        data,
-        subfolder=subfolder,
+        base_model = base if on_hub else None
+        data = _model_header(found, name, base_model, licence, results, widget, facts)
+        card_class = ModelCard
+    # The arguments of a `from_pretrained`, and a downloaded folder for what has no `subfolder`.
+    where, snapshot = python_literal(repo_id), f"snapshot_download({python_literal(repo_id)})"
+    if subfolder:
+        where += f", subfolder={python_literal(subfolder)}"
+        snapshot += f" + {python_literal('/' + subfolder)}"
+    template = _environment().get_template(f"{kind}.jinja")
+    words = template.render(
         name=f"{name}/{subfolder}" if subfolder else name,
         repo_id=repo_id,
-        prefix=f"{subfolder}/" if subfolder else "",
-        where=_arguments(repo_id, subfolder),
-        snapshot=_snapshot(repo_id, subfolder),
+        prefix=prefix,
+        where=where,
+        snapshot=snapshot,
         base=base,
         on_hub=on_hub,
         licence=licence,
@@ -251,18 +183,8 @@ def artifact_card(
         citations=bibtex(found.papers, version),
         **facts,
     )
-
-
-def _arguments(repo_id: str, subfolder: str) -> str:
-    """What a `from_pretrained` of one file is called with."""
-    folder = f", subfolder={python_literal(subfolder)}" if subfolder else ""
-    return python_literal(repo_id) + folder
-
-
-def _snapshot(repo_id: str, subfolder: str) -> str:
-    """A downloaded folder, for what loads from the Hub's root alone or not without this package."""
-    folder = f" + {python_literal('/' + subfolder)}" if subfolder else ""
-    return f"snapshot_download({python_literal(repo_id)}){folder}"
+    words = re.sub(r"\n{3,}", "\n\n", words.replace("\r\n", "\n"))
+    return card_class(f"---\n{data.to_yaml()}\n---\n\n{mark_generated(words, subfolder)}\n")
 
 
 def make_card(

@@ -29,10 +29,6 @@ def path_inside(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
     Whoever made the folder chooses names and links; what is uploaded or shown because of them must be
     theirs. Links within the folder are followed, as are those of the cache of the Hub to its own files.
 
-    Args:
-        folder: as its user named it.
-        name: relative to it.
-
     Raises:
         ValueError: an absolute name, one that leads upwards, or a link out of the folder.
     """
@@ -64,7 +60,6 @@ def _roots(folder: Path) -> list[Path]:
 
 # Files in which the libraries and the training scripts note where something came from.
 _ENDINGS = ("config.json", "model_index.json", "report.json")
-_PIPELINE_INDEX = "model_index.json"
 
 
 def public_content(path: Path) -> bytes | None:
@@ -72,10 +67,8 @@ def public_content(path: Path) -> bytes | None:
 
     Strings that are absolute paths of this machine become what `public_name` makes of them; of a
     component of a pipeline, the name of the pipeline. All other characters stay, but for the checksum
-    of its own contents that a config may hold: it fits again.
-
-    Args:
-        path: of a file; only configs and reports in JSON are looked into.
+    of its own contents that a config may hold: it fits again. Only configs and reports in JSON are
+    looked into.
     """
     if not path.name.endswith(_ENDINGS):
         return None
@@ -86,21 +79,18 @@ def public_content(path: Path) -> bytes | None:
         found = sorted({value for value in _strings(content) if _is_local_path(value)})
     except (ValueError, RecursionError):  # neither ours nor of a library
         return None
-    for value in found:
-        for ascii_only in (True, False):
-            written = json.dumps(value, ensure_ascii=ascii_only)
-            text = text.replace(written, json.dumps(_public(Path(value)), ensure_ascii=ascii_only))
     if not found:
         return None
+    for value in found:
+        of_pipeline = Path(value).with_name("model_index.json").is_file()
+        public = public_name(Path(value).parent if of_pipeline else value)
+        for ascii_only in (True, False):
+            written, shown = (json.dumps(x, ensure_ascii=ascii_only) for x in (value, public))
+            text = text.replace(written, shown)
     digest = content.get(CONFIG_DIGEST) if isinstance(content, dict) else None
     if digest is not None and digest == config_digest(content):
         text = text.replace(f'"{digest}"', f'"{config_digest(json.loads(text))}"')
     return text.encode()
-
-
-def _public(path: Path) -> str:
-    of_pipeline = (path.parent / _PIPELINE_INDEX).is_file()
-    return public_name(path.parent if of_pipeline else path)
 
 
 def _is_local_path(value: str) -> bool:

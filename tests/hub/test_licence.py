@@ -16,9 +16,8 @@ def put_card(repo_id: str, header: str, private: bool = False) -> None:
     api.upload_file(path_or_fileobj=content, path_in_repo="README.md", repo_id=repo_id)
 
 
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
+def test_the_public_name_holds_no_path():
+    for source, name in (
         ("user/model", "user/model"),
         ("model", "model"),
         ("/somewhere/else/model", "model"),
@@ -26,10 +25,8 @@ def put_card(repo_id: str, header: str, private: bool = False) -> None:
         ("a/b/model", "model"),
         ("/cache/hub/models--user--a-model/snapshots/1f/transformer", "user/a-model"),
         ("/cache/hub/datasets--user--pairs/snapshots/1f", "user/pairs"),
-    ],
-)
-def test_the_public_name_holds_no_path(source, name):
-    assert public_name(source) == name
+    ):
+        assert public_name(source) == name
 
 
 def test_a_folder_goes_by_its_last_part(tmp_path, monkeypatch):
@@ -64,14 +61,26 @@ def test_the_licence_in_a_folder(tmp_path):
     assert find_licence(tmp_path) == Licence("mit")  # the link led nowhere from elsewhere
 
 
-@pytest.mark.parametrize(
-    "header", [None, "tags: [a]", "license: other", "license: [mit, gpl]", "license: null"]
-)
-def test_no_licence_is_asked_for(hub, tmp_path, header):
-    if header is not None:
-        put_card("tester/unclear", header)
-    for base in ("tester/unclear", "a label", "label", tmp_path):
-        with pytest.raises(ValueError, match="`license` must be given, got None, and the card of"):
-            find_licence(base)
+def test_no_licence_is_asked_for(hub, tmp_path):
+    for header in (None, "tags: [a]", "license: other", "license: [mit, gpl]", "license: null"):
+        if header is not None:
+            put_card("tester/unclear", header)
+        for base in ("tester/unclear", "a label", "label", tmp_path):
+            with pytest.raises(ValueError, match="`license` must be given, got None, and the card"):
+                find_licence(base)
     with pytest.raises(ValueError, match="`license` must be given"):
         find_licence("tester/closed-off", token="hf_stranger")
+
+
+def test_a_licence_says_its_name():
+    assert Licence("mit").sentence == "These files are shared under `mit`."
+    named = Licence("other", "my-licence", "LICENSE.md")
+    assert named.sentence == "These files are shared under [`my-licence`](LICENSE.md)."
+
+
+def test_a_licence_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="`license_name` must be given with the license 'other'"):
+        Licence("other")
+    for nothing in ("", " ", None):
+        with pytest.raises(ValueError, match="`license` must name a licence, got"):
+            Licence(nothing)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DConditionModel
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -12,7 +13,8 @@ import diffusers_ext
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub import push as hub_module
 from diffusers_ext.hub.card import make_card
-from diffusers_ext.hub.push import make_repository, push_folder, split_arguments
+from diffusers_ext.hub.push import PushWithCard, make_repository, push_folder, split_arguments
+from tests.tiny_models import sd_unet
 
 
 REPO = "tester/seven"
@@ -197,10 +199,10 @@ def test_a_repository_can_be_made_before_a_long_run(hub):
         make_repository("seven", token="hf_unknown")
 
 
-@pytest.mark.parametrize("name", ["base_model", "trained_on", "concept", "preserved_concepts"])
-def test_a_missing_fact_is_named(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be given for the card, got None"):
-        make_card("eraser", **{**FACTS, name: None})
+def test_a_missing_fact_is_named():
+    for name in ("base_model", "trained_on", "concept", "preserved_concepts"):
+        with pytest.raises(ValueError, match=f"`{name}` must be given for the card, got None"):
+            make_card("eraser", **{**FACTS, name: None})
 
 
 def test_wrong_facts_are_found_before_the_upload():
@@ -242,3 +244,84 @@ def test_no_upload_goes_round_the_card():
     assert {path.relative_to(root).as_posix(): names for path, names in found.items() if names} == {
         "diffusers_ext/hub/push.py": {"create_commit", "create_repo", "preupload_lfs_files"}
     }
+
+
+def test_an_upload_deletes_them_in_its_own_commit_and_folder(hub, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, names in (
+        (
+            old,
+            ["model-00001-of-00001.safetensors", "model.safetensors.index.json", "7.bin", "note"],
+        ),
+        (new, ["model.safetensors", "config.json"]),
+    ):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(f'{{"name": "{folder / name}"}}')
+    where = {"revision": "next", "private": True}
+    push_folder(old, REPO, ERASER(), **where)
+    push_folder(old, REPO, ERASER(), subfolder="a[b]", **where)
+    before = hub.files(REPO, revision="next")
+    pushed = {"subfolder": "a[b]", "delete_patterns": ["*.bin"], **where}
+    address = push_folder(new, REPO, ERASER(), create_pr=True, **pushed)
+    assert hub.files(REPO, revision="next") == before
+    files = hub.files(REPO, revision=f"refs/pr/{address[-1]}")
+    kept = {name for name in before if "[" not in name}
+    assert files.keys() == kept | {
+        f"a[b]/{n}" for n in ("config.json", "model.safetensors", "note")
+    }
+    assert files["a[b]/config.json"] == b'{"name": "config.json"}'
+    push_folder(new, REPO, ERASER(), **pushed)
+    assert hub.files(REPO, revision="next") == files
+    assert "/commit/" in push_folder(new, REPO, ERASER(), create_pr=True, **pushed)
+    assert not hub.files(REPO)
+
+
+class Described(PushWithCard, UNet2DConditionModel):
+    """A model of diffusers with a card."""
+
+    def _card(self, *, token, **facts):
+        return make_card("eraser", token=token, **{**FACTS, "trained_on": None, **facts})
+
+
+class Undescribed(PushWithCard, UNet2DConditionModel):
+    """A model without a card."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Described:
+    return Described.from_config(sd_unet().model.config)
+
+
+def test_both_ways_of_an_upload(hub, model, tmp_path):
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "diary.txt").write_text("mine")
+    model.save_pretrained(
+        tmp_path / "named", variant="fp16", push_to_hub=True, is_main_process=True, trained_on="Words.",
+        private=True,
+    )  # fmt: skip
+    names = ["README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors"]
+    assert sorted(hub.files("tester/named")) == names
+    assert "tester/named" in ModelCard(hub.files("tester/named")["README.md"].decode()).text
+    assert hub.repos["tester/named"].private
+    address = model.push_to_hub("tester/other", max_shard_size="20KB", trained_on="Words.")
+    assert "tester/other/commit/" in address
+    assert "diffusion_pytorch_model.safetensors.index.json" in hub.files("tester/other")
+    loaded = UNet2DConditionModel.from_pretrained("tester/named", variant="fp16")
+    weights = model.state_dict()
+    assert all(value.equal(weights[name]) for name, value in loaded.state_dict().items())
+
+
+def test_nothing_is_written_without_a_card(hub, model, tmp_path):
+    with pytest.raises(ValueError, match="`trained_on` must be given"):
+        model.save_pretrained(tmp_path / "out", push_to_hub=True)
+    with pytest.raises(TypeError, match="Undescribed must define `_card`"):
+        Undescribed.from_config(sd_unet().model.config).push_to_hub("tester/out")
+    assert not (tmp_path / "out").exists()
+    assert not hub.repos
+
+
+def test_saving_is_that_of_diffusers(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert "diffusion_pytorch_model.safetensors.index.json" in names

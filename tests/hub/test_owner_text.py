@@ -1,10 +1,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
+from peft import LoraConfig, get_peft_model
 
 from diffusers_ext.hub import Licence, Measured
-from diffusers_ext.hub.owner_text import keep_owner_words
+from diffusers_ext.hub.owner_text import (
+    find_generated,
+    is_automatic,
+    keep_owner_words,
+    mark_generated,
+    without_marks,
+)
 from tests.hub.card_examples import BASE, FACTS, card_of
 
 
@@ -44,12 +52,10 @@ def body(words: str) -> str:
     return f"---\nmy_key: 1\n---\n{words}"
 
 
-@pytest.mark.parametrize("kind", FACTS)
-@pytest.mark.parametrize("old_text", [None, "", " \n"])
-def test_without_an_old_card_the_new_one_stays(kind, old_text):
-    new = card_of(kind)
-    assert str(joined(new, old_text)) == str(new)
-    assert str(joined(new, str(new))) == str(new)
+def test_without_an_old_card_the_new_one_stays():
+    for new in map(card_of, FACTS):
+        for old_text in (None, "", " \n", str(new)):
+            assert str(joined(new, old_text)) == str(new)
 
 
 def test_the_generated_part_is_renewed_where_it_stands():
@@ -240,3 +246,65 @@ def test_a_header_that_cannot_be_read_stops_the_upload(header, message):
 def test_only_generated_cards_can_be_joined():
     with pytest.raises(ValueError, match="`new` must be a card of `artifact_card`"):
         keep_owner_words(ModelCard(OLD), OLD)
+
+
+def test_generated_words_are_found_between_others():
+    text = "above\n" + mark_generated("# Title\n\nwords") + "\nbelow\n"
+    found = find_generated(text)
+    assert (found.before, found.after, found.edited) == ("above\n", "\nbelow\n", False)
+    assert without_marks(found.words).strip() == "# Title\n\nwords"
+    assert text.count("<!-- diffusers_ext:") == 2
+
+
+def test_an_edit_is_noticed():
+    text = mark_generated("a long sentence")
+    assert find_generated(text.replace("long", "short")).edited
+    assert not find_generated(
+        text.replace("\n<!-- diffusers_ext:end", "\n\n<!-- diffusers_ext:end")
+    ).edited
+
+
+@pytest.mark.parametrize("broken", ["begin", "end"])
+def test_a_part_without_one_of_its_marks_is_none(broken):
+    text = mark_generated("words").replace(f"diffusers_ext:{broken}", "something else")
+    assert find_generated(text) is None
+    assert "diffusers_ext:" not in without_marks(text)
+
+
+def test_a_lost_end_does_not_swallow_the_next_part():
+    lost = mark_generated("first").replace("<!-- diffusers_ext:end -->", "")
+    found = find_generated(f"{lost}\nowner\n" + mark_generated("second"))
+    assert without_marks(found.words).strip() == "second"
+    assert "owner" in found.before
+    assert not found.edited
+
+
+def test_marks_cannot_be_nested():
+    with pytest.raises(ValueError, match="must not hold the marks of its generated part"):
+        mark_generated(mark_generated("words"))
+
+
+def test_the_card_that_peft_writes(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    get_peft_model(network, LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "PEFT" in text
+    assert is_automatic(text)
+    assert not is_automatic(text.replace("[More Information Needed]", "by me", 1))
+
+
+def test_the_card_that_diffusers_writes_after_a_training():
+    text = (
+        "<!-- This model card has been generated automatically according to the information the "
+        "training script had access to. You\nshould probably proofread and complete it, then remove "
+        "this comment. -->\n\n\n## Intended uses & limitations\n\n#### How to use\n\n```python\n"
+        "# TODO: add an example code snippet for running this diffusion pipeline\n```\n"
+    )
+    assert is_automatic(text)
+    assert not is_automatic(text.replace("# TODO: add an", "pipeline = my"))
+
+
+def test_words_of_people_are_not_automatic():
+    assert is_automatic("\n \n")
+    for words in ("My model.", "## Limits", "- PEFT is needed", "[TODO: x] and more"):
+        assert not is_automatic(words)

@@ -26,9 +26,13 @@ def headings(text: str) -> list[str]:
     return [line[3:] for line in text.splitlines() if line.startswith("## ")]
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
-def test_every_card_has_all_sections_and_no_holes(kind, changes):
-    card = card_of(kind, **changes)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_card_has_all_sections_and_no_holes(kind):
+    for changes in (changes for varied, changes in VARIANTS if varied == kind):
+        check_text(card_of(kind, **changes))
+
+
+def check_text(card: ModelCard | DatasetCard) -> None:
     found = headings(card.text)
     assert found[:1] + [None] + found[2:] == list(SECTIONS)
     assert found[1] in ("Training", "How it was made")
@@ -42,14 +46,14 @@ def test_every_card_has_all_sections_and_no_holes(kind, changes):
     assert set(fences[1::2]) == {"```"}
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
-def test_every_header_is_what_the_hub_reads(kind, changes):
-    card = card_of(kind, **changes)
-    assert type(card) is (DatasetCard if kind == "pair_data_set" else ModelCard)
-    again = type(card)(str(card))
-    assert str(again) == str(card)
-    assert again.data.to_dict() == card.data.to_dict()
-    assert again.text == card.text
+def test_every_header_is_what_the_hub_reads():
+    for kind, changes in VARIANTS:
+        card = card_of(kind, **changes)
+        assert type(card) is (DatasetCard if kind == "pair_data_set" else ModelCard)
+        again = type(card)(str(card))
+        assert str(again) == str(card)
+        assert again.data.to_dict() == card.data.to_dict()
+        assert again.text == card.text
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -155,52 +159,6 @@ def test_a_folder_of_the_repository_is_in_all_ways_of_loading():
     assert 'subfolder="inner/statistics")' in card_of("null_space_lora", subfolder="inner").text
     pipeline = card_of("golden_noise_pipeline", subfolder="inner").text
     assert pipeline.count('snapshot_download("user/my-golden_noise_pipeline") + "/inner"') == 2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_missing_fact_is_refused_by_name(kind):
-    for name in COMMON:
-        given = {key: value for key, value in COMMON.items() if key != name} | FACTS[kind]
-        with pytest.raises(TypeError, match=f"missing 1 required keyword-only argument: '{name}'"):
-            artifact_card(kind, "user/name", **given)
-    assert set(KINDS[kind].facts) == FACTS[kind].keys()
-    for name in FACTS[kind]:
-        given = {key: value for key, value in FACTS[kind].items() if key != name}
-        with pytest.raises(
-            ValueError, match=f"`{name}` must be given for a card of kind '{kind}', got only"
-        ):
-            artifact_card(kind, "user/name", **COMMON, **given)
-        if name not in KINDS[kind].may_be_empty:
-            with pytest.raises(
-                ValueError, match=f"`{name}` must say something in a card, got None"
-            ):
-                card_of(kind, **{name: None})
-    with pytest.raises(ValueError, match=rf"'{kind}' must have no facts but .*, got \['colour'\]"):
-        card_of(kind, colour="red")
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "error", "message"),
-    [
-        ("eraser", {"base": " "}, ValueError, "`base` must say something in a card, got ' '"),
-        ("eraser", {"trained_on": ""}, ValueError, "`trained_on` must say something"),
-        ("eraser", {"version": None}, ValueError, "`version` must say something"),
-        ("eraser", {"licence": "mit"}, TypeError, "`licence` must be a Licence, got a str"),
-        ("eraser", {"settings": {"betas": [1]}}, TypeError, "`settings` .* got a list for 'betas'"),
-        ("eraser", {"results": [0.5]}, TypeError, "`results` must hold Measured, got a float"),
-        ("eraser", {"widget": ["ab"]}, ValueError, "`widget` must hold pairs .* got 'ab'"),
-        ("eraser", {"rank": "1,234"}, TypeError, "`rank` must be a whole number, got a str"),
-        ("eraser", {"rank": True}, TypeError, "`rank` must be a whole number, got a bool"),
-        ("eraser", {"concept": ["dog"]}, TypeError, "`concept` must be words, got a list"),
-        ("eraser", {"preserved_concepts": "cow"}, TypeError, "`preserved_concepts` must be a list"),
-        ("eraser", {"pipeline": "os; x"}, ValueError, "`pipeline` must be the name of a class"),
-        ("npnet", {"any_size": "no"}, TypeError, "`any_size` must be True or False, got a str"),
-        ("null_space_lora", {"directions": "x"}, ValueError, "`directions` must be one of .*'x'"),
-    ],
-)
-def test_facts_that_say_nothing_are_refused(kind, changes, error, message):
-    with pytest.raises(error, match=message):
-        card_of(kind, **changes)
 
 
 def test_an_unknown_kind_and_a_name_that_is_no_repository():

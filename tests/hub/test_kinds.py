@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from diffusers_ext.hub import Measured
+from diffusers_ext.hub.card import artifact_card
+from diffusers_ext.hub.kinds import KINDS, PAPERS, bibtex, slug
+from tests.hub.card_examples import COMMON, FACTS, card_of
+
+
+def test_figures_are_finite_numbers_of_something():
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"`value` must be finite, got {value} for 'drift'"):
+            Measured("digits", "drift", value)
+    for value in ("0.5", None, True):
+        with pytest.raises(TypeError, match="`value` must be a number, got a "):
+            Measured("digits", "drift", value)
+    for words in (("", "drift"), ("digits", " -_")):
+        with pytest.raises(ValueError, match="must hold a letter or a digit, got"):
+            Measured(*words, 0.5)
+
+
+def test_slugs():
+    assert slug("Win rate, HPSv2 2.1 (mean)") == "win-rate-hpsv2-2-1-mean"
+    assert slug("pixel_drift") == "pixel-drift"
+    assert slug("数字 drift") == "数字-drift"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_missing_fact_is_refused_by_name(kind):
+    for name in COMMON:
+        given = {key: value for key, value in COMMON.items() if key != name} | FACTS[kind]
+        with pytest.raises(TypeError, match=f"missing 1 required keyword-only argument: '{name}'"):
+            artifact_card(kind, "user/name", **given)
+    assert set(KINDS[kind].facts) == FACTS[kind].keys()
+    for name in FACTS[kind]:
+        given = {key: value for key, value in FACTS[kind].items() if key != name}
+        with pytest.raises(
+            ValueError, match=f"`{name}` must be given for a card of kind '{kind}', got only"
+        ):
+            artifact_card(kind, "user/name", **COMMON, **given)
+        if name not in KINDS[kind].may_be_empty:
+            with pytest.raises(
+                ValueError, match=f"`{name}` must say something in a card, got None"
+            ):
+                card_of(kind, **{name: None})
+    with pytest.raises(ValueError, match=rf"'{kind}' must have no facts but .*, got \['colour'\]"):
+        card_of(kind, colour="red")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "error", "message"),
+    [
+        ("eraser", {"base": " "}, ValueError, "`base` must say something in a card, got ' '"),
+        ("eraser", {"trained_on": ""}, ValueError, "`trained_on` must say something"),
+        ("eraser", {"version": None}, ValueError, "`version` must say something"),
+        ("eraser", {"licence": "mit"}, TypeError, "`licence` must be a Licence, got a str"),
+        ("eraser", {"settings": {"betas": [1]}}, TypeError, "`settings` .* got a list for 'betas'"),
+        ("eraser", {"results": [0.5]}, TypeError, "`results` must hold Measured, got a float"),
+        ("eraser", {"widget": ["ab"]}, ValueError, "`widget` must hold pairs .* got 'ab'"),
+        ("eraser", {"rank": "1,234"}, TypeError, "`rank` must be a whole number, got a str"),
+        ("eraser", {"rank": True}, TypeError, "`rank` must be a whole number, got a bool"),
+        ("eraser", {"concept": ["dog"]}, TypeError, "`concept` must be words, got a list"),
+        ("eraser", {"preserved_concepts": "cow"}, TypeError, "`preserved_concepts` must be a list"),
+        ("eraser", {"pipeline": "os; x"}, ValueError, "`pipeline` must be the name of a class"),
+        ("npnet", {"any_size": "no"}, TypeError, "`any_size` must be True or False, got a str"),
+        ("null_space_lora", {"directions": "x"}, ValueError, "`directions` must be one of .*'x'"),
+    ],
+)
+def test_facts_that_say_nothing_are_refused(kind, changes, error, message):
+    with pytest.raises(error, match=message):
+        card_of(kind, **changes)
+
+
+def test_every_entry_is_whole():
+    text = bibtex(tuple(PAPERS), "1.2.3")
+    assert text.count("{") == text.count("}")
+    entries = re.findall(r"^@\w+\{(\w+),$", text, re.MULTILINE)
+    assert entries == [*PAPERS, "diffusers_ext"]
+    assert re.findall(r"arXiv:(\S+)\}", text) == [number for *_, number in PAPERS.values()]
+    assert "version = {1.2.3}" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_every_kind_cites_the_papers_of_its_method():
+    assert {key for kind in KINDS.values() for key in kind.papers} == PAPERS.keys()
+    assert bibtex((), "1.2.3").startswith("@software{diffusers_ext,")
