@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +26,16 @@ from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import push_folder, split_arguments
 from diffusers_ext.hub.upload_files import path_inside
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
-from diffusers_ext.nullspace.lora_upload import push_lora
+from diffusers_ext.nullspace.lora_upload import measured_drift, push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.reported_facts import REPORT_NAME, own_statistics, reported_facts
 
 
+REPORT_NAME = "training_report.json"
+# What a report may say; where, under whose name and for whom is said by who uploads alone.
+_FACTS = (
+    "base_model", "license", "trained_on", "settings", "widget", "instance_prompt", "pipeline",
+    "directions", "concept", "anchor_concept", "preserved_concepts", "reward",
+)  # fmt: skip
 _INDEX = "model_index.json"
 _NULL_SPACE = {f.nullspace_pipeline: f.pipelines[0] for f in FAMILIES if f.nullspace_pipeline}
 
@@ -108,7 +114,7 @@ def _push_lora(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str,
     if source.is_dir():
         path_inside(source, LORA_WEIGHT_NAME)
     if "statistics" not in facts and (folder / "statistics" / CONFIG_NAME).is_file():
-        facts["statistics"] = own_statistics(folder)
+        facts["statistics"] = _own_statistics(folder)
     facts["widget"] = [(prompt, folder / file) for prompt, file in facts.get("widget", ())]
     return push_lora(source, repo_id, **facts, **hub)
 
@@ -162,22 +168,12 @@ def _push_pipeline(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[
 def _golden_facts(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     name, network = index["_class_name"], index.get("noise_model", [None, None])[1]
     plain = next(plain for plain, golden in GOLDEN_PIPELINES.items() if golden == name)
-    parameters = 0
-    for path in (folder / "noise_model").glob("*.safetensors"):
-        file = open_tensors(path)
-        shapes = [file.get_slice(key).get_shape() for key in file.keys()]
-        parameters += sum(_product(shape) for shape in shapes)
+    files = [open_tensors(path) for path in (folder / "noise_model").glob("*.safetensors")]
+    shapes = [file.get_slice(key).get_shape() for file in files for key in file.keys()]
     return {
         "pipeline": name, "plain_pipeline": plain, "network": network or "",
-        "parameters": parameters,
+        "parameters": sum(map(math.prod, shapes)),
     }  # fmt: skip
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _push_files(
@@ -201,3 +197,68 @@ def _push_files(
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def reported_facts(folder: str | os.PathLike) -> dict[str, Any]:
+    """Facts for the card that a training left beside its result; none where there is no report.
+
+    A report is a stranger's words, which count as far as they are about the artifact.
+
+    Args:
+        folder: that is to be uploaded, possibly somebody else's.
+
+    Raises:
+        ValueError: the report holds something that is no fact of a card, such as `private` or
+            `token`, or it names files outside of the folder.
+    """
+    path = Path(folder, REPORT_NAME)
+    if not path.is_file():
+        return {}
+    report = read_json(path_inside(folder, REPORT_NAME))
+    facts = report.get("card", {})
+    _check_reported(facts, path)
+    facts = dict(facts)
+    if "widget" in facts:
+        facts["widget"] = _reported_widget(facts["widget"], path)
+    drifts = report.get("predicted_drift")
+    if drifts:
+        values = list(drifts.values()) if isinstance(drifts, dict) else [drifts]
+        if not all(type(value) in (int, float) for value in values):
+            raise ValueError(f"`predicted_drift` of {path} must be numbers, got {drifts!r:.80}.")
+        facts["results"] = measured_drift(drifts, _own_statistics(folder))
+    return facts
+
+
+def _own_statistics(folder: str | os.PathLike) -> FeatureStatistics:
+    """The statistics in a folder's `statistics/`, if its files are not links to elsewhere."""
+    for name in (CONFIG_NAME, FeatureStatistics.weights_name):
+        path_inside(folder, f"statistics/{name}")
+    return FeatureStatistics.from_pretrained(Path(folder, "statistics"))
+
+
+def _check_reported(card: Any, path: Path) -> None:
+    if not isinstance(card, dict):
+        raise ValueError(f"`card` of {path} must be an object, got {type(card).__name__}.")
+    for name, value in card.items():
+        if name not in _FACTS:
+            raise ValueError(
+                f"`card` of {path} must hold facts about the result, got {name!r}, which is none of "
+                f"{list(_FACTS)}. Give what concerns the upload itself in the call."
+            )
+        items = value if isinstance(value, list) else [value]
+        named = isinstance(value, dict)
+        nested = any(isinstance(x, (dict, list)) for x in (value.values() if named else items))
+        if name != "widget" and (nested or named != (name == "settings")):
+            raise ValueError(
+                f"`card.{name}` of {path} must be words or numbers, got {value!r:.80}."
+            )
+
+
+def _reported_widget(widget: Any, path: Path) -> list[tuple[str, str]]:
+    for pair in widget if isinstance(widget, list) else [None]:
+        if not isinstance(pair, list) or [type(item) for item in pair] != [str, str]:
+            raise ValueError(
+                f"`card.widget` of {path} must hold pairs of prompt and file, got {pair!r:.80}."
+            )
+        path_inside(path.parent, pair[1])
+    return [(prompt, file) for prompt, file in widget]
