@@ -30,8 +30,8 @@ from benchmarks.eraser_steps import (
 from benchmarks.machine import table, write_results
 from benchmarks.measured_memory import peak_bytes
 from benchmarks.timing import compare
-from diffusers_ext.core.memory_trace import fake_tensors, fill_with_fake_tensors
-from diffusers_ext.eraser.outputs import erasers_disabled
+from diffusers_ext.core.tracing import fake_tensors, fill_with_fake_tensors
+from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.planning import plan_run
 from diffusers_ext.planning.base_model import BaseModel, Component
 from diffusers_ext.planning.eraser_run import EraserRun, draft_eraser

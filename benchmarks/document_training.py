@@ -17,15 +17,15 @@ from benchmarks.document_recipe import (
     noised_randomness,
 )
 from diffusers_ext.eraser.concepts import concept_token_mask
-from diffusers_ext.eraser.masks import mask_to_latents
+from diffusers_ext.eraser.masks.masks import mask_to_latents
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.families.registry import find_family
+from diffusers_ext.training.eraser.run import add_eraser
+from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES
 from examples.moving_digits.erasers import RECIPE, others_of
 from examples.moving_digits.prompts import PROMPT_LENGTH
-from training.eraser_run import add_eraser
-from training.loop import LoopSettings, TrainingLoop
 
 
 _BATCH = 4  # the document's; rank, rate and steps are those of this project's recipe

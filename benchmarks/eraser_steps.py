@@ -16,13 +16,13 @@ from benchmarks.document_recipe import (
     noised_randomness,
 )
 from diffusers_ext.eraser.batch import EraserText
-from diffusers_ext.eraser.masks import mask_to_latents
+from diffusers_ext.eraser.masks.masks import mask_to_latents
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.families.registry import find_family
+from diffusers_ext.training.eraser.data import ClipSize, EraserData
+from diffusers_ext.training.eraser.run import add_eraser, make_step
 from examples.moving_digits.check_model import load_pipeline
-from training.eraser_data import ClipSize, EraserData
-from training.eraser_run import add_eraser, make_step
 
 
 ETA = 1.0

@@ -15,9 +15,9 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
+from diffusers_ext.core.capture import Targets, find_modules
 from diffusers_ext.core.noise_schedules import check_diffusion_levels
-from diffusers_ext.core.quiet_run import module_eval_mode
-from diffusers_ext.core.targets import Targets, find_modules
+from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.eraser.velocity_losses import velocity_distance
 from diffusers_ext.families.velocity import Velocity
 

@@ -18,16 +18,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
 from benchmarks.timing import compare
-from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.golden_noise.conditioning import encode_prompts
-from diffusers_ext.golden_noise.pairs import source_noise
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import redenoise_sequence
 from diffusers_ext.rewards.reward import Reward
+from diffusers_ext.training.golden_noise.pairs import (
+    Candidate,
+    PairMaker,
+    PairSettings,
+    list_candidates,
+)
+from diffusers_ext.training.golden_noise.rendering import Rendering, latent_shape
 from examples.digits.check_model import load_pipeline
 from examples.digits.prompts import TEMPLATES, TRAINING_PAIRS, prompt_pairs
 from examples.digits.rewards import DigitsReward
-from training.pair_generation import Candidate, PairMaker, PairSettings, list_candidates
-from training.pair_rendering import Rendering, latent_shape
 
 
 SETTINGS = PairSettings(

@@ -12,15 +12,15 @@ from diffusers import CogVideoXPipeline
 
 from benchmarks.lora_finetuning import FinetunedLora, finetune_lora
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
-from diffusers_ext.eraser.loading import load_eraser
+from diffusers_ext.eraser.files.load import load_eraser
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
+from diffusers_ext.training.eraser.data import ClipSize, make_data
 from examples.moving_digits.check_model import draw, load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
 from examples.moving_digits.erasers import RECIPE, evaluation_groups, training_prompts
 from examples.moving_digits.judge import MovingDigitsJudge
 from examples.moving_digits.prompts import COMBINATIONS, PROMPT_LENGTH, TEMPLATES
-from training.eraser_data import ClipSize, make_data
 
 
 _SIZE = ClipSize(NUM_FRAMES, CANVAS, CANVAS)

@@ -20,27 +20,25 @@ _SOURCES = by_name(
         "diffusers": "ModelMixin",
         "diffusers_ext.community": "custom_pipeline_path",
         "diffusers_ext.core.artifacts": "Artifact",
+        "diffusers_ext.core.attention_processors": (
+            "CaptureAttnProcessor ProjectAttnProcessor use_processors"
+        ),
         "diffusers_ext.core.capture": "capture",
-        "diffusers_ext.core.processors": "CaptureAttnProcessor ProjectAttnProcessor use_processors",
         "diffusers_ext.core.second_moment": "SecondMoment",
-        "diffusers_ext.eraser.concept_mask": "concept_head_weights concept_mask",
+        "diffusers_ext.eraser.adapter.config": "EraserConfig",
+        "diffusers_ext.eraser.adapter.layer": "EraserLayer",
+        "diffusers_ext.eraser.adapter.model": "EraserModel",
+        "diffusers_ext.eraser.adapter.outputs": "erasers_disabled",
         "diffusers_ext.eraser.concepts": "concept_token_mask",
-        "diffusers_ext.eraser.config": "EraserConfig",
-        "diffusers_ext.eraser.format_change": "convert_eraser",
-        "diffusers_ext.eraser.layer": "EraserLayer",
-        "diffusers_ext.eraser.loading": "load_eraser",
+        "diffusers_ext.eraser.files.load": "load_eraser",
+        "diffusers_ext.eraser.files.save": "convert_eraser save_eraser",
+        "diffusers_ext.eraser.geometry": "eraser_size",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss "
             "T2VUnlearningLoss"
         ),
-        "diffusers_ext.eraser.model": "EraserModel",
+        "diffusers_ext.eraser.masks.masks": "concept_head_weights concept_mask",
         "diffusers_ext.eraser.neighbours": "neighbouring_concepts",
-        "diffusers_ext.eraser.outputs": "erasers_disabled",
-        "diffusers_ext.eraser.saving": "save_eraser",
-        "diffusers_ext.eraser.sizes": "eraser_size",
-        "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
-        "diffusers_ext.evaluation.clip_detector": "CLIPDetector",
-        "diffusers_ext.evaluation.clip_rendering": "render_clips",
         "diffusers_ext.evaluation.erasure": "evaluate_erasure",
         "diffusers_ext.evaluation.erasure_report": "ErasureReport",
         "diffusers_ext.evaluation.forgetting": "evaluate_forgetting",
@@ -48,20 +46,23 @@ _SOURCES = by_name(
         "diffusers_ext.evaluation.golden_noise": "evaluate_golden_noise",
         "diffusers_ext.evaluation.golden_noise_report": "GoldenNoiseReport",
         "diffusers_ext.evaluation.golden_noise_subjects": "RedenoisedTarget",
-        "diffusers_ext.evaluation.nudenet_detector": "NudeNetDetector",
+        "diffusers_ext.evaluation.judges.clip_detector": "CLIPDetector",
+        "diffusers_ext.evaluation.judges.nudenet_detector": "NudeNetDetector",
+        "diffusers_ext.evaluation.rendering": "render_clips",
+        "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
         "diffusers_ext.golden_noise": (
             "GoldenNoiseFluxPipeline GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel "
             "GoldenNoisePipeline GoldenNoiseSD3Pipeline GoldenNoiseXLPipeline NPNet "
-            "NoiseSequenceRNN NoiseSequenceTransformer PairDataset PairWriter TextConditioning "
-            "encode_prompts load_noise_model open_pairs redenoise redenoise_sequence "
-            "redenoise_text"
+            "NoiseSequenceRNN NoiseSequenceTransformer PairDataset PairWriter "
+            "TextConditioning encode_prompts load_noise_model open_pairs redenoise "
+            "redenoise_sequence redenoise_text"
         ),
         "diffusers_ext.nullspace": (
             "FeatureStatistics NullSpaceDirections NullSpaceDreamBoothPipeline "
             "NullSpaceDreamBoothXLPipeline NullSpaceProjector ProjectedUpdate "
-            "add_null_space_lora check_loaded_lora collect_statistics debleed_lora export_lora "
-            "null_space_directions predicted_drift preservation_penalty preserved_energy "
-            "push_lora save_lora"
+            "add_null_space_lora check_loaded_lora collect_statistics debleed_lora "
+            "export_lora null_space_directions predicted_drift preservation_penalty "
+            "preserved_energy push_lora save_lora"
         ),
         "diffusers_ext.sharing": "push_artifact",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
-import diffusers_ext.eraser.registration  # noqa: F401
+import diffusers_ext.eraser.adapter.model  # noqa: F401
 
 
 # diffusers finds the components of other libraries by the names of their base classes: by the library

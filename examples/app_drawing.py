@@ -17,8 +17,8 @@ from diffusers import CogVideoXPipeline, DiffusionPipeline
 from PIL import Image
 
 from diffusers_ext import load_eraser, render_clips
-from diffusers_ext.core.quiet_run import quiet_run
-from diffusers_ext.evaluation.clip_sheet import write_clip
+from diffusers_ext.core.restored_state import quiet_run
+from diffusers_ext.evaluation.sheets import write_clip
 from examples.app_artifacts import find_or_make
 from examples.app_messages import CannotDraw
 from examples.app_reading import read_clip, read_picture

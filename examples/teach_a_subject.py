@@ -18,8 +18,8 @@ from diffusers_ext import add_null_space_lora, collect_statistics, evaluate_forg
 from diffusers_ext.core.noise_schedules import training_schedule
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.nullspace.step import DreamBoothLoss
+from diffusers_ext.training.nullspace.pictures import encode_condition, encode_images, list_images
 from examples.arguments import DEVICE, DTYPE, read_arguments
-from training.dreambooth import encode_condition, encode_images, list_images
 
 
 def main(input_args: list[str] | None = None) -> None:

@@ -8,8 +8,8 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import nn
 
-from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.registration import register_eraser
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.model import register_eraser
 from tests.tiny_cogvideox import TEXT_WIDTH
 
 

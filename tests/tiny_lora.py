@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from diffusers_ext.core.targets import find_modules
+from diffusers_ext.core.capture import find_modules
 
 
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -19,13 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.evaluate_erasure_command import (
-    add_erasure_arguments,
-    compare_erasers,
-)
-from training.eraser_arguments import ERASER_GROUPS
+from diffusers_ext.command_line.evaluate_erasure import add_erasure_arguments, compare_erasers
+from diffusers_ext.training.eraser.arguments import ERASER_GROUPS
+from diffusers_ext.training.run.script import run_script
 from training.evaluation_scripts import EvaluationScript
-from training.script_entry import run_script
 
 
 SCRIPT = EvaluationScript(

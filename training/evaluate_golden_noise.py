@@ -16,14 +16,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.evaluate_golden_noise_command import (
+from diffusers_ext.command_line.evaluate_golden_noise import (
     add_golden_noise_arguments,
     compare_noise,
 )
+from diffusers_ext.training.golden_noise.arguments import (
+    PAIR_GROUPS,
+    SEQUENCE_GROUPS,
+    add_filter_arguments,
+    add_pair_arguments,
+    read_aliases,
+)
+from diffusers_ext.training.run.script import run_script
 from training.evaluation_scripts import EvaluationScript
-from training.golden_noise_arguments import PAIR_GROUPS, SEQUENCE_GROUPS, read_aliases
-from training.pair_arguments import add_filter_arguments, add_pair_arguments
-from training.script_entry import run_script
 
 
 SCRIPT = EvaluationScript(

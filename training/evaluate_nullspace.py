@@ -16,14 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.evaluate_forgetting_command import (
-    add_forgetting_arguments,
-    compare_loras,
-)
-from training.arguments import NULL_SPACE_GROUPS
-from training.config_file import read_nullbooth_block
+from diffusers_ext.command_line.evaluate_forgetting import add_forgetting_arguments, compare_loras
+from diffusers_ext.training.run.arguments import NULL_SPACE_GROUPS
+from diffusers_ext.training.run.config_file import read_nullbooth_block
+from diffusers_ext.training.run.script import run_script
 from training.evaluation_scripts import EvaluationScript
-from training.script_entry import run_script
 
 
 SCRIPT = EvaluationScript(

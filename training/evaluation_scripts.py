@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from accelerate.logging import get_logger
 
-from diffusers_ext.command_line.argument_parser import OneLineParser, add_overwrite_argument
 from diffusers_ext.command_line.options import check_drawing_arguments
 from diffusers_ext.evaluation.report_files import SavedReport
-from training.arguments import add_traceback_argument
-from training.config_file import parse_arguments
-from training.output_folder import check_output_dir, one_run_a_folder
-from training.run_setup import make_accelerator
+from diffusers_ext.training.run.arguments import add_traceback_argument
+from diffusers_ext.training.run.command_lines import OneLineParser, add_overwrite_argument
+from diffusers_ext.training.run.config_file import parse_arguments
+from diffusers_ext.training.run.script import check_output_dir, one_run_a_folder
+from diffusers_ext.training.run.setup import make_accelerator
 
 
 logger = get_logger(__name__)

@@ -18,14 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.eraser.batch import rows_of_each_kind
 from diffusers_ext.eraser.recipe import LATENTS_SOURCES, REAL_MODEL_DEFAULTS
 from diffusers_ext.planning import RunPlan, plan_run, recommend_eraser_training
-from training.argument_rules import check_values
-from training.arguments import add_traceback_argument
-from training.run_setup import WEIGHT_DTYPES
-from training.script_entry import run_script
+from diffusers_ext.training.run.arguments import add_traceback_argument, check_values
+from diffusers_ext.training.run.command_lines import OneLineParser
+from diffusers_ext.training.run.script import run_script
+from diffusers_ext.training.run.setup import WEIGHT_DTYPES
 
 
 _COUNTS = (

@@ -5,50 +5,9 @@
         --dataset_dir outputs/sequences --use_ema --output_dir outputs/sequence_transformer
 """
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-import torch
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
-
-from diffusers_ext.golden_noise.losses import SequenceLoss
 from diffusers_ext.golden_noise.settings import SequenceNetworkSettings
-from diffusers_ext.golden_noise.text_cache import TextCache
-from training.golden_noise_groups import GOLDEN_NOISE_GROUPS
-from training.noise_data import sequence_steps
-from training.noise_run import NoiseTask, train_network
-from training.noise_validation import Measure, measure_sequences
-from training.output_folder import one_run_a_folder
-from training.script_entry import run_script
-from training.settings import parse_settings
-
-
-def parse_args(input_args: Sequence[str] | None = None) -> SequenceNetworkSettings:
-    """Command line of this script, over the YAML file of `--config`."""
-    return parse_settings(SequenceNetworkSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
-
-
-def make_loss(
-    args: SequenceNetworkSettings, cache: TextCache, device: torch.device
-) -> SequenceLoss:
-    """The loss of `--model`; the RNN's has the term on the statistics of its output."""
-    return SequenceLoss(cache, device, bool(args.pooled_text), args.kl_weight)
-
-
-def make_measure(args: SequenceNetworkSettings) -> Measure:
-    """The figures of `--model`."""
-    return measure_sequences(pooled=bool(args.pooled_text))
-
-
-@one_run_a_folder
-def main(args: SequenceNetworkSettings) -> Path:
-    """Train and save; returns the output folder."""
-    return train_network(args, NoiseTask("noise-sequence", sequence_steps, make_loss, make_measure))
+from diffusers_ext.training.golden_noise.sequence import main, parse_args
+from diffusers_ext.training.run.script import run_script
 
 
 if __name__ == "__main__":

@@ -5,48 +5,9 @@
         --dataset_dir outputs/pairs --use_ema --output_dir outputs/golden_noise_model
 """
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-import torch
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
-
-from diffusers_ext.golden_noise.losses import PairLoss
 from diffusers_ext.golden_noise.settings import PairNetworkSettings
-from diffusers_ext.golden_noise.text_cache import TextCache
-from training.golden_noise_groups import GOLDEN_NOISE_GROUPS
-from training.noise_data import target_steps
-from training.noise_run import NoiseTask, train_network
-from training.noise_validation import Measure, measure_pairs
-from training.output_folder import one_run_a_folder
-from training.script_entry import run_script
-from training.settings import parse_settings
-
-
-def parse_args(input_args: Sequence[str] | None = None) -> PairNetworkSettings:
-    """Command line of this script, over the YAML file of `--config`."""
-    return parse_settings(PairNetworkSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
-
-
-def make_loss(args: PairNetworkSettings, cache: TextCache, device: torch.device) -> PairLoss:
-    """The loss of `--model`; only NPNet reads padding like other tokens."""
-    return PairLoss(cache, device, masked=args.model != "npnet")
-
-
-def make_measure(args: PairNetworkSettings) -> Measure:
-    """The figures of `--model`."""
-    return measure_pairs(masked=args.model != "npnet")
-
-
-@one_run_a_folder
-def main(args: PairNetworkSettings) -> Path:
-    """Train and save; returns the output folder."""
-    return train_network(args, NoiseTask("golden-noise", target_steps, make_loss, make_measure))
+from diffusers_ext.training.golden_noise.npnet import main, parse_args
+from diffusers_ext.training.run.script import run_script
 
 
 if __name__ == "__main__":

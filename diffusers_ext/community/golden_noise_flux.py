@@ -1,6 +1,6 @@
 """`custom_pipeline=` door to `GoldenNoiseFluxPipeline`."""
 
-from diffusers_ext.golden_noise.pipeline_transformers import GoldenNoiseFluxPipeline
+from diffusers_ext.golden_noise.pipelines import GoldenNoiseFluxPipeline
 
 
 __all__ = ["GoldenNoiseFluxPipeline"]

@@ -1,6 +1,6 @@
 """`custom_pipeline=` door to `GoldenNoiseHunyuanDiTPipeline`."""
 
-from diffusers_ext.golden_noise.pipeline_transformers import GoldenNoiseHunyuanDiTPipeline
+from diffusers_ext.golden_noise.pipelines import GoldenNoiseHunyuanDiTPipeline
 
 
 __all__ = ["GoldenNoiseHunyuanDiTPipeline"]

@@ -15,19 +15,45 @@ import torch
 from safetensors.torch import save
 from torch.nn import Module
 
-from diffusers_ext.core.checked_tensors import REMEDY, check_regular_file, read_tensors
-from diffusers_ext.core.config_digest import (
+from diffusers_ext.core.disk import full_disk_named
+from diffusers_ext.core.sources import CONFIG_NAME, artifact_file, check_download_arguments
+from diffusers_ext.core.tensor_files import (
     CONFIG_DIGEST,
+    REMEDY,
     check_config_digest,
     check_format_version,
+    check_regular_file,
     config_digest,
     is_sha256,
+    read_tensors,
 )
-from diffusers_ext.core.full_disk import full_disk_named
-from diffusers_ext.core.sources import CONFIG_NAME, artifact_file, check_download_arguments
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import push_folder, split_arguments
+
+
+def sort_metadata(path: str | os.PathLike) -> None:
+    """Rewrite a safetensors file with its metadata in order of name."""
+    write_atomically(path, with_sorted_metadata(Path(path).read_bytes()))
+
+
+def with_sorted_metadata(content: bytes) -> bytes:
+    """The bytes of a safetensors file with its metadata in order of name.
+
+    The library writes more than one entry in an order that differs from run to run. A file is the
+    length of its header in 8 bytes, the header as JSON, padded with spaces, and the tensors
+    (https://github.com/huggingface/safetensors, "Format").
+    """
+    header = json.loads(content[8 : tensors_offset(content)])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[tensors_offset(content) :]
+
+
+def tensors_offset(content: bytes) -> int:
+    """Where in the bytes of a safetensors file the tensors begin."""
+    return 8 + int.from_bytes(content[:8], "little")
 
 
 logger = logging.getLogger(__name__)

@@ -201,7 +201,7 @@ def _family(source: str | os.PathLike) -> tuple[str, str]:
         infer_diffusers_model_type,
     )
 
-    from diffusers_ext.core.checked_tensors import open_tensors
+    from diffusers_ext.core.tensor_files import open_tensors
 
     path = Path(source)
     if not path.exists():

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from diffusers_ext.core.held_attributes import held_attribute
+from diffusers_ext.core.restored_state import held_attribute
 
 
 @contextmanager

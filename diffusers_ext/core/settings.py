@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from diffusers_ext.core.suggestions import did_you_mean
+from diffusers_ext.core.keywords import did_you_mean
 
 
 @dataclass(frozen=True)

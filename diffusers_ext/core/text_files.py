@@ -38,7 +38,7 @@ def read_text(path: str | os.PathLike, most_bytes: int = MAX_TEXT_BYTES) -> str:
 
 def read_bytes(path: str | os.PathLike, most_bytes: int) -> bytes:
     """A whole file; `ValueError` for what is no regular file (a pipe would wait) or too large."""
-    from diffusers_ext.core.checked_tensors import check_regular_file  # with torch
+    from diffusers_ext.core.tensor_files import check_regular_file  # with torch
 
     path = check_regular_file(path)
     with open(path, "rb") as handle:

@@ -7,26 +7,25 @@ from diffusers_ext.core.lazy_names import by_name, imported_name
 
 _SOURCES = by_name(
     {
-        "diffusers_ext.eraser.concept_attention": "concept_attention",
-        "diffusers_ext.eraser.concept_mask": "concept_head_weights concept_mask",
+        "diffusers_ext.eraser.adapter.config": "EraserConfig",
+        "diffusers_ext.eraser.adapter.layer": "EraserLayer",
+        "diffusers_ext.eraser.adapter.model": "EraserModel register_eraser",
+        "diffusers_ext.eraser.adapter.outputs": (
+            "eraser_layers eraser_outputs erasers_disabled trainable_eraser_parameters"
+        ),
         "diffusers_ext.eraser.concepts": "concept_token_mask contains_concept replace_concept",
-        "diffusers_ext.eraser.config": "EraserConfig",
-        "diffusers_ext.eraser.format_change": "convert_eraser",
-        "diffusers_ext.eraser.layer": "EraserLayer",
-        "diffusers_ext.eraser.loading": "load_eraser",
+        "diffusers_ext.eraser.files.load": "load_eraser",
+        "diffusers_ext.eraser.files.save": "convert_eraser save_eraser",
+        "diffusers_ext.eraser.geometry": "eraser_size",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss "
             "T2VUnlearningLoss"
         ),
-        "diffusers_ext.eraser.masks": "normalize_attention velocity_mask",
-        "diffusers_ext.eraser.model": "EraserModel",
-        "diffusers_ext.eraser.neighbours": "neighbouring_concepts",
-        "diffusers_ext.eraser.outputs": (
-            "eraser_layers eraser_outputs erasers_disabled trainable_eraser_parameters"
+        "diffusers_ext.eraser.masks.attention": "concept_attention",
+        "diffusers_ext.eraser.masks.masks": (
+            "concept_head_weights concept_mask normalize_attention velocity_mask"
         ),
-        "diffusers_ext.eraser.registration": "register_eraser",
-        "diffusers_ext.eraser.saving": "save_eraser",
-        "diffusers_ext.eraser.sizes": "eraser_size",
+        "diffusers_ext.eraser.neighbours": "neighbouring_concepts",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
     }
 )

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.head_calibration import calibrate_heads
-from diffusers_ext.eraser.masks import weighted_attention_mask
+from diffusers_ext.eraser.masks.attention import concept_attention
+from diffusers_ext.eraser.masks.masks import weighted_attention_mask
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.teacher import VelocityRows, teacher_velocities
-from diffusers_ext.eraser.teacher_samples import EMPTY_PROMPT
+from diffusers_ext.eraser.teacher.runs import calibrate_heads
+from diffusers_ext.eraser.teacher.teacher import VelocityRows, teacher_velocities
+from diffusers_ext.eraser.teacher.trajectory import EMPTY_PROMPT
 from diffusers_ext.eraser.velocity_losses import negative_velocity
 from diffusers_ext.families.velocity import Velocity
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffusers_ext.core.quiet_run import module_eval_mode
+from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.eraser.concepts import check_concept, in_reach
 
 

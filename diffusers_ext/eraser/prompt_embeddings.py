@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffusers_ext.core.quiet_run import module_eval_mode
+from diffusers_ext.core.restored_state import module_eval_mode
 
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.eraser.batch import EraserText, States
 from diffusers_ext.eraser.recipe import EraserTraining
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from diffusers_ext.eraser.adapter.outputs import eraser_outputs
 from diffusers_ext.eraser.attack import AdversarialPrompts
 from diffusers_ext.eraser.batch import RowMaker, Rows
 from diffusers_ext.eraser.losses import T2VUnlearningLoss
-from diffusers_ext.eraser.outputs import eraser_outputs
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.rollouts import OnPolicyRollouts
 from diffusers_ext.eraser.velocity_losses import velocity_distance

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusers_ext.evaluation import clip_figures
-from diffusers_ext.evaluation.clip_sheet import KeptClip
 from diffusers_ext.evaluation.clip_verdicts import ClipJudge, judged
 from diffusers_ext.evaluation.erasure_summary import BASE
 from diffusers_ext.evaluation.rendering import image_seed
+from diffusers_ext.evaluation.sheets import KeptClip
 from diffusers_ext.nullspace.prompts import check_prompts
 
 

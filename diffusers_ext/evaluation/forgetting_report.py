@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from diffusers_ext.evaluation.paired_figures import SIDES, KeptPair
-from diffusers_ext.evaluation.picture_sheet import SheetRow, sheet_of_sides
 from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
+from diffusers_ext.evaluation.sheets import SheetRow, sheet_of_sides
 
 
 _NOT_FIGURES = ("group", "prompt", "images")

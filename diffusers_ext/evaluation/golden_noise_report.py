@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from diffusers_ext.evaluation.noise_figures import STANDARD, KeptPictures
-from diffusers_ext.evaluation.picture_sheet import SheetRow, sheet_of_sides
 from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
+from diffusers_ext.evaluation.sheets import SheetRow, sheet_of_sides
 
 
 _MEBIBYTE = 2**20

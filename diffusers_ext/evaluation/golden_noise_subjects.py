@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.golden_noise.conditioning import TextConditioning
-from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 from diffusers_ext.golden_noise.redenoise import redenoise_sequence
 

@@ -11,8 +11,8 @@ from PIL import Image
 from diffusers_ext.evaluation.features import FeatureExtractor
 from diffusers_ext.evaluation.paired_comparison import mean_pairwise_distance
 from diffusers_ext.evaluation.paired_figures import extract_features
-from diffusers_ext.evaluation.picture_sheet import KEPT_PER_PROMPT, thumbnail
 from diffusers_ext.evaluation.rendering import Shot
+from diffusers_ext.evaluation.sheets import KEPT_PER_PROMPT, thumbnail
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics, radial_spectrum
 
 

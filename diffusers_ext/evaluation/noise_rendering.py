@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.evaluation.rendering import Sampling, Shot, draw
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.denoiser import TOOL, denoiser_of
-from diffusers_ext.golden_noise.pairs import source_noise
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
 
 
 def latent_shape(

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffusers_ext.evaluation.features import FeatureExtractor
-from diffusers_ext.evaluation.picture_sheet import KEPT_PER_PROMPT, thumbnail
 from diffusers_ext.evaluation.rendering import Shot, to_images
+from diffusers_ext.evaluation.sheets import KEPT_PER_PROMPT, thumbnail
 
 
 Judge = Callable[[list[Image.Image], list[str]], Sequence[bool] | np.ndarray | torch.Tensor]

@@ -1,20 +1,21 @@
 """Noise that suits the prompt: targets, networks that predict them, pipelines that use them."""
 
 from diffusers_ext.golden_noise.conditioning import TextConditioning, encode_prompts
-from diffusers_ext.golden_noise.loading import load_noise_model
-from diffusers_ext.golden_noise.model import GoldenNoiseModel
-from diffusers_ext.golden_noise.npnet import NPNet
-from diffusers_ext.golden_noise.pair_writer import PairWriter
-from diffusers_ext.golden_noise.pairs import PairDataset, open_pairs
-from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline, GoldenNoiseXLPipeline
-from diffusers_ext.golden_noise.pipeline_transformers import (
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.pairs.dataset import PairDataset, open_pairs
+from diffusers_ext.golden_noise.pairs.writer import PairWriter
+from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseFluxPipeline,
     GoldenNoiseHunyuanDiTPipeline,
+    GoldenNoisePipeline,
     GoldenNoiseSD3Pipeline,
+    GoldenNoiseXLPipeline,
 )
 from diffusers_ext.golden_noise.redenoise import redenoise, redenoise_sequence, redenoise_text
-from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
-from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
 
 
 __all__ = [

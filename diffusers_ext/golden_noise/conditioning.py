@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.quiet_run import eval_mode
+from diffusers_ext.core.restored_state import eval_mode
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.denoiser import TOOL

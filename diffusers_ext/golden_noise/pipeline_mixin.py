@@ -14,21 +14,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from diffusers_ext.core.pipeline_hand_over import (
-    HandOver,
-    add_component,
-    register_auto_pipeline,
-)
-from diffusers_ext.core.suggestions import check_keywords
+from diffusers_ext.core.keywords import check_keywords
+from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_pipeline
 from diffusers_ext.families.registry import find_family
+from diffusers_ext.golden_noise.card import pipeline_card
 from diffusers_ext.golden_noise.denoiser import TOOL
-from diffusers_ext.golden_noise.loading import load_noise_model
-from diffusers_ext.golden_noise.model import GoldenNoiseModel
-from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.npnet import NPNet
-from diffusers_ext.golden_noise.pipeline_card import pipeline_card
-from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
-from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import PushWithCard
 
@@ -64,7 +60,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
     It stands before a diffusers pipeline, whose `encode_prompt` and `prepare_latents` are where the
     text is read and the noise is changed. Without a `noise_model` it is that pipeline to the bit.
     Uploads get a card; the facts for it are the arguments of
-    `diffusers_ext.golden_noise.pipeline_card.pipeline_card`.
+    `diffusers_ext.golden_noise.card.pipeline_card`.
     """
 
     _left_behind: ClassVar[dict[str, str]] = {

@@ -15,8 +15,7 @@ from diffusers_ext.nullspace.pipeline import (
     NullSpaceDreamBoothPipeline,
     NullSpaceDreamBoothXLPipeline,
 )
-from diffusers_ext.nullspace.projected_update import ProjectedUpdate
-from diffusers_ext.nullspace.projector import NullSpaceProjector
+from diffusers_ext.nullspace.projector import NullSpaceProjector, ProjectedUpdate
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 

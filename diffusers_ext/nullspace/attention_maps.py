@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
 from diffusers_ext.core.capture import capture
-from diffusers_ext.core.quiet_run import quiet_run
+from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.families.registry import denoisers_of, match_family
 from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts
 from diffusers_ext.nullspace.slots import find_linears, linear_name, split_linear_name

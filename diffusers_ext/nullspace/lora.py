@@ -16,19 +16,48 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.targets import natural_key
+from diffusers_ext.core.capture import natural_key
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import (
     NullSpaceDirections,
     null_space_directions,
     usual_null_space,
 )
-from diffusers_ext.nullspace.lora_config import check_lora_config
 from diffusers_ext.nullspace.lora_files import add_kohya_file
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.prompts import check_prompts
 from diffusers_ext.nullspace.slots import check_widths
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+
+
+# Harmless options, and those that the caller of `check_lora_config` sets by itself.
+_FREE = {"lora_dropout", "exclude_modules", "init_lora_weights"}
+_SET_LATER = {"r", "lora_alpha", "use_rslora", "target_modules"}
+
+
+def check_lora_config(config: LoraConfig) -> None:
+    """Raise `ValueError` for LoRA options that break `D x = 0` on preserved inputs."""
+    if config.use_dora:
+        raise ValueError(
+            "`use_dora` must be False, got True: DoRA rescales each row by the norm of W + D, which "
+            "changes the outputs on preserved inputs."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f"`bias` must be 'none', got {config.bias!r}: a bias acts on every input, preserved or not."
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            "`init_lora_weights` must be True, False or 'gaussian', got "
+            f"{config.init_lora_weights!r}: other ways need more than A and B."
+        )
+    usual = LoraConfig().to_dict()
+    for name, value in config.to_dict().items():
+        if name not in _FREE | _SET_LATER and value != usual[name]:
+            raise ValueError(
+                f"`{name}` must be left at {usual[name]!r}, got {value!r}: only A and B of the "
+                "constrained layers may change."
+            )
 
 
 logger = logging.getLogger(__name__)

@@ -13,20 +13,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save
 
-from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.core.checked_tensors import DIGEST_KEY, read_tensors, with_digest
-from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
-from diffusers_ext.core.safetensors_header import with_sorted_metadata
-from diffusers_ext.core.sources import LORA_WEIGHT_NAME
-from diffusers_ext.nullspace.kohya_lora import is_kohya_lora, read_kohya_lora, to_kohya_lora
-from diffusers_ext.nullspace.lora_checks import (
+from diffusers_ext.core.artifacts import with_sorted_metadata, write_atomically
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME, refuse_checkpoint
+from diffusers_ext.core.tensor_files import DIGEST_KEY, read_tensors, with_digest
+from diffusers_ext.nullspace.lora_formats import (
+    LoraKey,
     adapter_settings,
     check_lora_effect,
     check_pair,
     check_rank,
+    is_kohya_lora,
+    parse_key,
+    read_kohya_lora,
+    to_kohya_lora,
 )
 from diffusers_ext.nullspace.lora_metadata import kept_metadata, lora_metadata
-from diffusers_ext.nullspace.lora_names import LoraKey, parse_key
 
 
 # The file for ComfyUI and A1111. Diffusers looks for its own name first, so this one beside it is never

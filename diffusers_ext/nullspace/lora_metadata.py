@@ -14,8 +14,8 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import save
 
-from diffusers_ext.core.checked_tensors import DIGEST_KEY
-from diffusers_ext.core.safetensors_header import tensors_offset
+from diffusers_ext.core.artifacts import tensors_offset
+from diffusers_ext.core.tensor_files import DIGEST_KEY
 
 
 # Depend on the tensors, so they are written anew with every file.

@@ -11,12 +11,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.checked_tensors import open_tensors
+from diffusers_ext.core.tensor_files import open_tensors
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import make_card
 from diffusers_ext.hub.push import push_folder
-from diffusers_ext.nullspace.kohya_lora import has_kohya_names, is_kohya_lora
-from diffusers_ext.nullspace.lora_checks import check_lora_effect
 from diffusers_ext.nullspace.lora_files import (
     KOHYA_NAME,
     LORA_WEIGHT_NAME,
@@ -24,6 +22,7 @@ from diffusers_ext.nullspace.lora_files import (
     read_lora,
     read_lora_file,
 )
+from diffusers_ext.nullspace.lora_formats import check_lora_effect, has_kohya_names, is_kohya_lora
 from diffusers_ext.nullspace.lora_metadata import kept_metadata, training_metadata
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 

@@ -13,16 +13,16 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from diffusers_ext.core.pipeline_hand_over import add_component
-from diffusers_ext.core.processors import ProjectAttnProcessor, use_processors
+from diffusers_ext.core.attention_processors import ProjectAttnProcessor, use_processors
+from diffusers_ext.core.pipelines import add_component
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import PushWithCard
+from diffusers_ext.nullspace.card import subject_pipeline_card
 from diffusers_ext.nullspace.lora_files import (
     LORA_WEIGHT_NAME,
     add_kohya_file,
     check_loaded_lora,
 )
-from diffusers_ext.nullspace.pipeline_card import subject_pipeline_card
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -34,7 +34,7 @@ class NullSpaceMixin(PushWithCard):
     """What both pipelines add: a `statistics` component, checked LoRAs, preservation at run time.
 
     The facts for the model card of an upload are the arguments of
-    `diffusers_ext.nullspace.pipeline_card.subject_pipeline_card`.
+    `diffusers_ext.nullspace.card.subject_pipeline_card`.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diffusers_ext.core.targets import natural_key
+from diffusers_ext.core.capture import natural_key
 from diffusers_ext.nullspace.attention_maps import AttentionMaps
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.prompts import unique

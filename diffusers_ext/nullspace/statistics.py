@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_ext.core.artifacts import Artifact, same_fingerprint
+from diffusers_ext.core.capture import natural_key
+from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints
 from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
-from diffusers_ext.core.targets import natural_key
 from diffusers_ext.hub.card import Card
-from diffusers_ext.nullspace.measured_models import denoiser_of, model_fingerprints
+from diffusers_ext.nullspace.card import statistics_card
 from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.slots import check_widths, linear_name, split_linear_name
-from diffusers_ext.nullspace.statistics_card import statistics_card
 from diffusers_ext.nullspace.stored_moments import check_config, restore_moments, store_moments
 
 
@@ -190,15 +190,15 @@ class FeatureStatistics(Artifact):
         return rows
 
     def export_layout(self, directory: str | os.PathLike, **arguments: Any) -> Path:
-        """Write a tree of npy files; see `diffusers_ext.nullspace.layout.export_layout`."""
-        from diffusers_ext.nullspace.layout import export_layout
+        """Write a tree of npy files; see `diffusers_ext.nullspace.npy_tree.export_layout`."""
+        from diffusers_ext.nullspace.npy_tree import export_layout
 
         return export_layout(self, directory, **arguments)
 
     @classmethod
     def from_layout(cls, directory: str | os.PathLike, **arguments: Any) -> FeatureStatistics:
-        """Read a tree of npy files; see `diffusers_ext.nullspace.layout.load_layout`."""
-        from diffusers_ext.nullspace.layout import load_layout
+        """Read a tree of npy files; see `diffusers_ext.nullspace.npy_tree.load_layout`."""
+        from diffusers_ext.nullspace.npy_tree import load_layout
 
         return load_layout(directory, **arguments)
 

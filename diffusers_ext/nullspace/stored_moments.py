@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from diffusers_ext.core.checked_tensors import FLOATING
 from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
+from diffusers_ext.core.tensor_files import FLOATING
 from diffusers_ext.nullspace.slots import split_linear_name
 
 

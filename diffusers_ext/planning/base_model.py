@@ -14,8 +14,8 @@ import transformers
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-from diffusers_ext.core.memory_trace import tensor_bytes
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.core.tracing import tensor_bytes
 
 
 DENOISERS = ("unet", "transformer")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from diffusers_ext.core.memory_trace import tensor_bytes
+from diffusers_ext.core.tracing import tensor_bytes
 from diffusers_ext.planning.base_model import BaseModel
 from diffusers_ext.planning.disk_sizes import (
     REPORT_BYTES,

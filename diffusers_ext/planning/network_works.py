@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss
-from diffusers_ext.golden_noise.model import GoldenNoiseModel
-from diffusers_ext.golden_noise.npnet import NPNet
-from diffusers_ext.golden_noise.pairs import source_noise
-from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
-from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, NetworkText, TextCache
 from diffusers_ext.planning.golden_noise_setting import SEQUENCE_NETWORKS, GoldenNoiseSetting
 from diffusers_ext.planning.image_shapes import ImageShapes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from diffusers_ext.core.memory_trace import tensor_bytes
+from diffusers_ext.core.tracing import tensor_bytes
 from diffusers_ext.families.registry import titles_of
 from diffusers_ext.planning.base_model import BaseModel
 from diffusers_ext.planning.disk_sizes import (

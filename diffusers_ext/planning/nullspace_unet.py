@@ -9,11 +9,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.nullspace.collect import text_only
+from diffusers_ext.nullspace.collect import shared_inputs, text_only
 from diffusers_ext.nullspace.lora import lora_linears
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
-from diffusers_ext.nullspace.trajectories import shared_inputs
 from diffusers_ext.planning.base_model import BaseModel
 from diffusers_ext.planning.nullspace_setting import NullSpaceSetting
 

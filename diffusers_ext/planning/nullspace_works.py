@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.golden_noise.denoiser import guided_prediction
-from diffusers_ext.nullspace.projected_update import ProjectedUpdate
+from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.step import Condition, DreamBoothLoss, SoftLoss
 from diffusers_ext.planning.image_shapes import ImageShapes
 from diffusers_ext.planning.nullspace_setting import NullSpaceSetting

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from diffusers_ext.core.suggestions import did_you_mean
+from diffusers_ext.core.keywords import did_you_mean
 from diffusers_ext.planning.work import WEIGHT_DTYPES
 
 

@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.training_utils import EMAModel
 
-from diffusers_ext.core.gpu_autocast import gpu_autocast
-from diffusers_ext.core.memory_trace import fake_tensors, fill_with_fake_tensors
-from diffusers_ext.core.operation_trace import Operation, OperationTrace
+from diffusers_ext.core.tracing import (
+    Operation,
+    OperationTrace,
+    fake_tensors,
+    fill_with_fake_tensors,
+    gpu_autocast,
+)
 from diffusers_ext.planning.gpus import Gpu
 
 

@@ -2,21 +2,141 @@
 
 from __future__ import annotations
 
+import html
+import importlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from diffusers_ext.core.sources import check_download_arguments
-from diffusers_ext.rewards.clip_reward import CLIPReward
-from diffusers_ext.rewards.hpsv2_files import HPSV2_REPOSITORY, check_version, locate_checkpoint
-from diffusers_ext.rewards.hpsv2_text import import_ftfy, token_ids
-from diffusers_ext.rewards.letterbox import letterbox
+from diffusers_ext.core.pictures import rgb_picture
+from diffusers_ext.core.sources import check_download_arguments, files_on_hub
+from diffusers_ext.rewards.clip import CLIPReward
 from diffusers_ext.rewards.open_clip_weights import load_open_clip, vit_h_14_config
+
+
+# https://github.com/openai/CLIP, the statistics of its training pictures.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def letterbox(image: Image.Image, size: int = 224, *, antialias: bool = True) -> torch.Tensor:
+    """Resize the longer side to `size`, pad the shorter with black on both ends, normalise.
+
+    As https://github.com/tgxs002/HPSv2/tree/866735ecaae999fa714bd9edfa05aa2672669ee3 does it:
+    bicubic on the float tensor, overshoots kept, the smaller half of the padding left and above.
+
+    Args:
+        image: of any mode; on white where it is transparent (the official code fails on an alpha channel).
+        antialias: what torchvision does since 0.17; `False` as it did when HPSv2 was published.
+
+    Returns:
+        `(3, size, size)` float32, normalised as CLIP's pictures are.
+    """
+    # A copy, because PIL's own memory is read-only.
+    pixels = torch.from_numpy(np.array(rgb_picture(image))).permute(2, 0, 1).float() / 255
+    longer = max(pixels.shape[-2:])
+    if longer != size:
+        # Python's rounding (half to even), as the official code.
+        height, width = (max(round(side * (size / longer)), 1) for side in pixels.shape[-2:])
+        pixels = F.interpolate(
+            pixels[None],
+            size=(height, width),
+            mode="bicubic",
+            align_corners=False,
+            antialias=antialias,
+        )[0]
+    below, right = size - pixels.shape[-2], size - pixels.shape[-1]
+    pixels = F.pad(pixels, (right // 2, right - right // 2, below // 2, below - below // 2))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
+
+
+def import_ftfy() -> ModuleType:
+    """The package that repairs text; raises `ImportError` with the remedy where it is absent."""
+    try:
+        return importlib.import_module("ftfy")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "HPSv2 needs ftfy to read prompts as its authors did, and ftfy is not installed. "
+            "Install it: pip install 'diffusers_ext[rewards]'."
+        ) from error
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repair mojibake, unescape HTML twice, join white space, lower the case.
+
+    CLIP tokenizers of transformers do only the last two, so they give other tokens for curly
+    quotes, HTML entities and full-width letters.
+    """
+    text = html.unescape(html.unescape(import_ftfy().fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str], length: int = 77) -> torch.Tensor:
+    """Tokens of cleaned prompts: start, at most `length - 2` of text, end, then zeros; int64."""
+    cleaned = [clean_prompt(prompt) for prompt in prompts]
+    ids = torch.zeros(len(cleaned), length, dtype=torch.long)
+    for row, text in zip(ids, cleaned, strict=True):
+        tokens = tokenizer(text, truncation=True, max_length=length).input_ids
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+HPSV2_REPOSITORY = "xswu/HPSv2"
+CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+
+
+def check_version(version: str) -> str:
+    """The version, if it is one that was published; raises `ValueError` otherwise."""
+    if version not in CHECKPOINTS:
+        raise ValueError(f"`version` must be one of {list(CHECKPOINTS)}, got {version!r}.")
+    return version
+
+
+def locate_checkpoint(
+    source: str | os.PathLike, version: str, download_arguments: dict[str, Any]
+) -> Path:
+    """Path of a version's checkpoint, downloaded when `source` is neither a file nor a folder.
+
+    Args:
+        source: the file itself, a folder with the published file or the same as
+            `.safetensors`, or `"user/name"`.
+    """
+    name, path = CHECKPOINTS[check_version(version)], Path(source)
+    if path.is_file():
+        stems = {Path(file).stem: published for published, file in CHECKPOINTS.items()}
+        if stems.get(path.stem, version) != version:
+            raise ValueError(
+                f"`version` must be {stems[path.stem]!r} for {path.name}, got {version!r}."
+            )
+        return path
+    if path.is_dir():
+        candidates = [path / name, (path / name).with_suffix(".safetensors")]
+        found = [candidate for candidate in candidates if candidate.is_file()]
+        if not found:
+            held = sorted(entry.name for entry in path.iterdir())
+            raise ValueError(
+                f"{path} must hold {name} for version {version}, got {held}. Download it from "
+                f"https://huggingface.co/{HPSV2_REPOSITORY}."
+            )
+        return found[0]
+    no_folder = (
+        "`pretrained_model_name_or_path` must be a file, a folder or 'user/name', got "
+        f"{source}: no such file or folder."
+    )
+    no_file = f"Repository {source} must hold {name}, got none."
+    with files_on_hub(source, "HPSv2's weights", no_file=no_file, no_folder=no_folder):
+        return Path(hf_hub_download(str(source), name, **download_arguments))
 
 
 # The published checkpoints come without a tokenizer; this repository holds the one of their model.

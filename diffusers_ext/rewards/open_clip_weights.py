@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from diffusers_ext.core.checked_tensors import read_tensors
-from diffusers_ext.core.pickled_tensors import read_pickled_tensors
+from diffusers_ext.core.tensor_files import read_pickled_tensors, read_tensors
 
 
 _REMEDY = "It must be a checkpoint of nothing but tensors, and may be truncated: download it again."

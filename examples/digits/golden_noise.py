@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers_ext.training.golden_noise import (
+    generate as generate_npd,
+)
+from diffusers_ext.training.golden_noise import (
+    npnet as train_npnet,
+)
+from diffusers_ext.training.golden_noise import (
+    sequence as train_noise_sequence,
+)
 from examples.digits.check_model import MODEL_DIR
 from examples.digits.prompts import (
     HELD_OUT_PAIRS,
@@ -13,7 +22,6 @@ from examples.digits.prompts import (
     TRAINING_PAIRS,
     prompt_pairs,
 )
-from training import generate_npd, train_noise_sequence, train_npnet
 
 
 REWARD, SECOND_REWARD = (f"examples.digits.rewards:{n}DigitsReward" for n in ("", "Second"))

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.training.nullspace.run import main, parse_args
 from examples.digits.check_model import MODEL_DIR, draw, load_pipeline
 from examples.digits.judge import DigitsJudge
 from examples.digits.pictures import GLYPHS, draw_glyphs, tint
@@ -22,7 +23,6 @@ from examples.digits.prompts import (
     TRAINING_PAIRS,
     prompt_pairs,
 )
-from training.train_nullspace_dreambooth import main, parse_args
 
 
 INSTANCE_PROMPTS = {

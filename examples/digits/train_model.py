@@ -27,6 +27,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # run as a file, only this folder is on the path
 
+from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.arguments import save_in_half_precision
 from examples.digits.pictures import IMAGE_SIZE, real_digits, tint
 from examples.digits.prompts import (
@@ -37,7 +38,6 @@ from examples.digits.prompts import (
     TRAINING_PAIRS,
     make_tokenizer,
 )
-from training.loop import LoopSettings, TrainingLoop
 
 
 TEXT_WIDTH = 128

@@ -21,7 +21,7 @@ sys.path.insert(
 )  # run as a file, only this folder is on the path
 
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.evaluation.clip_rendering import render_clips
+from diffusers_ext.evaluation.rendering import render_clips
 from examples.digits.prompts import COLORS, DIGITS
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES
 from examples.moving_digits.judge import MovingDigitsJudge

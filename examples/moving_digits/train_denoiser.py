@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import TensorDataset
 from transformers import T5EncoderModel
 
+from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.moving_digits.clips import CANVAS, MovingDigits
 from examples.moving_digits.networks import LATENT_FRAMES
 from examples.moving_digits.prompts import (
@@ -19,7 +20,6 @@ from examples.moving_digits.prompts import (
     PROMPT_LENGTH,
     TEMPLATES,
 )
-from training.loop import LoopSettings, TrainingLoop
 
 
 class TextToVelocity(torch.nn.Module):

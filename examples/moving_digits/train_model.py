@@ -27,6 +27,7 @@ sys.path.insert(
 )  # run as a file, only this folder is on the path
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.arguments import save_in_half_precision
 from examples.moving_digits.clips import MovingDigits, to_pixels
 from examples.moving_digits.networks import (
@@ -37,7 +38,6 @@ from examples.moving_digits.networks import (
 )
 from examples.moving_digits.prompts import make_tokenizer
 from examples.moving_digits.train_denoiser import train_denoiser
-from training.loop import LoopSettings, TrainingLoop
 
 
 def train_vae(

@@ -20,20 +20,20 @@ from safetensors.torch import save_file
 
 from diffusers_ext import FeatureStatistics, export_lora, load_eraser, load_noise_model, open_pairs
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.eraser.teacher_files import open_teacher_samples
-from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline
+from diffusers_ext.eraser.teacher.store import open_teacher_samples
+from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.lora_files import read_lora_file
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
 from diffusers_ext.nullspace.prompts import read_prompts_file
+from diffusers_ext.training.run.checkpoints import Checkpoints
+from diffusers_ext.training.run.config_file import read_config
 from tests.eraser.saved_erasers import saved_eraser
 from tests.eraser.teacher_runs import collect, tiny_teacher
 from tests.golden_noise.golden_pipelines import random_network
 from tests.golden_noise.pair_sets import write_set
 from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_digits import random_digits_pipeline
-from training.checkpoints import Checkpoints
-from training.config_file import read_config
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ import argparse
 
 import pytest
 
-from diffusers_ext.command_line.argument_parser import OneLineParser
 from diffusers_ext.command_line.main import main
-from diffusers_ext.command_line.user_errors import error_line
+from diffusers_ext.training.run.command_lines import OneLineParser, error_line
 
 
 def make_parser() -> OneLineParser:

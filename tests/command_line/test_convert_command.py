@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_ext.eraser.eraser_files import read_eraser
-from diffusers_ext.golden_noise.npnet import NPNet
+from diffusers_ext.eraser.files.formats import read_eraser
+from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.nullspace.lora_files import export_lora, read_lora
 from tests.eraser.saved_erasers import saved_eraser
 from tests.golden_noise.npnet_fixture import small_npnet

@@ -19,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 import diffusers_ext
 from diffusers_ext.command_line import main as main_module
-from diffusers_ext.command_line.command import Command, Outcome
 from diffusers_ext.command_line.main import COMMANDS, build_parser, main
+from diffusers_ext.command_line.options import Command, Outcome
 
 
 ROOT = Path(__file__).parents[2]

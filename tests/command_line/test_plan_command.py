@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import diffusers_ext.planning
-from diffusers_ext.command_line.plan_settings import ERASER, GOLDEN_NOISE, NULLSPACE
+from diffusers_ext.command_line.plan import ERASER, GOLDEN_NOISE, NULLSPACE
 from diffusers_ext.planning import PhasePlan, RunPlan, plan_run, setting_names
 
 

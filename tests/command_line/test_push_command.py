@@ -5,7 +5,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from diffusers_ext.command_line.push_command import read_facts
+from diffusers_ext.command_line.push import read_facts
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 

@@ -21,11 +21,11 @@ from diffusers_ext.core.base_source import (
     refuse_single_file,
 )
 from diffusers_ext.planning.published_models import read_base_model
+from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
+from diffusers_ext.training.run.knowledge import load_pipeline
+from diffusers_ext.training.run.text_cache import load_text_pipeline, stored_fingerprint
 from tests.single_file_checkpoints import save_single_file
 from tests.tiny_digits import random_digits_pipeline
-from training.knowledge import load_pipeline
-from training.pair_rendering import load_base_pipeline
-from training.text_pipeline import load_text_pipeline, stored_fingerprint
 
 
 CPU = torch.device("cpu")

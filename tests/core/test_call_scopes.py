@@ -5,7 +5,7 @@ import contextvars
 
 import torch
 
-from diffusers_ext.core.call_scopes import CallScope
+from diffusers_ext.core.restored_state import CallScope
 from tests.in_a_thread import in_a_thread
 
 

@@ -5,8 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from diffusers_ext.core.capture import capture, first_tensor, refuse_fused
-from diffusers_ext.core.targets import find_modules
+from diffusers_ext.core.capture import capture, find_modules, first_tensor, refuse_fused
 from tests.in_a_thread import in_a_thread
 from tests.tiny_lora import add_random_lora
 from tests.tiny_models import DENOISERS, flux, pixart, sd_unet

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from diffusers_ext.core.checked_tensors import (
+from diffusers_ext.core.tensor_files import (
     DIGEST_KEY,
     FLOATING,
     check_finite,

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.core.checkpoint_folder import refuse_checkpoint
-from diffusers_ext.core.sources import lora_file
-from diffusers_ext.eraser.eraser_files import read_eraser
-from diffusers_ext.golden_noise.loading import load_noise_model
+from diffusers_ext.core.sources import lora_file, refuse_checkpoint
+from diffusers_ext.eraser.files.formats import read_eraser
+from diffusers_ext.golden_noise.networks.loading import load_noise_model
 from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.sharing import push_artifact

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.core.folder_lock import LOCK_NAME, folder_lock
+from diffusers_ext.core.disk import LOCK_NAME, folder_lock
 
 
 HOLDER = """
 import sys
 sys.path.insert(0, {repository!r})
-from diffusers_ext.core.folder_lock import folder_lock
+from diffusers_ext.core.disk import folder_lock
 with folder_lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

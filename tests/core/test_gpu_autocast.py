@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.core.gpu_autocast import gpu_autocast
+from diffusers_ext.core.tracing import gpu_autocast
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusers_ext.core.held_attributes import held_attribute
+from diffusers_ext.core.restored_state import held_attribute
 
 
 def test_the_last_one_restores_whatever_the_order():

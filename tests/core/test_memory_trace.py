@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.core.memory_trace import MemoryTrace, fake_tensors, fill_with_fake_tensors
+from diffusers_ext.core.tracing import MemoryTrace, fake_tensors, fill_with_fake_tensors
 
 
 def test_peak_and_live_bytes():

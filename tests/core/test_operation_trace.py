@@ -5,8 +5,7 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_ext.core.memory_trace import fake_tensors
-from diffusers_ext.core.operation_trace import OperationTrace
+from diffusers_ext.core.tracing import OperationTrace, fake_tensors
 
 
 def test_flops_are_those_of_the_flop_counter():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_ext.core.pickled_tensors import read_pickled_tensors
+from diffusers_ext.core.tensor_files import read_pickled_tensors
 
 
 @pytest.mark.parametrize("mmap", [False, True])

@@ -11,7 +11,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from diffusers_ext.core.pipeline_hand_over import register_auto_pipeline
+from diffusers_ext.core.pipelines import register_auto_pipeline
 from tests.golden_noise.golden_pipelines import FAMILIES, golden_pipeline
 
 

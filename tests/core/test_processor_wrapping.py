@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
+from diffusers_ext.core.attention_processors import WrappingAttnProcessor, use_processors
 from diffusers_ext.core.capture import capture
-from diffusers_ext.core.processor_wrapping import WrappingAttnProcessor, use_processors
 from tests.in_a_thread import in_a_thread
 from tests.tiny_lora import add_random_lora
 from tests.tiny_models import DENOISERS, flux, hunyuan_dit, sd_unet, wan

@@ -4,13 +4,12 @@ import pytest
 import torch
 from peft import LoHaConfig
 
-from diffusers_ext.core.capture import capture
-from diffusers_ext.core.processors import (
+from diffusers_ext.core.attention_processors import (
     CaptureAttnProcessor,
     ProjectAttnProcessor,
     use_processors,
 )
-from diffusers_ext.core.targets import find_modules
+from diffusers_ext.core.capture import capture, find_modules
 from tests.core.test_capture import Store, hooks_of
 from tests.tiny_lora import (
     ATTENTION_LINEARS,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from diffusers_ext.core.quiet_run import module_eval_mode, quiet_run
+from diffusers_ext.core.restored_state import module_eval_mode, quiet_run
 
 
 @pytest.fixture

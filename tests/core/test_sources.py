@@ -12,9 +12,8 @@ from diffusers_ext.core.sources import (
     lora_file,
 )
 from diffusers_ext.evaluation.features import CLIPFeatures
-from diffusers_ext.rewards.clip_score import CLIPScoreReward
+from diffusers_ext.rewards.clip import CLIPScoreReward, PickScoreReward
 from diffusers_ext.rewards.hpsv2 import HPSv2Reward
-from diffusers_ext.rewards.pickscore import PickScoreReward
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.core.targets import find_modules, match_names, natural_key
+from diffusers_ext.core.capture import find_modules, match_names, natural_key
 from tests.tiny_models import sd_unet
 
 

@@ -11,7 +11,7 @@ from diffusers_ext.core.text_tables import (
     read_rows,
 )
 from diffusers_ext.nullspace.prompts import read_prompts_file
-from training.eraser_prompts import read_eraser_prompts
+from diffusers_ext.training.eraser.prompts import read_eraser_prompts
 
 
 def read(path, column: str = "prompt", comments: bool = False) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers import CogVideoXPipeline
 
-from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.registration import register_eraser
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.model import register_eraser
 from tests.tiny_cogvideox import tiny_video_pipeline
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_ext.eraser.outputs import erasers_disabled
+from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.eraser.erased_models import erased_pipeline, random_rows
 

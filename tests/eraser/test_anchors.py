@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.anchors import anchor_distances
+from diffusers_ext.eraser.concepts import anchor_distances
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_video_pipeline
 from tests.tiny_erasers import add_random_eraser

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.attack import (
     insert_embeddings,
     learn_revival_embeddings,
     revived_prompts,
 )
-from diffusers_ext.eraser.outputs import erasers_disabled
-from diffusers_ext.evaluation.clip_rendering import render_clips
+from diffusers_ext.evaluation.rendering import render_clips
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.eraser.erased_models import erased_pipeline, random_rows
 from tests.evaluation.erased_model_states import unchanged

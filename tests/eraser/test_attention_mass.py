@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.attention_mass import (
+from diffusers_ext.eraser.masks.attention import (
     agreement_weights,
     attention_mass,
     head_correlations,

@@ -4,11 +4,15 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from diffusers_ext.eraser.attention_mass import agreement_weights, head_correlations
-from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.concept_mask import concept_head_weights, concept_mask
-from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.masks import (
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.masks.attention import (
+    agreement_weights,
+    concept_attention,
+    head_correlations,
+)
+from diffusers_ext.eraser.masks.masks import (
+    concept_head_weights,
+    concept_mask,
     mask_to_latents,
     normalize_attention,
     velocity_difference,

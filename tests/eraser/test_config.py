@@ -7,8 +7,8 @@ import pickle
 import pytest
 from peft import PeftConfig, PeftType
 
-from diffusers_ext.eraser.config import EraserConfig, eraser_peft_type
-from diffusers_ext.eraser.registration import register_eraser
+from diffusers_ext.eraser.adapter.config import EraserConfig, eraser_peft_type
+from diffusers_ext.eraser.adapter.model import register_eraser
 
 
 register_eraser()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.convert import (
+from diffusers_ext.eraser.files.convert import (
     EraserShape,
     check_fit,
     eraser_shape,

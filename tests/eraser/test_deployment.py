@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from diffusers_ext.eraser.loading import load_eraser
-from diffusers_ext.eraser.outputs import erasers_disabled
-from diffusers_ext.eraser.saving import save_eraser
+from diffusers_ext.eraser.adapter.outputs import erasers_disabled
+from diffusers_ext.eraser.files.load import load_eraser
+from diffusers_ext.eraser.files.save import save_eraser
 from tests.eraser.saved_erasers import run, saved_eraser
 from tests.eraser.test_compatibility import draw
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline

@@ -7,8 +7,8 @@ import torch
 from diffusers.utils.peft_utils import get_adapter_name
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.outputs import eraser_layers
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.outputs import eraser_layers
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 from tests.tiny_erasers import add_random_eraser, velocity
 from tests.tiny_lora import add_random_lora

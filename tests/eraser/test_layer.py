@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from diffusers_ext.eraser.layer import EraserLayer, EraserProjection
-from diffusers_ext.eraser.outputs import eraser_layers
+from diffusers_ext.eraser.adapter.layer import EraserLayer, EraserProjection
+from diffusers_ext.eraser.adapter.outputs import eraser_layers
 from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_erasers import TEXT, WIDTH, add_random_eraser, velocity
 

@@ -7,14 +7,14 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from diffusers_ext.eraser.config import EraserConfig
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.outputs import eraser_outputs, erasers_disabled
 from diffusers_ext.eraser.losses import (
     ConceptPreservationLoss,
     MaskLocalizationLoss,
     NegativelyGuidedVelocityLoss,
     T2VUnlearningLoss,
 )
-from diffusers_ext.eraser.outputs import eraser_outputs, erasers_disabled
 from tests.eraser.erased_models import KINDS, random_rows
 from tests.eraser.loss_setting import (
     ETA,

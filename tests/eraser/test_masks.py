@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.masks import (
+from diffusers_ext.eraser.masks.masks import (
     mask_to_latents,
     mask_to_tokens,
     normalize_attention,

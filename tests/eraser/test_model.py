@@ -7,10 +7,10 @@ from diffusers import UNet2DConditionModel
 from peft import AutoPeftModel, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
-from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.layer import EraserLayer
-from diffusers_ext.eraser.model import attention_width
-from diffusers_ext.eraser.outputs import eraser_layers
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.layer import EraserLayer
+from diffusers_ext.eraser.adapter.model import attention_width
+from diffusers_ext.eraser.adapter.outputs import eraser_layers
 from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_erasers import add_random_eraser, velocity
 from tests.tiny_lora import add_random_lora

@@ -5,8 +5,8 @@ import torch
 from peft import get_peft_model
 
 from diffusers_ext.core.capture import capture
-from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.outputs import (
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.outputs import (
     eraser_layers,
     eraser_outputs,
     erasers_disabled,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.core.memory_trace import MemoryTrace
+from diffusers_ext.core.tracing import MemoryTrace
 from diffusers_ext.eraser.step import run_in_turn
 
 

@@ -11,9 +11,9 @@ from peft.mapping import (
 )
 from peft.utils import PeftType
 
-from diffusers_ext.eraser import registration
-from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.model import EraserModel
+from diffusers_ext.eraser.adapter import model as registration
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.model import EraserModel
 
 
 def test_peft_knows_the_eraser_and_a_second_registration_changes_nothing():

@@ -10,14 +10,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
-from diffusers_ext.core.memory_trace import MemoryTrace
+from diffusers_ext.core.tracing import MemoryTrace
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.training.eraser.data import ClipSize, make_data
+from diffusers_ext.training.eraser.run import add_eraser, make_step
+from diffusers_ext.training.eraser.text import GivenTexts
+from diffusers_ext.training.eraser.train import parse_args, settings
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, fill_eraser, tiny_prompts
-from training.eraser_data import ClipSize, make_data
-from training.eraser_run import add_eraser, make_step
-from training.eraser_text import GivenTexts
-from training.train_cogvideox_eraser import parse_args, settings
 
 
 RECIPE = EraserTraining(

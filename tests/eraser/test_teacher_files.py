@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_ext.eraser.teacher_files import open_teacher_samples
+from diffusers_ext.eraser.teacher.store import open_teacher_samples
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import CountedVelocity, collect, tiny_teacher
 from tests.tiny_erasers import add_random_eraser

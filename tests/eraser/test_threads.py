@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from diffusers_ext.eraser.layer import ThreadGate
-from diffusers_ext.eraser.outputs import eraser_layers, eraser_outputs, erasers_disabled
+from diffusers_ext.eraser.adapter.layer import ThreadGate
+from diffusers_ext.eraser.adapter.outputs import eraser_layers, eraser_outputs, erasers_disabled
 from tests.eraser.saved_erasers import inputs, make_eraser, run
 from tests.in_a_thread import in_a_thread
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from diffusers_ext.core.seeds import stream_seed
-from diffusers_ext.eraser.trajectory_plan import plan_trajectories
+from diffusers_ext.eraser.teacher.runs import plan_trajectories
 
 
 def plan(num_trajectories=60, num_prompts=8, num_steps=20, **changes):

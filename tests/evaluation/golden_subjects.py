@@ -8,7 +8,7 @@ import torch
 
 from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
-from diffusers_ext.golden_noise.model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from tests.training.stub_rewards import Brightness
 
 

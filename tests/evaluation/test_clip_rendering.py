@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.evaluation.clip_rendering import render_clips
+from diffusers_ext.evaluation.rendering import render_clips
 from tests.tiny_cogvideox import tiny_video_pipeline
 
 

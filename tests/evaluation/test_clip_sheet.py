@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.evaluation import clip_sheet as module
-from diffusers_ext.evaluation.clip_sheet import KeptClip, check_clip_format, clip_sheet, write_clip
+from diffusers_ext.evaluation import sheets as module
+from diffusers_ext.evaluation.sheets import KeptClip, check_clip_format, clip_sheet, write_clip
 
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]

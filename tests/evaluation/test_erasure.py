@@ -8,12 +8,16 @@ import torch
 from diffusers import CogVideoXPipeline
 from peft import inject_adapter_in_model
 
-from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.outputs import eraser_layers
-from diffusers_ext.eraser.registration import register_eraser
-from diffusers_ext.evaluation.clip_rendering import render_clips
-from diffusers_ext.evaluation.eraser_sides import erasers_at_scale, find_erasers
-from diffusers_ext.evaluation.erasure import draw_base_clips, evaluate_erasure
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.model import register_eraser
+from diffusers_ext.eraser.adapter.outputs import eraser_layers
+from diffusers_ext.evaluation.erasure import (
+    draw_base_clips,
+    erasers_at_scale,
+    evaluate_erasure,
+    find_erasers,
+)
+from diffusers_ext.evaluation.rendering import render_clips
 from tests.tiny_cogvideox import tiny_video_pipeline
 
 

@@ -12,7 +12,7 @@ from diffusers_ext.evaluation.noise_rendering import (
 )
 from diffusers_ext.evaluation.rendering import Sampling, draw, shots_of
 from diffusers_ext.golden_noise.denoiser import denoiser_of
-from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline
+from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from tests.evaluation.conftest import make_pipeline
 from tests.golden_noise.golden_pipelines import golden_pipeline
 from tests.tiny_image_pipelines import (

@@ -6,12 +6,13 @@ import torch
 from diffusers_ext.evaluation.features import PixelFeatures
 from diffusers_ext.evaluation.noise_figures import NoiseFigures
 from diffusers_ext.evaluation.noise_summary import (
+    Measurement,
+    RunCost,
     best_of_summary,
     cost_summary,
     diversity_summary,
     resampled_groups,
 )
-from diffusers_ext.evaluation.run_cost import Measurement, RunCost
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.evaluation.picture_sheet import SheetRow, picture_sheet
+from diffusers_ext.evaluation.sheets import SheetRow, picture_sheet
 
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)

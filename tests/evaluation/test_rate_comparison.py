@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_ext.evaluation.erasure_summary import compare_rates
 from diffusers_ext.evaluation.paired_comparison import wilson_interval
-from diffusers_ext.evaluation.rate_comparison import compare_rates
 
 
 def verdicts(*counts: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:

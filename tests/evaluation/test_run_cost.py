@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.evaluation.run_cost import Measurement, RunCost
+from diffusers_ext.evaluation.noise_summary import Measurement, RunCost
 
 
 @pytest.fixture

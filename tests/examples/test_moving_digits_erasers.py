@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diffusers_ext.eraser.concepts import contains_concept
+from diffusers_ext.training.eraser.prompts import seen_prompts
 from examples.digits.prompts import COLORS, DIGITS, HELD_OUT_PAIRS
 from examples.moving_digits.erasers import (
     evaluation_groups,
@@ -18,7 +19,6 @@ from examples.moving_digits.prompts import (
     TEMPLATES,
     read_prompt,
 )
-from training.eraser_prompts import seen_prompts
 
 
 TARGETS = pytest.mark.parametrize("target", ["seven", "three", "red"])

@@ -26,12 +26,14 @@ MODELS = {
 # file -> classes that it may name, and why
 _SUBCLASSES = "the public pipelines derive from those of diffusers"
 ALLOWED: dict[str, tuple[set[str], str]] = {
-    "diffusers_ext/golden_noise/pipeline.py": (
-        {"StableDiffusionPipeline", "StableDiffusionXLPipeline"},
-        _SUBCLASSES,
-    ),
-    "diffusers_ext/golden_noise/pipeline_transformers.py": (
-        {"FluxPipeline", "HunyuanDiTPipeline", "StableDiffusion3Pipeline"},
+    "diffusers_ext/golden_noise/pipelines.py": (
+        {
+            "FluxPipeline",
+            "HunyuanDiTPipeline",
+            "StableDiffusion3Pipeline",
+            "StableDiffusionPipeline",
+            "StableDiffusionXLPipeline",
+        },
         _SUBCLASSES,
     ),
     "diffusers_ext/nullspace/pipeline.py": (

@@ -13,17 +13,18 @@ from diffusers_ext.families.family import NetworkSizes
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.conditioning import encode_prompts
 from diffusers_ext.golden_noise.denoiser import denoiser_of
-from diffusers_ext.golden_noise.model import GoldenNoiseModel
-from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.npnet import NPNet
-from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline, GoldenNoiseXLPipeline
-from diffusers_ext.golden_noise.pipeline_transformers import (
+from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseFluxPipeline,
     GoldenNoiseHunyuanDiTPipeline,
+    GoldenNoisePipeline,
     GoldenNoiseSD3Pipeline,
+    GoldenNoiseXLPipeline,
 )
-from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
-from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import (
     tiny_flux_pipeline,

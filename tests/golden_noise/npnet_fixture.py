@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from diffusers_ext.golden_noise.npnet import NPNet
+from diffusers_ext.golden_noise.networks.npnet import NPNet
 
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "npnet"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from diffusers_ext.golden_noise.pair_shards import PairRecord
-from diffusers_ext.golden_noise.pair_writer import PairWriter
+from diffusers_ext.golden_noise.pairs.shards import PairRecord
+from diffusers_ext.golden_noise.pairs.writer import PairWriter
 
 
 SHAPE, STEPS = (4, 8, 8), 2

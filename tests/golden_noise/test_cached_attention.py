@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.cached_attention import MultiHeadAttention, TransformerBlock
+from diffusers_ext.golden_noise.networks.blocks import MultiHeadAttention, TransformerBlock
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

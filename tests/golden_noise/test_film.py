@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_ext.golden_noise.film import FiLM
+from diffusers_ext.golden_noise.networks.sequence_rnn import FiLM
 
 
 def test_it_starts_as_the_identity():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.foreign_pairs import ThirdPartyPairDataset
-from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.golden_noise.pairs.dataset import open_pairs
+from diffusers_ext.golden_noise.pairs.third_party import ThirdPartyPairDataset
 
 
 SHAPE = (4, 8, 8)

@@ -7,12 +7,12 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
-from diffusers_ext.golden_noise.loading import NETWORK_MODULES, load_noise_model
-from diffusers_ext.golden_noise.model import GoldenNoiseModel
-from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.npnet import NPNet
-from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
-from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.loading import NETWORK_MODULES, load_noise_model
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from tests.evaluation.golden_subjects import small_network
 from tests.golden_noise.npnet_fixture import nested, official_weights
 

@@ -1,7 +1,11 @@
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.model import GoldenNoiseModel, from_patches, to_patches
+from diffusers_ext.golden_noise.networks.golden_noise_model import (
+    GoldenNoiseModel,
+    from_patches,
+    to_patches,
+)
 
 
 @pytest.fixture

@@ -5,12 +5,9 @@ import json
 import pytest
 from diffusers import StableDiffusionXLPipeline
 
-from diffusers_ext.golden_noise import pipeline, pipeline_transformers
-from diffusers_ext.golden_noise.network_card import (
-    GOLDEN_PIPELINES,
-    golden_pipeline_name,
-    network_card,
-)
+from diffusers_ext.golden_noise import pipelines as pipeline
+from diffusers_ext.golden_noise import pipelines as pipeline_transformers
+from diffusers_ext.golden_noise.card import GOLDEN_PIPELINES, golden_pipeline_name, network_card
 from tests.evaluation.golden_subjects import small_network
 from tests.golden_noise.shared_facts import NETWORK_FACTS, upload_base
 

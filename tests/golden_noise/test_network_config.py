@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffusers_ext.golden_noise.network_files import read_network_config
+from diffusers_ext.golden_noise.networks.files import read_network_config
 from tests.golden_noise.shared_facts import upload_base
 
 

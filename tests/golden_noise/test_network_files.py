@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diffusers_ext
-from diffusers_ext.golden_noise.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.loading import load_noise_model
 from tests.golden_noise.golden_pipelines import NETWORKS
 from tests.golden_noise.test_network import assert_equal, small
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.convert import convert_npnet
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.npnet_weights import convert_npnet
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
-from diffusers_ext.golden_noise.npnet import NPNet
 from tests.golden_noise.npnet_fixture import (
     SMALL_CONFIG,
     TEXT_WIDTH,

@@ -7,10 +7,10 @@ import torch
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, HfApi
 
-from diffusers_ext.golden_noise.pair_set_hub import measured, num_rejected, pair_set_card
-from diffusers_ext.golden_noise.pair_shards import PairRecord
-from diffusers_ext.golden_noise.pair_writer import PairWriter
-from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.golden_noise.pairs.dataset import open_pairs
+from diffusers_ext.golden_noise.pairs.hub import measured, num_rejected, pair_set_card
+from diffusers_ext.golden_noise.pairs.shards import PairRecord
+from diffusers_ext.golden_noise.pairs.writer import PairWriter
 from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record, write_set
 from tests.golden_noise.shared_facts import RESULT, upload_base
 from tests.golden_noise.test_foreign_pairs import write_csv, write_official

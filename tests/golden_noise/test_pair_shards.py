@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_ext.golden_noise import pair_shards
-from diffusers_ext.golden_noise.pair_shards import check_shard, shard_files
-from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.golden_noise.pairs import shards as pair_shards
+from diffusers_ext.golden_noise.pairs.dataset import open_pairs
+from diffusers_ext.golden_noise.pairs.shards import check_shard, shard_files
 from tests.golden_noise.pair_sets import SHAPE, STEPS, write_set
 
 

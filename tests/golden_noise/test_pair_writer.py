@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from diffusers_ext.core.config_digest import config_digest
-from diffusers_ext.golden_noise import pair_shards
-from diffusers_ext.golden_noise.pair_shards import shard_files
-from diffusers_ext.golden_noise.pair_writer import PairWriter
-from diffusers_ext.golden_noise.pairs import PairDataset, open_pairs
+from diffusers_ext.core.tensor_files import config_digest
+from diffusers_ext.golden_noise.pairs import shards as pair_shards
+from diffusers_ext.golden_noise.pairs.dataset import PairDataset, open_pairs
+from diffusers_ext.golden_noise.pairs.shards import shard_files
+from diffusers_ext.golden_noise.pairs.writer import PairWriter
 from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record, write_set
 
 

@@ -8,10 +8,10 @@ import torch
 from datasets import load_dataset
 from torch.utils.data import DataLoader
 
-from diffusers_ext.golden_noise import pair_shards
-from diffusers_ext.golden_noise.pair_shards import PairRecord
-from diffusers_ext.golden_noise.pair_writer import PairWriter
-from diffusers_ext.golden_noise.pairs import PairDataset, open_pairs, source_noise
+from diffusers_ext.golden_noise.pairs import shards as pair_shards
+from diffusers_ext.golden_noise.pairs.dataset import PairDataset, open_pairs, source_noise
+from diffusers_ext.golden_noise.pairs.shards import PairRecord
+from diffusers_ext.golden_noise.pairs.writer import PairWriter
 from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record, write_set
 
 
@@ -55,7 +55,7 @@ def test_opening_reads_no_tensor(tmp_path, monkeypatch):
     write_set(tmp_path)
     read = []
     monkeypatch.setattr(
-        "diffusers_ext.golden_noise.pairs.open_tensors",
+        "diffusers_ext.golden_noise.pairs.dataset.open_tensors",
         lambda path: read.append(path.stem) or pair_shards.open_tensors(path),
     )
     pairs = PairDataset(tmp_path)

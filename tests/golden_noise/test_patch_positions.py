@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.patch_positions import patch_positions
+from diffusers_ext.golden_noise.networks.blocks import patch_positions
 
 
 def test_every_patch_has_its_own_position():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline
+from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from tests.golden_noise.golden_pipelines import FAMILIES, draw, golden_pipeline
 
 

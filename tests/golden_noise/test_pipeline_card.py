@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from peft import LoraConfig
 
-from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline
-from diffusers_ext.golden_noise.pipeline_card import pipeline_card
+from diffusers_ext.golden_noise.card import pipeline_card
+from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from tests.golden_noise.golden_pipelines import FAMILIES, golden_pipeline
 from tests.golden_noise.shared_facts import upload_base
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from diffusers_ext.golden_noise.network import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline
+from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from tests.golden_noise.golden_pipelines import (
     FAMILIES,
     NETWORKS,

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 
 from diffusers_ext.families.flux import Flux
 from diffusers_ext.families.sd3 import SD3
-from diffusers_ext.golden_noise.redenoise_coefficients import (
+from diffusers_ext.golden_noise.redenoise import (
     ddim_step_coefficients,
     diffusion_coefficients,
     first_ddim_step,

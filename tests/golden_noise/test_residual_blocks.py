@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.residual_blocks import (
+from diffusers_ext.golden_noise.networks.sequence_rnn import (
     ResidualBlock,
     ResidualStage,
     UpsampleTo,

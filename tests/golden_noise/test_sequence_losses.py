@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.sequence_losses import (
+from diffusers_ext.golden_noise.networks.sequence import (
     gaussian_nll,
     output_statistics_kl,
     squared_error,

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.sequence_generation import MOST_LOGVAR
-from diffusers_ext.golden_noise.sequence_losses import gaussian_nll
+from diffusers_ext.golden_noise.networks.sequence import MOST_LOGVAR, gaussian_nll
 from tests.golden_noise.tiny_sequences import (
     NETWORKS,
     STEPS,

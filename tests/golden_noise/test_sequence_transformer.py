@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.model import to_patches
-from diffusers_ext.golden_noise.noise_statistics import match_energy
-from diffusers_ext.golden_noise.sequence_transformer import (
+from diffusers_ext.golden_noise.networks.golden_noise_model import to_patches
+from diffusers_ext.golden_noise.networks.sequence_transformer import (
     NoiseSequenceTransformer,
     frame_causal_mask,
 )
+from diffusers_ext.golden_noise.noise_statistics import match_energy
 from tests.golden_noise.tiny_sequences import (
     STEPS,
     random_network,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.svd_branch import (
+from diffusers_ext.golden_noise.networks.npnet_branches import (
     SingularParts,
     SVDBranch,
     matrix_to_noise,

@@ -4,7 +4,7 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers import SwinConfig, SwinModel
 
-from diffusers_ext.golden_noise.swin_inference import linear, swin_features
+from diffusers_ext.golden_noise.networks.swin import linear, swin_features
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.text_reading import AttentionPooling, TextReader
+from diffusers_ext.golden_noise.networks.blocks import AttentionPooling, TextReader
 
 
 def reader(num_layers: int = 1) -> TextReader:

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.noise_statistics import noise_statistics
-from diffusers_ext.golden_noise.windows import (
+from diffusers_ext.golden_noise.networks.npnet import (
     apply_in_windows,
     blending_weights,
     continue_noise,
     text_windows,
     window_starts,
 )
+from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 
 
 @pytest.mark.parametrize("window", [1, 8, 128])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_ext.golden_noise.sequence_rnn import NoiseSequenceRNN
-from diffusers_ext.golden_noise.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 
 
 STEPS, TEXT_DIM = 3, 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffusers_ext.golden_noise.pair_shards import PairRecord
+from diffusers_ext.golden_noise.pairs.shards import PairRecord
 from tests.golden_noise.golden_pipelines import NETWORKS
 from tests.golden_noise.pair_sets import PROMPTS
 

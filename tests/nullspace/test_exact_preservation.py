@@ -10,8 +10,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, save_lora
-from diffusers_ext.nullspace.projected_update import ProjectedUpdate
-from diffusers_ext.nullspace.projector import NullSpaceProjector
+from diffusers_ext.nullspace.projector import NullSpaceProjector, ProjectedUpdate
 from examples.digits.check_model import load_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline

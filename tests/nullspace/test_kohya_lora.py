@@ -9,8 +9,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from diffusers_ext.nullspace.debleed import debleed_lora
-from diffusers_ext.nullspace.kohya_lora import is_kohya_lora, read_kohya_lora
 from diffusers_ext.nullspace.lora_files import export_lora, read_lora
+from diffusers_ext.nullspace.lora_formats import is_kohya_lora, read_kohya_lora
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 

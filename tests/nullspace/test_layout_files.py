@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.nullspace.layout_files import (
+from diffusers_ext.nullspace.npy_files import (
     MatrixFile,
     find_files,
     find_linear,

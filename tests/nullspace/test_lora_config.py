@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from peft import LoraConfig
 
-from diffusers_ext.nullspace.lora_config import check_lora_config
+from diffusers_ext.nullspace.lora import check_lora_config
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffusers_ext.nullspace.lora_names import parse_key
+from diffusers_ext.nullspace.lora_formats import parse_key
 
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.nullspace.measured_models import denoiser_of, model_fingerprints
+from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints
 from tests.tiny_digits import random_digits_pipeline
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_ext import NullSpaceDreamBoothPipeline
-from diffusers_ext.core.checked_tensors import read_tensors
+from diffusers_ext.core.tensor_files import read_tensors
 from diffusers_ext.nullspace.lora_files import (
     KOHYA_NAME,
     LORA_WEIGHT_NAME,

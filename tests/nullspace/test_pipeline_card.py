@@ -4,8 +4,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from diffusers_ext.nullspace.card import subject_pipeline_card
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
-from diffusers_ext.nullspace.pipeline_card import subject_pipeline_card
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_ext.nullspace.projected_update import ProjectedUpdate
+from diffusers_ext.nullspace.projector import ProjectedUpdate
 
 
 IN, OUT, PRESERVED = 12, 5, 4

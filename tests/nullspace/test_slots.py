@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffusers_ext.core.targets import natural_key
+from diffusers_ext.core.capture import natural_key
 from diffusers_ext.nullspace.slots import (
     FEATURES,
     SLOT_PATHS,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffusers_ext.nullspace.statistics_card import collection_settings, statistics_card
+from diffusers_ext.nullspace.card import collection_settings, statistics_card
 from tests.nullspace.test_statistics import made_up
 
 

@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from diffusers_ext import collect_statistics
-from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy
+from diffusers_ext.nullspace.debleed import (
+    debleed_lora,
+    preserved_energy,
+    subject_projection,
+    subject_projections,
+)
 from diffusers_ext.nullspace.lora import instance_statistics_like
 from diffusers_ext.nullspace.lora_files import read_lora
-from diffusers_ext.nullspace.subject_projection import subject_projection, subject_projections
 from tests.nullspace.conftest import FEW_PROMPTS
 from tests.nullspace.test_debleed import save_random_lora
 from tests.tiny_digits import random_digits_pipeline

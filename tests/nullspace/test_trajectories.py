@@ -9,11 +9,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-from diffusers_ext.nullspace import trajectories
-from diffusers_ext.nullspace.collect import collect_statistics
+from diffusers_ext.nullspace import collect as trajectories
+from diffusers_ext.nullspace.collect import collect_statistics, shared_inputs
 from diffusers_ext.nullspace.slots import FEATURES, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.nullspace.trajectories import shared_inputs
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from benchmarks.measured_memory import peak_bytes
-from diffusers_ext.core.memory_trace import MemoryTrace
+from diffusers_ext.core.tracing import MemoryTrace
 from diffusers_ext.eraser.batch import EraserText
+from diffusers_ext.eraser.geometry import eraser_size
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.sizes import eraser_size
 from diffusers_ext.planning import plan_run
 from diffusers_ext.planning.base_model import read_folder
 from diffusers_ext.planning.eraser_run import draft_eraser
 from diffusers_ext.planning.gpus import find_gpu
 from diffusers_ext.planning.work import gpu_seconds, trace_work
+from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.run import EraserData, add_eraser, make_step
 from tests.planning.real_jobs import measured_peak
 from tests.tiny_cogvideox import tiny_video_pipeline
-from training.eraser_data import ClipSize
-from training.eraser_run import EraserData, add_eraser, make_step
 
 
 LATENTS = (3, 4, 4, 4)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from diffusers_ext.core.operation_trace import Operation
+from diffusers_ext.core.tracing import Operation
 from diffusers_ext.planning.gpus import Gpu
 from diffusers_ext.planning.work import (
     BANDWIDTH_UTILIZATION,

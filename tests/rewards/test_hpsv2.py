@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_ext.rewards import HPSv2Reward
-from diffusers_ext.rewards.hpsv2_files import locate_checkpoint
+from diffusers_ext.rewards.hpsv2 import locate_checkpoint
 from examples.digits.prompts import make_tokenizer
 from tests.rewards.hpsv2_fixtures import (
     CASES,
@@ -184,7 +184,7 @@ def test_the_hub_is_asked_for_the_versions_file(hpsv2_folder, monkeypatch):
         asked.append((repository, name, arguments))
         return str(hpsv2_folder / name)
 
-    monkeypatch.setattr("diffusers_ext.rewards.hpsv2_files.hf_hub_download", download)
+    monkeypatch.setattr("diffusers_ext.rewards.hpsv2.hf_hub_download", download)
     reward = HPSv2Reward.from_pretrained(config=tiny_config(), revision="main", token="t")
     assert asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt", {"revision": "main", "token": "t"})]
     assert isinstance(reward, HPSv2Reward)

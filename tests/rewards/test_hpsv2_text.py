@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from diffusers_ext.rewards.hpsv2_text import clean_prompt, token_ids
+from diffusers_ext.rewards.hpsv2 import clean_prompt, token_ids
 from tests.rewards.hpsv2_fixtures import CASES, PROMPTS, clip_tokenizer, official_tensors
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ext.rewards.letterbox import CLIP_MEAN, CLIP_STD, letterbox
+from diffusers_ext.rewards.hpsv2 import CLIP_MEAN, CLIP_STD, letterbox
 from tests.rewards.hpsv2_fixtures import official_tensors, picture
 
 

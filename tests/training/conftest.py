@@ -8,13 +8,15 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+from diffusers_ext.training.golden_noise import generate as generate_npd
+from diffusers_ext.training.nullspace import statistics as build_covariance
+from diffusers_ext.training.nullspace.run import main, parse_args
 from examples.digits.check_model import load_pipeline
 from examples.digits.pictures import draw_glyphs, tint
 from tests.tiny_lora import add_random_lora
 from tests.training.pair_runs import QUICK_PAIRS, write_prompt_file
 from tests.training.script_runs import EVALUATED, QUICK, command_line, write_prompts
-from training import build_covariance, evaluate_nullspace, generate_npd
-from training.train_nullspace_dreambooth import main, parse_args
+from training import evaluate_nullspace
 
 
 # Few words, so that a true null space is left.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from diffusers_ext.training.eraser.prompts import EraserPrompts, make_eraser_prompts
+from diffusers_ext.training.eraser.train import main, parse_args
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.script_runs import command_line
-from training.eraser_prompts import EraserPrompts, make_eraser_prompts
-from training.train_cogvideox_eraser import main, parse_args
 
 
 TARGETS = ("a red seven moving right", "the blue seven goes up")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from peft import inject_adapter_in_model
 
-from diffusers_ext.eraser.config import EraserConfig
-from diffusers_ext.eraser.registration import register_eraser
-from diffusers_ext.eraser.saving import save_eraser
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.model import register_eraser
+from diffusers_ext.eraser.files.save import save_eraser
 from tests.tiny_cogvideox import tiny_video_pipeline
 
 

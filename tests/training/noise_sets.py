@@ -9,9 +9,9 @@ import torch
 
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.golden_noise.noise_statistics import match_energy
-from diffusers_ext.golden_noise.pair_shards import PairRecord
-from diffusers_ext.golden_noise.pair_writer import PairWriter
-from diffusers_ext.golden_noise.pairs import source_noise
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
+from diffusers_ext.golden_noise.pairs.shards import PairRecord
+from diffusers_ext.golden_noise.pairs.writer import PairWriter
 from examples.digits.check_model import load_pipeline
 
 

@@ -17,6 +17,8 @@ from PIL import Image
 from diffusers_ext.core.second_moment import LowRankMoment
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.training.nullspace import statistics as build_covariance
+from diffusers_ext.training.nullspace.statistics import main, parse_args
 from examples.digits.check_model import load_pipeline
 from tests.training.script_runs import (
     PROMPTS,
@@ -24,8 +26,6 @@ from tests.training.script_runs import (
     command_line,
     files_below,
 )
-from training import build_covariance
-from training.build_covariance import main, parse_args
 
 
 ALL = ("q", "k", "v", "out")
@@ -273,7 +273,7 @@ def test_what_cannot_be_written_or_run_is_refused_before_the_work(
 
 def test_a_tree_that_does_not_fit_is_refused_before_the_work(build, tmp_path, monkeypatch):
     usage = SimpleNamespace(free=1_500_000)
-    monkeypatch.setattr("diffusers_ext.nullspace.layout.shutil.disk_usage", lambda place: usage)
+    monkeypatch.setattr("diffusers_ext.nullspace.npy_tree.shutil.disk_usage", lambda place: usage)
     message = r"must have [\d.]+ MB free for the npy files of 2 timesteps, got 1.5 MB in "
     with pytest.raises(ValueError, match=message):
         build(export_layout=True, layout_timesteps="all")
@@ -282,7 +282,7 @@ def test_a_tree_that_does_not_fit_is_refused_before_the_work(build, tmp_path, mo
 
 def test_without_matplotlib(build, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    for module in (build_covariance, "training.statistics_report"):
+    for module in (build_covariance, "diffusers_ext.training.nullspace.statistics"):
         target = module if isinstance(module, str) else module.__name__
         monkeypatch.setattr(f"{target}.has_matplotlib", lambda: False)
     folder = build()

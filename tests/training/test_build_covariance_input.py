@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from diffusers_ext.training.nullspace import statistics as build_covariance
 from examples.digits.check_model import load_pipeline
 from tests.training.script_runs import files_below
-from training import build_covariance
 
 
 def bad_prompts(folder, text: str) -> dict:
@@ -62,7 +62,7 @@ def test_a_failure_while_writing_leaves_the_old_result(build, tmp_path, monkeypa
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("training.statistics_report.plot_null_dimensions", fail)
+    monkeypatch.setattr("diffusers_ext.training.nullspace.statistics.plot_null_dimensions", fail)
     with pytest.raises(OSError, match="disk full"):
         build(seed=1, overwrite_output_dir=True)
     assert {name: (folder / name).read_bytes() for name in files_below(folder)} == before

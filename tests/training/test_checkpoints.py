@@ -8,14 +8,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from training import checkpoint_folders
-from training.checkpoint_folders import (
+from diffusers_ext.training.run import checkpoint_files as checkpoint_folders
+from diffusers_ext.training.run.checkpoint_files import (
     check_same_facts,
     find_checkpoint,
     list_checkpoints,
     read_checkpoint,
 )
-from training.checkpoints import Checkpoints
+from diffusers_ext.training.run.checkpoints import Checkpoints
 
 
 FACTS = {"seed": 0, "model": {"probe": [1.0, 2.0]}}

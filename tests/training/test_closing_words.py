@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 
 import diffusers_ext
-from training.closing_words import (
+from diffusers_ext.training.run.closing_words import (
     directions_words,
     eraser_words,
     network_words,

@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
+from diffusers_ext.training.nullspace.statistics import (
+    check_args,
+    check_resume,
+    collection_facts,
+    collection_progress,
+    parse_args,
+)
 from tests.training.script_runs import MODEL_DIR, PROMPTS, command_line, files_below
-from training.build_covariance import check_args, parse_args
-from training.collection_progress import check_resume, collection_facts, collection_progress
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,11 @@ import re
 import pytest
 
 from diffusers_ext.core.run_settings import ReportingSettings
-from training.config_file import parse_arguments, read_config, read_nullbooth_block
+from diffusers_ext.training.run.config_file import (
+    parse_arguments,
+    read_config,
+    read_nullbooth_block,
+)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from training.data import StepBatchSampler
+from diffusers_ext.training.run.loop import StepBatchSampler
 
 
 def take(count: int, length: int = 7, batch_size: int = 2, seed: int = 0, **arguments):

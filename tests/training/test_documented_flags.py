@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from diffusers_ext.training.eraser.train import parse_args
+from diffusers_ext.training.run.config_file import DOCUMENTED_FLAGS, replaced_flag
 from docs.settings_tables import script_parser
-from training.documented_flags import DOCUMENTED_FLAGS, replaced_flag
-from training.train_cogvideox_eraser import parse_args
 
 
 # Every flag that the design documents give to a script, by the script's name here.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_ext.training.nullspace.pictures import draw_images, latent_scale, sampling_arguments
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
-from training.drawing import draw_images, latent_scale, sampling_arguments
 
 
 RUN = {"num_inference_steps": 2, "guidance_scale": 3.0}

@@ -11,15 +11,15 @@ from torch.utils.data import TensorDataset
 
 from diffusers_ext.core.noise_schedules import check_prediction_type
 from diffusers_ext.nullspace.step import Condition, DreamBoothLoss
-from examples.digits.check_model import load_pipeline
-from tests.tiny_pipelines import sdxl_pipeline
-from training.dreambooth import (
+from diffusers_ext.training.nullspace.pictures import (
     encode_condition,
     encode_images,
     list_images,
     load_image,
     make_class_images,
 )
+from examples.digits.check_model import load_pipeline
+from tests.tiny_pipelines import sdxl_pipeline
 
 
 class Echo(torch.nn.Module):

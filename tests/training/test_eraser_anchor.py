@@ -5,10 +5,10 @@ import json
 import pytest
 
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.training.eraser import train as train_cogvideox_eraser
+from diffusers_ext.training.eraser.text import choose_anchor_concept, settle_anchor
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import PRESERVED, TARGETS, read_report, train, write_eraser_files
-from training import train_cogvideox_eraser
-from training.eraser_anchor import choose_anchor_concept, settle_anchor
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

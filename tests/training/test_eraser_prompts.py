@@ -5,8 +5,7 @@ import logging
 import pytest
 
 from diffusers_ext.eraser.neighbours import Neighbour
-from tests.tiny_cogvideox import tiny_video_pipeline
-from training.eraser_prompts import (
+from diffusers_ext.training.eraser.prompts import (
     EraserPrompts,
     auto_preserved_concepts,
     make_eraser_prompts,
@@ -14,6 +13,7 @@ from training.eraser_prompts import (
     seen_prompts,
     write_preserved_concepts,
 )
+from tests.tiny_cogvideox import tiny_video_pipeline
 
 
 TARGET = ["a red seven moving right", "Seven in blue", "a red seven moving right"]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from diffusers_ext.training.eraser.data import NoiseSource, VideoSource, encode_frames
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.test_video_files import moving_square, write_gif, write_pictures
-from training.eraser_samples import NoiseSource, VideoSource, encode_frames
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_ext.training.run.config_file import argument_names
+from diffusers_ext.training.run.evaluation_names import add_erasure_names, add_golden_noise_names
 from docs.settings_tables import script_parser
-from training.config_file import argument_names
-from training.evaluation_names import add_erasure_names, add_golden_noise_names
 
 
 FLAGS = json.loads((Path(__file__).parents[1] / "fixtures/evaluation_flags.json").read_text())

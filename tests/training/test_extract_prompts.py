@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features, Image, Value
 
+from diffusers_ext.training.golden_noise.prompts import main, parse_args
+from diffusers_ext.training.golden_noise.rendering import read_prompt_file
 from tests.training.script_runs import REPOSITORY, environment
-from training.extract_prompts import main, parse_args
-from training.prompt_files import read_prompt_file
 
 
 # What tables, numbers and files make of texts, where nobody looks.

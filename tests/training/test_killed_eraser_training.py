@@ -27,14 +27,14 @@ def half_written(marker) -> str:
 import time
 from pathlib import Path
 
-import training.eraser_result
+import diffusers_ext.training.eraser.result
 
 def save_half(transformer, folder, **_):
     Path(folder, "adapter_config.json").write_text("half")
     Path({str(marker)!r}).touch()
     time.sleep(600)
 
-training.eraser_result.save_eraser = save_half
+diffusers_ext.training.eraser.result.save_eraser = save_half
 """
 
 

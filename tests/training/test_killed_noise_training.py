@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from diffusers_ext.training.run.checkpoint_files import list_checkpoints
 from tests.training.killed_runs import TrainingServer
 from tests.training.noise_runs import noise_line, train
 from tests.training.noise_sets import write_noises
-from training.checkpoint_folders import list_checkpoints
 
 
 STATEFUL = {
@@ -95,7 +95,7 @@ def test_another_run_is_refused_before_the_text_is_encoded(
 ):
     run = {"checkpointing_steps": 4, "use_ema": True}
     train(model, noises, tmp_path / "out", **run)
-    monkeypatch.setattr("training.noise_run.load_text_pipeline", None)
+    monkeypatch.setattr("diffusers_ext.training.golden_noise.run.load_text_pipeline", None)
     arguments = {**run, "resume_from_checkpoint": "latest", **changed}
     with pytest.raises(ValueError, match=message):
         train(model, noises, tmp_path / "out", **arguments)

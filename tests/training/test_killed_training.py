@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from diffusers_ext.training.nullspace.run import main, parse_args
+from diffusers_ext.training.run.checkpoint_files import list_checkpoints
 from tests.training.killed_runs import TrainingServer
 from tests.training.script_runs import files_below
-from training.checkpoint_folders import list_checkpoints
-from training.train_nullspace_dreambooth import main, parse_args
 
 
 # Everything that has a state: dropout draws from the global generators, the schedule counts steps.
@@ -25,7 +25,7 @@ PATCH = """
 import time
 from pathlib import Path
 
-import training.checkpoint_folders as folders
+import diffusers_ext.training.run.checkpoint_files as folders
 from training import checkpoints, subject
 
 calls = []
@@ -196,4 +196,4 @@ def forbid_loading(monkeypatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("The model must not be loaded.")
 
-    monkeypatch.setattr("training.train_nullspace_dreambooth.load_pipeline", load)
+    monkeypatch.setattr("diffusers_ext.training.nullspace.run.load_pipeline", load)

@@ -5,14 +5,11 @@ from argparse import Namespace
 import pytest
 from safetensors.torch import load_file
 
-from training import (
-    evaluate_eraser,
-    generate_npd,
-    train_cogvideox_eraser,
-    train_nullspace_dreambooth,
-)
-from training.launcher_settings import settle_launcher_settings
-from training.run_setup import make_accelerator
+from diffusers_ext.training.eraser import train as train_cogvideox_eraser
+from diffusers_ext.training.golden_noise import generate as generate_npd
+from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
+from diffusers_ext.training.run.setup import make_accelerator, settle_launcher_settings
+from training import evaluate_eraser
 
 
 ERASER = (

@@ -8,8 +8,8 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import TensorDataset
 
 from diffusers_ext.core.seeds import step_generator
-from training.checkpoints import Checkpoints
-from training.loop import LoopSettings, TrainingLoop
+from diffusers_ext.training.run.checkpoints import Checkpoints
+from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 
 
 INPUTS = torch.arange(24.0).reshape(6, 4) / 24

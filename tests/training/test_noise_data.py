@@ -5,9 +5,8 @@ import argparse
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.pairs import open_pairs
-from tests.training.noise_sets import PROMPTS, SHAPE, write_noises
-from training.noise_data import (
+from diffusers_ext.golden_noise.pairs.dataset import open_pairs
+from diffusers_ext.training.golden_noise.data import (
     NoiseSamples,
     count_steps,
     data_facts,
@@ -15,6 +14,7 @@ from training.noise_data import (
     split_by_prompt,
     target_steps,
 )
+from tests.training.noise_sets import PROMPTS, SHAPE, write_noises
 
 
 def args(**values) -> argparse.Namespace:

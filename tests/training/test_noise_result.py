@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard
 
-from diffusers_ext.golden_noise.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.training.golden_noise.npnet import parse_args
+from diffusers_ext.training.golden_noise.result import figures_measured, trained_network_card
 from tests.evaluation.golden_subjects import small_network
 from tests.training.noise_runs import read_report, train
 from tests.training.noise_sets import digits_facts, write_noises
-from training.noise_result import figures_measured, trained_network_card
-from training.train_npnet import parse_args
 
 
 MADE = {"w1": 5.5, "redenoise_steps": 10, "models": {}, "reward": None}

@@ -5,12 +5,16 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from diffusers_ext.golden_noise.model import GoldenNoiseModel
-from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
+from diffusers_ext.training.golden_noise.data import NoiseSamples
+from diffusers_ext.training.golden_noise.validation import (
+    NoiseValidation,
+    averaged_weights,
+    measure_pairs,
+)
 from tests.training.noise_sets import PROMPTS, write_noises
-from training.noise_data import NoiseSamples
-from training.noise_validation import NoiseValidation, averaged_weights, measure_pairs
 
 
 ROWS = {prompt: row for row, prompt in enumerate(PROMPTS)}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.core.folder_lock import LOCK_NAME
-from training.output_folder import (
+from diffusers_ext.core.disk import LOCK_NAME
+from diffusers_ext.training.run.script import (
     check_output_dir,
     clear_output_dir,
     one_run_a_folder,

@@ -7,14 +7,14 @@ import torch
 
 from diffusers_ext.golden_noise.conditioning import encode_prompts
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
-from diffusers_ext.golden_noise.pairs import source_noise
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import redenoise_sequence
 from diffusers_ext.golden_noise.settings import PairSettings
+from diffusers_ext.training.golden_noise.pairs import Candidate, PairMaker, list_candidates, split
+from diffusers_ext.training.golden_noise.rendering import latent_shape, render
 from tests.golden_noise.golden_pipelines import FAMILIES
 from tests.tiny_digits import random_digits_pipeline
 from tests.training.stub_rewards import Brightness, Constant
-from training.pair_generation import Candidate, PairMaker, list_candidates, split
-from training.pair_rendering import latent_shape, render
 
 
 SHAPE = (4, 8, 8)

@@ -7,7 +7,7 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from huggingface_hub.errors import BadRequestError
 
-from diffusers_ext.golden_noise.pairs import open_pairs
+from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from tests.training.noise_runs import read_report, train
 
 

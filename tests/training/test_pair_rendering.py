@@ -7,12 +7,12 @@ from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 from diffusers_ext.core.run_settings import ModelSettings, SamplingSettings
 from diffusers_ext.golden_noise.conditioning import encode_prompts
-from diffusers_ext.golden_noise.pairs import source_noise
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
+from diffusers_ext.training.golden_noise.rendering import latent_shape, load_base_pipeline, render
 from examples.digits.check_model import MODEL_DIR
 from tests.golden_noise.golden_pipelines import FAMILIES, PROMPTS
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import pixart_pipeline
-from training.pair_rendering import latent_shape, load_base_pipeline, render
 
 
 def sampling(steps: int, guidance: float, negative: str) -> SamplingSettings:

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusers_ext.training.run.checkpoint_files import (
+    PARTIAL_PREFIX,
+    _hash_files,
+    finish_checkpoint,
+)
 from tests.training.test_checkpoints import Run
-from training.checkpoint_folders import PARTIAL_PREFIX, _hash_files, finish_checkpoint
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from diffusers_ext.rewards import CLIPScoreReward, PickScoreReward
+from diffusers_ext.training.run.plugins import REWARDS, load_judge, load_reward
 from tests.tiny_clip import save_tiny_clip
-from training.plugins import REWARDS, load_judge, load_reward
 
 
 MODULE = """

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.prompt_files import read_prompt_file
+from diffusers_ext.training.golden_noise.rendering import read_prompt_file
 
 
 def test_every_text_of_a_file_is_a_prompt(tmp_path):

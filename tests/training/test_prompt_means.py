@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from training.prompt_means import WithoutPromptMeans
+from diffusers_ext.training.golden_noise.data import WithoutPromptMeans
 
 
 class Pairs(Dataset):

@@ -11,8 +11,8 @@ from PIL import Image
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from examples.digits.check_model import load_pipeline
-from training.publish import (
+from diffusers_ext.training.nullspace.run import main, parse_args
+from diffusers_ext.training.run.upload import (
     collection_card,
     left_here,
     prepare_upload,
@@ -20,7 +20,7 @@ from training.publish import (
     push_output,
     subject_card,
 )
-from training.train_nullspace_dreambooth import main, parse_args
+from examples.digits.check_model import load_pipeline
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_an_upload_is_prepared_before_the_run(hub, make_args, pipeline):
 def test_what_an_upload_lacks_stops_the_run(
     hub, subject_line, tmp_path, monkeypatch, fresh_accelerator, arguments, message
 ):
-    monkeypatch.setattr("training.train_nullspace_dreambooth.load_or_collect", None)
+    monkeypatch.setattr("diffusers_ext.training.nullspace.run.load_or_collect", None)
     line = subject_line(**{"push_to_hub": True, "hub_license": "mit", **arguments})
     with pytest.raises(ValueError, match=message):
         main(parse_args(line))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from training.checkpoints import Checkpoints
-from training.run_setup import (
+from diffusers_ext.training.nullspace.run import parse_args
+from diffusers_ext.training.run.checkpoints import Checkpoints
+from diffusers_ext.training.run.setup import (
     check_resume,
     loop_settings,
     make_accelerator,
@@ -20,7 +21,6 @@ from training.run_setup import (
     run_facts,
     start_trackers,
 )
-from training.train_nullspace_dreambooth import parse_args
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from training.run_state import random_states, read_state, restore_random_states, write_state
+from diffusers_ext.training.run.checkpoint_files import (
+    random_states,
+    read_state,
+    restore_random_states,
+    write_state,
+)
 
 
 CPU = torch.device("cpu")

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.golden_noise.loading import load_noise_model
-from diffusers_ext.golden_noise.pairs import source_noise
-from diffusers_ext.golden_noise.pipeline import GoldenNoisePipeline
+from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
+from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
+from diffusers_ext.training.golden_noise import sample as script
 from examples.digits.check_model import load_pipeline
 from tests.evaluation.golden_subjects import small_network
 from tests.training.script_runs import command_line
-from training import sample_golden_noise as script
 
 
 PROMPT = "a red nine"

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from diffusers_ext.training.run import script as script_entry
+from diffusers_ext.training.run.script import run_script
 from tests.training.script_runs import REPOSITORY, environment
-from training import script_entry
 from training.evaluate_golden_noise import main, parse_args
-from training.script_entry import run_script
 
 
 LINE = ("--pretrained_model_name_or_path", "m", "--prompt_file", "p.txt", "--output_dir")

@@ -4,7 +4,7 @@ import torch
 
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from training.statistics_report import format_table, has_matplotlib, report_rows
+from diffusers_ext.training.nullspace.statistics import format_table, has_matplotlib, report_rows
 
 
 def test_null_dimensions_are_counted_below_the_threshold():

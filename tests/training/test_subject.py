@@ -9,12 +9,9 @@ from accelerate import Accelerator
 
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.lora import lora_linears, preservation_penalty
-from examples.digits.check_model import load_pipeline
-from tests.tiny_digits import random_digits_pipeline
-from tests.training.conftest import KNOWN
-from tests.training.script_runs import files_below
-from training import subject
-from training.subject import (
+from diffusers_ext.training.nullspace import subject
+from diffusers_ext.training.nullspace.run import parse_args
+from diffusers_ext.training.nullspace.subject import (
     SoftLoss,
     add_lora,
     free_constrained_weights,
@@ -23,7 +20,10 @@ from training.subject import (
     prepare_weights,
     save_result,
 )
-from training.train_nullspace_dreambooth import parse_args
+from examples.digits.check_model import load_pipeline
+from tests.tiny_digits import random_digits_pipeline
+from tests.training.conftest import KNOWN
+from tests.training.script_runs import files_below
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from diffusers import DDIMScheduler
 
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
+from diffusers_ext.training.nullspace import subject
+from diffusers_ext.training.nullspace.checks import settle_resolution, subject_settings
+from diffusers_ext.training.nullspace.run import check_args, main, parse_args
+from diffusers_ext.training.run.setup import run_facts
 from examples.digits.check_model import load_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import pixart_pipeline
-from training import subject, train_nullspace_dreambooth
-from training.run_setup import run_facts
-from training.subject_checks import settle_resolution, subject_settings
-from training.train_nullspace_dreambooth import check_args, main, parse_args
 
 
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a digit"}
@@ -133,7 +134,7 @@ def test_what_does_not_fit_the_model(fails, monkeypatch, directions, arguments, 
     def collect(*_: object, **__: object) -> None:
         raise AssertionError("Nothing must be collected.")
 
-    monkeypatch.setattr("training.knowledge.collect_statistics", collect)
+    monkeypatch.setattr("diffusers_ext.training.run.knowledge.collect_statistics", collect)
     fails(message, directions=directions, **arguments)
 
 

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from diffusers_ext.training.nullspace.checks import Validation
+from diffusers_ext.training.nullspace.run import parse_args
 from examples.digits.check_model import load_pipeline
-from training.subject_validation import Validation
-from training.train_nullspace_dreambooth import parse_args
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.golden_noise.conditioning import encode_prompts
 from diffusers_ext.golden_noise.text_cache import TextCache
+from diffusers_ext.training.run.text_cache import load_text_pipeline, stored_fingerprint
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import (
     tiny_flux_pipeline,
@@ -15,7 +16,6 @@ from tests.tiny_image_pipelines import (
     tiny_sd3_pipeline,
 )
 from tests.tiny_pipelines import sdxl_pipeline
-from training.text_pipeline import load_text_pipeline, stored_fingerprint
 
 
 PROMPTS = ["a red seven", "a blue three"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_ext.golden_noise.loading import load_noise_model
-from diffusers_ext.golden_noise.npnet import NPNet
-from diffusers_ext.golden_noise.pairs import source_noise
+from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from tests.training.noise_runs import read_report, train
 from tests.training.noise_sets import PROMPTS, SHAPE, digits_facts, write_noises
 
@@ -176,7 +176,7 @@ def test_broken_noise_names_its_sample(pairs, tmp_path, monkeypatch):
     def broken(seed, shape):
         return source_noise(seed, shape) * (float("nan") if seed == 4 else 1.0)
 
-    monkeypatch.setattr("diffusers_ext.golden_noise.pairs.source_noise", broken)
+    monkeypatch.setattr("diffusers_ext.golden_noise.pairs.dataset.source_noise", broken)
     with pytest.raises(ValueError, match=rf"Sample 4 \('{PROMPTS[0]}'\) must be finite"):
         train("golden_noise_model", pairs, tmp_path / "out", validation_split=0)
 

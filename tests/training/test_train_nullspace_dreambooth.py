@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from diffusers_ext.nullspace.collect import encode_text
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.training.nullspace.run import main, parse_args
 from examples.digits.check_model import load_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 from tests.training.conftest import KNOWN
 from tests.training.script_runs import files_below
-from training.train_nullspace_dreambooth import main, parse_args
 
 
 LORA = "pytorch_lora_weights.safetensors"

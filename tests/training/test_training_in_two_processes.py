@@ -19,8 +19,8 @@ import shutil, sys
 sys.path.insert(0, {repository!r})
 import torch
 from accelerate import PartialState
-from training.loop import TrainingLoop
-from training.train_nullspace_dreambooth import main, parse_args
+from diffusers_ext.training.run.loop import TrainingLoop
+from diffusers_ext.training.nullspace.run import main, parse_args
 
 run = TrainingLoop.run
 

@@ -1,0 +1,131 @@
+"""`diffusers-ext convert`: LoRAs, erasers and NPNet in other formats."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffusers_ext.command_line.options import Command, Outcome
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    """A LoRA and where it goes."""
+    parser.add_argument("source", help="file, folder or Hub name, in either format")
+    parser.add_argument("destination", help="file to write, ends in .safetensors")
+    parser.add_argument("--format", choices=["diffusers", "kohya"], required=True)
+    parser.add_argument("--weight_name", help="of the file in the folder or repository")
+
+
+def run_lora(args: argparse.Namespace) -> Outcome:
+    """Read, rename, write."""
+    from diffusers_ext.core.sources import lora_file
+    from diffusers_ext.nullspace.lora_files import check_output_path, export_lora
+
+    check_output_path(args.destination)
+    source = lora_file(args.source, args.weight_name)
+    tensors = export_lora(source, args.format, args.destination)
+    return _written(args.destination, format=args.format, tensors=len(tensors))
+
+
+def add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
+    """An eraser, where it goes, and what the legacy format does not say."""
+    parser.add_argument("source", help="folder or Hub name, in either format")
+    parser.add_argument("destination", help="folder to write")
+    parser.add_argument("--format", choices=["peft", "legacy"], required=True)
+    parser.add_argument("--subfolder", help="folder inside the source")
+    parser.add_argument("--revision", help="of the source on the Hub")
+    parser.add_argument("--concept", help="what it erases, for the PEFT format")
+    parser.add_argument("--anchor_concept", help="what takes its place, for the PEFT format")
+    parser.add_argument("--base_model", help="Hub name of the model, for the PEFT format")
+
+
+def run_eraser(args: argparse.Namespace) -> Outcome:
+    """Read, check, write; no base model is needed."""
+    from diffusers_ext.core.result_folder import staged_output
+    from diffusers_ext.eraser.files.formats import FORMATS, check_eraser_folder
+    from diffusers_ext.eraser.files.save import convert_eraser
+
+    config_name, _ = FORMATS[args.format]
+    check_eraser_folder(Path(args.destination), args.format)
+    with staged_output(args.destination, last=(config_name,)) as folder:
+        shape = convert_eraser(
+            args.source,
+            folder,
+            args.format,
+            subfolder=args.subfolder,
+            concept=args.concept,
+            anchor_concept=args.anchor_concept,
+            base_model_name_or_path=args.base_model,
+            revision=args.revision,
+        )
+    return _written(
+        args.destination, format=args.format, rank=shape.rank, width=shape.width,
+        blocks=len(shape.blocks),
+    )  # fmt: skip
+
+
+def add_npnet_arguments(parser: argparse.ArgumentParser) -> None:
+    """A published checkpoint and where the network goes."""
+    parser.add_argument("source", help=".pth or .safetensors file of the official code")
+    parser.add_argument("destination", help="folder to write")
+
+
+def run_npnet(args: argparse.Namespace) -> Outcome:
+    """Read and save in the form of `NPNet.from_pretrained`."""
+    from diffusers_ext.core.result_folder import staged_output
+    from diffusers_ext.golden_noise.networks.npnet import NPNet
+
+    if Path(args.destination).is_file():
+        raise ValueError(f"`destination` must be a folder, got the file {args.destination}.")
+    network = NPNet.from_single_file(args.source)
+    with staged_output(args.destination, last=("config.json",)) as folder:
+        network.save_pretrained(folder)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return _written(
+        args.destination, parameters=parameters, text_embed_dim=network.config.text_embed_dim
+    )
+
+
+def _written(destination: str, **facts: int | str) -> Outcome:
+    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+    return Outcome({"destination": destination, **facts}, f"Wrote {destination} ({told}).")
+
+
+CONVERT_LORA = Command(
+    "convert lora",
+    "a LoRA with the key names of diffusers or of ComfyUI and kohya",
+    "Write a LoRA with other key names. Its scale is folded into the weights.",
+    (
+        "convert lora user/sks-dog sks_dog.safetensors --format kohya",
+        "convert lora from_comfyui.safetensors for_diffusers.safetensors --format diffusers",
+    ),
+    add_lora_arguments,
+    run_lora,
+    output="destination",
+)
+CONVERT_ERASER = Command(
+    "convert eraser",
+    "an eraser in PEFT's format or in that of T2VUnlearning",
+    "Write an eraser in the other format, from its files alone: adapter_config.json and "
+    "adapter_model.safetensors (peft), or eraser_config.json and eraser_weights.pt (legacy).",
+    (
+        "convert eraser eraser_nudity no-nudity --format peft --concept nudity "
+        "--base_model zai-org/CogVideoX-5b",
+        "convert eraser user/no-dog legacy_no_dog --format legacy",
+    ),
+    add_eraser_arguments,
+    run_eraser,
+    output="destination",
+    result_names=("adapter_config.json", "eraser_config.json"),
+)
+CONVERT_NPNET = Command(
+    "convert npnet",
+    "a published NPNet checkpoint as a folder that loads by name",
+    "Read a checkpoint of the official code, without running any of it, and write a folder for "
+    "NPNet.from_pretrained.",
+    ("convert npnet sdxl.pth npnet-sdxl",),
+    add_npnet_arguments,
+    run_npnet,
+    output="destination",
+    result_names=("config.json",),
+)

@@ -1,0 +1,143 @@
+"""Run a pipeline in eval mode, without its progress bar and without wearing out its scheduler."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+
+_NAME = "diffusers_ext_call_scopes"
+_OPEN: ContextVar[tuple[CallScope, ...]] = ContextVar(_NAME, default=())
+
+
+class CallScope:
+    """Tells the calls inside of its `with` block from those of other threads and tasks.
+
+    A hook on a model is run by every thread that uses the model. Like `torch.no_grad`, what a context
+    does to a model is for the thread that opened it: another request must neither lose its eraser nor
+    be recorded. Tasks of `asyncio`, and threads that get a copy of the context (`asyncio.to_thread`),
+    count as inside. Scopes may be closed in any order, and in another thread.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+
+    def __enter__(self) -> CallScope:
+        self.is_open = True
+        _set_open((*_OPEN.get(), self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A context that was copied meanwhile may list it on; closed, it covers nothing there.
+        self.is_open = False
+        _set_open(tuple(scope for scope in _OPEN.get() if scope is not self))
+
+    def covers_this_call(self) -> bool:
+        """Whether the code that asks runs inside of the block."""
+        return self.is_open and self in (_OPEN.get() or _open_where_backward_was_called())
+
+
+def _set_open(scopes: tuple[CallScope, ...]) -> None:
+    _OPEN.set(scopes)
+    torch._C._stash_obj_in_tls(_NAME, scopes)
+
+
+def _open_where_backward_was_called() -> tuple[CallScope, ...]:
+    # On a GPU gradient checkpointing recomputes in threads of autograd, which have a context of their
+    # own; torch hands them what was stashed in the thread that called `backward`.
+    if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_NAME):
+        return ()
+    return torch._C._get_obj_in_tls(_NAME)
+
+
+class _Absent:
+    """In the place of the value of an attribute that was not there."""
+
+
+class _Holding:
+    """The value that an attribute had, and those that contexts have given it since, in order."""
+
+    def __init__(self, before: Any) -> None:
+        self.before = before
+        self.held: list[tuple[object, Any]] = []
+
+
+_LOCK = threading.RLock()
+_HOLDINGS: dict[tuple[int, str], _Holding] = {}
+
+
+@contextmanager
+def held_attribute(
+    owner: object, name: str, value: Any, write: Callable[[object, str, Any], None] = setattr
+) -> Iterator[None]:
+    """Give an attribute a value while the context is open.
+
+    Contexts on the same attribute are counted: whatever the order in which they close, also in other
+    threads and after an exception, the attribute has the latest value that is still held, and after
+    the last one that which it had before the first. An attribute that was not there goes again.
+
+    Args:
+        write: called as `write(owner, name, value)` in the place of `setattr`.
+    """
+    key, mine = (id(owner), name), object()
+    with _LOCK:
+        holding = _HOLDINGS.get(key) or _Holding(getattr(owner, name, _Absent))
+        write(owner, name, value)
+        holding.held.append((mine, value))
+        _HOLDINGS[key] = holding
+    try:
+        yield
+    finally:
+        with _LOCK:
+            was_latest = holding.held[-1][0] is mine
+            holding.held = [entry for entry in holding.held if entry[0] is not mine]
+            if not holding.held:
+                del _HOLDINGS[key]
+            if was_latest:
+                restored = holding.held[-1][1] if holding.held else holding.before
+                if restored is _Absent:
+                    delattr(owner, name)
+                else:
+                    write(owner, name, restored)
+
+
+@contextmanager
+def module_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
+    """Modules and all their parts in eval mode; each part's own mode comes back.
+
+    With several threads it is back once the last of them is done.
+    """
+    parts = dict.fromkeys(part for module in modules for part in module.modules())
+    with ExitStack() as restore:
+        for part in parts:
+            restore.enter_context(held_attribute(part, "training", False))
+        yield
+
+
+def eval_mode(pipeline: DiffusionPipeline) -> AbstractContextManager[None]:
+    """`module_eval_mode` of all of a pipeline's models."""
+    components = pipeline.components.values()
+    return module_eval_mode(*(c for c in components if isinstance(c, torch.nn.Module)))
+
+
+@contextmanager
+def quiet_run(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Run a pipeline in eval mode, without its bar and on a copy of its scheduler; all come back.
+
+    They are back once the last of several threads is done; but a pipeline has one scheduler, so that
+    threads that draw at the same time need a pipeline each (`from_pipe` shares the models).
+    """
+    scheduler, no_bar = copy.deepcopy(pipeline.scheduler), {"disable": True}
+    with (
+        held_attribute(pipeline, "scheduler", scheduler),
+        held_attribute(pipeline, "_progress_bar_config", no_bar),
+        eval_mode(pipeline),
+    ):
+        yield

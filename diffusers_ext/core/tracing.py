@@ -1,0 +1,218 @@
+"""What a computation costs from the shapes of its tensors: memory, operations and bytes moved."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
+
+
+@contextmanager
+def gpu_autocast(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast on the CPU with what a GPU does besides: its norms compute in float32 and give float32.
+
+    Only for a model that is thrown away: its norms stay so, for gradient checkpointing runs them again
+    in the backward pass.
+    """
+    if dtype == torch.float32:
+        yield
+        return
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm):
+            module.forward = partial(_float32_norm, module)
+    with torch.autocast("cpu", dtype):
+        yield
+
+
+def _float32_norm(
+    module: torch.nn.LayerNorm | torch.nn.GroupNorm, features: torch.Tensor
+) -> torch.Tensor:
+    affine = (None if p is None else p.float() for p in (module.weight, module.bias))
+    if isinstance(module, torch.nn.GroupNorm):
+        return functional.group_norm(features.float(), module.num_groups, *affine, module.eps)
+    return functional.layer_norm(features.float(), module.normalized_shape, *affine, module.eps)
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive among those created while it is on.
+
+    Workspaces inside of kernels and the rounding of allocators are not seen. Under `fake_tensors`
+    the same is counted without any memory.
+
+    Args:
+        known: tensors that exist already; neither they nor their views count.
+
+    Attributes:
+        live: bytes alive now.
+        peak: the most bytes alive at once.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = None
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation and count the storages that it makes."""
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        self._seen[storage] = None
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
+
+
+def fake_tensors() -> FakeTensorMode:
+    """A mode under which tensors have shapes and no data."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fill_with_fake_tensors(module: torch.nn.Module) -> None:
+    """Give a module from the meta device fake CPU tensors; call it under `fake_tensors`.
+
+    The meta device itself takes other paths through attention than a device with data does.
+
+    Args:
+        module: with all parameters and buffers on the meta device; changed in place.
+
+    Raises:
+        ValueError: some have data.
+    """
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    real = [name for name, tensor in tensors if not tensor.is_meta]
+    if real:
+        raise ValueError(f"`module` must be on the meta device, got data in {real[0]!r}.")
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                part._parameters[name] = torch.nn.Parameter(fake, parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors, each counted by itself."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Operation(NamedTuple):
+    """One kernel as a device sees it."""
+
+    flops: int  # of matrix products, convolutions and attention; 0 for everything else
+    bytes: int  # read and written
+    dtype: torch.dtype  # of what it computes with
+    convolution: bool = False
+
+
+@shape_wrapper
+def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@shape_wrapper
+def _cpu_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# `FlopCounterMode` does not know the CPU's attention.
+_ATEN = torch.ops.aten
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+class OperationTrace(MemoryTrace):
+    """Counts kernels besides memory, by what each of them computes and moves.
+
+    Views are no kernels. The counts are those of `torch.utils.flop_counter`. A tensor without data that
+    is read as a number is 1, or true.
+
+    Args:
+        known: as for `MemoryTrace`.
+
+    Attributes:
+        operations: how often each was run.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__(known)
+        self.operations: Counter[Operation] = Counter()
+
+    @property
+    def flops(self) -> int:
+        """Of all operations together."""
+        return sum(operation.flops * count for operation, count in self.operations.items())
+
+    def reset(self) -> None:
+        """Count anew from here on: operations, and the peak above what is alive now."""
+        self.operations.clear()
+        self.peak = self.live
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation and count what it makes and moves."""
+        kwargs = kwargs or {}
+        if function is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if not getattr(function, "is_view", False):
+            self._count_operation(function, args, kwargs, result)
+        return result
+
+    def _count_operation(
+        self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any
+    ) -> None:
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if not read or not written:
+            return
+        count_flops = _FLOPS.get(getattr(function, "_overloadpacket", None))
+        flops = 0 if count_flops is None else int(count_flops(*args, **kwargs, out_val=result))
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written))
+        dtypes = [tensor.dtype for tensor in read if tensor.is_floating_point()]
+        dtype = dtypes[0] if dtypes else read[0].dtype
+        convolution = "convolution" in str(function)
+        self.operations[Operation(flops, moved, dtype, convolution)] += 1

@@ -1,0 +1,1 @@
+"""The eraser as a tuner of PEFT: config, layer, model, outputs."""

@@ -1,0 +1,289 @@
+"""The eraser beside one joint attention: a bottleneck added to the video tokens."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional
+
+from diffusers_ext.core.restored_state import CallScope
+
+
+Recorder = Callable[[dict[str, torch.Tensor]], None]
+
+
+class EraserProjection(nn.Linear):
+    """A Linear that computes in the dtype of its input, whatever dtype its weights are kept in."""
+
+    def forward(self, features: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """`scale * (W x + b)`, in the dtype of `features` (or of autocast).
+
+        `scale` is one number, by default 1. It is applied to the input, the narrow side of `up`.
+        """
+        weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
+        if scale is not None:
+            features, bias = features * scale, bias * scale
+        return functional.linear(features, weight, bias)
+
+
+_GATE_LOCK = threading.Lock()
+
+
+class ThreadGate(threading.local):
+    """Whether erasers are on in this thread, as a tensor of one or zero.
+
+    A compiled graph cannot read a context variable. It reads this tensor, at every call, as the
+    calling thread has it, and is neither broken nor compiled again.
+    """
+
+    def __init__(self) -> None:
+        self.openness = torch.ones((), device="cpu", dtype=torch.float32)
+        self.closings = [0]
+
+    def __reduce__(self) -> tuple[type[ThreadGate], tuple[()]]:
+        return type(self), ()  # a copy of the model has gates of its own
+
+    def close(self) -> Callable[[], None]:
+        """Close it in this thread; returns what takes that back, from any thread."""
+        openness, closings = self.openness, self.closings
+        with _GATE_LOCK:
+            closings[0] += 1
+            openness.fill_(0.0)
+
+        def reopen() -> None:
+            with _GATE_LOCK:
+                closings[0] -= 1
+                openness.fill_(float(closings[0] == 0))
+
+        return reopen
+
+
+class EraserLayer(nn.Module, BaseTunerLayer):
+    """Erasers after the output projection of one joint attention, in the place of its dropout.
+
+    With tokens `[text; video]` (text first) and adapters `a` of scale `s_a`,
+
+        text' = text,    video' = video + sum_a s_a * up_a(GELU(down_a(video))),
+
+    as in T2VUnlearning (https://arxiv.org/abs/2505.17550) and, for images, Receler
+    (https://arxiv.org/abs/2311.17717). `up` starts at zero, so a new eraser changes nothing. The
+    weights are float32 and cast to the dtype of the tokens when used. GELU lies between the two
+    projections, so an eraser cannot be merged.
+
+    In its place the layer does what the dropout does. It adds in a hook on the attention, whose
+    output is `(video, text)`: nothing is noted between two calls, so that several threads may run one
+    model with prompts of different lengths.
+
+    Args:
+        base_layer: the dropout that ends the attention's output projection.
+        in_features: width of the tokens.
+    """
+
+    adapter_layer_names = ("eraser_down", "eraser_up")
+    other_param_names = ("r", "scaling", "scale_tensors", "unscaled")
+
+    def __init__(self, base_layer: nn.Module, in_features: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = self.out_features = in_features
+        self.eraser_down = nn.ModuleDict()
+        self.eraser_up = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        # A compiled graph reads the scale from a tensor, which it does not specialise on.
+        self.scale_tensors: dict[str, torch.Tensor] = {}
+        self.unscaled: dict[str, list[tuple[float, float]]] = {}
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+        # diffusers' `set_lora_device` looks into every adapter layer for LoRAs; there is none here.
+        self.lora_A: dict[str, nn.Module] = {}
+        self.off: list[CallScope] = []
+        self.gate = ThreadGate()
+        self.recorders: list[Recorder] = []
+        self._attention_hook: Any = None
+        self.train(base_layer.training)
+
+    def update_layer(
+        self, adapter_name: str, r: int, init_weights: bool, device: torch.device
+    ) -> None:
+        """Add one eraser of width `r`: random `down`, and `up` zero unless `init_weights` is False."""
+        down = EraserProjection(self.in_features, r, device="cpu", dtype=torch.float32)
+        up = EraserProjection(r, self.out_features, device="cpu", dtype=torch.float32)
+        if init_weights:
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+        for projection in (down, up):
+            projection.train(self.training)
+            if not projection.weight.is_meta:
+                projection.to(device)
+        self.eraser_down[adapter_name], self.eraser_up[adapter_name] = down, up
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = 1.0
+        self.scale_tensors[adapter_name] = torch.ones((), device="cpu", dtype=torch.float32)
+        self.unscaled[adapter_name] = []
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the dropout does; the erasers come after the attention, see `add_to_video`."""
+        return self.base_layer(hidden_states)
+
+    def add_to_video(self, video: torch.Tensor) -> torch.Tensor:
+        """Video tokens `(batch, video, dim)` to tokens of the same shape and dtype."""
+        names = [name for name in self.active_adapters if name in self.eraser_down]
+        if not names or self.disable_adapters or self.bypassed:
+            return video
+        if not torch.compiler.is_compiling():
+            for name in names:
+                # From `scale_layer`, that is `attention_kwargs`: here diffusers takes it back.
+                check_scale(name, self.scaling[name])
+        added = {name: self.erase(name, video) for name in names}
+        for recorder in self.recorders:
+            recorder(added)
+        for output in added.values():
+            video = video + output
+        return video
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether the calling thread or task has switched the erasers off by `switched_off`."""
+        # A compiled graph multiplies by the gate instead.
+        if torch.compiler.is_compiling():
+            return False
+        return any(scope.covers_this_call() for scope in tuple(self.off))
+
+    @contextmanager
+    def switched_off(self, scope: CallScope) -> Iterator[None]:
+        """Add nothing in calls that `scope` covers, while the context is open."""
+        self.off.append(scope)
+        reopen = self.gate.close()
+        try:
+            yield
+        finally:
+            reopen()
+            self.off.remove(scope)
+
+    def erase(self, adapter_name: str, video: torch.Tensor) -> torch.Tensor:
+        """What one eraser adds to `(batch, video, dim)`: `scale * up(GELU(down(x)))`, in the same dtype."""
+        hidden = functional.gelu(self.eraser_down[adapter_name](video))
+        scale = self.scale_tensors[adapter_name]
+        if torch.compiler.is_compiling():
+            scale = scale * self.gate.openness
+        output = self.eraser_up[adapter_name](hidden, scale)
+        return output.to(video.dtype)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make `scale` the number that one eraser's output is multiplied by; others are ignored."""
+        if adapter not in self.scaling:
+            return
+        check_scale(adapter, scale)
+        scaled = self.unscaled[adapter]
+        if scale == 1.0 and scaled and scaled[-1][0] == 0:
+            # diffusers ends `attention_kwargs={"scale": 0}` by this call: nothing can be divided
+            # by 0, but the scale from before is known here.
+            scale = scaled.pop()[1]
+        else:
+            scaled.clear()
+        self._write_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active erasers, until `unscale_layer` is called."""
+        for name in self._own_active_adapters() if scale != 1 else ():
+            self.unscaled[name].append((scale, self.scaling[name]))
+            self._write_scale(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Take back `scale_layer(scale)`, to the bit; without a number, set all scales to 1."""
+        for name in self._own_active_adapters() if scale != 1 else ():
+            scaled = self.unscaled[name]
+            if scale is None:
+                self.set_scale(name, 1.0)
+            elif scaled and scaled[-1][0] == scale:
+                self._write_scale(name, scaled.pop()[1])
+            else:
+                self._write_scale(name, self.scaling[name] / scale)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse to merge an eraser, by `NotImplementedError`; nothing happens where none is to be merged."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        erasers = [name for name in names if name in self.eraser_down]
+        if erasers:
+            refuse_merge(erasers)
+
+    def unmerge(self) -> None:
+        """Do nothing: an eraser is never merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for it: no, GELU lies between the projections."""
+        return False
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete one eraser; the last takes the hook on the attention with it."""
+        super().delete_adapter(adapter_name)
+        if not self.eraser_down:
+            self.forget_attention()
+
+    def watch_attention(self, attention: nn.Module) -> None:
+        """Add to the video tokens whenever `attention` has run, until `forget_attention`."""
+        if self._attention_hook is None:
+            self._attention_hook = attention.register_forward_hook(_add_to_video)
+            self._remove_hook_with_layer()
+
+    def forget_attention(self) -> None:
+        """Remove the hook of `watch_attention`."""
+        if self._attention_hook is not None:
+            self._attention_hook.remove()
+        self._attention_hook = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._remove_hook_with_layer()
+
+    def _remove_hook_with_layer(self) -> None:
+        # diffusers' `unload_lora` drops layers without a word to them.
+        if self._attention_hook is not None:
+            weakref.finalize(self, self._attention_hook.remove)
+
+    def _own_active_adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.scaling]
+
+    def _write_scale(self, adapter: str, scale: float) -> None:
+        self.scaling[adapter] = scale
+        self.scale_tensors[adapter].fill_(scale)
+
+
+def check_scale(adapter_name: str, scale: float) -> None:
+    """Raise `ValueError` unless the scale of an eraser is a finite number of at least 0."""
+    if not 0 <= scale < float("inf"):
+        raise ValueError(
+            f"`scale` of the eraser {adapter_name!r} must be a finite number of at least 0, got "
+            f"{scale}: a negative one strengthens the concept. 0 is the model without the eraser."
+        )
+
+
+def refuse_merge(names: list[str]) -> None:
+    """Raise the error of a merge."""
+    raise NotImplementedError(
+        f"Erasers cannot be merged into the model, got {names}: GELU lies between their two "
+        "projections. To fuse a LoRA beside them, name it in `adapter_names`."
+    )
+
+
+def _add_to_video(attention: nn.Module, _: tuple, output: Any) -> Any:
+    # The layer is looked up, not bound, so that the hook of a deep copy serves the copy.
+    layer = attention.to_out[1]
+    if not isinstance(layer, EraserLayer):
+        return output
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise ValueError(
+            "A joint attention with an eraser must give (video, text), got a "
+            f"{type(output).__name__} from {type(attention.processor).__name__}. Set a processor "
+            "of CogVideoX."
+        )
+    video, text = output
+    return layer.add_to_video(video), text

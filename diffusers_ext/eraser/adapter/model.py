@@ -1,0 +1,330 @@
+"""Make `ERASER` known to PEFT; importing this module is enough."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+import weakref
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from torch import nn
+
+from diffusers_ext.core.capture import natural_key
+from diffusers_ext.eraser.adapter.config import (
+    DEFAULT_TARGET,
+    PEFT_TYPE_NAME,
+    EraserConfig,
+    eraser_peft_type,
+)
+from diffusers_ext.eraser.adapter.layer import EraserLayer, refuse_merge
+from diffusers_ext.families.registry import families_of, match_family
+
+
+_METHOD = "save_pretrained"
+
+
+class SaveGuard:
+    """In the place of one model's `save_pretrained`, for as long as the model has an eraser.
+
+    diffusers writes weights and reloads them into a plain model, so that an eraser would vanish: the
+    pipeline's `save_pretrained` and `push_to_hub` ask each model for its own. Nothing of diffusers
+    is changed but this one attribute of this one model, which is not kept alive; a copy of the model
+    has a guard of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[type[SaveGuard], tuple[nn.Module]]:
+        return type(self), (self._model(),)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # The pipeline passes on what the signature names.
+        return inspect.signature(getattr(type(self._model()), _METHOD).__get__(self._model()))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        names = eraser_names(model)
+        if names:
+            raise ValueError(
+                "`save_pretrained` must not lose erasers, got a "
+                f"{type(model).__name__} with {names}, which "
+                "a reload would not have. Save each by `save_eraser(transformer, folder, "
+                f"adapter_name={names[0]!r})`, and load it by `load_eraser` onto the model it is for. "
+                "To save the model without its erasers, call `transformer.delete_adapters(...)` or "
+                "`pipe.unload_lora_weights()` first."
+            )
+        vars(model).pop(_METHOD, None)
+        return getattr(model, _METHOD)(*args, **kwargs)
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Refuse `save_pretrained` of a diffusers model until its erasers are gone."""
+    if not isinstance(model, ModelMixin):
+        return
+    vars(model).setdefault(_METHOD, SaveGuard(model))
+    reference = weakref.ref(model)
+    for part in model.modules():
+        if isinstance(part, EraserLayer):
+            # diffusers' `unload_lora` drops layers without a word to anyone.
+            weakref.finalize(part, end_guard, reference).atexit = False
+
+
+def end_guard(reference: weakref.ref) -> None:
+    """Give a model its own `save_pretrained` back where it has no eraser any more."""
+    model = reference()
+    if model is not None and not eraser_names(model):
+        if isinstance(vars(model).get(_METHOD), SaveGuard):
+            del vars(model)[_METHOD]
+
+
+def eraser_names(model: nn.Module) -> list[str]:
+    """The names of all erasers of a model, active or not."""
+    layers = [part for part in model.modules() if isinstance(part, EraserLayer)]
+    return list(dict.fromkeys(name for layer in layers for name in layer.eraser_down))
+
+
+_LEAF = ".to_out.1"
+
+
+class EraserModel(BaseTuner):
+    """Erasers beside all joint attentions of a CogVideoX transformer, as a PEFT tuner.
+
+    Each sits in the place of the dropout `attn1.to_out.1`, a leaf without weights: the keys of the
+    base model do not change, LoRAs match before and after, and unloading is exact. Usually made by
+    `peft.get_peft_model` or `transformer.add_adapter`. A failed injection leaves the model as it
+    was.
+
+    Args:
+        model: a `CogVideoXTransformer3DModel`.
+        peft_config: an `EraserConfig`, or a dict of such by name. It is copied.
+        adapter_name: name of the eraser to add.
+        low_cpu_mem_usage: create the weights on the meta device, to be loaded.
+        state_dict: take the places from the keys of these weights, not from the config.
+
+    Raises:
+        ValueError: the adapter exists, the rank is above the width of the model, the config is of a
+            model of other sizes, or the targets match anything but ends of joint attentions.
+    """
+
+    prefix = "eraser_"
+    tuner_layer_cls = EraserLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        if adapter_name in getattr(model, "peft_config", {}):
+            raise ValueError(
+                f"`adapter_name` must be new, got {adapter_name!r}, which the model has already. "
+                "Delete it first, or choose another name."
+            )
+        with ExitStack() as undo, warnings.catch_warnings():
+            # PEFT warns of a second adapter; several erasers, or LoRAs beside one, are meant to be.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            undo.callback(_forget_injection, model, adapter_name)
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+            undo.pop_all()
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add one eraser; see the class and `BaseTuner.inject_adapter`."""
+        if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+            raise ValueError(
+                "`adapter_name` must have no dot and not be an attribute of torch modules, got "
+                f"{adapter_name!r}. Try {adapter_name.replace('.', '_') + '_eraser'!r}."
+            )
+        # A copy, for the facts of this model are written into it.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        with ExitStack() as undo:
+            undo.callback(_delete_eraser, model, adapter_name)
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
+            undo.pop_all()
+        guard_saving(model)
+
+    def _prepare_adapter_config(
+        self, peft_config: EraserConfig, model_config: dict[str, Any]
+    ) -> EraserConfig:
+        if peft_config.target_modules is None:
+            family = match_family(self.model, "eraser")
+            peft_config.target_modules = {family.eraser_target if family else DEFAULT_TARGET}
+        if peft_config.base_model_name_or_path is None:
+            # diffusers keeps the name in the config, where it may be a `Path`.
+            path = model_config.get("_name_or_path")
+            peft_config.base_model_name_or_path = str(path) if path else None
+        return peft_config
+
+    def _prepare_model(self, peft_config: EraserConfig, model: nn.Module) -> None:
+        # All that can be refused is refused here, before the first layer is replaced.
+        attentions = _joint_attentions(model)
+        if not attentions:
+            raise ValueError(
+                f"`model` must be a CogVideoX transformer, got {type(model).__name__}, which has "
+                "no joint attention of text and video."
+            )
+        for name, _ in model.named_modules():
+            inside = name.rpartition(f"{_LEAF}.")[0] in attentions
+            if name and not inside and self._check_target_module_exists(peft_config, name):
+                _check_place(name, attentions)
+        _check_layers(peft_config, len(attentions))
+        _check_sizes(peft_config, attentions)
+
+    def _create_and_replace(
+        self,
+        peft_config: EraserConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        _check_place(current_key, _joint_attentions(self.model))
+        attention = self.model.get_submodule(current_key.removesuffix(_LEAF))
+        layer = target
+        if not isinstance(target, EraserLayer):
+            layer = EraserLayer(target, attention_width(attention))
+        device = _device_of(attention, current_key)
+        layer.update_layer(adapter_name, peft_config.r, peft_config.init_weights, device)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        layer.watch_attention(attention)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        setattr(parent, child_name, new_module)
+        if isinstance(child, EraserLayer):
+            child.forget_attention()
+
+    def _check_merge_allowed(self) -> None:
+        refuse_merge(list(self.peft_config))
+
+
+def attention_width(attention: nn.Module) -> int:
+    """Width of the tokens that an attention puts out, also where a LoRA wraps its projection."""
+    return _output_projection(attention).out_features
+
+
+def _output_projection(attention: nn.Module) -> nn.Module:
+    projection = attention.to_out[0]
+    while hasattr(projection, "base_layer"):
+        projection = projection.base_layer
+    return projection
+
+
+def _joint_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    named = dict(model.named_modules())
+    names = [name.removesuffix(_LEAF) for name in named if name.endswith(_LEAF)]
+    joint = [name for name in names if _is_joint(named[name], named[name.rpartition(".")[0]])]
+    return {name: named[name] for name in sorted(joint, key=natural_key)}
+
+
+def _is_joint(attention: nn.Module, block: nn.Module) -> bool:
+    return any(family.is_joint_attention(attention, block) for family in families_of("eraser"))
+
+
+def _check_place(name: str, attentions: dict[str, nn.Module]) -> None:
+    if not name.endswith(_LEAF) or name.removesuffix(_LEAF) not in attentions:
+        raise ValueError(
+            "`target_modules` must match the ends `...to_out.1` of joint attentions only, got a "
+            f"match of {name!r}. Leave it out for all transformer blocks."
+        )
+
+
+def _device_of(attention: nn.Module, name: str) -> torch.device:
+    projection = _output_projection(attention)
+    # torch's own quantised Linears give their weight by a call.
+    weight = projection.weight() if callable(projection.weight) else projection.weight
+    if weight.is_meta and hasattr(projection, "_hf_hook"):
+        raise ValueError(
+            f"`{name}` must not be offloaded to get an eraser, got sequential CPU offload. Add the "
+            "eraser before `enable_sequential_cpu_offload()`."
+        )
+    return weight.device
+
+
+def _check_layers(config: EraserConfig, count: int) -> None:
+    layers = config.layers_to_transform
+    layers = [layers] if isinstance(layers, int) else layers or []
+    outside = [layer for layer in layers if not 0 <= layer < count]
+    if outside:
+        raise ValueError(
+            f"`layers_to_transform` must lie between 0 and {count - 1}, got {outside}."
+        )
+
+
+def _check_sizes(config: EraserConfig, attentions: dict[str, nn.Module]) -> None:
+    width = attention_width(next(iter(attentions.values())))
+    if config.r > width:
+        raise ValueError(f"`r` must be at most the width of the model, {width}, got {config.r}.")
+    eraser = (config.num_layers or len(attentions), config.in_features or width)
+    if eraser != (len(attentions), width):
+        raise ValueError(
+            f"The eraser must fit the model, got one for {eraser[0]} layers of width {eraser[1]} "
+            f"and a model with {len(attentions)} layers of width {width}. Load it into the model "
+            "it was trained on."
+        )
+    config.num_layers, config.in_features = eraser
+
+
+def _delete_eraser(model: nn.Module, adapter_name: str) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, EraserLayer) and adapter_name in layer.eraser_down:
+            layer.delete_adapter(adapter_name)
+            if not layer.eraser_down:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _forget_injection(model: nn.Module, adapter_name: str) -> None:
+    getattr(model, "peft_config", {}).pop(adapter_name, None)
+    # diffusers' `add_adapter` sets this before it adds anything, and then trusts it.
+    if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
+        model._hf_peft_config_loaded = False
+
+
+def register_eraser() -> None:
+    """Register `EraserConfig` and `EraserModel` with PEFT as `ERASER`; a second call does nothing.
+
+    Raises:
+        RuntimeError: another package has registered a method of that name.
+    """
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(eraser_peft_type())
+    if registered is None:
+        register_peft_method(
+            name=PEFT_TYPE_NAME.lower(),
+            config_cls=EraserConfig,
+            model_cls=EraserModel,
+            prefix=EraserModel.prefix,
+        )
+    elif registered.__module__ != EraserConfig.__module__:
+        raise RuntimeError(
+            f"The PEFT type {PEFT_TYPE_NAME} must be free, got {registered.__module__}."
+            f"{registered.__qualname__} registered for it. Import only one of the two packages."
+        )
+
+
+register_eraser()

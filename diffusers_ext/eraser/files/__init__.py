@@ -1,0 +1,1 @@
+"""Files of erasers: formats, reading, writing."""

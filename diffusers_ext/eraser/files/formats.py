@@ -1,0 +1,314 @@
+"""Files of an eraser, in PEFT's format or legacy, in a folder or on the Hub; no code is run."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save
+
+from diffusers_ext.core.artifacts import with_sorted_metadata, write_atomically
+from diffusers_ext.core.sources import check_download_arguments, files_on_hub, refuse_checkpoint
+from diffusers_ext.core.tensor_files import (
+    CONFIG_KEY,
+    FLOATING,
+    config_digest,
+    open_tensors,
+    read_pickled_tensors,
+    read_tensors,
+    with_digest,
+)
+from diffusers_ext.core.text_files import read_json
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.files.convert import (
+    LEGACY_TYPE,
+    PEFT_PREFIX,
+    EraserShape,
+    StateDict,
+    eraser_shape,
+    from_legacy,
+    to_legacy,
+)
+from diffusers_ext.families.cogvideox import CogVideoX
+from diffusers_ext.families.family import import_class
+
+
+def check_eraser_folder(folder: Path, format: str) -> None:
+    """Raise `ValueError` for a format or folder that nothing can be written in."""
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {tuple(FORMATS)}, got {format!r}.")
+    if folder.is_file():
+        raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
+    for other, names in FORMATS.items():
+        if other != format and any((folder / name).exists() for name in names):
+            raise ValueError(
+                f"`save_directory` must not hold an eraser of another format, got {folder} with one "
+                f"of format {other!r}. Choose another folder."
+            )
+
+
+def check_eraser_tensors(tensors: StateDict, name: str, dtype: torch.dtype | None = None) -> None:
+    """Raise `ValueError` unless tensors, as they are to be written, are the eraser `name` with an effect.
+
+    `dtype`, that they were brought to, is for the error: a narrow one may overflow, or leave nothing.
+    """
+    eraser_shape(tensors, f"The eraser {name!r}" + (f" in {dtype}" if dtype else ""))
+    if not any(tensor.any() for key, tensor in tensors.items() if "eraser_up" in key):
+        raise ValueError(
+            f"A saved eraser must have an effect, got {name!r} with zero in every "
+            "`eraser_up`. Train it first."
+        )
+
+
+def described(config: EraserConfig, **given: str | None) -> EraserConfig:
+    """A copy of a config, with what is given in the place of what it says."""
+    config = copy.copy(config)
+    for name, value in given.items():
+        setattr(config, name, value or getattr(config, name))
+    return config
+
+
+def eraser_contents(
+    format: str,
+    config: EraserConfig,
+    tensors: StateDict,
+    num_layers: int,
+    model_class: type[torch.nn.Module] | None = None,
+) -> dict[str, bytes]:
+    """`{file name: content}` of an eraser, weights first.
+
+    `model_class` is what `AutoPeftModel` loads, CogVideoX's when `None`.
+    """
+    if format == "legacy":
+        return _legacy_files(tensors, num_layers)
+    config.inference_mode = True
+    model_class = model_class or import_class(CogVideoX.denoiser_class)
+    facts = config.to_dict()
+    facts["auto_mapping"] = {
+        "base_model_class": model_class.__name__,
+        "parent_library": model_class.__module__,
+    }
+    facts = {name: sorted(v) if isinstance(v, set) else v for name, v in facts.items()}
+    weights = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+    content = (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode()
+    metadata = {"format": "pt", CONFIG_KEY: eraser_config_digest(json.loads(content))}
+    config_name, weights_name = FORMATS["peft"]
+    return {
+        weights_name: with_sorted_metadata(save(weights, metadata=with_digest(weights, metadata))),
+        config_name: content,
+    }
+
+
+def _legacy_files(tensors: StateDict, num_layers: int) -> dict[str, bytes]:
+    facts = {"eraser_type": LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}
+    weights = io.BytesIO()
+    torch.save(to_legacy(tensors, num_layers), weights)
+    config_name, weights_name = FORMATS["legacy"]
+    return {
+        weights_name: weights.getvalue(),
+        config_name: (json.dumps(facts, indent=4) + "\n").encode(),
+    }
+
+
+def write_eraser_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write the files; a new folder appears with all of them or not at all."""
+    if folder.exists():
+        _replace_files(folder, files)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
+        staged = Path(staging, folder.name)
+        staged.mkdir()
+        write_eraser_files(staged, files)
+        os.replace(staged, folder)
+
+
+def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write all files or leave the old ones: weights that are sealed with another config are refused."""
+    old = {name: (folder / name).read_bytes() for name in files if (folder / name).is_file()}
+    written = []
+    try:
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+            written.append(name)
+    except BaseException:
+        for name in written:
+            if name in old:
+                write_atomically(folder / name, old[name])
+            else:
+                (folder / name).unlink()
+        raise
+
+
+LEGACY_WEIGHTS_NAME = "eraser_weights.pt"
+LEGACY_CONFIG_NAME = "eraser_config.json"
+# The file of the config and the file of the weights, by format.
+FORMATS = {
+    "peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
+    "legacy": (LEGACY_CONFIG_NAME, LEGACY_WEIGHTS_NAME),
+}
+FILE_NAMES = tuple(name for names in FORMATS.values() for name in names)
+
+
+class EraserFile(NamedTuple):
+    """A saved eraser.
+
+    Attributes:
+        config: its PEFT config; of the legacy format only the rank is known.
+        tensors: named as in the transformer.
+        num_layers: blocks of the transformer it was made for, `None` where the file does not say.
+    """
+
+    config: EraserConfig
+    tensors: StateDict
+    shape: EraserShape
+    num_layers: int | None
+
+
+def read_eraser(
+    pretrained_model_name_or_path: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    **download_arguments: Any,
+) -> EraserFile:
+    """Read a saved eraser without a model; arguments and errors as in `load_eraser`."""
+    check_download_arguments(download_arguments, "read_eraser")
+    source = Path(pretrained_model_name_or_path)
+    refuse_checkpoint(source / (subfolder or ""))
+    if source.is_file():
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a folder or 'user/name', got the file "
+            f"{source}. Give its folder."
+        )
+    if source.is_dir():
+        config_path, weights_path = _find_in_folder(source / (subfolder or ""))
+    else:
+        name = str(pretrained_model_name_or_path)
+        config_path, weights_path = _download(name, subfolder, download_arguments)
+    read = _read_legacy if config_path.name == LEGACY_CONFIG_NAME else _read_peft
+    return read(config_path, weights_path)
+
+
+def _find_in_folder(folder: Path) -> tuple[Path, Path]:
+    for names in FORMATS.values():
+        if (folder / names[0]).is_file():
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise ValueError(f"{folder} must hold {' and '.join(names)}, got no {missing[0]}.")
+            return folder / names[0], folder / names[1]
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+    expected = " or ".join(" and ".join(names) for names in FORMATS.values())
+    raise ValueError(f"{folder} must hold {expected}, got {found}.")
+
+
+def _download(source: str, subfolder: str | None, arguments: dict[str, Any]) -> tuple[Path, ...]:
+    expected = " or ".join(" and ".join(names) for names in FORMATS.values())
+    no_file = f"Repository {source} must hold {expected}, got neither."
+    missing: EntryNotFoundError | None = None
+    with files_on_hub(source, "an eraser", no_file=no_file):
+        for names in FORMATS.values():
+            try:
+                files = [
+                    hf_hub_download(source, n, subfolder=subfolder, **arguments) for n in names
+                ]
+                return tuple(Path(file) for file in files)
+            except EntryNotFoundError as error:
+                missing = missing or error
+        raise missing
+
+
+def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
+    facts = read_json(config_path)
+    kind = facts.get("peft_type")
+    if kind != "ERASER":
+        raise ValueError(
+            f"{config_path} must have the `peft_type` 'ERASER', got {kind!r}. A LoRA is loaded by "
+            "`load_lora_weights`."
+        )
+    tensors = read_peft_weights(weights_path)
+    shape = eraser_shape(tensors, str(weights_path))
+    try:
+        config = EraserConfig.from_pretrained(str(config_path.parent))
+    # Of what a stranger wrote, PEFT and its classes take much for granted.
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise ValueError(f"{config_path} must be the config of an eraser, got: {error}") from error
+    if config.num_layers is not None and config.num_layers <= shape.blocks[-1]:
+        raise ValueError(
+            f"`num_layers` of {config_path} must be above the last block of the weights, "
+            f"{shape.blocks[-1]}, got {config.num_layers}."
+        )
+    if config.in_features not in (None, shape.width):
+        raise ValueError(
+            f"`in_features` of {config_path} must be the width {shape.width} of the weights, got "
+            f"{config.in_features}."
+        )
+    if config.r != shape.rank:
+        raise ValueError(
+            f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}."
+        )
+    _check_config(facts, config_path, weights_path)
+    return EraserFile(config, tensors, shape, config.num_layers)
+
+
+def eraser_config_digest(facts: Mapping[str, Any]) -> str:
+    """Of a config in PEFT's format, but for the name of the base model, which may be mended by hand."""
+    return config_digest({k: v for k, v in facts.items() if k != "base_model_name_or_path"})
+
+
+def _check_config(facts: dict[str, Any], config_path: Path, weights_path: Path) -> None:
+    expected = (open_tensors(weights_path).metadata() or {}).get(CONFIG_KEY)
+    if expected is not None and expected != eraser_config_digest(facts):
+        raise ValueError(
+            f"{config_path} must be the config that {weights_path.name} was saved beside, got another: "
+            "the digest in the metadata of the weights does not fit. Download or write both again."
+        )
+    base = facts.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(
+            f"`base_model_name_or_path` of {config_path} must be a name, got {base!r}."
+        )
+
+
+def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:
+    facts = read_json(config_path)
+    if facts.get("eraser_type") != LEGACY_TYPE:
+        raise ValueError(
+            f"`eraser_type` of {config_path} must be {LEGACY_TYPE!r}, got "
+            f"{facts.get('eraser_type')!r}."
+        )
+    tensors = read_legacy_weights(weights_path)
+    shape = eraser_shape(tensors, str(weights_path))
+    if facts.get("eraser_rank") != shape.rank:
+        raise ValueError(
+            f"`eraser_rank` of {config_path} must be the rank {shape.rank} of the weights, got "
+            f"{facts.get('eraser_rank')!r}."
+        )
+    # The legacy code puts one into every block.
+    return EraserFile(EraserConfig(r=shape.rank), tensors, shape, len(shape.blocks))
+
+
+def read_peft_weights(path: str | os.PathLike) -> StateDict:
+    """Tensors of an `adapter_model.safetensors`, named as in the transformer; `ValueError` for another file."""
+    tensors, _ = read_tensors(path, dtypes=FLOATING)
+    strange = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
+    if strange:
+        raise ValueError(
+            f"Every key of {path} must start with {PEFT_PREFIX!r}, got {strange[0]!r}."
+        )
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def read_legacy_weights(path: str | os.PathLike) -> StateDict:
+    """Tensors of an `eraser_weights.pt`, named as in the transformer; no code in it is run."""
+    tree = read_pickled_tensors(path, remedy="Get the file again.")
+    return from_legacy(tree, str(path))

@@ -1,0 +1,1 @@
+"""Where a concept shows in a video, read from attention."""

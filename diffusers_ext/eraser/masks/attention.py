@@ -1,0 +1,308 @@
+"""How strongly each video token looks at a concept's tokens, read while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import apply_rotary_emb
+
+from diffusers_ext.core.restored_state import CallScope
+from diffusers_ext.families.registry import denoisers_of, find_family, match_family
+
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+def attention_mass(
+    query: torch.Tensor, key: torch.Tensor, token_mask: torch.Tensor, *, chunk_size: int = 1024
+) -> torch.Tensor:
+    """Share of the video tokens' attention that lands on chosen text tokens, head by head.
+
+    `sum over concept tokens j of softmax_j(q_i k_j^T / sqrt(head_dim))`, the softmax over all text
+    and video keys: the output of the same attention with `value_j = 1` at the concept's tokens and
+    0 elsewhere, so that fused kernels compute it and no score matrix is kept.
+
+    Args:
+        query, key: `(batch, heads, text + video, head_dim)`, text first, after normalisation and
+            rotary embedding.
+        token_mask: `(batch, text)` bool, true at the concept's tokens.
+        chunk_size: video queries at a time; it bounds the scores where no fused kernel serves.
+
+    Returns:
+        `(batch, heads, video)` float32, from 0 to 1.
+    """
+    text = token_mask.shape[1]
+    # As wide as the keys: flash kernels ask for one width.
+    value = key.new_zeros(key.shape[0], 1, *key.shape[2:])
+    value[:, 0, :text, 0] = token_mask.to(key)
+    value = value.expand(-1, key.shape[1], -1, -1)
+    chunks = query[:, :, text:].split(chunk_size, dim=2)
+    shares = [F.scaled_dot_product_attention(chunk, key, value)[..., 0].float() for chunk in chunks]
+    return torch.cat(shares, dim=2)
+
+
+def rotate_video(features: torch.Tensor, rotary: Rotary | None, text: int) -> torch.Tensor:
+    """Rotary embedding of the video part of queries or keys, as CogVideoX applies it.
+
+    `features` are `(batch, heads, text + video, head_dim)` and not written to; `rotary` is `(cos,
+    sin)`, each `(video, head_dim)`, or `None` for absolute positions.
+    """
+    if rotary is None:
+        return features
+    turned = apply_rotary_emb(features[:, :, text:], rotary)
+    return torch.cat([features[:, :, :text], turned], dim=2)
+
+
+def standardize(maps: torch.Tensor) -> torch.Tensor:
+    """Maps `(..., video)` with mean 0 and deviation 1 over their tokens; constant ones become 0."""
+    centred = maps - maps.mean(dim=-1, keepdim=True)
+    deviation = centred.square().mean(dim=-1, keepdim=True).sqrt()
+    return torch.where(deviation > 0, centred / torch.where(deviation > 0, deviation, 1), 0)
+
+
+def head_correlations(head_maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Pearson's correlation of each head's map with a reference, over the tokens of each clip.
+
+    From `(batch, layers, heads, video)` and `(batch, video)`, such as the difference that a concept
+    makes to the velocity, to `(batch, layers, heads)` float32.
+    """
+    if head_maps.ndim != 4 or reference.shape != (len(head_maps), head_maps.shape[-1]):
+        raise ValueError(
+            "`reference` must be (batch, video) like `head_maps`, "
+            f"{tuple(head_maps.shape)}, got {tuple(reference.shape)}."
+        )
+    pattern = standardize(reference.float())[:, None, None]
+    return (standardize(head_maps.float()) * pattern).mean(dim=-1)
+
+
+def agreement_weights(correlations: torch.Tensor) -> torch.Tensor:
+    """How much each head counts: its mean correlation with the reference, or 0 if negative.
+
+    From `(batch, layers, heads)` to `(layers, heads)` weights that add up to 1.
+
+    Raises:
+        ValueError: no head agrees with the reference.
+    """
+    weights = correlations.mean(dim=0).clamp(min=0)
+    if not (weights > 0).any():
+        raise ValueError(
+            "`correlations` must be above 0 for some head, got none. Where the anchor prompts are the "
+            "prompts themselves, the concept changes nothing."
+        )
+    return weights / weights.sum()
+
+
+class ConceptAttention:
+    """What `concept_attention` yields: the maps of the latest forward."""
+
+    def __init__(
+        self,
+        token_mask: torch.Tensor,
+        chunk_size: int,
+        head_weights: torch.Tensor | None,
+        keep_heads: bool,
+    ) -> None:
+        self._token_mask, self._chunk_size = token_mask, chunk_size
+        self._head_weights, self._keep_heads = head_weights, keep_heads
+        self._rows = token_mask.any(dim=1).nonzero().flatten()
+        self._total: torch.Tensor | None = None
+        self._heads: list[torch.Tensor] = []
+        self._layers = 0
+        self._scope = CallScope()
+        self._in_forward = False
+
+    def reading(self) -> CallScope:
+        """A context outside of which, as in other threads, nothing is read."""
+        return self._scope
+
+    @property
+    def running(self) -> bool:
+        """Inside of a forward of the transformer that is to be read."""
+        return self._in_forward and self._scope.covers_this_call()
+
+    @property
+    def maps(self) -> torch.Tensor:
+        """`(batch, video)` float32: the mean over heads and layers, or their weighted sum.
+
+        Without weights it is a share from 0 to 1; weighted maps are standardised head by head. Zero
+        in rows without the concept.
+        """
+        if self._total is None:
+            raise ValueError(
+                "`maps` must be read after a forward of the transformer, got none yet."
+            )
+        return self._total if self._head_weights is not None else self._total / self._layers
+
+    @property
+    def head_maps(self) -> torch.Tensor:
+        """`(batch, layers, heads, video)` float32, with `keep_heads`."""
+        if not self._heads:
+            raise ValueError(
+                "`head_maps` must be read after a forward with `keep_heads`, got none."
+            )
+        return torch.stack([mass.to(self._heads[0].device) for mass in self._heads], dim=1)
+
+    def begin(self, *_: Any) -> None:
+        """Forget the forward before."""
+        # A recomputation by gradient checkpointing runs blocks outside of a forward.
+        if self._scope.covers_this_call():
+            self._total, self._heads, self._layers, self._in_forward = None, [], 0, True
+
+    def end(self, *_: Any) -> None:
+        """Hear nothing more until the next forward."""
+        if self._scope.covers_this_call():
+            self._in_forward = False
+
+    def check_text(self, batch: int, text: int) -> None:
+        """Refuse a forward of another batch or text length than that of `token_mask`."""
+        if tuple(self._token_mask.shape) != (batch, text):
+            raise ValueError(
+                f"`token_mask` must be (batch, text tokens) = {(batch, text)}, got "
+                f"{tuple(self._token_mask.shape)}. With guidance in one batch, give the rows of the "
+                "negative prompt a mask of zeros."
+            )
+
+    @torch.no_grad()
+    def add(self, query: torch.Tensor, key: torch.Tensor, rotary: Rotary | None) -> None:
+        """Take one layer's normalised queries and keys `(batch, heads, text + video, head_dim)`."""
+        rows = self._rows.to(query.device)
+        token_mask = self._token_mask.to(query.device)
+        text = token_mask.shape[1]
+        batch, heads, tokens, _ = query.shape
+        mass = torch.zeros(batch, heads, tokens - text, device=query.device)
+        if len(rows):
+            query, key = (rotate_video(part[rows], rotary, text) for part in (query, key))
+            mass[rows] = attention_mass(query, key, token_mask[rows], chunk_size=self._chunk_size)
+        if self._head_weights is None:
+            maps = mass.mean(dim=1)
+        else:
+            weights = self._head_weights[self._layers].to(mass)
+            maps = (standardize(mass) * weights[:, None]).sum(dim=1)
+        if self._keep_heads:
+            self._heads.append(mass)
+        self._total = maps if self._total is None else self._total + maps.to(self._total.device)
+        self._layers += 1
+
+
+class _LayerReader:
+    """Hooks of one joint attention: queries and keys right after their normalisation."""
+
+    def __init__(self, name: str, attention: ConceptAttention) -> None:
+        self.name, self.attention = name, attention
+        self.rotary: Rotary | None = None
+        self.query: torch.Tensor | None = None
+
+    def begin(self, _: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.attention.running:
+            return
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError(f"`attention_mask` of `{self.name}` must be None, got a mask.")
+        video, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        self.attention.check_text(len(video), text.shape[1])
+        self.rotary = kwargs.get("image_rotary_emb")
+
+    def read_query(self, _: torch.nn.Module, __: tuple, query: torch.Tensor) -> None:
+        if self.attention.running:
+            self.query = query.detach()
+
+    def read_key(self, _: torch.nn.Module, __: tuple, key: torch.Tensor) -> None:
+        # At once: the processor goes on to rotate both in place.
+        if self.attention.running:
+            self.attention.add(self.query, key.detach(), self.rotary)
+            self.rotary = self.query = None
+
+
+@contextmanager
+def concept_attention(
+    transformer: torch.nn.Module,
+    token_mask: torch.Tensor,
+    *,
+    layers: Sequence[int] | None = None,
+    head_weights: torch.Tensor | None = None,
+    keep_heads: bool = False,
+    chunk_size: int = 1024,
+) -> Iterator[ConceptAttention]:
+    """Read how strongly the video looks at a concept in every forward while the context is open.
+
+    The model computes exactly what it computes without; hooks are removed on leaving, also after an
+    exception. A backward pass with gradient checkpointing adds nothing, nor do other threads.
+
+    Args:
+        transformer: a `CogVideoXTransformer3DModel`, plain or wrapped by PEFT.
+        token_mask: `(batch, text)` bool, true at the concept's tokens; rows without any give zeros
+            and cost nothing.
+        layers: indices of transformer blocks; all when `None`.
+        head_weights: `(layers, heads)` of those layers, from `concept_head_weights`: the maps are then
+            the weighted sum of standardised heads. Their mean when `None`.
+        keep_heads: keep all heads apart as well, in `head_maps`.
+        chunk_size: video queries at a time, see `attention_mass`.
+
+    Yields:
+        A `ConceptAttention`; after a forward its `maps` are `(batch, video)` float32, the mean over
+        heads and layers of the attention mass on the concept's tokens.
+
+    Raises:
+        TypeError: `token_mask` is not bool.
+        ValueError: `transformer` is not CogVideoX's, or `layers`, `head_weights`
+            or `chunk_size` do not suit it.
+    """
+    if token_mask.dtype != torch.bool or token_mask.ndim != 2:
+        raise TypeError(
+            "`token_mask` must be (batch, text tokens) of bool, got "
+            f"{tuple(token_mask.shape)} of {token_mask.dtype}."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
+    model = find_transformer(transformer)
+    modules = find_joint_attentions(model, layers)
+    shape = (len(modules), model.config.num_attention_heads)
+    if head_weights is not None and tuple(head_weights.shape) != shape:
+        raise ValueError(
+            f"`head_weights` must be (layers, heads) = {shape}, got {tuple(head_weights.shape)}."
+        )
+    attention = ConceptAttention(token_mask, chunk_size, head_weights, keep_heads)
+    with attention.reading(), ExitStack() as hooks:
+        for name, module in modules.items():
+            reader = _LayerReader(name, attention)
+            for handle in (
+                module.register_forward_pre_hook(reader.begin, with_kwargs=True),
+                module.norm_q.register_forward_hook(reader.read_query),
+                module.norm_k.register_forward_hook(reader.read_key),
+            ):
+                hooks.callback(handle.remove)
+        for handle in (
+            model.register_forward_pre_hook(attention.begin),
+            model.register_forward_hook(attention.end, always_call=True),
+        ):
+            hooks.callback(handle.remove)
+        yield attention
+
+
+def find_transformer(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformer itself, under whatever wraps it."""
+    for module in model.modules():
+        if match_family(module, "eraser") is not None:
+            return module
+    raise ValueError(
+        f"`transformer` must be a {denoisers_of('eraser')}, got a {type(model).__name__}."
+    )
+
+
+def find_joint_attentions(
+    transformer: torch.nn.Module, layers: Sequence[int] | None = None
+) -> dict[str, Attention]:
+    """The joint attentions by name: those of all blocks, or of the chosen ones."""
+    family = find_family(transformer, "eraser")
+    blocks, attention = getattr(transformer, family.blocks), family.joint_attention
+    chosen = range(len(blocks)) if layers is None else sorted(set(layers))
+    if not chosen or min(chosen) < 0 or max(chosen) >= len(blocks):
+        raise ValueError(f"`layers` must be from 0 to {len(blocks) - 1}, got {list(chosen)}.")
+    return {
+        f"{family.blocks}.{index}.{attention}": getattr(blocks[index], attention)
+        for index in chosen
+    }

@@ -1,0 +1,1 @@
+"""What the erased model learns from: runs of the model without its eraser."""

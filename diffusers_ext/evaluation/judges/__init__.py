@@ -1,0 +1,1 @@
+"""Models that say what a video shows."""

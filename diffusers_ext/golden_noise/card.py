@@ -1,0 +1,179 @@
+"""What the model card of a golden-noise pipeline tells, from the pipeline and where it came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.core.text_files import read_json
+from diffusers_ext.families.registry import FAMILIES
+from diffusers_ext.hub.card import Card, make_card
+from diffusers_ext.hub.licence import find_on_hub, public_name
+
+
+# The pipeline of this package that takes the network for a base pipeline.
+GOLDEN_PIPELINES = {f.pipelines[0]: f.golden_pipeline for f in FAMILIES if f.golden_pipeline}
+_KINDS = {
+    "NPNet": "npnet",
+    "GoldenNoiseModel": "golden_noise_model",
+    "NoiseSequenceTransformer": "noise_sequence_transformer",
+    "NoiseSequenceRNN": "noise_sequence_rnn",
+}
+_INDEX = "model_index.json"
+
+
+def network_card(
+    network: torch.nn.Module,
+    *,
+    base_model: str | os.PathLike | None = None,
+    pipeline: str | type | None = None,
+    latent_shape: Sequence[int] | None = None,
+    token: str | None = None,
+    **common: Any,
+) -> Callable[..., Card]:
+    """The card of a network but for the name of its repository.
+
+    Args:
+        network: one of the four of this package.
+        base_model: Hub name, folder or label of the model whose noise it refines.
+        pipeline: class of the golden pipeline that takes it; read from the base model when `None`.
+        latent_shape: `(channels, height, width)` trained at; as its config says when `None`.
+        token: to read the base model.
+        common: further facts of every card, as of `make_card`.
+
+    Raises:
+        ValueError: a network of another class, or a fact that is neither given nor known.
+    """
+    name, config = type(network).__name__, network.config
+    if name not in _KINDS:
+        raise ValueError(
+            f"`network` must be one of {list(_KINDS)} to get a card, got a {name}. Save it by "
+            "`save_pretrained` and upload the folder with a card of your own."
+        )
+    if base_model is None:
+        raise ValueError(
+            "`base_model` must be given for the card, got None. Pass the Hub name of the model "
+            "whose noise the network refines."
+        )
+    if latent_shape is None:
+        latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+    return make_card(
+        _KINDS[name],
+        base_model=base_model,
+        token=token,
+        network=name,
+        pipeline=golden_pipeline_name(base_model, pipeline, token=token),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        latent_shape=tuple(latent_shape),
+        any_size=name != "NPNet",
+        text_embed_dim=config.text_embed_dim,
+        **common,
+    )
+
+
+def golden_pipeline_name(
+    base_model: str | os.PathLike, pipeline: str | type | None, *, token: str | None = None
+) -> str:
+    """The class of this package for a base model.
+
+    Args:
+        base_model: folder or Hub name; its `model_index.json` is read when `pipeline` is `None`.
+        pipeline: a plain or a golden class, or its name.
+        token: to read a private or gated base model.
+
+    Raises:
+        ValueError: none of the five families, or nothing is known about the base model.
+    """
+    name = pipeline.__name__ if isinstance(pipeline, type) else pipeline
+    if name is None:
+        name = read_pipeline_class(base_model, token)
+    known = {**GOLDEN_PIPELINES, **{golden: golden for golden in GOLDEN_PIPELINES.values()}}
+    if name not in known:
+        found = f"got {name!r}" if name else f"got None, and {base_model} has no {_INDEX}"
+        raise ValueError(
+            f"`pipeline` must be one of {sorted(GOLDEN_PIPELINES.values())}, {found}. Pass the one "
+            "that takes the network."
+        )
+    return known[name]
+
+
+def read_pipeline_class(base_model: str | os.PathLike, token: str | None) -> str | None:
+    """The class in the `model_index.json` of a folder or repository; `None` where there is none."""
+    path = Path(base_model, _INDEX)
+    if not Path(base_model).is_dir():
+        path = find_on_hub(str(base_model), _INDEX, token)
+    return read_json(path).get("_class_name") if path is not None and path.is_file() else None
+
+
+def pipeline_card(
+    pipeline: DiffusionPipeline,
+    *,
+    base_model: str | os.PathLike | None = None,
+    trained_on: str | None = None,
+    token: str | None = None,
+    **common: Any,
+) -> Callable[..., Card]:
+    """The card of a pipeline but for the name of its repository.
+
+    Args:
+        pipeline: one of the five of this package.
+        base_model: Hub name, folder or label of the plain model; where the pipeline was loaded from
+            when `None`, if that was a plain model on the Hub.
+        trained_on: the noises its network was trained on; needless without a network.
+        token: to read the base model.
+        common: further facts of every card, as of `make_card`.
+
+    Raises:
+        ValueError: a fact that is neither given nor known, or a LoRA is loaded.
+    """
+    name, plain = _family(pipeline)
+    adapted = [key for key, part in pipeline.components.items() if getattr(part, "peft_config", 0)]
+    if adapted:
+        raise ValueError(
+            f"A pipeline to upload must have no LoRA loaded, got one in {adapted}: its files would "
+            "not load. Upload the LoRA by itself, or fuse it and `unload_lora_weights()` first."
+        )
+    network = pipeline.noise_model
+    if base_model is None:
+        base_model = _plain_origin(pipeline, token)
+    if network is None and trained_on is None:
+        trained_on = f"Nothing: these are the weights of {public_name(base_model)}."
+    return make_card(
+        "golden_noise_pipeline",
+        base_model=base_model,
+        trained_on=trained_on,
+        token=token,
+        pipeline=name,
+        plain_pipeline=plain,
+        # Not `None`, which stands for what is not known.
+        network="" if network is None else type(network).__name__,
+        parameters=0 if network is None else sum(p.numel() for p in network.parameters()),
+        **common,
+    )
+
+
+def _family(pipeline: DiffusionPipeline) -> tuple[str, str]:
+    """Names of the golden and of the plain class."""
+    names = [parent.__name__ for parent in type(pipeline).__mro__]
+    for plain, golden in GOLDEN_PIPELINES.items():
+        if golden in names:
+            return golden, plain
+    raise ValueError(
+        f"`pipeline` must be one of {sorted(GOLDEN_PIPELINES.values())}, got a {names[0]}."
+    )
+
+
+def _plain_origin(pipeline: DiffusionPipeline, token: str | None) -> str:
+    """Where the pipeline was loaded from; not from a golden one, which has a base of its own."""
+    name = pipeline.name_or_path
+    if name and not Path(name).exists() and read_pipeline_class(name, token) in GOLDEN_PIPELINES:
+        return name
+    raise ValueError(
+        "`base_model` must be given for the card of a pipeline that was not loaded from a plain "
+        "one on the Hub, got None. Pass the Hub name of the plain model."
+    )

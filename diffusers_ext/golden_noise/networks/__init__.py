@@ -1,0 +1,1 @@
+"""Networks from random to golden noise."""

@@ -1,0 +1,149 @@
+"""What all golden-noise networks have in common: one call from noise and text to golden noise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffusers_ext.core.restored_state import module_eval_mode
+from diffusers_ext.golden_noise.card import network_card
+from diffusers_ext.golden_noise.networks.files import CheckedWeights, read_network_config
+from diffusers_ext.golden_noise.noise_statistics import match_spectrum
+from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.push import PushWithCard
+
+
+class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
+    """Mixin of the networks; each defines `golden_noise`, pipelines and evaluation call `refine`.
+
+    It stands before `ModelMixin`, whose loading gets clearer errors and whose uploads get a card; the
+    facts for it are the arguments of `diffusers_ext.golden_noise.card.network_card`.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> GoldenNoiseNetwork:
+        """Load a network from a folder or from the Hub, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or `"user/name"`.
+            kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `local_files_only`,
+                `dtype`, ... A pickle is read only with `use_safetensors=False`.
+
+        Raises:
+            ValueError: nothing of that name, a network of another class, or weights that are not
+                whole, not finite, or not those that the config describes.
+            TypeError: another keyword, also for a local folder.
+        """
+        cls.check_arguments(kwargs)
+        # By default diffusers answers a broken download by looking for a pickle instead.
+        kwargs.setdefault("use_safetensors", True)
+        config = read_network_config(pretrained_model_name_or_path, kwargs)
+        found = config.get("_class_name")
+        if not isinstance(found, str) or found not in {parent.__name__ for parent in cls.__mro__}:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold a {cls.__name__}, got {found!r} in "
+                f"{pretrained_model_name_or_path}. `load_noise_model` loads networks of any class."
+            )
+        cls.check_files(pretrained_model_name_or_path, config, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
+        return network_card(self, token=token, **facts)
+
+    def golden_noise(
+        self,
+        noise: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The network's golden noise, before its spectrum is matched; shapes as in `refine`."""
+        raise TypeError(f"{type(self).__name__} must define `golden_noise`.")
+
+    @torch.no_grad()
+    def refine(
+        self,
+        noise: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> torch.Tensor:
+        """Noise that suits the prompt, with the energy of the noise that came in.
+
+        The energy is matched ring by ring of frequency (`match_spectrum`), so it stays white.
+
+        Deterministic: in eval mode, without sampling; the mode comes back afterwards.
+
+        Args:
+            noise: `(batch, channels, height, width)`, unit variance.
+            prompt_embeds: `(batch, tokens, dim)`, the conditional text embeddings.
+            attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
+            pooled_prompt_embeds: `(batch, pooled_dim)`, where the text encoder has them.
+            scale: 0 gives `noise` to the bit, 1 the network's output.
+
+        Returns:
+            float32, the shape of `noise`.
+
+        Raises:
+            ValueError: shapes that do not fit the network.
+        """
+        noise = noise.float()
+        if scale == 0:
+            return noise
+        check_text(noise, prompt_embeds, attention_mask)
+        dtype = next(self.parameters()).dtype
+        rounded = noise.to(dtype)  # what the network changes
+        with module_eval_mode(self):
+            golden = self.golden_noise(
+                rounded,
+                prompt_embeds.to(dtype),
+                attention_mask=attention_mask,
+                pooled_prompt_embeds=(
+                    None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype)
+                ),
+            ).float()
+        return match_spectrum(noise + scale * (golden - rounded.float()), noise)
+
+
+def check_text(
+    noise: torch.Tensor, prompt_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+) -> None:
+    """Raise `ValueError` unless noise, text and mask are one batch of the documented shapes."""
+    if noise.ndim != 4:
+        raise ValueError(
+            f"`noise` must be (batch, channels, height, width), got {tuple(noise.shape)}."
+        )
+    if prompt_embeds.ndim != 3 or len(prompt_embeds) != len(noise):
+        raise ValueError(
+            f"`prompt_embeds` must be ({len(noise)}, tokens, dim) for {len(noise)} noises, got "
+            f"{tuple(prompt_embeds.shape)}."
+        )
+    if attention_mask is not None and attention_mask.shape != prompt_embeds.shape[:2]:
+        raise ValueError(
+            f"`attention_mask` must be {tuple(prompt_embeds.shape[:2])} like the tokens of "
+            f"`prompt_embeds`, got {tuple(attention_mask.shape)}."
+        )
+
+
+def check_channels(
+    noise: torch.Tensor, prompt_embeds: torch.Tensor, in_channels: int, text_embed_dim: int
+) -> None:
+    """Raise `ValueError` unless noise and text have the widths that a network was made for."""
+    if noise.shape[1] != in_channels:
+        raise ValueError(
+            f"`noise` must have the {in_channels} channels of this network, got {noise.shape[1]}. "
+            "Load a network that was trained for this base model."
+        )
+    if prompt_embeds.shape[-1] != text_embed_dim:
+        raise ValueError(
+            f"`prompt_embeds` must be {text_embed_dim} wide for this network, got "
+            f"{prompt_embeds.shape[-1]}. Load a network that was trained for this base model."
+        )

@@ -1,0 +1,276 @@
+"""Weights of networks on disk: sealed when they are saved, checked before a model is made of them.
+
+diffusers only logs that weights are missing and fills them with random numbers, and it makes whatever
+model a config asks for before it opens the weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from diffusers.utils.hub_utils import _add_variant
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors.torch import save_file
+
+from diffusers_ext.core.artifacts import sort_metadata
+from diffusers_ext.core.keywords import check_keywords
+from diffusers_ext.core.sources import CONFIG_NAME, hub_names
+from diffusers_ext.core.tensor_files import (
+    CONFIG_KEY,
+    REMEDY,
+    check_regular_file,
+    check_shapes,
+    check_tensors,
+    config_digest,
+    open_tensors,
+    read_pickled_tensors,
+    read_tensors,
+    with_digest,
+)
+from diffusers_ext.core.text_files import read_json
+
+
+LOADING_ARGUMENTS = (
+    "subfolder", "revision", "dtype", "variant", "cache_dir", "token", "local_files_only",
+    "force_download", "proxies", "use_safetensors", "device_map", "max_memory", "offload_folder",
+    "offload_state_dict", "low_cpu_mem_usage", "ignore_mismatched_sizes", "output_loading_info",
+    "torch_dtype", "quantization_config", "disable_mmap", "parallel_config",
+    "use_flashpack", "flashpack_kwargs",
+)  # fmt: skip
+# What modules raise for settings that they cannot be made with.
+_UNBUILDABLE = (
+    TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError,
+    StrictDataclassError,
+)  # fmt: skip
+
+_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def read_network_config(source: str | os.PathLike, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a network, downloaded where `source` is no folder.
+
+    Args:
+        source: a local folder, or `"user/name"`.
+        arguments: of `from_pretrained`; those that say where to look are read.
+
+    Raises:
+        ValueError: nothing of that name, no `config.json` there, or a broken one.
+    """
+    name, kind = "pretrained_model_name_or_path", "a golden-noise network"
+    where = {key: arguments[key] for key in _WHERE if arguments.get(key) is not None}
+    if Path(source).is_dir():
+        path = Path(source, where.get("subfolder", ""), CONFIG_NAME)
+        if not path.is_file():
+            raise ValueError(
+                f"`{name}` must be a folder or Hub name of {kind}, got {source}: there is no "
+                f"{path.relative_to(source)} in it."
+            )
+    else:
+        offline = where.get("local_files_only", False)
+        revision = where.get("revision")
+        with hub_names(name, source, kind, revision=revision, local_files_only=offline):
+            path = Path(hf_hub_download(str(source), CONFIG_NAME, **where))
+    return read_json(path)
+
+
+class CheckedWeights:
+    """Mixin, right before `ModelMixin`: what is loaded is whole, and what the config describes."""
+
+    # Config fields of which each unit has weights: layers, or blocks a stage.
+    _counted: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        """Raise `TypeError` for a keyword that is neither `from_pretrained`'s nor of the config."""
+        known = [*LOADING_ARGUMENTS, *_config_fields(cls)]
+        takes = f"it takes {', '.join(LOADING_ARGUMENTS[:8])} and the fields of the config"
+        check_keywords(arguments, known, f"{cls.__name__}.from_pretrained", takes)
+
+    @classmethod
+    def check_files(
+        cls, source: str | os.PathLike, config: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> None:
+        """Raise `ValueError`, with the file's name, unless the weights are those of the config.
+
+        Whole, finite, no others, of the shapes that the config describes; what is too large is
+        refused by the header of the file, before memory is taken.
+        """
+        if arguments.get("use_flashpack"):  # pipelines pass it on, false by default
+            raise ValueError(
+                f"`use_flashpack` must be False for {source}, got True: only safetensors are checked."
+            )
+        if config.get("quantization_config"):
+            raise ValueError(
+                f"{source} must hold plain weights, got quantised ones, which cannot be checked "
+                "against the config. Load plain ones with `quantization_config=`."
+            )
+        pickled = arguments.get("use_safetensors") is False
+        paths = weight_files(source, arguments, pickled=pickled)
+        given = {**config, **arguments}
+        fields = {name: given[name] for name in _config_fields(cls) if name in given}
+        where = f"the config of {source}"
+        if not pickled:
+            counts = {name: _total(fields[name]) for name in cls._counted if name in fields}
+            _check_counts(paths, counts, where)
+        try:
+            with torch.device("meta"):
+                expected = dict(cls(**fields).state_dict())
+        # Whatever a foreign config asks for: text for numbers, heads of 0, sizes beyond all memory.
+        except _UNBUILDABLE as error:
+            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            raise ValueError(f"{where} must describe a {cls.__name__}, got: {reason}") from error
+        check_contents(paths, expected, config)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **arguments: Any) -> None:
+        """As in diffusers; the files hold a digest, by which loading finds what was altered."""
+        super().save_pretrained(save_directory, **arguments)
+        is_safetensors = arguments.get("safe_serialization", True)
+        if arguments.get("use_flashpack") or not is_safetensors:
+            return
+        if arguments.get("is_main_process", True):
+            stem = _add_variant(SAFETENSORS_WEIGHTS_NAME, arguments.get("variant"))
+            stem = stem.removesuffix(".safetensors")
+            config = read_json(Path(save_directory, self.config_name), allow_nan=True)
+            for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"):
+                for path in Path(save_directory).glob(pattern):
+                    seal(path, config)
+
+
+def _config_fields(cls: type) -> list[str]:
+    return list(inspect.signature(cls.__init__).parameters)[1:]
+
+
+def _total(count: Any) -> Any:
+    """The sum of a list of whole numbers; anything else as it is, to be refused by name."""
+    if isinstance(count, (list, tuple)) and all(type(part) is int for part in count):
+        return sum(count)
+    return count
+
+
+def _check_counts(paths: Sequence[Path], counts: Mapping[str, Any], where: str) -> None:
+    """Refuse more layers than there are tensors, before any layer is made."""
+    tensors = sum(len(list(open_tensors(path).keys())) for path in paths)
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count <= tensors:
+            raise ValueError(
+                f"`{name}` must be the number of layers whose weights are there, got {count!r} in "
+                f"{where}, but {paths[0]} has {tensors} tensors. {REMEDY}"
+            )
+
+
+def weight_files(
+    source: str | os.PathLike, arguments: Mapping[str, Any], *, pickled: bool = False
+) -> list[Path]:
+    """The one weights file of a model, or all that its index names; downloaded from the Hub."""
+    name = WEIGHTS_NAME if pickled else SAFETENSORS_WEIGHTS_NAME
+    variant = arguments.get("variant")
+    index = _find(source, _add_variant(f"{name}.index.json", variant), arguments)
+    if index is None:
+        path = _find(source, _add_variant(name, variant), arguments)
+        if path is None:
+            raise ValueError(
+                f"{source} must hold {_add_variant(name, variant)}, got none. {REMEDY} A pickle is "
+                "read with `use_safetensors=False` alone, a variant with `variant=`."
+            )
+        return [path]
+    mapped = read_json(index).get("weight_map")
+    names = sorted({*map(str, mapped.values())}) if isinstance(mapped, dict) else []
+    if not names or not all(Path(file).name == file for file in names):
+        raise ValueError(f"{index} must name files beside it, got {names}. {REMEDY}")
+    found = [_find(source, file, arguments) for file in names]
+    missing = [file for file, path in zip(names, found, strict=True) if path is None]
+    if missing:
+        raise ValueError(f"{index} must name files that are there, got {missing}. {REMEDY}")
+    return found
+
+
+def _find(source: str | os.PathLike, name: str, arguments: Mapping[str, Any]) -> Path | None:
+    where = {key: arguments[key] for key in _WHERE if arguments.get(key) is not None}
+    if Path(source).is_dir():
+        folder = Path(source, where.get("subfolder", ""))
+        if not os.path.lexists(folder / name):
+            return None
+        return check_regular_file(folder / name)
+    try:
+        return Path(hf_hub_download(str(source), name, **where))
+    except RemoteEntryNotFoundError:
+        return None
+    except LocalEntryNotFoundError:
+        if where.get("local_files_only"):
+            return None
+        raise
+
+
+def check_contents(
+    paths: list[Path], model: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> None:
+    """Raise `ValueError` unless the files hold exactly the tensors of a model, finite and unaltered.
+
+    Their dtypes may be others, but a weight is a floating-point number, in half precision, too.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.items()}
+    first = paths[0] if len(paths) == 1 else paths[0].parent
+    if paths[0].suffix != ".safetensors":
+        tree = {}
+        for path in paths:
+            tree |= _pickled(path)
+        check_tensors(tree, first, expected=expected)
+        _check_floating(tree, model, first)
+        return
+    shapes = {}
+    for path in paths:
+        handle = open_tensors(path)
+        shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+    check_shapes(shapes, expected, first)
+    for path in paths:
+        tensors, metadata = read_tensors(path)
+        _check_floating(tensors, model, path)
+        if metadata.get(CONFIG_KEY, _digest(config)) != _digest(config):
+            raise ValueError(
+                f"{path} must stand beside the config that it was saved with, got another: the digest "
+                f"in its metadata does not fit. {REMEDY} Settings are changed by keywords of "
+                "`from_pretrained`, not in config.json."
+            )
+
+
+def _check_floating(
+    tensors: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() != model[name].is_floating_point():
+            raise ValueError(
+                f"{path} must hold {name!r} as {model[name].dtype} or of its kind, got "
+                f"{tensor.dtype}. {REMEDY}"
+            )
+
+
+def _pickled(path: Path) -> dict[str, torch.Tensor]:
+    tree = read_pickled_tensors(path)
+    if not isinstance(tree, dict) or not all(isinstance(x, torch.Tensor) for x in tree.values()):
+        raise ValueError(f"{path} must hold weights by name, got other objects. {REMEDY}")
+    return tree
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Of what the network is; underscored fields say where it came from and which version wrote it."""
+    return config_digest({k: v for k, v in config.items() if not k.startswith("_")})
+
+
+def seal(path: Path, config: Mapping[str, Any]) -> None:
+    """Write the digests of contents and config into a weights file."""
+    tensors, metadata = read_tensors(path, finite=False)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the file is replaced
+    metadata = with_digest(tensors, {**metadata, CONFIG_KEY: _digest(config)})
+    save_file(tensors, path, metadata)
+    sort_metadata(path)

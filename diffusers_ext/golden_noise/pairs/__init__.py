@@ -1,0 +1,1 @@
+"""Sets of noise pairs: reading, writing, sharing."""

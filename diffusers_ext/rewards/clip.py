@@ -1,0 +1,229 @@
+"""PickScore: the preferences of people who used a text-to-image application."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from diffusers_ext.core.pictures import rgb_picture
+from diffusers_ext.core.sources import check_download_arguments
+from diffusers_ext.rewards.reward import check_pairs, check_scores
+
+
+CLIPRewardType = TypeVar("CLIPRewardType", bound="CLIPReward")
+ProcessorRewardType = TypeVar("ProcessorRewardType", bound="ProcessorReward")
+# What transformers takes for "the largest id": https://github.com/huggingface/transformers/pull/24773
+_LEGACY_EOS = 2
+
+
+class CLIPReward:
+    """Base: the model is loaded once, every distinct prompt is read once a call, all in batches."""
+
+    name: ClassVar[str]
+
+    def __init__(
+        self, model: CLIPModel, tokenizer: Any, *, version: str, batch_size: int = 16
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        _check_tokenizer(tokenizer, model.config.text_config)
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer, self.version, self.batch_size = tokenizer, version, batch_size
+
+    def to(self: CLIPRewardType, device: torch.device | str) -> CLIPRewardType:
+        """Move the model; returns the reward itself."""
+        self.model.to(device)
+        return self
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        """How well each picture fits its own prompt.
+
+        Args:
+            images: `n` PIL images of any sizes and modes, read as `rgb_picture` does: on white where transparent.
+            prompts: one per image; cut off where the model stops reading (77 tokens).
+
+        Returns:
+            `(n,)` float32 on the CPU.
+
+        Raises:
+            ValueError: no picture, not one prompt per picture, or a score that is no number.
+        """
+        pictures, texts = check_pairs(images, prompts)
+        distinct = list(dict.fromkeys(texts))
+        rows = [distinct.index(text) for text in texts]
+        cosines = (self.image_features(pictures) * self.text_features(distinct)[rows]).sum(1)
+        return check_scores(self._from_cosines(cosines), texts, self.name)
+
+    @torch.no_grad()
+    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """L2-normalised embeddings `(n, dim)` of `n` pictures, float32 on the CPU."""
+
+        def embed(batch: Sequence[Image.Image]) -> Any:
+            pixels = self._pixel_values(batch).to(self.model.device, self.model.dtype)
+            return self.model.get_image_features(pixel_values=pixels)
+
+        return self._features(embed, images)
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        """L2-normalised embeddings `(n, dim)` of `n` prompts, float32 on the CPU."""
+
+        def embed(batch: Sequence[str]) -> Any:
+            tokens = {key: ids.to(self.model.device) for key, ids in self._tokens(batch).items()}
+            return self.model.get_text_features(**tokens)
+
+        return self._features(embed, prompts)
+
+    def _features(self, embed: Callable[[Any], Any], items: Sequence[Any]) -> torch.Tensor:
+        starts = range(0, len(items), self.batch_size)
+        batches = [embed(items[start : start + self.batch_size]) for start in starts]
+        features = torch.cat([batch.pooler_output.float().cpu() for batch in batches])
+        return features / features.norm(dim=1, keepdim=True)
+
+    def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        raise TypeError(f"{type(self).__name__} must define `_pixel_values`.")
+
+    def _tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        raise TypeError(f"{type(self).__name__} must define `_tokens`.")
+
+    def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
+        """The metric of cosines `(n,)`."""
+        raise TypeError(f"{type(self).__name__} must define `_from_cosines`.")
+
+
+class ProcessorReward(CLIPReward):
+    """Base of the rewards that use a CLIP model's own transformers preprocessing."""
+
+    default_model: ClassVar[str]
+    default_processor: ClassVar[str | None] = None  # the model's own repository when `None`
+    default_version: ClassVar[str | None] = None  # the last part of the model's name when `None`
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        image_processor: Any,
+        tokenizer: Any,
+        *,
+        version: str,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(model, tokenizer, version=version, batch_size=batch_size)
+        self.image_processor = image_processor
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ProcessorRewardType],
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        *,
+        processor: str | os.PathLike | None = None,
+        version: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+        **download_arguments: Any,
+    ) -> ProcessorRewardType:
+        """Load the model and its preprocessing from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or `"user/name"`; the published model
+                when `None`.
+            processor: folder or repository of tokenizer and image preprocessing. When `None`,
+                that of the published metric, or the folder itself if the model is a local one.
+            version: what results call this model; the metric's own when `None`.
+            download_arguments: `revision` (of the model), `cache_dir`, `token`,
+                `local_files_only`.
+
+        Raises:
+            ValueError: the model is of another kind, or lacks weights.
+            OSError: files are missing.
+            TypeError: another keyword, also for a local folder.
+        """
+        check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
+        source = str(pretrained_model_name_or_path or cls.default_model)
+        if processor is None:
+            processor = source if Path(source).is_dir() else cls.default_processor or source
+        config = AutoConfig.from_pretrained(source, **download_arguments)
+        if config.model_type != "clip":
+            raise ValueError(
+                "`pretrained_model_name_or_path` must be a model of type 'clip', got "
+                f"{config.model_type!r} in {source}."
+            )
+        model, loading = CLIPModel.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, **download_arguments
+        )
+        if loading["missing_keys"]:
+            missing = sorted(loading["missing_keys"])
+            raise ValueError(
+                f"{source} must hold all weights of a CLIP model, got none for {len(missing)} of "
+                f"them, the first {missing[0]}."
+            )
+        if str(processor) != source:
+            download_arguments.pop("revision", None)
+        # torchvision is not a dependency, so the PIL backend is asked for by name.
+        image_processor = AutoImageProcessor.from_pretrained(
+            str(processor), backend="pil", **download_arguments
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(processor), **download_arguments)
+        version = version or cls.default_version or Path(source).name
+        parts = (model.to(device), image_processor, tokenizer)
+        return cls(*parts, version=version, batch_size=batch_size)
+
+    def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        pictures = [rgb_picture(image) for image in images]
+        return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    def _tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        limit = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        )
+        return {key: tokens[key] for key in ("input_ids", "attention_mask")}
+
+
+def _check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """The text feature is read at the end token; without it CLIP silently reads the first one."""
+    wanted, found = config.eos_token_id, tokenizer.eos_token_id
+    if found >= config.vocab_size or wanted not in (found, _LEGACY_EOS):
+        raise ValueError(
+            f"`tokenizer` must be the one of the model, with {wanted} as the end token of "
+            f"{config.vocab_size}, got {found}."
+        )
+
+
+class CLIPScoreReward(ProcessorReward):
+    """`max(100 * cos(text, image), 0)`, between 0 and 100.
+
+    The scale is that of torchmetrics and of diffusers' evaluation guide. The paper (Hessel et
+    al., arXiv 2104.08718) has the factor 2.5 and puts "A photo depicts" before each caption;
+    neither is done here. Numbers compare only within one CLIP model, which is the `version`:
+    the last part of its repository or folder, unless another is given.
+    """
+
+    name = "clip_score"
+    default_model = "openai/clip-vit-large-patch14"
+
+    def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
+        return (100.0 * cosines).clamp(min=0.0)
+
+
+class PickScoreReward(ProcessorReward):
+    """`exp(logit_scale) * cos(text, image)`, the scale trained with the model (arXiv 2305.01569).
+
+    Scores of one prompt's pictures compare; their softmax is the probability that people pick
+    each. Scores of different prompts do not.
+    """
+
+    name = "pickscore"
+    default_model = "yuvalkirstain/PickScore_v1"
+    default_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    default_version = "v1"
+
+    def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
+        scale = self.model.logit_scale.detach().float().exp()
+        return cosines * scale.to(cosines.device)

@@ -1,0 +1,265 @@
+"""What an eraser is trained on: encoded prompts and the teacher's samples for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from diffusers_ext.core.restored_state import module_eval_mode
+from diffusers_ext.core.seeds import stream_generator
+from diffusers_ext.eraser.batch import EraserText
+from diffusers_ext.eraser.concepts import concept_token_mask
+from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
+from diffusers_ext.families.family import Family
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.training.eraser.prompts import EraserPrompts
+from diffusers_ext.training.eraser.videos import list_videos, read_video
+
+
+class NoiseSource(Dataset):
+    """Latents that are normal noise: cheap, and unlike any clip at all but the highest timesteps.
+
+    Items are `{"x_0": (frames, channels, height, width) float32}`.
+    """
+
+    def __init__(self, latent_shape: Sequence[int], length: int, *, seed: int = 0) -> None:
+        if length < 1:
+            raise ValueError(f"`length` must be at least 1, got {length}.")
+        self.latent_shape, self.length, self.seed = tuple(latent_shape), length, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"`index` must be from 0 to {self.length - 1}, got {index}.")
+        return {
+            "x_0": torch.randn(
+                self.latent_shape, generator=stream_generator(self.seed, "latents", index)
+            )
+        }
+
+
+class VideoSource(Dataset):
+    """Latents of the videos in a folder, encoded once and kept in memory.
+
+    Items are `{"x_0": (frames, channels, height, width) float32}`, scaled as the transformer
+    reads them. Latent frames that CogVideoX 1.5 needs besides repeat the first one; the pipeline
+    drops the same ones.
+
+    Args:
+        pipeline: a CogVideoX pipeline; its VAE encodes.
+        video_dir: gif, webp or mp4 files, or one folder of pictures per video.
+        num_frames: the first frames of each video.
+        height, width: pixels; videos are scaled to cover the size, and cropped.
+        seed: of the posterior's samples.
+
+    Raises:
+        ValueError: a size the model cannot take, no videos, or one with too few frames.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        video_dir: str | os.PathLike,
+        num_frames: int,
+        height: int,
+        width: int,
+        *,
+        seed: int = 0,
+    ) -> None:
+        shape = find_family(pipeline, "eraser").latent_shape(
+            pipeline.transformer.config, pipeline.vae.config, num_frames, height, width
+        )
+        self.paths = list_videos(Path(video_dir))
+        latents = []
+        for index, path in enumerate(tqdm(self.paths, desc="encode videos")):
+            frames = torch.from_numpy(read_video(path, num_frames, height, width))
+            encoded = encode_frames(pipeline.vae, frames, stream_generator(seed, "latents", index))
+            padding = encoded[:1].expand(shape[0] - len(encoded), -1, -1, -1)
+            latents.append(torch.cat([padding, encoded]))
+        self.latents = torch.stack(latents)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x_0": self.latents[index]}
+
+
+@torch.no_grad()
+def encode_frames(
+    vae: torch.nn.Module, frames: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """One video `(frames, height, width, 3)` uint8 as latents of the transformer.
+
+    They are `(latent frames, channels, height, width)` float32 on the CPU, times the scaling factor.
+    """
+    # The VAE wants (batch, 3, frames, height, width) in [-1, 1], and gives channels before frames.
+    pixels = frames.permute(3, 0, 1, 2)[None].to(vae.device, torch.float32) / 127.5 - 1.0
+    with module_eval_mode(vae):
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample(generator)
+    return (latents[0].float() * vae.config.scaling_factor).transpose(0, 1).cpu()
+
+
+# Of `latents_source="noise"`; each is noised anew whenever it comes up.
+_NUM_NOISES = 4096
+
+
+class ClipSize(NamedTuple):
+    """Frames and pixels of the clips that an eraser is trained on."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    @classmethod
+    def of_configs(
+        cls,
+        family: Family,
+        transformer: Any,
+        vae: Any,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> ClipSize:
+        """The given sizes, and those that the model, by its configs, was made for where none is given."""
+        own = family.clip_size(transformer.config, vae.config)
+        given = (num_frames, height, width)
+        return cls(*(side if size is None else size for size, side in zip(given, own)))
+
+
+@dataclass(frozen=True)
+class EraserData:
+    """What a training reads, with no text encoder any more.
+
+    Attributes:
+        text: embeddings of all prompts.
+        token_mask: `(target prompts, text)` bool, the concept's tokens; `None` where no mask is asked for.
+        samples: teacher samples or clean latents.
+        size: of the clips.
+    """
+
+    text: EraserText
+    token_mask: torch.Tensor | None
+    samples: Dataset
+    size: ClipSize
+
+
+@torch.no_grad()
+def encode_text(
+    pipeline: DiffusionPipeline, prompts: EraserPrompts, *, batch_size: int = 32
+) -> EraserText:
+    """Embeddings of all prompts, kept on the CPU; equal prompts are encoded once."""
+    embeds = encode_video_prompts(
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        prompts.texts,
+        pipeline.transformer.config.max_text_seq_length,
+        batch_size=batch_size,
+    )
+    row = {prompt: index for index, prompt in enumerate(prompts.texts)}
+    parts = (prompts.target, prompts.anchor, prompts.preserved)
+    chosen = (embeds[[row[prompt] for prompt in part]] for part in parts)
+    return EraserText(*chosen, embeds[row[""]])
+
+
+def concept_tokens(
+    pipeline: DiffusionPipeline, prompts: EraserPrompts, recipe: EraserTraining, concept: str | None
+) -> torch.Tensor | None:
+    """Where the concept stands in each target prompt; `None` where the recipe asks for no masks."""
+    if not recipe.localization_weight:
+        return None
+    if concept is None:
+        raise ValueError(
+            "`concept` must be given where `localization_weight` is not 0, got None. Masks are made of "
+            "the attention to its tokens."
+        )
+    length = pipeline.transformer.config.max_text_seq_length
+    return concept_token_mask(pipeline.tokenizer, prompts.target, concept, length)
+
+
+def make_samples(
+    pipeline: DiffusionPipeline,
+    text: EraserText,
+    token_mask: torch.Tensor | None,
+    recipe: EraserTraining,
+    size: ClipSize,
+    *,
+    video_dir: str | Path | None = None,
+    **collection: Any,
+) -> Dataset:
+    """The samples of a recipe: teacher trajectories, or clean latents of `video_dir` or of noise.
+
+    The pipeline may have erasers, which the teacher switches off. `collection` are further arguments
+    of `collect_teacher_samples`: `directory` and `facts`, ...
+    """
+    shape = find_family(pipeline, "eraser").latent_shape(
+        pipeline.transformer.config, pipeline.vae.config, *size
+    )
+    if recipe.latents_source == "noise":
+        return NoiseSource(shape, _NUM_NOISES, seed=recipe.seed)
+    if recipe.latents_source == "video":
+        if video_dir is None:
+            raise ValueError("`video_dir` must be given for `latents_source` 'video', got None.")
+        return VideoSource(pipeline, video_dir, *size, seed=recipe.seed)
+    return collect_teacher_samples(
+        find_family(pipeline, "eraser").velocity(pipeline, *size),
+        pipeline.scheduler,
+        *text,
+        latent_shape=shape,
+        num_target=recipe.num_target_trajectories,
+        num_preserved=recipe.num_preserved_trajectories,
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.sampling_guidance_scale,
+        empty_share=recipe.empty_share,
+        points_per_trajectory=recipe.points_per_trajectory,
+        seed=recipe.seed,
+        batch_size=recipe.sampling_batch_size,
+        token_mask=token_mask,
+        mask_threshold=recipe.mask_threshold,
+        **collection,
+    )
+
+
+def make_data(
+    pipeline: DiffusionPipeline,
+    prompts: EraserPrompts,
+    recipe: EraserTraining,
+    size: ClipSize,
+    *,
+    concept: str | None = None,
+    **options: Any,
+) -> EraserData:
+    """Text and samples of a training; `options` are those of `make_samples`."""
+    text = encode_text(pipeline, prompts)
+    token_mask = concept_tokens(pipeline, prompts, recipe, concept)
+    samples = make_samples(pipeline, text, token_mask, recipe, size, **options)
+    return EraserData(text, token_mask, samples, size)
+
+
+def samples_facts(samples: Dataset) -> dict[str, Any]:
+    """What tells one training's samples from another's, as JSON: how many, and sums over two of them."""
+    items = {"first": samples[0], "last": samples[len(samples) - 1]}
+    tensors = sorted(_tensors(items).items())
+    return {"length": len(samples), **{n: value.double().sum().item() for n, value in tensors}}
+
+
+def _tensors(item: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    found = {}
+    for name, value in item.items():
+        if isinstance(value, dict):
+            found |= _tensors(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = torch.as_tensor(value)
+    return found

@@ -1,0 +1,256 @@
+"""What a training of an eraser leaves: the adapter, a report, and a repository on the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.core.restored_state import quiet_run
+from diffusers_ext.eraser.adapter.outputs import erasers_disabled
+from diffusers_ext.eraser.files.save import save_eraser
+from diffusers_ext.eraser.recipe import EraserSettings
+from diffusers_ext.evaluation.sheets import write_clip
+from diffusers_ext.hub.card import Card, make_card
+from diffusers_ext.hub.licence import public_name
+from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.text import GivenTexts, RunText
+from diffusers_ext.training.run.loop import TrainingLoop
+from diffusers_ext.training.run.script import ON_THE_WAY, staged_output
+from diffusers_ext.training.run.text_cache import read_components
+from diffusers_ext.training.run.upload import (
+    card_arguments,
+    left_here,
+    prepare_upload,
+    push_output,
+    reported_arguments,
+    widget_of,
+)
+
+
+logger = get_logger(__name__)
+
+_GAP = 2  # white pixels between the two clips
+
+
+class ClipValidation:
+    """Draws `--validation_prompt` at fixed seeds every `--validation_steps` and at the end.
+
+    Each file shows the base model on the left and the eraser at full strength on the right, from the
+    same noise. The text encoder is gone by then, so prompts come as embeddings.
+
+    Args:
+        args: of the script.
+        pipeline: with the transformer that trains.
+        accelerator: of the run; the main process draws.
+        text: of the run, with the validation prompts.
+        size: of the clips.
+
+    Attributes:
+        files: clips of the last call.
+    """
+
+    def __init__(
+        self,
+        args: EraserSettings,
+        pipeline: DiffusionPipeline,
+        accelerator: Accelerator,
+        text: RunText,
+        size: ClipSize,
+    ) -> None:
+        self.args, self.pipeline, self.accelerator = args, pipeline, accelerator
+        self.prompt_embeds, self.size = text.validation, size
+        self.empty_embed = text.embeds.empty
+        self.files: list[Path] = []
+        self._base: dict[tuple[int, int], np.ndarray] = {}
+
+    def callbacks(self) -> list[tuple[int, Callable[[int], None]]]:
+        """What `TrainingLoop` calls; empty without validation prompts."""
+        if not self.args.validation_prompt:
+            return []
+        return [(self.args.validation_steps or self.args.max_train_steps, self.draw)]
+
+    def draw(self, step: int) -> None:
+        """Draw and save the clips of one step; the models' modes and the VAE's place come back."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = Path(self.args.output_dir, "validation")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files, vae = [], self.pipeline.vae
+        home = vae.device
+        with ExitStack() as restore:
+            restore.callback(vae.to, home)
+            vae.to(self.accelerator.device)
+            restore.enter_context(quiet_run(self.pipeline))
+            for prompt in range(len(self.args.validation_prompt)):
+                for video in range(self.args.num_validation_videos):
+                    name = f"step-{step:06d}-prompt-{prompt}-video-{video}.gif"
+                    self._save(folder / name, self._side_by_side(prompt, video))
+        logger.info(f"Drew {len(self.files)} validation clips at step {step}.")
+
+    def _side_by_side(self, prompt: int, video: int) -> np.ndarray:
+        """`(frames, height, 2 width and a gap, 3)` uint8: base and erased."""
+        key = (prompt, video)
+        if key not in self._base:
+            with erasers_disabled(self.pipeline.transformer):
+                self._base[key] = self._clip(prompt, video)
+        base = self._base[key]
+        gap = np.full((*base.shape[:2], _GAP, 3), 255, np.uint8)
+        return np.concatenate([base, gap, self._clip(prompt, video)], 2)
+
+    @torch.no_grad()
+    def _clip(self, prompt: int, video: int) -> np.ndarray:
+        device, dtype = self.accelerator.device, self.pipeline.transformer.dtype
+        frames = self.pipeline(
+            prompt_embeds=self.prompt_embeds[prompt][None].to(device, dtype),
+            negative_prompt_embeds=self.empty_embed[None].to(device, dtype),
+            generator=torch.Generator().manual_seed(self.args.seed + video),
+            num_frames=self.size.num_frames,
+            height=self.size.height,
+            width=self.size.width,
+            num_inference_steps=self.args.num_inference_steps,
+            guidance_scale=self.args.sampling_guidance_scale,
+            max_sequence_length=self.prompt_embeds.shape[1],
+            output_type="np",
+        ).frames[0]
+        return (np.asarray(frames).clip(0, 1) * 255).round().astype(np.uint8)
+
+    def _save(self, path: Path, frames: np.ndarray) -> None:
+        write_clip(frames, path, fps=self.args.validation_fps)
+        self.files.append(path)
+
+
+REPORT_NAME = "training_report.json"
+# Of the recipe, what a card shows.
+_SHOWN = (
+    "negative_guidance", "unlearning_weight", "preservation_weight", "localization_weight",
+    "loss_type", "latents_source", "learning_rate", "train_batch_size",
+    "gradient_accumulation_steps", "max_train_steps",
+)  # fmt: skip
+
+
+def eraser_report(
+    args: EraserSettings, text: RunText, loop: TrainingLoop, **facts: Any
+) -> dict[str, Any]:
+    """Everything about a training as JSON, the token left out."""
+    trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
+    return {
+        "arguments": reported_arguments(args),
+        "recipe": args.recipe(),
+        "parameters": sum(parameter.numel() for parameter in trained),
+        "preserved_concepts": text.preserved_concepts,
+        "prompts": text.prompts.facts,
+        **facts,
+        "history": loop.history,
+        "seconds": loop.seconds,
+    }
+
+
+def save_result(
+    args: EraserSettings,
+    pipeline: DiffusionPipeline,
+    adapter_name: str,
+    report: dict[str, Any],
+) -> None:
+    """Write the eraser and the report, all at once."""
+    with staged_output(args.output_dir, ("adapter_config.json",), ON_THE_WAY) as folder:
+        save_eraser(
+            pipeline.transformer,
+            folder,
+            adapter_name=adapter_name,
+            base_model_name_or_path=args.hub_base_model
+            or public_name(args.pretrained_model_name_or_path),
+        )
+        report_text = json.dumps(report, indent=2) + "\n"
+        (folder / REPORT_NAME).write_text(report_text, encoding="utf-8")
+
+
+def eraser_facts(
+    args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """What the card of a trained eraser tells besides base model and licence, JSON-able.
+
+    Args:
+        args: of the training script.
+        report: as in `training_report.json`.
+        clips: of validation prompts, below the output folder.
+    """
+    prompts = [p for p in args.validation_prompt for _ in range(args.num_validation_videos)]
+    size, recipe = report["size"], report["recipe"]
+    return {
+        "trained_on": _trained_on(report),
+        "settings": {
+            "clips": f"{size['num_frames']} x {size['height']} x {size['width']}",
+            **{name: recipe[name] for name in _SHOWN},
+        },
+        "widget": widget_of(args, prompts, clips),
+        "concept": args.target_concept,
+        "anchor_concept": args.anchor_concept or "",
+        "preserved_concepts": list(report["preserved_concepts"]),
+    }
+
+
+def trained_eraser_card(
+    args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
+) -> Callable[..., Card]:
+    """The card of a trained eraser but for the name of its repository; arguments as `eraser_facts`.
+
+    Raises:
+        ValueError: a fact is not known, such as the licence.
+    """
+    return make_card(
+        "eraser",
+        **eraser_facts(args, report, clips),
+        pipeline=read_components(args)["_class_name"],
+        rank=args.rank,
+        parameters=report["parameters"],
+        **card_arguments(args),
+    )
+
+
+def _trained_on(report: Mapping[str, Any]) -> str:
+    counts = {name: len(prompts) for name, prompts in report["prompts"].items()}
+    clips = {
+        "trajectory": "clips that the base model drew itself; no other clips were used",
+        "video": "clips of a folder of videos",
+        "noise": "noised random numbers; no clips were used",
+    }[report["recipe"]["latents_source"]]
+    return (
+        f"{counts['target']} prompts that ask for the concept and {counts['preserved']} whose clips "
+        f"must stay, on {clips}."
+    )
+
+
+def prepare_eraser_upload(args: EraserSettings, given: GivenTexts, size: ClipSize) -> None:
+    """Check the upload before the run, with what the command line and its files tell.
+
+    Raises:
+        ValueError: no licence is known, or the Hub refuses the card.
+    """
+    concepts = given.preserved_concepts or []
+    known = {
+        "size": size._asdict(),
+        "recipe": args.recipe(),
+        "preserved_concepts": concepts,
+        "prompts": {"target": given.target, "preserved": given.preserved_prompts},
+        "parameters": 1,
+    }
+    prepare_upload(args, trained_eraser_card(args, known))
+
+
+def publish_eraser(args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path]) -> str:
+    """Upload the output folder (eraser, report, card, last clips), without checkpoints and logs.
+
+    Returns:
+        Address of the commit.
+    """
+    card = trained_eraser_card(args, report, clips)
+    return push_output(args, card, left_here(args, args.trajectories_dir, args.video_dir))

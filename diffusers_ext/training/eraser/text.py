@@ -1,0 +1,260 @@
+"""From the command line's files to encoded prompts, with the text encoder in memory only in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.eraser.batch import EraserText
+from diffusers_ext.eraser.concepts import anchor_distances, contains_concept, replace_concept
+from diffusers_ext.eraser.neighbours import neighbouring_concepts
+from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.training.eraser.data import ClipSize, encode_text
+from diffusers_ext.training.eraser.prompts import (
+    EraserPrompts,
+    auto_preserved_concepts,
+    make_eraser_prompts,
+    read_eraser_prompts,
+)
+from diffusers_ext.training.run.text_cache import load_text_pipeline
+
+
+logger = get_logger(__name__)
+
+
+_MOST_PROMPTS = 16
+
+
+@torch.no_grad()
+def choose_anchor_concept(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    concept: str,
+    candidates: Sequence[str],
+    recipe: EraserTraining,
+    size: ClipSize | None = None,
+) -> dict[str, float]:
+    """Candidates, preserved concepts, with their distances from the concept, the nearest first.
+
+    At most 16 prompts that name the concept are used, evenly chosen. Of the recipe sampling steps,
+    guidance and seed are read; clips are of the model's own size where none is given.
+
+    Raises:
+        ValueError: no candidate, or no prompt that names the concept.
+    """
+    naming = [prompt for prompt in prompts if contains_concept(prompt, concept)]
+    if not candidates or not naming:
+        raise ValueError(
+            "`candidates` must name a concept and `prompts` the erased one, got "
+            f"{len(candidates)} candidates and {len(naming)} prompts with {concept!r}. Name preserved "
+            "concepts, or give the anchor concept yourself."
+        )
+    chosen = [naming[row] for row in _spread(len(naming))]
+    versions = [chosen, *([replace_concept(p, concept, c) for p in chosen] for c in candidates)]
+    transformer = pipeline.transformer
+    embeds = encode_video_prompts(
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        ["", *(prompt for version in versions for prompt in version)],
+        transformer.config.max_text_seq_length,
+    ).to(transformer.device)
+    empty, texts = embeds[0], embeds[1:].unflatten(0, (len(versions), len(chosen)))
+    size = (
+        ClipSize.of_configs(find_family(pipeline, "eraser"), transformer, pipeline.vae)
+        if size is None
+        else size
+    )
+    return rank_anchors(
+        pipeline, texts[0], dict(zip(candidates, texts[1:], strict=True)), empty, recipe, size
+    )
+
+
+def rank_anchors(
+    pipeline: DiffusionPipeline,
+    target_embeds: torch.Tensor,
+    anchors: Mapping[str, torch.Tensor],
+    empty_embed: torch.Tensor,
+    recipe: EraserTraining,
+    size: ClipSize,
+) -> dict[str, float]:
+    """As `choose_anchor_concept`, of embeddings; the text encoder is not read.
+
+    `target_embeds` are `(prompts, text, dim)`, `anchors` those of the same prompts with each candidate
+    in the place of the concept, `empty_embed` `(text, dim)`.
+    """
+    distances = anchor_distances(
+        find_family(pipeline, "eraser").velocity(pipeline, *size),
+        pipeline.scheduler,
+        target_embeds,
+        torch.stack(list(anchors.values())),
+        empty_embed,
+        latent_shape=find_family(pipeline, "eraser").latent_shape(
+            pipeline.transformer.config, pipeline.vae.config, *size
+        ),
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.sampling_guidance_scale,
+        seed=recipe.seed,
+    ).tolist()
+    return dict(sorted(zip(anchors, distances, strict=True), key=lambda pair: pair[1]))
+
+
+def settle_anchor(
+    text: RunText,
+    concept: str,
+    pipeline: DiffusionPipeline,
+    recipe: EraserTraining,
+    size: ClipSize,
+) -> tuple[RunText, str]:
+    """The text of a run with the best of the candidates that `--anchor_concept auto` has encoded, and its word."""
+    device, rows = pipeline.transformer.device, _spread(len(text.prompts.target))
+    anchors = {word: embeds[rows].to(device) for word, embeds in text.anchors.items()}
+    target, empty = text.embeds.target[rows].to(device), text.embeds.empty.to(device)
+    ranked = rank_anchors(pipeline, target, anchors, empty, recipe, size)
+    word = next(iter(ranked))
+    logger.info("Distances from %r: %s", concept, {k: round(v, 4) for k, v in ranked.items()})
+    logger.info("Chose the anchor %r; give `--anchor_concept` to have another one.", word)
+    replaced = [replace_concept(prompt, concept, word) for prompt in text.prompts.target]
+    prompts = replace(text.prompts, anchor=replaced)
+    embeds = text.embeds._replace(anchor=text.anchors[word])
+    # The other candidates' embeddings are as large as all other text together.
+    return replace(text, prompts=prompts, embeds=embeds, anchors={}), word
+
+
+def _spread(count: int) -> list[int]:
+    return list(range(0, count, -(-count // _MOST_PROMPTS)))
+
+
+PRESERVED_NAME = "preserved_concepts.txt"
+
+
+@dataclass(frozen=True)
+class GivenTexts:
+    """What the files of the command line hold.
+
+    Attributes:
+        target: prompts of the concept.
+        preserved_concepts: `None` where the text encoder is to choose them.
+        preserved_prompts: whole prompts to preserve besides.
+    """
+
+    target: list[str]
+    preserved_concepts: list[str] | None
+    preserved_prompts: list[str]
+
+    def prompts(self, args: EraserSettings, preserved_concepts: list[str]) -> EraserPrompts:
+        """All prompts of the run; raises `ValueError` where they contradict each other."""
+        return make_eraser_prompts(
+            self.target,
+            args.target_concept,
+            anchor_concept=None if args.anchor_concept == AUTO_ANCHOR else args.anchor_concept,
+            preserved_concepts=preserved_concepts,
+            preserved_prompts=self.preserved_prompts,
+            max_preserved=args.max_preserved_prompts,
+            seed=args.seed,
+        )
+
+
+@dataclass(frozen=True)
+class RunText:
+    """All text of a run, encoded.
+
+    Attributes:
+        prompts: of the run.
+        preserved_concepts: given or chosen.
+        embeds: of the prompts, on the CPU.
+        validation: `(validation prompts, text, dim)`, on the CPU; `None` without any.
+        anchors: of `--anchor_concept auto`, the target prompts with each preserved concept in the place of
+            the concept, `(target prompts, text, dim)` each.
+    """
+
+    prompts: EraserPrompts
+    preserved_concepts: list[str]
+    embeds: EraserText
+    validation: torch.Tensor | None
+    anchors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def read_texts(args: EraserSettings) -> GivenTexts:
+    """Read the files of the command line and check them against each other.
+
+    Raises:
+        ValueError: a missing or empty file, a preserved text that names the concept, or a target
+            prompt without the concept where an anchor concept shall replace it.
+    """
+    column = args.prompt_column
+    optional = (args.preserved_concepts_file, args.preserved_prompts_file)
+    concepts, prompts = (read_eraser_prompts(path, column) if path else [] for path in optional)
+    chosen = None if args.auto_preserved_concepts else concepts
+    if args.anchor_concept == AUTO_ANCHOR and chosen == []:
+        raise ValueError(
+            "`anchor_concept` must be a word where there are no preserved concepts to choose it from, got "
+            f"{AUTO_ANCHOR!r}. Give `--preserved_concepts_file` or `--auto_preserved_concepts`."
+        )
+    given = GivenTexts(read_eraser_prompts(args.prompts_file, column), chosen, prompts)
+    prompts = given.prompts(args, concepts)
+    if args.anchor_concept == AUTO_ANCHOR:
+        for prompt in prompts.target:
+            replace_concept(
+                prompt, args.target_concept, AUTO_ANCHOR
+            )  # raises where it is not named
+    return given
+
+
+def encode_run_text(args: EraserSettings, given: GivenTexts, accelerator: Accelerator) -> RunText:
+    """Encode everything a run reads; the text encoder is gone afterwards."""
+    pipeline = load_text_pipeline(args, accelerator.device)
+    concepts = given.preserved_concepts
+    if concepts is None:
+        concepts = _nearest_concepts(args, pipeline, accelerator)
+    prompts = given.prompts(args, concepts)
+    embeds = encode_text(pipeline, prompts, batch_size=args.text_batch_size)
+    validation = None
+    if args.validation_prompt:
+        validation = encode_video_prompts(
+            pipeline.tokenizer,
+            pipeline.text_encoder,
+            args.validation_prompt,
+            pipeline.transformer.config.max_text_seq_length,
+            batch_size=args.text_batch_size,
+        )
+    anchors = _candidate_anchors(args, pipeline, prompts, concepts)
+    return RunText(prompts, concepts, embeds, validation, anchors)
+
+
+def _candidate_anchors(
+    args: EraserSettings, pipeline: Any, prompts: EraserPrompts, concepts: list[str]
+) -> dict[str, torch.Tensor]:
+    if args.anchor_concept != AUTO_ANCHOR:
+        return {}
+    encoder = (pipeline.tokenizer, pipeline.text_encoder)
+    length = pipeline.transformer.config.max_text_seq_length
+    found = {}
+    for concept in concepts:
+        texts = [replace_concept(prompt, args.target_concept, concept) for prompt in prompts.target]
+        found[concept] = encode_video_prompts(
+            *encoder, texts, length, batch_size=args.text_batch_size
+        )
+    return found
+
+
+def _nearest_concepts(args: EraserSettings, pipeline: Any, accelerator: Accelerator) -> list[str]:
+    """Neighbours of the concept; the main process shows them and writes them down."""
+    options = {
+        "max_sequence_length": pipeline.transformer.config.max_text_seq_length,
+        "exclude": [] if args.anchor_concept in (None, AUTO_ANCHOR) else [args.anchor_concept],
+    }
+    encoder, count = (pipeline.tokenizer, pipeline.text_encoder), args.num_preserved_concepts
+    if accelerator.is_main_process:
+        path = Path(args.output_dir, PRESERVED_NAME)
+        return auto_preserved_concepts(*encoder, args.target_concept, count, path, **options)
+    near = neighbouring_concepts(*encoder, args.target_concept, count, **options)
+    return [neighbour.word for neighbour in near]

@@ -1,0 +1,202 @@
+"""Train an eraser that takes one concept out of CogVideoX and leaves the rest, from prompts alone.
+
+    accelerate launch training/train_cogvideox_eraser.py \\
+        --pretrained_model_name_or_path examples/moving_digits/model \\
+        --target_concept seven --anchor_concept auto --prompts_file prompts.txt \\
+        --preserved_concepts_file digits.txt --eraser_rank 32 --learning_rate 5e-3 \\
+        --train_batch_size 16 --max_train_steps 400 --output_dir outputs/eraser
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.eraser.recipe import EraserSettings
+from diffusers_ext.training.eraser.data import (
+    EraserData,
+    concept_tokens,
+    make_samples,
+    samples_facts,
+)
+from diffusers_ext.training.eraser.result import (
+    ClipValidation,
+    eraser_facts,
+    eraser_report,
+    prepare_eraser_upload,
+    publish_eraser,
+    save_result,
+)
+from diffusers_ext.training.eraser.run import BaseFacts, add_eraser, load_base, make_step, read_base
+from diffusers_ext.training.eraser.text import (
+    GivenTexts,
+    RunText,
+    encode_run_text,
+    read_texts,
+    settle_anchor,
+)
+from diffusers_ext.training.run.checkpoints import Checkpoints
+from diffusers_ext.training.run.closing_words import eraser_words
+from diffusers_ext.training.run.evaluation_names import add_erasure_names
+from diffusers_ext.training.run.loop import TrainingLoop
+from diffusers_ext.training.run.script import one_run_a_folder, run_script
+from diffusers_ext.training.run.settings import parse_settings
+from diffusers_ext.training.run.setup import (
+    check_resume,
+    loop_settings,
+    make_accelerator,
+    make_optimizer,
+    make_output_dir,
+    make_schedule,
+    run_facts,
+    start_trackers,
+)
+from diffusers_ext.training.run.upload import card_record, check_login
+
+
+logger = get_logger(__name__)
+
+ADAPTER_NAME = "default"
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> EraserSettings:
+    """Command line of this script, over the YAML file of `--config`."""
+    return parse_settings(EraserSettings, __doc__, input_args, shared=[add_erasure_names])
+
+
+def settings(args: EraserSettings, given: GivenTexts, base: BaseFacts) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued and is known before weights are loaded."""
+    recipe = args.recipe()
+    del recipe["max_train_steps"]
+    names = ("target_concept", "anchor_concept", "max_preserved_prompts", "trajectories_dtype")
+    return run_facts(
+        args,
+        recipe=recipe,
+        texts=asdict(given),
+        size=list(base.size),
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+def make_run_data(
+    args: EraserSettings,
+    accelerator: Accelerator,
+    pipeline: DiffusionPipeline,
+    base: BaseFacts,
+    text: RunText,
+) -> EraserData:
+    """The samples of the run, made or read again."""
+    collection: dict[str, Any] = {}
+    token_mask = concept_tokens(pipeline, text.prompts, args, args.target_concept)
+    if args.latents_source == "video":
+        pipeline.vae.to(accelerator.device)
+        collection["video_dir"] = args.video_dir
+    elif args.latents_source == "trajectory":
+        collection["storage_dtype"] = _DTYPES[args.trajectories_dtype]
+    if args.trajectories_dir is not None:
+        collection |= {
+            "directory": args.trajectories_dir,
+            "facts": {"prompts": text.prompts.facts, "text_dtype": str(text.embeds.target.dtype)},
+            "process": (accelerator.process_index, accelerator.num_processes),
+            "wait_for_everyone": accelerator.wait_for_everyone,
+        }
+    with accelerator.autocast():  # as the student runs, or the two would differ before any training
+        samples = make_samples(pipeline, text.embeds, token_mask, args, base.size, **collection)
+    pipeline.vae.to("cpu")
+    return EraserData(text.embeds, token_mask, samples, base.size)
+
+
+def build_loop(
+    args: EraserSettings,
+    accelerator: Accelerator,
+    pipeline: DiffusionPipeline,
+    data: EraserData,
+    facts: dict[str, Any],
+    validation: ClipValidation,
+) -> TrainingLoop:
+    """The loop over a transformer, to which it adds an eraser."""
+    facts = {
+        **facts,
+        "model": fingerprint(pipeline.transformer),
+        "samples": samples_facts(data.samples),
+        "num_processes": accelerator.num_processes,
+    }
+    check_resume(args, facts)
+    parameters = add_eraser(
+        pipeline.transformer,
+        args,
+        ADAPTER_NAME,
+        concept=args.target_concept,
+        anchor_concept=args.anchor_concept,
+    )
+    step = make_step(pipeline, data, args, accelerator.device, ADAPTER_NAME)
+    optimizer = make_optimizer(args, parameters, accelerator)
+    return TrainingLoop(
+        accelerator,
+        pipeline.transformer,
+        optimizer,
+        data.samples,
+        step,
+        loop_settings(args, "eraser training"),
+        make_schedule(args, optimizer),
+        checkpoints=Checkpoints(
+            accelerator,
+            args.output_dir,
+            facts,
+            args.checkpointing_steps,
+            args.checkpoints_total_limit,
+            parts=step.stateful,
+        ),
+        resume_from_checkpoint=args.resume_from_checkpoint,
+        callbacks=validation.callbacks(),
+    )
+
+
+@one_run_a_folder
+def main(args: EraserSettings) -> Path:
+    """Train and save; returns the output folder."""
+    accelerator = make_accelerator(args)
+    base, given = read_base(args), read_texts(args)
+    facts = settings(args, given, base)
+    check_resume(args, facts)
+    if args.push_to_hub and accelerator.is_main_process:
+        check_login(args)  # a missing login or licence stops the run here, not after it
+        prepare_eraser_upload(args, given, base.size)
+    text = encode_run_text(args, given, accelerator)
+    pipeline = load_base(args, accelerator.device)
+    if text.anchors:
+        text, args.anchor_concept = settle_anchor(
+            text, args.target_concept, pipeline, args, base.size
+        )
+    data = make_run_data(args, accelerator, pipeline, base, text)
+    validation = ClipValidation(args, pipeline, accelerator, text, base.size)
+    facts["prompts"] = text.prompts.facts
+    loop = build_loop(args, accelerator, pipeline, data, facts, validation)
+    make_output_dir(args, accelerator)
+    start_trackers(accelerator, args, "cogvideox-eraser")
+    loop.run()
+    if accelerator.is_main_process:
+        report = eraser_report(
+            args, text, loop, size=base.size._asdict(), samples=samples_facts(data.samples)
+        )
+        report["card"] = card_record(args, eraser_facts(args, report, validation.files))
+        save_result(args, pipeline, ADAPTER_NAME, report)
+        logger.info(eraser_words(args, report))
+        if args.push_to_hub:
+            publish_eraser(args, report, validation.files)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return Path(args.output_dir)
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main, EraserSettings)

@@ -1,0 +1,1 @@
+"""Runs of golden noise: pairs, networks, pictures."""

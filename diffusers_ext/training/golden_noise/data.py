@@ -1,0 +1,229 @@
+"""Noise pairs and sequences as samples of a training, with validation prompts held out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from diffusers_ext.golden_noise.noise_statistics import match_energy
+from diffusers_ext.golden_noise.pairs.dataset import open_pairs
+from diffusers_ext.golden_noise.pairs.hub import download_pairs
+from diffusers_ext.golden_noise.settings import NoiseSettings
+
+
+logger = logging.getLogger(__name__)
+
+
+class WithoutPromptMeans(Dataset):
+    """Pairs whose golden noise lacks a share of the mean change of their prompt.
+
+    With `d` the change of one noise and `m` the mean change of the prompt's other noises, golden
+    noise is `noise + d - share m`, brought back to its energy. The mean is the same picture for
+    every seed; it is most of what five repeats of the step add, and what makes their pictures alike.
+
+    Args:
+        pairs: as of `open_pairs`, at least two noises of every prompt.
+        share: of the mean that is taken out, in (0, 1].
+
+    Raises:
+        ValueError: a share out of range, or a prompt with a single noise.
+    """
+
+    def __init__(self, pairs: Dataset, share: float) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"`remove_prompt_mean` must be in (0, 1], got {share}.")
+        self.counts = Counter(pairs.prompts)
+        alone = [prompt for prompt, count in self.counts.items() if count < 2]
+        if alone:
+            raise ValueError(
+                "`remove_prompt_mean` must have several noises of every prompt to average over, "
+                f"got one of {alone[0]!r} and {len(alone) - 1} others. Make pairs with "
+                "`generate_npd.py --noises_per_prompt`, unfiltered, or leave it out."
+            )
+        self.pairs, self.share = pairs, share
+        self.prompts, self.num_steps = pairs.prompts, pairs.num_steps
+        self.latent_shape = pairs.latent_shape
+        self.facts = pairs.facts
+        self.sums = self._sum_changes()
+
+    def _sum_changes(self) -> dict[str, torch.Tensor]:
+        shape = (self.num_steps, *self.latent_shape)
+        sums = {prompt: torch.zeros(shape) for prompt in self.counts}
+        size = len(sums) * torch.Size(shape).numel() * 4
+        logger.info(f"Mean changes of {len(sums)} prompts take {size / 2**30:.2f} GiB.")
+        for index in tqdm(range(len(self.pairs)), desc="prompt means"):
+            item = self.pairs[index]
+            sums[item["prompt"]] += item["golden"] - item["noise"]
+        return sums
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.pairs[index]
+        change = item["golden"] - item["noise"]
+        others = (self.sums[item["prompt"]] - change) / (self.counts[item["prompt"]] - 1)
+        noise = item["noise"].expand_as(change)
+        golden = match_energy(noise + change - self.share * others, noise)
+        return {**item, "golden": golden}
+
+
+class PromptSplit(NamedTuple):
+    """Indices of samples; no prompt is on both sides."""
+
+    train: list[int]
+    validation: list[int]
+
+
+def split_by_prompt(prompts: Sequence[str], share: float, seed: int) -> PromptSplit:
+    """Hold out all samples of a share of the prompts, at least of one.
+
+    Whether a prompt is held out depends on the set of prompts and the seed, not on their order.
+
+    Args:
+        prompts: one per sample.
+        share: of the different prompts, in [0, 1); 0 holds out none.
+        seed: chooses the prompts.
+
+    Raises:
+        ValueError: a share outside of its range, or one that leaves nothing to train on.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"`validation_split` must be in [0, 1), got {share}.")
+    unique = sorted(set(prompts))
+    count = max(1, round(share * len(unique))) if share else 0
+    if count >= len(unique):
+        raise ValueError(
+            f"`validation_split` must leave prompts to train on, got {share} of {len(unique)} "
+            "different prompts. Use more prompts, or 0."
+        )
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {unique[index] for index in order[:count]}
+    sides: dict[bool, list[int]] = {False: [], True: []}
+    for index, prompt in enumerate(prompts):
+        sides[prompt in held_out].append(index)
+    return PromptSplit(sides[False], sides[True])
+
+
+class NoiseSamples(Dataset):
+    """Samples of a data set of pairs with the number of their prompt in place of the prompt.
+
+    Args:
+        pairs: items `{"noise": (channels, height, width), "golden": (steps, channels, height,
+            width), "prompt": str}`.
+        indices: which samples.
+        text_rows: the row of each prompt in a text cache.
+        steps: which golden states a sample has, counted from 1.
+    """
+
+    def __init__(
+        self,
+        pairs: Dataset,
+        indices: Sequence[int],
+        text_rows: dict[str, int],
+        steps: Sequence[int],
+    ) -> None:
+        self.pairs, self.indices, self.text_rows = pairs, list(indices), text_rows
+        self.steps = [step - 1 for step in steps]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        index = self.indices[position]
+        item = self.pairs[index]
+        golden = item["golden"][self.steps]
+        if not (item["noise"].isfinite().all() and golden.isfinite().all()):
+            raise ValueError(
+                f"Sample {index} ({item['prompt']!r}) must be finite, got NaN or infinite numbers. "
+                "Take it out of the data."
+            )
+        return {
+            "noise": item["noise"].float(),
+            "golden": golden.float(),
+            "text": self.text_rows[item["prompt"]],
+        }
+
+
+def read_pairs(args: NoiseSettings) -> Dataset:
+    """The data of `--dataset_dir`; raises `ValueError` where it contradicts the command line."""
+    folder = Path(args.dataset_dir)
+    if not folder.is_dir():
+        folder = download_pairs(
+            args.dataset_dir,
+            argument="dataset_dir",
+            revision=args.dataset_revision,
+            token=args.hub_token,
+        )
+    pairs = open_pairs(folder)
+    if len(pairs) == 0:
+        raise ValueError(f"`dataset_dir` must hold pairs, got none in {args.dataset_dir}.")
+    if args.remove_prompt_mean:
+        pairs = WithoutPromptMeans(pairs, args.remove_prompt_mean)
+    _, height, width = pairs.latent_shape
+    wanted = args.noise_resolution
+    if wanted is not None and (height, width) != (wanted, wanted):
+        raise ValueError(
+            f"`noise_resolution` must be that of the data, {height} x {width}, got {wanted}."
+        )
+    return pairs
+
+
+def target_steps(args: NoiseSettings, num_steps: int) -> list[int]:
+    """The one step of pair trainers, from 1: `--target_step`, by default the last."""
+    step = num_steps if args.target_step == "last" else args.target_step
+    if not str(step).isdecimal() or not 1 <= int(step) <= num_steps:
+        raise ValueError(
+            f"`target_step` must be 'last' or from 1 to the data's {num_steps}, got {step}."
+        )
+    return [int(step)]
+
+
+def sequence_steps(args: NoiseSettings, num_steps: int) -> list[int]:
+    """The steps of sequence trainers, from 1, cut to `--max_seq_len` states with the first noise."""
+    if num_steps < 2:
+        raise ValueError(
+            "`dataset_dir` must hold sequences of at least 2 steps, got pairs of one. Make "
+            "sequences with `generate_npd.py --num_steps`, or train a network of pairs with "
+            "`train_npnet.py`."
+        )
+    longest = args.max_seq_len or num_steps + 1
+    if not 3 <= longest <= num_steps + 1:
+        raise ValueError(
+            f"`max_seq_len` must be from 3 to {num_steps + 1}, the data's {num_steps} steps and "
+            f"the first noise, got {longest}."
+        )
+    return list(range(1, longest))
+
+
+def count_steps(args: NoiseSettings, samples: int, num_processes: int) -> int:
+    """Optimizer steps of the run: `--max_train_steps`, or those of `--num_epochs`."""
+    if args.max_train_steps is not None:
+        return args.max_train_steps
+    batch = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    return math.ceil(samples * args.num_epochs / batch)
+
+
+def data_facts(pairs: Dataset, split: PromptSplit, steps: Sequence[int]) -> dict[str, Any]:
+    """What tells one training's data from another's, as JSON."""
+    probe = pairs[0]["golden"].double()
+    return {
+        "samples": len(pairs),
+        "prompts": hashlib.sha256("\n".join(pairs.prompts).encode()).hexdigest(),
+        "first_sample": [probe.sum().item(), probe.square().sum().item()],
+        "latent_shape": list(pairs.latent_shape),
+        "steps": list(steps),
+        "removed_prompt_mean": getattr(pairs, "share", 0.0),
+        "training_samples": len(split.train),
+        "validation_samples": len(split.validation),
+        "generation": pairs.facts,
+    }

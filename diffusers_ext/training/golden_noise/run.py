@@ -1,0 +1,218 @@
+"""The training of a golden-noise network from data and text to the saved result, for any network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers.training_utils import EMAModel
+from torch.utils.data import Dataset
+
+from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.golden_noise.settings import NoiseSettings
+from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
+from diffusers_ext.training.golden_noise.data import (
+    NoiseSamples,
+    PromptSplit,
+    count_steps,
+    data_facts,
+    read_pairs,
+    split_by_prompt,
+)
+from diffusers_ext.training.golden_noise.networks import make_network
+from diffusers_ext.training.golden_noise.result import (
+    network_report,
+    publish_network,
+    save_network,
+    trained_network_card,
+)
+from diffusers_ext.training.golden_noise.validation import Measure, NoiseValidation
+from diffusers_ext.training.run.checkpoints import Checkpoints
+from diffusers_ext.training.run.closing_words import network_words
+from diffusers_ext.training.run.loop import LossFunction, TrainingLoop
+from diffusers_ext.training.run.setup import (
+    check_resume,
+    loop_settings,
+    make_accelerator,
+    make_optimizer,
+    make_output_dir,
+    make_schedule,
+    run_facts,
+    start_trackers,
+)
+from diffusers_ext.training.run.text_cache import check_base_model, load_text_pipeline
+from diffusers_ext.training.run.upload import check_login, prepare_upload
+
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class NoiseTask:
+    """What differs between networks of pairs and of sequences.
+
+    Attributes:
+        name: of the run, for trackers.
+        choose_steps: `(args, steps of the data)` to the steps that are targets, from 1.
+        make_loss: `(args, text, device)` to the loss function.
+        make_measure: `args` to the figures of validation.
+    """
+
+    name: str
+    choose_steps: Callable[[NoiseSettings, int], list[int]]
+    make_loss: Callable[[NoiseSettings, TextCache, torch.device], LossFunction]
+    make_measure: Callable[[NoiseSettings], Measure]
+
+
+@dataclass(frozen=True)
+class NoiseData:
+    """The data of a run, before any text is encoded."""
+
+    pairs: Dataset
+    split: PromptSplit
+    steps: list[int]
+    facts: dict[str, Any]
+
+    def samples(self, cache: TextCache) -> dict[str, NoiseSamples]:
+        """Samples of both sides of the split."""
+        return {
+            name: NoiseSamples(self.pairs, indices, cache.rows, self.steps)
+            for name, indices in self.split._asdict().items()
+        }
+
+
+def open_data(args: NoiseSettings, task: NoiseTask) -> NoiseData:
+    """Open, check and split the data of `--dataset_dir`."""
+    pairs = read_pairs(args)
+    steps = task.choose_steps(args, pairs.num_steps)
+    split = split_by_prompt(pairs.prompts, args.validation_split, args.seed)
+    return NoiseData(pairs, split, steps, data_facts(pairs, split, steps))
+
+
+def settings(args: NoiseSettings, data: NoiseData) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued and is known before the text is encoded."""
+    names = (
+        "model", "use_ema", "ema_decay", "validation_split", "text_cache_dtype", "init_from",
+        "text_batch_size", "kl_weight",
+    )  # fmt: skip
+    given = {name: getattr(args, name, None) for name in names}
+    return run_facts(args, data=data.facts, **given)
+
+
+def encode_text(
+    args: NoiseSettings, data: NoiseData, accelerator: Accelerator
+) -> tuple[TextCache, str]:
+    """The text of all prompts, and the class of the base pipeline; no text encoder stays."""
+    pipeline = load_text_pipeline(args, accelerator.device)
+    facts = data.facts["generation"] or {}
+    check_base_model(args, pipeline, facts.get("models"))
+    cache = TextCache.encode(
+        pipeline,
+        data.pairs.prompts,
+        batch_size=args.text_batch_size,
+        dtype=CACHE_DTYPES[args.text_cache_dtype],
+        directory=args.text_cache_dir,
+    )
+    return cache, type(pipeline).__name__
+
+
+def build_loop(
+    args: NoiseSettings,
+    accelerator: Accelerator,
+    task: NoiseTask,
+    data: NoiseData,
+    cache: TextCache,
+) -> tuple[TrainingLoop, NoiseValidation]:
+    """The loop over a network, and what measures it."""
+    network = make_network(args, data.pairs.latent_shape, cache, len(data.steps))
+    if args.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    facts = {
+        **settings(args, data),
+        "text": cache.facts,
+        "network": network_config(network),
+        "start": fingerprint(network),
+        "num_processes": accelerator.num_processes,
+    }
+    check_resume(args, facts)
+    network.to(accelerator.device)
+    ema = EMAModel(network.parameters(), decay=args.ema_decay) if args.use_ema else None
+    samples = data.samples(cache)
+    validation = NoiseValidation(
+        accelerator, network, ema, samples, cache.take, task.make_measure(args),
+        batch_size=args.train_batch_size, most=args.num_validation_pairs,
+    )  # fmt: skip
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(args, trained, accelerator)
+    loop = TrainingLoop(
+        accelerator,
+        network,
+        optimizer,
+        samples["train"],
+        task.make_loss(args, cache, accelerator.device),
+        loop_settings(args, f"{args.model} training"),
+        make_schedule(args, optimizer),
+        checkpoints=Checkpoints(
+            accelerator,
+            args.output_dir,
+            facts,
+            args.checkpointing_steps,
+            args.checkpoints_total_limit,
+            parts=[validation],
+        ),
+        resume_from_checkpoint=args.resume_from_checkpoint,
+        ema=ema,
+        callbacks=[(args.validation_steps or args.max_train_steps, validation.run)],
+    )
+    return loop, validation
+
+
+def network_config(network: torch.nn.Module) -> dict[str, Any]:
+    """The fields of a network's config that make up its structure."""
+    return {name: value for name, value in network.config.items() if not name.startswith("_")}
+
+
+def train_network(args: NoiseSettings, task: NoiseTask) -> Path:
+    """Train and save; returns the output folder."""
+    accelerator = make_accelerator(args)
+    data = open_data(args, task)
+    args.max_train_steps = count_steps(args, len(data.split.train), accelerator.num_processes)
+    check_resume(args, settings(args, data))
+    shared = args.push_to_hub and accelerator.is_main_process
+    if shared:
+        check_login(args)
+    cache, pipeline_class = encode_text(args, data, accelerator)
+    loop, validation = build_loop(args, accelerator, task, data, cache)
+    if shared:  # a fact that the card lacks stops the run here, not after it
+        facts = {"data": data.facts, "pipeline_class": pipeline_class, "validation": []}
+        prepare_upload(args, trained_network_card(args, validation.network, **facts))
+    make_output_dir(args, accelerator)
+    start_trackers(accelerator, args, task.name)
+    network = loop.run()
+    if loop.ema is not None:
+        loop.ema.copy_to(network.parameters())
+    network.eval()
+    if accelerator.is_main_process:
+        report = network_report(
+            args,
+            network,
+            config=network_config(network),
+            data=data.facts,
+            text=cache.facts,
+            pipeline_class=pipeline_class,
+            history=loop.history,
+            validation=validation.history,
+            seconds=loop.seconds,
+        )
+        save_network(args, network, report)
+        logger.info(network_words(args, report))
+        if shared:
+            publish_network(args, network, report)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return Path(args.output_dir)

@@ -1,0 +1,1 @@
+"""Runs of null-space DreamBooth."""

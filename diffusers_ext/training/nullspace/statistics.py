@@ -1,0 +1,340 @@
+"""Measure what a Stable Diffusion or SDXL model already knows, for training in its null space.
+
+    accelerate launch training/build_covariance.py \\
+        --pretrained_model_name_or_path examples/digits/model \\
+        --knowledge_prompts knowledge.txt --output_dir outputs/statistics
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
+from diffusers_ext.core.text_files import read_json
+from diffusers_ext.nullspace.attention_maps import at_steps, attention_maps, spread_steps
+from diffusers_ext.nullspace.collect import sampled_timesteps
+from diffusers_ext.nullspace.npy_tree import check_room, export_layout, layout_size
+from diffusers_ext.nullspace.npy_tree_pictures import (
+    SUMMARY_NAME,
+    draw_layer_attention,
+    plot_covariance_statistics,
+)
+from diffusers_ext.nullspace.plots import plot_attention_maps, plot_null_dimensions, plot_spectrum
+from diffusers_ext.nullspace.projector import null_dimensions
+from diffusers_ext.nullspace.settings import CollectionSettings
+from diffusers_ext.nullspace.slots import find_linears
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.training.run.arguments import NULL_SPACE_GROUPS
+from diffusers_ext.training.run.checkpoint_files import check_same_facts
+from diffusers_ext.training.run.closing_words import statistics_words
+from diffusers_ext.training.run.config_file import read_nullbooth_block
+from diffusers_ext.training.run.knowledge import (
+    collect,
+    decode_in_pipeline_dtype,
+    load_pipeline,
+    read_knowledge,
+)
+from diffusers_ext.training.run.script import (
+    check_output_dir,
+    one_run_a_folder,
+    run_script,
+    staged_output,
+)
+from diffusers_ext.training.run.settings import parse_settings
+from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
+from diffusers_ext.training.run.upload import (
+    check_login,
+    collection_card,
+    prepare_upload,
+    publish_statistics,
+)
+
+
+logger = get_logger(__name__)
+
+_FOLDER, _RUN_FILE = "progress", "run.json"
+
+
+def collection_facts(
+    args: CollectionSettings, prompts: list[str], num_processes: int
+) -> dict[str, Any]:
+    """What must be equal for a collection to be continued."""
+    names = (
+        "pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "features",
+        "cross_attention_layers", "no_sub_phrases", "negative_prompt", "num_inference_steps",
+        "guidance_scale", "statistics_batch_size", "seed",
+    )  # fmt: skip
+    facts = {name: getattr(args, name) for name in names}
+    if (
+        getattr(args, "single_file_config", None) is not None
+    ):  # of progress written before there was none
+        facts["single_file_config"] = args.single_file_config
+    facts["knowledge_prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    facts["num_processes"] = num_processes
+    return json.loads(json.dumps(facts))
+
+
+def check_resume(args: CollectionSettings, facts: dict[str, Any]) -> None:
+    """Raise `ValueError` if `--resume_from_checkpoint` asks for what is not there."""
+    which, folder = args.resume_from_checkpoint, Path(args.output_dir, _FOLDER)
+    if which is None:
+        return
+    if which != "latest":
+        raise ValueError(
+            f"`resume_from_checkpoint` must be 'latest' for statistics, got {which!r}."
+        )
+    if not (folder / _RUN_FILE).is_file():
+        done = Path(args.output_dir, CONFIG_NAME).is_file()
+        hint = " It holds finished statistics." if done else " Start without the flag."
+        raise ValueError(
+            "`resume_from_checkpoint` must find the progress of a stopped collection, got 'latest' "
+            f"but {args.output_dir} holds none.{hint}"
+        )
+    check_same_facts(read_json(folder / _RUN_FILE, allow_nan=True), facts, folder)
+
+
+@contextmanager
+def collection_progress(
+    args: CollectionSettings, facts: dict[str, Any], accelerator: Accelerator
+) -> Iterator[Path]:
+    """The progress folder of a collection; it goes when the block has ended well.
+
+    Without `--resume_from_checkpoint` a stopped collection's progress is thrown away. It stays
+    after an interruption that came later than the first saved totals; after a `ValueError`, which
+    says that the collection itself was wrong, nothing of a new one stays.
+
+    Yields:
+        The folder, for `collect_statistics(progress_dir=)`.
+    """
+    folder = Path(args.output_dir, _FOLDER)
+    is_new = not folder.parent.exists()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and args.resume_from_checkpoint is None:
+        if folder.exists():
+            logger.warning(f"Removing {folder}: --resume_from_checkpoint latest would continue it.")
+            _remove(folder, False)
+        folder.mkdir(parents=True)
+        write_atomically(folder / _RUN_FILE, json.dumps(facts, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    try:
+        yield folder
+    except BaseException as error:
+        wrong = isinstance(error, ValueError) and args.resume_from_checkpoint is None
+        if accelerator.is_main_process and (wrong or not any(folder.glob("part-*/batches-*"))):
+            _remove(folder, is_new)
+        raise
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _remove(folder, False)
+
+
+def _remove(folder: Path, with_parent: bool) -> None:
+    # Under its new name a half removed folder is no progress.
+    removed = folder.with_name(f".removed-{_FOLDER}")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed)
+    if with_parent:
+        with suppress(OSError):  # another process may have written there
+            folder.parent.rmdir()
+
+
+DEFAULT_THRESHOLD = 2e-2
+
+
+def has_matplotlib() -> bool:
+    """Whether plots can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def report_rows(statistics: FeatureStatistics, threshold: float) -> list[dict[str, Any]]:
+    """`FeatureStatistics.report`, and how many eigenvalues of each matrix are below `threshold`."""
+    rows = statistics.report()
+    for row in rows:
+        values = statistics.spectrum(row["matrix"]).values
+        row["null_dims"] = null_dimensions(values, threshold=threshold)
+    return rows
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of equal keys as a text table with aligned columns."""
+    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:]))]
+        )
+        for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_statistics(
+    args: CollectionSettings, statistics: FeatureStatistics, facts: dict[str, Any], folder: Path
+) -> None:
+    """Write the artifact, `report.json` and the plots into `folder`."""
+    threshold = args.nullspace_threshold or DEFAULT_THRESHOLD
+    rows = report_rows(statistics, threshold)
+    logger.info(f"Statistics (null_dims: eigenvalues below {threshold:g})\n{format_table(rows)}")
+    full = [row["matrix"] for row in rows if not row["null_dims"]]
+    if full and args.nullspace_threshold is not None:
+        logger.warning(
+            f"No eigenvalue is below `nullspace_threshold` {threshold:g} in {len(full)} of "
+            f"{len(rows)} matrices, the first is {full[0]}. `--directions null` would refuse it; "
+            "the default directions need no threshold."
+        )
+    statistics.save_pretrained(folder)
+    report = {**facts, "nullspace_threshold": threshold, "matrices": rows}
+    write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    if has_matplotlib():
+        plot_spectrum(statistics, folder / "plots" / "spectrum.png")
+        plot_null_dimensions(statistics, folder / "plots" / "null_dimensions.png")
+    else:
+        logger.info("No plots: they need matplotlib, `pip install diffusers_ext[plots]`.")
+
+
+PICTURES = "visualizations"
+
+
+def tree_timesteps(args: CollectionSettings, pipeline: DiffusionPipeline) -> list[int]:
+    """The timesteps that the tree has folders for."""
+    if args.layout_timesteps == "all":
+        return sampled_timesteps(pipeline.scheduler, args.num_inference_steps)
+    return [0] if args.layout_timesteps is None else args.layout_timesteps
+
+
+def check_tree_room(args: CollectionSettings, pipeline: DiffusionPipeline) -> None:
+    """Log the most that the tree can take; raise `ValueError` where the disk has less."""
+    linears = find_linears(pipeline.unet, args.features, args.cross_attention_layers)
+    widths = {name: linear.in_features for name, linear in linears.items()}
+    timesteps = tree_timesteps(args, pipeline)
+    check_room(len(timesteps) * layout_size(widths), args.output_dir, len(timesteps))
+
+
+def write_tree(
+    args: CollectionSettings,
+    pipeline: DiffusionPipeline,
+    statistics: FeatureStatistics,
+    folder: Path,
+) -> Path:
+    """Write the tree below `folder`; returns its run, the folder `run_<time>`."""
+    threshold = args.nullspace_threshold or DEFAULT_THRESHOLD
+    run = export_layout(
+        statistics,
+        folder / args.layout_dir,
+        threshold=threshold,
+        timesteps=tree_timesteps(args, pipeline),
+        step_links=args.layout_timesteps == "all",
+    )
+    if has_matplotlib():
+        plot_covariance_statistics(statistics, run / PICTURES / SUMMARY_NAME, threshold)
+    return run
+
+
+def draw_attention_maps(
+    args: CollectionSettings,
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    folder: Path,
+    run: Path,
+) -> None:
+    """Draw the attention of the first `--num_attention_maps` prompts.
+
+    Args:
+        args: of the script.
+        pipeline, prompts: what is drawn.
+        folder: gets `plots/attention_<number>.png`, one for each prompt, the mean of all layers.
+        run: gets `visualizations/timestep_<number>/attention_<layer>.png`, with all prompts.
+    """
+    decode_in_pipeline_dtype(pipeline)
+    every = []
+    for index, prompt in enumerate(tqdm(prompts[: args.num_attention_maps], desc="attention maps")):
+        maps = attention_maps(
+            pipeline,
+            prompt,
+            layers=args.cross_attention_layers,
+            steps="all",
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            negative_prompt=args.negative_prompt,
+            seed=args.seed + index,
+        )
+        every.append(maps)
+        overview = at_steps(maps, spread_steps(len(maps.timesteps)))
+        plot_attention_maps(overview, folder / "plots" / f"attention_{index:03d}.png")
+    draw_layer_attention(every, run / PICTURES)
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> CollectionSettings:
+    """Command line of this script, over the YAML file of `--config`."""
+    read_block = partial(read_nullbooth_block, covariance_dir="output_dir")
+    return parse_settings(CollectionSettings, __doc__, input_args, read_block, NULL_SPACE_GROUPS)
+
+
+def check_args(args: CollectionSettings) -> list[str]:
+    """Everything that can be wrong without loading a model; returns the preserved prompts."""
+    if args.visual_attention_map and not has_matplotlib():
+        raise ValueError(
+            "`visual_attention_map` must have matplotlib, got none: pip install diffusers_ext[plots]."
+        )
+    return read_knowledge(args)
+
+
+@one_run_a_folder
+def main(args: CollectionSettings) -> Path:
+    """Collect and save; returns the output folder."""
+    prompts = check_args(args)
+    accelerator = make_accelerator(args)
+    facts = collection_facts(args, prompts, accelerator.num_processes)
+    check_resume(args, facts)
+    check_output_dir(args, (CONFIG_NAME,))
+    if args.push_to_hub and accelerator.is_main_process:
+        check_login(args)  # a missing login stops the run here, not after it
+    pipeline = load_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
+    if args.push_to_hub and accelerator.is_main_process:
+        prepare_upload(args, collection_card(args, pipeline, prompts))
+    if args.export_layout:
+        check_tree_room(args, pipeline)  # here, not after the work
+    elif args.layout_timesteps is not None:
+        logger.warning("No tree is written: --layout_timesteps is read with --export_layout.")
+    with collection_progress(args, facts, accelerator) as progress_dir:
+        began = time.perf_counter()
+        statistics = collect(args, pipeline, accelerator, prompts, progress_dir)
+        facts["seconds"] = time.perf_counter() - began
+        if args.compress is not None:
+            statistics = statistics.compress(args.compress)
+        if accelerator.is_main_process:
+            with staged_output(args.output_dir, last=(CONFIG_NAME,)) as folder:
+                write_statistics(args, statistics, facts, folder)
+                run = folder
+                if args.export_layout:
+                    run = write_tree(args, pipeline, statistics, folder)
+                if args.visual_attention_map:
+                    draw_attention_maps(args, pipeline, prompts, folder, run)
+    logger.info(statistics_words(args, len(prompts), facts["seconds"]))
+    if args.push_to_hub and accelerator.is_main_process:
+        publish_statistics(args, pipeline, statistics)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return Path(args.output_dir)
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main, CollectionSettings)

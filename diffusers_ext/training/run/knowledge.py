@@ -1,0 +1,162 @@
+"""Load the base pipeline and the statistics of what it knows, for the null-space scripts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.core.base_source import check_xformers, load_base
+from diffusers_ext.families.registry import match_family, titles_of
+from diffusers_ext.nullspace.collect import collect_statistics
+from diffusers_ext.nullspace.prompts import read_prompts_file
+from diffusers_ext.nullspace.settings import read_layers
+from diffusers_ext.nullspace.slots import check_features, find_linears
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.training.run.text_cache import read_components
+
+
+logger = get_logger(__name__)
+
+
+def load_pipeline(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> DiffusionPipeline:
+    """The base pipeline, frozen, in evaluation mode; the VAE stays in float32."""
+    with_xformers = getattr(args, "enable_xformers_memory_efficient_attention", False)
+    if with_xformers:
+        check_xformers()
+    read_components(args)  # says in one line where there is none
+    pipeline = load_base(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        single_file_config=getattr(args, "single_file_config", None),
+        dtype=dtype,
+    )
+    if match_family(pipeline, "nullspace") is None:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a {titles_of('nullspace')} pipeline, got "
+            f"{type(pipeline).__name__}."
+        )
+    pipeline.to(device)
+    if pipeline.vae.dtype != torch.float32:
+        pipeline.vae.to(dtype=torch.float32)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    if with_xformers:
+        pipeline.unet.enable_xformers_memory_efficient_attention()
+    return pipeline
+
+
+def decode_in_pipeline_dtype(pipeline: DiffusionPipeline) -> None:
+    """Give the VAE the UNet's dtype, in which a pipeline's own call hands it the latents."""
+    if pipeline.vae.dtype != pipeline.unet.dtype:
+        pipeline.vae.to(dtype=pipeline.unet.dtype)
+
+
+def read_knowledge(args: argparse.Namespace) -> list[str]:
+    """The preserved prompts of `--knowledge_prompts` and `--other_instance_prompts`."""
+    prompts = read_prompts_file(args.knowledge_prompts) if args.knowledge_prompts else []
+    return prompts + list(args.other_instance_prompts)
+
+
+def collect(
+    args: argparse.Namespace,
+    pipeline: DiffusionPipeline,
+    accelerator: Accelerator,
+    prompts: list[str],
+    progress_dir: str | Path | None = None,
+) -> FeatureStatistics:
+    """Statistics of `prompts` with the command line's settings, over all processes.
+
+    Those among them that belong to other subjects weigh as much as all the rest: a subject's rare token
+    would else look nearly free to the next one.
+    """
+    others = [prompt for prompt in prompts if prompt in args.other_instance_prompts]
+    knowledge = [prompt for prompt in prompts if prompt not in others]
+    if knowledge and others:
+        statistics = collect(args, pipeline, accelerator, knowledge, progress_dir)
+        reserved_dir = None if progress_dir is None else Path(progress_dir, "other_subjects")
+        reserved = collect(args, pipeline, accelerator, others, reserved_dir)
+        return statistics.merge(reserved, times=len(knowledge))
+    features, layers = check_features(args.features), read_layers(args.cross_attention_layers)
+    find_linears(pipeline.unet, features, layers)  # a wrong layer index stops here
+    statistics = collect_statistics(
+        pipeline,
+        prompts,
+        features=features,
+        layers=layers,
+        negative_prompt=args.negative_prompt,
+        expand_sub_phrases=not args.no_sub_phrases,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=getattr(args, "height", None),
+        width=getattr(args, "width", None),
+        batch_size=args.statistics_batch_size,
+        seed=args.seed,
+        shard=(accelerator.process_index, accelerator.num_processes),
+        progress_dir=progress_dir,
+        show_progress=accelerator.is_local_main_process,
+    )
+    return statistics.all_reduce()
+
+
+def load_or_collect(
+    args: argparse.Namespace, pipeline: DiffusionPipeline, accelerator: Accelerator
+) -> FeatureStatistics:
+    """`--statistics` when given, else collected from the prompts; checked against the pipeline.
+
+    Loaded statistics decide by themselves about features, layers and prompts; only
+    `--other_instance_prompts` are added to them, counted with their settings.
+
+    Raises:
+        ValueError: nothing to preserve, statistics of another model, or of other layers or another
+            negative prompt than the command line asks for.
+    """
+    if args.statistics is None:
+        prompts = read_knowledge(args)
+        if not prompts:
+            raise ValueError(
+                "`--statistics` or `--knowledge_prompts` must be given: what should be preserved?"
+            )
+        return collect(args, pipeline, accelerator, prompts)
+    statistics = FeatureStatistics.from_pretrained(args.statistics)
+    statistics.check_pipeline(pipeline)
+    settings = statistics.facts["settings"]
+    _check_asked(args, settings)
+    if args.knowledge_prompts is not None:
+        logger.info("--knowledge_prompts is not read, because --statistics is given.")
+    if not args.other_instance_prompts:
+        return statistics
+    extra = argparse.Namespace(**vars(args))
+    extra.features, extra.cross_attention_layers = settings["features"], settings["layers"]
+    extra.negative_prompt = settings["negative_prompt"]
+    extra.no_sub_phrases = not settings["expand_sub_phrases"]
+    extra.statistics_batch_size = settings.get("batch_size", args.statistics_batch_size)
+    for name, value in settings.get("run", {}).items():
+        setattr(extra, name, value)
+    added = collect(extra, pipeline, accelerator, list(args.other_instance_prompts))
+    return statistics.merge(added, times=len(statistics.facts["prompts"]))
+
+
+def _check_asked(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Raise `ValueError` where the command line asks for other statistics than the given ones."""
+    layers, negative = read_layers(args.cross_attention_layers), args.negative_prompt
+    if layers != "all" and sorted(set(layers)) != settings["layers"]:
+        raise ValueError(
+            f"`cross_attention_layers` must be those of `--statistics`, {settings['layers']}, got "
+            f"{layers}. Leave it out, or collect statistics of these layers."
+        )
+    if negative and negative != settings["negative_prompt"]:
+        raise ValueError(
+            "`negative_prompt` must be that of `--statistics`, "
+            f"{settings['negative_prompt']!r}, got {negative!r}. Collect statistics with it."
+        )

@@ -1,0 +1,175 @@
+"""A base pipeline of which only the text encoders are loaded, and what tells its denoiser from others."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
+from huggingface_hub import snapshot_download
+
+from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
+from diffusers_ext.core.base_source import (
+    config_place,
+    is_single_file,
+    load_base,
+    load_single_file_unet,
+    read_base_config,
+)
+from diffusers_ext.core.run_settings import ModelSettings
+from diffusers_ext.core.tensor_files import open_tensors
+from diffusers_ext.training.run.setup import WEIGHT_DTYPES
+
+
+logger = logging.getLogger(__name__)
+
+DENOISERS = ("unet", "transformer")
+# What else has no part in encoding text; schedulers are small, and pipelines demand them.
+_NOT_TEXT = (*DENOISERS, "vae", "safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclass(frozen=True)
+class DenoiserStandIn:
+    """What pipelines ask their denoiser while they encode text; it has no weights."""
+
+    config: FrozenDict
+    dtype: torch.dtype
+
+
+def load_text_pipeline(args: ModelSettings, device: torch.device) -> DiffusionPipeline:
+    """The base pipeline without denoiser and VAE, frozen, in the dtype of `--mixed_precision`.
+
+    Raises:
+        ValueError: `--pretrained_model_name_or_path` is no pipeline.
+    """
+    source, dtype = args.pretrained_model_name_or_path, WEIGHT_DTYPES[args.mixed_precision]
+    components = read_components(args)
+    absent: dict[str, Any] = {name: None for name in _NOT_TEXT if name in components}
+    if "requires_safety_checker" in components:
+        absent["requires_safety_checker"] = False
+    config_file = getattr(args, "single_file_config", None)
+    pipeline = load_base(
+        source, revision=args.revision, variant=args.variant, dtype=dtype,
+        single_file_config=config_file, **absent,
+    )  # fmt: skip
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval().to(device)
+    name = denoiser_name(components, source)
+    place = config_place(source, revision=args.revision, single_file_config=config_file)
+    config = denoiser_class(components[name]).load_config(
+        place, subfolder=name, revision=args.revision
+    )
+    setattr(pipeline, name, DenoiserStandIn(FrozenDict(config), dtype))
+    return pipeline
+
+
+def read_components(args: ModelSettings) -> dict[str, Any]:
+    """The base model's `model_index.json`; raises `ValueError` where there is none."""
+    return read_base_config(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        single_file_config=getattr(args, "single_file_config", None),
+    )
+
+
+def denoiser_name(components: dict[str, Any], source: str) -> str:
+    """`"unet"` or `"transformer"`; raises `ValueError` for a pipeline that has neither."""
+    found = [name for name in DENOISERS if name in components]
+    if not found:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must have one of {DENOISERS}, got {source} with "
+            f"{sorted(name for name in components if not name.startswith('_'))}."
+        )
+    return found[0]
+
+
+def denoiser_class(entry: list[str]) -> type[diffusers.ModelMixin]:
+    """The class that an entry of `model_index.json` names."""
+    library, name = entry
+    if library != "diffusers" or not hasattr(diffusers, name):
+        raise ValueError(f"The denoiser must be a class of diffusers, got {name} of {library}.")
+    return getattr(diffusers, name)
+
+
+def stored_fingerprint(args: ModelSettings) -> dict[str, Any]:
+    """`fingerprint` of the base model's denoiser, read from its files without loading it.
+
+    Returns:
+        As `fingerprint`; the probe is empty where the weights of a Hub model are not on this
+        machine.
+    """
+    source, components = args.pretrained_model_name_or_path, read_components(args)
+    name = denoiser_name(components, source)
+    model_class = denoiser_class(components[name])
+    if is_single_file(source):
+        config_file = getattr(args, "single_file_config", None)
+        place = config_place(source, revision=args.revision, single_file_config=config_file)
+        return fingerprint(load_single_file_unet(source, place))
+    config = model_class.load_config(source, subfolder=name, revision=args.revision)
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in _weight_files(source, name, args):
+        handle = open_tensors(file)  # maps the file; only what is looked at is read
+        tensors.update({key: handle.get_tensor(key) for key in handle.keys()})
+    missing = model.load_state_dict(tensors, assign=True, strict=False).missing_keys
+    if not missing:
+        return fingerprint(model)
+    logger.info(f"The weights of {source}/{name} are not here; only its structure is compared.")
+    with torch.device("cpu"):
+        zeros = {n: torch.zeros(()).expand(p.shape) for n, p in model.named_parameters()}
+    model.load_state_dict(zeros, assign=True, strict=False)
+    return {**fingerprint(model), "probe": []}
+
+
+def check_base_model(
+    args: ModelSettings, pipeline: DiffusionPipeline, made_with: dict[str, Any] | None
+) -> None:
+    """Raise `ValueError` unless noise pairs were made with the denoiser and text encoders of a base.
+
+    Args:
+        args: of the run.
+        pipeline: the base pipeline with its text encoders.
+        made_with: fingerprints of the models that made the pairs, by name of the component; `None`
+            where they are not known.
+    """
+    for name, expected in (made_with or {}).items():
+        component = getattr(pipeline, name, None)
+        if isinstance(component, torch.nn.Module):
+            found = fingerprint(component)
+        elif name in DENOISERS and component is not None:
+            found = stored_fingerprint(args)
+        else:
+            continue  # the VAE has no part in what is learned
+        same = found["architecture"] == expected["architecture"]
+        if same and found["probe"]:
+            same = same_fingerprint(found, expected)
+        if not same:
+            raise ValueError(
+                "`pretrained_model_name_or_path` must be the model that `dataset_dir` was made "
+                f"with, got {args.pretrained_model_name_or_path}, whose {name} has other weights. "
+                "Name that model, or make pairs with this one."
+            )
+
+
+def _weight_files(source: str, name: str, args: ModelSettings) -> list[Path]:
+    folder = Path(source)
+    if not folder.is_dir():
+        # The text encoders have just been fetched, so the snapshot is there, though not all of it;
+        # nothing is downloaded.
+        folder = Path(
+            snapshot_download(
+                source, revision=args.revision, local_files_only=True,
+                allow_patterns="model_index.json",
+            )
+        )  # fmt: skip
+    files = sorted((folder / name).glob("*.safetensors"))
+    variant = f".{args.variant}" if args.variant else None
+    chosen = [file for file in files if variant and variant in file.name]
+    return chosen or [file for file in files if file.name.count(".") == 1] or files
