@@ -32,6 +32,11 @@ from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import push_folder, split_arguments
 
 
+logger = logging.getLogger(__name__)
+ArtifactType = TypeVar("ArtifactType", bound="Artifact")
+_HEADER = ("_class_name", "format_version", "sha256")
+
+
 def sort_metadata(path: str | os.PathLike) -> None:
     """Rewrite a safetensors file with its metadata in order of name."""
     write_atomically(path, with_sorted_metadata(Path(path).read_bytes()))
@@ -54,12 +59,6 @@ def with_sorted_metadata(content: bytes) -> bytes:
 def tensors_offset(content: bytes) -> int:
     """Where in the bytes of a safetensors file the tensors begin."""
     return 8 + int.from_bytes(content[:8], "little")
-
-
-logger = logging.getLogger(__name__)
-
-ArtifactType = TypeVar("ArtifactType", bound="Artifact")
-_HEADER = ("_class_name", "format_version", "sha256")
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:

@@ -1,4 +1,4 @@
-"""Attention processors that add to the one in place: read what a layer reads, project its LoRAs."""
+"""Attention processors around those in place, which still compute: read what a layer reads, project its LoRAs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from diffusers_ext.core.restored_state import CallScope
 
 
 _LOCK = threading.RLock()
+__all__ = ["CaptureAttnProcessor", "ProjectAttnProcessor", "use_processors"]
 
 
 class WrappingAttnProcessor:
@@ -180,9 +181,6 @@ def _without(now: Any, scope: CallScope, original: Any) -> Any:
     while isinstance(original, _BoundAttnProcessor) and not original.scope.is_open:
         original = original.inner
     return original
-
-
-__all__ = ["CaptureAttnProcessor", "ProjectAttnProcessor", "use_processors"]
 
 
 class CaptureAttnProcessor(WrappingAttnProcessor):

@@ -1,4 +1,4 @@
-"""Read what flows into or out of submodules, without touching it: hooks that are always removed."""
+"""Read what flows into or out of submodules, chosen by pattern: hooks that are always removed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from diffusers_ext.core.restored_state import CallScope
 
 
 Targets = str | Sequence[str] | Mapping[str, torch.nn.Module]
+Sink = Callable[[str, torch.Tensor], None]
+_FUSED_AWAY = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
@@ -47,10 +49,6 @@ def find_modules(model: torch.nn.Module, targets: Targets) -> dict[str, torch.nn
     modules = {name: module for name, module in model.named_modules() if name}
     chosen = match_names(modules, targets, f"submodules of {type(model).__name__}")
     return {name: modules[name] for name in chosen}
-
-
-Sink = Callable[[str, torch.Tensor], None]
-_FUSED_AWAY = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One run a folder: a second process is told which one is there. A killed run leaves no lock behind."""
+"""A full disk as one error that names the place, and a folder that one run at a time writes to."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Of safetensors, and of torch, which does not tell why a file could not be written.
 _WORDS = ("No space left", "os error 28", "os error 122", "PytorchStreamWriter failed writing")
+LOCK_NAME = ".run.lock"
 
 
 @contextmanager
@@ -46,9 +47,6 @@ def is_full_disk(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-LOCK_NAME = ".run.lock"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What somebody may have meant by a name that is not known."""
+"""Keywords that are not known: refused, with what somebody may have meant."""
 
 from __future__ import annotations
 

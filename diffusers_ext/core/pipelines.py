@@ -1,4 +1,9 @@
-"""The models of a pipeline that feature statistics depend on, and facts to know them again."""
+"""Pipelines of diffusers and those with a component more: how they are made, handed over and known again.
+
+diffusers reads the components of a pipeline from the signature of its constructor;
+`AutoPipelineForText2Image` and its siblings look a pipeline up by its class, and `from_pipe` of any
+class leaves behind what that class does not take, without a word.
+"""
 
 from __future__ import annotations
 

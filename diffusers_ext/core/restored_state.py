@@ -1,4 +1,4 @@
-"""Run a pipeline in eval mode, without its progress bar and without wearing out its scheduler."""
+"""State that comes back: calls of one thread alone, attributes held for a while, quiet runs of a pipeline."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline
 
 _NAME = "diffusers_ext_call_scopes"
 _OPEN: ContextVar[tuple[CallScope, ...]] = ContextVar(_NAME, default=())
+_LOCK = threading.RLock()
+_HOLDINGS: dict[tuple[int, str], _Holding] = {}
 
 
 class CallScope:
@@ -67,10 +69,6 @@ class _Holding:
     def __init__(self, before: Any) -> None:
         self.before = before
         self.held: list[tuple[object, Any]] = []
-
-
-_LOCK = threading.RLock()
-_HOLDINGS: dict[tuple[int, str], _Holding] = {}
 
 
 @contextmanager

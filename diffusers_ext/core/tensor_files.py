@@ -1,4 +1,9 @@
-"""Tensors of files that `torch.save` wrote, without running the code that a pickle may hold."""
+"""Tensors and configs in files of strangers: whole, finite, unaltered, and read without running code.
+
+The safetensors library refuses a header that does not fit its file (offsets, shapes, dtypes); here
+stands what it leaves open: what kind of file it is, which tensors must be there, that they hold
+numbers, and whether file or config are as they were written. Every error names the file.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,13 @@ from diffusers_ext.hub.upload_files import CONFIG_DIGEST, config_digest
 # Name in the metadata of a weights file of the digest of the config that it was saved beside.
 CONFIG_KEY = "diffusers_ext.config_sha256"
 _SHA256 = re.compile("[0-9a-f]{64}")
+# Of the safetensors library, which reads no more either.
+MOST_HEADER_BYTES = 100_000_000
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REMEDY = "Download or write it again."
+# Name in the metadata of what `tensors_digest` gave when the file was written.
+DIGEST_KEY = "diffusers_ext.sha256"
+_BLOCK = 1 << 22  # numbers looked at in one go
 
 
 def is_sha256(value: object) -> bool:
@@ -56,15 +68,6 @@ def check_format_version(config: Mapping[str, Any], path: str | os.PathLike, new
             f"`format_version` must be at most {newest}, got {version} in {path}. Update "
             "diffusers_ext."
         )
-
-
-# Of the safetensors library, which reads no more either.
-MOST_HEADER_BYTES = 100_000_000
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REMEDY = "Download or write it again."
-# Name in the metadata of what `tensors_digest` gave when the file was written.
-DIGEST_KEY = "diffusers_ext.sha256"
-_BLOCK = 1 << 22  # numbers looked at in one go
 
 
 def check_regular_file(path: str | os.PathLike, remedy: str = REMEDY) -> Path:

@@ -1,4 +1,4 @@
-"""What the model card of a golden-noise pipeline tells, from the pipeline and where it came from."""
+"""The model cards of golden-noise networks and pipelines, from themselves and where they came from."""
 
 from __future__ import annotations
 

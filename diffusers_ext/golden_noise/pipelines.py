@@ -1,4 +1,4 @@
-"""Hunyuan-DiT, SD3 and Flux pipelines that start from noise which suits the prompt."""
+"""Pipelines of all image families that start from noise which suits the prompt."""
 
 from __future__ import annotations
 

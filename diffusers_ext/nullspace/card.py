@@ -1,4 +1,4 @@
-"""The model card of a pipeline that was taught a subject."""
+"""The model cards of statistics and of a pipeline that was taught a subject."""
 
 from __future__ import annotations
 

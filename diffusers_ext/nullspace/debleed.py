@@ -1,4 +1,4 @@
-"""Take out of a trained LoRA what acts on preserved inputs."""
+"""Take out of a trained LoRA what acts on preserved inputs, and keep what it does on its subject."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 # Price of directions that neither set uses, so that rounding in them counts for nothing.
 _EPS = 1e-4
+_DENOISERS = ("unet", "transformer")
 
 
 def subject_projection(
@@ -64,9 +65,6 @@ def subject_projections(
             projections[keys] = subject_projection(new.double(), old.double(), strictness)
         result[linear] = projections[keys]
     return result
-
-
-_DENOISERS = ("unet", "transformer")
 
 
 def debleed_lora(

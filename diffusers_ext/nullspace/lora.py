@@ -33,6 +33,8 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 # Harmless options, and those that the caller of `check_lora_config` sets by itself.
 _FREE = {"lora_dropout", "exclude_modules", "init_lora_weights"}
 _SET_LATER = {"r", "lora_alpha", "use_rslora", "target_modules"}
+logger = logging.getLogger(__name__)
+DIRECTION_KINDS = ("generalized", "null", "soft")
 
 
 def check_lora_config(config: LoraConfig) -> None:
@@ -58,11 +60,6 @@ def check_lora_config(config: LoraConfig) -> None:
                 f"`{name}` must be left at {usual[name]!r}, got {value!r}: only A and B of the "
                 "constrained layers may change."
             )
-
-
-logger = logging.getLogger(__name__)
-
-DIRECTION_KINDS = ("generalized", "null", "soft")
 
 
 def instance_statistics_like(

@@ -1,4 +1,4 @@
-"""Names in LoRA files: which module of which component a key belongs to, in all spellings.
+"""What LoRA files hold: names of modules in all spellings, kohya's among them, and checks of every pair.
 
 What is written never depends on the installed transformers: CLIP encoders keep their `.text_model`,
 which `CLIPTextModelWithProjection` has in every version, and which diffusers takes off where an
@@ -30,6 +30,35 @@ _DIMENSIONS = range(2, 6)  # of a Linear's weight to a 3-D convolution's
 _SAFE_PATTERN = re.compile(r"\^?(\.\*)?(\\?[\w.\-])*\$?")
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 _NUMBERS = ("lora_alpha", "r")
+_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+# Where SDXL's blocks are counted as its authors did; the only family with such names.
+_SDXL = SimpleNamespace(layers_per_block=2)
+# Ends of keys, as diffusers and PEFT have written them over the years; PEFT's own may name the adapter.
+_SUFFIX = re.compile(
+    r"\.(?:lora_(?P<peft>[AB])(?:\.[\w-]+)?\.weight"
+    r"|lora(?:_linear_layer)?\.(?P<diffusers>down|up)\.weight"
+    r"|lora_(?P<kohya>down|up)\.weight"
+    r"|(?P<alpha>alpha))$"
+)
+_OLD_SUFFIX = re.compile(r"\.(?P<linear>to_\w+)_lora\.(?P<part>down|up)\.weight$")
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_\d)?")
+_PEFT_WRAPPER = "base_model.model."
+_ORIGINAL_NAMES = ("diffusion_model.", "model.diffusion_model.")
+# First parts of names inside transformers and CLIP text encoders; all others are a UNet's.
+_TRANSFORMER_ROOTS = {
+    "transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks", "blocks",
+    "context_embedder", "x_embedder",
+}  # fmt: skip
+_TEXT_ROOTS = ("text_model.", "encoder.layers.")
+_FLAT_CLIP = re.compile(r"^encoder\.layers\.")
+_OLD_TEXT_LINEARS = {
+    "to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj",
+}  # fmt: skip
+SPELLINGS = (
+    ".lora_A.weight", ".lora_B.weight", ".lora.down.weight", ".lora.up.weight",
+    ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", ".alpha",
+)  # fmt: skip
 
 
 def adapter_settings(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -128,12 +157,6 @@ def check_lora_effect(lora: Mapping[str, torch.Tensor]) -> None:
     raise ValueError("A LoRA must have an effect, got zero in every update. Was it trained?")
 
 
-_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
-# Where SDXL's blocks are counted as its authors did; the only family with such names.
-_SDXL = SimpleNamespace(layers_per_block=2)
-
-
 def is_kohya_lora(keys: Iterable[str]) -> bool:
     """Whether all keys of a file are kohya's."""
     return all(key.startswith(_PREFIXES) for key in keys)
@@ -202,33 +225,6 @@ def to_kohya_lora(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         up = key.replace(".alpha", ".lora_up.weight")
         exported[key], exported[up] = largest.clone(), exported[up] * (alpha / largest).item()
     return exported
-
-
-# Ends of keys, as diffusers and PEFT have written them over the years; PEFT's own may name the adapter.
-_SUFFIX = re.compile(
-    r"\.(?:lora_(?P<peft>[AB])(?:\.[\w-]+)?\.weight"
-    r"|lora(?:_linear_layer)?\.(?P<diffusers>down|up)\.weight"
-    r"|lora_(?P<kohya>down|up)\.weight"
-    r"|(?P<alpha>alpha))$"
-)
-_OLD_SUFFIX = re.compile(r"\.(?P<linear>to_\w+)_lora\.(?P<part>down|up)\.weight$")
-_COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_\d)?")
-_PEFT_WRAPPER = "base_model.model."
-_ORIGINAL_NAMES = ("diffusion_model.", "model.diffusion_model.")
-# First parts of names inside transformers and CLIP text encoders; all others are a UNet's.
-_TRANSFORMER_ROOTS = {
-    "transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks", "blocks",
-    "context_embedder", "x_embedder",
-}  # fmt: skip
-_TEXT_ROOTS = ("text_model.", "encoder.layers.")
-_FLAT_CLIP = re.compile(r"^encoder\.layers\.")
-_OLD_TEXT_LINEARS = {
-    "to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj",
-}  # fmt: skip
-SPELLINGS = (
-    ".lora_A.weight", ".lora_B.weight", ".lora.down.weight", ".lora.up.weight",
-    ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", ".alpha",
-)  # fmt: skip
 
 
 class LoraKey(NamedTuple):

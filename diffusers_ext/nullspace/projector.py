@@ -1,4 +1,10 @@
-"""Full-weight training under a null-space constraint: every optimizer step's update is projected."""
+"""Projectors onto what the preserved inputs do not use, and full-weight training inside of them.
+
+A Linear keeps its outputs, `(W + D) x = W x` for every preserved input `x`, if and only if `D x = 0`,
+that is `D = D P` with `P` the orthogonal projector on the null space of `C = E[x x^T]` (AlphaEdit,
+arXiv 2410.02355, for the form `D P`). Rich prompt sets leave no exact null space; then the
+projector keeps the directions with the least energy, or damps all of them smoothly.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PickScore: the preferences of people who used a text-to-image application."""
+"""Rewards that compare a picture and its prompt in the embedding space of a CLIP model: CLIPScore, PickScore."""
 
 from __future__ import annotations
 

@@ -27,6 +27,10 @@ from diffusers_ext.rewards.open_clip_weights import load_open_clip, vit_h_14_con
 # https://github.com/openai/CLIP, the statistics of its training pictures.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HPSV2_REPOSITORY = "xswu/HPSv2"
+CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+# The published checkpoints come without a tokenizer; this repository holds the one of their model.
+TOKENIZER_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 def letterbox(image: Image.Image, size: int = 224, *, antialias: bool = True) -> torch.Tensor:
@@ -92,10 +96,6 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int = 77) -> torch
     return ids
 
 
-HPSV2_REPOSITORY = "xswu/HPSv2"
-CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
-
-
 def check_version(version: str) -> str:
     """The version, if it is one that was published; raises `ValueError` otherwise."""
     if version not in CHECKPOINTS:
@@ -137,10 +137,6 @@ def locate_checkpoint(
     no_file = f"Repository {source} must hold {name}, got none."
     with files_on_hub(source, "HPSv2's weights", no_file=no_file, no_folder=no_folder):
         return Path(hf_hub_download(str(source), name, **download_arguments))
-
-
-# The published checkpoints come without a tokenizer; this repository holds the one of their model.
-TOKENIZER_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class HPSv2Reward(CLIPReward):

@@ -1,4 +1,4 @@
-"""How sequence networks read a prompt: tokens of their own width, and one vector pooled from these."""
+"""Parts of the networks: positions of patches, transformer blocks with a past, and how a prompt is read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def patch_positions(
@@ -40,9 +43,6 @@ def patch_positions(
     vertical = waves[0][:, None].expand(grid)
     horizontal = waves[1][None, :].expand(grid)
     return torch.cat([vertical, horizontal], 2).flatten(0, 1)
-
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class MultiHeadAttention(nn.Module):

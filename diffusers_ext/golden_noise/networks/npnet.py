@@ -1,4 +1,8 @@
-"""NPNet, the network of the golden-noise paper, and its published weights."""
+"""NPNet, the network of the golden-noise paper, on noise of any size: windows, blended by their changes.
+
+Noise is never resized: a stretched map has less variance, and its neighbours are correlated. Where a
+side is too short, the noise is continued by more white noise, and the result is cropped.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,9 @@ from diffusers_ext.golden_noise.networks.npnet_weights import (
     read_checkpoint,
 )
 from diffusers_ext.golden_noise.networks.swin import linear
+
+
+SIGNS = ("canonical", "backend")
 
 
 def window_starts(length: int, window: int) -> list[int]:
@@ -108,9 +115,6 @@ def text_windows(text: torch.Tensor, length: int) -> list[torch.Tensor]:
     count = math.ceil(tokens / length)
     starts = [round(i * (tokens - length) / max(1, count - 1)) for i in range(count)]
     return [text[:, start : start + length] for start in starts]
-
-
-SIGNS = ("canonical", "backend")
 
 
 class TextNorm(AdaGroupNorm):

@@ -1,4 +1,4 @@
-"""The branch of NPNet that changes a noise's singular values and keeps its singular vectors."""
+"""The two branches of NPNet: a Swin transformer's look at the noise, and a change of its singular values."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from torch import nn
 from transformers import SwinConfig, SwinModel
 
 from diffusers_ext.golden_noise.networks.swin import has_hooks, linear, swin_features
+
+
+# Below this share of the largest singular value the Gram matrix has lost too many digits.
+_RANK_TOLERANCE = 1e-6
 
 
 class NoiseTransformer(nn.Module):
@@ -117,10 +121,6 @@ class NoiseCrossAttention(nn.Module):
         queries, keys = (x.flatten(2).transpose(1, 2) for x in (features, context))
         mixed = self.attention(queries, encoder_hidden_states=keys)
         return features + mixed.transpose(1, 2).reshape(features.shape)
-
-
-# Below this share of the largest singular value the Gram matrix has lost too many digits.
-_RANK_TOLERANCE = 1e-6
 
 
 class SingularParts(NamedTuple):

@@ -1,4 +1,4 @@
-"""What sequence networks are trained with: squared error, Gaussian likelihood, output statistics."""
+"""What networks of noise sequences share: prediction, step-by-step generation, checks, losses."""
 
 from __future__ import annotations
 

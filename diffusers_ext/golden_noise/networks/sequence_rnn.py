@@ -1,4 +1,4 @@
-"""A recurrent network over noise sequences: convolutions, a GRU at every place, modulation by the prompt."""
+"""A recurrent network over noise sequences: residual convolutions, a GRU at every place, FiLM by the prompt."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from diffusers_ext.golden_noise.networks.blocks import (
 from diffusers_ext.golden_noise.networks.sequence import NoiseSequenceNetwork
 
 
+MOST_GROUPS = 16
+
+
 class FiLM(nn.Module):
     """`(1 + gamma) * features + beta`, with gamma and beta a linear function of the condition.
 
@@ -39,9 +42,6 @@ class FiLM(nn.Module):
         """Args: `features` `(batch, channels, height, width)`, `condition` `(batch, condition_dim)`."""
         gamma, beta = self.gamma_beta(condition)[:, :, None, None].chunk(2, dim=1)
         return (1 + gamma) * features + beta
-
-
-MOST_GROUPS = 16
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
