@@ -251,7 +251,7 @@ class EraserSettings(
         self.points_per_trajectory = self.points_per_trajectory or None
 
     def check(self) -> None:
-        """Also where latents come from, and that something is preserved."""
+        """Also where latents come from, and that nothing is named twice."""
         super().check()
         source, folder = self.latents_source, self.video_dir
         if source == "video" and (folder is None or not Path(folder).is_dir()):
@@ -267,6 +267,9 @@ class EraserSettings(
             raise ValueError(
                 "`preserved_concepts_file` must not be given with `--auto_preserved_concepts`, got both."
             )
+
+    def check_preserved(self) -> None:
+        """Raise `ValueError` where nothing is named that the model must keep."""
         preserved = (
             self.preserved_concepts_file, self.preserved_prompts_file, self.auto_preserved_concepts
         )  # fmt: skip

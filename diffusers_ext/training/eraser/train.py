@@ -164,6 +164,7 @@ def build_loop(
 @one_run_a_folder
 def main(args: EraserSettings) -> Path:
     """Train and save; returns the output folder."""
+    args.check_preserved()
     accelerator = make_accelerator(args)
     base, given = read_base(args), read_texts(args)
     facts = settings(args, given, base)
