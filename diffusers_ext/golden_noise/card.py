@@ -39,11 +39,9 @@ def network_card(
     """The card of a network but for the name of its repository.
 
     Args:
-        network: one of the four of this package.
         base_model: Hub name, folder or label of the model whose noise it refines.
         pipeline: class of the golden pipeline that takes it; read from the base model when `None`.
         latent_shape: `(channels, height, width)` trained at; as its config says when `None`.
-        token: to read the base model.
         common: further facts of every card, as of `make_card`.
 
     Raises:
@@ -84,7 +82,6 @@ def golden_pipeline_name(
     Args:
         base_model: folder or Hub name; its `model_index.json` is read when `pipeline` is `None`.
         pipeline: a plain or a golden class, or its name.
-        token: to read a private or gated base model.
 
     Raises:
         ValueError: none of the five families, or nothing is known about the base model.
@@ -121,11 +118,9 @@ def pipeline_card(
     """The card of a pipeline but for the name of its repository.
 
     Args:
-        pipeline: one of the five of this package.
         base_model: Hub name, folder or label of the plain model; where the pipeline was loaded from
             when `None`, if that was a plain model on the Hub.
         trained_on: the noises its network was trained on; needless without a network.
-        token: to read the base model.
         common: further facts of every card, as of `make_card`.
 
     Raises:

@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,8 +24,10 @@ from diffusers_ext.hub.upload_files import path_inside, public_content, stale_fi
 CARD_NAME = "README.md"
 # Of `core.result_folder` and `core.folder_lock`: about a folder on this machine.
 _LEFT_HERE = (".result.json", ".run.lock")
-HUB_ARGUMENTS = (
-    "private", "token", "revision", "create_pr", "commit_message", "subfolder",
+HUB_ARGUMENTS = ("private", "token", "revision", "create_pr", "commit_message", "subfolder")
+_SAVE_ARGUMENTS = (
+    "safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function",
+    "use_flashpack",
 )  # fmt: skip
 
 
@@ -61,12 +58,9 @@ def push_folder(
         repo_id: `"user/name"`, or `"name"` for the user who is logged in; made when absent.
         card: gives the card from the full name of the repository, and from `subfolder=` where
             there is one; as of `make_card`.
-        repo_type: `"model"` or `"dataset"`.
         private: of a repository that is made; the Hub's default for the user when `None`.
-        token: taken from the login when `None`.
         revision: branch, made when absent; `main` when `None`.
         create_pr: propose the commit as a pull request in place of making it.
-        commit_message: "Upload with diffusers_ext" when `None`.
         subfolder: where in the repository the files go; the card stays at the root.
         ignore_patterns: files to leave out, as in `huggingface_hub`.
         delete_patterns: names of files below `subfolder` that the same commit deletes, if there are
@@ -182,12 +176,6 @@ def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     return hub, {name: value for name, value in arguments.items() if name not in hub}
 
 
-_SAVE_ARGUMENTS = (
-    "safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function",
-    "use_flashpack",
-)  # fmt: skip
-
-
 def check_no_adapters(pipeline: Any) -> None:
     """Refuse to save a pipeline with LoRAs loaded: its weights would be written under PEFT's names.
 
@@ -237,13 +225,9 @@ class PushWithCard:
         """As in diffusers; with `push_to_hub=True` also upload it, and nothing else of that folder.
 
         Args:
-            save_directory: folder, made when absent.
-            safe_serialization: safetensors in place of pickles.
-            variant: part of the file names, such as `"fp16"`.
-            max_shard_size: of one weight file.
             push_to_hub: upload afterwards; a missing fact is an error before anything is written.
             repo_id: repository; the folder's name when `None`.
-            arguments: with `push_to_hub` those of `push_to_hub`; else those of diffusers.
+            arguments: those of diffusers; with `push_to_hub` also those of the method of that name.
 
         Raises:
             ValueError: a pipeline with adapters loaded, which would be lost (`check_no_adapters`).
@@ -265,7 +249,6 @@ class PushWithCard:
         """Upload to a model repository, made when absent, with a model card, in one commit.
 
         Args:
-            repo_id: `"user/name"`.
             arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`;
                 `safe_serialization`, `variant` and others of saving; and for the card, where the
                 object does not know them, `base_model`, `license`, `trained_on`, `settings`,
@@ -283,11 +266,7 @@ class PushWithCard:
         return self._push(self._card(token=hub.get("token"), **facts), repo_id, saving, hub)
 
     def _push(
-        self,
-        card: Callable[..., Card],
-        repo_id: str,
-        saving: dict[str, Any],
-        hub: dict[str, Any],
+        self, card: Callable[..., Card], repo_id: str, saving: dict[str, Any], hub: dict[str, Any]
     ) -> str:
         with tempfile.TemporaryDirectory() as folder:
             super().save_pretrained(folder, **saving)

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
-_SHOWN_PROMPTS = 5
-
-
 def statistics_card(
     statistics: FeatureStatistics,
     *,
@@ -35,11 +32,8 @@ def statistics_card(
     What is `None` comes from the statistics themselves, the licence from the base model's card.
 
     Args:
-        trained_on: what they were collected from.
-        settings: of the collection.
         pipeline: class of the measured pipeline.
-        num_prompts: number of preserved prompts.
-        example_prompts: a few of them.
+        example_prompts: a few of the preserved prompts.
         common: further facts of every card, as of `make_card`.
 
     Raises:
@@ -59,7 +53,7 @@ def statistics_card(
         settings=collection_settings(facts) if settings is None else settings,
         pipeline=pipeline or facts.get("pipeline"),
         num_prompts=num_prompts,
-        example_prompts=list(example_prompts or prompts[:_SHOWN_PROMPTS]),
+        example_prompts=list(example_prompts or prompts[:5]),
         layers=len(statistics.layers),
         megabytes=sum(tensor.nbytes for tensor in tensors) / 1e6,
         **common,
