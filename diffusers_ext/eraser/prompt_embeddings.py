@@ -6,13 +6,20 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.core.restored_state import module_eval_mode
+from diffusers_ext.families.registry import find_family
 
 
 logger = logging.getLogger(__name__)
+
+
+def prompt_length(pipeline: DiffusionPipeline) -> int:
+    """Tokens that the prompts of a video pipeline are padded to."""
+    return find_family(pipeline, "eraser").text_length(pipeline.transformer.config)
 
 
 @torch.no_grad()

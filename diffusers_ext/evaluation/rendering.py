@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.seeds import stream_seed
+from diffusers_ext.eraser.prompt_embeddings import prompt_length
 from diffusers_ext.nullspace.statistics import denoiser_of
 
 
@@ -47,7 +48,7 @@ def render_clips(
             f"`seeds` must have one entry per prompt and `prompts` some, got {len(seeds)} seeds and "
             f"{len(prompts)} prompts."
         )
-    call = {"max_sequence_length": pipeline.transformer.config.max_text_seq_length, **call}
+    call = {"max_sequence_length": prompt_length(pipeline), **call}
     clips = []
     with quiet_run(pipeline):
         starts = range(0, len(prompts), batch_size)

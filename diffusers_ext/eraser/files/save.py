@@ -30,6 +30,7 @@ from diffusers_ext.eraser.files.load import (
     find_eraser,
     find_transformer,
 )
+from diffusers_ext.eraser.masks.attention import find_joint_attentions
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import push_folder, split_arguments
 
@@ -93,7 +94,7 @@ def save_eraser(
         anchor_concept=anchor_concept,
         base_model_name_or_path=base_model_name_or_path or known_name or None,
     )
-    num_layers = len(transformer.transformer_blocks)
+    num_layers = len(find_joint_attentions(transformer))
     files = eraser_contents(format, config, tensors, num_layers, type(transformer))
     hub, card = _upload_parts(config, tensors, push_to_hub, hub_arguments)
     write_eraser_files(folder, files)

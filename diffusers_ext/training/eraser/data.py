@@ -17,7 +17,7 @@ from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.concepts import concept_token_mask
-from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts, prompt_length
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
 from diffusers_ext.families.family import Family
@@ -165,7 +165,7 @@ def encode_text(
         pipeline.tokenizer,
         pipeline.text_encoder,
         prompts.texts,
-        pipeline.transformer.config.max_text_seq_length,
+        prompt_length(pipeline),
         batch_size=batch_size,
     )
     row = {prompt: index for index, prompt in enumerate(prompts.texts)}
@@ -185,7 +185,7 @@ def concept_tokens(
             "`concept` must be given where `localization_weight` is not 0, got None. Masks are made of "
             "the attention to its tokens."
         )
-    length = pipeline.transformer.config.max_text_seq_length
+    length = prompt_length(pipeline)
     return concept_token_mask(pipeline.tokenizer, prompts.target, concept, length)
 
 

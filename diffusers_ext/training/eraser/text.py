@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.concepts import anchor_distances, contains_concept, replace_concept
 from diffusers_ext.eraser.neighbours import neighbouring_concepts
-from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts, prompt_length
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.training.eraser.data import ClipSize, encode_text
@@ -65,7 +65,7 @@ def choose_anchor_concept(
         pipeline.tokenizer,
         pipeline.text_encoder,
         ["", *(prompt for version in versions for prompt in version)],
-        transformer.config.max_text_seq_length,
+        prompt_length(pipeline),
     ).to(transformer.device)
     empty, texts = embeds[0], embeds[1:].unflatten(0, (len(versions), len(chosen)))
     size = (
@@ -223,7 +223,7 @@ def encode_run_text(args: EraserSettings, given: GivenTexts, accelerator: Accele
             pipeline.tokenizer,
             pipeline.text_encoder,
             args.validation_prompt,
-            pipeline.transformer.config.max_text_seq_length,
+            prompt_length(pipeline),
             batch_size=args.text_batch_size,
         )
     anchors = _candidate_anchors(args, pipeline, prompts, concepts)
@@ -236,7 +236,7 @@ def _candidate_anchors(
     if args.anchor_concept != AUTO_ANCHOR:
         return {}
     encoder = (pipeline.tokenizer, pipeline.text_encoder)
-    length = pipeline.transformer.config.max_text_seq_length
+    length = prompt_length(pipeline)
     found = {}
     for concept in concepts:
         texts = [replace_concept(prompt, args.target_concept, concept) for prompt in prompts.target]
@@ -249,7 +249,7 @@ def _candidate_anchors(
 def _nearest_concepts(args: EraserSettings, pipeline: Any, accelerator: Accelerator) -> list[str]:
     """Neighbours of the concept; the main process shows them and writes them down."""
     options = {
-        "max_sequence_length": pipeline.transformer.config.max_text_seq_length,
+        "max_sequence_length": prompt_length(pipeline),
         "exclude": [] if args.anchor_concept in (None, AUTO_ANCHOR) else [args.anchor_concept],
     }
     encoder, count = (pipeline.tokenizer, pipeline.text_encoder), args.num_preserved_concepts
