@@ -94,9 +94,9 @@ def run_forgetting(args: argparse.Namespace) -> Outcome:
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that can be wrong without a model; gives arguments of `evaluate_forgetting`."""
-    from diffusers_ext.core.base_source import check_xformers
     from diffusers_ext.core.pictures import read_pictures
     from diffusers_ext.evaluation.plugins import load_judge
+    from diffusers_ext.families.base_source import check_xformers
     from diffusers_ext.nullspace.prompts import read_prompts_file
 
     check_drawing_arguments(args, COUNTS)

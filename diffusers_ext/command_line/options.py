@@ -188,7 +188,7 @@ def chosen_device(args: argparse.Namespace) -> torch.device:
 
 def check_pipeline_class(args: argparse.Namespace, tool: str | None = None) -> dict[str, Any]:
     """The base model's `model_index.json`, read before any weights; of a family that a `tool` works with."""
-    from diffusers_ext.core.base_source import read_base_config, refuse_single_file
+    from diffusers_ext.families.base_source import read_base_config, refuse_single_file
     from diffusers_ext.families.registry import families_of
 
     source = args.pretrained_model_name_or_path
@@ -213,7 +213,7 @@ def load_base_pipeline(
     """The base model, frozen, in evaluation mode, without a safety checker; `place` it on the device."""
     import torch
 
-    from diffusers_ext.core.base_source import load_base
+    from diffusers_ext.families.base_source import load_base
 
     device, components = chosen_device(args), check_pipeline_class(args, tool)
     # A blackened picture would be measured like any other.

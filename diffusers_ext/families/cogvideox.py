@@ -85,29 +85,24 @@ class CogVideoX(Family):
     published = tuple(_published(*model) for model in PUBLISHED_TRANSFORMERS.items())
 
     def text_length(self, config: Any) -> int:
-        """See `Family`."""
         return config.max_text_seq_length
 
     def text_width(self, config: Any) -> int:
-        """See `Family`."""
         return config.text_embed_dim
 
     def is_joint_attention(self, attention: torch.nn.Module, block: torch.nn.Module) -> bool:
-        """See `Family`."""
         # By the processor where a model of another family borrows it, by the block where it is wrapped.
         processor = type(getattr(attention, "processor", None)).__name__
         blocks = [parent.__name__ for parent in type(block).__mro__]
         return "CogVideoXBlock" in blocks or "CogVideoX" in processor
 
     def clip_size(self, config: Any, vae_config: Any) -> tuple[int, int, int]:
-        """See `Family`."""
         scale = _spatial_compression(vae_config)
         return config.sample_frames, config.sample_height * scale, config.sample_width * scale
 
     def latent_shape(
         self, config: Any, vae_config: Any, num_frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
-        """See `Family`."""
         period = 2 * vae_config.temporal_compression_ratio
         if num_frames < 1 or num_frames % period != 1:
             nearest = max(round((num_frames - 1) / period), 0) * period + 1
@@ -131,7 +126,6 @@ class CogVideoX(Family):
         return (math.ceil(frames / patch_t) * patch_t, config.out_channels, *latent_size)
 
     def token_grid(self, config: Any, latent_shape: Sequence[int]) -> TokenGrid:
-        """See `Family`."""
         shape = tuple(latent_shape)
         if len(shape) not in (4, 5):
             raise ValueError(
@@ -161,7 +155,6 @@ class CogVideoX(Family):
     def empty_velocity(
         self, transformer: torch.nn.Module, latent_shape: Sequence[int], dtype: torch.dtype
     ) -> CogVideoXVelocity:
-        """See `Family`."""
         config, conditions = transformer.config, {}
         if config.use_rotary_positional_embeddings:
             angles = (math.prod(self.token_grid(config, latent_shape)), config.attention_head_dim)
@@ -255,13 +248,12 @@ class CogVideoXVelocity(Velocity):
         )
 
     def token_grid(self, latent_shape: Sequence[int]) -> TokenGrid:
-        """See `Velocity`."""
         return CogVideoX().token_grid(self.config, latent_shape)
 
     def __call__(
         self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor
     ) -> torch.Tensor:
-        """See `Velocity`; latents must have the video tokens of the rotary embedding."""
+        """Latents must have the video tokens of the rotary embedding."""
         from diffusers.models.modeling_utils import get_parameter_dtype
 
         self._check_inputs(x_t, t, prompt_embeds)

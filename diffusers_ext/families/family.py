@@ -52,6 +52,9 @@ class Family:
         tools: those of this package that work with it: `"nullspace"`, `"golden_noise"`, `"eraser"`.
         golden_pipeline: class of this package that takes a golden-noise network.
         nullspace_pipeline: class of this package that takes feature statistics.
+        single_file_prefix: of its text encoder's keys in a whole checkpoint, which tells it from others.
+        lora_versions: what other programs read in a LoRA's metadata, `{width of the text: (version for
+            kohya's scripts, architecture)}`.
         denoiser: component of the pipeline, and the key prefix of its LoRAs.
         denoiser_class, vae_class: of it and of the VAE.
         flow_matching: the model predicts `noise - x_0` on straight paths; otherwise what its
@@ -79,6 +82,8 @@ class Family:
     tools: ClassVar[frozenset[str]] = frozenset()
     golden_pipeline: ClassVar[str | None] = None
     nullspace_pipeline: ClassVar[str | None] = None
+    single_file_prefix: ClassVar[str | None] = None
+    lora_versions: ClassVar[Mapping[int, tuple[str, str | None]]] = {}
     denoiser: ClassVar[str] = "transformer"
     denoiser_class: ClassVar[str]
     vae_class: ClassVar[str] = "AutoencoderKL"

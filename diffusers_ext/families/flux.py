@@ -46,7 +46,6 @@ class Flux(Family):
     def encode(
         self, pipeline: FluxPipeline, prompts: list[str], negatives: list[str] | None
     ) -> TextConditioning:
-        """See `Family`."""
         embeds, pooled, _ = pipeline.encode_prompt(prompt=prompts)
         if self.embedded_guidance(pipeline.transformer.config):
             refuse_negative_prompts(negatives)
@@ -62,42 +61,36 @@ class Flux(Family):
         )
 
     def text_width(self, config: Any) -> int:
-        """See `Family`."""
         return config.joint_attention_dim
 
     def pooled_width(self, config: Any) -> int:
-        """See `Family`."""
         return config.pooled_projection_dim
 
     def text_arguments(self, text: TextConditioning) -> dict[str, torch.Tensor]:
-        """See `Family`; the pipeline's call takes no negative prompt beside its guidance input."""
+        """The pipeline's call takes no negative prompt beside its guidance input."""
         found = super().text_arguments(text)
         return {name: x for name, x in found.items() if not name.startswith("negative_")}
 
     def latent_channels(self, config: Any) -> int:
-        """See `Family`."""
         return int(config.in_channels) // 4
 
     def patch(self, config: Any) -> int:
-        """See `Family`; the packing's, not the config's."""
+        """The packing's, not the config's."""
         return 2
 
     def sample_size(self, config: Any) -> int:
-        """See `Family`; the config says nothing of it."""
+        """The config says nothing of it."""
         return 128
 
     def pack(self, pipeline: FluxPipeline, latents: torch.Tensor) -> torch.Tensor:
-        """See `Family`."""
         return pipeline._pack_latents(latents, *latents.shape)
 
     def unpack(
         self, pipeline: FluxPipeline, latents: torch.Tensor, height: int, width: int
     ) -> torch.Tensor:
-        """See `Family`."""
         return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
 
     def embedded_guidance(self, config: Any) -> bool:
-        """See `Family`."""
         return bool(config.guidance_embeds)
 
     def predict(
@@ -108,7 +101,6 @@ class Flux(Family):
         text: TextConditioning,
         guidance_scale: float,
     ) -> torch.Tensor:
-        """See `Family`."""
         batch, _, height, width = latents.shape
         guidance = None
         if self.embedded_guidance(pipeline.transformer.config):
@@ -129,6 +121,6 @@ class Flux(Family):
         return self.unpack(pipeline, prediction, height * factor, width * factor)
 
     def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
-        """See `Family`; the levels are the pipeline's own."""
+        """The levels are the pipeline's own."""
         sigmas = [1 - i / num_steps for i in range(num_steps)]
         return {**super().grid_arguments(config, num_steps, image_tokens), "sigmas": sigmas}

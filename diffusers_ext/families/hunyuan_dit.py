@@ -57,7 +57,6 @@ class HunyuanDiT(Family):
     def encode(
         self, pipeline: HunyuanDiTPipeline, prompts: list[str], negatives: list[str] | None
     ) -> TextConditioning:
-        """See `Family`."""
         bert, t5 = (
             pipeline.encode_prompt(
                 prompt=prompts,
@@ -79,7 +78,6 @@ class HunyuanDiT(Family):
         )
 
     def text_shapes(self, config: Any) -> dict[str, tuple[int | None, ...]]:
-        """See `Family`."""
         return {
             "prompt_embeds": (config.text_len, config.cross_attention_dim),
             "prompt_embeds_2": (config.text_len_t5, config.cross_attention_dim_t5),
@@ -106,7 +104,7 @@ class HunyuanDiT(Family):
         text: TextConditioning,
         guidance_scale: float,
     ) -> torch.Tensor:
-        """See `Family`; what the model learned of the variance is left out."""
+        """What the model learned of the variance is left out."""
         from diffusers.models.embeddings import get_2d_rotary_pos_embed
         from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import (
             get_resize_crop_region_for_grid,

@@ -64,7 +64,6 @@ class SD3(Family):
     def encode(
         self, pipeline: StableDiffusion3Pipeline, prompts: list[str], negatives: list[str] | None
     ) -> TextConditioning:
-        """See `Family`."""
         embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
             prompt=prompts, prompt_2=None, prompt_3=None, negative_prompt=negatives
         )
@@ -76,11 +75,9 @@ class SD3(Family):
         )
 
     def text_width(self, config: Any) -> int:
-        """See `Family`."""
         return config.joint_attention_dim
 
     def pooled_width(self, config: Any) -> int:
-        """See `Family`."""
         return config.pooled_projection_dim
 
     def predict(
@@ -91,7 +88,6 @@ class SD3(Family):
         text: TextConditioning,
         guidance_scale: float,
     ) -> torch.Tensor:
-        """See `Family`."""
         return pipeline.transformer(
             hidden_states=latents,
             timestep=timestep.expand(len(latents)),

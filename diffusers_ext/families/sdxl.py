@@ -38,6 +38,8 @@ class SDXL(StableDiffusion):
     golden_pipeline = "GoldenNoiseXLPipeline"
     nullspace_pipeline = "NullSpaceDreamBoothXLPipeline"
     reads_hidden_states = True
+    single_file_prefix = "conditioner.embedders."
+    lora_versions = {2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora")}
     text_fields = ("prompt_embeds", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
     published = (
@@ -55,7 +57,6 @@ class SDXL(StableDiffusion):
     )
 
     def pooled_width(self, config: Any) -> int:
-        """See `Family`."""
         # The UNet adds the pooled text to the embeddings of six numbers: sizes and crop.
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
@@ -67,7 +68,7 @@ class SDXL(StableDiffusion):
         width: int,
         dtype: torch.dtype,
     ) -> dict[str, torch.Tensor]:
-        """See `Family`; sizes are the picture's own, without a crop."""
+        """Sizes are the picture's own, without a crop."""
         size = (height, width)
         ids = pipeline._get_add_time_ids(size, (0, 0), size, dtype, pooled.shape[-1])
         return {

@@ -43,6 +43,11 @@ class StableDiffusion(Family):
     tools = frozenset({"nullspace", "golden_noise"})
     golden_pipeline = "GoldenNoisePipeline"
     nullspace_pipeline = "NullSpaceDreamBoothPipeline"
+    single_file_prefix = "cond_stage_model."
+    lora_versions = {
+        768: ("sd_v1", "stable-diffusion-v1/lora"),
+        1024: ("sd_v2", None),  # 512 or 768-v, which only the scheduler tells
+    }
     denoiser = "unet"
     denoiser_class = "UNet2DConditionModel"
     published = (
@@ -74,7 +79,6 @@ class StableDiffusion(Family):
     def encode(
         self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None
     ) -> TextConditioning:
-        """See `Family`."""
         guided = not self.embedded_guidance(pipeline.unet.config)
         if not guided:
             refuse_negative_prompts(negatives)
@@ -94,12 +98,10 @@ class StableDiffusion(Family):
         )
 
     def text_width(self, config: Any) -> int:
-        """See `Family`."""
         width = config.encoder_hid_dim or config.cross_attention_dim
         return width[0] if isinstance(width, (list, tuple)) else width
 
     def embedded_guidance(self, config: Any) -> bool:
-        """See `Family`."""
         return config.time_cond_proj_dim is not None
 
     def predict(
@@ -110,7 +112,6 @@ class StableDiffusion(Family):
         text: TextConditioning,
         guidance_scale: float,
     ) -> torch.Tensor:
-        """See `Family`."""
         height, width = (pipeline.vae_scale_factor * length for length in latents.shape[2:])
         pooled = text.pooled_prompt_embeds
         added = self.added_conditions(pipeline, pooled, height, width, latents.dtype)

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from diffusers_ext.core.artifacts import tensors_offset
 from diffusers_ext.core.tensor_files import DIGEST_KEY
+from diffusers_ext.families.registry import FAMILIES
 
 
 # Depend on the tensors, so they are written anew with every file.
@@ -23,12 +24,6 @@ _COMPUTED = ("ss_network_dim", "ss_network_alpha", "sshs_model_hash", "sshs_lega
              "modelspec.hash_sha256")  # fmt: skip
 # Of the format; scales are folded into B, so the adapter's settings no longer hold.
 _FORMAT = ("format", LORA_ADAPTER_METADATA_KEY, DIGEST_KEY)
-# Width of the text that cross-attention K and V read: (version for kohya, architecture).
-_FAMILIES = {
-    768: ("sd_v1", "stable-diffusion-v1/lora"),
-    1024: ("sd_v2", None),  # 512 or 768-v, which only the scheduler tells
-    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
-}
 
 
 def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -119,7 +114,8 @@ def _family(lora: Mapping[str, torch.Tensor], kept: Mapping[str, str]) -> dict[s
         if key.startswith("unet.") and key.endswith((".attn2.to_k.lora_A.weight",
                                                      ".attn2.to_v.lora_A.weight"))
     }  # fmt: skip
-    version, architecture = _FAMILIES.get(widths.pop() if len(widths) == 1 else 0, (None, None))
+    known = {width: told for f in FAMILIES for width, told in f.lora_versions.items()}
+    version, architecture = known.get(widths.pop() if len(widths) == 1 else 0, (None, None))
     if version is None:
         return {}
     prediction = kept.get("modelspec.prediction_type")

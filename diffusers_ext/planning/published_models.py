@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from diffusers_ext.core.base_source import is_single_file
 from diffusers_ext.core.keywords import did_you_mean
+from diffusers_ext.families.base_source import is_single_file
 from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.planning.base_model import BaseModel, Component, read_folder
 

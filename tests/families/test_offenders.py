@@ -40,10 +40,6 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         {"StableDiffusionPipeline", "StableDiffusionXLPipeline"},
         _SUBCLASSES,
     ),
-    "diffusers_ext/core/base_source.py": (
-        {"StableDiffusionPipeline", "StableDiffusionXLPipeline", "UNet2DConditionModel"},
-        "single files are read by diffusers for these classes alone, and core knows no family",
-    ),
 }
 
 

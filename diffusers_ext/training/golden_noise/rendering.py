@@ -11,11 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffusers_ext.core.base_source import load_base, read_base_config
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.run_settings import ModelSettings, SamplingSettings
 from diffusers_ext.core.text_tables import read_prompt_texts
 from diffusers_ext.evaluation import noise_rendering
+from diffusers_ext.families.base_source import load_base, read_base_config
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.denoiser import TOOL, denoiser_of

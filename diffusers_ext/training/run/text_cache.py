@@ -14,15 +14,15 @@ from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import snapshot_download
 
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
-from diffusers_ext.core.base_source import (
+from diffusers_ext.core.run_settings import ModelSettings
+from diffusers_ext.core.tensor_files import open_tensors
+from diffusers_ext.families.base_source import (
     config_place,
     is_single_file,
     load_base,
     load_single_file_unet,
     read_base_config,
 )
-from diffusers_ext.core.run_settings import ModelSettings
-from diffusers_ext.core.tensor_files import open_tensors
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ext.command_line import options
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.base_source import (
+from diffusers_ext.families.base_source import (
     load_base,
     read_base_config,
     refuse_single_file,

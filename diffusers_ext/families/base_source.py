@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ext.core.hub_connection import not_found
+from diffusers_ext.families.registry import FAMILIES
 
 
 if TYPE_CHECKING:
@@ -19,11 +20,6 @@ _PICKLES = (".ckpt", ".pt", ".pth")
 _WHOLE = "a whole Stable Diffusion or SDXL checkpoint (UNet, VAE and text encoders)"
 _UNET = "model.diffusion_model."
 _VAES = ("first_stage_model.", "vae.")
-# The text encoders tell the families apart.
-_FAMILIES = {
-    "cond_stage_model.": "StableDiffusionPipeline",
-    "conditioner.embedders.": "StableDiffusionXLPipeline",
-}
 _READ_TYPES = ("v1", "v2", "xl_base")  # by diffusers' names
 _CONFIG_FILES = ["*.json", "**/*.json", "*.txt", "**/*.txt"]
 
@@ -218,7 +214,8 @@ def _family(source: str | os.PathLike) -> tuple[str, str]:
         key: torch.empty(handle.get_slice(key).get_shape(), device="meta") for key in handle.keys()
     }
     starts = lambda *prefixes: any(key.startswith(prefixes) for key in shapes)
-    family = next((name for prefix, name in _FAMILIES.items() if starts(prefix)), None)
+    known = {f.single_file_prefix: f.pipelines[0] for f in FAMILIES if f.single_file_prefix}
+    family = next((name for prefix, name in known.items() if starts(prefix)), None)
     if family is None or not starts(_UNET) or not starts(*_VAES):
         raise ValueError(f"`{_ARGUMENT}` must be {_WHOLE}, got {source}: {_what_it_is(shapes)}.")
     model_type = infer_diffusers_model_type(shapes)
