@@ -28,29 +28,31 @@ ERASER = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NULL_SPACE + GOLDEN_NOISE + ERASER)
-def test_every_documented_name_works_or_says_what_to_use(name):
-    if name in diffusers_ext.__all__ or name in ALIASES:
-        assert callable(getattr(diffusers_ext, name))
-        return
-    message = f"'diffusers_ext' has no '{name}' of the design documents. Use `"
-    with pytest.raises(ImportError, match=message):
-        getattr(diffusers_ext, name)
-    with pytest.raises(ImportError, match=message):
-        exec(f"from diffusers_ext import {name}", {})
+def test_every_documented_name_works_or_says_what_to_use(subtests):
+    for name in NULL_SPACE + GOLDEN_NOISE + ERASER:
+        with subtests.test(name=name):
+            if name in diffusers_ext.__all__ or name in ALIASES:
+                assert callable(getattr(diffusers_ext, name))
+                continue
+            message = f"'diffusers_ext' has no '{name}' of the design documents. Use `"
+            with pytest.raises(ImportError, match=message):
+                getattr(diffusers_ext, name)
+            with pytest.raises(ImportError, match=message):
+                exec(f"from diffusers_ext import {name}", {})
 
 
-@pytest.mark.parametrize("name", REPLACEMENTS)
-def test_every_replacement_is_there_and_named(name):
-    replacement = REPLACEMENTS[name]
-    for dotted in replacement.names:
-        module, _, attribute = dotted.rpartition(".")
-        if module.islower():  # not a class
-            found = importlib.import_module(f"diffusers_ext.{module}")
-            assert callable(getattr(found, attribute))
-        else:
-            assert attrgetter(dotted)(diffusers_ext)
-    assert any(dotted.split(".")[-1] in replacement.use for dotted in replacement.names)
+def test_every_replacement_is_there_and_named(subtests):
+    for name in REPLACEMENTS:
+        with subtests.test(name=name):
+            replacement = REPLACEMENTS[name]
+            for dotted in replacement.names:
+                module, _, attribute = dotted.rpartition(".")
+                if module.islower():  # not a class
+                    found = importlib.import_module(f"diffusers_ext.{module}")
+                    assert callable(getattr(found, attribute))
+                else:
+                    assert attrgetter(dotted)(diffusers_ext)
+            assert any(dotted.split(".")[-1] in replacement.use for dotted in replacement.names)
 
 
 def test_a_name_with_the_same_meaning_is_the_class_itself():

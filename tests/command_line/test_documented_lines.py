@@ -4,8 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from diffusers_ext.command_line.main import build_parser
 
 
@@ -28,7 +26,8 @@ def test_pages_show_the_command():
     assert {name for name, _ in LINES} >= {"README.md", "README_zh.md"}
 
 
-@pytest.mark.parametrize(("page", "line"), LINES)
-def test_documented_lines_parse(page, line):
-    words = shlex.split(line, comments=True)
-    assert build_parser().parse_args(words).command.name.split()[0] == words[0]
+def test_documented_lines_parse(subtests):
+    for page, line in LINES:
+        with subtests.test(page=page, line=line):
+            words = shlex.split(line, comments=True)
+            assert build_parser().parse_args(words).command.name.split()[0] == words[0]

@@ -53,9 +53,8 @@ def test_only_regular_files_below_a_size_are_opened(tmp_path, monkeypatch):
         read_json(tmp_path / "large.json")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_json_that_is_none_is_refused_by_name(tmp_path, subtests):
+    for text, message in [
         ("[" * 100_000, "must be nested at most 100 deep"),
         ('{"a": ' + "[" * 200 + "]" * 200 + "}", "must be nested at most 100 deep"),
         ('{"a": {"b": 1, "c": 2, "b": 3}}', "must hold JSON, got: the key 'b' twice in one object"),
@@ -67,12 +66,11 @@ def test_only_regular_files_below_a_size_are_opened(tmp_path, monkeypatch):
         ("[]", "must hold a JSON object, got a list"),
         ("{", "must hold JSON, got: Expecting"),
         ("", "must hold JSON, got: Expecting"),
-    ],
-)
-def test_json_that_is_none_is_refused_by_name(tmp_path, text, message):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=f"config.json {message}"):
-        read_json(tmp_path / "config.json")
+    ]:
+        with subtests.test(text=text, message=message):
+            (tmp_path / "config.json").write_text(text)
+            with pytest.raises(ValueError, match=f"config.json {message}"):
+                read_json(tmp_path / "config.json")
 
 
 def test_json_of_all_types(tmp_path):
@@ -95,9 +93,8 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 )
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_yaml_that_cannot_be_meant_is_refused_by_name(tmp_path, subtests):
+    for text, message in [
         ("[" * 100_000, "must be nested at most 100 deep"),
         ("a: " + "[" * 150 + "]" * 150, "must be nested at most 100 deep"),
         (BOMB, "must be a YAML file, got: more than 100000 values"),
@@ -117,12 +114,11 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("", "must be a YAML mapping, got NoneType"),
         ("a: [", "must be a YAML file, got: while parsing"),
         ("a: 1\n---\nb: 1", "must be a YAML file, got: expected a single document"),
-    ],
-)
-def test_yaml_that_cannot_be_meant_is_refused_by_name(tmp_path, text, message):
-    (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError, match=f"c.yaml {message}"):
-        read_yaml(tmp_path / "c.yaml")
+    ]:
+        with subtests.test(text=text, message=message):
+            (tmp_path / "c.yaml").write_text(text)
+            with pytest.raises(ValueError, match=f"c.yaml {message}"):
+                read_yaml(tmp_path / "c.yaml")
 
 
 def test_yaml_with_anchors(tmp_path):

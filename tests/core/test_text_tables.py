@@ -49,16 +49,17 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text"), SAME)
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_tables_of_all_formats_give_the_same(tmp_path, name, text, encoding):
-    (tmp_path / name).write_bytes(text.encode(encoding))
-    expected = ['a red, "old" fox', "# b"]
-    assert read(tmp_path / name) == expected
-    assert read_eraser_prompts(tmp_path / name) == expected
-    assert read_prompts_file(tmp_path / name) == expected
-    rows = [row for _, row in read_rows(tmp_path / name, ["prompt"], ["seed", "none"])]
-    assert [(row["seed"], row["none"]) for row in rows[:2]] == [("3", ""), ("", "")]
+def test_tables_of_all_formats_give_the_same(tmp_path, subtests):
+    for name, text in SAME:
+        for encoding in ["utf-8-sig", "utf-16"]:
+            with subtests.test(name=name, text=text, encoding=encoding):
+                (tmp_path / name).write_bytes(text.encode(encoding))
+                expected = ['a red, "old" fox', "# b"]
+                assert read(tmp_path / name) == expected
+                assert read_eraser_prompts(tmp_path / name) == expected
+                assert read_prompts_file(tmp_path / name) == expected
+                rows = [row for _, row in read_rows(tmp_path / name, ["prompt"], ["seed", "none"])]
+                assert [(row["seed"], row["none"]) for row in rows[:2]] == [("3", ""), ("", "")]
 
 
 def test_parquet_is_read_and_nothing_left_behind(tmp_path, monkeypatch):
@@ -89,9 +90,8 @@ def test_lists_of_texts(tmp_path):
     assert read(tmp_path / "p.json") == read(tmp_path / "p.jsonl") == ["a", "# b c"]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
+def test_what_is_no_table_of_prompts_is_refused(tmp_path, subtests):
+    for name, text, message in [
         ("p.csv", "", r"p.csv must have the column 'prompt', got \[\]"),
         ("p.csv", "id;text\n1;a\n", r"must have the column 'prompt', got \['id', 'text'\]"),
         ("p.csv", "prompt,prompt\na,b\n", "must have the column 'prompt' once"),
@@ -124,12 +124,11 @@ def test_lists_of_texts(tmp_path):
             "PK",
             "`prompt_file` must end in one of .txt.*p.xlsx.* Save a sheet as CSV in UTF-8",
         ),
-    ],
-)
-def test_what_is_no_table_of_prompts_is_refused(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read(tmp_path / name)
+    ]:
+        with subtests.test(name=name, text=text, message=message):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(ValueError, match=message):
+                read(tmp_path / name)
 
 
 def test_what_is_no_file_is_refused(tmp_path):

@@ -72,9 +72,8 @@ def test_replacements_that_mean_nothing(prompt, concept, other, message):
         replace_concept(prompt, concept, other)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "concept", "expected"),
-    [
+def test_the_tokens_of_the_concept_are_marked(subtests):
+    for prompt, concept, expected in [
         ("seven goes up", "seven", ["▁seven"]),
         ("a red seven goes up", "red seven", ["▁red", "▁seven"]),
         ("a seven a seven", "seven", ["▁seven", "▁seven"]),
@@ -84,10 +83,9 @@ def test_replacements_that_mean_nothing(prompt, concept, other, message):
         ("sevens", "seven", []),  # begins with the token of "seven"
         ("a red eight", "seven", []),
         ("", "seven", []),
-    ],
-)
-def test_the_tokens_of_the_concept_are_marked(prompt, concept, expected):
-    assert marked(prompt, concept) == expected
+    ]:
+        with subtests.test(prompt=prompt, concept=concept, expected=expected):
+            assert marked(prompt, concept) == expected
 
 
 def test_a_capital_letter_makes_other_tokens_of_the_same_word():

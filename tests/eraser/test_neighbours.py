@@ -58,9 +58,8 @@ def test_the_bundled_words():
         concrete_words("x")
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
+def test_forms_of_one_word(subtests):
+    for first, second in [
         ("cat", "Cats"),
         ("black cats", "cat"),
         ("a cat's paw", "cats"),
@@ -75,16 +74,14 @@ def test_the_bundled_words():
         ("painted", "paint"),
         ("glasses", "glass"),
         ("bus", "buses"),
-    ],
-)
-def test_forms_of_one_word(first, second):
-    assert share_a_word(first, second)
-    assert share_a_word(second, first)
+    ]:
+        with subtests.test(first=first, second=second):
+            assert share_a_word(first, second)
+            assert share_a_word(second, first)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
+def test_words_that_only_look_alike(subtests):
+    for first, second in [
         ("car", "scarf"),
         ("car", "carpet"),
         ("car", "cartoon style"),
@@ -94,11 +91,10 @@ def test_forms_of_one_word(first, second):
         ("dress", "dre"),
         ("bird of prey", "statue of liberty"),
         ("the cat", "the dog"),
-    ],
-)
-def test_words_that_only_look_alike(first, second):
-    assert not share_a_word(first, second)
-    assert not share_a_word(second, first)
+    ]:
+        with subtests.test(first=first, second=second):
+            assert not share_a_word(first, second)
+            assert not share_a_word(second, first)
 
 
 def test_every_word_is_a_form_of_itself():

@@ -48,18 +48,20 @@ def test_an_example_has_at_most_60_lines_and_can_be_run_as_a_file(name):
     assert text.endswith('if __name__ == "__main__":\n    main()\n')
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, "app.py"])
-def test_every_example_is_on_the_page_with_a_line_and_a_command(name):
-    assert f"[{name}]({name})" in PAGE
-    assert f"examples/{name}" in [script for script, *_ in commands()]
+def test_every_example_is_on_the_page_with_a_line_and_a_command(subtests):
+    for name in [*EXAMPLES, "app.py"]:
+        with subtests.test(name=name):
+            assert f"[{name}]({name})" in PAGE
+            assert f"examples/{name}" in [script for script, *_ in commands()]
 
 
-@pytest.mark.parametrize(("script", "arguments"), [(s, a) for s, *a in commands()])
-def test_the_options_of_the_commands_exist(script, arguments):
-    text = (FOLDER.parent / script).read_text()
-    for option in (a for a in arguments if a.startswith("--")):
-        name, _, value = option.removeprefix("--").partition("=")
-        assert re.search(rf'\b{name}=|"--{name}"|"{name}"', text), option
-        if name == "training":
-            names = {word[2:] for word in shlex.split(value) if word.startswith("--")}
-            assert names <= setting_names([EraserSettings])
+def test_the_options_of_the_commands_exist(subtests):
+    for script, arguments in [(s, a) for s, *a in commands()]:
+        with subtests.test(script=script, arguments=arguments):
+            text = (FOLDER.parent / script).read_text()
+            for option in (a for a in arguments if a.startswith("--")):
+                name, _, value = option.removeprefix("--").partition("=")
+                assert re.search(rf'\b{name}=|"--{name}"|"{name}"', text), option
+                if name == "training":
+                    names = {word[2:] for word in shlex.split(value) if word.startswith("--")}
+                    assert names <= setting_names([EraserSettings])

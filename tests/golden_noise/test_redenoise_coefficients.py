@@ -58,23 +58,24 @@ def test_published_coefficients_of_the_legacy_inversion(num_steps, expected):
     assert found[3:] == pytest.approx(expected, abs=6e-4)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("num_steps", [2, 7, 10, 30])
-def test_steps_are_those_of_the_samplers_grid(spacing, num_steps):
-    scheduler = sdxl_scheduler(timestep_spacing=spacing)
-    t, p = first_ddim_step(scheduler.config, num_steps)
-    scheduler.set_timesteps(num_steps)
-    assert t == scheduler.timesteps[0]
-    assert p == t - 1000 // num_steps
-    torch.manual_seed(0)
-    sample, output = torch.randn(2, 1, 4, 8, 8)
-    found = diffusion_coefficients(scheduler, num_steps)
-    torch.testing.assert_close(
-        found.down_noise * sample + found.down_first * output,
-        scheduler.step(output, t, sample).prev_sample,
-        rtol=1e-4,
-        atol=1e-4,
-    )
+def test_steps_are_those_of_the_samplers_grid(subtests):
+    for spacing in ["leading", "trailing", "linspace"]:
+        for num_steps in [2, 7, 10, 30]:
+            with subtests.test(spacing=spacing, num_steps=num_steps):
+                scheduler = sdxl_scheduler(timestep_spacing=spacing)
+                t, p = first_ddim_step(scheduler.config, num_steps)
+                scheduler.set_timesteps(num_steps)
+                assert t == scheduler.timesteps[0]
+                assert p == t - 1000 // num_steps
+                torch.manual_seed(0)
+                sample, output = torch.randn(2, 1, 4, 8, 8)
+                found = diffusion_coefficients(scheduler, num_steps)
+                torch.testing.assert_close(
+                    found.down_noise * sample + found.down_first * output,
+                    scheduler.step(output, t, sample).prev_sample,
+                    rtol=1e-4,
+                    atol=1e-4,
+                )
 
 
 def test_v_prediction_rotates_by_the_angle_between_the_levels():

@@ -11,15 +11,16 @@ from diffusers_ext.golden_noise.networks.npnet import (
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 
 
-@pytest.mark.parametrize("window", [1, 8, 128])
-@pytest.mark.parametrize("surplus", [0, 1, 5, 24, 130])
-def test_windows_cover_all_and_overlap(window, surplus):
-    length = window + surplus
-    starts = window_starts(length, window)
-    assert starts[0] == 0
-    assert starts[-1] == length - window
-    most = max(1, window * 3 // 4)
-    assert all(0 < b - a <= most for a, b in zip(starts, starts[1:]))
+def test_windows_cover_all_and_overlap(subtests):
+    for window in [1, 8, 128]:
+        for surplus in [0, 1, 5, 24, 130]:
+            with subtests.test(window=window, surplus=surplus):
+                length = window + surplus
+                starts = window_starts(length, window)
+                assert starts[0] == 0
+                assert starts[-1] == length - window
+                most = max(1, window * 3 // 4)
+                assert all(0 < b - a <= most for a, b in zip(starts, starts[1:]))
 
 
 def test_one_window_is_the_function_itself():

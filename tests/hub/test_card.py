@@ -26,10 +26,11 @@ def headings(text: str) -> list[str]:
     return [line[3:] for line in text.splitlines() if line.startswith("## ")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_card_has_all_sections_and_no_holes(kind):
-    for changes in (changes for varied, changes in VARIANTS if varied == kind):
-        check_text(card_of(kind, **changes))
+def test_every_card_has_all_sections_and_no_holes(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            for changes in (changes for varied, changes in VARIANTS if varied == kind):
+                check_text(card_of(kind, **changes))
 
 
 def check_text(card: ModelCard | DatasetCard) -> None:
@@ -56,34 +57,44 @@ def test_every_header_is_what_the_hub_reads():
         assert again.text == card.text
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_header_of_a_model(kind):
-    data = ModelCard(str(card_of(kind))).data
-    assert data.base_model == BASE
-    assert data.base_model_relation == ("finetune" if kind == "subject_pipeline" else "adapter")
-    assert (data.license, data.license_name) == ("other", "openrail++")
-    assert data.license_link == "https://example.org/licence"
-    assert data.library_name == "diffusers"
-    assert "diffusers" in data.tags
-    assert len(set(data.tags)) == len(data.tags)
-    assert data.widget == [
-        {"text": "a photo of sks dog", "output": {"url": "validation/dog 1.png"}},
-        {"text": "a dog runs", "output": {"url": "clips/dog.mp4"}},
-    ]
-    if "instance_prompt" in FACTS[kind]:
-        assert data.instance_prompt == FACTS[kind]["instance_prompt"]
-    assert data.model_name == f"my-{kind}"
-    task = KINDS[kind].pipeline_tag or "other"
-    found = [
-        (r.task_type, r.dataset_type, r.dataset_name, r.metric_type, r.metric_name, r.metric_value)
-        for r in data.eval_results
-    ]
-    held_out = (task, "held-out-prompts", "held-out prompts")
-    assert found == [
-        (*held_out, "pixel-drift", "pixel drift", 0.01234),
-        (*held_out, "win-rate", "win rate at scale 1", 0.75),
-        (task, "dog-pictures", "dog pictures", "win-rate", "win rate", 1.0),
-    ]
+def test_the_header_of_a_model(subtests):
+    for kind in MODELS:
+        with subtests.test(kind=kind):
+            data = ModelCard(str(card_of(kind))).data
+            assert data.base_model == BASE
+            assert data.base_model_relation == (
+                "finetune" if kind == "subject_pipeline" else "adapter"
+            )
+            assert (data.license, data.license_name) == ("other", "openrail++")
+            assert data.license_link == "https://example.org/licence"
+            assert data.library_name == "diffusers"
+            assert "diffusers" in data.tags
+            assert len(set(data.tags)) == len(data.tags)
+            assert data.widget == [
+                {"text": "a photo of sks dog", "output": {"url": "validation/dog 1.png"}},
+                {"text": "a dog runs", "output": {"url": "clips/dog.mp4"}},
+            ]
+            if "instance_prompt" in FACTS[kind]:
+                assert data.instance_prompt == FACTS[kind]["instance_prompt"]
+            assert data.model_name == f"my-{kind}"
+            task = KINDS[kind].pipeline_tag or "other"
+            found = [
+                (
+                    r.task_type,
+                    r.dataset_type,
+                    r.dataset_name,
+                    r.metric_type,
+                    r.metric_name,
+                    r.metric_value,
+                )
+                for r in data.eval_results
+            ]
+            held_out = (task, "held-out-prompts", "held-out prompts")
+            assert found == [
+                (*held_out, "pixel-drift", "pixel drift", 0.01234),
+                (*held_out, "win-rate", "win rate at scale 1", 0.75),
+                (task, "dog-pictures", "dog pictures", "win-rate", "win rate", 1.0),
+            ]
 
 
 def test_the_header_of_a_data_set_says_where_its_tables_are():
@@ -99,30 +110,31 @@ def test_the_header_of_a_data_set_says_where_its_tables_are():
     assert inner[1]["data_files"] == "inner/rejected/*.parquet"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_facts_are_in_the_text(kind):
-    text = card_of(kind).text
-    for expected in (
-        "Six pictures of one dog.",
-        "| learning\\_rate | 0.001 |\n| max\\_train\\_steps | 600 |",
-        "| held-out prompts | pixel drift | 0.01234 | 5 seeds, 0.010 to 0.014 |",
-        "| held-out prompts | win rate at scale 1 | 0.75 |  |",
-        "| dog pictures | win rate | 1 |  |",
-        "| a photo of sks dog | ![validation/dog 1.png](validation/dog%201.png) |",
-        "| a dog runs | [clips/dog.mp4](clips/dog.mp4) |",
-        "`diffusers_ext` 1.2.3",
-        "[`openrail++`](https://example.org/licence)",
-        "version = {1.2.3}",
-    ):
-        assert expected in text
-    hidden = ("statistics", "any_size", "directions", "text_embed_dim", "latent_shape")
-    for name, value in FACTS[kind].items():
-        if name not in hidden:
-            for part in value if isinstance(value, list) else [value]:
-                shown = f"{part:,}" if isinstance(part, int) else str(part)
-                assert (shown if part != 2.36 else "2.4 MB") in text
-    if kind in ("npnet", "golden_noise_model", "pair_data_set"):
-        assert "4 x 128 x 96" in text
+def test_all_facts_are_in_the_text(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            text = card_of(kind).text
+            for expected in (
+                "Six pictures of one dog.",
+                "| learning\\_rate | 0.001 |\n| max\\_train\\_steps | 600 |",
+                "| held-out prompts | pixel drift | 0.01234 | 5 seeds, 0.010 to 0.014 |",
+                "| held-out prompts | win rate at scale 1 | 0.75 |  |",
+                "| dog pictures | win rate | 1 |  |",
+                "| a photo of sks dog | ![validation/dog 1.png](validation/dog%201.png) |",
+                "| a dog runs | [clips/dog.mp4](clips/dog.mp4) |",
+                "`diffusers_ext` 1.2.3",
+                "[`openrail++`](https://example.org/licence)",
+                "version = {1.2.3}",
+            ):
+                assert expected in text
+            hidden = ("statistics", "any_size", "directions", "text_embed_dim", "latent_shape")
+            for name, value in FACTS[kind].items():
+                if name not in hidden:
+                    for part in value if isinstance(value, list) else [value]:
+                        shown = f"{part:,}" if isinstance(part, int) else str(part)
+                        assert (shown if part != 2.36 else "2.4 MB") in text
+            if kind in ("npnet", "golden_noise_model", "pair_data_set"):
+                assert "4 x 128 x 96" in text
 
 
 def test_what_is_empty_is_left_out_or_said():

@@ -28,31 +28,36 @@ def test_slugs():
     assert slug("数字 drift") == "数字-drift"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_missing_fact_is_refused_by_name(kind):
-    for name in COMMON:
-        given = {key: value for key, value in COMMON.items() if key != name} | FACTS[kind]
-        with pytest.raises(TypeError, match=f"missing 1 required keyword-only argument: '{name}'"):
-            artifact_card(kind, "user/name", **given)
-    assert set(KINDS[kind].facts) == FACTS[kind].keys()
-    for name in FACTS[kind]:
-        given = {key: value for key, value in FACTS[kind].items() if key != name}
-        with pytest.raises(
-            ValueError, match=f"`{name}` must be given for a card of kind '{kind}', got only"
-        ):
-            artifact_card(kind, "user/name", **COMMON, **given)
-        if name not in KINDS[kind].may_be_empty:
+def test_every_missing_fact_is_refused_by_name(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            for name in COMMON:
+                given = {key: value for key, value in COMMON.items() if key != name} | FACTS[kind]
+                with pytest.raises(
+                    TypeError, match=f"missing 1 required keyword-only argument: '{name}'"
+                ):
+                    artifact_card(kind, "user/name", **given)
+            assert set(KINDS[kind].facts) == FACTS[kind].keys()
+            for name in FACTS[kind]:
+                given = {key: value for key, value in FACTS[kind].items() if key != name}
+                with pytest.raises(
+                    ValueError,
+                    match=f"`{name}` must be given for a card of kind '{kind}', got only",
+                ):
+                    artifact_card(kind, "user/name", **COMMON, **given)
+                if name not in KINDS[kind].may_be_empty:
+                    with pytest.raises(
+                        ValueError, match=f"`{name}` must say something in a card, got None"
+                    ):
+                        card_of(kind, **{name: None})
             with pytest.raises(
-                ValueError, match=f"`{name}` must say something in a card, got None"
+                ValueError, match=rf"'{kind}' must have no facts but .*, got \['colour'\]"
             ):
-                card_of(kind, **{name: None})
-    with pytest.raises(ValueError, match=rf"'{kind}' must have no facts but .*, got \['colour'\]"):
-        card_of(kind, colour="red")
+                card_of(kind, colour="red")
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes", "error", "message"),
-    [
+def test_facts_that_say_nothing_are_refused(subtests):
+    for kind, changes, error, message in [
         ("eraser", {"base": " "}, ValueError, "`base` must say something in a card, got ' '"),
         ("eraser", {"trained_on": ""}, ValueError, "`trained_on` must say something"),
         ("eraser", {"version": None}, ValueError, "`version` must say something"),
@@ -67,11 +72,10 @@ def test_every_missing_fact_is_refused_by_name(kind):
         ("eraser", {"pipeline": "os; x"}, ValueError, "`pipeline` must be the name of a class"),
         ("npnet", {"any_size": "no"}, TypeError, "`any_size` must be True or False, got a str"),
         ("null_space_lora", {"directions": "x"}, ValueError, "`directions` must be one of .*'x'"),
-    ],
-)
-def test_facts_that_say_nothing_are_refused(kind, changes, error, message):
-    with pytest.raises(error, match=message):
-        card_of(kind, **changes)
+    ]:
+        with subtests.test(kind=kind, changes=changes, error=error, message=message):
+            with pytest.raises(error, match=message):
+                card_of(kind, **changes)
 
 
 def test_every_entry_is_whole():

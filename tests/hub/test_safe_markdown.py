@@ -44,25 +44,26 @@ EVIL = [
 ]
 
 
-@pytest.mark.parametrize("words", EVIL)
-def test_nothing_runs_and_the_card_goes_on(words):
-    card = card_of("eraser", trained_on=f"Before.\n\n{words}")
-    html = MarkdownIt("commonmark").render(card.text)
-    plain = MarkdownIt("commonmark").render(card_of("eraser", trained_on="Before.").text)
-    for tag in (
-        "<script",
-        '<img src="x',
-        "onerror=alert(1)>",
-        'href="java',
-        'href="//',
-        'src="data',
-    ):
-        assert tag not in html
-    assert html.count("<h") == plain.count("<h")
-    assert "<h2>Results</h2>" in html
-    assert ModelCard(str(card)).data.to_dict() == card_of("eraser").data.to_dict()
-    for word in ("Before", "alert", "never closed", "Another card"):
-        assert (word in html) == (word in words or word == "Before")
+def test_nothing_runs_and_the_card_goes_on(subtests):
+    for words in EVIL:
+        with subtests.test(words=words):
+            card = card_of("eraser", trained_on=f"Before.\n\n{words}")
+            html = MarkdownIt("commonmark").render(card.text)
+            plain = MarkdownIt("commonmark").render(card_of("eraser", trained_on="Before.").text)
+            for tag in (
+                "<script",
+                '<img src="x',
+                "onerror=alert(1)>",
+                'href="java',
+                'href="//',
+                'src="data',
+            ):
+                assert tag not in html
+            assert html.count("<h") == plain.count("<h")
+            assert "<h2>Results</h2>" in html
+            assert ModelCard(str(card)).data.to_dict() == card_of("eraser").data.to_dict()
+            for word in ("Before", "alert", "never closed", "Another card"):
+                assert (word in html) == (word in words or word == "Before")
 
 
 def test_harmless_markdown_stays():

@@ -61,20 +61,21 @@ def check_calls(tree: ast.Module) -> None:
         inspect.signature(function).bind(*node.args, **{k.arg: k.value for k in node.keywords})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_python_block_runs_on_what_there_is(kind):
-    for changes in (changes for varied, changes in VARIANTS if varied == kind):
-        found = blocks(kind, changes)
-        assert len(found) >= 2
-        assert max(map(len, "\n".join(found).splitlines())) <= 120
-        for source in found:
-            tree = ast.parse(source)
-            compile(tree, kind, "exec")
-            check_names(tree)
-            check_calls(tree)
-        # One block needs this package, and the last one does not.
-        assert "diffusers_ext" in found[0]
-        assert "diffusers_ext" not in found[-1]
+def test_every_python_block_runs_on_what_there_is(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            for changes in (changes for varied, changes in VARIANTS if varied == kind):
+                found = blocks(kind, changes)
+                assert len(found) >= 2
+                assert max(map(len, "\n".join(found).splitlines())) <= 120
+                for source in found:
+                    tree = ast.parse(source)
+                    compile(tree, kind, "exec")
+                    check_names(tree)
+                    check_calls(tree)
+                # One block needs this package, and the last one does not.
+                assert "diffusers_ext" in found[0]
+                assert "diffusers_ext" not in found[-1]
 
 
 def test_the_checks_find_what_is_not_there():

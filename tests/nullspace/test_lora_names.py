@@ -9,9 +9,8 @@ BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 LAYER = "encoder.layers.0.self_attn"
 
 
-@pytest.mark.parametrize(
-    ("key", "component", "module", "part"),
-    [
+def test_every_spelling_names_one_module(subtests):
+    for key, component, module, part in [
         (f"unet.{BLOCK}.attn2.to_k.lora_A.weight", "unet", f"{BLOCK}.attn2.to_k", "A"),
         (f"unet.{BLOCK}.attn2.to_k.lora.up.weight", "unet", f"{BLOCK}.attn2.to_k", "B"),
         (f"{BLOCK}.attn2.to_k.alpha", "unet", f"{BLOCK}.attn2.to_k", "alpha"),
@@ -52,10 +51,9 @@ LAYER = "encoder.layers.0.self_attn"
          "transformer_blocks.0.attn.to_k", "A"),
         ("transformer_2.blocks.0.attn2.to_k.lora_A.weight", "transformer_2",
          "blocks.0.attn2.to_k", "A"),
-    ],
-)  # fmt: skip
-def test_every_spelling_names_one_module(key, component, module, part):
-    assert parse_key(key)[:3] == (component, module, part)
+    ]:  # fmt: skip
+        with subtests.test(key=key, component=component, module=module, part=part):
+            assert parse_key(key)[:3] == (component, module, part)
 
 
 def test_metadata_is_looked_up_by_the_name_as_written():

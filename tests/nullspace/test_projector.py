@@ -27,9 +27,8 @@ def statistics_of(values: torch.Tensor, seed: int = 0) -> FeatureStatistics:
     return FeatureStatistics({"q": moment}, {f"{LAYER}.to_q": "q"}, {})
 
 
-@pytest.mark.parametrize(
-    ("criterion", "count"),
-    [
+def test_each_criterion_counts_from_the_smallest(subtests):
+    for criterion, count in [
         ({"energy": 0}, 2),
         ({"energy": 0.0099}, 2),
         ({"energy": 0.0101}, 3),
@@ -44,10 +43,9 @@ def statistics_of(values: torch.Tensor, seed: int = 0) -> FeatureStatistics:
         ({"percentile": 100}, 5),
         ({"energy": 0, "floor": 0.02}, 3),
         ({"energy": 0, "floor": 0}, 1),
-    ],
-)
-def test_each_criterion_counts_from_the_smallest(criterion, count):
-    assert null_dimensions(VALUES, **criterion) == count
+    ]:
+        with subtests.test(criterion=criterion, count=count):
+            assert null_dimensions(VALUES, **criterion) == count
 
 
 @pytest.mark.parametrize(
