@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -26,6 +26,7 @@ from diffusers_ext.core.tensor_files import (
     config_digest,
     is_sha256,
     read_tensors,
+    with_digest,
 )
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.hub.card import Card
@@ -37,9 +38,9 @@ ArtifactType = TypeVar("ArtifactType", bound="Artifact")
 _HEADER = ("_class_name", "format_version", "sha256")
 
 
-def sort_metadata(path: str | os.PathLike) -> None:
-    """Rewrite a safetensors file with its metadata in order of name."""
-    write_atomically(path, with_sorted_metadata(Path(path).read_bytes()))
+def sealed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file with a digest of its contents: of equal tensors and metadata equal bytes."""
+    return with_sorted_metadata(save(dict(tensors), metadata=with_digest(tensors, metadata)))
 
 
 def with_sorted_metadata(content: bytes) -> bytes:

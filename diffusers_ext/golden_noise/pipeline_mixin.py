@@ -6,8 +6,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
@@ -119,10 +118,23 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
 
     def __call__(self, *args: Any, golden_noise_scale: float = 1.0, **kwargs: Any) -> Any:
         """As in the plain pipeline, from refined noise; see `help(pipeline.__call__)`."""
-        _check_scale(golden_noise_scale)
-        self._check_call(kwargs)
-        with self._golden(golden_noise_scale):
+        scale = golden_noise_scale
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise TypeError(f"`golden_noise_scale` must be a number, got a {type(scale).__name__}.")
+        if not math.isfinite(scale):
+            raise ValueError(f"`golden_noise_scale` must be finite, got {scale}.")
+        # The plain pipeline would pass over a keyword that it does not know in silence.
+        calls = [owner.__call__ for owner in type(self).__mro__ if "__call__" in vars(owner)]
+        takes = {name for call in calls for name in inspect.signature(call).parameters}
+        known = sorted(takes - {"self", "args", "kwargs"}) + list(_DEPRECATED_IN_CALLS)
+        check_keywords(kwargs, known, f"{type(self).__name__}.__call__")
+        outer = self._golden_call
+        active = self.noise_model is not None and scale != 0
+        self._golden_call = _GoldenCall(scale) if active else None
+        try:
             return super().__call__(*args, **kwargs)
+        finally:
+            self._golden_call = outer
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         """As in the plain pipeline; during a call the text is kept for the `noise_model`."""
@@ -147,31 +159,10 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         prepared = super().prepare_latents(
             batch_size, num_channels_latents, height, width, *args, **kwargs
         )
-        if self._golden_call is None:
+        call = self._golden_call
+        if call is None:
             return prepared
-        return self._golden_latents(prepared, height, width)
-
-    def _check_call(self, arguments: dict[str, Any]) -> None:
-        """Raise `TypeError` for a keyword that the plain pipeline would pass over in silence."""
-        calls = [owner.__call__ for owner in type(self).__mro__ if "__call__" in vars(owner)]
-        takes = {name for call in calls for name in inspect.signature(call).parameters}
-        known = sorted(takes - {"self", "args", "kwargs"}) + list(_DEPRECATED_IN_CALLS)
-        check_keywords(arguments, known, f"{type(self).__name__}.__call__")
-
-    @contextmanager
-    def _golden(self, scale: float) -> Iterator[None]:
-        outer = self._golden_call
-        active = self.noise_model is not None and scale != 0
-        self._golden_call = _GoldenCall(scale) if active else None
-        try:
-            yield
-        finally:
-            self._golden_call = outer
-
-    def _golden_latents(
-        self, prepared: torch.Tensor | tuple[torch.Tensor, ...], height: int, width: int
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        family, call = find_family(self, TOOL), self._golden_call
+        family = find_family(self, TOOL)
         # Flux returns the positions of its packed latents as well.
         latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
         sigma = 1.0 if family.flow_matching else self.scheduler.init_noise_sigma
@@ -225,10 +216,3 @@ def _shown_as(
     shown.__name__ = plain.__name__
     shown.__doc__ = introduction + (inspect.getdoc(plain) or "")
     return shown
-
-
-def _check_scale(scale: float) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"`golden_noise_scale` must be a number, got a {type(scale).__name__}.")
-    if not math.isfinite(scale):
-        raise ValueError(f"`golden_noise_scale` must be finite, got {scale}.")

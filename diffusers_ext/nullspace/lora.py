@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict
 
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.capture import natural_key
+from diffusers_ext.core.pipelines import plain_class
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import (
     NullSpaceDirections,
@@ -257,10 +258,7 @@ def save_lora(
             "A saved LoRA must have an effect, got all B matrices zero. Train it first."
         )
     # That of our own pipelines would write the second file without this metadata.
-    plain = next(
-        base for base in pipeline_class.__mro__ if base.__module__.startswith("diffusers.")
-    )
-    plain.save_lora_weights(
+    plain_class(pipeline_class).save_lora_weights(
         save_directory=str(directory),
         unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=adapter_name),
         unet_lora_adapter_metadata=unet.peft_config[adapter_name].to_dict(),

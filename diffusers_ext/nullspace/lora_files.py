@@ -11,11 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save
 
-from diffusers_ext.core.artifacts import with_sorted_metadata, write_atomically
+from diffusers_ext.core.artifacts import sealed, write_atomically
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME, refuse_checkpoint
-from diffusers_ext.core.tensor_files import DIGEST_KEY, read_tensors, with_digest
+from diffusers_ext.core.tensor_files import DIGEST_KEY, read_tensors
 from diffusers_ext.nullspace.lora_formats import (
     LoraKey,
     adapter_settings,
@@ -222,5 +221,4 @@ def write_lora(
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in lora.items()
     }
-    told = with_digest(contiguous, {**(metadata or {}), "format": "pt"})
-    write_atomically(output_path, with_sorted_metadata(save(contiguous, metadata=told)))
+    write_atomically(output_path, sealed(contiguous, {**(metadata or {}), "format": "pt"}))

@@ -6,6 +6,7 @@ from diffusers import EulerDiscreteScheduler
 
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.conditioning import encode_prompts
+from diffusers_ext.golden_noise.pipeline_mixin import _GoldenCall
 from tests.golden_noise.golden_pipelines import (
     FAMILIES,
     NETWORKS,
@@ -108,15 +109,15 @@ def test_given_masks_are_repeated_with_their_images_if_they_are_not_yet(masks):
     pipeline = golden_pipeline("hunyuan_dit")
     calls = record_refining(pipeline)
     text = encode_prompts(pipeline, PROMPTS[:1])
-    with pipeline._golden(1.0):
-        pipeline.encode_prompt(
-            prompt=None,
-            num_images_per_prompt=2,
-            do_classifier_free_guidance=False,
-            prompt_embeds=text.prompt_embeds,
-            prompt_attention_mask=text.attention_mask.repeat(masks, 1),
-        )
-        pipeline.prepare_latents(2, 4, 64, 64, torch.float32, torch.device("cpu"), None)
+    pipeline._golden_call = _GoldenCall(1.0)  # as during a call
+    pipeline.encode_prompt(
+        prompt=None,
+        num_images_per_prompt=2,
+        do_classifier_free_guidance=False,
+        prompt_embeds=text.prompt_embeds,
+        prompt_attention_mask=text.attention_mask.repeat(masks, 1),
+    )
+    pipeline.prepare_latents(2, 4, 64, 64, torch.float32, torch.device("cpu"), None)
     (call,) = calls
     assert call["attention_mask"].equal(text.attention_mask.repeat(2, 1))
 

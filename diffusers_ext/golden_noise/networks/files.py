@@ -21,9 +21,8 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     StrictDataclassError,
 )
-from safetensors.torch import save_file
 
-from diffusers_ext.core.artifacts import sort_metadata
+from diffusers_ext.core.artifacts import sealed, write_atomically
 from diffusers_ext.core.keywords import check_keywords
 from diffusers_ext.core.sources import CONFIG_NAME, hub_names
 from diffusers_ext.core.tensor_files import (
@@ -36,7 +35,6 @@ from diffusers_ext.core.tensor_files import (
     open_tensors,
     read_pickled_tensors,
     read_tensors,
-    with_digest,
 )
 from diffusers_ext.core.text_files import read_json
 
@@ -121,7 +119,7 @@ class CheckedWeights:
         fields = {name: given[name] for name in _config_fields(cls) if name in given}
         where = f"the config of {source}"
         if not pickled:
-            counts = {name: _total(fields[name]) for name in cls._counted if name in fields}
+            counts = {name: fields[name] for name in cls._counted if name in fields}
             _check_counts(paths, counts, where)
         try:
             with torch.device("meta"):
@@ -151,17 +149,12 @@ def _config_fields(cls: type) -> list[str]:
     return list(inspect.signature(cls.__init__).parameters)[1:]
 
 
-def _total(count: Any) -> Any:
-    """The sum of a list of whole numbers; anything else as it is, to be refused by name."""
-    if isinstance(count, (list, tuple)) and all(type(part) is int for part in count):
-        return sum(count)
-    return count
-
-
 def _check_counts(paths: Sequence[Path], counts: Mapping[str, Any], where: str) -> None:
     """Refuse more layers than there are tensors, before any layer is made."""
     tensors = sum(len(list(open_tensors(path).keys())) for path in paths)
     for name, count in counts.items():
+        if isinstance(count, (list, tuple)) and all(type(part) is int for part in count):
+            count = sum(count)  # blocks a stage
         if type(count) is not int or not 0 <= count <= tensors:
             raise ValueError(
                 f"`{name}` must be the number of layers whose weights are there, got {count!r} in "
@@ -271,6 +264,4 @@ def seal(path: Path, config: Mapping[str, Any]) -> None:
     """Write the digests of contents and config into a weights file."""
     tensors, metadata = read_tensors(path, finite=False)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the file is replaced
-    metadata = with_digest(tensors, {**metadata, CONFIG_KEY: _digest(config)})
-    save_file(tensors, path, metadata)
-    sort_metadata(path)
+    write_atomically(path, sealed(tensors, {**metadata, CONFIG_KEY: _digest(config)}))

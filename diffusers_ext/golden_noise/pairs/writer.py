@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 
-from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
-from diffusers_ext.core.tensor_files import CONFIG_DIGEST, config_digest, read_tensors, with_digest
+from diffusers_ext.core.artifacts import CONFIG_NAME, sealed, write_atomically
+from diffusers_ext.core.tensor_files import CONFIG_DIGEST, config_digest, read_tensors
 from diffusers_ext.core.text_files import parse_json
 from diffusers_ext.golden_noise.pairs.dataset import CLASS_NAME, FORMAT_VERSION, read_config
 from diffusers_ext.golden_noise.pairs.shards import (
@@ -162,7 +161,7 @@ class PairWriter:
         tensors = {TENSOR: deltas}
         path = self._part_file(shard, part)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(tensors, metadata=with_digest(tensors, rows)))
+        write_atomically(path, sealed(tensors, rows))
 
     def finish_shard(self, shard: int, num_parts: int) -> None:
         """Make a shard of its parts, which go."""
