@@ -25,14 +25,13 @@ _SOURCES = by_name(
         ),
         "diffusers_ext.core.capture": "capture",
         "diffusers_ext.core.second_moment": "SecondMoment",
-        "diffusers_ext.eraser.adapter.config": "EraserConfig",
+        "diffusers_ext.eraser.adapter.config": "EraserConfig eraser_size",
         "diffusers_ext.eraser.adapter.layer": "EraserLayer",
         "diffusers_ext.eraser.adapter.model": "EraserModel",
         "diffusers_ext.eraser.adapter.outputs": "erasers_disabled",
         "diffusers_ext.eraser.concepts": "concept_token_mask",
         "diffusers_ext.eraser.files.load": "load_eraser",
         "diffusers_ext.eraser.files.save": "convert_eraser save_eraser",
-        "diffusers_ext.eraser.geometry": "eraser_size",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss "
             "T2VUnlearningLoss"

@@ -7,7 +7,7 @@ from diffusers_ext.core.lazy_names import by_name, imported_name
 
 _SOURCES = by_name(
     {
-        "diffusers_ext.eraser.adapter.config": "EraserConfig",
+        "diffusers_ext.eraser.adapter.config": "EraserConfig eraser_size",
         "diffusers_ext.eraser.adapter.layer": "EraserLayer",
         "diffusers_ext.eraser.adapter.model": "EraserModel register_eraser",
         "diffusers_ext.eraser.adapter.outputs": (
@@ -16,7 +16,6 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.concepts": "concept_token_mask contains_concept replace_concept",
         "diffusers_ext.eraser.files.load": "load_eraser",
         "diffusers_ext.eraser.files.save": "convert_eraser save_eraser",
-        "diffusers_ext.eraser.geometry": "eraser_size",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss "
             "T2VUnlearningLoss"

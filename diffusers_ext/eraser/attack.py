@@ -152,11 +152,8 @@ class AdversarialPrompts:
     """Attacks the eraser every `adversarial_every` steps and keeps the latest embeddings.
 
     As Receler's adversarial prompt learning (arXiv 2311.17717, section 3.3), but the attack is made
-    seldom and used often: its 50 passes before every step are out of reach for video models.
-
-    Args:
-        velocity: of the model that trains, not prepared by accelerate.
-        recipe: share, interval, steps and number of embeddings.
+    seldom and used often: its 50 passes before every step are out of reach for video models. The
+    velocity is of the model that trains, not prepared by accelerate.
     """
 
     def __init__(self, velocity: Velocity, recipe: EraserTraining) -> None:

@@ -11,8 +11,8 @@ from diffusers_ext.eraser.masks.attention import concept_attention
 from diffusers_ext.eraser.masks.masks import weighted_attention_mask
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.runs import calibrate_heads
+from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT
 from diffusers_ext.eraser.teacher.teacher import VelocityRows, teacher_velocities
-from diffusers_ext.eraser.teacher.trajectory import EMPTY_PROMPT
 from diffusers_ext.eraser.velocity_losses import negative_velocity
 from diffusers_ext.families.velocity import Velocity
 
@@ -30,10 +30,9 @@ class Rows(NamedTuple):
     """What the student is asked in one pass: target rows first, preserved rows after them.
 
     Attributes:
-        x_t: `(rows, frames, channels, height, width)` float32.
-        t: `(rows,)`.
+        x_t, target_velocity: `(rows, frames, channels, height, width)` float32; the velocities are
+            those to reach.
         prompt_embeds: `(rows, text, dim)`.
-        target_velocity: velocities to reach, as `x_t`.
         teacher_velocity: the teacher's velocities for target rows.
         weights: `(rows,)`, how much each counts.
         mask: of the concept, `(target rows, frames, rows, columns)` in [0, 1], or `None`.
@@ -100,7 +99,6 @@ class RowMaker:
             teacher.
         text: embeddings of the prompts, anywhere.
         recipe: shares, range of timesteps, guidance.
-        device: where the model is.
         grid: (frames, rows, columns) of the video tokens.
         scheduler: adds noise to clean latents.
         token_mask: `(target prompts, text)` bool, the concept's tokens; needed for masks that are not
@@ -261,10 +259,8 @@ class RowMaker:
                 self.text.empty,
                 self.token_mask,
                 latent_shape=latent_shape,
-                num_inference_steps=self.recipe.num_inference_steps,
-                guidance_scale=self.recipe.sampling_guidance_scale,
-                seed=self.recipe.seed,
                 show_progress=False,
+                **self.recipe.sampling,
             )
         return self._head_weights
 

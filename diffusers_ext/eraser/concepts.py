@@ -1,4 +1,4 @@
-"""Which other concept the frozen model could draw with the least change: a place for erased prompts to go."""
+"""Find a concept's words in prompts and among their tokens; put other words, or the best one, in their place."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -73,6 +74,13 @@ def encode_video_prompts(
     if len(unique) == len(prompts):
         return embeds
     return embeds[torch.tensor([rows[prompt] for prompt in prompts])]
+
+
+def encode_for(pipeline: Any, prompts: Sequence[str], batch_size: int = 8) -> torch.Tensor:
+    """`encode_video_prompts` with the components of a pipeline, at its transformer's length."""
+    length = prompt_length(pipeline)
+    encoder = (pipeline.tokenizer, pipeline.text_encoder)
+    return encode_video_prompts(*encoder, prompts, length, batch_size=batch_size)
 
 
 def _warn_of_cut_prompts(

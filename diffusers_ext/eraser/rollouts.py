@@ -17,14 +17,8 @@ class OnPolicyRollouts:
     """Samples clips with the eraser on, every `on_policy_every` steps, and keeps their states.
 
     What a training learns at the teacher's states need not hold where the student's errors lead it
-    (Ross et al. 2011, arXiv 1011.0686). The teacher stays the one that answers.
-
-    Args:
-        pipeline: with the transformer that trains.
-        text: embeddings of the prompts.
-        recipe: share and interval, settings of the sampling.
-        latent_shape: `(frames, channels, height, width)`.
-        size: arguments `num_frames`, `height` and `width` of the pipeline's call.
+    (Ross et al. 2011, arXiv 1011.0686). The teacher stays the one that answers. `size` are the
+    arguments `num_frames`, `height` and `width` of the pipeline's call.
     """
 
     def __init__(

@@ -36,12 +36,11 @@ class Part(NamedTuple):
 class EraserStep:
     """The loss of an eraser, over a batch of teacher samples or of clean latents.
 
-    `L = w_u ||v_neg - v_student(x_t, t, concept)||^2 + w_p ||v_teacher - v_student(preserved)||^2 + w_l L_loc`
-    with `v_neg = v_anchor - eta (v_concept - v_anchor)` of the teacher, the same model without erasers
-    (T2VUnlearning, arXiv 2505.17550, section 4). Target and preserved rows go through the student in one
-    pass; target rows with learned embeddings, which make prompts longer, in a second one. With
-    `separate_passes` each kind has its own pass, and all but the last are computed again for their
-    gradients: one more forward of them, and the activations of one kind at a time.
+    `T2VUnlearningLoss` of rows whose velocities the teacher, the same model without erasers, has given.
+    Target and preserved rows go through the student in one pass; target rows with learned embeddings,
+    which make prompts longer, in a second one. With `separate_passes` each kind has its own pass, and all
+    but the last are computed again for their gradients: one more forward of them, and the activations of
+    one kind at a time.
 
     Args:
         maker: of rows.
@@ -177,12 +176,8 @@ def run_in_turn(passes: Sequence[Callable[[], Result]]) -> list[Result]:
     The last keeps its activations: autograd goes backward from what was computed last, and has
     freed them when it comes to the others. Gradient checkpointing of blocks works inside as well.
 
-    Args:
-        passes: functions without arguments that compute the same whenever they are called; they see
-            the random numbers and the autocast of the first call again.
-
-    Returns:
-        What each gives, in their order.
+    Each pass must compute the same whenever it is called; it sees the random numbers and the autocast
+    of the first call again.
     """
     results = [checkpoint(run, use_reentrant=False) for run in passes[:-1]]
     return results + [run() for run in passes[-1:]]

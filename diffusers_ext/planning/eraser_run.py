@@ -13,9 +13,13 @@ import torch
 from peft import inject_adapter_in_model
 from torch.utils._python_dispatch import _disable_current_modes
 
-from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.config import (
+    EraserConfig,
+    check_rank,
+    eraser_size,
+    transformer_width,
+)
 from diffusers_ext.eraser.batch import EraserText, RowMaker
-from diffusers_ext.eraser.geometry import check_rank, eraser_size, transformer_width
 from diffusers_ext.eraser.masks.attention import concept_attention
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.step import EraserStep

@@ -8,7 +8,7 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
-from diffusers_ext.eraser.teacher.trajectory import TeacherSamples
+from diffusers_ext.eraser.teacher.store import TeacherSamples
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.tiny_cogvideox import tiny_video_pipeline

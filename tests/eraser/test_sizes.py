@@ -8,8 +8,7 @@ from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 from peft import inject_adapter_in_model
 
-from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.eraser.geometry import eraser_size, transformer_width
+from diffusers_ext.eraser.adapter.config import EraserConfig, eraser_size, transformer_width
 from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_ext.eraser.teacher.trajectory import TeacherSamples, TensorRows, to_storage
+from diffusers_ext.eraser.teacher.store import TeacherSamples, TensorRows, to_storage
 
 
 def part(runs, points=2, **columns):

@@ -4,10 +4,9 @@ import logging
 
 import pytest
 
-from diffusers_ext.eraser.neighbours import Neighbour
+from diffusers_ext.eraser.neighbours import Neighbour, neighbouring_concepts
 from diffusers_ext.training.eraser.prompts import (
     EraserPrompts,
-    auto_preserved_concepts,
     make_eraser_prompts,
     read_eraser_prompts,
     seen_prompts,
@@ -143,8 +142,10 @@ def test_automatic_concepts_are_shown_and_written(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     pipeline = tiny_video_pipeline()
     path = tmp_path / "made" / "preserved.txt"
-    arguments = (pipeline.tokenizer, pipeline.text_encoder, "seven", 3, path)
-    found = auto_preserved_concepts(*arguments, max_sequence_length=12, exclude=["digit"])
+    encoder = (pipeline.tokenizer, pipeline.text_encoder)
+    near = neighbouring_concepts(*encoder, "seven", 3, max_sequence_length=12, exclude=["digit"])
+    write_preserved_concepts(path, "seven", near)
+    found = [neighbour.word for neighbour in near]
     assert len(set(found)) == 3
     assert read_eraser_prompts(path) == found
     assert not {"seven", "digit"} & set(found)

@@ -1,9 +1,11 @@
-"""Settings of a concept eraser, and the PEFT type they are saved under."""
+"""Settings and size of a concept eraser, and the PEFT type they are saved under."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -168,6 +170,42 @@ def check_pattern(name: str, value: object) -> None:
         raise ValueError(
             f"`{name}` must be a regular expression, got {value!r}: {error}."
         ) from error
+
+
+def transformer_width(transformer_config: Mapping[str, Any]) -> int:
+    """Width of the tokens between the blocks of a CogVideoX; a head is 64 wide where none is given."""
+    heads = int(transformer_config["num_attention_heads"])
+    return heads * int(transformer_config.get("attention_head_dim", 64))
+
+
+def check_rank(rank: int, width: int) -> None:
+    """Raise `ValueError` unless `1 <= rank <= width`."""
+    if not 1 <= rank <= width:
+        raise ValueError(
+            f"`rank` must be from 1 to the transformer's width {width}, got {rank}. "
+            "128 is usual for the published models."
+        )
+
+
+def eraser_size(
+    transformer_config: Mapping[str, Any], rank: int, num_layers: int | None = None
+) -> int:
+    """Parameters of an eraser, `num_layers * (2 width rank + rank + width)`.
+
+    Two Linears with bias in each of `num_layers` blocks, all when `None`: `width -> rank -> width`.
+    The config is that of a CogVideoX transformer.
+
+    Raises:
+        ValueError: a rank below 1 or above the width, or more layers than the transformer has.
+    """
+    width, blocks = transformer_width(transformer_config), int(transformer_config["num_layers"])
+    check_rank(rank, width)
+    layers = blocks if num_layers is None else num_layers
+    if not 1 <= layers <= blocks:
+        raise ValueError(
+            f"`num_layers` must be from 1 to the transformer's {blocks}, got {num_layers}."
+        )
+    return layers * (2 * width * rank + rank + width)
 
 
 def _as_set(names: list[str] | str | None) -> set[str] | str | None:

@@ -1,4 +1,4 @@
-"""Make `ERASER` known to PEFT; importing this module is enough."""
+"""The PEFT tuner that puts erasers beside joint attentions; importing it makes `ERASER` known to PEFT."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from diffusers_ext.eraser.adapter.layer import EraserLayer, refuse_merge
 from diffusers_ext.families.registry import families_of, match_family
 
 
+_LEAF = ".to_out.1"
 _METHOD = "save_pretrained"
 
 
@@ -91,9 +92,6 @@ def eraser_names(model: nn.Module) -> list[str]:
     """The names of all erasers of a model, active or not."""
     layers = [part for part in model.modules() if isinstance(part, EraserLayer)]
     return list(dict.fromkeys(name for layer in layers for name in layer.eraser_down))
-
-
-_LEAF = ".to_out.1"
 
 
 class EraserModel(BaseTuner):

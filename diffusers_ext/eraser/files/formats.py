@@ -1,4 +1,4 @@
-"""Files of an eraser, in PEFT's format or legacy, in a folder or on the Hub; no code is run."""
+"""Read and write the files of an eraser, in PEFT's format or legacy; no code in them is run."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ from diffusers_ext.eraser.files.convert import (
 )
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import import_class
+
+
+LEGACY_WEIGHTS_NAME = "eraser_weights.pt"
+LEGACY_CONFIG_NAME = "eraser_config.json"
+# The file of the config and the file of the weights, by format.
+FORMATS = {
+    "peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
+    "legacy": (LEGACY_CONFIG_NAME, LEGACY_WEIGHTS_NAME),
+}
+FILE_NAMES = tuple(name for names in FORMATS.values() for name in names)
+_EXPECTED = " or ".join(" and ".join(names) for names in FORMATS.values())
 
 
 def check_eraser_folder(folder: Path, format: str) -> None:
@@ -150,29 +161,13 @@ def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
         raise
 
 
-LEGACY_WEIGHTS_NAME = "eraser_weights.pt"
-LEGACY_CONFIG_NAME = "eraser_config.json"
-# The file of the config and the file of the weights, by format.
-FORMATS = {
-    "peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
-    "legacy": (LEGACY_CONFIG_NAME, LEGACY_WEIGHTS_NAME),
-}
-FILE_NAMES = tuple(name for names in FORMATS.values() for name in names)
-
-
 class EraserFile(NamedTuple):
-    """A saved eraser.
+    """A saved eraser."""
 
-    Attributes:
-        config: its PEFT config; of the legacy format only the rank is known.
-        tensors: named as in the transformer.
-        num_layers: blocks of the transformer it was made for, `None` where the file does not say.
-    """
-
-    config: EraserConfig
-    tensors: StateDict
+    config: EraserConfig  # of the legacy format only the rank is known
+    tensors: StateDict  # named as in the transformer
     shape: EraserShape
-    num_layers: int | None
+    num_layers: int | None  # blocks of the transformer it was made for; `None` where no file says
 
 
 def read_eraser(
@@ -207,13 +202,11 @@ def _find_in_folder(folder: Path) -> tuple[Path, Path]:
                 raise ValueError(f"{folder} must hold {' and '.join(names)}, got no {missing[0]}.")
             return folder / names[0], folder / names[1]
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
-    expected = " or ".join(" and ".join(names) for names in FORMATS.values())
-    raise ValueError(f"{folder} must hold {expected}, got {found}.")
+    raise ValueError(f"{folder} must hold {_EXPECTED}, got {found}.")
 
 
 def _download(source: str, subfolder: str | None, arguments: dict[str, Any]) -> tuple[Path, ...]:
-    expected = " or ".join(" and ".join(names) for names in FORMATS.values())
-    no_file = f"Repository {source} must hold {expected}, got neither."
+    no_file = f"Repository {source} must hold {_EXPECTED}, got neither."
     missing: EntryNotFoundError | None = None
     with files_on_hub(source, "an eraser", no_file=no_file):
         for names in FORMATS.values():
@@ -256,16 +249,6 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         raise ValueError(
             f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}."
         )
-    _check_config(facts, config_path, weights_path)
-    return EraserFile(config, tensors, shape, config.num_layers)
-
-
-def eraser_config_digest(facts: Mapping[str, Any]) -> str:
-    """Of a config in PEFT's format, but for the name of the base model, which may be mended by hand."""
-    return config_digest({k: v for k, v in facts.items() if k != "base_model_name_or_path"})
-
-
-def _check_config(facts: dict[str, Any], config_path: Path, weights_path: Path) -> None:
     expected = (open_tensors(weights_path).metadata() or {}).get(CONFIG_KEY)
     if expected is not None and expected != eraser_config_digest(facts):
         raise ValueError(
@@ -277,6 +260,12 @@ def _check_config(facts: dict[str, Any], config_path: Path, weights_path: Path) 
         raise ValueError(
             f"`base_model_name_or_path` of {config_path} must be a name, got {base!r}."
         )
+    return EraserFile(config, tensors, shape, config.num_layers)
+
+
+def eraser_config_digest(facts: Mapping[str, Any]) -> str:
+    """Of a config in PEFT's format, but for the name of the base model, which may be mended by hand."""
+    return config_digest({k: v for k, v in facts.items() if k != "base_model_name_or_path"})
 
 
 def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:

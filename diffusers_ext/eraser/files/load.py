@@ -12,12 +12,11 @@ from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 
 from diffusers_ext.core.sources import check_download_arguments
-from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.config import EraserConfig, transformer_width
 from diffusers_ext.eraser.adapter.layer import check_scale
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
 from diffusers_ext.eraser.files.convert import PARTS, StateDict, check_fit, layer_name
 from diffusers_ext.eraser.files.formats import EraserFile, read_eraser
-from diffusers_ext.eraser.geometry import transformer_width
 from diffusers_ext.families.registry import denoisers_of, find_family, match_family
 
 

@@ -1,4 +1,4 @@
-"""Write a saved eraser in the other format, from its files alone."""
+"""Save an eraser of a CogVideoX transformer, or a saved one in the other format."""
 
 from __future__ import annotations
 

@@ -18,13 +18,8 @@ from diffusers_ext.eraser.teacher.runs import (
     TeacherRuns,
     plan_trajectories,
 )
-from diffusers_ext.eraser.teacher.store import TeacherFiles
-from diffusers_ext.eraser.teacher.trajectory import (
-    TeacherMemory,
-    TeacherSamples,
-    check_predicts_velocity,
-    count_steps,
-)
+from diffusers_ext.eraser.teacher.store import TeacherFiles, TeacherMemory, TeacherSamples
+from diffusers_ext.eraser.teacher.trajectory import check_predicts_velocity, count_steps
 from diffusers_ext.families.velocity import Velocity
 
 

@@ -1,4 +1,4 @@
-"""One batch of the frozen model's runs, and the rows that are kept of it."""
+"""Runs of the frozen model: which are made, the heads of their masks, and the rows that are kept of them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.seeds import stream_generator, stream_seed
 from diffusers_ext.eraser.masks.masks import concept_head_weights, weighted_attention_mask
+from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT, Row
 from diffusers_ext.eraser.teacher.trajectory import (
-    EMPTY_PROMPT,
     AttentionRequest,
-    Row,
     TrajectoryPoint,
     count_steps,
     frozen_teacher,
     teacher_trajectory,
 )
 from diffusers_ext.families.velocity import Velocity
+
+
+_NUM_RUNS, _MOST_STEPS = 8, 4  # for the heads
 
 
 class TrajectoryPlan(NamedTuple):
@@ -66,9 +68,6 @@ def plan_trajectories(
         run_seed = stream_seed(seed, part, index)
         plans.append(TrajectoryPlan(index, prompts[index], run_seed, steps, empty))
     return plans
-
-
-_NUM_RUNS, _MOST_STEPS = 8, 4
 
 
 def calibrate_heads(

@@ -17,13 +17,55 @@ from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.concepts import concept_token_mask
-from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts, prompt_length
+from diffusers_ext.eraser.prompt_embeddings import encode_for, prompt_length
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
 from diffusers_ext.families.family import Family
 from diffusers_ext.families.registry import find_family
+from diffusers_ext.families.velocity import Velocity
 from diffusers_ext.training.eraser.prompts import EraserPrompts
 from diffusers_ext.training.eraser.videos import list_videos, read_video
+
+
+# Of `latents_source="noise"`; each is noised anew whenever it comes up.
+_NUM_NOISES = 4096
+
+
+class ClipSize(NamedTuple):
+    """Frames and pixels of the clips that an eraser is trained on."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    @classmethod
+    def of_configs(
+        cls,
+        family: Family,
+        transformer: Any,
+        vae: Any,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> ClipSize:
+        """The given sizes, and those that the model, by its configs, was made for where none is given."""
+        own = family.clip_size(transformer.config, vae.config)
+        given = (num_frames, height, width)
+        return cls(*(side if size is None else size for size, side in zip(given, own)))
+
+    @classmethod
+    def of_pipeline(cls, pipeline: DiffusionPipeline) -> ClipSize:
+        """The size that a pipeline's model was made for."""
+        return cls.of_configs(find_family(pipeline, "eraser"), pipeline.transformer, pipeline.vae)
+
+    def latent_shape(self, pipeline: DiffusionPipeline) -> tuple[int, int, int, int]:
+        """`(frames, channels, height, width)` of such a clip; see `VideoFamily.latent_shape`."""
+        configs = (pipeline.transformer.config, pipeline.vae.config)
+        return find_family(pipeline, "eraser").latent_shape(*configs, *self)
+
+    def velocity(self, pipeline: DiffusionPipeline) -> Velocity:
+        """The velocity of a pipeline's model for such a clip."""
+        return find_family(pipeline, "eraser").velocity(pipeline, *self)
 
 
 class NoiseSource(Dataset):
@@ -43,11 +85,8 @@ class NoiseSource(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.length:
             raise IndexError(f"`index` must be from 0 to {self.length - 1}, got {index}.")
-        return {
-            "x_0": torch.randn(
-                self.latent_shape, generator=stream_generator(self.seed, "latents", index)
-            )
-        }
+        generator = stream_generator(self.seed, "latents", index)
+        return {"x_0": torch.randn(self.latent_shape, generator=generator)}
 
 
 class VideoSource(Dataset):
@@ -78,9 +117,7 @@ class VideoSource(Dataset):
         *,
         seed: int = 0,
     ) -> None:
-        shape = find_family(pipeline, "eraser").latent_shape(
-            pipeline.transformer.config, pipeline.vae.config, num_frames, height, width
-        )
+        shape = ClipSize(num_frames, height, width).latent_shape(pipeline)
         self.paths = list_videos(Path(video_dir))
         latents = []
         for index, path in enumerate(tqdm(self.paths, desc="encode videos")):
@@ -112,47 +149,15 @@ def encode_frames(
     return (latents[0].float() * vae.config.scaling_factor).transpose(0, 1).cpu()
 
 
-# Of `latents_source="noise"`; each is noised anew whenever it comes up.
-_NUM_NOISES = 4096
-
-
-class ClipSize(NamedTuple):
-    """Frames and pixels of the clips that an eraser is trained on."""
-
-    num_frames: int
-    height: int
-    width: int
-
-    @classmethod
-    def of_configs(
-        cls,
-        family: Family,
-        transformer: Any,
-        vae: Any,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> ClipSize:
-        """The given sizes, and those that the model, by its configs, was made for where none is given."""
-        own = family.clip_size(transformer.config, vae.config)
-        given = (num_frames, height, width)
-        return cls(*(side if size is None else size for size, side in zip(given, own)))
-
-
 @dataclass(frozen=True)
 class EraserData:
-    """What a training reads, with no text encoder any more.
-
-    Attributes:
-        text: embeddings of all prompts.
-        token_mask: `(target prompts, text)` bool, the concept's tokens; `None` where no mask is asked for.
-        samples: teacher samples or clean latents.
-        size: of the clips.
-    """
+    """What a training reads, with no text encoder any more."""
 
     text: EraserText
-    token_mask: torch.Tensor | None
-    samples: Dataset
+    token_mask: (
+        torch.Tensor | None
+    )  # (target prompts, text) bool, the concept's; `None` without masks
+    samples: Dataset  # of the teacher, or clean latents
     size: ClipSize
 
 
@@ -161,13 +166,7 @@ def encode_text(
     pipeline: DiffusionPipeline, prompts: EraserPrompts, *, batch_size: int = 32
 ) -> EraserText:
     """Embeddings of all prompts, kept on the CPU; equal prompts are encoded once."""
-    embeds = encode_video_prompts(
-        pipeline.tokenizer,
-        pipeline.text_encoder,
-        prompts.texts,
-        prompt_length(pipeline),
-        batch_size=batch_size,
-    )
+    embeds = encode_for(pipeline, prompts.texts, batch_size)
     row = {prompt: index for index, prompt in enumerate(prompts.texts)}
     parts = (prompts.target, prompts.anchor, prompts.preserved)
     chosen = (embeds[[row[prompt] for prompt in part]] for part in parts)
@@ -204,9 +203,7 @@ def make_samples(
     The pipeline may have erasers, which the teacher switches off. `collection` are further arguments
     of `collect_teacher_samples`: `directory` and `facts`, ...
     """
-    shape = find_family(pipeline, "eraser").latent_shape(
-        pipeline.transformer.config, pipeline.vae.config, *size
-    )
+    shape = size.latent_shape(pipeline)
     if recipe.latents_source == "noise":
         return NoiseSource(shape, _NUM_NOISES, seed=recipe.seed)
     if recipe.latents_source == "video":
@@ -214,17 +211,15 @@ def make_samples(
             raise ValueError("`video_dir` must be given for `latents_source` 'video', got None.")
         return VideoSource(pipeline, video_dir, *size, seed=recipe.seed)
     return collect_teacher_samples(
-        find_family(pipeline, "eraser").velocity(pipeline, *size),
+        size.velocity(pipeline),
         pipeline.scheduler,
         *text,
         latent_shape=shape,
         num_target=recipe.num_target_trajectories,
         num_preserved=recipe.num_preserved_trajectories,
-        num_inference_steps=recipe.num_inference_steps,
-        guidance_scale=recipe.sampling_guidance_scale,
         empty_share=recipe.empty_share,
         points_per_trajectory=recipe.points_per_trajectory,
-        seed=recipe.seed,
+        **recipe.sampling,
         batch_size=recipe.sampling_batch_size,
         token_mask=token_mask,
         mask_threshold=recipe.mask_threshold,

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.eraser.concepts import contains_concept, replace_concept
-from diffusers_ext.eraser.neighbours import Neighbour, neighbouring_concepts
+from diffusers_ext.eraser.neighbours import Neighbour
 from diffusers_ext.nullspace.prompts import check_prompts, read_prompts_file, unique
 
 
@@ -119,51 +117,23 @@ def _vary(target: Sequence[str], concept: str, others: Sequence[str]) -> list[st
     return [replace_concept(prompt, concept, other) for prompt in naming for other in others]
 
 
-def auto_preserved_concepts(
-    tokenizer: PreTrainedTokenizerBase,
-    text_encoder: PreTrainedModel,
-    concept: str,
-    count: int,
-    path: str | os.PathLike,
-    *,
-    max_sequence_length: int,
-    words: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-) -> list[str]:
-    """`neighbouring_concepts`, logged and written to a file that can be edited and given back."""
-    neighbours = neighbouring_concepts(
-        tokenizer,
-        text_encoder,
-        concept,
-        count,
-        words,
-        max_sequence_length=max_sequence_length,
-        exclude=exclude,
-    )
-    logger.info(f"Preserved neighbours of {concept!r} (cosine): {_listed(neighbours)}")
-    write_preserved_concepts(path, concept, neighbours)
-    logger.info(f"Wrote them to {path}: take out what belongs to the concept and train again.")
-    return [neighbour.word for neighbour in neighbours]
-
-
 def write_preserved_concepts(
     path: str | os.PathLike, concept: str, neighbours: Sequence[Neighbour]
 ) -> None:
-    """Write neighbours one a line, the nearest first, their cosines in a comment."""
+    """Write neighbours one a line, for the user to edit and give back, and say so in the log."""
+    cosines = ", ".join(f"{word} {cosine:.2f}" for word, cosine in neighbours)
+    logger.info(f"Preserved neighbours of {concept!r} (cosine): {cosines}")
     header = [
         f"# Words near {concept!r} in the text encoder's embedding space, the nearest first.",
-        f"# Cosines: {_listed(neighbours)}",
+        f"# Cosines: {cosines}",
     ]
     lines = [*header, *(neighbour.word for neighbour in neighbours)]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines) + "\n")
+    logger.info(f"Wrote them to {path}: take out what belongs to the concept and train again.")
 
 
 def seen_prompts(evaluated: Sequence[str], trained: Sequence[str]) -> list[str]:
     """Evaluated prompts that were trained on, whatever their case and blanks."""
     known = {" ".join(prompt.lower().split()) for prompt in trained}
     return [prompt for prompt in evaluated if " ".join(prompt.lower().split()) in known]
-
-
-def _listed(neighbours: Sequence[Neighbour]) -> str:
-    return ", ".join(f"{word} {cosine:.2f}" for word, cosine in neighbours)

@@ -38,6 +38,13 @@ from diffusers_ext.training.run.upload import (
 
 logger = get_logger(__name__)
 
+REPORT_NAME = "training_report.json"
+# Of the recipe, what a card shows.
+_SHOWN = (
+    "negative_guidance", "unlearning_weight", "preservation_weight", "localization_weight",
+    "loss_type", "latents_source", "learning_rate", "train_batch_size",
+    "gradient_accumulation_steps", "max_train_steps",
+)  # fmt: skip
 _GAP = 2  # white pixels between the two clips
 
 
@@ -45,17 +52,8 @@ class ClipValidation:
     """Draws `--validation_prompt` at fixed seeds every `--validation_steps` and at the end.
 
     Each file shows the base model on the left and the eraser at full strength on the right, from the
-    same noise. The text encoder is gone by then, so prompts come as embeddings.
-
-    Args:
-        args: of the script.
-        pipeline: with the transformer that trains.
-        accelerator: of the run; the main process draws.
-        text: of the run, with the validation prompts.
-        size: of the clips.
-
-    Attributes:
-        files: clips of the last call.
+    same noise. The text encoder is gone by then, so prompts come as embeddings. `files` are the clips
+    of the last call.
     """
 
     def __init__(
@@ -113,9 +111,7 @@ class ClipValidation:
             prompt_embeds=self.prompt_embeds[prompt][None].to(device, dtype),
             negative_prompt_embeds=self.empty_embed[None].to(device, dtype),
             generator=torch.Generator().manual_seed(self.args.seed + video),
-            num_frames=self.size.num_frames,
-            height=self.size.height,
-            width=self.size.width,
+            **self.size._asdict(),
             num_inference_steps=self.args.num_inference_steps,
             guidance_scale=self.args.sampling_guidance_scale,
             max_sequence_length=self.prompt_embeds.shape[1],
@@ -126,15 +122,6 @@ class ClipValidation:
     def _save(self, path: Path, frames: np.ndarray) -> None:
         write_clip(frames, path, fps=self.args.validation_fps)
         self.files.append(path)
-
-
-REPORT_NAME = "training_report.json"
-# Of the recipe, what a card shows.
-_SHOWN = (
-    "negative_guidance", "unlearning_weight", "preservation_weight", "localization_weight",
-    "loss_type", "latents_source", "learning_rate", "train_batch_size",
-    "gradient_accumulation_steps", "max_train_steps",
-)  # fmt: skip
 
 
 def eraser_report(
@@ -178,10 +165,7 @@ def eraser_facts(
 ) -> dict[str, Any]:
     """What the card of a trained eraser tells besides base model and licence, JSON-able.
 
-    Args:
-        args: of the training script.
-        report: as in `training_report.json`.
-        clips: of validation prompts, below the output folder.
+    The report is as in `training_report.json`, the clips are below the output folder.
     """
     prompts = [p for p in args.validation_prompt for _ in range(args.num_validation_videos)]
     size, recipe = report["size"], report["recipe"]
@@ -247,10 +231,6 @@ def prepare_eraser_upload(args: EraserSettings, given: GivenTexts, size: ClipSiz
 
 
 def publish_eraser(args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path]) -> str:
-    """Upload the output folder (eraser, report, card, last clips), without checkpoints and logs.
-
-    Returns:
-        Address of the commit.
-    """
+    """Upload the output folder without checkpoints and logs; returns the address of the commit."""
     card = trained_eraser_card(args, report, clips)
     return push_output(args, card, left_here(args, args.trajectories_dir, args.video_dir))

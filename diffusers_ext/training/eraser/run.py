@@ -15,18 +15,17 @@ from diffusers.optimization import get_scheduler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diffusers_ext.core.noise_schedules import check_diffusion_levels
-from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.config import EraserConfig, transformer_width
 from diffusers_ext.eraser.adapter.outputs import trainable_eraser_parameters
 from diffusers_ext.eraser.attack import AdversarialPrompts
 from diffusers_ext.eraser.batch import RowMaker
 from diffusers_ext.eraser.concepts import check_concept
-from diffusers_ext.eraser.geometry import transformer_width
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
 from diffusers_ext.eraser.rollouts import OnPolicyRollouts
 from diffusers_ext.eraser.step import EraserStep
 from diffusers_ext.families.base_source import refuse_single_file
 from diffusers_ext.families.family import Family, import_class
-from diffusers_ext.families.registry import families_of, find_family
+from diffusers_ext.families.registry import families_of
 from diffusers_ext.training.eraser.data import ClipSize, EraserData, make_data
 from diffusers_ext.training.eraser.prompts import EraserPrompts
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
@@ -36,20 +35,13 @@ from diffusers_ext.training.run.text_cache import read_components
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What configs tell of a base model; they are read in no time, the weights in minutes.
+    """What configs tell of a base model; they are read in no time, the weights in minutes."""
 
-    Attributes:
-        transformer, vae: with a `config` and no weights.
-        tokenizer: of the text encoder.
-        size: of the clips to train on.
-        latent_shape: of these clips, `(frames, channels, height, width)`.
-    """
-
-    transformer: SimpleNamespace
+    transformer: SimpleNamespace  # with a `config` and no weights, as the VAE
     vae: SimpleNamespace
     tokenizer: PreTrainedTokenizerBase
-    size: ClipSize
-    latent_shape: tuple[int, int, int, int]
+    size: ClipSize  # of the clips to train on
+    latent_shape: tuple[int, int, int, int]  # of these clips
 
 
 def read_base(args: EraserSettings) -> BaseFacts:
@@ -136,17 +128,11 @@ def load_base(args: EraserSettings, device: torch.device) -> DiffusionPipeline:
 
 @dataclass(frozen=True)
 class TrainedEraser:
-    """What a training leaves besides the adapter.
+    """What a training leaves besides the adapter."""
 
-    Attributes:
-        history: losses by step.
-        seconds: of the loop.
-        data: for further trainings on the same samples.
-    """
-
-    history: list[dict[str, float]]
-    seconds: float
-    data: EraserData
+    history: list[dict[str, float]]  # losses by step
+    seconds: float  # of the loop
+    data: EraserData  # for further trainings on the same samples
 
 
 def add_eraser(
@@ -177,16 +163,13 @@ def make_step(
     adapter_name: str = "default",
 ) -> EraserStep:
     """The loss function of a training."""
-    transformer = pipeline.transformer
-    family = find_family(pipeline, "eraser")
-    shape = family.latent_shape(transformer.config, pipeline.vae.config, *data.size)
-    velocity = family.velocity(pipeline, *data.size)
+    shape, velocity = data.size.latent_shape(pipeline), data.size.velocity(pipeline)
     maker = RowMaker(
         velocity,
         data.text,
         recipe,
         device,
-        grid=family.token_grid(transformer.config, shape),
+        grid=velocity.token_grid(shape),
         scheduler=pipeline.scheduler,
         token_mask=data.token_mask,
         head_weights=getattr(data.samples, "head_weights", None),
@@ -218,23 +201,16 @@ def train_eraser(
 
     Args:
         pipeline: the base model, where it is to be trained.
-        prompts: target, anchor and preserved prompts.
-        recipe: how.
         size: of the clips; the model's own when `None`.
-        concept: what is erased, for the adapter's config and for masks.
-        anchor_concept: what stands in its place, for the adapter's config.
-        adapter_name: of the eraser.
+        concept, anchor_concept: what is erased, for the adapter's config and for masks, and what
+            stands in its place.
         data: of an earlier call with the same prompts, size and sampling, to be used again.
         accelerator: on the pipeline's device, in full precision, when `None`.
         options: of `make_samples`.
     """
     transformer = pipeline.transformer
-    size = (
-        ClipSize.of_configs(find_family(pipeline, "eraser"), transformer, pipeline.vae)
-        if size is None
-        else size
-    )
     if data is None:
+        size = ClipSize.of_pipeline(pipeline) if size is None else size
         data = make_data(pipeline, prompts, recipe, size, concept=concept, **options)
     if accelerator is None:
         accelerator = Accelerator(

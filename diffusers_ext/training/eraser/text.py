@@ -1,4 +1,4 @@
-"""From the command line's files to encoded prompts, with the text encoder in memory only in between."""
+"""From the command line's files to encoded prompts and their anchor, the text encoder in memory only in between."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.concepts import anchor_distances, contains_concept, replace_concept
 from diffusers_ext.eraser.neighbours import neighbouring_concepts
-from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts, prompt_length
+from diffusers_ext.eraser.prompt_embeddings import encode_for, prompt_length
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
-from diffusers_ext.families.registry import find_family
 from diffusers_ext.training.eraser.data import ClipSize, encode_text
 from diffusers_ext.training.eraser.prompts import (
     EraserPrompts,
-    auto_preserved_concepts,
     make_eraser_prompts,
     read_eraser_prompts,
+    write_preserved_concepts,
 )
 from diffusers_ext.training.run.text_cache import load_text_pipeline
 
 
 logger = get_logger(__name__)
 
-
+PRESERVED_NAME = "preserved_concepts.txt"
 _MOST_PROMPTS = 16
 
 
@@ -60,19 +59,10 @@ def choose_anchor_concept(
         )
     chosen = [naming[row] for row in _spread(len(naming))]
     versions = [chosen, *([replace_concept(p, concept, c) for p in chosen] for c in candidates)]
-    transformer = pipeline.transformer
-    embeds = encode_video_prompts(
-        pipeline.tokenizer,
-        pipeline.text_encoder,
-        ["", *(prompt for version in versions for prompt in version)],
-        prompt_length(pipeline),
-    ).to(transformer.device)
+    texts = ["", *(prompt for version in versions for prompt in version)]
+    embeds = encode_for(pipeline, texts).to(pipeline.transformer.device)
     empty, texts = embeds[0], embeds[1:].unflatten(0, (len(versions), len(chosen)))
-    size = (
-        ClipSize.of_configs(find_family(pipeline, "eraser"), transformer, pipeline.vae)
-        if size is None
-        else size
-    )
+    size = ClipSize.of_pipeline(pipeline) if size is None else size
     return rank_anchors(
         pipeline, texts[0], dict(zip(candidates, texts[1:], strict=True)), empty, recipe, size
     )
@@ -92,17 +82,13 @@ def rank_anchors(
     in the place of the concept, `empty_embed` `(text, dim)`.
     """
     distances = anchor_distances(
-        find_family(pipeline, "eraser").velocity(pipeline, *size),
+        size.velocity(pipeline),
         pipeline.scheduler,
         target_embeds,
         torch.stack(list(anchors.values())),
         empty_embed,
-        latent_shape=find_family(pipeline, "eraser").latent_shape(
-            pipeline.transformer.config, pipeline.vae.config, *size
-        ),
-        num_inference_steps=recipe.num_inference_steps,
-        guidance_scale=recipe.sampling_guidance_scale,
-        seed=recipe.seed,
+        latent_shape=size.latent_shape(pipeline),
+        **recipe.sampling,
     ).tolist()
     return dict(sorted(zip(anchors, distances, strict=True), key=lambda pair: pair[1]))
 
@@ -133,22 +119,13 @@ def _spread(count: int) -> list[int]:
     return list(range(0, count, -(-count // _MOST_PROMPTS)))
 
 
-PRESERVED_NAME = "preserved_concepts.txt"
-
-
 @dataclass(frozen=True)
 class GivenTexts:
-    """What the files of the command line hold.
+    """What the files of the command line hold."""
 
-    Attributes:
-        target: prompts of the concept.
-        preserved_concepts: `None` where the text encoder is to choose them.
-        preserved_prompts: whole prompts to preserve besides.
-    """
-
-    target: list[str]
-    preserved_concepts: list[str] | None
-    preserved_prompts: list[str]
+    target: list[str]  # prompts of the concept
+    preserved_concepts: list[str] | None  # `None` where the text encoder is to choose them
+    preserved_prompts: list[str]  # whole prompts to preserve besides
 
     def prompts(self, args: EraserSettings, preserved_concepts: list[str]) -> EraserPrompts:
         """All prompts of the run; raises `ValueError` where they contradict each other."""
@@ -165,13 +142,11 @@ class GivenTexts:
 
 @dataclass(frozen=True)
 class RunText:
-    """All text of a run, encoded.
+    """All text of a run, encoded on the CPU.
 
     Attributes:
-        prompts: of the run.
         preserved_concepts: given or chosen.
-        embeds: of the prompts, on the CPU.
-        validation: `(validation prompts, text, dim)`, on the CPU; `None` without any.
+        validation: `(validation prompts, text, dim)`; `None` without any.
         anchors: of `--anchor_concept auto`, the target prompts with each preserved concept in the place of
             the concept, `(target prompts, text, dim)` each.
     """
@@ -217,44 +192,26 @@ def encode_run_text(args: EraserSettings, given: GivenTexts, accelerator: Accele
         concepts = _nearest_concepts(args, pipeline, accelerator)
     prompts = given.prompts(args, concepts)
     embeds = encode_text(pipeline, prompts, batch_size=args.text_batch_size)
-    validation = None
+    validation, anchors = None, {}
     if args.validation_prompt:
-        validation = encode_video_prompts(
-            pipeline.tokenizer,
-            pipeline.text_encoder,
-            args.validation_prompt,
-            prompt_length(pipeline),
-            batch_size=args.text_batch_size,
-        )
-    anchors = _candidate_anchors(args, pipeline, prompts, concepts)
-    return RunText(prompts, concepts, embeds, validation, anchors)
-
-
-def _candidate_anchors(
-    args: EraserSettings, pipeline: Any, prompts: EraserPrompts, concepts: list[str]
-) -> dict[str, torch.Tensor]:
-    if args.anchor_concept != AUTO_ANCHOR:
-        return {}
-    encoder = (pipeline.tokenizer, pipeline.text_encoder)
-    length = prompt_length(pipeline)
-    found = {}
-    for concept in concepts:
+        validation = encode_for(pipeline, args.validation_prompt, args.text_batch_size)
+    for concept in concepts if args.anchor_concept == AUTO_ANCHOR else ():
         texts = [replace_concept(prompt, args.target_concept, concept) for prompt in prompts.target]
-        found[concept] = encode_video_prompts(
-            *encoder, texts, length, batch_size=args.text_batch_size
-        )
-    return found
+        anchors[concept] = encode_for(pipeline, texts, args.text_batch_size)
+    return RunText(prompts, concepts, embeds, validation, anchors)
 
 
 def _nearest_concepts(args: EraserSettings, pipeline: Any, accelerator: Accelerator) -> list[str]:
     """Neighbours of the concept; the main process shows them and writes them down."""
-    options = {
-        "max_sequence_length": prompt_length(pipeline),
-        "exclude": [] if args.anchor_concept in (None, AUTO_ANCHOR) else [args.anchor_concept],
-    }
-    encoder, count = (pipeline.tokenizer, pipeline.text_encoder), args.num_preserved_concepts
+    near = neighbouring_concepts(
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        args.target_concept,
+        args.num_preserved_concepts,
+        max_sequence_length=prompt_length(pipeline),
+        exclude=[] if args.anchor_concept in (None, AUTO_ANCHOR) else [args.anchor_concept],
+    )
     if accelerator.is_main_process:
         path = Path(args.output_dir, PRESERVED_NAME)
-        return auto_preserved_concepts(*encoder, args.target_concept, count, path, **options)
-    near = neighbouring_concepts(*encoder, args.target_concept, count, **options)
+        write_preserved_concepts(path, args.target_concept, near)
     return [neighbour.word for neighbour in near]
