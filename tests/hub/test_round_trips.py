@@ -18,30 +18,35 @@ def kind_of(name: str) -> str:
     return "dataset" if name.startswith("pairs") else "model"
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_what_is_loaded_is_what_was_pushed(round_trip, loaded, name):
-    pushed = round_trip.pushed[name]
-    assert pushed["first"] != pushed["second"]
-    for way, state in WAYS.items():
-        assert loaded[way][name] == pushed[state], way
-        assert loaded[f"{way} offline"][name] == pushed[state], way
-    if SHARED[name].subfolders:
-        assert loaded["subfolder"][name] == loaded["subfolder offline"][name] == pushed["second"]
+def test_what_is_loaded_is_what_was_pushed(round_trip, loaded):
+    for name in SHARED:
+        pushed = round_trip.pushed[name]
+        assert pushed["first"] != pushed["second"]
+        for way, state in WAYS.items():
+            assert loaded[way][name] == pushed[state], way
+            assert loaded[f"{way} offline"][name] == pushed[state], way
+        if SHARED[name].subfolders:
+            assert (
+                loaded["subfolder"][name] == loaded["subfolder offline"][name] == pushed["second"]
+            )
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_pipelines_of_the_other_families(round_trip, loaded, name):
-    assert loaded["others"][name] == [PIPELINES[name][0].__name__, round_trip.pushed[name]["first"]]
+def test_pipelines_of_the_other_families(round_trip, loaded):
+    for name in PIPELINES:
+        assert loaded["others"][name] == [
+            PIPELINES[name][0].__name__,
+            round_trip.pushed[name]["first"],
+        ]
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_private_repositories_refuse_strangers(round_trip, loaded, name):
-    prefix = "datasets/" if name == "pairs" else ""
-    assert round_trip.hub.repos[f"{prefix}tester/{name}"].private
-    refusal = loaded["no token"][name]
-    assert refusal.startswith(("ValueError: `", "OSError", "RepositoryNotFoundError: 401"))
-    assert f"tester/{name}" in refusal
-    assert "private" in refusal or "Repository Not Found" in refusal
+def test_private_repositories_refuse_strangers(round_trip, loaded):
+    for name in SHARED:
+        prefix = "datasets/" if name == "pairs" else ""
+        assert round_trip.hub.repos[f"{prefix}tester/{name}"].private
+        refusal = loaded["no token"][name]
+        assert refusal.startswith(("ValueError: `", "OSError", "RepositoryNotFoundError: 401"))
+        assert f"tester/{name}" in refusal
+        assert "private" in refusal or "Repository Not Found" in refusal
 
 
 def test_plain_classes_and_other_doors_to_the_same_files(round_trip, loaded):
@@ -57,34 +62,34 @@ def test_the_cards_say_how_to_load_it(loaded):
     assert loaded["cards"] == {name: expected.get(name, 2) for name in SHARED}
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_a_push_is_one_commit_and_sends_nothing_twice(round_trip, name):
-    prefix = "datasets/" if name == "pairs" else ""
-    repo = round_trip.hub.repos[f"{prefix}tester/{name}"]
-    assert len(repo.at("main").history()) == 2  # the Hub's own and ours
-    # The branch begins at `main`; the same files are no commit, the owner's card is one.
-    titles = ["Upload with diffusers_ext", "Upload README.md with huggingface_hub"]
-    assert [commit.title for commit in repo.at(BRANCH).history()][:2] == titles
-    assert len(repo.at("refs/pr/1").history()) == 3
-    sent = [r.path for r in round_trip.hub.sent("PUT", f"^/{prefix}tester/{name}.git/lfs")]
-    assert len(sent) == len(set(sent)) == len(repo.objects)
-    below = (
-        set(round_trip.hub.files(f"tester/{name}-below", kind_of(name)))
-        if (SHARED[name].subfolders)
-        else {"README.md"}
-    )
-    assert {path for path in below if not path.startswith(f"{FOLDER}/")} == {"README.md"}
+def test_a_push_is_one_commit_and_sends_nothing_twice(round_trip):
+    for name in SHARED:
+        prefix = "datasets/" if name == "pairs" else ""
+        repo = round_trip.hub.repos[f"{prefix}tester/{name}"]
+        assert len(repo.at("main").history()) == 2  # the Hub's own and ours
+        # The branch begins at `main`; the same files are no commit, the owner's card is one.
+        titles = ["Upload with diffusers_ext", "Upload README.md with huggingface_hub"]
+        assert [commit.title for commit in repo.at(BRANCH).history()][:2] == titles
+        assert len(repo.at("refs/pr/1").history()) == 3
+        sent = [r.path for r in round_trip.hub.sent("PUT", f"^/{prefix}tester/{name}.git/lfs")]
+        assert len(sent) == len(set(sent)) == len(repo.objects)
+        below = (
+            set(round_trip.hub.files(f"tester/{name}-below", kind_of(name)))
+            if (SHARED[name].subfolders)
+            else {"README.md"}
+        )
+        assert {path for path in below if not path.startswith(f"{FOLDER}/")} == {"README.md"}
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_the_owners_words_survive_the_next_push(round_trip, name):
-    files = round_trip.hub.files(f"tester/{name}", kind_of(name), revision=BRANCH)
-    _, header, text = files["README.md"].decode().split("---\n", 2)
-    header = yaml.safe_load(header)
-    assert (header["license"], header["language"]) == ("cc0-1.0", "en")
-    assert "mine" in header["tags"]
-    assert len(header["tags"]) > 2
-    before, rest = text.split("<!-- diffusers_ext:begin")
-    _, after = rest.split("<!-- diffusers_ext:end -->")
-    assert before.strip() == OWNER_WORDS[0].strip()
-    assert after.strip() == OWNER_WORDS[1].strip()
+def test_the_owners_words_survive_the_next_push(round_trip):
+    for name in SHARED:
+        files = round_trip.hub.files(f"tester/{name}", kind_of(name), revision=BRANCH)
+        _, header, text = files["README.md"].decode().split("---\n", 2)
+        header = yaml.safe_load(header)
+        assert (header["license"], header["language"]) == ("cc0-1.0", "en")
+        assert "mine" in header["tags"]
+        assert len(header["tags"]) > 2
+        before, rest = text.split("<!-- diffusers_ext:begin")
+        _, after = rest.split("<!-- diffusers_ext:end -->")
+        assert before.strip() == OWNER_WORDS[0].strip()
+        assert after.strip() == OWNER_WORDS[1].strip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -75,23 +75,19 @@ def push_pairs(
 def pair_set_card(
     made: Mapping[str, Any] | None,
     *,
-    num_pairs: int,
-    num_rejected: int,
-    num_steps: int,
-    latent_shape: Sequence[int],
     base_model: str | os.PathLike | None = None,
     trained_on: str | None = None,
     pipeline: str | None = None,
     reward: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    **common: Any,
+    **facts: Any,
 ) -> Callable[..., Card]:
     """The card of a set but for the name of its repository.
 
     Args:
         made: the facts of `generate_npd.py`, which the other arguments go before; `None` without.
         reward: name and version of what judged the pairs; the empty string for none.
-        common: further facts of every card, as of `make_card`.
+        facts: further ones of every card, as of `make_card`, and the counts and shape of the set.
 
     Raises:
         ValueError: a fact that is neither given nor known.
@@ -114,13 +110,9 @@ def pair_set_card(
         base_model=base_model,
         trained_on=_origin(made, label, reward) if trained_on is None else trained_on,
         settings=settings,
-        num_pairs=num_pairs,
-        num_rejected=num_rejected,
-        num_steps=num_steps,
-        latent_shape=tuple(latent_shape),
         pipeline=pipeline or made.get("pipeline"),
         reward=reward,
-        **common,
+        **facts,
     )
 
 
