@@ -13,6 +13,7 @@ from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import usual_null_space
 from diffusers_ext.nullspace.lora import (
     add_null_space_lora,
+    check_lora_config,
     instance_statistics_like,
     lora_delta,
     lora_linears,
@@ -266,3 +267,31 @@ def test_loras_that_are_not_finite_are_not_saved(few_statistics, digits, tmp_pat
         layer.lora_B["default"].weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=rf"must be finite, got B of '{name}', which is not"):
         save_lora(StableDiffusionPipeline, digits.unet, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora_dropout": 0.1, "r": 3}, {"init_lora_weights": "gaussian", "lora_alpha": 7},
+     {"target_modules": ["to_k"], "exclude_modules": ["up"], "init_lora_weights": False}],
+)  # fmt: skip
+def test_options_that_only_shape_a_and_b_pass(options):
+    check_lora_config(LoraConfig(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "`use_dora` must be False, got True: DoRA rescales"),
+        ({"bias": "lora_only"}, "`bias` must be 'none', got 'lora_only': a bias acts on every"),
+        ({"lora_bias": True}, "`lora_bias` must be left at False, got True"),
+        ({"init_lora_weights": "pissa"}, "must be True, False or 'gaussian', got 'pissa'"),
+        ({"init_lora_weights": "olora"}, "must be True, False or 'gaussian', got 'olora'"),
+        ({"modules_to_save": ["conv_in"]}, "`modules_to_save` must be left at None, got .*conv_in"),
+        ({"rank_pattern": {"to_k": 2}}, r"`rank_pattern` must be left at \{\}, got \{'to_k': 2\}"),
+        ({"alpha_pattern": {"to_k": 2}}, r"`alpha_pattern` must be left at \{\}, got"),
+        ({"fan_in_fan_out": True}, "`fan_in_fan_out` must be left at False, got True"),
+    ],
+)
+def test_options_that_break_preservation_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_lora_config(LoraConfig(**options))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from diffusers import (
     AutoPipelineForImage2Image,
@@ -11,8 +13,10 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from diffusers_ext.core.pipelines import register_auto_pipeline
+from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints, register_auto_pipeline
 from tests.golden_noise.golden_pipelines import FAMILIES, golden_pipeline
+from tests.tiny_digits import random_digits_pipeline
 
 
 LOST = "has no `noise_model`: its class takes none. Make the noise with `noise_model.refine`"
@@ -63,3 +67,24 @@ def test_pipelines_that_auto_pipelines_do_not_know_are_left_alone():
     before = dict(auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING)
     register_auto_pipeline(DiffusionPipeline)
     assert before == auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+
+def test_the_denoiser_is_the_unet_or_the_transformer():
+    assert denoiser_of(SimpleNamespace(unet=None, transformer="transformer")) == "transformer"
+    assert denoiser_of(SimpleNamespace(unet="unet")) == "unet"
+    with pytest.raises(
+        ValueError, match="`pipeline` must have a UNet or a transformer, got Simple"
+    ):
+        denoiser_of(SimpleNamespace(vae="vae"))
+
+
+def test_fingerprints_are_of_the_named_models():
+    pipeline = random_digits_pipeline()
+    assert model_fingerprints(pipeline, ["denoiser", "text_encoder"]) == {
+        "denoiser": fingerprint(pipeline.unet),
+        "text_encoder": fingerprint(pipeline.text_encoder),
+    }
+    pipeline.text_encoder = None
+    assert list(model_fingerprints(pipeline, ["text_encoder", "denoiser"])) == ["denoiser"]
+    with pytest.raises(ValueError, match="'text_encoder_2', which StableDiffusionPipeline lacks"):
+        model_fingerprints(pipeline, ["text_encoder_2"])

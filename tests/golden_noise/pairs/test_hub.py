@@ -12,8 +12,8 @@ from diffusers_ext.golden_noise.pairs.hub import measured, num_rejected, pair_se
 from diffusers_ext.golden_noise.pairs.shards import PairRecord
 from diffusers_ext.golden_noise.pairs.writer import PairWriter
 from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record, write_set
+from tests.golden_noise.pairs.test_third_party import write_csv, write_official
 from tests.golden_noise.shared_facts import RESULT, upload_base
-from tests.golden_noise.test_foreign_pairs import write_csv, write_official
 
 
 FACTS = {

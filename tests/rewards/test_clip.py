@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.rewards import CLIPScoreReward, PickScoreReward
-from tests.rewards.hpsv2_fixtures import clip_tokenizer, pictures
+from tests.rewards.hpsv2_fixtures import clip_tokenizer, official_tensors, pictures
 
 
 PROMPTS = ["a red seven", "a photo of the digit three", "a red seven", "two"]
@@ -109,3 +111,50 @@ def test_wrong_pairs_and_nan_are_refused(kind, clip_folder):
     reward.model.text_projection.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=f"scores of '{reward.name}' must be numbers, got nan"):
         reward.score([Image.new("RGB", (8, 8))], ["two"])
+
+
+def test_the_cosine_counts_in_hundredths_from_zero():
+    found = CLIPScoreReward._from_cosines(None, torch.tensor([1.0, 0.25, 0.0, -0.3]))
+    assert found.tolist() == [100.0, 25.0, 0.0, 0.0]
+
+
+def test_scores_are_those_of_the_features(clip_folder):
+    reward = CLIPScoreReward.from_pretrained(clip_folder)
+    images, prompts = pictures(), ["a red seven", "two", "a red seven", "three"]
+    images, prompts = images * 2, prompts + ["blue", "green", "nine", "one"]
+    cosines = (reward.image_features(images) * reward.text_features(prompts)).sum(1)
+    found = reward.score(images, prompts)
+    assert torch.allclose(found, 100 * cosines.clamp(min=0), atol=1e-3, rtol=0)
+    assert found.max() > 0
+
+
+def test_the_version_is_the_model(clip_folder):
+    reward = CLIPScoreReward.from_pretrained(clip_folder)
+    assert (reward.name, reward.version) == ("clip_score", clip_folder.name)
+    assert CLIPScoreReward.from_pretrained(clip_folder, version="mine").version == "mine"
+
+
+def test_scores_and_preference_are_those_of_the_recipe():
+    tensors = official_tensors()
+    cosines = tensors["image_features"][:2] @ tensors["text_features"][2]
+    reward = SimpleNamespace(model=SimpleNamespace(logit_scale=torch.tensor(math.log(100))))
+    scores = PickScoreReward._from_cosines(reward, cosines)
+    assert torch.allclose(scores, torch.tensor([1.3120, 2.9555]), atol=1e-3)
+    assert torch.allclose(scores.softmax(0), torch.tensor([0.1620, 0.8380]), atol=1e-3)
+
+
+@pytest.mark.parametrize("logit_scale", [3.0, 0.5])
+def test_the_models_own_scale_is_used(clip_folder, logit_scale):
+    reward = PickScoreReward.from_pretrained(clip_folder)
+    assert reward.model.logit_scale.item() == 3.0
+    reward.model.logit_scale.data.fill_(logit_scale)
+    images, prompts = pictures(), ["a red seven", "two", "a red seven", "three"]
+    cosines = (reward.image_features(images) * reward.text_features(prompts)).sum(1)
+    expected = math.exp(logit_scale) * cosines
+    assert torch.allclose(reward.score(images, prompts), expected, atol=1e-4, rtol=0)
+
+
+def test_name_and_version(clip_folder):
+    reward = PickScoreReward.from_pretrained(clip_folder)
+    assert (reward.name, reward.version) == ("pickscore", "v1")
+    assert PickScoreReward.from_pretrained(clip_folder, version="mine").version == "mine"

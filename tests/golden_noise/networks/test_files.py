@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import diffusers_ext
 from diffusers_ext.golden_noise.networks.loading import load_noise_model
 from tests.golden_noise.golden_pipelines import NETWORKS
-from tests.golden_noise.test_network import assert_equal, small
+from tests.golden_noise.networks.test_base import assert_equal, small
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

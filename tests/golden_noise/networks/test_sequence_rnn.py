@@ -3,6 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_ext.golden_noise.networks.sequence_rnn import (
+    FiLM,
+    ResidualBlock,
+    ResidualStage,
+    UpsampleTo,
+    group_norm,
+)
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 from tests.golden_noise.tiny_sequences import (
     STEPS,
@@ -130,3 +137,59 @@ def test_bad_configs_are_refused():
         untrained("rnn", cnn_num_blocks=(1, 0))
     with pytest.raises(ValueError, match=r"`num_heads` must divide the width 16 .*, got 5\."):
         untrained("rnn", num_attention_heads=5)
+
+
+def test_it_starts_as_the_identity():
+    features = torch.randn(2, 3, 4, 5)
+    assert torch.equal(FiLM(6, 3)(features, torch.randn(2, 6)), features)
+
+
+def test_it_scales_and_shifts_each_channel():
+    film = FiLM(1, 2)
+    with torch.no_grad():
+        film.gamma_beta.weight.copy_(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+    features, condition = torch.randn(2, 2, 3, 3), torch.tensor([[1.0], [-0.5]])
+    found = film(features, condition)
+    torch.testing.assert_close(found[0, 0], 2 * features[0, 0] + 3)
+    torch.testing.assert_close(found[0, 1], 3 * features[0, 1] + 4)
+    torch.testing.assert_close(found[1, 1], 0 * features[1, 1] - 2)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(48, 16), (8, 8), (12, 4), (7, 1), (64, 16)])
+def test_groups_divide_the_channels(channels, groups):
+    assert group_norm(channels).num_groups == groups
+
+
+def test_a_block_adds_to_its_input():
+    torch.manual_seed(0)
+    block = ResidualBlock(8, 8, 6)
+    features, condition = torch.randn(2, 8, 5, 5), torch.randn(2, 6)
+    with torch.no_grad():
+        block.conv_out.weight.zero_()
+        block.conv_out.bias.zero_()
+    assert torch.equal(block(features, condition), features)
+
+
+def test_the_condition_acts_only_once_film_is_trained():
+    torch.manual_seed(0)
+    block = ResidualBlock(8, 12, 6)
+    features, condition = torch.randn(2, 8, 5, 5), torch.randn(2, 6)
+    start = block(features, condition)
+    assert start.shape == (2, 12, 5, 5)
+    assert torch.equal(start, block(features, -condition))
+    with torch.no_grad():
+        block.film.gamma_beta.weight.normal_()
+    assert not torch.equal(block(features, condition), block(features, -condition))
+
+
+def test_a_stage_has_as_many_blocks_as_asked_for():
+    stage = ResidualStage(8, 12, 3, 6)
+    assert len(stage.blocks) == 3
+    assert stage(torch.randn(2, 8, 4, 4), torch.randn(2, 6)).shape == (2, 12, 4, 4)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 9)])
+def test_upsampling_undoes_a_stride_at_any_size(size):
+    features = torch.randn(2, 4, *size)
+    small = torch.nn.Conv2d(4, 4, 3, stride=2, padding=1)(features)
+    assert UpsampleTo(4, 6)(small, features.shape[-2:]).shape == (2, 6, *size)
