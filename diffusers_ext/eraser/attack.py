@@ -57,8 +57,8 @@ def learn_revival_embeddings(
             the target prompts.
         t: `(points,)` timesteps.
         prompt_embeds: `(points, text, text_dim)`, target prompts.
-        v_concept: `(points, ...)` velocities of the model before under these prompts; asked from
-            the transformer with its erasers off unless given.
+        v_concept: velocities of the model before under these prompts; asked from the transformer with
+            its erasers off unless given.
         num_embeddings: how many to learn; Receler takes 16.
 
     Raises:

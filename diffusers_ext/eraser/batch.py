@@ -136,19 +136,16 @@ class RowMaker:
         """Put other states in the place of the first target rows; the teacher is asked about them."""
         count = len(states.t)
         nothing = States(*(part[:0] for part in rows.preserved))
-        asked = self.ask_teacher(states, nothing)
-        joined = (
-            torch.cat([new, old[count:]])
-            for new, old in zip(
-                (*states, *asked[:2]), (*rows.target, rows.v_concept, rows.v_anchor)
-            )
-        )
-        x_t, t, prompts, v_concept, v_anchor = joined
-        mask = rows.mask
-        if mask is not None:
-            mask = torch.cat([asked[3], mask[count:]])
+        v_concept, v_anchor, _, mask = self.ask_teacher(states, nothing)
+
+        def join(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+            return torch.cat([new, old[count:]])
+
         return rows._replace(
-            target=States(x_t, t, prompts), v_concept=v_concept, v_anchor=v_anchor, mask=mask
+            target=States(*map(join, states, rows.target)),
+            v_concept=join(v_concept, rows.v_concept),
+            v_anchor=join(v_anchor, rows.v_anchor),
+            mask=None if rows.mask is None else join(mask, rows.mask),
         )
 
     def ask_teacher(
@@ -172,6 +169,7 @@ class RowMaker:
         if not torch.equal(embeds[1], empty):
             rows.append((target.x_t, target.t, empty))
         tokens, weights = self.token_mask[target.prompts.cpu()], self._heads(target.x_t.shape[1:])
+        # Attention is read in the first group of rows alone; the others have no concept token.
         others = 0 if self.recipe.separate_passes else sum(len(t) for _, t, _ in rows[1:])
         read = torch.cat([tokens, tokens.new_zeros(others, tokens.shape[1])])
         transformer = self.velocity.transformer
@@ -181,14 +179,9 @@ class RowMaker:
         if self.recipe.separate_passes:
             velocities += self._ask(rows[1:])
         (v_concept, v_anchor, v_preserved), v_empty = velocities[:3], velocities[3:]
-        threshold = self.recipe.mask_threshold
         found = (maps, v_concept, v_anchor, tokens, self.grid, *v_empty)
-        return (
-            v_concept,
-            v_anchor,
-            v_preserved,
-            weighted_attention_mask(*found, threshold=threshold),
-        )
+        mask = weighted_attention_mask(*found, threshold=self.recipe.mask_threshold)
+        return v_concept, v_anchor, v_preserved, mask
 
     def rows(self, known: TeacherRows) -> Rows:
         """What the student is asked, and what it is to answer."""

@@ -112,19 +112,11 @@ def word_embeddings(
     *,
     batch_size: int = 64,
 ) -> torch.Tensor:
-    """What the video model reads at the tokens of each word, averaged over them.
+    """What the video model reads at the tokens of each word, averaged over them: `(words, dim)` float32 on the CPU.
 
     A word is a prompt by itself, padded as `CogVideoXPipeline` pads prompts, whose padding is not masked:
-    an encoder that was trained this way says something else without it.
-
-    Args:
-        tokenizer, text_encoder: of the pipeline; the latter runs in eval mode and keeps its own.
-        words: one or more tokens each.
-        max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
-        batch_size: words encoded at once.
-
-    Returns:
-        `(words, dim)` float32 on the CPU; neither padding nor the end of the sequence is averaged.
+    an encoder that was trained this way says something else without it. Neither padding nor the end of
+    the sequence is averaged. The text encoder runs in eval mode and keeps its own.
 
     Raises:
         ValueError: embeddings that are not finite.
@@ -173,8 +165,6 @@ def neighbouring_concepts(
 
     Args:
         tokenizer, text_encoder: of the pipeline.
-        concept: a word or a few.
-        count: how many neighbours.
         words: candidates; when `None`, those of `concrete_words()` of which the tokenizer need not
             spell a part in single letters: it hardly ever met the others.
         max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.

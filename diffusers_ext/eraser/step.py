@@ -128,8 +128,8 @@ class EraserStep:
             partial(self._ask_part, chain([student], repeat(again)), part)
             for part in self._parts(rows, prompts)
         ]
-        in_turn = self.recipe.separate_passes
-        answers = run_in_turn(passes) if in_turn else [ask() for ask in passes]
+        separate = self.recipe.separate_passes
+        answers = run_separately(passes) if separate else [ask() for ask in passes]
         localized = [found for _, found in answers if found is not None]
         return torch.cat([part for part, _ in answers]), localized[0] if localized else None
 
@@ -169,7 +169,7 @@ class EraserStep:
         return prediction, torch.stack(list(outputs.values())).mean()
 
 
-def run_in_turn(passes: Sequence[Callable[[], Result]]) -> list[Result]:
+def run_separately(passes: Sequence[Callable[[], Result]]) -> list[Result]:
     """Run passes so that one backward over all their results takes the memory of one of them.
 
     All but the last are computed again in the backward pass, which costs one more forward of each.

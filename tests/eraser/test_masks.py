@@ -5,7 +5,6 @@ import torch
 
 from diffusers_ext.eraser.masks.masks import (
     mask_to_latents,
-    mask_to_tokens,
     normalize_attention,
     velocity_difference,
     velocity_mask,
@@ -71,11 +70,8 @@ def test_velocity_difference_is_the_mean_of_each_tokens_patch():
     torch.testing.assert_close(found.double(), expected.flatten(1), rtol=1e-5, atol=0)
 
 
-def test_masks_for_tokens_and_latents():
+def test_masks_for_latents():
     mask = random(2, 2, 2, 3)
-    tokens = mask_to_tokens(mask)
-    assert tokens.shape == (2, 12, 1)
-    assert tokens[1, 1 * 6 + 1 * 3 + 2, 0] == mask[1, 1, 1, 2]
     latents = mask_to_latents(mask, (2, 4, 16, 4, 9))
     assert latents.shape == (2, 4, 1, 4, 9)
     assert latents[1, 2, 0, 3, 8] == mask[1, 1, 1, 2]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_ext.core.tracing import MemoryTrace
-from diffusers_ext.eraser.step import run_in_turn
+from diffusers_ext.eraser.step import run_separately
 
 
 def make_passes(weight, calls, *, count=3, depth=20):
@@ -20,7 +20,7 @@ def make_passes(weight, calls, *, count=3, depth=20):
 
 def test_results_gradients_and_random_numbers_are_those_of_plain_calls():
     found = []
-    for run in (run_in_turn, lambda passes: [one() for one in passes]):
+    for run in (run_separately, lambda passes: [one() for one in passes]):
         torch.manual_seed(0)
         weight, calls = torch.full((64, 64), 0.01, requires_grad=True), []
         results = run(make_passes(weight, calls))
@@ -36,7 +36,7 @@ def test_results_gradients_and_random_numbers_are_those_of_plain_calls():
 
 def test_all_but_the_last_run_again_in_the_backward_pass_the_latest_first():
     weight, calls = torch.full((64, 64), 0.01, requires_grad=True), []
-    results = run_in_turn(make_passes(weight, calls))
+    results = run_separately(make_passes(weight, calls))
     assert calls == [0, 1, 2]
     sum(results).backward()
     assert calls == [0, 1, 2, 1, 0]
@@ -48,10 +48,10 @@ def test_any_number_of_passes_takes_the_memory_of_one(count):
     for number in (1, count):
         weight.grad = None
         with MemoryTrace([weight]) as trace:
-            sum(run_in_turn(make_passes(weight, [], count=number))).backward()
+            sum(run_separately(make_passes(weight, [], count=number))).backward()
         peaks.append(trace.peak)
     assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_no_passes():
-    assert run_in_turn([]) == []
+    assert run_separately([]) == []

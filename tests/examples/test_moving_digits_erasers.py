@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from diffusers_ext.eraser.concepts import contains_concept
-from diffusers_ext.training.eraser.prompts import seen_prompts
 from examples.digits.prompts import COLORS, DIGITS, HELD_OUT_PAIRS
 from examples.moving_digits.erasers import (
     evaluation_groups,
@@ -61,7 +60,7 @@ def test_no_robustness_prompt_was_trained_on(target):
     groups, prompts = evaluation_groups(target), training_prompts(target)
     trained = [*prompts.target, *prompts.anchor, *prompts.preserved]
     for name in ("held-out template", "paraphrases"):
-        assert seen_prompts(groups[name], trained) == []
+        assert not set(map(str.lower, groups[name])) & set(map(str.lower, trained))
         assert all(contains_concept(prompt, target) for prompt in groups[name])
     new = set(groups["target"]) - set(trained)
     assert len(new) >= len(set(groups["target"])) / 2

@@ -9,7 +9,6 @@ from diffusers_ext.training.eraser.prompts import (
     EraserPrompts,
     make_eraser_prompts,
     read_eraser_prompts,
-    seen_prompts,
     write_preserved_concepts,
 )
 from tests.tiny_cogvideox import tiny_video_pipeline
@@ -158,7 +157,3 @@ def test_the_file_of_neighbours_keeps_their_order(tmp_path):
     write_preserved_concepts(path, "seven", [Neighbour("two", 0.9), Neighbour("eight", 0.25)])
     assert path.read_text().splitlines()[1:] == ["# Cosines: two 0.90, eight 0.25", "two", "eight"]
     assert "'seven'" in path.read_text().splitlines()[0]
-
-
-def test_prompts_seen_in_training():
-    assert seen_prompts(["A  red seven ", "a seven"], ["a red Seven", "x"]) == ["A  red seven "]

@@ -52,7 +52,8 @@ def save_eraser(
     """Write an eraser to a folder that `load_eraser` reads; equal erasers are equal files.
 
     `"peft"` is also what `PeftModel.from_pretrained` reads. `"legacy"` is for the code of
-    T2VUnlearning; it keeps neither the concept nor the model's name.
+    T2VUnlearning; it keeps neither the concept nor the model's name. Facts that are not given are those of
+    the eraser's config, or of the transformer.
 
     Args:
         transformer_or_pipe: a CogVideoX transformer, compiled or not, a pipeline or PeftModel of it.
@@ -61,10 +62,8 @@ def save_eraser(
         format: `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) or `"legacy"`
             (`eraser_config.json`, `eraser_weights.pt`).
         dtype: of the saved weights; as they are when `None`.
-        concept, anchor_concept: what it erases and what takes its place; as its config says when
-            `None`.
-        base_model_name_or_path: the transformer it is for; as its config or the transformer says
-            when `None`.
+        concept, anchor_concept: what it erases and what takes its place.
+        base_model_name_or_path: the transformer it is for.
         push_to_hub: upload these files afterwards, in place of an eraser in the other format.
         repo_id: repository; the folder's name when `None`.
         hub_arguments: with `push_to_hub`: `private`, `token`, `revision`, `create_pr`,
@@ -150,16 +149,8 @@ def convert_eraser(
 ) -> EraserShape:
     """Read an eraser in either format and write it in one; its weights stay what they are.
 
-    Args:
-        pretrained_model_name_or_path: as in `load_eraser`.
-        save_directory: folder, made when absent; other files in it stay.
-        format: `"peft"` or `"legacy"`, which keeps nothing but the weights.
-        concept, anchor_concept, base_model_name_or_path: as in `save_eraser`; as its file says when
-            `None`.
-        download_arguments: as in `load_eraser`, `subfolder` among them.
-
-    Returns:
-        What the tensors say about the model it is for.
+    The source is given as to `load_eraser` (`subfolder` among the `download_arguments`), the rest as to
+    `save_eraser`. Returns what the tensors say about the model it is for.
 
     Raises:
         ValueError: missing or damaged files, an eraser without effect, a folder with an eraser in

@@ -113,17 +113,13 @@ class ConceptAttention:
         self._total: torch.Tensor | None = None
         self._heads: list[torch.Tensor] = []
         self._layers = 0
-        self._scope = CallScope()
+        self.scope = CallScope()  # outside of which, as in other threads, nothing is read
         self._in_forward = False
-
-    def reading(self) -> CallScope:
-        """A context outside of which, as in other threads, nothing is read."""
-        return self._scope
 
     @property
     def running(self) -> bool:
         """Inside of a forward of the transformer that is to be read."""
-        return self._in_forward and self._scope.covers_this_call()
+        return self._in_forward and self.scope.covers_this_call()
 
     @property
     def maps(self) -> torch.Tensor:
@@ -150,12 +146,12 @@ class ConceptAttention:
     def begin(self, *_: Any) -> None:
         """Forget the forward before."""
         # A recomputation by gradient checkpointing runs blocks outside of a forward.
-        if self._scope.covers_this_call():
+        if self.scope.covers_this_call():
             self._total, self._heads, self._layers, self._in_forward = None, [], 0, True
 
     def end(self, *_: Any) -> None:
         """Hear nothing more until the next forward."""
-        if self._scope.covers_this_call():
+        if self.scope.covers_this_call():
             self._in_forward = False
 
     def check_text(self, batch: int, text: int) -> None:
@@ -266,7 +262,7 @@ def concept_attention(
             f"`head_weights` must be (layers, heads) = {shape}, got {tuple(head_weights.shape)}."
         )
     attention = ConceptAttention(token_mask, chunk_size, head_weights, keep_heads)
-    with attention.reading(), ExitStack() as hooks:
+    with attention.scope, ExitStack() as hooks:
         for name, module in modules.items():
             reader = _LayerReader(name, attention)
             for handle in (

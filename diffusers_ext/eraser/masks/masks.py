@@ -1,4 +1,11 @@
-"""Where a concept is in a clip: masks from attention to its tokens and from what it does to velocities."""
+"""Where a concept is in a clip: masks from attention to its tokens and from what it does to velocities.
+
+Shapes: `x_t` and velocities `(batch, frames, channels, height, width)`, `t` `(batch,)`, embeddings
+`(batch, text, text_dim)`, a `token_mask` `(batch, text)` bool, true at the concept's tokens, a `grid`
+`(frames, rows, columns)` of the video tokens, `maps` `(batch, video)`, and masks `(batch, frames',
+rows, columns)` float32 in [0, 1] on that grid. A `threshold` in (0, 1] makes them hard: values from it on
+become 1, others 0.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +40,8 @@ def velocity_mask(
 
     `velocity_difference` with its lower half (the clip's median) as zero. With the velocity of the
     empty prompt it is `sqrt(|v_concept - v_anchor| |v_concept - v_empty|)`: where the concept
-    matters and the prompt does, which leaves out what the anchor word itself adds.
-
-    Args:
-        v_concept, v_anchor, v_empty: `(batch, frames, channels, height, width)` at the same `x_t`.
-        token_mask: `(batch, text)` bool; rows without any concept token get a mask of zeros.
-        grid: `(frames, rows, columns)` of the video tokens.
-        threshold: see `normalize_attention`.
-
-    Returns:
-        `(batch, frames', rows, columns)` float32 in [0, 1].
+    matters and the prompt does, which leaves out what the anchor word itself adds. All velocities are at
+    the same `x_t`; rows without any concept token get a mask of zeros.
 
     Raises:
         ValueError: not one row of `token_mask` per clip, or shapes that do not fit.
@@ -70,8 +69,8 @@ def weighted_attention_mask(
 ) -> torch.Tensor:
     """Where weighted heads look at a concept and it changes the velocity: the best mask there is.
 
-    `sqrt(attended * velocity_mask)`, `attended` being the maps with their lower half as zero: maps
-    `(batch, video)` of `concept_attention` with `head_weights`. The rest is as in `velocity_mask`.
+    `sqrt(attended * velocity_mask)`, `attended` being the maps of `concept_attention` with
+    `head_weights`, with their lower half as zero.
     """
     attended = normalize_attention(maps, grid, floor=CONCEPT_FLOOR)
     changed = velocity_mask(v_concept, v_anchor, token_mask, grid, v_empty)
@@ -86,19 +85,11 @@ def normalize_attention(
     *,
     floor: float = 0.0,
 ) -> torch.Tensor:
-    """Scale maps to [0, 1] over the whole clip, frames together.
+    """Scale maps to masks over the whole clip, frames together.
 
     `(A - low) / (max A - low)`, at least 0, with `low` the minimum or a quantile of A. A frame
-    without the concept stays dark beside one that has it.
-
-    Args:
-        maps: `(batch, video)`; constant maps (no concept token) become zero.
-        grid: `(frames, rows, columns)` of the video tokens.
-        threshold: in (0, 1]; values from it on become 1, others 0. Soft masks when `None`.
-        floor: in [0, 1); this share of a clip's tokens is background, and its largest value is 0.
-
-    Returns:
-        `(batch, frames, rows, columns)` float32.
+    without the concept stays dark beside one that has it; constant maps (no concept token) become
+    zero. A share `floor` in [0, 1) of a clip's tokens is background, and its largest value is 0.
 
     Raises:
         ValueError: `grid` does not hold the tokens, or `threshold` or `floor` is out of range.
@@ -132,8 +123,7 @@ def velocity_difference(
 ) -> torch.Tensor:
     """How far the teacher's velocities with and without the concept lie apart, token by token.
 
-    `sqrt(mean over a token's latents of (v(x_t, c) - v(x_t, anchor))^2)`, `(batch, video)` float32,
-    of velocities `(batch, frames, channels, height, width)` and a grid `(frames, rows, columns)`.
+    Maps of `sqrt(mean over a token's latents of (v(x_t, c) - v(x_t, anchor))^2)`, float32.
 
     Raises:
         ValueError: shapes that differ, or latents that the grid does not tile.
@@ -145,20 +135,15 @@ def velocity_difference(
         )
     frames, _, height, width = v_concept.shape[1:]
     _check_tiling((frames, height, width), grid)
+    # Mean over channels, then over the latents of each token: patches tile (frames, height, width).
     squares = (v_concept.float() - v_anchor.float()).square().mean(dim=2)
     return F.adaptive_avg_pool3d(squares, tuple(grid)).sqrt().flatten(1)
 
 
-def mask_to_tokens(mask: torch.Tensor) -> torch.Tensor:
-    """A mask `(batch, frames, rows, columns)` on the token grid as `(batch, video, 1)`."""
-    return mask.flatten(1).unsqueeze(-1)
-
-
 def mask_to_latents(mask: torch.Tensor, latent_shape: Sequence[int]) -> torch.Tensor:
-    """A mask on the token grid for latents: each token's value at all latents of its patch.
+    """A mask for latents `(batch, frames, 1, height, width)`: each token's value at all latents of its patch.
 
-    From `(batch, frames', rows, columns)` to `(batch, frames, 1, height, width)`; `latent_shape` is
-    `(frames, channels, height, width)`, with or without a batch before.
+    `latent_shape` is `(frames, channels, height, width)`, with or without a batch before.
 
     Raises:
         ValueError: latents that the grid does not tile.
@@ -200,24 +185,18 @@ def concept_mask(
     region is known (`benchmarks/results/concept_mask_on_moving_digits.md`): attention averaged over all
     heads, far behind the best centred box; attention with `head_weights` and the velocity's difference
     from that of an anchor prompt (`velocity_mask`), about level with it; velocities with
-    `empty_embeds` as well; and, with all three, `weighted_attention_mask`.
+    `empty_embeds` as well; and, with all three, `weighted_attention_mask`. It is zero where the prompt does
+    not name the concept.
 
     Args:
         velocity: of the clip's size.
-        x_t: `(batch, frames, channels, height, width)` noisy latents.
-        t: `(batch,)` timesteps.
-        prompt_embeds: `(batch, text, text_dim)`.
-        token_mask: `(batch, text)` bool, true at the concept's tokens.
+        x_t: noisy latents at `t`.
         anchor_embeds: the same prompts with another word for the concept.
         empty_embeds: the empty prompt, for every row; used with `anchor_embeds`.
         head_weights: `(layers, heads)` from `concept_head_weights`.
-        threshold: in (0, 1] for masks of zeros and ones; soft masks when `None`.
+        threshold: for masks of zeros and ones; soft masks when `None`.
         layers: indices of transformer blocks; all when `None`.
         chunk_size: see `attention_mass`.
-
-    Returns:
-        `(batch, frames', rows, columns)` float32 in [0, 1] on the grid of video tokens; zero where
-        the prompt does not name the concept.
     """
     model = velocity.model
     grid = velocity.token_grid(x_t.shape)
@@ -294,5 +273,6 @@ def concept_head_weights(
 def _velocities(
     velocity: Velocity, x_t: torch.Tensor, t: torch.Tensor, embeds: list[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
+    # `repeat` lays whole batches one after the other, as `cat` and `chunk` do.
     count = len(embeds)
     return velocity(x_t.repeat(count, 1, 1, 1, 1), t.repeat(count), torch.cat(embeds)).chunk(count)

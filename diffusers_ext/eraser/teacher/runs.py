@@ -86,18 +86,10 @@ def calibrate_heads(
 ) -> torch.Tensor:
     """`concept_head_weights` at all points of a few short runs, of prompts that name the concept.
 
-    Everything is drawn from `seed`, and clips go through the model one by one, so that the weights
-    are the same whatever the batch of what they are used for. The model's erasers are off here.
-
-    Args:
-        target_embeds, anchor_embeds: `(target prompts, text, dim)`; the dtype is that of the latents.
-        empty_embed: `(text, dim)`, the negative prompt of the guidance.
-        token_mask: `(target prompts, text)` bool, the concept's tokens.
-        latent_shape: `(frames, channels, height, width)`.
-        num_inference_steps: of a run, at most 4 of which are made.
-
-    Returns:
-        `(layers, heads)` float32 on the CPU.
+    Everything is drawn from `seed`, and clips go through the model one by one, so that the weights,
+    `(layers, heads)` float32 on the CPU, are the same whatever the batch of what they are used for. The
+    model's erasers are off here. Arguments are as in `collect_teacher_samples`; a run has at most 4 of the
+    `num_inference_steps`.
 
     Raises:
         ValueError: no prompt names the concept, or it makes no difference to the model.

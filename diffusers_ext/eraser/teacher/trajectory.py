@@ -121,6 +121,7 @@ def _walk(
     guided, batch = guidance_scale > 1, len(prompt)
     for step, timestep in enumerate(run.timesteps):
         x_t = run.scheduler.scale_model_input(run.latents, timestep)
+        # The batch of a pass: empty prompts where guidance needs them, prompts, chosen extra ones.
         rows, embeds = ([x_t, x_t], [negative, prompt]) if guided else ([x_t], [prompt])
         if extra is not None and extra_at[step].any():
             chosen = extra_at[step].to(x_t.device)

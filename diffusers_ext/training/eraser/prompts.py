@@ -131,9 +131,3 @@ def write_preserved_concepts(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines) + "\n")
     logger.info(f"Wrote them to {path}: take out what belongs to the concept and train again.")
-
-
-def seen_prompts(evaluated: Sequence[str], trained: Sequence[str]) -> list[str]:
-    """Evaluated prompts that were trained on, whatever their case and blanks."""
-    known = {" ".join(prompt.lower().split()) for prompt in trained}
-    return [prompt for prompt in evaluated if " ".join(prompt.lower().split()) in known]
