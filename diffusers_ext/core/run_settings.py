@@ -189,3 +189,13 @@ class SamplingSettings(Settings, title="sampling"):
     guidance_scale: float = setting(
         7.5, "of classifier-free guidance: how far past the prompt; 1 is none", rule=FINITE
     )
+
+
+@dataclass(kw_only=True)
+class RunSettings(ModelSettings, ResumeSettings, HubSettings):
+    """What every run has that makes something of a base model."""
+
+
+@dataclass(kw_only=True)
+class TrainingRunSettings(RunSettings, TrainingSettings, ReportingSettings):
+    """What every training has."""

@@ -14,10 +14,9 @@ from typing import Any
 
 from diffusers_ext.core.run_settings import (
     WITHOUT_IT,
-    HubSettings,
     ModelSettings,
     ReportingSettings,
-    ResumeSettings,
+    TrainingRunSettings,
     TrainingSettings,
 )
 from diffusers_ext.core.settings import (
@@ -233,8 +232,7 @@ class ClipReportingSettings(ReportingSettings, title="reporting"):
 
 @dataclass(kw_only=True)
 class EraserSettings(
-    EraserTraining, ModelSettings, ConceptSettings, ClipSettings, TrainingSettings, ResumeSettings,
-    ClipReportingSettings, HubSettings,
+    EraserTraining, ConceptSettings, ClipSettings, ClipReportingSettings, TrainingRunSettings,
 ):  # fmt: skip
     """How an eraser is trained from prompts; the defaults are those of pretrained models."""
 

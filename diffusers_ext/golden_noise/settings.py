@@ -7,11 +7,11 @@ from typing import Any
 
 from diffusers_ext.core.run_settings import (
     WITHOUT_IT,
-    HubSettings,
     ModelSettings,
     ReportingSettings,
-    ResumeSettings,
+    RunSettings,
     SamplingSettings,
+    TrainingRunSettings,
     TrainingSettings,
 )
 from diffusers_ext.core.settings import (
@@ -79,9 +79,7 @@ class FilterSettings(Settings, title="filter"):
 
 
 @dataclass(kw_only=True)
-class PairSettings(
-    ModelSettings, ResumeSettings, SamplingSettings, CandidateSettings, FilterSettings, HubSettings
-):
+class PairSettings(SamplingSettings, CandidateSettings, FilterSettings, RunSettings):
     """How noise pairs are made and which are kept."""
 
     pretrained_model_name_or_path: str = as_in(
@@ -248,8 +246,8 @@ _OF_ONE_NETWORK = {**STRUCTURES, "rnn": (*STRUCTURES["rnn"], "kl_weight")}
 
 @dataclass(kw_only=True)
 class NoiseSettings(
-    BaseModelSettings, NoiseTrainingSettings, ResumeSettings, HubSettings, NoiseDataSettings,
-    NoiseReportingSettings,
+    BaseModelSettings, NoiseTrainingSettings, NoiseDataSettings, NoiseReportingSettings,
+    TrainingRunSettings,
 ):  # fmt: skip
     """How a network of golden noise is trained; the two kinds of data have a class each."""
 

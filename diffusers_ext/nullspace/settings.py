@@ -8,12 +8,11 @@ from pathlib import Path
 
 from diffusers_ext.core.run_settings import (
     WITHOUT_IT,
-    HubSettings,
     ImageReportingSettings,
     ModelSettings,
-    ResumeSettings,
+    RunSettings,
     SamplingSettings,
-    TrainingSettings,
+    TrainingRunSettings,
 )
 from diffusers_ext.core.settings import (
     BELOW_ONE,
@@ -69,6 +68,11 @@ class KnowledgeSettings(Settings, title="knowledge"):
         """Also the names of the features."""
         super().check()
         check_features(self.features)
+
+
+@dataclass(kw_only=True)
+class KnownModelSettings(ModelSettings, AttentionSettings, SamplingSettings, KnowledgeSettings):
+    """A base model, and what of it is preserved."""
 
 
 @dataclass(kw_only=True)
@@ -172,8 +176,8 @@ class DirectionSettings(Settings, title="null space"):
 
 @dataclass(kw_only=True)
 class NullSpaceSettings(
-    ModelSettings, AttentionSettings, TrainingSettings, ResumeSettings, ImageReportingSettings,
-    HubSettings, SamplingSettings, KnowledgeSettings, SubjectSettings, DirectionSettings,
+    KnownModelSettings, SubjectSettings, DirectionSettings, ImageReportingSettings,
+    TrainingRunSettings,
 ):  # fmt: skip
     """How a subject is taught in the null space of what a model knows."""
 
@@ -200,10 +204,7 @@ class NullSpaceSettings(
 
 
 @dataclass(kw_only=True)
-class CollectionSettings(
-    ModelSettings, ResumeSettings, SamplingSettings, KnowledgeSettings, StatisticsSettings,
-    AttentionSettings, HubSettings,
-):  # fmt: skip
+class CollectionSettings(KnownModelSettings, StatisticsSettings, RunSettings):
     """How statistics of what a model knows are collected."""
 
     knowledge_prompts: str = as_in(KnowledgeSettings, "knowledge_prompts")

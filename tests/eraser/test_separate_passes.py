@@ -15,7 +15,7 @@ from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.training.eraser.data import ClipSize, make_data
 from diffusers_ext.training.eraser.run import add_eraser, make_step
 from diffusers_ext.training.eraser.text import GivenTexts
-from diffusers_ext.training.eraser.train import parse_args, settings
+from diffusers_ext.training.eraser.train import parse_args, resume_facts
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, fill_eraser, tiny_prompts
 
@@ -148,4 +148,4 @@ def test_the_flag_reaches_the_recipe_and_what_a_checkpoint_is_compared_with(trai
     for flags in ([], ["--separate_passes"], ["--rows_in_turn"]):
         args = parse_args([*eraser_line(tmp_path, tmp_path / "out"), *flags])
         assert args.separate_passes is bool(flags)
-        assert settings(args, texts, base)["recipe"]["separate_passes"] is bool(flags)
+        assert resume_facts(args, texts, base)["recipe"]["separate_passes"] is bool(flags)

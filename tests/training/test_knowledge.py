@@ -72,7 +72,7 @@ def test_knowledge_is_the_file_and_the_other_subjects(args):
 
 
 def test_collected_with_the_settings_of_the_command_line(args, pipeline, accelerator):
-    args.features, args.cross_attention_layers = ["q", "k"], ["1", "0"]
+    args.features, args.cross_attention_layers = ["q", "k"], [1, 0]
     args.no_sub_phrases, args.negative_prompt, args.guidance_scale = True, "a green one", 2.0
     found = collect(args, pipeline, accelerator, list(KNOWN))
     expected = collect_statistics(
@@ -132,9 +132,9 @@ def test_statistics_of_other_layers_or_another_negative_prompt(
         pipeline, KNOWN, layers=[0, 2], negative_prompt="a red one", show_progress=False
     ).save_pretrained(tmp_path / "known")
     args.statistics = str(tmp_path / "known")
-    args.cross_attention_layers, args.negative_prompt = ["2", "0"], "a red one"
+    args.cross_attention_layers, args.negative_prompt = [2, 0], "a red one"
     assert len(load_or_collect(args, pipeline, accelerator).linears) == 4
-    args.cross_attention_layers = ["1"]
+    args.cross_attention_layers = [1]
     with pytest.raises(ValueError, match=r"`cross_attention_layers` must be .*\[0, 2\], got \[1\]"):
         load_or_collect(args, pipeline, accelerator)
     args.cross_attention_layers, args.negative_prompt = "all", "a blue one"

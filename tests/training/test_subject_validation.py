@@ -40,7 +40,7 @@ def read(path) -> np.ndarray:
 
 def test_pictures_have_fixed_seeds(validation, tmp_path):
     ((every, draw),) = validation.callbacks()
-    assert every == validation.args.max_train_steps
+    assert every == validation.settings.max_train_steps
     draw(3)
     torch.randn(5)
     draw(7)

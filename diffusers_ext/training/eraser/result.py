@@ -58,13 +58,13 @@ class ClipValidation:
 
     def __init__(
         self,
-        args: EraserSettings,
+        settings: EraserSettings,
         pipeline: DiffusionPipeline,
         accelerator: Accelerator,
         text: RunText,
         size: ClipSize,
     ) -> None:
-        self.args, self.pipeline, self.accelerator = args, pipeline, accelerator
+        self.settings, self.pipeline, self.accelerator = settings, pipeline, accelerator
         self.prompt_embeds, self.size = text.validation, size
         self.empty_embed = text.embeds.empty
         self.files: list[Path] = []
@@ -72,15 +72,15 @@ class ClipValidation:
 
     def callbacks(self) -> list[tuple[int, Callable[[int], None]]]:
         """What `TrainingLoop` calls; empty without validation prompts."""
-        if not self.args.validation_prompt:
+        if not self.settings.validation_prompt:
             return []
-        return [(self.args.validation_steps or self.args.max_train_steps, self.draw)]
+        return [(self.settings.validation_steps or self.settings.max_train_steps, self.draw)]
 
     def draw(self, step: int) -> None:
         """Draw and save the clips of one step; the models' modes and the VAE's place come back."""
         if not self.accelerator.is_main_process:
             return
-        folder = Path(self.args.output_dir, "validation")
+        folder = Path(self.settings.output_dir, "validation")
         folder.mkdir(parents=True, exist_ok=True)
         self.files, vae = [], self.pipeline.vae
         home = vae.device
@@ -88,8 +88,8 @@ class ClipValidation:
             restore.callback(vae.to, home)
             vae.to(self.accelerator.device)
             restore.enter_context(quiet_run(self.pipeline))
-            for prompt in range(len(self.args.validation_prompt)):
-                for video in range(self.args.num_validation_videos):
+            for prompt in range(len(self.settings.validation_prompt)):
+                for video in range(self.settings.num_validation_videos):
                     name = f"step-{step:06d}-prompt-{prompt}-video-{video}.gif"
                     self._save(folder / name, self._side_by_side(prompt, video))
         logger.info(f"Drew {len(self.files)} validation clips at step {step}.")
@@ -110,28 +110,28 @@ class ClipValidation:
         frames = self.pipeline(
             prompt_embeds=self.prompt_embeds[prompt][None].to(device, dtype),
             negative_prompt_embeds=self.empty_embed[None].to(device, dtype),
-            generator=torch.Generator().manual_seed(self.args.seed + video),
+            generator=torch.Generator().manual_seed(self.settings.seed + video),
             **self.size._asdict(),
-            num_inference_steps=self.args.num_inference_steps,
-            guidance_scale=self.args.sampling_guidance_scale,
+            num_inference_steps=self.settings.num_inference_steps,
+            guidance_scale=self.settings.sampling_guidance_scale,
             max_sequence_length=self.prompt_embeds.shape[1],
             output_type="np",
         ).frames[0]
         return (np.asarray(frames).clip(0, 1) * 255).round().astype(np.uint8)
 
     def _save(self, path: Path, frames: np.ndarray) -> None:
-        write_clip(frames, path, fps=self.args.validation_fps)
+        write_clip(frames, path, fps=self.settings.validation_fps)
         self.files.append(path)
 
 
 def eraser_report(
-    args: EraserSettings, text: RunText, loop: TrainingLoop, **facts: Any
+    settings: EraserSettings, text: RunText, loop: TrainingLoop, **facts: Any
 ) -> dict[str, Any]:
     """Everything about a training as JSON, the token left out."""
     trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
     return {
-        "arguments": reported_arguments(args),
-        "recipe": args.recipe(),
+        "arguments": reported_arguments(settings),
+        "recipe": settings.recipe(),
         "parameters": sum(parameter.numel() for parameter in trained),
         "preserved_concepts": text.preserved_concepts,
         "prompts": text.prompts.facts,
@@ -142,32 +142,32 @@ def eraser_report(
 
 
 def save_result(
-    args: EraserSettings,
+    settings: EraserSettings,
     pipeline: DiffusionPipeline,
     adapter_name: str,
     report: dict[str, Any],
 ) -> None:
     """Write the eraser and the report, all at once."""
-    with staged_output(args.output_dir, ("adapter_config.json",), ON_THE_WAY) as folder:
+    with staged_output(settings.output_dir, ("adapter_config.json",), ON_THE_WAY) as folder:
         save_eraser(
             pipeline.transformer,
             folder,
             adapter_name=adapter_name,
-            base_model_name_or_path=args.hub_base_model
-            or public_name(args.pretrained_model_name_or_path),
+            base_model_name_or_path=settings.hub_base_model
+            or public_name(settings.pretrained_model_name_or_path),
         )
         report_text = json.dumps(report, indent=2) + "\n"
         (folder / REPORT_NAME).write_text(report_text, encoding="utf-8")
 
 
 def eraser_facts(
-    args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
+    settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """What the card of a trained eraser tells besides base model and licence, JSON-able.
 
     The report is as in `training_report.json`, the clips are below the output folder.
     """
-    prompts = [p for p in args.validation_prompt for _ in range(args.num_validation_videos)]
+    prompts = [p for p in settings.validation_prompt for _ in range(settings.num_validation_videos)]
     size, recipe = report["size"], report["recipe"]
     return {
         "trained_on": _trained_on(report),
@@ -175,15 +175,15 @@ def eraser_facts(
             "clips": f"{size['num_frames']} x {size['height']} x {size['width']}",
             **{name: recipe[name] for name in _SHOWN},
         },
-        "widget": widget_of(args, prompts, clips),
-        "concept": args.target_concept,
-        "anchor_concept": args.anchor_concept or "",
+        "widget": widget_of(settings, prompts, clips),
+        "concept": settings.target_concept,
+        "anchor_concept": settings.anchor_concept or "",
         "preserved_concepts": list(report["preserved_concepts"]),
     }
 
 
 def trained_eraser_card(
-    args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
+    settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
 ) -> Callable[..., Card]:
     """The card of a trained eraser but for the name of its repository; arguments as `eraser_facts`.
 
@@ -192,11 +192,11 @@ def trained_eraser_card(
     """
     return make_card(
         "eraser",
-        **eraser_facts(args, report, clips),
-        pipeline=read_components(args)["_class_name"],
-        rank=args.rank,
+        **eraser_facts(settings, report, clips),
+        pipeline=read_components(settings)["_class_name"],
+        rank=settings.rank,
         parameters=report["parameters"],
-        **card_arguments(args),
+        **card_arguments(settings),
     )
 
 
@@ -213,7 +213,7 @@ def _trained_on(report: Mapping[str, Any]) -> str:
     )
 
 
-def prepare_eraser_upload(args: EraserSettings, given: GivenTexts, size: ClipSize) -> None:
+def prepare_eraser_upload(settings: EraserSettings, given: GivenTexts, size: ClipSize) -> None:
     """Check the upload before the run, with what the command line and its files tell.
 
     Raises:
@@ -222,15 +222,19 @@ def prepare_eraser_upload(args: EraserSettings, given: GivenTexts, size: ClipSiz
     concepts = given.preserved_concepts or []
     known = {
         "size": size._asdict(),
-        "recipe": args.recipe(),
+        "recipe": settings.recipe(),
         "preserved_concepts": concepts,
         "prompts": {"target": given.target, "preserved": given.preserved_prompts},
         "parameters": 1,
     }
-    prepare_upload(args, trained_eraser_card(args, known))
+    prepare_upload(settings, trained_eraser_card(settings, known))
 
 
-def publish_eraser(args: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path]) -> str:
+def publish_eraser(
+    settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path]
+) -> str:
     """Upload the output folder without checkpoints and logs; returns the address of the commit."""
-    card = trained_eraser_card(args, report, clips)
-    return push_output(args, card, left_here(args, args.trajectories_dir, args.video_dir))
+    card = trained_eraser_card(settings, report, clips)
+    return push_output(
+        settings, card, left_here(settings, settings.trajectories_dir, settings.video_dir)
+    )

@@ -44,15 +44,15 @@ class BaseFacts:
     latent_shape: tuple[int, int, int, int]  # of these clips
 
 
-def read_base(args: EraserSettings) -> BaseFacts:
+def read_base(settings: EraserSettings) -> BaseFacts:
     """Read the configs of `--pretrained_model_name_or_path` and check the arguments against them.
 
     Raises:
         ValueError: no CogVideoX text-to-video pipeline, clips that it cannot take, a rank above its
             width, a scheduler of another prediction, or a concept that its tokenizer cannot spell.
     """
-    family = read_video_family(args)
-    source, revision = args.pretrained_model_name_or_path, args.revision
+    family = read_video_family(settings)
+    source, revision = settings.pretrained_model_name_or_path, settings.revision
     transformer, vae, scheduler = (
         SimpleNamespace(
             config=FrozenDict(model.load_config(source, subfolder=name, revision=revision))
@@ -73,31 +73,33 @@ def read_base(args: EraserSettings) -> BaseFacts:
     kind = getattr(diffusers, scheduler.config["_class_name"], None)
     if kind is not None:  # one of another library is met when it is loaded
         check_diffusion_levels(kind.from_config(scheduler.config))
-    size = ClipSize.of_configs(family, transformer, vae, args.num_frames, args.height, args.width)
+    size = ClipSize.of_configs(
+        family, transformer, vae, settings.num_frames, settings.height, settings.width
+    )
     shape = family.latent_shape(transformer.config, vae.config, *size)
     family.token_grid(transformer.config, shape)
     width = transformer_width(transformer.config)
-    if args.rank > width:
+    if settings.rank > width:
         raise ValueError(
-            f"`eraser_rank` must be at most the model's width, {width}, got {args.rank}."
+            f"`eraser_rank` must be at most the model's width, {width}, got {settings.rank}."
         )
-    anchor = None if args.anchor_concept == AUTO_ANCHOR else args.anchor_concept
-    for concept in (args.target_concept, anchor):
+    anchor = None if settings.anchor_concept == AUTO_ANCHOR else settings.anchor_concept
+    for concept in (settings.target_concept, anchor):
         if concept is not None:
             check_concept(tokenizer, concept)
     return BaseFacts(transformer, vae, tokenizer, size, shape)
 
 
-def read_video_family(args: EraserSettings) -> Family:
+def read_video_family(settings: EraserSettings) -> Family:
     """The family of `--pretrained_model_name_or_path`, which must be one that an eraser is known for.
 
     Raises:
         ValueError: a single file, or another pipeline.
     """
-    source, known = args.pretrained_model_name_or_path, families_of("eraser")
+    source, known = settings.pretrained_model_name_or_path, families_of("eraser")
     names = {family.pipelines[0]: family for family in known}
     refuse_single_file(source, f"a {' or '.join(names)}")
-    kind = read_components(args)["_class_name"]
+    kind = read_components(settings)["_class_name"]
     if kind not in names:
         raise ValueError(
             f"`pretrained_model_name_or_path` must be a {' or '.join(names)}, got a {kind} in {source}."
@@ -105,22 +107,22 @@ def read_video_family(args: EraserSettings) -> Family:
     return names[kind]
 
 
-def load_base(args: EraserSettings, device: torch.device) -> DiffusionPipeline:
+def load_base(settings: EraserSettings, device: torch.device) -> DiffusionPipeline:
     """The base model without its text encoder, frozen, in the dtype of `--mixed_precision`.
 
     The VAE stays on the CPU: only videos and validation clips need it.
     """
     pipeline = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=WEIGHT_DTYPES[args.mixed_precision],
+        settings.pretrained_model_name_or_path,
+        revision=settings.revision,
+        variant=settings.variant,
+        dtype=WEIGHT_DTYPES[settings.mixed_precision],
         text_encoder=None,
     )
     for model in (pipeline.transformer, pipeline.vae):
         model.requires_grad_(False).eval()
     pipeline.transformer.to(device)
-    if args.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

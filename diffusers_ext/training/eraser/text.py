@@ -127,16 +127,18 @@ class GivenTexts:
     preserved_concepts: list[str] | None  # `None` where the text encoder is to choose them
     preserved_prompts: list[str]  # whole prompts to preserve besides
 
-    def prompts(self, args: EraserSettings, preserved_concepts: list[str]) -> EraserPrompts:
+    def prompts(self, settings: EraserSettings, preserved_concepts: list[str]) -> EraserPrompts:
         """All prompts of the run; raises `ValueError` where they contradict each other."""
         return make_eraser_prompts(
             self.target,
-            args.target_concept,
-            anchor_concept=None if args.anchor_concept == AUTO_ANCHOR else args.anchor_concept,
+            settings.target_concept,
+            anchor_concept=None
+            if settings.anchor_concept == AUTO_ANCHOR
+            else settings.anchor_concept,
             preserved_concepts=preserved_concepts,
             preserved_prompts=self.preserved_prompts,
-            max_preserved=args.max_preserved_prompts,
-            seed=args.seed,
+            max_preserved=settings.max_preserved_prompts,
+            seed=settings.seed,
         )
 
 
@@ -158,60 +160,66 @@ class RunText:
     anchors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def read_texts(args: EraserSettings) -> GivenTexts:
+def read_texts(settings: EraserSettings) -> GivenTexts:
     """Read the files of the command line and check them against each other.
 
     Raises:
         ValueError: a missing or empty file, a preserved text that names the concept, or a target
             prompt without the concept where an anchor concept shall replace it.
     """
-    column = args.prompt_column
-    optional = (args.preserved_concepts_file, args.preserved_prompts_file)
+    column = settings.prompt_column
+    optional = (settings.preserved_concepts_file, settings.preserved_prompts_file)
     concepts, prompts = (read_eraser_prompts(path, column) if path else [] for path in optional)
-    chosen = None if args.auto_preserved_concepts else concepts
-    if args.anchor_concept == AUTO_ANCHOR and chosen == []:
+    chosen = None if settings.auto_preserved_concepts else concepts
+    if settings.anchor_concept == AUTO_ANCHOR and chosen == []:
         raise ValueError(
             "`anchor_concept` must be a word where there are no preserved concepts to choose it from, got "
             f"{AUTO_ANCHOR!r}. Give `--preserved_concepts_file` or `--auto_preserved_concepts`."
         )
-    given = GivenTexts(read_eraser_prompts(args.prompts_file, column), chosen, prompts)
-    prompts = given.prompts(args, concepts)
-    if args.anchor_concept == AUTO_ANCHOR:
+    given = GivenTexts(read_eraser_prompts(settings.prompts_file, column), chosen, prompts)
+    prompts = given.prompts(settings, concepts)
+    if settings.anchor_concept == AUTO_ANCHOR:
         for prompt in prompts.target:
             replace_concept(
-                prompt, args.target_concept, AUTO_ANCHOR
+                prompt, settings.target_concept, AUTO_ANCHOR
             )  # raises where it is not named
     return given
 
 
-def encode_run_text(args: EraserSettings, given: GivenTexts, accelerator: Accelerator) -> RunText:
+def encode_run_text(
+    settings: EraserSettings, given: GivenTexts, accelerator: Accelerator
+) -> RunText:
     """Encode everything a run reads; the text encoder is gone afterwards."""
-    pipeline = load_text_pipeline(args, accelerator.device)
+    pipeline = load_text_pipeline(settings, accelerator.device)
     concepts = given.preserved_concepts
     if concepts is None:
-        concepts = _nearest_concepts(args, pipeline, accelerator)
-    prompts = given.prompts(args, concepts)
-    embeds = encode_text(pipeline, prompts, batch_size=args.text_batch_size)
+        concepts = _nearest_concepts(settings, pipeline, accelerator)
+    prompts = given.prompts(settings, concepts)
+    embeds = encode_text(pipeline, prompts, batch_size=settings.text_batch_size)
     validation, anchors = None, {}
-    if args.validation_prompt:
-        validation = encode_for(pipeline, args.validation_prompt, args.text_batch_size)
-    for concept in concepts if args.anchor_concept == AUTO_ANCHOR else ():
-        texts = [replace_concept(prompt, args.target_concept, concept) for prompt in prompts.target]
-        anchors[concept] = encode_for(pipeline, texts, args.text_batch_size)
+    if settings.validation_prompt:
+        validation = encode_for(pipeline, settings.validation_prompt, settings.text_batch_size)
+    for concept in concepts if settings.anchor_concept == AUTO_ANCHOR else ():
+        texts = [
+            replace_concept(prompt, settings.target_concept, concept) for prompt in prompts.target
+        ]
+        anchors[concept] = encode_for(pipeline, texts, settings.text_batch_size)
     return RunText(prompts, concepts, embeds, validation, anchors)
 
 
-def _nearest_concepts(args: EraserSettings, pipeline: Any, accelerator: Accelerator) -> list[str]:
+def _nearest_concepts(
+    settings: EraserSettings, pipeline: Any, accelerator: Accelerator
+) -> list[str]:
     """Neighbours of the concept; the main process shows them and writes them down."""
     near = neighbouring_concepts(
         pipeline.tokenizer,
         pipeline.text_encoder,
-        args.target_concept,
-        args.num_preserved_concepts,
+        settings.target_concept,
+        settings.num_preserved_concepts,
         max_sequence_length=prompt_length(pipeline),
-        exclude=[] if args.anchor_concept in (None, AUTO_ANCHOR) else [args.anchor_concept],
+        exclude=[] if settings.anchor_concept in (None, AUTO_ANCHOR) else [settings.anchor_concept],
     )
     if accelerator.is_main_process:
-        path = Path(args.output_dir, PRESERVED_NAME)
-        write_preserved_concepts(path, args.target_concept, near)
+        path = Path(settings.output_dir, PRESERVED_NAME)
+        write_preserved_concepts(path, settings.target_concept, near)
     return [neighbour.word for neighbour in near]

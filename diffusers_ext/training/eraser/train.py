@@ -73,22 +73,22 @@ def parse_args(input_args: Sequence[str] | None = None) -> EraserSettings:
     return parse_settings(EraserSettings, __doc__, input_args, shared=[add_erasure_names])
 
 
-def settings(args: EraserSettings, given: GivenTexts, base: BaseFacts) -> dict[str, Any]:
+def resume_facts(settings: EraserSettings, given: GivenTexts, base: BaseFacts) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued and is known before weights are loaded."""
-    recipe = args.recipe()
+    recipe = settings.recipe()
     del recipe["max_train_steps"]
     names = ("target_concept", "anchor_concept", "max_preserved_prompts", "trajectories_dtype")
     return run_facts(
-        args,
+        settings,
         recipe=recipe,
         texts=asdict(given),
         size=list(base.size),
-        **{name: getattr(args, name) for name in names},
+        **{name: getattr(settings, name) for name in names},
     )
 
 
 def make_run_data(
-    args: EraserSettings,
+    settings: EraserSettings,
     accelerator: Accelerator,
     pipeline: DiffusionPipeline,
     base: BaseFacts,
@@ -96,27 +96,27 @@ def make_run_data(
 ) -> EraserData:
     """The samples of the run, made or read again."""
     collection: dict[str, Any] = {}
-    token_mask = concept_tokens(pipeline, text.prompts, args, args.target_concept)
-    if args.latents_source == "video":
+    token_mask = concept_tokens(pipeline, text.prompts, settings, settings.target_concept)
+    if settings.latents_source == "video":
         pipeline.vae.to(accelerator.device)
-        collection["video_dir"] = args.video_dir
-    elif args.latents_source == "trajectory":
-        collection["storage_dtype"] = _DTYPES[args.trajectories_dtype]
-    if args.trajectories_dir is not None:
+        collection["video_dir"] = settings.video_dir
+    elif settings.latents_source == "trajectory":
+        collection["storage_dtype"] = _DTYPES[settings.trajectories_dtype]
+    if settings.trajectories_dir is not None:
         collection |= {
-            "directory": args.trajectories_dir,
+            "directory": settings.trajectories_dir,
             "facts": {"prompts": text.prompts.facts, "text_dtype": str(text.embeds.target.dtype)},
             "process": (accelerator.process_index, accelerator.num_processes),
             "wait_for_everyone": accelerator.wait_for_everyone,
         }
     with accelerator.autocast():  # as the student runs, or the two would differ before any training
-        samples = make_samples(pipeline, text.embeds, token_mask, args, base.size, **collection)
+        samples = make_samples(pipeline, text.embeds, token_mask, settings, base.size, **collection)
     pipeline.vae.to("cpu")
     return EraserData(text.embeds, token_mask, samples, base.size)
 
 
 def build_loop(
-    args: EraserSettings,
+    settings: EraserSettings,
     accelerator: Accelerator,
     pipeline: DiffusionPipeline,
     data: EraserData,
@@ -130,73 +130,72 @@ def build_loop(
         "samples": samples_facts(data.samples),
         "num_processes": accelerator.num_processes,
     }
-    check_resume(args, facts)
+    check_resume(settings, facts)
     parameters = add_eraser(
         pipeline.transformer,
-        args,
+        settings,
         ADAPTER_NAME,
-        concept=args.target_concept,
-        anchor_concept=args.anchor_concept,
+        concept=settings.target_concept,
+        anchor_concept=settings.anchor_concept,
     )
-    step = make_step(pipeline, data, args, accelerator.device, ADAPTER_NAME)
-    optimizer = make_optimizer(args, parameters, accelerator)
+    step = make_step(pipeline, data, settings, accelerator.device, ADAPTER_NAME)
+    optimizer = make_optimizer(settings, parameters, accelerator)
     return TrainingLoop(
         accelerator,
         pipeline.transformer,
         optimizer,
         data.samples,
         step,
-        loop_settings(args, "eraser training"),
-        make_schedule(args, optimizer),
+        loop_settings(settings, "eraser training"),
+        make_schedule(settings, optimizer),
         checkpoints=Checkpoints(
             accelerator,
-            args.output_dir,
+            settings.output_dir,
             facts,
-            args.checkpointing_steps,
-            args.checkpoints_total_limit,
+            settings.checkpointing_steps,
+            settings.checkpoints_total_limit,
             parts=step.stateful,
         ),
-        resume_from_checkpoint=args.resume_from_checkpoint,
+        resume_from_checkpoint=settings.resume_from_checkpoint,
         callbacks=validation.callbacks(),
     )
 
 
 @one_run_a_folder
-def main(args: EraserSettings) -> Path:
+def main(settings: EraserSettings) -> Path:
     """Train and save; returns the output folder."""
-    args.check_preserved()
-    accelerator = make_accelerator(args)
-    base, given = read_base(args), read_texts(args)
-    facts = settings(args, given, base)
-    check_resume(args, facts)
-    if args.push_to_hub and accelerator.is_main_process:
-        check_login(args)  # a missing login or licence stops the run here, not after it
-        prepare_eraser_upload(args, given, base.size)
-    text = encode_run_text(args, given, accelerator)
-    pipeline = load_base(args, accelerator.device)
+    accelerator = make_accelerator(settings)
+    base, given = read_base(settings), read_texts(settings)
+    facts = resume_facts(settings, given, base)
+    check_resume(settings, facts)
+    if settings.push_to_hub and accelerator.is_main_process:
+        check_login(settings)  # a missing login or licence stops the run here, not after it
+        prepare_eraser_upload(settings, given, base.size)
+    text = encode_run_text(settings, given, accelerator)
+    pipeline = load_base(settings, accelerator.device)
     if text.anchors:
-        text, args.anchor_concept = settle_anchor(
-            text, args.target_concept, pipeline, args, base.size
+        text, settings.anchor_concept = settle_anchor(
+            text, settings.target_concept, pipeline, settings, base.size
         )
-    data = make_run_data(args, accelerator, pipeline, base, text)
-    validation = ClipValidation(args, pipeline, accelerator, text, base.size)
+    data = make_run_data(settings, accelerator, pipeline, base, text)
+    validation = ClipValidation(settings, pipeline, accelerator, text, base.size)
     facts["prompts"] = text.prompts.facts
-    loop = build_loop(args, accelerator, pipeline, data, facts, validation)
-    make_output_dir(args, accelerator)
-    start_trackers(accelerator, args, "cogvideox-eraser")
+    loop = build_loop(settings, accelerator, pipeline, data, facts, validation)
+    make_output_dir(settings, accelerator)
+    start_trackers(accelerator, settings, "cogvideox-eraser")
     loop.run()
     if accelerator.is_main_process:
         report = eraser_report(
-            args, text, loop, size=base.size._asdict(), samples=samples_facts(data.samples)
+            settings, text, loop, size=base.size._asdict(), samples=samples_facts(data.samples)
         )
-        report["card"] = card_record(args, eraser_facts(args, report, validation.files))
-        save_result(args, pipeline, ADAPTER_NAME, report)
-        logger.info(eraser_words(args, report))
-        if args.push_to_hub:
-            publish_eraser(args, report, validation.files)
+        report["card"] = card_record(settings, eraser_facts(settings, report, validation.files))
+        save_result(settings, pipeline, ADAPTER_NAME, report)
+        logger.info(eraser_words(settings, report))
+        if settings.push_to_hub:
+            publish_eraser(settings, report, validation.files)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return Path(args.output_dir)
+    return Path(settings.output_dir)
 
 
 if __name__ == "__main__":

@@ -154,23 +154,23 @@ class NoiseSamples(Dataset):
         }
 
 
-def read_pairs(args: NoiseSettings) -> Dataset:
+def read_pairs(settings: NoiseSettings) -> Dataset:
     """The data of `--dataset_dir`; raises `ValueError` where it contradicts the command line."""
-    folder = Path(args.dataset_dir)
+    folder = Path(settings.dataset_dir)
     if not folder.is_dir():
         folder = download_pairs(
-            args.dataset_dir,
+            settings.dataset_dir,
             argument="dataset_dir",
-            revision=args.dataset_revision,
-            token=args.hub_token,
+            revision=settings.dataset_revision,
+            token=settings.hub_token,
         )
     pairs = open_pairs(folder)
     if len(pairs) == 0:
-        raise ValueError(f"`dataset_dir` must hold pairs, got none in {args.dataset_dir}.")
-    if args.remove_prompt_mean:
-        pairs = WithoutPromptMeans(pairs, args.remove_prompt_mean)
+        raise ValueError(f"`dataset_dir` must hold pairs, got none in {settings.dataset_dir}.")
+    if settings.remove_prompt_mean:
+        pairs = WithoutPromptMeans(pairs, settings.remove_prompt_mean)
     _, height, width = pairs.latent_shape
-    wanted = args.noise_resolution
+    wanted = settings.noise_resolution
     if wanted is not None and (height, width) != (wanted, wanted):
         raise ValueError(
             f"`noise_resolution` must be that of the data, {height} x {width}, got {wanted}."
@@ -178,9 +178,9 @@ def read_pairs(args: NoiseSettings) -> Dataset:
     return pairs
 
 
-def target_steps(args: NoiseSettings, num_steps: int) -> list[int]:
+def target_steps(settings: NoiseSettings, num_steps: int) -> list[int]:
     """The one step of pair trainers, from 1: `--target_step`, by default the last."""
-    step = num_steps if args.target_step == "last" else args.target_step
+    step = num_steps if settings.target_step == "last" else settings.target_step
     if not str(step).isdecimal() or not 1 <= int(step) <= num_steps:
         raise ValueError(
             f"`target_step` must be 'last' or from 1 to the data's {num_steps}, got {step}."
@@ -188,7 +188,7 @@ def target_steps(args: NoiseSettings, num_steps: int) -> list[int]:
     return [int(step)]
 
 
-def sequence_steps(args: NoiseSettings, num_steps: int) -> list[int]:
+def sequence_steps(settings: NoiseSettings, num_steps: int) -> list[int]:
     """The steps of sequence trainers, from 1, cut to `--max_seq_len` states with the first noise."""
     if num_steps < 2:
         raise ValueError(
@@ -196,7 +196,7 @@ def sequence_steps(args: NoiseSettings, num_steps: int) -> list[int]:
             "sequences with `generate_npd.py --num_steps`, or train a network of pairs with "
             "`train_npnet.py`."
         )
-    longest = args.max_seq_len or num_steps + 1
+    longest = settings.max_seq_len or num_steps + 1
     if not 3 <= longest <= num_steps + 1:
         raise ValueError(
             f"`max_seq_len` must be from 3 to {num_steps + 1}, the data's {num_steps} steps and "
@@ -205,12 +205,12 @@ def sequence_steps(args: NoiseSettings, num_steps: int) -> list[int]:
     return list(range(1, longest))
 
 
-def count_steps(args: NoiseSettings, samples: int, num_processes: int) -> int:
+def count_steps(settings: NoiseSettings, samples: int, num_processes: int) -> int:
     """Optimizer steps of the run: `--max_train_steps`, or those of `--num_epochs`."""
-    if args.max_train_steps is not None:
-        return args.max_train_steps
-    batch = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    return math.ceil(samples * args.num_epochs / batch)
+    if settings.max_train_steps is not None:
+        return settings.max_train_steps
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps * num_processes
+    return math.ceil(samples * settings.num_epochs / batch)
 
 
 def data_facts(pairs: Dataset, split: PromptSplit, steps: Sequence[int]) -> dict[str, Any]:

@@ -58,14 +58,14 @@ def parse_args(input_args: Sequence[str] | None = None) -> PairSettings:
     return parse_settings(PairSettings, __doc__, input_args, read_aliases, GOLDEN_NOISE_GROUPS)
 
 
-def read_prompts(args: PairSettings) -> list[str]:
+def read_prompts(settings: PairSettings) -> list[str]:
     """The different prompts of `--prompt_file`, at most `--max_prompts`."""
-    lines = read_prompt_file(args.prompt_file, args.prompt_column)
-    return list(dict.fromkeys(lines))[: args.max_prompts]
+    lines = read_prompt_file(settings.prompt_file, settings.prompt_column)
+    return list(dict.fromkeys(lines))[: settings.max_prompts]
 
 
 def generation_facts(
-    args: PairSettings,
+    settings: PairSettings,
     prompts: Sequence[str],
     pipeline: DiffusionPipeline,
     reward: Reward | None,
@@ -77,9 +77,9 @@ def generation_facts(
         "noises_per_prompt", "batch_size", "shard_size",
     )  # fmt: skip
     drawn = ("num_inference_steps", "guidance_scale", "margin")
-    facts = {name: getattr(args, name) for name in names + (drawn if reward else ())}
-    if args.single_file_config is not None:  # of progress written before there was none
-        facts["single_file_config"] = args.single_file_config
+    facts = {name: getattr(settings, name) for name in names + (drawn if reward else ())}
+    if settings.single_file_config is not None:  # of progress written before there was none
+        facts["single_file_config"] = settings.single_file_config
     facts["reward"] = None if reward is None else {"name": reward.name, "version": reward.version}
     text = "\n".join(prompts).encode()
     facts["prompts"] = {"count": len(prompts), "sha256": hashlib.sha256(text).hexdigest()}
@@ -96,15 +96,15 @@ def generation_facts(
     return json.loads(json.dumps(facts, default=str))
 
 
-def open_set(args: PairSettings, writer: PairWriter, accelerator: Accelerator) -> list[int]:
+def open_set(settings: PairSettings, writer: PairWriter, accelerator: Accelerator) -> list[int]:
     """Start the set or check the one that is to be continued; the shards left for this process."""
-    if accelerator.is_main_process and args.resume_from_checkpoint is None:
-        if args.overwrite_output_dir:
+    if accelerator.is_main_process and settings.resume_from_checkpoint is None:
+        if settings.overwrite_output_dir:
             writer.discard()
         writer.create()
     accelerator.wait_for_everyone()
-    if args.resume_from_checkpoint is not None:
-        check_same_facts(read_config(args.output_dir)["facts"], writer.facts, writer.folder)
+    if settings.resume_from_checkpoint is not None:
+        check_same_facts(read_config(settings.output_dir)["facts"], writer.facts, writer.folder)
         if accelerator.is_main_process:
             writer.check()
     left = writer.open_shards()
@@ -112,75 +112,77 @@ def open_set(args: PairSettings, writer: PairWriter, accelerator: Accelerator) -
     return left[accelerator.process_index :: accelerator.num_processes]
 
 
-def check_resume(args: PairSettings) -> None:
+def check_resume(settings: PairSettings) -> None:
     """Raise `ValueError` where the output folder contradicts `--resume_from_checkpoint`."""
-    there = Path(args.output_dir, CONFIG_NAME).exists()
-    if there and args.resume_from_checkpoint is None:
-        if args.overwrite_output_dir:
-            read_config(args.output_dir)  # only a set of noises gives way to another
+    there = Path(settings.output_dir, CONFIG_NAME).exists()
+    if there and settings.resume_from_checkpoint is None:
+        if settings.overwrite_output_dir:
+            read_config(settings.output_dir)  # only a set of noises gives way to another
             return
         raise ValueError(
-            f"`output_dir` must hold no pairs of an earlier run, got some in {args.output_dir}. "
+            f"`output_dir` must hold no pairs of an earlier run, got some in {settings.output_dir}. "
             "Pass `--resume_from_checkpoint latest` to continue it or `--overwrite_output_dir` to "
             "replace it, or choose another folder."
         )
-    if not there and args.resume_from_checkpoint is not None:
+    if not there and settings.resume_from_checkpoint is not None:
         raise ValueError(
             "`resume_from_checkpoint` must find the pairs of a stopped run, got 'latest' but "
-            f"{args.output_dir} holds none. Start without the flag."
+            f"{settings.output_dir} holds none. Start without the flag."
         )
 
 
 @one_run_a_folder
-def main(args: PairSettings) -> Path:
+def main(settings: PairSettings) -> Path:
     """Generate; returns the output folder."""
-    prompts = read_prompts(args)
-    check_resume(args)
-    accelerator = make_accelerator(args)
-    if args.push_to_hub and accelerator.is_main_process:
-        check_login(args)
-    pipeline = load_base_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
-    shape = latent_shape(pipeline, args.output_size)
+    prompts = read_prompts(settings)
+    check_resume(settings)
+    accelerator = make_accelerator(settings)
+    if settings.push_to_hub and accelerator.is_main_process:
+        check_login(settings)
+    pipeline = load_base_pipeline(
+        settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision]
+    )
+    shape = latent_shape(pipeline, settings.output_size)
     reward = None
-    if not args.no_filter:
+    if not settings.no_filter:
         reward = load_reward(
-            args.reward,
-            model=args.reward_model,
-            version=args.reward_version,
+            settings.reward,
+            model=settings.reward_model,
+            version=settings.reward_version,
             device=accelerator.device,
         )
-    candidates = list_candidates(prompts, args.noises_per_prompt, args.seed)
-    num_shards = -(-len(candidates) // args.shard_size)
-    facts = generation_facts(args, prompts, pipeline, reward)
-    if args.push_to_hub and accelerator.is_main_process:
-        prepare_pair_upload(args, facts, shape)
-    writer = PairWriter(args.output_dir, shape, args.num_steps, num_shards, facts)
-    shards = open_set(args, writer, accelerator)
+    candidates = list_candidates(prompts, settings.noises_per_prompt, settings.seed)
+    num_shards = -(-len(candidates) // settings.shard_size)
+    facts = generation_facts(settings, prompts, pipeline, reward)
+    if settings.push_to_hub and accelerator.is_main_process:
+        prepare_pair_upload(settings, facts, shape)
+    writer = PairWriter(settings.output_dir, shape, settings.num_steps, num_shards, facts)
+    shards = open_set(settings, writer, accelerator)
     began = time.perf_counter()
     tried = generate(
         writer,
         shards,
         candidates,
-        PairMaker(pipeline, shape, args, reward).make,
-        shard_size=args.shard_size,
-        batch_size=args.batch_size,
+        PairMaker(pipeline, shape, settings, reward).make,
+        shard_size=settings.shard_size,
+        batch_size=settings.batch_size,
         show_progress=accelerator.is_local_main_process,
     )
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - began
     tried = int(accelerator.reduce(torch.tensor(tried, device=accelerator.device)))
     if accelerator.is_main_process:
-        finish(args, writer, accelerator, tried, seconds)
+        finish(settings, writer, accelerator, tried, seconds)
     accelerator.wait_for_everyone()
-    check_report(args.output_dir)
-    if args.push_to_hub and accelerator.is_main_process:
-        publish_pairs(args)
+    check_report(settings.output_dir)
+    if settings.push_to_hub and accelerator.is_main_process:
+        publish_pairs(settings)
     accelerator.end_training()
-    return Path(args.output_dir)
+    return Path(settings.output_dir)
 
 
 def finish(
-    args: PairSettings,
+    settings: PairSettings,
     writer: PairWriter,
     accelerator: Accelerator,
     tried: int,
@@ -194,13 +196,13 @@ def finish(
         "pairs_per_second": tried / seconds,
         "num_processes": accelerator.num_processes,
     }
-    report = summarize(args.output_dir, this_run)
+    report = summarize(settings.output_dir, this_run)
     won = f", win rate {report['win_rate']:.3f}" if "win_rate" in report else ""
     logger.info(
         f"Kept {report['kept']} of {report['tried']} pairs{won}, {tried} of them made now at "
-        f"{tried / seconds:.3g} a second; wrote {args.output_dir}. {pairs_words(args)}"
+        f"{tried / seconds:.3g} a second; wrote {settings.output_dir}. {pairs_words(settings)}"
     )
-    write_report(args.output_dir, report)
+    write_report(settings.output_dir, report)
 
 
 if __name__ == "__main__":

@@ -28,20 +28,20 @@ def parse_args(input_args: Sequence[str] | None = None) -> PairNetworkSettings:
     return parse_settings(PairNetworkSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
 
 
-def make_loss(args: PairNetworkSettings, cache: TextCache, device: torch.device) -> PairLoss:
+def make_loss(settings: PairNetworkSettings, cache: TextCache, device: torch.device) -> PairLoss:
     """The loss of `--model`; only NPNet reads padding like other tokens."""
-    return PairLoss(cache, device, masked=args.model != "npnet")
+    return PairLoss(cache, device, masked=settings.model != "npnet")
 
 
-def make_measure(args: PairNetworkSettings) -> Measure:
+def make_measure(settings: PairNetworkSettings) -> Measure:
     """The figures of `--model`."""
-    return measure_pairs(masked=args.model != "npnet")
+    return measure_pairs(masked=settings.model != "npnet")
 
 
 @one_run_a_folder
-def main(args: PairNetworkSettings) -> Path:
+def main(settings: PairNetworkSettings) -> Path:
     """Train and save; returns the output folder."""
-    return train_network(args, NoiseTask("golden-noise", target_steps, make_loss, make_measure))
+    return train_network(settings, NoiseTask("golden-noise", target_steps, make_loss, make_measure))
 
 
 if __name__ == "__main__":

@@ -194,29 +194,29 @@ logger = get_logger(__name__)
 
 
 def prepare_pair_upload(
-    args: PairSettings, facts: Mapping[str, Any], latent_shape: Sequence[int]
+    settings: PairSettings, facts: Mapping[str, Any], latent_shape: Sequence[int]
 ) -> None:
     """Make the repository and let the Hub read a card before the set is made, not after it.
 
     Args:
-        args: of the script.
+        settings: of the script.
         facts: how the set is going to be made.
         latent_shape: `(channels, height, width)`.
 
     Raises:
         ValueError: a fact is not known, such as the licence, or the Hub refuses the card.
     """
-    counts = {"num_pairs": 0, "num_rejected": 0, "num_steps": args.num_steps}
-    card = pair_set_card(facts, latent_shape=latent_shape, **counts, **card_arguments(args))
+    counts = {"num_pairs": 0, "num_rejected": 0, "num_steps": settings.num_steps}
+    card = pair_set_card(facts, latent_shape=latent_shape, **counts, **card_arguments(settings))
     check_card(card("user/name"))
-    make_repository(repository_name(args), repo_type="dataset", **upload_arguments(args))
+    make_repository(repository_name(settings), repo_type="dataset", **upload_arguments(settings))
 
 
-def publish_pairs(args: PairSettings) -> str:
+def publish_pairs(settings: PairSettings) -> str:
     """Upload the finished set of the output folder; returns the address of the commit."""
-    pairs = PairDataset(args.output_dir, verify=False)  # written by this run
-    facts = {**card_arguments(args), **upload_arguments(args)}
-    commit = pairs.push_to_hub(repository_name(args), **facts)
+    pairs = PairDataset(settings.output_dir, verify=False)  # written by this run
+    facts = {**card_arguments(settings), **upload_arguments(settings)}
+    commit = pairs.push_to_hub(repository_name(settings), **facts)
     logger.info(f"Uploaded to {commit}")
     return commit
 

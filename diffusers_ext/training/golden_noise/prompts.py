@@ -60,67 +60,69 @@ def parse_args(input_args: Sequence[str] | None = None) -> ExtractionSettings:
     return parse_settings(ExtractionSettings, __doc__, input_args)
 
 
-def check_args(args: ExtractionSettings) -> None:
+def check_args(settings: ExtractionSettings) -> None:
     """Raise `ValueError` where a file is in the way."""
-    path = Path(args.output_dir, args.output_filename)
-    check_no_file(path, args.overwrite_output_dir, flag="output_filename")
+    path = Path(settings.output_dir, settings.output_filename)
+    check_no_file(path, settings.overwrite_output_dir, flag="output_filename")
 
 
-def open_rows(args: ExtractionSettings, only_captions: bool = True) -> IterableDataset:
+def open_rows(settings: ExtractionSettings, only_captions: bool = True) -> IterableDataset:
     """A stream of the data set's rows.
 
     Args:
-        args: of the command line.
+        settings: of the command line.
         only_captions: leave out other columns where the format can (pictures beside captions are
             most of a data set's bytes).
 
     Raises:
         ValueError: nothing of that name, or no such split.
     """
-    path, column = Path(args.dataset_name), args.caption_column
+    path, column = Path(settings.dataset_name), settings.caption_column
     texts = sorted(path.glob("*.txt")) if path.is_dir() else []
-    if (path.is_file() or texts) and args.split != "train":
+    if (path.is_file() or texts) and settings.split != "train":
         raise ValueError(
-            f"`split` must be 'train' for files, which have no others, got {args.split!r} for {path}."
+            f"`split` must be 'train' for files, which have no others, got {settings.split!r} for {path}."
         )
     if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.is_file():
         return _stream_files([path], column)
     if texts:
         return _stream_files(texts, column)
-    source: dict[str, Any] = {"path": args.dataset_name, "name": args.dataset_config_name}
+    source: dict[str, Any] = {"path": settings.dataset_name, "name": settings.dataset_config_name}
     if path.suffix.lower() in _FORMATS and path.is_file():
         source = {"path": _FORMATS[path.suffix.lower()], "data_files": str(path)}
     try:
-        builder = load_dataset_builder(**source, cache_dir=args.cache_dir, revision=args.revision)
+        builder = load_dataset_builder(
+            **source, cache_dir=settings.cache_dir, revision=settings.revision
+        )
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"`dataset_name` must be a data set on the Hub, a folder or a file, got "
-            f"{args.dataset_name!r}: {error}"
+            f"{settings.dataset_name!r}: {error}"
         ) from error
     config = builder.config
     if hasattr(config, "converters"):  # csv: a number, `NA` or `None` is a text like any other
         config.converters, config.na_filter = {column: str}, False
     if hasattr(config, "fragment_scan_options") and only_captions:  # parquet
         config.columns = [column]
-    return builder.as_streaming_dataset(split=args.split)
+    return builder.as_streaming_dataset(split=settings.split)
 
 
-def captions(args: ExtractionSettings) -> Iterator[str]:
+def captions(settings: ExtractionSettings) -> Iterator[str]:
     """All captions of the data set, a row's several ones one after another.
 
     Raises:
         ValueError: no such column, or one that holds something else than texts.
     """
-    rows = open_rows(args)
-    if rows.column_names is not None and args.caption_column not in rows.column_names:
-        raise _no_such_column(args, open_rows(args, only_captions=False).column_names)
-    if args.shuffle:
-        rows = rows.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size)
+    rows = open_rows(settings)
+    if rows.column_names is not None and settings.caption_column not in rows.column_names:
+        raise _no_such_column(settings, open_rows(settings, only_captions=False).column_names)
+    if settings.shuffle:
+        rows = rows.shuffle(seed=settings.seed, buffer_size=settings.shuffle_buffer_size)
     missing = 0
     for row in rows:
-        if args.caption_column not in row:
-            raise _no_such_column(args, row)
-        value = row[args.caption_column]
+        if settings.caption_column not in row:
+            raise _no_such_column(settings, row)
+        value = row[settings.caption_column]
         for caption in value if isinstance(value, list) else [value]:
             if caption is None:
                 missing += 1
@@ -129,10 +131,10 @@ def captions(args: ExtractionSettings) -> Iterator[str]:
             else:
                 raise ValueError(
                     f"`caption_column` must hold texts, got {caption!r} in "
-                    f"{args.caption_column!r} of {args.dataset_name}."
+                    f"{settings.caption_column!r} of {settings.dataset_name}."
                 )
     if missing:
-        logger.warning(f"{missing} rows of {args.dataset_name} have no caption.")
+        logger.warning(f"{missing} rows of {settings.dataset_name} have no caption.")
 
 
 def different_prompts(texts: Iterable[str], max_prompts: int | None) -> list[str]:
@@ -149,23 +151,23 @@ def different_prompts(texts: Iterable[str], max_prompts: int | None) -> list[str
     return list(found)
 
 
-def main(args: ExtractionSettings) -> Path:
+def main(settings: ExtractionSettings) -> Path:
     """Extract; returns the file that was written."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
-    check_args(args)
-    prompts = different_prompts(captions(args), args.max_prompts)
+    check_args(settings)
+    prompts = different_prompts(captions(settings), settings.max_prompts)
     if not prompts:
-        raise ValueError(f"`dataset_name` must hold prompts, got none in {args.dataset_name}.")
-    path = Path(args.output_dir, args.output_filename)
+        raise ValueError(f"`dataset_name` must hold prompts, got none in {settings.dataset_name}.")
+    path = Path(settings.output_dir, settings.output_filename)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(prompts) + "\n")
     logger.info(f"Wrote {len(prompts)} prompts to {path}")
     return path
 
 
-def _no_such_column(args: ExtractionSettings, names: Iterable[str]) -> ValueError:
+def _no_such_column(settings: ExtractionSettings, names: Iterable[str]) -> ValueError:
     return ValueError(
-        f"`caption_column` must be a column of {args.dataset_name}, got {args.caption_column!r}. "
+        f"`caption_column` must be a column of {settings.dataset_name}, got {settings.caption_column!r}. "
         f"There are {sorted(names)}."
     )
 

@@ -39,21 +39,21 @@ def read_prompt_file(path: str | os.PathLike, column: str = "prompt") -> list[st
 
 
 def load_base_pipeline(
-    args: ModelSettings, device: torch.device, dtype: torch.dtype
+    settings: ModelSettings, device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
     """The pipeline of `--pretrained_model_name_or_path`, frozen, in evaluation mode, unfiltered.
 
     Raises:
         ValueError: no pipeline, or one of a family that golden noise is not known for.
     """
-    source = args.pretrained_model_name_or_path
-    where = {"revision": args.revision, "single_file_config": args.single_file_config}
+    source = settings.pretrained_model_name_or_path
+    where = {"revision": settings.revision, "single_file_config": settings.single_file_config}
     config = read_base_config(source, **where)
     # A black picture in place of a refused one would decide about its pair.
     unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in config else {}
     if "requires_safety_checker" in config:
         unfiltered["requires_safety_checker"] = False
-    pipeline = load_base(source, variant=args.variant, dtype=dtype, **where, **unfiltered)
+    pipeline = load_base(source, variant=settings.variant, dtype=dtype, **where, **unfiltered)
     find_family(pipeline, TOOL)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

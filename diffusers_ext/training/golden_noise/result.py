@@ -39,10 +39,12 @@ _STATES = {
 }
 
 
-def network_report(args: NoiseSettings, network: torch.nn.Module, **facts: Any) -> dict[str, Any]:
+def network_report(
+    settings: NoiseSettings, network: torch.nn.Module, **facts: Any
+) -> dict[str, Any]:
     """Everything about a training as JSON, the token left out."""
     return {
-        "arguments": reported_arguments(args),
+        "arguments": reported_arguments(settings),
         "network": type(network).__name__,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "trained_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -50,16 +52,16 @@ def network_report(args: NoiseSettings, network: torch.nn.Module, **facts: Any) 
     }
 
 
-def save_network(args: NoiseSettings, network: torch.nn.Module, report: dict[str, Any]) -> None:
+def save_network(settings: NoiseSettings, network: torch.nn.Module, report: dict[str, Any]) -> None:
     """Write the network and the report, all at once."""
-    with staged_output(args.output_dir, ("config.json",), ON_THE_WAY) as folder:
+    with staged_output(settings.output_dir, ("config.json",), ON_THE_WAY) as folder:
         network.save_pretrained(folder)
         text = json.dumps(report, indent=2) + "\n"
         (folder / "training_report.json").write_text(text, encoding="utf-8")
 
 
 def trained_network_card(
-    args: NoiseSettings,
+    settings: NoiseSettings,
     network: torch.nn.Module,
     *,
     data: Mapping[str, Any],
@@ -69,7 +71,7 @@ def trained_network_card(
     """The card of a trained network but for the name of its repository.
 
     Args:
-        args: of the training script.
+        settings: of the training script.
         network: that trains or was trained.
         data: facts of the noises, as in the report.
         pipeline_class: of the base model.
@@ -79,32 +81,32 @@ def trained_network_card(
         ValueError: a fact is not known, such as the licence.
     """
     made = data["generation"] or {}
-    settings = {name: getattr(args, name) for name in _TRAINING_SETTINGS}
-    if not args.use_ema:
-        del settings["use_ema"], settings["ema_decay"]
-    settings |= {f"noises: {name}": made[name] for name in _NOISE_SETTINGS if name in made}
+    shown = {name: getattr(settings, name) for name in _TRAINING_SETTINGS}
+    if not settings.use_ema:
+        del shown["use_ema"], shown["ema_decay"]
+    shown |= {f"noises: {name}": made[name] for name in _NOISE_SETTINGS if name in made}
     return network_card(
         network,
-        trained_on=_origin(args, data),
+        trained_on=_origin(settings, data),
         pipeline=pipeline_class,
-        results=figures_measured(args, data, validation[-1]) if validation else (),
-        settings=settings,
+        results=figures_measured(settings, data, validation[-1]) if validation else (),
+        settings=shown,
         latent_shape=data["latent_shape"],
-        **card_arguments(args),
+        **card_arguments(settings),
     )
 
 
 def figures_measured(
-    args: NoiseSettings, data: Mapping[str, Any], figures: Mapping[str, float]
+    settings: NoiseSettings, data: Mapping[str, Any], figures: Mapping[str, float]
 ) -> list[Measured]:
     """The figures of one validation on prompts that were not trained on.
 
     Args:
-        args: of the training script.
+        settings: of the training script.
         data: facts of the noises.
         figures: `validation_<metric>[_<state>]` and others, which are passed over.
     """
-    count = min(args.num_validation_pairs, data["validation_samples"])
+    count = min(settings.num_validation_pairs, data["validation_samples"])
     results = []
     for name, value in figures.items():
         split, _, rest = name.partition("_")
@@ -114,13 +116,13 @@ def figures_measured(
             good = "0 is perfect, 1 is the noise as it is" if kind == "relative" else "1 is perfect"
             notes = f"{good}; {count} noises"
             results.append(
-                Measured(f"held-out prompts of {_set_name(args)}", which, value, notes=notes)
+                Measured(f"held-out prompts of {_set_name(settings)}", which, value, notes=notes)
             )
     return results
 
 
 def publish_network(
-    args: NoiseSettings, network: torch.nn.Module, report: Mapping[str, Any]
+    settings: NoiseSettings, network: torch.nn.Module, report: Mapping[str, Any]
 ) -> str:
     """Upload the output folder (network, report, card), without checkpoints, logs and data.
 
@@ -128,24 +130,26 @@ def publish_network(
         Address of the commit.
     """
     card = trained_network_card(
-        args,
+        settings,
         network,
         data=report["data"],
         pipeline_class=report["pipeline_class"],
         validation=report["validation"],
     )
-    return push_output(args, card, left_here(args, args.dataset_dir, args.text_cache_dir))
+    return push_output(
+        settings, card, left_here(settings, settings.dataset_dir, settings.text_cache_dir)
+    )
 
 
-def _set_name(args: NoiseSettings) -> str:
-    return public_name(args.dataset_dir)
+def _set_name(settings: NoiseSettings) -> str:
+    return public_name(settings.dataset_dir)
 
 
-def _origin(args: NoiseSettings, data: Mapping[str, Any]) -> str:
+def _origin(settings: NoiseSettings, data: Mapping[str, Any]) -> str:
     """The noises in words."""
     steps = data["steps"]
     what = f"sequences of {len(steps)} golden noises" if len(steps) > 1 else "noise pairs"
-    words = [f"{data['training_samples']} {what} of {_set_name(args)}"]
+    words = [f"{data['training_samples']} {what} of {_set_name(settings)}"]
     if len(steps) == 1 and steps != [1]:
         words.append(f"towards step {steps[0]} of their sequences")
     reward = (data["generation"] or {}).get("reward")

@@ -58,9 +58,9 @@ class NoiseTask:
 
     Attributes:
         name: of the run, for trackers.
-        choose_steps: `(args, steps of the data)` to the steps that are targets, from 1.
-        make_loss: `(args, text, device)` to the loss function.
-        make_measure: `args` to the figures of validation.
+        choose_steps: `(settings, steps of the data)` to the steps that are targets, from 1.
+        make_loss: `(settings, text, device)` to the loss function.
+        make_measure: `settings` to the figures of validation.
     """
 
     name: str
@@ -86,88 +86,88 @@ class NoiseData:
         }
 
 
-def open_data(args: NoiseSettings, task: NoiseTask) -> NoiseData:
+def open_data(settings: NoiseSettings, task: NoiseTask) -> NoiseData:
     """Open, check and split the data of `--dataset_dir`."""
-    pairs = read_pairs(args)
-    steps = task.choose_steps(args, pairs.num_steps)
-    split = split_by_prompt(pairs.prompts, args.validation_split, args.seed)
+    pairs = read_pairs(settings)
+    steps = task.choose_steps(settings, pairs.num_steps)
+    split = split_by_prompt(pairs.prompts, settings.validation_split, settings.seed)
     return NoiseData(pairs, split, steps, data_facts(pairs, split, steps))
 
 
-def settings(args: NoiseSettings, data: NoiseData) -> dict[str, Any]:
+def resume_facts(settings: NoiseSettings, data: NoiseData) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued and is known before the text is encoded."""
     names = (
         "model", "use_ema", "ema_decay", "validation_split", "text_cache_dtype", "init_from",
         "text_batch_size", "kl_weight",
     )  # fmt: skip
-    given = {name: getattr(args, name, None) for name in names}
-    return run_facts(args, data=data.facts, **given)
+    given = {name: getattr(settings, name, None) for name in names}
+    return run_facts(settings, data=data.facts, **given)
 
 
 def encode_text(
-    args: NoiseSettings, data: NoiseData, accelerator: Accelerator
+    settings: NoiseSettings, data: NoiseData, accelerator: Accelerator
 ) -> tuple[TextCache, str]:
     """The text of all prompts, and the class of the base pipeline; no text encoder stays."""
-    pipeline = load_text_pipeline(args, accelerator.device)
+    pipeline = load_text_pipeline(settings, accelerator.device)
     facts = data.facts["generation"] or {}
-    check_base_model(args, pipeline, facts.get("models"))
+    check_base_model(settings, pipeline, facts.get("models"))
     cache = TextCache.encode(
         pipeline,
         data.pairs.prompts,
-        batch_size=args.text_batch_size,
-        dtype=CACHE_DTYPES[args.text_cache_dtype],
-        directory=args.text_cache_dir,
+        batch_size=settings.text_batch_size,
+        dtype=CACHE_DTYPES[settings.text_cache_dtype],
+        directory=settings.text_cache_dir,
     )
     return cache, type(pipeline).__name__
 
 
 def build_loop(
-    args: NoiseSettings,
+    settings: NoiseSettings,
     accelerator: Accelerator,
     task: NoiseTask,
     data: NoiseData,
     cache: TextCache,
 ) -> tuple[TrainingLoop, NoiseValidation]:
     """The loop over a network, and what measures it."""
-    network = make_network(args, data.pairs.latent_shape, cache, len(data.steps))
-    if args.gradient_checkpointing:
+    network = make_network(settings, data.pairs.latent_shape, cache, len(data.steps))
+    if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     facts = {
-        **settings(args, data),
+        **resume_facts(settings, data),
         "text": cache.facts,
         "network": network_config(network),
         "start": fingerprint(network),
         "num_processes": accelerator.num_processes,
     }
-    check_resume(args, facts)
+    check_resume(settings, facts)
     network.to(accelerator.device)
-    ema = EMAModel(network.parameters(), decay=args.ema_decay) if args.use_ema else None
+    ema = EMAModel(network.parameters(), decay=settings.ema_decay) if settings.use_ema else None
     samples = data.samples(cache)
     validation = NoiseValidation(
-        accelerator, network, ema, samples, cache.take, task.make_measure(args),
-        batch_size=args.train_batch_size, most=args.num_validation_pairs,
+        accelerator, network, ema, samples, cache.take, task.make_measure(settings),
+        batch_size=settings.train_batch_size, most=settings.num_validation_pairs,
     )  # fmt: skip
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, trained, accelerator)
+    optimizer = make_optimizer(settings, trained, accelerator)
     loop = TrainingLoop(
         accelerator,
         network,
         optimizer,
         samples["train"],
-        task.make_loss(args, cache, accelerator.device),
-        loop_settings(args, f"{args.model} training"),
-        make_schedule(args, optimizer),
+        task.make_loss(settings, cache, accelerator.device),
+        loop_settings(settings, f"{settings.model} training"),
+        make_schedule(settings, optimizer),
         checkpoints=Checkpoints(
             accelerator,
-            args.output_dir,
+            settings.output_dir,
             facts,
-            args.checkpointing_steps,
-            args.checkpoints_total_limit,
+            settings.checkpointing_steps,
+            settings.checkpoints_total_limit,
             parts=[validation],
         ),
-        resume_from_checkpoint=args.resume_from_checkpoint,
+        resume_from_checkpoint=settings.resume_from_checkpoint,
         ema=ema,
-        callbacks=[(args.validation_steps or args.max_train_steps, validation.run)],
+        callbacks=[(settings.validation_steps or settings.max_train_steps, validation.run)],
     )
     return loop, validation
 
@@ -177,29 +177,31 @@ def network_config(network: torch.nn.Module) -> dict[str, Any]:
     return {name: value for name, value in network.config.items() if not name.startswith("_")}
 
 
-def train_network(args: NoiseSettings, task: NoiseTask) -> Path:
+def train_network(settings: NoiseSettings, task: NoiseTask) -> Path:
     """Train and save; returns the output folder."""
-    accelerator = make_accelerator(args)
-    data = open_data(args, task)
-    args.max_train_steps = count_steps(args, len(data.split.train), accelerator.num_processes)
-    check_resume(args, settings(args, data))
-    shared = args.push_to_hub and accelerator.is_main_process
+    accelerator = make_accelerator(settings)
+    data = open_data(settings, task)
+    settings.max_train_steps = count_steps(
+        settings, len(data.split.train), accelerator.num_processes
+    )
+    check_resume(settings, resume_facts(settings, data))
+    shared = settings.push_to_hub and accelerator.is_main_process
     if shared:
-        check_login(args)
-    cache, pipeline_class = encode_text(args, data, accelerator)
-    loop, validation = build_loop(args, accelerator, task, data, cache)
+        check_login(settings)
+    cache, pipeline_class = encode_text(settings, data, accelerator)
+    loop, validation = build_loop(settings, accelerator, task, data, cache)
     if shared:  # a fact that the card lacks stops the run here, not after it
         facts = {"data": data.facts, "pipeline_class": pipeline_class, "validation": []}
-        prepare_upload(args, trained_network_card(args, validation.network, **facts))
-    make_output_dir(args, accelerator)
-    start_trackers(accelerator, args, task.name)
+        prepare_upload(settings, trained_network_card(settings, validation.network, **facts))
+    make_output_dir(settings, accelerator)
+    start_trackers(accelerator, settings, task.name)
     network = loop.run()
     if loop.ema is not None:
         loop.ema.copy_to(network.parameters())
     network.eval()
     if accelerator.is_main_process:
         report = network_report(
-            args,
+            settings,
             network,
             config=network_config(network),
             data=data.facts,
@@ -209,10 +211,10 @@ def train_network(args: NoiseSettings, task: NoiseTask) -> Path:
             validation=validation.history,
             seconds=loop.seconds,
         )
-        save_network(args, network, report)
-        logger.info(network_words(args, report))
+        save_network(settings, network, report)
+        logger.info(network_words(settings, report))
         if shared:
-            publish_network(args, network, report)
+            publish_network(settings, network, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return Path(args.output_dir)
+    return Path(settings.output_dir)

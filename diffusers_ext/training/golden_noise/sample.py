@@ -42,32 +42,36 @@ def parse_args(input_args: Sequence[str] | None = None) -> GoldenSampleSettings:
 
 
 @one_run_a_folder
-def main(args: GoldenSampleSettings) -> list[Path]:
+def main(settings: GoldenSampleSettings) -> list[Path]:
     """Draw and write one file a picture; returns their paths."""
-    check_output_dir(args)
-    accelerator = make_accelerator(args)
-    pipeline = load_base_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
-    refine = NetworkRefiner(
-        load_noise_model(args.noise_model).to(pipeline.device), args.golden_noise_scale
+    check_output_dir(settings)
+    accelerator = make_accelerator(settings)
+    pipeline = load_base_pipeline(
+        settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision]
     )
-    height, width = args.height or args.output_size, args.width or args.output_size
+    refine = NetworkRefiner(
+        load_noise_model(settings.noise_model).to(pipeline.device), settings.golden_noise_scale
+    )
+    height, width = settings.height or settings.output_size, settings.width or settings.output_size
     shape = latent_shape(pipeline, height, width)
-    negative = args.negative_prompt or None
-    sampling = Sampling(args.num_inference_steps, args.guidance_scale, negative, height, width)
+    negative = settings.negative_prompt or None
+    sampling = Sampling(
+        settings.num_inference_steps, settings.guidance_scale, negative, height, width
+    )
     names: list[str] = []
-    with staged_output(args.output_dir) as folder, quiet_run(pipeline):
-        text = encode_prompts(pipeline, [args.prompt], negative)
-        for index in range(args.num_images_per_prompt):
-            shot = Shot(args.prompt, index, args.seed + index)
+    with staged_output(settings.output_dir) as folder, quiet_run(pipeline):
+        text = encode_prompts(pipeline, [settings.prompt], negative)
+        for index in range(settings.num_images_per_prompt):
+            shot = Shot(settings.prompt, index, settings.seed + index)
             noise = unit_noise([shot], shape).to(pipeline.device)
             sides = {"golden": refine(noise, text)}
-            if args.generate_standard:
+            if settings.generate_standard:
                 sides["standard"] = noise
             for side, start in sides.items():
                 image = to_images(draw_from_noise(pipeline, [shot], sampling, start))[0]
                 names.append(f"seed_{shot.seed}_{side}.png")
                 image.save(folder / names[-1])
-    written = [Path(args.output_dir, name) for name in names]
+    written = [Path(settings.output_dir, name) for name in names]
     logger.info(f"Wrote {', '.join(map(str, written))}")
     return written
 

@@ -29,21 +29,23 @@ def parse_args(input_args: Sequence[str] | None = None) -> SequenceNetworkSettin
 
 
 def make_loss(
-    args: SequenceNetworkSettings, cache: TextCache, device: torch.device
+    settings: SequenceNetworkSettings, cache: TextCache, device: torch.device
 ) -> SequenceLoss:
     """The loss of `--model`; the RNN's has the term on the statistics of its output."""
-    return SequenceLoss(cache, device, bool(args.pooled_text), args.kl_weight)
+    return SequenceLoss(cache, device, bool(settings.pooled_text), settings.kl_weight)
 
 
-def make_measure(args: SequenceNetworkSettings) -> Measure:
+def make_measure(settings: SequenceNetworkSettings) -> Measure:
     """The figures of `--model`."""
-    return measure_sequences(pooled=bool(args.pooled_text))
+    return measure_sequences(pooled=bool(settings.pooled_text))
 
 
 @one_run_a_folder
-def main(args: SequenceNetworkSettings) -> Path:
+def main(settings: SequenceNetworkSettings) -> Path:
     """Train and save; returns the output folder."""
-    return train_network(args, NoiseTask("noise-sequence", sequence_steps, make_loss, make_measure))
+    return train_network(
+        settings, NoiseTask("noise-sequence", sequence_steps, make_loss, make_measure)
+    )
 
 
 if __name__ == "__main__":

@@ -83,35 +83,35 @@ def _text_rows(path: Path, pictures: Sequence[str]) -> list[tuple[str, str, str]
     return [(str(path), picture, text) for picture in named or [path.stem]]
 
 
-def picture_prompts(args: SubjectSettings) -> list[str]:
+def picture_prompts(settings: SubjectSettings) -> list[str]:
     """What each picture of the subject is trained with, in their order: its caption or the instance prompt."""
-    captions = read_captions(args.instance_data_dir)
-    paths = find_pictures(args.instance_data_dir, "instance_data_dir").paths
-    return [captions.get(path.name, args.instance_prompt) for path in paths]
+    captions = read_captions(settings.instance_data_dir)
+    paths = find_pictures(settings.instance_data_dir, "instance_data_dir").paths
+    return [captions.get(path.name, settings.instance_prompt) for path in paths]
 
 
-def subject_prompts(args: SubjectSettings) -> list[str]:
+def subject_prompts(settings: SubjectSettings) -> list[str]:
     """The instance prompt and the captions, each once: what the subject is asked for by."""
-    return list(dict.fromkeys([args.instance_prompt, *picture_prompts(args)]))
+    return list(dict.fromkeys([settings.instance_prompt, *picture_prompts(settings)]))
 
 
-def caption_facts(args: SubjectSettings) -> dict[str, str]:
+def caption_facts(settings: SubjectSettings) -> dict[str, str]:
     """What a checkpoint must agree with: nothing without captions, so that older ones go on."""
-    if not read_captions(args.instance_data_dir):
+    if not read_captions(settings.instance_data_dir):
         return {}
-    prompts = json.dumps(picture_prompts(args))
+    prompts = json.dumps(picture_prompts(settings))
     return {"captions": hashlib.sha256(prompts.encode()).hexdigest()}
 
 
-def caption_counts(args: SubjectSettings) -> dict[str, int]:
+def caption_counts(settings: SubjectSettings) -> dict[str, int]:
     """How many pictures are trained with each prompt."""
-    return dict(Counter(picture_prompts(args)))
+    return dict(Counter(picture_prompts(settings)))
 
 
-def tell_of_captions(args: SubjectSettings) -> None:
+def tell_of_captions(settings: SubjectSettings) -> None:
     """Log how many pictures have captions and where these come from; warn of files that are not read."""
-    found = find_pictures(args.instance_data_dir, "instance_data_dir")
-    captions = read_captions(args.instance_data_dir)
+    found = find_pictures(settings.instance_data_dir, "instance_data_dir")
+    captions = read_captions(settings.instance_data_dir)
     unread = [name for name in found.passed_over if is_caption(name)]
     unread = [name for name in unread if not _holds_captions(found.folder / name)]
     unread = [name for name in unread if not is_hidden(found.folder / name)]
@@ -131,16 +131,16 @@ def tell_of_captions(args: SubjectSettings) -> None:
     )
 
 
-def warn_of_missing_words(args: SubjectSettings, preserved: Sequence[str]) -> None:
+def warn_of_missing_words(settings: SubjectSettings, preserved: Sequence[str]) -> None:
     """Warn of captions that leave out the subject's name.
 
     Args:
-        args: of the training.
+        settings: of the training.
         preserved: prompts. Words of the instance prompt that none of them has may be the name; without
             any nothing tells it from other words.
     """
-    captions = read_captions(args.instance_data_dir) if preserved else {}
-    for word in sorted(_words(args.instance_prompt) - _words(" ".join(preserved))):
+    captions = read_captions(settings.instance_data_dir) if preserved else {}
+    for word in sorted(_words(settings.instance_prompt) - _words(" ".join(preserved))):
         without = [name for name, caption in captions.items() if word not in _words(caption)]
         if without:
             logger.warning(

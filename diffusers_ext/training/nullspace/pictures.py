@@ -48,13 +48,13 @@ def own_resolution(pipeline: DiffusionPipeline) -> int | None:
     return sides.pop() * pipeline.vae_scale_factor if len(sides) == 1 else None
 
 
-def sampling_arguments(args: SamplingSettings) -> dict[str, Any]:
+def sampling_arguments(settings: SamplingSettings) -> dict[str, Any]:
     """Arguments of a pipeline's call from the command line's sampling group."""
     return {
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
         # Not the empty string: SDXL reads zeros in place of a prompt that is not given.
-        "negative_prompt": args.negative_prompt or None,
+        "negative_prompt": settings.negative_prompt or None,
     }
 
 

@@ -85,12 +85,12 @@ def parse_args(input_args: Sequence[str] | None = None) -> NullSpaceSettings:
     )
 
 
-def check_args(args: NullSpaceSettings) -> None:
+def check_args(settings: NullSpaceSettings) -> None:
     """Everything that can be wrong without loading a model."""
-    check_adapter(args)
-    check_knowledge(args)
-    check_pictures(args)
-    check_resume(args, run_facts(args, **subject_settings(args)))
+    check_adapter(settings)
+    check_knowledge(settings)
+    check_pictures(settings)
+    check_resume(settings, run_facts(settings, **subject_settings(settings)))
 
 
 def hash_files(paths: Sequence[Path]) -> str:
@@ -102,103 +102,107 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 
 def build_loop(
-    args: NullSpaceSettings,
+    settings: NullSpaceSettings,
     accelerator: Accelerator,
     pipeline: DiffusionPipeline,
     statistics: FeatureStatistics | None,
     validation: Validation,
 ) -> TrainingLoop:
     """The loop over a UNet that `prepare_weights` has made trainable."""
-    images = list_images(args.instance_data_dir)
-    crop = not args.no_center_crop
+    images = list_images(settings.instance_data_dir)
+    crop = not settings.no_center_crop
     dataset = encode_images(
-        pipeline, images, args.resolution, center_crop=crop, flip=args.random_flip
+        pipeline, images, settings.resolution, center_crop=crop, flip=settings.random_flip
     )
-    if captions := caption_facts(args):
-        dataset = with_prompts(dataset, picture_prompts(args), subject_prompts(args))
-    loss_function = make_loss(args, pipeline, accelerator, statistics)
-    prior = args.with_prior_preservation
+    if captions := caption_facts(settings):
+        dataset = with_prompts(dataset, picture_prompts(settings), subject_prompts(settings))
+    loss_function = make_loss(settings, pipeline, accelerator, statistics)
+    prior = settings.with_prior_preservation
     facts = run_facts(
-        args,
+        settings,
         model=fingerprint(pipeline.unet),
         pictures=hash_files(images),
-        class_pictures=hash_files(list_images(args.class_data_dir)) if prior else None,
+        class_pictures=hash_files(list_images(settings.class_data_dir)) if prior else None,
         knowledge=None if statistics is None else statistics.facts,
         num_processes=accelerator.num_processes,
         **captions,
-        **subject_settings(args),
+        **subject_settings(settings),
     )
-    check_resume(args, facts)
+    check_resume(settings, facts)
     trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
-    optimizer = make_optimizer(args, trained, accelerator)
+    optimizer = make_optimizer(settings, trained, accelerator)
     return TrainingLoop(
         accelerator,
         pipeline.unet,
         optimizer,
         dataset,
         loss_function,
-        loop_settings(args, f"{args.directions} training"),
-        make_schedule(args, optimizer),
+        loop_settings(settings, f"{settings.directions} training"),
+        make_schedule(settings, optimizer),
         checkpoints=Checkpoints(
             accelerator,
-            args.output_dir,
+            settings.output_dir,
             facts,
-            args.checkpointing_steps,
-            args.checkpoints_total_limit,
-            keep_rule(args),
+            settings.checkpointing_steps,
+            settings.checkpoints_total_limit,
+            keep_rule(settings),
         ),
-        resume_from_checkpoint=args.resume_from_checkpoint,
+        resume_from_checkpoint=settings.resume_from_checkpoint,
         callbacks=validation.callbacks(),
     )
 
 
 @one_run_a_folder
-def main(args: NullSpaceSettings) -> Path:
+def main(settings: NullSpaceSettings) -> Path:
     """Train and save; returns the output folder."""
-    check_args(args)
-    accelerator = make_accelerator(args)
-    found = find_pictures(args.instance_data_dir, "instance_data_dir")
+    check_args(settings)
+    accelerator = make_accelerator(settings)
+    found = find_pictures(settings.instance_data_dir, "instance_data_dir")
     logger.info(found.summary())
-    tell_of_captions(args)
-    if args.push_to_hub and accelerator.is_main_process:
-        check_login(args)  # a missing login stops the run here, not after it
-    pipeline = load_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
-    check_against_model(args, pipeline)
-    if args.push_to_hub and accelerator.is_main_process:
-        prepare_upload(args, subject_card(args, pipeline))
-    plain = args.directions == "plain"
-    statistics = None if plain else load_or_collect(args, pipeline, accelerator)
-    warn_of_missing_words(args, read_knowledge(args) if plain else statistics.facts["prompts"])
-    prepared = prepare_weights(args, pipeline, statistics)
+    tell_of_captions(settings)
+    if settings.push_to_hub and accelerator.is_main_process:
+        check_login(settings)  # a missing login stops the run here, not after it
+    pipeline = load_pipeline(settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision])
+    check_against_model(settings, pipeline)
+    if settings.push_to_hub and accelerator.is_main_process:
+        prepare_upload(settings, subject_card(settings, pipeline))
+    plain = settings.directions == "plain"
+    statistics = None if plain else load_or_collect(settings, pipeline, accelerator)
+    warn_of_missing_words(
+        settings, read_knowledge(settings) if plain else statistics.facts["prompts"]
+    )
+    prepared = prepare_weights(settings, pipeline, statistics)
     if prepared.report:
         logger.info(directions_words(prepared.report))
-    validation = Validation(args, pipeline, accelerator)
-    loop = build_loop(args, accelerator, pipeline, statistics, validation)
-    make_output_dir(args, accelerator)
-    start_trackers(accelerator, args, "nullspace-dreambooth")
+    validation = Validation(settings, pipeline, accelerator)
+    loop = build_loop(settings, accelerator, pipeline, statistics, validation)
+    make_output_dir(settings, accelerator)
+    start_trackers(accelerator, settings, "nullspace-dreambooth")
     constrained = bool(prepared.projections)
     with ProjectedUpdate(loop.optimizer, prepared.projections) if constrained else nullcontext():
         pipeline.unet = loop.run()
     pipeline.unet.eval()
     if accelerator.is_main_process:
         report = {
-            "arguments": reported_arguments(args),
+            "arguments": reported_arguments(settings),
             "directions": prepared.report,
             "statistics": [] if statistics is None else statistics.report(),
             "history": loop.history,
             "seconds": loop.seconds,
-            "card": card_record(args, subject_facts(args, pipeline, statistics, validation.files)),
+            "card": card_record(
+                settings, subject_facts(settings, pipeline, statistics, validation.files)
+            ),
         }
-        save_result(args, pipeline, statistics, report)
-        count = len(list_images(args.instance_data_dir))
-        logger.info(subject_words(args, report, count))
-        if not args.full_finetune:
-            logger.info(files_for_programs(args))
-        if args.push_to_hub:
-            publish(args, pipeline, statistics, report, validation.files)
+        save_result(settings, pipeline, statistics, report)
+        count = len(list_images(settings.instance_data_dir))
+        logger.info(subject_words(settings, report, count))
+        if not settings.full_finetune:
+            logger.info(files_for_programs(settings))
+        if settings.push_to_hub:
+            publish(settings, pipeline, statistics, report, validation.files)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return Path(args.output_dir)
+    return Path(settings.output_dir)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ _FOLDER, _RUN_FILE = "progress", "run.json"
 
 
 def collection_facts(
-    args: CollectionSettings, prompts: list[str], num_processes: int
+    settings: CollectionSettings, prompts: list[str], num_processes: int
 ) -> dict[str, Any]:
     """What must be equal for a collection to be continued."""
     names = (
@@ -78,19 +78,19 @@ def collection_facts(
         "cross_attention_layers", "no_sub_phrases", "negative_prompt", "num_inference_steps",
         "guidance_scale", "statistics_batch_size", "seed",
     )  # fmt: skip
-    facts = {name: getattr(args, name) for name in names}
+    facts = {name: getattr(settings, name) for name in names}
     if (
-        getattr(args, "single_file_config", None) is not None
+        getattr(settings, "single_file_config", None) is not None
     ):  # of progress written before there was none
-        facts["single_file_config"] = args.single_file_config
+        facts["single_file_config"] = settings.single_file_config
     facts["knowledge_prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     facts["num_processes"] = num_processes
     return json.loads(json.dumps(facts))
 
 
-def check_resume(args: CollectionSettings, facts: dict[str, Any]) -> None:
+def check_resume(settings: CollectionSettings, facts: dict[str, Any]) -> None:
     """Raise `ValueError` if `--resume_from_checkpoint` asks for what is not there."""
-    which, folder = args.resume_from_checkpoint, Path(args.output_dir, _FOLDER)
+    which, folder = settings.resume_from_checkpoint, Path(settings.output_dir, _FOLDER)
     if which is None:
         return
     if which != "latest":
@@ -98,18 +98,18 @@ def check_resume(args: CollectionSettings, facts: dict[str, Any]) -> None:
             f"`resume_from_checkpoint` must be 'latest' for statistics, got {which!r}."
         )
     if not (folder / _RUN_FILE).is_file():
-        done = Path(args.output_dir, CONFIG_NAME).is_file()
+        done = Path(settings.output_dir, CONFIG_NAME).is_file()
         hint = " It holds finished statistics." if done else " Start without the flag."
         raise ValueError(
             "`resume_from_checkpoint` must find the progress of a stopped collection, got 'latest' "
-            f"but {args.output_dir} holds none.{hint}"
+            f"but {settings.output_dir} holds none.{hint}"
         )
     check_same_facts(read_json(folder / _RUN_FILE, allow_nan=True), facts, folder)
 
 
 @contextmanager
 def collection_progress(
-    args: CollectionSettings, facts: dict[str, Any], accelerator: Accelerator
+    settings: CollectionSettings, facts: dict[str, Any], accelerator: Accelerator
 ) -> Iterator[Path]:
     """The progress folder of a collection; it goes when the block has ended well.
 
@@ -120,10 +120,10 @@ def collection_progress(
     Yields:
         The folder, for `collect_statistics(progress_dir=)`.
     """
-    folder = Path(args.output_dir, _FOLDER)
+    folder = Path(settings.output_dir, _FOLDER)
     is_new = not folder.parent.exists()
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and args.resume_from_checkpoint is None:
+    if accelerator.is_main_process and settings.resume_from_checkpoint is None:
         if folder.exists():
             logger.warning(f"Removing {folder}: --resume_from_checkpoint latest would continue it.")
             _remove(folder, False)
@@ -133,7 +133,7 @@ def collection_progress(
     try:
         yield folder
     except BaseException as error:
-        wrong = isinstance(error, ValueError) and args.resume_from_checkpoint is None
+        wrong = isinstance(error, ValueError) and settings.resume_from_checkpoint is None
         if accelerator.is_main_process and (wrong or not any(folder.glob("part-*/batches-*"))):
             _remove(folder, is_new)
         raise
@@ -187,14 +187,14 @@ def _cell(value: Any) -> str:
 
 
 def write_statistics(
-    args: CollectionSettings, statistics: FeatureStatistics, facts: dict[str, Any], folder: Path
+    settings: CollectionSettings, statistics: FeatureStatistics, facts: dict[str, Any], folder: Path
 ) -> None:
     """Write the artifact, `report.json` and the plots into `folder`."""
-    threshold = args.nullspace_threshold or DEFAULT_THRESHOLD
+    threshold = settings.nullspace_threshold or DEFAULT_THRESHOLD
     rows = report_rows(statistics, threshold)
     logger.info(f"Statistics (null_dims: eigenvalues below {threshold:g})\n{format_table(rows)}")
     full = [row["matrix"] for row in rows if not row["null_dims"]]
-    if full and args.nullspace_threshold is not None:
+    if full and settings.nullspace_threshold is not None:
         logger.warning(
             f"No eigenvalue is below `nullspace_threshold` {threshold:g} in {len(full)} of "
             f"{len(rows)} matrices, the first is {full[0]}. `--directions null` would refuse it; "
@@ -213,35 +213,35 @@ def write_statistics(
 PICTURES = "visualizations"
 
 
-def tree_timesteps(args: CollectionSettings, pipeline: DiffusionPipeline) -> list[int]:
+def tree_timesteps(settings: CollectionSettings, pipeline: DiffusionPipeline) -> list[int]:
     """The timesteps that the tree has folders for."""
-    if args.layout_timesteps == "all":
-        return sampled_timesteps(pipeline.scheduler, args.num_inference_steps)
-    return [0] if args.layout_timesteps is None else args.layout_timesteps
+    if settings.layout_timesteps == "all":
+        return sampled_timesteps(pipeline.scheduler, settings.num_inference_steps)
+    return [0] if settings.layout_timesteps is None else settings.layout_timesteps
 
 
-def check_tree_room(args: CollectionSettings, pipeline: DiffusionPipeline) -> None:
+def check_tree_room(settings: CollectionSettings, pipeline: DiffusionPipeline) -> None:
     """Log the most that the tree can take; raise `ValueError` where the disk has less."""
-    linears = find_linears(pipeline.unet, args.features, args.cross_attention_layers)
+    linears = find_linears(pipeline.unet, settings.features, settings.cross_attention_layers)
     widths = {name: linear.in_features for name, linear in linears.items()}
-    timesteps = tree_timesteps(args, pipeline)
-    check_room(len(timesteps) * layout_size(widths), args.output_dir, len(timesteps))
+    timesteps = tree_timesteps(settings, pipeline)
+    check_room(len(timesteps) * layout_size(widths), settings.output_dir, len(timesteps))
 
 
 def write_tree(
-    args: CollectionSettings,
+    settings: CollectionSettings,
     pipeline: DiffusionPipeline,
     statistics: FeatureStatistics,
     folder: Path,
 ) -> Path:
     """Write the tree below `folder`; returns its run, the folder `run_<time>`."""
-    threshold = args.nullspace_threshold or DEFAULT_THRESHOLD
+    threshold = settings.nullspace_threshold or DEFAULT_THRESHOLD
     run = export_layout(
         statistics,
-        folder / args.layout_dir,
+        folder / settings.layout_dir,
         threshold=threshold,
-        timesteps=tree_timesteps(args, pipeline),
-        step_links=args.layout_timesteps == "all",
+        timesteps=tree_timesteps(settings, pipeline),
+        step_links=settings.layout_timesteps == "all",
     )
     if has_matplotlib():
         plot_covariance_statistics(statistics, run / PICTURES / SUMMARY_NAME, threshold)
@@ -249,7 +249,7 @@ def write_tree(
 
 
 def draw_attention_maps(
-    args: CollectionSettings,
+    settings: CollectionSettings,
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     folder: Path,
@@ -258,23 +258,25 @@ def draw_attention_maps(
     """Draw the attention of the first `--num_attention_maps` prompts.
 
     Args:
-        args: of the script.
+        settings: of the script.
         pipeline, prompts: what is drawn.
         folder: gets `plots/attention_<number>.png`, one for each prompt, the mean of all layers.
         run: gets `visualizations/timestep_<number>/attention_<layer>.png`, with all prompts.
     """
     decode_in_pipeline_dtype(pipeline)
     every = []
-    for index, prompt in enumerate(tqdm(prompts[: args.num_attention_maps], desc="attention maps")):
+    for index, prompt in enumerate(
+        tqdm(prompts[: settings.num_attention_maps], desc="attention maps")
+    ):
         maps = attention_maps(
             pipeline,
             prompt,
-            layers=args.cross_attention_layers,
+            layers=settings.cross_attention_layers,
             steps="all",
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            negative_prompt=args.negative_prompt,
-            seed=args.seed + index,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            negative_prompt=settings.negative_prompt,
+            seed=settings.seed + index,
         )
         every.append(maps)
         overview = at_steps(maps, spread_steps(len(maps.timesteps)))
@@ -288,52 +290,52 @@ def parse_args(input_args: Sequence[str] | None = None) -> CollectionSettings:
     return parse_settings(CollectionSettings, __doc__, input_args, read_block, NULL_SPACE_GROUPS)
 
 
-def check_args(args: CollectionSettings) -> list[str]:
+def check_args(settings: CollectionSettings) -> list[str]:
     """Everything that can be wrong without loading a model; returns the preserved prompts."""
-    if args.visual_attention_map and not has_matplotlib():
+    if settings.visual_attention_map and not has_matplotlib():
         raise ValueError(
             "`visual_attention_map` must have matplotlib, got none: pip install diffusers_ext[plots]."
         )
-    return read_knowledge(args)
+    return read_knowledge(settings)
 
 
 @one_run_a_folder
-def main(args: CollectionSettings) -> Path:
+def main(settings: CollectionSettings) -> Path:
     """Collect and save; returns the output folder."""
-    prompts = check_args(args)
-    accelerator = make_accelerator(args)
-    facts = collection_facts(args, prompts, accelerator.num_processes)
-    check_resume(args, facts)
-    check_output_dir(args, (CONFIG_NAME,))
-    if args.push_to_hub and accelerator.is_main_process:
-        check_login(args)  # a missing login stops the run here, not after it
-    pipeline = load_pipeline(args, accelerator.device, WEIGHT_DTYPES[args.mixed_precision])
-    if args.push_to_hub and accelerator.is_main_process:
-        prepare_upload(args, collection_card(args, pipeline, prompts))
-    if args.export_layout:
-        check_tree_room(args, pipeline)  # here, not after the work
-    elif args.layout_timesteps is not None:
+    prompts = check_args(settings)
+    accelerator = make_accelerator(settings)
+    facts = collection_facts(settings, prompts, accelerator.num_processes)
+    check_resume(settings, facts)
+    check_output_dir(settings, (CONFIG_NAME,))
+    if settings.push_to_hub and accelerator.is_main_process:
+        check_login(settings)  # a missing login stops the run here, not after it
+    pipeline = load_pipeline(settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision])
+    if settings.push_to_hub and accelerator.is_main_process:
+        prepare_upload(settings, collection_card(settings, pipeline, prompts))
+    if settings.export_layout:
+        check_tree_room(settings, pipeline)  # here, not after the work
+    elif settings.layout_timesteps is not None:
         logger.warning("No tree is written: --layout_timesteps is read with --export_layout.")
-    with collection_progress(args, facts, accelerator) as progress_dir:
+    with collection_progress(settings, facts, accelerator) as progress_dir:
         began = time.perf_counter()
-        statistics = collect(args, pipeline, accelerator, prompts, progress_dir)
+        statistics = collect(settings, pipeline, accelerator, prompts, progress_dir)
         facts["seconds"] = time.perf_counter() - began
-        if args.compress is not None:
-            statistics = statistics.compress(args.compress)
+        if settings.compress is not None:
+            statistics = statistics.compress(settings.compress)
         if accelerator.is_main_process:
-            with staged_output(args.output_dir, last=(CONFIG_NAME,)) as folder:
-                write_statistics(args, statistics, facts, folder)
+            with staged_output(settings.output_dir, last=(CONFIG_NAME,)) as folder:
+                write_statistics(settings, statistics, facts, folder)
                 run = folder
-                if args.export_layout:
-                    run = write_tree(args, pipeline, statistics, folder)
-                if args.visual_attention_map:
-                    draw_attention_maps(args, pipeline, prompts, folder, run)
-    logger.info(statistics_words(args, len(prompts), facts["seconds"]))
-    if args.push_to_hub and accelerator.is_main_process:
-        publish_statistics(args, pipeline, statistics)
+                if settings.export_layout:
+                    run = write_tree(settings, pipeline, statistics, folder)
+                if settings.visual_attention_map:
+                    draw_attention_maps(settings, pipeline, prompts, folder, run)
+    logger.info(statistics_words(settings, len(prompts), facts["seconds"]))
+    if settings.push_to_hub and accelerator.is_main_process:
+        publish_statistics(settings, pipeline, statistics)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return Path(args.output_dir)
+    return Path(settings.output_dir)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from diffusers_ext.core.run_settings import TrainingSettings
+from diffusers_ext.eraser.recipe import EraserSettings
+from diffusers_ext.golden_noise.settings import NoiseSettings, PairSettings
+from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 
 
 def directions_words(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -20,19 +24,19 @@ def directions_words(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Chose the directions that may change ({'; '.join(parts)})."
 
 
-def subject_words(args: argparse.Namespace, report: Mapping[str, Any], pictures: int) -> str:
+def subject_words(settings: NullSpaceSettings, report: Mapping[str, Any], pictures: int) -> str:
     """Of a trained subject.
 
     Args:
-        args: of the training script.
+        settings: of the training script.
         report: as in `training_report.json`.
         pictures: how many were trained on.
     """
     learnt = (
-        f"Learnt {args.instance_prompt!r} from {_count(pictures, 'picture')} in "
-        f"{_run(args, report)}."
+        f"Learnt {settings.instance_prompt!r} from {_count(pictures, 'picture')} in "
+        f"{_run(settings, report)}."
     )
-    folder, drifts = Path(args.output_dir), report.get("predicted_drift")
+    folder, drifts = Path(settings.output_dir), report.get("predicted_drift")
     if drifts:
         worst = max(drifts, key=drifts.get)
         learnt += (
@@ -40,20 +44,20 @@ def subject_words(args: argparse.Namespace, report: Mapping[str, Any], pictures:
             f"at most {drifts[worst] ** 0.5:.2%} ({worst}), as predicted from the weights; nothing was "
             "drawn to measure it."
         )
-    elif args.full_finetune:
+    elif settings.full_finetune:
         learnt += " Only the null space of the statistics could change in the trained weights."
     else:
         learnt += " Nothing was constrained, so what the model knew may have changed."
-    if args.full_finetune:
+    if settings.full_finetune:
         target = str(folder / "pipeline")
         load = f"DiffusionPipeline.from_pretrained({target!r})"
         return f"{learnt} Wrote {target}. Load it: {load}"
     compare = _command(
         "evaluate_nullspace",
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
-        lora=args.output_dir,
-        knowledge_prompts=args.knowledge_prompts or "PROMPTS_TO_KEEP.txt",
-        subject_prompt=args.instance_prompt,
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
+        lora=settings.output_dir,
+        knowledge_prompts=settings.knowledge_prompts or "PROMPTS_TO_KEEP.txt",
+        subject_prompt=settings.instance_prompt,
         output_dir=folder / "evaluation",
     )
     return (
@@ -62,12 +66,12 @@ def subject_words(args: argparse.Namespace, report: Mapping[str, Any], pictures:
     )
 
 
-def network_words(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
+def network_words(settings: NoiseSettings, report: Mapping[str, Any]) -> str:
     """Of a trained golden-noise network; arguments as `subject_words`."""
     data = report["data"]
     words = (
         f"Trained {report['network']} on {_count(data['training_samples'], 'sample')} in "
-        f"{_run(args, report)}."
+        f"{_run(settings, report)}."
     )
     last = report["validation"][-1] if report["validation"] else {}
     figures = [
@@ -81,8 +85,8 @@ def network_words(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
         if figures
         else " Nothing was held out to measure it on."
     )
-    folder = Path(args.output_dir)
-    base = args.pretrained_model_name_or_path or "BASE_MODEL"
+    folder = Path(settings.output_dir)
+    base = settings.pretrained_model_name_or_path or "BASE_MODEL"
     compare = _command(
         "evaluate_golden_noise",
         pretrained_model_name_or_path=base,
@@ -97,32 +101,32 @@ def network_words(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
     )
 
 
-def eraser_words(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
+def eraser_words(settings: EraserSettings, report: Mapping[str, Any]) -> str:
     """Of a trained eraser; arguments as `subject_words`."""
     counts = {name: len(prompts) for name, prompts in report["prompts"].items()}
-    folder = Path(args.output_dir)
+    folder = Path(settings.output_dir)
     compare = _command(
         "evaluate_eraser",
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
         eraser=folder,
         evaluation_prompts="PROMPTS.csv",
         judge="JUDGE",
         output_dir=folder / "evaluation",
     )
     return (
-        f"Trained to erase {args.target_concept!r} on {_count(counts['target'], 'prompt')} that ask for "
-        f"it and to keep {counts['preserved']} others, in {_run(args, report)}; whether it does is not "
+        f"Trained to erase {settings.target_concept!r} on {_count(counts['target'], 'prompt')} that ask for "
+        f"it and to keep {counts['preserved']} others, in {_run(settings, report)}; whether it does is not "
         f"measured yet. Wrote {folder}. Load it: diffusers_ext.load_eraser(pipe, {str(folder)!r}). "
         f"Compare with the model as it was: {compare}"
     )
 
 
-def statistics_words(args: argparse.Namespace, prompts: int, seconds: float) -> str:
+def statistics_words(settings: CollectionSettings, prompts: int, seconds: float) -> str:
     """Of collected statistics."""
-    folder = Path(args.output_dir)
+    folder = Path(settings.output_dir)
     train = _command(
         "train_nullspace_dreambooth",
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
         statistics=folder,
         instance_data_dir="PICTURES",
         instance_prompt="a photo of sks",
@@ -135,19 +139,21 @@ def statistics_words(args: argparse.Namespace, prompts: int, seconds: float) -> 
     )
 
 
-def pairs_words(args: argparse.Namespace) -> str:
+def pairs_words(settings: PairSettings) -> str:
     """How to load made noise pairs and what to do with them."""
     train = _command(
         "train_npnet",
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
-        dataset_dir=args.output_dir,
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
+        dataset_dir=settings.output_dir,
         output_dir="NETWORK",
     )
-    return f"Load them: diffusers_ext.PairDataset({args.output_dir!r}). Train a network: {train}"
+    return (
+        f"Load them: diffusers_ext.PairDataset({settings.output_dir!r}). Train a network: {train}"
+    )
 
 
-def _run(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
-    words = f"{_count(args.max_train_steps, 'step')} ({_time(report['seconds'])}"
+def _run(settings: TrainingSettings, report: Mapping[str, Any]) -> str:
+    words = f"{_count(settings.max_train_steps, 'step')} ({_time(report['seconds'])}"
     losses = [row["loss"] for row in report["history"] if "loss" in row]
     return f"{words}, loss {losses[0]:.4g} to {losses[-1]:.4g})" if losses else f"{words})"
 

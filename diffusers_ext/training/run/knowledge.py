@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from diffusers_ext.families.base_source import check_xformers, load_base
 from diffusers_ext.families.registry import match_family, titles_of
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.prompts import read_prompts_file
-from diffusers_ext.nullspace.settings import read_layers
+from diffusers_ext.nullspace.settings import KnownModelSettings
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.run.text_cache import read_components
@@ -25,18 +25,18 @@ logger = get_logger(__name__)
 
 
 def load_pipeline(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+    settings: KnownModelSettings, device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
     """The base pipeline, frozen, in evaluation mode; the VAE stays in float32."""
-    with_xformers = getattr(args, "enable_xformers_memory_efficient_attention", False)
+    with_xformers = getattr(settings, "enable_xformers_memory_efficient_attention", False)
     if with_xformers:
         check_xformers()
-    read_components(args)  # says in one line where there is none
+    read_components(settings)  # says in one line where there is none
     pipeline = load_base(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        single_file_config=getattr(args, "single_file_config", None),
+        settings.pretrained_model_name_or_path,
+        revision=settings.revision,
+        variant=settings.variant,
+        single_file_config=settings.single_file_config,
         dtype=dtype,
     )
     if match_family(pipeline, "nullspace") is None:
@@ -62,14 +62,14 @@ def decode_in_pipeline_dtype(pipeline: DiffusionPipeline) -> None:
         pipeline.vae.to(dtype=pipeline.unet.dtype)
 
 
-def read_knowledge(args: argparse.Namespace) -> list[str]:
+def read_knowledge(settings: KnownModelSettings) -> list[str]:
     """The preserved prompts of `--knowledge_prompts` and `--other_instance_prompts`."""
-    prompts = read_prompts_file(args.knowledge_prompts) if args.knowledge_prompts else []
-    return prompts + list(args.other_instance_prompts)
+    prompts = read_prompts_file(settings.knowledge_prompts) if settings.knowledge_prompts else []
+    return prompts + list(settings.other_instance_prompts)
 
 
 def collect(
-    args: argparse.Namespace,
+    settings: KnownModelSettings,
     pipeline: DiffusionPipeline,
     accelerator: Accelerator,
     prompts: list[str],
@@ -80,28 +80,28 @@ def collect(
     Those among them that belong to other subjects weigh as much as all the rest: a subject's rare token
     would else look nearly free to the next one.
     """
-    others = [prompt for prompt in prompts if prompt in args.other_instance_prompts]
+    others = [prompt for prompt in prompts if prompt in settings.other_instance_prompts]
     knowledge = [prompt for prompt in prompts if prompt not in others]
     if knowledge and others:
-        statistics = collect(args, pipeline, accelerator, knowledge, progress_dir)
+        statistics = collect(settings, pipeline, accelerator, knowledge, progress_dir)
         reserved_dir = None if progress_dir is None else Path(progress_dir, "other_subjects")
-        reserved = collect(args, pipeline, accelerator, others, reserved_dir)
+        reserved = collect(settings, pipeline, accelerator, others, reserved_dir)
         return statistics.merge(reserved, times=len(knowledge))
-    features, layers = check_features(args.features), read_layers(args.cross_attention_layers)
+    features, layers = check_features(settings.features), settings.cross_attention_layers
     find_linears(pipeline.unet, features, layers)  # a wrong layer index stops here
     statistics = collect_statistics(
         pipeline,
         prompts,
         features=features,
         layers=layers,
-        negative_prompt=args.negative_prompt,
-        expand_sub_phrases=not args.no_sub_phrases,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        height=getattr(args, "height", None),
-        width=getattr(args, "width", None),
-        batch_size=args.statistics_batch_size,
-        seed=args.seed,
+        negative_prompt=settings.negative_prompt,
+        expand_sub_phrases=not settings.no_sub_phrases,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=getattr(settings, "height", None),
+        width=getattr(settings, "width", None),
+        batch_size=settings.statistics_batch_size,
+        seed=settings.seed,
         shard=(accelerator.process_index, accelerator.num_processes),
         progress_dir=progress_dir,
         show_progress=accelerator.is_local_main_process,
@@ -110,7 +110,7 @@ def collect(
 
 
 def load_or_collect(
-    args: argparse.Namespace, pipeline: DiffusionPipeline, accelerator: Accelerator
+    settings: KnownModelSettings, pipeline: DiffusionPipeline, accelerator: Accelerator
 ) -> FeatureStatistics:
     """`--statistics` when given, else collected from the prompts; checked against the pipeline.
 
@@ -121,42 +121,42 @@ def load_or_collect(
         ValueError: nothing to preserve, statistics of another model, or of other layers or another
             negative prompt than the command line asks for.
     """
-    if args.statistics is None:
-        prompts = read_knowledge(args)
+    if settings.statistics is None:
+        prompts = read_knowledge(settings)
         if not prompts:
             raise ValueError(
                 "`--statistics` or `--knowledge_prompts` must be given: what should be preserved?"
             )
-        return collect(args, pipeline, accelerator, prompts)
-    statistics = FeatureStatistics.from_pretrained(args.statistics)
+        return collect(settings, pipeline, accelerator, prompts)
+    statistics = FeatureStatistics.from_pretrained(settings.statistics)
     statistics.check_pipeline(pipeline)
-    settings = statistics.facts["settings"]
-    _check_asked(args, settings)
-    if args.knowledge_prompts is not None:
+    measured = statistics.facts["settings"]
+    _check_asked(settings, measured)
+    if settings.knowledge_prompts is not None:
         logger.info("--knowledge_prompts is not read, because --statistics is given.")
-    if not args.other_instance_prompts:
+    if not settings.other_instance_prompts:
         return statistics
-    extra = argparse.Namespace(**vars(args))
-    extra.features, extra.cross_attention_layers = settings["features"], settings["layers"]
-    extra.negative_prompt = settings["negative_prompt"]
-    extra.no_sub_phrases = not settings["expand_sub_phrases"]
-    extra.statistics_batch_size = settings.get("batch_size", args.statistics_batch_size)
-    for name, value in settings.get("run", {}).items():
+    extra = copy(settings)
+    extra.features, extra.cross_attention_layers = measured["features"], measured["layers"]
+    extra.negative_prompt = measured["negative_prompt"]
+    extra.no_sub_phrases = not measured["expand_sub_phrases"]
+    extra.statistics_batch_size = measured.get("batch_size", settings.statistics_batch_size)
+    for name, value in measured.get("run", {}).items():
         setattr(extra, name, value)
-    added = collect(extra, pipeline, accelerator, list(args.other_instance_prompts))
+    added = collect(extra, pipeline, accelerator, list(settings.other_instance_prompts))
     return statistics.merge(added, times=len(statistics.facts["prompts"]))
 
 
-def _check_asked(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+def _check_asked(settings: KnownModelSettings, measured: dict[str, Any]) -> None:
     """Raise `ValueError` where the command line asks for other statistics than the given ones."""
-    layers, negative = read_layers(args.cross_attention_layers), args.negative_prompt
-    if layers != "all" and sorted(set(layers)) != settings["layers"]:
+    layers, negative = settings.cross_attention_layers, settings.negative_prompt
+    if layers != "all" and sorted(set(layers)) != measured["layers"]:
         raise ValueError(
-            f"`cross_attention_layers` must be those of `--statistics`, {settings['layers']}, got "
+            f"`cross_attention_layers` must be those of `--statistics`, {measured['layers']}, got "
             f"{layers}. Leave it out, or collect statistics of these layers."
         )
-    if negative and negative != settings["negative_prompt"]:
+    if negative and negative != measured["negative_prompt"]:
         raise ValueError(
             "`negative_prompt` must be that of `--statistics`, "
-            f"{settings['negative_prompt']!r}, got {negative!r}. Collect statistics with it."
+            f"{measured['negative_prompt']!r}, got {negative!r}. Collect statistics with it."
         )

@@ -19,6 +19,7 @@ from accelerate.utils.environment import get_int_from_env
 from diffusers_ext.core.disk import folder_lock
 from diffusers_ext.core.hub_connection import one_try_to_connect
 from diffusers_ext.core.result_folder import check_no_result, remove_result, staged_output
+from diffusers_ext.core.run_settings import ModelSettings, RunSettings
 from diffusers_ext.core.settings import Settings, flag_name
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints, remove_checkpoint
 from diffusers_ext.training.run.command_lines import (
@@ -47,46 +48,49 @@ RANKS = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
 
 
 def one_run_a_folder(
-    main: Callable[[argparse.Namespace], ReturnType],
-) -> Callable[[argparse.Namespace], ReturnType]:
+    main: Callable[[Any], ReturnType],
+) -> Callable[[Any], ReturnType]:
     """Let a script's `main` hold `--output_dir` while it runs; of several processes the first one does."""
 
     @functools.wraps(main)
-    def held(args: argparse.Namespace) -> ReturnType:
+    def held(settings: Any) -> ReturnType:
         if get_int_from_env(RANKS, 0) != 0:
-            return main(args)
-        with folder_lock(args.output_dir):
-            return main(args)
+            return main(settings)
+        with folder_lock(settings.output_dir):
+            return main(settings)
 
     return held
 
 
-def check_output_dir(args: argparse.Namespace, names: Sequence[str] = REPORTS) -> None:
+def check_output_dir(settings: ModelSettings, names: Sequence[str] = REPORTS) -> None:
     """Raise `ValueError` where `--output_dir` holds a result and nobody asked to replace it.
 
     Args:
-        args: of a script.
+        settings: of a script.
         names: files that tell of a result that lists no files.
     """
-    if not hasattr(args, "resume_from_checkpoint") and Path(args.output_dir, REPORTS[0]).is_file():
+    if (
+        not hasattr(settings, "resume_from_checkpoint")
+        and Path(settings.output_dir, REPORTS[0]).is_file()
+    ):
         raise ValueError(
-            f"`output_dir` must not hold a trained model, got {args.output_dir} with {REPORTS[0]}: a "
+            f"`output_dir` must not hold a trained model, got {settings.output_dir} with {REPORTS[0]}: a "
             "report would take its place. Choose another folder."
         )
-    resumed = getattr(args, "resume_from_checkpoint", None) is not None
-    if resumed or args.overwrite_output_dir:
+    resumed = getattr(settings, "resume_from_checkpoint", None) is not None
+    if resumed or settings.overwrite_output_dir:
         return
     hint = ""
-    if hasattr(args, "resume_from_checkpoint") and list_checkpoints(args.output_dir):
+    if hasattr(settings, "resume_from_checkpoint") and list_checkpoints(settings.output_dir):
         hint = " Pass `--resume_from_checkpoint latest` to train it further."
-    check_no_result(args.output_dir, names, hint=hint)
+    check_no_result(settings.output_dir, names, hint=hint)
 
 
-def clear_output_dir(args: argparse.Namespace) -> None:
+def clear_output_dir(settings: RunSettings) -> None:
     """With `--overwrite_output_dir`, remove what an earlier training left: result, pictures, checkpoints."""
-    if not args.overwrite_output_dir or args.resume_from_checkpoint is not None:
+    if not settings.overwrite_output_dir or settings.resume_from_checkpoint is not None:
         return
-    folder = Path(args.output_dir)
+    folder = Path(settings.output_dir)
     unlisted = _UNLISTED if (folder / "training_report.json").is_file() else ()
     remove_result(folder, [*unlisted, *ON_THE_WAY])
     for checkpoint in list_checkpoints(folder):
@@ -116,13 +120,13 @@ def run_script(
     Raises:
         SystemExit: with code 2 after an error of the user's, 130 after an interruption.
     """
-    args, said = argparse.Namespace(), io.StringIO()
+    settings, said = argparse.Namespace(), io.StringIO()
     rank = get_int_from_env(RANKS, 0)
     try:
         with contextlib.redirect_stderr(said) if rank else contextlib.nullcontext():
-            args = parse_args()
+            settings = parse_args()
         with one_try_to_connect():
-            main(args)
+            main(settings)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
@@ -136,10 +140,10 @@ def run_script(
             raise
         if TRACEBACK_FLAG in sys.argv[1:]:
             traceback.print_exc()
-        names = {name: name for name in vars(args)}
+        names = {name: name for name in vars(settings)}
         if settings_class is not None:
             names = {one.name: flag_name(one) for one in fields(settings_class)}
         flags = {name: f"--{flag}" for name, flag in names.items()}
         place = f"[process {rank}] " if rank else ""
-        print(f"{place}error: {error_line(error, args, flags)}", file=sys.stderr)
+        print(f"{place}error: {error_line(error, settings, flags)}", file=sys.stderr)
         raise SystemExit(WRONG_USAGE) from None

@@ -15,7 +15,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 
-from diffusers_ext.core.run_settings import PRECISIONS
+from diffusers_ext.core.run_settings import (
+    PRECISIONS,
+    ModelSettings,
+    RunSettings,
+    TrainingRunSettings,
+)
 from diffusers_ext.core.settings import named_values
 from diffusers_ext.training.run.checkpoint_files import (
     check_no_checkpoints,
@@ -39,12 +44,12 @@ _SHARDING = {
 
 
 def settle_launcher_settings(
-    args: argparse.Namespace, variables: Mapping[str, str] = os.environ
+    settings: argparse.Namespace, variables: Mapping[str, str] = os.environ
 ) -> None:
     """Give the settings that flags leave open the values that accelerate was given.
 
     Args:
-        args: of a script. `mixed_precision` and, where the script has a loop,
+        settings: of a script. `mixed_precision` and, where the script has a loop,
             `gradient_accumulation_steps` are `None` without a flag, and never afterwards.
         variables: the environment, where `accelerate launch` puts its flags and those of its config
             file. Its "no" is also what it says without being asked, so a flag may replace it.
@@ -58,36 +63,36 @@ def settle_launcher_settings(
                 f"`accelerate launch` must run these scripts on whole models, got {name}. Launch them "
                 "with `--multi_gpu`, or on one process."
             )
-    if hasattr(args, "mixed_precision"):
-        _settle_precision(args, variables.get(_MIXED_PRECISION, "no").lower())
-    if hasattr(args, "gradient_accumulation_steps"):
-        _settle_accumulation(args, variables.get(_GRADIENT_ACCUMULATION))
+    if hasattr(settings, "mixed_precision"):
+        _settle_precision(settings, variables.get(_MIXED_PRECISION, "no").lower())
+    if hasattr(settings, "gradient_accumulation_steps"):
+        _settle_accumulation(settings, variables.get(_GRADIENT_ACCUMULATION))
 
 
-def _settle_precision(args: argparse.Namespace, theirs: str) -> None:
+def _settle_precision(settings: argparse.Namespace, theirs: str) -> None:
     if theirs not in PRECISIONS:
         raise ValueError(
             f"`mixed_precision` must be one of {', '.join(PRECISIONS)}, got {theirs!r} from accelerate "
             f"({_MIXED_PRECISION}). Pass `--mixed_precision` to `accelerate launch`."
         )
-    if args.mixed_precision is None:
-        args.mixed_precision = theirs
-    elif theirs not in ("no", args.mixed_precision):
-        raise _contradiction("mixed_precision", args.mixed_precision, theirs, _MIXED_PRECISION)
+    if settings.mixed_precision is None:
+        settings.mixed_precision = theirs
+    elif theirs not in ("no", settings.mixed_precision):
+        raise _contradiction("mixed_precision", settings.mixed_precision, theirs, _MIXED_PRECISION)
 
 
-def _settle_accumulation(args: argparse.Namespace, theirs: str | None) -> None:
+def _settle_accumulation(settings: argparse.Namespace, theirs: str | None) -> None:
     if theirs is not None and not (theirs.isdecimal() and int(theirs) >= 1):
         raise ValueError(
             f"`gradient_accumulation_steps` must be a number from 1, got {theirs!r} from accelerate "
             f"({_GRADIENT_ACCUMULATION})."
         )
-    if args.gradient_accumulation_steps is None:
-        args.gradient_accumulation_steps = int(theirs or 1)
-    elif theirs is not None and int(theirs) != args.gradient_accumulation_steps:
+    if settings.gradient_accumulation_steps is None:
+        settings.gradient_accumulation_steps = int(theirs or 1)
+    elif theirs is not None and int(theirs) != settings.gradient_accumulation_steps:
         raise _contradiction(
             "gradient_accumulation_steps",
-            args.gradient_accumulation_steps,
+            settings.gradient_accumulation_steps,
             theirs,
             _GRADIENT_ACCUMULATION,
         )
@@ -105,15 +110,15 @@ logger = get_logger(__name__)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
+def make_accelerator(settings: ModelSettings) -> Accelerator:
     """The run's accelerator; also seeds and sets up logging. It writes nothing."""
-    given = vars(args)  # scripts without a loop have no loop arguments
-    logging_dir = Path(args.output_dir, given.get("logging_dir", "logs"))
+    given = vars(settings)  # scripts without a loop have no loop arguments
+    logging_dir = Path(settings.output_dir, given.get("logging_dir", "logs"))
     accelerator = Accelerator(
         gradient_accumulation_steps=given.get("gradient_accumulation_steps", 1),
-        mixed_precision=args.mixed_precision,
+        mixed_precision=settings.mixed_precision,
         log_with=given.get("report_to"),
-        project_config=ProjectConfiguration(args.output_dir, str(logging_dir)),
+        project_config=ProjectConfiguration(settings.output_dir, str(logging_dir)),
     )
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -122,100 +127,108 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         logger.warning(
             f"This script trains nothing and compiles nothing: accelerate's {compiler.value} has no effect."
         )
-    set_seed(args.seed)
-    if args.allow_tf32:
+    set_seed(settings.seed)
+    if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 
-def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def make_output_dir(settings: RunSettings, accelerator: Accelerator) -> None:
     """Make the folder of a run, once nothing can be wrong with its arguments any more."""
     if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        clear_output_dir(args)
+        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+        clear_output_dir(settings)
     accelerator.wait_for_everyone()
 
 
-def start_trackers(accelerator: Accelerator, args: argparse.Namespace, name: str) -> None:
+def start_trackers(accelerator: Accelerator, settings: TrainingRunSettings, name: str) -> None:
     """Start `--report_to` with the run's arguments, the token left out."""
-    if args.report_to is not None and accelerator.is_main_process:
+    if settings.report_to is not None and accelerator.is_main_process:
         config = {
-            k: v for k, v in named_values(args).items() if isinstance(v, (int, float, str, bool))
+            k: v
+            for k, v in named_values(settings).items()
+            if isinstance(v, (int, float, str, bool))
         }
         config.pop("hub_token", None)
         accelerator.init_trackers(name, config=config)
 
 
 def make_optimizer(
-    args: argparse.Namespace, parameters: Iterable[torch.nn.Parameter], accelerator: Accelerator
+    settings: TrainingRunSettings,
+    parameters: Iterable[torch.nn.Parameter],
+    accelerator: Accelerator,
 ) -> torch.optim.Optimizer:
     """AdamW over `parameters` with the command line's settings."""
-    rate = args.learning_rate
+    rate = settings.learning_rate
     if not rate > 0:
         raise ValueError(f"`learning_rate` must be positive, got {rate}.")
-    if args.scale_lr:
-        rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if settings.scale_lr:
+        rate *= (
+            settings.train_batch_size
+            * settings.gradient_accumulation_steps
+            * accelerator.num_processes
+        )
     return torch.optim.AdamW(
         parameters,
         lr=rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
     )
 
 
 def make_schedule(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer
+    settings: TrainingRunSettings, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The `--lr_scheduler`, counted in optimizer steps whatever the number of processes."""
     return get_scheduler(
-        args.lr_scheduler,
+        settings.lr_scheduler,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
     )
 
 
-def loop_settings(args: argparse.Namespace, description: str) -> LoopSettings:
+def loop_settings(settings: TrainingRunSettings, description: str) -> LoopSettings:
     """The loop's settings from the command line."""
     return LoopSettings(
-        max_train_steps=args.max_train_steps,
-        train_batch_size=args.train_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_grad_norm=args.max_grad_norm,
-        seed=args.seed,
-        dataloader_num_workers=args.dataloader_num_workers,
-        logging_steps=args.logging_steps,
+        max_train_steps=settings.max_train_steps,
+        train_batch_size=settings.train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        dataloader_num_workers=settings.dataloader_num_workers,
+        logging_steps=settings.logging_steps,
         description=description,
     )
 
 
-def run_facts(args: argparse.Namespace, **facts: Any) -> dict[str, Any]:
+def run_facts(settings: TrainingRunSettings, **facts: Any) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: settings of the mathematics, and `facts`."""
     names = (
         "seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision",
         "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
         "adam_weight_decay", "adam_epsilon", "max_grad_norm", "scale_lr",
     )  # fmt: skip
-    values = {name: getattr(args, name) for name in names}
-    if args.lr_scheduler not in ("constant", "constant_with_warmup"):
-        values["max_train_steps"] = args.max_train_steps
+    values = {name: getattr(settings, name) for name in names}
+    if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
+        values["max_train_steps"] = settings.max_train_steps
     return {**values, **facts}
 
 
-def check_resume(args: argparse.Namespace, facts: dict[str, Any]) -> None:
+def check_resume(settings: TrainingRunSettings, facts: dict[str, Any]) -> None:
     """Raise `ValueError` if a run cannot go on, or start, in its output folder.
 
     Args:
-        args: of the run.
+        settings: of the run.
         facts: those of `run_facts` that are known so far; the others are not compared.
     """
-    if args.resume_from_checkpoint is None:
-        check_output_dir(args)
-        if args.checkpointing_steps is not None and not args.overwrite_output_dir:
-            check_no_checkpoints(args.output_dir)
+    if settings.resume_from_checkpoint is None:
+        check_output_dir(settings)
+        if settings.checkpointing_steps is not None and not settings.overwrite_output_dir:
+            check_no_checkpoints(settings.output_dir)
         return
-    folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    folder = find_checkpoint(settings.output_dir, settings.resume_from_checkpoint)
     step, stored = read_checkpoint(folder)
     check_same_facts({name: stored.get(name) for name in facts}, facts, folder)
-    check_steps_left(step, args.max_train_steps)
+    check_steps_left(step, settings.max_train_steps)

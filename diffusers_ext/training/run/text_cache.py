@@ -41,40 +41,40 @@ class DenoiserStandIn:
     dtype: torch.dtype
 
 
-def load_text_pipeline(args: ModelSettings, device: torch.device) -> DiffusionPipeline:
+def load_text_pipeline(settings: ModelSettings, device: torch.device) -> DiffusionPipeline:
     """The base pipeline without denoiser and VAE, frozen, in the dtype of `--mixed_precision`.
 
     Raises:
         ValueError: `--pretrained_model_name_or_path` is no pipeline.
     """
-    source, dtype = args.pretrained_model_name_or_path, WEIGHT_DTYPES[args.mixed_precision]
-    components = read_components(args)
+    source, dtype = settings.pretrained_model_name_or_path, WEIGHT_DTYPES[settings.mixed_precision]
+    components = read_components(settings)
     absent: dict[str, Any] = {name: None for name in _NOT_TEXT if name in components}
     if "requires_safety_checker" in components:
         absent["requires_safety_checker"] = False
-    config_file = getattr(args, "single_file_config", None)
+    config_file = getattr(settings, "single_file_config", None)
     pipeline = load_base(
-        source, revision=args.revision, variant=args.variant, dtype=dtype,
+        source, revision=settings.revision, variant=settings.variant, dtype=dtype,
         single_file_config=config_file, **absent,
     )  # fmt: skip
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval().to(device)
     name = denoiser_name(components, source)
-    place = config_place(source, revision=args.revision, single_file_config=config_file)
+    place = config_place(source, revision=settings.revision, single_file_config=config_file)
     config = denoiser_class(components[name]).load_config(
-        place, subfolder=name, revision=args.revision
+        place, subfolder=name, revision=settings.revision
     )
     setattr(pipeline, name, DenoiserStandIn(FrozenDict(config), dtype))
     return pipeline
 
 
-def read_components(args: ModelSettings) -> dict[str, Any]:
+def read_components(settings: ModelSettings) -> dict[str, Any]:
     """The base model's `model_index.json`; raises `ValueError` where there is none."""
     return read_base_config(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        single_file_config=getattr(args, "single_file_config", None),
+        settings.pretrained_model_name_or_path,
+        revision=settings.revision,
+        single_file_config=getattr(settings, "single_file_config", None),
     )
 
 
@@ -97,25 +97,25 @@ def denoiser_class(entry: list[str]) -> type[diffusers.ModelMixin]:
     return getattr(diffusers, name)
 
 
-def stored_fingerprint(args: ModelSettings) -> dict[str, Any]:
+def stored_fingerprint(settings: ModelSettings) -> dict[str, Any]:
     """`fingerprint` of the base model's denoiser, read from its files without loading it.
 
     Returns:
         As `fingerprint`; the probe is empty where the weights of a Hub model are not on this
         machine.
     """
-    source, components = args.pretrained_model_name_or_path, read_components(args)
+    source, components = settings.pretrained_model_name_or_path, read_components(settings)
     name = denoiser_name(components, source)
     model_class = denoiser_class(components[name])
     if is_single_file(source):
-        config_file = getattr(args, "single_file_config", None)
-        place = config_place(source, revision=args.revision, single_file_config=config_file)
+        config_file = getattr(settings, "single_file_config", None)
+        place = config_place(source, revision=settings.revision, single_file_config=config_file)
         return fingerprint(load_single_file_unet(source, place))
-    config = model_class.load_config(source, subfolder=name, revision=args.revision)
+    config = model_class.load_config(source, subfolder=name, revision=settings.revision)
     with torch.device("meta"):
         model = model_class.from_config(config)
     tensors: dict[str, torch.Tensor] = {}
-    for file in _weight_files(source, name, args):
+    for file in _weight_files(source, name, settings):
         handle = open_tensors(file)  # maps the file; only what is looked at is read
         tensors.update({key: handle.get_tensor(key) for key in handle.keys()})
     missing = model.load_state_dict(tensors, assign=True, strict=False).missing_keys
@@ -129,12 +129,12 @@ def stored_fingerprint(args: ModelSettings) -> dict[str, Any]:
 
 
 def check_base_model(
-    args: ModelSettings, pipeline: DiffusionPipeline, made_with: dict[str, Any] | None
+    settings: ModelSettings, pipeline: DiffusionPipeline, made_with: dict[str, Any] | None
 ) -> None:
     """Raise `ValueError` unless noise pairs were made with the denoiser and text encoders of a base.
 
     Args:
-        args: of the run.
+        settings: of the run.
         pipeline: the base pipeline with its text encoders.
         made_with: fingerprints of the models that made the pairs, by name of the component; `None`
             where they are not known.
@@ -144,7 +144,7 @@ def check_base_model(
         if isinstance(component, torch.nn.Module):
             found = fingerprint(component)
         elif name in DENOISERS and component is not None:
-            found = stored_fingerprint(args)
+            found = stored_fingerprint(settings)
         else:
             continue  # the VAE has no part in what is learned
         same = found["architecture"] == expected["architecture"]
@@ -153,23 +153,23 @@ def check_base_model(
         if not same:
             raise ValueError(
                 "`pretrained_model_name_or_path` must be the model that `dataset_dir` was made "
-                f"with, got {args.pretrained_model_name_or_path}, whose {name} has other weights. "
+                f"with, got {settings.pretrained_model_name_or_path}, whose {name} has other weights. "
                 "Name that model, or make pairs with this one."
             )
 
 
-def _weight_files(source: str, name: str, args: ModelSettings) -> list[Path]:
+def _weight_files(source: str, name: str, settings: ModelSettings) -> list[Path]:
     folder = Path(source)
     if not folder.is_dir():
         # The text encoders have just been fetched, so the snapshot is there, though not all of it;
         # nothing is downloaded.
         folder = Path(
             snapshot_download(
-                source, revision=args.revision, local_files_only=True,
+                source, revision=settings.revision, local_files_only=True,
                 allow_patterns="model_index.json",
             )
         )  # fmt: skip
     files = sorted((folder / name).glob("*.safetensors"))
-    variant = f".{args.variant}" if args.variant else None
+    variant = f".{settings.variant}" if settings.variant else None
     chosen = [file for file in files if variant and variant in file.name]
     return chosen or [file for file in files if file.name.count(".") == 1] or files
