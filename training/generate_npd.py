@@ -7,7 +7,7 @@
 """
 
 from diffusers_ext.golden_noise.settings import PairSettings
-from diffusers_ext.training.golden_noise.generate import main, parse_args
+from diffusers_ext.training.pairs import main, parse_args
 from diffusers_ext.training.run.script import run_script
 
 

@@ -6,7 +6,8 @@
 """
 
 from diffusers_ext.golden_noise.settings import SequenceNetworkSettings
-from diffusers_ext.training.golden_noise.sequence import main, parse_args
+from diffusers_ext.training.noise import main
+from diffusers_ext.training.noise import parse_sequence_args as parse_args
 from diffusers_ext.training.run.script import run_script
 
 

@@ -6,7 +6,8 @@
 """
 
 from diffusers_ext.golden_noise.settings import PairNetworkSettings
-from diffusers_ext.training.golden_noise.npnet import main, parse_args
+from diffusers_ext.training.noise import main
+from diffusers_ext.training.noise import parse_pair_args as parse_args
 from diffusers_ext.training.run.script import run_script
 
 

@@ -33,6 +33,7 @@ from diffusers_ext.command_line.options import (
 )
 from diffusers_ext.command_line.plan import PLAN_ERASER, PLAN_GOLDEN_NOISE, PLAN_NULLSPACE
 from diffusers_ext.command_line.push import PUSH
+from diffusers_ext.command_line.train import TRAININGS, add_trainings, train
 from diffusers_ext.training.run.command_lines import (
     OneLineParser,
     add_overwrite_argument,
@@ -176,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_trainings(commands)
     groups: dict[str, Any] = {}
     for command in COMMANDS:
         *group, name = command.name.split()
@@ -234,8 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Errors that are not the user's are raised.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["train"] and words[1:2] and words[1] in TRAININGS:
+        return train(words[1], words[2:])
     try:
-        args = build_parser().parse_args(arguments)
+        args = build_parser().parse_args(words)
     except SystemExit as stop:  # of argparse, after its message
         return int(stop.code or DONE)
     try:

@@ -8,7 +8,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from diffusers_ext.evaluation.forgetting_report import ForgettingReport
-from diffusers_ext.training.golden_noise import generate as generate_npd
+from diffusers_ext.training import pairs as generate_npd
 from diffusers_ext.training.nullspace import statistics as build_covariance
 from diffusers_ext.training.nullspace.run import main, parse_args
 from examples.digits.check_model import load_pipeline

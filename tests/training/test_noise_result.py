@@ -4,8 +4,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from diffusers_ext.golden_noise.networks.loading import load_noise_model
-from diffusers_ext.training.golden_noise.npnet import parse_args
 from diffusers_ext.training.golden_noise.result import figures_measured, trained_network_card
+from diffusers_ext.training.noise import parse_pair_args as parse_args
 from tests.evaluation.golden_subjects import small_network
 from tests.training.noise_runs import read_report, train
 from tests.training.noise_sets import digits_facts, write_noises

@@ -9,7 +9,7 @@ import pytest
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.golden_noise.pairs import shards as pair_shards
 from diffusers_ext.golden_noise.pairs import writer as pair_writer
-from diffusers_ext.training.golden_noise import generate as generate_npd
+from diffusers_ext.training import pairs as generate_npd
 from examples.digits.check_model import load_pipeline
 from tests.training.pair_runs import QUICK_PAIRS, set_content, write_prompt_file
 from tests.training.script_runs import command_line, kill_when, launch

@@ -164,6 +164,7 @@ def build_loop(
 @one_run_a_folder
 def main(settings: EraserSettings) -> Path:
     """Train and save; returns the output folder."""
+    settings.check_preserved()
     accelerator = make_accelerator(settings)
     base, given = read_base(settings), read_texts(settings)
     facts = resume_facts(settings, given, base)

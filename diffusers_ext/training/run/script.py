@@ -106,6 +106,7 @@ def run_script(
     parse_args: Callable[[], Any],
     main: Callable[[Any], Any],
     settings_class: type[Settings] | None = None,
+    failed: int = WRONG_USAGE,
 ) -> None:
     """Parse and run; `--traceback` shows where an error came from.
 
@@ -116,9 +117,10 @@ def run_script(
         parse_args: of the process's command line.
         main: of the script; takes what `parse_args` returns.
         settings_class: what `parse_args` returns, so that errors of its rules name flags.
+        failed: exit code after an error of the user's; a command line that cannot be read has 2.
 
     Raises:
-        SystemExit: with code 2 after an error of the user's, 130 after an interruption.
+        SystemExit: with that code, or 130 after an interruption.
     """
     settings, said = argparse.Namespace(), io.StringIO()
     rank = get_int_from_env(RANKS, 0)
@@ -142,8 +144,8 @@ def run_script(
             traceback.print_exc()
         names = {name: name for name in vars(settings)}
         if settings_class is not None:
-            names = {one.name: flag_name(one) for one in fields(settings_class)}
+            names |= {one.name: flag_name(one) for one in fields(settings_class)}
         flags = {name: f"--{flag}" for name, flag in names.items()}
         place = f"[process {rank}] " if rank else ""
         print(f"{place}error: {error_line(error, settings, flags)}", file=sys.stderr)
-        raise SystemExit(WRONG_USAGE) from None
+        raise SystemExit(failed) from None

@@ -1,0 +1,62 @@
+"""`diffusers-ext train` and `python -m diffusers_ext.training.<name>` are the mains of the scripts."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from diffusers_ext.command_line.main import main
+from diffusers_ext.command_line.options import FAILED
+from diffusers_ext.command_line.train import TRAININGS
+from training import generate_npd, train_cogvideox_eraser, train_npnet, train_nullspace_dreambooth
+
+
+SCRIPTS = {
+    "nullspace": train_nullspace_dreambooth,
+    "pairs": generate_npd,
+    "noise": train_npnet,
+    "eraser": train_cogvideox_eraser,
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_console_runs_the_main_of_the_script(name, monkeypatch, capsys):
+    module = importlib.import_module(TRAININGS[name][1])
+    assert module.main is SCRIPTS[name].main
+    monkeypatch.setattr(module, "main", lambda settings: print(settings.output_dir))
+    required = {
+        "nullspace": ["--instance_data_dir", "p", "--instance_prompt", "a photo of sks"],
+        "pairs": ["--prompt_file", "p"],
+        "noise": ["--model", "rnn", "--dataset_dir", "d"],
+        "eraser": ["--target_concept", "seven", "--prompts_file", "p"],
+    }
+    line = ["train", name, "--pretrained_model_name_or_path", "base", *required[name]]
+    assert main([*line, "--output_dir", "out"]) == 0
+    assert capsys.readouterr().out == "out\n"
+    assert main(line) == 2
+    assert "these arguments must be given: --output_dir" in capsys.readouterr().err
+    assert main([*line, "--output_dir", "out", "--seed", "-1"]) == FAILED
+    assert capsys.readouterr().err == "error: `--seed` must be from 0 to 2^32 - 1, got -1.\n"
+
+
+def test_the_help_names_the_trainings(capsys):
+    assert main(["train", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in TRAININGS)
+    assert main(["train", "noise", "--model", "rnn", "--help"]) == 0
+    assert "--gru_hidden_size" in capsys.readouterr().out
+    assert main(["train", "nothing"]) == 2
+
+
+@pytest.mark.parametrize("name", ["eraser"])
+def test_accelerate_launches_the_module(name):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
+               "-m", f"diffusers_ext.training.{name}", "--seed", "-1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert "error: these arguments must be given: " in done.stderr
+    for other in TRAININGS:
+        assert importlib.util.find_spec(f"diffusers_ext.training.{other}") is not None
