@@ -83,7 +83,7 @@ class PairSettings(SamplingSettings, CandidateSettings, FilterSettings, RunSetti
     """How noise pairs are made and which are kept."""
 
     pretrained_model_name_or_path: str = as_in(
-        ModelSettings, "pretrained_model_name_or_path", default=SDXL
+        BaseModelSettings, "pretrained_model_name_or_path", default=SDXL
     )
 
     def check(self) -> None:

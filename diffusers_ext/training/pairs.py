@@ -25,7 +25,7 @@ from diffusers_ext.golden_noise.pairs.dataset import read_config
 from diffusers_ext.golden_noise.pairs.writer import PairWriter
 from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.rewards.reward import Reward
-from diffusers_ext.training.golden_noise.arguments import GOLDEN_NOISE_GROUPS, read_aliases
+from diffusers_ext.training.golden_noise.arguments import GOLDEN_NOISE_GROUPS
 from diffusers_ext.training.golden_noise.pairs import (
     PairMaker,
     check_report,
@@ -55,7 +55,7 @@ logger = get_logger(__name__)
 
 def parse_args(input_args: Sequence[str] | None = None) -> PairSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    return parse_settings(PairSettings, __doc__, input_args, read_aliases, GOLDEN_NOISE_GROUPS)
+    return parse_settings(PairSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
 
 
 def read_prompts(settings: PairSettings) -> list[str]:
