@@ -14,6 +14,70 @@ from diffusers_ext.hub.licence import Licence
 from diffusers_ext.hub.safe_markdown import check_file_name
 
 
+_NULL_SPACE_PAPERS = ("dreambooth", "alphaedit", "inflora")
+_NETWORKS = ("npnet", "golden_noise_model", "noise_sequence_transformer", "noise_sequence_rnn")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_DIRECTIONS = ("generalized", "null", "soft", "plain")
+# Names of classes, which end up in import statements.
+_CLASSES = ("pipeline", "plain_pipeline", "network")
+# All others are words.
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    name: known
+    for names, known in (
+        ("rank parameters layers text_embed_dim num_prompts", (Integral, "a whole number")),
+        ("num_pairs num_rejected num_steps", (Integral, "a whole number")),
+        ("megabytes", (Real, "a number")),
+        ("statistics any_size", (bool, "True or False")),
+        ("example_prompts preserved_concepts latent_shape", ((list, tuple), "a list")),
+    )
+    for name in names.split()
+}
+# key -> (authors, title, year, arXiv number)
+PAPERS: dict[str, tuple[str, str, int, str]] = {
+    "dreambooth": (
+        "Ruiz, Nataniel and Li, Yuanzhen and Jampani, Varun and Pritch, Yael and Rubinstein, "
+        "Michael and Aberman, Kfir",
+        "{DreamBooth}: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
+        2022,
+        "2208.12242",
+    ),
+    "alphaedit": (
+        "Fang, Junfeng and Jiang, Houcheng and Wang, Kun and Ma, Yunshan and Shi, Jie and "
+        "Wang, Xiang and He, Xiangnan and Chua, Tat-Seng",
+        "{AlphaEdit}: Null-Space Constrained Knowledge Editing for Language Models",
+        2024,
+        "2410.02355",
+    ),
+    "inflora": (
+        "Liang, Yan-Shuo and Li, Wu-Jun",
+        "{InfLoRA}: Interference-Free Low-Rank Adaptation for Continual Learning",
+        2024,
+        "2404.00228",
+    ),
+    "golden_noise": (
+        "Zhou, Zikai and Shao, Shitong and Bai, Lichen and Zhang, Shufei and Xu, Zhiqiang and "
+        "Han, Bo and Xie, Zeke",
+        "Golden Noise for Diffusion Models: A Learning Framework",
+        2024,
+        "2411.09502",
+    ),
+    "t2vunlearning": (
+        "Ye, Xiaoyu and Cheng, Songjie and Wang, Yongtao and Xiong, Yajiao and Li, Yishen",
+        "{T2VUnlearning}: A Concept Erasing Method for Text-to-Video Diffusion Models",
+        2025,
+        "2505.17550",
+    ),
+    "receler": (
+        "Huang, Chi-Pin and Chang, Kai-Po and Tsai, Chung-Ting and Lai, Yung-Hsuan and "
+        "Yang, Fu-En and Wang, Yu-Chiang Frank",
+        "{Receler}: Reliable Concept Erasing of Text-to-Image Diffusion Models via Lightweight "
+        "Erasers",
+        2023,
+        "2311.17717",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Measured:
     """One measured figure.
@@ -77,8 +141,6 @@ class Kind:
     repo_type: Literal["model", "dataset"] = "model"
 
 
-_NULL_SPACE_PAPERS = ("dreambooth", "alphaedit", "inflora")
-_NETWORKS = ("npnet", "golden_noise_model", "noise_sequence_transformer", "noise_sequence_rnn")
 KINDS: dict[str, Kind] = {
     "null_space_lora": Kind(
         tags=("diffusers", "diffusers-training", "lora", "dreambooth", "template:sd-lora"),
@@ -135,22 +197,6 @@ KINDS: dict[str, Kind] = {
         repo_type="dataset",
     ),
 }  # fmt: skip
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_DIRECTIONS = ("generalized", "null", "soft", "plain")
-# Names of classes, which end up in import statements.
-_CLASSES = ("pipeline", "plain_pipeline", "network")
-# All others are words.
-_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    name: known
-    for names, known in (
-        ("rank parameters layers text_embed_dim num_prompts", (Integral, "a whole number")),
-        ("num_pairs num_rejected num_steps", (Integral, "a whole number")),
-        ("megabytes", (Real, "a number")),
-        ("statistics any_size", (bool, "True or False")),
-        ("example_prompts preserved_concepts latent_shape", ((list, tuple), "a list")),
-    )
-    for name in names.split()
-}
 
 
 def check_common(repo_id: str, base: str, licence: Licence, trained_on: str, version: str) -> None:
@@ -216,52 +262,6 @@ def _check_value(name: str, value: Any) -> None:
             raise TypeError(f"`{name}` must hold {words}, got a {type(item).__name__}: {item!r}.")
     if name == "directions" and value not in _DIRECTIONS:
         raise ValueError(f"`directions` must be one of {_DIRECTIONS}, got {value!r}.")
-
-
-# key -> (authors, title, year, arXiv number)
-PAPERS: dict[str, tuple[str, str, int, str]] = {
-    "dreambooth": (
-        "Ruiz, Nataniel and Li, Yuanzhen and Jampani, Varun and Pritch, Yael and Rubinstein, "
-        "Michael and Aberman, Kfir",
-        "{DreamBooth}: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
-        2022,
-        "2208.12242",
-    ),
-    "alphaedit": (
-        "Fang, Junfeng and Jiang, Houcheng and Wang, Kun and Ma, Yunshan and Shi, Jie and "
-        "Wang, Xiang and He, Xiangnan and Chua, Tat-Seng",
-        "{AlphaEdit}: Null-Space Constrained Knowledge Editing for Language Models",
-        2024,
-        "2410.02355",
-    ),
-    "inflora": (
-        "Liang, Yan-Shuo and Li, Wu-Jun",
-        "{InfLoRA}: Interference-Free Low-Rank Adaptation for Continual Learning",
-        2024,
-        "2404.00228",
-    ),
-    "golden_noise": (
-        "Zhou, Zikai and Shao, Shitong and Bai, Lichen and Zhang, Shufei and Xu, Zhiqiang and "
-        "Han, Bo and Xie, Zeke",
-        "Golden Noise for Diffusion Models: A Learning Framework",
-        2024,
-        "2411.09502",
-    ),
-    "t2vunlearning": (
-        "Ye, Xiaoyu and Cheng, Songjie and Wang, Yongtao and Xiong, Yajiao and Li, Yishen",
-        "{T2VUnlearning}: A Concept Erasing Method for Text-to-Video Diffusion Models",
-        2025,
-        "2505.17550",
-    ),
-    "receler": (
-        "Huang, Chi-Pin and Chang, Kai-Po and Tsai, Chung-Ting and Lai, Yung-Hsuan and "
-        "Yang, Fu-En and Wang, Yu-Chiang Frank",
-        "{Receler}: Reliable Concept Erasing of Text-to-Image Diffusion Models via Lightweight "
-        "Erasers",
-        2023,
-        "2311.17717",
-    ),
-}
 
 
 def bibtex(papers: tuple[str, ...], version: str) -> str:

@@ -16,6 +16,11 @@ from huggingface_hub.errors import (
 from diffusers_ext.hub.safe_markdown import code, link
 
 
+_CARD_NAME = "README.md"
+# Begin the name of a repository's folder in the cache of the Hub, whose files are links to `blobs`.
+CACHED_FOLDERS = ("models--", "datasets--")
+
+
 @dataclass(frozen=True)
 class Licence:
     """A licence by the Hub's three header keys.
@@ -48,11 +53,6 @@ class Licence:
         """What a card's text says about it."""
         name = code(self.license_name or self.license)
         return f"These files are shared under {link(name, self.license_link)}."
-
-
-_CARD_NAME = "README.md"
-# Begin the name of a repository's folder in the cache of the Hub, whose files are links to `blobs`.
-CACHED_FOLDERS = ("models--", "datasets--")
 
 
 def public_name(source: str | os.PathLike) -> str:

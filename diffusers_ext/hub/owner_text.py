@@ -27,6 +27,21 @@ _BLOCK = re.compile(
     re.MULTILINE,
 )
 _MARK = re.compile(r"^<!-- diffusers_ext:(begin|end).*\n?", re.MULTILINE)
+# Lines of the templates of diffusers and PEFT, and of earlier versions of this package.
+_LINES = re.compile(
+    r"This is the model card of a \W+ (diffusers|transformers) .*automatically generated\.?"
+    r"|<!-- This model card has been generated automatically .*"
+    r"|should probably proofread and complete it, then remove this comment\. -->"
+    r"|## Intended uses & limitations|#### How to use|#### Limitations and bias"
+    r"|## Training details|```(python)?|# TODO: add an example code snippet .*"
+    r"|\[TODO: .*\]"
+    r"|## Training procedure|### Framework versions|- PEFT \d\S*"
+    r"|Noise pairs: `diffusers_ext\S*open_pairs` reads the noises, `datasets` the tables\."
+)
+_HEADER = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+# What a new card writes only where nobody has said it; of everything else the new card's word counts.
+_OWNERS_KEYS = ("pipeline_tag", "task_categories")
 
 
 class GeneratedBlock(NamedTuple):
@@ -95,19 +110,6 @@ def _digest(words: str) -> str:
     return hashlib.sha256(words.strip().encode()).hexdigest()[:12]
 
 
-# Lines of the templates of diffusers and PEFT, and of earlier versions of this package.
-_LINES = re.compile(
-    r"This is the model card of a \W+ (diffusers|transformers) .*automatically generated\.?"
-    r"|<!-- This model card has been generated automatically .*"
-    r"|should probably proofread and complete it, then remove this comment\. -->"
-    r"|## Intended uses & limitations|#### How to use|#### Limitations and bias"
-    r"|## Training details|```(python)?|# TODO: add an example code snippet .*"
-    r"|\[TODO: .*\]"
-    r"|## Training procedure|### Framework versions|- PEFT \d\S*"
-    r"|Noise pairs: `diffusers_ext\S*open_pairs` reads the noises, `datasets` the tables\."
-)
-
-
 def is_automatic(body: str) -> bool:
     """Whether every line of a card's text is one that a library wrote; true of an empty text."""
     lines = {line.strip() for line in body.splitlines()} - {""}
@@ -118,12 +120,6 @@ def is_automatic(body: str) -> bool:
 def _template_lines() -> frozenset[str]:
     text = ModelCard.from_template(ModelCardData()).text
     return frozenset(line.strip() for line in text.splitlines())
-
-
-_HEADER = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
-_LICENCE_KEYS = ("license", "license_name", "license_link")
-# What a new card writes only where nobody has said it; of everything else the new card's word counts.
-_OWNERS_KEYS = ("pipeline_tag", "task_categories")
 
 
 def keep_owner_words(new: ModelCard | DatasetCard, old_text: str | None) -> ModelCard | DatasetCard:

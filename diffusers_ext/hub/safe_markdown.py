@@ -21,6 +21,8 @@ _LINK = re.compile(r"\]\(([^)]*)")
 _TAG = re.compile(r"<(?=[a-zA-Z/!?])")
 # At the start of a line: fences, headings and rules, which would cut the card in parts.
 _BLOCK = re.compile(r"^([ \t>]*)(`{3,}|~{3,}|#{1,6}(?=\s|$)|=+[ \t]*$|-{2,}[ \t]*$)", re.MULTILINE)
+# All that addresses are made of, but the brackets that would end a link.
+_KEPT = "/:?#[]@!$&'*+,;=%~"
 
 
 def plain(value: object) -> str:
@@ -76,10 +78,6 @@ def check_file_name(name: object, argument: str) -> str:
             f"`{argument}` must name files of the folder, got {name!r}: it leads out of it."
         )
     return name
-
-
-# All that addresses are made of, but the brackets that would end a link.
-_KEPT = "/:?#[]@!$&'*+,;=%~"
 
 
 def _harmless(found: re.Match[str]) -> str:

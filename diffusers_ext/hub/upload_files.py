@@ -15,6 +15,15 @@ from diffusers_ext.hub.licence import CACHED_FOLDERS, public_name
 
 
 CONFIG_DIGEST = "config_sha256"
+# Files in which the libraries and the training scripts note where something came from.
+_ENDINGS = ("config.json", "model_index.json", "report.json")
+# As diffusers and transformers name weights: whole, in shards, and the shards' index.
+_WEIGHTS = re.compile(
+    r"(?P<stem>[^.]+?)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.(?P<format>safetensors|bin)"
+)
+_INDEX = re.compile(
+    r"(?P<stem>[^.]+)\.(?P<format>safetensors|bin)\.index(?:\.(?P<variant>\w+))?\.json"
+)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -56,10 +65,6 @@ def _roots(folder: Path) -> list[Path]:
         if parent.name == "snapshots" and parent.parent.name.startswith(CACHED_FOLDERS)
     ]  # fmt: skip
     return [real, *(parent.parent / "blobs" for parent in snapshots)]
-
-
-# Files in which the libraries and the training scripts note where something came from.
-_ENDINGS = ("config.json", "model_index.json", "report.json")
 
 
 def public_content(path: Path) -> bytes | None:
@@ -106,15 +111,6 @@ def _strings(content: Any) -> Iterator[str]:
     elif isinstance(content, (dict, list)):
         for item in content.values() if isinstance(content, dict) else content:
             yield from _strings(item)
-
-
-# As diffusers and transformers name weights: whole, in shards, and the shards' index.
-_WEIGHTS = re.compile(
-    r"(?P<stem>[^.]+?)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.(?P<format>safetensors|bin)"
-)
-_INDEX = re.compile(
-    r"(?P<stem>[^.]+)\.(?P<format>safetensors|bin)\.index(?:\.(?P<variant>\w+))?\.json"
-)
 
 
 def stale_files(
