@@ -33,10 +33,9 @@ from benchmarks.timing import compare
 from diffusers_ext.core.tracing import fake_tensors, fill_with_fake_tensors
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.planning import plan_run
-from diffusers_ext.planning.base_model import BaseModel, Component
-from diffusers_ext.planning.eraser_run import EraserRun, draft_eraser
-from diffusers_ext.planning.eraser_run_setting import EraserRunSetting
-from diffusers_ext.planning.published_models import read_base_model
+from diffusers_ext.planning.eraser import draft_eraser, eraser_run
+from diffusers_ext.planning.models import BaseModel, Component, read_base_model
+from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.planning.work import Work, trace_work
 
 
@@ -67,7 +66,7 @@ def step_costs(subject: Subject, pairs: int) -> list[dict[str, Any]]:
 
 def training_work(base: BaseModel, **setting: Any) -> Work:
     """The optimizer's step of a training, as it is planned."""
-    draft = draft_eraser(base, **setting)
+    draft = draft_eraser(base, EraserPlanSettings(**setting))
     return next(phase for phase in draft.phases if phase.name == "training").works[0]
 
 
@@ -98,10 +97,8 @@ def flop_ratio() -> float:
 
     All but the two ends of the model are such blocks, so that the ratio of the whole is no larger.
     """
-    run = EraserRun.of(
-        read_base_model(FIVE_B), EraserRunSetting(gradient_checkpointing=False), True
-    )
-    model, counts = run.student(layers=1).eval(), []
+    run = eraser_run(read_base_model(FIVE_B), EraserPlanSettings(gradient_checkpointing=False))
+    model, counts = run.student(num_layers=1).eval(), []
     with fake_tensors(), torch.no_grad():
         fill_with_fake_tensors(model)
         velocity = run.velocity(model)
@@ -122,7 +119,7 @@ def five_b_plans() -> list[dict[str, Any]]:
     """Peak of training 5b at 49x480x720, target and preserved rows in turn and in one pass."""
     found = []
     for in_turn in (True, False):
-        plan = plan_run("eraser", FIVE_B, rows_in_turn=in_turn, exact=True)
+        plan = plan_run("eraser", FIVE_B, separate_passes=in_turn, exact=True)
         rows = "2 rows in turn" if in_turn else "2 rows in one pass"
         phases = {phase.name: phase.peak for phase in plan.phases}
         found.append({"rows": rows, "phases": phases, "peak": plan.peak})
@@ -134,7 +131,7 @@ def five_b_plans() -> list[dict[str, Any]]:
 def measured_five_b(in_turn: bool) -> int:
     """Peak of the second step of 5b with random weights on the GPU, all that is kept included."""
     torch.cuda.empty_cache()
-    (model,), begin = training_work(read_base_model(FIVE_B), rows_in_turn=in_turn).make()
+    (model,), begin = training_work(read_base_model(FIVE_B), separate_passes=in_turn).make()
     for parameter in model.to_empty(device="cuda").parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     step = begin(torch.device("cuda"))

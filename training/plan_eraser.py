@@ -18,27 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.command_line.plan import add_setting, given_setting
 from diffusers_ext.eraser.batch import rows_of_each_kind
-from diffusers_ext.eraser.recipe import LATENTS_SOURCES, REAL_MODEL_DEFAULTS
 from diffusers_ext.planning import RunPlan, plan_run, recommend_eraser_training
+from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.training.run.arguments import add_traceback_argument, check_values
 from diffusers_ext.training.run.command_lines import OneLineParser
 from diffusers_ext.training.run.script import run_script
-from diffusers_ext.training.run.setup import WEIGHT_DTYPES
-
-
-_COUNTS = (
-    "num_target_trajectories", "num_preserved_trajectories", "num_inference_steps",
-    "sampling_batch_size", "points_per_trajectory",
-)  # fmt: skip
-_SHARED = (
-    *_COUNTS, "mixed_precision", "gradient_checkpointing", "rows_in_turn", "latents_source",
-    "trajectories_dtype", "validation", "num_frames", "height", "width", "text_batch_size",
-)  # fmt: skip
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line of this script; defaults are those of the training script for real models."""
+    """Command line of this script."""
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,18 +37,13 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_traceback_argument(parser)
     parser.add_argument("--memory_gib", type=float, help="of a GPU: recommend settings for it")
-    for name in ("json", "exact", "gradient_checkpointing", "rows_in_turn", "validation"):
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--mixed_precision", choices=WEIGHT_DTYPES, default="bf16")
-    parser.add_argument("--latents_source", choices=LATENTS_SOURCES, default="trajectory")
-    parser.add_argument("--trajectories_dtype", choices=["fp32", "fp16"], default="fp32")
-    for name in ("num_frames", "height", "width"):
-        parser.add_argument(f"--{name}", type=int, help="the model's own without it")
-    parser.add_argument("--eraser_rank", type=int, default=REAL_MODEL_DEFAULTS["rank"])
-    parser.add_argument("--text_batch_size", type=int, default=8)
-    for name in ("train_batch_size", "preserved_share", "localization_weight", *_COUNTS):
-        default = REAL_MODEL_DEFAULTS[name]
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument("--exact", action="store_true", help="trace all blocks, not a few")
+    parser.add_argument("--eraser_rank", type=int, default=128)
+    parser.add_argument("--train_batch_size", type=int, default=1)
+    parser.add_argument("--preserved_share", type=float, default=0.5)
+    parser.add_argument("--localization_weight", type=float, default=0.0)
+    add_setting(parser, EraserPlanSettings)
     return parser.parse_args(input_args)
 
 
@@ -68,13 +53,9 @@ def main(args: argparse.Namespace) -> RunPlan:
     check_values(args, ["preserved_share"], "in [0, 1]", lambda value: 0 <= value <= 1)
     check_values(args, ["memory_gib"], "positive", lambda value: value > 0)
     target, preserved = rows_of_each_kind(args.train_batch_size, args.preserved_share)
-    setting = {
-        "rank": args.eraser_rank,
-        "target_rows": target,
-        "preserved_rows": preserved,
-        "localization": args.localization_weight > 0,
-        **{name: getattr(args, name) for name in _SHARED},
-    }
+    setting = {"rank": args.eraser_rank, "target_rows": target, "preserved_rows": preserved}
+    setting |= {"localization": args.localization_weight > 0, "gradient_checkpointing": False}
+    setting |= given_setting(args, EraserPlanSettings)
     model = args.pretrained_model_name_or_path
     if args.memory_gib is None:
         plan = plan_run("eraser", model, exact=args.exact, **setting)

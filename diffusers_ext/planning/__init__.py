@@ -1,8 +1,14 @@
 """What a run takes, before it is run."""
 
-from diffusers_ext.planning.fit import recommend_eraser_training
-from diffusers_ext.planning.plans import plan_run, setting_names
-from diffusers_ext.planning.run_plan import PhasePlan, RunPlan
+from diffusers_ext.core.lazy_names import by_name, imported_name
 
 
-__all__ = ["PhasePlan", "RunPlan", "plan_run", "recommend_eraser_training", "setting_names"]
+_SOURCES = by_name({
+    "diffusers_ext.planning.fit": "recommend_eraser_training",
+    "diffusers_ext.planning.plan": "PhasePlan RunPlan plan_run setting_names",
+})  # fmt: skip
+__all__ = sorted(_SOURCES)
+
+
+def __getattr__(name: str) -> object:
+    return imported_name(__name__, _SOURCES, name)

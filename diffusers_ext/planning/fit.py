@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from diffusers_ext.planning.plans import plan_run
-from diffusers_ext.planning.run_plan import GIB, RunPlan
+from diffusers_ext.planning.plan import GIB, RunPlan, plan_run
 
 
 _SMALL_RANK, _MOST_ROWS = 32, 8
@@ -47,7 +46,7 @@ def _frugal(
     model: str | os.PathLike, memory_gib: float, setting: dict[str, Any]
 ) -> Iterator[RunPlan]:
     """Plans with everything that saves memory, from the clips asked for to the shortest."""
-    saving = {"target_rows": 1, "preserved_rows": 1, "rows_in_turn": True}
+    saving = {"target_rows": 1, "preserved_rows": 1, "separate_passes": True}
     saving["gradient_checkpointing"] = True
     plan = plan_run("eraser", model, memory_gib=memory_gib, **{**setting, **saving})
     yield plan
@@ -67,7 +66,7 @@ def _least_frugal(
     for checkpointing in (False, True):
         found, rows = None, 1
         while rows <= _MOST_ROWS:
-            more = {"target_rows": rows, "preserved_rows": rows, "rows_in_turn": False}
+            more = {"target_rows": rows, "preserved_rows": rows, "separate_passes": False}
             more["gradient_checkpointing"] = checkpointing
             options = {**setting, **size, **more}
             plan = plan_run("eraser", model, memory_gib=memory_gib, **options)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +22,10 @@ from diffusers_ext.core.tracing import (
     gpu_autocast,
 )
 from diffusers_ext.planning.gpus import Gpu
+from diffusers_ext.planning.models import BaseModel
 
 
+OPTIMIZER = "optimizer"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of a GPU's published rates; what eager PyTorch reaches in models of this kind, by and large.
 MATMUL_UTILIZATION, BANDWIDTH_UTILIZATION = 0.5, 0.75
@@ -91,7 +93,7 @@ class Work:
     Attributes:
         name: of what its memory is used for.
         times: how often it is done in a run.
-        make: a new job; takes the number of blocks where there are `layers`.
+        make: a new job; takes `num_layers` of the model where there are `layers`.
         kept_name: of what stays between two repetitions and after them, as an optimizer's state does;
             where there is nothing worth a name, it counts as `name`.
         layers: blocks of the job's model where it is traced with fewer; everything is linear in them.
@@ -115,8 +117,8 @@ def inference_work(
 ) -> Work:
     """Calls of one frozen model without gradients; `begin(model, device)` gives what is repeated."""
 
-    def make(layers: int | None = None) -> Job:
-        model = build() if layers is None else build(layers=layers)
+    def make(**changed: int) -> Job:
+        model = build(**changed)
         return Job([model], lambda device: torch.no_grad()(begin(model, device)))
 
     return Work(name, times, make, layers=layers)
@@ -144,8 +146,8 @@ def training_works(
         update: `update(optimizer, device)` gives the context of the optimizer's steps.
     """
 
-    def make(updates: bool, layers: int | None = None) -> Job:
-        model = precision.prepare(work.make() if layers is None else work.make(layers=layers))
+    def make(updates: bool, **changed: int) -> Job:
+        model = precision.prepare(work.make(**changed))
 
         def begin_training(device: torch.device) -> Callable[[], object]:
             weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -184,6 +186,48 @@ def _make_state(optimizer: torch.optim.Optimizer, keep_gradients: bool) -> None:
     optimizer.zero_grad(set_to_none=not keep_gradients)
 
 
+class Phase(NamedTuple):
+    """One phase of a run.
+
+    Attributes:
+        name: of the phase.
+        resident: names of the parts that are in memory all the time.
+        works: what is done in it, one after the other.
+        untimed: what is done besides, in the memory and not in the time.
+    """
+
+    name: str
+    resident: Sequence[str]
+    works: Sequence[Work]
+    untimed: Sequence[Work] = ()
+
+    @property
+    def traced(self) -> list[Work]:
+        """All that takes memory."""
+        return [*(work for work in self.works if work.times), *self.untimed]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A run whose phases are known and whose works are still to be traced.
+
+    Attributes:
+        tool, model, setting: as in `RunPlan`.
+        parts: bytes of what needs no trace, by name.
+        phases: in order.
+        disk: bytes by what takes them.
+        assumptions: of this run.
+    """
+
+    tool: str
+    model: BaseModel
+    setting: Mapping[str, Any]
+    parts: Mapping[str, int]
+    phases: Sequence[Phase]
+    disk: Mapping[str, int]
+    assumptions: Sequence[str] = field(default_factory=tuple)
+
+
 class WorkTrace(NamedTuple):
     """What one repetition takes, from shapes alone."""
 
@@ -197,7 +241,7 @@ def trace_work(work: Work) -> WorkTrace:
     few, more = _TRACED_LAYERS
     if work.layers is None or work.layers <= 2 * more:
         return _trace(work.make())
-    first, second = (_trace(work.make(layers=layers)) for layers in (few, more))
+    first, second = (_trace(work.make(num_layers=layers)) for layers in (few, more))
 
     def linear(at_few: int, at_more: int) -> int:
         return at_few + (at_more - at_few) * (work.layers - few) // (more - few)

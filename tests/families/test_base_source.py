@@ -20,7 +20,7 @@ from diffusers_ext.families.base_source import (
     read_base_config,
     refuse_single_file,
 )
-from diffusers_ext.planning.published_models import read_base_model
+from diffusers_ext.planning.models import read_base_model
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
 from diffusers_ext.training.run.knowledge import load_pipeline
 from diffusers_ext.training.run.text_cache import load_text_pipeline, stored_fingerprint

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from diffusers_ext.planning import fit, plan_run, recommend_eraser_training
-from diffusers_ext.planning.run_plan import GIB, RunPlan
+from diffusers_ext.planning.plan import GIB, RunPlan
 from tests.tiny_cogvideox import tiny_video_pipeline
 
 
@@ -15,7 +15,7 @@ def test_gpus_of_any_size(tmp_path, monkeypatch):
     # Wide enough for its training to be the worst phase.
     tiny_video_pipeline(num_attention_heads=8, num_layers=4).save_pretrained(tmp_path)
     monkeypatch.setattr(fit, "_MOST_ROWS", 2)
-    frugal = {"rows_in_turn": True, "gradient_checkpointing": True}
+    frugal = {"separate_passes": True, "gradient_checkpointing": True}
     least = plan_run("eraser", tmp_path, **SETTING, **frugal)
     assert least.worst_phase == "training"
 
@@ -26,10 +26,10 @@ def test_gpus_of_any_size(tmp_path, monkeypatch):
     assert large.fits
     assert not large.setting["gradient_checkpointing"]
     assert large.setting["target_rows"] == 2
-    assert not large.setting["rows_in_turn"]
+    assert not large.setting["separate_passes"]
     exactly = found(least.peak + 1)
     assert exactly.fits
-    assert exactly.setting["rows_in_turn"]
+    assert exactly.setting["separate_passes"]
     assert exactly.setting["num_frames"] == 17
     shorter = found(least.peak - 1)
     assert shorter.fits

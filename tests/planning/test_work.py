@@ -26,9 +26,9 @@ CARD = Gpu("test", 8, half_tflops=100.0, float32_tflops=10.0, bandwidth=100.0)
 def linear_work(layers=None, rows=4):
     blocks = layers or 1
 
-    def make(layers=blocks):
+    def make(num_layers=blocks):
         with torch.device("meta"):
-            blocks = [torch.nn.Linear(16, 16, bias=False) for _ in range(layers)]
+            blocks = [torch.nn.Linear(16, 16, bias=False) for _ in range(num_layers)]
             model = torch.nn.Sequential(*blocks).requires_grad_(False)
 
         def begin(device):
@@ -50,7 +50,7 @@ def test_a_trace_counts_memory_and_operations():
 
 def test_operations_of_many_blocks_are_extrapolated_to_the_number():
     deep, whole = linear_work(layers=12), linear_work(layers=12)
-    whole = Work(whole.name, 1, lambda: deep.make(layers=12))
+    whole = Work(whole.name, 1, lambda: deep.make(num_layers=12))
     assert trace_work(deep).operations == trace_work(whole).operations
 
 

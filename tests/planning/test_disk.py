@@ -5,12 +5,8 @@ import io
 import torch
 from safetensors.torch import save
 
-from diffusers_ext.planning.disk_sizes import (
-    checkpoint_bytes,
-    kept_checkpoints,
-    optimizer_bytes,
-    safetensors_bytes,
-)
+from diffusers_ext.planning.disk import checkpoint_bytes, optimizer_bytes, safetensors_bytes
+from diffusers_ext.planning.settings import PlannedRun
 
 
 def test_safetensors_to_the_byte():
@@ -43,6 +39,10 @@ def test_averaged_weights_are_in_a_checkpoint():
 
 
 def test_how_many_checkpoints_stay():
-    assert kept_checkpoints(100, None, None) == 0
-    assert kept_checkpoints(100, 30, None) == 3
-    assert kept_checkpoints(100, 10, 2) == 2
+    def number(every, limit=None):
+        run = PlannedRun(
+            max_train_steps=100, checkpointing_steps=every, checkpoints_total_limit=limit
+        )
+        return run.num_checkpoints
+
+    assert [number(None), number(30), number(10, 2)] == [0, 3, 2]

@@ -12,9 +12,10 @@ from diffusers_ext.eraser.adapter.config import eraser_size
 from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.planning import plan_run
-from diffusers_ext.planning.base_model import read_folder
-from diffusers_ext.planning.eraser_run import draft_eraser
+from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.gpus import find_gpu
+from diffusers_ext.planning.models import read_folder
+from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.planning.work import gpu_seconds, trace_work
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.run import EraserData, add_eraser, make_step
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def works_of(folder, name, **setting):
-    draft = draft_eraser(read_folder(folder), **{**SMALL, **setting})
+    draft = draft_eraser(read_folder(folder), EraserPlanSettings(**{**SMALL, **setting}))
     return next([*p.works, *p.untimed] for p in draft.phases if p.name == name)
 
 
@@ -84,7 +85,7 @@ def test_the_traced_peak_is_what_the_training_step_allocates(
     folder, checkpointing, localization, in_turn
 ):
     rows = {"target_rows": 4, "preserved_rows": 4}
-    setting = {"localization": localization, "rows_in_turn": in_turn, **rows}
+    setting = {"localization": localization, "separate_passes": in_turn, **rows}
     setting["gradient_checkpointing"] = checkpointing
     step, _ = works_of(folder, "training", **setting)
     run = training_step(4, checkpointing, localization, in_turn)
@@ -117,10 +118,12 @@ def test_frozen_models_take_what_was_traced(folder, phase, index):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_few_blocks_tell_of_many(folder, checkpointing):
-    step, _ = works_of(folder, "training", gradient_checkpointing=checkpointing, rows_in_turn=True)
+    step, _ = works_of(
+        folder, "training", gradient_checkpointing=checkpointing, separate_passes=True
+    )
     few, whole = (
         trace_work(replace(step, layers=8)),
-        trace_work(replace(step, make=partial(step.make, layers=8), layers=None)),
+        trace_work(replace(step, make=partial(step.make, num_layers=8), layers=None)),
     )
     assert (few.kept, few.peak) == pytest.approx((whole.kept, whole.peak))
     # Not the same operations: those of the optimizer are over all weights at once.
@@ -153,7 +156,8 @@ def test_videos_and_validation_need_the_vae(folder):
 
 def test_autocast_makes_layer_norms_wide(folder):
     half = {"mixed_precision": "bf16", "target_rows": 4, "preserved_rows": 4}
-    draft = partial(draft_eraser, read_folder(folder), **{**SMALL, **half})
+    setting = EraserPlanSettings(**{**SMALL, **half})
+    draft = partial(draft_eraser, read_folder(folder), setting)
     on_cpu, on_gpu = (
         trace_work(draft(as_on_gpu=gpu).phases[-1].works[0]).peak for gpu in (False, True)
     )
@@ -161,7 +165,7 @@ def test_autocast_makes_layer_norms_wide(folder):
 
 
 def test_the_peaks_of_5b_in_the_published_size():
-    plan = plan_run("eraser", "CogVideoX-5b", rows_in_turn=True)
+    plan = plan_run("eraser", "CogVideoX-5b", separate_passes=True)
     # 42 block inputs of 17,776 tokens of width 3072 in bf16
     checkpoints = 42 * 17_776 * 3072 * 2
     assert plan.parts["transformer"] == 2 * 5_570_283_072

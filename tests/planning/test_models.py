@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from diffusers_ext.planning.published_models import published_names, read_base_model
+from diffusers_ext.planning.models import published_names, read_base_model
 from examples.digits.check_model import MODEL_DIR
 
 

@@ -4,16 +4,15 @@ import pytest
 import torch
 
 from diffusers_ext.golden_noise.conditioning import encode_prompts
-from diffusers_ext.planning.golden_noise_setting import GoldenNoiseSetting
-from diffusers_ext.planning.image_shapes import ImageShapes
-from diffusers_ext.planning.image_works import (
-    decode_work,
+from diffusers_ext.planning.images import (
+    ImageShapes,
     encode_prompts_work,
-    encode_work,
     guided_work,
     redenoise_work,
+    vae_work,
 )
-from diffusers_ext.planning.published_models import read_base_model
+from diffusers_ext.planning.models import read_base_model
+from diffusers_ext.planning.settings import GoldenNoisePlanSettings
 from diffusers_ext.planning.work import Precision, trace_work
 from tests.planning.real_jobs import measured_peak
 from tests.tiny_image_pipelines import (
@@ -44,10 +43,10 @@ def test_prompts_and_peaks_are_those_of_the_pipeline(tmp_path, family):
     assert {n: t.shape for n, t in planned.items()} == {n: t.shape for n, t in real.items()}
     works = [
         encode_prompts_work(shapes, 2, 1, ON_CPU),
-        redenoise_work(shapes, GoldenNoiseSetting(num_steps=2), 2, 1, ON_CPU),
+        redenoise_work(shapes, GoldenNoisePlanSettings(num_steps=2), 2, 1, ON_CPU),
         guided_work(shapes, 2, 5.0, 1, ON_CPU),
-        decode_work(shapes, 2, 1, torch.float32),
-        encode_work(shapes, 2, 1, torch.float32),
+        vae_work(shapes, 2, 1, torch.float32, decodes=True),
+        vae_work(shapes, 2, 1, torch.float32, decodes=False),
     ]
     for work in works:
         # In so small a call the workspaces of kernels, which no shape tells, are up to a fifth.

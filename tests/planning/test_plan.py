@@ -9,9 +9,13 @@ from benchmarks.measured_memory import peak_bytes
 from benchmarks.planned_runs import DIGITS, IN_MEMORY, MOVING_DIGITS, RUNS
 from diffusers_ext.golden_noise.settings import NETWORK_DEFAULTS
 from diffusers_ext.planning import plan_run, setting_names, work
-from diffusers_ext.planning.eraser_run import draft_eraser
-from diffusers_ext.planning.golden_noise_setting import NETWORKS, GoldenNoiseSetting
-from diffusers_ext.planning.published_models import read_base_model
+from diffusers_ext.planning.eraser import draft_eraser
+from diffusers_ext.planning.models import read_base_model
+from diffusers_ext.planning.settings import (
+    NETWORKS,
+    EraserPlanSettings,
+    GoldenNoisePlanSettings,
+)
 
 
 @pytest.fixture
@@ -137,7 +141,8 @@ def test_a_folder_without_all_components_of_a_cogvideox(tmp_path):
 def test_clips_of_each_validation_and_once_of_the_base_model():
     base, shared = read_base_model(MOVING_DIGITS), {"mixed_precision": "no", "validation": True}
     for steps, clips in ((None, 2), (200, 4)):
-        draft = draft_eraser(base, rank=8, max_train_steps=500, validation_steps=steps, **shared)
+        setting = EraserPlanSettings(rank=8, max_train_steps=500, validation_steps=steps, **shared)
+        draft = draft_eraser(base, setting)
         works = {work.name: work.times for work in draft.phases[-1].works}
         assert works == {"teacher's pass": 50 * clips, "VAE's decoding": clips}
 
@@ -145,11 +150,11 @@ def test_clips_of_each_validation_and_once_of_the_base_model():
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_train_as_long_as_by_their_script(network):
     usual = NETWORK_DEFAULTS[network]
-    setting = GoldenNoiseSetting(network=network, num_steps=3, gradient_accumulation_steps=2)
+    setting = GoldenNoisePlanSettings(network=network, num_steps=3, gradient_accumulation_steps=2)
     batch, epochs = usual["train_batch_size"], usual["num_epochs"]
     assert setting.train_batch_size == batch
     assert setting.max_train_steps == -(-950 * epochs // (2 * batch))
-    given = GoldenNoiseSetting(train_batch_size=4, max_train_steps=7)
+    given = GoldenNoisePlanSettings(train_batch_size=4, max_train_steps=7)
     assert (given.train_batch_size, given.max_train_steps) == (4, 7)
 
 

@@ -74,11 +74,3 @@ def checkpoint_bytes(
     named = {f"{index:0>60}": tensor for index, tensor in enumerate(weights)}
     size = safetensors_bytes(named) + optimizer_bytes(trained) + _CHECKPOINT_TEXT_BYTES
     return size + (tensor_bytes(weights) if ema else 0)
-
-
-def kept_checkpoints(steps: int, every: int | None, limit: int | None) -> int:
-    """How many checkpoints a run leaves."""
-    if every is None:
-        return 0
-    written = steps // every
-    return written if limit is None else min(written, limit)

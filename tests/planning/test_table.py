@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_ext.planning.plan_table import size_text, time_text
-from diffusers_ext.planning.run_plan import GIB, PhasePlan, RunPlan
+from diffusers_ext.planning.plan import GIB, PhasePlan, RunPlan
+from diffusers_ext.planning.table import size_text, time_text
 
 
 def plan(**changes):

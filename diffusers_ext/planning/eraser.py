@@ -1,0 +1,296 @@
+"""The run of an eraser's training, from its prompts to its file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from torch.utils._python_dispatch import _disable_current_modes
+
+from diffusers_ext.eraser.adapter.config import (
+    EraserConfig,
+    check_rank,
+    eraser_size,
+    transformer_width,
+)
+from diffusers_ext.eraser.batch import EraserText, RowMaker
+from diffusers_ext.eraser.masks.attention import concept_attention
+from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.eraser.step import EraserStep
+from diffusers_ext.families.family import Family
+from diffusers_ext.families.registry import match_family, titles_of
+from diffusers_ext.families.velocity import Velocity
+from diffusers_ext.planning.disk import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
+from diffusers_ext.planning.models import BaseModel
+from diffusers_ext.planning.settings import EraserPlanSettings
+from diffusers_ext.planning.work import (
+    OPTIMIZER,
+    WEIGHT_DTYPES,
+    Draft,
+    Job,
+    Phase,
+    Precision,
+    Work,
+    inference_work,
+    training_works,
+)
+
+
+_ADAPTER_NAME = "default"
+_STUDENT, _TEACHER, _VAE = "student's activations", "teacher's pass", "VAE"
+_SAMPLES = "teacher's samples (on disk, or in the host's memory)"
+_STORAGE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def draft_eraser(base: BaseModel, setting: EraserPlanSettings, *, as_on_gpu: bool = True) -> Draft:
+    """The phases of an eraser's training; the text encoder is gone after the first.
+
+    Raises:
+        ValueError: a pipeline that erasers are not known for, or a setting that the model cannot take.
+    """
+    run = eraser_run(base, setting, as_on_gpu)
+    setting = run.setting
+    notes = []
+    if setting.latents_source != "trajectory":
+        notes.append("Passes of the teacher inside of steps are in the memory, not in the time.")
+    if setting.latents_source == "video":
+        notes.append("The time to read and encode videos is not counted.")
+    return Draft("eraser", base, asdict(setting), run.parts(), run.phases(), run.disk(), notes)
+
+
+def eraser_run(base: BaseModel, setting: EraserPlanSettings, as_on_gpu: bool = True) -> EraserRun:
+    """The run with the clip's size filled in; raises as `draft_eraser`."""
+    family = match_family(base.components[base.denoiser].class_name, "eraser")
+    if family is None:
+        raise ValueError(
+            f"`model` must be a {titles_of('eraser')} pipeline for the eraser, got "
+            f"{base.pipeline or 'none'} in {base.name}."
+        )
+    configs = [base.component(name).whole_config() for name in ("transformer", "vae")]
+    base.component("text_encoder")
+    check_rank(setting.rank, transformer_width(configs[0]))
+    given = (setting.num_frames, setting.height, setting.width)
+    sides = zip(given, family.clip_size(*configs), strict=True)
+    size = [own if chosen is None else chosen for chosen, own in sides]
+    setting = replace(setting, num_frames=size[0], height=size[1], width=size[2])
+    precision = Precision(WEIGHT_DTYPES[setting.mixed_precision], as_on_gpu)
+    latents = family.latent_shape(*configs, *size)
+    return EraserRun(base, family, setting, latents, configs[0], precision)
+
+
+@dataclass(frozen=True)
+class EraserRun:
+    """A base model and how an eraser is trained for it, as shapes.
+
+    Attributes:
+        base, family: the model.
+        setting: the clip's size filled in.
+        latents: `(frames, channels, height, width)`.
+        config: of the transformer, with all fields.
+        precision: of the calls of all models.
+    """
+
+    base: BaseModel
+    family: Family
+    setting: EraserPlanSettings
+    latents: tuple[int, int, int, int]
+    config: Mapping[str, Any]
+    precision: Precision
+
+    def build(self, name: str, **changed: Any) -> torch.nn.Module:
+        """A component without data, or the same with another config."""
+        return self.base.component(name).build(self.precision.dtype, **changed)
+
+    def student(self, **changed: Any) -> torch.nn.Module:
+        """The transformer with an eraser that trains, in float32 as it trains."""
+        model, config = self.build("transformer", **changed), EraserConfig(r=self.setting.rank)
+        inject_adapter_in_model(config, model, _ADAPTER_NAME, low_cpu_mem_usage=True)
+        if self.setting.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model.train()
+
+    def velocity(self, model: torch.nn.Module) -> Velocity:
+        """Of a model with data, with conditions without content."""
+        return self.family.empty_velocity(model, self.latents, self.precision.dtype)
+
+    def text(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+        """Embeddings without content."""
+        size = (rows, self.family.text_length(self.config), self.family.text_width(self.config))
+        return torch.zeros(size, dtype=self.precision.dtype, device=device)
+
+    def parts(self) -> dict[str, int]:
+        """What is known without a trace; what is traced has its place among it."""
+        setting, eraser = self.setting, 4 * eraser_size(self.config, self.setting.rank)
+        names = ("transformer", "vae", "text_encoder")
+        sizes = {name: self.base.component(name).bytes(self.precision.dtype) for name in names}
+        parts = {"transformer": sizes["transformer"], "eraser": eraser, "gradients": eraser}
+        parts |= {OPTIMIZER: 2 * eraser, _STUDENT: 0, _TEACHER: 0}
+        parts |= {"text encoder": sizes["text_encoder"], "text encoder's activations": 0}
+        if setting.validation or setting.latents_source == "video" or self._waiting:
+            parts[_VAE] = sizes["vae"]
+        return parts
+
+    @property
+    def _waiting(self) -> tuple[str, ...]:
+        """The VAE waits in the host's memory, which on a CPU is the device's own."""
+        return () if self.precision.as_on_gpu else (_VAE,)
+
+    def phases(self) -> list[Phase]:
+        """What each phase of the training script does."""
+        setting, passes = self.setting, self.setting.num_inference_steps
+        phases = [Phase("text", ("text encoder",), [self._text_work()])]
+        asked = []
+        if setting.latents_source == "trajectory":
+            phases.append(Phase("sampling", ("transformer", *self._waiting), self._sampling()))
+        else:
+            # For the concept's prompts, the anchor's, preserved ones and, for masks, the empty one.
+            rows = [setting.target_rows] * (3 if setting.localization else 2)
+            rows.append(setting.preserved_rows)
+            count = max(rows) if setting.separate_passes else sum(rows)
+            asked = [self._teacher_work(0, count, reads=setting.localization)]
+        trains = ("transformer", "eraser", *self._waiting)
+        phases.append(Phase("training", trains, self.training_works(), asked))
+        if setting.latents_source == "video":
+            phases.append(Phase("encoding", ("transformer", _VAE), (), [self._vae_work(0)]))
+        if setting.validation:
+            # Beside the eraser's clip of each validation, once the base model's.
+            drawn = 1 + setting.validations
+            works = [self._teacher_work(drawn * passes, 2), self._vae_work(drawn, decodes=True)]
+            resident = ("transformer", "eraser", OPTIMIZER, _VAE)
+            phases.append(Phase("validation", resident, works))
+        return phases
+
+    def _sampling(self) -> list[Work]:
+        setting, passes = self.setting, self.setting.num_inference_steps
+        rows = setting.sampling_batch_size
+        batches = math.ceil(setting.num_target_trajectories / rows)
+        others = math.ceil(setting.num_preserved_trajectories / rows)
+        kept = min(setting.points_per_trajectory, passes)
+        # The anchor is asked where a point of a target run is kept; guidance needs two prompts always.
+        two = batches * (passes - kept) + others * passes
+        return [
+            self._teacher_work(batches * kept, 3 * rows, reads=setting.localization),
+            self._teacher_work(two, 2 * rows),
+        ]
+
+    def _text_work(self) -> Work:
+        setting = self.setting
+        size = (setting.text_batch_size, self.family.text_length(self.config))
+
+        def begin(encoder: torch.nn.Module, device: torch.device) -> Callable[[], object]:
+            return lambda: encoder(torch.zeros(size, dtype=torch.long, device=device))
+
+        times = math.ceil(setting.num_prompts / setting.text_batch_size)
+        build = partial(self.build, "text_encoder")
+        layers = self.base.component("text_encoder").whole_config().num_layers
+        return inference_work("text encoder's activations", times, build, begin, layers)
+
+    def _vae_work(self, times: int, *, decodes: bool = False) -> Work:
+        """One clip in one piece, as without tiling: latents to pixels, or pixels to latents."""
+        setting, (frames, channels, height, width) = self.setting, self.latents
+        pixels = (1, 3, setting.num_frames, setting.height, setting.width)
+
+        def begin(vae: torch.nn.Module, device: torch.device) -> Callable[[], object]:
+            size = (1, channels, frames, height, width) if decodes else pixels
+            given = torch.randn(size, dtype=self.precision.dtype, device=device)
+            return partial(vae.decode if decodes else vae.encode, given)
+
+        name = f"VAE's {'decoding' if decodes else 'encoding'}"
+        return inference_work(name, times, partial(self.build, "vae"), begin)
+
+    def _teacher_work(self, times: int, rows: int, *, reads: bool = False) -> Work:
+        """The frozen model is asked for some rows; for masks its attention is read in a third of them."""
+
+        def make(**changed: Any) -> Job:
+            model = self.build("transformer", **changed)
+            concept = torch.zeros(rows, self.family.text_length(self.config), dtype=torch.bool)
+            concept[: max(1, rows // 3), 0] = True
+
+            def begin(device: torch.device) -> Callable[[], object]:
+                velocity, text = self.velocity(model), self.text(rows, device)
+                x_t = torch.randn(rows, *self.latents, device=device)
+                t = torch.zeros(rows, dtype=torch.long, device=device)
+
+                @torch.no_grad()
+                def repeat() -> None:
+                    with ExitStack() as stack:
+                        if reads:
+                            # Which rows hold the concept is data, which traced tensors do not have.
+                            with _disable_current_modes():
+                                stack.enter_context(concept_attention(model, concept))
+                        stack.enter_context(self.precision.autocast(model))
+                        velocity(x_t, t, text)
+
+                return repeat
+
+            return Job([model], begin)
+
+        return Work(_TEACHER, times, make, layers=self.config.num_layers)
+
+    def training_works(self) -> list[Work]:
+        """The training's own step over samples without content."""
+        setting, eraser = self.setting, 4 * eraser_size(self.config, self.setting.rank)
+        rows = setting.target_rows + setting.preserved_rows
+        recipe = EraserTraining(
+            rank=setting.rank,
+            preserved_share=setting.preserved_rows / rows,
+            localization_weight=1.0 if setting.localization else 0.0,
+            separate_passes=setting.separate_passes,
+        )
+
+        def begin(model: torch.nn.Module, device: torch.device) -> Callable[[], torch.Tensor]:
+            # One prompt, with data: the training keeps them in the host's memory.
+            with _disable_current_modes():
+                embeds = self.text(1)
+            text = EraserText(embeds, embeds, embeds, embeds[0])
+            grid = self.family.token_grid(self.config, self.latents)
+            maker = RowMaker(self.velocity(model), text, recipe, device, grid=grid, scheduler=None)
+            step = EraserStep(maker, recipe, _ADAPTER_NAME)
+            return lambda: step(model, self._samples(grid, device), torch.Generator())["loss"]
+
+        work = Work(
+            _STUDENT,
+            setting.max_train_steps,
+            self.student,
+            layers=self.config.num_layers,
+            apart=3 * eraser,
+        )
+        batches = setting.gradient_accumulation_steps
+        return training_works(work, batches, self.precision, begin, weight_decay=1e-2)
+
+    def _samples(self, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
+        """A batch of teacher samples without content."""
+        rows = max(self.setting.target_rows, self.setting.preserved_rows)
+
+        def states(*velocities: str) -> dict[str, torch.Tensor]:
+            names = ("x_t", *velocities)
+            made = {name: torch.zeros(rows, *self.latents, device=device) for name in names}
+            numbers = torch.zeros(rows, dtype=torch.long, device=device)
+            return {**made, "t": numbers, "prompt": numbers}
+
+        target = states("v_concept", "v_anchor")
+        if self.setting.localization:
+            target["mask"] = torch.zeros(rows, *grid, device=device)
+        return {"target": target, "preserved": states("velocity")}
+
+    def disk(self) -> dict[str, int]:
+        """Files that a run leaves, and the kept trajectories."""
+        setting = self.setting
+        weights = {n: p for n, p in self.student().named_parameters() if "eraser_" in n}
+        disk = {"eraser": safetensors_bytes(weights) + REPORT_BYTES}
+        if setting.latents_source == "trajectory":
+            points = min(setting.points_per_trajectory, setting.num_inference_steps)
+            # x_t with v_concept and v_anchor, x_t with the velocity.
+            latents = 3 * setting.num_target_trajectories + 2 * setting.num_preserved_trajectories
+            itemsize = _STORAGE_DTYPES[setting.trajectories_dtype].itemsize
+            disk[_SAMPLES] = points * latents * math.prod(self.latents) * itemsize
+        if setting.num_checkpoints:
+            size = checkpoint_bytes(weights.values(), weights.values())
+            disk["checkpoints"] = setting.num_checkpoints * size
+        return disk

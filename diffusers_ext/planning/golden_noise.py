@@ -1,0 +1,282 @@
+"""The run of golden noise: pairs are made and judged, then a network is trained on them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import CLIPConfig, CLIPModel
+
+from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
+from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, NetworkText, TextCache
+from diffusers_ext.planning.disk import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
+from diffusers_ext.planning.images import (
+    ImageShapes,
+    encode_prompts_work,
+    guided_work,
+    redenoise_work,
+    vae_work,
+)
+from diffusers_ext.planning.models import BaseModel, module_bytes
+from diffusers_ext.planning.settings import (
+    REWARDS,
+    SEQUENCE_NETWORKS,
+    GoldenNoisePlanSettings,
+)
+from diffusers_ext.planning.work import (
+    OPTIMIZER,
+    WEIGHT_DTYPES,
+    Draft,
+    Phase,
+    Precision,
+    Work,
+    inference_work,
+    training_works,
+)
+from diffusers_ext.rewards.open_clip_weights import vit_h_14_config
+
+
+_REWARD_BATCH, _KL_WEIGHT = 16, 0.01
+# Of the tables: a row beside its prompt's text, and a file with its columns.
+_ROW_BYTES, _TABLES_BYTES = 56, 8 * 1024
+_NETWORK, _COPY = "network", "copy of the weights while measuring"
+_REWARD = "reward model"
+_CLASSES: dict[str, type[torch.nn.Module]] = {
+    "golden_noise_model": GoldenNoiseModel,
+    "npnet": NPNet,
+    "transformer": NoiseSequenceTransformer,
+    "rnn": NoiseSequenceRNN,
+}
+
+
+def draft_golden_noise(
+    base: BaseModel, setting: GoldenNoisePlanSettings, *, as_on_gpu: bool = True
+) -> Draft:
+    """The phases of making pairs and training a network.
+
+    Raises:
+        ValueError: a pipeline that golden noise is not known for, or a setting that the model cannot take.
+    """
+    shapes = ImageShapes(base, setting.output_size)
+    setting.output_size = shapes.resolution
+    run = GoldenNoiseRun(shapes, setting, as_on_gpu)
+    network = run.network()
+    loaded = {
+        name.replace("_", " "): part.bytes(run.precision.dtype)
+        for name, part in base.components.items()
+        if name != "safety_checker"
+    }
+    parts = {**loaded, _NETWORK: module_bytes(network)}
+    if setting.use_ema:
+        parts[_COPY] = parts[_NETWORK]
+    notes = [f"{setting.kept_share:.0%} of the pairs that are tried are kept."]
+    if setting.reward in REWARDS:
+        parts[_REWARD] = module_bytes(_reward_model(setting.reward))
+    elif setting.reward is not None:
+        notes.append(f"What the reward {setting.reward!r} takes is not counted.")
+    judged = (_REWARD,) if _REWARD in parts else ()
+    phases, disk = run.phases((*loaded, *judged)), run.disk(network)
+    return Draft("golden-noise", base, asdict(setting), parts, phases, disk, notes)
+
+
+@dataclass(frozen=True)
+class GoldenNoiseRun:
+    """A base model, how pairs are made with it and how a network is trained on them, as shapes."""
+
+    shapes: ImageShapes
+    setting: GoldenNoisePlanSettings
+    as_on_gpu: bool = True
+
+    @property
+    def precision(self) -> Precision:
+        """Of the calls of all models."""
+        return Precision(WEIGHT_DTYPES[self.setting.mixed_precision], self.as_on_gpu)
+
+    @property
+    def sequences(self) -> bool:
+        """Whether the network learns sequences, not pairs."""
+        return self.setting.network in SEQUENCE_NETWORKS
+
+    def network(self) -> torch.nn.Module:
+        """The network on the meta device, in float32 as it trains.
+
+        Raises:
+            ValueError: a structure that the network cannot have.
+        """
+        setting, text = self.setting, self.shapes.text
+        channels, height, width = self.shapes.latents
+        config = {"in_channels": channels, "text_embed_dim": text.width}
+        config["sample_size"] = max(height, width)
+        if setting.network == "npnet":
+            config["text_length"] = text.tokens
+        if self.sequences:
+            config["num_steps"] = setting.num_steps
+        with torch.device("meta"):
+            network = _CLASSES[setting.network](**{**config, **setting.structure})
+        if setting.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network.train()
+
+    def phases(self, pairs: tuple[str, ...]) -> list[Phase]:
+        """In order; `pairs` are the parts that are there while pairs are made."""
+        setting, shapes, precision = self.setting, self.shapes, self.precision
+        batches = math.ceil(setting.candidates / setting.batch_size)
+        rows = min(setting.batch_size, setting.candidates)
+        asked = 1 if shapes.embedded_guidance else 2  # the negative prompts are encoded too
+        made = [
+            encode_prompts_work(shapes, rows, asked * batches, precision),
+            redenoise_work(shapes, setting, rows, batches, precision),
+        ]
+        phases = [Phase("re-denoising", pairs, made)]
+        if setting.reward is not None:
+            phases.append(Phase("judging", pairs, self._judging_works(rows, batches)))
+        rows = min(setting.text_batch_size, setting.num_prompts)
+        text = encode_prompts_work(shapes, rows, asked * setting.num_prompts / rows, precision)
+        encoders = tuple(name.replace("_", " ") for name in shapes.base.text_encoders)
+        phases.append(Phase("encoding text", encoders, [text]))
+        trains = (_NETWORK, self._kept_name)
+        phases.append(Phase("training", trains, self.training_works()))
+        measured = min(setting.train_batch_size, setting.pairs)
+        work = self.validation_work(
+            measured, setting.validations * setting.validation_pairs / measured
+        )
+        copied = (*trains, _COPY) if setting.use_ema else trains
+        return [*phases, Phase("validation", copied, [work])]
+
+    def _judging_works(self, rows: int, batches: int) -> list[Work]:
+        """Pictures of both noises are drawn together, decoded one by one, then judged."""
+        setting, shapes, dtype = self.setting, self.shapes, self.precision.dtype
+        if dtype == torch.float16 and shapes.base.component("vae").whole_config().force_upcast:
+            dtype = torch.float32
+        calls = batches * setting.num_inference_steps
+        works = [
+            guided_work(shapes, 2 * rows, setting.guidance_scale, calls, self.precision),
+            vae_work(shapes, 1, 2 * rows * batches, dtype, decodes=True),
+        ]
+        if setting.reward in REWARDS:
+            works.append(_reward_work(setting.reward, 2 * rows, batches))
+        return works
+
+    @property
+    def _kept_name(self) -> str:
+        """What stays from step to step besides the network."""
+        return f"{OPTIMIZER} and averaged weights" if self.setting.use_ema else OPTIMIZER
+
+    def training_works(self) -> list[Work]:
+        """The training's own step over pairs or sequences without content."""
+        setting = self.setting
+
+        def begin(network: torch.nn.Module, device: torch.device) -> Callable[[], torch.Tensor]:
+            step = self._loss(self._one_prompt(), device)
+            rows = setting.train_batch_size
+            return lambda: step(network, self._batch(rows, device), torch.Generator())["loss"]
+
+        name = "network's activations and gradients"
+        work = Work(name, setting.max_train_steps, self.network, self._kept_name)
+        options = {"weight_decay": 1e-2, "ema": setting.use_ema}
+        batches = setting.gradient_accumulation_steps
+        return training_works(work, batches, self.precision, begin, **options)
+
+    def validation_work(self, rows: int, times: float) -> Work:
+        """A batch of pairs is measured."""
+
+        def begin(network: torch.nn.Module, device: torch.device) -> Callable[[], object]:
+            cache = self._one_prompt()
+            step = self._loss(cache, device)
+
+            def repeat() -> None:
+                batch = self._batch(rows, device)
+                step(network, batch, torch.Generator())
+                if self.sequences:
+                    text = cache.take(batch["text"], device)
+                    network.generate_sequence(
+                        batch["noise"],
+                        text.prompt_embeds,
+                        self.setting.num_steps,
+                        attention_mask=text.attention_mask,
+                    )
+
+            return repeat
+
+        return inference_work("validation", times, lambda: self.network().eval(), begin)
+
+    def _loss(self, cache: TextCache, device: torch.device) -> PairLoss | SequenceLoss:
+        """As the training script has it for the network."""
+        if self.sequences:
+            weight = _KL_WEIGHT if self.setting.network == "rnn" else 0.0
+            return SequenceLoss(cache, device, kl_weight=weight)
+        return PairLoss(cache, device, masked=self.setting.network != "npnet")
+
+    def _one_prompt(self) -> TextCache:
+        """The text of one prompt, which is in the host's memory and with data."""
+        dtype = CACHE_DTYPES[self.setting.text_cache_dtype]
+        with _disable_current_modes():
+            text = self.shapes.conditioning(1, torch.device("cpu"), dtype)
+        return TextCache([""], NetworkText(text.prompt_embeds, text.attention_mask, None))
+
+    def _batch(self, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Noises from their seeds, golden noises without content, and rows of the text."""
+        size = self.shapes.latents
+        noises = torch.stack([source_noise(seed, size) for seed in range(rows)])
+        return {
+            "noise": noises.to(device),
+            "golden": torch.zeros(rows, self.setting.num_steps, *size, device=device),
+            "text": torch.zeros(rows, dtype=torch.long),
+        }
+
+    def disk(self, network: torch.nn.Module) -> dict[str, int]:
+        """Files that both scripts leave, and the embeddings that the training keeps."""
+        setting, text = self.setting, self.shapes.text
+        numbers = math.prod(self.shapes.latents) * setting.num_steps * setting.pairs
+        shards = math.ceil(setting.candidates / setting.shard_size)
+        tables = shards * _TABLES_BYTES + setting.candidates * _ROW_BYTES
+        disk = {"pairs": 2 * numbers + tables + REPORT_BYTES}
+        kept = text.tokens * text.width + (text.pooled or 0)
+        itemsize = CACHE_DTYPES[setting.text_cache_dtype].itemsize
+        name = "text embeddings (in the host's memory, or on disk)"
+        disk[name] = setting.num_prompts * kept * itemsize
+        structure = len(json.dumps(dict(network.config), default=str))
+        weights = safetensors_bytes(network.state_dict())
+        disk["network"] = weights + structure + 2 * REPORT_BYTES
+        if setting.num_checkpoints:
+            trained = [p for p in network.parameters() if p.requires_grad]
+            size = checkpoint_bytes(trained, trained, ema=setting.use_ema)
+            disk["checkpoints"] = setting.num_checkpoints * size
+        return disk
+
+
+def _reward_model(reward: str) -> CLIPModel:
+    config = vit_h_14_config()
+    if reward == "clip_score":  # ViT-L-14
+        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+        vision |= {"num_attention_heads": 16, "patch_size": 14}
+        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+    with torch.device("meta"):
+        return CLIPModel(config).requires_grad_(False).eval()
+
+
+def _reward_work(reward: str, pictures: int, batches: int) -> Work:
+    rows = min(_REWARD_BATCH, pictures)
+
+    def begin(model: torch.nn.Module, device: torch.device) -> Callable[[], object]:
+        side = model.config.vision_config.image_size
+        pixels = torch.randn(rows, 3, side, side, device=device)
+        tokens = torch.zeros(rows, 77, dtype=torch.long, device=device)
+        return lambda: (
+            model.get_image_features(pixel_values=pixels),
+            model.get_text_features(input_ids=tokens),
+        )
+
+    name, build = "reward's activations", partial(_reward_model, reward)
+    return inference_work(name, batches * pictures / rows, build, begin)

@@ -1,0 +1,337 @@
+"""The run of a null-space DreamBooth, from the statistics to the validation pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from torch.utils.data import TensorDataset
+
+from diffusers_ext.core.capture import capture
+from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.core.tracing import tensor_bytes
+from diffusers_ext.families.registry import titles_of
+from diffusers_ext.golden_noise.denoiser import guided_prediction
+from diffusers_ext.nullspace.collect import shared_inputs, text_only
+from diffusers_ext.nullspace.lora import lora_linears
+from diffusers_ext.nullspace.projector import ProjectedUpdate
+from diffusers_ext.nullspace.slots import check_features, find_linears
+from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
+from diffusers_ext.nullspace.step import Condition, DreamBoothLoss, SoftLoss
+from diffusers_ext.planning.disk import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
+from diffusers_ext.planning.images import (
+    TIMESTEP,
+    ImageShapes,
+    denoiser_work,
+    encode_prompts_work,
+    guided_work,
+    vae_work,
+)
+from diffusers_ext.planning.models import BaseModel, module_bytes
+from diffusers_ext.planning.settings import NullSpacePlanSettings
+from diffusers_ext.planning.work import (
+    OPTIMIZER,
+    WEIGHT_DTYPES,
+    Draft,
+    Job,
+    Phase,
+    Precision,
+    Update,
+    Work,
+    training_works,
+)
+
+
+_TEXT_BATCH = 16  # times `statistics_batch_size`
+_PICTURE_BYTES_PER_PIXEL = 1.5  # of a photographic PNG
+_TRAINED, _STATISTICS = "weights that train", "statistics"
+
+
+def draft_nullspace(
+    base: BaseModel, setting: NullSpacePlanSettings, *, as_on_gpu: bool = True
+) -> Draft:
+    """The phases of a null-space DreamBooth of Stable Diffusion or SDXL.
+
+    Raises:
+        ValueError: another pipeline, or a setting that the model cannot take.
+    """
+    setting.features = check_features(setting.features)
+    shapes = ImageShapes(base, setting.resolution)
+    if "nullspace" not in shapes.family.tools:
+        raise ValueError(
+            f"`model` must be {titles_of('nullspace')} for null-space DreamBooth, got "
+            f"{base.pipeline} in {base.name}."
+        )
+    setting.resolution = shapes.resolution
+    run = NullSpaceRun(shapes, setting, as_on_gpu)
+    notes = []
+    if run.counts:
+        notes.append(
+            f"{setting.num_knowledge_prompts} preserved prompts of {setting.words_per_prompt} words."
+        )
+    unet, covered = run.trained_unet()
+    parts = run.parts(unet, covered)
+    phases, disk = run.phases(tuple(parts), covered), run.disk(unet, covered)
+    return Draft("nullspace", base, asdict(setting), parts, phases, disk, notes)
+
+
+class Covered(NamedTuple):
+    """The Linears whose inputs are counted.
+
+    Attributes:
+        sources: `{dotted name: key of its matrix}`.
+        widths: `{key: width}`.
+        readers: `{key: dotted name}` of those that are read along denoising runs.
+    """
+
+    sources: dict[str, str]
+    widths: dict[str, int]
+    readers: dict[str, str]
+
+    @property
+    def bytes(self) -> int:
+        """Of all matrices, in float64."""
+        return 8 * sum(width**2 for width in self.widths.values())
+
+    def empty_statistics(self, device: torch.device) -> FeatureStatistics:
+        """Statistics of one vector that is zero."""
+        moments = {key: SecondMoment(width, device) for key, width in self.widths.items()}
+        for moment in moments.values():
+            moment.count = 1
+        return FeatureStatistics(moments, dict(self.sources), {})
+
+
+@dataclass(frozen=True)
+class NullSpaceRun:
+    """A base model and how a subject is taught to it, as shapes."""
+
+    shapes: ImageShapes
+    setting: NullSpacePlanSettings
+    as_on_gpu: bool = True
+
+    @property
+    def precision(self) -> Precision:
+        """Of the UNet's calls."""
+        return Precision(WEIGHT_DTYPES[self.setting.mixed_precision], self.as_on_gpu)
+
+    @property
+    def counts(self) -> bool:
+        """Whether statistics are collected."""
+        return self.setting.directions != "plain"
+
+    def covered(self, unet: torch.nn.Module) -> Covered:
+        """What statistics cover of a UNet without an adapter."""
+        linears = find_linears(unet, self.setting.features, self.setting.layers)
+        text = {name: TEXT for name in linears if text_only(unet, name)}
+        shared = shared_inputs([name for name in linears if name not in text])
+        sources = {name: text.get(name) or shared[name] for name in linears}
+        widths = {key: linears[name].in_features for name, key in sources.items()}
+        return Covered(sources, widths, {key: name for name, key in reversed(shared.items())})
+
+    def trained_unet(self) -> tuple[torch.nn.Module, Covered]:
+        """The UNet as it trains, and what statistics cover."""
+        setting = self.setting
+        unet = self.shapes.base.component("unet").build(self.precision.dtype)
+        covered = self.covered(unet)
+        if setting.full_finetune:
+            for name in covered.sources:
+                weight = unet.get_submodule(name).weight
+                weight.data = weight.data.float()
+                weight.requires_grad_(True)
+        else:
+            config = LoraConfig(
+                r=setting.rank, lora_alpha=setting.rank, target_modules=list(covered.sources)
+            )
+            with torch.device("meta"):
+                inject_adapter_in_model(config, unet, "default")
+            for _, layer in lora_linears(unet):
+                a, b = (part["default"].float().weight for part in (layer.lora_A, layer.lora_B))
+                a.requires_grad_(setting.directions not in ("generalized", "null"))
+                b.requires_grad_(True)
+        if setting.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet.train(), covered
+
+    def parts(self, unet: torch.nn.Module, covered: Covered) -> dict[str, int]:
+        """Bytes of all that is loaded; the VAE stays in float32."""
+        sizes = {
+            name.replace("_", " "): self._size(name)
+            for name in self.shapes.base.components
+            if name != "unet"
+        }
+        new = tensor_bytes(list(_adapter(unet).values()) or _trained(unet))
+        sizes = {"unet": module_bytes(unet) - new, **sizes, _TRAINED: new}
+        return {**sizes, _STATISTICS: covered.bytes if self.counts else 0}
+
+    def phases(self, loaded: tuple[str, ...], covered: Covered) -> list[Phase]:
+        """In order; `loaded` are all parts."""
+        setting, shapes = self.setting, self.shapes
+        frozen = tuple(name for name in loaded if name not in (_TRAINED, _STATISTICS))
+        phases = []
+        if self.counts:
+            phases.append(Phase("statistics", frozen, self._statistics_works(covered)))
+        encoded = setting.views
+        if setting.with_prior_preservation:
+            encoded += setting.num_class_images
+            batch = min(setting.train_batch_size, setting.num_class_images)
+            drawn = self._picture_works(setting.num_class_images, batch)
+            phases.append(Phase("class pictures", loaded, drawn))
+        encoding = vae_work(shapes, 1, encoded, torch.float32, decodes=False)
+        phases.append(Phase("encoding", loaded, [encoding]))
+        phases.append(Phase("training", (*loaded, OPTIMIZER), self.training_works()))
+        if setting.num_validation_prompts:
+            count = setting.num_validation_prompts * setting.validations
+            drawn = self._picture_works(
+                count * setting.num_validation_images, setting.num_validation_images
+            )
+            phases.append(Phase("validation", (*loaded, OPTIMIZER), drawn))
+        return phases
+
+    def _statistics_works(self, covered: Covered) -> list[Work]:
+        setting, works = self.setting, []
+        if len(covered.readers) < len(covered.widths):
+            rows = min(_TEXT_BATCH * setting.statistics_batch_size, setting.num_texts)
+            times = setting.num_texts / rows
+            works.append(encode_prompts_work(self.shapes, rows, times, self.precision))
+            works.append(self._text_moment_work(rows, times))
+        if covered.readers:
+            batches = math.ceil((setting.num_knowledge_prompts + 1) / setting.statistics_batch_size)
+            works.append(self.trajectory_work(batches * setting.num_inference_steps))
+        return works
+
+    def _picture_works(self, count: int, rows: int) -> list[Work]:
+        """Pictures are denoised together and decoded one by one."""
+        calls, scale = self.setting.num_inference_steps * count / rows, self.setting.guidance_scale
+        return [
+            guided_work(self.shapes, rows, scale, calls, self.precision),
+            vae_work(self.shapes, 1, count, torch.float32, decodes=True),
+        ]
+
+    def _text_moment_work(self, rows: int, times: float) -> Work:
+        """Second moments of the embeddings of `rows` prompts."""
+        text = self.shapes.text
+
+        def begin(device: torch.device) -> Callable[[], object]:
+            size = (rows, text.tokens, text.width)
+            embeddings = torch.randn(size, dtype=self.precision.dtype, device=device)
+            return partial(SecondMoment(text.width, device, torch.float64).update, embeddings)
+
+        return Work("text's second moments", times, lambda: Job([], begin))
+
+    def trajectory_work(self, times: float) -> Work:
+        """A denoiser call of a denoising run, whose features are counted."""
+        rows, shapes = self.setting.statistics_batch_size, self.shapes
+
+        def begin(pipeline: DiffusionPipeline, device: torch.device) -> Callable[[], object]:
+            covered, modules = self.covered(pipeline.unet), dict(pipeline.unet.named_modules())
+            targets = {key: modules[name] for key, name in covered.readers.items()}
+            moments = {key: SecondMoment(covered.widths[key], device) for key in targets}
+            latents = torch.randn(rows, *shapes.latents, device=device)
+            text = shapes.conditioning(rows, device, self.precision.dtype)
+
+            def repeat() -> None:
+                with capture(pipeline.unet, targets, lambda key, x: moments[key].update(x)):
+                    scale = self.setting.guidance_scale
+                    guided_prediction(pipeline, latents, TIMESTEP, text, scale)
+
+            return repeat
+
+        return denoiser_work(shapes, times, self.precision, begin, _STATISTICS)
+
+    def training_works(self) -> list[Work]:
+        """The training's own step over latents without content."""
+        setting, shapes, dtype = self.setting, self.shapes, self.precision.dtype
+        soft, schedule = setting.directions == "soft", DDPMScheduler()
+
+        def begin(unet: torch.nn.Module, device: torch.device) -> Callable[[], torch.Tensor]:
+            def latents() -> list[torch.Tensor]:
+                size = (setting.train_batch_size, *shapes.latents)
+                return [torch.zeros(size, device=device) for _ in range(2)]
+
+            text, added = shapes.conditioning(1, device, dtype), {}
+            if text.pooled_prompt_embeds is not None:
+                ids = torch.zeros(1, 6, dtype=dtype, device=device)
+                added = {"text_embeds": text.pooled_prompt_embeds, "time_ids": ids}
+            condition, prior = Condition(text.prompt_embeds, added), {}
+            if setting.with_prior_preservation:
+                pictures = TensorDataset(*latents())
+                prior = {"class_latents": pictures, "class_condition": condition}
+            step = DreamBoothLoss(schedule, condition, **prior)
+            if soft and not setting.full_finetune:
+                step = SoftLoss(step, covered.empty_statistics(device), 1.0)
+            batch = latents()
+            return lambda: step(unet, batch, torch.Generator())["loss"]
+
+        def update(optimizer: torch.optim.Optimizer, device: torch.device) -> Update:
+            projections = _projections(optimizer.param_groups[0]["params"], device)
+            return lambda: ProjectedUpdate(optimizer, projections)
+
+        covered = self.trained_unet()[1] if soft else None
+        work = Work(
+            "activations and gradients",
+            setting.max_train_steps,
+            lambda: self.trained_unet()[0],
+            OPTIMIZER,
+        )
+        options = {"update": update} if setting.full_finetune else {}
+        batches = setting.gradient_accumulation_steps
+        return training_works(work, batches, self.precision, begin, **options)
+
+    def disk(self, unet: torch.nn.Module, covered: Covered) -> dict[str, int]:
+        """Files that a run leaves."""
+        setting, disk, trained = self.setting, {}, _trained(unet)
+        kept = list(_adapter(unet).values()) or trained
+        if setting.full_finetune:
+            sizes = {name: self._size(name) for name in self.shapes.base.components}
+            disk["pipeline"] = sum({**sizes, "unet": module_bytes(unet)}.values())
+        else:
+            config = LoraConfig(r=setting.rank, target_modules=list(covered.sources)).to_dict()
+            text = json.dumps({f"unet.{name}": v for name, v in config.items()}, default=list)
+            disk["LoRA"] = safetensors_bytes(_adapter(unet), {"lora_adapter_metadata": text})
+        if self.counts:
+            moments = covered.empty_statistics(torch.device("meta")).moments
+            totals = {f"{key}.total": moment.total for key, moment in moments.items()}
+            names = len(json.dumps(covered.sources, indent=2))
+            disk["statistics"] = safetensors_bytes(totals) + names + REPORT_BYTES
+        picture = self.shapes.resolution**2 * _PICTURE_BYTES_PER_PIXEL
+        if setting.num_validation_prompts:
+            pictures = setting.num_validation_prompts * setting.num_validation_images
+            disk["pictures"] = int(setting.validations * pictures * picture)
+        if setting.with_prior_preservation:
+            disk["class pictures"] = int(setting.num_class_images * picture)
+        if setting.num_checkpoints:
+            disk["checkpoints"] = setting.num_checkpoints * checkpoint_bytes(kept, trained)
+        return {**disk, "report": REPORT_BYTES // 2}
+
+    def _size(self, name: str) -> int:
+        dtype = torch.float32 if name == "vae" else self.precision.dtype
+        return self.shapes.base.component(name).bytes(dtype)
+
+
+def _trained(unet: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def _adapter(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the LoRA's file by their names there; none without a LoRA."""
+    tensors = {}
+    for name, layer in lora_linears(unet):
+        tensors[f"unet.{name}.lora_A.weight"] = layer.lora_A["default"].weight
+        tensors[f"unet.{name}.lora_B.weight"] = layer.lora_B["default"].weight
+    return tensors
+
+
+def _projections(
+    weights: list[torch.nn.Parameter], device: torch.device
+) -> Mapping[torch.nn.Parameter, torch.Tensor]:
+    """A projection for each weight; those of one width share it, as Linears with one input do."""
+    widths = {weight.shape[1] for weight in weights}
+    shared = {n: torch.zeros(n, n, dtype=torch.float64, device=device) for n in widths}
+    return {weight: shared[weight.shape[1]] for weight in weights}

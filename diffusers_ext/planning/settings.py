@@ -1,0 +1,247 @@
+"""What runs are planned by: those settings of the training scripts that memory, disk and time depend on.
+
+Nothing heavy is imported: the command line says what there is before it plans.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers_ext.core.run_settings import (
+    WITHOUT_IT,
+    ModelSettings,
+    ReportingSettings,
+    SamplingSettings,
+    TrainingSettings,
+)
+from diffusers_ext.core.settings import (
+    BELOW_ONE,
+    COUNT,
+    NOT_NEGATIVE,
+    Rule,
+    Settings,
+    as_in,
+    setting,
+)
+
+
+DIRECTIONS = ("generalized", "null", "soft", "plain")
+LATENTS_SOURCES = ("trajectory", "video", "noise")
+NETWORKS = ("golden_noise_model", "npnet", "transformer", "rnn")
+SEQUENCE_NETWORKS = ("transformer", "rnn")
+REWARDS = ("hpsv2", "pickscore", "clip_score")
+
+
+@dataclass(kw_only=True)
+class PlannedRun(Settings):
+    """What plans of all tools have."""
+
+    max_train_steps: int | None = as_in(TrainingSettings, "max_train_steps", default=600)
+    gradient_accumulation_steps: int = setting(1, "batches of a step", rule=COUNT)
+    gradient_checkpointing: bool = as_in(TrainingSettings, "gradient_checkpointing", default=False)
+    mixed_precision: str = as_in(
+        ModelSettings, "mixed_precision", default="no", help="no, fp16 or bf16"
+    )
+    num_inference_steps: int = as_in(SamplingSettings, "num_inference_steps", default=50)
+    validation_steps: int | None = as_in(ReportingSettings, "validation_steps", default=None)
+    checkpointing_steps: int | None = as_in(TrainingSettings, "checkpointing_steps", default=None)
+    checkpoints_total_limit: int | None = as_in(
+        TrainingSettings, "checkpoints_total_limit", default=None
+    )
+
+    @property
+    def validations(self) -> int:
+        """How often a run is validated."""
+        return math.ceil(self.max_train_steps / (self.validation_steps or self.max_train_steps))
+
+    @property
+    def num_checkpoints(self) -> int:
+        """How many a run leaves."""
+        if self.checkpointing_steps is None:
+            return 0
+        written = self.max_train_steps // self.checkpointing_steps
+        limit = self.checkpoints_total_limit
+        return written if limit is None else min(written, limit)
+
+
+@dataclass(kw_only=True)
+class EraserPlanSettings(PlannedRun):
+    """How an eraser is trained."""
+
+    rank: int = setting(128, "inner width of each eraser")
+    num_frames: int | None = setting(None, f"of a clip; {WITHOUT_IT}")
+    height: int | None = setting(None, f"of a clip; {WITHOUT_IT}")
+    width: int | None = setting(None, f"of a clip; {WITHOUT_IT}")
+    target_rows: int = setting(1, "clips of the concept at once", rule=NOT_NEGATIVE)
+    preserved_rows: int = setting(1, "clips of what is kept at once", rule=NOT_NEGATIVE)
+    separate_passes: bool = setting(
+        False, "target rows, then preserved rows: less memory", old_names=("rows_in_turn",)
+    )
+    gradient_checkpointing: bool = as_in(TrainingSettings, "gradient_checkpointing", default=True)
+    mixed_precision: str = as_in(PlannedRun, "mixed_precision", default="bf16")
+    max_train_steps: int = as_in(PlannedRun, "max_train_steps", default=500)
+    localization: bool = setting(False, "masks are made and used")
+    latents_source: str = setting(
+        "trajectory",
+        "trajectory, video or noise; for the last two the teacher is asked in each step",
+        choices=LATENTS_SOURCES,
+    )
+    num_target_trajectories: int = setting(
+        16, "clips of the concept that the teacher samples", rule=COUNT
+    )
+    num_preserved_trajectories: int = setting(
+        32, "clips of what is kept that it samples", rule=COUNT
+    )
+    points_per_trajectory: int = setting(16, "states kept of each", rule=COUNT)
+    sampling_batch_size: int = setting(1, "clips that the teacher samples at once", rule=COUNT)
+    trajectories_dtype: str = setting(
+        "fp32", "fp32 or fp16, of the kept states", choices=("fp32", "fp16")
+    )
+    num_prompts: int = setting(64, "encoded in all", rule=COUNT)
+    text_batch_size: int = setting(8, "prompts encoded at once", rule=COUNT)
+    validation: bool = setting(False, "clips are decoded in the course of training")
+
+    def check(self) -> None:
+        """Also that anything trains."""
+        super().check()
+        if not self.target_rows + self.preserved_rows:
+            raise ValueError("`target_rows` and `preserved_rows` must not both be 0.")
+
+
+@dataclass(kw_only=True)
+class NullSpacePlanSettings(PlannedRun):
+    """How a subject is taught."""
+
+    resolution: int | None = setting(None, f"pixels of a side; {WITHOUT_IT}")
+    rank: int = setting(1, "of the LoRA", rule=COUNT)
+    features: list[str] = setting(["k", "v"], "q k v out attn1.q ... ff.in ff.out")
+    layers: str | list[int] = setting("all", "all, or indices", several=True)
+    directions: str = setting("generalized", "generalized, null, soft or plain", choices=DIRECTIONS)
+    full_finetune: bool = setting(False, "whole weights in place of a LoRA")
+    train_batch_size: int = as_in(
+        TrainingSettings, "train_batch_size", default=4, help="pictures of a batch"
+    )
+    num_knowledge_prompts: int = setting(100, "preserved prompts", rule=COUNT)
+    words_per_prompt: int = setting(
+        6, "of each, for the phrases with one word left out", rule=COUNT
+    )
+    no_sub_phrases: bool = setting(False, "leave these out")
+    statistics_batch_size: int = setting(4, "prompts of a denoising run", rule=COUNT)
+    guidance_scale: float = as_in(SamplingSettings, "guidance_scale", default=7.5, rule=None)
+    num_instance_images: int = setting(5, "pictures of the subject", rule=COUNT)
+    random_flip: bool = setting(False, "both ways round")
+    with_prior_preservation: bool = setting(False, "pictures of the class are trained on, too")
+    num_class_images: int = setting(100, "how many", rule=COUNT)
+    num_validation_prompts: int = setting(0, "drawn in the course of training", rule=NOT_NEGATIVE)
+    num_validation_images: int = setting(4, "of each", rule=COUNT)
+
+    def check(self) -> None:
+        """Also that whole weights train under projection."""
+        super().check()
+        if self.full_finetune and self.directions == "plain":
+            raise ValueError(
+                "`full_finetune` must come with statistics, got `directions` 'plain'. Whole weights "
+                "train under projection only."
+            )
+
+    @property
+    def num_texts(self) -> int:
+        """Prompts that are encoded for the statistics, the empty one among them."""
+        phrases = 1 if self.no_sub_phrases else 1 + self.words_per_prompt
+        return self.num_knowledge_prompts * phrases + 1
+
+    @property
+    def views(self) -> int:
+        """Pictures of the subject with both ways round."""
+        return self.num_instance_images * (2 if self.random_flip else 1)
+
+
+@dataclass(kw_only=True)
+class GoldenNoisePlanSettings(PlannedRun):
+    """How pairs are made and a network is trained on them.
+
+    A reward that is not among `REWARDS` is not counted; without one no pictures are drawn.
+    """
+
+    output_size: int | None = setting(None, f"pixels of a side; {WITHOUT_IT}")
+    num_prompts: int = setting(1000, "different prompts", rule=COUNT)
+    noises_per_prompt: int = setting(1, "pairs tried for each", rule=COUNT)
+    num_steps: int = setting(1, "golden noises of each; more than 1 makes sequences", rule=COUNT)
+    w1: float = setting(5.5, "guidance of the step down")
+    w2: float = setting(1.0, "guidance of the step up")
+    batch_size: int = setting(8, "pairs made at once", rule=COUNT)
+    shard_size: int = setting(256, "pairs tried for one file", rule=COUNT)
+    reward: str | None = setting("hpsv2", "hpsv2, pickscore, clip_score, or none to keep all pairs")
+    guidance_scale: float = as_in(SamplingSettings, "guidance_scale", default=7.5, rule=None)
+    kept_share: float = setting(
+        1.0,
+        "of the pairs that the filter keeps",
+        rule=Rule("in (0, 1]", lambda value: 0 < value <= 1),
+    )
+    network: str = setting(
+        "golden_noise_model", "golden_noise_model, npnet, transformer or rnn", choices=NETWORKS
+    )
+    structure: dict[str, Any] | None = setting(
+        None, "fields of the network's config, as a JSON object"
+    )
+    train_batch_size: int | None = setting(
+        None, "pairs of a batch; what suits the network without it", rule=COUNT
+    )
+    max_train_steps: int | None = setting(
+        None, "optimizer steps; those of the script's epochs without it", rule=COUNT
+    )
+    use_ema: bool = setting(False, "averaged weights are kept and saved")
+    text_batch_size: int = setting(32, "prompts encoded at once for the training", rule=COUNT)
+    text_cache_dtype: str = setting(
+        "fp16", "fp16 or fp32, of the kept embeddings", choices=("fp16", "fp32")
+    )
+    validation_split: float = setting(0.05, "share of the prompts that is held out", rule=BELOW_ONE)
+    num_validation_pairs: int = setting(
+        256, "measured at most, of each side of the split", rule=COUNT
+    )
+
+    def check(self) -> None:
+        """Also that there is something to train on; batch and steps are then the script's own."""
+        super().check()
+        if self.network in SEQUENCE_NETWORKS and self.num_steps < 2:
+            raise ValueError(
+                f"`num_steps` must be at least 2 for the {self.network}, got {self.num_steps}. It learns "
+                "sequences; choose 'golden_noise_model' or 'npnet' for pairs."
+            )
+        if self.training_pairs < 1:
+            raise ValueError(
+                "`kept_share` and `validation_split` must leave at least one pair to train on, got "
+                f"{self.kept_share} and {self.validation_split} of {self.candidates} pairs."
+            )
+        from diffusers_ext.golden_noise.settings import NETWORK_DEFAULTS
+
+        usual = NETWORK_DEFAULTS[self.network]
+        self.structure = self.structure or {}
+        if self.train_batch_size is None:
+            self.train_batch_size = usual["train_batch_size"]
+        if self.max_train_steps is None:
+            step = self.train_batch_size * self.gradient_accumulation_steps
+            self.max_train_steps = math.ceil(self.training_pairs * usual["num_epochs"] / step)
+
+    @property
+    def candidates(self) -> int:
+        """Pairs that are tried."""
+        return self.num_prompts * self.noises_per_prompt
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that are kept."""
+        return round(self.candidates * self.kept_share)
+
+    @property
+    def training_pairs(self) -> int:
+        """Pairs that are not held out."""
+        return self.pairs - round(self.pairs * self.validation_split)
+
+    @property
+    def validation_pairs(self) -> int:
+        """Pairs that a validation measures, of both sides of the split together."""
+        sides = (self.pairs - self.training_pairs, self.training_pairs)
+        return sum(min(side, self.num_validation_pairs) for side in sides)
