@@ -7,10 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 _NAME = "diffusers_ext_call_scopes"

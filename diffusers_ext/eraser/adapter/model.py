@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -70,6 +69,10 @@ class SaveGuard:
 
 def guard_saving(model: nn.Module) -> None:
     """Refuse `save_pretrained` of a diffusers model until its erasers are gone."""
+    from diffusers import (
+        ModelMixin,
+    )  # PEFT is told of erasers at import, models of diffusers are not loaded for it
+
     if not isinstance(model, ModelMixin):
         return
     vars(model).setdefault(_METHOD, SaveGuard(model))
