@@ -28,7 +28,7 @@ demo: $(DEMO_STAMP)
 
 # One thread each: the models are tiny, and tests that start several processes would fight for the cores.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Some 2,000 altered artifacts are loaded and 24 runs killed; half an hour on two cores.
 campaign: setup

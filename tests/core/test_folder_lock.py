@@ -13,6 +13,7 @@ from diffusers_ext.core.disk import LOCK_NAME, folder_lock
 HOLDER = """
 import sys
 sys.path.insert(0, {repository!r})
+sys.argv[0] = "diffusers-ext"  # as on the console, without diffusers and PEFT
 from diffusers_ext.core.disk import folder_lock
 with folder_lock(sys.argv[1]):
     print("held", flush=True)

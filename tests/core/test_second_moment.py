@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 REDUCE = """
 import sys
 import torch
+sys.argv[0] = "diffusers-ext"  # as on the console, without diffusers and PEFT
 from diffusers_ext.core.second_moment import SecondMoment
 
 rank, rendezvous = int(sys.argv[1]), sys.argv[2]
@@ -120,7 +121,7 @@ def test_two_processes_reduce_to_one_stream(tmp_path):
         for rank in range(2)
     ]
     try:
-        results = [process.communicate(timeout=120) for process in processes]
+        results = [process.communicate(timeout=280) for process in processes]
     finally:
         for process in processes:
             process.kill()

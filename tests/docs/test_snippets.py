@@ -47,6 +47,8 @@ SHORTER_EXAMPLES = {
 }
 # What no test runs from a page, and why.
 NOT_RUN = {
+    "make setup": "installs",
+    "python -m pytest": "a file of these tests",
     "make demo": "five minutes; its parts are tested in tests/examples",
     "make test": "runs this",
     "make lint test": "runs this",

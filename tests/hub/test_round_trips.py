@@ -1,10 +1,16 @@
-"""Everything is pushed by one fresh process and loaded by another one."""
+"""Everything is pushed by one fresh process and loaded by two others, one without this package.
+
+In one file, so that one worker of a test run starts these processes.
+"""
 
 from __future__ import annotations
 
 import pytest
 import yaml
 
+from diffusers_ext.golden_noise.pairs.shards import PairRecord
+from tests.golden_noise.golden_pipelines import NETWORKS
+from tests.golden_noise.pair_sets import PROMPTS
 from tests.hub.push_and_load import BRANCH, FOLDER, OWNER_WORDS
 from tests.hub.shared_artifacts import PIPELINES, SHARED
 
@@ -93,3 +99,42 @@ def test_the_owners_words_survive_the_next_push(round_trip):
         _, after = rest.split("<!-- diffusers_ext:end -->")
         assert before.strip() == OWNER_WORDS[0].strip()
         assert after.strip() == OWNER_WORDS[1].strip()
+
+
+# Those who do not have this package get all of a LoRA and of a data set, else clear words.
+
+
+def test_a_lora_draws_the_same_picture_to_the_bit(round_trip, without_package):
+    found = without_package["lora"]
+    assert found["same keys"]
+    assert found["digest"] == round_trip.pushed["lora"]["first"]
+    assert found["plain picture"] not in found["digest"]
+
+
+def test_a_data_set_is_all_there(without_package):
+    columns = list(PairRecord._fields)
+    assert without_package["data set"] == {
+        "pairs": [columns, list(PROMPTS[:3])], "rejected": [columns, [PROMPTS[3]]]
+    }  # fmt: skip
+
+
+def test_the_cards_tell_what_can_be_loaded(without_package):
+    assert without_package["cards"] == {
+        "golden": ["pipeline: StableDiffusionPipeline"],
+        "null": ["pipeline: StableDiffusionPipeline"],
+        "lora-below": ["pipeline: StableDiffusionPipeline"],
+        "statistics-below": ["moments: dict"],
+    }
+    assert without_package["card of pairs"] == ["golden: Tensor"]
+
+
+@pytest.mark.parametrize("cls", ["StableDiffusionPipeline", "DiffusionPipeline"])
+def test_pipelines_with_unknown_components_are_refused_with_their_names(without_package, cls):
+    for name, component in {"golden": "noise_model", "null": "statistics"}.items():
+        assert f"{component}/diffusers_ext.py as defined in" in without_package[cls][name]
+
+
+def test_networks_and_erasers_are_refused(without_package):
+    for name, (cls, _) in NETWORKS.items():
+        assert f"no class `{cls.__name__}`" in without_package["networks"][name]
+    assert without_package["eraser"] == "KeyError: 'ERASER'"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from diffusers_ext.training.nullspace.run import main, parse_args
 from examples.digits.check_model import load_pipeline
 from examples.digits.pictures import draw_glyphs, tint
 from tests.tiny_lora import add_random_lora
+from tests.training.killed_runs import ScriptServer
 from tests.training.pair_runs import QUICK_PAIRS, write_prompt_file
 from tests.training.script_runs import EVALUATED, QUICK, command_line, write_prompts
 from training import evaluate_nullspace
@@ -29,6 +31,14 @@ def fresh_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[ScriptServer]:
+    """Starts scripts that are to be killed."""
+    server = ScriptServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Trainings to be killed: forked from one process that has everything imported, to save time."""
+"""Scripts to be killed: forked from one process that has everything imported, to save time."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from tests.training.script_runs import REPOSITORY, environment
 
 _SERVER = """
 import json, os, sys
+from importlib import import_module
 
 sys.path.insert(0, {repository!r})
 import transformers.models.clip.modeling_clip, transformers.models.clip.tokenization_clip
-from training.{script} import main, parse_args
 
 log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 for request in sys.stdin:
+    asked = json.loads(request)
+    script = import_module("training." + asked["script"])
     pid = os.fork()
     if pid == 0:
         for descriptor in (1, 2):
             os.dup2(log, descriptor)
         try:
-            asked = json.loads(request)
             exec(asked["patch"], {{}})
-            main(parse_args(asked["line"]))
+            script.main(script.parse_args(asked["line"]))
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
         os._exit(0)
@@ -40,15 +41,13 @@ for request in sys.stdin:
 """
 
 
-class TrainingServer:
-    """Starts trainings in processes of their own, one at a time, and kills them."""
+class ScriptServer:
+    """Starts scripts in processes of their own, one at a time, and kills them."""
 
-    def __init__(self, folder: Path, script: str = "train_nullspace_dreambooth") -> None:
+    def __init__(self, folder: Path) -> None:
         self.log = folder / "log"
         server = folder / "server.py"
-        server.write_text(
-            _SERVER.format(repository=str(REPOSITORY), log=str(self.log), script=script)
-        )
+        server.write_text(_SERVER.format(repository=str(REPOSITORY), log=str(self.log)))
         self._process = subprocess.Popen(
             [sys.executable, str(server)],
             cwd=REPOSITORY,
@@ -58,9 +57,12 @@ class TrainingServer:
             text=True,
         )
 
-    def kill_when(self, line: list[str], is_time: Callable[[], bool], patch: str = "") -> None:
-        """Run the training script after `patch`; SIGKILL it as soon as `is_time()`."""
-        self._process.stdin.write(json.dumps({"line": line, "patch": patch}) + "\n")
+    def kill_when(
+        self, script: str, line: list[str], is_time: Callable[[], bool], patch: str = ""
+    ) -> None:
+        """Run a script of `training` after `patch`; SIGKILL it as soon as `is_time()`."""
+        request = {"script": script, "line": line, "patch": patch}
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
         deadline = time.monotonic() + 240

@@ -1,12 +1,10 @@
-"""The scripts as their users run them: in this process, under a launcher, or killed on the way."""
+"""The scripts as their users run them: in this process, or under a launcher."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +66,6 @@ def launch(script: str, line: list[str], processes: int) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
-
-
-def kill_when(script: str, line: list[str], is_time: Callable[[], bool]) -> None:
-    """Run a script and kill it, without a chance to clean up, as soon as `is_time()`."""
-    process = subprocess.Popen(
-        [sys.executable, f"training/{script}.py", *line],
-        cwd=REPOSITORY,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while not is_time():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.001)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == -9
 
 
 def assert_same_totals(first: FeatureStatistics, second: FeatureStatistics) -> None:

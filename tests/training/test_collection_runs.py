@@ -8,7 +8,6 @@ from tests.training.script_runs import (
     assert_same_totals,
     command_line,
     files_below,
-    kill_when,
     launch,
     write_prompts,
 )
@@ -37,7 +36,7 @@ def test_two_processes_give_the_statistics_of_one(build, tmp_path, prompts_file)
         assert ((two.moments[key].total - moment.total).abs().max() / scale) < 1e-14
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(build, tmp_path):
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(build, server, tmp_path):
     prompts_file = write_prompts(
         tmp_path / "many.txt",
         tuple(f"a {color} {digit}" for color in ("red", "blue", "green", "white")
@@ -56,7 +55,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(build, tmp_path):
         lambda: (killed / ".partial-output/layout").exists(),
     )
     for number, is_time in enumerate(moments):
-        kill_when("build_covariance", line, is_time)
+        server.kill_when("build_covariance", line, is_time)
         assert not (killed / "config.json").exists()
         assert not (killed / "layout").exists()
         line += ["--resume_from_checkpoint", "latest"] if number == 0 else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.training.eraser_runs import eraser_line, read_report, train, write_eraser_files
-from tests.training.killed_runs import TrainingServer
 
 
 RUN = {
@@ -39,15 +38,11 @@ diffusers_ext.training.eraser.result.save_eraser = save_half
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_killed_while_the_result_is_half_written(tmp_path):
+def test_killed_while_the_result_is_half_written(server, tmp_path):
     files = write_eraser_files(tmp_path)
     killed, marker = tmp_path / "killed", tmp_path / "marker"
-    server = TrainingServer(tmp_path, "train_cogvideox_eraser")
-    try:
-        line = eraser_line(files, killed, **RUN)
-        server.kill_when(line, marker.exists, half_written(marker))
-    finally:
-        server.close()
+    line = eraser_line(files, killed, **RUN)
+    server.kill_when("train_cogvideox_eraser", line, marker.exists, half_written(marker))
     assert not (killed / "adapter_config.json").exists()
     from_middle = str(killed / "checkpoint-4")
     resumed = train(files, killed, **RUN, resume_from_checkpoint=from_middle)

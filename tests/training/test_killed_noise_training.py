@@ -7,7 +7,6 @@ import json
 import pytest
 
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints
-from tests.training.killed_runs import TrainingServer
 from tests.training.noise_runs import noise_line, train
 from tests.training.noise_sets import write_noises
 
@@ -49,13 +48,6 @@ def noises(model, tmp_path_factory):
     return write_noises(tmp_path_factory.mktemp("noises") / "set", 1 if model == "npnet" else 2)
 
 
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    server = TrainingServer(tmp_path_factory.mktemp("server"), SCRIPTS[model])
-    yield server
-    server.close()
-
-
 def result_of(folder) -> dict:
     """All that a training leaves, without what differs between two runs of one command."""
     report = json.loads((folder / "training_report.json").read_text())
@@ -73,7 +65,8 @@ def test_killed_while(moment, model, noises, server, tmp_path):
     half = moment == "the result is half written"
     patch = HALF_RESULT.format(marker=str(marker)) if half else ""
     seen = marker.exists if half else (killed / "checkpoint-3").exists
-    server.kill_when(noise_line(model, noises, killed, **run), seen, patch)
+    line = noise_line(model, noises, killed, **run)
+    server.kill_when(SCRIPTS[model], line, seen, patch)
     assert not (killed / "config.json").exists()
     resumed = train(model, noises, killed, **run, resume_from_checkpoint="latest")
     result = result_of(resumed)

@@ -8,7 +8,6 @@ import pytest
 
 from diffusers_ext.training.nullspace.run import main, parse_args
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints
-from tests.training.killed_runs import TrainingServer
 from tests.training.script_runs import files_below
 
 
@@ -21,6 +20,7 @@ STATEFUL = {
     "max_train_steps": 12,
     "logging_steps": 3,
 }
+SCRIPT = "train_nullspace_dreambooth"
 PATCH = """
 import time
 from pathlib import Path
@@ -71,13 +71,6 @@ subject.save_lora = save_half
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = TrainingServer(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
 def contents(folder) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files_below(folder)}
 
@@ -97,7 +90,7 @@ def test_killed_while(moment, server, teach, subject_line, tmp_path):
     expected = teach("whole", **run)
     marker = tmp_path / "stopped"
     patch = PATCH.format(marker=str(marker)) + STOPS[moment]
-    server.kill_when(subject_line("killed", **run), marker.exists, patch)
+    server.kill_when(SCRIPT, subject_line("killed", **run), marker.exists, patch)
     killed = tmp_path / "killed"
     assert not (killed / "pytorch_lora_weights.safetensors").exists()
     assert any(path.name.startswith(".partial-") for path in killed.iterdir())
@@ -119,7 +112,7 @@ def test_killed_between_two_steps(step, method, server, teach, subject_line, tmp
     run = {**STATEFUL, **method, "checkpointing_steps": 1}
     expected = teach("whole", **run)
     seen = (tmp_path / "killed" / f"checkpoint-{step}").exists
-    server.kill_when(subject_line("killed", **run), seen)
+    server.kill_when(SCRIPT, subject_line("killed", **run), seen)
     assert not (tmp_path / "killed" / "training_report.json").exists()
     resumed = teach("killed", **run, resume_from_checkpoint="latest")
     assert result_of(resumed) == result_of(expected)

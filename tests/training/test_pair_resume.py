@@ -12,7 +12,7 @@ from diffusers_ext.golden_noise.pairs import writer as pair_writer
 from diffusers_ext.training import pairs as generate_npd
 from examples.digits.check_model import load_pipeline
 from tests.training.pair_runs import QUICK_PAIRS, set_content, write_prompt_file
-from tests.training.script_runs import command_line, kill_when, launch
+from tests.training.script_runs import command_line, launch
 
 
 SETTINGS = {**QUICK_PAIRS, "noises_per_prompt": 3}  # shards of 6, 6 and 3 candidates
@@ -79,7 +79,7 @@ def test_a_finished_batch_is_not_made_again(generate, monkeypatch, tmp_path):
     assert (report["tried"], report["this_run"]["tried"]) == (15, 5)
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(generate, tmp_path):
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(generate, server, tmp_path):
     whole = generate("whole", **SETTINGS)
     folder = tmp_path / "killed"
     prompts = write_prompt_file(tmp_path / "prompts.txt")
@@ -90,7 +90,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(generate, tmp_path)
         lambda: any(folder.glob("shards/*.json")),
     )
     for number, is_time in enumerate(moments):
-        kill_when("generate_npd", line, is_time)
+        server.kill_when("generate_npd", line, is_time)
         assert not (folder / "report.json").exists()
         line += ["--resume_from_checkpoint", "latest"] if number == 0 else []
     generate("killed", **SETTINGS, resume_from_checkpoint="latest")
