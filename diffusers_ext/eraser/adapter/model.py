@@ -69,9 +69,7 @@ class SaveGuard:
 
 def guard_saving(model: nn.Module) -> None:
     """Refuse `save_pretrained` of a diffusers model until its erasers are gone."""
-    from diffusers import (
-        ModelMixin,
-    )  # PEFT is told of erasers at import, models of diffusers are not loaded for it
+    from diffusers import ModelMixin  # slow, and not needed to tell PEFT of erasers
 
     if not isinstance(model, ModelMixin):
         return
