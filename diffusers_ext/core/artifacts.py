@@ -192,7 +192,17 @@ class Artifact:
             raise ValueError(
                 f"{config_path} must describe a {cls.__name__}, got {config.get('_class_name')!r}."
             )
-        _check_header(config, config_path, cls.format_version)
+        # What every config must say of its own files; a checksum cannot be left out.
+        missing = [key for key in _HEADER if key not in config]
+        if missing:
+            raise ValueError(f"{config_path} must hold {missing}, got only {sorted(config)}.")
+        check_format_version(config, config_path, cls.format_version)
+        if not is_sha256(config["sha256"]):
+            raise ValueError(
+                f"`sha256` must be a SHA-256 of 64 hexadecimal digits, got {config['sha256']!r} in "
+                f"{config_path}. {REMEDY}"
+            )
+        check_config_digest(config, config_path)
         found = file_sha256(check_regular_file(weights_path))
         if found != config["sha256"]:
             raise ValueError(
@@ -205,20 +215,6 @@ class Artifact:
             return cls._from_artifact(own, tensors)
         except ValueError as error:
             raise ValueError(f"{config_path.parent} holds no {cls.__name__}: {error}") from error
-
-
-def _check_header(config: dict[str, Any], path: Path, newest: int) -> None:
-    """What every artifact's config must say of its own files; a checksum cannot be left out."""
-    missing = [key for key in _HEADER if key not in config]
-    if missing:
-        raise ValueError(f"{path} must hold {missing}, got only {sorted(config)}.")
-    check_format_version(config, path, newest)
-    if not is_sha256(config["sha256"]):
-        raise ValueError(
-            f"`sha256` must be a SHA-256 of 64 hexadecimal digits, got {config['sha256']!r} in "
-            f"{path}. {REMEDY}"
-        )
-    check_config_digest(config, path)
 
 
 def file_sha256(path: str | os.PathLike) -> str:

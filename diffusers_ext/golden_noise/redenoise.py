@@ -241,15 +241,13 @@ def redenoise_sequence(
     text: TextConditioning,
     *,
     repeats: int,
-    num_steps: int = 10,
-    w1: float = 5.5,
-    w2: float = 1.0,
-    legacy_inversion: bool = False,
+    **step: float,
 ) -> torch.Tensor:
     """Re-denoise again and again, each time from the noise before, brought back to its energy.
 
     Args:
         repeats: how many times; two calls of the denoiser each.
+        step: `num_steps`, `w1`, `w2` and `legacy_inversion`, as in `redenoise`.
 
     Returns:
         `(batch, repeats, channels, height, width)` float32, each with the energy of its `latents`.
@@ -259,15 +257,6 @@ def redenoise_sequence(
     source = noise = latents.float()
     states = []
     for _ in range(repeats):
-        changed = redenoise_text(
-            pipeline,
-            noise,
-            text,
-            num_steps=num_steps,
-            w1=w1,
-            w2=w2,
-            legacy_inversion=legacy_inversion,
-        )
-        noise = match_energy(changed, source)
+        noise = match_energy(redenoise_text(pipeline, noise, text, **step), source)
         states.append(noise)
     return torch.stack(states, 1)

@@ -32,7 +32,14 @@ class CLIPReward:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        _check_tokenizer(tokenizer, model.config.text_config)
+        config = model.config.text_config
+        wanted, found = config.eos_token_id, tokenizer.eos_token_id
+        # The text feature is read at the end token; without it CLIP silently reads the first one.
+        if found >= config.vocab_size or wanted not in (found, _LEGACY_EOS):
+            raise ValueError(
+                f"`tokenizer` must be the one of the model, with {wanted} as the end token of "
+                f"{config.vocab_size}, got {found}."
+            )
         self.model = model.requires_grad_(False).eval()
         self.tokenizer, self.version, self.batch_size = tokenizer, version, batch_size
 
@@ -184,16 +191,6 @@ class ProcessorReward(CLIPReward):
             list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
         )
         return {key: tokens[key] for key in ("input_ids", "attention_mask")}
-
-
-def _check_tokenizer(tokenizer: Any, config: Any) -> None:
-    """The text feature is read at the end token; without it CLIP silently reads the first one."""
-    wanted, found = config.eos_token_id, tokenizer.eos_token_id
-    if found >= config.vocab_size or wanted not in (found, _LEGACY_EOS):
-        raise ValueError(
-            f"`tokenizer` must be the one of the model, with {wanted} as the end token of "
-            f"{config.vocab_size}, got {found}."
-        )
 
 
 class CLIPScoreReward(ProcessorReward):

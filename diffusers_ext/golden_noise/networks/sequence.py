@@ -106,23 +106,20 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
                 generator for a network that predicts no variance.
         """
         if isinstance(text_embed, TextConditioning):
-            text_embed, attention_mask = self._read_conditioning(text_embed, attention_mask)
+            text = text_embed
+            if not self.config.get("pooled_text"):
+                text_embed = text.prompt_embeds
+                attention_mask = text.attention_mask if attention_mask is None else attention_mask
+            elif text.pooled_prompt_embeds is not None:
+                text_embed = text.pooled_prompt_embeds
+            else:
+                raise ValueError(
+                    "`text_embed` must have `pooled_prompt_embeds` for a network with `pooled_text`, "
+                    "got None. Use a model whose text encoder pools."
+                )
         return self(
             initial_noise, text_embed, attention_mask, num_steps=num_steps, generator=generator
         )
-
-    def _read_conditioning(
-        self, text: TextConditioning, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not self.config.get("pooled_text"):
-            mask = text.attention_mask if attention_mask is None else attention_mask
-            return text.prompt_embeds, mask
-        if text.pooled_prompt_embeds is None:
-            raise ValueError(
-                "`text_embed` must have `pooled_prompt_embeds` for a network with `pooled_text`, got "
-                "None. Use a model whose text encoder pools."
-            )
-        return text.pooled_prompt_embeds, attention_mask
 
     def golden_noise(
         self,
