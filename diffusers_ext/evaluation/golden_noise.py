@@ -37,8 +37,8 @@ from diffusers_ext.evaluation.rendering import (
     shots_of,
     to_images,
 )
-from diffusers_ext.golden_noise.conditioning import TextConditioning, encode_prompts
-from diffusers_ext.golden_noise.denoiser import denoiser_of
+from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.golden_noise.denoiser import denoiser_of, encode_prompts
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.nullspace.prompts import check_prompts, unique
 from diffusers_ext.rewards.reward import Reward, checked_scores

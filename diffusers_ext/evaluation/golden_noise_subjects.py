@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.golden_noise.conditioning import TextConditioning
+from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 from diffusers_ext.golden_noise.redenoise import redenoise_sequence

@@ -1,6 +1,7 @@
 """Noise that suits the prompt: targets, networks that predict them, pipelines that use them."""
 
-from diffusers_ext.golden_noise.conditioning import TextConditioning, encode_prompts
+from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.loading import load_noise_model
 from diffusers_ext.golden_noise.networks.npnet import NPNet

@@ -8,7 +8,7 @@ from diffusers_ext.evaluation.golden_noise_subjects import (
     RedenoisedTarget,
     name_subjects,
 )
-from diffusers_ext.golden_noise.conditioning import encode_prompts
+from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.noise_statistics import match_energy, match_spectrum
 from diffusers_ext.golden_noise.redenoise import redenoise_text
 from tests.evaluation.golden_subjects import PROMPTS, moved, small_network

@@ -15,7 +15,7 @@ from diffusers_ext.eraser.losses import NegativelyGuidedVelocityLoss
 from diffusers_ext.eraser.teacher.teacher import teacher_velocities
 from diffusers_ext.families.registry import FAMILIES, find_family, match_family
 from diffusers_ext.families.sd3 import SD3
-from diffusers_ext.golden_noise.conditioning import encode_prompts
+from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.redenoise import redenoise_text
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import null_space_directions

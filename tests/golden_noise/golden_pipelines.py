@@ -11,8 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from diffusers_ext.families.family import NetworkSizes
 from diffusers_ext.families.registry import find_family
-from diffusers_ext.golden_noise.conditioning import encode_prompts
-from diffusers_ext.golden_noise.denoiser import denoiser_of
+from diffusers_ext.golden_noise.denoiser import denoiser_of, encode_prompts
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet

@@ -7,9 +7,10 @@ import torch
 from diffusers import PixArtAlphaPipeline, UNet2DConditionModel
 
 from diffusers_ext.families.registry import find_family
-from diffusers_ext.golden_noise.conditioning import TextConditioning, encode_prompts
+from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.denoiser import (
     denoiser_of,
+    encode_prompts,
     guided_prediction,
     has_embedded_guidance,
     latent_channels,

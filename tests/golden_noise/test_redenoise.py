@@ -15,8 +15,7 @@ from diffusers import (
 
 from diffusers_ext.families.flux import Flux
 from diffusers_ext.families.sd3 import SD3
-from diffusers_ext.golden_noise.conditioning import encode_prompts
-from diffusers_ext.golden_noise.denoiser import denoiser_of, guided_prediction
+from diffusers_ext.golden_noise.denoiser import denoiser_of, encode_prompts, guided_prediction
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from diffusers_ext.golden_noise.redenoise import (
     ddim_step_coefficients,

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.conditioning import encode_prompts
+from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import redenoise_sequence

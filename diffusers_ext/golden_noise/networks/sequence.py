@@ -8,7 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.core.restored_state import module_eval_mode
-from diffusers_ext.golden_noise.conditioning import TextConditioning
+from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, check_channels, check_text
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 

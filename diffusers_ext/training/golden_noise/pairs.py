@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.evaluation.rendering import image_seed
-from diffusers_ext.golden_noise.conditioning import TextConditioning, encode_prompts
+from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import PairDataset, source_noise
 from diffusers_ext.golden_noise.pairs.hub import pair_set_card
