@@ -74,14 +74,22 @@ def quiet_libraries(quiet: bool) -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
     try:
-        with warnings.catch_warnings():
-            module = "" if quiet else r"(?!diffusers_ext\b)"
-            warnings.filterwarnings("ignore", module=module)
-            with _errors_alone(), _no_bars() if quiet else contextlib.nullcontext():
-                yield
+        with other_packages_quiet(), _no_bars() if quiet else contextlib.nullcontext():
+            if quiet:
+                warnings.simplefilter("ignore")
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def other_packages_quiet() -> Iterator[None]:
+    """No word of other packages but errors; everything comes back as it was."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(?!diffusers_ext\b)")
+        with _errors_alone():
+            yield
 
 
 @contextlib.contextmanager
@@ -238,7 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["train"] and words[1:2] and words[1] in TRAININGS:
-        return train(words[1], words[2:])
+        with other_packages_quiet():
+            import diffusers_ext.registration  # noqa: F401
+
+            return train(words[1], words[2:])
     try:
         args = build_parser().parse_args(words)
     except SystemExit as stop:  # of argparse, after its message

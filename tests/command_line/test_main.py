@@ -259,6 +259,22 @@ def test_other_packages_are_quiet_and_own_warnings_are_shown(try_command):
     assert levels == (diffusers_logging.get_verbosity(), hub_logging.get_verbosity())
 
 
+def test_a_training_begins_registered_and_other_packages_are_quiet(monkeypatch):
+    seen = []
+
+    def look(name, words) -> int:
+        registered = "diffusers_ext.registration" in sys.modules
+        seen.append((name, words, registered, diffusers_logging.get_verbosity()))
+        return 3
+
+    monkeypatch.setattr(main_module, "train", look)
+    monkeypatch.delitem(sys.modules, "diffusers_ext.registration")
+    level = diffusers_logging.get_verbosity()
+    assert main(["train", "noise", "--seed", "1"]) == 3
+    assert seen == [("noise", ["--seed", "1"], True, logging.ERROR)]
+    assert diffusers_logging.get_verbosity() == level
+
+
 def test_the_entry_point_is_there():
     assert (
         "diffusers-ext = diffusers_ext.command_line.main:main" in (ROOT / "setup.cfg").read_text()
