@@ -30,12 +30,12 @@ from benchmarks.eraser_steps import (
 from benchmarks.machine import table, write_results
 from benchmarks.measured_memory import peak_bytes
 from benchmarks.timing import compare
-from diffusers_ext.core.tracing import fake_tensors, fill_with_fake_tensors
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.planning import plan_run
 from diffusers_ext.planning.eraser import draft_eraser, eraser_run
 from diffusers_ext.planning.models import BaseModel, Component, read_base_model
 from diffusers_ext.planning.settings import EraserPlanSettings
+from diffusers_ext.planning.tracing import fake_tensors, fill_with_fake_tensors
 from diffusers_ext.planning.work import Work, trace_work
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from diffusers_ext.core.tracing import tensor_bytes
+from diffusers_ext.planning.tracing import tensor_bytes
 
 
 # Report and configs of a result: settings, history, sampled weights that tell models apart.

@@ -17,9 +17,9 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 
 from diffusers_ext.core.keywords import did_you_mean
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.core.tracing import tensor_bytes
 from diffusers_ext.families.base_source import is_single_file
 from diffusers_ext.families.registry import FAMILIES
+from diffusers_ext.planning.tracing import tensor_bytes
 
 
 DENOISERS = ("unet", "transformer")

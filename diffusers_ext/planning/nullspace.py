@@ -16,7 +16,6 @@ from torch.utils.data import TensorDataset
 
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.core.tracing import tensor_bytes
 from diffusers_ext.families.registry import titles_of
 from diffusers_ext.golden_noise.denoiser import guided_prediction
 from diffusers_ext.nullspace.collect import shared_inputs, text_only
@@ -36,6 +35,7 @@ from diffusers_ext.planning.images import (
 )
 from diffusers_ext.planning.models import BaseModel, module_bytes
 from diffusers_ext.planning.settings import NullSpacePlanSettings
+from diffusers_ext.planning.tracing import tensor_bytes
 from diffusers_ext.planning.work import (
     OPTIMIZER,
     WEIGHT_DTYPES,

@@ -208,21 +208,11 @@ def setting_names(tool: str) -> list[str]:
     return [field.name for field in fields(_DRAFTS[tool][1])]
 
 
-@dataclass(frozen=True)
-class _Target:
-    """What a run is planned for.
-
-    Attributes:
-        name: for people; `None` where no device is named.
-        memory: bytes, if they are known.
-        gpu: whose figures are published.
-        device: that is at hand.
-    """
-
-    name: str | None
-    memory: int | None
-    gpu: Gpu | None = None
-    device: torch.device | None = None
+class _Target(NamedTuple):
+    name: str | None  # for people; `None` where no device is named
+    memory: int | None  # bytes, if they are known
+    gpu: Gpu | None = None  # whose figures are published
+    device: torch.device | None = None  # that is at hand
 
     @property
     def as_on_gpu(self) -> bool:
@@ -230,23 +220,15 @@ class _Target:
         return self.device is None or self.device.type == "cuda"
 
 
-def _find_target(gpu: str | None, memory_gib: float | None) -> _Target:
-    """The device of a plan.
-
-    Args:
-        gpu: name of a card, `"here"` for the device at hand, or `None`.
-        memory_gib: of the device, in place of what is known of it.
-
-    Raises:
-        ValueError: an unknown card, or no memory.
-    """
+def _find_target(name: str | None, memory_gib: float | None) -> _Target:
+    """The device of a plan, by a GPU's name or `HERE`; `ValueError` for an unknown one, or no memory."""
     if memory_gib is not None and not memory_gib > 0:
         raise ValueError(f"`memory_gib` must be positive, got {memory_gib}.")
     given = None if memory_gib is None else int(memory_gib * GIB)
-    if gpu is None:
+    if name is None:
         return _Target(None, given)
-    if gpu != HERE:
-        gpu = find_gpu(gpu)
+    if name != HERE:
+        gpu = find_gpu(name)
         return _Target(gpu.name, given or int(gpu.memory_gib * GIB), gpu)
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -256,12 +238,8 @@ def _find_target(gpu: str | None, memory_gib: float | None) -> _Target:
     return _Target("this CPU", given or memory, device=torch.device("cpu"))
 
 
-def _finish(draft: Draft, target: _Target, exact: bool = False) -> RunPlan:
-    """Trace all works of a draft, and time them for the target.
-
-    Nothing is timed on the device at hand where the run does not fit it. With `exact` all blocks of a
-    model are traced, not a few.
-    """
+def _finish(draft: Draft, target: _Target, exact: bool) -> RunPlan:
+    """Trace all works, and time them for the target: on the device at hand only where the run fits."""
     works = [work for phase in draft.phases for work in phase.traced]
     traces = {id(w): trace_work(replace(w, layers=None) if exact else w) for w in works}
     parts = dict(draft.parts)
@@ -284,7 +262,7 @@ def _finish(draft: Draft, target: _Target, exact: bool = False) -> RunPlan:
         seconds = [_seconds(phase, traces, target) for phase in draft.phases]
         phases = [p._replace(seconds=s) for p, s in zip(phases, seconds, strict=True)]
     assumptions = (*draft.assumptions, _MEMORY, *_time_assumptions(target, timed))
-    return RunPlan(**{**vars(plan), "phases": tuple(phases), "assumptions": assumptions})
+    return replace(plan, phases=tuple(phases), assumptions=assumptions)
 
 
 def _add_parts(parts: dict[str, int], work: Work, trace: WorkTrace) -> None:

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.training_utils import EMAModel
 
-from diffusers_ext.core.tracing import (
+from diffusers_ext.planning.gpus import Gpu
+from diffusers_ext.planning.models import BaseModel
+from diffusers_ext.planning.tracing import (
     Operation,
     OperationTrace,
     fake_tensors,
     fill_with_fake_tensors,
     gpu_autocast,
 )
-from diffusers_ext.planning.gpus import Gpu
-from diffusers_ext.planning.models import BaseModel
 
 
 OPTIMIZER = "optimizer"

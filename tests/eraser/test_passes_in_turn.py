@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.core.tracing import MemoryTrace
 from diffusers_ext.eraser.step import run_separately
+from diffusers_ext.planning.tracing import MemoryTrace
 
 
 def make_passes(weight, calls, *, count=3, depth=20):

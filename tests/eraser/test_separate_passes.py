@@ -10,8 +10,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
-from diffusers_ext.core.tracing import MemoryTrace
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.planning.tracing import MemoryTrace
 from diffusers_ext.training.eraser.data import ClipSize, make_data
 from diffusers_ext.training.eraser.run import add_eraser, make_step
 from diffusers_ext.training.eraser.text import GivenTexts

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks.measured_memory import peak_bytes
-from diffusers_ext.core.tracing import MemoryTrace
 from diffusers_ext.eraser.adapter.config import eraser_size
 from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.recipe import EraserTraining
@@ -16,6 +15,7 @@ from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.gpus import find_gpu
 from diffusers_ext.planning.models import read_folder
 from diffusers_ext.planning.settings import EraserPlanSettings
+from diffusers_ext.planning.tracing import MemoryTrace
 from diffusers_ext.planning.work import gpu_seconds, trace_work
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.run import EraserData, add_eraser, make_step

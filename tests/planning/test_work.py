@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from diffusers_ext.core.tracing import Operation
 from diffusers_ext.planning.gpus import Gpu
+from diffusers_ext.planning.tracing import Operation
 from diffusers_ext.planning.work import (
     BANDWIDTH_UTILIZATION,
     LAUNCH_SECONDS,

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_ext.core.tracing import (
+from diffusers_ext.planning.tracing import (
     MemoryTrace,
     OperationTrace,
     fake_tensors,
