@@ -19,22 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.evaluate_erasure import add_erasure_arguments, compare_erasers
-from diffusers_ext.training.eraser.arguments import ERASER_GROUPS
+from diffusers_ext.command_line.evaluate_erasure import ERASURE
 from diffusers_ext.training.run.script import run_script
-from training.evaluation_scripts import EvaluationScript
 
 
-SCRIPT = EvaluationScript(
-    __doc__,
-    add_erasure_arguments,
-    compare_erasers,
-    ("pretrained_model_name_or_path", "evaluation_prompts", "judge", "output_dir"),
-    None,
-    ERASER_GROUPS,
-)
-parse_args, main = SCRIPT.parse_args, SCRIPT.main
+parse_args, main = ERASURE.script(__doc__)
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(parse_args, main, ERASURE.settings_class)

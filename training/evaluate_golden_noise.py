@@ -16,32 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.evaluate_golden_noise import (
-    add_golden_noise_arguments,
-    compare_noise,
-)
-from diffusers_ext.training.golden_noise.arguments import (
-    PAIR_GROUPS,
-    SEQUENCE_GROUPS,
-    add_filter_arguments,
-    add_pair_arguments,
-    read_aliases,
-)
+from diffusers_ext.command_line.evaluate_golden_noise import GOLDEN_NOISE
 from diffusers_ext.training.run.script import run_script
-from training.evaluation_scripts import EvaluationScript
 
 
-SCRIPT = EvaluationScript(
-    __doc__,
-    add_golden_noise_arguments,
-    compare_noise,
-    ("pretrained_model_name_or_path", "prompt_file", "output_dir"),
-    read_aliases,
-    (*PAIR_GROUPS, *SEQUENCE_GROUPS, add_pair_arguments, add_filter_arguments),
-    reason=": what it times must run alone",
-)
-parse_args, main = SCRIPT.parse_args, SCRIPT.main
+parse_args, main = GOLDEN_NOISE.script(__doc__)
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(parse_args, main, GOLDEN_NOISE.settings_class)

@@ -16,23 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.evaluate_forgetting import add_forgetting_arguments, compare_loras
-from diffusers_ext.training.run.arguments import NULL_SPACE_GROUPS
-from diffusers_ext.training.run.config_file import read_nullbooth_block
+from diffusers_ext.command_line.evaluate_forgetting import FORGETTING
 from diffusers_ext.training.run.script import run_script
-from training.evaluation_scripts import EvaluationScript
 
 
-SCRIPT = EvaluationScript(
-    __doc__,
-    add_forgetting_arguments,
-    compare_loras,
-    ("pretrained_model_name_or_path", "lora", "knowledge_prompts", "output_dir"),
-    read_nullbooth_block,
-    NULL_SPACE_GROUPS,
-)
-parse_args, main = SCRIPT.parse_args, SCRIPT.main
+parse_args, main = FORGETTING.script(__doc__)
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main)
+    run_script(parse_args, main, FORGETTING.settings_class)

@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
+from diffusers_ext.command_line.options import check_values
 from diffusers_ext.command_line.plan import add_setting, given_setting
 from diffusers_ext.eraser.batch import rows_of_each_kind
 from diffusers_ext.planning import RunPlan, plan_run, recommend_eraser_training
 from diffusers_ext.planning.settings import EraserPlanSettings
-from diffusers_ext.training.run.arguments import add_traceback_argument, check_values
 from diffusers_ext.training.run.command_lines import OneLineParser
 from diffusers_ext.training.run.script import run_script
 
@@ -35,7 +35,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--pretrained_model_name_or_path", required=True, help="a folder, or such as CogVideoX-5b"
     )
-    add_traceback_argument(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--memory_gib", type=float, help="of a GPU: recommend settings for it")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument("--exact", action="store_true", help="trace all blocks, not a few")

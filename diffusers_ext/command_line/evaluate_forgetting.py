@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ext.command_line.evaluate import Evaluation
 from diffusers_ext.command_line.options import (
-    COUNTS,
-    Command,
-    Outcome,
-    add_base_model_arguments,
-    add_feature_arguments,
-    add_picture_arguments,
-    check_drawing_arguments,
     chosen_device,
     load_base_pipeline,
     load_features,
     picture_arguments,
-    report_outcome,
 )
+from diffusers_ext.evaluation.settings import ForgettingSettings
+from diffusers_ext.training.run.config_file import read_nullbooth_block
 
 
 if TYPE_CHECKING:
@@ -29,96 +23,54 @@ if TYPE_CHECKING:
     from diffusers_ext.evaluation.forgetting_report import ForgettingReport
 
 
-def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is compared on which prompts."""
-    add_base_model_arguments(parser)
-    parser.add_argument("--output_dir", required=True, help="folder of the report")
-    parser.add_argument(
-        "--enable_xformers_memory_efficient_attention",
-        action="store_true",
-        help="xFormers in place of PyTorch's own memory-efficient attention",
-    )
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
-        "--lora", action="append", required=True, help="file, folder or Hub name; may be repeated"
-    )
-    group.add_argument("--knowledge_prompts", required=True, help="text file, one prompt a line")
-    group.add_argument("--held_out_prompts", help="text file of knowledge not in the statistics")
-    group.add_argument("--subject_prompt", action="append", default=[], help="may be repeated")
-    group.add_argument("--subject_data_dir", help="pictures of the real subject, for similarity")
-    group.add_argument(
-        "--judge", help="module:attribute, imported; whether a picture shows its prompt"
-    )
-    group.add_argument("--subject_judge", help="the same for the subject prompts")
-    add_feature_arguments(group, "features")
-    group.add_argument("--pixel_features", action="store_true", help="pixels as features")
-    group.add_argument("--distribution", action="store_true", help="also compare distributions")
-    add_picture_arguments(parser)
-
-
-def compare_loras(args: argparse.Namespace) -> ForgettingReport:
+def compare_loras(settings: ForgettingSettings, show_progress: bool = True) -> ForgettingReport:
     """Draw, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.core.sources import lora_file
     from diffusers_ext.evaluation.features import PixelFeatures
     from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 
-    asked, files = _check(args), [lora_file(source) for source in args.lora]
-    pipeline = load_base_pipeline(args)
-    if args.enable_xformers_memory_efficient_attention:
+    asked, files = _read_files(settings), [lora_file(source) for source in settings.lora]
+    pipeline = load_base_pipeline(settings)
+    if settings.enable_xformers_memory_efficient_attention:
         pipeline.unet.enable_xformers_memory_efficient_attention()
-    _load_loras(pipeline, args.lora, files)
-    asked |= load_features(args, chosen_device(args))
-    if args.pixel_features:
+    _load_loras(pipeline, settings.lora, files)
+    asked |= load_features(settings, chosen_device(settings))
+    if settings.pixel_features:
         asked["features"] = PixelFeatures()
     report = evaluate_forgetting(
         pipeline,
         None,
-        subject_prompts=args.subject_prompt,
-        distribution=args.distribution,
+        subject_prompts=settings.subject_prompt,
+        distribution=settings.distribution,
+        show_progress=show_progress,
         **asked,
-        **picture_arguments(args),
+        **picture_arguments(settings),
     )
     names = ("pretrained_model_name_or_path", "lora", "judge", "subject_judge", "dino", "clip")
-    report.settings.update({name: getattr(args, name) for name in names})
-    with staged_output(args.output_dir) as folder:
+    report.settings.update({name: getattr(settings, name) for name in names})
+    with staged_output(settings.output_dir) as folder:
         report.save(folder)
     return report
 
 
-def run_forgetting(args: argparse.Namespace) -> Outcome:
-    """Compare, and say what was found without one row for every prompt."""
-    report = compare_loras(args)
-    return report_outcome(report, Path(args.output_dir), report.to_table(per_prompt=False))
-
-
-def _check(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that can be wrong without a model; gives arguments of `evaluate_forgetting`."""
+def _read_files(settings: ForgettingSettings) -> dict[str, Any]:
+    """What can be wrong without a model; gives arguments of `evaluate_forgetting`."""
     from diffusers_ext.core.pictures import read_pictures
     from diffusers_ext.evaluation.plugins import load_judge
     from diffusers_ext.families.base_source import check_xformers
     from diffusers_ext.nullspace.prompts import read_prompts_file
 
-    check_drawing_arguments(args, COUNTS)
-    if args.enable_xformers_memory_efficient_attention:
+    if settings.enable_xformers_memory_efficient_attention:
         check_xformers()
-    if args.pixel_features and args.dino:
-        raise ValueError("`pixel_features` must not be given together with `dino`.")
-    has_features = args.dino or args.clip or args.pixel_features
-    for name in ("distribution", "subject_data_dir"):
-        if getattr(args, name) and not has_features:
-            raise ValueError(
-                f"`{name}` must have features to compare: pass `--dino`, `--clip` or "
-                "`--pixel_features`."
-            )
-    found: dict[str, Any] = {"prompts": read_prompts_file(args.knowledge_prompts)}
-    if args.held_out_prompts is not None:
-        found["held_out_prompts"] = read_prompts_file(args.held_out_prompts)
-    if args.subject_data_dir is not None:
-        found["subject_images"] = read_pictures(args.subject_data_dir, "subject_data_dir")
+    found: dict[str, Any] = {"prompts": read_prompts_file(settings.knowledge_prompts)}
+    if settings.held_out_prompts is not None:
+        found["held_out_prompts"] = read_prompts_file(settings.held_out_prompts)
+    if settings.subject_data_dir is not None:
+        found["subject_images"] = read_pictures(settings.subject_data_dir, "subject_data_dir")
     for name in ("judge", "subject_judge"):
-        if getattr(args, name) is not None:
-            found[name] = load_judge(getattr(args, name), name)
+        if getattr(settings, name) is not None:
+            found[name] = load_judge(getattr(settings, name), name)
     return found
 
 
@@ -141,7 +93,14 @@ def _load_loras(pipeline: DiffusionPipeline, sources: list[str], files: list[Pat
     pipeline.set_adapters(names)
 
 
-EVALUATE_FORGETTING = Command(
+FORGETTING = Evaluation(
+    ForgettingSettings,
+    compare_loras,
+    "NULL_SPACE_RUNS",
+    read_nullbooth_block,
+    table=(("per_prompt", False),),
+)
+EVALUATE_FORGETTING = FORGETTING.command(
     "evaluate forgetting",
     "a model with and without LoRAs: what was kept, what was learned",
     "Draw the same prompts from the same seeds with LoRAs and without, and measure what moved. Writes "
@@ -151,8 +110,4 @@ EVALUATE_FORGETTING = Command(
         "--lora my_lora.safetensors --knowledge_prompts knowledge.txt "
         '--subject_prompt "a photo of the digit sks" --output_dir evaluation',
     ),
-    add_forgetting_arguments,
-    run_forgetting,
-    output="output_dir",
-    result_names=("report.json",),
 )

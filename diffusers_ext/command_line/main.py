@@ -218,10 +218,13 @@ def _add_command(parent: Any, name: str, command: Command) -> None:
     output.add_argument(
         "--json", action="store_true", help="one JSON document on stdout, also of an error"
     )
-    if command.output is not None:
-        add_overwrite_argument(output)
     output.add_argument("--quiet", action="store_true", help="no logs and no progress bars")
-    output.add_argument("--traceback", action="store_true", help="show where an error came from")
+    if command.over_file is None:  # settings of runs have these
+        if command.output is not None:
+            add_overwrite_argument(output)
+        output.add_argument(
+            "--traceback", action="store_true", help="show where an error came from"
+        )
     parser.set_defaults(command=command)
 
 
@@ -251,9 +254,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return train(words[1], words[2:])
     try:
-        args = build_parser().parse_args(words)
+        args = build_parser().parse_args(_over_file(words))
     except SystemExit as stop:  # of argparse, after its message
         return int(stop.code or DONE)
+    except ValueError as error:  # of the file of `--config`
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     try:
         with (
             stdout_to_stderr(),
@@ -278,6 +284,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     print(json.dumps(outcome.facts, default=_as_text) if args.json else outcome.text)
     return outcome.code
+
+
+def _over_file(words: list[str]) -> list[str]:
+    """A command line with the flags that the file of its `--config` stands for."""
+    for command in COMMANDS:
+        name = command.name.split()
+        given, flags = words[: len(name)], words[len(name) :]
+        if given == name and command.over_file is not None:
+            if any(word.partition("=")[0] == "--config" for word in flags):
+                return [*name, *command.over_file(flags), *flags]
+    return words
 
 
 def _flags(command: Command) -> dict[str, str]:

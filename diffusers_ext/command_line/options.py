@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from diffusers_ext.evaluation.report_files import SavedReport
+    from diffusers_ext.evaluation.settings import PictureSettings
     from diffusers_ext.rewards import Reward
 
 
@@ -50,6 +51,7 @@ class Command:
         run: does it. Imports what it needs when it is called, so that help comes fast.
         output: name of the argument that says where a result goes; `None` where nothing is written.
         result_names: files that tell of a finished result in a folder; empty where `output` is a file.
+        over_file: gives the flags that the file of `--config` stands for; `None` where there is none.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Command:
     run: Callable[[argparse.Namespace], Outcome]
     output: str | None = None
     result_names: tuple[str, ...] = ()
+    over_file: Callable[[Sequence[str]], list[str]] | None = None
 
 
 @contextmanager
@@ -96,7 +99,6 @@ def report_outcome(report: SavedReport, folder: Path, table: str) -> Outcome:
     return Outcome({"output_dir": folder, "files": files, **facts}, f"{table}\nWrote {folder}")
 
 
-COUNTS = ("num_inference_steps", "num_images_per_prompt", "batch_size", "height", "width")
 _DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -125,25 +127,6 @@ def add_base_model_arguments(
     group.add_argument("--seed", type=int, default=0, help="of everything random")
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sampling group of an evaluation of pictures."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--negative_prompt", default="", help="of all prompts")
-    group.add_argument("--num_inference_steps", type=int, default=50, help="of a picture")
-    group.add_argument("--guidance_scale", type=float, default=7.5, help="classifier-free guidance")
-    group.add_argument("--num_images_per_prompt", type=int, default=4, help="seeds a prompt")
-    group.add_argument("--batch_size", type=int, default=8, help="pictures at once")
-    group.add_argument("--height", type=int, help="the model's own without it")
-    group.add_argument("--width", type=int, help="the model's own without it")
-    group.add_argument("--sheet_prompts", type=int, default=16, help="rows of the picture sheet")
-
-
-def add_feature_arguments(parser: argparse._ArgumentGroup, purpose: str) -> None:
-    """DINOv2 or CLIP."""
-    parser.add_argument("--dino", help=f"DINOv2 for {purpose}: folder or Hub name")
-    parser.add_argument("--clip", help=f"CLIP for {purpose}, where there is no DINOv2")
-
-
 def check_values(
     args: argparse.Namespace, names: Sequence[str], rule: str, holds: Callable[[Any], bool]
 ) -> None:
@@ -159,19 +142,17 @@ def check_drawing_arguments(args: argparse.Namespace, counts: Sequence[str]) -> 
     check_values(args, counts, "at least 1", lambda value: value >= 1)
     check_values(args, ["output_dir"], "a folder", lambda value: not Path(value).is_file())
     check_values(args, ["seed"], "from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
-    if hasattr(args, "sheet_prompts"):
-        check_values(args, ["sheet_prompts"], "at least 0", lambda value: value >= 0)
 
 
-def picture_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def picture_arguments(settings: PictureSettings) -> dict[str, Any]:
     """The sampling group as arguments of an evaluation."""
-    names = (*COUNTS, "guidance_scale", "sheet_prompts", "seed")
-    return {
-        **{name: getattr(args, name) for name in names},
-        # Not the empty string: SDXL reads zeros in place of a prompt that is not given.
-        "negative_prompt": args.negative_prompt or None,
-        "show_progress": not args.quiet,
-    }
+    names = (
+        "num_inference_steps", "num_images_per_prompt", "batch_size", "height", "width",
+        "guidance_scale", "sheet_prompts", "seed",
+    )  # fmt: skip
+    # Not the empty string: SDXL reads zeros in place of a prompt that is not given.
+    negative = settings.negative_prompt or None
+    return {"negative_prompt": negative, **{name: getattr(settings, name) for name in names}}
 
 
 def chosen_device(args: argparse.Namespace) -> torch.device:

@@ -20,13 +20,13 @@ from diffusers_ext.golden_noise.settings import (
     PairNetworkSettings,
     SequenceNetworkSettings,
 )
-from diffusers_ext.training.golden_noise.arguments import GOLDEN_NOISE_GROUPS
 from diffusers_ext.training.golden_noise.data import sequence_steps, target_steps
 from diffusers_ext.training.golden_noise.run import NoiseTask, train_network
 from diffusers_ext.training.golden_noise.validation import measure_pairs, measure_sequences
 from diffusers_ext.training.run.config_file import read_config
 from diffusers_ext.training.run.script import one_run_a_folder, run_script
 from diffusers_ext.training.run.settings import parse_settings
+from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
 
 
 SEQUENCE_NETWORKS = ("transformer", "rnn")
@@ -50,12 +50,12 @@ SEQUENCES = NoiseTask(
 
 def parse_pair_args(input_args: Sequence[str] | None = None) -> PairNetworkSettings:
     """Command line for a network that learns pairs, over the YAML file of `--config`."""
-    return parse_settings(PairNetworkSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
+    return parse_settings(PairNetworkSettings, __doc__, input_args, shared=GOLDEN_NOISE_RUNS)
 
 
 def parse_sequence_args(input_args: Sequence[str] | None = None) -> SequenceNetworkSettings:
     """Command line for a network that learns sequences, over the YAML file of `--config`."""
-    return parse_settings(SequenceNetworkSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
+    return parse_settings(SequenceNetworkSettings, __doc__, input_args, shared=GOLDEN_NOISE_RUNS)
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> NoiseSettings:

@@ -21,11 +21,11 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
+from diffusers_ext.evaluation.plugins import load_reward
 from diffusers_ext.golden_noise.pairs.dataset import read_config
 from diffusers_ext.golden_noise.pairs.writer import PairWriter
 from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.rewards.reward import Reward
-from diffusers_ext.training.golden_noise.arguments import GOLDEN_NOISE_GROUPS
 from diffusers_ext.training.golden_noise.pairs import (
     PairMaker,
     check_report,
@@ -43,10 +43,10 @@ from diffusers_ext.training.golden_noise.rendering import (
 )
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
 from diffusers_ext.training.run.closing_words import pairs_words
-from diffusers_ext.training.run.plugins import load_reward
 from diffusers_ext.training.run.script import one_run_a_folder, run_script
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
+from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
 from diffusers_ext.training.run.upload import check_login
 
 
@@ -55,7 +55,7 @@ logger = get_logger(__name__)
 
 def parse_args(input_args: Sequence[str] | None = None) -> PairSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    return parse_settings(PairSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
+    return parse_settings(PairSettings, __doc__, input_args, shared=GOLDEN_NOISE_RUNS)
 
 
 def read_prompts(settings: PairSettings) -> list[str]:

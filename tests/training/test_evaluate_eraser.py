@@ -133,7 +133,7 @@ def test_another_pipeline_is_refused(evaluate):
 
 def test_several_processes_are_refused(evaluate, tmp_path, monkeypatch):
     several = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr("training.evaluation_scripts.make_accelerator", lambda _: several)
+    monkeypatch.setattr("diffusers_ext.training.run.setup.make_accelerator", lambda _: several)
     with pytest.raises(ValueError, match="must be one process, got 2"):
         evaluate()
     assert not (tmp_path / "out").exists()

@@ -168,7 +168,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
 
 def test_several_processes_are_refused(evaluate, tmp_path, monkeypatch):
     several = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr("training.evaluation_scripts.make_accelerator", lambda _: several)
+    monkeypatch.setattr("diffusers_ext.training.run.setup.make_accelerator", lambda _: several)
     with pytest.raises(ValueError, match="must be one process, got 2: what it times"):
         evaluate()
     assert not (tmp_path / "out").exists()
@@ -191,7 +191,7 @@ def test_all_pictures_are_written_where_asked_for(evaluate, tmp_path):
 def test_what_must_be_given(capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--noise_model", "x"])
-    missing = "--pretrained_model_name_or_path, --prompt_file, --output_dir"
+    missing = "--pretrained_model_name_or_path, --output_dir, --prompt_file"
     assert f"these arguments must be given: {missing}" in capsys.readouterr().err
 
 

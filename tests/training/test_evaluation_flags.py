@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.training.run.config_file import argument_names
-from diffusers_ext.training.run.evaluation_names import add_erasure_names, add_golden_noise_names
 from docs.settings_tables import script_parser
 
 
@@ -34,16 +32,3 @@ def test_no_flag_is_lost(script):
         assert described(found[flag], like) == like, flag
         if "default" not in like and "action" not in like:
             assert found[flag].default is None, flag
-
-
-@pytest.mark.parametrize(
-    ("script", "names"),
-    [("evaluate_eraser", add_erasure_names), ("evaluate_golden_noise", add_golden_noise_names)],
-)
-def test_other_scripts_know_the_names_in_a_shared_file(script, names):
-    groups = {group.title: group for group in script_parser(script)._action_groups}
-    own = [
-        group for title, group in groups.items() if title not in ("base model", "script", "options")
-    ]
-    taken = {action.dest for group in own for action in group._group_actions} - {"output_dir"}
-    assert argument_names([names]) == taken

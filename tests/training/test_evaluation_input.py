@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from tests.training.script_runs import EVALUATED, write_prompts
-from training import evaluation_scripts
 
 
 def lora_file(folder: Path, source: Path, change) -> Path:
@@ -77,7 +76,7 @@ def test_bad_input_is_refused_and_leaves_nothing(evaluate, tmp_path, arguments, 
 
 def test_several_processes_are_refused(evaluate, tmp_path, monkeypatch):
     several = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr(evaluation_scripts, "make_accelerator", lambda _: several)
+    monkeypatch.setattr("diffusers_ext.training.run.setup.make_accelerator", lambda _: several)
     with pytest.raises(ValueError, match="must be one process, got 2. Pass `--num_processes 1`"):
         evaluate()
     assert not (tmp_path / "out").exists()

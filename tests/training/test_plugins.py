@@ -5,8 +5,8 @@ import sys
 import pytest
 from PIL import Image
 
+from diffusers_ext.evaluation.plugins import REWARDS, load_judge, load_reward
 from diffusers_ext.rewards import CLIPScoreReward, PickScoreReward
-from diffusers_ext.training.run.plugins import REWARDS, load_judge, load_reward
 from tests.tiny_clip import save_tiny_clip
 
 

@@ -45,7 +45,6 @@ from diffusers_ext.training.eraser.text import (
 )
 from diffusers_ext.training.run.checkpoints import Checkpoints
 from diffusers_ext.training.run.closing_words import eraser_words
-from diffusers_ext.training.run.evaluation_names import add_erasure_names
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import one_run_a_folder, run_script
 from diffusers_ext.training.run.settings import parse_settings
@@ -59,6 +58,7 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
+from diffusers_ext.training.run.shared_file import ERASER_RUNS
 from diffusers_ext.training.run.upload import card_record, check_login
 
 
@@ -70,7 +70,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 def parse_args(input_args: Sequence[str] | None = None) -> EraserSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    return parse_settings(EraserSettings, __doc__, input_args, shared=[add_erasure_names])
+    return parse_settings(EraserSettings, __doc__, input_args, shared=ERASER_RUNS)
 
 
 def resume_facts(settings: EraserSettings, given: GivenTexts, base: BaseFacts) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from diffusers_ext.evaluation.rendering import Sampling, Shot, to_images
 from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.networks.loading import load_noise_model
 from diffusers_ext.golden_noise.settings import GoldenSampleSettings
-from diffusers_ext.training.golden_noise.arguments import GOLDEN_NOISE_GROUPS
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
 from diffusers_ext.training.run.script import (
     check_output_dir,
@@ -29,6 +28,7 @@ from diffusers_ext.training.run.script import (
 )
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
+from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
 
 
 logger = get_logger(__name__)
@@ -36,7 +36,7 @@ logger = get_logger(__name__)
 
 def parse_args(input_args: Sequence[str] | None = None) -> GoldenSampleSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    return parse_settings(GoldenSampleSettings, __doc__, input_args, shared=GOLDEN_NOISE_GROUPS)
+    return parse_settings(GoldenSampleSettings, __doc__, input_args, shared=GOLDEN_NOISE_RUNS)
 
 
 @one_run_a_folder

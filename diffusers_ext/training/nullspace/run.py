@@ -45,7 +45,6 @@ from diffusers_ext.training.nullspace.subject import (
     prepare_weights,
     save_result,
 )
-from diffusers_ext.training.run.arguments import NULL_SPACE_GROUPS
 from diffusers_ext.training.run.checkpoints import Checkpoints
 from diffusers_ext.training.run.closing_words import directions_words, subject_words
 from diffusers_ext.training.run.config_file import read_nullbooth_block
@@ -64,6 +63,7 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
+from diffusers_ext.training.run.shared_file import NULL_SPACE_RUNS
 from diffusers_ext.training.run.upload import (
     card_record,
     check_login,
@@ -81,7 +81,7 @@ logger = get_logger(__name__)
 def parse_args(input_args: Sequence[str] | None = None) -> NullSpaceSettings:
     """Command line of this script, over the YAML file of `--config`."""
     return parse_settings(
-        NullSpaceSettings, __doc__, input_args, read_nullbooth_block, NULL_SPACE_GROUPS
+        NullSpaceSettings, __doc__, input_args, read_nullbooth_block, NULL_SPACE_RUNS
     )
 
 

@@ -38,7 +38,6 @@ from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.settings import CollectionSettings
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.training.run.arguments import NULL_SPACE_GROUPS
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
 from diffusers_ext.training.run.closing_words import statistics_words
 from diffusers_ext.training.run.config_file import read_nullbooth_block
@@ -56,6 +55,7 @@ from diffusers_ext.training.run.script import (
 )
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
+from diffusers_ext.training.run.shared_file import NULL_SPACE_RUNS
 from diffusers_ext.training.run.upload import (
     check_login,
     collection_card,
@@ -287,7 +287,7 @@ def draw_attention_maps(
 def parse_args(input_args: Sequence[str] | None = None) -> CollectionSettings:
     """Command line of this script, over the YAML file of `--config`."""
     read_block = partial(read_nullbooth_block, covariance_dir="output_dir")
-    return parse_settings(CollectionSettings, __doc__, input_args, read_block, NULL_SPACE_GROUPS)
+    return parse_settings(CollectionSettings, __doc__, input_args, read_block, NULL_SPACE_RUNS)
 
 
 def check_args(settings: CollectionSettings) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 from diffusers_ext.core.keywords import did_you_mean
 from diffusers_ext.core.settings import Settings, setting_names
 from diffusers_ext.core.text_files import read_yaml
-from diffusers_ext.training.run.setup import settle_launcher_settings
 
 
 _FROM_THE_WEIGHTS = "nothing: the network's form is read from its file"
@@ -61,7 +60,7 @@ def parse_arguments(
     input_args: Sequence[str] | None,
     required: Sequence[str],
     read_block: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    groups: Sequence[Callable[[argparse.ArgumentParser], None] | type[Settings]] = (),
+    groups: Sequence[type[Settings]] = (),
 ) -> argparse.Namespace:
     """Parse flags over an optional YAML file.
 
@@ -77,16 +76,7 @@ def parse_arguments(
             script's and are passed over; all other names are errors.
     """
     input_args = sys.argv[1:] if input_args is None else list(input_args)
-    path = getattr(parser.parse_known_args(input_args)[0], "config", None)
-    if path is not None:
-        values = read_config(path)
-        values = values if read_block is None else read_block(values)
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(values.keys() - known - argument_names(groups))
-        if unknown:
-            meant = did_you_mean(unknown, known)
-            parser.error(f"`{path}` must hold known arguments, got {unknown}.{meant}")
-        input_args = [*_as_flags(parser, values, input_args), *input_args]
+    input_args = [*file_flags(parser, input_args, read_block, groups), *input_args]
     replaced = replaced_flag(parser, input_args)
     if replaced is not None:
         parser.error(replaced)
@@ -96,6 +86,8 @@ def parse_arguments(
         parser.error(f"these arguments must be given: {', '.join('--' + name for name in missing)}")
     if getattr(args, "report_to", None) == "wandb" and args.hub_token:
         parser.error("`--hub_token` must not be used with `--report_to wandb`, which would log it")
+    from diffusers_ext.training.run.setup import settle_launcher_settings
+
     try:
         settle_launcher_settings(args)
     except ValueError as error:
@@ -103,16 +95,24 @@ def parse_arguments(
     return args
 
 
-def argument_names(
-    groups: Sequence[Callable[[argparse.ArgumentParser], None] | type[Settings]],
-) -> set[str]:
-    """Names of all settings of some classes, and of all arguments of some groups."""
-    parser = argparse.ArgumentParser(conflict_handler="resolve", add_help=False)
-    classes = [one for one in groups if isinstance(one, type)]
-    for add_group in groups:
-        if not isinstance(add_group, type):
-            add_group(parser)
-    return {action.dest for action in parser._actions} | setting_names(classes)
+def file_flags(
+    parser: argparse.ArgumentParser,
+    input_args: Sequence[str],
+    read_block: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    groups: Sequence[type[Settings]],
+) -> list[str]:
+    """What the file of `--config` holds and the command line does not give, as flags."""
+    path = getattr(parser.parse_known_args(input_args)[0], "config", None)
+    if path is None:
+        return []
+    values = read_config(path)
+    values = values if read_block is None else read_block(values)
+    known = {action.dest for action in parser._actions}
+    unknown = sorted(values.keys() - known - setting_names(groups))
+    if unknown:
+        meant = did_you_mean(unknown, known)
+        parser.error(f"`{path}` must hold known arguments, got {unknown}.{meant}")
+    return _as_flags(parser, values, input_args)
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from diffusers_ext.core.settings import Settings, declaration, flag_name, with_new_names
+from diffusers_ext.training.run import config_file
 from diffusers_ext.training.run.command_lines import OneLineParser
 from diffusers_ext.training.run.config_file import parse_arguments
 
@@ -71,15 +72,11 @@ def parse_settings(
         ValueError: of the class, for values that break its rules.
     """
 
-    def read(values: dict[str, Any]) -> dict[str, Any]:
-        values = values if read_block is None else read_block(values)
-        return with_new_names(values, settings_class)
-
     args = parse_arguments(
         settings_parser(settings_class, description),
         input_args,
-        [flag_name(one) for one in fields(settings_class) if _is_required(one)],
-        read,
+        required_names(settings_class),
+        _reader(settings_class, read_block),
         shared,
     )
     return settings_class(
@@ -87,8 +84,35 @@ def parse_settings(
     )
 
 
-def _is_required(one: Field) -> bool:
-    return one.default is MISSING and one.default_factory is MISSING
+def file_flags(
+    parser: argparse.ArgumentParser,
+    input_args: Sequence[str],
+    settings_class: type[Settings],
+    read_block: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    shared: Sequence[type[Settings]] = (),
+) -> list[str]:
+    """What the file of `--config` holds and the command line does not give, as flags of a class."""
+    return config_file.file_flags(parser, input_args, _reader(settings_class, read_block), shared)
+
+
+def required_names(settings_class: type[Settings]) -> list[str]:
+    """Names of the flags that must be given."""
+    return [
+        flag_name(one)
+        for one in fields(settings_class)
+        if one.default is MISSING and one.default_factory is MISSING
+    ]
+
+
+def _reader(
+    settings_class: type[Settings],
+    read_block: Callable[[dict[str, Any]], dict[str, Any]] | None,
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def read(values: dict[str, Any]) -> dict[str, Any]:
+        values = values if read_block is None else read_block(values)
+        return with_new_names(values, settings_class)
+
+    return read
 
 
 def _add_flag(group: argparse._ActionsContainer, one: Field, hint: Any) -> None:
