@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from diffusers_ext.evaluation.clip_verdicts import ClipJudge
     from diffusers_ext.evaluation.erasure_report import ErasureReport
+    from diffusers_ext.evaluation.erasure_rows import ClipJudge
 
 
 def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> ErasureReport:

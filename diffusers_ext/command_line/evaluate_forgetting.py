@@ -20,7 +20,7 @@ from diffusers_ext.training.run.config_file import read_nullbooth_block
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+    from diffusers_ext.evaluation.forgetting import ForgettingReport
 
 
 def compare_loras(settings: ForgettingSettings, show_progress: bool = True) -> ForgettingReport:

@@ -16,11 +16,13 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
-from diffusers_ext.evaluation.clip_verdicts import ClipJudge, find_concept_aspect, judge_facts
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from diffusers_ext.evaluation.erasure_rows import (
+    ClipJudge,
     ClipShot,
     clip_shots,
+    find_concept_aspect,
+    judge_facts,
     keep_clip,
     list_aspects,
     measure_pairs,

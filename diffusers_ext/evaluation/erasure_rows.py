@@ -1,18 +1,80 @@
-"""What an evaluation of erasers draws, and one row of figures for every pair of clips."""
+"""What an evaluation of erasers draws, what a judge says of it, and one row of figures for every pair of clips."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusers_ext.evaluation import clip_figures
-from diffusers_ext.evaluation.clip_verdicts import ClipJudge, judged
+from diffusers_ext.evaluation import video_metrics
 from diffusers_ext.evaluation.erasure_summary import BASE
 from diffusers_ext.evaluation.rendering import image_seed
 from diffusers_ext.evaluation.sheets import KeptClip
 from diffusers_ext.nullspace.prompts import check_prompts
+
+
+ClipJudge = Callable[[np.ndarray, list[str]], Mapping[str, np.ndarray]]
+# Columns that every evaluation has, which no judge may name.
+MEASURED = ("motion", "temporal_smoothness", "drift", "degenerate")
+_KINDS = {"b": "bool", "f": "float", "U": "str"}
+
+
+def judged(judge: ClipJudge, clips: np.ndarray, prompts: Sequence[str]) -> dict[str, list[Any]]:
+    """Ask a judge about clips and check what it gave: `{name: one bool, float, str or None per clip}`.
+
+    Args:
+        judge: `judge(clips, prompts)` gives a dictionary of arrays `(n,)`: bool for an aspect, whether the
+            clip shows what its prompt asks for in it; float for a figure, such as a distance; str for a
+            reading, what is seen instead. Masked entries of a `numpy.ma` array say nothing, where a prompt
+            asks for nothing in that aspect. An object with a method `correct` is asked by that.
+        clips: `(n, frames, height, width, 3)` uint8.
+    """
+    found = getattr(judge, "correct", judge)(clips, list(prompts))
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(
+            "`judge` must give a dictionary of arrays, one value per clip, got "
+            f"{type(found).__name__} {found!r:.80}."
+        )
+    reserved = sorted(set(found) & set(MEASURED))
+    if reserved:
+        raise ValueError(f"`judge` must not use the names {list(MEASURED)}, got {reserved}.")
+    return {name: _values(name, values, len(clips)) for name, values in found.items()}
+
+
+def judge_facts(judge: ClipJudge) -> dict[str, Any]:
+    """Name, version and further facts of a judge, of a bound method those of its object."""
+    owner = getattr(judge, "__self__", judge)
+    name = getattr(owner, "name", None) or getattr(owner, "__name__", type(owner).__name__)
+    return {
+        "name": str(name),
+        "version": getattr(owner, "version", None),
+        **getattr(owner, "facts", {}),
+    }
+
+
+def find_concept_aspect(judge: ClipJudge, given: str | None, aspects: Sequence[str]) -> str:
+    """Which verdict is about the erased concept: `given`, the judge's `concept_aspect`, or its only one."""
+    chosen = given or getattr(getattr(judge, "__self__", judge), "concept_aspect", None)
+    if chosen is None and len(aspects) == 1:
+        return aspects[0]
+    if chosen not in aspects:
+        raise ValueError(
+            f"`concept_aspect` must be one of the judge's verdicts {list(aspects)}, got {chosen!r}."
+        )
+    return chosen
+
+
+def _values(name: str, values: Any, count: int) -> list[Any]:
+    array = np.ma.asarray(values)
+    if array.shape != (count,) or array.dtype.kind not in _KINDS:
+        raise ValueError(
+            f"`judge` must give one bool, float or str per clip ({count}) for {name!r}, got shape "
+            f"{array.shape} of {array.dtype}."
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array.compressed()).all():
+        raise ValueError(f"`judge` must give finite figures, got NaN or infinity for {name!r}.")
+    return array.tolist()
 
 
 TARGET, PRESERVED = "target", "preserved"
@@ -87,11 +149,11 @@ def measure_pairs(
     for side, drawn in clips.items():
         for name, values in judged(judge, drawn, prompts).items():
             columns[f"{side}/{name}"] = values
-        columns[f"{side}/motion"] = clip_figures.motion(drawn).tolist()
-        columns[f"{side}/temporal_smoothness"] = clip_figures.temporal_smoothness(drawn).tolist()
+        columns[f"{side}/motion"] = video_metrics.motion(drawn).tolist()
+        columns[f"{side}/temporal_smoothness"] = video_metrics.temporal_smoothness(drawn).tolist()
         if side != BASE:
-            columns[f"{side}/drift"] = clip_figures.clip_drift(clips[BASE], drawn).tolist()
-        kinds = clip_figures.degenerate_clips(drawn)
+            columns[f"{side}/drift"] = video_metrics.clip_drift(clips[BASE], drawn).tolist()
+        kinds = video_metrics.degenerate_clips(drawn)
         columns[f"{side}/degenerate"] = [
             " ".join(kind for kind, found in kinds.items() if found[row])
             for row in range(len(drawn))

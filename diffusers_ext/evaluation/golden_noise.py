@@ -21,21 +21,18 @@ from diffusers_ext.evaluation import noise_summary
 from diffusers_ext.evaluation.features import FeatureExtractor, PixelFeatures
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.evaluation.golden_noise_subjects import Refine, name_subjects
-from diffusers_ext.evaluation.noise_figures import STANDARD, NoiseFigures
-from diffusers_ext.evaluation.noise_rendering import (
-    draw_from_noise,
-    latent_shape,
-    unit_noise,
-    without_noise_model,
-)
-from diffusers_ext.evaluation.noise_summary import RunCost, best_of_name
+from diffusers_ext.evaluation.noise_summary import STANDARD, NoiseFigures, RunCost, best_of_name
 from diffusers_ext.evaluation.rendering import (
     Sampling,
     Shot,
     check_counts,
+    draw_from_noise,
     image_seed,
+    latent_shape,
     shots_of,
     to_images,
+    unit_noise,
+    without_noise_model,
 )
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.denoiser import denoiser_of, encode_prompts

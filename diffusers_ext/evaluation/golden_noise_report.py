@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from diffusers_ext.evaluation.noise_figures import STANDARD, KeptPictures
+from diffusers_ext.evaluation.noise_summary import STANDARD, KeptPictures
 from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
 from diffusers_ext.evaluation.sheets import SheetRow, sheet_of_sides
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.evaluation.erasure_report import ErasureReport
-from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+from diffusers_ext.evaluation.forgetting import ForgettingReport
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.hub import Measured
 

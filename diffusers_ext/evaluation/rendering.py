@@ -1,10 +1,10 @@
-"""Draw the same prompts from the same seeds with two models, or with one and its adapters off."""
+"""Pictures and clips from the same seeds: of two models, with adapters and without, and from given noise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +14,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tqdm.auto import tqdm
 
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.seeds import stream_seed
 from diffusers_ext.eraser.prompt_embeddings import prompt_length
-from diffusers_ext.nullspace.statistics import denoiser_of
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.golden_noise.denoiser import TOOL
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
 
 
 @torch.no_grad()
@@ -254,3 +257,56 @@ def _modules(pipeline: DiffusionPipeline) -> Iterator[torch.nn.Module]:
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             yield from component.modules()
+
+
+def latent_shape(
+    pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None
+) -> tuple[int, int, int]:
+    """`(channels, height, width)` of the noise of a picture of so many pixels, before any packing into tokens."""
+    factor, family = pipeline.vae_scale_factor, find_family(pipeline, TOOL)
+    config = denoiser_of(pipeline).config
+    own = family.sample_size(config)
+    sizes = (own, own) if isinstance(own, int) else tuple(own)
+    rows, columns = (
+        size if asked is None else asked // factor
+        for size, asked in zip(sizes, (height, width), strict=True)
+    )
+    patch = family.patch(config) if family.rounds_size else 1
+    return family.latent_channels(config), rows // patch * patch, columns // patch * patch
+
+
+def unit_noise(shots: Sequence[Shot], shape: tuple[int, int, int]) -> torch.Tensor:
+    """Noise `(n, channels, height, width)`, float32 on the CPU, each from its shot's seed alone."""
+    return torch.stack([source_noise(shot.seed, shape) for shot in shots])
+
+
+def draw_from_noise(
+    pipeline: DiffusionPipeline, shots: Sequence[Shot], sampling: Sampling, noise: torch.Tensor
+) -> torch.Tensor:
+    """Pictures `(n, 3, height, width)` in [0, 1] from unit noise, which sets their size.
+
+    Pipelines multiply `latents` by their scheduler's `init_noise_sigma` themselves.
+    """
+    family = find_family(pipeline, TOOL)
+    latents = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
+    height, width = (size * pipeline.vae_scale_factor for size in noise.shape[-2:])
+    latents, sampling = (
+        family.pack(pipeline, latents),
+        replace(sampling, height=height, width=width),
+    )
+    return draw(pipeline, shots, sampling, latents, **family.call_arguments)
+
+
+@contextmanager
+def without_noise_model(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """A golden-noise pipeline as the plain one; its network comes back."""
+    network = getattr(pipeline, "noise_model", None)
+    if network is None:
+        yield
+        return
+    try:
+        # By assignment diffusers would forget the component's class for good.
+        vars(pipeline)["noise_model"] = None
+        yield
+    finally:
+        vars(pipeline)["noise_model"] = network

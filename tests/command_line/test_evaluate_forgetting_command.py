@@ -6,8 +6,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from diffusers_ext.evaluation.forgetting import evaluate_forgetting
-from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+from diffusers_ext.evaluation.forgetting import ForgettingReport, evaluate_forgetting
 from tests.command_line.conftest import PROMPTS
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffusers_ext.evaluation.clip_verdicts import find_concept_aspect, judge_facts, judged
+from diffusers_ext.evaluation.erasure_rows import find_concept_aspect, judge_facts, judged
 
 
 CLIPS = np.zeros((2, 3, 4, 4, 3), dtype=np.uint8)

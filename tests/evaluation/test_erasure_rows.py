@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffusers_ext.evaluation.clip_figures import clip_drift, motion
 from diffusers_ext.evaluation.erasure_rows import clip_shots, list_aspects, measure_pairs
+from diffusers_ext.evaluation.video_metrics import clip_drift, motion
 
 
 GROUPS = {"preserved": ["a", "b"], "other words": ["s"], "target": ["s", "t", "s"]}

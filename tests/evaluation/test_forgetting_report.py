@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from diffusers_ext.evaluation.forgetting_report import ForgettingReport, summarize
+from diffusers_ext.evaluation.forgetting import ForgettingReport, summarize
 from diffusers_ext.evaluation.paired_figures import KeptPair
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+from diffusers_ext.evaluation.forgetting import ForgettingReport
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from tests.evaluation.conftest import make_pipeline
 from tests.evaluation.golden_subjects import PROMPTS, Redness, evaluate, moved, unmoved

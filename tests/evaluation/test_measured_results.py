@@ -5,7 +5,7 @@ import json
 import pytest
 
 from diffusers_ext.evaluation.erasure_report import ErasureReport
-from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+from diffusers_ext.evaluation.forgetting import ForgettingReport
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.evaluation.measured_results import measured_results
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext.evaluation.features import PixelFeatures
-from diffusers_ext.evaluation.noise_figures import NoiseFigures
+from diffusers_ext.evaluation.noise_summary import NoiseFigures
 from diffusers_ext.evaluation.rendering import shots_of
 from diffusers_ext.golden_noise.noise_statistics import radial_spectrum
 

@@ -4,13 +4,15 @@ import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, FluxPipeline, HunyuanDiTPipeline
 
-from diffusers_ext.evaluation.noise_rendering import (
+from diffusers_ext.evaluation.rendering import (
+    Sampling,
+    draw,
     draw_from_noise,
     latent_shape,
+    shots_of,
     unit_noise,
     without_noise_model,
 )
-from diffusers_ext.evaluation.rendering import Sampling, draw, shots_of
 from diffusers_ext.golden_noise.denoiser import denoiser_of
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from tests.evaluation.conftest import make_pipeline

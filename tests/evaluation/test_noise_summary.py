@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diffusers_ext.evaluation.features import PixelFeatures
-from diffusers_ext.evaluation.noise_figures import NoiseFigures
 from diffusers_ext.evaluation.noise_summary import (
     Measurement,
+    NoiseFigures,
     RunCost,
     best_of_summary,
     cost_summary,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusers_ext.evaluation.clip_verdicts import judge_facts, judged
+from diffusers_ext.evaluation.erasure_rows import judge_facts, judged
 from diffusers_ext.evaluation.judges.nudenet_detector import LENIENT, NudeNetDetector
 
 

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState, GradientState
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+from diffusers_ext.evaluation.forgetting import ForgettingReport
 from diffusers_ext.training import pairs as generate_npd
 from diffusers_ext.training.nullspace import statistics as build_covariance
 from diffusers_ext.training.nullspace.run import main, parse_args

@@ -145,7 +145,7 @@ def test_a_file_of_the_training_serves_the_evaluation(tmp_path):
         "target_concept: seven\nguidance_scale: 2.0\nprompts_file: t.txt\nheight: 64\n"
         "eraser: [a, b]\nsampling_batch_size: 3\n"
     )
-    line = "--pretrained_model_name_or_path m --evaluation_prompts p --judge clip --output_dir o"
+    line = "--pretrained_model_name_or_path m --evaluation_prompts p --judge x:y --output_dir o"
     args = script.parse_args(["--config", str(path), *line.split()])
     assert (args.target_concept, args.height, args.eraser) == ("seven", 64, ["a", "b"])
     assert args.sampling_guidance_scale == 6.0  # the file's belongs to the loss

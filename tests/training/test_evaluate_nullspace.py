@@ -10,8 +10,7 @@ import yaml
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
-from diffusers_ext.evaluation.forgetting import evaluate_forgetting
-from diffusers_ext.evaluation.forgetting_report import ForgettingReport
+from diffusers_ext.evaluation.forgetting import ForgettingReport, evaluate_forgetting
 from diffusers_ext.nullspace.lora_files import export_lora
 from examples.digits.check_model import load_pipeline
 from examples.digits.glyph_judge import GlyphJudge

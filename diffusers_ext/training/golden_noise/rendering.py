@@ -14,7 +14,7 @@ from PIL import Image
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.run_settings import ModelSettings, SamplingSettings
 from diffusers_ext.core.text_tables import read_prompt_texts
-from diffusers_ext.evaluation import noise_rendering
+from diffusers_ext.evaluation import rendering
 from diffusers_ext.families.base_source import load_base, read_base_config
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
@@ -79,7 +79,7 @@ def latent_shape(pipeline: DiffusionPipeline, output_size: int | None) -> tuple[
                 f"`output_size` must be divisible by {unit} for this "
                 f"{type(pipeline).__name__}, got {output_size}."
             )
-    return noise_rendering.latent_shape(pipeline, output_size, output_size)
+    return rendering.latent_shape(pipeline, output_size, output_size)
 
 
 @torch.no_grad()

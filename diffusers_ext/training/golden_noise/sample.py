@@ -14,8 +14,14 @@ from accelerate.logging import get_logger
 
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner
-from diffusers_ext.evaluation.noise_rendering import draw_from_noise, latent_shape, unit_noise
-from diffusers_ext.evaluation.rendering import Sampling, Shot, to_images
+from diffusers_ext.evaluation.rendering import (
+    Sampling,
+    Shot,
+    draw_from_noise,
+    latent_shape,
+    to_images,
+    unit_noise,
+)
 from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.networks.loading import load_noise_model
 from diffusers_ext.golden_noise.settings import GoldenSampleSettings

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffusers_ext.evaluation.clip_figures import (
+from diffusers_ext.evaluation.video_metrics import (
     clip_drift,
     degenerate_clips,
     motion,
