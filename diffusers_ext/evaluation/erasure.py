@@ -123,7 +123,7 @@ def evaluate_erasure(
         groups: prompts by group. `"target"` asks for the erased concept and `"preserved"` for all else;
             further ones, such as paraphrases and templates that the training did not see, tell how robust
             the erasure is. A prompt that is listed twice gets twice as many clips.
-        judge: `judge(clips, prompts)`, see `clip_verdicts.judged`.
+        judge: `judge(clips, prompts)`, see `erasure_rows.judged`.
         concept_aspect: the judge's verdict that is about the erased concept.
         adapter_name: erasers to evaluate; all active ones when `None`. Others are off.
         scales: of the erasers, times their own; one erased side each, all against the same base.
