@@ -102,14 +102,11 @@ def report_outcome(report: SavedReport, folder: Path, table: str) -> Outcome:
 _DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def add_base_model_arguments(
-    parser: argparse.ArgumentParser, required: bool = True, aliases: Sequence[str] = ()
-) -> None:
-    """Which base model, under other flags too, and how it runs."""
+def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Which base model, and how it runs."""
     group = parser.add_argument_group("base model")
     group.add_argument(
         "--pretrained_model_name_or_path",
-        *aliases,
         required=required,
         help="folder or Hub name of a pipeline, or .safetensors file of Stable Diffusion or SDXL",
     )

@@ -97,3 +97,23 @@ def test_a_folder_without_pictures_and_a_damaged_lora(evaluate, lora, tmp_path):
     ran = evaluate(lora=other)
     assert ran.code == 1
     assert "error: " in ran.err
+
+
+def test_arguments_from_a_file(run, digits, prompts, lora, tmp_path, capsys):
+    path = tmp_path / "evaluation.yaml"
+    values = {"lora": [str(lora)], "knowledge_prompts": str(prompts), "train_batch_size": 3,
+              "pretrained_model_name_or_path": str(digits), **DRAWING}  # fmt: skip
+    path.write_text(json.dumps(values))
+    given = {"config": path, "device": "cpu", "output_dir": tmp_path / "out"}
+    ran = run("evaluate", "forgetting", json=True, num_inference_steps=1, **given)
+    assert ran.code == 0
+    settings = ran.facts["settings"]
+    assert (settings["num_inference_steps"], settings["num_images_per_prompt"]) == (1, 2)
+    assert settings["lora"] == [str(lora)]
+    path.write_text(json.dumps({"loar": "x"}))
+    ran = run("evaluate", "forgetting", **given)
+    assert ran.code == 2
+    assert "must hold known arguments, got ['loar']. Did you mean" in ran.err
+    ran = run("evaluate", "forgetting", **{**given, "config": tmp_path / "nowhere.yaml"})
+    assert (ran.code, ran.out) == (1, "")
+    assert "nowhere.yaml: no such file" in ran.err
