@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_ext.training.golden_noise import (
-    generate as generate_npd,
-)
-from diffusers_ext.training.golden_noise import (
-    npnet as train_npnet,
-)
-from diffusers_ext.training.golden_noise import (
-    sequence as train_noise_sequence,
-)
+from diffusers_ext.training import pairs as generate_npd
 from examples.digits.check_model import MODEL_DIR
 from examples.digits.prompts import (
     HELD_OUT_PAIRS,
@@ -22,6 +14,7 @@ from examples.digits.prompts import (
     TRAINING_PAIRS,
     prompt_pairs,
 )
+from training import train_noise_sequence, train_npnet
 
 
 REWARD, SECOND_REWARD = (f"examples.digits.rewards:{n}DigitsReward" for n in ("", "Second"))

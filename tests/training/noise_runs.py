@@ -9,13 +9,8 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
-from diffusers_ext.training.golden_noise import (
-    npnet as train_npnet,
-)
-from diffusers_ext.training.golden_noise import (
-    sequence as train_noise_sequence,
-)
 from tests.training.script_runs import command_line
+from training import train_noise_sequence, train_npnet
 
 
 STRUCTURES: dict[str, dict[str, Any]] = {

@@ -2,12 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffusers_ext.training.golden_noise import (
-    npnet as train_npnet,
-)
-from diffusers_ext.training.golden_noise import (
-    sequence as train_noise_sequence,
-)
+from training import train_noise_sequence, train_npnet
 
 
 LINE = ["--base_model_id", "b", "--dataset_dir", "d", "--output_dir", "o"]

@@ -6,10 +6,10 @@ import torch
 from diffusers_ext.golden_noise.networks.loading import load_noise_model
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
-from diffusers_ext.training import noise as train_noise_sequence
 from tests.tiny_pipelines import sdxl_pipeline
 from tests.training.noise_runs import noise_line, read_report, train
 from tests.training.noise_sets import SHAPE, digits_facts, write_noises
+from training import train_noise_sequence
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
