@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_ext.core.settings import named_values
+from diffusers_ext.training.run import checkpoint_files
 from docs.settings_tables import script_parser
 
 
@@ -37,3 +38,15 @@ def test_a_script_has_all_flags_and_defaults_that_it_had(script):
     assert {name: values[name] for name in FLAGS[script]["required"]} == {
         name: f"given_{name}" for name in FLAGS[script]["required"]
     }
+
+
+def test_former_names_are_read_from_checkpoints_and_files(tmp_path, monkeypatch):
+    old = {"guidance_scale": 0.5, "rows_in_turn": True, "weight_decay": 0.0}
+    run = {"step": 3, "fingerprint": {"recipe": old}}
+    monkeypatch.setattr(checkpoint_files, "_read_run", lambda folder: run)
+    new = {"negative_guidance": 0.5, "separate_passes": True, "adam_weight_decay": 0.0}
+    assert checkpoint_files.read_checkpoint(tmp_path) == (3, {"recipe": new})
+    (tmp_path / "run.yaml").write_text("guidance_scale: 0.25\nrows_in_turn: true\n")
+    line = [*minimal_line("train_cogvideox_eraser"), "--config", str(tmp_path / "run.yaml")]
+    found = importlib.import_module("training.train_cogvideox_eraser").parse_args(line)
+    assert (found.negative_guidance, found.separate_passes) == (0.25, True)
