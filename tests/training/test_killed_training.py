@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 
 import diffusers_ext.training.run.checkpoint_files as folders
-from training import checkpoints, subject
+from diffusers_ext.training.nullspace import subject
+from diffusers_ext.training.run import checkpoints
 
 calls = []
 
