@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusers_ext.eraser.adapter.outputs import eraser_outputs
-from diffusers_ext.eraser.masks.attention import concept_attention
+from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 
 

@@ -17,7 +17,7 @@ from benchmarks.document_recipe import (
     noised_randomness,
 )
 from diffusers_ext.eraser.concepts import concept_token_mask
-from diffusers_ext.eraser.masks.masks import mask_to_latents
+from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.families.registry import find_family

@@ -16,7 +16,7 @@ from benchmarks.document_recipe import (
     noised_randomness,
 )
 from diffusers_ext.eraser.batch import EraserText
-from diffusers_ext.eraser.masks.masks import mask_to_latents
+from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.families.registry import find_family

@@ -25,7 +25,7 @@ from benchmarks.machine import table, write_results
 from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.evaluation.golden_noise_subjects import RedenoisedTarget
-from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.base import load_noise_model
 from examples.digits.check_model import load_pipeline
 from examples.digits.golden_noise import (
     GUIDANCE_SCALE,

@@ -29,20 +29,14 @@ from diffusers_ext.training.golden_noise.pairs import (
     PairSettings,
     list_candidates,
 )
-from diffusers_ext.training.golden_noise.rendering import Rendering, latent_shape
+from diffusers_ext.training.golden_noise.rendering import latent_shape
 from examples.digits.check_model import load_pipeline
 from examples.digits.prompts import TEMPLATES, TRAINING_PAIRS, prompt_pairs
 from examples.digits.rewards import DigitsReward
 
 
 SETTINGS = PairSettings(
-    num_steps=1,
-    redenoise_steps=10,
-    w1=5.5,
-    w2=1.0,
-    legacy_inversion=False,
-    margin=0.0,
-    rendering=Rendering(num_inference_steps=6, guidance_scale=1.5, negative_prompt=None),
+    prompt_file="of no file", output_dir="none", num_inference_steps=6, guidance_scale=1.5
 )
 
 
@@ -50,7 +44,7 @@ def one_by_one(
     pipeline: DiffusionPipeline, reward: Reward, candidates: Sequence[Candidate]
 ) -> list[float]:
     """The gains of pairs made as scripts usually do: each alone, its pictures one after another."""
-    shape, rendering = latent_shape(pipeline, None), SETTINGS.rendering
+    shape = latent_shape(pipeline, None)
     gains = []
     for candidate in candidates:
         noise = source_noise(candidate.seed, shape)[None].to(pipeline.device)
@@ -62,8 +56,8 @@ def one_by_one(
                 images = pipeline(
                     candidate.prompt,
                     latents=latents,
-                    num_inference_steps=rendering.num_inference_steps,
-                    guidance_scale=rendering.guidance_scale,
+                    num_inference_steps=SETTINGS.num_inference_steps,
+                    guidance_scale=SETTINGS.guidance_scale,
                 ).images
             scores.append(reward.score(images, [candidate.prompt]).item())
         gains.append(scores[1] - scores[0])

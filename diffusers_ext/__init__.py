@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffusers_ext.core.lazy_names import by_name, imported_name
+from diffusers_ext.core.names import (by_name, imported_name)
 from diffusers_ext.documented_names import ALIASES, missing_name
 
 
@@ -29,14 +29,13 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.adapter.layer": "EraserLayer",
         "diffusers_ext.eraser.adapter.model": "EraserModel",
         "diffusers_ext.eraser.adapter.outputs": "erasers_disabled",
+        "diffusers_ext.eraser.concept_masks": "concept_head_weights concept_mask",
         "diffusers_ext.eraser.concepts": "concept_token_mask",
-        "diffusers_ext.eraser.files.load": "load_eraser",
-        "diffusers_ext.eraser.files.save": "convert_eraser save_eraser",
+        "diffusers_ext.eraser.files": "load_eraser convert_eraser save_eraser",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss "
             "T2VUnlearningLoss"
         ),
-        "diffusers_ext.eraser.masks.masks": "concept_head_weights concept_mask",
         "diffusers_ext.eraser.neighbours": "neighbouring_concepts",
         "diffusers_ext.evaluation.erasure": "evaluate_erasure",
         "diffusers_ext.evaluation.erasure_report": "ErasureReport",
@@ -44,8 +43,7 @@ _SOURCES = by_name(
         "diffusers_ext.evaluation.golden_noise": "evaluate_golden_noise",
         "diffusers_ext.evaluation.golden_noise_report": "GoldenNoiseReport",
         "diffusers_ext.evaluation.golden_noise_subjects": "RedenoisedTarget",
-        "diffusers_ext.evaluation.judges.clip_detector": "CLIPDetector",
-        "diffusers_ext.evaluation.judges.nudenet_detector": "NudeNetDetector",
+        "diffusers_ext.evaluation.judges": "CLIPDetector NudeNetDetector",
         "diffusers_ext.evaluation.rendering": "render_clips",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
         "diffusers_ext.golden_noise": (

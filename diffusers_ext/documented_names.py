@@ -95,9 +95,9 @@ REPLACEMENTS: dict[str, Replacement] = {
         ("EraserConfig",), "`EraserConfig(...)`: the second Linear of an eraser begins at zero"
     ),
     "AttnMapsCapture": Replacement(
-        ("concept_mask", "eraser.masks.attention.concept_attention"),
+        ("concept_mask", "eraser.concept_attention.concept_attention"),
         "`concept_mask(...)`, or for the attention itself `concept_attention(transformer, token_mask)` of "
-        "`diffusers_ext.eraser.masks.attention`",
+        "`diffusers_ext.eraser.concept_attention`",
     ),
     "get_mask": Replacement(("concept_mask", "concept_token_mask"), "`concept_mask(...)`"),
     "EraserOutputsCapture": Replacement(

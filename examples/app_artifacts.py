@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers_ext.eraser.files.save import save_eraser
+from diffusers_ext.eraser.files import save_eraser
 from examples.digits.golden_noise import make_pairs, train_network
 from examples.digits.subjects import NULL_SPACE_FLAGS, train_subject
 from examples.moving_digits.check_model import load_pipeline as load_video_pipeline

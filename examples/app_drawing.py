@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusers_ext import load_eraser, render_clips
 from diffusers_ext.core.restored_state import quiet_run
-from diffusers_ext.evaluation.sheets import write_clip
+from diffusers_ext.evaluation.report_files import write_clip
 from examples.app_artifacts import find_or_make
 from examples.app_messages import CannotDraw
 from examples.app_reading import read_clip, read_picture

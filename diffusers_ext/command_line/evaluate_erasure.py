@@ -26,7 +26,7 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.core.text_tables import read_grouped_prompts
     from diffusers_ext.evaluation.erasure import evaluate_erasure
-    from diffusers_ext.evaluation.sheets import check_clip_format
+    from diffusers_ext.evaluation.report_files import check_clip_format
 
     check_clip_format(settings.clip_format)
     prompts = read_grouped_prompts(settings.evaluation_prompts, "evaluation_prompts")
@@ -66,8 +66,8 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
 
 
 def _load_judge(settings: ErasureSettings, device: torch.device) -> ClipJudge:
-    from diffusers_ext.evaluation.judges.clip_detector import CLIPDetector
-    from diffusers_ext.evaluation.judges.nudenet_detector import EXPOSED, LENIENT, NudeNetDetector
+    from diffusers_ext.evaluation.judges import CLIPDetector
+    from diffusers_ext.evaluation.judges import (EXPOSED, LENIENT, NudeNetDetector)
     from diffusers_ext.evaluation.plugins import load_judge
     from diffusers_ext.rewards import CLIPScoreReward
 
@@ -92,7 +92,7 @@ def _load_judge(settings: ErasureSettings, device: torch.device) -> ClipJudge:
 
 
 def _load_erased_pipeline(settings: ErasureSettings, device: torch.device) -> DiffusionPipeline:
-    from diffusers_ext.eraser.files.load import load_eraser
+    from diffusers_ext.eraser.files import load_eraser
 
     pipeline = load_base_pipeline(settings, "eraser", place=False)
     for index, eraser in enumerate(settings.eraser):

@@ -60,7 +60,7 @@ def _load_subjects(
 ) -> dict[str, Refine]:
     """Targets by their repeats, networks by the names of their folders."""
     from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner, RedenoisedTarget
-    from diffusers_ext.golden_noise.networks.loading import load_noise_model
+    from diffusers_ext.golden_noise.networks.base import load_noise_model
 
     step = {name: getattr(settings, name) for name in ("w1", "w2", "legacy_inversion")}
     step["num_steps"] = settings.redenoise_steps

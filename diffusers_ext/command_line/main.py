@@ -51,8 +51,8 @@ def stdout_to_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hub_in_one_try() -> Iterator[None]:
-    """A Hub that cannot be reached is given up at once, see `diffusers_ext.core.hub_connection`."""
-    from diffusers_ext.core.hub_connection import one_try_to_connect
+    """A Hub that cannot be reached is given up at once, see `diffusers_ext.core.sources`."""
+    from diffusers_ext.core.sources import one_try_to_connect
 
     with one_try_to_connect():
         yield

@@ -77,7 +77,7 @@ def result_place(args: argparse.Namespace) -> Iterator[None]:
     if command.output is None:
         yield
         return
-    from diffusers_ext.core.disk import folder_lock
+    from diffusers_ext.core.artifacts import folder_lock
     from diffusers_ext.core.result_folder import check_no_file, check_no_result
 
     place = getattr(args, command.output)

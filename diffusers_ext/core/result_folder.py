@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.core.disk import full_disk_named
+from diffusers_ext.core.artifacts import full_disk_named
 
 
 RESULT_LIST = ".result.json"

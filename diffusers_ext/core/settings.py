@@ -1,7 +1,4 @@
-"""Settings as dataclasses: each is declared once, with its help, its rule and its other names.
-
-Command lines, YAML files and planners read these declarations; functions take the objects.
-"""
+"""Settings as dataclasses, declared once: how one is declared, and those that runs of more than one tool share."""
 
 from __future__ import annotations
 
@@ -10,8 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
-
-from diffusers_ext.core.keywords import did_you_mean
+from diffusers_ext.core.names import did_you_mean
+from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -160,3 +158,186 @@ def with_new_names(values: dict[str, Any], settings_class: type[Settings]) -> di
                 raise ValueError(f"`{name}` must not stand beside its other name `{old}`.")
             values[name] = values.pop(old)
     return values
+
+
+PRECISIONS = ("no", "fp16", "bf16")
+SEED = Rule("from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+A_FOLDER = Rule("a folder", lambda value: not Path(value).is_file())
+WITHOUT_IT = "the model's own without it"
+
+
+@dataclass(kw_only=True)
+class ModelSettings(Settings, title="model"):
+    """Which base model, how it runs and where the results go."""
+
+    config: str | None = setting(
+        None, "YAML file of arguments, one for all scripts; flags override it"
+    )
+    pretrained_model_name_or_path: str = required(
+        "base model: folder, Hub name, or .safetensors file of Stable Diffusion or SDXL"
+    )
+    single_file_config: str | None = setting(
+        None,
+        "folder or Hub name of a diffusers model whose configs and tokenizer a .safetensors file is read "
+        "with; what diffusers infers without it",
+    )
+    revision: str | None = setting(None, "revision of the base model on the Hub")
+    variant: str | None = setting(None, "variant of the weight files, e.g. fp16")
+    output_dir: str = required("folder for everything this run writes", rule=A_FOLDER)
+    overwrite_output_dir: bool = setting(
+        False, "replace a finished result, which is refused without it; other files stay"
+    )
+    seed: int = setting(0, "seed of everything random", rule=SEED)
+    mixed_precision: str | None = setting(
+        None,
+        "of the frozen weights and of what is computed; accelerate's without it, else no",
+        choices=PRECISIONS,
+    )
+    traceback: bool = setting(False, "show where an error came from")
+    allow_tf32: bool = setting(
+        False, "round the inputs of float32 products to 10 bits: faster on Ampere and newer"
+    )
+
+
+@dataclass(kw_only=True)
+class TrainingSettings(Settings, title="training"):
+    """Loop, optimizer and checkpoints."""
+
+    max_train_steps: int | None = setting(600, "optimizer steps", rule=COUNT)
+    train_batch_size: int | None = setting(4, "samples of a step in each process", rule=COUNT)
+    gradient_accumulation_steps: int | None = setting(
+        None,
+        "batches whose gradients are averaged for one optimizer step; accelerate's without it, else 1",
+        rule=COUNT,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "compute activations again instead of keeping them: less memory, more time"
+    )
+    dataloader_num_workers: int = setting(0, "processes that load data", rule=NOT_NEGATIVE)
+    learning_rate: float | None = setting(
+        None, "step size of AdamW; the script has its own without it", rule=POSITIVE
+    )
+    scale_lr: bool = setting(
+        False, "multiply the learning rate by processes, batch size and accumulated batches"
+    )
+    lr_scheduler: str | None = setting("constant", "name of a diffusers schedule of the rate")
+    lr_warmup_steps: int = setting(0, "steps in which the rate rises to its full value",
+                                   rule=NOT_NEGATIVE)  # fmt: skip
+    adam_beta1: float = setting(
+        0.9, "momentum: the nearer to 1, the longer past gradients count", rule=BELOW_ONE
+    )
+    adam_beta2: float = setting(
+        0.999, "the nearer to 1, the longer past squared gradients count", rule=BELOW_ONE
+    )
+    adam_weight_decay: float | None = setting(
+        0.0, "share of the rate by which a step shrinks trained weights", rule=NOT_NEGATIVE
+    )
+    adam_epsilon: float = setting(
+        1e-8, "added to the divisor of a step; larger ones damp steps of tiny gradients",
+        rule=NOT_NEGATIVE,
+    )  # fmt: skip
+    max_grad_norm: float = setting(
+        1.0,
+        "gradients are scaled down to this norm where theirs is larger",
+        rule=Rule("positive", lambda value: value > 0),
+    )
+    checkpointing_steps: int | None = setting(
+        None, "steps between two checkpoints; none are written without it", rule=COUNT
+    )
+    checkpoints_total_limit: int | None = setting(
+        None, "checkpoints that are kept, the newest; all without it", rule=COUNT
+    )
+
+    def check(self) -> None:
+        """Also the name of the schedule."""
+        from diffusers.optimization import SchedulerType
+
+        super().check()
+        # A piecewise schedule needs rules that no setting gives.
+        known = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
+        if self.lr_scheduler is not None and self.lr_scheduler not in known:
+            raise ValueError(f"`lr_scheduler` must be one of {known}, got {self.lr_scheduler}.")
+
+
+@dataclass(kw_only=True)
+class ResumeSettings(Settings):
+    """How a stopped run goes on."""
+
+    resume_from_checkpoint: str | None = setting(
+        None, "'latest', or one of the folders that a run leaves"
+    )
+
+
+@dataclass(kw_only=True)
+class ReportingSettings(Settings, title="reporting"):
+    """Logs, and how often a run is validated."""
+
+    report_to: str | None = setting(None, "tensorboard, wandb, ...; nothing without it")
+    logging_dir: str = setting("logs", "below the output folder")
+    logging_steps: int = setting(10, "steps between two log lines", rule=COUNT)
+    validation_steps: int | None = setting(
+        None, "steps between two validations; only at the end without it", rule=COUNT
+    )
+
+    def check(self) -> None:
+        """Also that accelerate has the tracker: it passes over others without a word."""
+        super().check()
+        if self.report_to in (None, "all"):
+            return
+        from accelerate.tracking import get_available_trackers
+
+        trackers = [str(tracker) for tracker in get_available_trackers()]
+        if self.report_to not in trackers:
+            raise ValueError(
+                f"`report_to` must be an installed tracker, 'all' or one of {trackers}, got "
+                f"{self.report_to}."
+            )
+
+
+@dataclass(kw_only=True)
+class ImageReportingSettings(ReportingSettings, title="reporting"):
+    """Logs and validation pictures."""
+
+    validation_prompt: list[str] = setting(
+        [], "prompt of validation pictures; may be repeated", repeated=True
+    )
+    num_validation_images: int = setting(4, "validation pictures of a prompt", rule=COUNT)
+
+
+@dataclass(kw_only=True)
+class HubSettings(Settings, title="hub"):
+    """Upload of the result."""
+
+    push_to_hub: bool = setting(False, "upload the result with a model card")
+    hub_model_id: str | None = setting(None, "repository; the output folder's name without it")
+    hub_token: str | None = setting(None, "token of the Hub; taken from the login without it")
+    hub_private_repo: bool = setting(False, "make a new repository private")
+    hub_license: str | None = setting(
+        None, "licence of the result, e.g. apache-2.0; the base model's own without it"
+    )
+    hub_license_name: str | None = setting(None, "name of a licence that is `other` on the Hub")
+    hub_license_link: str | None = setting(None, "address of such a licence")
+    hub_base_model: str | None = setting(
+        None, "Hub name of the base model, where that is a folder here"
+    )
+
+
+@dataclass(kw_only=True)
+class SamplingSettings(Settings, title="sampling"):
+    """How pictures are drawn, wherever a script draws any."""
+
+    negative_prompt: str = setting("", "what pictures are guided away from")
+    num_inference_steps: int = setting(50, "denoising steps of a picture", rule=COUNT)
+    guidance_scale: float = setting(
+        7.5, "of classifier-free guidance: how far past the prompt; 1 is none", rule=FINITE
+    )
+
+
+@dataclass(kw_only=True)
+class RunSettings(ModelSettings, ResumeSettings, HubSettings):
+    """What every run has that makes something of a base model."""
+
+
+@dataclass(kw_only=True)
+class TrainingRunSettings(RunSettings, TrainingSettings, ReportingSettings):
+    """What every training has."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffusers_ext.core.lazy_names import by_name, imported_name
+from diffusers_ext.core.names import (by_name, imported_name)
 
 
 _SOURCES = by_name(
@@ -13,16 +13,15 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.adapter.outputs": (
             "eraser_layers eraser_outputs erasers_disabled trainable_eraser_parameters"
         ),
+        "diffusers_ext.eraser.concept_attention": "concept_attention",
+        "diffusers_ext.eraser.concept_masks": (
+            "concept_head_weights concept_mask normalize_attention velocity_mask"
+        ),
         "diffusers_ext.eraser.concepts": "concept_token_mask contains_concept replace_concept",
-        "diffusers_ext.eraser.files.load": "load_eraser",
-        "diffusers_ext.eraser.files.save": "convert_eraser save_eraser",
+        "diffusers_ext.eraser.files": "load_eraser convert_eraser save_eraser",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss "
             "T2VUnlearningLoss"
-        ),
-        "diffusers_ext.eraser.masks.attention": "concept_attention",
-        "diffusers_ext.eraser.masks.masks": (
-            "concept_head_weights concept_mask normalize_attention velocity_mask"
         ),
         "diffusers_ext.eraser.neighbours": "neighbouring_concepts",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",

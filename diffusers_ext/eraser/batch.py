@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_ext.eraser.masks.attention import concept_attention
-from diffusers_ext.eraser.masks.masks import weighted_attention_mask
+from diffusers_ext.eraser.concept_attention import concept_attention
+from diffusers_ext.eraser.concept_masks import weighted_attention_mask
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.runs import calibrate_heads
 from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT

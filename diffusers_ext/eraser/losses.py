@@ -17,7 +17,7 @@ from contextlib import nullcontext
 import torch
 
 from diffusers_ext.eraser.adapter.outputs import eraser_outputs as capture_eraser_outputs
-from diffusers_ext.eraser.masks.masks import mask_to_latents
+from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.teacher.teacher import (
     VelocityModel,
     cached_or_predicted,

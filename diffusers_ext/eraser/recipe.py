@@ -12,13 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from diffusers_ext.core.run_settings import (
-    WITHOUT_IT,
-    ModelSettings,
-    ReportingSettings,
-    TrainingRunSettings,
-    TrainingSettings,
-)
+from diffusers_ext.core.settings import (WITHOUT_IT, ModelSettings, ReportingSettings, TrainingRunSettings, TrainingSettings)
 from diffusers_ext.core.settings import (
     COUNT,
     SHARE,

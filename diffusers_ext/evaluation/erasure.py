@@ -29,7 +29,7 @@ from diffusers_ext.evaluation.erasure_rows import (
 )
 from diffusers_ext.evaluation.erasure_summary import ALL, BASE
 from diffusers_ext.evaluation.rendering import check_counts, render_clips
-from diffusers_ext.evaluation.sheets import KeptClip
+from diffusers_ext.evaluation.report_files import KeptClip
 
 
 def find_erasers(

@@ -1,4 +1,4 @@
-"""What a fine-tuned text-to-image model still knows, what it has learned, and the report of it."""
+"""What a fine-tuned text-to-image model still knows and what it has learned: measured, and reported."""
 
 from __future__ import annotations
 
@@ -13,18 +13,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_ext.evaluation.distribution import with_floor
+from diffusers_ext.evaluation.features import with_floor
 from diffusers_ext.evaluation.features import FeatureExtractor, check_images
-from diffusers_ext.evaluation.paired_figures import (
-    SIDES,
-    Instruments,
-    Judge,
-    KeptPair,
-    PairedFigures,
-    Scorer,
-    extract_features,
-    pixel_drift,
-)
+from diffusers_ext.evaluation.paired_comparison import (SIDES, Instruments, Judge, KeptPair, PairedFigures, Scorer, extract_features, pixel_drift)
 from diffusers_ext.evaluation.rendering import (
     Draw,
     Sampling,
@@ -37,7 +28,7 @@ from diffusers_ext.evaluation.rendering import (
     to_images,
 )
 from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
-from diffusers_ext.evaluation.sheets import SheetRow, sheet_of_sides
+from diffusers_ext.evaluation.report_files import (SheetRow, sheet_of_sides)
 from diffusers_ext.nullspace.prompts import check_prompts, unique
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusers_ext.evaluation.noise_summary import STANDARD, KeptPictures
 from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
-from diffusers_ext.evaluation.sheets import SheetRow, sheet_of_sides
+from diffusers_ext.evaluation.report_files import (SheetRow, sheet_of_sides)
 
 
 _MEBIBYTE = 2**20

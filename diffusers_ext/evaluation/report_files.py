@@ -2,18 +2,210 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+import numpy as np
+from diffusers.utils import export_to_video
+from PIL import Image, ImageDraw, ImageFont
+from diffusers_ext.core.pictures import rgb_picture
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
-
 from PIL import Image
-
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.text_files import read_json
+
+
+KEPT_PER_PROMPT = 2  # pictures, or pairs of them, of one prompt on the sheet of a report
+_SMALLEST_CELL, _LARGEST_CELL = 96, 256
+_LABEL_WIDTH, _GAP, _HEADING, _FONT_SIZE, _LINE = 260, 6, 28, 14, 18
+_BACKGROUND, _INK, _FAINT, _BAND = (255, 255, 255), (25, 25, 25), (110, 110, 110), (228, 232, 238)
+
+
+class SheetRow(NamedTuple):
+    """One row of a sheet."""
+
+    label: str
+    note: str  # a second, fainter text under the label
+    pictures: list[Image.Image]
+    section: str = ""  # a band with this title is drawn where it changes
+
+
+def picture_sheet(rows: Sequence[SheetRow], columns: Sequence[str], pairs: int = 2) -> Image.Image:
+    """Draw an RGB sheet; small pictures are enlarged by whole factors, without smoothing.
+
+    Args:
+        rows: each at most as many pictures as there are columns.
+        columns: their headings.
+        pairs: columns that stand close together; a wider gap follows each such group.
+    """
+    if not rows:
+        raise ValueError("`rows` must hold at least one row of pictures, got none.")
+    too_long = [row.label for row in rows if len(row.pictures) > len(columns)]
+    if too_long:
+        raise ValueError(
+            f"`columns` must head every picture, got {len(columns)} for {too_long[0]!r}."
+        )
+    sizes = [_shown_size(picture) for row in rows for picture in row.pictures]
+    cell = max(width for width, _ in sizes), max(height for _, height in sizes)
+    font = ImageFont.load_default(_FONT_SIZE)
+    lefts = [
+        _LABEL_WIDTH + _GAP + index * (cell[0] + _GAP) + (index // pairs) * 2 * _GAP
+        for index in range(len(columns))
+    ]
+    headings = [_wrapped(column, cell[0], font) for column in columns]
+    top = _HEADING + (max(text.count("\n") for text in headings)) * _LINE
+    bands = sum(row.section != before for row, before in _with_previous_section(rows))
+    height = top + len(rows) * (cell[1] + _GAP) + bands * (_HEADING + _GAP) + _GAP
+    sheet = Image.new("RGB", (lefts[-1] + cell[0] + _GAP, height), _BACKGROUND)
+    pen = ImageDraw.Draw(sheet)
+    for left, text in zip(lefts, headings, strict=True):
+        middle = left + cell[0] / 2, top / 2
+        pen.multiline_text(middle, text, fill=_INK, font=font, anchor="mm", align="center")
+    for row, before in _with_previous_section(rows):
+        if row.section != before:
+            pen.rectangle((0, top, sheet.width, top + _HEADING), fill=_BAND)
+            pen.text((_GAP, top + _HEADING / 2), row.section, fill=_INK, font=font, anchor="lm")
+            top += _HEADING + _GAP
+        _draw_label(pen, row, top, cell[1], font)
+        for left, picture in zip(lefts, row.pictures, strict=False):
+            shown = rgb_picture(picture).resize(_shown_size(picture), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left, top))
+        top += cell[1] + _GAP
+    return sheet
+
+
+def sheet_of_sides(rows: Sequence[SheetRow], sides: Sequence[str]) -> Image.Image:
+    """A sheet whose rows repeat the same sides, once for every seed."""
+    columns = list(sides) * (max(len(row.pictures) for row in rows) // len(sides))
+    return picture_sheet(rows, columns, pairs=len(sides))
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """A copy to keep for a sheet."""
+    kept = image.copy()
+    kept.thumbnail((_LARGEST_CELL, _LARGEST_CELL))
+    return kept
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """Text in lines of at most `width` pixels, also within long names."""
+    per_line = max(1, int(width / font.getlength("n")))
+    return "\n".join(textwrap.wrap(text, per_line)) or text
+
+
+def _with_previous_section(rows: Sequence[SheetRow]) -> list[tuple[SheetRow, str]]:
+    sections = ["", *(row.section for row in rows)]
+    return list(zip(rows, sections[:-1], strict=True))
+
+
+def _shown_size(picture: Image.Image) -> tuple[int, int]:
+    longer = max(picture.size)
+    factor = -(-_SMALLEST_CELL // longer)
+    if longer > _LARGEST_CELL:
+        return tuple(max(1, side * _LARGEST_CELL // longer) for side in picture.size)
+    return picture.width * factor, picture.height * factor
+
+
+def _draw_label(
+    pen: ImageDraw.ImageDraw, row: SheetRow, top: int, height: int, font: ImageFont.FreeTypeFont
+) -> None:
+    per_line = int(_LABEL_WIDTH / pen.textlength("n", font=font))
+    lines = max(1, height // (_FONT_SIZE + 4) - bool(row.note))
+    text = textwrap.wrap(
+        row.label or "(empty prompt)", per_line, max_lines=lines, placeholder=" ..."
+    )
+    label = "\n".join(text)
+    pen.multiline_text((_GAP, top), label, fill=_INK, font=font)
+    if row.note:
+        bottom = pen.multiline_textbbox((_GAP, top), label, font=font)[3]
+        pen.text((_GAP, bottom + 4), row.note, fill=_FAINT, font=font)
+
+
+CLIP_FORMATS = ("gif", "mp4")
+_VIDEO_PACKAGES = ("imageio", "imageio_ffmpeg")
+_SMALLEST_SIDE = 96  # pixels; smaller clips are enlarged by whole factors
+_FRAMES_SHOWN = 9
+
+
+class KeptClip(NamedTuple):
+    """The clips of one prompt and one seed, by the side that drew them."""
+
+    group: str
+    prompt: str
+    seed: int
+    clips: dict[str, np.ndarray]  # side -> (frames, height, width, 3) uint8
+    notes: dict[str, str]  # side -> what a detector said
+
+
+def clip_sheet(kept: Sequence[KeptClip], frames: int = _FRAMES_SHOWN) -> Image.Image:
+    """A picture with one row per prompt and side: at most `frames`, evenly spaced, first and last among them."""
+    lengths = {len(clip) for one in kept for clip in one.clips.values()}
+    if len(lengths) != 1:
+        raise ValueError(
+            "`kept` must hold clips of one number of frames, got "
+            f"{sorted(lengths) or 'none'}. Clips are not saved with a report."
+        )
+    length = lengths.pop()
+    shown = np.linspace(0, length - 1, min(frames, length)).round().astype(int)
+    rows = [
+        SheetRow(
+            f"{side}: {one.prompt}" if side == next(iter(one.clips)) else side,
+            one.notes.get(side, ""),
+            [Image.fromarray(clip[frame]) for frame in shown],
+            one.group.replace("_", " "),
+        )
+        for one in kept
+        for side, clip in one.clips.items()
+    ]
+    return picture_sheet(rows, [f"frame {frame}" for frame in shown], pairs=len(shown))
+
+
+def check_clip_format(clip_format: str) -> None:
+    """Raise `ValueError` for another format, `ImportError` for mp4 without imageio and imageio-ffmpeg."""
+    if clip_format not in CLIP_FORMATS:
+        raise ValueError(f"The format of clips must be one of {CLIP_FORMATS}, got {clip_format!r}.")
+    missing = [name for name in _VIDEO_PACKAGES if importlib.util.find_spec(name) is None]
+    if clip_format == "mp4" and missing:
+        raise ImportError(
+            f"mp4 must have {list(_VIDEO_PACKAGES)} to be written, got none of {missing}. Run `pip "
+            "install imageio imageio-ffmpeg`, or write gif."
+        )
+
+
+def write_clip(clip: np.ndarray, path: str | os.PathLike, fps: int = 8) -> None:
+    """Write a clip `(frames, height, width, 3)` uint8 as an endless gif or as mp4, by the ending of `path`.
+
+    Small clips are enlarged; `fps` is in [1, 50], and gif keeps time in hundredths of a second.
+    """
+    path = Path(path)
+    kind = path.suffix.removeprefix(".")
+    check_clip_format(kind)
+    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not len(clip):
+        raise ValueError(
+            f"`clip` must be (frames, height, width, 3) of 8 bits, got {clip.shape} {clip.dtype}."
+        )
+    if not 1 <= fps <= 50:
+        raise ValueError(f"`fps` must be in [1, 50], got {fps}.")
+    frames = _enlarged(clip)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "mp4":
+        export_to_video(frames, str(path), fps=fps)
+        return
+    time = round(100 / fps) * 10
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=time, loop=0)
+
+
+def _enlarged(clip: np.ndarray) -> list[Image.Image]:
+    factor = max(1, -(-_SMALLEST_SIDE // max(clip.shape[1:3])))
+    size = clip.shape[2] * factor, clip.shape[1] * factor
+    return [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in clip]
 
 
 ReportType = TypeVar("ReportType", bound="SavedReport")

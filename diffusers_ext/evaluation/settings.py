@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from diffusers_ext.core.run_settings import WITHOUT_IT, ModelSettings, SamplingSettings
+from diffusers_ext.core.settings import (WITHOUT_IT, ModelSettings, SamplingSettings)
 from diffusers_ext.core.settings import (
     COUNT,
     FINITE,

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ext.core.hub_connection import not_found
+from diffusers_ext.core.sources import not_found
 from diffusers_ext.families.registry import FAMILIES
 
 

@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar
+import torch
+from diffusers_ext.core.names import check_keywords
+from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_pipeline
+from diffusers_ext.families.registry import find_family
+from diffusers_ext.golden_noise.card import pipeline_card
+from diffusers_ext.golden_noise.denoiser import TOOL
+from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.push import PushWithCard
 from diffusers import (
     FluxPipeline,
     HunyuanDiTPipeline,
@@ -10,7 +32,195 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from diffusers_ext.golden_noise.pipeline_mixin import GoldenNoiseMixin
+
+# `from_pipe` hands a component over only if its very class is in the annotation.
+NoiseModel = NPNet | GoldenNoiseModel | NoiseSequenceTransformer | NoiseSequenceRNN
+
+# Read by diffusers from `**kwargs`, with a warning.
+_DEPRECATED_IN_CALLS = ("callback", "callback_steps")
+_SCALE = inspect.Parameter(
+    "golden_noise_scale", inspect.Parameter.KEYWORD_ONLY, default=1.0, annotation=float
+)
+_SCALE_DOC = """Draw pictures from noise that the `noise_model` refined for their prompts.
+
+`golden_noise_scale` (`float`, defaults to 1.0): 0 draws what the plain pipeline draws, 1 from the
+network's noise, values between and beyond from the line through both. Everything else, given
+`latents` refined as well, is as in the plain pipeline:
+
+"""
+
+
+@dataclass
+class _GoldenCall:
+    """What one `__call__` has to remember until its noise is drawn."""
+
+    scale: float
+    text: dict[str, torch.Tensor | None] = field(default_factory=dict)  # arguments of `refine`
+
+
+class GoldenNoiseMixin(HandOver, PushWithCard):
+    """What the five pipelines add: a `noise_model` component that refines the noise of each call.
+
+    It stands before a diffusers pipeline, whose `encode_prompt` and `prepare_latents` are where the
+    text is read and the noise is changed. Without a `noise_model` it is that pipeline to the bit.
+    Uploads get a card; the facts for it are the arguments of
+    `diffusers_ext.golden_noise.card.pipeline_card`.
+    """
+
+    _left_behind: ClassVar[dict[str, str]] = {
+        "noise_model": "Make the noise with `noise_model.refine` and pass it as `latents` "
+        '(docs/golden_noise.md, "Other pipelines").'
+    }
+    _golden_call: _GoldenCall | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if GoldenNoiseMixin in cls.__bases__:
+            plain = super()
+            add_component(cls, "noise_model", NoiseModel)
+            # Right before the denoiser, for which it makes the noise.
+            order = cls.model_cpu_offload_seq
+            cls.model_cpu_offload_seq = re.sub("->(unet|transformer)", r"->noise_model->\1", order)
+            register_auto_pipeline(cls)
+            cls.__call__ = _shown_as(plain.__call__, GoldenNoiseMixin.__call__, _SCALE, _SCALE_DOC)
+            cls.encode_prompt = _shown_as(plain.encode_prompt, GoldenNoiseMixin.encode_prompt)
+            cls.prepare_latents = _shown_as(plain.prepare_latents, GoldenNoiseMixin.prepare_latents)
+
+    def load_noise_model(
+        self, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> None:
+        """Load a network of any class from a folder or the Hub, onto the pipeline's device.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or `"user/name"`.
+            kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `dtype`, ...
+
+        Raises:
+            ValueError: no golden-noise network is there, or it does not fit the pipeline.
+        """
+        self.set_noise_model(
+            load_noise_model(pretrained_model_name_or_path, **kwargs).to(self.device)
+        )
+
+    def set_noise_model(self, noise_model: GoldenNoiseNetwork | None) -> None:
+        """Make `noise_model` a component, so that `save_pretrained` and `push_to_hub` include it.
+
+        Offloading that is switched on does not cover it: switch it on again afterwards.
+
+        Raises:
+            TypeError: not a golden-noise network.
+            ValueError: a network for other latents or other text than the pipeline's.
+        """
+        if noise_model is not None:
+            if not isinstance(noise_model, GoldenNoiseNetwork):
+                raise TypeError(
+                    "`noise_model` must be a golden-noise network, got a "
+                    f"{type(noise_model).__name__}. Use `load_noise_model` for a folder or Hub "
+                    "name."
+                )
+            self._check_sizes(noise_model)
+        self.register_modules(noise_model=noise_model)
+
+    def __call__(self, *args: Any, golden_noise_scale: float = 1.0, **kwargs: Any) -> Any:
+        """As in the plain pipeline, from refined noise; see `help(pipeline.__call__)`."""
+        scale = golden_noise_scale
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise TypeError(f"`golden_noise_scale` must be a number, got a {type(scale).__name__}.")
+        if not math.isfinite(scale):
+            raise ValueError(f"`golden_noise_scale` must be finite, got {scale}.")
+        # The plain pipeline would pass over a keyword that it does not know in silence.
+        calls = [owner.__call__ for owner in type(self).__mro__ if "__call__" in vars(owner)]
+        takes = {name for call in calls for name in inspect.signature(call).parameters}
+        known = sorted(takes - {"self", "args", "kwargs"}) + list(_DEPRECATED_IN_CALLS)
+        check_keywords(kwargs, known, f"{type(self).__name__}.__call__")
+        outer = self._golden_call
+        active = self.noise_model is not None and scale != 0
+        self._golden_call = _GoldenCall(scale) if active else None
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._golden_call = outer
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        """As in the plain pipeline; during a call the text is kept for the `noise_model`."""
+        encoded = super().encode_prompt(*args, **kwargs)
+        call = self._golden_call
+        # The first is the conditional text: of further ones Flux makes the negative prompt's,
+        # Hunyuan-DiT the T5's.
+        if call is not None and not call.text:
+            call.text = find_family(self, TOOL).network_text(encoded, kwargs)
+        return encoded
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As in the plain pipeline; during a call the `noise_model` refines them."""
+        prepared = super().prepare_latents(
+            batch_size, num_channels_latents, height, width, *args, **kwargs
+        )
+        call = self._golden_call
+        if call is None:
+            return prepared
+        family = find_family(self, TOOL)
+        # Flux returns the positions of its packed latents as well.
+        latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
+        sigma = 1.0 if family.flow_matching else self.scheduler.init_noise_sigma
+        noise = family.unpack(self, latents, height, width).float() / sigma
+        golden = self.noise_model.refine(noise, scale=call.scale, **call.text) * sigma
+        golden = family.pack(self, golden).to(latents.dtype)
+        return (golden, *others) if others else golden
+
+    def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
+        return pipeline_card(self, token=token, **facts)
+
+    def _check_sizes(self, noise_model: GoldenNoiseNetwork) -> None:
+        family = find_family(self, TOOL)
+        denoiser = getattr(self, family.denoiser)
+        if denoiser is None:
+            return
+        sizes = family.network_sizes(denoiser.config)
+        config = noise_model.config
+        text_width = sizes.pooled_dim if config.get("pooled_text") else sizes.text_embed_dim
+        for name, size in (("in_channels", sizes.in_channels), ("text_embed_dim", text_width)):
+            if size is None:
+                raise ValueError(
+                    "`noise_model` must read tokens in a pipeline whose text encoder does not "
+                    f"pool, got one with `pooled_text` for a {type(self).__name__}."
+                )
+            if config.get(name, size) != size:
+                raise ValueError(
+                    f"`noise_model` must have `{name}` {size} like the {type(self).__name__}, got "
+                    f"{config[name]}."
+                )
+
+
+def _shown_as(
+    plain: Callable[..., Any],
+    method: Callable[..., Any],
+    further: inspect.Parameter | None = None,
+    introduction: str = "",
+) -> Callable[..., Any]:
+    """`method` with the signature of `plain` and one further argument, for `help` and editors."""
+
+    def shown(self: object, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    signature = inspect.signature(plain)
+    if further is not None:
+        parameters = list(signature.parameters.values())
+        last = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        parameters.insert(len(parameters) - last, further)
+        signature = signature.replace(parameters=parameters)
+    shown.__signature__ = signature
+    shown.__name__ = plain.__name__
+    shown.__doc__ = introduction + (inspect.getdoc(plain) or "")
+    return shown
 
 
 class GoldenNoisePipeline(GoldenNoiseMixin, StableDiffusionPipeline):

@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from diffusers_ext.core.run_settings import (
-    WITHOUT_IT,
-    ModelSettings,
-    ReportingSettings,
-    RunSettings,
-    SamplingSettings,
-    TrainingRunSettings,
-    TrainingSettings,
-)
+from diffusers_ext.core.settings import (WITHOUT_IT, ModelSettings, ReportingSettings, RunSettings, SamplingSettings, TrainingRunSettings, TrainingSettings)
 from diffusers_ext.core.settings import (
     BELOW_ONE,
     COUNT,

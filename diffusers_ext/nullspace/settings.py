@@ -6,14 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_ext.core.run_settings import (
-    WITHOUT_IT,
-    ImageReportingSettings,
-    ModelSettings,
-    RunSettings,
-    SamplingSettings,
-    TrainingRunSettings,
-)
+from diffusers_ext.core.settings import (WITHOUT_IT, ImageReportingSettings, ModelSettings, RunSettings, SamplingSettings, TrainingRunSettings)
 from diffusers_ext.core.settings import (
     BELOW_ONE,
     COUNT,

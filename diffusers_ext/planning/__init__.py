@@ -1,12 +1,12 @@
 """What a run takes, before it is run."""
 
-from diffusers_ext.core.lazy_names import by_name, imported_name
+from diffusers_ext.core.names import (by_name, imported_name)
 
 
 _SOURCES = by_name({
-    "diffusers_ext.planning.fit": "recommend_eraser_training",
-    "diffusers_ext.planning.plan": "PhasePlan RunPlan plan_run setting_names",
-})  # fmt: skip
+        "diffusers_ext.planning.plan": "PhasePlan RunPlan plan_run setting_names",
+        "diffusers_ext.planning.plans": "recommend_eraser_training",
+    })  # fmt: skip
 __all__ = sorted(_SOURCES)
 
 

@@ -20,7 +20,7 @@ from diffusers_ext.eraser.adapter.config import (
     transformer_width,
 )
 from diffusers_ext.eraser.batch import EraserText, RowMaker
-from diffusers_ext.eraser.masks.attention import concept_attention
+from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.step import EraserStep
 from diffusers_ext.families.family import Family

@@ -43,7 +43,7 @@ from diffusers_ext.planning.work import (
     inference_work,
     training_works,
 )
-from diffusers_ext.rewards.open_clip_weights import vit_h_14_config
+from diffusers_ext.rewards.hpsv2 import vit_h_14_config
 
 
 _REWARD_BATCH, _KL_WEIGHT = 16, 0.01

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffusers_ext.core.keywords import did_you_mean
+from diffusers_ext.core.names import did_you_mean
 
 
 _WITHOUT_BFLOAT16 = "T4"

@@ -9,13 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_ext.core.run_settings import (
-    WITHOUT_IT,
-    ModelSettings,
-    ReportingSettings,
-    SamplingSettings,
-    TrainingSettings,
-)
+from diffusers_ext.core.settings import (WITHOUT_IT, ModelSettings, ReportingSettings, SamplingSettings, TrainingSettings)
 from diffusers_ext.core.settings import (
     BELOW_ONE,
     COUNT,

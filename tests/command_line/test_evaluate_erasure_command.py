@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.eraser.files.load import load_eraser
+from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.evaluation.erasure import evaluate_erasure
 from diffusers_ext.evaluation.erasure_report import ErasureReport
-from diffusers_ext.evaluation.judges.clip_detector import CLIPDetector
+from diffusers_ext.evaluation.judges import CLIPDetector
 from diffusers_ext.rewards import CLIPScoreReward
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_cogvideox import tiny_video_pipeline

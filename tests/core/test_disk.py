@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.core.disk import full_disk_named
+from diffusers_ext.core.artifacts import full_disk_named
 from diffusers_ext.core.result_folder import staged_output
 
 

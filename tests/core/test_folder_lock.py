@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.core.disk import LOCK_NAME, folder_lock
+from diffusers_ext.core.artifacts import (LOCK_NAME, folder_lock)
 
 
 HOLDER = """
 import sys
 sys.path.insert(0, {repository!r})
 sys.argv[0] = "diffusers-ext"  # as on the console, without diffusers and PEFT
-from diffusers_ext.core.disk import folder_lock
+from diffusers_ext.core.artifacts import folder_lock
 with folder_lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -11,8 +11,8 @@ CODE = """
 import contextlib, io, time
 from diffusers_ext import FeatureStatistics, load_noise_model
 from diffusers_ext.command_line.main import main
-from diffusers_ext.core.hub_connection import one_try_to_connect
-from diffusers_ext.eraser.files.formats import read_eraser
+from diffusers_ext.core.sources import one_try_to_connect
+from diffusers_ext.eraser.formats import read_eraser
 from diffusers_ext.training.run.text_cache import read_components
 from types import SimpleNamespace
 prompts, out = arguments[0], arguments[1] + ".safetensors"

@@ -12,9 +12,9 @@ from diffusers_ext.core.sources import (
     lora_file,
     refuse_checkpoint,
 )
-from diffusers_ext.eraser.files.formats import read_eraser
+from diffusers_ext.eraser.formats import read_eraser
 from diffusers_ext.evaluation.features import CLIPFeatures
-from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.rewards.clip import CLIPScoreReward, PickScoreReward

@@ -10,7 +10,7 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.eraser.files.save import save_eraser
+from diffusers_ext.eraser.files import save_eraser
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer
 
 

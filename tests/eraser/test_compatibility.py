@@ -7,7 +7,7 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
-from diffusers_ext.eraser.files.load import load_eraser
+from diffusers_ext.eraser.files import load_eraser
 from tests.eraser.saved_erasers import inputs, run, saved_eraser
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 from tests.tiny_lora import add_random_lora

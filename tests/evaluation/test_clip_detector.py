@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_ext.evaluation.erasure_rows import judge_facts, judged
-from diffusers_ext.evaluation.judges.clip_detector import CLIPDetector
+from diffusers_ext.evaluation.judges import CLIPDetector
 from diffusers_ext.rewards import CLIPScoreReward
 from tests.tiny_clip import save_tiny_clip
 

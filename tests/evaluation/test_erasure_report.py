@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusers_ext.evaluation.erasure_report import ErasureReport
-from diffusers_ext.evaluation.sheets import KeptClip
+from diffusers_ext.evaluation.report_files import KeptClip
 from tests.evaluation.drawn_erasure import rows_of
 
 

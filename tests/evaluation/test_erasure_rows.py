@@ -11,7 +11,7 @@ from diffusers_ext.evaluation.erasure_rows import (
     list_aspects,
     measure_pairs,
 )
-from diffusers_ext.evaluation.video_metrics import clip_drift, motion
+from diffusers_ext.evaluation.erasure_rows import (clip_drift, motion)
 
 
 CLIPS = np.zeros((2, 3, 4, 4, 3), dtype=np.uint8)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusers_ext.evaluation.features import PixelFeatures
 from diffusers_ext.evaluation.forgetting import ForgettingReport, evaluate_forgetting, summarize
-from diffusers_ext.evaluation.paired_figures import KeptPair
+from diffusers_ext.evaluation.paired_comparison import KeptPair
 from diffusers_ext.evaluation.rendering import Sampling, Shot, draw, image_seed, to_images
 from examples.digits.judge import DigitsJudge
 

@@ -9,7 +9,7 @@ from diffusers import CogVideoXPipeline
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_ext import render_clips, save_eraser
-from diffusers_ext.evaluation.sheets import write_clip
+from diffusers_ext.evaluation.report_files import write_clip
 from examples.combine_eraser_with_lora import main
 from tests.examples.picture_files import read_frames
 from tests.tiny_cogvideox import tiny_video_pipeline

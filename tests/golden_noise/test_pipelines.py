@@ -6,7 +6,7 @@ from diffusers import EulerDiscreteScheduler
 
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.denoiser import encode_prompts
-from diffusers_ext.golden_noise.pipeline_mixin import _GoldenCall
+from diffusers_ext.golden_noise.pipelines import _GoldenCall
 from tests.golden_noise.golden_pipelines import (
     FAMILIES,
     NETWORKS,

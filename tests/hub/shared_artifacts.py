@@ -33,7 +33,7 @@ from diffusers_ext import (
     save_eraser,
     save_lora,
 )
-from diffusers_ext.eraser.files.load import eraser_tensors
+from diffusers_ext.eraser.files import eraser_tensors
 from tests.golden_noise.golden_pipelines import FAMILIES, NETWORKS, golden_pipeline, random_network
 from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record
 from tests.hub.digests import PROMPT, digest, module_digest, picture, shown_pipeline

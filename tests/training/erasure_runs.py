@@ -10,7 +10,7 @@ from peft import inject_adapter_in_model
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import register_eraser
-from diffusers_ext.eraser.files.save import save_eraser
+from diffusers_ext.eraser.files import save_eraser
 from tests.tiny_cogvideox import tiny_video_pipeline
 
 

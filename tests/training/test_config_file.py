@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from diffusers_ext.core.run_settings import ReportingSettings
+from diffusers_ext.core.settings import ReportingSettings
 from diffusers_ext.training.run.config_file import (
     parse_arguments,
     read_config,

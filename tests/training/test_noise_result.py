@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard
 
-from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.training.golden_noise.result import figures_measured, trained_network_card
 from diffusers_ext.training.noise import parse_pair_args as parse_args
 from tests.evaluation.golden_subjects import small_network

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.core.disk import LOCK_NAME
+from diffusers_ext.core.artifacts import LOCK_NAME
 from diffusers_ext.training.run.script import (
     check_output_dir,
     clear_output_dir,

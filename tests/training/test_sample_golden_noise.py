@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from diffusers_ext.training.golden_noise import sample as script

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext.eraser import losses
-from diffusers_ext.eraser.files.load import load_eraser
+from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.training.eraser import run as eraser_base
 from diffusers_ext.training.eraser import text as eraser_text
 from diffusers_ext.training.eraser.train import parse_args

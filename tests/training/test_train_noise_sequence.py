@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from tests.tiny_pipelines import sdxl_pipeline

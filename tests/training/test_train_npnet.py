@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from tests.training.noise_runs import read_report, train

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from diffusers_ext.core.artifacts import sealed, write_atomically
-from diffusers_ext.core.keywords import check_keywords
+from diffusers_ext.core.names import check_keywords
 from diffusers_ext.core.sources import CONFIG_NAME, hub_names
 from diffusers_ext.core.tensor_files import (
     CONFIG_KEY,

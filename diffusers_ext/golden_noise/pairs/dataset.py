@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import os
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict
-
+from typing import Any, NamedTuple
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch.utils.data import Dataset
-
+from diffusers_ext.core.tensor_files import check_regular_file, read_pickled_tensors
+from diffusers_ext.core.text_files import parse_json
+from diffusers_ext.core.text_tables import read_csv, read_text_lines
+import logging
+from collections.abc import Sequence
+from typing import Any, TypedDict
+from safetensors import safe_open
 from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.tensor_files import check_config_digest, check_format_version
 from diffusers_ext.core.text_files import read_json
@@ -24,7 +31,172 @@ from diffusers_ext.golden_noise.pairs.shards import (
     open_tensors,
     shard_files,
 )
-from diffusers_ext.golden_noise.pairs.third_party import ThirdPartyPairDataset, is_third_party
+
+
+METADATA_CSV = "metadata.csv"
+_CSV_COLUMNS = {
+    "target_noise_file": ("prompt", "source_noise_file", "target_noise_file"),
+    "golden_sequence_file": ("prompt", "source_noise_file", "golden_sequence_file"),
+}
+
+
+class _Entry(NamedTuple):
+    prompt: str
+    source: Path
+    golden: Path
+
+
+def is_third_party(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a `metadata.csv` or official `.npz` files."""
+    return Path(folder, METADATA_CSV).is_file() or any(_npz_files(Path(folder)))
+
+
+class ThirdPartyPairDataset(Dataset):
+    """The official `.npz` pairs, or the `.pt` pairs and sequences of a `metadata.csv`.
+
+    Of official pairs those are kept whose first optimized score is above the first original score, as
+    their own training does; without a file of scores there are no captions, so it must be there.
+    Items are as in `PairDataset`, one file read at a time.
+
+    Attributes:
+        facts: `None`: such sets say nothing about how they were made.
+    """
+
+    facts: dict[str, Any] | None = None
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        """Index a folder and read its first item.
+
+        Raises:
+            ValueError: an incomplete or broken folder, or no pair in it.
+        """
+        folder = Path(folder)
+        self._read: Callable[[_Entry], tuple[torch.Tensor, torch.Tensor]]
+        if (folder / METADATA_CSV).is_file():
+            self._entries, self._read = _csv_entries(folder), _read_pt
+        else:
+            self._entries, self._read = _npz_entries(folder), _read_npz
+        self.prompts = [entry.prompt for entry in self._entries]
+        noise, golden = self._read(self._entries[0])
+        self.latent_shape, self.num_steps = tuple(noise.shape), len(golden)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self._entries[index]
+        noise, golden = self._read(entry)
+        expected = (self.num_steps, *self.latent_shape)
+        if tuple(golden.shape) != expected or noise.shape != golden.shape[1:]:
+            raise ValueError(
+                f"{entry.golden} must hold noises of shape {expected} like the first item, got "
+                f"{tuple(golden.shape)} for a source of {tuple(noise.shape)}."
+            )
+        if not (torch.isfinite(noise).all() and torch.isfinite(golden).all()):
+            raise ValueError(f"{entry.golden} must hold finite noises, got NaN or infinity.")
+        return {"noise": noise, "golden": golden, "prompt": entry.prompt}
+
+
+def _npz_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.npz")) or sorted(folder.glob("*/*.npz"))
+
+
+def _npz_entries(folder: Path) -> list[_Entry]:
+    """Official pairs that their scores let pass, in order of index."""
+    tables = sorted({*folder.glob("*.json"), *folder.glob("*.jsonl")})
+    if len(tables) != 1:
+        raise ValueError(
+            f"{folder} must hold one .json or .jsonl file with captions and scores beside its .npz "
+            f"files, got {[path.name for path in tables]}."
+        )
+    files = {path.name: path for path in _npz_files(folder)}
+    entries = []
+    for number, line in enumerate(read_text_lines(tables[0]), 1):
+        if line.strip():
+            row = _score_row(tables[0], number, line)
+            if row["optimized_score_list"][0] <= row["original_score_list"][0]:
+                continue
+            name = f"{row['index']}_{row['seed']}.npz"
+            if name not in files:
+                raise ValueError(f"{folder} must hold {name} of line {number}, got no such file.")
+            entries.append(_Entry(row["caption"], files[name], files[name]))
+    if not entries:
+        raise ValueError(f"{tables[0]} must hold a pair whose score rises, got none.")
+    return entries
+
+
+def _score_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    row = parse_json(line, f"Line {number} of {path}")
+    needed = {"index", "seed", "caption", "original_score_list", "optimized_score_list"}
+    missing = sorted(needed - row.keys())
+    if missing:
+        raise ValueError(f"Line {number} of {path} must hold {missing}, got {line[:80]!r}.")
+    scores = [row["original_score_list"][:1], row["optimized_score_list"][:1]]
+    if any(len(s) != 1 or not math.isfinite(s[0]) for s in scores):
+        raise ValueError(f"Line {number} of {path} must hold finite scores, got {scores}.")
+    return row
+
+
+def _csv_entries(folder: Path) -> list[_Entry]:
+    """The rows of a `metadata.csv`, whose files must be below its folder."""
+    path = folder / METADATA_CSV
+    rows = [row for _, row in read_csv(path, ["prompt", "source_noise_file"])]
+    names = list(rows[0]) if rows else []
+    kind = next((column for column in _CSV_COLUMNS if column in names), None)
+    if rows and kind is None:
+        raise ValueError(
+            f"{path} must have the columns of {list(_CSV_COLUMNS.values())}, got {names}."
+        )
+    root, entries = Path(os.path.abspath(folder)), []
+    for number, row in enumerate(rows, 1):
+        files = [folder / (row[column] or "") for column in ("source_noise_file", kind)]
+        for file in files:
+            # By the names: in the cache of the Hub every file is a link to elsewhere.
+            if not file.is_file() or root not in Path(os.path.abspath(file)).parents:
+                raise ValueError(
+                    f"Row {number} of {path} must name files below {folder}, got {file}."
+                )
+        entries.append(_Entry(row["prompt"], *files))
+    if not entries:
+        raise ValueError(f"{path} must hold at least one pair, got none.")
+    return entries
+
+
+def _read_npz(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        check_regular_file(entry.source)
+        with open(entry.source, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            noise, golden = arrays["arr_0"], arrays["arr_1"]
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{entry.source} must hold the arrays arr_0 and arr_1, got: {error}."
+        ) from error
+    return _single(entry.source, torch.from_numpy(noise)), _single(
+        entry.golden, torch.from_numpy(golden)
+    )[None]
+
+
+def _read_pt(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
+    noise, golden = (read_pickled_tensors(path) for path in (entry.source, entry.golden))
+    states = golden if isinstance(golden, (list, tuple)) else [golden]
+    if not states:
+        raise ValueError(f"{entry.golden} must hold at least one noise, got none.")
+    stacked = torch.stack([_single(entry.golden, state) for state in states])
+    return _single(entry.source, noise), stacked
+
+
+def _single(path: Path, noise: Any) -> torch.Tensor:
+    """One noise `(channels, height, width)` float32, with or without a batch of one before it."""
+    if not isinstance(noise, torch.Tensor) or not noise.is_floating_point():
+        raise ValueError(f"{path} must hold noise tensors, got {type(noise).__name__}.")
+    if noise.ndim == 4 and len(noise) == 1:
+        noise = noise[0]
+    if noise.ndim != 3:
+        raise ValueError(
+            f"{path} must hold noises of shape (1, channels, height, width), got "
+            f"{tuple(noise.shape)}."
+        )
+    return noise.float()
 
 
 logger = logging.getLogger(__name__)

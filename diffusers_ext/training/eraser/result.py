@@ -16,9 +16,9 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
-from diffusers_ext.eraser.files.save import save_eraser
+from diffusers_ext.eraser.files import save_eraser
 from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.evaluation.sheets import write_clip
+from diffusers_ext.evaluation.report_files import write_clip
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.licence import public_name
 from diffusers_ext.training.eraser.data import ClipSize

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.pictures import find_pictures, read_picture, why_no_picture
 from diffusers_ext.core.restored_state import quiet_run
-from diffusers_ext.core.run_settings import SamplingSettings
+from diffusers_ext.core.settings import SamplingSettings
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.nullspace.step import Condition
 

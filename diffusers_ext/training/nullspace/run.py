@@ -8,19 +8,36 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
-
+from typing import Any
+import numpy as np
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
-
+from peft import LoraConfig
+from PIL import Image
+from diffusers_ext.core.artifacts import CONFIG_NAME
+from diffusers_ext.core.noise_schedules import check_min_snr, training_schedule
+from diffusers_ext.core.pictures import read_picture
+from diffusers_ext.nullspace.lora import check_lora_config
+from diffusers_ext.nullspace.prompts import check_prompt_length
+from diffusers_ext.nullspace.settings import NullSpaceSettings
+from diffusers_ext.nullspace.slots import find_linears
+from diffusers_ext.training.nullspace.captions import subject_prompts
+from diffusers_ext.training.nullspace.pictures import (
+    draw_images,
+    list_images,
+    own_resolution,
+    sampling_arguments,
+)
+from diffusers_ext.training.run.knowledge import read_knowledge
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.pictures import find_pictures
 from diffusers_ext.nullspace.projector import ProjectedUpdate
-from diffusers_ext.nullspace.settings import NullSpaceSettings
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace.captions import (
     caption_facts,
@@ -28,14 +45,6 @@ from diffusers_ext.training.nullspace.captions import (
     subject_prompts,
     tell_of_captions,
     warn_of_missing_words,
-)
-from diffusers_ext.training.nullspace.checks import (
-    Validation,
-    check_adapter,
-    check_against_model,
-    check_knowledge,
-    check_pictures,
-    subject_settings,
 )
 from diffusers_ext.training.nullspace.pictures import encode_images, list_images, with_prompts
 from diffusers_ext.training.nullspace.subject import (
@@ -46,7 +55,7 @@ from diffusers_ext.training.nullspace.subject import (
     save_result,
 )
 from diffusers_ext.training.run.checkpoints import Checkpoints
-from diffusers_ext.training.run.closing_words import directions_words, subject_words
+from diffusers_ext.training.run.script import (directions_words, subject_words)
 from diffusers_ext.training.run.config_file import read_nullbooth_block
 from diffusers_ext.training.run.knowledge import load_or_collect, load_pipeline, read_knowledge
 from diffusers_ext.training.run.loop import TrainingLoop
@@ -63,7 +72,7 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
-from diffusers_ext.training.run.shared_file import NULL_SPACE_RUNS
+from diffusers_ext.training.run.config_file import NULL_SPACE_RUNS
 from diffusers_ext.training.run.upload import (
     card_record,
     check_login,
@@ -76,6 +85,154 @@ from diffusers_ext.training.run.upload import (
 
 
 logger = get_logger(__name__)
+
+
+def check_adapter(settings: NullSpaceSettings) -> None:
+    """Raise `ValueError` for a LoRA that could not preserve anything."""
+    check_lora_config(LoraConfig(use_dora=settings.use_dora, bias=settings.lora_bias))
+
+
+def check_knowledge(settings: NullSpaceSettings) -> None:
+    """Raise `ValueError` where the directions need statistics and there is nothing to preserve."""
+    if settings.directions == "plain":
+        return
+    if settings.statistics is None:
+        if not read_knowledge(settings):
+            raise ValueError(
+                "`--statistics` or `--knowledge_prompts` must be given: what should be preserved?"
+            )
+    elif (
+        Path(settings.statistics).is_dir() and not Path(settings.statistics, CONFIG_NAME).is_file()
+    ):
+        raise ValueError(
+            f"`statistics` must be a folder with {CONFIG_NAME}, got {settings.statistics} without it. "
+            "training/build_covariance.py writes one."
+        )
+
+
+def check_pictures(settings: NullSpaceSettings) -> None:
+    """Raise `ValueError` for pictures or captions that cannot be read."""
+    for path in list_images(settings.instance_data_dir):
+        read_picture(path)
+    subject_prompts(settings)  # broken captions stop here
+
+
+def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> None:
+    """Raise `ValueError` for arguments that do not fit the loaded model; settles `--resolution`."""
+    settle_resolution(settings, pipeline)
+    check_min_snr(training_schedule(pipeline.scheduler), settings.snr_gamma)
+    prompts = [*subject_prompts(settings), settings.negative_prompt, *settings.validation_prompt]
+    if settings.with_prior_preservation:
+        prompts.append(settings.class_prompt)
+    if settings.directions != "plain":
+        prompts += settings.other_instance_prompts
+    if settings.directions == "plain" or settings.statistics is None:
+        find_linears(pipeline.unet, settings.features, settings.cross_attention_layers)
+    if settings.directions != "plain" and settings.statistics is None:
+        prompts += read_knowledge(settings)
+    check_prompt_length(pipeline, prompts)
+
+
+def settle_resolution(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> None:
+    """Make `--resolution` the model's own where it is not given; warn where it is another.
+
+    Raises:
+        ValueError: not given, and the model has no one size of its own.
+    """
+    own = own_resolution(pipeline)
+    if settings.resolution is None:
+        if own is None:
+            raise ValueError(
+                "`resolution` must be given for a model without a square size of its own, got None."
+            )
+        settings.resolution = own
+    elif own is not None and settings.resolution != own:
+        logger.warning(
+            f"--resolution is {settings.resolution}, the model's own is {own}: pictures of another size "
+            "take another time to train on and may be drawn worse. Leave the flag out for the "
+            "model's own."
+        )
+
+
+def subject_settings(settings: NullSpaceSettings) -> dict[str, Any]:
+    """The arguments that, beside those of every training, decide what comes out."""
+    names = (
+        "instance_prompt", "resolution", "no_center_crop", "random_flip", "snr_gamma",
+        "with_prior_preservation", "directions", "rank", "eps", "null_energy",
+        "nullspace_threshold", "preservation_weight", "lora_dropout", "full_finetune",
+        "gradient_checkpointing", "allow_tf32",
+    )  # fmt: skip
+    facts = {name: getattr(settings, name) for name in names}
+    if settings.resolution is None:  # the model's own, which is not known before it is loaded
+        del facts["resolution"]
+    if settings.with_prior_preservation:
+        facts.update(
+            class_prompt=settings.class_prompt, prior_loss_weight=settings.prior_loss_weight
+        )
+    if settings.directions == "plain":
+        layers = settings.cross_attention_layers
+        facts.update(features=list(settings.features), cross_attention_layers=layers)
+    return facts
+
+
+class Validation:
+    """Draws `--validation_prompt` at fixed seeds every `--validation_steps` and at the end.
+
+    Attributes:
+        files: pictures of the last call.
+    """
+
+    def __init__(
+        self, settings: NullSpaceSettings, pipeline: DiffusionPipeline, accelerator: Accelerator
+    ) -> None:
+        self.settings, self.pipeline, self.accelerator = settings, pipeline, accelerator
+        self.files: list[Path] = []
+
+    def callbacks(self) -> list[tuple[int, Callable[[int], None]]]:
+        """What `TrainingLoop` calls; empty without validation prompts."""
+        if not self.settings.validation_prompt:
+            return []
+        return [(self.settings.validation_steps or self.settings.max_train_steps, self.draw)]
+
+    def draw(self, step: int) -> None:
+        """Draw and save the pictures of one step; the model's mode comes back afterwards."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = Path(self.settings.output_dir, "validation")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = []
+        for index, prompt in enumerate(self.settings.validation_prompt):
+            images = self._images(prompt)
+            self.files.append(folder / f"step-{step:06d}-prompt-{index}.png")
+            _side_by_side(images).save(self.files[-1])
+            self._track(prompt, images, step)
+
+    def _images(self, prompt: str) -> list[Image.Image]:
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.num_validation_images)
+        return draw_images(
+            self.pipeline,
+            [prompt] * len(seeds),
+            seeds,
+            self.settings.resolution,
+            **sampling_arguments(self.settings),
+        )
+
+    def _track(self, prompt: str, images: list[Image.Image], step: int) -> None:
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                stacked = np.stack([np.asarray(image) for image in images])
+                tracker.writer.add_images(prompt, stacked, step, dataformats="NHWC")
+
+
+def _side_by_side(images: list[Image.Image]) -> Image.Image:
+    sheet = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width
+    return sheet
+
+
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> NullSpaceSettings:

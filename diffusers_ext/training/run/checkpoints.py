@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors.torch import save_file
 
-from diffusers_ext.core.disk import full_disk_named
+from diffusers_ext.core.artifacts import full_disk_named
 from diffusers_ext.core.tensor_files import check_shapes, read_tensors
 from diffusers_ext.training.run.checkpoint_files import (
     FOLDER_PREFIX,

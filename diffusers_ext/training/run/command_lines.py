@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from diffusers_ext.core.keywords import did_you_mean
+from diffusers_ext.core.names import did_you_mean
 
 
 TRACEBACK_FLAG, OVERWRITE_FLAG = "--traceback", "--overwrite_output_dir"

@@ -1,7 +1,15 @@
-"""How a script starts and ends: errors that a user can mend are one line, and exit code 2."""
+"""How a script starts and ends: errors in one line, and at the end what to do with the result."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from diffusers_ext.core.settings import TrainingSettings
+from diffusers_ext.eraser.recipe import EraserSettings
+from diffusers_ext.golden_noise.settings import NoiseSettings, PairSettings
+from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 import argparse
 import contextlib
 import functools
@@ -11,15 +19,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, TypeVar
-
 from accelerate.utils.environment import get_int_from_env
-
-from diffusers_ext.core.disk import folder_lock
-from diffusers_ext.core.hub_connection import one_try_to_connect
+from diffusers_ext.core.artifacts import folder_lock
+from diffusers_ext.core.sources import one_try_to_connect
 from diffusers_ext.core.result_folder import check_no_result, remove_result, staged_output
-from diffusers_ext.core.run_settings import ModelSettings, RunSettings
+from diffusers_ext.core.settings import (ModelSettings, RunSettings)
 from diffusers_ext.core.settings import Settings, flag_name
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints, remove_checkpoint
 from diffusers_ext.training.run.command_lines import (
@@ -28,6 +33,164 @@ from diffusers_ext.training.run.command_lines import (
     error_line,
     user_errors,
 )
+
+
+def directions_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the chosen directions of a LoRA hold, one clause per matrix of statistics."""
+    parts = [
+        f"{row['matrix']}: {row['rank']} for {row['linears']} layers, with "
+        f"{row['instance_share']:.1%} of what is new in the subject's prompts and at least "
+        f"{row['smallest_ratio']:.3g} times as much of it as of what is preserved"
+        for row in rows
+    ]
+    return f"Chose the directions that may change ({'; '.join(parts)})."
+
+
+def subject_words(settings: NullSpaceSettings, report: Mapping[str, Any], pictures: int) -> str:
+    """Of a trained subject.
+
+    Args:
+        settings: of the training script.
+        report: as in `training_report.json`.
+        pictures: how many were trained on.
+    """
+    learnt = (
+        f"Learnt {settings.instance_prompt!r} from {_count(pictures, 'picture')} in "
+        f"{_run(settings, report)}."
+    )
+    folder, drifts = Path(settings.output_dir), report.get("predicted_drift")
+    if drifts:
+        worst = max(drifts, key=drifts.get)
+        learnt += (
+            f" Kept what the statistics cover: on average over them the changed layers' outputs move by "
+            f"at most {drifts[worst] ** 0.5:.2%} ({worst}), as predicted from the weights; nothing was "
+            "drawn to measure it."
+        )
+    elif settings.full_finetune:
+        learnt += " Only the null space of the statistics could change in the trained weights."
+    else:
+        learnt += " Nothing was constrained, so what the model knew may have changed."
+    if settings.full_finetune:
+        target = str(folder / "pipeline")
+        load = f"DiffusionPipeline.from_pretrained({target!r})"
+        return f"{learnt} Wrote {target}. Load it: {load}"
+    compare = _command(
+        "evaluate_nullspace",
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
+        lora=settings.output_dir,
+        knowledge_prompts=settings.knowledge_prompts or "PROMPTS_TO_KEEP.txt",
+        subject_prompt=settings.instance_prompt,
+        output_dir=folder / "evaluation",
+    )
+    return (
+        f"{learnt} Wrote {folder}. Load it: pipe.load_lora_weights({str(folder)!r}). Compare with the "
+        f"model as it was: {compare}"
+    )
+
+
+def network_words(settings: NoiseSettings, report: Mapping[str, Any]) -> str:
+    """Of a trained golden-noise network; arguments as `subject_words`."""
+    data = report["data"]
+    words = (
+        f"Trained {report['network']} on {_count(data['training_samples'], 'sample')} in "
+        f"{_run(settings, report)}."
+    )
+    last = report["validation"][-1] if report["validation"] else {}
+    figures = [
+        f"{name.removeprefix('validation_')} {value:.4g}"
+        for name, value in last.items()
+        if name.startswith("validation_relative") or name.startswith("validation_cosine")
+    ]
+    words += (
+        f" On held-out prompts: {', '.join(figures)} (relative squared error: 0 is perfect, 1 is the "
+        "noise as it is; cosine with the true change: 1 is perfect)."
+        if figures
+        else " Nothing was held out to measure it on."
+    )
+    folder = Path(settings.output_dir)
+    base = settings.pretrained_model_name_or_path or "BASE_MODEL"
+    compare = _command(
+        "evaluate_golden_noise",
+        pretrained_model_name_or_path=base,
+        noise_model=folder,
+        prompt_file="HELD_OUT_PROMPTS.txt",
+        reward="pickscore",
+        output_dir=folder / "evaluation",
+    )
+    return (
+        f"{words} Wrote {folder}. Load it: diffusers_ext.load_noise_model({str(folder)!r}). Compare with "
+        f"plain noise: {compare}"
+    )
+
+
+def eraser_words(settings: EraserSettings, report: Mapping[str, Any]) -> str:
+    """Of a trained eraser; arguments as `subject_words`."""
+    counts = {name: len(prompts) for name, prompts in report["prompts"].items()}
+    folder = Path(settings.output_dir)
+    compare = _command(
+        "evaluate_eraser",
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
+        eraser=folder,
+        evaluation_prompts="PROMPTS.csv",
+        judge="JUDGE",
+        output_dir=folder / "evaluation",
+    )
+    return (
+        f"Trained to erase {settings.target_concept!r} on {_count(counts['target'], 'prompt')} that ask for "
+        f"it and to keep {counts['preserved']} others, in {_run(settings, report)}; whether it does is not "
+        f"measured yet. Wrote {folder}. Load it: diffusers_ext.load_eraser(pipe, {str(folder)!r}). "
+        f"Compare with the model as it was: {compare}"
+    )
+
+
+def statistics_words(settings: CollectionSettings, prompts: int, seconds: float) -> str:
+    """Of collected statistics."""
+    folder = Path(settings.output_dir)
+    train = _command(
+        "train_nullspace_dreambooth",
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
+        statistics=folder,
+        instance_data_dir="PICTURES",
+        instance_prompt="a photo of sks",
+        output_dir="SUBJECT",
+    )
+    return (
+        f"Measured what the model reads for {_count(prompts, 'prompt')} in {_time(seconds)}: it stays "
+        f"wherever these statistics constrain a training. Wrote {folder}. Load it: diffusers_ext."
+        f"FeatureStatistics.from_pretrained({str(folder)!r}). Train a subject under it: {train}"
+    )
+
+
+def pairs_words(settings: PairSettings) -> str:
+    """How to load made noise pairs and what to do with them."""
+    train = _command(
+        "train_npnet",
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
+        dataset_dir=settings.output_dir,
+        output_dir="NETWORK",
+    )
+    return (
+        f"Load them: diffusers_ext.PairDataset({settings.output_dir!r}). Train a network: {train}"
+    )
+
+
+def _run(settings: TrainingSettings, report: Mapping[str, Any]) -> str:
+    words = f"{_count(settings.max_train_steps, 'step')} ({_time(report['seconds'])}"
+    losses = [row["loss"] for row in report["history"] if "loss" in row]
+    return f"{words}, loss {losses[0]:.4g} to {losses[-1]:.4g})" if losses else f"{words})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _command(script: str, **flags: Any) -> str:
+    given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+    return f"python training/{script}.py {given}"
 
 
 __all__ = ["check_output_dir", "clear_output_dir", "one_run_a_folder", "staged_output"]

@@ -1,8 +1,4 @@
-"""From settings classes to command lines: the parser of a class, over the YAML file of `--config`.
-
-`transformers.HfArgumentParser` would take seconds to import, and it gives every flag a twin with dashes
-and every switch a negation and a value; flags that may be repeated it has not.
-"""
+"""From settings classes to command lines: the parser of a class, over the YAML file of `--config`."""
 
 from __future__ import annotations
 

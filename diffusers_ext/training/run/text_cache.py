@@ -14,7 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import snapshot_download
 
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
-from diffusers_ext.core.run_settings import ModelSettings
+from diffusers_ext.core.settings import ModelSettings
 from diffusers_ext.core.tensor_files import open_tensors
 from diffusers_ext.families.base_source import (
     config_place,

@@ -11,9 +11,9 @@ import torch
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file, save, save_file
 
-from diffusers_ext.eraser.files import formats as eraser_files
-from diffusers_ext.eraser.files.formats import read_eraser
-from diffusers_ext.eraser.files.load import load_eraser
+from diffusers_ext.eraser import formats as eraser_files
+from diffusers_ext.eraser.formats import read_eraser
+from diffusers_ext.eraser.files import load_eraser
 from tests.eraser.legacy_fixture import FOLDER
 from tests.eraser.saved_erasers import saved_eraser
 from tests.tiny_cogvideox import tiny_transformer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
-from diffusers_ext.eraser.masks.attention import concept_attention
+from diffusers_ext.eraser.concept_attention import concept_attention
 from tests.eraser.plain_attention import TEXT, VIDEO, plain_maps, rotary
 from tests.in_a_thread import in_a_thread
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer

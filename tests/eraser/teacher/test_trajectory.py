@@ -5,7 +5,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_ext.eraser.masks.attention import concept_attention
+from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.teacher.trajectory import (
     AttentionRequest,
     count_steps,

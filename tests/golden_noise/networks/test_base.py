@@ -7,7 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from huggingface_hub import ModelCard
 
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.networks.loading import load_noise_model
+from diffusers_ext.golden_noise.networks.base import load_noise_model
 from tests.golden_noise.golden_pipelines import NETWORKS
 from tests.golden_noise.shared_facts import NETWORK_FACTS, RESULT
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
-from diffusers_ext.golden_noise.networks.loading import NETWORK_MODULES, load_noise_model
+from diffusers_ext.golden_noise.networks.base import (NETWORK_MODULES, load_noise_model)
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer

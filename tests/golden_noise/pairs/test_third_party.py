@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
-from diffusers_ext.golden_noise.pairs.third_party import ThirdPartyPairDataset
+from diffusers_ext.golden_noise.pairs.dataset import ThirdPartyPairDataset
 
 
 SHAPE = (4, 8, 8)

@@ -1,1 +1,0 @@
-"""Files of erasers: formats, reading, writing."""

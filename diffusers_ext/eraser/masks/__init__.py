@@ -1,1 +1,0 @@
-"""Where a concept shows in a video, read from attention."""

@@ -1,1 +1,0 @@
-"""Models that say what a video shows."""
