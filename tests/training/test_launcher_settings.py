@@ -16,7 +16,10 @@ ERASER = (
     "--pretrained_model_name_or_path m --target_concept dog --prompts_file p "
     "--preserved_concepts_file k --output_dir o"
 )
-EVALUATION = "--pretrained_model_name_or_path m --evaluation_prompts p --judge clip --output_dir o"
+EVALUATION = (
+    "--pretrained_model_name_or_path m --eraser e --evaluation_prompts p --judge nudenet "
+    "--output_dir o"
+)
 PAIRS = "--prompt_file p --output_dir o"
 SCRIPTS = (
     (train_cogvideox_eraser, ERASER),

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.lora import lora_linears, preservation_penalty
@@ -138,7 +137,6 @@ def test_the_price_of_drift_is_added_to_the_loss(
         lambda model, batch, generator: {"loss": torch.tensor(2.0)},
         statistics,
         10.0,
-        Accelerator(cpu=True),
     )
     found = loss(pipeline.unet, [], torch.Generator())
     penalty = preservation_penalty(pipeline.unet, statistics)
