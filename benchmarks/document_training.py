@@ -16,8 +16,8 @@ from benchmarks.document_recipe import (
     document_loss,
     noised_randomness,
 )
-from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.concept_masks import mask_to_latents
+from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.families.registry import find_family

@@ -28,8 +28,7 @@ from benchmarks.erasure_tables import erasure_tables
 from benchmarks.machine import write_results
 from benchmarks.revival_of_digits import measure_revival
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.eraser.files import load_eraser
-from diffusers_ext.eraser.files import save_eraser
+from diffusers_ext.eraser.files import load_eraser, save_eraser
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from examples.digits.prompts import DIGITS
 from examples.moving_digits.check_model import draw, load_pipeline

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffusers_ext.core.names import (by_name, imported_name)
+from diffusers_ext.core.names import by_name, imported_name
 from diffusers_ext.documented_names import ALIASES, missing_name
 
 

@@ -14,11 +14,11 @@ from diffusers_ext.core.sources import refuse_checkpoint
 from diffusers_ext.core.tensor_files import open_tensors
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.card import eraser_card, facts_of_config
-from diffusers_ext.eraser.formats import (FILE_NAMES, FORMATS, read_eraser)
+from diffusers_ext.eraser.formats import FILE_NAMES, FORMATS, read_eraser
 from diffusers_ext.evaluation.measured_results import measured_results
 from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.golden_noise.card import GOLDEN_PIPELINES, network_card
-from diffusers_ext.golden_noise.networks.base import (NETWORK_MODULES, load_noise_model)
+from diffusers_ext.golden_noise.networks.base import NETWORK_MODULES, load_noise_model
 from diffusers_ext.golden_noise.pairs.dataset import CLASS_NAME as PAIRS
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.hub import Measured

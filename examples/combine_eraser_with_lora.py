@@ -15,7 +15,7 @@ from diffusers import CogVideoXPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from diffusers_ext import load_eraser, render_clips
-from diffusers_ext.evaluation.report_files import (KeptClip, clip_sheet, write_clip)
+from diffusers_ext.evaluation.report_files import KeptClip, clip_sheet, write_clip
 from examples.arguments import DEVICE, DTYPE, read_arguments
 
 

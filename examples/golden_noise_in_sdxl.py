@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 import diffusers_ext
 from diffusers_ext import NPNet, load_noise_model
-from diffusers_ext.evaluation.report_files import (SheetRow, picture_sheet)
+from diffusers_ext.evaluation.report_files import SheetRow, picture_sheet
 from examples.arguments import DEVICE, DTYPE, read_arguments
 
 

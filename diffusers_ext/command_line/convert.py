@@ -42,8 +42,8 @@ def add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
 def run_eraser(args: argparse.Namespace) -> Outcome:
     """Read, check, write; no base model is needed."""
     from diffusers_ext.core.result_folder import staged_output
-    from diffusers_ext.eraser.formats import (FORMATS, check_eraser_folder)
     from diffusers_ext.eraser.files import convert_eraser
+    from diffusers_ext.eraser.formats import FORMATS, check_eraser_folder
 
     config_name, _ = FORMATS[args.format]
     check_eraser_folder(Path(args.destination), args.format)

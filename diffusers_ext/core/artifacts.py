@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import logging
 import os
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-import hashlib
-import logging
-import tempfile
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
-import torch
 from safetensors.torch import save
 from torch.nn import Module
+
 from diffusers_ext.core.sources import CONFIG_NAME, artifact_file, check_download_arguments
 from diffusers_ext.core.tensor_files import (
     CONFIG_DIGEST,

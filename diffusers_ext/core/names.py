@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
-from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 def by_name(modules: Mapping[str, str]) -> dict[str, str]:

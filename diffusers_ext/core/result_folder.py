@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.core.artifacts import full_disk_named
+from diffusers_ext.core.artifacts import full_disk_named, write_atomically
 
 
 RESULT_LIST = ".result.json"

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar
-from diffusers_ext.core.names import did_you_mean
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
+
+from diffusers_ext.core.names import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import httpx
-from huggingface_hub.utils._http import default_client_factory, hf_request_event_hook
-import re
-from collections.abc import Iterator, Mapping
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx
+from huggingface_hub.utils._http import default_client_factory, hf_request_event_hook
+
 from diffusers_ext.core.names import check_keywords
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffusers_ext.core.names import (by_name, imported_name)
+from diffusers_ext.core.names import by_name, imported_name
 
 
 _SOURCES = by_name(

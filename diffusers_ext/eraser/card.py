@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.eraser.legacy import (StateDict, eraser_shape)
+from diffusers_ext.eraser.legacy import StateDict, eraser_shape
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.hub.card import Card, make_card
 

@@ -10,9 +10,15 @@ become 1, others 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from diffusers_ext.eraser.concept_attention import (agreement_weights, concept_attention, head_correlations)
+
+from diffusers_ext.eraser.concept_attention import (
+    agreement_weights,
+    concept_attention,
+    head_correlations,
+)
 from diffusers_ext.eraser.teacher.trajectory import frozen_teacher
 from diffusers_ext.families.velocity import Velocity
 

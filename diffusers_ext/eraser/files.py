@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+
 from diffusers_ext.core.sources import check_download_arguments
-from diffusers_ext.eraser.adapter.config import EraserConfig, transformer_width
+from diffusers_ext.core.tensor_files import FLOATING
+from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, EraserConfig, transformer_width
 from diffusers_ext.eraser.adapter.layer import check_scale
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
-from diffusers_ext.eraser.legacy import (PARTS, StateDict, check_fit, layer_name)
-from diffusers_ext.eraser.formats import (EraserFile, read_eraser)
-from diffusers_ext.families.registry import denoisers_of, find_family, match_family
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from diffusers_ext.core.tensor_files import FLOATING
-from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, EraserConfig
 from diffusers_ext.eraser.card import eraser_card, facts_of_config
-from diffusers_ext.eraser.legacy import (EraserShape, StateDict)
-from diffusers_ext.eraser.formats import (FILE_NAMES, check_eraser_folder, check_eraser_tensors, described, eraser_contents, read_eraser, write_eraser_files)
 from diffusers_ext.eraser.concept_attention import find_joint_attentions
+from diffusers_ext.eraser.formats import (
+    FILE_NAMES,
+    EraserFile,
+    check_eraser_folder,
+    check_eraser_tensors,
+    described,
+    eraser_contents,
+    read_eraser,
+    write_eraser_files,
+)
+from diffusers_ext.eraser.legacy import PARTS, EraserShape, StateDict, check_fit, layer_name
+from diffusers_ext.families.registry import denoisers_of, find_family, match_family
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import push_folder, split_arguments
 

@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
+
 from diffusers_ext.core.artifacts import with_sorted_metadata, write_atomically
 from diffusers_ext.core.sources import check_download_arguments, files_on_hub, refuse_checkpoint
 from diffusers_ext.core.tensor_files import (
@@ -28,7 +30,15 @@ from diffusers_ext.core.tensor_files import (
 )
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.eraser.legacy import (LEGACY_TYPE, PEFT_PREFIX, EraserShape, StateDict, eraser_shape, from_legacy, to_legacy)
+from diffusers_ext.eraser.legacy import (
+    LEGACY_TYPE,
+    PEFT_PREFIX,
+    EraserShape,
+    StateDict,
+    eraser_shape,
+    from_legacy,
+    to_legacy,
+)
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import import_class
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
 import torch
+
 from diffusers_ext.core.tensor_files import FLOATING
 from diffusers_ext.families.registry import families_of
 

@@ -12,12 +12,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from diffusers_ext.core.settings import (WITHOUT_IT, ModelSettings, ReportingSettings, TrainingRunSettings, TrainingSettings)
 from diffusers_ext.core.settings import (
     COUNT,
     SHARE,
+    WITHOUT_IT,
+    ModelSettings,
+    ReportingSettings,
     Rule,
     Settings,
+    TrainingRunSettings,
+    TrainingSettings,
     as_in,
     required,
     setting,

@@ -12,8 +12,15 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from diffusers_ext.evaluation.erasure_summary import ALL, BASE, summarize_group
-from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
-from diffusers_ext.evaluation.report_files import (KeptClip, clip_sheet, write_clip)
+from diffusers_ext.evaluation.report_files import (
+    KeptClip,
+    SavedReport,
+    clip_sheet,
+    markdown_table,
+    number_cell,
+    spoken,
+    write_clip,
+)
 
 
 _MOST_READINGS = 4

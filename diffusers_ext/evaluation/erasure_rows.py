@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+
 from diffusers_ext.evaluation.erasure_summary import BASE
 from diffusers_ext.evaluation.rendering import image_seed
 from diffusers_ext.evaluation.report_files import KeptClip

@@ -6,11 +6,13 @@ import logging
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
 from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.core.sources import check_download_arguments
 

@@ -13,9 +13,17 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_ext.evaluation.features import with_floor
-from diffusers_ext.evaluation.features import FeatureExtractor, check_images
-from diffusers_ext.evaluation.paired_comparison import (SIDES, Instruments, Judge, KeptPair, PairedFigures, Scorer, extract_features, pixel_drift)
+from diffusers_ext.evaluation.features import FeatureExtractor, check_images, with_floor
+from diffusers_ext.evaluation.paired_comparison import (
+    SIDES,
+    Instruments,
+    Judge,
+    KeptPair,
+    PairedFigures,
+    Scorer,
+    extract_features,
+    pixel_drift,
+)
 from diffusers_ext.evaluation.rendering import (
     Draw,
     Sampling,
@@ -27,8 +35,14 @@ from diffusers_ext.evaluation.rendering import (
     shots_of,
     to_images,
 )
-from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
-from diffusers_ext.evaluation.report_files import (SheetRow, sheet_of_sides)
+from diffusers_ext.evaluation.report_files import (
+    SavedReport,
+    SheetRow,
+    markdown_table,
+    number_cell,
+    sheet_of_sides,
+    spoken,
+)
 from diffusers_ext.nullspace.prompts import check_prompts, unique
 
 

@@ -9,8 +9,14 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from diffusers_ext.evaluation.noise_summary import STANDARD, KeptPictures
-from diffusers_ext.evaluation.report_files import SavedReport, markdown_table, number_cell, spoken
-from diffusers_ext.evaluation.report_files import (SheetRow, sheet_of_sides)
+from diffusers_ext.evaluation.report_files import (
+    SavedReport,
+    SheetRow,
+    markdown_table,
+    number_cell,
+    sheet_of_sides,
+    spoken,
+)
 
 
 _MEBIBYTE = 2**20

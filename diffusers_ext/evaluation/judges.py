@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import Any
-import numpy as np
-import torch
-from PIL import Image
-from diffusers_ext.rewards.clip import CLIPReward
 import importlib.metadata
 import importlib.util
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusers_ext.rewards.clip import CLIPReward
 
 
 class CLIPDetector:

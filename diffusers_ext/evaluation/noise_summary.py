@@ -18,12 +18,12 @@ from diffusers_ext.evaluation.paired_comparison import (
     bootstrap_interval,
     compare_pairs,
     expected_best,
+    extract_features,
     group_indices,
     mean_pairwise_distance,
 )
-from diffusers_ext.evaluation.paired_comparison import extract_features
 from diffusers_ext.evaluation.rendering import Shot
-from diffusers_ext.evaluation.report_files import (KEPT_PER_PROMPT, thumbnail)
+from diffusers_ext.evaluation.report_files import KEPT_PER_PROMPT, thumbnail
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics, radial_spectrum
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
-import torch
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
+
 from diffusers_ext.evaluation.features import FeatureExtractor
 from diffusers_ext.evaluation.rendering import Shot, to_images
-from diffusers_ext.evaluation.report_files import (KEPT_PER_PROMPT, thumbnail)
+from diffusers_ext.evaluation.report_files import KEPT_PER_PROMPT, thumbnail
 
 
 _CHUNK = 2_000_000  # draws at once, so that a bootstrap needs little memory

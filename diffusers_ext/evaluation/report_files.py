@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import io
+import json
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
 import numpy as np
 from diffusers.utils import export_to_video
 from PIL import Image, ImageDraw, ImageFont
-from diffusers_ext.core.pictures import rgb_picture
-import csv
-import io
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
-from PIL import Image
+
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.core.text_files import read_json
 
 

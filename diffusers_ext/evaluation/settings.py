@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from diffusers_ext.core.settings import (WITHOUT_IT, ModelSettings, SamplingSettings)
 from diffusers_ext.core.settings import (
     COUNT,
     FINITE,
     NOT_NEGATIVE,
+    WITHOUT_IT,
+    ModelSettings,
     Rule,
+    SamplingSettings,
     Settings,
     as_in,
     at_least,

@@ -2,8 +2,8 @@
 
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.denoiser import encode_prompts
-from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer

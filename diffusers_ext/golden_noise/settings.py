@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from diffusers_ext.core.settings import (WITHOUT_IT, ModelSettings, ReportingSettings, RunSettings, SamplingSettings, TrainingRunSettings, TrainingSettings)
 from diffusers_ext.core.settings import (
     BELOW_ONE,
     COUNT,
     FINITE,
     NOT_NEGATIVE,
+    WITHOUT_IT,
+    ModelSettings,
+    ReportingSettings,
+    RunSettings,
+    SamplingSettings,
     Settings,
+    TrainingRunSettings,
+    TrainingSettings,
     as_in,
     required,
     setting,

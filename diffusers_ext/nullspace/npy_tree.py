@@ -26,7 +26,15 @@ from diffusers_ext.core.artifacts import fingerprint, write_atomically
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.nullspace.npy_tree_pictures import (MatrixFile, find_files, find_linear, find_run, read_matrix, read_metadata, safe_name)
+from diffusers_ext.nullspace.npy_tree_pictures import (
+    MatrixFile,
+    find_files,
+    find_linear,
+    find_run,
+    read_matrix,
+    read_metadata,
+    safe_name,
+)
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.slots import split_linear_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics

@@ -6,19 +6,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import numpy as np
 import torch
-from diffusers_ext.core.text_files import read_json
-from diffusers_ext.nullspace.slots import linear_name
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+
 from diffusers_ext.core.capture import natural_key
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.nullspace.attention_maps import AttentionMaps
 from diffusers_ext.nullspace.plots import (
     attention_limit,
@@ -30,7 +30,9 @@ from diffusers_ext.nullspace.plots import (
     shown_words,
 )
 from diffusers_ext.nullspace.projector import null_dimensions
+from diffusers_ext.nullspace.slots import linear_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_ext.core.settings import (WITHOUT_IT, ImageReportingSettings, ModelSettings, RunSettings, SamplingSettings, TrainingRunSettings)
 from diffusers_ext.core.settings import (
     BELOW_ONE,
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
+    WITHOUT_IT,
+    ImageReportingSettings,
+    ModelSettings,
     Rule,
+    RunSettings,
+    SamplingSettings,
     Settings,
+    TrainingRunSettings,
     as_in,
     required,
     setting,

@@ -1,6 +1,6 @@
 """What a run takes, before it is run."""
 
-from diffusers_ext.core.names import (by_name, imported_name)
+from diffusers_ext.core.names import by_name, imported_name
 
 
 _SOURCES = by_name({

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from typing import Any
+
 from diffusers_ext.planning.plan import GIB, RunPlan, plan_run
 
 

@@ -9,13 +9,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_ext.core.settings import (WITHOUT_IT, ModelSettings, ReportingSettings, SamplingSettings, TrainingSettings)
 from diffusers_ext.core.settings import (
     BELOW_ONE,
     COUNT,
     NOT_NEGATIVE,
+    WITHOUT_IT,
+    ModelSettings,
+    ReportingSettings,
     Rule,
+    SamplingSettings,
     Settings,
+    TrainingSettings,
     as_in,
     setting,
 )

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import html
+import importlib
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-import torch
-from transformers import CLIPConfig, CLIPModel
-from diffusers_ext.core.tensor_files import read_pickled_tensors, read_tensors
-import html
-import importlib
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+
 import numpy as np
+import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
 from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.core.sources import check_download_arguments, files_on_hub
+from diffusers_ext.core.tensor_files import read_pickled_tensors, read_tensors
 from diffusers_ext.rewards.clip import CLIPReward
 
 

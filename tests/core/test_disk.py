@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.core.artifacts import full_disk_named
+from diffusers_ext.core.artifacts import full_disk_named, write_atomically
 from diffusers_ext.core.result_folder import staged_output
 
 

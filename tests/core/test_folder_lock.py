@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.core.artifacts import (LOCK_NAME, folder_lock)
+from diffusers_ext.core.artifacts import LOCK_NAME, folder_lock
 
 
 HOLDER = """

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from diffusers_ext.eraser.files import load_eraser
-from diffusers_ext.eraser.files import save_eraser
+from diffusers_ext.eraser.files import load_eraser, save_eraser
 from tests.eraser.saved_erasers import make_eraser, run
 from tests.tiny_cogvideox import tiny_transformer
 

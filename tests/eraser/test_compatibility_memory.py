@@ -9,8 +9,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
-from diffusers_ext.eraser.files import load_eraser
-from diffusers_ext.eraser.files import save_eraser
+from diffusers_ext.eraser.files import load_eraser, save_eraser
 from tests.eraser.saved_erasers import run, saved_eraser
 from tests.tiny_cogvideox import tiny_transformer
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
-from diffusers_ext.eraser.files import load_eraser
-from diffusers_ext.eraser.files import save_eraser
+from diffusers_ext.eraser.files import load_eraser, save_eraser
 from tests.eraser.saved_erasers import run, saved_eraser
 from tests.eraser.test_compatibility import draw
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.evaluation.features import (coverage, distribution_metrics, frechet_distance, jensen_shannon, median_bandwidth, mmd, one_nearest_neighbour_accuracy, with_floor)
+from diffusers_ext.evaluation.features import (
+    coverage,
+    distribution_metrics,
+    frechet_distance,
+    jensen_shannon,
+    median_bandwidth,
+    mmd,
+    one_nearest_neighbour_accuracy,
+    with_floor,
+)
 
 
 def normal(rows: int, dim: int, seed: int, shift: float = 0.0) -> torch.Tensor:

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 
 from diffusers_ext.evaluation.erasure_rows import (
+    clip_drift,
     clip_shots,
     find_concept_aspect,
     judge_facts,
     judged,
     list_aspects,
     measure_pairs,
+    motion,
 )
-from diffusers_ext.evaluation.erasure_rows import (clip_drift, motion)
 
 
 CLIPS = np.zeros((2, 3, 4, 4, 3), dtype=np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffusers_ext.evaluation.erasure_rows import judge_facts, judged
-from diffusers_ext.evaluation.judges import (LENIENT, NudeNetDetector)
+from diffusers_ext.evaluation.judges import LENIENT, NudeNetDetector
 
 
 class Session:

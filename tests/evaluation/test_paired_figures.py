@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_ext.evaluation.features import PixelFeatures
-from diffusers_ext.evaluation.paired_comparison import (Instruments, PairedFigures, diversity, feature_drift, pixel_drift)
+from diffusers_ext.evaluation.paired_comparison import (
+    Instruments,
+    PairedFigures,
+    diversity,
+    feature_drift,
+    pixel_drift,
+)
 from diffusers_ext.evaluation.rendering import Shot, shots_of
 
 

@@ -7,7 +7,14 @@ import pytest
 from PIL import Image
 
 from diffusers_ext.evaluation import report_files as module
-from diffusers_ext.evaluation.report_files import (KeptClip, SheetRow, check_clip_format, clip_sheet, picture_sheet, write_clip)
+from diffusers_ext.evaluation.report_files import (
+    KeptClip,
+    SheetRow,
+    check_clip_format,
+    clip_sheet,
+    picture_sheet,
+    write_clip,
+)
 
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)

@@ -3,7 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffusers_ext.evaluation.erasure_rows import (clip_drift, degenerate_clips, motion, spatial_correlation, temporal_smoothness)
+from diffusers_ext.evaluation.erasure_rows import (
+    clip_drift,
+    degenerate_clips,
+    motion,
+    spatial_correlation,
+    temporal_smoothness,
+)
 from examples.digits.pictures import real_digits
 from examples.moving_digits.clips import make_clip
 

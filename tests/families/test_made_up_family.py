@@ -9,8 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.adapter.model import register_eraser
-from diffusers_ext.eraser.files import load_eraser
-from diffusers_ext.eraser.files import save_eraser
+from diffusers_ext.eraser.files import load_eraser, save_eraser
 from diffusers_ext.eraser.losses import NegativelyGuidedVelocityLoss
 from diffusers_ext.eraser.teacher.teacher import teacher_velocities
 from diffusers_ext.families.registry import FAMILIES, find_family, match_family

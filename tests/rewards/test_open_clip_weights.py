@@ -5,7 +5,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from diffusers_ext.rewards.hpsv2 import (check_weights, load_open_clip, map_open_clip, read_checkpoint, vit_h_14_config)
+from diffusers_ext.rewards.hpsv2 import (
+    check_weights,
+    load_open_clip,
+    map_open_clip,
+    read_checkpoint,
+    vit_h_14_config,
+)
 from tests.rewards.hpsv2_fixtures import read_json, tiny_checkpoint, tiny_config
 
 

@@ -8,7 +8,14 @@ from argparse import Namespace
 import pytest
 
 import diffusers_ext
-from diffusers_ext.training.run.script import (directions_words, eraser_words, network_words, pairs_words, statistics_words, subject_words)
+from diffusers_ext.training.run.script import (
+    directions_words,
+    eraser_words,
+    network_words,
+    pairs_words,
+    statistics_words,
+    subject_words,
+)
 
 
 ARGS = Namespace(

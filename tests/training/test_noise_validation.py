@@ -9,7 +9,11 @@ from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseMo
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
 from diffusers_ext.training.golden_noise.data import NoiseSamples
-from diffusers_ext.training.golden_noise.result import (NoiseValidation, averaged_weights, measure_pairs)
+from diffusers_ext.training.golden_noise.result import (
+    NoiseValidation,
+    averaged_weights,
+    measure_pairs,
+)
 from tests.training.noise_sets import PROMPTS, write_noises
 
 

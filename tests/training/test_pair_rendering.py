@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
-from diffusers_ext.core.settings import (ModelSettings, SamplingSettings)
+from diffusers_ext.core.settings import ModelSettings, SamplingSettings
 from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.training.golden_noise.rendering import latent_shape, load_base_pipeline, render

@@ -13,8 +13,13 @@ from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
 from diffusers_ext.training.nullspace import subject
-from diffusers_ext.training.nullspace.run import (settle_resolution, subject_settings)
-from diffusers_ext.training.nullspace.run import check_args, main, parse_args
+from diffusers_ext.training.nullspace.run import (
+    check_args,
+    main,
+    parse_args,
+    settle_resolution,
+    subject_settings,
+)
 from diffusers_ext.training.run.setup import run_facts
 from examples.digits.check_model import load_pipeline
 from tests.tiny_digits import random_digits_pipeline

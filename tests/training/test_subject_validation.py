@@ -9,8 +9,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from diffusers_ext.training.nullspace.run import Validation
-from diffusers_ext.training.nullspace.run import parse_args
+from diffusers_ext.training.nullspace.run import Validation, parse_args
 from examples.digits.check_model import load_pipeline
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.training.eraser.data import (list_videos, read_video)
+from diffusers_ext.training.eraser.data import list_videos, read_video
 
 
 def moving_square(num_frames=5, height=24, width=32):

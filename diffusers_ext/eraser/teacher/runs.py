@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.seeds import stream_generator, stream_seed
-from diffusers_ext.eraser.concept_masks import (concept_head_weights, weighted_attention_mask)
+from diffusers_ext.eraser.concept_masks import concept_head_weights, weighted_attention_mask
 from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT, Row
 from diffusers_ext.eraser.teacher.trajectory import (
     AttentionRequest,

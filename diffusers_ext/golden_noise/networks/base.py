@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.sources import refuse_checkpoint
 from diffusers_ext.core.tensor_files import check_regular_file
-from diffusers_ext.golden_noise.networks.files import read_network_config
-from collections.abc import Callable
-import torch
-from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.golden_noise.card import network_card
 from diffusers_ext.golden_noise.networks.files import CheckedWeights, read_network_config
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum

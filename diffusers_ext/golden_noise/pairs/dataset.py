@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
+
 import numpy as np
 import torch
-from torch.utils.data import Dataset
-from diffusers_ext.core.tensor_files import check_regular_file, read_pickled_tensors
-from diffusers_ext.core.text_files import parse_json
-from diffusers_ext.core.text_tables import read_csv, read_text_lines
-import logging
-from collections.abc import Sequence
-from typing import Any, TypedDict
 from safetensors import safe_open
+from torch.utils.data import Dataset
+
 from diffusers_ext.core.artifacts import CONFIG_NAME
-from diffusers_ext.core.tensor_files import check_config_digest, check_format_version
-from diffusers_ext.core.text_files import read_json
+from diffusers_ext.core.tensor_files import (
+    check_config_digest,
+    check_format_version,
+    check_regular_file,
+    read_pickled_tensors,
+)
+from diffusers_ext.core.text_files import parse_json, read_json
+from diffusers_ext.core.text_tables import read_csv, read_text_lines
 from diffusers_ext.golden_noise.pairs.hub import download_pairs, push_pairs
 from diffusers_ext.golden_noise.pairs.shards import (
     TENSOR,

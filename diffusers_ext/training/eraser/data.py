@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
+from typing import Any, NamedTuple
+
 import numpy as np
+import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import load_video
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
 from diffusers_ext.core.pictures import (
     FoundFiles,
     is_hidden,
@@ -17,14 +26,6 @@ from diffusers_ext.core.pictures import (
     rgb_picture,
     why_no_picture,
 )
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-import torch
-from diffusers import DiffusionPipeline
-from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.batch import EraserText

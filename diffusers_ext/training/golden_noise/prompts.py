@@ -18,8 +18,17 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.result_folder import check_no_file
-from diffusers_ext.core.settings import (A_FOLDER, SEED, ModelSettings)
-from diffusers_ext.core.settings import COUNT, Rule, Settings, as_in, required, setting
+from diffusers_ext.core.settings import (
+    A_FOLDER,
+    COUNT,
+    SEED,
+    ModelSettings,
+    Rule,
+    Settings,
+    as_in,
+    required,
+    setting,
+)
 from diffusers_ext.core.text_tables import one_line, read_csv, read_text_lines
 from diffusers_ext.training.run.script import run_script
 from diffusers_ext.training.run.settings import parse_settings

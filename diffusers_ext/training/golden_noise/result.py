@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from diffusers_ext.golden_noise.card import network_card
 from diffusers_ext.golden_noise.losses import (
     ChangeFigures,
     change_figures,
@@ -17,11 +21,8 @@ from diffusers_ext.golden_noise.losses import (
     relative_error,
     sequence_inputs,
 )
-from diffusers_ext.golden_noise.text_cache import NetworkText
-import json
-from collections.abc import Callable, Mapping, Sequence
-from diffusers_ext.golden_noise.card import network_card
 from diffusers_ext.golden_noise.settings import NoiseSettings
+from diffusers_ext.golden_noise.text_cache import NetworkText
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.licence import public_name

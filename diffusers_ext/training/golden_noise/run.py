@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import torch
-from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
-from diffusers_ext.golden_noise.networks.base import load_noise_model
-from diffusers_ext.golden_noise.networks.npnet import NPNet
-from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
-from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
-from diffusers_ext.golden_noise.settings import NoiseSettings
-from diffusers_ext.golden_noise.text_cache import TextCache
-from collections.abc import Callable
-from dataclasses import dataclass
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
+
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.settings import NoiseSettings
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
 from diffusers_ext.training.golden_noise.data import (
     NoiseSamples,
@@ -30,15 +30,16 @@ from diffusers_ext.training.golden_noise.data import (
     split_by_prompt,
 )
 from diffusers_ext.training.golden_noise.result import (
+    Measure,
+    NoiseValidation,
     network_report,
     publish_network,
     save_network,
     trained_network_card,
 )
-from diffusers_ext.training.golden_noise.result import (Measure, NoiseValidation)
 from diffusers_ext.training.run.checkpoints import Checkpoints
-from diffusers_ext.training.run.script import network_words
 from diffusers_ext.training.run.loop import LossFunction, TrainingLoop
+from diffusers_ext.training.run.script import network_words
 from diffusers_ext.training.run.setup import (
     check_resume,
     loop_settings,

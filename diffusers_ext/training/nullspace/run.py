@@ -8,36 +8,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
-from diffusers_ext.core.artifacts import CONFIG_NAME
+
+from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
 from diffusers_ext.core.noise_schedules import check_min_snr, training_schedule
-from diffusers_ext.core.pictures import read_picture
+from diffusers_ext.core.pictures import find_pictures, read_picture
 from diffusers_ext.nullspace.lora import check_lora_config
+from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.prompts import check_prompt_length
 from diffusers_ext.nullspace.settings import NullSpaceSettings
 from diffusers_ext.nullspace.slots import find_linears
-from diffusers_ext.training.nullspace.captions import subject_prompts
-from diffusers_ext.training.nullspace.pictures import (
-    draw_images,
-    list_images,
-    own_resolution,
-    sampling_arguments,
-)
-from diffusers_ext.training.run.knowledge import read_knowledge
-import hashlib
-from collections.abc import Sequence
-from contextlib import nullcontext
-from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.pictures import find_pictures
-from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace.captions import (
     caption_facts,
@@ -46,7 +37,14 @@ from diffusers_ext.training.nullspace.captions import (
     tell_of_captions,
     warn_of_missing_words,
 )
-from diffusers_ext.training.nullspace.pictures import encode_images, list_images, with_prompts
+from diffusers_ext.training.nullspace.pictures import (
+    draw_images,
+    encode_images,
+    list_images,
+    own_resolution,
+    sampling_arguments,
+    with_prompts,
+)
 from diffusers_ext.training.nullspace.subject import (
     files_for_programs,
     keep_rule,
@@ -55,11 +53,15 @@ from diffusers_ext.training.nullspace.subject import (
     save_result,
 )
 from diffusers_ext.training.run.checkpoints import Checkpoints
-from diffusers_ext.training.run.script import (directions_words, subject_words)
-from diffusers_ext.training.run.config_file import read_nullbooth_block
+from diffusers_ext.training.run.config_file import NULL_SPACE_RUNS, read_nullbooth_block
 from diffusers_ext.training.run.knowledge import load_or_collect, load_pipeline, read_knowledge
 from diffusers_ext.training.run.loop import TrainingLoop
-from diffusers_ext.training.run.script import one_run_a_folder, run_script
+from diffusers_ext.training.run.script import (
+    directions_words,
+    one_run_a_folder,
+    run_script,
+    subject_words,
+)
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
     WEIGHT_DTYPES,
@@ -72,7 +74,6 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
-from diffusers_ext.training.run.config_file import NULL_SPACE_RUNS
 from diffusers_ext.training.run.upload import (
     card_record,
     check_login,
@@ -231,8 +232,6 @@ def _side_by_side(images: list[Image.Image]) -> Image.Image:
         sheet.paste(image, (left, 0))
         left += image.width
     return sheet
-
-
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> NullSpaceSettings:

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers_ext.core.names import did_you_mean
+from diffusers_ext.core.settings import Settings, setting_names
+from diffusers_ext.core.text_files import read_yaml
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.evaluation.settings import (
     ErasureSettings,
@@ -15,14 +24,6 @@ from diffusers_ext.golden_noise.settings import (
     SequenceNetworkSettings,
 )
 from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
-import argparse
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-from diffusers_ext.core.names import did_you_mean
-from diffusers_ext.core.settings import Settings, setting_names
-from diffusers_ext.core.text_files import read_yaml
 
 
 NULL_SPACE_RUNS = (NullSpaceSettings, CollectionSettings, ForgettingSettings)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-from diffusers_ext.core.settings import TrainingSettings
-from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.golden_noise.settings import NoiseSettings, PairSettings
-from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 import argparse
 import contextlib
 import functools
 import io
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
+
 from accelerate.utils.environment import get_int_from_env
+
 from diffusers_ext.core.artifacts import folder_lock
-from diffusers_ext.core.sources import one_try_to_connect
 from diffusers_ext.core.result_folder import check_no_result, remove_result, staged_output
-from diffusers_ext.core.settings import (ModelSettings, RunSettings)
-from diffusers_ext.core.settings import Settings, flag_name
+from diffusers_ext.core.settings import (
+    ModelSettings,
+    RunSettings,
+    Settings,
+    TrainingSettings,
+    flag_name,
+)
+from diffusers_ext.core.sources import one_try_to_connect
+from diffusers_ext.eraser.recipe import EraserSettings
+from diffusers_ext.golden_noise.settings import NoiseSettings, PairSettings
+from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints, remove_checkpoint
 from diffusers_ext.training.run.command_lines import (
     TRACEBACK_FLAG,

@@ -15,8 +15,13 @@ from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 
-from diffusers_ext.core.settings import (PRECISIONS, ModelSettings, RunSettings, TrainingRunSettings)
-from diffusers_ext.core.settings import named_values
+from diffusers_ext.core.settings import (
+    PRECISIONS,
+    ModelSettings,
+    RunSettings,
+    TrainingRunSettings,
+    named_values,
+)
 from diffusers_ext.training.run.checkpoint_files import (
     check_no_checkpoints,
     check_same_facts,

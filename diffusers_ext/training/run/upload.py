@@ -12,8 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from diffusers_ext.core.pipelines import plain_class_name
-from diffusers_ext.core.settings import RunSettings
-from diffusers_ext.core.settings import Settings, named_values
+from diffusers_ext.core.settings import RunSettings, Settings, named_values
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.licence import find_licence, named_licence, public_name
 from diffusers_ext.hub.push import check_card, make_repository, push_folder

@@ -12,8 +12,7 @@ import torch
 from peft import get_peft_model
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.eraser.files import load_eraser
-from diffusers_ext.eraser.files import save_eraser
+from diffusers_ext.eraser.files import load_eraser, save_eraser
 from tests.eraser.saved_erasers import make_eraser, run, saved_eraser
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 

@@ -6,8 +6,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from huggingface_hub import ModelCard
 
-from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from tests.golden_noise.golden_pipelines import NETWORKS
 from tests.golden_noise.shared_facts import NETWORK_FACTS, RESULT
 

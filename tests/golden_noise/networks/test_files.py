@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diffusers_ext
-from diffusers_ext.golden_noise.networks.files import read_network_config
 from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.networks.files import read_network_config
 from tests.golden_noise.golden_pipelines import NETWORKS
 from tests.golden_noise.networks.test_base import assert_equal, small
 from tests.golden_noise.shared_facts import upload_base

@@ -7,9 +7,12 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
-from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.networks.base import (
+    NETWORK_MODULES,
+    GoldenNoiseNetwork,
+    load_noise_model,
+)
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
-from diffusers_ext.golden_noise.networks.base import (NETWORK_MODULES, load_noise_model)
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer

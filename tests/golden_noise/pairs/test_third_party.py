@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.pairs.dataset import open_pairs
-from diffusers_ext.golden_noise.pairs.dataset import ThirdPartyPairDataset
+from diffusers_ext.golden_noise.pairs.dataset import ThirdPartyPairDataset, open_pairs
 
 
 SHAPE = (4, 8, 8)

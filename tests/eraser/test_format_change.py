@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusers_ext.eraser.formats import (FORMATS, read_eraser)
-from diffusers_ext.eraser.files import load_eraser
-from diffusers_ext.eraser.files import convert_eraser
+from diffusers_ext.eraser.files import convert_eraser, load_eraser
+from diffusers_ext.eraser.formats import FORMATS, read_eraser
 from tests.eraser.saved_erasers import run, saved_eraser
 from tests.tiny_cogvideox import tiny_transformer
 

@@ -5,8 +5,19 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.eraser.concept_attention import (agreement_weights, concept_attention, head_correlations)
-from diffusers_ext.eraser.concept_masks import (concept_head_weights, concept_mask, mask_to_latents, normalize_attention, velocity_difference, velocity_mask)
+from diffusers_ext.eraser.concept_attention import (
+    agreement_weights,
+    concept_attention,
+    head_correlations,
+)
+from diffusers_ext.eraser.concept_masks import (
+    concept_head_weights,
+    concept_mask,
+    mask_to_latents,
+    normalize_attention,
+    velocity_difference,
+    velocity_mask,
+)
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer, tiny_video_pipeline

@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.concept_attention import (agreement_weights, attention_mass, head_correlations, standardize)
+from diffusers_ext.eraser.concept_attention import (
+    agreement_weights,
+    attention_mass,
+    head_correlations,
+    standardize,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

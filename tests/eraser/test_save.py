@@ -12,9 +12,8 @@ from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors import safe_open
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.files import eraser_tensors, load_eraser, save_eraser
 from diffusers_ext.eraser.formats import read_eraser
-from diffusers_ext.eraser.files import (eraser_tensors, load_eraser)
-from diffusers_ext.eraser.files import save_eraser
 from tests.eraser.saved_erasers import make_eraser, run
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 from tests.tiny_lora import add_random_lora

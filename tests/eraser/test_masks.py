@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.concept_masks import (mask_to_latents, normalize_attention, velocity_difference, velocity_mask)
+from diffusers_ext.eraser.concept_masks import (
+    mask_to_latents,
+    normalize_attention,
+    velocity_difference,
+    velocity_mask,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,8 +12,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file, save, save_file
 
 from diffusers_ext.eraser import formats as eraser_files
-from diffusers_ext.eraser.formats import read_eraser
 from diffusers_ext.eraser.files import load_eraser
+from diffusers_ext.eraser.formats import read_eraser
 from tests.eraser.legacy_fixture import FOLDER
 from tests.eraser.saved_erasers import saved_eraser
 from tests.tiny_cogvideox import tiny_transformer
