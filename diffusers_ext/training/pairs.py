@@ -42,10 +42,10 @@ from diffusers_ext.training.golden_noise.rendering import (
     read_prompt_file,
 )
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
-from diffusers_ext.training.run.config_file import GOLDEN_NOISE_RUNS
 from diffusers_ext.training.run.script import one_run_a_folder, pairs_words, run_script
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
+from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
 from diffusers_ext.training.run.upload import check_login
 
 

@@ -44,7 +44,6 @@ from diffusers_ext.training.eraser.text import (
     settle_anchor,
 )
 from diffusers_ext.training.run.checkpoints import Checkpoints
-from diffusers_ext.training.run.config_file import ERASER_RUNS
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import eraser_words, one_run_a_folder, run_script
 from diffusers_ext.training.run.settings import parse_settings
@@ -58,6 +57,7 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
+from diffusers_ext.training.run.shared_file import ERASER_RUNS
 from diffusers_ext.training.run.upload import card_record, check_login
 
 

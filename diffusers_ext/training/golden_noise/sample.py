@@ -26,7 +26,6 @@ from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.settings import GoldenSampleSettings
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
-from diffusers_ext.training.run.config_file import GOLDEN_NOISE_RUNS
 from diffusers_ext.training.run.script import (
     check_output_dir,
     one_run_a_folder,
@@ -35,6 +34,7 @@ from diffusers_ext.training.run.script import (
 )
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
+from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
 
 
 logger = get_logger(__name__)

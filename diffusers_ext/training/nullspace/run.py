@@ -53,7 +53,7 @@ from diffusers_ext.training.nullspace.subject import (
     save_result,
 )
 from diffusers_ext.training.run.checkpoints import Checkpoints
-from diffusers_ext.training.run.config_file import NULL_SPACE_RUNS, read_nullbooth_block
+from diffusers_ext.training.run.config_file import read_nullbooth_block
 from diffusers_ext.training.run.knowledge import load_or_collect, load_pipeline, read_knowledge
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import (
@@ -74,6 +74,7 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
+from diffusers_ext.training.run.shared_file import NULL_SPACE_RUNS
 from diffusers_ext.training.run.upload import (
     card_record,
     check_login,

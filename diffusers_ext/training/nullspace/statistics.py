@@ -39,7 +39,7 @@ from diffusers_ext.nullspace.settings import CollectionSettings
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
-from diffusers_ext.training.run.config_file import NULL_SPACE_RUNS, read_nullbooth_block
+from diffusers_ext.training.run.config_file import read_nullbooth_block
 from diffusers_ext.training.run.knowledge import (
     collect,
     decode_in_pipeline_dtype,
@@ -55,6 +55,7 @@ from diffusers_ext.training.run.script import (
 )
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
+from diffusers_ext.training.run.shared_file import NULL_SPACE_RUNS
 from diffusers_ext.training.run.upload import (
     check_login,
     collection_card,

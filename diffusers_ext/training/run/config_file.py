@@ -11,30 +11,6 @@ from typing import Any
 from diffusers_ext.core.names import did_you_mean
 from diffusers_ext.core.settings import Settings, setting_names
 from diffusers_ext.core.text_files import read_yaml
-from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.evaluation.settings import (
-    ErasureSettings,
-    ForgettingSettings,
-    GoldenNoiseEvaluationSettings,
-)
-from diffusers_ext.golden_noise.settings import (
-    GoldenSampleSettings,
-    PairNetworkSettings,
-    PairSettings,
-    SequenceNetworkSettings,
-)
-from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
-
-
-NULL_SPACE_RUNS = (NullSpaceSettings, CollectionSettings, ForgettingSettings)
-GOLDEN_NOISE_RUNS = (
-    PairSettings,
-    PairNetworkSettings,
-    SequenceNetworkSettings,
-    GoldenSampleSettings,
-    GoldenNoiseEvaluationSettings,
-)
-ERASER_RUNS = (EraserSettings, ErasureSettings)
 
 
 _FROM_THE_WEIGHTS = "nothing: the network's form is read from its file"
