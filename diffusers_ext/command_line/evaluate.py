@@ -77,7 +77,7 @@ class Evaluation:
         return parse_args, one_run_a_folder(self._launched)
 
     def _runs(self) -> Sequence[type[Settings]]:
-        from diffusers_ext.training.run import config_file as shared_file
+        from diffusers_ext.training.run import shared_file
 
         return getattr(shared_file, self.shared)
 

@@ -56,6 +56,7 @@ def add_component(pipeline_class: type, name: str, kind: Any) -> None:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
         component = given.arguments.pop(name, None)
         plain_args, plain_kwargs = given.args[1:], given.kwargs
         super(pipeline_class, self).__init__(*plain_args, **plain_kwargs)
