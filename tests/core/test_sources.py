@@ -34,7 +34,10 @@ def test_files_and_folders(folder):
     assert lora_file(str(folder), "pytorch_lora_weights.safetensors") == file
 
 
-def test_what_is_not_there(folder, hub):
+def test_what_is_not_there(folder, hub, tmp_path_factory, monkeypatch):
+    inner = tmp_path_factory.mktemp("empty") / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)  # neither here nor above lies what is named below
     with pytest.raises(ValueError, match="must hold x.safetensors, got none. Name it with"):
         lora_file(str(folder), "x.safetensors")
     for source in ("./nowhere", "nowhere", "some/file.safetensors", "a/b/c", "a b/c", "../a"):
