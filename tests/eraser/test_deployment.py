@@ -22,7 +22,11 @@ def test_a_pipeline_for_each_thread_around_one_model(tmp_path):
     erased = draw(pipeline)
 
     def request(off: bool) -> torch.Tensor:
-        own = type(pipeline).from_pipe(pipeline, scheduler=copy.deepcopy(pipeline.scheduler))
+        own = type(pipeline).from_pipe(
+            pipeline,
+            scheduler=copy.deepcopy(pipeline.scheduler),
+            tokenizer=copy.deepcopy(pipeline.tokenizer),  # a fast one keeps its padding as state
+        )
         own.set_progress_bar_config(disable=True)
         if not off:
             return draw(own)
