@@ -4,6 +4,14 @@
         --caption_column caption --output_dir data --output_filename pickapic_prompts.txt
 """
 
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
 from diffusers_ext.training.golden_noise.prompts import main, parse_args
 from diffusers_ext.training.run.script import run_script
 

@@ -6,6 +6,14 @@
         --guidance_scale 1.5 --output_dir outputs/pairs
 """
 
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
 from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.training.pairs import main, parse_args
 from diffusers_ext.training.run.script import run_script

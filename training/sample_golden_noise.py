@@ -5,6 +5,14 @@
         --generate_standard --num_inference_steps 6 --guidance_scale 1.5 --output_dir outputs/samples
 """
 
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
 from diffusers_ext.golden_noise.settings import GoldenSampleSettings
 from diffusers_ext.training.golden_noise.sample import main, parse_args
 from diffusers_ext.training.run.script import run_script

@@ -7,6 +7,14 @@
         --train_batch_size 16 --max_train_steps 400 --output_dir outputs/eraser
 """
 
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.training.eraser.train import main, parse_args
 from diffusers_ext.training.run.script import run_script

@@ -5,6 +5,14 @@
         --dataset_dir outputs/sequences --use_ema --output_dir outputs/sequence_transformer
 """
 
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
 from diffusers_ext.golden_noise.settings import SequenceNetworkSettings
 from diffusers_ext.training.noise import main
 from diffusers_ext.training.noise import parse_sequence_args as parse_args

@@ -6,6 +6,14 @@
         --knowledge_prompts knowledge.txt --resolution 32 --output_dir outputs/subject
 """
 
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
 from diffusers_ext.nullspace.settings import NullSpaceSettings
 from diffusers_ext.training.nullspace.run import main, parse_args
 from diffusers_ext.training.run.script import run_script

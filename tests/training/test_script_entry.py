@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
 import subprocess
 import sys
 
@@ -88,3 +89,15 @@ def test_a_script_as_its_users_start_it(tmp_path):
         "--pretrained_model_name_or_path", "--knowledge_prompts", "--output_dir",
     }  # fmt: skip
     assert "usage" not in run.stderr
+
+
+def test_scripts_find_the_repository_from_any_folder(subtests, monkeypatch, tmp_path):
+    """Also what a flag names there, such as `examples.digits.rewards:DigitsReward`."""
+    monkeypatch.chdir(tmp_path)
+    scripts = [p for p in (REPOSITORY / "training").glob("*.py") if "run_script(" in p.read_text()]
+    assert len(scripts) == 12
+    for script in scripts:
+        with subtests.test(script=script.name):
+            monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(REPOSITORY)])
+            runpy.run_path(str(script))
+            assert str(REPOSITORY) in sys.path
