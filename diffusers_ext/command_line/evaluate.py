@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from diffusers_ext.training.run.settings import (
     file_flags,
     parse_settings,
     required_names,
+    settings_of,
     settings_parser,
 )
 
@@ -93,8 +94,7 @@ class Evaluation:
         return file_flags(parser, words, self.settings_class, self.read_block, self._runs())
 
     def _run(self, args: argparse.Namespace) -> Outcome:
-        names = [one.name for one in fields(self.settings_class)]
-        settings = self.settings_class(**{name: getattr(args, name) for name in names})
+        settings: Any = settings_of(args, self.settings_class)
         if settings.allow_tf32:
             import torch
 

@@ -8,7 +8,7 @@ their clips takes minutes.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -284,14 +284,3 @@ class EraserSettings(
                 "`auto_preserved_concepts` must be given, got none. Name what the model must keep, or "
                 "set `--preservation_weight 0` to keep nothing."
             )
-
-
-# What pretrained models take where nothing is given.
-REAL_MODEL_DEFAULTS: dict[str, Any] = {
-    **asdict(EraserTraining()),
-    **{
-        one.name: one.default
-        for one in fields(EraserSettings)
-        if one.name in {of.name for of in fields(EraserTraining)} and one.default is not None
-    },
-}

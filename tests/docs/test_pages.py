@@ -10,8 +10,9 @@ from functools import cache
 import pytest
 
 from diffusers_ext.core.settings import flag_name
-from diffusers_ext.eraser.recipe import REAL_MODEL_DEFAULTS, EraserTraining
+from diffusers_ext.eraser.recipe import EraserTraining
 from tests.docs.snippets import PAGES, ROOT, snippets
+from tests.eraser.real_model_defaults import REAL_MODEL_DEFAULTS
 
 
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from diffusers_ext.eraser.recipe import REAL_MODEL_DEFAULTS, EraserTraining
+from diffusers_ext.eraser.recipe import EraserTraining
+from tests.eraser.real_model_defaults import REAL_MODEL_DEFAULTS
 
 
 def test_the_defaults_of_real_models_are_a_recipe():

@@ -1,4 +1,4 @@
-"""What came of a pair generation, in one JSON file, and the error where nothing did."""
+"""Noise pairs from prompts, batch by batch; then a report of what came of it, and the upload."""
 
 from __future__ import annotations
 

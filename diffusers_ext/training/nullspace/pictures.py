@@ -1,4 +1,4 @@
-"""DreamBooth's data for Stable Diffusion and SDXL: cached latents, a frozen text encoder."""
+"""DreamBooth's pictures and prompts for Stable Diffusion and SDXL: read, encoded once, drawn."""
 
 from __future__ import annotations
 

@@ -79,9 +79,8 @@ def collection_facts(
         "guidance_scale", "statistics_batch_size", "seed",
     )  # fmt: skip
     facts = {name: getattr(settings, name) for name in names}
-    if (
-        getattr(settings, "single_file_config", None) is not None
-    ):  # of progress written before there was none
+    # Left out without one, as in progress that was written before there was this setting.
+    if settings.single_file_config is not None:
         facts["single_file_config"] = settings.single_file_config
     facts["knowledge_prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     facts["num_processes"] = num_processes

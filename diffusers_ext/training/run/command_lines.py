@@ -1,4 +1,4 @@
-"""Errors that tell the user what to change; all others are defects and keep their traceback."""
+"""Command lines of scripts and console: a parser and errors of one line, which tell the user what to change."""
 
 from __future__ import annotations
 

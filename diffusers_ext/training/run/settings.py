@@ -75,6 +75,11 @@ def parse_settings(
         _reader(settings_class, read_block),
         shared,
     )
+    return settings_of(args, settings_class)
+
+
+def settings_of(args: argparse.Namespace, settings_class: type[SettingsType]) -> SettingsType:
+    """The settings that parsed flags of a class stand for."""
     return settings_class(
         **{one.name: getattr(args, flag_name(one)) for one in fields(settings_class)}
     )

@@ -1,4 +1,4 @@
-"""The upload of what the null-space scripts make, with its model card."""
+"""The upload of what a run makes: what is asked before it begins, and the cards of the null-space scripts."""
 
 from __future__ import annotations
 
