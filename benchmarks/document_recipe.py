@@ -77,7 +77,7 @@ def document_loss(
         student(x_t, t, target)
     predicted = student(x_t, t, target)
     v_concept, v_uncond = student(x_t, t, target), student(x_t, t, negative)
-    v_negative = v_uncond + recipe.negative_guidance * (v_uncond - v_concept)
+    v_negative = v_uncond + recipe.guidance_scale * (v_uncond - v_concept)
     spatial = to_latents(mask)
     unlearning = ((predicted - v_negative) ** 2 * spatial).mean()
     with torch.no_grad():
