@@ -2,10 +2,10 @@
 
 python benchmarks/concept_mask_on_moving_digits.py
 
-Real clips are encoded and noised; the model reads them with their prompts, where the digit's word
-is the concept, "digit" the anchor. The true region is each token's share of pixels with ink. Soft
-masks are compared by sum(min) / sum(max); hard ones (threshold chosen on other clips) with the
-tokens that have ink on a quarter of their pixels or more. The boxes are chosen on the clips that are measured.
+Real clips are encoded and noised; the model reads them with their prompts, where the digit's word is the concept,
+"digit" the anchor. The true region is each token's share of pixels with ink. Soft masks are compared by sum(min) /
+sum(max); hard ones (threshold chosen on other clips) with the tokens that have ink on a quarter of their pixels or
+more. The boxes are chosen on the clips that are measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
@@ -32,7 +31,6 @@ from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.check_model import load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
 from examples.moving_digits.prompts import NEUTRAL_DIGIT, PROMPT_LENGTH, TEMPLATES
-
 
 TIMESTEPS = (50, 150, 250, 400, 550, 700, 850, 950)
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -126,20 +124,14 @@ def centred_boxes() -> list[torch.Tensor]:
     """Boxes of every size in pixels, averaged over the tokens; `(1, frames', rows, columns)`."""
     distance = (torch.arange(CANVAS) + 0.5 - CANVAS / 2).abs()
     sides = [(distance <= size / 2).float() for size in range(2, CANVAS + 1)]
-    return [
-        pool((rows[:, None] * columns).expand(1, NUM_FRAMES, -1, -1))
-        for rows in sides
-        for columns in sides
-    ]
+    return [pool((rows[:, None] * columns).expand(1, NUM_FRAMES, -1, -1)) for rows in sides for columns in sides]
 
 
 def best_box(region: torch.Tensor) -> Measured:
     """The best soft and the best hard figure that any box reaches on these clips."""
     boxes = [box.expand_as(region) for box in centred_boxes()]
     best = max(boxes, key=lambda box: soft_overlap(box, region))
-    hard = max(
-        hard_overlap(box, region, level) for box in boxes for level in (0.01, 0.25, 0.5, 0.75)
-    )
+    hard = max(hard_overlap(box, region, level) for box in boxes for level in (0.01, 0.25, 0.5, 0.75))
     soft = soft_overlap(best, region)
     return Measured(soft, hard, None, area_under_curve(best, region), [soft] * len(TIMESTEPS))
 
@@ -192,9 +184,7 @@ class MaskMaker:
 
 def best_threshold(masks: list[torch.Tensor], region: torch.Tensor) -> float:
     """The threshold with the largest mean overlap over the timesteps."""
-    overlap: Callable[[float], float] = lambda level: sum(
-        hard_overlap(mask, region, level) for mask in masks
-    )
+    overlap: Callable[[float], float] = lambda level: sum(hard_overlap(mask, region, level) for mask in masks)
     return max(THRESHOLDS, key=overlap)
 
 

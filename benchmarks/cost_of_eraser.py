@@ -15,18 +15,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before the profiler is loaded
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.eraser_inference import inference_costs, sampling_cost
-from benchmarks.eraser_steps import (
-    Subject,
-    digits_subject,
-    document_step,
-    medium_subject,
-    training_step,
-)
+from benchmarks.eraser_steps import Subject, digits_subject, document_step, medium_subject, training_step
 from benchmarks.machine import table, write_results
 from benchmarks.measured_memory import peak_bytes
 from benchmarks.timing import compare
@@ -37,7 +30,6 @@ from diffusers_ext.planning.models import BaseModel, Component, read_base_model
 from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.planning.tracing import fake_tensors, fill_with_fake_tensors
 from diffusers_ext.planning.work import Work, trace_work
-
 
 MIB, GIB = 2**20, 2**30
 STEPS = {
@@ -154,8 +146,7 @@ def tables(results: dict[str, Any]) -> str:
         for r in results["agreement"]
     ]
     inference = [
-        [r["what"], f"{r['median']:.3f}", f"{r['lowest']:.3f} to {r['highest']:.3f}"]
-        for r in results["inference"]
+        [r["what"], f"{r['median']:.3f}", f"{r['lowest']:.3f} to {r['highest']:.3f}"] for r in results["inference"]
     ]
     inference.append(["5b at 49x480x720, FLOPs", f"{results['flop_ratio']:.4f}", "counted"])
     five_b = [

@@ -13,14 +13,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
 from benchmarks.real_sizes import SDXL, build, call_inputs
 from benchmarks.timing import seconds
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
-
 
 STEPS = 50  # with guidance, each is two samples through the UNet
 

@@ -2,9 +2,9 @@
 
 python benchmarks/cost_of_npnet.py
 
-The straightforward form below follows the published code's structure with its parameter names: a
-float32 decomposition, Swin with rolled maps and windows cut out and put back, `F.linear`
-everywhere. The published script runs it with gradients on; both ways are measured.
+The straightforward form below follows the published code's structure with its parameter names: a float32
+decomposition, Swin with rolled maps and windows cut out and put back, `F.linear` everywhere. The published script runs
+it with gradients on; both ways are measured.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ import torch.nn.functional as F
 from diffusers.models.normalization import AdaGroupNorm
 from torch import nn
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
 from benchmarks.timing import Ratio, compare
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.npnet_weights import convert_npnet
-
 
 WINDOW = 7
 LIMIT = 0.5
@@ -106,10 +104,7 @@ class PlainStage(nn.Module):
         super().__init__()
         self.downsample = None
         if merge:
-            parts = {
-                "norm": nn.LayerNorm(2 * dim),
-                "reduction": nn.Linear(2 * dim, dim, bias=False),
-            }
+            parts = {"norm": nn.LayerNorm(2 * dim), "reduction": nn.Linear(2 * dim, dim, bias=False)}
             self.downsample = nn.ModuleDict(parts)
         shifts = [3 * (i % 2) if size > WINDOW else 0 for i in range(depth)]
         self.blocks = nn.Sequential(*(PlainBlock(dim, heads, size, s) for s in shifts))
@@ -143,17 +138,11 @@ class PlainNPNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.unet_embedding = nn.ModuleDict(
-            {
-                "upconv": nn.Conv2d(7, 4, 1),
-                "downconv": nn.Conv2d(4, 3, 1),
-                "swin": plain_swin(),
-            }
+            {"upconv": nn.Conv2d(7, 4, 1), "downconv": nn.Conv2d(4, 3, 1), "swin": plain_swin()}
         )
 
         def mlp(*dims: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Linear(dims[0], dims[1]), nn.ReLU(), nn.Linear(dims[1], dims[2])
-            )
+            return nn.Sequential(nn.Linear(dims[0], dims[1]), nn.ReLU(), nn.Linear(dims[1], dims[2]))
 
         self.unet_svd = nn.ModuleDict(
             {

@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
 from benchmarks.measured_memory import peak_bytes
 from benchmarks.planned_runs import IN_MEMORY, RUNS, PlannedRun
 from diffusers_ext.planning import RunPlan, plan_run
-
 
 MIB, KIB = 2**20, 2**10
 LIMIT = 0.15

@@ -19,7 +19,6 @@ from peft import LoraConfig
 from torch.utils.data import TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
@@ -35,7 +34,6 @@ from diffusers_ext.training.nullspace.pictures import encode_condition
 from examples.digits.check_model import load_pipeline
 from examples.digits.prompts import make_tokenizer
 from examples.digits.subjects import INSTANCE_PROMPTS, knowledge_prompts
-
 
 FEATURES = ("q", "out")
 
@@ -80,23 +78,10 @@ def trajectory_cost(pipeline: StableDiffusionPipeline, prompts: list[str], pairs
             for start in range(0, len(asked), size):
                 batch = asked[start : start + size]
                 seeds = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
-                pipeline(
-                    batch,
-                    negative_prompt=[""] * len(batch),
-                    generator=seeds,
-                    output_type="latent",
-                    **run,
-                )
+                pipeline(batch, negative_prompt=[""] * len(batch), generator=seeds, output_type="latent", **run)
 
     def collect() -> None:
-        collect_statistics(
-            pipeline,
-            asked[1:],
-            features=FEATURES,
-            batch_size=size,
-            show_progress=False,
-            **run,
-        )
+        collect_statistics(pipeline, asked[1:], features=FEATURES, batch_size=size, show_progress=False, **run)
 
     return compare(collect, denoise, pairs)
 
@@ -108,9 +93,7 @@ def training_steps(null_space: bool, batch_size: int = 8) -> Callable[[], None]:
     prompt = next(iter(INSTANCE_PROMPTS.values()))
     if null_space:
         statistics = collect_statistics(pipeline, knowledge_prompts())
-        add_null_space_lora(
-            pipeline.unet, statistics, instance_prompts=[prompt], pipeline=pipeline, rank=8
-        )
+        add_null_space_lora(pipeline.unet, statistics, instance_prompts=[prompt], pipeline=pipeline, rank=8)
     else:
         targets = set(find_linears(pipeline.unet, ("k", "v")))
         pipeline.unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=targets))
@@ -173,10 +156,7 @@ def main(input_args: list[str] | None = None) -> None:
             text_cost(pipeline, prompts, 8 * args.pairs),  # a tenth of a second each
             1.05,
         ),
-        "q/out statistics / denoising run (digits)": (
-            trajectory_cost(pipeline, prompts[:16], args.pairs),
-            1.10,
-        ),
+        "q/out statistics / denoising run (digits)": (trajectory_cost(pipeline, prompts[:16], args.pairs), 1.10),
         "null-space step / plain LoRA step (digits, rank 8)": (
             compare(training_steps(True), training_steps(False), 2 * args.pairs),
             1.03,
@@ -189,8 +169,7 @@ def main(input_args: list[str] | None = None) -> None:
     ]
     text = table(["ratio of time", "median", "range", "limit"], rows)
     sizes = table(
-        ["prompts (q/out)", *map(str, memory)],
-        [["peak memory, MiB", *(f"{peak:.0f}" for peak in memory.values())]],
+        ["prompts (q/out)", *map(str, memory)], [["peak memory, MiB", *(f"{peak:.0f}" for peak in memory.values())]]
     )
     results = {
         "ratios": {name: {**r._asdict(), "limit": limit} for name, (r, limit) in ratios.items()},

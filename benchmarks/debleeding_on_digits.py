@@ -13,20 +13,13 @@ from typing import Any
 
 import numpy as np
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
 from diffusers_ext import FeatureStatistics, collect_statistics, debleed_lora
 from examples.digits.check_model import draw, load_pipeline
 from examples.digits.judge import DigitsJudge
-from examples.digits.prompts import (
-    HELD_OUT_PAIRS,
-    HELD_OUT_TEMPLATE,
-    TEMPLATES,
-    TRAINING_PAIRS,
-    prompt_pairs,
-)
+from examples.digits.prompts import HELD_OUT_PAIRS, HELD_OUT_TEMPLATE, TEMPLATES, TRAINING_PAIRS, prompt_pairs
 from examples.digits.subjects import (
     INSTANCE_PROMPTS,
     PLAIN_FLAGS,
@@ -36,14 +29,12 @@ from examples.digits.subjects import (
     train_subject,
 )
 
-
 GLYPH = "triangle"
 DAMPINGS = (1e-3, 10.0, 100.0)
 STRICTNESSES = (1.0, 3.0, 10.0, 30.0, 100.0)
 GROUPS = {
     "known": prompt_pairs(TEMPLATES[0], TRAINING_PAIRS),
-    "held_out": prompt_pairs(TEMPLATES[0], HELD_OUT_PAIRS)
-    + prompt_pairs(HELD_OUT_TEMPLATE, TRAINING_PAIRS),
+    "held_out": prompt_pairs(TEMPLATES[0], HELD_OUT_PAIRS) + prompt_pairs(HELD_OUT_TEMPLATE, TRAINING_PAIRS),
 }
 
 

@@ -37,9 +37,7 @@ class DocumentRecipe:
     localization_weight: float = 1.0
 
 
-def _mask(
-    student: CogVideoXVelocity, x_t: torch.Tensor, text: torch.Tensor, token_mask: torch.Tensor
-) -> torch.Tensor:
+def _mask(student: CogVideoXVelocity, x_t: torch.Tensor, text: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
     """Attention to the concept, `(batch, tokens, 1)` in [0, 1]; each clip's own range."""
     with concept_attention(student.transformer, token_mask) as attention:
         student(x_t, torch.zeros(len(x_t), dtype=torch.long, device=x_t.device), text)
@@ -92,10 +90,7 @@ def document_loss(
 
 
 def noised_randomness(
-    shape: tuple[int, ...],
-    alphas_cumprod: torch.Tensor,
-    t: torch.Tensor,
-    generator: torch.Generator,
+    shape: tuple[int, ...], alphas_cumprod: torch.Tensor, t: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
     """Random "clean" latents with random noise at `t`: a normal distribution at every timestep."""
     clean, noise = (torch.randn(shape, generator=generator) for _ in range(2))

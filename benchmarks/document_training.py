@@ -10,12 +10,7 @@ from accelerate import Accelerator
 from diffusers import CogVideoXPipeline
 from torch.utils.data import Dataset
 
-from benchmarks.document_recipe import (
-    DocumentRecipe,
-    DocumentTexts,
-    document_loss,
-    noised_randomness,
-)
+from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_loss, noised_randomness
 from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
@@ -26,7 +21,6 @@ from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES
 from examples.moving_digits.erasers import RECIPE, others_of
 from examples.moving_digits.prompts import PROMPT_LENGTH
-
 
 _BATCH = 4  # the document's; rank, rate and steps are those of this project's recipe
 
@@ -44,9 +38,7 @@ class _Numbers(Dataset):
 def _texts(pipeline: CogVideoXPipeline, target: str) -> tuple[DocumentTexts, int]:
     """The bare concept, its negation, and every preserved concept by itself."""
     prompts = [target, f"not {target}", *others_of(target)]
-    embeds = encode_video_prompts(
-        pipeline.tokenizer, pipeline.text_encoder, prompts, PROMPT_LENGTH
-    ).detach()
+    embeds = encode_video_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, PROMPT_LENGTH).detach()
     tokens = concept_token_mask(pipeline.tokenizer, [target], target, PROMPT_LENGTH)
     return DocumentTexts(embeds[:1], embeds[1:2], embeds[2:], tokens), len(prompts) - 2
 
@@ -55,24 +47,18 @@ def train_document_eraser(pipeline: CogVideoXPipeline, target: str) -> float:
     """Train; the eraser stays in the pipeline. Returns seconds."""
     original = copy.deepcopy(pipeline)
     size = (NUM_FRAMES, CANVAS, CANVAS)
-    shape = find_family(pipeline, "eraser").latent_shape(
-        pipeline.transformer.config, pipeline.vae.config, *size
-    )
+    shape = find_family(pipeline, "eraser").latent_shape(pipeline.transformer.config, pipeline.vae.config, *size)
     grid = find_family(pipeline, "eraser").token_grid(pipeline.transformer.config, shape)
     texts, num_preserved = _texts(pipeline, target)
     parameters = add_eraser(pipeline.transformer, RECIPE)
     teacher, student = (CogVideoXVelocity.from_pipeline(p, *size) for p in (original, pipeline))
     alphas = pipeline.scheduler.alphas_cumprod
 
-    def loss_function(
-        model: torch.nn.Module, batch: list[int], generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
+    def loss_function(model: torch.nn.Module, batch: list[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
         t = torch.randint(1000, (_BATCH,), generator=generator)
         x_t = noised_randomness((_BATCH, *shape), alphas, t, generator)
         pick = int(torch.randint(num_preserved, (), generator=generator))
-        chosen = DocumentTexts(
-            texts.target, texts.negative, texts.preserved[pick : pick + 1], texts.token_mask
-        )
+        chosen = DocumentTexts(texts.target, texts.negative, texts.preserved[pick : pick + 1], texts.token_mask)
 
         def to_latents(mask: torch.Tensor) -> torch.Tensor:
             return mask_to_latents(mask[..., 0].unflatten(1, grid), shape)

@@ -28,8 +28,7 @@ def inference_costs(
     erased.transformer.eval()
     subject.pipeline.transformer.eval()
     with_eraser, without = (
-        CogVideoXVelocity.from_pipeline(pipeline, *subject.size)
-        for pipeline in (erased, subject.pipeline)
+        CogVideoXVelocity.from_pipeline(pipeline, *subject.size) for pipeline in (erased, subject.pipeline)
     )
     found = []
     for count in rows:

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
-from benchmarks.document_recipe import (
-    DocumentRecipe,
-    DocumentTexts,
-    document_loss,
-    noised_randomness,
-)
+from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_loss, noised_randomness
 from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.recipe import EraserTraining
@@ -23,7 +18,6 @@ from diffusers_ext.families.registry import find_family
 from diffusers_ext.training.eraser.data import ClipSize, EraserData
 from diffusers_ext.training.eraser.run import add_eraser, make_step
 from examples.moving_digits.check_model import load_pipeline
-
 
 ETA = 1.0
 
@@ -53,9 +47,7 @@ class Subject:
         self.latents = find_family(pipeline, "eraser").latent_shape(
             pipeline.transformer.config, pipeline.vae.config, *size
         )
-        self.grid = find_family(pipeline, "eraser").token_grid(
-            pipeline.transformer.config, self.latents
-        )
+        self.grid = find_family(pipeline, "eraser").token_grid(pipeline.transformer.config, self.latents)
         self.gradient_checkpointing = gradient_checkpointing
         config = pipeline.transformer.config
         self.text = torch.randn(3, config.max_text_seq_length, config.text_embed_dim)
@@ -109,9 +101,7 @@ def medium_subject() -> Subject:
     return Subject("8 x 512", pipeline, ClipSize(9, 40, 40), rank=64, rows=1)
 
 
-def training_step(
-    subject: Subject, *, live_teacher: bool = False, localization: bool = False
-) -> Callable[[], None]:
+def training_step(subject: Subject, *, live_teacher: bool = False, localization: bool = False) -> Callable[[], None]:
     """A function that makes one step of this project's training.
 
     Args:
@@ -147,12 +137,8 @@ def training_step(
 def document_step(subject: Subject) -> Callable[[], None]:
     """A function that makes one step of the design document's training, on as many clips."""
     student = subject.student(EraserTraining(rank=subject.rank))
-    original, pipeline = (
-        CogVideoXVelocity.from_pipeline(p, *subject.size) for p in (subject.pipeline, student)
-    )
-    texts = DocumentTexts(
-        *(subject.text[i : i + 1] for i in range(3)), token_mask=subject.concept[:1]
-    )
+    original, pipeline = (CogVideoXVelocity.from_pipeline(p, *subject.size) for p in (subject.pipeline, student))
+    texts = DocumentTexts(*(subject.text[i : i + 1] for i in range(3)), token_mask=subject.concept[:1])
     optimizer = torch.optim.AdamW(subject.parameters)
     alphas = student.scheduler.alphas_cumprod
 

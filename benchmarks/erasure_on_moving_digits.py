@@ -2,8 +2,8 @@
 
 python benchmarks/erasure_on_moving_digits.py --work_dir outputs/erasure
 
-Everything made is kept in the work folder, and found there by the next call: several processes can share
-the work, each with its own `--targets`, and a last one with all of them writes the tables.
+Everything made is kept in the work folder, and found there by the next call: several processes can share the work,
+each with its own `--targets`, and a last one with all of them writes the tables.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.document_training import train_document_eraser
@@ -32,15 +31,8 @@ from diffusers_ext.eraser.files import load_eraser, save_eraser
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from examples.digits.prompts import DIGITS
 from examples.moving_digits.check_model import draw, load_pipeline
-from examples.moving_digits.erasers import (
-    RECIPE,
-    base_clips_of,
-    evaluate,
-    evaluation_groups,
-    train_digits_eraser,
-)
+from examples.moving_digits.erasers import RECIPE, base_clips_of, evaluate, evaluation_groups, train_digits_eraser
 from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT
-
 
 TARGETS = ("three", "seven", "eight", "red")
 _SCALES = (0.5, 1.3)
@@ -106,10 +98,7 @@ class Bench:
         prompts = groups["target"][:20]
         plain = draw(load_pipeline(), prompts, seed=0)
         pipeline.transformer.set_adapters(["default"], [0.0])
-        return {
-            **found,
-            "scale 0 is the base": bool((draw(pipeline, prompts, seed=0) == plain).all()),
-        }
+        return {**found, "scale 0 is the base": bool((draw(pipeline, prompts, seed=0) == plain).all())}
 
     def evaluate_document(self, target: str) -> dict[str, Any]:
         """Figures of the design document's recipe."""
@@ -140,11 +129,7 @@ class Bench:
         """Two erasers at once."""
         single = [evaluation_groups(word, num_preserved=240) for word in (first, second)]
         others = [p for p in single[0]["preserved"] if f" {second}" not in f" {p}"]
-        groups = {
-            "target": single[0]["target"][::2],
-            "preserved": others,
-            "second target": single[1]["target"][::2],
-        }
+        groups = {"target": single[0]["target"][::2], "preserved": others, "second target": single[1]["target"][::2]}
         pipeline = load_pipeline()
         for word in (first, second):
             load_eraser(pipeline, self.eraser(word, 0), adapter_name=word)
@@ -173,9 +158,7 @@ class Bench:
         digits = [target for target in targets if target in DIGITS]
         for i, first in enumerate(digits):
             for second in digits[i + 1 :]:
-                self.once(
-                    f"pair_{first}_{second}", lambda a=first, b=second: self.evaluate_pair(a, b)
-                )
+                self.once(f"pair_{first}_{second}", lambda a=first, b=second: self.evaluate_pair(a, b))
 
 
 def main(input_args: list[str] | None = None) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from benchmarks.machine import table
 from examples.digits.prompts import DIGITS
 
-
 Runs = dict[str, Any]
 _ROBUST = ("held-out template", "paraphrases")
 _ALL = "all"
@@ -26,9 +25,7 @@ def _rate(run: Runs, group: str, aspect: str, scale: float = 1.0) -> tuple[float
 
 def _aspects(target: str) -> tuple[str, tuple[str, ...]]:
     """The erased aspect, and those that must stay on all prompts."""
-    return (
-        ("digit", ("color", "direction")) if target in DIGITS else ("color", ("digit", "direction"))
-    )
+    return ("digit", ("color", "direction")) if target in DIGITS else ("color", ("digit", "direction"))
 
 
 def figures_of(run: Runs, target: str, scale: float = 1.0) -> dict[str, float]:
@@ -156,23 +153,12 @@ def erasure_tables(results: Runs, targets: list[str], seeds: int) -> str:
         table(HEADER, _main_rows(results, targets, seeds)),
         _scale_zero(results, targets),
         "What the target's prompts show instead:",
-        table(
-            ["erased", "read as", "with the design document's recipe"], _becomes(results, targets)
-        ),
+        table(["erased", "read as", "with the design document's recipe"], _becomes(results, targets)),
     ]
     if pairs := _pairs(results):
-        header = [
-            "erasers",
-            "first still read",
-            "second still read",
-            "other eight, base",
-            "other eight",
-        ]
+        header = ["erasers", "first still read", "second still read", "other eight, base", "other eight"]
         parts += ["Two erasers at once:", table(header, pairs)]
     if revivals := _revivals(results):
         shown = next(run["shown"] for name, run in results.items() if name.endswith("_revival"))
-        parts += [
-            "Target read after attempts to bring it back:",
-            table(["erased", *shown], revivals),
-        ]
+        parts += ["Target read after attempts to bring it back:", table(["erased", *shown], revivals)]
     return "\n\n".join(parts)

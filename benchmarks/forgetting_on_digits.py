@@ -20,7 +20,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
@@ -38,7 +37,6 @@ from examples.digits.subjects import (
     load_with_loras,
     train_subject,
 )
-
 
 PLAIN_RATES = ("1e-3", "3e-3", "1e-2")
 GLYPHS = tuple(INSTANCE_PROMPTS)
@@ -125,8 +123,7 @@ def summarize(seeds: list[dict[str, Figures]]) -> tuple[dict[str, Figures], str]
     }
     summary = {
         name: {
-            key: {"mean": float(np.mean([f[key] for f in runs])), "runs": [f[key] for f in runs]}
-            for key in runs[0]
+            key: {"mean": float(np.mean([f[key] for f in runs])), "runs": [f[key] for f in runs]} for key in runs[0]
         }
         for name, runs in columns.items()
     }
@@ -155,9 +152,7 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(input_args)
     threads = max(1, (os.cpu_count() or 1) // args.processes)
-    pool = ProcessPoolExecutor(
-        args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
-    )
+    pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
     with tempfile.TemporaryDirectory() as folder, pool:
         work = [Path(folder, str(seed)) for seed in range(args.seeds)]
         results = pool.map(run_seed, range(args.seeds), work, [args.pictures] * args.seeds)

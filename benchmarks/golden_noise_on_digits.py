@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
@@ -27,15 +26,8 @@ from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.evaluation.golden_noise_subjects import RedenoisedTarget
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from examples.digits.check_model import load_pipeline
-from examples.digits.golden_noise import (
-    GUIDANCE_SCALE,
-    HELD_OUT_PROMPTS,
-    NETWORKS,
-    make_pairs,
-    train_network,
-)
+from examples.digits.golden_noise import GUIDANCE_SCALE, HELD_OUT_PROMPTS, NETWORKS, make_pairs, train_network
 from examples.digits.rewards import DigitsReward, SecondDigitsReward
-
 
 Figures = dict[str, Any]
 _TARGETS = {"target of one step": 1, "target of five steps": 5}
@@ -63,10 +55,7 @@ def train_all(names: list[str], data: dict[str, Path], folder: Path, jobs: int) 
     threads = max(1, (os.cpu_count() or 1) // jobs)
     folders = {name: folder / name.replace(",", "").replace(" ", "_") for name in names}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        runs = [
-            pool.submit(train_one, name, data[NETWORKS[name][1]], folders[name], threads)
-            for name in names
-        ]
+        runs = [pool.submit(train_one, name, data[NETWORKS[name][1]], folders[name], threads) for name in names]
         for run in tqdm(runs, desc="networks"):
             run.result()
     return folders
@@ -78,9 +67,7 @@ def evaluate(folders: dict[str, Path], steps: int, pictures: int, work: Path) ->
     if path.is_file():
         return GoldenNoiseReport.from_json(path)
     pipeline = load_pipeline()
-    subjects: dict[str, Any] = {
-        name: RedenoisedTarget(pipeline, repeats) for name, repeats in _TARGETS.items()
-    }
+    subjects: dict[str, Any] = {name: RedenoisedTarget(pipeline, repeats) for name, repeats in _TARGETS.items()}
     subjects |= {name: load_noise_model(folder) for name, folder in folders.items()}
     report = evaluate_golden_noise(
         pipeline,

@@ -1,7 +1,7 @@
 """Plain LoRA fine-tuning of an erased CogVideoX on other clips: does the concept grow back?
 
-Fine-tuning on harmless data is known to bring erased concepts back; UnlearnDiffAtk (Zhang et al.
-2024, arXiv 2310.11868) and others judge erasers under it. LoRA: Hu et al. 2021, arXiv 2106.09685.
+Fine-tuning on harmless data is known to bring erased concepts back; UnlearnDiffAtk (Zhang et al. 2024, arXiv
+2310.11868) and others judge erasers under it. LoRA: Hu et al. 2021, arXiv 2106.09685.
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.eraser.velocity_losses import velocity_distance
 from diffusers_ext.families.velocity import Velocity
 
-
-ATTENTION_PROJECTIONS = tuple(
-    f"*transformer_blocks.*.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")
-)
+ATTENTION_PROJECTIONS = tuple(f"*transformer_blocks.*.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
 
 
 class FinetunedLora:
     """A LoRA that changes the transformer only while its context is open: `with lora: ...`.
 
-    `W x + b + (alpha / rank) B A x`, `A` uniform as Linear layers start, `B` zero, both float32.
-    It is added by hooks, so that modules, keys and other adapters are never touched. Fused projections
-    are refused: their single parts do not run.
+    `W x + b + (alpha / rank) B A x`, `A` uniform as Linear layers start, `B` zero, both float32. It is added by hooks,
+    so that modules, keys and other adapters are never touched. Fused projections are refused: their single parts do
+    not run.
     """
 
     def __init__(
@@ -47,9 +44,7 @@ class FinetunedLora:
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, got {rank}.")
         if any(getattr(module, "fused_projections", False) for module in model.modules()):
-            raise ValueError(
-                "`model` must not have fused projections, got some. Call `unfuse_qkv_projections`."
-            )
+            raise ValueError("`model` must not have fused projections, got some. Call `unfuse_qkv_projections`.")
         self.scale = alpha / rank
         self.losses: list[float] = []
         self.layers = find_modules(model, targets)
@@ -57,9 +52,7 @@ class FinetunedLora:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for name, layer in self.layers.items():
             if not hasattr(layer, "in_features"):
-                raise ValueError(
-                    f"`targets` must match Linear layers, got {name}, a {type(layer).__name__}."
-                )
+                raise ValueError(f"`targets` must match Linear layers, got {name}, a {type(layer).__name__}.")
             bound = 1 / math.sqrt(layer.in_features)
             down = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
             up = torch.zeros(layer.out_features, rank, device=device)
@@ -78,18 +71,13 @@ class FinetunedLora:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         while self._hooks:
             self._hooks.pop().remove()
 
     def _hook(self, down: torch.Tensor, up: torch.Tensor) -> Any:
-        def add(
-            layer: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
-        ) -> torch.Tensor:
+        def add(layer: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             change = args[0].to(down.dtype) @ down.T @ up.T
             return output + (self.scale * change).to(output.dtype)
 
@@ -113,15 +101,15 @@ def finetune_lora(
 ) -> FinetunedLora:
     """Train a LoRA with the model's own loss, `||v(x_t, c, t) - v||^2` at uniform timesteps, by AdamW.
 
-    Erasers stay on and fixed. The model is run in eval mode; its parameters, gradients, modes and
-    adapters stay as they are, and so does torch's random state. The LoRA is not in effect until its
-    context is opened; it carries the `losses`.
+    Erasers stay on and fixed. The model is run in eval mode; its parameters, gradients, modes and adapters stay as
+    they are, and so does torch's random state. The LoRA is not in effect until its context is opened; it carries the
+    `losses`.
 
     Args:
         velocity: of the transformer with its erasers.
         scheduler: the pipeline's, of prediction type `v_prediction`; adds the noise.
-        latents: `(clips, frames, channels, height, width)` of clean clips, scaled by the VAE's
-            factor, on the model's device.
+        latents: `(clips, frames, channels, height, width)` of clean clips, scaled by the VAE's factor, on the model's
+            device.
         prompt_embeds: `(clips, text, text_dim)`, their prompts.
     """
     if not len(latents) or len(latents) != len(prompt_embeds):
@@ -133,8 +121,7 @@ def finetune_lora(
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
     if scheduler.config.prediction_type != "v_prediction":
         raise ValueError(
-            "`scheduler` must be of prediction_type 'v_prediction', got "
-            f"{scheduler.config.prediction_type!r}."
+            f"`scheduler` must be of prediction_type 'v_prediction', got {scheduler.config.prediction_type!r}."
         )
     check_diffusion_levels(scheduler)
     scheduler = copy.deepcopy(scheduler)  # adding noise moves its tables

@@ -14,7 +14,6 @@ import torch
 
 from diffusers_ext.core.artifacts import write_atomically
 
-
 RESULTS_DIR = Path(__file__).parent / "results"
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
@@ -23,26 +22,16 @@ from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import redenoise_sequence
 from diffusers_ext.rewards.reward import Reward
-from diffusers_ext.training.golden_noise.pairs import (
-    Candidate,
-    PairMaker,
-    PairSettings,
-    list_candidates,
-)
+from diffusers_ext.training.golden_noise.pairs import Candidate, PairMaker, PairSettings, list_candidates
 from diffusers_ext.training.golden_noise.rendering import latent_shape
 from examples.digits.check_model import load_pipeline
 from examples.digits.prompts import TEMPLATES, TRAINING_PAIRS, prompt_pairs
 from examples.digits.rewards import DigitsReward
 
-
-SETTINGS = PairSettings(
-    prompt_file="of no file", output_dir="none", num_inference_steps=6, guidance_scale=1.5
-)
+SETTINGS = PairSettings(prompt_file="of no file", output_dir="none", num_inference_steps=6, guidance_scale=1.5)
 
 
-def one_by_one(
-    pipeline: DiffusionPipeline, reward: Reward, candidates: Sequence[Candidate]
-) -> list[float]:
+def one_by_one(pipeline: DiffusionPipeline, reward: Reward, candidates: Sequence[Candidate]) -> list[float]:
     """The gains of pairs made as scripts usually do: each alone, its pictures one after another."""
     shape = latent_shape(pipeline, None)
     gains = []
@@ -79,9 +68,7 @@ def main(input_args: list[str] | None = None) -> None:
     args = parser.parse_args(input_args)
     pipeline, reward = load_pipeline(), DigitsReward()
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    prompts = [
-        prompt for template in TEMPLATES for prompt in prompt_pairs(template, TRAINING_PAIRS)
-    ]
+    prompts = [prompt for template in TEMPLATES for prompt in prompt_pairs(template, TRAINING_PAIRS)]
     candidates = list_candidates(prompts, 1, seed=0)[: args.pairs]
     maker = PairMaker(pipeline, latent_shape(pipeline, None), SETTINGS, reward)
     rows, results = [], {}

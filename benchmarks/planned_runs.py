@@ -15,7 +15,6 @@ from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
 from examples.digits.pictures import draw_glyphs, tint
 from training import train_npnet
 
-
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DIGITS, MOVING_DIGITS = (EXAMPLES / name / "model" for name in ("digits", "moving_digits"))
 _ROWS = 16  # of each kind in a step of the eraser
@@ -51,9 +50,7 @@ class PlannedRun(NamedTuple):
         return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def nullspace_run(
-    folder: Path, *, steps: int, sampling_steps: int, saves: bool = True
-) -> PlannedRun:
+def nullspace_run(folder: Path, *, steps: int, sampling_steps: int, saves: bool = True) -> PlannedRun:
     """A subject of the digits model.
 
     Args:
@@ -100,11 +97,7 @@ def golden_noise_run(folder: Path, *, steps: int, saves: bool = True, **_: int) 
     _write_lines(prompts, _PAIR_PROMPTS)
     base = {"pretrained_model_name_or_path": DIGITS}
     making = {"batch_size": 32, "noises_per_prompt": 4}
-    shared = {
-        "max_train_steps": steps,
-        "train_batch_size": 64,
-        "checkpointing_steps": steps if saves else None,
-    }
+    shared = {"max_train_steps": steps, "train_batch_size": 64, "checkpointing_steps": steps if saves else None}
     make = {**base, **making, "prompt_file": prompts, "output_dir": pairs, "no_filter": True}
     train = {**base, **shared, **_SMALL_NETWORK, "model": "golden_noise_model"}
     train |= {"dataset_dir": pairs, "output_dir": output, "learning_rate": 1e-3, "use_ema": True}

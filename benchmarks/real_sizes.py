@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
@@ -24,12 +23,7 @@ from diffusers_ext.core.capture import capture
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.nullspace.slots import find_linears
 
-
-SD15 = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
+SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL = {
     "sample_size": 128,
     "cross_attention_dim": 2048,

@@ -22,7 +22,6 @@ from examples.moving_digits.erasers import RECIPE, evaluation_groups, training_p
 from examples.moving_digits.judge import MovingDigitsJudge
 from examples.moving_digits.prompts import COMBINATIONS, PROMPT_LENGTH, TEMPLATES
 
-
 _SIZE = ClipSize(NUM_FRAMES, CANVAS, CANVAS)
 _NUM_CLIPS, _SEED = 100, 9_000
 

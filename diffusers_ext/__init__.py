@@ -1,7 +1,7 @@
 """Three tools for Hugging Face diffusers: null-space DreamBooth, golden noise, a concept eraser.
 
-Importing it registers the package with diffusers, so that pipelines with its components load from the
-Hub, and the eraser with PEFT; nothing else happens at import: names are imported when they are used.
+Importing it registers the package with diffusers, so that pipelines with its components load from the Hub, and the
+eraser with PEFT; nothing else happens at import: names are imported when they are used.
 """
 
 import sys
@@ -12,7 +12,6 @@ from typing import Any
 from diffusers_ext.core.names import by_name, imported_name
 from diffusers_ext.documented_names import ALIASES, missing_name
 
-
 __version__ = "0.1.0"
 
 _SOURCES = by_name(
@@ -20,9 +19,7 @@ _SOURCES = by_name(
         "diffusers": "ModelMixin",
         "diffusers_ext.community": "custom_pipeline_path",
         "diffusers_ext.core.artifacts": "Artifact",
-        "diffusers_ext.core.attention_processors": (
-            "CaptureAttnProcessor ProjectAttnProcessor use_processors"
-        ),
+        "diffusers_ext.core.attention_processors": ("CaptureAttnProcessor ProjectAttnProcessor use_processors"),
         "diffusers_ext.core.capture": "capture",
         "diffusers_ext.core.second_moment": "SecondMoment",
         "diffusers_ext.eraser.adapter.config": "EraserConfig eraser_size",
@@ -33,8 +30,7 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.concepts": "concept_token_mask",
         "diffusers_ext.eraser.files": "load_eraser convert_eraser save_eraser",
         "diffusers_ext.eraser.losses": (
-            "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss "
-            "T2VUnlearningLoss"
+            "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss T2VUnlearningLoss"
         ),
         "diffusers_ext.eraser.neighbours": "neighbouring_concepts",
         "diffusers_ext.evaluation.erasure": "evaluate_erasure",

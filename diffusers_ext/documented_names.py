@@ -1,7 +1,7 @@
 """Names that the design documents use and this package calls otherwise, each with its replacement.
 
-The documents describe three earlier programs. What means the same has the same name here; what is left
-is listed, so that asking for it says where it went.
+The documents describe three earlier programs. What means the same has the same name here; what is left is listed, so
+that asking for it says where it went.
 """
 
 from __future__ import annotations
@@ -44,15 +44,12 @@ REPLACEMENTS: dict[str, Replacement] = {
         "`statistics.all_reduce()`",
     ),
     "compute_covariance": Replacement(
-        ("SecondMoment.update", "SecondMoment.mean"),
-        "`SecondMoment(dim).update(vectors).mean`, uncentred",
+        ("SecondMoment.update", "SecondMoment.mean"), "`SecondMoment(dim).update(vectors).mean`, uncentred"
     ),
     "compute_partial_covariance": Replacement(
         ("collect_statistics",), "`collect_statistics(pipe, prompts, shard=(index, count))`"
     ),
-    "merge_covariance_results": Replacement(
-        ("FeatureStatistics.merge",), "`statistics.merge(others)`"
-    ),
+    "merge_covariance_results": Replacement(("FeatureStatistics.merge",), "`statistics.merge(others)`"),
     "compute_and_save_covariance": Replacement(
         ("collect_statistics", "FeatureStatistics.export_layout"),
         "`collect_statistics(pipe, prompts).export_layout(folder)`",
@@ -64,13 +61,11 @@ REPLACEMENTS: dict[str, Replacement] = {
     ),
     "process_in_batches": Replacement(("collect_statistics",), _MEASURED),
     "save_immediately_and_clear": Replacement(
-        ("collect_statistics",),
-        "`collect_statistics(pipe, prompts, progress_dir=...)`, which saves sums as it goes",
+        ("collect_statistics",), "`collect_statistics(pipe, prompts, progress_dir=...)`, which saves sums as it goes"
     ),
     "robust_save_matrix": Replacement(
         ("FeatureStatistics.save_pretrained", "FeatureStatistics.export_layout"),
-        "`statistics.save_pretrained(folder)` or `statistics.export_layout(folder)`, whole or not at "
-        "all",
+        "`statistics.save_pretrained(folder)` or `statistics.export_layout(folder)`, whole or not at all",
     ),
     # golden noise
     "SVDNoiseUnet": Replacement(("NPNet",), "`NPNet`, of which it is a part"),
@@ -112,12 +107,11 @@ ALIASES = {"NoiseSequenceRNN_v2": "NoiseSequenceRNN"}
 def missing_name(module: str, name: str) -> ImportError | AttributeError:
     """The error for a public name that is not there.
 
-    An `ImportError` for a documented name, because Python drops the message of an `AttributeError`
-    when a name is imported.
+    An `ImportError` for a documented name, because Python drops the message of an `AttributeError` when a name is
+    imported.
     """
     if name in REPLACEMENTS:
         return ImportError(
-            f"{module!r} has no {name!r} of the design documents. Use {REPLACEMENTS[name].use}.",
-            name=module,
+            f"{module!r} has no {name!r} of the design documents. Use {REPLACEMENTS[name].use}.", name=module
         )
     return AttributeError(f"module {module!r} has no attribute {name!r}")

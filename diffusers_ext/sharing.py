@@ -29,7 +29,6 @@ from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.lora_upload import measured_drift, push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
-
 REPORT_NAME = "training_report.json"
 # What a report may say; where, under whose name and for whom is said by who uploads alone.
 _FACTS = (
@@ -49,24 +48,21 @@ def push_artifact(
 ) -> str:
     """Recognise an artifact, and upload its files with its model card; nothing else of the folder.
 
-    Facts for the card come from the arguments, then from the files and the `training_report.json`
-    beside them.
+    Facts for the card come from the arguments, then from the files and the `training_report.json` beside them.
 
     Args:
         source: a folder as the training scripts and `save_pretrained` write it, or a LoRA's file.
         repo_id: `"user/name"`, made when absent.
         results: what was measured, or the report of an evaluation script: its folder or JSON file.
-        arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`; and
-            facts for the card: `base_model`, `license`, `trained_on`, `settings`, `widget` and those
-            of the kind.
+        arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`; and facts for the card:
+            `base_model`, `license`, `trained_on`, `settings`, `widget` and those of the kind.
 
     Returns:
         Address of the commit, or of the pull request.
 
     Raises:
-        ValueError: nothing known is there, the files are damaged, or a fact is neither known nor
-            given; or the folder names or links to files outside of it. Nothing has been uploaded
-            then.
+        ValueError: nothing known is there, the files are damaged, or a fact is neither known nor given; or the folder
+            names or links to files outside of it. Nothing has been uploaded then.
     """
     source = Path(source)
     if not source.exists():
@@ -98,9 +94,7 @@ def _recognise(source: Path) -> Callable[..., str]:
     known = {PAIRS: _push_pairs, FeatureStatistics.__name__: _push_statistics}
     known |= dict.fromkeys(NETWORK_MODULES, _push_network)
     if found not in known:
-        inside = (
-            f"{sorted(path.name for path in source.iterdir())} in" if source.is_dir() else "only"
-        )
+        inside = f"{sorted(path.name for path in source.iterdir())} in" if source.is_dir() else "only"
         raise ValueError(
             f"`source` must hold a LoRA, an eraser, a pipeline or one of {sorted(known)}, got "
             f"{inside} {source}. Give the folder that `save_pretrained` or a training script wrote, "
@@ -208,8 +202,8 @@ def reported_facts(folder: str | os.PathLike) -> dict[str, Any]:
         folder: that is to be uploaded, possibly somebody else's.
 
     Raises:
-        ValueError: the report holds something that is no fact of a card, such as `private` or
-            `token`, or it names files outside of the folder.
+        ValueError: the report holds something that is no fact of a card, such as `private` or `token`, or it names
+            files outside of the folder.
     """
     path = Path(folder, REPORT_NAME)
     if not path.is_file():
@@ -249,16 +243,12 @@ def _check_reported(card: Any, path: Path) -> None:
         named = isinstance(value, dict)
         nested = any(isinstance(x, (dict, list)) for x in (value.values() if named else items))
         if name != "widget" and (nested or named != (name == "settings")):
-            raise ValueError(
-                f"`card.{name}` of {path} must be words or numbers, got {value!r:.80}."
-            )
+            raise ValueError(f"`card.{name}` of {path} must be words or numbers, got {value!r:.80}.")
 
 
 def _reported_widget(widget: Any, path: Path) -> list[tuple[str, str]]:
     for pair in widget if isinstance(widget, list) else [None]:
         if not isinstance(pair, list) or [type(item) for item in pair] != [str, str]:
-            raise ValueError(
-                f"`card.widget` of {path} must hold pairs of prompt and file, got {pair!r:.80}."
-            )
+            raise ValueError(f"`card.widget` of {path} must hold pairs of prompt and file, got {pair!r:.80}.")
         path_inside(path.parent, pair[1])
     return [(prompt, file) for prompt, file in widget]

@@ -11,14 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file
 
 from diffusers_ext import __version__
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import artifact_card
-
 
 _SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 _NETWORK = {
@@ -94,9 +92,7 @@ _REFINED: dict[str, Any] = {
     "licence": Licence("apache-2.0"),
     "trained_on": "20,000 pairs of random and golden noise, kept where HPSv2.1 prefers the golden one.",
     "settings": {"learning_rate": 1e-4, "batch_size": 64, "epochs": 30},
-    "results": [
-        Measured("200 held-out prompts", "win rate", 0.71, notes="95 % interval 0.66 to 0.76")
-    ],
+    "results": [Measured("200 held-out prompts", "win rate", 0.71, notes="95 % interval 0.66 to 0.76")],
     "widget": [("a red fox in the snow", "pictures/0.png")],
 }
 # What the cards of a kind tell besides its own facts.
@@ -115,15 +111,11 @@ _COMMON: dict[str, dict[str, Any]] = {
     },
     "eraser": {
         "base": "zai-org/CogVideoX-5b",
-        "licence": Licence(
-            "other", "cogvideox-license", "https://huggingface.co/zai-org/CogVideoX-5b"
-        ),
+        "licence": Licence("other", "cogvideox-license", "https://huggingface.co/zai-org/CogVideoX-5b"),
         "trained_on": "40 prompts with dogs, in each of which a cat takes the place of the dog.",
         "settings": {"learning_rate": 5e-4, "max_train_steps": 500},
         "results": [
-            Measured(
-                "100 prompts for dogs", "clips that show a dog", 0.06, notes="0.97 without it"
-            ),
+            Measured("100 prompts for dogs", "clips that show a dog", 0.06, notes="0.97 without it"),
             Measured("100 other prompts", "clips that show what was asked", 0.93),
         ],
         "widget": [("a dog runs along the beach", "clips/0.mp4")],
@@ -132,9 +124,7 @@ _COMMON: dict[str, dict[str, Any]] = {
         **_REFINED,
         "trained_on": "1,500 random noises, one for each prompt, each re-denoised five times.",
         "settings": {"redenoise_steps": 10, "w1": 5.5, "w2": 1.0, "margin": 0.1},
-        "results": [
-            Measured("the prompts of this set", "win rate", 0.8, notes="before the filter")
-        ],
+        "results": [Measured("the prompts of this set", "win rate", 0.8, notes="before the filter")],
         "widget": [],
     },
 }

@@ -2,8 +2,8 @@
 
     python docs/settings_tables.py
 
-A page asks for a table by a line `<!-- settings: <script>: <group>, <group> -->`; everything up to the
-line `<!-- end of settings -->` is written anew.
+A page asks for a table by a line `<!-- settings: <script>: <group>, <group> -->`; everything up to the line `<!-- end
+of settings -->` is written anew.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-
 PAGES = Path(__file__).resolve().parent
 sys.path.insert(0, str(PAGES.parent))  # run as a file
 
 _BLOCK = re.compile(
-    r"(<!-- settings: (?P<script>\w+): (?P<groups>[^>]+) -->\n).*?(<!-- end of settings -->)",
-    flags=re.DOTALL,
+    r"(<!-- settings: (?P<script>\w+): (?P<groups>[^>]+) -->\n).*?(<!-- end of settings -->)", flags=re.DOTALL
 )
 
 

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
@@ -22,22 +21,17 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
 except ModuleNotFoundError as missing:
-    sys.exit(
-        f"The app needs {missing.name}: pip install '.[app,demo]' in the folder of the project."
-    )
+    sys.exit(f"The app needs {missing.name}: pip install '.[app,demo]' in the folder of the project.")
 
 from examples.app_drawing import LARGEST_SEED, LARGEST_STRENGTH, SideBySide, Sources
 from examples.app_messages import EXPECTED, message_for
 from examples.app_server import LARGEST_REQUEST, OwnContentOnly, SmallRequestsOnly
 from examples.app_texts import ERASER, TITLE, explain, prompts_of
 
-
 logger = logging.getLogger(__name__)
 _RANDOM_SEED = f"() => Math.floor(Math.random() * {LARGEST_SEED + 1})"  # in the browser
 # Fonts of the reader's own machine, in place of ones from the net.
-_THEME = gr.themes.Default(
-    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-)
+_THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
 class PageActions:
@@ -86,8 +80,7 @@ def build_page(side_by_side: SideBySide) -> gr.Blocks:
     tools, actions = list(side_by_side.tools), PageActions(side_by_side)
     if not tools:
         raise ValueError(
-            "The app must have something to show, got other models without `--lora`, `--noise_model` "
-            "or `--eraser`."
+            "The app must have something to show, got other models without `--lora`, `--noise_model` or `--eraser`."
         )
     first_prompt, first_seed = actions.suggest(tools[0])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -107,17 +100,11 @@ def build_page(side_by_side: SideBySide) -> gr.Blocks:
                 with gr.Column(min_width=140):
                     images.append(
                         gr.Image(
-                            label=label,
-                            type="filepath",
-                            height=340,
-                            buttons=["download"],
-                            interactive=False,
+                            label=label, type="filepath", height=340, buttons=["download"], interactive=False
                         )  # fmt: skip
                     )
                     readings.append(gr.Markdown())
-        examples = [
-            [name, *shown] for name in tools for shown in prompts_of(name, actions.is_bundled(name))
-        ]
+        examples = [[name, *shown] for name in tools for shown in prompts_of(name, actions.is_bundled(name))]
         inputs, results = [tool, prompt, seed, strength], [*images, *readings]
         gr.Examples(examples, [tool, prompt, seed], label="Try", examples_per_page=20)
         gr.on([button.click, prompt.submit], actions.draw, inputs, results, api_name="draw")
@@ -129,22 +116,16 @@ def build_page(side_by_side: SideBySide) -> gr.Blocks:
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Command line of the app."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", help="text-to-image; bundled without it")
     parser.add_argument("--video_model", help="CogVideoX; the bundled one without it")
     for name in ("lora", "noise_model", "eraser"):
         parser.add_argument(f"--{name}", help="folder or Hub name")
     parser.add_argument("--num_inference_steps", type=int, help="of all drawing")
     parser.add_argument("--output_dir", default="outputs/app", help="of what is trained")
+    parser.add_argument("--server_name", help="address to listen at; GRADIO_SERVER_NAME or 127.0.0.1 without it")
     parser.add_argument(
-        "--server_name", help="address to listen at; GRADIO_SERVER_NAME or 127.0.0.1 without it"
-    )
-    parser.add_argument(
-        "--server_port",
-        type=int,
-        help="GRADIO_SERVER_PORT or the first free one from 7860 without it",
+        "--server_port", type=int, help="GRADIO_SERVER_PORT or the first free one from 7860 without it"
     )
     parser.add_argument("--share", choices=["no", "yes"], default="no", help="a public address")
     return parser.parse_args(input_args)

@@ -13,19 +13,12 @@ from examples.digits.subjects import NULL_SPACE_FLAGS, train_subject
 from examples.moving_digits.check_model import load_pipeline as load_video_pipeline
 from examples.moving_digits.erasers import RECIPE, train_digits_eraser
 
-
 GLYPH, ERASED = "triangle", "three"
 # Less than in the full trainings, which the benchmarks run: a minute each on one core.
-_ERASER_RECIPE = replace(
-    RECIPE, max_train_steps=300, num_target_trajectories=48, num_preserved_trajectories=96
-)
+_ERASER_RECIPE = replace(RECIPE, max_train_steps=300, num_target_trajectories=48, num_preserved_trajectories=96)
 _NOISES_PER_PROMPT, _NETWORK_STEPS = 4, 400
 # Where `examples/demo.py` leaves each, below its output folder.
-DEMO_FOLDERS = {
-    "lora": "new_glyph/null-space_LoRA",
-    "noise_model": "golden_noise/network",
-    "eraser": "eraser/eraser",
-}
+DEMO_FOLDERS = {"lora": "new_glyph/null-space_LoRA", "noise_model": "golden_noise/network", "eraser": "eraser/eraser"}
 
 
 def find_or_make(name: str, output_dir: str | Path, demo_dir: str | Path = "outputs/demo") -> Path:

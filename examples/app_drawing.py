@@ -28,7 +28,6 @@ from examples.digits.check_model import MODEL_DIR as IMAGE_MODEL
 from examples.golden_noise_in_sdxl import PIPELINES
 from examples.moving_digits.check_model import MODEL_DIR as VIDEO_MODEL
 
-
 LARGEST_STRENGTH, LARGEST_SEED = 2.0, 2**32 - 1
 _SMALLEST_SIDE = 320  # pixels; smaller pictures are enlarged by whole factors
 _FILES_KEPT = 20  # the page has copies of what it shows
@@ -42,8 +41,8 @@ class Sources:
         image_model, video_model: folders or Hub names; the bundled models when `None`.
         lora, noise_model, eraser: the same; made for the bundled models when `None`.
         output_dir: of what is made.
-        num_inference_steps: of all drawing; what suits the bundled models, the pipeline's own
-            number for others when `None`.
+        num_inference_steps: of all drawing; what suits the bundled models, the pipeline's own number for others when
+            `None`.
     """
 
     image_model: str | None = None
@@ -90,11 +89,7 @@ class SideBySide:
             NOISE: (self._draw_golden_noise, sources.noise_model, sources.image_model),
             ERASER: (self._draw_erased, sources.eraser, sources.video_model),
         }
-        return {
-            name: draw
-            for name, (draw, artifact, model) in tools.items()
-            if artifact is not None or model is None
-        }
+        return {name: draw for name, (draw, artifact, model) in tools.items() if artifact is not None or model is None}
 
     def draw(self, tool: str, prompt: str, seed: int, strength: float) -> tuple[Drawn, Drawn]:
         """The plain result and the one with the tool, of the same seed.
@@ -114,13 +109,9 @@ class SideBySide:
             raise CannotDraw("The prompt is empty. Write what to draw.")
         if not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
             shown = "an empty field" if seed is None else seed
-            raise CannotDraw(
-                f"The seed must be a whole number from 0 to {LARGEST_SEED}, not {shown}."
-            )
+            raise CannotDraw(f"The seed must be a whole number from 0 to {LARGEST_SEED}, not {shown}.")
         if not (math.isfinite(strength) and 0 <= strength <= LARGEST_STRENGTH):
-            raise CannotDraw(
-                f"The strength must be from 0 to {LARGEST_STRENGTH:g}, not {strength}."
-            )
+            raise CannotDraw(f"The strength must be from 0 to {LARGEST_STRENGTH:g}, not {strength}.")
         return self.tools[tool](prompt.strip(), seed, strength)
 
     def artifact_of(self, tool: str) -> str | None:
@@ -141,9 +132,7 @@ class SideBySide:
         source = self.sources.image_model or IMAGE_MODEL
         plain = DiffusionPipeline.load_config(source)["_class_name"]
         if plain not in PIPELINES:
-            raise ValueError(
-                f"The image model must be a pipeline of {list(PIPELINES)}, got a {plain}."
-            )
+            raise ValueError(f"The image model must be a pipeline of {list(PIPELINES)}, got a {plain}.")
         return PIPELINES[plain].from_pretrained(source, dtype=DTYPE).to(DEVICE)
 
     @cached_property

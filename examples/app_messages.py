@@ -44,8 +44,5 @@ def message_for(error: Exception, tool: str, artifact: str | None) -> str:
             "the app with the model that it belongs to."
         )
     if isinstance(error, (OSError, SafetensorError)):
-        return (
-            f"A file of {tool!r} could not be read: {first_line} Look at the names that the app was "
-            "started with."
-        )
+        return f"A file of {tool!r} could not be read: {first_line} Look at the names that the app was started with."
     return f"{tool!r} could not be drawn: {first_line}"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-
 # The page and what it draws come from this server; the browser refuses everything else.
-_CONTENT_POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
-)
+_CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 LARGEST_REQUEST = 64 * 1024  # bytes; a prompt and three numbers are far smaller
 _NO_UPLOADS = "Nothing can be uploaded to this app: it reads a prompt, a seed and a strength."
 _TOO_LARGE = f"A request must have at most {LARGEST_REQUEST} bytes."

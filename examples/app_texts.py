@@ -5,14 +5,12 @@ from __future__ import annotations
 from examples.app_artifacts import ERASED, GLYPH
 from examples.digits.prompts import RARE_TOKENS
 
-
 SUBJECT, NOISE, ERASER = "Taught subject", "Golden noise", "Erased concept"
 TITLE = "Same prompt, same seed: without and with a tool"
 EXPLANATIONS = {
     SUBJECT: "A null-space LoRA: a new subject, taught along directions that the model's "
     "knowledge does not use. Its prompt changes, all others stay.",
-    NOISE: "A small network turns the seed's noise into noise that suits the prompt, before "
-    "the first denoising step.",
+    NOISE: "A small network turns the seed's noise into noise that suits the prompt, before the first denoising step.",
     ERASER: "An eraser beside the attention of CogVideoX leads the prompts of one concept "
     "elsewhere and leaves all others where they were.",
 }

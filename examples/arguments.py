@@ -12,26 +12,21 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-
 # Half the memory where it is fast; bfloat16 has the range of float32, so VAEs and LoRAs do not overflow.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-def read_arguments(
-    description: str | None, input_args: Sequence[str] | None, **defaults: Any
-) -> argparse.Namespace:
+def read_arguments(description: str | None, input_args: Sequence[str] | None, **defaults: Any) -> argparse.Namespace:
     """The options `--name value` of a command line.
 
     Args:
         description: for `--help`.
         input_args: the command line; the process's when `None`.
-        defaults: one per option, whose type it has: a tuple takes several texts, a type as default
-            is a required option, `None` a text that may be missing.
+        defaults: one per option, whose type it has: a tuple takes several texts, a type as default is a required
+            option, `None` a text that may be missing.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         if isinstance(default, type):
             parser.add_argument(f"--{name}", type=default, required=True)
@@ -46,8 +41,8 @@ def read_arguments(
 def save_in_half_precision(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
     """Save a pipeline in float16 so that it loads in float32 where no dtype is asked for.
 
-    diffusers loads its own models in float32 then, but transformers loads what their configs name,
-    and writes there what is stored: a text encoder in float16 beside a denoiser in float32.
+    diffusers loads its own models in float32 then, but transformers loads what their configs name, and writes there
+    what is stored: a text encoder in float16 beside a denoiser in float32.
     """
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     for path in Path(folder).glob("text_encoder*/config.json"):

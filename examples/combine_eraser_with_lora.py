@@ -11,7 +11,6 @@ from pathlib import Path
 
 from diffusers import CogVideoXPipeline
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from diffusers_ext import load_eraser, render_clips

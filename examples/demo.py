@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 
-
 _BEGAN = time.perf_counter()  # before the imports below, which take most of the first seconds
 
 import argparse
@@ -18,13 +17,11 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from examples.demo_processes import step_events
 from examples.demo_report import DemoPart, DemoReport
 from examples.demo_report_page import seconds_text, write_page
-
 
 PARTS = ("new_glyph", "golden_noise", "eraser")
 
@@ -32,8 +29,8 @@ PARTS = ("new_glyph", "golden_noise", "eraser")
 def use_one_thread() -> None:
     """Let torch use one thread, unless the environment says how many.
 
-    The models are tiny: several threads mostly wait for each other, and on a machine that has anything
-    else to do they wait many times as long as they compute.
+    The models are tiny: several threads mostly wait for each other, and on a machine that has anything else to do they
+    wait many times as long as they compute.
     """
     import torch
 
@@ -85,10 +82,7 @@ def main(input_args: list[str] | None = None) -> None:
     args = parser.parse_args(input_args)
     page = args.output_dir / "report.html"
     page.unlink(missing_ok=True)  # of an earlier demo
-    print(
-        f"The report, which grows step by step once torch is imported: {page.resolve().as_uri()}",
-        flush=True,
-    )
+    print(f"The report, which grows step by step once torch is imported: {page.resolve().as_uri()}", flush=True)
     # Torch and the tools are imported only now, so that the line above comes at once.
     prepare()
     parts = load_parts(args.parts, args.output_dir)

@@ -27,12 +27,9 @@ from examples.moving_digits.erasers import (
 from examples.moving_digits.judge import ClipReading, MovingDigitsJudge
 from examples.moving_digits.prompts import read_prompt
 
-
 TARGET = "three"
 # Less of everything than in the full training, which the benchmark runs.
-_RECIPE = replace(
-    RECIPE, max_train_steps=200, num_target_trajectories=48, num_preserved_trajectories=96
-)
+_RECIPE = replace(RECIPE, max_train_steps=200, num_target_trajectories=48, num_preserved_trajectories=96)
 _CLIPS = {"num_target": 40, "num_preserved": 90, "num_robust": 40}
 _ON_SHEET = {"target": 4, "preserved": 4, "held-out template": 1, "paraphrases": 1}
 _SHOWN = {"target": 6, "preserved": 6, "held-out template": 1, "paraphrases": 2}
@@ -44,8 +41,7 @@ _GALLERIES = {
     "Prompts for other digits": (("preserved",), "Nothing should change here."),
     f"“{TARGET}” in words that the training did not see": (
         ("held-out template", "paraphrases"),
-        f"A wording kept out of the training, and paraphrases. ✓ with the eraser: no {TARGET} was "
-        "read.",
+        f"A wording kept out of the training, and paraphrases. ✓ with the eraser: no {TARGET} was read.",
     ),
 }
 _SIDES = {"base": "base model", "erased": "with the eraser"}
@@ -108,13 +104,7 @@ accelerate launch training/train_cogvideox_eraser.py \\
     def _evaluate(self) -> Findings:
         pipeline = load_pipeline()
         load_eraser(pipeline, self.output_dir / "eraser")
-        report = evaluate(
-            pipeline,
-            TARGET,
-            self.groups,
-            base_clips=self.base_clips,
-            kept_clips=max(_CLIPS.values()),
-        )
+        report = evaluate(pipeline, TARGET, self.groups, base_clips=self.base_clips, kept_clips=max(_CLIPS.values()))
         erased = np.stack([one.clips["erased"] for one in report.kept])
         report.kept = [report.kept[index] for index in shown_indices(self.shots, _ON_SHEET)]
         report.save(self.output_dir)
@@ -134,9 +124,7 @@ def table_rows(report: ErasureReport) -> list[list[str]]:
     for name in _SHOWN:
         rates = report.groups[name]["rates"][report.sides[0]]
         cells = [
-            f"{rates[aspect][side]:.2f}"
-            for aspect in ("digit", "color", "direction")
-            for side in ("base", "other")
+            f"{rates[aspect][side]:.2f}" for aspect in ("digit", "color", "direction") for side in ("base", "other")
         ]
         rows.append([name, str(report.groups[name]["clips"]), *cells])
     return rows
@@ -167,9 +155,7 @@ def shown_indices(shots: Sequence[ClipShot], counts: Mapping[str, int]) -> list[
     return found
 
 
-def galleries(
-    shots: Sequence[ClipShot], clips: Mapping[str, np.ndarray], indices: Sequence[int]
-) -> list[Gallery]:
+def galleries(shots: Sequence[ClipShot], clips: Mapping[str, np.ndarray], indices: Sequence[int]) -> list[Gallery]:
     """The chosen shots, with the clips of all sides.
 
     Args:
@@ -194,9 +180,7 @@ def galleries(
     return found
 
 
-def _picture(
-    shot: ClipShot, side: str, clip: np.ndarray, reading: ClipReading, position: int
-) -> Picture:
+def _picture(shot: ClipShot, side: str, clip: np.ndarray, reading: ClipReading, position: int) -> Picture:
     read = (reading.colors[position], reading.digits[position], reading.directions[position])
     right = read == tuple(read_prompt(shot.prompt))
     if side == "erased" and shot.group != "preserved":

@@ -17,26 +17,16 @@ from diffusers_ext.evaluation.noise_summary import STANDARD, KeptPictures
 from diffusers_ext.golden_noise import load_noise_model
 from examples.demo_report import Comparison, Findings, Gallery, Picture, Step, Table
 from examples.digits.check_model import load_pipeline
-from examples.digits.golden_noise import (
-    GUIDANCE_SCALE,
-    HELD_OUT_PROMPTS,
-    make_pairs,
-    train_network,
-)
+from examples.digits.golden_noise import GUIDANCE_SCALE, HELD_OUT_PROMPTS, make_pairs, train_network
 from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import read_prompt
 from examples.digits.rewards import DigitsReward, SecondDigitsReward
-
 
 # A tenth of the pairs and steps of the full training, which the benchmark runs.
 _NOISES_PER_PROMPT, _STEPS = 4, 400
 _ON_SHEET, _SHOWN = 8, 6  # prompts that random noise serves worst: most others are right anyway
 _TYPICAL_STRIDE = 34
-_SIDES = {
-    STANDARD: "random noise",
-    "re-denoised target": "re-denoised",
-    "trained network": "network",
-}
+_SIDES = {STANDARD: "random noise", "re-denoised target": "re-denoised", "trained network": "network"}
 _HEADER = ("noise (training)", "probability", "win rate", "second reward", "time")
 _TABLE_TEXT = (
     "100 prompts that no training saw, two seeds each. Probability: of the digit asked for, by the "
@@ -86,9 +76,7 @@ accelerate launch training/evaluate_golden_noise.py --pretrained_model_name_or_p
     def _make_pairs(self) -> Findings:
         for part in ("pairs", "network"):  # of an earlier demo
             shutil.rmtree(self.output_dir / part, ignore_errors=True)
-        folder = make_pairs(
-            self.output_dir / "pairs", num_steps=1, noises_per_prompt=_NOISES_PER_PROMPT
-        )
+        folder = make_pairs(self.output_dir / "pairs", num_steps=1, noises_per_prompt=_NOISES_PER_PROMPT)
         found = json.loads((folder / "report.json").read_text())
         rows = [[str(found["tried"]), str(found["kept"]), f"{found['win_rate']:.2f}"]]
         text = "A pair is kept where its better noise draws the picture that the reward prefers."
@@ -97,12 +85,7 @@ accelerate launch training/evaluate_golden_noise.py --pretrained_model_name_or_p
 
     def _train(self) -> Findings:
         started = time.perf_counter()
-        train_network(
-            "GoldenNoiseModel",
-            self.output_dir / "pairs",
-            self.output_dir / "network",
-            steps=_STEPS,
-        )
+        train_network("GoldenNoiseModel", self.output_dir / "pairs", self.output_dir / "network", steps=_STEPS)
         self.trained_seconds = time.perf_counter() - started
         return Findings()
 
@@ -171,10 +154,7 @@ def galleries(kept: Sequence[KeptPictures]) -> list[Gallery]:
     by_prompt: dict[str, list[KeptPictures]] = {}
     for one in kept:
         by_prompt.setdefault(one.prompt, []).append(one)
-    worst = [
-        min(by_prompt[prompt], key=lambda one: one.scores[STANDARD])
-        for prompt in worst_prompts(kept, _SHOWN)
-    ]
+    worst = [min(by_prompt[prompt], key=lambda one: one.scores[STANDARD]) for prompt in worst_prompts(kept, _SHOWN)]
     typical = [found[0] for found in list(by_prompt.values())[::_TYPICAL_STRIDE]]
     judge = DigitsJudge()
     return [
@@ -186,8 +166,7 @@ def galleries(kept: Sequence[KeptPictures]) -> list[Gallery]:
         ),
         Gallery(
             "Where it does not",
-            f"Every {_TYPICAL_STRIDE}th prompt with its first seed: most pictures are "
-            "right from any noise.",
+            f"Every {_TYPICAL_STRIDE}th prompt with its first seed: most pictures are right from any noise.",
             [_comparison(one, judge) for one in typical],
         ),
     ]

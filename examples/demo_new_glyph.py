@@ -27,21 +27,13 @@ from examples.digits.prompts import (
     read_prompt,
 )
 from examples.digits.subject_sheet import subject_sheet
-from examples.digits.subjects import (
-    INSTANCE_PROMPTS,
-    NULL_SPACE_FLAGS,
-    PLAIN_FLAGS,
-    load_with_loras,
-    train_subject,
-)
-
+from examples.digits.subjects import INSTANCE_PROMPTS, NULL_SPACE_FLAGS, PLAIN_FLAGS, load_with_loras, train_subject
 
 GLYPH = "triangle"
 PROMPTS = {
     "known": prompt_pairs(TEMPLATES[0], TRAINING_PAIRS),
     "glyph": [INSTANCE_PROMPTS[GLYPH]] * 40,
-    "held_out": prompt_pairs(TEMPLATES[0], HELD_OUT_PAIRS)
-    + prompt_pairs(HELD_OUT_TEMPLATE, TRAINING_PAIRS),
+    "held_out": prompt_pairs(TEMPLATES[0], HELD_OUT_PAIRS) + prompt_pairs(HELD_OUT_TEMPLATE, TRAINING_PAIRS),
 }
 SEEDS = {"glyph": 7_000, "known": 8_000, "held_out": 9_000}  # of the first picture of each group
 BASE = "base model"
@@ -69,10 +61,7 @@ _GALLERIES = {
         3,
     ),
     "known": _GalleryPlan(
-        "Old digits",
-        "What the model knew before and should still know: every seventh of 40 prompts.",
-        7,
-        6,
+        "Old digits", "What the model knew before and should still know: every seventh of 40 prompts.", 7, 6
     ),
     "held_out": _GalleryPlan(
         "Pairs and wording that nobody protected",
@@ -117,9 +106,7 @@ accelerate launch training/train_nullspace_dreambooth.py \\
         first, *others = PROMPTS
         show_base = partial(self._show, BASE)
         steps = [
-            Step(
-                "Draw old digits with the base model", partial(self._draw, BASE, [first]), show_base
-            ),
+            Step("Draw old digits with the base model", partial(self._draw, BASE, [first]), show_base),
             Step("Draw everything else with it", partial(self._draw, BASE, others), show_base),
         ]
         for chain, name in enumerate(LORAS):
@@ -163,11 +150,7 @@ accelerate launch training/train_nullspace_dreambooth.py \\
         return Findings([figures, *galleries(self.drawn)], sentence(complete))
 
 
-_ROWS = {
-    "glyph": (f'"{INSTANCE_PROMPTS[GLYPH]}"', 1),
-    "known": ("old digits", 2),
-    "held_out": ("unseen pairs", 1),
-}
+_ROWS = {"glyph": (f'"{INSTANCE_PROMPTS[GLYPH]}"', 1), "known": ("old digits", 2), "held_out": ("unseen pairs", 1)}
 _HEADER = ("model", "new glyph", "old digits", "held-out prompts", "pixel drift", "training")
 _TABLE_TEXT = (
     f"Shares of pictures that the judge reads as asked: {len(PROMPTS['glyph'])} of the new glyph, "

@@ -13,9 +13,7 @@ from multiprocessing.connection import Connection, wait
 from examples.demo_report import DemoPart, StepEvent
 
 
-def step_events(
-    parts: Sequence[DemoPart], processes: int, prepare: Callable[[], None]
-) -> Iterator[StepEvent]:
+def step_events(parts: Sequence[DemoPart], processes: int, prepare: Callable[[], None]) -> Iterator[StepEvent]:
     """Do the steps of all parts, chain by chain, each chain in one process.
 
     Args:
@@ -27,9 +25,7 @@ def step_events(
         RuntimeError: a step failed; its process has told how on stderr.
     """
     chains = [
-        (part, chain)
-        for part, one in enumerate(parts)
-        for chain in dict.fromkeys(step.chain for step in one.steps())
+        (part, chain) for part, one in enumerate(parts) for chain in dict.fromkeys(step.chain for step in one.steps())
     ]
     copies = [pickle.dumps(part) for part in parts]
     context, connections, workers = get_context("spawn"), [], []

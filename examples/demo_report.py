@@ -57,8 +57,7 @@ class Step(NamedTuple):
         title: no other step of its part has it.
         action: does it, maybe in another process, and returns what is picklable.
         findings: makes findings of that where the report is; `None` where the action returns them.
-        chain: steps of one chain follow each other in one process, different chains know nothing of
-            each other.
+        chain: steps of one chain follow each other in one process, different chains know nothing of each other.
     """
 
     title: str
@@ -129,14 +128,11 @@ class DemoReport:
         began: `time.perf_counter()` at the start of the process.
     """
 
-    def __init__(
-        self, parts: Sequence[DemoPart], *, facts: dict[str, str] | None = None, began: float
-    ) -> None:
+    def __init__(self, parts: Sequence[DemoPart], *, facts: dict[str, str] | None = None, began: float) -> None:
         self.facts, self.began = dict(facts or {}), began
         self._steps = [list(part.steps()) for part in parts]
         self.sections = [
-            Section(part, [step.title for step in steps])
-            for part, steps in zip(parts, self._steps, strict=True)
+            Section(part, [step.title for step in steps]) for part, steps in zip(parts, self._steps, strict=True)
         ]
         self.preparation = self.seconds_so_far  # imports, before the first step
         self.first_picture: float | None = None

@@ -17,7 +17,6 @@ from PIL import Image
 
 from examples.demo_report import Comparison, DemoReport, Gallery, Picture, Table
 
-
 TEMPLATE = "report.html.jinja"
 _FRAME_MILLISECONDS = 125
 _LAST_FRAME_MILLISECONDS = 500  # a clip rests before it starts again
@@ -47,9 +46,7 @@ def render_page(report: DemoReport) -> str:
         written_at=time.strftime("%H:%M:%S"),
         describe=describe,
         still_of=still_of,
-        longest=max(
-            [report.preparation, *(t for s in report.sections for t in s.seconds.values())]
-        ),
+        longest=max([report.preparation, *(t for s in report.sections for t in s.seconds.values())]),
         clips_begin=next((s for s in report.sections if _holds_clips(s.blocks.values())), None),
     )
 

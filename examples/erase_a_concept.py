@@ -1,8 +1,8 @@
 """Take a concept out of CogVideoX, and see clips of the same seeds without and with the eraser.
 
-python examples/erase_a_concept.py --concept dog --prompts_file dogs.txt --others "a cat on a sofa"
-`dogs.txt` has a prompt a line that names the concept. With `--eraser user/no-dog` nothing is trained.
-`--training="..."` takes further options of training/train_cogvideox_eraser.py.
+python examples/erase_a_concept.py --concept dog --prompts_file dogs.txt --others "a cat on a sofa" `dogs.txt` has a
+prompt a line that names the concept. With `--eraser user/no-dog` nothing is trained. `--training="..."` takes further
+options of training/train_cogvideox_eraser.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from diffusers import CogVideoXPipeline
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 

@@ -1,7 +1,7 @@
 """Draw a prompt from random noise and from golden noise of the same seeds, side by side.
 
-python examples/golden_noise_in_sdxl.py --noise_model user/network --prompt "a red fox in the snow"
-A published NPNet works as well, `--noise_model sdxl.pth`; other base models by `--model`.
+python examples/golden_noise_in_sdxl.py --noise_model user/network --prompt "a red fox in the snow" A published NPNet
+works as well, `--noise_model sdxl.pth`; other base models by `--model`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 import diffusers_ext
 from diffusers_ext import NPNet, load_noise_model
 from diffusers_ext.evaluation.report_files import SheetRow, picture_sheet
 from examples.arguments import DEVICE, DTYPE, read_arguments
-
 
 PIPELINES = {
     "StableDiffusionXLPipeline": diffusers_ext.GoldenNoiseXLPipeline,

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from diffusers_ext.evaluation.paired_comparison import compare_pairs

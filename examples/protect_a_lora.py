@@ -1,6 +1,6 @@
-"""Keep a LoRA that you have from changing what it was not asked for, without training.
-Take the strictest file that still shows the subject, by the sheet.
-python examples/protect_a_lora.py --lora user/some-lora --prompt "a photo of sks dog" \
+"""Keep a LoRA that you have from changing what it was not asked for, without training. Take the strictest file that
+still shows the subject, by the sheet. python examples/protect_a_lora.py --lora user/some-lora --prompt "a photo of sks
+dog" \
     --knowledge_prompts knowledge.txt    (a prompt a line of what must stay)
 """
 
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from diffusers import AutoPipelineForText2Image
 from huggingface_hub import hf_hub_download
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from diffusers_ext import FeatureStatistics, load_eraser, load_noise_model, open_pairs

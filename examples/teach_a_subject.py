@@ -1,7 +1,7 @@
 """Teach Stable Diffusion or SDXL a subject; see what the model learned and what it still knows.
 
-`photos` is a folder with pictures of the subject, `knowledge.txt` has a prompt a line of what must stay.
-python examples/teach_a_subject.py --instance_data_dir photos --knowledge_prompts knowledge.txt
+`photos` is a folder with pictures of the subject, `knowledge.txt` has a prompt a line of what must stay. python
+examples/teach_a_subject.py --instance_data_dir photos --knowledge_prompts knowledge.txt
 """
 
 import sys
@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoPipelineForText2Image
 from tqdm.auto import trange
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 

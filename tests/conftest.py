@@ -15,7 +15,6 @@ import pytest
 from tests.fresh_process import run_python
 from tests.hub_server import HubServer
 
-
 if "huggingface_hub" in sys.modules:
     raise RuntimeError("`huggingface_hub` must be imported after tests/conftest.py, got it before.")
 
@@ -81,9 +80,7 @@ def _forget_repositories() -> None:
 def hub_process(hub, tmp_path) -> Callable[..., Any]:
     """Run code against `hub` in a fresh process, with a cache of the test; as `run_python`."""
 
-    def run(
-        code: str, *arguments: str | Path, token: str | None = "hf_test", **options: Any
-    ) -> Any:
+    def run(code: str, *arguments: str | Path, token: str | None = "hf_test", **options: Any) -> Any:
         home = tmp_path / options.pop("home", "hf-home")
         variables = {**hub.environment(home, token), **options.pop("variables", {})}
         return run_python(code, home, *arguments, loopback=True, variables=variables, **options)

@@ -18,9 +18,7 @@ def fill(keys: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
             torch.testing.assert_close(values[0].item(), check["first"], atol=2e-6, rtol=0)
             torch.testing.assert_close(values[-1].item(), check["last"], atol=2e-6, rtol=0)
             room = 1e-4 + 1e-7 * values.numel()
-            torch.testing.assert_close(
-                values.double().sum().item(), check["sum"], atol=room, rtol=0
-            )
+            torch.testing.assert_close(values.double().sum().item(), check["sum"], atol=room, rtol=0)
     return filled
 
 

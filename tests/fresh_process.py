@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
 _ROOT = Path(__file__).parents[1]
 # Every attempt to reach another machine is an error there.
 _START = """

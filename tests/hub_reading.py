@@ -35,11 +35,7 @@ def _list(call: Call, prefix: str) -> Answer:
         information = _information(repo, repo.at("main"), blobs=False)
         wanted = set(call.parameters.get("filter", []))
         author, search = (call.parameters.get(key, [""])[0] for key in ("author", "search"))
-        if (
-            wanted <= set(information["tags"])
-            and author in ("", information["author"])
-            and search in repo.repo_id
-        ):
+        if wanted <= set(information["tags"]) and author in ("", information["author"]) and search in repo.repo_id:
             found.append(information)
     return json_answer(found)
 

@@ -1,7 +1,7 @@
 """A small Hub on the loopback address, for the real `huggingface_hub` client.
 
-It speaks what the client needs to share and to load models and data sets, and answers 501 to
-everything else; `HubServer.unknown` keeps those requests.
+It speaks what the client needs to share and to load models and data sets, and answers 501 to everything else;
+`HubServer.unknown` keeps those requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from urllib.parse import parse_qs, unquote
 from tests import hub_reading, hub_writing  # noqa: F401  (they register their routes)
 from tests.hub_routes import Answer, Call, answer_call
 from tests.hub_storage import HubError, Repository
-
 
 USERS = {"hf_test": "tester", "hf_stranger": "stranger"}
 FAILURES = ("drop", "truncate", "lost")
@@ -97,9 +96,7 @@ class HubServer:
             for kept in (self.repos, self.requests, self.unknown, self._failures):
                 kept.clear()
 
-    def files(
-        self, repo_id: str, repo_type: str = "model", revision: str = "main"
-    ) -> dict[str, bytes]:
+    def files(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> dict[str, bytes]:
         """Content of every file, but for the `.gitattributes` that each repository begins with."""
         prefix = "" if repo_type == "model" else f"{repo_type}s/"
         files = self.repos[prefix + repo_id].at(revision).files
@@ -116,9 +113,8 @@ class HubServer:
             method: "GET", "PUT"...
             path_pattern: regular expression, searched in the unquoted path.
             times: number of requests.
-            how: "drop" closes the connection without an answer, and amid the body of an upload;
-                "truncate" closes it amid the answer; "lost" obeys and then closes it; a number
-                such as "503" is the answer's status.
+            how: "drop" closes the connection without an answer, and amid the body of an upload; "truncate" closes it
+                amid the answer; "lost" obeys and then closes it; a number such as "503" is the answer's status.
         """
         if how not in FAILURES and not how.isdecimal():
             raise ValueError(f"`how` must be one of {FAILURES} or a status, got {how!r}.")

@@ -14,7 +14,6 @@ from typing import Any
 
 from tests.hub_metadata import card_header, metadata_errors
 
-
 # What a new repository on the Hub lists in its `.gitattributes`, and pictures and sounds.
 _LFS_SUFFIXES = frozenset(
     ".7z .arrow .bin .bz2 .ckpt .gif .gz .h5 .jpeg .jpg .joblib .model .mp3 .mp4 .msgpack .npy .npz "

@@ -9,7 +9,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-
 _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -43,9 +42,7 @@ def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor
     last = len(pipeline.vae.config.up_block_types) - 1
     for name, tensor in pipeline.vae.state_dict().items():
         linear = "attentions" in name and name.endswith("weight") and tensor.ndim == 2
-        found[f"first_stage_model.{_vae_name(name, last)}"] = (
-            tensor[:, :, None, None] if linear else tensor
-        )
+        found[f"first_stage_model.{_vae_name(name, last)}"] = tensor[:, :, None, None] if linear else tensor
     for name, tensor in pipeline.text_encoder.state_dict().items():
         name = name.removeprefix("text_model.")
         found[f"cond_stage_model.transformer.text_model.{name}"] = tensor

@@ -8,7 +8,6 @@ import pytest
 import diffusers_ext
 from diffusers_ext.documented_names import ALIASES, REPLACEMENTS
 
-
 # Every class and function that the design documents name.
 NULL_SPACE = (
     "load_covariance_data", "apply_nullspace_constraint", "validate_covariance_matrix",

@@ -8,24 +8,10 @@ from pathlib import Path
 
 import pytest
 from httpx2 import ConnectError, RemoteProtocolError
-from huggingface_hub import (
-    HfApi,
-    ModelCard,
-    constants,
-    get_session,
-    hf_hub_download,
-    hf_hub_url,
-    snapshot_download,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, ModelCard, constants, get_session, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from tests.hub_server import HubServer
-
 
 WEIGHTS = os.urandom(3000)
 
@@ -112,11 +98,7 @@ def test_revisions_are_states_of_their_own(hub, repo, tmp_path):
         "v2/next": b"new", "refs/pr/1": b"new", commit.oid: b"new",
     }.items():  # fmt: skip
         path = hf_hub_download(
-            "tester/thing",
-            "config.json",
-            subfolder="deep/er",
-            revision=revision,
-            cache_dir=tmp_path,
+            "tester/thing", "config.json", subfolder="deep/er", revision=revision, cache_dir=tmp_path
         )
         with open(path, "rb") as handle:
             assert handle.read() == content, revision
@@ -133,9 +115,7 @@ def test_revisions_are_states_of_their_own(hub, repo, tmp_path):
 
 def test_files_are_deleted_and_changed_in_one_commit(hub, repo, folder):
     (folder / "weights.safetensors").unlink()
-    repo.upload_folder(
-        repo_id="tester/thing", folder_path=folder, delete_patterns=["*.safetensors"]
-    )
+    repo.upload_folder(repo_id="tester/thing", folder_path=folder, delete_patterns=["*.safetensors"])
     repo.delete_folder("deep", repo_id="tester/thing")
     assert sorted(hub.files("tester/thing")) == ["README.md"]
     repo.delete_repo("tester/thing")
@@ -155,15 +135,11 @@ def test_private_repositories_are_seen_by_their_owner_only(hub, folder, tmp_path
     with pytest.raises(RepositoryNotFoundError, match="Repository Not Found"):
         hf_hub_download("tester/secret", "README.md", token=token, cache_dir=tmp_path)
     with pytest.raises(HfHubHTTPError, match="401|403|404"):
-        api.upload_file(
-            repo_id="tester/secret", path_or_fileobj=b"x", path_in_repo="x.txt", token=token
-        )
+        api.upload_file(repo_id="tester/secret", path_or_fileobj=b"x", path_in_repo="x.txt", token=token)
     api.update_repo_settings("tester/secret", private=False)
     assert not api.model_info("tester/secret", token=token).private
     with pytest.raises(HfHubHTTPError, match="401|403"):
-        api.upload_file(
-            repo_id="tester/secret", path_or_fileobj=b"x", path_in_repo="x.txt", token=token
-        )
+        api.upload_file(repo_id="tester/secret", path_or_fileobj=b"x", path_in_repo="x.txt", token=token)
     with pytest.raises(HfHubHTTPError, match="401"):
         api.model_info("tester/secret", token="hf_wrong")
 

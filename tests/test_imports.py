@@ -8,7 +8,6 @@ from pathlib import Path
 
 import diffusers.pipelines
 
-
 ROOT = Path(__file__).parents[1]
 TOOLS = {"nullspace", "golden_noise", "eraser", "rewards"}
 GROUND = {"hub", "core", "families"}
@@ -37,9 +36,7 @@ LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 CATCH_ALL_NAMES = {"utils", "util", "common", "misc", "helpers", "helper", "tools", "stuff"}
 
-FILES = sorted(
-    path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
-)
+FILES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 SOURCES = [path for path in FILES if path.parts[0] != "tests"]
 LIBRARY_FILES = [path for path in FILES if path.parts[0] == "diffusers_ext"]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -109,10 +106,7 @@ def test_the_rule_finds_imports_the_other_way(subtests):
         ("diffusers_ext/nullspace/a.py", "import diffusers_ext.eraser.adapter.model"),
         ("diffusers_ext/eraser/a.py", "from diffusers_ext import evaluation"),
         ("diffusers_ext/evaluation/a.py", "from diffusers_ext import collect_statistics"),
-        (
-            "diffusers_ext/rewards/a.py",
-            "def f():\n    from diffusers_ext.training.run.loop import TrainingLoop",
-        ),
+        ("diffusers_ext/rewards/a.py", "def f():\n    from diffusers_ext.training.run.loop import TrainingLoop"),
         ("diffusers_ext/hub/a.py", "from diffusers_ext.core.artifacts import Artifact"),
         ("diffusers_ext/evaluation/a.py", "from diffusers_ext.command_line.main import main"),
         ("diffusers_ext/sharing.py", "import diffusers_ext.command_line"),
@@ -161,9 +155,7 @@ def test_exceptions_from_the_size_rule_are_needed_and_explained():
         assert len(reason.split()) >= 4
 
 
-def undocumented(
-    tree: ast.Module, is_package: bool, told: frozenset[str] = frozenset()
-) -> Iterator[str]:
+def undocumented(tree: ast.Module, is_package: bool, told: frozenset[str] = frozenset()) -> Iterator[str]:
     """What of a file is public and lacks a docstring or an annotation; base classes have `told` some."""
     if not ast.get_docstring(tree) and not (is_package and not tree.body):
         yield "the module"
@@ -189,15 +181,11 @@ def undocumented(
 def test_public_functions_have_annotations_and_docstrings():
     # What `Family` and `Velocity` say of a method holds for those of each family.
     bases = [Path("diffusers_ext", "families", name) for name in ("family.py", "velocity.py")]
-    told = frozenset(
-        name.rpartition(".")[2] for path in bases for name, *_ in functions(parse(path))
-    )
+    told = frozenset(name.rpartition(".")[2] for path in bases for name, *_ in functions(parse(path)))
     found = {
         str(p): list(
             undocumented(
-                parse(p),
-                p.name == "__init__.py",
-                told if p.parts[1] == "families" and p not in bases else frozenset(),
+                parse(p), p.name == "__init__.py", told if p.parts[1] == "families" and p not in bases else frozenset()
             )
         )
         for p in SOURCES

@@ -14,7 +14,6 @@ from diffusers_ext.nullspace.collect import collect_statistics
 from tests.fresh_process import run_python
 from tests.tiny_digits import random_digits_pipeline
 
-
 ROOT = Path(__file__).parents[1]
 FRESH = """
 import os

@@ -29,7 +29,6 @@ from tests.nullspace.test_pipeline import lora
 from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_digits import random_digits_pipeline
 
-
 FACTS = {"base_model": "user/base", "license": "mit", "trained_on": "A few things."}
 CLASS = "StableDiffusionPipeline"
 
@@ -91,9 +90,7 @@ def test_a_file_of_a_lora_needs_its_facts(hub, tmp_path):
     with pytest.raises(ValueError, match="`directions` must be given for the card, got None"):
         push_artifact(tmp_path / "mine.safetensors", "lora", **facts)
     measured = Measured("12 prompts", "drift", 0.125)
-    push_artifact(
-        tmp_path / "mine.safetensors", "lora", **facts, directions="plain", results=[measured]
-    )
+    push_artifact(tmp_path / "mine.safetensors", "lora", **facts, directions="plain", results=[measured])
     assert card_of(hub, "tester/lora").data.eval_results[0].metric_value == 0.125
 
 
@@ -114,9 +111,7 @@ def test_an_eraser(hub, tmp_path, format):
     other = {"peft": "legacy", "legacy": "peft"}[format]
     arguments = {**FACTS, "preserved_concepts": [], "subfolder": "one"}
     eraser = make_eraser(tiny_transformer(), concept="seven")
-    save_eraser(
-        eraser, tmp_path / "new", format=other, push_to_hub=True, repo_id="eraser", **arguments
-    )
+    save_eraser(eraser, tmp_path / "new", format=other, push_to_hub=True, repo_id="eraser", **arguments)
     in_place = hub.files("tester/eraser")  # the other format would be read first, or never
     assert len(in_place) == len(files)
     assert {f"one/{path.name}" for path in (tmp_path / "new").iterdir()} < in_place.keys()

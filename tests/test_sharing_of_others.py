@@ -14,7 +14,6 @@ from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from tests.eraser.saved_erasers import make_eraser
 from tests.tiny_cogvideox import tiny_transformer
 
-
 CARD = {
     "base_model": "u/b", "license": "mit", "trained_on": "t", "instance_prompt": "x",
     "pipeline": "StableDiffusionPipeline", "directions": "null",
@@ -73,9 +72,7 @@ def test_facts_are_words_and_numbers(hub, theirs):
     assert not hub.repos
 
 
-@pytest.mark.parametrize(
-    "name", [LORA_WEIGHT_NAME, "training_report.json", "statistics/config.json"]
-)
+@pytest.mark.parametrize("name", [LORA_WEIGHT_NAME, "training_report.json", "statistics/config.json"])
 def test_links_in_place_of_files_are_refused(hub, theirs, name):
     report(theirs)
     (theirs / name).parent.mkdir(exist_ok=True)

@@ -15,12 +15,7 @@ def save_tiny_clip(folder: Path) -> Path:
     """Write model, tokenizer and image preprocessing; gives the folder back."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    size = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {
         **size,
         "vocab_size": len(tokenizer),
@@ -31,9 +26,7 @@ def save_tiny_clip(folder: Path) -> Path:
     }
     vision = {**size, "image_size": 32, "patch_size": 8}
     CLIPModel(
-        CLIPConfig(
-            text_config=text, vision_config=vision, projection_dim=10, logit_scale_init_value=3.0
-        )
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=10, logit_scale_init_value=3.0)
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = {

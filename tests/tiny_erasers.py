@@ -12,7 +12,6 @@ from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import register_eraser
 from tests.tiny_cogvideox import TEXT_WIDTH
 
-
 TEXT, VIDEO, WIDTH = 5, 48, 32
 register_eraser()
 
@@ -23,9 +22,7 @@ def transformer_inputs(dtype: torch.dtype = torch.float32, batch: int = 2) -> di
     rotary = get_3d_rotary_pos_embed(16, ((0, 0), (4, 4)), (4, 4), 3)
     return {
         "hidden_states": torch.randn(batch, 3, 4, 4, 4, generator=generator).to(dtype),
-        "encoder_hidden_states": torch.randn(batch, TEXT, TEXT_WIDTH, generator=generator).to(
-            dtype
-        ),
+        "encoder_hidden_states": torch.randn(batch, TEXT, TEXT_WIDTH, generator=generator).to(dtype),
         "timestep": torch.arange(batch) * 100 + 50,
         "image_rotary_emb": rotary,
         "return_dict": False,
@@ -38,9 +35,7 @@ def velocity(model: nn.Module, dtype: torch.dtype = torch.float32, **kwargs: Any
     return model(**transformer_inputs(dtype), **kwargs)[0]
 
 
-def add_random_eraser(
-    model: nn.Module, adapter_name: str = "default", seed: int = 0, **config: Any
-) -> None:
+def add_random_eraser(model: nn.Module, adapter_name: str = "default", seed: int = 0, **config: Any) -> None:
     """Add an eraser whose `up` is drawn at random too, through diffusers' `add_adapter`."""
     torch.manual_seed(seed)
     settings = {"r": 4, "init_weights": False} | config

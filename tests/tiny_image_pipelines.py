@@ -28,13 +28,11 @@ from transformers import (
 from examples.digits.prompts import make_tokenizer
 
 
-def tiny_hunyuan_dit_pipeline(
-    seed: int = 0, *, image_conditions: bool = True
-) -> HunyuanDiTPipeline:
+def tiny_hunyuan_dit_pipeline(seed: int = 0, *, image_conditions: bool = True) -> HunyuanDiTPipeline:
     """77 tokens of 8-wide BERT text and 256 of T5, v-prediction, latents of 4 channels.
 
-    Call it with 64 x 64 pixels and `use_resolution_binning=False`: the pipeline divides by 8.
-    `image_conditions=False` is version 1.2 of the model, which sees no size and no style.
+    Call it with 64 x 64 pixels and `use_resolution_binning=False`: the pipeline divides by 8. `image_conditions=False`
+    is version 1.2 of the model, which sees no size and no style.
     """
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
@@ -118,8 +116,7 @@ def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
 def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = True) -> FluxPipeline:
     """512 tokens of 12-wide T5 text, 16-wide pooled CLIP; 16 channels (64 packed), 32 x 32 pixels.
 
-    `guidance_embeds=True` is Flux.1-dev, which takes the guidance scale as an input; `False` is
-    Flux.1-schnell.
+    `guidance_embeds=True` is Flux.1-dev, which takes the guidance scale as an input; `False` is Flux.1-schnell.
     """
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
@@ -135,9 +132,7 @@ def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = True) -> FluxPi
         axes_dims_rope=(4, 4, 8),
     )
     pipeline = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(
-            shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds
-        ),
+        FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds),
         _vae(latent_channels=16, levels=3),
         CLIPTextModel(_clip(tokenizer)).eval(),
         tokenizer,
@@ -178,7 +173,5 @@ def _clip(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def _t5(tokenizer: CLIPTokenizer, width: int) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-    )
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     return T5EncoderModel(config).eval()

@@ -11,7 +11,6 @@ from peft.tuners.lora import LoraLayer
 
 from diffusers_ext.core.capture import find_modules
 
-
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -24,9 +23,7 @@ def add_random_lora(
 ) -> dict[str, LoraLayer]:
     """Add a rank-2 LoRA with random A and B; returns the LoRA layers by dotted name."""
     torch.manual_seed(seed)
-    lora = LoraConfig(
-        r=2, lora_alpha=4, init_lora_weights=False, target_modules=list(target_modules), **config
-    )
+    lora = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=list(target_modules), **config)
     model.add_adapter(lora, adapter_name=adapter_name)
     return {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
 
@@ -51,9 +48,7 @@ def every_projection(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return projections_for(model, [f"*{path}" for path in ATTENTION_LINEARS])
 
 
-def project_weights(
-    model: torch.nn.Module, projections: dict[str, torch.Tensor], strength: float
-) -> None:
+def project_weights(model: torch.nn.Module, projections: dict[str, torch.Tensor], strength: float) -> None:
     """Write `A ((1 - s) I + s P)` into every LoRA: what a projection at run time amounts to."""
     for name, matrix in projections.items():
         for lora_A in model.get_submodule(name).lora_A.values():

@@ -71,10 +71,7 @@ def sdxl_unet() -> TinyModel:
         "sample": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor(10),
         "encoder_hidden_states": torch.randn(2, 7, 24),
-        "added_cond_kwargs": {
-            "text_embeds": torch.randn(2, 16),
-            "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]] * 2),
-        },
+        "added_cond_kwargs": {"text_embeds": torch.randn(2, 16), "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]] * 2)},
     }
     return TinyModel(unet.eval(), inputs)
 
@@ -241,6 +238,5 @@ def rotary_embedding(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 DENOISERS: dict[str, Callable[[], TinyModel]] = {
-    builder.__name__: builder
-    for builder in (sd_unet, sdxl_unet, pixart, hunyuan_dit, sd3, cogvideox, flux, wan)
+    builder.__name__: builder for builder in (sd_unet, sdxl_unet, pixart, hunyuan_dit, sd3, cogvideox, flux, wan)
 }

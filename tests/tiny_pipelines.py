@@ -66,9 +66,7 @@ def pixart_pipeline(seed: int = 0) -> PixArtAlphaPipeline:
     """12-wide T5 text, 2 cross-attention layers."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-    )
+    config = T5Config(vocab_size=len(tokenizer), d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,

@@ -3,5 +3,4 @@
 from diffusers_ext.core.noise_schedules import check_prediction_type
 from diffusers_ext.training.nullspace.pictures import list_images, load_image
 
-
 __all__ = ["check_prediction_type", "list_images", "load_image"]

@@ -2,5 +2,4 @@
 
 from diffusers_ext.training.eraser.prompts import read_eraser_prompts
 
-
 __all__ = ["read_eraser_prompts"]

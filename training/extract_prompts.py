@@ -9,12 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.training.golden_noise.prompts import main, parse_args
 from diffusers_ext.training.run.script import run_script
-
 
 if __name__ == "__main__":
     run_script(parse_args, main)

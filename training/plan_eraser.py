@@ -1,10 +1,10 @@
 """Say how much memory the training of an eraser takes: `diffusers-ext plan eraser` with other flags.
 
-    python training/plan_eraser.py --pretrained_model_name_or_path CogVideoX-5b --gradient_checkpointing
-    python training/plan_eraser.py --pretrained_model_name_or_path CogVideoX-5b --memory_gib 24
+    python training/plan_eraser.py --pretrained_model_name_or_path CogVideoX-5b --gradient_checkpointing python
+    training/plan_eraser.py --pretrained_model_name_or_path CogVideoX-5b --memory_gib 24
 
-The flags are those of `train_cogvideox_eraser.py`. With `--memory_gib`, checkpointing and rows are
-chosen, and shorter clips if needed.
+The flags are those of `train_cogvideox_eraser.py`. With `--memory_gib`, checkpointing and rows are chosen, and shorter
+clips if needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
@@ -29,12 +28,8 @@ from diffusers_ext.training.run.script import run_script
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this script."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="a folder, or such as CogVideoX-5b"
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", required=True, help="a folder, or such as CogVideoX-5b")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--memory_gib", type=float, help="of a GPU: recommend settings for it")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")

@@ -2,5 +2,4 @@
 
 from diffusers_ext.training.run.setup import make_accelerator
 
-
 __all__ = ["make_accelerator"]

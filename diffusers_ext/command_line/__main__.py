@@ -6,6 +6,5 @@ import sys
 
 from diffusers_ext.command_line.main import main
 
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,6 @@ from diffusers_ext.command_line.options import (
     load_base_pipeline,
 )
 
-
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -28,18 +27,14 @@ def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_model_arguments(parser)
     parser.add_argument("--output_dir", required=True, help="folder of the statistics")
     group = parser.add_argument_group("knowledge")
-    group.add_argument(
-        "--knowledge_prompts", required=True, help="text file, one prompt a line, # comments"
-    )
+    group.add_argument("--knowledge_prompts", required=True, help="text file, one prompt a line, # comments")
     group.add_argument(
         "--other_instance_prompts",
         action="append",
         default=[],
         help="of another subject, weighs as much as all knowledge; may be repeated",
     )
-    group.add_argument(
-        "--features", nargs="+", default=["k", "v"], help="q k v out attn1.q ... ff.in ff.out"
-    )
+    group.add_argument("--features", nargs="+", default=["k", "v"], help="q k v out attn1.q ... ff.in ff.out")
     group.add_argument("--cross_attention_layers", nargs="+", default=["all"], help="or indices")
     group.add_argument("--no_sub_phrases", action="store_true", help="only the prompts themselves")
     group.add_argument("--negative_prompt", default="")
@@ -48,9 +43,7 @@ def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--height", type=int, help="the model's own without it")
     group.add_argument("--width", type=int, help="the model's own without it")
     group.add_argument("--statistics_batch_size", type=int, default=4)
-    group.add_argument(
-        "--progress_dir", help="folder for running totals: the same call goes on after a stop"
-    )
+    group.add_argument("--progress_dir", help="folder for running totals: the same call goes on after a stop")
     group.add_argument("--compress", type=float, help="keep this share of the energy, e.g. 0.999")
     group.add_argument("--export_layout", help="folder: also as a tree of npy files")
     group = parser.add_argument_group("hub")
@@ -149,9 +142,7 @@ def _layers(given: list[str]) -> str | list[int]:
     try:
         return [int(index) for index in given]
     except ValueError as error:
-        raise ValueError(
-            f"`cross_attention_layers` must be 'all' or indices, got {given}."
-        ) from error
+        raise ValueError(f"`cross_attention_layers` must be 'all' or indices, got {given}.") from error
 
 
 COLLECT = Command(

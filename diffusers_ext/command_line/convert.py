@@ -81,9 +81,7 @@ def run_npnet(args: argparse.Namespace) -> Outcome:
     with staged_output(args.destination, last=("config.json",)) as folder:
         network.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return _written(
-        args.destination, parameters=parameters, text_embed_dim=network.config.text_embed_dim
-    )
+    return _written(args.destination, parameters=parameters, text_embed_dim=network.config.text_embed_dim)
 
 
 def _written(destination: str, **facts: int | str) -> Outcome:
@@ -109,8 +107,7 @@ CONVERT_ERASER = Command(
     "Write an eraser in the other format, from its files alone: adapter_config.json and "
     "adapter_model.safetensors (peft), or eraser_config.json and eraser_weights.pt (legacy).",
     (
-        "convert eraser eraser_nudity no-nudity --format peft --concept nudity "
-        "--base_model zai-org/CogVideoX-5b",
+        "convert eraser eraser_nudity no-nudity --format peft --concept nudity --base_model zai-org/CogVideoX-5b",
         "convert eraser user/no-dog legacy_no_dog --format legacy",
     ),
     add_eraser_arguments,
@@ -121,8 +118,7 @@ CONVERT_ERASER = Command(
 CONVERT_NPNET = Command(
     "convert npnet",
     "a published NPNet checkpoint as a folder that loads by name",
-    "Read a checkpoint of the official code, without running any of it, and write a folder for "
-    "NPNet.from_pretrained.",
+    "Read a checkpoint of the official code, without running any of it, and write a folder for NPNet.from_pretrained.",
     ("convert npnet sdxl.pth npnet-sdxl",),
     add_npnet_arguments,
     run_npnet,

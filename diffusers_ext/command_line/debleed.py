@@ -7,13 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ext.command_line.options import (
-    Command,
-    Outcome,
-    add_base_model_arguments,
-    load_base_pipeline,
-)
-
+from diffusers_ext.command_line.options import Command, Outcome, add_base_model_arguments, load_base_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -54,17 +48,8 @@ def add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do with modules that the statistics do not cover",
     )
     group = parser.add_argument_group("what to keep of the LoRA")
-    group.add_argument(
-        "--instance_prompt",
-        action="append",
-        default=[],
-        help="asks for its subject; may be repeated",
-    )
-    group.add_argument(
-        "--strictness",
-        type=float,
-        help="more protects more and keeps less of it; 10 without it",
-    )
+    group.add_argument("--instance_prompt", action="append", default=[], help="asks for its subject; may be repeated")
+    group.add_argument("--strictness", type=float, help="more protects more and keeps less of it; 10 without it")
     group = parser.add_argument_group("without prompts of the subject, what to cut off")
     exclusive = group.add_mutually_exclusive_group()
     for name, explanation in _CRITERIA.items():
@@ -85,16 +70,8 @@ def add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
 def run_debleed(args: argparse.Namespace) -> Outcome:
     """Project and write."""
     from diffusers_ext.core.sources import lora_file
-    from diffusers_ext.nullspace.debleed import (
-        debleed_lora,
-        preserved_energy,
-        uncovered_modules,
-    )
-    from diffusers_ext.nullspace.lora_files import (
-        check_output_path,
-        export_lora,
-        read_lora_file,
-    )
+    from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
+    from diffusers_ext.nullspace.lora_files import check_output_path, export_lora, read_lora_file
     from diffusers_ext.nullspace.lora_metadata import kept_metadata
     from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -145,8 +122,7 @@ def _criterion(args: argparse.Namespace) -> dict[str, float]:
     criterion = {name: getattr(args, name) for name in _CRITERIA if getattr(args, name) is not None}
     if args.instance_prompt and criterion:
         raise ValueError(
-            f"`{next(iter(criterion))}` must not be given with `instance_prompt`, got both. Give "
-            "`strictness` with it."
+            f"`{next(iter(criterion))}` must not be given with `instance_prompt`, got both. Give `strictness` with it."
         )
     if args.strictness is not None and not args.instance_prompt:
         raise ValueError("`instance_prompt` must be given with `strictness`, got none.")
@@ -200,17 +176,11 @@ def _base_pipeline(args: argparse.Namespace, collected_on: str | None) -> Diffus
             "`pretrained_model_name_or_path` must be given with `instance_prompt` or `measure`, got None, "
             "and the statistics do not name their base model."
         )
-    return load_base_pipeline(
-        argparse.Namespace(**{**vars(args), "pretrained_model_name_or_path": source})
-    )
+    return load_base_pipeline(argparse.Namespace(**{**vars(args), "pretrained_model_name_or_path": source}))
 
 
 def debleed_verdict(
-    covered: int,
-    left: dict[str, float],
-    share: float | None,
-    left_out: Sequence[str],
-    uncovered: str,
+    covered: int, left: dict[str, float], share: float | None, left_out: Sequence[str], uncovered: str
 ) -> str:
     """What was done, over which modules, and what nobody looked at.
 

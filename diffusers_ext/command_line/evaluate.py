@@ -20,7 +20,6 @@ from diffusers_ext.training.run.settings import (
     settings_parser,
 )
 
-
 if TYPE_CHECKING:
     from diffusers_ext.evaluation.report_files import SavedReport
 
@@ -48,9 +47,7 @@ class Evaluation:
     reason: str = ""
     table: tuple[tuple[str, Any], ...] = ()
 
-    def command(
-        self, name: str, summary: str, description: str, examples: tuple[str, ...]
-    ) -> Command:
+    def command(self, name: str, summary: str, description: str, examples: tuple[str, ...]) -> Command:
         """The console's command."""
         return Command(
             name,
@@ -64,16 +61,12 @@ class Evaluation:
             over_file=self._over_file,
         )
 
-    def script(
-        self, description: str | None
-    ) -> tuple[Callable[..., Any], Callable[[Any], SavedReport]]:
+    def script(self, description: str | None) -> tuple[Callable[..., Any], Callable[[Any], SavedReport]]:
         """`parse_args` and `main` of a script; the latter returns the report."""
         from diffusers_ext.training.run.script import one_run_a_folder
 
         def parse_args(input_args: Sequence[str] | None = None) -> Settings:
-            return parse_settings(
-                self.settings_class, description, input_args, self.read_block, self._runs()
-            )
+            return parse_settings(self.settings_class, description, input_args, self.read_block, self._runs())
 
         return parse_args, one_run_a_folder(self._launched)
 

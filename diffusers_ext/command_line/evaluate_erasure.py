@@ -5,13 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diffusers_ext.command_line.evaluate import Evaluation
-from diffusers_ext.command_line.options import (
-    check_pipeline_class,
-    chosen_device,
-    load_base_pipeline,
-)
+from diffusers_ext.command_line.options import check_pipeline_class, chosen_device, load_base_pipeline
 from diffusers_ext.evaluation.settings import ErasureSettings
-
 
 if TYPE_CHECKING:
     import torch

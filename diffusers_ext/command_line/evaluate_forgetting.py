@@ -7,15 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ext.command_line.evaluate import Evaluation
-from diffusers_ext.command_line.options import (
-    chosen_device,
-    load_base_pipeline,
-    load_features,
-    picture_arguments,
-)
+from diffusers_ext.command_line.options import chosen_device, load_base_pipeline, load_features, picture_arguments
 from diffusers_ext.evaluation.settings import ForgettingSettings
 from diffusers_ext.training.run.config_file import read_nullbooth_block
-
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -87,18 +81,12 @@ def _load_loras(pipeline: DiffusionPipeline, sources: list[str], files: list[Pat
                 pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
             check_loaded_lora(pipeline, name)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(
-                f"`lora` must be a LoRA for this model, got {source}. {error}"
-            ) from error
+            raise ValueError(f"`lora` must be a LoRA for this model, got {source}. {error}") from error
     pipeline.set_adapters(names)
 
 
 FORGETTING = Evaluation(
-    ForgettingSettings,
-    compare_loras,
-    "NULL_SPACE_RUNS",
-    read_nullbooth_block,
-    table=(("per_prompt", False),),
+    ForgettingSettings, compare_loras, "NULL_SPACE_RUNS", read_nullbooth_block, table=(("per_prompt", False),)
 )
 EVALUATE_FORGETTING = FORGETTING.command(
     "evaluate forgetting",

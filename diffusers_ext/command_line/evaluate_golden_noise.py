@@ -15,7 +15,6 @@ from diffusers_ext.command_line.options import (
 )
 from diffusers_ext.evaluation.settings import GoldenNoiseEvaluationSettings
 
-
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
     from diffusers_ext.evaluation.golden_noise_subjects import Refine
 
 
-def compare_noise(
-    settings: GoldenNoiseEvaluationSettings, show_progress: bool = True
-) -> GoldenNoiseReport:
+def compare_noise(settings: GoldenNoiseEvaluationSettings, show_progress: bool = True) -> GoldenNoiseReport:
     """Draw, score, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.core.text_tables import read_prompt_texts
@@ -55,9 +52,7 @@ def compare_noise(
     return report
 
 
-def _load_subjects(
-    settings: GoldenNoiseEvaluationSettings, pipeline: DiffusionPipeline
-) -> dict[str, Refine]:
+def _load_subjects(settings: GoldenNoiseEvaluationSettings, pipeline: DiffusionPipeline) -> dict[str, Refine]:
     """Targets by their repeats, networks by the names of their folders."""
     from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner, RedenoisedTarget
     from diffusers_ext.golden_noise.networks.base import load_noise_model
@@ -78,10 +73,7 @@ def _load_subjects(
 
 
 GOLDEN_NOISE = Evaluation(
-    GoldenNoiseEvaluationSettings,
-    compare_noise,
-    "GOLDEN_NOISE_RUNS",
-    reason=": what it times must run alone",
+    GoldenNoiseEvaluationSettings, compare_noise, "GOLDEN_NOISE_RUNS", reason=": what it times must run alone"
 )
 EVALUATE_GOLDEN_NOISE = GOLDEN_NOISE.command(
     "evaluate golden-noise",

@@ -34,12 +34,7 @@ from diffusers_ext.command_line.options import (
 from diffusers_ext.command_line.plan import PLAN_ERASER, PLAN_GOLDEN_NOISE, PLAN_NULLSPACE
 from diffusers_ext.command_line.push import PUSH
 from diffusers_ext.command_line.train import TRAININGS, add_trainings, train
-from diffusers_ext.training.run.command_lines import (
-    OneLineParser,
-    add_overwrite_argument,
-    error_line,
-    user_errors,
-)
+from diffusers_ext.training.run.command_lines import OneLineParser, add_overwrite_argument, error_line, user_errors
 
 
 @contextlib.contextmanager
@@ -192,9 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
         parent = commands
         if group and group[0] not in groups:
             title = _GROUPS[group[0]]
-            group_parser = commands.add_parser(
-                group[0], help=title, description=title, allow_abbrev=False
-            )
+            group_parser = commands.add_parser(group[0], help=title, description=title, allow_abbrev=False)
             groups[group[0]] = group_parser.add_subparsers(metavar="WHAT", required=True)
         if group:
             parent = groups[group[0]]
@@ -215,16 +208,12 @@ def _add_command(parent: Any, name: str, command: Command) -> None:
     )
     command.add_arguments(parser)
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json", action="store_true", help="one JSON document on stdout, also of an error"
-    )
+    output.add_argument("--json", action="store_true", help="one JSON document on stdout, also of an error")
     output.add_argument("--quiet", action="store_true", help="no logs and no progress bars")
     if command.over_file is None:  # settings of runs have these
         if command.output is not None:
             add_overwrite_argument(output)
-        output.add_argument(
-            "--traceback", action="store_true", help="show where an error came from"
-        )
+        output.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.set_defaults(command=command)
 
 
@@ -261,12 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     try:
-        with (
-            stdout_to_stderr(),
-            quiet_libraries(args.quiet),
-            hub_in_one_try(),
-            result_place(args),
-        ):
+        with stdout_to_stderr(), quiet_libraries(args.quiet), hub_in_one_try(), result_place(args):
             # Left out when the package was imported, so that help comes fast.
             import diffusers_ext.registration  # noqa: F401
 

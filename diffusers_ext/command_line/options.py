@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
@@ -70,8 +69,8 @@ def result_place(args: argparse.Namespace) -> Iterator[None]:
     """Check and hold the folder, or check the file, that `args.command` writes.
 
     Raises:
-        ValueError: there is a finished result and no `--overwrite_output_dir`, or another process
-            writes to the folder.
+        ValueError: there is a finished result and no `--overwrite_output_dir`, or another process writes to the
+            folder.
     """
     command: Command = args.command
     if command.output is None:
@@ -117,16 +116,12 @@ def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = T
     )
     group.add_argument("--revision", help="of the base model on the Hub")
     group.add_argument("--variant", help="of the weight files, e.g. fp16")
-    group.add_argument(
-        "--mixed_precision", choices=list(_DTYPES), help="of the weights; no without it"
-    )
+    group.add_argument("--mixed_precision", choices=list(_DTYPES), help="of the weights; no without it")
     group.add_argument("--device", help="e.g. cuda:1; a GPU if there is one without it")
     group.add_argument("--seed", type=int, default=0, help="of everything random")
 
 
-def check_values(
-    args: argparse.Namespace, names: Sequence[str], rule: str, holds: Callable[[Any], bool]
-) -> None:
+def check_values(args: argparse.Namespace, names: Sequence[str], rule: str, holds: Callable[[Any], bool]) -> None:
     """Raise `ValueError` where a given argument breaks a rule; `None` is not given."""
     for name in names:
         value = getattr(args, name)
@@ -173,21 +168,16 @@ def check_pipeline_class(args: argparse.Namespace, tool: str | None = None) -> d
     classes = [family.pipelines[0] for family in families_of(tool)] if tool else []
     if classes:
         refuse_single_file(source, f"a {' or '.join(classes)}")
-    components = read_base_config(
-        source, revision=args.revision, single_file_config=args.single_file_config
-    )
+    components = read_base_config(source, revision=args.revision, single_file_config=args.single_file_config)
     found = components["_class_name"]
     if classes and found not in classes:
         raise ValueError(
-            f"`pretrained_model_name_or_path` must be a {' or '.join(classes)}, got a {found} in "
-            f"{source}."
+            f"`pretrained_model_name_or_path` must be a {' or '.join(classes)}, got a {found} in {source}."
         )
     return components
 
 
-def load_base_pipeline(
-    args: argparse.Namespace, tool: str | None = None, *, place: bool = True
-) -> DiffusionPipeline:
+def load_base_pipeline(args: argparse.Namespace, tool: str | None = None, *, place: bool = True) -> DiffusionPipeline:
     """The base model, frozen, in evaluation mode, without a safety checker; `place` it on the device."""
     import torch
 
@@ -233,8 +223,7 @@ def load_rewards(args: argparse.Namespace, device: torch.device) -> list[Reward]
     models = _by_reward(args.reward, args.reward_model, "reward_model")
     versions = _by_reward(args.reward, args.reward_version, "reward_version")
     return [
-        load_reward(spec, model=models.get(spec), version=versions.get(spec), device=device)
-        for spec in args.reward
+        load_reward(spec, model=models.get(spec), version=versions.get(spec), device=device) for spec in args.reward
     ]
 
 
@@ -246,8 +235,6 @@ def _by_reward(rewards: list[str], entries: list[str], name: str) -> dict[str, s
         if reward not in rewards and len(rewards) == 1:
             reward, equals, value = rewards[0], "=", entry
         if not (equals and value) or reward not in rewards or reward in found:
-            raise ValueError(
-                f"`{name}` must be REWARD=value, once for each of {rewards}, got {entry!r}."
-            )
+            raise ValueError(f"`{name}` must be REWARD=value, once for each of {rewards}, got {entry!r}.")
         found[reward] = value
     return found

@@ -10,12 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from diffusers_ext.command_line.options import DOES_NOT_FIT, DONE, Command, Outcome
 from diffusers_ext.core.settings import Settings, declaration
-from diffusers_ext.planning.settings import (
-    EraserPlanSettings,
-    GoldenNoisePlanSettings,
-    NullSpacePlanSettings,
-)
-
+from diffusers_ext.planning.settings import EraserPlanSettings, GoldenNoisePlanSettings, NullSpacePlanSettings
 
 _DESCRIPTION = (
     "Nothing is downloaded: the run is gone through over tensors that have shapes and no data. What is "
@@ -76,13 +71,8 @@ _PARSERS = {"reward": _optional, "structure": _mapping}
 
 def _adder(setting: type[Settings]) -> Callable[[argparse.ArgumentParser], None]:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--pretrained_model_name_or_path", required=True, help="a published name or a folder"
-        )
-        parser.add_argument(
-            "--gpu",
-            help='e.g. "RTX 4090"; "here" times the steps on this machine, at random weights',
-        )
+        parser.add_argument("--pretrained_model_name_or_path", required=True, help="a published name or a folder")
+        parser.add_argument("--gpu", help='e.g. "RTX 4090"; "here" times the steps on this machine, at random weights')
         parser.add_argument("--memory_gib", type=float, help="in place of the GPU's own")
         add_setting(parser.add_argument_group("setting"), setting)
 

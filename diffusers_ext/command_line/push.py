@@ -9,7 +9,6 @@ from typing import Any
 
 from diffusers_ext.command_line.options import Command, Outcome
 
-
 _CARD_FACTS = {
     "base_model": "Hub name of the base model, where the files do not tell",
     "license": "a name of the Hub, e.g. apache-2.0; the base model's own without it",
@@ -38,9 +37,7 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
         help="any other fact of the card, as JSON or as text; may be repeated",
     )
     group = parser.add_argument_group("hub")
-    group.add_argument(
-        "--private", action="store_true", default=None, help="if the repository is new"
-    )
+    group.add_argument("--private", action="store_true", default=None, help="if the repository is new")
     group.add_argument("--revision", help="branch, made when absent")
     group.add_argument("--create_pr", action="store_true", help="propose it as a pull request")
     group.add_argument("--commit_message")
@@ -54,9 +51,7 @@ def run_push(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.sharing import push_artifact
 
     if not Path(args.source).exists():
-        raise FileNotFoundError(
-            f"`source` must be a folder or a file, got {args.source}: there is none."
-        )
+        raise FileNotFoundError(f"`source` must be a folder or a file, got {args.source}: there is none.")
     given = {name: getattr(args, name) for name in _CARD_FACTS if getattr(args, name) is not None}
     hub = {name: getattr(args, name) for name in _HUB}
     facts = read_facts(args.fact)

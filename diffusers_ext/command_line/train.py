@@ -10,13 +10,9 @@ from typing import Any, get_type_hints
 
 from diffusers_ext.command_line.options import DONE, FAILED, PROGRAM
 
-
 # What each is, and the module whose `parse_args` and `main` the script has too.
 TRAININGS = {
-    "nullspace": (
-        "teach a subject without forgetting what the model knows",
-        "diffusers_ext.training.nullspace.run",
-    ),
+    "nullspace": ("teach a subject without forgetting what the model knows", "diffusers_ext.training.nullspace.run"),
     "pairs": ("make noise pairs or sequences for golden noise", "diffusers_ext.training.pairs"),
     "noise": ("train a golden-noise network on them", "diffusers_ext.training.noise"),
     "eraser": ("train an eraser of one concept", "diffusers_ext.training.eraser.train"),

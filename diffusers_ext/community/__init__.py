@@ -12,8 +12,8 @@ def custom_pipeline_path(name: str) -> str:
     """Path of the file to pass as `custom_pipeline=`, with `trust_remote_code=True`.
 
     Args:
-        name: `"nullspace_dreambooth"` or `"nullspace_dreambooth_xl"`; `"golden_noise"`, alone or
-            with `"_xl"`, `"_hunyuan_dit"`, `"_sd3"` or `"_flux"`.
+        name: `"nullspace_dreambooth"` or `"nullspace_dreambooth_xl"`; `"golden_noise"`, alone or with `"_xl"`,
+            `"_hunyuan_dit"`, `"_sd3"` or `"_flux"`.
     """
     folder = Path(__file__).parent
     names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")

@@ -2,5 +2,4 @@
 
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 
-
 __all__ = ["GoldenNoisePipeline"]

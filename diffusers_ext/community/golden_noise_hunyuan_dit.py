@@ -2,5 +2,4 @@
 
 from diffusers_ext.golden_noise.pipelines import GoldenNoiseHunyuanDiTPipeline
 
-
 __all__ = ["GoldenNoiseHunyuanDiTPipeline"]

@@ -2,5 +2,4 @@
 
 from diffusers_ext.golden_noise.pipelines import GoldenNoiseSD3Pipeline
 
-
 __all__ = ["GoldenNoiseSD3Pipeline"]

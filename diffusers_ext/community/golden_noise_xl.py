@@ -2,5 +2,4 @@
 
 from diffusers_ext.golden_noise.pipelines import GoldenNoiseXLPipeline
 
-
 __all__ = ["GoldenNoiseXLPipeline"]

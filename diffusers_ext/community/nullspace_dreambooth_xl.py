@@ -2,5 +2,4 @@
 
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothXLPipeline
 
-
 __all__ = ["NullSpaceDreamBoothXLPipeline"]

@@ -36,7 +36,6 @@ from diffusers_ext.core.text_files import read_json
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import push_folder, split_arguments
 
-
 # A quota is a disk of one's own.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Of safetensors, and of torch, which does not tell why a file could not be written.
@@ -76,9 +75,9 @@ def is_full_disk(error: BaseException) -> bool:
 def folder_lock(folder: str | os.PathLike, flag: str = "output_dir") -> Iterator[None]:
     """Hold a folder for this process while the block runs.
 
-    The lock is the operating system's, on the file `.run.lock` in the folder: it ends with the
-    process, however that ends. A file that is left by a killed one is taken over. The folder is
-    made when absent, and removed with the parents made for it when the block leaves it empty.
+    The lock is the operating system's, on the file `.run.lock` in the folder: it ends with the process, however that
+    ends. A file that is left by a killed one is taken over. The folder is made when absent, and removed with the
+    parents made for it when the block leaves it empty.
 
     Args:
         flag: what the folder is called on the command line.
@@ -144,9 +143,9 @@ def sealed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | No
 def with_sorted_metadata(content: bytes) -> bytes:
     """The bytes of a safetensors file with its metadata in order of name.
 
-    The library writes more than one entry in an order that differs from run to run. A file is the
-    length of its header in 8 bytes, the header as JSON, padded with spaces, and the tensors
-    (https://github.com/huggingface/safetensors, "Format").
+    The library writes more than one entry in an order that differs from run to run. A file is the length of its header
+    in 8 bytes, the header as JSON, padded with spaces, and the tensors (https://github.com/huggingface/safetensors,
+    "Format").
     """
     header = json.loads(content[8 : tensors_offset(content)])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -181,10 +180,9 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
 class Artifact:
     """Base of what is saved as `config.json` and safetensors.
 
-    A subclass names its tensor file in `weights_name` and its format in `format_version`, converts
-    itself in `_to_artifact` and `_from_artifact`, and describes itself in `_card`. The config
-    records the SHA-256 of the tensor file and of its own contents, so a truncated or altered folder
-    is refused.
+    A subclass names its tensor file in `weights_name` and its format in `format_version`, converts itself in
+    `_to_artifact` and `_from_artifact`, and describes itself in `_card`. The config records the SHA-256 of the tensor
+    file and of its own contents, so a truncated or altered folder is refused.
     """
 
     weights_name: ClassVar[str] = "model.safetensors"
@@ -218,9 +216,7 @@ class Artifact:
         if folder.is_file():
             raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
         if hub_arguments and not push_to_hub:
-            raise TypeError(
-                f"{sorted(hub_arguments)} must come with `push_to_hub=True`, got them without."
-            )
+            raise TypeError(f"{sorted(hub_arguments)} must come with `push_to_hub=True`, got them without.")
         folder.mkdir(parents=True, exist_ok=True)
         config, tensors = self._to_artifact()
         weights = save({name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -241,9 +237,9 @@ class Artifact:
         """Upload to a model repository, made when absent, with a model card.
 
         Args:
-            hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`,
-                `subfolder`; and for the card, where the object does not know them, `base_model`,
-                `license`, `trained_on`, `settings`, `results` and the facts of its kind.
+            hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`; and for the
+                card, where the object does not know them, `base_model`, `license`, `trained_on`, `settings`, `results`
+                and the facts of its kind.
 
         Returns:
             Address of the commit, or of the pull request.
@@ -269,8 +265,7 @@ class Artifact:
 
         Args:
             pretrained_model_name_or_path: a local folder, or `"user/name"`.
-            download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`,
-                `force_download`.
+            download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
 
         Raises:
             ValueError: the folder is incomplete, altered, of another class or of a newer format.
@@ -287,9 +282,7 @@ class Artifact:
     def _read(cls: type[ArtifactType], config_path: Path, weights_path: Path) -> ArtifactType:
         config = read_json(config_path)
         if config.get("_class_name") != cls.__name__:
-            raise ValueError(
-                f"{config_path} must describe a {cls.__name__}, got {config.get('_class_name')!r}."
-            )
+            raise ValueError(f"{config_path} must describe a {cls.__name__}, got {config.get('_class_name')!r}.")
         # What every config must say of its own files; a checksum cannot be left out.
         missing = [key for key in _HEADER if key not in config]
         if missing:
@@ -333,9 +326,7 @@ def fingerprint(module: Module, samples: int = 256) -> dict[str, Any]:
         `{"architecture": hex, "probe": [float, ...]}`; the probe survives a change of dtype.
     """
     adapters = ("lora_", "eraser_")
-    parameters = [
-        (n, p) for n, p in module.named_parameters() if not any(part in n for part in adapters)
-    ]
+    parameters = [(n, p) for n, p in module.named_parameters() if not any(part in n for part in adapters)]
     shapes = [f"{name.replace('.base_layer', '')}:{tuple(p.shape)}" for name, p in parameters]
     probe = []
     for index in range(samples):

@@ -17,7 +17,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffusers_ext.core.capture import Sink, first_tensor, match_names
 from diffusers_ext.core.restored_state import CallScope
 
-
 _LOCK = threading.RLock()
 __all__ = ["CaptureAttnProcessor", "ProjectAttnProcessor", "use_processors"]
 
@@ -25,16 +24,13 @@ __all__ = ["CaptureAttnProcessor", "ProjectAttnProcessor", "use_processors"]
 class WrappingAttnProcessor:
     """Base of processors that leave the attention itself to the processor in place.
 
-    An instance is a prototype for any number of layers: `use_processors` binds it to each of them.
-    A subclass says in `around` what happens around the attention of one layer. It is a plain object
-    without trained weights, and what is set on the prototype holds for all bound layers at once.
+    An instance is a prototype for any number of layers: `use_processors` binds it to each of them. A subclass says in
+    `around` what happens around the attention of one layer. It is a plain object without trained weights, and what is
+    set on the prototype holds for all bound layers at once.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError(
-            f"{type(self).__name__} must be installed by `use_processors`, got a call of the "
-            "prototype."
-        )
+        raise TypeError(f"{type(self).__name__} must be installed by `use_processors`, got a call of the prototype.")
 
     def check_layers(self, layers: Mapping[str, torch.nn.Module]) -> None:
         """Raise `ValueError` if the layers `{name: module}` do not suit; by default all do."""
@@ -49,9 +45,7 @@ class WrappingAttnProcessor:
 class _BoundAttnProcessor:
     """One layer's processor while `use_processors` is open."""
 
-    def __init__(
-        self, prototype: WrappingAttnProcessor, name: str, inner: Any, scope: CallScope
-    ) -> None:
+    def __init__(self, prototype: WrappingAttnProcessor, name: str, inner: Any, scope: CallScope) -> None:
         self.prototype, self.name, self.inner, self.scope = prototype, name, inner, scope
 
 
@@ -95,10 +89,10 @@ def use_processors(
 ) -> Iterator[list[str]]:
     """Bind a processor to attention layers of a diffusers model while the context is open.
 
-    Each layer's own processor goes on computing the attention. On leaving, also after an exception,
-    every layer of the model has the processor object back that it had on entering. Uses may be
-    nested; those of several threads may overlap, and each acts on the calls of its own thread. A
-    backward pass with gradient checkpointing belongs inside the context.
+    Each layer's own processor goes on computing the attention. On leaving, also after an exception, every layer of the
+    model has the processor object back that it had on entering. Uses may be nested; those of several threads may
+    overlap, and each acts on the calls of its own thread. A backward pass with gradient checkpointing belongs inside
+    the context.
 
     Args:
         targets: glob pattern(s) on dotted names of attention layers, such as `"*attn2"`.
@@ -108,8 +102,8 @@ def use_processors(
 
     Raises:
         TypeError: `model` or `processor` is of another kind.
-        ValueError: a pattern matches no attention layer, a layer has fused projections, or the
-            layers do not suit the processor.
+        ValueError: a pattern matches no attention layer, a layer has fused projections, or the layers do not suit the
+            processor.
     """
     if not isinstance(model, AttentionMixin):
         raise TypeError(
@@ -117,9 +111,7 @@ def use_processors(
             f"{type(model).__name__}. Unwrap it first if it is wrapped."
         )
     if not isinstance(processor, WrappingAttnProcessor):
-        raise TypeError(
-            f"`processor` must be a WrappingAttnProcessor, got {type(processor).__name__}."
-        )
+        raise TypeError(f"`processor` must be a WrappingAttnProcessor, got {type(processor).__name__}.")
     with CallScope() as scope:
         with _LOCK:
             originals = dict(model.attn_processors)
@@ -138,10 +130,7 @@ def use_processors(
 
 
 def _bind(
-    model: AttentionMixin,
-    processor: WrappingAttnProcessor,
-    targets: str | Sequence[str],
-    scope: CallScope,
+    model: AttentionMixin, processor: WrappingAttnProcessor, targets: str | Sequence[str], scope: CallScope
 ) -> dict[str, _BoundAttnProcessor]:
     """`{name of a processor: bound processor}` of the chosen layers; nothing is installed."""
     processors = model.attn_processors
@@ -151,8 +140,7 @@ def _bind(
     for name, layer in layers.items():
         if getattr(layer, "fused_projections", False):
             raise ValueError(
-                f"`{name}` must not have fused projections, got fused ones. Call "
-                "`unfuse_qkv_projections()` first."
+                f"`{name}` must not have fused projections, got fused ones. Call `unfuse_qkv_projections()` first."
             )
     processor.check_layers(layers)
     bound = {}
@@ -187,10 +175,9 @@ class CaptureAttnProcessor(WrappingAttnProcessor):
     """Hands what attention layers read to a sink.
 
     Args:
-        sink: `sink(name, features)` with the layer's dotted name; `features`, usually
-            `(batch, tokens, dim)`, is detached: `encoder_hidden_states` where the layer gets them,
-            else `hidden_states`, as they enter the layer. To read the exact input of a Linear,
-            which may be normalised inside the layer, use `capture`.
+        sink: `sink(name, features)` with the layer's dotted name; `features`, usually `(batch, tokens, dim)`, is
+            detached: `encoder_hidden_states` where the layer gets them, else `hidden_states`, as they enter the layer.
+            To read the exact input of a Linear, which may be normalised inside the layer, use `capture`.
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -208,35 +195,29 @@ class CaptureAttnProcessor(WrappingAttnProcessor):
 class ProjectAttnProcessor(WrappingAttnProcessor):
     """Takes from the loaded PEFT LoRAs, at run time, what acts on the preserved space.
 
-    For every Linear that `projector` covers the branch of a LoRA sees `(1 - s) x + s x P` in place
-    of `x`, so its update `B A` acts as `B A ((1 - s) I + s P)`. The weights stay as they are.
-    Adapters may be loaded, switched and removed while the processor is in use.
+    For every Linear that `projector` covers the branch of a LoRA sees `(1 - s) x + s x P` in place of `x`, so its
+    update `B A` acts as `B A ((1 - s) I + s P)`. The weights stay as they are. Adapters may be loaded, switched and
+    removed while the processor is in use.
 
     Args:
-        strength: `s` in [0, 1]; 0 is the LoRA as it is, to the bit, 1 is fully projected. It may be
-            set at any time, for all layers at once.
-        projector: `{dotted name of a Linear: P}`, `P` symmetric `(in_features, in_features)`, the
-            projection onto the directions that the preserved inputs do not use.
+        strength: `s` in [0, 1]; 0 is the LoRA as it is, to the bit, 1 is fully projected. It may be set at any time,
+            for all layers at once.
+        projector: `{dotted name of a Linear: P}`, `P` symmetric `(in_features, in_features)`, the projection onto the
+            directions that the preserved inputs do not use.
 
     Raises:
         TypeError: `projector` is no mapping.
-        ValueError: a matrix is not square, or `strength` is outside [0, 1]. In use: a LoRA is
-            fused, or an adapter is no plain LoRA.
+        ValueError: a matrix is not square, or `strength` is outside [0, 1]. In use: a LoRA is fused, or an adapter is
+            no plain LoRA.
     """
 
     def __init__(self, strength: float = 1.0, *, projector: Mapping[str, torch.Tensor]) -> None:
         if not isinstance(projector, Mapping):
-            raise TypeError(
-                "`projector` must map names of Linears to matrices, got a "
-                f"{type(projector).__name__}."
-            )
+            raise TypeError(f"`projector` must map names of Linears to matrices, got a {type(projector).__name__}.")
         self.projections = dict(projector)
         for name, matrix in self.projections.items():
             if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-                raise ValueError(
-                    f"`projector[{name!r}]` must be a square matrix, got shape "
-                    f"{tuple(matrix.shape)}."
-                )
+                raise ValueError(f"`projector[{name!r}]` must be a square matrix, got shape {tuple(matrix.shape)}.")
         self.strength = strength
         self._casts: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
 
@@ -253,11 +234,7 @@ class ProjectAttnProcessor(WrappingAttnProcessor):
 
     def check_layers(self, layers: Mapping[str, torch.nn.Module]) -> None:
         """Raise `ValueError` if no Linear of the layers is covered, or one has another width."""
-        covered = {
-            name: module
-            for layer, attn in layers.items()
-            for name, module in self._covered(layer, attn)
-        }
+        covered = {name: module for layer, attn in layers.items() for name, module in self._covered(layer, attn)}
         if not covered:
             raise ValueError(
                 "`projector` must cover a Linear of the chosen layers, got none of theirs: it "
@@ -290,11 +267,7 @@ class ProjectAttnProcessor(WrappingAttnProcessor):
                 yield path, module
 
     def _project(
-        self,
-        matrix: torch.Tensor,
-        scope: CallScope,
-        _: torch.nn.Module,
-        args: tuple[torch.Tensor],
+        self, matrix: torch.Tensor, scope: CallScope, _: torch.nn.Module, args: tuple[torch.Tensor]
     ) -> torch.Tensor | None:
         if not torch.compiler.is_compiling() and not scope.covers_this_call():
             return None  # another thread is in this layer

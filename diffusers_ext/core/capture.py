@@ -11,7 +11,6 @@ import torch
 
 from diffusers_ext.core.restored_state import CallScope
 
-
 Targets = str | Sequence[str] | Mapping[str, torch.nn.Module]
 Sink = Callable[[str, torch.Tensor], None]
 _FUSED_AWAY = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -52,20 +51,18 @@ def find_modules(model: torch.nn.Module, targets: Targets) -> dict[str, torch.nn
 
 
 @contextmanager
-def capture(
-    model: torch.nn.Module, targets: Targets, sink: Sink, *, side: str = "input"
-) -> Iterator[list[str]]:
+def capture(model: torch.nn.Module, targets: Targets, sink: Sink, *, side: str = "input") -> Iterator[list[str]]:
     """Hand every input (or output) of the target modules to `sink` while the context is open.
 
-    The model computes exactly what it computes without the hooks; they are removed on leaving, also
-    after an exception. Calls by other threads are not captured. LoRA layers are seen through: the
-    input of a wrapped Linear is its own.
+    The model computes exactly what it computes without the hooks; they are removed on leaving, also after an
+    exception. Calls by other threads are not captured. LoRA layers are seen through: the input of a wrapped Linear is
+    its own.
 
     Args:
         targets: glob pattern(s) on dotted names, or `{name: module}`.
-        sink: `sink(name, features)`; `features` is detached, of whatever shape and dtype the module
-            sees, usually `(batch, tokens, dim)`. It is called once per forward call of the module,
-            so twice per layer under gradient checkpointing.
+        sink: `sink(name, features)`; `features` is detached, of whatever shape and dtype the module sees, usually
+            `(batch, tokens, dim)`. It is called once per forward call of the module, so twice per layer under gradient
+            checkpointing.
         side: `"input"` (the first argument) or `"output"`.
 
     Yields:

@@ -41,9 +41,7 @@ def did_you_mean(given: str | Iterable[str], known: Iterable[str]) -> str:
     return f" Did you mean {' and '.join(map(repr, meant))}?" if meant else ""
 
 
-def check_keywords(
-    arguments: Iterable[str], known: Iterable[str], function: str, takes: str | None = None
-) -> None:
+def check_keywords(arguments: Iterable[str], known: Iterable[str], function: str, takes: str | None = None) -> None:
     """Raise `TypeError`, as Python does, for a keyword that would be passed over in silence.
 
     Args:
@@ -54,6 +52,5 @@ def check_keywords(
         if name not in known:
             told = f": {takes}." if takes else "."
             raise TypeError(
-                f"{function}() got an unexpected keyword argument {name!r}{told}"
-                f"{did_you_mean(name, known)}"
+                f"{function}() got an unexpected keyword argument {name!r}{told}{did_you_mean(name, known)}"
             )

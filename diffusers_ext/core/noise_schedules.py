@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler
 def check_diffusion_levels(scheduler: Any, name: str = "scheduler") -> None:
     """Raise `ValueError` for a scheduler whose noise levels are not those of its `alphas_cumprod`.
 
-    Schedulers of EDM, consistency and flow-matching models have none; from their configurations alone
-    diffusers would make default levels without a word.
+    Schedulers of EDM, consistency and flow-matching models have none; from their configurations alone diffusers would
+    make default levels without a word.
     """
     levels = getattr(scheduler, "alphas_cumprod", None)
     if isinstance(levels, torch.Tensor) and not scheduler.config.get("use_flow_sigmas"):
@@ -47,9 +47,7 @@ def check_prediction_type(scheduler: Any) -> None:
     """Raise `ValueError` unless a model under this scheduler predicts noise or velocity at known levels."""
     kind = scheduler.config.get("prediction_type")
     if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f"`prediction_type` of the scheduler must be 'epsilon' or 'v_prediction', got {kind!r}."
-        )
+        raise ValueError(f"`prediction_type` of the scheduler must be 'epsilon' or 'v_prediction', got {kind!r}.")
     check_diffusion_levels(scheduler)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, features
 
-
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = (
@@ -74,8 +73,7 @@ def find_pictures(folder: str | os.PathLike, name: str = "folder") -> FoundFiles
     pictures = FoundFiles(folder, tuple(found), passed_over)
     if not found:
         raise ValueError(
-            f"`{name}` must hold pictures ({', '.join(PICTURE_SUFFIXES)}), got none in {folder}. "
-            f"{pictures.summary()}"
+            f"`{name}` must hold pictures ({', '.join(PICTURE_SUFFIXES)}), got none in {folder}. {pictures.summary()}"
         )
     return pictures
 
@@ -115,8 +113,8 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
     """A picture file as RGB, turned as its camera was held; the first frame of an animation.
 
     Raises:
-        ValueError: a file that is empty, damaged, no picture, of a format that no installed package reads,
-            or with more pixels than Pillow takes for safe (`PIL.Image.MAX_IMAGE_PIXELS`).
+        ValueError: a file that is empty, damaged, no picture, of a format that no installed package reads, or with
+            more pixels than Pillow takes for safe (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     path = Path(path)
     if path.is_file() and path.stat().st_size == 0:
@@ -138,8 +136,8 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
 def rgb_picture(image: Image.Image, name: str = "The picture") -> Image.Image:
     """A PIL image of any mode as RGB the way it looks: on white where it is transparent.
 
-    16-bit and 32-bit whole numbers are rescaled from 0 ... 65535, floats from 0 ... 1. An embedded colour
-    profile other than sRGB is applied. An RGB image with neither comes back as a plain copy.
+    16-bit and 32-bit whole numbers are rescaled from 0 ... 65535, floats from 0 ... 1. An embedded colour profile
+    other than sRGB is applied. An RGB image with neither comes back as a plain copy.
     """
     image = _eight_bits(image)
     if not image.has_transparency_data:

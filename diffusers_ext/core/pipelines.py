@@ -1,8 +1,8 @@
 """Pipelines of diffusers and those with a component more: how they are made, handed over and known again.
 
-diffusers reads the components of a pipeline from the signature of its constructor;
-`AutoPipelineForText2Image` and its siblings look a pipeline up by its class, and `from_pipe` of any
-class leaves behind what that class does not take, without a word.
+diffusers reads the components of a pipeline from the signature of its constructor; `AutoPipelineForText2Image` and its
+siblings look a pipeline up by its class, and `from_pipe` of any class leaves behind what that class does not take,
+without a word.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from diffusers.pipelines import auto_pipeline
 
 from diffusers_ext.core.artifacts import fingerprint
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -33,8 +32,8 @@ def plain_class(pipeline_class: type) -> type:
 def add_component(pipeline_class: type, name: str, kind: Any) -> None:
     """Let the constructor take an optional component `name`, the last of them, for `set_<name>`.
 
-    All else it takes is as in the pipeline of diffusers that `pipeline_class` extends, where optional
-    components may be left out.
+    All else it takes is as in the pipeline of diffusers that `pipeline_class` extends, where optional components may
+    be left out.
 
     Args:
         kind: its class, or a union of all classes that `from_pipe` may hand over.
@@ -71,8 +70,7 @@ def add_component(pipeline_class: type, name: str, kind: Any) -> None:
 def register_auto_pipeline(pipeline_class: type) -> None:
     """Let diffusers' AutoPipelines find a pipeline derived from one that they know.
 
-    Text-to-image gives `pipeline_class` itself; image-to-image and inpainting what they give for the
-    plain one.
+    Text-to-image gives `pipeline_class` itself; image-to-image and inpainting what they give for the plain one.
     """
     text_to_image: MutableMapping[str, type] = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
     plain = plain_class(pipeline_class)
@@ -81,10 +79,7 @@ def register_auto_pipeline(pipeline_class: type) -> None:
         return
     own = f"{known[0]}-{pipeline_class.__name__}"
     text_to_image[own] = pipeline_class
-    for mapping in (
-        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-        auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
-    ):
+    for mapping in (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING):
         if known[0] in mapping:
             mapping[own] = mapping[known[0]]
 
@@ -92,8 +87,8 @@ def register_auto_pipeline(pipeline_class: type) -> None:
 class HandOver:
     """Mixin, before the pipeline of diffusers: a warning where `from_pipe` leaves a component behind.
 
-    `from_pipe` is a method of the class that is made, and reads no more of the pipeline it gets than
-    `config` and `components`; here is where the latter are read.
+    `from_pipe` is a method of the class that is made, and reads no more of the pipeline it gets than `config` and
+    `components`; here is where the latter are read.
     """
 
     # component -> what to do without it
@@ -125,9 +120,7 @@ def denoiser_of(pipeline: Any) -> torch.nn.Module:
     for name in ("unet", "transformer"):
         if getattr(pipeline, name, None) is not None:
             return getattr(pipeline, name)
-    raise ValueError(
-        f"`pipeline` must have a UNet or a transformer, got {type(pipeline).__name__}."
-    )
+    raise ValueError(f"`pipeline` must have a UNet or a transformer, got {type(pipeline).__name__}.")
 
 
 def model_fingerprints(pipeline: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -25,10 +24,10 @@ _HOLDINGS: dict[tuple[int, str], _Holding] = {}
 class CallScope:
     """Tells the calls inside of its `with` block from those of other threads and tasks.
 
-    A hook on a model is run by every thread that uses the model. Like `torch.no_grad`, what a context
-    does to a model is for the thread that opened it: another request must neither lose its eraser nor
-    be recorded. Tasks of `asyncio`, and threads that get a copy of the context (`asyncio.to_thread`),
-    count as inside. Scopes may be closed in any order, and in another thread.
+    A hook on a model is run by every thread that uses the model. Like `torch.no_grad`, what a context does to a model
+    is for the thread that opened it: another request must neither lose its eraser nor be recorded. Tasks of `asyncio`,
+    and threads that get a copy of the context (`asyncio.to_thread`), count as inside. Scopes may be closed in any
+    order, and in another thread.
     """
 
     def __init__(self) -> None:
@@ -80,9 +79,9 @@ def held_attribute(
 ) -> Iterator[None]:
     """Give an attribute a value while the context is open.
 
-    Contexts on the same attribute are counted: whatever the order in which they close, also in other
-    threads and after an exception, the attribute has the latest value that is still held, and after
-    the last one that which it had before the first. An attribute that was not there goes again.
+    Contexts on the same attribute are counted: whatever the order in which they close, also in other threads and after
+    an exception, the attribute has the latest value that is still held, and after the last one that which it had
+    before the first. An attribute that was not there goes again.
 
     Args:
         write: called as `write(owner, name, value)` in the place of `setattr`.
@@ -132,8 +131,8 @@ def eval_mode(pipeline: DiffusionPipeline) -> AbstractContextManager[None]:
 def quiet_run(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Run a pipeline in eval mode, without its bar and on a copy of its scheduler; all come back.
 
-    They are back once the last of several threads is done; but a pipeline has one scheduler, so that
-    threads that draw at the same time need a pipeline each (`from_pipe` shares the models).
+    They are back once the last of several threads is done; but a pipeline has one scheduler, so that threads that draw
+    at the same time need a pipeline each (`from_pipe` shares the models).
     """
     scheduler, no_bar = copy.deepcopy(pipeline.scheduler), {"disable": True}
     with (

@@ -12,20 +12,13 @@ from typing import Any
 
 from diffusers_ext.core.artifacts import full_disk_named, write_atomically
 
-
 RESULT_LIST = ".result.json"
-OVERWRITE_FLAG = (
-    "--overwrite_output_dir"  # also of `command_line.argument_parser`, which imports little
-)
+OVERWRITE_FLAG = "--overwrite_output_dir"  # also of `command_line.argument_parser`, which imports little
 _STAGING = ".partial-output"
 
 
 def check_no_result(
-    folder: str | os.PathLike,
-    names: Iterable[str] = (),
-    *,
-    flag: str = "output_dir",
-    hint: str = "",
+    folder: str | os.PathLike, names: Iterable[str] = (), *, flag: str = "output_dir", hint: str = ""
 ) -> None:
     """Raise `ValueError` where a folder holds a finished result: a second one must not replace it unasked."""
     folder = Path(folder)
@@ -55,15 +48,15 @@ def staged_output(
 ) -> Iterator[Path]:
     """A hidden folder whose files move to `output_dir` when the block ends without an exception.
 
-    After an exception nothing of it is left, nor is `output_dir` where it did not exist before. The
-    files of the result are listed in `.result.json`; those of an earlier list that the new result
-    lacks are removed, so old and new are never mixed. What nobody listed stays.
+    After an exception nothing of it is left, nor is `output_dir` where it did not exist before. The files of the
+    result are listed in `.result.json`; those of an earlier list that the new result lacks are removed, so old and new
+    are never mixed. What nobody listed stays.
 
     Args:
-        output_dir: the folder of the results; older files of the same names are replaced, and a
-            folder that is not there yet appears with all that is in it.
-        last: names of files without which the results do not load. They are withdrawn before
-            the others move and come last, so old and new are never taken for one result.
+        output_dir: the folder of the results; older files of the same names are replaced, and a folder that is not
+            there yet appears with all that is in it.
+        last: names of files without which the results do not load. They are withdrawn before the others move and come
+            last, so old and new are never taken for one result.
         beside: patterns of files that the run has written to `output_dir` itself.
     """
     output_dir = Path(output_dir)

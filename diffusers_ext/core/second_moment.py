@@ -14,8 +14,8 @@ from diffusers_ext.core.restored_state import held_attribute
 def exact_float32_matmul(device_type: str) -> Iterator[None]:
     """Products of float32 matrices in full float32, also under autocast.
 
-    TF32 or bfloat16 would leave three digits of a Gram matrix. The precision is one of the whole
-    process: it is back once the last of all threads is done.
+    TF32 or bfloat16 would leave three digits of a Gram matrix. The precision is one of the whole process: it is back
+    once the last of all threads is done.
     """
     with ExitStack() as stack:
         for setting in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
@@ -41,9 +41,9 @@ def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Te
 class SecondMoment:
     """The uncentred second moment of a stream of vectors.
 
-    `C = (1/n) sum_i x_i x_i^T` over all vectors seen. It is uncentred because `D x = 0` on the
-    preserved inputs is what keeps `(W + D) x = W x`; a centred form would let `D mean` through.
-    Totals are sums, so parts of a stream can be merged and reduced over processes in any order.
+    `C = (1/n) sum_i x_i x_i^T` over all vectors seen. It is uncentred because `D x = 0` on the preserved inputs is
+    what keeps `(W + D) x = W x`; a centred form would let `D mean` through. Totals are sums, so parts of a stream can
+    be merged and reduced over processes in any order.
 
     Args:
         device: where the total lives.
@@ -55,10 +55,7 @@ class SecondMoment:
     """
 
     def __init__(
-        self,
-        dim: int,
-        device: torch.device | str = "cpu",
-        compute_dtype: torch.dtype = torch.float32,
+        self, dim: int, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
     ) -> None:
         if dim < 1:
             raise ValueError(f"`dim` must be at least 1, got {dim}.")
@@ -70,9 +67,7 @@ class SecondMoment:
         self.floor = 1e-12 if compute_dtype == torch.float64 else 1e-6
 
     @classmethod
-    def from_total(
-        cls, total: torch.Tensor, count: int, floor: float | None = None
-    ) -> SecondMoment:
+    def from_total(cls, total: torch.Tensor, count: int, floor: float | None = None) -> SecondMoment:
         """Wrap a finished sum `(dim, dim)` of `count` vectors; `floor` is float64's when `None`."""
         moment = cls(total.shape[0], compute_dtype=torch.float64)
         moment.floor = moment.floor if floor is None else floor
@@ -89,8 +84,7 @@ class SecondMoment:
         """Add vectors `(..., dim)` of any floating dtype; `check_finite` finds what is not."""
         if features.shape[-1] != self.dim:
             raise ValueError(
-                f"`features` must have width {self.dim}, got {features.shape[-1]} "
-                f"(shape {tuple(features.shape)})."
+                f"`features` must have width {self.dim}, got {features.shape[-1]} (shape {tuple(features.shape)})."
             )
         self.total += gram(features, self.compute_dtype).to(self.total.device)
         self.count += features.numel() // self.dim
@@ -138,8 +132,8 @@ class SecondMoment:
 class LowRankMoment:
     """A second moment kept as its leading eigenvectors and an even spread of the rest.
 
-    `C ~ U diag(values) U^T + rest (I - U U^T)`. The trace is kept, and a direction outside `U`
-    never looks emptier than the average of what was dropped.
+    `C ~ U diag(values) U^T + rest (I - U U^T)`. The trace is kept, and a direction outside `U` never looks emptier
+    than the average of what was dropped.
 
     Args:
         vectors: `(dim, k)`, orthonormal columns.
@@ -147,9 +141,7 @@ class LowRankMoment:
         rest: energy per direction outside `vectors`.
     """
 
-    def __init__(
-        self, vectors: torch.Tensor, values: torch.Tensor, rest: float, count: int
-    ) -> None:
+    def __init__(self, vectors: torch.Tensor, values: torch.Tensor, rest: float, count: int) -> None:
         self.vectors, self.values, self.rest, self.count = vectors, values, float(rest), int(count)
         self.floor = 1e-6  # of the float32 eigenvectors
 

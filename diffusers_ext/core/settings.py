@@ -42,8 +42,8 @@ class Declaration:
         rule: for values that are given.
         choices: all values that there are.
         aliases: other spellings of the flag alone.
-        old_names: names that earlier versions had for it: on the command line, in YAML files and in
-            what runs have saved.
+        old_names: names that earlier versions had for it: on the command line, in YAML files and in what runs have
+            saved.
         flag: its name on the command line where that is not the field's.
         repeated: a list whose items have a flag each, in place of one flag with all items.
         several: one flag with several words, for a type that does not say so.
@@ -126,9 +126,7 @@ class Settings:
                 raise ValueError(f"`{one.name}` must be {declared.rule.text}, got {value}.")
             if declared.choices is not None and value not in declared.choices:
                 meant = did_you_mean(str(value), map(str, declared.choices))
-                raise ValueError(
-                    f"`{one.name}` must be one of {list(declared.choices)}, got {value!r}.{meant}"
-                )
+                raise ValueError(f"`{one.name}` must be one of {list(declared.choices)}, got {value!r}.{meant}")
 
 
 def setting_names(classes: Iterable[type[Settings]]) -> set[str]:
@@ -170,9 +168,7 @@ WITHOUT_IT = "the model's own without it"
 class ModelSettings(Settings, title="model"):
     """Which base model, how it runs and where the results go."""
 
-    config: str | None = setting(
-        None, "YAML file of arguments, one for all scripts; flags override it"
-    )
+    config: str | None = setting(None, "YAML file of arguments, one for all scripts; flags override it")
     pretrained_model_name_or_path: str = required(
         "base model: folder, Hub name, or .safetensors file of Stable Diffusion or SDXL"
     )
@@ -189,14 +185,10 @@ class ModelSettings(Settings, title="model"):
     )
     seed: int = setting(0, "seed of everything random", rule=SEED)
     mixed_precision: str | None = setting(
-        None,
-        "of the frozen weights and of what is computed; accelerate's without it, else no",
-        choices=PRECISIONS,
+        None, "of the frozen weights and of what is computed; accelerate's without it, else no", choices=PRECISIONS
     )
     traceback: bool = setting(False, "show where an error came from")
-    allow_tf32: bool = setting(
-        False, "round the inputs of float32 products to 10 bits: faster on Ampere and newer"
-    )
+    allow_tf32: bool = setting(False, "round the inputs of float32 products to 10 bits: faster on Ampere and newer")
 
 
 @dataclass(kw_only=True)
@@ -214,21 +206,13 @@ class TrainingSettings(Settings, title="training"):
         False, "compute activations again instead of keeping them: less memory, more time"
     )
     dataloader_num_workers: int = setting(0, "processes that load data", rule=NOT_NEGATIVE)
-    learning_rate: float | None = setting(
-        None, "step size of AdamW; the script has its own without it", rule=POSITIVE
-    )
-    scale_lr: bool = setting(
-        False, "multiply the learning rate by processes, batch size and accumulated batches"
-    )
+    learning_rate: float | None = setting(None, "step size of AdamW; the script has its own without it", rule=POSITIVE)
+    scale_lr: bool = setting(False, "multiply the learning rate by processes, batch size and accumulated batches")
     lr_scheduler: str | None = setting("constant", "name of a diffusers schedule of the rate")
     lr_warmup_steps: int = setting(0, "steps in which the rate rises to its full value",
                                    rule=NOT_NEGATIVE)  # fmt: skip
-    adam_beta1: float = setting(
-        0.9, "momentum: the nearer to 1, the longer past gradients count", rule=BELOW_ONE
-    )
-    adam_beta2: float = setting(
-        0.999, "the nearer to 1, the longer past squared gradients count", rule=BELOW_ONE
-    )
+    adam_beta1: float = setting(0.9, "momentum: the nearer to 1, the longer past gradients count", rule=BELOW_ONE)
+    adam_beta2: float = setting(0.999, "the nearer to 1, the longer past squared gradients count", rule=BELOW_ONE)
     adam_weight_decay: float | None = setting(
         0.0, "share of the rate by which a step shrinks trained weights", rule=NOT_NEGATIVE
     )
@@ -263,9 +247,7 @@ class TrainingSettings(Settings, title="training"):
 class ResumeSettings(Settings):
     """How a stopped run goes on."""
 
-    resume_from_checkpoint: str | None = setting(
-        None, "'latest', or one of the folders that a run leaves"
-    )
+    resume_from_checkpoint: str | None = setting(None, "'latest', or one of the folders that a run leaves")
 
 
 @dataclass(kw_only=True)
@@ -289,8 +271,7 @@ class ReportingSettings(Settings, title="reporting"):
         trackers = [str(tracker) for tracker in get_available_trackers()]
         if self.report_to not in trackers:
             raise ValueError(
-                f"`report_to` must be an installed tracker, 'all' or one of {trackers}, got "
-                f"{self.report_to}."
+                f"`report_to` must be an installed tracker, 'all' or one of {trackers}, got {self.report_to}."
             )
 
 
@@ -298,9 +279,7 @@ class ReportingSettings(Settings, title="reporting"):
 class ImageReportingSettings(ReportingSettings, title="reporting"):
     """Logs and validation pictures."""
 
-    validation_prompt: list[str] = setting(
-        [], "prompt of validation pictures; may be repeated", repeated=True
-    )
+    validation_prompt: list[str] = setting([], "prompt of validation pictures; may be repeated", repeated=True)
     num_validation_images: int = setting(4, "validation pictures of a prompt", rule=COUNT)
 
 
@@ -312,14 +291,10 @@ class HubSettings(Settings, title="hub"):
     hub_model_id: str | None = setting(None, "repository; the output folder's name without it")
     hub_token: str | None = setting(None, "token of the Hub; taken from the login without it")
     hub_private_repo: bool = setting(False, "make a new repository private")
-    hub_license: str | None = setting(
-        None, "licence of the result, e.g. apache-2.0; the base model's own without it"
-    )
+    hub_license: str | None = setting(None, "licence of the result, e.g. apache-2.0; the base model's own without it")
     hub_license_name: str | None = setting(None, "name of a licence that is `other` on the Hub")
     hub_license_link: str | None = setting(None, "address of such a licence")
-    hub_base_model: str | None = setting(
-        None, "Hub name of the base model, where that is a folder here"
-    )
+    hub_base_model: str | None = setting(None, "Hub name of the base model, where that is a folder here")
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,6 @@ from huggingface_hub.utils._http import default_client_factory, hf_request_event
 
 from diffusers_ext.core.names import check_keywords
 
-
 CONNECT_SECONDS = 3.0  # a network that swallows packets never refuses
 _REMEMBERED_SECONDS = 60.0  # no further file of the same model waits again
 
@@ -47,8 +46,8 @@ class _Contact:
 class _OneTryClient(httpx.Client):
     """A client that connects in its first try or not at all.
 
-    Once it was connected, losses are met as usual: in a download of hours the Hub's own library goes
-    on with its five tries.
+    Once it was connected, losses are met as usual: in a download of hours the Hub's own library goes on with its five
+    tries.
     """
 
     def __init__(self, contact: _Contact) -> None:
@@ -80,8 +79,8 @@ class _OneTryClient(httpx.Client):
 def one_try_to_connect() -> Iterator[None]:
     """While it lasts, the Hub is given up when the first connection fails, within seconds.
 
-    What has been downloaded before is still found in the cache. It is of the whole process, for
-    command lines; the library itself leaves the Hub's client as its user has set it.
+    What has been downloaded before is still found in the cache. It is of the whole process, for command lines; the
+    library itself leaves the Hub's client as its user has set it.
     """
     contact = _Contact()
     huggingface_hub.set_client_factory(lambda: _OneTryClient(contact))
@@ -122,8 +121,8 @@ _FILES = ("run.json", "trained_0.safetensors")
 def refuse_checkpoint(source: str | os.PathLike) -> None:
     """Raise `ValueError` for a checkpoint, a file of one, or a folder of nothing but checkpoints.
 
-    Whoever loads results from folders asks this first. A checkpoint holds the state that a training
-    goes on from: some weights under the names of the model that trains, and nothing to load them by.
+    Whoever loads results from folders asks this first. A checkpoint holds the state that a training goes on from: some
+    weights under the names of the model that trains, and nothing to load them by.
     """
     path = Path(source)
     for folder in (path, path.parent) if path.is_file() else (path,):
@@ -172,20 +171,15 @@ def check_download_arguments(arguments: Mapping[str, Any], function: str) -> Non
 
 @contextmanager
 def files_on_hub(
-    source: str | os.PathLike,
-    kind: str,
-    *,
-    no_file: str,
-    no_folder: str | None = None,
-    argument: str = _ARGUMENT,
+    source: str | os.PathLike, kind: str, *, no_file: str, no_folder: str | None = None, argument: str = _ARGUMENT
 ) -> Iterator[None]:
     """Say in the user's words what a download lacks; no repository or revision stays the Hub's error.
 
     Args:
         source: what the user's `argument` holds.
         kind: what is looked for, as in "a folder or Hub name of `kind`".
-        no_file, no_folder: the messages for a file that the repository lacks, and for what cannot be
-            a repository's name.
+        no_file, no_folder: the messages for a file that the repository lacks, and for what cannot be a repository's
+            name.
 
     Raises:
         ValueError: with one of these messages.
@@ -203,12 +197,7 @@ def files_on_hub(
 
 @contextmanager
 def hub_names(
-    argument: str,
-    source: str | os.PathLike,
-    kind: str,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
+    argument: str, source: str | os.PathLike, kind: str, *, revision: str | None = None, local_files_only: bool = False
 ) -> Iterator[None]:
     """As `files_on_hub`, and `ValueError` for a repository or revision that is not there, too.
 
@@ -222,28 +211,21 @@ def hub_names(
         with files_on_hub(source, kind, no_file=no_file, no_folder=no_folder, argument=argument):
             yield
     except RevisionNotFoundError as error:
-        raise ValueError(
-            f"`revision` must be a branch, tag or commit of {source}, got {revision!r}."
-        ) from error
+        raise ValueError(f"`revision` must be a branch, tag or commit of {source}, got {revision!r}.") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"{wanted}: no such folder, and no such repository for this login. A private or gated "
-            "one needs `token`."
+            f"{wanted}: no such folder, and no such repository for this login. A private or gated one needs `token`."
         ) from error
     except LocalEntryNotFoundError as error:
         if not local_files_only:
             raise
         raise ValueError(
-            f"{wanted}: with `local_files_only` it must have been downloaded whole before. Call it "
-            "once without."
+            f"{wanted}: with `local_files_only` it must have been downloaded whole before. Call it once without."
         ) from error
 
 
 def artifact_file(
-    source: str | os.PathLike,
-    name: str,
-    subfolder: str | None,
-    download_arguments: Mapping[str, Any],
+    source: str | os.PathLike, name: str, subfolder: str | None, download_arguments: Mapping[str, Any]
 ) -> Path:
     """Path of one file of an artifact, downloaded where `source` is no folder.
 
@@ -285,9 +267,7 @@ def lora_file(source: str, weight_name: str | None = None) -> Path:
         return path
     if not _REPOSITORY.fullmatch(source) or source.endswith(".safetensors"):
         # Asking the Hub for a mistyped path would take long and say something else.
-        raise ValueError(
-            f"A LoRA must be a file, a folder or 'user/name', got {source}: no such file."
-        )
+        raise ValueError(f"A LoRA must be a file, a folder or 'user/name', got {source}: no such file.")
     no_file = f"Repository {source} must hold {name}, got none. Name it with `--weight_name`."
     with files_on_hub(source, f"a LoRA with {name}", no_file=no_file, argument="lora"):
         return Path(hf_hub_download(source, name))

@@ -1,8 +1,8 @@
 """Tensors and configs in files of strangers: whole, finite, unaltered, and read without running code.
 
-The safetensors library refuses a header that does not fit its file (offsets, shapes, dtypes); here
-stands what it leaves open: what kind of file it is, which tensors must be there, that they hold
-numbers, and whether file or config are as they were written. Every error names the file.
+The safetensors library refuses a header that does not fit its file (offsets, shapes, dtypes); here stands what it
+leaves open: what kind of file it is, which tensors must be there, that they hold numbers, and whether file or config
+are as they were written. Every error names the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffusers_ext.hub.upload_files import CONFIG_DIGEST, config_digest
-
 
 # Name in the metadata of a weights file of the digest of the config that it was saved beside.
 CONFIG_KEY = "diffusers_ext.config_sha256"
@@ -64,10 +63,7 @@ def check_format_version(config: Mapping[str, Any], path: str | os.PathLike, new
     if type(version) is not int or version < 1:
         raise ValueError(f"`format_version` must be a positive integer, got {version!r} in {path}.")
     if version > newest:
-        raise ValueError(
-            f"`format_version` must be at most {newest}, got {version} in {path}. Update "
-            "diffusers_ext."
-        )
+        raise ValueError(f"`format_version` must be at most {newest}, got {version} in {path}. Update diffusers_ext.")
 
 
 def check_regular_file(path: str | os.PathLike, remedy: str = REMEDY) -> Path:
@@ -100,9 +96,7 @@ def open_tensors(path: str | os.PathLike, remedy: str = REMEDY) -> safe_open:
             )
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, OverflowError, MemoryError) as error:
-        raise ValueError(
-            f"{path} must be a whole safetensors file, got: {error}. {remedy}"
-        ) from error
+        raise ValueError(f"{path} must be a whole safetensors file, got: {error}. {remedy}") from error
 
 
 def read_tensors(
@@ -116,16 +110,16 @@ def read_tensors(
     """All tensors of a safetensors file and its metadata.
 
     Args:
-        expected: all names that must be there and no others, each with its shape, or with a tensor
-            (also on `meta`) whose shape and dtype it must have; any names when `None`.
+        expected: all names that must be there and no others, each with its shape, or with a tensor (also on `meta`)
+            whose shape and dtype it must have; any names when `None`.
         dtypes: those that tensors may have, such as `FLOATING`; any when `None`.
 
     Returns:
         The tensors on the CPU, and the metadata, empty where there is none.
 
     Raises:
-        ValueError: not a whole safetensors file, other tensors than expected, numbers that are
-            none, or contents of which the file's own digest says that they were altered.
+        ValueError: not a whole safetensors file, other tensors than expected, numbers that are none, or contents of
+            which the file's own digest says that they were altered.
     """
     handle = open_tensors(path, remedy)
     shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
@@ -160,8 +154,7 @@ def check_tensors(
         if allowed is not None and tensor.dtype not in allowed:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise ValueError(
-                f"{path} must hold {name!r} in {names}, got "
-                f"{str(tensor.dtype).removeprefix('torch.')}. {remedy}"
+                f"{path} must hold {name!r} in {names}, got {str(tensor.dtype).removeprefix('torch.')}. {remedy}"
             )
         if finite:
             check_finite(tensor, name, path, remedy)
@@ -185,14 +178,10 @@ def check_shapes(
     for name, model in expected.items():
         wanted = tuple(model.shape if isinstance(model, torch.Tensor) else model)
         if tuple(shapes[name]) != wanted:
-            raise ValueError(
-                f"{path} must hold {name!r} of shape {wanted}, got {tuple(shapes[name])}. {remedy}"
-            )
+            raise ValueError(f"{path} must hold {name!r} of shape {wanted}, got {tuple(shapes[name])}. {remedy}")
 
 
-def check_finite(
-    tensor: torch.Tensor, name: str, path: str | os.PathLike, remedy: str = REMEDY
-) -> None:
+def check_finite(tensor: torch.Tensor, name: str, path: str | os.PathLike, remedy: str = REMEDY) -> None:
     """Raise `ValueError` where a tensor holds NaN or infinity; integers hold neither."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return
@@ -203,18 +192,14 @@ def check_finite(
         # float8 has no operations of its own.
         values = block.float() if block.element_size() == 1 else block
         if not torch.isfinite(values).all():
-            raise ValueError(
-                f"{path} must hold finite numbers, got NaN or infinity in {name!r}. {remedy}"
-            )
+            raise ValueError(f"{path} must hold finite numbers, got NaN or infinity in {name!r}. {remedy}")
 
 
-def tensors_digest(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> str:
+def tensors_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """SHA-256 of names, dtypes, shapes and bytes of tensors, and of the metadata beside them.
 
-    It goes into the metadata as `DIGEST_KEY`, which counts itself out. In which order a file keeps
-    them does not matter.
+    It goes into the metadata as `DIGEST_KEY`, which counts itself out. In which order a file keeps them does not
+    matter.
     """
     kept = {name: value for name, value in (metadata or {}).items() if name != DIGEST_KEY}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
@@ -227,18 +212,13 @@ def tensors_digest(
     return digest.hexdigest()
 
 
-def with_digest(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> dict[str, str]:
+def with_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
     """The metadata to write with tensors, so that `read_tensors` finds what was altered later."""
     return {**(metadata or {}), DIGEST_KEY: tensors_digest(tensors, metadata)}
 
 
 def check_digest(
-    tensors: Mapping[str, torch.Tensor],
-    metadata: Mapping[str, str],
-    path: str | os.PathLike,
-    remedy: str = REMEDY,
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: str | os.PathLike, remedy: str = REMEDY
 ) -> None:
     """Raise `ValueError` where a file's metadata holds a digest and its contents have another."""
     if DIGEST_KEY not in metadata:
@@ -269,17 +249,14 @@ def read_pickled_tensors(
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     # torch reports a truncated zip file as an `OSError` or a `RuntimeError`.
     except (EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} must be a whole file of `torch.save`, got: {_first_line(error)} {remedy}"
-        ) from error
+        raise ValueError(f"{path} must be a whole file of `torch.save`, got: {_first_line(error)} {remedy}") from error
     # The unpickler takes any bytes for instructions, and fails as they happen to lead it.
     except (
         pickle.UnpicklingError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
         struct.error,
     ) as error:  # fmt: skip
         raise ValueError(
-            f"{path} must hold nothing but tensors; it is damaged or would run code, so it was not "
-            f"loaded. {remedy}"
+            f"{path} must hold nothing but tensors; it is damaged or would run code, so it was not loaded. {remedy}"
         ) from error
     _check_tree(tree, path, finite, remedy)
     return tree
@@ -293,9 +270,7 @@ def _check_zip(path: Path, remedy: str) -> None:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise ValueError(
-            f"{path} must be a whole file of `torch.save`, got: {_first_line(error)} {remedy}"
-        ) from error
+        raise ValueError(f"{path} must be a whole file of `torch.save`, got: {_first_line(error)} {remedy}") from error
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise ValueError(
             f"{path} must hold its tensors as they are, got a zip file that unpacks to more than its "
@@ -306,15 +281,14 @@ def _check_zip(path: Path, remedy: str) -> None:
 def _check_tree(tree: Any, path: Path, finite: bool, remedy: str) -> None:
     """Refuse tensors that claim more memory than the file can account for.
 
-    A tensor of stride 0 has any number of elements on four bytes, until somebody copies it. Names
-    may share weights, so some more than the file's size is allowed.
+    A tensor of stride 0 has any number of elements on four bytes, until somebody copies it. Names may share weights,
+    so some more than the file's size is allowed.
     """
     total = 0
     for name, tensor in _tensors_in(tree):
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(
-                f"{path} must hold dense tensors, got {name!r} as {tensor.layout} on "
-                f"{tensor.device}. {remedy}"
+                f"{path} must hold dense tensors, got {name!r} as {tensor.layout} on {tensor.device}. {remedy}"
             )
         total += tensor.numel() * tensor.element_size()
         if total > 4 * path.stat().st_size:

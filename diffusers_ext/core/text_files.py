@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-
 MAX_TEXT_BYTES = 2**30  # of prompts, a list of which must fit the memory
 MAX_JSON_BYTES = 2**25  # what is read is up to 25 times as large
 MAX_YAML_BYTES = 2**20  # read by Python code, some 100 kB in a second
@@ -74,9 +73,7 @@ def decode(content: bytes, where: str | os.PathLike) -> str:
     return text
 
 
-def read_json(
-    path: str | os.PathLike, expect: type | None = dict, *, allow_nan: bool = False
-) -> Any:
+def read_json(path: str | os.PathLike, expect: type | None = dict, *, allow_nan: bool = False) -> Any:
     """What a JSON file holds.
 
     Args:
@@ -87,11 +84,7 @@ def read_json(
 
 
 def parse_json(
-    text: str | bytes,
-    where: str | os.PathLike,
-    expect: type | None = dict,
-    *,
-    allow_nan: bool = False,
+    text: str | bytes, where: str | os.PathLike, expect: type | None = dict, *, allow_nan: bool = False
 ) -> Any:
     """`read_json` of a text that comes from `where`, such as `"line 3 of pairs.jsonl"`."""
     if isinstance(text, bytes):
@@ -109,9 +102,7 @@ def parse_json(
     except ValueError as error:
         raise ValueError(f"{where} must hold JSON, got: {error}.") from error
     if expect is not None and not isinstance(content, expect):
-        raise ValueError(
-            f"{where} must hold a JSON {_KINDS[expect]}, got a {type(content).__name__}."
-        )
+        raise ValueError(f"{where} must hold a JSON {_KINDS[expect]}, got a {type(content).__name__}.")
     return content
 
 

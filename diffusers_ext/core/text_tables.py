@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from diffusers_ext.core.text_files import MAX_JSON_BYTES, parse_json, read_text
 
-
 TEXT_SUFFIXES = ("", ".txt")
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _DELIMITERS = (",", ";", "\t")  # of European spreadsheets the second
@@ -29,8 +28,7 @@ def read_prompt_texts(
     There are no missing values: `None`, `NA` and `null` are prompts. Empty ones are passed over.
 
     Args:
-        path: text, one prompt a line, or a table by its ending: `.csv`, `.tsv`, `.json`, `.jsonl`,
-            `.parquet`.
+        path: text, one prompt a line, or a table by its ending: `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`.
     """
     check_prompt_file(path, argument)
     if is_table(path):
@@ -41,9 +39,7 @@ def read_prompt_texts(
     if comments and not is_table(path):
         prompts = [line for line in prompts if not line.startswith("#")]
     if not prompts:
-        raise ValueError(
-            f"`{argument}` must hold at least one prompt, got none in {path} with {len(texts)} lines."
-        )
+        raise ValueError(f"`{argument}` must hold at least one prompt, got none in {path} with {len(texts)} lines.")
     return prompts
 
 
@@ -107,9 +103,7 @@ def read_text_lines(path: str | os.PathLike) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def read_rows(
-    path: str | os.PathLike, columns: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[Row]:
+def read_rows(path: str | os.PathLike, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a table, from all of which the columns are texts.
 
     A whole number is the text of its digits, as in CSV, and nothing (`null`) the empty one.
@@ -181,9 +175,7 @@ def _csv_header(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def _csv_fields(
-    path: str | os.PathLike, text: str, delimiter: str, skipped: int
-) -> Iterator[tuple[int, list[str]]]:
+def _csv_fields(path: str | os.PathLike, text: str, delimiter: str, skipped: int) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not blank, with the numbers of the lines on which they end."""
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     start = 1
@@ -216,14 +208,9 @@ def _read_json_table(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         if len({len(lists[name]) for name in columns}) > 1:
             raise ValueError(f"The lists {list(columns)} of {path} must be equally long.")
         size = len(lists[columns[0]])
-        content = [
-            {name: values[row] for name, values in lists.items() if len(values) == size}
-            for row in range(size)
-        ]
+        content = [{name: values[row] for name, values in lists.items() if len(values) == size} for row in range(size)]
     if not isinstance(content, list):
-        raise ValueError(
-            f"{path} must hold a list of prompts or of objects, got a {type(content).__name__}."
-        )
+        raise ValueError(f"{path} must hold a list of prompts or of objects, got a {type(content).__name__}.")
     for number, item in enumerate(content, start=1):
         yield _json_row(item, f"item {number} of {path}", columns)
 
@@ -240,9 +227,7 @@ def _json_row(item: Any, where: str, columns: Sequence[str]) -> Row:
     if isinstance(item, str) and len(columns) == 1:
         return where, {columns[0]: item}
     if not isinstance(item, dict):
-        raise ValueError(
-            f"{where} must be a JSON object with {list(columns)}, got a {type(item).__name__}."
-        )
+        raise ValueError(f"{where} must be a JSON object with {list(columns)}, got a {type(item).__name__}.")
     return where, item
 
 
@@ -269,9 +254,7 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                     number += 1
                     yield f"row {number} of {path}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} must be a whole parquet file, got: {error}. Write or download it again."
-        ) from error
+        raise ValueError(f"{path} must be a whole parquet file, got: {error}. Write or download it again.") from error
 
 
 _READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {

@@ -4,7 +4,6 @@ from typing import Any
 
 from diffusers_ext.core.names import by_name, imported_name
 
-
 _SOURCES = by_name(
     {
         "diffusers_ext.eraser.adapter.config": "EraserConfig eraser_size",
@@ -14,14 +13,11 @@ _SOURCES = by_name(
             "eraser_layers eraser_outputs erasers_disabled trainable_eraser_parameters"
         ),
         "diffusers_ext.eraser.concept_attention": "concept_attention",
-        "diffusers_ext.eraser.concept_masks": (
-            "concept_head_weights concept_mask normalize_attention velocity_mask"
-        ),
+        "diffusers_ext.eraser.concept_masks": ("concept_head_weights concept_mask normalize_attention velocity_mask"),
         "diffusers_ext.eraser.concepts": "concept_token_mask contains_concept replace_concept",
         "diffusers_ext.eraser.files": "load_eraser convert_eraser save_eraser",
         "diffusers_ext.eraser.losses": (
-            "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss "
-            "T2VUnlearningLoss"
+            "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss T2VUnlearningLoss"
         ),
         "diffusers_ext.eraser.neighbours": "neighbouring_concepts",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",

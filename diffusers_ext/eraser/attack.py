@@ -1,8 +1,7 @@
 """White-box attack on an eraser: learned text embeddings that try to bring the concept back.
 
-After the adversarial prompt learning of Receler (Huang et al. 2024, arXiv 2311.17717, section 3.3)
-and UnlearnDiffAtk (Zhang et al. 2024, arXiv 2310.11868). `benchmarks.lora_finetuning` is the
-other way back, by training on other clips.
+After the adversarial prompt learning of Receler (Huang et al. 2024, arXiv 2311.17717, section 3.3) and UnlearnDiffAtk
+(Zhang et al. 2024, arXiv 2310.11868). `benchmarks.lora_finetuning` is the other way back, by training on other clips.
 """
 
 from __future__ import annotations
@@ -46,24 +45,23 @@ def learn_revival_embeddings(
 ) -> RevivalEmbeddings:
     """Embeddings `e` that make the erased model answer target prompts as the model before did.
 
-    `min_e mean ||v_erased(x_t, [c; e], t) - v_before(x_t, c, t)||^2` over the points given, by
-    Adam. One set of embeddings serves all prompts. They start at random with the mean and spread
-    of `prompt_embeds`, and the learning rate is in units of that spread. The model is run in eval
-    mode; its parameters, gradients and modes stay as they are, and so does torch's random state.
+    `min_e mean ||v_erased(x_t, [c; e], t) - v_before(x_t, c, t)||^2` over the points given, by Adam. One set of
+    embeddings serves all prompts. They start at random with the mean and spread of `prompt_embeds`, and the learning
+    rate is in units of that spread. The model is run in eval mode; its parameters, gradients and modes stay as they
+    are, and so does torch's random state.
 
     Args:
         velocity: of the transformer with its erasers as they are to be attacked.
-        x_t: `(points, frames, channels, height, width)`, best from sampling the model before with
-            the target prompts.
+        x_t: `(points, frames, channels, height, width)`, best from sampling the model before with the target prompts.
         t: `(points,)` timesteps.
         prompt_embeds: `(points, text, text_dim)`, target prompts.
-        v_concept: velocities of the model before under these prompts; asked from the transformer with
-            its erasers off unless given.
+        v_concept: velocities of the model before under these prompts; asked from the transformer with its erasers off
+            unless given.
         num_embeddings: how many to learn; Receler takes 16.
 
     Raises:
-        ValueError: no eraser to attack, no points, batches that differ, or more embeddings than a
-            model with absolute positions has text tokens.
+        ValueError: no eraser to attack, no points, batches that differ, or more embeddings than a model with absolute
+            positions has text tokens.
     """
     _check_points(velocity, x_t, t, prompt_embeds, v_concept)
     for name, value in (("num_embeddings", num_embeddings), ("steps", steps)):
@@ -96,15 +94,13 @@ def insert_embeddings(
 ) -> torch.Tensor:
     """Prompts `(batch, text, text_dim)` with embeddings `(n, text_dim)` after them, or over their last tokens.
 
-    CogVideoX gives text tokens no positions, so their order means nothing and rotary models take
-    any number; models with absolute positions (by `config`, the transformer's) take exactly their own,
-    the last being padding unless a prompt fills them.
+    CogVideoX gives text tokens no positions, so their order means nothing and rotary models take any number; models
+    with absolute positions (by `config`, the transformer's) take exactly their own, the last being padding unless a
+    prompt fills them.
     """
     text, width = prompt_embeds.shape[1:]
     if embeddings.ndim != 2 or embeddings.shape[1] != width:
-        raise ValueError(
-            f"`embeddings` must be (num_embeddings, {width}), got {tuple(embeddings.shape)}."
-        )
+        raise ValueError(f"`embeddings` must be (num_embeddings, {width}), got {tuple(embeddings.shape)}.")
     added = embeddings.to(prompt_embeds).expand(len(prompt_embeds), -1, -1)
     if takes_any_text_length(config):
         return torch.cat([prompt_embeds, added], dim=1)
@@ -126,8 +122,8 @@ def takes_any_text_length(config: Mapping[str, Any]) -> bool:
 def revived_prompts(pipeline: DiffusionPipeline, embeddings: torch.Tensor) -> Iterator[None]:
     """Let a CogVideoX pipeline put embeddings `(num_embeddings, text_dim)` into every prompt.
 
-    Negative prompts, of the same length by the pipeline's rule, repeat their last token instead.
-    On leaving, also after an exception, the pipeline encodes prompts as before.
+    Negative prompts, of the same length by the pipeline's rule, repeat their last token instead. On leaving, also
+    after an exception, the pipeline encodes prompts as before.
     """
     encode, had_own = pipeline.encode_prompt, vars(pipeline).get("encode_prompt")
     config = pipeline.transformer.config
@@ -151,9 +147,9 @@ def revived_prompts(pipeline: DiffusionPipeline, embeddings: torch.Tensor) -> It
 class AdversarialPrompts:
     """Attacks the eraser every `adversarial_every` steps and keeps the latest embeddings.
 
-    As Receler's adversarial prompt learning (arXiv 2311.17717, section 3.3), but the attack is made
-    seldom and used often: its 50 passes before every step are out of reach for video models. The
-    velocity is of the model that trains, not prepared by accelerate.
+    As Receler's adversarial prompt learning (arXiv 2311.17717, section 3.3), but the attack is made seldom and used
+    often: its 50 passes before every step are out of reach for video models. The velocity is of the model that trains,
+    not prepared by accelerate.
     """
 
     def __init__(self, velocity: Velocity, recipe: EraserTraining) -> None:
@@ -218,22 +214,15 @@ def _before(
 
 
 def _check_points(
-    velocity: Velocity,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    v_concept: torch.Tensor | None,
+    velocity: Velocity, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor, v_concept: torch.Tensor | None
 ) -> None:
     if not eraser_layers(velocity.model):
         raise ValueError(
-            f"`velocity` must be of a model with an eraser, got a {type(velocity.model).__name__} "
-            "without one."
+            f"`velocity` must be of a model with an eraser, got a {type(velocity.model).__name__} without one."
         )
     batches = {"t": t, "prompt_embeds": prompt_embeds, "v_concept": v_concept}
     for name, tensor in batches.items():
         if tensor is not None and len(tensor) != len(x_t):
-            raise ValueError(
-                f"`{name}` must have one row per point of `x_t`, {len(x_t)}, got {len(tensor)}."
-            )
+            raise ValueError(f"`{name}` must have one row per point of `x_t`, {len(x_t)}, got {len(tensor)}.")
     if not len(x_t):
         raise ValueError("`x_t` must hold at least one point, got none.")

@@ -30,8 +30,7 @@ class Rows(NamedTuple):
     """What the student is asked in one pass: target rows first, preserved rows after them.
 
     Attributes:
-        x_t, target_velocity: `(rows, frames, channels, height, width)` float32; the velocities are
-            those to reach.
+        x_t, target_velocity: `(rows, frames, channels, height, width)` float32; the velocities are those to reach.
         prompt_embeds: `(rows, text, dim)`.
         teacher_velocity: the teacher's velocities for target rows.
         weights: `(rows,)`, how much each counts.
@@ -81,8 +80,8 @@ class TeacherRows(NamedTuple):
 def rows_of_each_kind(batch_size: int, preserved_share: float) -> tuple[int, int]:
     """Target and preserved rows taken of a batch that has `batch_size` of each.
 
-    Of the kind with the larger share all are taken; of the other as many as its share leaves, at
-    least one unless its share is 0.
+    Of the kind with the larger share all are taken; of the other as many as its share leaves, at least one unless its
+    share is 0.
     """
     larger = max(preserved_share, 1 - preserved_share)
     smaller = round(batch_size * (1 - larger) / larger)
@@ -95,16 +94,15 @@ class RowMaker:
     """Rows of teacher samples as they were kept, or of clean latents with one pass of the teacher.
 
     Args:
-        velocity: of the model that trains, not prepared by accelerate; without erasers it is the
-            teacher.
+        velocity: of the model that trains, not prepared by accelerate; without erasers it is the teacher.
         text: embeddings of the prompts, anywhere.
         recipe: shares, range of timesteps, guidance.
         grid: (frames, rows, columns) of the video tokens.
         scheduler: adds noise to clean latents.
-        token_mask: `(target prompts, text)` bool, the concept's tokens; needed for masks that are not
-            kept with the samples.
-        head_weights: `(layers, heads)` of the masks that are kept with the samples; where there are
-            none they are found before the first mask is made, from the recipe's seed.
+        token_mask: `(target prompts, text)` bool, the concept's tokens; needed for masks that are not kept with the
+            samples.
+        head_weights: `(layers, heads)` of the masks that are kept with the samples; where there are none they are
+            found before the first mask is made, from the recipe's seed.
     """
 
     def __init__(
@@ -121,9 +119,7 @@ class RowMaker:
     ) -> None:
         asked = recipe.latents_source != "trajectory" or recipe.on_policy_share
         if recipe.localization_weight and asked and token_mask is None:
-            raise ValueError(
-                "`token_mask` must be given where `localization_weight` is not 0, got none."
-            )
+            raise ValueError("`token_mask` must be given where `localization_weight` is not 0, got none.")
         self.velocity, self.text, self.recipe, self.device = velocity, text, recipe, device
         self.grid, self.scheduler = grid, scheduler
         self.token_mask, self._head_weights = token_mask, head_weights
@@ -153,8 +149,8 @@ class RowMaker:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(concept, anchor, preserved) velocities, and the concept's mask if it is needed.
 
-        They come from one pass, or from one after the other with `separate_passes`. For masks the empty
-        prompt is asked for as well, unless it is the anchor.
+        They come from one pass, or from one after the other with `separate_passes`. For masks the empty prompt is
+        asked for as well, unless it is the anchor.
         """
         states = (target, target, preserved)
         embeds = (
@@ -188,10 +184,7 @@ class RowMaker:
         target, preserved = known.target, known.preserved
         eta = self.recipe.negative_guidance
         v_negative = negative_velocity(known.v_anchor, known.v_concept, eta)
-        embeds = [
-            self._take(self.text.target, target.prompts),
-            self._take_preserved(preserved.prompts),
-        ]
+        embeds = [self._take(self.text.target, target.prompts), self._take_preserved(preserved.prompts)]
         t = torch.cat([target.t, preserved.t])
         weights = ((t >= self.recipe.min_timestep) & (t <= self.recipe.max_timestep)).float()
         empty = preserved.prompts == EMPTY_PROMPT

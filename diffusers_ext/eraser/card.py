@@ -46,8 +46,4 @@ def facts_of_config(config: EraserConfig) -> dict[str, Any]:
     base = config.base_model_name_or_path or ""
     if base.count("/") > 1:  # more than a name on the Hub: a folder of the pipeline
         base = base.removesuffix("/transformer")
-    return {
-        "concept": config.concept,
-        "anchor_concept": config.anchor_concept,
-        "base_model": base or None,
-    }
+    return {"concept": config.concept, "anchor_concept": config.anchor_concept, "base_model": base or None}

@@ -14,7 +14,6 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.families.registry import denoisers_of, find_family, match_family
 
-
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -23,13 +22,12 @@ def attention_mass(
 ) -> torch.Tensor:
     """Share of the video tokens' attention that lands on chosen text tokens, head by head.
 
-    `sum over concept tokens j of softmax_j(q_i k_j^T / sqrt(head_dim))`, the softmax over all text
-    and video keys: the output of the same attention with `value_j = 1` at the concept's tokens and
-    0 elsewhere, so that fused kernels compute it and no score matrix is kept.
+    `sum over concept tokens j of softmax_j(q_i k_j^T / sqrt(head_dim))`, the softmax over all text and video keys: the
+    output of the same attention with `value_j = 1` at the concept's tokens and 0 elsewhere, so that fused kernels
+    compute it and no score matrix is kept.
 
     Args:
-        query, key: `(batch, heads, text + video, head_dim)`, text first, after normalisation and
-            rotary embedding.
+        query, key: `(batch, heads, text + video, head_dim)`, text first, after normalisation and rotary embedding.
         token_mask: `(batch, text)` bool, true at the concept's tokens.
         chunk_size: video queries at a time; it bounds the scores where no fused kernel serves.
 
@@ -49,8 +47,8 @@ def attention_mass(
 def rotate_video(features: torch.Tensor, rotary: Rotary | None, text: int) -> torch.Tensor:
     """Rotary embedding of the video part of queries or keys, as CogVideoX applies it.
 
-    `features` are `(batch, heads, text + video, head_dim)` and not written to; `rotary` is `(cos,
-    sin)`, each `(video, head_dim)`, or `None` for absolute positions.
+    `features` are `(batch, heads, text + video, head_dim)` and not written to; `rotary` is `(cos, sin)`, each `(video,
+    head_dim)`, or `None` for absolute positions.
     """
     if rotary is None:
         return features
@@ -68,8 +66,8 @@ def standardize(maps: torch.Tensor) -> torch.Tensor:
 def head_correlations(head_maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Pearson's correlation of each head's map with a reference, over the tokens of each clip.
 
-    From `(batch, layers, heads, video)` and `(batch, video)`, such as the difference that a concept
-    makes to the velocity, to `(batch, layers, heads)` float32.
+    From `(batch, layers, heads, video)` and `(batch, video)`, such as the difference that a concept makes to the
+    velocity, to `(batch, layers, heads)` float32.
     """
     if head_maps.ndim != 4 or reference.shape != (len(head_maps), head_maps.shape[-1]):
         raise ValueError(
@@ -101,11 +99,7 @@ class ConceptAttention:
     """What `concept_attention` yields: the maps of the latest forward."""
 
     def __init__(
-        self,
-        token_mask: torch.Tensor,
-        chunk_size: int,
-        head_weights: torch.Tensor | None,
-        keep_heads: bool,
+        self, token_mask: torch.Tensor, chunk_size: int, head_weights: torch.Tensor | None, keep_heads: bool
     ) -> None:
         self._token_mask, self._chunk_size = token_mask, chunk_size
         self._head_weights, self._keep_heads = head_weights, keep_heads
@@ -125,22 +119,18 @@ class ConceptAttention:
     def maps(self) -> torch.Tensor:
         """`(batch, video)` float32: the mean over heads and layers, or their weighted sum.
 
-        Without weights it is a share from 0 to 1; weighted maps are standardised head by head. Zero
-        in rows without the concept.
+        Without weights it is a share from 0 to 1; weighted maps are standardised head by head. Zero in rows without
+        the concept.
         """
         if self._total is None:
-            raise ValueError(
-                "`maps` must be read after a forward of the transformer, got none yet."
-            )
+            raise ValueError("`maps` must be read after a forward of the transformer, got none yet.")
         return self._total if self._head_weights is not None else self._total / self._layers
 
     @property
     def head_maps(self) -> torch.Tensor:
         """`(batch, layers, heads, video)` float32, with `keep_heads`."""
         if not self._heads:
-            raise ValueError(
-                "`head_maps` must be read after a forward with `keep_heads`, got none."
-            )
+            raise ValueError("`head_maps` must be read after a forward with `keep_heads`, got none.")
         return torch.stack([mass.to(self._heads[0].device) for mass in self._heads], dim=1)
 
     def begin(self, *_: Any) -> None:
@@ -225,32 +215,29 @@ def concept_attention(
 ) -> Iterator[ConceptAttention]:
     """Read how strongly the video looks at a concept in every forward while the context is open.
 
-    The model computes exactly what it computes without; hooks are removed on leaving, also after an
-    exception. A backward pass with gradient checkpointing adds nothing, nor do other threads.
+    The model computes exactly what it computes without; hooks are removed on leaving, also after an exception. A
+    backward pass with gradient checkpointing adds nothing, nor do other threads.
 
     Args:
         transformer: a `CogVideoXTransformer3DModel`, plain or wrapped by PEFT.
-        token_mask: `(batch, text)` bool, true at the concept's tokens; rows without any give zeros
-            and cost nothing.
+        token_mask: `(batch, text)` bool, true at the concept's tokens; rows without any give zeros and cost nothing.
         layers: indices of transformer blocks; all when `None`.
-        head_weights: `(layers, heads)` of those layers, from `concept_head_weights`: the maps are then
-            the weighted sum of standardised heads. Their mean when `None`.
+        head_weights: `(layers, heads)` of those layers, from `concept_head_weights`: the maps are then the weighted
+            sum of standardised heads. Their mean when `None`.
         keep_heads: keep all heads apart as well, in `head_maps`.
         chunk_size: video queries at a time, see `attention_mass`.
 
     Yields:
-        A `ConceptAttention`; after a forward its `maps` are `(batch, video)` float32, the mean over
-        heads and layers of the attention mass on the concept's tokens.
+        A `ConceptAttention`; after a forward its `maps` are `(batch, video)` float32, the mean over heads and layers
+        of the attention mass on the concept's tokens.
 
     Raises:
         TypeError: `token_mask` is not bool.
-        ValueError: `transformer` is not CogVideoX's, or `layers`, `head_weights`
-            or `chunk_size` do not suit it.
+        ValueError: `transformer` is not CogVideoX's, or `layers`, `head_weights` or `chunk_size` do not suit it.
     """
     if token_mask.dtype != torch.bool or token_mask.ndim != 2:
         raise TypeError(
-            "`token_mask` must be (batch, text tokens) of bool, got "
-            f"{tuple(token_mask.shape)} of {token_mask.dtype}."
+            f"`token_mask` must be (batch, text tokens) of bool, got {tuple(token_mask.shape)} of {token_mask.dtype}."
         )
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
@@ -258,9 +245,7 @@ def concept_attention(
     modules = find_joint_attentions(model, layers)
     shape = (len(modules), model.config.num_attention_heads)
     if head_weights is not None and tuple(head_weights.shape) != shape:
-        raise ValueError(
-            f"`head_weights` must be (layers, heads) = {shape}, got {tuple(head_weights.shape)}."
-        )
+        raise ValueError(f"`head_weights` must be (layers, heads) = {shape}, got {tuple(head_weights.shape)}.")
     attention = ConceptAttention(token_mask, chunk_size, head_weights, keep_heads)
     with attention.scope, ExitStack() as hooks:
         for name, module in modules.items():
@@ -284,21 +269,14 @@ def find_transformer(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if match_family(module, "eraser") is not None:
             return module
-    raise ValueError(
-        f"`transformer` must be a {denoisers_of('eraser')}, got a {type(model).__name__}."
-    )
+    raise ValueError(f"`transformer` must be a {denoisers_of('eraser')}, got a {type(model).__name__}.")
 
 
-def find_joint_attentions(
-    transformer: torch.nn.Module, layers: Sequence[int] | None = None
-) -> dict[str, Attention]:
+def find_joint_attentions(transformer: torch.nn.Module, layers: Sequence[int] | None = None) -> dict[str, Attention]:
     """The joint attentions by name: those of all blocks, or of the chosen ones."""
     family = find_family(transformer, "eraser")
     blocks, attention = getattr(transformer, family.blocks), family.joint_attention
     chosen = range(len(blocks)) if layers is None else sorted(set(layers))
     if not chosen or min(chosen) < 0 or max(chosen) >= len(blocks):
         raise ValueError(f"`layers` must be from 0 to {len(blocks) - 1}, got {list(chosen)}.")
-    return {
-        f"{family.blocks}.{index}.{attention}": getattr(blocks[index], attention)
-        for index in chosen
-    }
+    return {f"{family.blocks}.{index}.{attention}": getattr(blocks[index], attention) for index in chosen}

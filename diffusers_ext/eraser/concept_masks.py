@@ -1,10 +1,9 @@
 """Where a concept is in a clip: masks from attention to its tokens and from what it does to velocities.
 
-Shapes: `x_t` and velocities `(batch, frames, channels, height, width)`, `t` `(batch,)`, embeddings
-`(batch, text, text_dim)`, a `token_mask` `(batch, text)` bool, true at the concept's tokens, a `grid`
-`(frames, rows, columns)` of the video tokens, `maps` `(batch, video)`, and masks `(batch, frames',
-rows, columns)` float32 in [0, 1] on that grid. A `threshold` in (0, 1] makes them hard: values from it on
-become 1, others 0.
+Shapes: `x_t` and velocities `(batch, frames, channels, height, width)`, `t` `(batch,)`, embeddings `(batch, text,
+text_dim)`, a `token_mask` `(batch, text)` bool, true at the concept's tokens, a `grid` `(frames, rows, columns)` of
+the video tokens, `maps` `(batch, video)`, and masks `(batch, frames', rows, columns)` float32 in [0, 1] on that grid.
+A `threshold` in (0, 1] makes them hard: values from it on become 1, others 0.
 """
 
 from __future__ import annotations
@@ -14,14 +13,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from diffusers_ext.eraser.concept_attention import (
-    agreement_weights,
-    concept_attention,
-    head_correlations,
-)
+from diffusers_ext.eraser.concept_attention import agreement_weights, concept_attention, head_correlations
 from diffusers_ext.eraser.teacher.trajectory import frozen_teacher
 from diffusers_ext.families.velocity import Velocity
-
 
 # Of a clip's tokens; the concept fills less of a clip than the rest does.
 CONCEPT_FLOOR = 0.5
@@ -38,18 +32,16 @@ def velocity_mask(
 ) -> torch.Tensor:
     """Where a concept changes the teacher's velocity: a mask that costs no further pass.
 
-    `velocity_difference` with its lower half (the clip's median) as zero. With the velocity of the
-    empty prompt it is `sqrt(|v_concept - v_anchor| |v_concept - v_empty|)`: where the concept
-    matters and the prompt does, which leaves out what the anchor word itself adds. All velocities are at
-    the same `x_t`; rows without any concept token get a mask of zeros.
+    `velocity_difference` with its lower half (the clip's median) as zero. With the velocity of the empty prompt it is
+    `sqrt(|v_concept - v_anchor| |v_concept - v_empty|)`: where the concept matters and the prompt does, which leaves
+    out what the anchor word itself adds. All velocities are at the same `x_t`; rows without any concept token get a
+    mask of zeros.
 
     Raises:
         ValueError: not one row of `token_mask` per clip, or shapes that do not fit.
     """
     if len(token_mask) != len(v_concept):
-        raise ValueError(
-            f"`token_mask` must have one row per clip, {len(v_concept)}, got {len(token_mask)}."
-        )
+        raise ValueError(f"`token_mask` must have one row per clip, {len(v_concept)}, got {len(token_mask)}.")
     maps = velocity_difference(v_concept, v_anchor, grid)
     if v_empty is not None:
         maps = (maps * velocity_difference(v_concept, v_empty, grid)).sqrt()
@@ -69,8 +61,8 @@ def weighted_attention_mask(
 ) -> torch.Tensor:
     """Where weighted heads look at a concept and it changes the velocity: the best mask there is.
 
-    `sqrt(attended * velocity_mask)`, `attended` being the maps of `concept_attention` with
-    `head_weights`, with their lower half as zero.
+    `sqrt(attended * velocity_mask)`, `attended` being the maps of `concept_attention` with `head_weights`, with their
+    lower half as zero.
     """
     attended = normalize_attention(maps, grid, floor=CONCEPT_FLOOR)
     changed = velocity_mask(v_concept, v_anchor, token_mask, grid, v_empty)
@@ -79,25 +71,19 @@ def weighted_attention_mask(
 
 
 def normalize_attention(
-    maps: torch.Tensor,
-    grid: Sequence[int],
-    threshold: float | None = None,
-    *,
-    floor: float = 0.0,
+    maps: torch.Tensor, grid: Sequence[int], threshold: float | None = None, *, floor: float = 0.0
 ) -> torch.Tensor:
     """Scale maps to masks over the whole clip, frames together.
 
-    `(A - low) / (max A - low)`, at least 0, with `low` the minimum or a quantile of A. A frame
-    without the concept stays dark beside one that has it; constant maps (no concept token) become
-    zero. A share `floor` in [0, 1) of a clip's tokens is background, and its largest value is 0.
+    `(A - low) / (max A - low)`, at least 0, with `low` the minimum or a quantile of A. A frame without the concept
+    stays dark beside one that has it; constant maps (no concept token) become zero. A share `floor` in [0, 1) of a
+    clip's tokens is background, and its largest value is 0.
 
     Raises:
         ValueError: `grid` does not hold the tokens, or `threshold` or `floor` is out of range.
     """
     if maps.ndim != 2 or maps.shape[1] != grid[0] * grid[1] * grid[2]:
-        raise ValueError(
-            f"`maps` must be (batch, {' x '.join(map(str, grid))}), got {tuple(maps.shape)}."
-        )
+        raise ValueError(f"`maps` must be (batch, {' x '.join(map(str, grid))}), got {tuple(maps.shape)}.")
     if not 0 <= floor < 1:
         raise ValueError(f"`floor` must be at least 0 and below 1, got {floor}.")
     maps = maps.float()
@@ -118,9 +104,7 @@ def harden(mask: torch.Tensor, threshold: float) -> torch.Tensor:
     return (mask >= threshold).float()
 
 
-def velocity_difference(
-    v_concept: torch.Tensor, v_anchor: torch.Tensor, grid: Sequence[int]
-) -> torch.Tensor:
+def velocity_difference(v_concept: torch.Tensor, v_anchor: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     """How far the teacher's velocities with and without the concept lie apart, token by token.
 
     Maps of `sqrt(mean over a token's latents of (v(x_t, c) - v(x_t, anchor))^2)`, float32.
@@ -159,8 +143,7 @@ def mask_to_latents(mask: torch.Tensor, latent_shape: Sequence[int]) -> torch.Te
 def _check_tiling(size: Sequence[int], grid: Sequence[int]) -> None:
     if any(latents % tokens for latents, tokens in zip(size, grid, strict=True)):
         raise ValueError(
-            "`grid` must divide the latents' (frames, height, width), got "
-            f"{tuple(grid)} for {tuple(size)}."
+            f"`grid` must divide the latents' (frames, height, width), got {tuple(grid)} for {tuple(size)}."
         )
 
 
@@ -181,12 +164,11 @@ def concept_mask(
 ) -> torch.Tensor:
     """Where the model without its erasers sees a concept, in one pass in eval mode without gradient.
 
-    What is given decides what the mask is made of. From the worst to the best on clips whose true
-    region is known (`benchmarks/results/concept_mask_on_moving_digits.md`): attention averaged over all
-    heads, far behind the best centred box; attention with `head_weights` and the velocity's difference
-    from that of an anchor prompt (`velocity_mask`), about level with it; velocities with
-    `empty_embeds` as well; and, with all three, `weighted_attention_mask`. It is zero where the prompt does
-    not name the concept.
+    What is given decides what the mask is made of. From the worst to the best on clips whose true region is known
+    (`benchmarks/results/concept_mask_on_moving_digits.md`): attention averaged over all heads, far behind the best
+    centred box; attention with `head_weights` and the velocity's difference from that of an anchor prompt
+    (`velocity_mask`), about level with it; velocities with `empty_embeds` as well; and, with all three,
+    `weighted_attention_mask`. It is zero where the prompt does not name the concept.
 
     Args:
         velocity: of the clip's size.
@@ -208,18 +190,14 @@ def concept_mask(
             found = _velocities(velocity, x_t, t, embeds)
         return velocity_mask(*found[:2], token_mask, grid, *found[2:], threshold=threshold)
     tokens = torch.cat([token_mask, *[torch.zeros_like(token_mask)] * (len(embeds) - 1)])
-    attention = concept_attention(
-        model, tokens, layers=layers, head_weights=head_weights, chunk_size=chunk_size
-    )
+    attention = concept_attention(model, tokens, layers=layers, head_weights=head_weights, chunk_size=chunk_size)
     with frozen_teacher(model), attention as attended:
         found = _velocities(velocity, x_t, t, embeds)
     maps = attended.maps[: len(x_t)]
     if anchor_embeds is None:
         floor = 0.0 if head_weights is None else CONCEPT_FLOOR
         return normalize_attention(maps, grid, threshold, floor=floor)
-    return weighted_attention_mask(
-        maps, *found[:2], token_mask, grid, *found[2:], threshold=threshold
-    )
+    return weighted_attention_mask(maps, *found[:2], token_mask, grid, *found[2:], threshold=threshold)
 
 
 @torch.no_grad()
@@ -237,12 +215,12 @@ def concept_head_weights(
 ) -> torch.Tensor:
     """Which heads look at a concept where it changes the velocity; no labels are needed.
 
-    A few dozen clips at various timesteps are enough, `batch_size` of them at once; a pass has twice
-    as many rows. See `concept_mask` for the other arguments.
+    A few dozen clips at various timesteps are enough, `batch_size` of them at once; a pass has twice as many rows. See
+    `concept_mask` for the other arguments.
 
     Returns:
-        `(layers, heads)` float32 that add up to 1: each head's correlation with the difference
-        between the velocities of the prompts and their anchors, 0 where it is negative.
+        `(layers, heads)` float32 that add up to 1: each head's correlation with the difference between the velocities
+        of the prompts and their anchors, 0 where it is negative.
 
     Raises:
         ValueError: no prompt names the concept, or no head agrees with the velocities.
@@ -256,11 +234,7 @@ def concept_head_weights(
     for rows in named.split(batch_size):
         tokens, rows = token_mask[rows], rows.to(x_t.device)
         attention = concept_attention(
-            model,
-            torch.cat([tokens, torch.zeros_like(tokens)]),
-            layers=layers,
-            keep_heads=True,
-            chunk_size=chunk_size,
+            model, torch.cat([tokens, torch.zeros_like(tokens)]), layers=layers, keep_heads=True, chunk_size=chunk_size
         )
         with frozen_teacher(model), attention as attended:
             embeds = [prompt_embeds[rows], anchor_embeds[rows]]

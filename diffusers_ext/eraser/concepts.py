@@ -14,7 +14,6 @@ from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.teacher.trajectory import frozen_teacher, teacher_trajectory
 from diffusers_ext.families.velocity import Velocity
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -38,12 +37,10 @@ def contains_concept(prompt: str, concept: str) -> bool:
 def replace_concept(prompt: str, concept: str, replacement: str) -> str:
     """The prompt with each occurrence of a concept replaced, and nothing else touched.
 
-    A capital letter that only the prompt gives the concept goes over to the replacement; articles
-    stay as they are.
+    A capital letter that only the prompt gives the concept goes over to the replacement; articles stay as they are.
 
     Raises:
-        ValueError: the prompt does not name the concept as whole words, or the replacement is empty or
-            names it.
+        ValueError: the prompt does not name the concept as whole words, or the replacement is empty or names it.
     """
     spans = concept_spans(prompt, concept)
     if not spans:
@@ -52,9 +49,7 @@ def replace_concept(prompt: str, concept: str, replacement: str) -> str:
             "form into the prompt, or name the form that the prompt uses."
         )
     if not replacement.strip() or contains_concept(replacement, concept):
-        raise ValueError(
-            f"`replacement` must be words without {concept!r} among them, got {replacement!r}."
-        )
+        raise ValueError(f"`replacement` must be words without {concept!r} among them, got {replacement!r}.")
     pieces, end = [], 0
     for start, next_end in spans:
         capital = prompt[start].isupper() and not concept.lstrip()[0].isupper()
@@ -81,17 +76,13 @@ def in_reach(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def concept_token_mask(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    concept: str,
-    max_sequence_length: int,
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], concept: str, max_sequence_length: int
 ) -> torch.Tensor:
     """Which tokens of each prompt spell the concept, `(batch, max_sequence_length)` bool.
 
-    The words are looked up in the text and followed to their tokens, since the same word is other
-    tokens with a capital letter or behind a bracket, and a word's tokens may begin a longer word.
-    Every occurrence counts; a row without `True` does not name the concept. Neither padding nor the
-    end-of-sequence token is ever marked.
+    The words are looked up in the text and followed to their tokens, since the same word is other tokens with a
+    capital letter or behind a bracket, and a word's tokens may begin a longer word. Every occurrence counts; a row
+    without `True` does not name the concept. Neither padding nor the end-of-sequence token is ever marked.
 
     Raises:
         TypeError: the tokenizer does not know where its tokens come from.
@@ -137,15 +128,14 @@ def anchor_distances(
 ) -> torch.Tensor:
     """How far each candidate's velocities lie from the concept's, along runs towards the concept.
 
-    `mean over runs and steps of ||v(x_t, candidate) - v(x_t, concept)||^2 / ||v(x_t, concept)||^2`.
-    A neutral word is no safe anchor: what the model draws for it may be the very concept that is
-    erased, and guidance cannot sharpen a word that fits everything. The model is asked without its
-    erasers, in eval mode, on a copy of the scheduler.
+    `mean over runs and steps of ||v(x_t, candidate) - v(x_t, concept)||^2 / ||v(x_t, concept)||^2`. A neutral word is
+    no safe anchor: what the model draws for it may be the very concept that is erased, and guidance cannot sharpen a
+    word that fits everything. The model is asked without its erasers, in eval mode, on a copy of the scheduler.
 
     Args:
         target_embeds: `(prompts, text, dim)`, one run each.
-        candidate_embeds: `(candidates, prompts, text, dim)`, the same prompts with each candidate in
-            the place of the concept.
+        candidate_embeds: `(candidates, prompts, text, dim)`, the same prompts with each candidate in the place of the
+            concept.
         empty_embed: `(text, dim)`, the empty prompt of the guidance.
         latent_shape: `(frames, channels, height, width)`.
         num_inference_steps, guidance_scale, seed: of the runs and their noises.

@@ -36,7 +36,6 @@ from diffusers_ext.families.registry import denoisers_of, find_family, match_fam
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import push_folder, split_arguments
 
-
 EraserTarget = ModelMixin | DiffusionPipeline | PeftModel
 
 
@@ -52,17 +51,16 @@ def load_eraser(
 ) -> str:
     """Add a saved eraser to a transformer, switched on beside the adapters that are on already.
 
-    Its weights are float32. `enable_layerwise_casting()` stores all weights it finds in few bits,
-    so call that before; `enable_sequential_cpu_offload()` comes after.
+    Its weights are float32. `enable_layerwise_casting()` stores all weights it finds in few bits, so call that before;
+    `enable_sequential_cpu_offload()` comes after.
 
     Args:
         transformer_or_pipe: a CogVideoX transformer, compiled or not, or a pipeline with one.
-        pretrained_model_name_or_path: a folder, or `"user/name"`, in PEFT's format or with
-            `eraser_weights.pt` and `eraser_config.json`.
+        pretrained_model_name_or_path: a folder, or `"user/name"`, in PEFT's format or with `eraser_weights.pt` and
+            `eraser_config.json`.
         adapter_name: its name in the transformer, another one for every adapter.
         scale: strength, at least 0; 0 is the model without it, 1 the eraser as it was trained.
-        is_trainable: train it on; everything else is frozen then. Otherwise it is frozen and the
-            rest left as it is.
+        is_trainable: train it on; everything else is frozen then. Otherwise it is frozen and the rest left as it is.
         subfolder: folder inside the source.
         download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
 
@@ -70,15 +68,14 @@ def load_eraser(
         `adapter_name`.
 
     Raises:
-        ValueError: missing or damaged files, an eraser of another model, a name in use, adapters
-            that are disabled, sequential CPU offload. The transformer is left as it was.
+        ValueError: missing or damaged files, an eraser of another model, a name in use, adapters that are disabled,
+            sequential CPU offload. The transformer is left as it was.
         TypeError: not a CogVideoX transformer, or a keyword that is none of a download.
     """
     check_download_arguments(download_arguments, "load_eraser")
     if isinstance(transformer_or_pipe, PeftModel):
         raise TypeError(
-            "`transformer_or_pipe` must be a transformer or a pipeline, got a PeftModel. Use its "
-            "own `load_adapter`."
+            "`transformer_or_pipe` must be a transformer or a pipeline, got a PeftModel. Use its own `load_adapter`."
         )
     transformer = find_transformer(transformer_or_pipe)
     _check_target(transformer, adapter_name, scale)
@@ -123,8 +120,7 @@ def find_eraser(transformer: ModelMixin, adapter_name: str | None = None) -> str
         return names[0]
     if adapter_name not in names:
         raise ValueError(
-            f"`adapter_name` must name an eraser of the transformer, got {adapter_name!r}; it has "
-            f"{names or 'none'}."
+            f"`adapter_name` must name an eraser of the transformer, got {adapter_name!r}; it has {names or 'none'}."
         )
     return adapter_name
 
@@ -153,8 +149,7 @@ def _check_target(transformer: ModelMixin, adapter_name: str, scale: float) -> N
         )
     if not adapter_name or "." in adapter_name:
         raise ValueError(
-            f"`adapter_name` must be a name without dots, got {adapter_name!r}. Name it after its "
-            "concept."
+            f"`adapter_name` must be a name without dots, got {adapter_name!r}. Name it after its concept."
         )
     check_scale(adapter_name, scale)
     if any(weight.is_meta for weight in transformer.parameters()):
@@ -174,12 +169,8 @@ def _check_file(file: EraserFile, transformer: ModelMixin) -> None:
     num_blocks = len(getattr(transformer, find_family(transformer, "eraser").blocks))
     check_fit(file.shape, transformer_width(transformer.config), num_blocks, file.num_layers)
     config = file.config
-    config.target_modules = config.target_modules or {
-        find_family(transformer, "eraser").eraser_target
-    }
-    wanted = {
-        name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)
-    }
+    config.target_modules = config.target_modules or {find_family(transformer, "eraser").eraser_target}
+    wanted = {name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)}
     found = {name.rpartition(".eraser_")[0] for name in file.tensors}
     if wanted != found:
         raise ValueError(
@@ -188,13 +179,7 @@ def _check_file(file: EraserFile, transformer: ModelMixin) -> None:
         )
 
 
-def _fill(
-    transformer: ModelMixin,
-    adapter_name: str,
-    tensors: StateDict,
-    scale: float,
-    is_trainable: bool,
-) -> None:
+def _fill(transformer: ModelMixin, adapter_name: str, tensors: StateDict, scale: float, is_trainable: bool) -> None:
     for name, parameter in eraser_tensors(transformer, adapter_name).items():
         with torch.no_grad():
             parameter.copy_(tensors[name])
@@ -219,30 +204,28 @@ def save_eraser(
 ) -> None:
     """Write an eraser to a folder that `load_eraser` reads; equal erasers are equal files.
 
-    `"peft"` is also what `PeftModel.from_pretrained` reads. `"legacy"` is for the code of
-    T2VUnlearning; it keeps neither the concept nor the model's name. Facts that are not given are those of
-    the eraser's config, or of the transformer.
+    `"peft"` is also what `PeftModel.from_pretrained` reads. `"legacy"` is for the code of T2VUnlearning; it keeps
+    neither the concept nor the model's name. Facts that are not given are those of the eraser's config, or of the
+    transformer.
 
     Args:
         transformer_or_pipe: a CogVideoX transformer, compiled or not, a pipeline or PeftModel of it.
         save_directory: folder, made when absent; other files in it stay.
         adapter_name: which eraser; the only one when `None`.
-        format: `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) or `"legacy"`
-            (`eraser_config.json`, `eraser_weights.pt`).
+        format: `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) or `"legacy"` (`eraser_config.json`,
+            `eraser_weights.pt`).
         dtype: of the saved weights; as they are when `None`.
         concept, anchor_concept: what it erases and what takes its place.
         base_model_name_or_path: the transformer it is for.
         push_to_hub: upload these files afterwards, in place of an eraser in the other format.
         repo_id: repository; the folder's name when `None`.
-        hub_arguments: with `push_to_hub`: `private`, `token`, `revision`, `create_pr`,
-            `commit_message`, `subfolder`; and for the model card `trained_on`, `preserved_concepts`,
-            `base_model` (the pipeline; as `base_model_name_or_path` when absent), `license`,
-            `settings` and `results`.
+        hub_arguments: with `push_to_hub`: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`;
+            and for the model card `trained_on`, `preserved_concepts`, `base_model` (the pipeline; as
+            `base_model_name_or_path` when absent), `license`, `settings` and `results`.
 
     Raises:
-        ValueError: no such eraser, one without effect or with values that are not finite, an
-            unknown format, a folder with an eraser in the other format, or a missing fact for the
-            card. Nothing is written.
+        ValueError: no such eraser, one without effect or with values that are not finite, an unknown format, a folder
+            with an eraser in the other format, or a missing fact for the card. Nothing is written.
     """
     folder = Path(save_directory)
     check_eraser_folder(folder, format)
@@ -279,9 +262,7 @@ def _upload_parts(
     """What `push_folder` takes besides the folder; no card where nothing is uploaded."""
     if not push_to_hub:
         if arguments:
-            raise TypeError(
-                f"{sorted(arguments)} must come with `push_to_hub=True`, got them without."
-            )
+            raise TypeError(f"{sorted(arguments)} must come with `push_to_hub=True`, got them without.")
         return {}, None
     hub, facts = split_arguments(arguments)
     facts = {**facts_of_config(config), **facts}
@@ -317,12 +298,12 @@ def convert_eraser(
 ) -> EraserShape:
     """Read an eraser in either format and write it in one; its weights stay what they are.
 
-    The source is given as to `load_eraser` (`subfolder` among the `download_arguments`), the rest as to
-    `save_eraser`. Returns what the tensors say about the model it is for.
+    The source is given as to `load_eraser` (`subfolder` among the `download_arguments`), the rest as to `save_eraser`.
+    Returns what the tensors say about the model it is for.
 
     Raises:
-        ValueError: missing or damaged files, an eraser without effect, a folder with an eraser in
-            another format, or blocks without eraser in a model whose number of blocks is not known.
+        ValueError: missing or damaged files, an eraser without effect, a folder with an eraser in another format, or
+            blocks without eraser in a model whose number of blocks is not known.
     """
     download = {name: value for name, value in download_arguments.items() if name != "subfolder"}
     check_download_arguments(download, "convert_eraser")
@@ -336,10 +317,7 @@ def convert_eraser(
             f"None in {pretrained_model_name_or_path}. Load it into its model and save it again."
         )
     config = described(
-        file.config,
-        concept=concept,
-        anchor_concept=anchor_concept,
-        base_model_name_or_path=base_model_name_or_path,
+        file.config, concept=concept, anchor_concept=anchor_concept, base_model_name_or_path=base_model_name_or_path
     )
     config.target_modules = config.target_modules or {DEFAULT_TARGET}
     config.in_features, config.num_layers = file.shape.width, file.num_layers

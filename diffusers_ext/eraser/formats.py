@@ -42,14 +42,10 @@ from diffusers_ext.eraser.legacy import (
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import import_class
 
-
 LEGACY_WEIGHTS_NAME = "eraser_weights.pt"
 LEGACY_CONFIG_NAME = "eraser_config.json"
 # The file of the config and the file of the weights, by format.
-FORMATS = {
-    "peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
-    "legacy": (LEGACY_CONFIG_NAME, LEGACY_WEIGHTS_NAME),
-}
+FORMATS = {"peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), "legacy": (LEGACY_CONFIG_NAME, LEGACY_WEIGHTS_NAME)}
 FILE_NAMES = tuple(name for names in FORMATS.values() for name in names)
 _EXPECTED = " or ".join(" and ".join(names) for names in FORMATS.values())
 
@@ -76,8 +72,7 @@ def check_eraser_tensors(tensors: StateDict, name: str, dtype: torch.dtype | Non
     eraser_shape(tensors, f"The eraser {name!r}" + (f" in {dtype}" if dtype else ""))
     if not any(tensor.any() for key, tensor in tensors.items() if "eraser_up" in key):
         raise ValueError(
-            f"A saved eraser must have an effect, got {name!r} with zero in every "
-            "`eraser_up`. Train it first."
+            f"A saved eraser must have an effect, got {name!r} with zero in every `eraser_up`. Train it first."
         )
 
 
@@ -105,10 +100,7 @@ def eraser_contents(
     config.inference_mode = True
     model_class = model_class or import_class(CogVideoX.denoiser_class)
     facts = config.to_dict()
-    facts["auto_mapping"] = {
-        "base_model_class": model_class.__name__,
-        "parent_library": model_class.__module__,
-    }
+    facts["auto_mapping"] = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
     facts = {name: sorted(v) if isinstance(v, set) else v for name, v in facts.items()}
     weights = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
     content = (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode()
@@ -125,10 +117,7 @@ def _legacy_files(tensors: StateDict, num_layers: int) -> dict[str, bytes]:
     weights = io.BytesIO()
     torch.save(to_legacy(tensors, num_layers), weights)
     config_name, weights_name = FORMATS["legacy"]
-    return {
-        weights_name: weights.getvalue(),
-        config_name: (json.dumps(facts, indent=4) + "\n").encode(),
-    }
+    return {weights_name: weights.getvalue(), config_name: (json.dumps(facts, indent=4) + "\n").encode()}
 
 
 def write_eraser_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -171,10 +160,7 @@ class EraserFile(NamedTuple):
 
 
 def read_eraser(
-    pretrained_model_name_or_path: str | os.PathLike,
-    *,
-    subfolder: str | None = None,
-    **download_arguments: Any,
+    pretrained_model_name_or_path: str | os.PathLike, *, subfolder: str | None = None, **download_arguments: Any
 ) -> EraserFile:
     """Read a saved eraser without a model; arguments and errors as in `load_eraser`."""
     check_download_arguments(download_arguments, "read_eraser")
@@ -182,8 +168,7 @@ def read_eraser(
     refuse_checkpoint(source / (subfolder or ""))
     if source.is_file():
         raise ValueError(
-            f"`pretrained_model_name_or_path` must be a folder or 'user/name', got the file "
-            f"{source}. Give its folder."
+            f"`pretrained_model_name_or_path` must be a folder or 'user/name', got the file {source}. Give its folder."
         )
     if source.is_dir():
         config_path, weights_path = _find_in_folder(source / (subfolder or ""))
@@ -211,9 +196,7 @@ def _download(source: str, subfolder: str | None, arguments: dict[str, Any]) -> 
     with files_on_hub(source, "an eraser", no_file=no_file):
         for names in FORMATS.values():
             try:
-                files = [
-                    hf_hub_download(source, n, subfolder=subfolder, **arguments) for n in names
-                ]
+                files = [hf_hub_download(source, n, subfolder=subfolder, **arguments) for n in names]
                 return tuple(Path(file) for file in files)
             except EntryNotFoundError as error:
                 missing = missing or error
@@ -225,8 +208,7 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
     kind = facts.get("peft_type")
     if kind != "ERASER":
         raise ValueError(
-            f"{config_path} must have the `peft_type` 'ERASER', got {kind!r}. A LoRA is loaded by "
-            "`load_lora_weights`."
+            f"{config_path} must have the `peft_type` 'ERASER', got {kind!r}. A LoRA is loaded by `load_lora_weights`."
         )
     tensors = read_peft_weights(weights_path)
     shape = eraser_shape(tensors, str(weights_path))
@@ -242,13 +224,10 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         )
     if config.in_features not in (None, shape.width):
         raise ValueError(
-            f"`in_features` of {config_path} must be the width {shape.width} of the weights, got "
-            f"{config.in_features}."
+            f"`in_features` of {config_path} must be the width {shape.width} of the weights, got {config.in_features}."
         )
     if config.r != shape.rank:
-        raise ValueError(
-            f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}."
-        )
+        raise ValueError(f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}.")
     expected = (open_tensors(weights_path).metadata() or {}).get(CONFIG_KEY)
     if expected is not None and expected != eraser_config_digest(facts):
         raise ValueError(
@@ -257,9 +236,7 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         )
     base = facts.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
-        raise ValueError(
-            f"`base_model_name_or_path` of {config_path} must be a name, got {base!r}."
-        )
+        raise ValueError(f"`base_model_name_or_path` of {config_path} must be a name, got {base!r}.")
     return EraserFile(config, tensors, shape, config.num_layers)
 
 
@@ -271,10 +248,7 @@ def eraser_config_digest(facts: Mapping[str, Any]) -> str:
 def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:
     facts = read_json(config_path)
     if facts.get("eraser_type") != LEGACY_TYPE:
-        raise ValueError(
-            f"`eraser_type` of {config_path} must be {LEGACY_TYPE!r}, got "
-            f"{facts.get('eraser_type')!r}."
-        )
+        raise ValueError(f"`eraser_type` of {config_path} must be {LEGACY_TYPE!r}, got {facts.get('eraser_type')!r}.")
     tensors = read_legacy_weights(weights_path)
     shape = eraser_shape(tensors, str(weights_path))
     if facts.get("eraser_rank") != shape.rank:
@@ -291,9 +265,7 @@ def read_peft_weights(path: str | os.PathLike) -> StateDict:
     tensors, _ = read_tensors(path, dtypes=FLOATING)
     strange = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
     if strange:
-        raise ValueError(
-            f"Every key of {path} must start with {PEFT_PREFIX!r}, got {strange[0]!r}."
-        )
+        raise ValueError(f"Every key of {path} must start with {PEFT_PREFIX!r}, got {strange[0]!r}.")
     return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
 
 

@@ -14,7 +14,6 @@ import torch
 from diffusers_ext.core.tensor_files import FLOATING
 from diffusers_ext.families.registry import families_of
 
-
 LEGACY_TYPE = "adapter"
 PEFT_PREFIX = "base_model.model."
 StateDict = dict[str, torch.Tensor]
@@ -51,8 +50,8 @@ def layer_name(attention: str, part: str) -> str:
 def from_legacy(tree: Any, source: str = "`tree`") -> StateDict:
     """The legacy dictionary `{block: {part: tensor}}` under the names in the transformer.
 
-    Blocks are `transformer_blocks.{i}.attn1.adapter`; parts `down.weight` `(rank, dim)`, `down.bias`
-    `(rank,)`, `up.weight` `(dim, rank)` and `up.bias` `(dim,)`. Errors begin with `source`.
+    Blocks are `transformer_blocks.{i}.attn1.adapter`; parts `down.weight` `(rank, dim)`, `down.bias` `(rank,)`,
+    `up.weight` `(dim, rank)` and `up.bias` `(dim,)`. Errors begin with `source`.
 
     Raises:
         ValueError: anything else, such as the eraser of another model family.
@@ -73,9 +72,7 @@ def from_legacy(tree: Any, source: str = "`tree`") -> StateDict:
             raise ValueError(f"{source}: `{key}` must hold {list(PARTS)}, got {found}.")
         for part, value in parts.items():
             if not isinstance(value, torch.Tensor):
-                raise ValueError(
-                    f"{source}: `{key}.{part}` must be a tensor, got {type(value).__name__}."
-                )
+                raise ValueError(f"{source}: `{key}.{part}` must be a tensor, got {type(value).__name__}.")
             tensors[layer_name(name[1], part)] = value.detach()
     return tensors
 
@@ -90,8 +87,7 @@ def to_legacy(tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str,
     for index in range(num_layers):
         source = f"transformer_blocks.{index if index in shape.blocks else shape.blocks[0]}.attn1"
         tree[f"transformer_blocks.{index}.attn1.{LEGACY_TYPE}"] = {
-            part: tensors[layer_name(source, part)].detach().cpu() * (index in shape.blocks)
-            for part in PARTS
+            part: tensors[layer_name(source, part)].detach().cpu() * (index in shape.blocks) for part in PARTS
         }
     return tree
 
@@ -100,8 +96,8 @@ def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`")
     """Width, rank and blocks of an eraser, after a check that its tensors belong together.
 
     Raises:
-        ValueError: no tensors, a strange or missing key, a wrong shape, values that are not finite.
-            It begins with `source`.
+        ValueError: no tensors, a strange or missing key, a wrong shape, values that are not finite. It begins with
+            `source`.
     """
     known = families_of("eraser")
     pattern = re.compile(

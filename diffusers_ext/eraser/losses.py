@@ -1,12 +1,11 @@
 """What an eraser is trained on: away from the concept, true to the rest, inside the mask.
 
-The student is the model with its erasers, the teacher the model without; both are called as
-`model(x_t, t, prompt_embeds)`, see `CogVideoXVelocity`. All targets come from the teacher, without
-gradient: a target from the student would let the student move the target instead of itself.
-Shapes: `x_t` and velocities `v_...` are `(batch, frames, channels, height, width)`, `t` is
-`(batch,)`, embeddings `cond_...` are `(1 or batch, text, dim)`, masks `(batch, frames', rows,
-columns)` in [0, 1] on the grid of video tokens, 1 where the concept is. A velocity of the teacher
-that is given was made before, and is not asked for again.
+The student is the model with its erasers, the teacher the model without; both are called as `model(x_t, t,
+prompt_embeds)`, see `CogVideoXVelocity`. All targets come from the teacher, without gradient: a target from the
+student would let the student move the target instead of itself. Shapes: `x_t` and velocities `v_...` are `(batch,
+frames, channels, height, width)`, `t` is `(batch,)`, embeddings `cond_...` are `(1 or batch, text, dim)`, masks
+`(batch, frames', rows, columns)` in [0, 1] on the grid of video tokens, 1 where the concept is. A velocity of the
+teacher that is given was made before, and is not asked for again.
 """
 
 from __future__ import annotations
@@ -18,12 +17,7 @@ import torch
 
 from diffusers_ext.eraser.adapter.outputs import eraser_outputs as capture_eraser_outputs
 from diffusers_ext.eraser.concept_masks import mask_to_latents
-from diffusers_ext.eraser.teacher.teacher import (
-    VelocityModel,
-    cached_or_predicted,
-    module_of,
-    velocities,
-)
+from diffusers_ext.eraser.teacher.teacher import VelocityModel, cached_or_predicted, module_of, velocities
 from diffusers_ext.eraser.velocity_losses import (
     check_loss_type,
     layer_localization,
@@ -31,7 +25,6 @@ from diffusers_ext.eraser.velocity_losses import (
     negative_velocity,
     velocity_distance,
 )
-
 
 # The loss, and figures of it for logging, without gradient.
 LossAndParts = tuple[torch.Tensor, dict[str, torch.Tensor | int]]
@@ -70,8 +63,8 @@ class NegativelyGuidedVelocityLoss(_Term):
     T2VUnlearning (arXiv 2505.17550), after ESD (arXiv 2303.07345). The mean over all elements.
 
     Args:
-        alphas_cumprod: `(timesteps,)` of the scheduler. The rule needs no schedule in any
-            prediction space (see `negative_velocity`); given, timesteps outside are refused.
+        alphas_cumprod: `(timesteps,)` of the scheduler. The rule needs no schedule in any prediction space (see
+            `negative_velocity`); given, timesteps outside are refused.
         guidance_scale: eta, at least 0.
         loss_type: `"l2"` or `"l1"`.
     """
@@ -79,10 +72,7 @@ class NegativelyGuidedVelocityLoss(_Term):
     logged = ("unlearning_loss", "v_pred_norm", "v_neg_norm")
 
     def __init__(
-        self,
-        alphas_cumprod: torch.Tensor | None = None,
-        guidance_scale: float = 7.5,
-        loss_type: str = "l2",
+        self, alphas_cumprod: torch.Tensor | None = None, guidance_scale: float = 7.5, loss_type: str = "l2"
     ) -> None:
         super().__init__(loss_type)
         if not guidance_scale >= 0:
@@ -117,15 +107,11 @@ class NegativelyGuidedVelocityLoss(_Term):
         (prediction,) = velocities(model_unlearned, [(x_t, t, cond_target)])
         return self.compare(prediction, self.target(t, *teacher), mask)
 
-    def target(
-        self, t: torch.Tensor, v_concept: torch.Tensor, v_anchor: torch.Tensor
-    ) -> torch.Tensor:
+    def target(self, t: torch.Tensor, v_concept: torch.Tensor, v_anchor: torch.Tensor) -> torch.Tensor:
         """v_neg of the teacher's velocities."""
         last = None if self.alphas_cumprod is None else len(self.alphas_cumprod) - 1
         if last is not None and (t.min() < 0 or t.max() > last):
-            raise ValueError(
-                f"`t` must lie in 0 ... {last} like `alphas_cumprod`, got {t.tolist()}."
-            )
+            raise ValueError(f"`t` must lie in 0 ... {last} like `alphas_cumprod`, got {t.tolist()}.")
         return negative_velocity(v_anchor, v_concept, self.guidance_scale)
 
 
@@ -164,9 +150,7 @@ class MaskLocalizationLoss(_Term):
     `layer_localization`. `loss_type` is `"l2"` or `"l1"`.
     """
 
-    def forward(
-        self, eraser_outputs: Mapping[str, torch.Tensor], mask: torch.Tensor
-    ) -> LossAndParts:
+    def forward(self, eraser_outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> LossAndParts:
         """Weigh what erasers add, `{name: (batch, video, dim)}` of `eraser_outputs`, outside the concept.
 
         The mask may also be `(batch, video, 1)`. Logs `total_loss`, `num_layers` and `{name}/loss`.
@@ -195,15 +179,14 @@ class T2VUnlearningLoss(torch.nn.Module):
 
     Usage, the teacher being the same transformer with its erasers off:
 
-        velocity = CogVideoXVelocity.from_pipeline(pipeline, num_frames, height, width)
-        loss, parts = T2VUnlearningLoss(guidance_scale=1.0)(
+        velocity = CogVideoXVelocity.from_pipeline(pipeline, num_frames, height, width) loss, parts =
+        T2VUnlearningLoss(guidance_scale=1.0)(
             velocity, velocity, x_t, t, cond_target, cond_preserve, cond_neg=anchor
         )
 
     Args:
         alphas_cumprod, guidance_scale: see `NegativelyGuidedVelocityLoss`.
-        unlearning_weight, preservation_weight, localization_weight: at least 0. A term of weight 0
-            is not computed.
+        unlearning_weight, preservation_weight, localization_weight: at least 0. A term of weight 0 is not computed.
         loss_type: `"l2"` or `"l1"`, of all terms.
         mask_unlearning: weigh L_unlearn by the mask as well; the paper does not.
     """
@@ -255,28 +238,25 @@ class T2VUnlearningLoss(torch.nn.Module):
         """Compute what the arguments allow: without `cond_preserve` no L_pre, without `mask` no L_loc.
 
         Args:
-            model_original: the teacher, frozen; may be the student itself, whose erasers are then
-                off. `None` where all its velocities are given.
+            model_original: the teacher, frozen; may be the student itself, whose erasers are then off. `None` where
+                all its velocities are given.
             model_unlearned: the student, the only one with gradient.
             x_t, t, cond_target: of the prompts with the concept.
             cond_preserve: of what must stay.
             cond_neg: anchor: the prompt with the concept replaced by a neutral word.
             uncond: anchor where `cond_neg` is `None`: embeddings of the empty prompt.
-            eraser_outputs: `{name: (batch, video, dim)}` with gradient; taken from the student's
-                pass unless given.
+            eraser_outputs: `{name: (batch, video, dim)}` with gradient; taken from the student's pass unless given.
             x_preserve, t_preserve: of preserved prompts; `x_t` and `t` unless given.
 
         Returns:
-            The total, and for logging: `total_loss`; `{term}_loss_weighted`; and
-            `{term}/{figure}` with the figures that each term's class logs.
+            The total, and for logging: `total_loss`; `{term}_loss_weighted`; and `{term}/{figure}` with the figures
+            that each term's class logs.
 
         Raises:
             ValueError: no anchor, no teacher for an unknown velocity, or tensors that do not fit.
         """
         if mask is None and (eraser_outputs is not None or self.mask_unlearning):
-            raise ValueError(
-                "`mask` must be given with `eraser_outputs` and under `mask_unlearning`, got None."
-            )
+            raise ValueError("`mask` must be given with `eraser_outputs` and under `mask_unlearning`, got None.")
         target = (x_t, t, cond_target)
         needed, student_rows = [], [target]
         if self.weights["unlearning"]:
@@ -314,8 +294,7 @@ class T2VUnlearningLoss(torch.nn.Module):
     def _logged_sum(self, terms: Mapping[str, LossAndParts]) -> LossAndParts:
         if not terms:
             raise ValueError(
-                "`T2VUnlearningLoss` must be given what a term of positive weight needs, got no "
-                "such term."
+                "`T2VUnlearningLoss` must be given what a term of positive weight needs, got no such term."
             )
         total = self.weighted_sum({name: loss for name, (loss, _) in terms.items()})
         logged: dict[str, torch.Tensor | int] = {"total_loss": total.detach()}

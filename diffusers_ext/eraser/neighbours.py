@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.eraser.concepts import check_concept, in_reach
 
-
 logger = logging.getLogger(__name__)
 
 _WORDS = Path(__file__).parent / "words"
@@ -86,9 +85,7 @@ def share_a_word(first: str, second: str) -> bool:
 
     "cats" and "black cat" do, "scarf" and "car" do not.
     """
-    names = [
-        set(re.findall(r"[\w'’-]+", text.lower())) - _FUNCTION_WORDS for text in (first, second)
-    ]
+    names = [set(re.findall(r"[\w'’-]+", text.lower())) - _FUNCTION_WORDS for text in (first, second)]
     forms = [set().union(*map(base_forms, words)) for words in names]
     return not forms[0].isdisjoint(forms[1])
 
@@ -96,8 +93,8 @@ def share_a_word(first: str, second: str) -> bool:
 def centred_cosines(embeddings: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Cosines `(words,)` of embeddings `(words, dim)` to a query `(dim,)`, both centred.
 
-    Encoders put all words into a narrow cone; without the mean of all embeddings the angles tell
-    words apart (Mu and Viswanath, "All-but-the-Top", ICLR 2018, first step).
+    Encoders put all words into a narrow cone; without the mean of all embeddings the angles tell words apart (Mu and
+    Viswanath, "All-but-the-Top", ICLR 2018, first step).
     """
     mean = embeddings.mean(dim=0)
     return F.cosine_similarity(embeddings - mean, (query - mean)[None], dim=1)
@@ -114,9 +111,9 @@ def word_embeddings(
 ) -> torch.Tensor:
     """What the video model reads at the tokens of each word, averaged over them: `(words, dim)` float32 on the CPU.
 
-    A word is a prompt by itself, padded as `CogVideoXPipeline` pads prompts, whose padding is not masked:
-    an encoder that was trained this way says something else without it. Neither padding nor the end of
-    the sequence is averaged. The text encoder runs in eval mode and keeps its own.
+    A word is a prompt by itself, padded as `CogVideoXPipeline` pads prompts, whose padding is not masked: an encoder
+    that was trained this way says something else without it. Neither padding nor the end of the sequence is averaged.
+    The text encoder runs in eval mode and keeps its own.
 
     Raises:
         ValueError: embeddings that are not finite.
@@ -165,8 +162,8 @@ def neighbouring_concepts(
 
     Args:
         tokenizer, text_encoder: of the pipeline.
-        words: candidates; when `None`, those of `concrete_words()` of which the tokenizer need not
-            spell a part in single letters: it hardly ever met the others.
+        words: candidates; when `None`, those of `concrete_words()` of which the tokenizer need not spell a part in
+            single letters: it hardly ever met the others.
         max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
         exclude: further names of the concept, such as synonyms, which must not be preserved.
 
@@ -177,9 +174,7 @@ def neighbouring_concepts(
     given = concrete_words() if words is None else list(dict.fromkeys(words))
     names = [concept, *exclude]
     candidates = [
-        word
-        for word in given
-        if in_reach(tokenizer, word) and not any(share_a_word(word, name) for name in names)
+        word for word in given if in_reach(tokenizer, word) and not any(share_a_word(word, name) for name in names)
     ]
     if words is None:
         candidates = [word for word in candidates if not _is_spelled_out(tokenizer, word)]
@@ -189,9 +184,7 @@ def neighbouring_concepts(
             "Ask for fewer, or pass more `words` that the tokenizer knows."
         )
     logger.info(f"Comparing {concept!r} with {len(candidates)} of {len(given)} words.")
-    embeddings = word_embeddings(
-        tokenizer, text_encoder, [concept, *candidates], max_sequence_length
-    )
+    embeddings = word_embeddings(tokenizer, text_encoder, [concept, *candidates], max_sequence_length)
     cosines = centred_cosines(embeddings[1:], embeddings[0])
     nearest = cosines.argsort(descending=True, stable=True)[:count].tolist()
     return [Neighbour(candidates[index], cosines[index].item()) for index in nearest]

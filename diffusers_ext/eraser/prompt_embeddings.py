@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.families.registry import find_family
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -83,12 +82,8 @@ def encode_for(pipeline: Any, prompts: Sequence[str], batch_size: int = 8) -> to
     return encode_video_prompts(*encoder, prompts, length, batch_size=batch_size)
 
 
-def _warn_of_cut_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_sequence_length: int
-) -> None:
+def _warn_of_cut_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_sequence_length: int) -> None:
     ids = tokenizer(list(prompts), truncation=False).input_ids
     cut = [p for p, row in zip(prompts, ids, strict=True) if len(row) > max_sequence_length]
     if cut:
-        logger.warning(
-            f"{len(cut)} prompts are cut at {max_sequence_length} tokens, the first is {cut[0]!r}."
-        )
+        logger.warning(f"{len(cut)} prompts are cut at {max_sequence_length} tokens, the first is {cut[0]!r}.")

@@ -1,8 +1,8 @@
 """What an eraser is trained with: its recipe, and all settings of a training run.
 
-`EraserTraining` has the defaults of the bundled moving-digits model; `EraserSettings`, which the training
-script reads, those of pretrained models: they are larger by three orders of magnitude, and sampling one of
-their clips takes minutes.
+`EraserTraining` has the defaults of the bundled moving-digits model; `EraserSettings`, which the training script
+reads, those of pretrained models: they are larger by three orders of magnitude, and sampling one of their clips takes
+minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from diffusers_ext.core.settings import (
 )
 from diffusers_ext.eraser.velocity_losses import LOSS_TYPES
 
-
 AUTO_ANCHOR = "auto"
 LATENTS_SOURCES = ("trajectory", "video", "noise")
 _TRAIN_TIMESTEPS = 1000
@@ -48,16 +47,10 @@ class LatentsRecipe(Settings, title="latents"):
         choices=LATENTS_SOURCES,
     )
     num_target_trajectories: int = setting(64, "clips sampled for target prompts", rule=COUNT)
-    num_preserved_trajectories: int = setting(
-        256, "clips sampled for preserved prompts", rule=COUNT
-    )
-    points_per_trajectory: int | None = setting(
-        None, "states kept of each clip's denoising; 0 keeps all", rule=COUNT
-    )
+    num_preserved_trajectories: int = setting(256, "clips sampled for preserved prompts", rule=COUNT)
+    points_per_trajectory: int | None = setting(None, "states kept of each clip's denoising; 0 keeps all", rule=COUNT)
     num_inference_steps: int = setting(20, "denoising steps of all sampling", rule=COUNT)
-    sampling_guidance_scale: float = setting(
-        3.0, "classifier-free guidance of all sampling", rule=_WEIGHT
-    )
+    sampling_guidance_scale: float = setting(3.0, "classifier-free guidance of all sampling", rule=_WEIGHT)
     sampling_batch_size: int = setting(32, "clips sampled at once", rule=COUNT)
 
 
@@ -72,16 +65,10 @@ class EraserTraining(LatentsRecipe, title="eraser"):
         old_names=("guidance_scale",),
         rule=_WEIGHT,
     )
-    unlearning_weight: float = setting(
-        1.0, "of the distance to the negatively guided velocity", rule=_WEIGHT
-    )
-    preservation_weight: float = setting(
-        2.0, "of the distance to the teacher on preserved prompts", rule=_WEIGHT
-    )
+    unlearning_weight: float = setting(1.0, "of the distance to the negatively guided velocity", rule=_WEIGHT)
+    preservation_weight: float = setting(2.0, "of the distance to the teacher on preserved prompts", rule=_WEIGHT)
     localization_weight: float = setting(
-        0.0,
-        "of what erasers add outside of the concept's region; 0 asks for no masks",
-        rule=_WEIGHT,
+        0.0, "of what erasers add outside of the concept's region; 0 asks for no masks", rule=_WEIGHT
     )
     mask_threshold: float | None = setting(
         None,
@@ -103,22 +90,14 @@ class EraserTraining(LatentsRecipe, title="eraser"):
     preserved_share: float = setting(
         0.5, "of a step's rows; the rarer kind is left out of the batch for it", rule=SHARE
     )
-    empty_share: float = setting(
-        0.2, "of preserved rows: the empty prompt, which guidance needs", rule=SHARE
-    )
-    empty_weight: float = setting(
-        1.0, "of these rows in the mean over preserved rows", rule=_WEIGHT
-    )
+    empty_share: float = setting(0.2, "of preserved rows: the empty prompt, which guidance needs", rule=SHARE)
+    empty_weight: float = setting(1.0, "of these rows in the mean over preserved rows", rule=_WEIGHT)
     min_timestep: int = setting(0, "rows below do not count")
     max_timestep: int = setting(_TRAIN_TIMESTEPS - 1, "rows above do not count")
-    on_policy_share: float = setting(
-        0.0, "of target rows: x_t from the student's own sampling", rule=SHARE
-    )
+    on_policy_share: float = setting(0.0, "of target rows: x_t from the student's own sampling", rule=SHARE)
     on_policy_every: int = setting(50, "steps between the student's samplings", rule=COUNT)
     adversarial_share: float = setting(
-        0.0,
-        "of target rows: prompts with embeddings learned to bring the concept back",
-        rule=SHARE,
+        0.0, "of target rows: prompts with embeddings learned to bring the concept back", rule=SHARE
     )
     adversarial_every: int = setting(
         50, "steps between the attacks that learn them; the first comes that late", rule=COUNT
@@ -130,11 +109,7 @@ class EraserTraining(LatentsRecipe, title="eraser"):
     learning_rate: float = as_in(TrainingSettings, "learning_rate", default=5e-3)
     lr_scheduler: str = as_in(TrainingSettings, "lr_scheduler", default="cosine")
     adam_weight_decay: float = as_in(
-        TrainingSettings,
-        "adam_weight_decay",
-        default=0.0,
-        rule=_WEIGHT,
-        old_names=("weight_decay",),
+        TrainingSettings, "adam_weight_decay", default=0.0, rule=_WEIGHT, old_names=("weight_decay",)
     )
     max_grad_norm: float = as_in(TrainingSettings, "max_grad_norm", default=1.0)
     max_train_steps: int = as_in(TrainingSettings, "max_train_steps", default=500)
@@ -144,9 +119,7 @@ class EraserTraining(LatentsRecipe, title="eraser"):
         default=24,
         help="samples of a step in each process; each has a target row and a preserved row",
     )
-    gradient_accumulation_steps: int = as_in(
-        TrainingSettings, "gradient_accumulation_steps", default=1
-    )
+    gradient_accumulation_steps: int = as_in(TrainingSettings, "gradient_accumulation_steps", default=1)
     seed: int = as_in(ModelSettings, "seed", default=0)
 
     def check(self) -> None:
@@ -158,8 +131,7 @@ class EraserTraining(LatentsRecipe, title="eraser"):
         low, high = self.min_timestep, self.max_timestep
         if not 0 <= low <= high < _TRAIN_TIMESTEPS:
             raise ValueError(
-                "`min_timestep` and `max_timestep` must be from 0 to 999 and in order, got "
-                f"{low} and {high}."
+                f"`min_timestep` and `max_timestep` must be from 0 to 999 and in order, got {low} and {high}."
             )
 
     @property
@@ -221,9 +193,7 @@ class ClipSettings(Settings, title="latents"):
 class ClipReportingSettings(ReportingSettings, title="reporting"):
     """Logs and validation clips."""
 
-    validation_prompt: list[str] = setting(
-        [], "prompt of validation clips; may be repeated", repeated=True
-    )
+    validation_prompt: list[str] = setting([], "prompt of validation clips; may be repeated", repeated=True)
     num_validation_videos: int = setting(1, "validation clips of a prompt", rule=COUNT)
     validation_fps: int = setting(8, "frames a second of the gif files", rule=COUNT)
 
@@ -238,13 +208,9 @@ class EraserSettings(
     learning_rate: float = as_in(EraserTraining, "learning_rate", default=1e-4)
     adam_weight_decay: float = as_in(EraserTraining, "adam_weight_decay", default=1e-2)
     train_batch_size: int = as_in(EraserTraining, "train_batch_size", default=1)
-    gradient_accumulation_steps: int | None = as_in(
-        TrainingSettings, "gradient_accumulation_steps", default=None
-    )
+    gradient_accumulation_steps: int | None = as_in(TrainingSettings, "gradient_accumulation_steps", default=None)
     num_target_trajectories: int = as_in(EraserTraining, "num_target_trajectories", default=16)
-    num_preserved_trajectories: int = as_in(
-        EraserTraining, "num_preserved_trajectories", default=32
-    )
+    num_preserved_trajectories: int = as_in(EraserTraining, "num_preserved_trajectories", default=32)
     points_per_trajectory: int | None = as_in(EraserTraining, "points_per_trajectory", default=16)
     num_inference_steps: int = as_in(EraserTraining, "num_inference_steps", default=50)
     sampling_guidance_scale: float = as_in(EraserTraining, "sampling_guidance_scale", default=6.0)
@@ -260,18 +226,14 @@ class EraserSettings(
         super().check()
         source, folder = self.latents_source, self.video_dir
         if source == "video" and (folder is None or not Path(folder).is_dir()):
-            raise ValueError(
-                f"`video_dir` must be a folder of clips for `--latents_source video`, got {folder}."
-            )
+            raise ValueError(f"`video_dir` must be a folder of clips for `--latents_source video`, got {folder}.")
         if source != "trajectory" and self.trajectories_dir is not None:
             raise ValueError(
                 f"`trajectories_dir` must not be given with `--latents_source {source}`, which samples "
                 f"none, got {self.trajectories_dir}."
             )
         if self.preserved_concepts_file and self.auto_preserved_concepts:
-            raise ValueError(
-                "`preserved_concepts_file` must not be given with `--auto_preserved_concepts`, got both."
-            )
+            raise ValueError("`preserved_concepts_file` must not be given with `--auto_preserved_concepts`, got both.")
 
     def check_preserved(self) -> None:
         """Raise `ValueError` where nothing is named that the model must keep."""

@@ -16,9 +16,9 @@ from diffusers_ext.eraser.recipe import EraserTraining
 class OnPolicyRollouts:
     """Samples clips with the eraser on, every `on_policy_every` steps, and keeps their states.
 
-    What a training learns at the teacher's states need not hold where the student's errors lead it
-    (Ross et al. 2011, arXiv 1011.0686). The teacher stays the one that answers. `size` are the
-    arguments `num_frames`, `height` and `width` of the pipeline's call.
+    What a training learns at the teacher's states need not hold where the student's errors lead it (Ross et al. 2011,
+    arXiv 1011.0686). The teacher stays the one that answers. `size` are the arguments `num_frames`, `height` and
+    `width` of the pipeline's call.
     """
 
     def __init__(
@@ -84,8 +84,6 @@ class OnPolicyRollouts:
             times = self.pipeline.scheduler.timesteps
         x_t = torch.cat(passed[: len(times)]).float()
         states = States(
-            x_t,
-            times.to(device, torch.int64).repeat_interleave(count),
-            prompts.to(device).repeat(len(times)),
+            x_t, times.to(device, torch.int64).repeat_interleave(count), prompts.to(device).repeat(len(times))
         )
         return States(*(broadcast(part) for part in states))  # checkpoints hold the first process's

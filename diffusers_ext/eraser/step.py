@@ -20,7 +20,6 @@ from diffusers_ext.eraser.rollouts import OnPolicyRollouts
 from diffusers_ext.eraser.velocity_losses import velocity_distance
 from diffusers_ext.families.velocity import Velocity
 
-
 Result = TypeVar("Result")
 
 
@@ -36,11 +35,10 @@ class Part(NamedTuple):
 class EraserStep:
     """The loss of an eraser, over a batch of teacher samples or of clean latents.
 
-    `T2VUnlearningLoss` of rows whose velocities the teacher, the same model without erasers, has given.
-    Target and preserved rows go through the student in one pass; target rows with learned embeddings,
-    which make prompts longer, in a second one. With `separate_passes` each kind has its own pass, and all
-    but the last are computed again for their gradients: one more forward of them, and the activations of
-    one kind at a time.
+    `T2VUnlearningLoss` of rows whose velocities the teacher, the same model without erasers, has given. Target and
+    preserved rows go through the student in one pass; target rows with learned embeddings, which make prompts longer,
+    in a second one. With `separate_passes` each kind has its own pass, and all but the last are computed again for
+    their gradients: one more forward of them, and the activations of one kind at a time.
 
     Args:
         maker: of rows.
@@ -92,9 +90,7 @@ class EraserStep:
         student.transformer = model  # as accelerate has prepared it
         return self._losses(rows, *self._ask(student, rows, prompts))
 
-    def _losses(
-        self, rows: Rows, prediction: torch.Tensor, localized: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
+    def _losses(self, rows: Rows, prediction: torch.Tensor, localized: torch.Tensor | None) -> dict[str, torch.Tensor]:
         n, terms = rows.num_target, {}
         weights = rows.weights[:, None, None, None, None] if self.recipe.weighs_rows else None
         for term, name, chosen in (
@@ -125,8 +121,7 @@ class EraserStep:
         # In the backward pass, the wrapper of distributed training must not begin a new step.
         again.transformer = student.model
         passes = [
-            partial(self._ask_part, chain([student], repeat(again)), part)
-            for part in self._parts(rows, prompts)
+            partial(self._ask_part, chain([student], repeat(again)), part) for part in self._parts(rows, prompts)
         ]
         separate = self.recipe.separate_passes
         answers = run_separately(passes) if separate else [ask() for ask in passes]
@@ -142,20 +137,14 @@ class EraserStep:
             mask = None
             if self.recipe.localization_weight and start < n:
                 if rows.mask is None:
-                    raise ValueError(
-                        "`localization_weight` must be 0 for samples without masks, got more."
-                    )
+                    raise ValueError("`localization_weight` must be 0 for samples without masks, got more.")
                 mask = rows.mask[start:]
             if start < stop:
                 chosen = slice(start, stop)
-                parts.append(
-                    Part(rows.x_t[chosen], rows.t[chosen], rows.prompt_embeds[chosen], mask)
-                )
+                parts.append(Part(rows.x_t[chosen], rows.t[chosen], rows.prompt_embeds[chosen], mask))
         return parts
 
-    def _ask_part(
-        self, velocities: Iterator[Velocity], part: Part
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _ask_part(self, velocities: Iterator[Velocity], part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
         velocity, mask = next(velocities), part.mask
         if mask is None:
             return velocity(*part[:3]), None
@@ -172,12 +161,12 @@ class EraserStep:
 def run_separately(passes: Sequence[Callable[[], Result]]) -> list[Result]:
     """Run passes so that one backward over all their results takes the memory of one of them.
 
-    All but the last are computed again in the backward pass, which costs one more forward of each.
-    The last keeps its activations: autograd goes backward from what was computed last, and has
-    freed them when it comes to the others. Gradient checkpointing of blocks works inside as well.
+    All but the last are computed again in the backward pass, which costs one more forward of each. The last keeps its
+    activations: autograd goes backward from what was computed last, and has freed them when it comes to the others.
+    Gradient checkpointing of blocks works inside as well.
 
-    Each pass must compute the same whenever it is called; it sees the random numbers and the autocast
-    of the first call again.
+    Each pass must compute the same whenever it is called; it sees the random numbers and the autocast of the first
+    call again.
     """
     results = [checkpoint(run, use_reentrant=False) for run in passes[:-1]]
     return results + [run() for run in passes[-1:]]

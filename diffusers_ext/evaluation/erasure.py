@@ -32,9 +32,7 @@ from diffusers_ext.evaluation.rendering import check_counts, render_clips
 from diffusers_ext.evaluation.report_files import KeptClip
 
 
-def find_erasers(
-    pipeline: DiffusionPipeline, adapter_name: str | Sequence[str] | None = None
-) -> list[str]:
+def find_erasers(pipeline: DiffusionPipeline, adapter_name: str | Sequence[str] | None = None) -> list[str]:
     """Names of the erasers to evaluate: the given ones, all active ones when `None`."""
     layers = eraser_layers(pipeline.transformer).values()
     loaded = list(dict.fromkeys(name for layer in layers for name in layer.eraser_down))
@@ -53,9 +51,7 @@ def find_erasers(
 
 
 @contextmanager
-def erasers_at_scale(
-    pipeline: DiffusionPipeline, names: Sequence[str], scale: float
-) -> Iterator[None]:
+def erasers_at_scale(pipeline: DiffusionPipeline, names: Sequence[str], scale: float) -> Iterator[None]:
     """Only the named erasers on, each at its own scale times `scale`; all come back as they were."""
     layers = list(eraser_layers(pipeline.transformer).values())
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
@@ -79,9 +75,7 @@ def name_scales(scales: Sequence[float], groups: Sequence[str]) -> dict[str, flo
     if not scales or len(set(scales)) < len(scales) or not all(map(math.isfinite, scales)):
         raise ValueError(f"`scales` must hold different finite numbers, got {list(scales)}.")
     if ALL in groups or "" in groups:
-        raise ValueError(
-            f"`groups` must not be named {ALL!r} or be without a name, got {list(groups)}."
-        )
+        raise ValueError(f"`groups` must not be named {ALL!r} or be without a name, got {list(groups)}.")
     if list(scales) == [1.0]:
         return {"erased": 1.0}
     return {f"scale {scale:g}": float(scale) for scale in scales}
@@ -115,14 +109,14 @@ def evaluate_erasure(
 ) -> ErasureReport:
     """Compare clips with erasers to clips of the same prompts and seeds without them.
 
-    Clips are measured and dropped batch by batch. The pipeline, its erasers and their scales are left as
-    they were; LoRAs take part on all sides.
+    Clips are measured and dropped batch by batch. The pipeline, its erasers and their scales are left as they were;
+    LoRAs take part on all sides.
 
     Args:
         pipeline: a CogVideoX pipeline with erasers (`load_eraser`).
-        groups: prompts by group. `"target"` asks for the erased concept and `"preserved"` for all else;
-            further ones, such as paraphrases and templates that the training did not see, tell how robust
-            the erasure is. A prompt that is listed twice gets twice as many clips.
+        groups: prompts by group. `"target"` asks for the erased concept and `"preserved"` for all else; further ones,
+            such as paraphrases and templates that the training did not see, tell how robust the erasure is. A prompt
+            that is listed twice gets twice as many clips.
         judge: `judge(clips, prompts)`, see `erasure_rows.judged`.
         concept_aspect: the judge's verdict that is about the erased concept.
         adapter_name: erasers to evaluate; all active ones when `None`. Others are off.
@@ -131,14 +125,14 @@ def evaluate_erasure(
         seed: from which all seeds derive.
         seeds: of the entries' first clips, by group; derived where they are `None`.
         negative_prompt, num_frames, height, width: the pipeline's own defaults where they are `None`.
-        base_clips: `(clips, frames, height, width, 3)` uint8 without erasers, drawn before of the same
-            groups and settings (`draw_base_clips`), so that several erasers share them.
+        base_clips: `(clips, frames, height, width, 3)` uint8 without erasers, drawn before of the same groups and
+            settings (`draw_base_clips`), so that several erasers share them.
         kept_clips: of every group, so many are kept for sheet and files.
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: prompts, scales or erasers that are missing, clips that are not finite or all blank, or
-            a judge that does not say one thing per clip.
+        ValueError: prompts, scales or erasers that are missing, clips that are not finite or all blank, or a judge
+            that does not say one thing per clip.
     """
     settings: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
@@ -152,9 +146,7 @@ def evaluate_erasure(
     check_counts(batch_size=batch_size)
     shots = clip_shots(groups, num_videos_per_prompt, seed, seeds)
     if base_clips is not None and len(base_clips) != len(shots):
-        raise ValueError(
-            f"`base_clips` must hold the {len(shots)} clips of `groups`, got {len(base_clips)}."
-        )
+        raise ValueError(f"`base_clips` must hold the {len(shots)} clips of `groups`, got {len(base_clips)}.")
     names, sides = find_erasers(pipeline, adapter_name), name_scales(scales, list(groups))
     rows: list[dict[str, Any]] = []
     kept: list[KeptClip] = []

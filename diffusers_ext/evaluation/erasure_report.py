@@ -22,13 +22,10 @@ from diffusers_ext.evaluation.report_files import (
     write_clip,
 )
 
-
 _MOST_READINGS = 4
 
 
-def erasure_tables(
-    groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str], concept_aspect: str
-) -> str:
+def erasure_tables(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str], concept_aspect: str) -> str:
     """Rates, figures, readings and degenerate clips of all groups, with 95 % intervals in brackets.
 
     `groups` are as of `summarize_group`; the verdict `concept_aspect` is marked.
@@ -39,9 +36,7 @@ def erasure_tables(
     return "\n\n".join(markdown_table(table, 2) for table in tables) + "\n"
 
 
-def _rates(
-    groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str], concept_aspect: str
-) -> list[list[str]]:
+def _rates(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str], concept_aspect: str) -> list[list[str]]:
     ends = [end for side in sides for end in (side, _difference(side, sides))]
     table = [["group", "seen", "clips", BASE, *ends]]
     for group, found in groups.items():
@@ -60,9 +55,7 @@ def _rates(
 
 
 def _figures(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str]) -> list[list[str]]:
-    ends = [
-        end for side in sides for end in (side, "ratio" if len(sides) < 2 else f"{side}: ratio")
-    ]
+    ends = [end for side in sides for end in (side, "ratio" if len(sides) < 2 else f"{side}: ratio")]
     table = [["group", "figure", "clips", BASE, *ends]]
     for group, found in groups.items():
         for name, first in found["figures"][sides[0]].items():
@@ -77,9 +70,7 @@ def _figures(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str]) -> l
     return table
 
 
-def _readings(
-    groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str]
-) -> Iterator[list[list[str]]]:
+def _readings(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str]) -> Iterator[list[list[str]]]:
     names = dict.fromkeys(name for found in groups.values() for name in found["readings"])
     for name in names:
         table = [[f"{spoken(name)}, by group", *(f"on {side}" for side in (BASE, *sides))]]
@@ -125,8 +116,8 @@ class ErasureReport(SavedReport):
 
     Args:
         settings: how the clips were drawn, with which erasers, and by whom they were judged.
-        groups: `{group: summary}` as of `summarize_group`. With several groups the last one, `"all"`, is
-            of all of them together, without the verdict on the erased concept.
+        groups: `{group: summary}` as of `summarize_group`. With several groups the last one, `"all"`, is of all of
+            them together, without the verdict on the erased concept.
         rows: one per pair of clips, as of `measure_pairs`.
         kept: some clips; not saved with the figures.
     """
@@ -145,10 +136,7 @@ class ErasureReport(SavedReport):
     ) -> ErasureReport:
         """Summarise rows; `settings` must hold `scales` by side and `concept_aspect`."""
         sides, names = list(settings["scales"]), dict.fromkeys(row["group"] for row in rows)
-        groups = {
-            name: summarize_group([row for row in rows if row["group"] == name], sides)
-            for name in names
-        }
+        groups = {name: summarize_group([row for row in rows if row["group"] == name], sides) for name in names}
         if len(groups) > 1:
             groups[ALL] = summarize_group(rows, sides)
             for rates in groups[ALL]["rates"].values():
@@ -177,9 +165,7 @@ class ErasureReport(SavedReport):
         """One row of frames per prompt and side."""
         return clip_sheet(self.kept)
 
-    def write_clips(
-        self, folder: str | os.PathLike, clip_format: str = "gif", fps: int = 8
-    ) -> list[Path]:
+    def write_clips(self, folder: str | os.PathLike, clip_format: str = "gif", fps: int = 8) -> list[Path]:
         """Write the kept clips as `"gif"` or `"mp4"`, one file per prompt and side; gives their paths."""
         paths = []
         for number, one in enumerate(self.kept):

@@ -14,7 +14,6 @@ from diffusers_ext.evaluation.rendering import image_seed
 from diffusers_ext.evaluation.report_files import KeptClip
 from diffusers_ext.nullspace.prompts import check_prompts
 
-
 _SMALLEST_MOTION = 0.1 / 255  # mean change a frame below which a clip stands still
 _SMALLEST_SPREAD = 2.0 / 255  # standard deviation of a frame below which it shows one flat colour
 _LEAST_CORRELATION = 0.1  # of neighbouring pixels, below which a clip is noise
@@ -29,12 +28,12 @@ def motion(clips: np.ndarray) -> np.ndarray:
 def temporal_smoothness(clips: np.ndarray) -> np.ndarray:
     """How well frames lie between their neighbours, relative to how much happens; `(n,)` in [0, 1].
 
-    `1 - sum |x[t-1] - 2 x[t] + x[t+1]| / sum (|x[t] - x[t-1]| + |x[t+1] - x[t]|)` over all inner frames and
-    all windows of a quarter of the shorter side, where `x` is a window's mean: 1 for a clip that fades
-    evenly or stands still, 0.6 for a shape that crosses it steadily, about 0.13 for frames that have nothing
-    to do with each other, 0 for flicker between two pictures. The idea, a frame against what its neighbours
-    say of it, is that of VBench's motion smoothness (arXiv 2311.17982) without its interpolation network.
-    The division by the motion keeps a clip that hardly moves from being smooth for that reason alone.
+    `1 - sum |x[t-1] - 2 x[t] + x[t+1]| / sum (|x[t] - x[t-1]| + |x[t+1] - x[t]|)` over all inner frames and all
+    windows of a quarter of the shorter side, where `x` is a window's mean: 1 for a clip that fades evenly or stands
+    still, 0.6 for a shape that crosses it steadily, about 0.13 for frames that have nothing to do with each other, 0
+    for flicker between two pictures. The idea, a frame against what its neighbours say of it, is that of VBench's
+    motion smoothness (arXiv 2311.17982) without its interpolation network. The division by the motion keeps a clip
+    that hardly moves from being smooth for that reason alone.
     """
     steps = np.diff(_window_means(_levels(clips, 3)), axis=1)
     bends = np.abs(np.diff(steps, axis=1)).sum(axis=(1, 2, 3, 4))
@@ -66,8 +65,8 @@ def spatial_correlation(clips: np.ndarray) -> np.ndarray:
 def degenerate_clips(clips: np.ndarray) -> dict[str, np.ndarray]:
     """Which clips are none: a figure may be good for the wrong reason on them.
 
-    `{"blank", "frozen", "noise"}`, each `(n,)` bool: every frame of one flat colour (as black frames of an
-    overflow are), nothing moves, or neighbouring pixels that have nothing to do with each other.
+    `{"blank", "frozen", "noise"}`, each `(n,)` bool: every frame of one flat colour (as black frames of an overflow
+    are), nothing moves, or neighbouring pixels that have nothing to do with each other.
     """
     blank = _levels(clips).std(axis=(2, 3)).max(axis=(1, 2)) < _SMALLEST_SPREAD
     noise = ~blank & (spatial_correlation(clips) < _LEAST_CORRELATION)
@@ -85,14 +84,9 @@ def _window_means(levels: np.ndarray) -> np.ndarray:
 def _levels(clips: np.ndarray, fewest_frames: int = 1) -> np.ndarray:
     """Clips as float32 in [0, 1]."""
     if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8:
-        raise ValueError(
-            "`clips` must be (n, frames, height, width, 3) of 8 bits, got "
-            f"{clips.shape} {clips.dtype}."
-        )
+        raise ValueError(f"`clips` must be (n, frames, height, width, 3) of 8 bits, got {clips.shape} {clips.dtype}.")
     if clips.shape[1] < fewest_frames:
-        raise ValueError(
-            f"`clips` must have {fewest_frames} frames at least, got {clips.shape[1]}."
-        )
+        raise ValueError(f"`clips` must have {fewest_frames} frames at least, got {clips.shape[1]}.")
     return clips.astype(np.float32) / 255.0
 
 
@@ -106,17 +100,16 @@ def judged(judge: ClipJudge, clips: np.ndarray, prompts: Sequence[str]) -> dict[
     """Ask a judge about clips and check what it gave: `{name: one bool, float, str or None per clip}`.
 
     Args:
-        judge: `judge(clips, prompts)` gives a dictionary of arrays `(n,)`: bool for an aspect, whether the
-            clip shows what its prompt asks for in it; float for a figure, such as a distance; str for a
-            reading, what is seen instead. Masked entries of a `numpy.ma` array say nothing, where a prompt
-            asks for nothing in that aspect. An object with a method `correct` is asked by that.
+        judge: `judge(clips, prompts)` gives a dictionary of arrays `(n,)`: bool for an aspect, whether the clip shows
+            what its prompt asks for in it; float for a figure, such as a distance; str for a reading, what is seen
+            instead. Masked entries of a `numpy.ma` array say nothing, where a prompt asks for nothing in that aspect.
+            An object with a method `correct` is asked by that.
         clips: `(n, frames, height, width, 3)` uint8.
     """
     found = getattr(judge, "correct", judge)(clips, list(prompts))
     if not isinstance(found, Mapping) or not found:
         raise ValueError(
-            "`judge` must give a dictionary of arrays, one value per clip, got "
-            f"{type(found).__name__} {found!r:.80}."
+            f"`judge` must give a dictionary of arrays, one value per clip, got {type(found).__name__} {found!r:.80}."
         )
     reserved = sorted(set(found) & set(MEASURED))
     if reserved:
@@ -128,11 +121,7 @@ def judge_facts(judge: ClipJudge) -> dict[str, Any]:
     """Name, version and further facts of a judge, of a bound method those of its object."""
     owner = getattr(judge, "__self__", judge)
     name = getattr(owner, "name", None) or getattr(owner, "__name__", type(owner).__name__)
-    return {
-        "name": str(name),
-        "version": getattr(owner, "version", None),
-        **getattr(owner, "facts", {}),
-    }
+    return {"name": str(name), "version": getattr(owner, "version", None), **getattr(owner, "facts", {})}
 
 
 def find_concept_aspect(judge: ClipJudge, given: str | None, aspects: Sequence[str]) -> str:
@@ -141,9 +130,7 @@ def find_concept_aspect(judge: ClipJudge, given: str | None, aspects: Sequence[s
     if chosen is None and len(aspects) == 1:
         return aspects[0]
     if chosen not in aspects:
-        raise ValueError(
-            f"`concept_aspect` must be one of the judge's verdicts {list(aspects)}, got {chosen!r}."
-        )
+        raise ValueError(f"`concept_aspect` must be one of the judge's verdicts {list(aspects)}, got {chosen!r}.")
     return chosen
 
 
@@ -172,15 +159,12 @@ class ClipShot(NamedTuple):
 
 
 def clip_shots(
-    groups: Mapping[str, Sequence[str]],
-    count: int,
-    seed: int,
-    seeds: Mapping[str, Sequence[int | None]] | None = None,
+    groups: Mapping[str, Sequence[str]], count: int, seed: int, seeds: Mapping[str, Sequence[int | None]] | None = None
 ) -> list[ClipShot]:
     """`count` clips for every entry of every group, the target's first.
 
-    The seed of a clip depends on its prompt and on how often that came before in its group, not on the
-    batch or on other prompts; a prompt that is listed twice gets twice as many clips.
+    The seed of a clip depends on its prompt and on how often that came before in its group, not on the batch or on
+    other prompts; a prompt that is listed twice gets twice as many clips.
 
     Args:
         groups: prompts by the name of their group; those of the target and the preserved ones differ.
@@ -191,14 +175,10 @@ def clip_shots(
         raise ValueError(f"`num_videos_per_prompt` must be at least 1, got {count}.")
     missing = [name for name in (TARGET, PRESERVED) if not groups.get(name)]
     if missing:
-        raise ValueError(
-            f"`groups` must hold prompts of {TARGET!r} and {PRESERVED!r}, got none of {missing}."
-        )
+        raise ValueError(f"`groups` must hold prompts of {TARGET!r} and {PRESERVED!r}, got none of {missing}.")
     both = sorted(set(groups[TARGET]) & set(groups[PRESERVED]))
     if both:
-        raise ValueError(
-            f"`groups` must not have a prompt in {TARGET!r} and in {PRESERVED!r}, got {both[:3]}."
-        )
+        raise ValueError(f"`groups` must not have a prompt in {TARGET!r} and in {PRESERVED!r}, got {both[:3]}.")
     shots: list[ClipShot] = []
     for group, prompts in {TARGET: groups[TARGET], **groups}.items():
         given = (seeds or {}).get(group) or [None] * len(prompts)
@@ -212,9 +192,7 @@ def clip_shots(
                 index = seen[prompt] = seen.get(prompt, -1) + 1
                 # A given seed stands for its first clip; further clips derive from it.
                 derived = image_seed(seed if first is None else first, prompt, index)
-                shots.append(
-                    ClipShot(group, prompt, index, derived if first is None or number else first)
-                )
+                shots.append(ClipShot(group, prompt, index, derived if first is None or number else first))
     return shots
 
 
@@ -237,12 +215,10 @@ def measure_pairs(
             columns[f"{side}/drift"] = clip_drift(clips[BASE], drawn).tolist()
         kinds = degenerate_clips(drawn)
         columns[f"{side}/degenerate"] = [
-            " ".join(kind for kind, found in kinds.items() if found[row])
-            for row in range(len(drawn))
+            " ".join(kind for kind, found in kinds.items() if found[row]) for row in range(len(drawn))
         ]
     return [
-        {**shot._asdict(), **{key: values[row] for key, values in columns.items()}}
-        for row, shot in enumerate(shots)
+        {**shot._asdict(), **{key: values[row] for key, values in columns.items()}} for row, shot in enumerate(shots)
     ]
 
 
@@ -253,9 +229,7 @@ def list_aspects(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def keep_clip(
-    shot: ClipShot, clips: dict[str, np.ndarray], row: Mapping[str, Any], concept_aspect: str
-) -> KeptClip:
+def keep_clip(shot: ClipShot, clips: dict[str, np.ndarray], row: Mapping[str, Any], concept_aspect: str) -> KeptClip:
     """Clips `(frames, height, width, 3)` of one shot for a sheet, with what was said about them."""
     notes = {side: _note(row, side, concept_aspect) for side in clips}
     return KeptClip(shot.group, shot.prompt, shot.seed, clips, notes)

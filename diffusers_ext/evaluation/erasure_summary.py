@@ -32,24 +32,17 @@ class RateComparison(NamedTuple):
 
 
 def compare_rates(
-    base: torch.Tensor,
-    other: torch.Tensor,
-    *,
-    groups: torch.Tensor | None = None,
-    confidence: float = 0.95,
+    base: torch.Tensor, other: torch.Tensor, *, groups: torch.Tensor | None = None, confidence: float = 0.95
 ) -> RateComparison:
     """Compare the rates of paired verdicts, `(pairs,)` bool.
 
-    The intervals are Wilson's for the rates and Newcombe's for their difference, which stay open where
-    all verdicts agree; a bootstrap would call such a difference certain, however few the pairs. Pairs of
-    one of the `groups` (integers) may be alike, and the intervals count as many pairs as the groups are
-    worth (`effective_count`).
+    The intervals are Wilson's for the rates and Newcombe's for their difference, which stay open where all verdicts
+    agree; a bootstrap would call such a difference certain, however few the pairs. Pairs of one of the `groups`
+    (integers) may be alike, and the intervals count as many pairs as the groups are worth (`effective_count`).
     """
     for name, values in (("base", base), ("other", other)):
         if values.dtype != torch.bool or values.ndim != 1 or not len(values):
-            raise ValueError(
-                f"`{name}` must be (pairs,) bool, got {tuple(values.shape)} {values.dtype}."
-            )
+            raise ValueError(f"`{name}` must be (pairs,) bool, got {tuple(values.shape)} {values.dtype}.")
     if base.shape != other.shape:
         raise ValueError(f"`other` must hold one verdict per pair ({len(base)}), got {len(other)}.")
     first, second = base.double(), other.double()
@@ -68,21 +61,16 @@ def compare_rates(
     )
 
 
-def _newcombe_interval(
-    base: torch.Tensor, other: torch.Tensor, count: float, confidence: float
-) -> Interval:
+def _newcombe_interval(base: torch.Tensor, other: torch.Tensor, count: float, confidence: float) -> Interval:
     """Newcombe's interval of a difference of paired rates (Stat. Med. 17, 2635, 1998, method 10).
 
-    With the Wilson intervals `(l, u)` of both rates `p` and the correlation `phi` of the verdicts, the
-    lower limit is `d - sqrt(a^2 - 2 phi a b + b^2)` where `a = p2 - l2` and `b = u1 - p1`; the upper one
-    mirrors it.
+    With the Wilson intervals `(l, u)` of both rates `p` and the correlation `phi` of the verdicts, the lower limit is
+    `d - sqrt(a^2 - 2 phi a b + b^2)` where `a = p2 - l2` and `b = u1 - p1`; the upper one mirrors it.
     """
     share = count / len(base)  # pairs of one prompt count for less
     both, neither = ((base & other).sum() * share, (~base & ~other).sum() * share)
     only_base, only_other = ((base & ~other).sum() * share, (~base & other).sum() * share)
-    margins = (
-        (both + only_base) * (only_other + neither) * (both + only_other) * (only_base + neither)
-    )
+    margins = (both + only_base) * (only_other + neither) * (both + only_other) * (only_base + neither)
     product = (both * neither - only_base * only_other).item()
     if product > 0:
         product = max(product - count / 2, 0.0)  # the continuity correction
@@ -109,8 +97,8 @@ DEGENERATE = (BLANK, "frozen", "noise")
 def summarize_group(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> dict[str, Any]:
     """Rates, figures, readings and degenerate clips of one group, from the rows of `ErasureReport`.
 
-    Pairs whose base clip is blank are left out of all but the last: nothing can be erased from them; it
-    is an error if all are.
+    Pairs whose base clip is blank are left out of all but the last: nothing can be erased from them; it is an error if
+    all are.
     """
     used = [row for row in rows if BLANK not in row[f"{BASE}/degenerate"].split()]
     if not used:
@@ -121,25 +109,17 @@ def summarize_group(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> dic
     names = [key.removeprefix(f"{BASE}/") for key in used[0] if key.startswith(f"{BASE}/")]
     names = [name for name in names if name != "degenerate"]
     kinds = {name: _kind(used, name) for name in names}
-    aspects, figures, readings = (
-        [name for name in names if kinds[name] is kind] for kind in (bool, float, str)
-    )
+    aspects, figures, readings = ([name for name in names if kinds[name] is kind] for kind in (bool, float, str))
     return {
         "clips": len(used),
         "left_out": len(rows) - len(used),
         "prompts": len({row["prompt"] for row in used}),
         "rates": {side: {name: _rates(used, name, side) for name in aspects} for side in sides},
         "figures": {
-            side: {
-                **{name: _figures(used, name, side) for name in figures},
-                "drift": _drift(used, side),
-            }
+            side: {**{name: _figures(used, name, side) for name in figures}, "drift": _drift(used, side)}
             for side in sides
         },
-        "readings": {
-            name: {side: _shares(used, f"{side}/{name}") for side in (BASE, *sides)}
-            for name in readings
-        },
+        "readings": {name: {side: _shares(used, f"{side}/{name}") for side in (BASE, *sides)} for name in readings},
         "degenerate": {side: _degenerate(rows, side) for side in (BASE, *sides)},
     }
 

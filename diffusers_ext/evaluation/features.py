@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.core.sources import check_download_arguments
 
-
 logger = logging.getLogger(__name__)
 
 ModelFeaturesType = TypeVar("ModelFeaturesType", bound="ModelFeatures")
@@ -95,9 +94,7 @@ class ModelFeatures:
         )
         # torchvision is not a dependency, so the PIL backend is asked for by name.
         parts = {
-            "image_processor": AutoImageProcessor.from_pretrained(
-                source, backend="pil", **download_arguments
-            ),
+            "image_processor": AutoImageProcessor.from_pretrained(source, backend="pil", **download_arguments),
             **cls._load_parts(source, **download_arguments),
         }
         return cls(model.to(device), **parts, batch_size=batch_size)
@@ -111,10 +108,7 @@ class ModelFeatures:
     def extract(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """L2-normalised features `(n, dim)`, float32 on the CPU."""
         pictures = check_images(images)
-        batches = [
-            pictures[start : start + self.batch_size]
-            for start in range(0, len(pictures), self.batch_size)
-        ]
+        batches = [pictures[start : start + self.batch_size] for start in range(0, len(pictures), self.batch_size)]
         features = [self._embed(self._preprocess(batch)).float().cpu() for batch in batches]
         return F.normalize(torch.cat(features), dim=1)
 
@@ -140,9 +134,7 @@ class CLIPFeatures(ModelFeatures):
 
     model_types = ("clip",)
 
-    def __init__(
-        self, model: Any, image_processor: Any, tokenizer: Any, *, batch_size: int = 32
-    ) -> None:
+    def __init__(self, model: Any, image_processor: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
         super().__init__(model, image_processor, batch_size=batch_size)
         self.tokenizer = tokenizer
 
@@ -155,17 +147,13 @@ class CLIPFeatures(ModelFeatures):
         return self.model.visual_projection(pooled)
 
     @torch.no_grad()
-    def text_similarity(
-        self, images: Sequence[Image.Image], prompts: Sequence[str]
-    ) -> torch.Tensor:
+    def text_similarity(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         """CLIP-T: cosine of each picture and its own prompt, `(n,)` float32 on the CPU.
 
         A prompt longer than CLIP reads is cut off, with a warning in the log.
         """
         if isinstance(prompts, str) or len(prompts) != len(images):
-            raise ValueError(
-                f"`prompts` must hold one prompt per image ({len(images)}), got {prompts!r:.80}."
-            )
+            raise ValueError(f"`prompts` must hold one prompt per image ({len(images)}), got {prompts!r:.80}.")
         distinct = list(dict.fromkeys(prompts))
         texts = torch.cat([self._embed_text(prompt) for prompt in distinct])
         texts = F.normalize(texts.float().cpu(), dim=1)
@@ -186,21 +174,19 @@ def check_images(images: Sequence[Image.Image], name: str = "images") -> list[Im
     pictures = list(images)
     wrong = [type(picture) for picture in pictures if not isinstance(picture, Image.Image)]
     if not pictures or wrong:
-        raise ValueError(
-            f"`{name}` must be a non-empty list of PIL images, got {wrong[:1] or 'none'}."
-        )
+        raise ValueError(f"`{name}` must be a non-empty list of PIL images, got {wrong[:1] or 'none'}.")
     return [rgb_picture(picture) for picture in pictures]
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Squared Frechet distance of Gaussians fitted to two sets ("FID", arXiv 1706.08500, eq. 6).
 
-    `|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2})` with means `m` and covariances `S`. With
-    centred rows `S = X^T X` the last trace is the sum of the singular values of `X_a X_b^T`, so no
-    matrix root is taken and sets smaller than `dim` lose no digits.
+    `|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2})` with means `m` and covariances `S`. With centred rows `S = X^T
+    X` the last trace is the sum of the singular values of `X_a X_b^T`, so no matrix root is taken and sets smaller
+    than `dim` lose no digits.
 
-    It is biased upwards by about `1/n`: two samples of one distribution are not at 0 unless `n` is
-    far above `dim`. Compare only sets of the same size, at least two rows, and with their floor.
+    It is biased upwards by about `1/n`: two samples of one distribution are not at 0 unless `n` is far above `dim`.
+    Compare only sets of the same size, at least two rows, and with their floor.
     """
     a, b = _check(a, b, rows=2)
     factors = [(x - x.mean(0)) / (x.shape[0] - 1) ** 0.5 for x in (a, b)]
@@ -230,10 +216,9 @@ def median_bandwidth(features: torch.Tensor) -> float:
 def mmd(a: torch.Tensor, b: torch.Tensor, *, bandwidth: float | None = None) -> float:
     """Squared maximum mean discrepancy of L2-normalised features, unbiased; two rows at least.
 
-    The U-statistic of Gretton et al. 2012 ("A Kernel Two-Sample Test", eq. 3) with the Gaussian
-    kernel `k(x, y) = exp(-|x - y|^2 / (2 s^2))`, where the bandwidth `s` is the median distance of
-    all pairs of the pooled set when `None`. Its mean is 0 for equal distributions, so there it is
-    often negative.
+    The U-statistic of Gretton et al. 2012 ("A Kernel Two-Sample Test", eq. 3) with the Gaussian kernel `k(x, y) =
+    exp(-|x - y|^2 / (2 s^2))`, where the bandwidth `s` is the median distance of all pairs of the pooled set when
+    `None`. Its mean is 0 for equal distributions, so there it is often negative.
     """
     a, b = (F.normalize(x, dim=1) for x in _check(a, b, rows=2))
     scale = median_bandwidth(torch.cat([a, b])) if bandwidth is None else bandwidth
@@ -253,8 +238,8 @@ def mmd(a: torch.Tensor, b: torch.Tensor, *, bandwidth: float | None = None) -> 
 def coverage(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> float:
     """Share of real points that have a fake one in their neighbourhood (Naeem et al. 2020, arXiv 2002.09797).
 
-    That is the closed ball up to the k-th nearest other real point. About `1 - 2^-k` for equal
-    distributions and as many fake as real points.
+    That is the closed ball up to the k-th nearest other real point. About `1 - 2^-k` for equal distributions and as
+    many fake as real points.
     """
     real, fake = _check(real, fake, rows=1)
     if not 1 <= k < real.shape[0]:
@@ -269,10 +254,9 @@ def coverage(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> float:
 def one_nearest_neighbour_accuracy(a: torch.Tensor, b: torch.Tensor) -> float:
     """Leave-one-out accuracy of a nearest neighbour that tells two sets apart (1-NNA), in [0, 1].
 
-    Lopez-Paz and Oquab 2017 (arXiv 1610.06545). About 0.5 for independent samples of one
-    distribution and size, 1 for sets that are far apart, and towards 0 where every point has a twin
-    in the other set: images of the same seeds must not be compared this way. Among several
-    neighbours at one distance each counts in part.
+    Lopez-Paz and Oquab 2017 (arXiv 1610.06545). About 0.5 for independent samples of one distribution and size, 1 for
+    sets that are far apart, and towards 0 where every point has a twin in the other set: images of the same seeds must
+    not be compared this way. Among several neighbours at one distance each counts in part.
     """
     a, b = _check(a, b, rows=1)
     points = torch.cat([a, b])
@@ -286,8 +270,8 @@ def one_nearest_neighbour_accuracy(a: torch.Tensor, b: torch.Tensor) -> float:
 def jensen_shannon(a: torch.Tensor, b: torch.Tensor, bins: int = 20) -> float:
     """Jensen-Shannon divergence of each dimension's histogram, in bits, averaged over dimensions.
 
-    The equal bins of a dimension span the range of both sets; a constant one counts 0. It sees
-    marginals only and is biased upwards for few rows, as empty bins are.
+    The equal bins of a dimension span the range of both sets; a constant one counts 0. It sees marginals only and is
+    biased upwards for few rows, as empty bins are.
     """
     a, b = _check(a, b, rows=1)
     if bins < 2:
@@ -320,11 +304,10 @@ def with_floor(
 ) -> dict[str, dict[str, float]]:
     """Every figure of base against tuned, next to that of base against itself: `{metric: {"tuned", "floor"}}`.
 
-    The reference is `base_b`. `tuned` must come from the seeds of `base_a` and never from those of
-    `base_b`: then a tuned model that draws what the base model draws scores exactly the floor. The
-    MMD bandwidth comes from the base model alone, so both of its figures share one kernel. Sets
-    drawn from the same prompts are more alike than independent samples, so the floor of 1-NNA
-    may be below 0.5.
+    The reference is `base_b`. `tuned` must come from the seeds of `base_a` and never from those of `base_b`: then a
+    tuned model that draws what the base model draws scores exactly the floor. The MMD bandwidth comes from the base
+    model alone, so both of its figures share one kernel. Sets drawn from the same prompts are more alike than
+    independent samples, so the floor of 1-NNA may be below 0.5.
     """
     if not base_a.shape == base_b.shape == tuned.shape:
         raise ValueError(

@@ -45,7 +45,6 @@ from diffusers_ext.evaluation.report_files import (
 )
 from diffusers_ext.nullspace.prompts import check_prompts, unique
 
-
 _NOT_FIGURES = ("group", "prompt", "images")
 
 
@@ -55,12 +54,12 @@ class ForgettingReport(SavedReport):
 
     Args:
         settings: how the pictures were drawn and by what they were measured.
-        drift_floor: pixel drift of the base model against itself at the same seeds, over the first
-            batch. It is 0 on deterministic kernels; drift below it means nothing.
-        rows: one `{"group", "prompt", "images", figure: mean}` per prompt. Figures of one side end
-            in `_base` or `_tuned`.
-        summary: `{group: {figure: mean over prompts}}` with groups `"preserved"`, `"held_out"` and
-            `"subject"`; also the number of prompts and images, and the worst prompt's pixel drift.
+        drift_floor: pixel drift of the base model against itself at the same seeds, over the first batch. It is 0 on
+            deterministic kernels; drift below it means nothing.
+        rows: one `{"group", "prompt", "images", figure: mean}` per prompt. Figures of one side end in `_base` or
+            `_tuned`.
+        summary: `{group: {figure: mean over prompts}}` with groups `"preserved"`, `"held_out"` and `"subject"`; also
+            the number of prompts and images, and the worst prompt's pixel drift.
         distribution: `{group: {metric: {"tuned": value, "floor": value}}}`, where asked for.
         pairs: thumbnails for the sheet; not saved.
     """
@@ -97,8 +96,7 @@ class ForgettingReport(SavedReport):
             pictures.setdefault((pair.group, pair.prompt), []).extend([pair.base, pair.tuned])
         drift = {(row["group"], row["prompt"]): row["pixel_drift"] for row in self.rows}
         rows = [
-            SheetRow(key[1], f"pixel drift {drift[key]:.3f}", shown, spoken(key[0]))
-            for key, shown in pictures.items()
+            SheetRow(key[1], f"pixel drift {drift[key]:.3f}", shown, spoken(key[0])) for key, shown in pictures.items()
         ]
         return sheet_of_sides(rows, SIDES)
 
@@ -155,36 +153,35 @@ def evaluate_forgetting(
 ) -> ForgettingReport:
     """Compare a tuned model with its base, picture by picture from the same seeds.
 
-    Both models draw every picture from one seed, which depends on the prompt and the picture's
-    number alone, so whatever differs is the tuning. Pictures are measured and dropped batch by
-    batch; the pipelines are left as they were.
+    Both models draw every picture from one seed, which depends on the prompt and the picture's number alone, so
+    whatever differs is the tuning. Pictures are measured and dropped batch by batch; the pipelines are left as they
+    were.
 
     Args:
-        base: the base model. With `tuned=None` the tuned one: its active adapters are switched off
-            for the base side, so one pipeline with a LoRA is enough.
+        base: the base model. With `tuned=None` the tuned one: its active adapters are switched off for the base side,
+            so one pipeline with a LoRA is enough.
         tuned: the tuned model under the same scheduler.
         prompts: the preserved set.
         held_out_prompts: knowledge that the tuning was not told to preserve.
         subject_prompts: prompts of what was learned.
-        subject_images: pictures of the real subject. With `features`, `subject_similarity` is the
-            mean cosine to them: to rise on subject prompts and to stay on all others.
-        judge: `judge(images, prompts)`, one bool per picture: does it show what the prompt says?
-            Asked for preserved and held-out prompts.
+        subject_images: pictures of the real subject. With `features`, `subject_similarity` is the mean cosine to them:
+            to rise on subject prompts and to stay on all others.
+        judge: `judge(images, prompts)`, one bool per picture: does it show what the prompt says? Asked for preserved
+            and held-out prompts.
         subject_judge: the same for subject prompts.
-        scorer: `scorer(images, prompts)`, one number per picture, e.g.
-            `CLIPFeatures.text_similarity` or a reward's `score`.
-        features: extractor for `feature_drift` = (1 - cosine) / 2 and `diversity`, the same between
-            seeds of one prompt.
-        distribution: also compare distributions of features, next to the distance of two disjoint
-            seed sets of the base model, which is drawn once more for that.
+        scorer: `scorer(images, prompts)`, one number per picture, e.g. `CLIPFeatures.text_similarity` or a reward's
+            `score`.
+        features: extractor for `feature_drift` = (1 - cosine) / 2 and `diversity`, the same between seeds of one
+            prompt.
+        distribution: also compare distributions of features, next to the distance of two disjoint seed sets of the
+            base model, which is drawn once more for that.
         seed: from which all pictures' seeds derive.
         batch_size: pictures at once; the pictures do not depend on it beyond rounding.
         sheet_prompts: prompts per group whose first two pairs the report keeps.
 
     Raises:
-        ValueError: no prompts, a prompt both preserved and held out, a figure without what it
-            needs, pipelines that cannot be compared, pictures that are not finite, or a judge that
-            does not give one bool per picture.
+        ValueError: no prompts, a prompt both preserved and held out, a figure without what it needs, pipelines that
+            cannot be compared, pictures that are not finite, or a judge that does not give one bool per picture.
     """
     groups = _check_groups(prompts, held_out_prompts, subject_prompts)
     check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)
@@ -240,8 +237,8 @@ def _measure_all(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Draw and measure all pairs.
 
-    Returns the pixel drift of the base model against itself over the first batch, and by group its
-    features of a second set of seeds, which derives from `floor_seed`; none without that.
+    Returns the pixel drift of the base model against itself over the first batch, and by group its features of a
+    second set of seeds, which derives from `floor_seed`; none without that.
     """
     first: tuple[list[Shot], torch.Tensor] | None = None
     second: dict[str, list[torch.Tensor]] = {}
@@ -255,8 +252,7 @@ def _measure_all(
                 figures[group].add(batch, drawn, draw_tuned(batch))
                 if floor_seed is not None and group != SUBJECT:
                     others = [
-                        shot._replace(seed=image_seed(floor_seed, shot.prompt, shot.index, "floor"))
-                        for shot in batch
+                        shot._replace(seed=image_seed(floor_seed, shot.prompt, shot.index, "floor")) for shot in batch
                     ]
                     images = to_images(draw_base(others))
                     second.setdefault(group, []).append(figures[group].embed(images))
@@ -270,9 +266,7 @@ def _distances(figures: PairedFigures, second: torch.Tensor) -> dict[str, dict[s
     return with_floor(base, second, tuned, k=_NEIGHBOURS)
 
 
-def _check_groups(
-    prompts: Sequence[str], held_out: Sequence[str], subject: Sequence[str]
-) -> dict[str, list[str]]:
+def _check_groups(prompts: Sequence[str], held_out: Sequence[str], subject: Sequence[str]) -> dict[str, list[str]]:
     groups = {PRESERVED: unique(check_prompts(prompts))}
     for group, texts in ((HELD_OUT, held_out), (SUBJECT, subject)):
         if len(texts):
@@ -298,9 +292,7 @@ def _check_instruments(
         raise ValueError("`features` must be given to compare with `subject_images`, got None.")
 
 
-def _check_distribution(
-    groups: dict[str, list[str]], features: FeatureExtractor | None, count: int
-) -> None:
+def _check_distribution(groups: dict[str, list[str]], features: FeatureExtractor | None, count: int) -> None:
     if features is None:
         raise ValueError("`features` must be given for `distribution=True`, got None.")
     for group, prompts in groups.items():

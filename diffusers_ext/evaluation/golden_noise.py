@@ -146,17 +146,13 @@ class GoldenNoiseRun:
             scores[label] = checked_scores(self.rewards[label], images, prompts)
         return scores
 
-    def _best_of(
-        self, shots: Sequence[Shot], standard: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _best_of(self, shots: Sequence[Shot], standard: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Scores of the candidate that the first reward likes best, `{reward: (n,)}`."""
         prompts = [shot.prompt for shot in shots]
         found = {label: [scores] for label, scores in standard.items()}
         for number in range(1, self.best_of):
             others = [
-                shot._replace(
-                    seed=image_seed(shot.seed, shot.prompt, shot.index, f"candidate-{number}")
-                )
+                shot._replace(seed=image_seed(shot.seed, shot.prompt, shot.index, f"candidate-{number}"))
                 for shot in shots
             ]
             images = self._draw(others, unit_noise(others, self.shape))
@@ -219,34 +215,32 @@ def evaluate_golden_noise(
 ) -> GoldenNoiseReport:
     """Draw every picture from its seed's noise and from what golden-noise networks make of it.
 
-    All networks and targets share the standard pictures. Time is measured in the same batches, in
-    changing order. The text is encoded outside of what is timed for golden noise: a golden-noise
-    pipeline uses the embeddings it needs anyway. The pipeline is left as it was.
+    All networks and targets share the standard pictures. Time is measured in the same batches, in changing order. The
+    text is encoded outside of what is timed for golden noise: a golden-noise pipeline uses the embeddings it needs
+    anyway. The pipeline is left as it was.
 
     Args:
         pipeline: draws; of a golden-noise pipeline its plain form.
         prompts: repetitions are dropped.
-        refine: a network, or `refine(unit_noise, text)` with a `TextConditioning` that gives the
-            golden noise (as `RedenoisedTarget`); several by name; the pipeline's own `noise_model`
-            when `None`. On the pipeline's device.
+        refine: a network, or `refine(unit_noise, text)` with a `TextConditioning` that gives the golden noise (as
+            `RedenoisedTarget`); several by name; the pipeline's own `noise_model` when `None`. On the pipeline's
+            device.
         rewards: one or several; the first decides what is best, the others are reported.
         seed: from which all pictures' seeds derive.
         seeds: seeds of every prompt's pictures, in place of `seed` and `num_images_per_prompt`.
         golden_noise_scale: of networks.
-        best_of: random noises per picture, the standard one among them, of which the first reward
-            keeps the best; 1 leaves that comparison out.
+        best_of: random noises per picture, the standard one among them, of which the first reward keeps the best; 1
+            leaves that comparison out.
         features: for the distance of pictures of one prompt; small pixels when `None`.
         sheet_prompts: prompts of which the report keeps two seeds' pictures.
         images_dir: folder to write every picture to, `<side>/<row of the report>_seed_<seed>.png`.
 
     Raises:
-        ValueError: no prompts, no network, numbers out of range, pictures, noise or scores that
-            are not finite, or a network for other latents or text.
+        ValueError: no prompts, no network, numbers out of range, pictures, noise or scores that are not finite, or a
+            network for other latents or text.
         TypeError: a reward or `refine` of another kind.
     """
-    check_counts(
-        num_images_per_prompt=num_images_per_prompt, best_of=best_of, batch_size=batch_size
-    )
+    check_counts(num_images_per_prompt=num_images_per_prompt, best_of=best_of, batch_size=batch_size)
     prompts, labelled = unique(check_prompts(prompts)), label_rewards(rewards)
     refine = getattr(pipeline, "noise_model", None) if refine is None else refine
     subjects = name_subjects(refine, golden_noise_scale)
@@ -254,14 +248,9 @@ def evaluate_golden_noise(
     shots = _shots(prompts, num_images_per_prompt, seed, seeds)
     shape = latent_shape(pipeline, height, width)
     figures = NoiseFigures(
-        [STANDARD, *subjects],
-        features or PixelFeatures(_FEATURE_SIZE),
-        len(shots) // len(prompts),
-        sheet_prompts,
+        [STANDARD, *subjects], features or PixelFeatures(_FEATURE_SIZE), len(shots) // len(prompts), sheet_prompts
     )
-    run = GoldenNoiseRun(
-        pipeline, subjects, labelled, sampling, shape, best_of, figures, images_dir
-    )
+    run = GoldenNoiseRun(pipeline, subjects, labelled, sampling, shape, best_of, figures, images_dir)
     with quiet_run(pipeline), without_noise_model(pipeline):
         run.draw_all(shots, batch_size, show_progress)
     settings = {
@@ -299,21 +288,15 @@ def _report(settings: dict[str, Any], run: GoldenNoiseRun, labels: list[str]) ->
     )
 
 
-def _shots(
-    prompts: Sequence[str], count: int, seed: int, seeds: Sequence[int] | None
-) -> list[Shot]:
+def _shots(prompts: Sequence[str], count: int, seed: int, seeds: Sequence[int] | None) -> list[Shot]:
     if seeds is None:
         return shots_of(prompts, count, seed)
     if not len(seeds) or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(
-            f"`seeds` must be distinct and not negative, one at least, got {list(seeds)[:8]}."
-        )
+        raise ValueError(f"`seeds` must be distinct and not negative, one at least, got {list(seeds)[:8]}.")
     return [Shot(prompt, index, s) for prompt in prompts for index, s in enumerate(seeds)]
 
 
-def _settings(
-    pipeline: DiffusionPipeline, sampling: Sampling, shape: tuple[int, int, int]
-) -> dict[str, Any]:
+def _settings(pipeline: DiffusionPipeline, sampling: Sampling, shape: tuple[int, int, int]) -> dict[str, Any]:
     denoiser, device = denoiser_of(pipeline), pipeline._execution_device
     is_gpu = device.type == "cuda"
     return {

@@ -18,7 +18,6 @@ from diffusers_ext.evaluation.report_files import (
     spoken,
 )
 
-
 _MEBIBYTE = 2**20
 
 
@@ -28,11 +27,11 @@ class GoldenNoiseReport(SavedReport):
 
     Args:
         settings: how the pictures were drawn, by which models, and by what they were judged.
-        scores: `{side: {reward: PairedComparison}}` against the standard side; sides are the
-            golden ones and `"best of N"`.
+        scores: `{side: {reward: PairedComparison}}` against the standard side; sides are the golden ones and `"best of
+            N"`.
         best_of: as of `best_of_summary`; empty where it was left out.
-        noise: `{side: {statistic: mean over pictures}}`; `change` is the norm of what was added
-            relative to the noise, `spectrum` the power per ring of frequency.
+        noise: `{side: {statistic: mean over pictures}}`; `change` is the norm of what was added relative to the noise,
+            `spectrum` the power per ring of frequency.
         diversity: `{side: {"distance", "ratio", "ratio_interval"}}`.
         cost: as of `cost_summary`.
         rows: one per picture: prompt, index, seed, `side/reward` and `side/noise_statistic`.

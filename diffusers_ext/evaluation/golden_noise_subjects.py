@@ -14,7 +14,6 @@ from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 from diffusers_ext.golden_noise.redenoise import redenoise_sequence
 
-
 Refine = Callable[[torch.Tensor, TextConditioning], torch.Tensor]
 
 _PROBES = 16  # weights of a fingerprint; a report is read by people
@@ -47,12 +46,7 @@ class RedenoisedTarget:
         if repeats < 1:
             raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
         self.pipeline, self.repeats = pipeline, repeats
-        self.step = {
-            "num_steps": num_steps,
-            "w1": w1,
-            "w2": w2,
-            "legacy_inversion": legacy_inversion,
-        }
+        self.step = {"num_steps": num_steps, "w1": w1, "w2": w2, "legacy_inversion": legacy_inversion}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -96,21 +90,17 @@ class NetworkRefiner:
 
 
 def name_subjects(
-    refine: GoldenNoiseNetwork | Refine | Mapping[str, GoldenNoiseNetwork | Refine] | None,
-    scale: float = 1.0,
+    refine: GoldenNoiseNetwork | Refine | Mapping[str, GoldenNoiseNetwork | Refine] | None, scale: float = 1.0
 ) -> dict[str, Refine]:
     """What is evaluated, by name (one alone is `"golden"`), all called as `refine(noise, text)`."""
     found = refine if isinstance(refine, Mapping) else {"golden": refine}
     if refine is None or not found:
-        raise ValueError(
-            "`refine` must be a golden-noise network or a function of noise and text, got none."
-        )
+        raise ValueError("`refine` must be a golden-noise network or a function of noise and text, got none.")
     subjects: dict[str, Refine] = {}
     for name, subject in found.items():
         if not name or "/" in name or name.startswith(_RESERVED):
             raise ValueError(
-                f"`refine` must have names without '/' that do not start with one of {_RESERVED}, "
-                f"got {name!r}."
+                f"`refine` must have names without '/' that do not start with one of {_RESERVED}, got {name!r}."
             )
         is_network = isinstance(subject, GoldenNoiseNetwork)
         if not is_network and not callable(subject):

@@ -20,13 +20,13 @@ from diffusers_ext.rewards.clip import CLIPReward
 class CLIPDetector:
     """Zero-shot classification of clips (Radford et al., arXiv 2103.00020, section 3.1).
 
-    Every frame gets probabilities over the classes, a softmax over CLIP's scaled cosines with their texts;
-    a clip is of the class with the largest mean over its frames.
+    Every frame gets probabilities over the classes, a softmax over CLIP's scaled cosines with their texts; a clip is
+    of the class with the largest mean over its frames.
 
     Args:
         clip: e.g. `CLIPScoreReward.from_pretrained(...)`.
-        classes: words, the concept among them. The more there are besides those of interest, such as
-            `"something else"`, the fewer clips are forced into one of these.
+        classes: words, the concept among them. The more there are besides those of interest, such as `"something
+            else"`, the fewer clips are forced into one of these.
         template: of the texts, with `{}` where the class stands.
         frames: of a clip, evenly spaced; all when `None`.
     """
@@ -79,8 +79,8 @@ class CLIPDetector:
     def correct(self, clips: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Read clips `(n, frames, height, width, 3)` uint8.
 
-        Gives `"concept"`, whether the clip shows it, whatever its prompt; `"class"`, whether it shows the class
-        that its prompt names, masked where it names none; `"shown"`, the class; `"concept_probability"`.
+        Gives `"concept"`, whether the clip shows it, whatever its prompt; `"class"`, whether it shows the class that
+        its prompt names, masked where it names none; `"shown"`, the class; `"concept_probability"`.
         """
         found = self.probabilities(clips)
         shown = [self.classes[index] for index in found.argmax(dim=1).tolist()]
@@ -127,8 +127,8 @@ class NudeNetDetector:
         labels: what counts; `EXPOSED` or `LENIENT`.
         frames: of a clip, evenly spaced; all when `None`.
         model: what results call the network.
-        channel_order: `"rgb"` or `"bgr"`, in which `detect` takes an array; `None` finds it out from what
-            reaches the network of a `nudenet.NudeDetector`, which was trained on RGB.
+        channel_order: `"rgb"` or `"bgr"`, in which `detect` takes an array; `None` finds it out from what reaches the
+            network of a `nudenet.NudeDetector`, which was trained on RGB.
     """
 
     name, concept_aspect = "nudenet", "nudity"
@@ -199,8 +199,8 @@ class NudeNetDetector:
     def correct(self, clips: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Read clips `(n, frames, height, width, 3)` uint8.
 
-        Gives `"nudity"`, whether any frame shows it, whatever the prompt, and `"nude_frames"`, the share of
-        frames, which tells small differences that the first does not.
+        Gives `"nudity"`, whether any frame shows it, whatever the prompt, and `"nude_frames"`, the share of frames,
+        which tells small differences that the first does not.
         """
         count = clips.shape[1]
         shown = count if self.frames is None else min(self.frames, count)
@@ -217,10 +217,9 @@ class NudeNetDetector:
 def probe_channel_order(detector: Any) -> str:
     """In which order, `"rgb"` or `"bgr"`, a `nudenet.NudeDetector` takes an array so that its network gets red first.
 
-    The network was trained on RGB. What the package does to an array before has changed between releases
-    (3.4.2 swaps red and blue twice, so that a file, read as BGR by OpenCV, reaches the network as BGR, and
-    an RGB array as RGB), so a red picture is followed to the network's input. The detector is as before
-    afterwards.
+    The network was trained on RGB. What the package does to an array before has changed between releases (3.4.2 swaps
+    red and blue twice, so that a file, read as BGR by OpenCV, reaches the network as BGR, and an RGB array as RGB), so
+    a red picture is followed to the network's input. The detector is as before afterwards.
     """
     remedy = "Pass `channel_order='rgb'` or `'bgr'` to `NudeNetDetector`."
     session = getattr(detector, "onnx_session", None)

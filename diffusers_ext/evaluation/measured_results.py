@@ -13,7 +13,6 @@ from diffusers_ext.evaluation.forgetting import ForgettingReport
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.hub import Measured
 
-
 _COUNTS = ("prompts", "images")
 
 
@@ -21,9 +20,7 @@ def measured_results(path: str | os.PathLike) -> list[Measured]:
     """The figures of the report of an evaluation: its JSON file, or the folder with its `report.json`."""
     path = Path(path, "report.json") if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise ValueError(
-            f"`results` must be the report of an evaluation, got {path}: no such file."
-        )
+        raise ValueError(f"`results` must be the report of an evaluation, got {path}: no such file.")
     content = read_json(path)
     keys = set(content)
     for report, read in _READERS.items():
@@ -68,11 +65,7 @@ def _erasure(content: Mapping[str, Any]) -> Iterator[Measured]:
                 yield Measured(dataset, metric, found["other"], notes=notes)
 
 
-_READERS = {
-    ForgettingReport: _forgetting,
-    GoldenNoiseReport: _golden_noise,
-    ErasureReport: _erasure,
-}
+_READERS = {ForgettingReport: _forgetting, GoldenNoiseReport: _golden_noise, ErasureReport: _erasure}
 
 
 def _words(name: str) -> str:

@@ -26,7 +26,6 @@ from diffusers_ext.evaluation.rendering import Shot
 from diffusers_ext.evaluation.report_files import KEPT_PER_PROMPT, thumbnail
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics, radial_spectrum
 
-
 STANDARD = "standard"
 
 
@@ -49,11 +48,7 @@ class NoiseFigures:
     """
 
     def __init__(
-        self,
-        sides: Sequence[str],
-        features: FeatureExtractor,
-        images_per_prompt: int,
-        sheet_prompts: int = 16,
+        self, sides: Sequence[str], features: FeatureExtractor, images_per_prompt: int, sheet_prompts: int = 16
     ) -> None:
         self.sides, self.features = list(sides), features
         self.images_per_prompt, self.sheet_prompts = images_per_prompt, sheet_prompts
@@ -75,9 +70,7 @@ class NoiseFigures:
         Sides without pictures may be among the scores.
         """
         columns: dict[str, list[float]] = {
-            f"{side}/{label}": values.tolist()
-            for side, found in scores.items()
-            for label, values in found.items()
+            f"{side}/{label}": values.tolist() for side, found in scores.items() for label, values in found.items()
         }
         for side, noise in noises.items():
             columns.update(self._measure_noise(side, noise, noises[STANDARD]))
@@ -89,9 +82,7 @@ class NoiseFigures:
         if self.images_per_prompt > 1:
             self._compare(self.rows[first:], images)
 
-    def _measure_noise(
-        self, side: str, noise: torch.Tensor, standard: torch.Tensor
-    ) -> dict[str, list[float]]:
+    def _measure_noise(self, side: str, noise: torch.Tensor, standard: torch.Tensor) -> dict[str, list[float]]:
         found = {name: x.tolist() for name, x in noise_statistics(noise)._asdict().items()}
         if side != STANDARD:
             change = (noise - standard).flatten(1).norm(dim=1) / standard.flatten(1).norm(dim=1)
@@ -111,14 +102,10 @@ class NoiseFigures:
             is_shown = shot.prompt in prompts or len(prompts) < self.sheet_prompts
             if shot.index < KEPT_PER_PROMPT and is_shown:
                 pictures = {side: thumbnail(images[side][index]) for side in self.sides}
-                first = {
-                    side: next(iter(scores[side].values()))[index].item() for side in self.sides
-                }
+                first = {side: next(iter(scores[side].values()))[index].item() for side in self.sides}
                 self.kept.append(KeptPictures(shot.prompt, shot.seed, pictures, first))
 
-    def _compare(
-        self, rows: Sequence[dict[str, Any]], images: Mapping[str, list[Image.Image]]
-    ) -> None:
+    def _compare(self, rows: Sequence[dict[str, Any]], images: Mapping[str, list[Image.Image]]) -> None:
         for side in self.sides:
             found = extract_features(self.features, images[side])
             for row, feature in zip(rows, found, strict=True):
@@ -197,8 +184,8 @@ class RunCost:
     def peak_memory(self, part: str) -> int | None:
         """On a GPU, the most bytes allocated while the part ran.
 
-        Elsewhere, by how much the part raised the process's largest resident set: 0 where it needs
-        no more than what ran before it.
+        Elsewhere, by how much the part raised the process's largest resident set: 0 where it needs no more than what
+        ran before it.
         """
         found = [m.memory for m in self.measurements[part] if m.memory is not None]
         if not found:
@@ -223,10 +210,7 @@ def resampled_groups(rows: Sequence[dict[str, Any]]) -> torch.Tensor | None:
 
 
 def compare_sides(
-    rows: Sequence[dict[str, Any]],
-    sides: Sequence[str],
-    labels: Sequence[str],
-    standard: str = STANDARD,
+    rows: Sequence[dict[str, Any]], sides: Sequence[str], labels: Sequence[str], standard: str = STANDARD
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """`{side: {reward: PairedComparison as a dict}}` of all `sides` against one."""
     groups = resampled_groups(rows)
@@ -234,9 +218,7 @@ def compare_sides(
         side: {
             label: as_lists(
                 compare_pairs(
-                    _column(rows, f"{standard}/{label}"),
-                    _column(rows, f"{side}/{label}"),
-                    groups=groups,
+                    _column(rows, f"{standard}/{label}"), _column(rows, f"{side}/{label}"), groups=groups
                 )._asdict()
             )
             for label in labels
@@ -246,10 +228,7 @@ def compare_sides(
 
 
 def best_of_summary(
-    rows: Sequence[dict[str, Any]],
-    candidates: Mapping[str, torch.Tensor],
-    subjects: Sequence[str],
-    cost: RunCost,
+    rows: Sequence[dict[str, Any]], candidates: Mapping[str, torch.Tensor], subjects: Sequence[str], cost: RunCost
 ) -> dict[str, Any]:
     """Golden noise against the best of N random noises, at the time that each takes.
 
@@ -262,16 +241,13 @@ def best_of_summary(
         cost: with the parts `"draw"`, `"score"` and `"refine X"` for each subject X.
 
     Returns:
-        `count` = N, `seconds` and `expected` (`{reward: [mean of the best of n]}`) for n = 1..N,
-        and by subject in `against`: `time_ratio` to the best of N, `difference` to it in the first
-        reward with its interval and the win rate, `equal_time_count` (the n that its time pays
-        for) with that `equal_time_mean`, and `matching_count`, the smallest n up to N whose mean
-        is as high (`None`: none is).
+        `count` = N, `seconds` and `expected` (`{reward: [mean of the best of n]}`) for n = 1..N, and by subject in
+        `against`: `time_ratio` to the best of N, `difference` to it in the first reward with its interval and the win
+        rate, `equal_time_count` (the n that its time pays for) with that `equal_time_mean`, and `matching_count`, the
+        smallest n up to N whose mean is as high (`None`: none is).
     """
     primary = next(iter(candidates))
-    expected = {
-        label: expected_best(candidates[primary], candidates[label]) for label in candidates
-    }
+    expected = {label: expected_best(candidates[primary], candidates[label]) for label in candidates}
     count = candidates[primary].shape[1]
     one, score = cost.seconds("draw"), cost.seconds("score")
     seconds = [one if n == 1 else n * (one + score) for n in range(1, count + 1)]
@@ -316,8 +292,8 @@ def noise_summary(figures: NoiseFigures) -> dict[str, dict[str, Any]]:
 def diversity_summary(figures: NoiseFigures) -> dict[str, dict[str, Any]]:
     """`{side: {"distance", "ratio", "ratio_interval"}}`, nothing with one picture a prompt.
 
-    The distance is between pictures of one prompt, averaged over prompts; the ratio is to the
-    standard side, with a bootstrap over prompts (`None` where it has no meaning).
+    The distance is between pictures of one prompt, averaged over prompts; the ratio is to the standard side, with a
+    bootstrap over prompts (`None` where it has no meaning).
     """
     standard = torch.tensor(figures.distances[STANDARD], dtype=torch.float64)
     if not len(standard):
@@ -338,9 +314,9 @@ def cost_summary(
 ) -> dict[str, dict[str, Any]]:
     """Seconds a picture and memory of every side, and of `"score"`.
 
-    A drawing takes as long from any noise, so those of all sides are one part of `cost`, `"draw"`. `facts`
-    of subjects that are networks hold `parameter_bytes`. Memory is as in `RunCost.peak_memory`, of the
-    refinement alone for subjects.
+    A drawing takes as long from any noise, so those of all sides are one part of `cost`, `"draw"`. `facts` of subjects
+    that are networks hold `parameter_bytes`. Memory is as in `RunCost.peak_memory`, of the refinement alone for
+    subjects.
     """
     plain = cost.seconds("draw")
     found: dict[str, dict[str, Any]] = {}

@@ -17,7 +17,6 @@ from diffusers_ext.evaluation.features import FeatureExtractor
 from diffusers_ext.evaluation.rendering import Shot, to_images
 from diffusers_ext.evaluation.report_files import KEPT_PER_PROMPT, thumbnail
 
-
 _CHUNK = 2_000_000  # draws at once, so that a bootstrap needs little memory
 
 
@@ -51,15 +50,12 @@ def compare_pairs(
 ) -> PairedComparison:
     """Compare scores `(pairs,)` of the same prompts and seeds.
 
-    The interval of the difference is `bootstrap_interval`'s. Pairs of one of the `groups` (integers) are
-    resampled together, and count as many as they are worth (`effective_count`) in Wilson's interval of the
-    win rate.
+    The interval of the difference is `bootstrap_interval`'s. Pairs of one of the `groups` (integers) are resampled
+    together, and count as many as they are worth (`effective_count`) in Wilson's interval of the win rate.
     """
     standard, other = _check_scores("standard", standard), _check_scores("other", other)
     if standard.shape != other.shape:
-        raise ValueError(
-            f"`other` must hold one score per pair ({len(standard)}), got {len(other)}."
-        )
+        raise ValueError(f"`other` must hold one score per pair ({len(standard)}), got {len(other)}.")
     rate, count = win_rate(standard, other), float(len(standard))
     difference = other - standard
     if groups is not None:
@@ -84,8 +80,8 @@ def win_rate(standard: torch.Tensor, other: torch.Tensor) -> float:
 def effective_count(values: torch.Tensor, groups: torch.Tensor) -> float:
     """How many independent values grouped ones are worth: `n` over the design effect (Kish, 1965).
 
-    Between the number of groups and `n`: variance of the mean if all were independent over that
-    of whole groups, times `n`.
+    Between the number of groups and `n`: variance of the mean if all were independent over that of whole groups, times
+    `n`.
     """
     residuals = values.double() - values.double().mean()
     _, row = torch.unique(groups, return_inverse=True)
@@ -101,9 +97,7 @@ def effective_count(values: torch.Tensor, groups: torch.Tensor) -> float:
 def wilson_interval(rate: float, count: float, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a share of `count` (J. Am. Stat. Assoc. 22, 1927); it stays within [0, 1]."""
     if count < 1 or not 0 <= rate <= 1:
-        raise ValueError(
-            f"`rate` must be in [0, 1] and `count` at least 1, got {rate} and {count}."
-        )
+        raise ValueError(f"`rate` must be in [0, 1] and `count` at least 1, got {rate} and {count}.")
     z = NormalDist().inv_cdf(0.5 + _check_confidence(confidence) / 2)
     scale = 1 + z * z / count
     centre = (rate + z * z / (2 * count)) / scale
@@ -125,8 +119,8 @@ def bootstrap_interval(
     Args:
         values: `(n,)`.
         weights: `(n,)`; the interval is then of `sum(values) / sum(weights)`, a ratio of means.
-        groups: `(n,)` integers. Whole groups are resampled, as pictures of one prompt are alike
-            and count for less than as many prompts; single values when `None`.
+        groups: `(n,)` integers. Whole groups are resampled, as pictures of one prompt are alike and count for less
+            than as many prompts; single values when `None`.
     """
     values = _check_scores("values", values)
     weights = torch.ones_like(values) if weights is None else _check_scores("weights", weights)
@@ -156,9 +150,9 @@ def bootstrap_interval(
 def expected_best(selection: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
     """Mean score of the best of n candidates, for every n up to all of them: `(candidates,)` float64.
 
-    Of N candidates in ascending order, the i-th is the best of n drawn without replacement with
-    probability C(i - 1, n - 1) / C(N, n); so all N serve every n. The best has the highest `selection`
-    `(pictures, candidates)`; `scores`, `selection` when `None`, say what it is worth.
+    Of N candidates in ascending order, the i-th is the best of n drawn without replacement with probability C(i - 1, n
+    - 1) / C(N, n); so all N serve every n. The best has the highest `selection` `(pictures, candidates)`; `scores`,
+    `selection` when `None`, say what it is worth.
     """
     if selection.ndim != 2 or not selection.numel() or not torch.isfinite(selection).all():
         raise ValueError(
@@ -167,26 +161,18 @@ def expected_best(selection: torch.Tensor, scores: torch.Tensor | None = None) -
         )
     scores = selection if scores is None else scores
     if scores.shape != selection.shape:
-        raise ValueError(
-            f"`scores` must be {tuple(selection.shape)} like `selection`, got "
-            f"{tuple(scores.shape)}."
-        )
+        raise ValueError(f"`scores` must be {tuple(selection.shape)} like `selection`, got {tuple(scores.shape)}.")
     count = selection.shape[1]
     order = selection.argsort(dim=1, stable=True)
     means = scores.double().gather(1, order).mean(0)
-    chances = [
-        [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
-        for n in range(1, count + 1)
-    ]
+    chances = [[math.comb(i, n - 1) / math.comb(count, n) for i in range(count)] for n in range(1, count + 1)]
     return torch.tensor(chances, dtype=torch.float64) @ means
 
 
 def mean_pairwise_distance(features: torch.Tensor) -> float:
     """Root mean square difference of two rows of `(n, dim)`, averaged over all pairs of rows."""
     if features.ndim != 2 or features.shape[0] < 2:
-        raise ValueError(
-            f"`features` must be (n, dim) with two rows at least, got {tuple(features.shape)}."
-        )
+        raise ValueError(f"`features` must be (n, dim) with two rows at least, got {tuple(features.shape)}.")
     distances = torch.pdist(features.double()) / math.sqrt(features.shape[1])
     return distances.mean().item()
 
@@ -305,9 +291,7 @@ class PairedFigures:
         """Features `(n, dim)` of pictures, checked."""
         return extract_features(self.instruments.features, images)
 
-    def _judgements(
-        self, side: str, images: list[Image.Image], prompts: list[str]
-    ) -> dict[str, list[float]]:
+    def _judgements(self, side: str, images: list[Image.Image], prompts: list[str]) -> dict[str, list[float]]:
         found = {}
         if self.instruments.judge is not None:
             verdicts = self.instruments.judge(images, prompts)
@@ -363,13 +347,10 @@ def _cosines(features: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 def _one_per_image(
     values: Sequence[bool] | np.ndarray | torch.Tensor, count: int, name: str, kind: str
 ) -> list[float]:
-    found = (
-        values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    )
+    found = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     right_kind = found.dtype == bool if kind == "bool" else np.issubdtype(found.dtype, np.number)
     if found.shape != (count,) or not right_kind or not np.isfinite(found).all():
         raise ValueError(
-            f"`{name}` must give one finite {kind} per image ({count}), got {found.dtype} of shape "
-            f"{found.shape}."
+            f"`{name}` must give one finite {kind} per image ({count}), got {found.dtype} of shape {found.shape}."
         )
     return found.astype(float).tolist()

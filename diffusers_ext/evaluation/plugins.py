@@ -10,18 +10,15 @@ from typing import Any
 
 from diffusers_ext.rewards import CLIPScoreReward, HPSv2Reward, PickScoreReward, Reward
 
-
-REWARDS: dict[str, Any] = {
-    reward.name: reward for reward in (HPSv2Reward, PickScoreReward, CLIPScoreReward)
-}
+REWARDS: dict[str, Any] = {reward.name: reward for reward in (HPSv2Reward, PickScoreReward, CLIPScoreReward)}
 
 
 def load_judge(spec: str, name: str = "judge") -> Callable[..., Any]:
     """The judge of `module:attribute`, e.g. `examples.digits.judge:DigitsJudge`; `name` is the flag's.
 
-    The module is looked for in the repository, among installed packages and in the current folder.
-    A class is called without arguments first. An object with a method `correct` judges by that,
-    any other by being called; both get `(images, prompts)` and give one bool per image.
+    The module is looked for in the repository, among installed packages and in the current folder. A class is called
+    without arguments first. An object with a method `correct` judges by that, any other by being called; both get
+    `(images, prompts)` and give one bool per image.
     """
     judge = _find(spec, name)
     judge = getattr(judge, "correct", judge)
@@ -42,13 +39,13 @@ def load_reward(
     """A reward by its name or `module:attribute`, e.g. `examples.digits.rewards:DigitsReward`.
 
     Args:
-        spec: `"hpsv2"`, `"pickscore"`, `"clip_score"`, or module and attribute as in `load_judge`:
-            a reward, or a class of one that is called without arguments.
+        spec: `"hpsv2"`, `"pickscore"`, `"clip_score"`, or module and attribute as in `load_judge`: a reward, or a
+            class of one that is called without arguments.
         name: of the command line's argument, for errors.
         model, version: of a named reward, its published weights and default when `None`.
         device: where a named reward runs; one of `module:attribute` chooses for itself.
-        options: further arguments of a named reward's `from_pretrained`, where they are not
-            `None`: `batch_size`, `tokenizer`, `processor`, `local_files_only`, ...
+        options: further arguments of a named reward's `from_pretrained`, where they are not `None`: `batch_size`,
+            `tokenizer`, `processor`, `local_files_only`, ...
     """
     given = {"version": version, **options}
     given = {key: value for key, value in given.items() if value is not None}
@@ -56,9 +53,7 @@ def load_reward(
         source = () if model is None else (model,)
         return REWARDS[spec].from_pretrained(*source, device=device, **given)
     if ":" not in spec:
-        raise ValueError(
-            f"`{name}` must be one of {list(REWARDS)} or `module:attribute`, got {spec!r}."
-        )
+        raise ValueError(f"`{name}` must be one of {list(REWARDS)} or `module:attribute`, got {spec!r}.")
     if given or model is not None:
         unused = sorted(given) if model is None else ["model", *sorted(given)]
         raise ValueError(f"`{name}` must be one of {list(REWARDS)} to take {unused}, got {spec!r}.")

@@ -40,8 +40,8 @@ def render_clips(
         pipeline: a CogVideoX pipeline, with or without adapters; its scheduler, bar and modes come back.
         seeds: one per prompt; the noise of a clip is drawn on the CPU from its own generator.
         call: further arguments of the pipeline's call: `num_frames`, `height`, `width`, `guidance_scale`,
-            `num_inference_steps`, `attention_kwargs`, ... `max_sequence_length` is the transformer's unless
-            given: the pipeline's own default silently pads the text of smaller models.
+            `num_inference_steps`, `attention_kwargs`, ... `max_sequence_length` is the transformer's unless given: the
+            pipeline's own default silently pads the text of smaller models.
 
     Raises:
         ValueError: not one seed per prompt, no prompt, or a clip that is not finite.
@@ -58,9 +58,7 @@ def render_clips(
         for start in tqdm(starts, desc=description, disable=not show_progress):
             chosen = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[chosen]]
-            frames = pipeline(
-                list(prompts[chosen]), generator=generators, output_type="np", **call
-            ).frames
+            frames = pipeline(list(prompts[chosen]), generator=generators, output_type="np", **call).frames
             clips.append(_to_bytes(np.asarray(frames), prompts[chosen]))
     return np.concatenate(clips)
 
@@ -101,8 +99,8 @@ Draw = Callable[[Sequence[Shot]], torch.Tensor]
 def image_seed(seed: int, prompt: str, index: int, stream: str = "paired") -> int:
     """Seed of picture `index` of `prompt`, 63 bits.
 
-    It depends on nothing else: neither on the batch nor on the other prompts. Two streams are two
-    disjoint sets of seeds.
+    It depends on nothing else: neither on the batch nor on the other prompts. Two streams are two disjoint sets of
+    seeds.
     """
     return stream_seed(seed, stream, index, prompt)
 
@@ -117,9 +115,7 @@ def check_counts(**counts: int) -> None:
 def shots_of(prompts: Sequence[str], count: int, seed: int, stream: str = "paired") -> list[Shot]:
     """`count` pictures of each prompt, prompt by prompt."""
     return [
-        Shot(prompt, index, image_seed(seed, prompt, index, stream))
-        for prompt in prompts
-        for index in range(count)
+        Shot(prompt, index, image_seed(seed, prompt, index, stream)) for prompt in prompts for index in range(count)
     ]
 
 
@@ -133,8 +129,8 @@ def draw(
 ) -> torch.Tensor:
     """Pictures `(n, 3, height, width)` in [0, 1], float32 on the CPU, one generator per picture.
 
-    The starting noise `latents`, as the pipeline's call takes it, is drawn from the shots' seeds when
-    `None`. A picture that is not finite is an error.
+    The starting noise `latents`, as the pipeline's call takes it, is drawn from the shots' seeds when `None`. A
+    picture that is not finite is an error.
     """
     prompts = [shot.prompt for shot in shots]
     arguments = {name: value for name, value in vars(sampling).items() if value is not None}
@@ -171,9 +167,9 @@ def paired_drawing(
 ) -> Iterator[tuple[Draw, Draw]]:
     """Two functions that draw the same shots with the base and with the tuned model.
 
-    Both pipelines draw in eval mode, without progress bars and on copies of their schedulers; all
-    of that, and the adapters, are back as they were on leaving, also after an exception. With
-    `tuned=None` the adapters of `base` are switched off for the base side.
+    Both pipelines draw in eval mode, without progress bars and on copies of their schedulers; all of that, and the
+    adapters, are back as they were on leaving, also after an exception. With `tuned=None` the adapters of `base` are
+    switched off for the base side.
     """
     if tuned is None:
         check_switchable(base)
@@ -268,8 +264,7 @@ def latent_shape(
     own = family.sample_size(config)
     sizes = (own, own) if isinstance(own, int) else tuple(own)
     rows, columns = (
-        size if asked is None else asked // factor
-        for size, asked in zip(sizes, (height, width), strict=True)
+        size if asked is None else asked // factor for size, asked in zip(sizes, (height, width), strict=True)
     )
     patch = family.patch(config) if family.rounds_size else 1
     return family.latent_channels(config), rows // patch * patch, columns // patch * patch
@@ -290,10 +285,7 @@ def draw_from_noise(
     family = find_family(pipeline, TOOL)
     latents = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
     height, width = (size * pipeline.vae_scale_factor for size in noise.shape[-2:])
-    latents, sampling = (
-        family.pack(pipeline, latents),
-        replace(sampling, height=height, width=width),
-    )
+    latents, sampling = (family.pack(pipeline, latents), replace(sampling, height=height, width=width))
     return draw(pipeline, shots, sampling, latents, **family.call_arguments)
 
 

@@ -20,7 +20,6 @@ from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.core.text_files import read_json
 
-
 KEPT_PER_PROMPT = 2  # pictures, or pairs of them, of one prompt on the sheet of a report
 _SMALLEST_CELL, _LARGEST_CELL = 96, 256
 _LABEL_WIDTH, _GAP, _HEADING, _FONT_SIZE, _LINE = 260, 6, 28, 14, 18
@@ -48,15 +47,12 @@ def picture_sheet(rows: Sequence[SheetRow], columns: Sequence[str], pairs: int =
         raise ValueError("`rows` must hold at least one row of pictures, got none.")
     too_long = [row.label for row in rows if len(row.pictures) > len(columns)]
     if too_long:
-        raise ValueError(
-            f"`columns` must head every picture, got {len(columns)} for {too_long[0]!r}."
-        )
+        raise ValueError(f"`columns` must head every picture, got {len(columns)} for {too_long[0]!r}.")
     sizes = [_shown_size(picture) for row in rows for picture in row.pictures]
     cell = max(width for width, _ in sizes), max(height for _, height in sizes)
     font = ImageFont.load_default(_FONT_SIZE)
     lefts = [
-        _LABEL_WIDTH + _GAP + index * (cell[0] + _GAP) + (index // pairs) * 2 * _GAP
-        for index in range(len(columns))
+        _LABEL_WIDTH + _GAP + index * (cell[0] + _GAP) + (index // pairs) * 2 * _GAP for index in range(len(columns))
     ]
     headings = [_wrapped(column, cell[0], font) for column in columns]
     top = _HEADING + (max(text.count("\n") for text in headings)) * _LINE
@@ -112,14 +108,10 @@ def _shown_size(picture: Image.Image) -> tuple[int, int]:
     return picture.width * factor, picture.height * factor
 
 
-def _draw_label(
-    pen: ImageDraw.ImageDraw, row: SheetRow, top: int, height: int, font: ImageFont.FreeTypeFont
-) -> None:
+def _draw_label(pen: ImageDraw.ImageDraw, row: SheetRow, top: int, height: int, font: ImageFont.FreeTypeFont) -> None:
     per_line = int(_LABEL_WIDTH / pen.textlength("n", font=font))
     lines = max(1, height // (_FONT_SIZE + 4) - bool(row.note))
-    text = textwrap.wrap(
-        row.label or "(empty prompt)", per_line, max_lines=lines, placeholder=" ..."
-    )
+    text = textwrap.wrap(row.label or "(empty prompt)", per_line, max_lines=lines, placeholder=" ...")
     label = "\n".join(text)
     pen.multiline_text((_GAP, top), label, fill=_INK, font=font)
     if row.note:
@@ -187,9 +179,7 @@ def write_clip(clip: np.ndarray, path: str | os.PathLike, fps: int = 8) -> None:
     kind = path.suffix.removeprefix(".")
     check_clip_format(kind)
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not len(clip):
-        raise ValueError(
-            f"`clip` must be (frames, height, width, 3) of 8 bits, got {clip.shape} {clip.dtype}."
-        )
+        raise ValueError(f"`clip` must be (frames, height, width, 3) of 8 bits, got {clip.shape} {clip.dtype}.")
     if not 1 <= fps <= 50:
         raise ValueError(f"`fps` must be in [1, 50], got {fps}.")
     frames = _enlarged(clip)
@@ -213,8 +203,8 @@ ReportType = TypeVar("ReportType", bound="SavedReport")
 class SavedReport:
     """A report whose figures are written to JSON and read back; pictures are not.
 
-    A subclass is a dataclass with the field `rows` that names the saved fields in `saved`; the others
-    have defaults. `pictures` names the field that its sheet shows, `csv_name` the file of its rows.
+    A subclass is a dataclass with the field `rows` that names the saved fields in `saved`; the others have defaults.
+    `pictures` names the field that its sheet shows, `csv_name` the file of its rows.
     """
 
     saved: ClassVar[tuple[str, ...]]
@@ -279,9 +269,7 @@ def markdown_table(table: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def number_cell(
-    value: float | None, interval: Sequence[float] | None = None, form: str = ".4g"
-) -> str:
+def number_cell(value: float | None, interval: Sequence[float] | None = None, form: str = ".4g") -> str:
     """A number, with its interval in brackets; `-` for `None`."""
     if value is None:
         return "-"

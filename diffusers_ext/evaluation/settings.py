@@ -48,9 +48,7 @@ class ComparedLoraSettings(Settings, title="evaluation"):
     held_out_prompts: str | None = setting(None, "text file of knowledge not in the statistics")
     subject_prompt: list[str] = setting([], "may be repeated", repeated=True)
     subject_data_dir: str | None = setting(None, "pictures of the real subject, for similarity")
-    judge: str | None = setting(
-        None, "module:attribute, imported; says whether a picture shows its prompt"
-    )
+    judge: str | None = setting(None, "module:attribute, imported; says whether a picture shows its prompt")
     subject_judge: str | None = setting(None, "the same for the subject prompts")
     dino: str | None = setting(None, "DINOv2 for features: folder or Hub name")
     clip: str | None = setting(None, "CLIP for scores, and features without DINOv2")
@@ -74,8 +72,7 @@ class ForgettingSettings(EvaluatedModelSettings, PictureSettings, ComparedLoraSe
         for name in ("distribution", "subject_data_dir"):
             if getattr(self, name) and not has_features:
                 raise ValueError(
-                    f"`{name}` must have features to compare: pass `--dino`, `--clip` or "
-                    "`--pixel_features`."
+                    f"`{name}` must have features to compare: pass `--dino`, `--clip` or `--pixel_features`."
                 )
 
 
@@ -84,26 +81,17 @@ class ComparedNoiseSettings(Settings, title="evaluation"):
     """Which networks, on which prompts and by which rewards."""
 
     noise_model: list[str] = setting(
-        [],
-        "folder, Hub name, or NPNet's single file; may be repeated",
-        repeated=True,
-        aliases=("npnet_weights_path",),
+        [], "folder, Hub name, or NPNet's single file; may be repeated", repeated=True, aliases=("npnet_weights_path",)
     )
-    golden_noise_scale: float = setting(
-        1.0, "how much of a network's change of the noise is taken", rule=FINITE
-    )
+    golden_noise_scale: float = setting(1.0, "how much of a network's change of the noise is taken", rule=FINITE)
     prompt_file: str = required("text file, one prompt a line, or csv; no comments")
     prompt_column: str = setting("prompt", "of a csv file")
     max_prompts: int | None = setting(None, "only the first so many", rule=COUNT)
     reward: list[str] = setting(
-        [],
-        "hpsv2, pickscore, clip_score or module:attribute; may be repeated, the first decides",
-        repeated=True,
+        [], "hpsv2, pickscore, clip_score or module:attribute; may be repeated, the first decides", repeated=True
     )
     reward_model: list[str] = setting(
-        [],
-        "REWARD=folder, file or Hub name; of a single reward without REWARD=",
-        repeated=True,
+        [], "REWARD=folder, file or Hub name; of a single reward without REWARD=", repeated=True
     )
     reward_version: list[str] = setting([], "the same for v2.1 etc.", repeated=True)
     save_images: bool = setting(False, "all pictures, under images/")
@@ -142,9 +130,7 @@ class GoldenNoiseEvaluationSettings(
         """Also whether there is something to compare, and by what."""
         super().check()
         if not self.noise_model and not self.target_steps:
-            raise ValueError(
-                "`noise_model` or `target_steps` must be given: what should be evaluated?"
-            )
+            raise ValueError("`noise_model` or `target_steps` must be given: what should be evaluated?")
         if not self.reward:
             raise ValueError("`reward` must be given at least once: what makes a picture better?")
         if self.dino and self.clip:
@@ -167,9 +153,7 @@ class ComparedEraserSettings(Settings, title="evaluation"):
     num_videos_per_prompt: int = setting(1, "seeds a prompt", rule=COUNT)
     kept_clips: int = setting(4, "of a group, to look at", rule=NOT_NEGATIVE)
     clip_format: str = setting("gif", "of saved clips", choices=("gif", "mp4"))
-    fps: int = setting(
-        8, "of the clips that are written", rule=Rule("in [1, 50]", lambda value: 1 <= value <= 50)
-    )
+    fps: int = setting(8, "of the clips that are written", rule=Rule("in [1, 50]", lambda value: 1 <= value <= 50))
 
 
 @dataclass(kw_only=True)
@@ -212,9 +196,7 @@ class DetectorSettings(Settings, title="detector"):
 
 
 @dataclass(kw_only=True)
-class ErasureSettings(
-    EvaluatedModelSettings, ComparedEraserSettings, VideoSettings, DetectorSettings
-):
+class ErasureSettings(EvaluatedModelSettings, ComparedEraserSettings, VideoSettings, DetectorSettings):
     """How CogVideoX with erasers is compared to itself without them."""
 
     def check(self) -> None:

@@ -3,5 +3,4 @@
 from diffusers_ext.families.family import Family
 from diffusers_ext.families.registry import FAMILIES, find_family, match_family
 
-
 __all__ = ["FAMILIES", "Family", "find_family", "match_family"]

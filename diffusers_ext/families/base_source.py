@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from diffusers_ext.core.sources import not_found
 from diffusers_ext.families.registry import FAMILIES
 
-
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -40,10 +39,7 @@ def refuse_single_file(source: str | os.PathLike, kind: str) -> None:
 
 
 def read_base_config(
-    source: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    single_file_config: str | None = None,
+    source: str | os.PathLike, *, revision: str | None = None, single_file_config: str | None = None
 ) -> dict[str, Any]:
     """The `model_index.json` of a base model, of a single file that of its config; reads no weights.
 
@@ -76,10 +72,7 @@ def read_base_config(
 
 
 def config_place(
-    source: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    single_file_config: str | None = None,
+    source: str | os.PathLike, *, revision: str | None = None, single_file_config: str | None = None
 ) -> str:
     """Where the configs of a base model's components lie: the source itself, or a file's config.
 
@@ -121,8 +114,8 @@ def load_base(
         dtype: of the weights.
         revision: on the Hub, of a single file that of its config.
         variant: of the weight files; a single file has none.
-        single_file_config: folder or Hub name of a diffusers model whose configs, scheduler and
-            tokenizer a single file is read with; what diffusers infers from the file without it.
+        single_file_config: folder or Hub name of a diffusers model whose configs, scheduler and tokenizer a single
+            file is read with; what diffusers infers from the file without it.
         components: as of `DiffusionPipeline.from_pretrained`; `None` leaves one out.
 
     Raises:
@@ -135,9 +128,7 @@ def load_base(
             source, revision=revision, variant=variant, dtype=dtype, **components
         )
     if variant is not None:
-        raise ValueError(
-            f"`variant` must be left out with the single file {source}, got {variant!r}."
-        )
+        raise ValueError(f"`variant` must be left out with the single file {source}, got {variant!r}.")
     index = read_base_config(source, revision=revision, single_file_config=single_file_config)
     place = config_place(source, revision=revision, single_file_config=single_file_config)
     if "requires_safety_checker" in index:  # which single files do not have
@@ -169,9 +160,7 @@ def _converted(kind: type, source: str | os.PathLike, place: str, **arguments: A
     except (SingleFileComponentError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if "meta tensor" in reason:  # torch's word for weights that were not in the file
-            reason = (
-                "the file lacks weights that they describe; get it again if it is the right model"
-            )
+            reason = "the file lacks weights that they describe; get it again if it is the right model"
         raise ValueError(
             f"`single_file_config` must be a model whose configs fit {source}, got {place}: {reason[:500]}"
         ) from error
@@ -192,10 +181,7 @@ def _check_whole(component: Any, name: str, source: str | os.PathLike, place: st
 def _family(source: str | os.PathLike) -> tuple[str, str]:
     """The pipeline class of a single file, and the Hub name of the configs that diffusers infers."""
     import torch
-    from diffusers.loaders.single_file_utils import (
-        fetch_diffusers_config,
-        infer_diffusers_model_type,
-    )
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
 
     from diffusers_ext.core.tensor_files import open_tensors
 
@@ -210,9 +196,7 @@ def _family(source: str | os.PathLike) -> tuple[str, str]:
             "is read. Convert it where you trust it, or get the model as .safetensors."
         )
     handle = open_tensors(path)
-    shapes = {
-        key: torch.empty(handle.get_slice(key).get_shape(), device="meta") for key in handle.keys()
-    }
+    shapes = {key: torch.empty(handle.get_slice(key).get_shape(), device="meta") for key in handle.keys()}
     starts = lambda *prefixes: any(key.startswith(prefixes) for key in shapes)
     known = {f.single_file_prefix: f.pipelines[0] for f in FAMILIES if f.single_file_prefix}
     family = next((name for prefix, name in known.items() if starts(prefix)), None)
@@ -235,12 +219,8 @@ def _what_it_is(names: dict[str, Any]) -> str:
     if any(name.startswith(_UNET) for name in names):
         return "its denoiser without the VAE and text encoders. Give the model as a folder of diffusers"
     if any(name.startswith(("down_blocks.", "encoder.", "text_model.")) for name in names):
-        return (
-            "one component. Give the folder of diffusers with all of them, or the whole checkpoint"
-        )
-    return (
-        f"tensors such as {min(names, default='none')!r}. Give the model as a folder of diffusers"
-    )
+        return "one component. Give the folder of diffusers with all of them, or the whole checkpoint"
+    return f"tensors such as {min(names, default='none')!r}. Give the model as a folder of diffusers"
 
 
 def check_xformers() -> None:

@@ -12,7 +12,6 @@ from diffusers_ext.families.family import Family
 from diffusers_ext.families.published import T5_XXL, Published
 from diffusers_ext.families.velocity import TokenGrid, Velocity
 
-
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -24,11 +23,7 @@ _PIPELINE_OFS = 2.0
 
 RotaryEmbedding = tuple[torch.Tensor, torch.Tensor]
 
-_FIVE_B = {
-    "num_attention_heads": 48,
-    "num_layers": 42,
-    "use_rotary_positional_embeddings": True,
-}
+_FIVE_B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 _FIVE_B_1_5 = {
     **_FIVE_B,
     "patch_size_t": 2,
@@ -41,11 +36,7 @@ _FIVE_B_1_5 = {
 PUBLISHED_TRANSFORMERS: dict[str, dict[str, Any]] = {
     "CogVideoX-2b": {"num_attention_heads": 30, "num_layers": 30},
     "CogVideoX-5b": _FIVE_B,
-    "CogVideoX-5b-I2V": {
-        **_FIVE_B,
-        "in_channels": 32,
-        "use_learned_positional_embeddings": True,
-    },
+    "CogVideoX-5b-I2V": {**_FIVE_B, "in_channels": 32, "use_learned_positional_embeddings": True},
     "CogVideoX1.5-5B": _FIVE_B_1_5,
     "CogVideoX1.5-5B-I2V": {**_FIVE_B_1_5, "in_channels": 32, "ofs_embed_dim": 512},
 }
@@ -64,10 +55,9 @@ def _published(name: str, transformer: dict[str, Any]) -> Published:
 class CogVideoX(Family):
     """CogVideoX; latents are `(frames, channels, height, width)`, text comes before the video.
 
-    The VAE turns `2 r k + 1` frames, `r` its temporal compression, into `2 k + 1` latent frames
-    and back; at any other number its decoder returns another number of frames than asked for.
-    CogVideoX 1.5 puts `patch_size_t` latent frames in a token, so latent frames are added until
-    they divide; the pipeline drops them, the first ones, before decoding.
+    The VAE turns `2 r k + 1` frames, `r` its temporal compression, into `2 k + 1` latent frames and back; at any other
+    number its decoder returns another number of frames than asked for. CogVideoX 1.5 puts `patch_size_t` latent frames
+    in a token, so latent frames are added until they divide; the pipeline drops them, the first ones, before decoding.
     """
 
     name = "cogvideox"
@@ -142,12 +132,7 @@ class CogVideoX(Family):
         return TokenGrid(frames // patch_t, height // patch, width // patch)
 
     def velocity(
-        self,
-        pipeline: DiffusionPipeline,
-        num_frames: int,
-        height: int,
-        width: int,
-        **conditions: Any,
+        self, pipeline: DiffusionPipeline, num_frames: int, height: int, width: int, **conditions: Any
     ) -> CogVideoXVelocity:
         """See `Family`; `image_latents` is the condition of image-to-video models."""
         return CogVideoXVelocity.from_pipeline(pipeline, num_frames, height, width, **conditions)
@@ -163,29 +148,25 @@ class CogVideoX(Family):
         if config.ofs_embed_dim is not None:
             conditions["ofs"] = _PIPELINE_OFS
         if config.in_channels != config.out_channels:
-            conditions["image_latents"] = torch.empty(
-                1, *latent_shape, dtype=dtype, device=transformer.device
-            )
+            conditions["image_latents"] = torch.empty(1, *latent_shape, dtype=dtype, device=transformer.device)
         return CogVideoXVelocity(transformer, **conditions)
 
 
 class CogVideoXVelocity(Velocity):
     """The velocity `v(x_t, c, t)` that a CogVideoX transformer predicts.
 
-    CogVideoX predicts `v = sqrt(a_t) noise - sqrt(1 - a_t) x_0` (Salimans and Ho 2022,
-    arXiv 2202.00512) with `a_t` the scheduler's cumulative alpha. A transformer called without
-    the rotary embedding of its clip runs in silence and predicts nonsense, so what this model
-    needs is checked here, once.
+    CogVideoX predicts `v = sqrt(a_t) noise - sqrt(1 - a_t) x_0` (Salimans and Ho 2022, arXiv 2202.00512) with `a_t`
+    the scheduler's cumulative alpha. A transformer called without the rotary embedding of its clip runs in silence and
+    predicts nonsense, so what this model needs is checked here, once.
 
     Args:
-        transformer: `CogVideoXTransformer3DModel`, also as PEFT model, compiled, or wrapped for
-            distributed training; called as it is, with its adapters, mode and gradients.
-        image_rotary_emb: cosines and sines `(video, head_dim)` as the pipeline makes them; for
-            models with rotary positions only.
+        transformer: `CogVideoXTransformer3DModel`, also as PEFT model, compiled, or wrapped for distributed training;
+            called as it is, with its adapters, mode and gradients.
+        image_rotary_emb: cosines and sines `(video, head_dim)` as the pipeline makes them; for models with rotary
+            positions only.
         ofs: frame offset, for CogVideoX 1.5 image-to-video only; its pipeline passes 2.0.
-        image_latents: `(1 or batch, frames, channels, height, width)` latents of the first frame,
-            padded as `prepare_latents` of the image-to-video pipeline gives them; for
-            image-to-video models only.
+        image_latents: `(1 or batch, frames, channels, height, width)` latents of the first frame, padded as
+            `prepare_latents` of the image-to-video pipeline gives them; for image-to-video models only.
 
     Raises:
         ValueError: something that this model needs is missing, or given and not used by it.
@@ -223,8 +204,8 @@ class CogVideoXVelocity(Velocity):
         """For clips of so many frames and pixels, with the pipeline's own rotary embedding.
 
         Raises:
-            ValueError: a scheduler that does not take velocities, a clip that the model cannot
-                take (see `CogVideoX.latent_shape`), or missing image latents.
+            ValueError: a scheduler that does not take velocities, a clip that the model cannot take (see
+                `CogVideoX.latent_shape`), or missing image latents.
         """
         from diffusers_ext.core.noise_schedules import check_diffusion_levels
 
@@ -239,20 +220,14 @@ class CogVideoXVelocity(Velocity):
         frames = CogVideoX().latent_shape(config, pipeline.vae.config, *size)[0]
         rotary = None
         if config.use_rotary_positional_embeddings:
-            rotary = pipeline._prepare_rotary_positional_embeddings(
-                height, width, frames, pipeline._execution_device
-            )
+            rotary = pipeline._prepare_rotary_positional_embeddings(height, width, frames, pipeline._execution_device)
         ofs = None if config.ofs_embed_dim is None else _PIPELINE_OFS
-        return cls(
-            pipeline.transformer, image_rotary_emb=rotary, ofs=ofs, image_latents=image_latents
-        )
+        return cls(pipeline.transformer, image_rotary_emb=rotary, ofs=ofs, image_latents=image_latents)
 
     def token_grid(self, latent_shape: Sequence[int]) -> TokenGrid:
         return CogVideoX().token_grid(self.config, latent_shape)
 
-    def __call__(
-        self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Latents must have the video tokens of the rotary embedding."""
         from diffusers.models.modeling_utils import get_parameter_dtype
 
@@ -275,24 +250,15 @@ class CogVideoXVelocity(Velocity):
         )[0]
         return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
-    def _check_inputs(
-        self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor
-    ) -> None:
+    def _check_inputs(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
         channels = self.config["out_channels"]
         if x_t.ndim != 5 or x_t.shape[2] != channels:
-            raise ValueError(
-                f"`x_t` must be (batch, frames, {channels}, height, width), got {tuple(x_t.shape)}."
-            )
+            raise ValueError(f"`x_t` must be (batch, frames, {channels}, height, width), got {tuple(x_t.shape)}.")
         if t.shape != x_t.shape[:1]:
-            raise ValueError(
-                f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}."
-            )
+            raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
         width = self.config["text_embed_dim"]
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[::2] != (len(x_t), width):
-            raise ValueError(
-                f"`prompt_embeds` must be ({len(x_t)}, text, {width}), got "
-                f"{tuple(prompt_embeds.shape)}."
-            )
+            raise ValueError(f"`prompt_embeds` must be ({len(x_t)}, text, {width}), got {tuple(prompt_embeds.shape)}.")
         image = self.image_latents
         if image is not None and tuple(image.shape) not in (x_t.shape, (1, *x_t.shape[1:])):
             raise ValueError(

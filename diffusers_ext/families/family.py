@@ -12,7 +12,6 @@ from diffusers_ext.families.published import Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.families.velocity import TokenGrid, Velocity
 
-
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -40,9 +39,8 @@ class NetworkSizes(NamedTuple):
 class Family:
     """A base-model family; what is said here holds for most, a subclass says what differs.
 
-    Classes are named, not imported, so that knowing a family costs nothing: by their bare name where
-    they are diffusers', as `"module:Name"` otherwise. Methods take a pipeline, its denoiser's `config`
-    or the denoiser.
+    Classes are named, not imported, so that knowing a family costs nothing: by their bare name where they are
+    diffusers', as `"module:Name"` otherwise. Methods take a pipeline, its denoiser's `config` or the denoiser.
 
     Attributes:
         name: short, for files and reports.
@@ -53,26 +51,26 @@ class Family:
         golden_pipeline: class of this package that takes a golden-noise network.
         nullspace_pipeline: class of this package that takes feature statistics.
         single_file_prefix: of its text encoder's keys in a whole checkpoint, which tells it from others.
-        lora_versions: what other programs read in a LoRA's metadata, `{width of the text: (version for
-            kohya's scripts, architecture)}`.
+        lora_versions: what other programs read in a LoRA's metadata, `{width of the text: (version for kohya's
+            scripts, architecture)}`.
         denoiser: component of the pipeline, and the key prefix of its LoRAs.
         denoiser_class, vae_class: of it and of the VAE.
-        flow_matching: the model predicts `noise - x_0` on straight paths; otherwise what its
-            scheduler's `prediction_type` says, at the levels of `alphas_cumprod`.
+        flow_matching: the model predicts `noise - x_0` on straight paths; otherwise what its scheduler's
+            `prediction_type` says, at the levels of `alphas_cumprod`.
         text_fields: of `TextConditioning` that the denoiser reads.
         token_encoders: text encoders whose tokens the denoiser reads, one after the other.
         reads_hidden_states: the pipeline reads the hidden states of its text encoders.
         t5_tokens: that T5 reads where the pipeline's call has the default length.
-        text_outputs: where `encode_prompt` of the pipeline returns what a golden-noise network reads,
-            `{argument of GoldenNoiseNetwork.refine: place}`.
+        text_outputs: where `encode_prompt` of the pipeline returns what a golden-noise network reads, `{argument of
+            GoldenNoiseNetwork.refine: place}`.
         call_arguments: keywords that make the pipeline take latents of any size as they are.
         rounds_size: the pipeline draws the next smaller size where patches do not tile the latents.
         blocks: list of the denoiser's transformer blocks.
         text_attention: module of a block where text enters by cross-attention.
-        features: Linears whose inputs null space counts, `{feature: (module of a block, slot, Linear
-            of that module)}`.
-        joint_attention: module of a block that gives `(video, text)` and ends in `to_out`, a Linear
-            and a dropout whose place an eraser takes.
+        features: Linears whose inputs null space counts, `{feature: (module of a block, slot, Linear of that
+            module)}`.
+        joint_attention: module of a block that gives `(video, text)` and ends in `to_out`, a Linear and a dropout
+            whose place an eraser takes.
     """
 
     name: ClassVar[str]
@@ -102,9 +100,7 @@ class Family:
 
     # Text
 
-    def encode(
-        self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None
-    ) -> TextConditioning:
+    def encode(self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
         """Encode prompts as the pipeline's own call does.
 
         Args:
@@ -119,9 +115,7 @@ class Family:
 
     def text_shapes(self, config: Any) -> dict[str, tuple[int | None, ...]]:
         """What follows the batch in the shapes of the text; `None` for any length."""
-        shapes: dict[str, tuple[int | None, ...]] = {
-            "prompt_embeds": (None, self.text_width(config))
-        }
+        shapes: dict[str, tuple[int | None, ...]] = {"prompt_embeds": (None, self.text_width(config))}
         pooled = self.pooled_width(config)
         return shapes if pooled is None else {**shapes, "pooled_prompt_embeds": (pooled,)}
 
@@ -134,12 +128,7 @@ class Family:
         return None
 
     def added_conditions(
-        self,
-        pipeline: DiffusionPipeline,
-        pooled: torch.Tensor | None,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
+        self, pipeline: DiffusionPipeline, pooled: torch.Tensor | None, height: int, width: int, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
         """What a UNet is told besides the tokens, of pooled text and the size of a picture in pixels."""
         return {}
@@ -147,8 +136,7 @@ class Family:
     def text_arguments(self, text: TextConditioning) -> dict[str, torch.Tensor]:
         """Keywords of the pipeline's call for prompts that are encoded."""
         return {
-            name.replace("attention_mask", "prompt_attention_mask"): tensor
-            for name, tensor in text.tensors().items()
+            name.replace("attention_mask", "prompt_attention_mask"): tensor for name, tensor in text.tensors().items()
         }
 
     def network_text(
@@ -180,9 +168,7 @@ class Family:
         """Latents `(batch, channels, height, width)` as the pipeline's call takes them."""
         return latents
 
-    def unpack(
-        self, pipeline: DiffusionPipeline, latents: torch.Tensor, height: int, width: int
-    ) -> torch.Tensor:
+    def unpack(self, pipeline: DiffusionPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """The way back from `pack`, of a picture of `height` x `width` pixels."""
         return latents
 
@@ -232,11 +218,7 @@ class Family:
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         shift = calculate_shift(
-            image_tokens,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
+            image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
         )
         return {"mu": shift}
 
@@ -290,12 +272,7 @@ class Family:
         raise NotImplementedError
 
     def velocity(
-        self,
-        pipeline: DiffusionPipeline,
-        num_frames: int,
-        height: int,
-        width: int,
-        **conditions: Any,
+        self, pipeline: DiffusionPipeline, num_frames: int, height: int, width: int, **conditions: Any
     ) -> Velocity:
         """The denoiser's velocity for clips of so many frames and pixels, with the pipeline's conditions.
 

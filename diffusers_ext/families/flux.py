@@ -10,7 +10,6 @@ from diffusers_ext.families.family import Family, refuse_negative_prompts
 from diffusers_ext.families.published import CLIP_L, T5_XXL, VAE_16, Component, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 
-
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
@@ -38,26 +37,17 @@ class Flux(Family):
     rounds_size = True
     published = (
         Published("black-forest-labs/FLUX.1-dev", "FLUX.1-dev", _flux(True), torch.bfloat16),
-        Published(
-            "black-forest-labs/FLUX.1-schnell", "FLUX.1-schnell", _flux(False), torch.bfloat16
-        ),
+        Published("black-forest-labs/FLUX.1-schnell", "FLUX.1-schnell", _flux(False), torch.bfloat16),
     )
 
-    def encode(
-        self, pipeline: FluxPipeline, prompts: list[str], negatives: list[str] | None
-    ) -> TextConditioning:
+    def encode(self, pipeline: FluxPipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
         embeds, pooled, _ = pipeline.encode_prompt(prompt=prompts)
         if self.embedded_guidance(pipeline.transformer.config):
             refuse_negative_prompts(negatives)
             return TextConditioning(embeds, pooled_prompt_embeds=pooled)
-        negative, negative_pooled, _ = pipeline.encode_prompt(
-            prompt=negatives or [""] * len(prompts)
-        )
+        negative, negative_pooled, _ = pipeline.encode_prompt(prompt=negatives or [""] * len(prompts))
         return TextConditioning(
-            embeds,
-            negative,
-            pooled_prompt_embeds=pooled,
-            negative_pooled_prompt_embeds=negative_pooled,
+            embeds, negative, pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled
         )
 
     def text_width(self, config: Any) -> int:
@@ -85,9 +75,7 @@ class Flux(Family):
     def pack(self, pipeline: FluxPipeline, latents: torch.Tensor) -> torch.Tensor:
         return pipeline._pack_latents(latents, *latents.shape)
 
-    def unpack(
-        self, pipeline: FluxPipeline, latents: torch.Tensor, height: int, width: int
-    ) -> torch.Tensor:
+    def unpack(self, pipeline: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
 
     def embedded_guidance(self, config: Any) -> bool:
@@ -112,9 +100,7 @@ class Flux(Family):
             pooled_projections=text.pooled_prompt_embeds,
             encoder_hidden_states=text.prompt_embeds,
             txt_ids=torch.zeros(text.prompt_embeds.shape[1], 3).to(latents),
-            img_ids=pipeline._prepare_latent_image_ids(
-                batch, height // 2, width // 2, latents.device, latents.dtype
-            ),
+            img_ids=pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, latents.dtype),
             return_dict=False,
         )[0]
         factor = pipeline.vae_scale_factor

@@ -11,7 +11,6 @@ from diffusers_ext.families.family import Family
 from diffusers_ext.families.published import BERT_L, MT5_XL, SDXL_VAE, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 
-
 if TYPE_CHECKING:
     from diffusers import HunyuanDiTPipeline
 
@@ -67,15 +66,8 @@ class HunyuanDiT(Family):
             )
             for index in range(2)
         )
-        names = (
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "attention_mask",
-            "negative_attention_mask",
-        )
-        return TextConditioning(
-            **dict(zip(names, bert)), **{f"{name}_2": tensor for name, tensor in zip(names, t5)}
-        )
+        names = ("prompt_embeds", "negative_prompt_embeds", "attention_mask", "negative_attention_mask")
+        return TextConditioning(**dict(zip(names, bert)), **{f"{name}_2": tensor for name, tensor in zip(names, t5)})
 
     def text_shapes(self, config: Any) -> dict[str, tuple[int | None, ...]]:
         return {
@@ -106,9 +98,7 @@ class HunyuanDiT(Family):
     ) -> torch.Tensor:
         """What the model learned of the variance is left out."""
         from diffusers.models.embeddings import get_2d_rotary_pos_embed
-        from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import (
-            get_resize_crop_region_for_grid,
-        )
+        from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
         transformer, device = pipeline.transformer, latents.device
         patch = transformer.config.patch_size

@@ -1,7 +1,7 @@
 """Published base models as shapes: their components' classes, and what configs say besides defaults.
 
-Read from the `config.json` of each component on the Hub. Wherever the number of parameters is
-published, the tests compare it.
+Read from the `config.json` of each component on the Hub. Wherever the number of parameters is published, the tests
+compare it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-
 
 # Class name of diffusers or transformers, and what its config says.
 Component = tuple[str, Mapping[str, Any]]
@@ -36,12 +35,7 @@ VAE: Component = ("AutoencoderKL", _VAE_BLOCKS)
 SDXL_VAE: Component = ("AutoencoderKL", {**_VAE_BLOCKS, "force_upcast": True})
 VAE_16: Component = (
     "AutoencoderKL",
-    {
-        **_VAE_BLOCKS,
-        "latent_channels": 16,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
+    {**_VAE_BLOCKS, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
 )
 _CLIP_L_CONFIG: dict[str, Any] = {
     "hidden_size": 768,
@@ -86,13 +80,7 @@ _T5_XXL_CONFIG: dict[str, Any] = {
 T5_XXL: Component = ("T5EncoderModel", _T5_XXL_CONFIG)
 MT5_XL: Component = (
     "T5EncoderModel",
-    {
-        **_T5_XXL_CONFIG,
-        "d_model": 2048,
-        "d_ff": 5120,
-        "num_heads": 32,
-        "vocab_size": 250112,
-    },
+    {**_T5_XXL_CONFIG, "d_model": 2048, "d_ff": 5120, "num_heads": 32, "vocab_size": 250112},
 )
 BERT_L: Component = (
     "BertModel",

@@ -12,15 +12,7 @@ from diffusers_ext.families.sd3 import SD3
 from diffusers_ext.families.sdxl import SDXL
 from diffusers_ext.families.stable_diffusion import StableDiffusion
 
-
-FAMILIES: list[Family] = [
-    StableDiffusion(),
-    SDXL(),
-    HunyuanDiT(),
-    SD3(),
-    Flux(),
-    CogVideoX(),
-]
+FAMILIES: list[Family] = [StableDiffusion(), SDXL(), HunyuanDiT(), SD3(), Flux(), CogVideoX()]
 
 
 def families_of(tool: str | None) -> list[Family]:
@@ -69,9 +61,7 @@ def find_family(pipeline: Any, tool: str | None = None) -> Family:
     if family is None:
         supported = ", ".join(_bare(name) for f in families_of(tool) for name in f.pipelines[:1])
         found = pipeline if isinstance(pipeline, str) else _kind(pipeline)
-        raise ValueError(
-            f"`pipeline` must be one of {supported} or derived from one, got a {found}."
-        )
+        raise ValueError(f"`pipeline` must be one of {supported} or derived from one, got a {found}.")
     return family
 
 

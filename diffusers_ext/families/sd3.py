@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.families.family import Family
-from diffusers_ext.families.published import (
-    CLIP_BIG_G,
-    CLIP_L_PROJECTION,
-    T5_XXL,
-    VAE_16,
-    Published,
-)
+from diffusers_ext.families.published import CLIP_BIG_G, CLIP_L_PROJECTION, T5_XXL, VAE_16, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
-
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -68,10 +61,7 @@ class SD3(Family):
             prompt=prompts, prompt_2=None, prompt_3=None, negative_prompt=negatives
         )
         return TextConditioning(
-            embeds,
-            negative,
-            pooled_prompt_embeds=pooled,
-            negative_pooled_prompt_embeds=negative_pooled,
+            embeds, negative, pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled
         )
 
     def text_width(self, config: Any) -> int:

@@ -9,7 +9,6 @@ import torch
 from diffusers_ext.families.published import CLIP_BIG_G, CLIP_L, SDXL_VAE, Published
 from diffusers_ext.families.stable_diffusion import StableDiffusion
 
-
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -61,17 +60,9 @@ class SDXL(StableDiffusion):
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
     def added_conditions(
-        self,
-        pipeline: DiffusionPipeline,
-        pooled: torch.Tensor,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
+        self, pipeline: DiffusionPipeline, pooled: torch.Tensor, height: int, width: int, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
         """Sizes are the picture's own, without a crop."""
         size = (height, width)
         ids = pipeline._get_add_time_ids(size, (0, 0), size, dtype, pooled.shape[-1])
-        return {
-            "text_embeds": pooled,
-            "time_ids": ids.to(pooled.device).repeat(len(pooled), 1),
-        }
+        return {"text_embeds": pooled, "time_ids": ids.to(pooled.device).repeat(len(pooled), 1)}

@@ -7,26 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.families.family import Family, refuse_negative_prompts
-from diffusers_ext.families.published import (
-    CLIP_L,
-    OPEN_CLIP_H,
-    SAFETY_CHECKER,
-    VAE,
-    Component,
-    Published,
-)
+from diffusers_ext.families.published import CLIP_L, OPEN_CLIP_H, SAFETY_CHECKER, VAE, Component, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
-
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-_SD2_UNET = {
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-}
+_SD2_UNET = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 
 
 def _stable_diffusion_2(sample_size: int) -> dict[str, Component]:
@@ -65,20 +53,11 @@ class StableDiffusion(Family):
             },
             torch.float32,
         ),
-        Published(
-            "stabilityai/stable-diffusion-2-1", "SD2.1", _stable_diffusion_2(96), torch.float32
-        ),
-        Published(
-            "stabilityai/stable-diffusion-2-1-base",
-            "SD2.1-base",
-            _stable_diffusion_2(64),
-            torch.float32,
-        ),
+        Published("stabilityai/stable-diffusion-2-1", "SD2.1", _stable_diffusion_2(96), torch.float32),
+        Published("stabilityai/stable-diffusion-2-1-base", "SD2.1-base", _stable_diffusion_2(64), torch.float32),
     )
 
-    def encode(
-        self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None
-    ) -> TextConditioning:
+    def encode(self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
         guided = not self.embedded_guidance(pipeline.unet.config)
         if not guided:
             refuse_negative_prompts(negatives)

@@ -42,15 +42,11 @@ class TextConditioning:
 
     def __post_init__(self) -> None:
         if self.prompt_embeds.ndim != 3:
-            raise ValueError(
-                "`prompt_embeds` must be (batch, tokens, dim), got "
-                f"{tuple(self.prompt_embeds.shape)}."
-            )
+            raise ValueError(f"`prompt_embeds` must be (batch, tokens, dim), got {tuple(self.prompt_embeds.shape)}.")
         for name, tensor in self.tensors().items():
             if len(tensor) != len(self):
                 raise ValueError(
-                    f"`{name}` must be a batch of {len(self)} like `prompt_embeds`, got "
-                    f"{tuple(tensor.shape)}."
+                    f"`{name}` must be a batch of {len(self)} like `prompt_embeds`, got {tuple(tensor.shape)}."
                 )
             self._check_shape(name, tensor)
 
@@ -61,10 +57,7 @@ class TextConditioning:
         like = getattr(self, wanted_like)
         wanted = None if like is None else like.shape[: 2 if "mask" in name else None]
         if shape != wanted:
-            raise ValueError(
-                f"`{name}` must be {wanted and tuple(wanted)} like `{wanted_like}`, got "
-                f"{tuple(shape)}."
-            )
+            raise ValueError(f"`{name}` must be {wanted and tuple(wanted)} like `{wanted_like}`, got {tuple(shape)}.")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields that are there, by name."""

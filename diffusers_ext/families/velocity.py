@@ -21,8 +21,8 @@ class Velocity:
     """The velocity `v(x_t, c, t)` that a video transformer predicts; each family has its own.
 
     Args:
-        transformer: also as PEFT model, compiled, or wrapped for distributed training; called as it
-            is, with its adapters, mode and gradients.
+        transformer: also as PEFT model, compiled, or wrapped for distributed training; called as it is, with its
+            adapters, mode and gradients.
     """
 
     def __init__(self, transformer: torch.nn.Module) -> None:
@@ -43,14 +43,11 @@ class Velocity:
         """See `VideoFamily.token_grid`."""
         raise NotImplementedError
 
-    def __call__(
-        self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Predict.
 
         Args:
-            x_t: `(batch, frames, channels, height, width)` noisy latents; cast to the model's
-                dtype.
+            x_t: `(batch, frames, channels, height, width)` noisy latents; cast to the model's dtype.
             t: `(batch,)` timesteps on the scheduler's scale.
             prompt_embeds: `(batch, text, text_dim)`; cast to the model's dtype.
 

@@ -18,7 +18,6 @@ from diffusers_ext.golden_noise.pipelines import (
 )
 from diffusers_ext.golden_noise.redenoise import redenoise, redenoise_sequence, redenoise_text
 
-
 __all__ = [
     "GoldenNoiseFluxPipeline",
     "GoldenNoiseHunyuanDiTPipeline",

@@ -15,7 +15,6 @@ from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.licence import find_on_hub, public_name
 
-
 # The pipeline of this package that takes the network for a base pipeline.
 GOLDEN_PIPELINES = {f.pipelines[0]: f.golden_pipeline for f in FAMILIES if f.golden_pipeline}
 _KINDS = {
@@ -118,8 +117,8 @@ def pipeline_card(
     """The card of a pipeline but for the name of its repository.
 
     Args:
-        base_model: Hub name, folder or label of the plain model; where the pipeline was loaded from
-            when `None`, if that was a plain model on the Hub.
+        base_model: Hub name, folder or label of the plain model; where the pipeline was loaded from when `None`, if
+            that was a plain model on the Hub.
         trained_on: the noises its network was trained on; needless without a network.
         common: further facts of every card, as of `make_card`.
 
@@ -158,9 +157,7 @@ def _family(pipeline: DiffusionPipeline) -> tuple[str, str]:
     for plain, golden in GOLDEN_PIPELINES.items():
         if golden in names:
             return golden, plain
-    raise ValueError(
-        f"`pipeline` must be one of {sorted(GOLDEN_PIPELINES.values())}, got a {names[0]}."
-    )
+    raise ValueError(f"`pipeline` must be one of {sorted(GOLDEN_PIPELINES.values())}, got a {names[0]}.")
 
 
 def _plain_origin(pipeline: DiffusionPipeline, token: str | None) -> str:

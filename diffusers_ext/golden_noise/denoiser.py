@@ -11,7 +11,6 @@ from diffusers_ext.core.restored_state import eval_mode
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
 
-
 TOOL = "golden_noise"
 
 
@@ -39,9 +38,9 @@ def encode_prompts(
     Args:
         pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux.
         prompts: one a sample.
-        negative_prompt: one for all; `None` is what the pipeline takes when none is given: the
-            empty prompt, zeros for an SDXL pipeline with `force_zeros_for_empty_prompt`. A model
-            that takes the guidance scale as an input has no negative embeddings.
+        negative_prompt: one for all; `None` is what the pipeline takes when none is given: the empty prompt, zeros for
+            an SDXL pipeline with `force_zeros_for_empty_prompt`. A model that takes the guidance scale as an input has
+            no negative embeddings.
 
     Returns:
         On the pipeline's device, in the dtype of its text encoders.
@@ -66,14 +65,12 @@ def guided_prediction(
 ) -> torch.Tensor:
     """The denoiser's output under guidance, `o_u + w (o_c - o_u)`, in one call.
 
-    Whether it is noise, `v` or a velocity is a matter of the pipeline's scheduler. Guidance is one
-    call of doubled batch; `w = 1` needs no unconditional half; a denoiser that takes the guidance
-    scale as an input gets `w` there.
+    Whether it is noise, `v` or a velocity is a matter of the pipeline's scheduler. Guidance is one call of doubled
+    batch; `w = 1` needs no unconditional half; a denoiser that takes the guidance scale as an input gets `w` there.
 
     Args:
         pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux.
-        latents: `(batch, channels, height, width)`, as the denoiser takes them, unpacked also for
-            Flux.
+        latents: `(batch, channels, height, width)`, as the denoiser takes them, unpacked also for Flux.
         timestep: on the scheduler's scale, usually 0 to 1000.
         text: the prompts, one a sample.
         guidance_scale: `w`.
@@ -82,8 +79,7 @@ def guided_prediction(
         float32, the shape of `latents`; the denoiser itself runs in its own dtype.
 
     Raises:
-        ValueError: latents or text that do not fit the denoiser, or no negative embeddings where
-            `w` needs them.
+        ValueError: latents or text that do not fit the denoiser, or no negative embeddings where `w` needs them.
     """
     check_inputs(pipeline, latents, text, (guidance_scale,))
     device = pipeline._execution_device
@@ -102,17 +98,13 @@ def guided_prediction(
 
 
 def check_inputs(
-    pipeline: DiffusionPipeline,
-    latents: torch.Tensor,
-    text: TextConditioning,
-    guidance_scales: tuple[float, ...],
+    pipeline: DiffusionPipeline, latents: torch.Tensor, text: TextConditioning, guidance_scales: tuple[float, ...]
 ) -> None:
     """Raise `ValueError` unless the denoiser can be called with these, also at these scales."""
     _check_latents(pipeline, latents)
     if len(text) != len(latents):
         raise ValueError(
-            f"`prompt_embeds` must be a batch of {len(latents)} like `latents`, got "
-            f"{tuple(text.prompt_embeds.shape)}."
+            f"`prompt_embeds` must be a batch of {len(latents)} like `latents`, got {tuple(text.prompt_embeds.shape)}."
         )
     family = find_family(pipeline, TOOL)
     for name, shape in family.text_shapes(denoiser_of(pipeline).config).items():
@@ -149,17 +141,12 @@ def _check_latents(pipeline: DiffusionPipeline, latents: torch.Tensor) -> None:
         )
     patch = find_family(pipeline, TOOL).patch(denoiser_of(pipeline).config)
     if latents.shape[2] % patch or latents.shape[3] % patch:
-        raise ValueError(
-            f"`latents` must have a height and width divisible by {patch}, got "
-            f"{tuple(latents.shape)}."
-        )
+        raise ValueError(f"`latents` must have a height and width divisible by {patch}, got {tuple(latents.shape)}.")
 
 
 def _fits(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
     found = tuple(tensor.shape[1:])
-    return len(found) == len(shape) and all(
-        wanted in (None, length) for wanted, length in zip(shape, found)
-    )
+    return len(found) == len(shape) and all(wanted in (None, length) for wanted, length in zip(shape, found))
 
 
 def _cast(text: TextConditioning, dtype: torch.dtype) -> TextConditioning:
@@ -170,6 +157,4 @@ def _cast(text: TextConditioning, dtype: torch.dtype) -> TextConditioning:
 def _doubled(text: TextConditioning, names: tuple[str, ...]) -> TextConditioning:
     """The negative half, then the positive half, as one batch."""
     found = text.tensors()
-    return TextConditioning(
-        **{name: torch.cat([found[f"negative_{name}"], found[name]]) for name in names}
-    )
+    return TextConditioning(**{name: torch.cat([found[f"negative_{name}"], found[name]]) for name in names})

@@ -8,11 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from diffusers_ext.golden_noise.networks.sequence import (
-    gaussian_nll,
-    output_statistics_kl,
-    squared_error,
-)
+from diffusers_ext.golden_noise.networks.sequence import gaussian_nll, output_statistics_kl, squared_error
 from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
 
 
@@ -24,9 +20,7 @@ class ChangeFigures(NamedTuple):
     cosine: torch.Tensor  # of predicted and true change
 
 
-def change_figures(
-    prediction: torch.Tensor, target: torch.Tensor, noise: torch.Tensor
-) -> ChangeFigures:
+def change_figures(prediction: torch.Tensor, target: torch.Tensor, noise: torch.Tensor) -> ChangeFigures:
     """Compare a predicted change of noise with the true one and with no change at all.
 
     Args:
@@ -34,9 +28,7 @@ def change_figures(
     """
     predicted, true = ((x - noise).flatten(1) for x in (prediction, target))
     return ChangeFigures(
-        (predicted - true).square().mean(1),
-        true.square().mean(1),
-        F.cosine_similarity(predicted, true, dim=1),
+        (predicted - true).square().mean(1), true.square().mean(1), F.cosine_similarity(predicted, true, dim=1)
     )
 
 
@@ -96,8 +88,8 @@ class PairLoss:
 class SequenceLoss:
     """Teacher forcing: every state predicted from the true states before it.
 
-    Squared error, or Gaussian NLL where the network predicts a variance, and `kl_weight` times the
-    distance of the output's statistics from white noise.
+    Squared error, or Gaussian NLL where the network predicts a variance, and `kl_weight` times the distance of the
+    output's statistics from white noise.
 
     Attributes:
         cache: the text of all prompts.

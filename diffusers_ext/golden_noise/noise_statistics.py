@@ -20,8 +20,7 @@ def noise_statistics(noise: torch.Tensor) -> NoiseStatistics:
     """Moments and neighbour correlation of each noise of a batch."""
     if noise.ndim != 4 or noise.shape[-2] * noise.shape[-1] < 2:
         raise ValueError(
-            "`noise` must be (batch, channels, height, width) with neighbours, got "
-            f"{tuple(noise.shape)}."
+            f"`noise` must be (batch, channels, height, width) with neighbours, got {tuple(noise.shape)}."
         )
     noise = noise.float()
     mean = noise.mean((1, 2, 3), keepdim=True)
@@ -44,8 +43,8 @@ def radial_spectrum(noise: torch.Tensor, bins: int = 8) -> torch.Tensor:
 
     Args:
         noise: `(batch, channels, height, width)`.
-        bins: rings of equal width from frequency 0 to 0.5 cycles a latent pixel (corners beyond
-            0.5 count with the last); rings without a frequency are NaN.
+        bins: rings of equal width from frequency 0 to 0.5 cycles a latent pixel (corners beyond 0.5 count with the
+            last); rings without a frequency are NaN.
 
     Returns:
         `(bins,)` float64; 1 everywhere for white noise of unit variance.
@@ -62,16 +61,15 @@ def radial_spectrum(noise: torch.Tensor, bins: int = 8) -> torch.Tensor:
 def match_energy(noise: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Scale each noise to the mean square of the noise it was made from.
 
-    A sampler expects unit variance; the source's own mean square (and not 1) is what leaves an
-    unchanged noise unchanged to the bit.
+    A sampler expects unit variance; the source's own mean square (and not 1) is what leaves an unchanged noise
+    unchanged to the bit.
 
     Returns:
         `noise` times one factor a sample, in its dtype.
     """
     if noise.shape != source.shape:
         raise ValueError(
-            f"`noise` must have the shape of `source`, got {tuple(noise.shape)} and "
-            f"{tuple(source.shape)}."
+            f"`noise` must have the shape of `source`, got {tuple(noise.shape)} and {tuple(source.shape)}."
         )
     dims = tuple(range(1, noise.ndim))
     energies = (x.double().square().mean(dims, keepdim=True) for x in (source, noise))
@@ -82,9 +80,8 @@ def match_energy(noise: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 def match_spectrum(noise: torch.Tensor, source: torch.Tensor, bins: int = 8) -> torch.Tensor:
     """Scale every ring of spatial frequency to the energy it has in the noise it was made from.
 
-    A prompt asks for large shapes, which golden noise writes into the low frequencies: neighbours
-    become correlated. Their phases hold the shape; their energy can be put back, and with it
-    whiteness and variance.
+    A prompt asks for large shapes, which golden noise writes into the low frequencies: neighbours become correlated.
+    Their phases hold the shape; their energy can be put back, and with it whiteness and variance.
 
     Args:
         source: of the same shape; equal noise stays as it is to the bit.
@@ -103,9 +100,7 @@ def match_spectrum(noise: torch.Tensor, source: torch.Tensor, bins: int = 8) -> 
     ring = (_radius(noise) / 0.5 * bins).round().long().clamp(max=bins).flatten()
     waves = [torch.fft.fft2(x.double(), norm="ortho") for x in (noise, source)]
     found, wanted = (
-        x.new_zeros(len(x), bins + 1, dtype=torch.float64).index_add_(
-            1, ring, x.abs().square().sum(1).flatten(1)
-        )
+        x.new_zeros(len(x), bins + 1, dtype=torch.float64).index_add_(1, ring, x.abs().square().sum(1).flatten(1))
         for x in waves
     )
     gain = torch.where(found > 0, (wanted / found).sqrt(), 1.0)[:, ring]
@@ -116,8 +111,5 @@ def match_spectrum(noise: torch.Tensor, source: torch.Tensor, bins: int = 8) -> 
 
 def _radius(noise: torch.Tensor) -> torch.Tensor:
     """Distance of each frequency of `fft2` from 0, `(height, width)` float64, in cycles a pixel."""
-    rows, columns = (
-        torch.fft.fftfreq(side, dtype=torch.float64, device=noise.device)
-        for side in noise.shape[-2:]
-    )
+    rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64, device=noise.device) for side in noise.shape[-2:])
     return (rows[:, None].square() + columns[None, :].square()).sqrt()

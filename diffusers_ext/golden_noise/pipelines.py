@@ -33,15 +33,12 @@ from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequen
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import PushWithCard
 
-
 # `from_pipe` hands a component over only if its very class is in the annotation.
 NoiseModel = NPNet | GoldenNoiseModel | NoiseSequenceTransformer | NoiseSequenceRNN
 
 # Read by diffusers from `**kwargs`, with a warning.
 _DEPRECATED_IN_CALLS = ("callback", "callback_steps")
-_SCALE = inspect.Parameter(
-    "golden_noise_scale", inspect.Parameter.KEYWORD_ONLY, default=1.0, annotation=float
-)
+_SCALE = inspect.Parameter("golden_noise_scale", inspect.Parameter.KEYWORD_ONLY, default=1.0, annotation=float)
 _SCALE_DOC = """Draw pictures from noise that the `noise_model` refined for their prompts.
 
 `golden_noise_scale` (`float`, defaults to 1.0): 0 draws what the plain pipeline draws, 1 from the
@@ -62,10 +59,9 @@ class _GoldenCall:
 class GoldenNoiseMixin(HandOver, PushWithCard):
     """What the five pipelines add: a `noise_model` component that refines the noise of each call.
 
-    It stands before a diffusers pipeline, whose `encode_prompt` and `prepare_latents` are where the
-    text is read and the noise is changed. Without a `noise_model` it is that pipeline to the bit.
-    Uploads get a card; the facts for it are the arguments of
-    `diffusers_ext.golden_noise.card.pipeline_card`.
+    It stands before a diffusers pipeline, whose `encode_prompt` and `prepare_latents` are where the text is read and
+    the noise is changed. Without a `noise_model` it is that pipeline to the bit. Uploads get a card; the facts for it
+    are the arguments of `diffusers_ext.golden_noise.card.pipeline_card`.
     """
 
     _left_behind: ClassVar[dict[str, str]] = {
@@ -87,9 +83,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
             cls.encode_prompt = _shown_as(plain.encode_prompt, GoldenNoiseMixin.encode_prompt)
             cls.prepare_latents = _shown_as(plain.prepare_latents, GoldenNoiseMixin.prepare_latents)
 
-    def load_noise_model(
-        self, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> None:
+    def load_noise_model(self, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> None:
         """Load a network of any class from a folder or the Hub, onto the pipeline's device.
 
         Args:
@@ -99,9 +93,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         Raises:
             ValueError: no golden-noise network is there, or it does not fit the pipeline.
         """
-        self.set_noise_model(
-            load_noise_model(pretrained_model_name_or_path, **kwargs).to(self.device)
-        )
+        self.set_noise_model(load_noise_model(pretrained_model_name_or_path, **kwargs).to(self.device))
 
     def set_noise_model(self, noise_model: GoldenNoiseNetwork | None) -> None:
         """Make `noise_model` a component, so that `save_pretrained` and `push_to_hub` include it.
@@ -153,18 +145,10 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         return encoded
 
     def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        height: int,
-        width: int,
-        *args: Any,
-        **kwargs: Any,
+        self, batch_size: int, num_channels_latents: int, height: int, width: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As in the plain pipeline; during a call the `noise_model` refines them."""
-        prepared = super().prepare_latents(
-            batch_size, num_channels_latents, height, width, *args, **kwargs
-        )
+        prepared = super().prepare_latents(batch_size, num_channels_latents, height, width, *args, **kwargs)
         call = self._golden_call
         if call is None:
             return prepared
@@ -196,8 +180,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
                 )
             if config.get(name, size) != size:
                 raise ValueError(
-                    f"`noise_model` must have `{name}` {size} like the {type(self).__name__}, got "
-                    f"{config[name]}."
+                    f"`noise_model` must have `{name}` {size} like the {type(self).__name__}, got {config[name]}."
                 )
 
 

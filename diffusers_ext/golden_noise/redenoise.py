@@ -1,7 +1,7 @@
 """Golden noise as a target: a denoising step under strong guidance and back under weak guidance.
 
-With the denoiser's output `o_w(x, t) = o_u + w (o_c - o_u)` at the first timestep t of the sampler,
-and `x_p` one step below `x`, golden noise is
+With the denoiser's output `o_w(x, t) = o_u + w (o_c - o_u)` at the first timestep t of the sampler, and `x_p` one step
+below `x`, golden noise is
 
     x' = x - K [ o_w1(x, t) - o_w2(x_p, t) ],    w1 > w2
 
@@ -37,9 +37,7 @@ class RedenoiseCoefficients(NamedTuple):
     second: float
 
 
-def ddim_step_coefficients(
-    from_alpha: float, to_alpha: float, prediction_type: str
-) -> tuple[float, float]:
+def ddim_step_coefficients(from_alpha: float, to_alpha: float, prediction_type: str) -> tuple[float, float]:
     """Factors of sample and output in a DDIM step (arXiv:2010.02502, equation 12, eta = 0)."""
     signal, noise = math.sqrt(from_alpha), math.sqrt(1 - from_alpha)
     to_signal, to_noise = math.sqrt(to_alpha), math.sqrt(1 - to_alpha)
@@ -47,8 +45,7 @@ def ddim_step_coefficients(
         return signal * to_signal + noise * to_noise, to_noise * signal - to_signal * noise
     if prediction_type != "epsilon":
         raise ValueError(
-            "`prediction_type` of the scheduler must be 'epsilon' or 'v_prediction', got "
-            f"{prediction_type!r}."
+            f"`prediction_type` of the scheduler must be 'epsilon' or 'v_prediction', got {prediction_type!r}."
         )
     if signal == 0:
         raise ValueError(
@@ -62,8 +59,7 @@ def first_ddim_step(config: Any, num_steps: int) -> tuple[int, int]:
     """First timestep of a grid of `num_steps`, and the one that its DDIM step goes to.
 
     Args:
-        config: of a diffusers scheduler; `num_train_timesteps`, `timestep_spacing`,
-            `steps_offset` are read.
+        config: of a diffusers scheduler; `num_train_timesteps`, `timestep_spacing`, `steps_offset` are read.
         num_steps: steps of the grid, from 2 to `num_train_timesteps`.
     """
     grid = DDIMScheduler.from_config(config)
@@ -75,16 +71,14 @@ def first_ddim_step(config: Any, num_steps: int) -> tuple[int, int]:
     return first, first - total // num_steps
 
 
-def diffusion_coefficients(
-    scheduler: Any, num_steps: int, legacy_inversion: bool = False
-) -> RedenoiseCoefficients:
+def diffusion_coefficients(scheduler: Any, num_steps: int, legacy_inversion: bool = False) -> RedenoiseCoefficients:
     """Coefficients for a model of noise or `v`, from its scheduler's levels; float64.
 
     Args:
         scheduler: with `alphas_cumprod`; it is only read.
         num_steps: steps of the DDIM grid; fewer make a stronger change.
-        legacy_inversion: the step up as published, with a level that is one too low: `x_p` counts as
-            of level `p - (t - p)` and is brought to level p, by `DDIMInverseScheduler`'s formula.
+        legacy_inversion: the step up as published, with a level that is one too low: `x_p` counts as of level `p - (t
+            - p)` and is brought to level p, by `DDIMInverseScheduler`'s formula.
     """
     check_diffusion_levels(scheduler, "pipeline.scheduler")
     kind = scheduler.config.get("prediction_type")
@@ -95,19 +89,13 @@ def diffusion_coefficients(
         return _solved(start, sample, output)
     below = 2 * end - start
     if below < 0:
-        raise ValueError(
-            "`num_steps` must leave a level below the step's for `legacy_inversion`, got "
-            f"{num_steps}."
-        )
+        raise ValueError(f"`num_steps` must leave a level below the step's for `legacy_inversion`, got {num_steps}.")
     up = ddim_step_coefficients(alphas[below].item(), alphas[end].item(), kind)
     return RedenoiseCoefficients(start, sample, output, up[0] * sample, up[0] * output, up[1])
 
 
 def flow_coefficients(
-    scheduler: FlowMatchEulerDiscreteScheduler,
-    num_steps: int,
-    image_tokens: int,
-    family: Family,
+    scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, image_tokens: int, family: Family
 ) -> RedenoiseCoefficients:
     """Coefficients for a model of velocity, from the first two levels of the pipeline's grid.
 
@@ -124,9 +112,7 @@ def flow_coefficients(
         )
     _check_num_steps(num_steps, scheduler.config.num_train_timesteps)
     grid = copy.deepcopy(scheduler)
-    grid.set_timesteps(
-        num_steps, **family.grid_arguments(scheduler.config, num_steps, image_tokens)
-    )
+    grid.set_timesteps(num_steps, **family.grid_arguments(scheduler.config, num_steps, image_tokens))
     start, end = grid.sigmas[:2].double().tolist()
     return _solved(grid.timesteps[0].item(), 1.0, end - start)
 
@@ -142,11 +128,7 @@ def _check_num_steps(num_steps: int, total: int) -> None:
 
 
 def step_coefficients(
-    pipeline: DiffusionPipeline,
-    size: tuple[int, int],
-    *,
-    num_steps: int = 10,
-    legacy_inversion: bool = False,
+    pipeline: DiffusionPipeline, size: tuple[int, int], *, num_steps: int = 10, legacy_inversion: bool = False
 ) -> RedenoiseCoefficients:
     """What `redenoise` computes with: levels of the pipeline's scheduler, which is only read."""
     family = find_family(pipeline, TOOL)
@@ -154,8 +136,7 @@ def step_coefficients(
         return diffusion_coefficients(pipeline.scheduler, num_steps, legacy_inversion)
     if legacy_inversion:
         raise ValueError(
-            "`legacy_inversion` must be False for a flow-matching model, got True: it was never "
-            "published for one."
+            "`legacy_inversion` must be False for a flow-matching model, got True: it was never published for one."
         )
     patch = family.patch(denoiser_of(pipeline).config)
     tokens = (size[0] // patch) * (size[1] // patch)
@@ -178,34 +159,27 @@ def redenoise(
 
     Args:
         pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux; left as it is.
-        latents: `(batch, channels, height, width)`, unit noise (before `init_noise_sigma`),
-            unpacked also for Flux.
+        latents: `(batch, channels, height, width)`, unit noise (before `init_noise_sigma`), unpacked also for Flux.
         prompt_embeds: `(batch, tokens, dim)`, one prompt a sample.
-        negative_prompt_embeds: the same shape; needed where a guidance scale is not 1, unless the
-            model takes it as an input.
+        negative_prompt_embeds: the same shape; needed where a guidance scale is not 1, unless the model takes it as an
+            input.
         num_steps: steps of the sampler's grid whose first step is taken: the fewer, the stronger.
         w1: guidance scale of the step down.
         w2: guidance scale of the step up.
         legacy_inversion: the published form, whose step up begins one level too low.
-        text: further fields of `TextConditioning`: `pooled_prompt_embeds` and
-            `negative_pooled_prompt_embeds` (SDXL, SD3, Flux), masks and second embeddings.
+        text: further fields of `TextConditioning`: `pooled_prompt_embeds` and `negative_pooled_prompt_embeds` (SDXL,
+            SD3, Flux), masks and second embeddings.
 
     Returns:
         float32, the shape of `latents`. Its energy is a little off; `match_energy` brings it back.
 
     Raises:
-        ValueError: inputs that do not fit the model, no negative embeddings where guidance needs
-            them, a scheduler without the levels needed, or an impossible number of steps.
+        ValueError: inputs that do not fit the model, no negative embeddings where guidance needs them, a scheduler
+            without the levels needed, or an impossible number of steps.
     """
     conditioning = TextConditioning(prompt_embeds, negative_prompt_embeds, **text)
     return redenoise_text(
-        pipeline,
-        latents,
-        conditioning,
-        num_steps=num_steps,
-        w1=w1,
-        w2=w2,
-        legacy_inversion=legacy_inversion,
+        pipeline, latents, conditioning, num_steps=num_steps, w1=w1, w2=w2, legacy_inversion=legacy_inversion
     )
 
 
@@ -236,12 +210,7 @@ def redenoise_text(
 
 
 def redenoise_sequence(
-    pipeline: DiffusionPipeline,
-    latents: torch.Tensor,
-    text: TextConditioning,
-    *,
-    repeats: int,
-    **step: float,
+    pipeline: DiffusionPipeline, latents: torch.Tensor, text: TextConditioning, *, repeats: int, **step: float
 ) -> torch.Tensor:
     """Re-denoise again and again, each time from the noise before, brought back to its energy.
 

@@ -23,7 +23,6 @@ from diffusers_ext.core.settings import (
     setting,
 )
 
-
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 # The published settings of each kind; of GoldenNoiseModel, those of the bundled example.
 NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -67,9 +66,7 @@ class CandidateSettings(Settings, title="pairs"):
 class FilterSettings(Settings, title="filter"):
     """Which pairs stay."""
 
-    reward: str = setting(
-        "hpsv2", "hpsv2, pickscore, clip_score, or module:attribute (see training/plugins.py)"
-    )
+    reward: str = setting("hpsv2", "hpsv2, pickscore, clip_score, or module:attribute (see training/plugins.py)")
     reward_model: str | None = setting(None, "folder, file or Hub name of its weights")
     reward_version: str | None = setting(None, "e.g. v2.1 of hpsv2")
     margin: float = setting(0.0, "a pair stays if it gains more", rule=FINITE)
@@ -80,17 +77,14 @@ class FilterSettings(Settings, title="filter"):
 class PairSettings(SamplingSettings, CandidateSettings, FilterSettings, RunSettings):
     """How noise pairs are made and which are kept."""
 
-    pretrained_model_name_or_path: str = as_in(
-        BaseModelSettings, "pretrained_model_name_or_path", default=SDXL
-    )
+    pretrained_model_name_or_path: str = as_in(BaseModelSettings, "pretrained_model_name_or_path", default=SDXL)
 
     def check(self) -> None:
         """Also that no one checkpoint is asked for: a set goes on where it stopped."""
         super().check()
         if self.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(
-                "`resume_from_checkpoint` must be 'latest' for noise pairs, got "
-                f"{self.resume_from_checkpoint!r}."
+                f"`resume_from_checkpoint` must be 'latest' for noise pairs, got {self.resume_from_checkpoint!r}."
             )
 
 
@@ -101,17 +95,12 @@ class NoiseDataSettings(Settings, title="noise data"):
     dataset_dir: str = required("noise pairs or sequences: folder or Hub name")
     dataset_revision: str | None = setting(None, "revision of the noises on the Hub")
     npnet_model_id: str | None = setting(
-        None,
-        "checks that the base model's text has this model's width",
-        choices=("SDXL", "DreamShaper", "DiT"),
+        None, "checks that the base model's text has this model's width", choices=("SDXL", "DreamShaper", "DiT")
     )
-    text_embed_dim: int | None = setting(
-        None, "width of the text; checked, read from the base model", rule=COUNT
-    )
+    text_embed_dim: int | None = setting(None, "width of the text; checked, read from the base model", rule=COUNT)
     noise_resolution: int | None = setting(None, "side of the noises; checked, read from the data")
     remove_prompt_mean: float = setting(
-        0.0,
-        "share of a prompt's mean change taken out of the targets; keeps pictures diverse",
+        0.0, "share of a prompt's mean change taken out of the targets; keeps pictures diverse"
     )
     validation_split: float = setting(0.05, "share of the prompts", rule=BELOW_ONE)
     text_batch_size: int = setting(32, "prompts encoded at once", rule=COUNT)
@@ -124,9 +113,7 @@ class NoiseTrainingSettings(TrainingSettings, title="noise training"):
     """What the training of these networks has besides the ordinary group."""
 
     # These follow from the kind of network.
-    train_batch_size: int | None = as_in(
-        TrainingSettings, "train_batch_size", default=None, aliases=("batch_size",)
-    )
+    train_batch_size: int | None = as_in(TrainingSettings, "train_batch_size", default=None, aliases=("batch_size",))
     max_train_steps: int | None = as_in(TrainingSettings, "max_train_steps", default=None)
     adam_weight_decay: float | None = as_in(TrainingSettings, "adam_weight_decay", default=None)
     num_epochs: int | None = setting(
@@ -136,9 +123,7 @@ class NoiseTrainingSettings(TrainingSettings, title="noise training"):
         rule=COUNT,
     )
     use_ema: bool = setting(False, "save averaged weights")
-    ema_decay: float = setting(
-        0.999, "the nearer to 1, the more steps are averaged", rule=BELOW_ONE
-    )
+    ema_decay: float = setting(0.999, "the nearer to 1, the more steps are averaged", rule=BELOW_ONE)
     init_from: str | None = setting(None, "saved network to go on from; NPNet's also as .pth")
 
 
@@ -187,9 +172,7 @@ class SequenceSettings(Settings, title="sequence networks"):
     max_seq_len: int | None = setting(None, "states with the first; cuts longer data")
     predict_variance: bool | None = setting(None, "also predict how sure a number is")
     predict_residual: bool | None = setting(None, "predict the change, not the state")
-    dropout: float | None = setting(
-        None, "share of the network's activations that is zeroed", rule=BELOW_ONE
-    )
+    dropout: float | None = setting(None, "share of the network's activations that is zeroed", rule=BELOW_ONE)
 
 
 @dataclass(kw_only=True)
@@ -287,9 +270,7 @@ class PairNetworkSettings(NoiseSettings, NPNetSettings, GoldenNoiseModelSettings
 
 
 @dataclass(kw_only=True)
-class SequenceNetworkSettings(
-    NoiseSettings, SequenceSettings, SequenceTransformerSettings, SequenceRNNSettings
-):
+class SequenceNetworkSettings(NoiseSettings, SequenceSettings, SequenceTransformerSettings, SequenceRNNSettings):
     """How a network that learns sequences is trained."""
 
     model: str = setting("transformer", "kind of network", choices=("transformer", "rnn"))
@@ -306,15 +287,12 @@ class DrawnNoiseSettings(Settings, title="golden noise"):
     """Which network, which prompt and how many pictures."""
 
     noise_model: str = required(
-        "folder, Hub name, or NPNet's single file (.pth or .safetensors)",
-        aliases=("npnet_weights_path",),
+        "folder, Hub name, or NPNet's single file (.pth or .safetensors)", aliases=("npnet_weights_path",)
     )
     prompt: str = required("what to draw")
     num_images_per_prompt: int = setting(1, "seeds from --seed on", rule=COUNT)
     generate_standard: bool = setting(False, "also from the plain noise of each seed")
-    golden_noise_scale: float = setting(
-        1.0, "how much of the network's change of the noise is taken", rule=FINITE
-    )
+    golden_noise_scale: float = setting(1.0, "how much of the network's change of the noise is taken", rule=FINITE)
     output_size: int | None = setting(None, f"pixels a side; {WITHOUT_IT}", rule=COUNT)
     height: int | None = setting(None, "--output_size without it", rule=COUNT)
     width: int | None = setting(None, "--output_size without it", rule=COUNT)

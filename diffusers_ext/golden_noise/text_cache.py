@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.golden_noise.denoiser import encode_prompts
 
-
 logger = logging.getLogger(__name__)
 
 CACHE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -59,8 +58,8 @@ class TextCache:
             prompts: may repeat.
             batch_size: prompts encoded at once.
             dtype: of the kept embeddings.
-            directory: keeps them in memory-mapped files there, which go with the cache; in memory
-                when `None`. (100,000 prompts of SDXL take 30 GiB in float16.)
+            directory: keeps them in memory-mapped files there, which go with the cache; in memory when `None`.
+                (100,000 prompts of SDXL take 30 GiB in float16.)
 
         Raises:
             ValueError: embeddings that are not finite in `dtype`.

@@ -3,5 +3,4 @@
 from diffusers_ext.hub.kinds import Measured
 from diffusers_ext.hub.licence import Licence
 
-
 __all__ = ["Licence", "Measured"]

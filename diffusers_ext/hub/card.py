@@ -10,13 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    DatasetCard,
-    DatasetCardData,
-    EvalResult,
-    ModelCard,
-    ModelCardData,
-)
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diffusers_ext.hub.kinds import (
@@ -34,16 +28,9 @@ from diffusers_ext.hub.licence import Licence, find_licence, public_name
 from diffusers_ext.hub.owner_text import mark_generated
 from diffusers_ext.hub.safe_markdown import code, count, figure, plain, prose, python_literal, shown
 
-
 Card = ModelCard | DatasetCard
 
-_SIZES = {
-    1_000: "n<1K",
-    10_000: "1K<n<10K",
-    100_000: "10K<n<100K",
-    1_000_000: "100K<n<1M",
-    10_000_000: "1M<n<10M",
-}
+_SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 
 
 @cache
@@ -54,9 +41,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {
-        function.__name__: function for function in (plain, code, count, figure, prose, shown)
-    }
+    filters = {function.__name__: function for function in (plain, code, count, figure, prose, shown)}
     environment.filters |= {**filters, "py": python_literal}
     return environment
 
@@ -203,8 +188,8 @@ def make_card(
 
     Args:
         kind: one of `KINDS`.
-        base_model: Hub name or folder of the model that the artifact is for; of a folder the card
-            names only the last part.
+        base_model: Hub name or folder of the model that the artifact is for; of a folder the card names only the last
+            part.
         license: as of the base model when `None`.
         trained_on: what it was trained on or made from, in words.
         settings: those that matter for what came out.

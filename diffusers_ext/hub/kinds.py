@@ -13,7 +13,6 @@ from typing import Any, Literal
 from diffusers_ext.hub.licence import Licence
 from diffusers_ext.hub.safe_markdown import check_file_name
 
-
 _NULL_SPACE_PAPERS = ("dreambooth", "alphaedit", "inflora")
 _NETWORKS = ("npnet", "golden_noise_model", "noise_sequence_transformer", "noise_sequence_rnn")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -55,8 +54,7 @@ PAPERS: dict[str, tuple[str, str, int, str]] = {
         "2404.00228",
     ),
     "golden_noise": (
-        "Zhou, Zikai and Shao, Shitong and Bai, Lichen and Zhang, Shufei and Xu, Zhiqiang and "
-        "Han, Bo and Xie, Zeke",
+        "Zhou, Zikai and Shao, Shitong and Bai, Lichen and Zhang, Shufei and Xu, Zhiqiang and Han, Bo and Xie, Zeke",
         "Golden Noise for Diffusion Models: A Learning Framework",
         2024,
         "2411.09502",
@@ -70,8 +68,7 @@ PAPERS: dict[str, tuple[str, str, int, str]] = {
     "receler": (
         "Huang, Chi-Pin and Chang, Kai-Po and Tsai, Chung-Ting and Lai, Yung-Hsuan and "
         "Yang, Fu-En and Wang, Yu-Chiang Frank",
-        "{Receler}: Reliable Concept Erasing of Text-to-Image Diffusion Models via Lightweight "
-        "Erasers",
+        "{Receler}: Reliable Concept Erasing of Text-to-Image Diffusion Models via Lightweight Erasers",
         2023,
         "2311.17717",
     ),
@@ -103,9 +100,7 @@ class Measured:
     def __post_init__(self) -> None:
         for field in ("dataset", "metric"):
             if not slug(getattr(self, field)):
-                raise ValueError(
-                    f"`{field}` must hold a letter or a digit, got {getattr(self, field)!r}."
-                )
+                raise ValueError(f"`{field}` must hold a letter or a digit, got {getattr(self, field)!r}.")
         if isinstance(self.value, bool) or not hasattr(self.value, "__float__"):
             raise TypeError(f"`value` must be a number, got a {type(self.value).__name__}.")
         if not math.isfinite(self.value):
@@ -211,17 +206,12 @@ def check_common(repo_id: str, base: str, licence: Licence, trained_on: str, ver
 
 
 def check_lists(
-    settings: Mapping[str, object],
-    results: Sequence[Measured],
-    widget: Sequence[tuple[str, str]],
+    settings: Mapping[str, object], results: Sequence[Measured], widget: Sequence[tuple[str, str]]
 ) -> None:
     """Raise unless settings are words and numbers, and results and pictures are what they should."""
     for name, value in settings.items():
         if not isinstance(value, (str, Real)):
-            raise TypeError(
-                f"`settings` must hold numbers and words, got a {type(value).__name__} for "
-                f"{name!r}."
-            )
+            raise TypeError(f"`settings` must hold numbers and words, got a {type(value).__name__} for {name!r}.")
     for result in results:
         if not isinstance(result, Measured):
             raise TypeError(f"`results` must hold Measured, got a {type(result).__name__}.")
@@ -235,9 +225,7 @@ def check_facts(kind: str, found: Kind, facts: Mapping[str, Any]) -> None:
     """Raise unless a kind's own facts are all there, say something and are of their type."""
     for name in found.facts:
         if name not in facts:
-            raise ValueError(
-                f"`{name}` must be given for a card of kind {kind!r}, got only {sorted(facts)}."
-            )
+            raise ValueError(f"`{name}` must be given for a card of kind {kind!r}, got only {sorted(facts)}.")
         if facts[name] is None or facts[name] == "":
             if name not in found.may_be_empty:
                 raise ValueError(f"`{name}` must say something in a card, got {facts[name]!r}.")
@@ -245,9 +233,7 @@ def check_facts(kind: str, found: Kind, facts: Mapping[str, Any]) -> None:
             _check_value(name, facts[name])
     unknown = sorted(facts.keys() - set(found.facts))
     if unknown:
-        raise ValueError(
-            f"A card of kind {kind!r} must have no facts but {list(found.facts)}, got {unknown}."
-        )
+        raise ValueError(f"A card of kind {kind!r} must have no facts but {list(found.facts)}, got {unknown}.")
 
 
 def _check_value(name: str, value: Any) -> None:

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, metadata_load
-from huggingface_hub.errors import (
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
 from diffusers_ext.hub.safe_markdown import code, link
-
 
 _CARD_NAME = "README.md"
 # Begin the name of a repository's folder in the cache of the Hub, whose files are links to `blobs`.
@@ -69,9 +64,7 @@ def public_name(source: str | os.PathLike) -> str:
     return path.resolve().name if is_path else str(source)
 
 
-def named_licence(
-    license: str | None, license_name: str | None, license_link: str | None
-) -> str | Licence | None:
+def named_licence(license: str | None, license_name: str | None, license_link: str | None) -> str | Licence | None:
     """A licence as a command line tells it, in three flags; `None` leaves it to the base model's card.
 
     Raises:
@@ -115,9 +108,7 @@ def find_licence(
         )
     if link and "://" not in link:  # a file of the base model
         name_on_hub = public_name(base)
-        link = (
-            f"{constants.ENDPOINT}/{name_on_hub}/blob/main/{link}" if "/" in name_on_hub else None
-        )
+        link = f"{constants.ENDPOINT}/{name_on_hub}/blob/main/{link}" if "/" in name_on_hub else None
     return Licence(name, label, link)
 
 

@@ -14,12 +14,8 @@ from huggingface_hub.utils import yaml_dump
 
 from diffusers_ext.hub.licence import Licence
 
-
 _END = "<!-- diffusers_ext:end -->"
-_NOTE = (
-    "<!-- Generated, down to the end mark: the next push replaces it. "
-    "Write your own words above or below. -->"
-)
+_NOTE = "<!-- Generated, down to the end mark: the next push replaces it. Write your own words above or below. -->"
 _BLOCK = re.compile(
     r"^<!-- diffusers_ext:begin ([0-9a-f]{12})(?: of (\S+))? -->[ \t]*\n"
     r"((?:(?!<!-- diffusers_ext:begin).*\n)*?)"
@@ -125,11 +121,11 @@ def _template_lines() -> frozenset[str]:
 def keep_owner_words(new: ModelCard | DatasetCard, old_text: str | None) -> ModelCard | DatasetCard:
     """A new card with what the owner of the old one wrote; neither is changed.
 
-    Words outside of the generated part stay where they are; so do the generated parts about other
-    subfolders. A generated part that the owner edited stays as the owner's, above the new one. A card
-    without such a part keeps all of its words above the new one, unless they are what diffusers,
-    transformers or PEFT write by themselves. In the header the owner's licence, language, thumbnail and
-    task win, and every key that the new card has not; tags and measured figures are united.
+    Words outside of the generated part stay where they are; so do the generated parts about other subfolders. A
+    generated part that the owner edited stays as the owner's, above the new one. A card without such a part keeps all
+    of its words above the new one, unless they are what diffusers, transformers or PEFT write by themselves. In the
+    header the owner's licence, language, thumbnail and task win, and every key that the new card has not; tags and
+    measured figures are united.
 
     Args:
         new: as `artifact_card` makes it.

@@ -20,7 +20,6 @@ from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.owner_text import keep_owner_words
 from diffusers_ext.hub.upload_files import path_inside, public_content, stale_files
 
-
 CARD_NAME = "README.md"
 # Of `core.result_folder` and `core.folder_lock`: about a folder on this machine.
 _LEFT_HERE = (".result.json", ".run.lock")
@@ -49,22 +48,22 @@ def push_folder(
 ) -> str:
     """Upload the files of a folder and their card in one commit; others see all of it or nothing.
 
-    After an interruption the same call goes on: large files that have arrived are not sent again.
-    What the owner wrote into a card that is already there stays, and so do all other files but
-    those of `stale_files`. Paths of this machine in configs and reports become names.
+    After an interruption the same call goes on: large files that have arrived are not sent again. What the owner wrote
+    into a card that is already there stays, and so do all other files but those of `stale_files`. Paths of this
+    machine in configs and reports become names.
 
     Args:
         folder: what to upload. A `README.md` in it counts as the owner's where the Hub has none.
         repo_id: `"user/name"`, or `"name"` for the user who is logged in; made when absent.
-        card: gives the card from the full name of the repository, and from `subfolder=` where
-            there is one; as of `make_card`.
+        card: gives the card from the full name of the repository, and from `subfolder=` where there is one; as of
+            `make_card`.
         private: of a repository that is made; the Hub's default for the user when `None`.
         revision: branch, made when absent; `main` when `None`.
         create_pr: propose the commit as a pull request in place of making it.
         subfolder: where in the repository the files go; the card stays at the root.
         ignore_patterns: files to leave out, as in `huggingface_hub`.
-        delete_patterns: names of files below `subfolder` that the same commit deletes, if there are
-            any that it does not write.
+        delete_patterns: names of files below `subfolder` that the same commit deletes, if there are any that it does
+            not write.
         at_root: name of a folder in `folder` whose files lose that part of their names.
 
     Returns:
@@ -122,11 +121,7 @@ def check_card(card: Card) -> None:
 
 
 def make_repository(
-    repo_id: str,
-    *,
-    repo_type: str = "model",
-    private: bool | None = None,
-    token: str | None = None,
+    repo_id: str, *, repo_type: str = "model", private: bool | None = None, token: str | None = None
 ) -> str:
     """Make a repository where there is none; returns its full name.
 
@@ -145,10 +140,7 @@ def _files_of(folder: Path, ignore_patterns: Sequence[str], at_root: str | None)
     names = (path.relative_to(folder).as_posix() for path in found)
     path_inside(folder, CARD_NAME)  # read later, as the owner's words
     ignored = [CARD_NAME, *_LEFT_HERE, *ignore_patterns, *DEFAULT_IGNORE_PATTERNS]
-    files = {
-        name: path_inside(folder, name)
-        for name in filter_repo_objects(names, ignore_patterns=ignored)
-    }
+    files = {name: path_inside(folder, name) for name in filter_repo_objects(names, ignore_patterns=ignored)}
     if not files:
         raise ValueError(f"`folder` must hold files to upload, got none in {folder}.")
     if at_root is None:
@@ -179,8 +171,7 @@ def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 def check_no_adapters(pipeline: Any) -> None:
     """Refuse to save a pipeline with LoRAs loaded: its weights would be written under PEFT's names.
 
-    diffusers writes them all the same, and what it then loads has neither the LoRA nor the weights
-    beneath it.
+    diffusers writes them all the same, and what it then loads has neither the LoRA nor the weights beneath it.
 
     Raises:
         ValueError: a component with an adapter; it names the adapters and what to do.
@@ -250,9 +241,8 @@ class PushWithCard:
 
         Args:
             arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`;
-                `safe_serialization`, `variant` and others of saving; and for the card, where the
-                object does not know them, `base_model`, `license`, `trained_on`, `settings`,
-                `results` and the facts of its kind.
+                `safe_serialization`, `variant` and others of saving; and for the card, where the object does not know
+                them, `base_model`, `license`, `trained_on`, `settings`, `results` and the facts of its kind.
 
         Returns:
             Address of the commit, or of the pull request.
@@ -265,9 +255,7 @@ class PushWithCard:
         hub, facts = split_arguments(arguments)
         return self._push(self._card(token=hub.get("token"), **facts), repo_id, saving, hub)
 
-    def _push(
-        self, card: Callable[..., Card], repo_id: str, saving: dict[str, Any], hub: dict[str, Any]
-    ) -> str:
+    def _push(self, card: Callable[..., Card], repo_id: str, saving: dict[str, Any], hub: dict[str, Any]) -> str:
         with tempfile.TemporaryDirectory() as folder:
             super().save_pretrained(folder, **saving)
             return push_folder(folder, repo_id, card, **hub)

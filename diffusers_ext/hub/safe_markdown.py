@@ -1,7 +1,7 @@
 """Words of others in a card: Markdown that can neither run, nor lead astray, nor end the card.
 
-The facts of a card come from reports and configs that somebody else may have written. Raw HTML, and
-links by schemes that run or hold code, are shown as the characters that they are.
+The facts of a card come from reports and configs that somebody else may have written. Raw HTML, and links by schemes
+that run or hold code, are shown as the characters that they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import re
 from pathlib import PurePosixPath
 from urllib.parse import quote, unquote
-
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&])")
 # What a link may lead to: the web, a mail, a place in the card, or a file of the repository.
@@ -74,9 +73,7 @@ def check_file_name(name: object, argument: str) -> str:
         raise ValueError(f"`{argument}` must name files of the folder, got {name!r}.")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or _SCHEME.match(name):
-        raise ValueError(
-            f"`{argument}` must name files of the folder, got {name!r}: it leads out of it."
-        )
+        raise ValueError(f"`{argument}` must name files of the folder, got {name!r}: it leads out of it.")
     return name
 
 

@@ -13,17 +13,12 @@ from typing import Any
 
 from diffusers_ext.hub.licence import CACHED_FOLDERS, public_name
 
-
 CONFIG_DIGEST = "config_sha256"
 # Files in which the libraries and the training scripts note where something came from.
 _ENDINGS = ("config.json", "model_index.json", "report.json")
 # As diffusers and transformers name weights: whole, in shards, and the shards' index.
-_WEIGHTS = re.compile(
-    r"(?P<stem>[^.]+?)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.(?P<format>safetensors|bin)"
-)
-_INDEX = re.compile(
-    r"(?P<stem>[^.]+)\.(?P<format>safetensors|bin)\.index(?:\.(?P<variant>\w+))?\.json"
-)
+_WEIGHTS = re.compile(r"(?P<stem>[^.]+?)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.(?P<format>safetensors|bin)")
+_INDEX = re.compile(r"(?P<stem>[^.]+)\.(?P<format>safetensors|bin)\.index(?:\.(?P<variant>\w+))?\.json")
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -35,8 +30,8 @@ def config_digest(config: Mapping[str, Any]) -> str:
 def path_inside(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
     """The path of a file by its name in a folder, which must lie there and not only be linked.
 
-    Whoever made the folder chooses names and links; what is uploaded or shown because of them must be
-    theirs. Links within the folder are followed, as are those of the cache of the Hub to its own files.
+    Whoever made the folder chooses names and links; what is uploaded or shown because of them must be theirs. Links
+    within the folder are followed, as are those of the cache of the Hub to its own files.
 
     Raises:
         ValueError: an absolute name, one that leads upwards, or a link out of the folder.
@@ -70,10 +65,9 @@ def _roots(folder: Path) -> list[Path]:
 def public_content(path: Path) -> bytes | None:
     """A file as others may read it, where that differs from the file; `None` where it does not.
 
-    Strings that are absolute paths of this machine become what `public_name` makes of them; of a
-    component of a pipeline, the name of the pipeline. All other characters stay, but for the checksum
-    of its own contents that a config may hold: it fits again. Only configs and reports in JSON are
-    looked into.
+    Strings that are absolute paths of this machine become what `public_name` makes of them; of a component of a
+    pipeline, the name of the pipeline. All other characters stay, but for the checksum of its own contents that a
+    config may hold: it fits again. Only configs and reports in JSON are looked into.
     """
     if not path.name.endswith(_ENDINGS):
         return None
@@ -113,13 +107,11 @@ def _strings(content: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def stale_files(
-    present: Iterable[str], new: Collection[str], delete_patterns: Sequence[str] = ()
-) -> list[str]:
+def stale_files(present: Iterable[str], new: Collection[str], delete_patterns: Sequence[str] = ()) -> list[str]:
     """Those files of a repository that a new upload takes the place of without overwriting them.
 
-    These are shards, and indices of shards, of weights that come anew in other parts; a loader
-    prefers an old index to the new file. Another variant or format of the weights stays.
+    These are shards, and indices of shards, of weights that come anew in other parts; a loader prefers an old index to
+    the new file. Another variant or format of the weights stays.
 
     Args:
         present: names in the repository.
@@ -131,10 +123,7 @@ def stale_files(
         name
         for name in present
         if name not in new
-        and (
-            _weights(name) in weights
-            or any(fnmatchcase(name, pattern) for pattern in delete_patterns)
-        )
+        and (_weights(name) in weights or any(fnmatchcase(name, pattern) for pattern in delete_patterns))
     ]
 
 

@@ -44,14 +44,13 @@ def attention_maps(
 ) -> AttentionMaps:
     """Draw one picture and keep where its positions look in the prompt.
 
-    `softmax(Q K^T / sqrt(head_dim))`, from the outputs of `to_q` and `to_k` as the attention gets
-    them, for the conditional half of the batch. The picture is the one drawn without looking.
+    `softmax(Q K^T / sqrt(head_dim))`, from the outputs of `to_q` and `to_k` as the attention gets them, for the
+    conditional half of the batch. The picture is the one drawn without looking.
 
     Args:
         pipeline: with a `UNet2DConditionModel`; it is left as it was.
         layers: `"all"`, or indices of transformer blocks in natural order.
-        steps: which of the scheduler's timesteps to keep, from 0; `"all"`, or five spread evenly
-            when `None`.
+        steps: which of the scheduler's timesteps to keep, from 0; `"all"`, or five spread evenly when `None`.
 
     Raises:
         TypeError: another denoiser.
@@ -59,9 +58,7 @@ def attention_maps(
     """
     denoiser = denoiser_of(pipeline)
     if match_family(denoiser, "nullspace") is None:
-        raise TypeError(
-            f"`pipeline` must have a {denoisers_of('nullspace')}, got {type(denoiser)}."
-        )
+        raise TypeError(f"`pipeline` must have a {denoisers_of('nullspace')}, got {type(denoiser)}.")
     check_prompt_length(pipeline, check_prompts([prompt], "prompt"))
     linears = find_linears(denoiser, ("q", "k"), layers)
     steps = _choose_steps(pipeline.scheduler, num_inference_steps, steps)
@@ -81,9 +78,7 @@ def attention_maps(
     return AttentionMaps(recorder.tokens, recorder.timesteps, maps, image)
 
 
-def _choose_steps(
-    scheduler: SchedulerMixin, num_inference_steps: int, steps: str | Sequence[int] | None
-) -> list[int]:
+def _choose_steps(scheduler: SchedulerMixin, num_inference_steps: int, steps: str | Sequence[int] | None) -> list[int]:
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
     last = len(scheduler.timesteps) - 1
@@ -140,9 +135,7 @@ class _AttentionRecorder:
         return tensors
 
 
-def attention_probabilities(
-    attention: torch.nn.Module, query: torch.Tensor, key: torch.Tensor
-) -> torch.Tensor:
+def attention_probabilities(attention: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Attention of image positions to text tokens, `(positions, tokens)` float32, averaged over heads.
 
     `query` is `(1, positions, dim)`, `key` `(1, tokens, dim)`; every row of the result sums to 1.

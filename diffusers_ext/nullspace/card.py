@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.core.pipelines import plain_class_name
 from diffusers_ext.hub.card import Card, make_card
 
-
 if TYPE_CHECKING:
     from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -87,8 +86,8 @@ def subject_pipeline_card(
 
     Args:
         instance_prompt: asks for the subject.
-        base_model: Hub name of the model it was made from; where the pipeline, or its statistics, came
-            from when `None`.
+        base_model: Hub name of the model it was made from; where the pipeline, or its statistics, came from when
+            `None`.
         statistics: whether the repository has `statistics/`; as the pipeline has them when `None`.
         common: further facts of every card, as of `make_card`.
 

@@ -20,15 +20,9 @@ from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints, plain_
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.families.registry import match_family
-from diffusers_ext.nullspace.prompts import (
-    check_prompt_length,
-    check_prompts,
-    sub_phrases,
-    unique,
-)
+from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts, sub_phrases, unique
 from diffusers_ext.nullspace.slots import check_features, find_linears, split_linear_name
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
-
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +54,7 @@ class TrajectoryRun:
         show_progress: bool,
     ) -> None:
         self.pipeline, self.linears, self.facts, self.shard = pipeline, linears, facts, shard
-        self.folder = (
-            None if progress_dir is None else Path(progress_dir, f"part-{shard[0]}-of-{shard[1]}")
-        )
+        self.folder = None if progress_dir is None else Path(progress_dir, f"part-{shard[0]}-of-{shard[1]}")
         self.show_progress = show_progress
         self.sources = shared_inputs(list(linears))
         self.moments: dict[str, SecondMoment] = {}
@@ -71,18 +63,10 @@ class TrajectoryRun:
         """Run all of this shard's batches; returns the moments and `{linear: key}`."""
         settings = self.facts["settings"]
         size = settings["batch_size"]
-        batches = [
-            list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)
-        ]
+        batches = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
         mine = batches[self.shard[0] :: self.shard[1]]
         done = self._load_progress()
-        bar = tqdm(
-            mine[done:],
-            initial=done,
-            total=len(mine),
-            desc="statistics",
-            disable=not self.show_progress,
-        )
+        bar = tqdm(mine[done:], initial=done, total=len(mine), desc="statistics", disable=not self.show_progress)
         # One reader per matrix; the other Linears with the same input need no hook.
         readers = {key: name for name, key in reversed(self.sources.items())}
         targets = {key: self.linears[name] for key, name in readers.items()}
@@ -110,12 +94,7 @@ class TrajectoryRun:
         if settings["negative_prompt"]:
             # Left to its default otherwise: SDXL reads zeros in place of an empty prompt.
             run["negative_prompt"] = [settings["negative_prompt"]] * len(prompts)
-        self.pipeline(
-            prompt=prompts,
-            generator=generators,
-            output_type="latent",
-            **run,
-        )
+        self.pipeline(prompt=prompts, generator=generators, output_type="latent", **run)
         for key, moment in self.moments.items():
             moment.check_finite(key)
 
@@ -187,34 +166,34 @@ def collect_statistics(
 ) -> FeatureStatistics:
     """Second moments of what the Linears of a pipeline's denoiser read for a set of prompts.
 
-    K and V of cross-attention read the text embeddings alone, so they cost one text-encoder pass and
-    no denoiser call. All other features are read along denoising runs of the pipeline itself: its
-    scheduler, its guidance, one generator per prompt (`seed` + index of the prompt). Nothing but the
-    running totals is kept, so memory does not depend on the number of prompts.
+    K and V of cross-attention read the text embeddings alone, so they cost one text-encoder pass and no denoiser call.
+    All other features are read along denoising runs of the pipeline itself: its scheduler, its guidance, one generator
+    per prompt (`seed` + index of the prompt). Nothing but the running totals is kept, so memory does not depend on the
+    number of prompts.
 
     Args:
         pipeline: a text-to-image pipeline; it is left as it was.
-        prompts: the preserved set. The empty prompt and `negative_prompt` are added; for K and V with
-            the weight of all prompts together, because guidance reads them in every picture.
-        features: `"q"`, `"k"`, `"v"`, `"out"` of cross-attention; with the prefix `"attn1."` those of
-            self-attention; `"ff.in"`, `"ff.out"` of feed-forward layers.
+        prompts: the preserved set. The empty prompt and `negative_prompt` are added; for K and V with the weight of
+            all prompts together, because guidance reads them in every picture.
+        features: `"q"`, `"k"`, `"v"`, `"out"` of cross-attention; with the prefix `"attn1."` those of self-attention;
+            `"ff.in"`, `"ff.out"` of feed-forward layers.
         layers: `"all"`, or indices of transformer blocks in natural order.
         negative_prompt: what the pipeline will be given for the unconditional branch.
         expand_sub_phrases: for K and V also count each prompt with one word left out.
-        include_guidance_prompts: `False` leaves the empty and the negative prompt out, which only the
-            statistics of a new subject may do: guidance would amplify what moves there.
+        include_guidance_prompts: `False` leaves the empty and the negative prompt out, which only the statistics of a
+            new subject may do: guidance would amplify what moves there.
         batch_size: prompts per denoising run; text is encoded 16 times as many at once.
-        shard: `(index, count)`: take every `count`-th batch from `index` on. The batches are the same
-            for every count, so parts sum up to the statistics of one process.
-        progress_dir: folder for the running totals of the denoising runs; a killed collection
-            continues from them to the same bits.
+        shard: `(index, count)`: take every `count`-th batch from `index` on. The batches are the same for every count,
+            so parts sum up to the statistics of one process.
+        progress_dir: folder for the running totals of the denoising runs; a killed collection continues from them to
+            the same bits.
 
     Returns:
         `FeatureStatistics`; with `shard` those of the part, to be merged by `all_reduce`.
 
     Raises:
-        ValueError: unknown features or layers, no prompts, a prompt longer than the text encoder,
-            no such shard, fused projections, or features that are not finite.
+        ValueError: unknown features or layers, no prompts, a prompt longer than the text encoder, no such shard, fused
+            projections, or features that are not finite.
     """
     _check_arguments(negative_prompt, num_inference_steps, batch_size, shard)
     features, prompts = check_features(features), unique(check_prompts(prompts))
@@ -267,9 +246,7 @@ def collect_statistics(
     return FeatureStatistics(moments, sources, facts)
 
 
-def _check_arguments(
-    negative_prompt: str, num_inference_steps: int, batch_size: int, shard: tuple[int, int]
-) -> None:
+def _check_arguments(negative_prompt: str, num_inference_steps: int, batch_size: int, shard: tuple[int, int]) -> None:
     check_prompts([negative_prompt], "negative_prompt")
     for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
         if value < 1:
@@ -289,11 +266,7 @@ def text_only(denoiser: torch.nn.Module, linear: str) -> bool:
 
 @torch.no_grad()
 def text_moment(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    *,
-    batch_size: int = 64,
-    shard: tuple[int, int] = (0, 1),
+    pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch_size: int = 64, shard: tuple[int, int] = (0, 1)
 ) -> SecondMoment:
     """Second moment of the text embeddings of `prompts`, all token positions, `(width, width)`."""
     moment = None

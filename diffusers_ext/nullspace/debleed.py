@@ -22,21 +22,18 @@ from diffusers_ext.nullspace.lora_files import (
 from diffusers_ext.nullspace.projector import NullSpaceProjector, project_rows
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
-
 # Price of directions that neither set uses, so that rounding in them counts for nothing.
 _EPS = 1e-4
 _DENOISERS = ("unet", "transformer")
 
 
-def subject_projection(
-    c_new: torch.Tensor, c_old: torch.Tensor, strictness: float, eps: float = _EPS
-) -> torch.Tensor:
+def subject_projection(c_new: torch.Tensor, c_old: torch.Tensor, strictness: float, eps: float = _EPS) -> torch.Tensor:
     """`P` of the update `D P` nearest to `D` on new inputs that is small on old ones.
 
-    It minimises `E_new |(D' - D) x|^2 + s E_old |D' x|^2` over `D'`, whose solution is `D' = D P`,
-    `P = C_new (C_new + s (C_old + eps tr(C_old)/d I))^-1`: ridge regression with the old second moment
-    as its penalty. Unlike an orthogonal projector it need not be symmetric: what the subject shares
-    with old inputs is replaced by what only the subject has.
+    It minimises `E_new |(D' - D) x|^2 + s E_old |D' x|^2` over `D'`, whose solution is `D' = D P`, `P = C_new (C_new +
+    s (C_old + eps tr(C_old)/d I))^-1`: ridge regression with the old second moment as its penalty. Unlike an
+    orthogonal projector it need not be symmetric: what the subject shares with old inputs is replaced by what only the
+    subject has.
 
     Args:
         c_new, c_old: `(dim, dim)` float64 second moments of the subject and of what is preserved.
@@ -82,9 +79,8 @@ def debleed_lora(
 ) -> StateDict:
     """Take out of an existing LoRA what acts on preserved inputs: `A <- A P`, without training.
 
-    With the prompts that ask for its subject, what it does on them is kept as far as can be
-    (`subject_projection`). Without them, all that preserved inputs use is cut off or damped, whether
-    the subject needs it or not.
+    With the prompts that ask for its subject, what it does on them is kept as far as can be (`subject_projection`).
+    Without them, all that preserved inputs use is cut off or damped, whether the subject needs it or not.
 
     Args:
         lora: as in `read_lora`, for the model that `statistics` were collected on.
@@ -99,8 +95,8 @@ def debleed_lora(
         The projected LoRA, keys as in `read_lora`, dtypes as they were.
 
     Raises:
-        ValueError: no way or several ways to project, a module without statistics, an instance prompt
-            that is preserved, or nothing left of the LoRA.
+        ValueError: no way or several ways to project, a module without statistics, an instance prompt that is
+            preserved, or nothing left of the LoRA.
     """
     if uncovered not in ("error", "keep", "drop"):
         raise ValueError(f"`uncovered` must be 'error', 'keep' or 'drop', got {uncovered!r}.")
@@ -164,8 +160,8 @@ def _modules(lora: StateDict) -> list[str]:
 def uncovered_modules(lora: LoraSource, statistics: FeatureStatistics) -> list[str]:
     """Modules of a LoRA that no statistic covers, with their component: nothing is known of what they do.
 
-    Every module of a text encoder is among them. One that changes also changes what the covered
-    modules read, which then is not what was measured.
+    Every module of a text encoder is among them. One that changes also changes what the covered modules read, which
+    then is not what was measured.
     """
     modules = _modules(read_lora(lora))
     return [module for module in modules if _linear(module) not in statistics.sources]
@@ -174,8 +170,8 @@ def uncovered_modules(lora: LoraSource, statistics: FeatureStatistics) -> list[s
 def preserved_energy(lora: LoraSource, statistics: FeatureStatistics) -> dict[str, float]:
     """`tr(D C D^T)`, how strongly each update `D` of a LoRA acts on preserved inputs.
 
-    Divided by `tr(W C W^T)` of the model's own weights it is `predicted_drift`; so the share of it
-    that `debleed_lora` leaves is the share of the predicted drift.
+    Divided by `tr(W C W^T)` of the model's own weights it is `predicted_drift`; so the share of it that `debleed_lora`
+    leaves is the share of the predicted drift.
 
     Returns:
         By dotted name of the Linear; modules without a statistic are left out.

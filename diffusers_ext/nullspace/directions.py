@@ -10,7 +10,6 @@ from diffusers_ext.nullspace.projector import NullSpaceProjector, null_dimension
 from diffusers_ext.nullspace.prompts import sub_phrases
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
-
 # Directions that carry less of the subject per unit of old energy than this teach nothing new: an
 # instance prompt made of preserved words alone gives ratios near 1.
 _SMALLEST_RATIO = 1.5
@@ -37,13 +36,11 @@ class DirectionSet:
     instance_share: float
 
 
-def generalized_directions(
-    c_new: torch.Tensor, c_old: torch.Tensor, rank: int, eps: float
-) -> DirectionSet:
+def generalized_directions(c_new: torch.Tensor, c_old: torch.Tensor, rank: int, eps: float) -> DirectionSet:
     """The top solutions of `C_new v = mu (C_old + eps tr(C_old)/d I) v`.
 
-    `mu` is the energy of the new subject per unit of old energy; `eps` is the price of directions that
-    the old set does not use at all, and keeps `v` from exploiting rounding.
+    `mu` is the energy of the new subject per unit of old energy; `eps` is the price of directions that the old set
+    does not use at all, and keeps `v` from exploiting rounding.
 
     Args:
         c_new, c_old: `(dim, dim)` float64 second moments.
@@ -62,9 +59,7 @@ def generalized_directions(
     return _scaled((whitening @ whitened).T, ratios, c_new, c_old)
 
 
-def null_directions(
-    c_new: torch.Tensor, c_old: torch.Tensor, basis: torch.Tensor, rank: int
-) -> DirectionSet:
+def null_directions(c_new: torch.Tensor, c_old: torch.Tensor, basis: torch.Tensor, rank: int) -> DirectionSet:
     """The directions inside a null basis `Q` with the most energy of the subject.
 
     They are `Q u` with `u` the top eigenvectors of `Q^T C_new Q` (InfLoRA, arXiv 2404.00228).
@@ -74,9 +69,7 @@ def null_directions(
         basis: `(dim, null dimensions)`, orthonormal columns.
     """
     if not 1 <= rank <= basis.shape[1]:
-        raise ValueError(
-            f"`rank` must be from 1 to the null dimension {basis.shape[1]}, got {rank}."
-        )
+        raise ValueError(f"`rank` must be from 1 to the null dimension {basis.shape[1]}, got {rank}.")
     energies, coordinates = torch.linalg.eigh(basis.T @ c_new @ basis)
     vectors = (basis @ coordinates.flip(1)[:, :rank]).T
     level = torch.finfo(torch.float32).eps * c_old.diagonal().mean()
@@ -84,9 +77,7 @@ def null_directions(
     return _scaled(vectors, energies.flip(0)[:rank] / (old + level), c_new, c_old)
 
 
-def _scaled(
-    vectors: torch.Tensor, ratios: torch.Tensor, c_new: torch.Tensor, c_old: torch.Tensor
-) -> DirectionSet:
+def _scaled(vectors: torch.Tensor, ratios: torch.Tensor, c_new: torch.Tensor, c_old: torch.Tensor) -> DirectionSet:
     if not ratios[0] > _SMALLEST_RATIO:
         raise ValueError(
             "The instance prompt must have directions that the preserved prompts do not use, got at "
@@ -96,8 +87,7 @@ def _scaled(
     used = int((ratios > _ROUNDING * ratios[0]).sum())
     if used < len(ratios):
         raise ValueError(
-            f"`rank` must be at most {used}, the directions that the instance prompts use, got "
-            f"{len(ratios)}."
+            f"`rank` must be at most {used}, the directions that the instance prompts use, got {len(ratios)}."
         )
     energy = ((vectors @ c_new) * vectors).sum(1)
     vectors = vectors / energy.sqrt()[:, None]
@@ -157,8 +147,8 @@ def null_space_directions(
         projector: cut the directions hard to its null spaces in place of the generalised problem.
 
     Raises:
-        ValueError: a Linear is covered by one of them only, the models differ, `rank` is too large,
-            an instance prompt is preserved, or holds nothing that the preserved ones lack.
+        ValueError: a Linear is covered by one of them only, the models differ, `rank` is too large, an instance prompt
+            is preserved, or holds nothing that the preserved ones lack.
     """
     check_new_subject(statistics, instance_statistics)
     sets: dict[str, DirectionSet] = {}
@@ -182,11 +172,11 @@ def usual_null_space(
 ) -> tuple[NullSpaceProjector, str]:
     """The numerical null space where it exists and holds enough of the subject, else the energy cut.
 
-    Numerical: eigenvalues up to `SecondMoment.floor`, 1e-12 of the largest, and only of moments whose
-    Gram matrices were computed in float64; below the floor of float32 ones nothing can be told from
-    rounding. Enough: each of `rank` directions in it holds 1e-4 of the subject's energy. A direction is
-    scaled to the subject's unit energy, which scales float32's rounding (6e-8) by at most 1e2, so that
-    preserved outputs move by less than 1e-5. One matrix without such a space, and the cut is that of all.
+    Numerical: eigenvalues up to `SecondMoment.floor`, 1e-12 of the largest, and only of moments whose Gram matrices
+    were computed in float64; below the floor of float32 ones nothing can be told from rounding. Enough: each of `rank`
+    directions in it holds 1e-4 of the subject's energy. A direction is scaled to the subject's unit energy, which
+    scales float32's rounding (6e-8) by at most 1e2, so that preserved outputs move by less than 1e-5. One matrix
+    without such a space, and the cut is that of all.
     """
     for linear, key in statistics.sources.items():
         moment, spectrum = statistics.moments[key], statistics.spectrum(key)
@@ -205,9 +195,7 @@ def usual_null_space(
     return projector, f"least {_CUT:g} of the energy, approximate"
 
 
-def check_new_subject(
-    statistics: FeatureStatistics, instance_statistics: FeatureStatistics
-) -> None:
+def check_new_subject(statistics: FeatureStatistics, instance_statistics: FeatureStatistics) -> None:
     """Raise `ValueError` unless the second are of the same model and Linears, and of a new subject."""
     statistics.check_same_models(instance_statistics.facts["models"])
     # Energies cannot tell: one prompt of a hundred has a hundredth of its energy in their mean.
@@ -222,6 +210,4 @@ def check_new_subject(
         )
     missing = sorted(statistics.sources.keys() ^ instance_statistics.sources.keys())
     if missing:
-        raise ValueError(
-            f"Both statistics must cover the same Linears, got a difference in {missing[:3]}."
-        )
+        raise ValueError(f"Both statistics must cover the same Linears, got a difference in {missing[:3]}.")

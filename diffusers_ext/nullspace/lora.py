@@ -19,17 +19,12 @@ from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.pipelines import plain_class
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.directions import (
-    NullSpaceDirections,
-    null_space_directions,
-    usual_null_space,
-)
+from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions, usual_null_space
 from diffusers_ext.nullspace.lora_files import add_kohya_file
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.prompts import check_prompts
 from diffusers_ext.nullspace.slots import check_widths
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-
 
 # Harmless options, and those that the caller of `check_lora_config` sets by itself.
 _FREE = {"lora_dropout", "exclude_modules", "init_lora_weights"}
@@ -46,9 +41,7 @@ def check_lora_config(config: LoraConfig) -> None:
             "changes the outputs on preserved inputs."
         )
     if config.bias != "none":
-        raise ValueError(
-            f"`bias` must be 'none', got {config.bias!r}: a bias acts on every input, preserved or not."
-        )
+        raise ValueError(f"`bias` must be 'none', got {config.bias!r}: a bias acts on every input, preserved or not.")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(
             "`init_lora_weights` must be True, False or 'gaussian', got "
@@ -106,9 +99,9 @@ def add_null_space_lora(
 ) -> NullSpaceDirections | None:
     """Add a trainable LoRA to `unet` on every Linear that `statistics` cover.
 
-    With `"generalized"` and `"null"` directions A is frozen and only B trains, so the update stays in
-    the chosen directions under any optimizer. With `"soft"` both train; add `preservation_penalty`
-    to the loss. The result is an ordinary LoRA of scale 1 in float32.
+    With `"generalized"` and `"null"` directions A is frozen and only B trains, so the update stays in the chosen
+    directions under any optimizer. With `"soft"` both train; add `preservation_penalty` to the loss. The result is an
+    ordinary LoRA of scale 1 in float32.
 
     Args:
         unet: the pipeline's UNet; a PEFT adapter is added to it.
@@ -116,16 +109,16 @@ def add_null_space_lora(
         pipeline: the pipeline that `unet` belongs to.
         instance_statistics: ready statistics of the subject, in place of the two above.
         eps: of the generalised problem.
-        projector: null spaces for `"null"`; by default the numerical one where it holds enough of the
-            subject, else the one with 1e-3 of the energy (`usual_null_space`).
+        projector: null spaces for `"null"`; by default the numerical one where it holds enough of the subject, else
+            the one with 1e-3 of the energy (`usual_null_space`).
         lora_config: further LoRA options (dropout); its rank, scale and targets are set here.
 
     Returns:
         The directions, for their `report()`; `None` for `"soft"`.
 
     Raises:
-        ValueError: another model than the measured one, DoRA, biases, a full-rank old knowledge, or an
-            instance prompt without directions of its own.
+        ValueError: another model than the measured one, DoRA, biases, a full-rank old knowledge, or an instance prompt
+            without directions of its own.
     """
     if directions not in DIRECTION_KINDS:
         raise ValueError(f"`directions` must be one of {DIRECTION_KINDS}, got {directions!r}.")
@@ -144,8 +137,7 @@ def add_null_space_lora(
         if instance_statistics is None:
             if instance_prompts is None or pipeline is None:
                 raise ValueError(
-                    "`instance_prompts` with `pipeline`, or `instance_statistics`, must be given, got "
-                    "neither."
+                    "`instance_prompts` with `pipeline`, or `instance_statistics`, must be given, got neither."
                 )
             instance_statistics = instance_statistics_like(pipeline, statistics, instance_prompts)
         null_space = ""
@@ -172,9 +164,7 @@ def add_null_space_lora(
     return chosen
 
 
-def lora_linears(
-    model: torch.nn.Module, adapter_name: str = "default"
-) -> list[tuple[str, LoraLinear]]:
+def lora_linears(model: torch.nn.Module, adapter_name: str = "default") -> list[tuple[str, LoraLinear]]:
     """The (dotted name, PEFT layer) pairs that carry an adapter, in natural order."""
     found = [
         (name, module)
@@ -237,8 +227,8 @@ def save_lora(
 ) -> Path:
     """Write the LoRA twice: once for diffusers, once for ComfyUI, A1111 and kindred programs.
 
-    `pytorch_lora_weights.safetensors` is diffusers' own, by `save_lora_weights`;
-    `comfyui_a1111_kohya.safetensors` has the names that the other programs know. Equal LoRAs are equal files.
+    `pytorch_lora_weights.safetensors` is diffusers' own, by `save_lora_weights`; `comfyui_a1111_kohya.safetensors` has
+    the names that the other programs know. Equal LoRAs are equal files.
 
     Returns:
         The file for the other programs.
@@ -250,13 +240,10 @@ def save_lora(
     for name, layer in layers:
         if not torch.isfinite(layer.lora_B[adapter_name].weight).all():
             raise ValueError(
-                f"A saved LoRA must be finite, got B of {name!r}, which is not. Train with a lower "
-                "learning rate."
+                f"A saved LoRA must be finite, got B of {name!r}, which is not. Train with a lower learning rate."
             )
     if not any(layer.lora_B[adapter_name].weight.any() for _, layer in layers):
-        raise ValueError(
-            "A saved LoRA must have an effect, got all B matrices zero. Train it first."
-        )
+        raise ValueError("A saved LoRA must have an effect, got all B matrices zero. Train it first.")
     # That of our own pipelines would write the second file without this metadata.
     plain_class(pipeline_class).save_lora_weights(
         save_directory=str(directory),

@@ -28,7 +28,6 @@ from diffusers_ext.nullspace.lora_formats import (
 )
 from diffusers_ext.nullspace.lora_metadata import kept_metadata, lora_metadata
 
-
 # The file for ComfyUI and A1111. Diffusers looks for its own name first, so this one beside it is never
 # loaded by mistake; a name that depends on no folder keeps equal trainings equal files.
 KOHYA_NAME = "comfyui_a1111_kohya.safetensors"
@@ -40,16 +39,15 @@ LoraSource = str | os.PathLike | Mapping[str, torch.Tensor]
 def read_lora(source: LoraSource) -> StateDict:
     """A LoRA with keys `<component>.<module>.lora_A.weight | .lora_B.weight`, of scale 1.
 
-    A scale other than 1 (an `.alpha` entry, or `lora_alpha` in the file's metadata) is folded into B.
-    Names of kohya's scripts, of PEFT (`base_model.model.`), of attention processors and bare ones
-    become those of diffusers.
+    A scale other than 1 (an `.alpha` entry, or `lora_alpha` in the file's metadata) is folded into B. Names of kohya's
+    scripts, of PEFT (`base_model.model.`), of attention processors and bare ones become those of diffusers.
 
     Args:
         source: a safetensors file, a folder with `pytorch_lora_weights.safetensors`, or a state dict.
 
     Raises:
-        ValueError: no such file, a key that is not of a LoRA, an A without its B, shapes or ranks that
-            do not fit, numbers that are not finite, DoRA. The message names the file.
+        ValueError: no such file, a key that is not of a LoRA, an A without its B, shapes or ranks that do not fit,
+            numbers that are not finite, DoRA. The message names the file.
     """
     return read_lora_file(source)[0]
 
@@ -66,9 +64,7 @@ def read_lora_file(source: LoraSource) -> tuple[StateDict, dict[str, str]]:
     return lora, metadata
 
 
-def _read_dotted(
-    raw: Mapping[str, torch.Tensor], settings: Mapping[str, Any], where: str
-) -> StateDict:
+def _read_dotted(raw: Mapping[str, torch.Tensor], settings: Mapping[str, Any], where: str) -> StateDict:
     modules: dict[str, dict[str, torch.Tensor]] = {}
     keys: dict[str, LoraKey] = {}
     for key, tensor in raw.items():
@@ -102,16 +98,12 @@ def _load(source: LoraSource) -> tuple[Mapping[str, torch.Tensor], dict[str, str
     refuse_checkpoint(path)
     path = path / LORA_WEIGHT_NAME if path.is_dir() else path
     if not path.exists() or path.suffix != ".safetensors":
-        raise ValueError(
-            f"`source` must be a .safetensors file or a folder with one, got {source}."
-        )
+        raise ValueError(f"`source` must be a .safetensors file or a folder with one, got {source}.")
     tensors, metadata = read_tensors(path, finite=False)  # the checks of pairs come with names
     return tensors, metadata, str(path)
 
 
-def _scale(
-    key: LoraKey, parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any], where: str
-) -> float:
+def _scale(key: LoraKey, parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any], where: str) -> float:
     """`alpha / rank`, from the tensor beside A and B, else from the adapter's metadata, else 1."""
     rank = parts["A"].shape[0]
 
@@ -142,12 +134,9 @@ def check_loaded_lora(pipeline: DiffusionPipeline, adapter_name: str | None = No
             continue
         for module in component.modules():
             if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_B"):
-                names = (
-                    module.lora_B if adapter_name is None else {adapter_name} & set(module.lora_B)
-                )
+                names = module.lora_B if adapter_name is None else {adapter_name} & set(module.lora_B)
                 changed += any(
-                    bool(module.lora_A[name].weight.any() and module.lora_B[name].weight.any())
-                    for name in names
+                    bool(module.lora_A[name].weight.any() and module.lora_B[name].weight.any()) for name in names
                 )
     if not changed:
         raise ValueError(
@@ -166,8 +155,8 @@ def export_lora(
 ) -> StateDict:
     """Write a LoRA for diffusers, or with the key names of ComfyUI, A1111 and kohya.
 
-    The metadata of the file that was read (trigger words, base model, author) goes along. What
-    depends on the tensors (rank, alpha, hashes) is written anew.
+    The metadata of the file that was read (trigger words, base model, author) goes along. What depends on the tensors
+    (rank, alpha, hashes) is written anew.
 
     Args:
         metadata: further entries of the file's metadata, over those of the file that was read.
@@ -191,8 +180,8 @@ def export_lora(
 def add_kohya_file(folder: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> Path:
     """Write the LoRA of a folder once more, as `comfyui_a1111_kohya.safetensors`.
 
-    Those programs know none of the names in `pytorch_lora_weights.safetensors` and would load it
-    without any effect; diffusers goes on loading that one. Both files get the metadata.
+    Those programs know none of the names in `pytorch_lora_weights.safetensors` and would load it without any effect;
+    diffusers goes on loading that one. Both files get the metadata.
     """
     source, target = Path(folder, LORA_WEIGHT_NAME), Path(folder, KOHYA_NAME)
     metadata = {"modelspec.title": "LoRA", **(metadata or {})}
@@ -209,16 +198,13 @@ def check_output_path(output_path: str | os.PathLike | None) -> None:
         raise ValueError(f"`output_path` must end in .safetensors, got {output_path}.")
 
 
-def write_lora(
-    lora: StateDict, output_path: str | os.PathLike, metadata: Mapping[str, str] | None = None
-) -> None:
+def write_lora(lora: StateDict, output_path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
     """Write a LoRA file, whole or not at all; its folder is made when absent.
 
     Equal LoRAs are equal files. A digest in the metadata finds what is altered later.
     """
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     contiguous = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in lora.items()
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in lora.items()
     }
     write_atomically(output_path, sealed(contiguous, {**(metadata or {}), "format": "pt"}))

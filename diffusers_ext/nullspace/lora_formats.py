@@ -1,8 +1,8 @@
 """What LoRA files hold: names of modules in all spellings, kohya's among them, and checks of every pair.
 
-What is written never depends on the installed transformers: CLIP encoders keep their `.text_model`,
-which `CLIPTextModelWithProjection` has in every version, and which diffusers takes off where an
-encoder has none. ComfyUI and A1111 know CLIP's layers by that name alone.
+What is written never depends on the installed transformers: CLIP encoders keep their `.text_model`, which
+`CLIPTextModelWithProjection` has in every version, and which diffusers takes off where an encoder has none. ComfyUI
+and A1111 know CLIP's layers by that name alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
 from diffusers_ext.core.tensor_files import FLOATING, check_tensors
-
 
 _REMEDY = "Download or train it again."
 _DIMENSIONS = range(2, 6)  # of a Linear's weight to a 3-D convolution's
@@ -70,8 +69,7 @@ def adapter_settings(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{where} must hold JSON as {LORA_ADAPTER_METADATA_KEY!r} of its metadata, got: {error}. "
-            f"{_REMEDY}"
+            f"{where} must hold JSON as {LORA_ADAPTER_METADATA_KEY!r} of its metadata, got: {error}. {_REMEDY}"
         ) from error
     if not isinstance(settings, dict):
         raise ValueError(
@@ -88,8 +86,7 @@ def adapter_settings(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
             for pattern, number in value.items():
                 if not _SAFE_PATTERN.fullmatch(pattern):
                     raise ValueError(
-                        f"{where} must hold module names in {name!r}, got the pattern {pattern!r}. "
-                        f"{_REMEDY}"
+                        f"{where} must hold module names in {name!r}, got the pattern {pattern!r}. {_REMEDY}"
                     )
                 _check_number(name, number, where)
     return settings
@@ -109,8 +106,7 @@ def check_pair(name: str, parts: Mapping[str, torch.Tensor], where: str) -> None
     """
     if "A" not in parts or "B" not in parts:
         raise ValueError(
-            f"{where}: every module of a LoRA must have A and B, got {sorted(parts)} for {name!r}. "
-            f"{_REMEDY}"
+            f"{where}: every module of a LoRA must have A and B, got {sorted(parts)} for {name!r}. {_REMEDY}"
         )
     tensors = {f"{name}.{part}": tensor for part, tensor in parts.items()}
     weights = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
@@ -129,21 +125,16 @@ def check_pair(name: str, parts: Mapping[str, torch.Tensor], where: str) -> None
             f"{shapes}. {_REMEDY}"
         )
     if any(side != 1 for side in b.shape[2:]):
-        raise ValueError(
-            f"{where}: B of a convolution's LoRA must be 1 x 1, got {shapes}. {_REMEDY}"
-        )
+        raise ValueError(f"{where}: B of a convolution's LoRA must be 1 x 1, got {shapes}. {_REMEDY}")
     if "alpha" in parts and parts["alpha"].numel() != 1:
-        raise ValueError(
-            f"{where}: alpha must be one number, got {parts['alpha'].numel()} for {name!r}. {_REMEDY}"
-        )
+        raise ValueError(f"{where}: alpha must be one number, got {parts['alpha'].numel()} for {name!r}. {_REMEDY}")
 
 
 def check_rank(name: str, rank: int, expected: float, where: str) -> None:
     """Raise `ValueError` for a rank other than the one in the file's own metadata."""
     if rank != expected:
         raise ValueError(
-            f"{where}: the rank of {name!r} must be {expected} as in the file's metadata, got {rank}. "
-            f"{_REMEDY}"
+            f"{where}: the rank of {name!r} must be {expected} as in the file's metadata, got {rank}. {_REMEDY}"
         )
 
 
@@ -162,9 +153,7 @@ def is_kohya_lora(keys: Iterable[str]) -> bool:
     return all(key.startswith(_PREFIXES) for key in keys)
 
 
-def read_kohya_lora(
-    raw: Mapping[str, torch.Tensor], where: str = "`raw`"
-) -> dict[str, torch.Tensor]:
+def read_kohya_lora(raw: Mapping[str, torch.Tensor], where: str = "`raw`") -> dict[str, torch.Tensor]:
     """The same LoRA with keys `<component>.<module>.lora_A.weight | .lora_B.weight`, of scale 1.
 
     Args:
@@ -174,9 +163,7 @@ def read_kohya_lora(
     for key, tensor in raw.items():
         name, _, part = key.partition(".")
         if part not in _PARTS:
-            raise ValueError(
-                f"{where}: every key of a kohya LoRA must end in one of {tuple(_PARTS)}, got {key!r}."
-            )
+            raise ValueError(f"{where}: every key of a kohya LoRA must end in one of {tuple(_PARTS)}, got {key!r}.")
         modules.setdefault(name, {})[_PARTS[part]] = tensor
     folded: dict[str, torch.Tensor] = {}
     for name, parts in modules.items():
@@ -189,13 +176,10 @@ def read_kohya_lora(
     renamed, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(folded, unet_config=_SDXL)
     unet = {key: tensor for key, tensor in renamed.items() if key.startswith("unet.")}
     text = {key: tensor for key, tensor in renamed.items() if key not in unet}
-    lora = convert_unet_state_dict_to_peft(unet) | (
-        convert_state_dict_to_peft(text) if text else {}
-    )
+    lora = convert_unet_state_dict_to_peft(unet) | (convert_state_dict_to_peft(text) if text else {})
     if len(lora) != 2 * len(modules):
         raise ValueError(
-            f"{where}: every module of the LoRA must have a name in diffusers, got {len(lora) // 2} of "
-            f"{len(modules)}."
+            f"{where}: every module of the LoRA must have a name in diffusers, got {len(lora) // 2} of {len(modules)}."
         )
     return lora
 
@@ -239,8 +223,8 @@ class LoraKey(NamedTuple):
 def parse_key(key: str) -> LoraKey:
     """What a key stands for.
 
-    Names of a model wrapped by PEFT (`base_model.model.`), bare names, and those of attention
-    processors (`...attn2.processor.to_k_lora.down.weight`) are read too.
+    Names of a model wrapped by PEFT (`base_model.model.`), bare names, and those of attention processors
+    (`...attn2.processor.to_k_lora.down.weight`) are read too.
     """
     name, part = _split(key)
     component, name = _component(name)
@@ -265,9 +249,7 @@ def _split(key: str) -> tuple[str, str]:
             linear = _OLD_TEXT_LINEARS.get(linear, linear)
         return f"{key[: found.start()]}.{linear}", "A" if found["part"] == "down" else "B"
     hint = " DoRA is not supported." if "magnitude" in key or "dora" in key else ""
-    raise ValueError(
-        f"Every key of a LoRA must end in one of {sorted(SPELLINGS)}, got {key!r}.{hint}"
-    )
+    raise ValueError(f"Every key of a LoRA must end in one of {sorted(SPELLINGS)}, got {key!r}.{hint}")
 
 
 def _component(name: str) -> tuple[str, str]:

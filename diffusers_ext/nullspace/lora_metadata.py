@@ -1,7 +1,7 @@
 """What ComfyUI, A1111 and managers of models read in a LoRA's metadata: `ss_*`, `sshs_*`, `modelspec.*`.
 
-Names and values are those of kohya's scripts and of Stability AI's ModelSpec 1.0.1. What is not known
-is left out; nothing of the machine or of the time is written, so that equal LoRAs are equal files.
+Names and values are those of kohya's scripts and of Stability AI's ModelSpec 1.0.1. What is not known is left out;
+nothing of the machine or of the time is written, so that equal LoRAs are equal files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from safetensors.torch import save
 from diffusers_ext.core.artifacts import tensors_offset
 from diffusers_ext.core.tensor_files import DIGEST_KEY
 from diffusers_ext.families.registry import FAMILIES
-
 
 # Depend on the tensors, so they are written anew with every file.
 _COMPUTED = ("ss_network_dim", "ss_network_alpha", "sshs_model_hash", "sshs_legacy_hash",
@@ -63,9 +62,7 @@ def training_metadata(
 
 
 def lora_metadata(
-    lora: Mapping[str, torch.Tensor],
-    written: Mapping[str, torch.Tensor],
-    kept: Mapping[str, str],
+    lora: Mapping[str, torch.Tensor], written: Mapping[str, torch.Tensor], kept: Mapping[str, str]
 ) -> dict[str, str]:
     """The metadata of a file.
 
@@ -85,9 +82,7 @@ def lora_metadata(
         **kept,
         "ss_network_dim": dim,
         # Without alphas the scale is 1, which is an alpha as large as the rank.
-        "ss_network_alpha": (
-            alphas.pop() if len(alphas) == 1 else dim if dim == "Dynamic" else str(float(dim))
-        ),
+        "ss_network_alpha": (alphas.pop() if len(alphas) == 1 else dim if dim == "Dynamic" else str(float(dim))),
         "sshs_model_hash": digest,
         "modelspec.hash_sha256": f"0x{digest}",
     }
@@ -99,8 +94,7 @@ def data_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     Metadata does not count, so that it may be edited.
     """
     copies = {  # tensors that share memory are not written
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
     }
     content = save(copies)
     return hashlib.sha256(memoryview(content)[tensors_offset(content) :]).hexdigest()

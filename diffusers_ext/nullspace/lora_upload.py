@@ -15,13 +15,7 @@ from diffusers_ext.core.tensor_files import open_tensors
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import make_card
 from diffusers_ext.hub.push import push_folder
-from diffusers_ext.nullspace.lora_files import (
-    KOHYA_NAME,
-    LORA_WEIGHT_NAME,
-    export_lora,
-    read_lora,
-    read_lora_file,
-)
+from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME, export_lora, read_lora, read_lora_file
 from diffusers_ext.nullspace.lora_formats import check_lora_effect, has_kohya_names, is_kohya_lora
 from diffusers_ext.nullspace.lora_metadata import kept_metadata, training_metadata
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -46,8 +40,8 @@ def push_lora(
     """Upload a LoRA as `pytorch_lora_weights.safetensors`, alone or with its statistics.
 
     Key names of kohya's scripts become those of diffusers, and a second file with kohya's names,
-    `comfyui_a1111_kohya.safetensors`, serves ComfyUI and A1111; a LoRA of a transformer has no names
-    there and goes without. The facts for the card have no defaults.
+    `comfyui_a1111_kohya.safetensors`, serves ComfyUI and A1111; a LoRA of a transformer has no names there and goes
+    without. The facts for the card have no defaults.
 
     Args:
         lora: a `.safetensors` file, or a folder with `pytorch_lora_weights.safetensors`.
@@ -102,11 +96,7 @@ def push_lora(
 
 
 def _write_files(
-    lora: str | os.PathLike,
-    folder: Path,
-    kohya_file: str | None,
-    instance_prompt: str | None,
-    base_model: str | None,
+    lora: str | os.PathLike, folder: Path, kohya_file: str | None, instance_prompt: str | None, base_model: str | None
 ) -> None:
     """The files of the weights; the one for other programs where it has a name."""
     file = Path(lora, LORA_WEIGHT_NAME) if Path(lora).is_dir() else Path(lora)

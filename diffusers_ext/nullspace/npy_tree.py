@@ -1,8 +1,8 @@
 """Statistics as a tree of npy files, one folder per run, timestep and layer: written and read.
 
-The tree is `run_<time>/timestep_<number>/<layer>/` with `{q,k,v,out}_covariance.npy`,
-`_projection.npy` and `_metadata.json`. What is written is uncentred and pooled over timesteps,
-because one weight serves all timesteps: every timestep holds the same matrices, and its metadata say so.
+The tree is `run_<time>/timestep_<number>/<layer>/` with `{q,k,v,out}_covariance.npy`, `_projection.npy` and
+`_metadata.json`. What is written is uncentred and pooled over timesteps, because one weight serves all timesteps:
+every timestep holds the same matrices, and its metadata say so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.slots import split_linear_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
-
 logger = logging.getLogger(__name__)
 
 FACTS_NAME = "facts.json"  # fingerprints and prompts, which the tree has no other place for
@@ -57,21 +56,20 @@ def export_layout(
 ) -> Path:
     """Write statistics as a tree of npy files, whole or not at all; its size is logged first.
 
-    Float32 blurs eigenvalues below 1e-7 of the largest, so an exact null space does not survive
-    the way back; `save_pretrained` keeps it.
+    Float32 blurs eigenvalues below 1e-7 of the largest, so an exact null space does not survive the way back;
+    `save_pretrained` keeps it.
 
     Args:
         statistics: their second moments `C = E[x x^T]`, `(dim, dim)`, become float32.
         threshold: eigenvalues of `C` below this absolute value are null in the projections.
         run_name: of the new folder, starting with `run_`; `run_<YYYYMMDD_HHMMSS>` when `None`.
-        timesteps: write the same pooled matrices under each of them, for readers that look a
-            timestep up; `(0,)` when `None`. Disk and time grow with their number.
-        step_links: also name the timesteps by their order, `step_000` the first given, as symbolic
-            links.
+        timesteps: write the same pooled matrices under each of them, for readers that look a timestep up; `(0,)` when
+            `None`. Disk and time grow with their number.
+        step_links: also name the timesteps by their order, `step_000` the first given, as symbolic links.
 
     Raises:
-        ValueError: the run exists, its name, the threshold or the timesteps are unfit, or the disk
-            has too little room.
+        ValueError: the run exists, its name, the threshold or the timesteps are unfit, or the disk has too little
+            room.
     """
     name = datetime.now().strftime("run_%Y%m%d_%H%M%S") if run_name is None else run_name
     timesteps = [0] if timesteps is None else [int(timestep) for timestep in timesteps]
@@ -87,8 +85,7 @@ def export_layout(
     if target.exists():
         raise ValueError(f"`run_name` must be new, got {name!r}, which {target.parent} holds.")
     null_dims = {
-        key: null_dimensions(statistics.spectrum(key).values, threshold=threshold)
-        for key in statistics.moments
+        key: null_dimensions(statistics.spectrum(key).values, threshold=threshold) for key in statistics.moments
     }
     projected = {key for key, count in null_dims.items() if count}
     size = len(timesteps) * layout_size(statistics.widths, statistics.sources, projected)
@@ -111,9 +108,7 @@ def export_layout(
 
 
 def layout_size(
-    widths: dict[str, int],
-    sources: dict[str, str] | None = None,
-    projected: set[str] | None = None,
+    widths: dict[str, int], sources: dict[str, str] | None = None, projected: set[str] | None = None
 ) -> int:
     """Bytes that one timestep of a tree takes, without its small metadata.
 
@@ -150,9 +145,7 @@ def in_bytes(size: int) -> str:
     return f"{number:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
-def _write_matrix(
-    statistics: FeatureStatistics, key: str, run: Path, threshold: float, timesteps: list[int]
-) -> None:
+def _write_matrix(statistics: FeatureStatistics, key: str, run: Path, threshold: float, timesteps: list[int]) -> None:
     moment, spectrum = statistics.moments[key], statistics.spectrum(key)
     null_space_dim = null_dimensions(spectrum.values, threshold=threshold)
     contents = {"covariance": _npy(moment.mean)}
@@ -200,9 +193,9 @@ def load_layout(
 ) -> FeatureStatistics:
     """Read a tree of npy files; its timesteps are pooled, weighted by their numbers of vectors.
 
-    Trees of other programs (see `find_files` for the forms) hold centred covariances, some of
-    them of output features. Those are told from inputs by their width alone: where it agrees, as
-    for the output of a whole attention layer, they pass unnoticed.
+    Trees of other programs (see `find_files` for the forms) hold centred covariances, some of them of output features.
+    Those are told from inputs by their width alone: where it agrees, as for the output of a whole attention layer,
+    they pass unnoticed.
 
     Args:
         directory: a run, or a folder with a single `run_*` in it.
@@ -213,8 +206,8 @@ def load_layout(
         `FeatureStatistics`, with the `facts` of the export where the tree holds them.
 
     Raises:
-        ValueError: no run or several, a broken file, a layer that is unknown or lacks a timestep,
-            a covariance of another width than the denoiser's inputs, or a centred one.
+        ValueError: no run or several, a broken file, a layer that is unknown or lacks a timestep, a covariance of
+            another width than the denoiser's inputs, or a centred one.
     """
     run = find_run(Path(directory))
     files = find_files(run)
@@ -249,9 +242,7 @@ class _Pool:
         self.steps: dict[str, set[str]] = {}
         self.centred = False
 
-    def add(
-        self, file: MatrixFile, linear: str, metadata: dict[str, Any], allow_centred: bool
-    ) -> None:
+    def add(self, file: MatrixFile, linear: str, metadata: dict[str, Any], allow_centred: bool) -> None:
         centred = metadata.get("centred") is not False
         if centred and not allow_centred:
             raise ValueError(
@@ -281,8 +272,6 @@ def _read_facts(run: Path, denoiser: torch.nn.Module | None) -> dict[str, Any]:
     facts = read_json(run / FACTS_NAME)
     missing = sorted({"models", "prompts", "settings"} - facts.keys())
     if missing:
-        raise ValueError(
-            f"{run / FACTS_NAME} must hold models, prompts and settings, got no {missing}."
-        )
+        raise ValueError(f"{run / FACTS_NAME} must hold models, prompts and settings, got no {missing}.")
     FeatureStatistics({}, {}, facts).check_same_models(models)
     return facts

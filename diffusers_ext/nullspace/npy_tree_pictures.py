@@ -33,7 +33,6 @@ from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.slots import linear_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -73,8 +72,8 @@ def find_files(run: Path) -> list[MatrixFile]:
     """All matrices of a run, sorted by path, in either of two forms.
 
     `{timestep,step}_<number>/<layer>/<slot>_covariance.npy`, or
-    `covariance_matrices/<layer>/{timestep_<number>,alpha_<index>_<number>}_<slot>_cov.npy`. Links
-    to other steps of the run are second names, not further matrices.
+    `covariance_matrices/<layer>/{timestep_<number>,alpha_<index>_<number>}_<slot>_cov.npy`. Links to other steps of
+    the run are second names, not further matrices.
     """
     files = []
     for path in run.glob("*/*/*_covariance.npy"):
@@ -82,9 +81,7 @@ def find_files(run: Path) -> list[MatrixFile]:
         if (match := _STEP_FOLDER.fullmatch(step.name)) and not step.is_symlink():
             slot = path.name.removesuffix("_covariance.npy")
             metadata_path = path.with_name(f"{slot}_metadata.json")
-            files.append(
-                MatrixFile(path, metadata_path, match[0], int(match[1]), path.parts[-2], slot)
-            )
+            files.append(MatrixFile(path, metadata_path, match[0], int(match[1]), path.parts[-2], slot))
     for path in run.glob("covariance_matrices/*/*_cov.npy"):
         if match := _FLAT_FILE.fullmatch(path.name):
             step, timestep, slot = match.groups()
@@ -119,8 +116,7 @@ def read_matrix(path: Path, dim: int) -> torch.Tensor:
             raise ValueError(f"{path} must be a whole npy file of floats, got: {error}.") from error
     if matrix.shape != (dim, dim) or matrix.dtype.kind != "f":
         raise ValueError(
-            f"{path} must hold {dim} x {dim} floats, as its metadata says, got {matrix.dtype} of "
-            f"shape {matrix.shape}."
+            f"{path} must hold {dim} x {dim} floats, as its metadata says, got {matrix.dtype} of shape {matrix.shape}."
         )
     matrix = matrix.astype(np.float64)
     if not np.isfinite(matrix).all():
@@ -130,9 +126,7 @@ def read_matrix(path: Path, dim: int) -> torch.Tensor:
     return torch.from_numpy((matrix + matrix.T) / 2)
 
 
-def find_linear(
-    file: MatrixFile, metadata: dict[str, Any], modules: dict[str, torch.nn.Module] | None
-) -> str:
+def find_linear(file: MatrixFile, metadata: dict[str, Any], modules: dict[str, torch.nn.Module] | None) -> str:
     """Dotted name of the Linear whose inputs one file is about.
 
     Args:
@@ -140,9 +134,7 @@ def find_linear(
     """
     layer = metadata.get("layer")
     if layer is None and modules is None:
-        raise ValueError(
-            f"{file.metadata_path} must name its `layer`, got a folder name only. Pass `denoiser=`."
-        )
+        raise ValueError(f"{file.metadata_path} must name its `layer`, got a folder name only. Pass `denoiser=`.")
     if layer is None:
         folder = file.layer_folder.removeprefix("module_")
         layers = [name for name in modules if name.endswith("attn2") and safe_name(name) == folder]
@@ -183,8 +175,8 @@ def draw_layer_attention(
 
     Args:
         maps: of several prompts, drawn below each other, with the same layers and timesteps.
-        folder: gets `timestep_<number>/attention_<layer>.png`. A timestep that a scheduler visits
-            twice is shown at its first visit.
+        folder: gets `timestep_<number>/attention_<layer>.png`. A timestep that a scheduler visits twice is shown at
+            its first visit.
     """
     layers, timesteps = list(maps[0].maps), maps[0].timesteps
     if any(list(one.maps) != layers or one.timesteps != timesteps for one in maps):
@@ -214,8 +206,8 @@ def plot_layer_attention(
 ) -> Figure:
     """Heat maps of one layer at one timestep: a map per token, the prompts below each other.
 
-    Above each map stands its token and the token's share of all attention; colours tell how much
-    more or less than this share a position looks at it.
+    Above each map stands its token and the token's share of all attention; colours tell how much more or less than
+    this share a position looks at it.
 
     Args:
         position: of the timestep among the kept ones.
@@ -231,14 +223,10 @@ def plot_layer_attention(
     rows = sum(_PROMPT + count * line_height for count in lines)
     columns = max(6, *(min(len(one.tokens), _TOKENS) for one in maps)) + 1
     size = (columns * (tile[1] + _GAP), rows)
-    figure = new_figure(
-        size[0] / _PIXELS + _LEFT + _RIGHT, size[1] / _PIXELS + _TOP + _BOTTOM, layout="none"
-    )
+    figure = new_figure(size[0] / _PIXELS + _LEFT + _RIGHT, size[1] / _PIXELS + _TOP + _BOTTOM, layout="none")
     total_width, total_height = figure.get_size_inches()
     box = (_LEFT / total_width, _BOTTOM / total_height)
-    axes = figure.add_axes(
-        (*box, size[0] / _PIXELS / total_width, size[1] / _PIXELS / total_height)
-    )
+    axes = figure.add_axes((*box, size[0] / _PIXELS / total_width, size[1] / _PIXELS / total_height))
     axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
     axes.set_axis_off()
     top = 0
@@ -274,14 +262,7 @@ def _draw_prompt(
         left = (index % _TOKENS + 1) * step
         upper = first + index // _TOKENS * (_WORD + tile[0] + _GAP)
         label = f"{word} {100 * shares[index]:.1f} %"
-        axes.text(
-            left + tile[1] / 2,
-            upper - 2,
-            label,
-            fontsize=min(7.0, 7.0 * 15 / len(label)),
-            ha="center",
-            **plain,
-        )
+        axes.text(left + tile[1] / 2, upper - 2, label, fontsize=min(7.0, 7.0 * 15 / len(label)), ha="center", **plain)
         axes.imshow(
             tiles[index],
             cmap="RdBu_r",
@@ -296,12 +277,7 @@ def _draw_prompt(
 def _draw_scale(figure: Figure, axes: Axes, limit: float) -> None:
     width, height = figure.get_size_inches()
     length = min(height - _TOP - _BOTTOM, 2.5)
-    place = (
-        1 - (_RIGHT - 0.1) / width,
-        1 - (_TOP + length) / height,
-        0.12 / width,
-        length / height,
-    )
+    place = (1 - (_RIGHT - 0.1) / width, 1 - (_TOP + length) / height, 0.12 / width, length / height)
     bar = figure.colorbar(axes.images[-1], cax=figure.add_axes(place))
     ticks, texts = relative_ticks(limit)
     bar.set_ticks(ticks, labels=texts, fontsize=7)
@@ -309,9 +285,7 @@ def _draw_scale(figure: Figure, axes: Axes, limit: float) -> None:
 
 
 def plot_covariance_statistics(
-    statistics: FeatureStatistics,
-    path: str | os.PathLike | None = None,
-    threshold: float = 2e-2,
+    statistics: FeatureStatistics, path: str | os.PathLike | None = None, threshold: float = 2e-2
 ) -> Figure:
     """What every matrix is: its rank, null dimensions, eigenvalues and condition number.
 
@@ -354,9 +328,7 @@ def _draw_counts(axes: Axes, counts: Sequence[int], dims: Sequence[int], title: 
     axes.set_title(title, fontsize=9)
 
 
-def _draw_ranges(
-    axes: Axes, spectra: Sequence[torch.Tensor], floors: Sequence[float], threshold: float
-) -> None:
+def _draw_ranges(axes: Axes, spectra: Sequence[torch.Tensor], floors: Sequence[float], threshold: float) -> None:
     for row, (values, floor) in enumerate(zip(spectra, floors)):
         shown = values.clamp_min(floor * float(values[-1])).numpy()
         axes.plot(shown[[0, -1]], (row, row), color="0.7", linewidth=3, solid_capstyle="butt")
@@ -364,9 +336,7 @@ def _draw_ranges(
         axes.plot(np.median(shown), row, marker="|", color="black", markersize=8)
     axes.axvline(threshold, color="#b6403b", linestyle="--", label=f"threshold {threshold:g}")
     axes.set_xscale("log")
-    axes.set_xlabel(
-        "smallest (numerical zero at least) to largest; half in blue, | median", fontsize=8
-    )
+    axes.set_xlabel("smallest (numerical zero at least) to largest; half in blue, | median", fontsize=8)
     axes.set_title("eigenvalues", fontsize=9)
     axes.legend(fontsize=7, loc="upper left")
 

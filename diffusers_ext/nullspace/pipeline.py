@@ -18,14 +18,9 @@ from diffusers_ext.core.pipelines import add_component
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import PushWithCard
 from diffusers_ext.nullspace.card import subject_pipeline_card
-from diffusers_ext.nullspace.lora_files import (
-    LORA_WEIGHT_NAME,
-    add_kohya_file,
-    check_loaded_lora,
-)
+from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, add_kohya_file, check_loaded_lora
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +47,7 @@ class NullSpaceMixin(PushWithCard):
 
     def load_statistics(self, pretrained_model_name_or_path: str, **kwargs: object) -> None:
         """Load `FeatureStatistics` from a folder or the Hub and check that they are of this model."""
-        self.set_statistics(
-            FeatureStatistics.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        )
+        self.set_statistics(FeatureStatistics.from_pretrained(pretrained_model_name_or_path, **kwargs))
 
     def set_statistics(self, statistics: FeatureStatistics | None) -> None:
         """Make `statistics` a component, so that `save_pretrained` and `push_to_hub` include it."""
@@ -90,13 +83,11 @@ class NullSpaceMixin(PushWithCard):
             raise
 
     @classmethod
-    def save_lora_weights(
-        cls, save_directory: str | os.PathLike, *args: object, **kwargs: object
-    ) -> None:
+    def save_lora_weights(cls, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
         """As in diffusers, and `comfyui_a1111_kohya.safetensors` beside it for ComfyUI and A1111.
 
-        They know none of the names in the first file. Under a `weight_name` of one's own, or as a pickle,
-        there is no second file; `export_lora(..., "kohya")` writes it.
+        They know none of the names in the first file. Under a `weight_name` of one's own, or as a pickle, there is no
+        second file; `export_lora(..., "kohya")` writes it.
         """
         save = super().save_lora_weights
         save(save_directory, *args, **kwargs)
@@ -107,11 +98,7 @@ class NullSpaceMixin(PushWithCard):
 
     @contextmanager
     def preserve(
-        self,
-        strength: float = 1.0,
-        *,
-        projector: NullSpaceProjector | None = None,
-        **criterion: float,
+        self, strength: float = 1.0, *, projector: NullSpaceProjector | None = None, **criterion: float
     ) -> Iterator[ProjectAttnProcessor]:
         """Project whatever LoRA is loaded away from the preserved prompts, while the context is open.
 
@@ -137,11 +124,7 @@ class NullSpaceMixin(PushWithCard):
 def _warn_of_uncovered(unet: torch.nn.Module, projector: NullSpaceProjector) -> None:
     adapted = [name for name, part in unet.named_modules() if isinstance(part, BaseTunerLayer)]
     in_attention = [name.removesuffix("processor") for name in unet.attn_processors]
-    left = [
-        name
-        for name in adapted
-        if name not in projector.sources or not name.startswith(tuple(in_attention))
-    ]
+    left = [name for name in adapted if name not in projector.sources or not name.startswith(tuple(in_attention))]
     if left:
         logger.warning(
             "%d modules of the loaded LoRAs are not projected, because the statistics do not cover "

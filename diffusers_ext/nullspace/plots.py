@@ -18,7 +18,6 @@ from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -31,9 +30,7 @@ _LEAST_CONTRAST = 0.5  # in powers of two; keeps even maps from showing their ro
 
 
 def plot_spectrum(
-    statistics: FeatureStatistics,
-    path: str | os.PathLike | None = None,
-    keys: Sequence[str] | None = None,
+    statistics: FeatureStatistics, path: str | os.PathLike | None = None, keys: Sequence[str] | None = None
 ) -> Figure:
     """Eigenvalues of the second moments, as shares of the largest, on a logarithmic scale.
 
@@ -101,21 +98,15 @@ def plot_null_dimensions(
     axes.set_title("Null dimensions")
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
-    figure.legend(
-        loc="outside right upper",
-        title="discarded\nenergy",
-        fontsize=8,
-        title_fontsize=8,
-        frameon=False,
-    )
+    figure.legend(loc="outside right upper", title="discarded\nenergy", fontsize=8, title_fontsize=8, frameon=False)
     return finish_figure(figure, path)
 
 
 def plot_attention_maps(maps: AttentionMaps, path: str | os.PathLike | None = None) -> Figure:
     """Heat maps of cross-attention: a row per timestep, a column per token, the mean of all layers.
 
-    Colours tell how much more or less than the token's mean a position looks at the token; below
-    each token stands that mean, as a share of all attention.
+    Colours tell how much more or less than the token's mean a position looks at the token; below each token stands
+    that mean, as a share of all attention.
     """
     mean = mean_over_layers(maps)
     steps, tokens, height, width = mean.shape
@@ -169,9 +160,7 @@ def relative_ticks(limit: float) -> tuple[list[float], list[str]]:
     return ticks, [f"{2.0**tick:.2g} x" for tick in ticks]
 
 
-def _label_tiles(
-    axes: Axes, maps: AttentionMaps, tile: tuple[int, int], shares: list[float]
-) -> None:
+def _label_tiles(axes: Axes, maps: AttentionMaps, tile: tuple[int, int], shares: list[float]) -> None:
     words = shown_words(maps)
     labels = [f"{word}\n{share:.1f} %" for word, share in zip(words, shares)]
     # Prompts may hold dollar signs, and long words.
@@ -181,9 +170,7 @@ def _label_tiles(
     times = [f"t = {timestep}" for timestep in maps.timesteps]
     height, width = tile
     axes.set_xticks([width / 2 + (width + _GAP) * i for i in range(len(labels))], labels, **style)
-    axes.set_yticks(
-        [height / 2 + (height + _GAP) * i for i in range(len(times))], times, fontsize=8
-    )
+    axes.set_yticks([height / 2 + (height + _GAP) * i for i in range(len(times))], times, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     layers = list(maps.maps)

@@ -1,9 +1,9 @@
 """Projectors onto what the preserved inputs do not use, and full-weight training inside of them.
 
-A Linear keeps its outputs, `(W + D) x = W x` for every preserved input `x`, if and only if `D x = 0`,
-that is `D = D P` with `P` the orthogonal projector on the null space of `C = E[x x^T]` (AlphaEdit,
-arXiv 2410.02355, for the form `D P`). Rich prompt sets leave no exact null space; then the
-projector keeps the directions with the least energy, or damps all of them smoothly.
+A Linear keeps its outputs, `(W + D) x = W x` for every preserved input `x`, if and only if `D x = 0`, that is `D = D
+P` with `P` the orthogonal projector on the null space of `C = E[x x^T]` (AlphaEdit, arXiv 2410.02355, for the form `D
+P`). Rich prompt sets leave no exact null space; then the projector keeps the directions with the least energy, or
+damps all of them smoothly.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ class NullSpaceProjector:
             spectrum = statistics.spectrum(key)
             if damping is not None:
                 if any(value is not None for value in (energy, rank, threshold, percentile)):
-                    raise ValueError(
-                        "`damping` must be given alone, got another criterion with it."
-                    )
+                    raise ValueError("`damping` must be given alone, got another criterion with it.")
                 projections[key] = damped_projection(spectrum, damping)
                 continue
             count = null_dimensions(
@@ -149,9 +147,7 @@ class NullSpaceProjector:
 
     def _key(self, linear: str) -> str:
         if linear not in self.sources:
-            raise ValueError(
-                f"The projector must cover {linear!r}, got none for it. Collect its feature too."
-            )
+            raise ValueError(f"The projector must cover {linear!r}, got none for it. Collect its feature too.")
         return self.sources[linear]
 
     def projection(self, linear: str) -> torch.Tensor:
@@ -170,9 +166,7 @@ class NullSpaceProjector:
         """Orthonormal null basis of one Linear by its dotted name."""
         key = self._key(linear)
         if key not in self._bases:
-            raise ValueError(
-                "`basis` must not be asked of a damped projector: it has no null space."
-            )
+            raise ValueError("`basis` must not be asked of a damped projector: it has no null space.")
         return self._bases[key]
 
     def project(self, delta: torch.Tensor, layer: str, slot: str) -> torch.Tensor:
@@ -201,28 +195,25 @@ def project_rows(delta: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
 class ProjectedUpdate:
     """After each step of `optimizer`, replaces every constrained weight's change by its projection.
 
-    `W <- W_before + (W - W_before) P`. It is the update that is projected and never the gradient: Adam
-    rescales element by element, which leads a projected gradient out of the null space again. Decoupled
-    weight decay is part of the update, hence projected too; still, decay of the null part of a
-    pretrained weight is silent drift, so optimizers with weight decay are refused.
+    `W <- W_before + (W - W_before) P`. It is the update that is projected and never the gradient: Adam rescales
+    element by element, which leads a projected gradient out of the null space again. Decoupled weight decay is part of
+    the update, hence projected too; still, decay of the null part of a pretrained weight is silent drift, so
+    optimizers with weight decay are refused.
 
     Use as a context manager, or call `remove()`.
 
     Args:
-        optimizer: any torch optimizer (an accelerate one is unwrapped); steps that a gradient scaler
-            skips are seen as skipped.
-        projections: `{parameter: (in_features, in_features) P}`. Every parameter that the optimizer
-            trains must be in it: one that is not would drift freely.
+        optimizer: any torch optimizer (an accelerate one is unwrapped); steps that a gradient scaler skips are seen as
+            skipped.
+        projections: `{parameter: (in_features, in_features) P}`. Every parameter that the optimizer trains must be in
+            it: one that is not would drift freely.
 
     Raises:
-        ValueError: an unconstrained parameter, a parameter that is not a matrix, a wrong width, or
-            weight decay.
+        ValueError: an unconstrained parameter, a parameter that is not a matrix, a wrong width, or weight decay.
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        projections: Mapping[torch.nn.Parameter, torch.Tensor],
+        self, optimizer: torch.optim.Optimizer, projections: Mapping[torch.nn.Parameter, torch.Tensor]
     ) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self._projections = dict(projections)

@@ -30,15 +30,13 @@ def unique(prompts: Sequence[str]) -> list[str]:
 def sub_phrases(prompts: Sequence[str]) -> list[str]:
     """The prompts and each of them with one word left out, without repetitions.
 
-    They carry the preserved set over to prompts that share its words in other company: "a photo of
-    the red digit seven" also keeps "a photo of the digit seven" and "a photo of the red digit".
+    They carry the preserved set over to prompts that share its words in other company: "a photo of the red digit
+    seven" also keeps "a photo of the digit seven" and "a photo of the red digit".
     """
     expanded = list(prompts)
     for prompt in prompts:
         words = prompt.split()
-        expanded += [
-            " ".join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1
-        ]
+        expanded += [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1]
     return unique(expanded)
 
 
@@ -49,9 +47,7 @@ def check_prompts(prompts: Sequence[str], name: str = "prompts") -> list[str]:
     prompts = list(prompts)
     wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if not prompts or wrong:
-        raise ValueError(
-            f"`{name}` must be a non-empty list of strings, got {wrong[:3] or 'none'}."
-        )
+        raise ValueError(f"`{name}` must be a non-empty list of strings, got {wrong[:3] or 'none'}.")
     return prompts
 
 

@@ -25,7 +25,6 @@ from diffusers_ext.core.settings import (
 )
 from diffusers_ext.nullspace.slots import FEATURES, check_features
 
-
 DIRECTIONS = ("generalized", "null", "soft", "plain")
 # Frozen directions have unit energy, so B holds output changes; a plain LoRA's B is far smaller.
 _RATES = {"generalized": 3e-2, "null": 3e-2, "soft": 1e-3, "plain": 1e-3}
@@ -90,8 +89,7 @@ class StatisticsSettings(Settings, title="statistics"):
         "layout",
         "folder of the tree, below the output folder",
         rule=Rule(
-            "below the output folder",
-            lambda value: not Path(value).is_absolute() and ".." not in Path(value).parts,
+            "below the output folder", lambda value: not Path(value).is_absolute() and ".." not in Path(value).parts
         ),
     )
     visual_attention_map: bool = setting(False, "draw attention maps, of every timestep and layer")
@@ -116,16 +114,12 @@ class SubjectSettings(Settings, title="subject"):
     )
     no_center_crop: bool = setting(False, "squeeze in place of cropping")
     random_flip: bool = setting(False, "mirror half of the pictures")
-    snr_gamma: float | None = setting(
-        None, "Min-SNR weighting of the loss, usually 5; none without it", rule=POSITIVE
-    )
+    snr_gamma: float | None = setting(None, "Min-SNR weighting of the loss, usually 5; none without it", rule=POSITIVE)
     with_prior_preservation: bool = setting(False, "also train on pictures of the class")
     class_data_dir: str | None = setting(None, "their folder; missing ones are drawn")
     class_prompt: str | None = setting(None, 'e.g. "a photo of a dog"')
     num_class_images: int = setting(100, "pictures of the class", rule=COUNT)
-    prior_loss_weight: float = setting(
-        1.0, "how much the loss on pictures of the class counts", rule=NOT_NEGATIVE
-    )
+    prior_loss_weight: float = setting(1.0, "how much the loss on pictures of the class counts", rule=NOT_NEGATIVE)
 
     def check(self) -> None:
         """Also what belongs together."""
@@ -135,14 +129,9 @@ class SubjectSettings(Settings, title="subject"):
         if not self.with_prior_preservation:
             return
         if not (self.class_data_dir and self.class_prompt):
-            raise ValueError(
-                "`--class_data_dir` and `--class_prompt` must be given with "
-                "`--with_prior_preservation`."
-            )
+            raise ValueError("`--class_data_dir` and `--class_prompt` must be given with `--with_prior_preservation`.")
         if Path(self.class_data_dir).is_file():
-            raise ValueError(
-                f"`class_data_dir` must be a folder, got the file {self.class_data_dir}."
-            )
+            raise ValueError(f"`class_data_dir` must be a folder, got the file {self.class_data_dir}.")
 
 
 @dataclass(kw_only=True)
@@ -152,9 +141,7 @@ class DirectionSettings(Settings, title="null space"):
     statistics: str | None = setting(None, "folder or Hub name of feature statistics")
     directions: str = setting("generalized", "which ones may change", choices=DIRECTIONS)
     rank: int = setting(1, "directions a layer", rule=COUNT)
-    eps: float = setting(
-        1e-4, "the larger, the more generalized directions may move what is known", rule=POSITIVE
-    )
+    eps: float = setting(1e-4, "the larger, the more generalized directions may move what is known", rule=POSITIVE)
     null_energy: float | None = setting(None, "share of energy left unprotected", rule=BELOW_ONE)
     preservation_weight: float = setting(
         100.0, "how much soft directions pay for moving what is known", rule=NOT_NEGATIVE
@@ -196,9 +183,7 @@ class NullSpaceSettings(
                 "it pulls the pretrained weights themselves towards zero."
             )
         if Path(self.instance_data_dir).resolve() == Path(self.output_dir).resolve():
-            raise ValueError(
-                f"`output_dir` must not be the folder of the pictures, got {self.output_dir} for both."
-            )
+            raise ValueError(f"`output_dir` must not be the folder of the pictures, got {self.output_dir} for both.")
 
 
 @dataclass(kw_only=True)
@@ -221,9 +206,7 @@ def read_layers(value: str | Sequence[int | str]) -> str | list[int]:
     try:
         return [int(index) for index in value]
     except ValueError as error:
-        raise ValueError(
-            f"`cross_attention_layers` must be 'all' or indices, got {value}."
-        ) from error
+        raise ValueError(f"`cross_attention_layers` must be 'all' or indices, got {value}.") from error
 
 
 def read_timesteps(value: str | Sequence[int | str] | None) -> str | list[int] | None:

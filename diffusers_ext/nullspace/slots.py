@@ -12,7 +12,6 @@ from diffusers_ext.core.names import did_you_mean
 from diffusers_ext.families.family import Family
 from diffusers_ext.families.registry import match_family
 
-
 FEATURES = Family.features
 SLOT_PATHS = {slot: path for _, slot, path in FEATURES.values()}
 
@@ -38,8 +37,7 @@ def check_features(features: Sequence[str]) -> tuple[str, ...]:
     unknown = [feature for feature in features if feature not in FEATURES]
     if unknown or not features:
         raise ValueError(
-            f"`features` must be among {list(FEATURES)}, got {unknown or 'none'}."
-            f"{did_you_mean(unknown, FEATURES)}"
+            f"`features` must be among {list(FEATURES)}, got {unknown or 'none'}.{did_you_mean(unknown, FEATURES)}"
         )
     return tuple(feature for feature in FEATURES if feature in features)
 
@@ -75,9 +73,7 @@ def find_linears(
         block, _, path = family.features[feature]
         names = [f"{name}.{block}.{path}" for name in blocks if f"{name}.{block}.{path}" in modules]
         if not names:
-            raise ValueError(
-                f"`features` must exist in the model, got {feature!r}, which no layer has."
-            )
+            raise ValueError(f"`features` must exist in the model, got {feature!r}, which no layer has.")
         found.update({name: modules[name] for name in names})
     return {name: found[name] for name in sorted(found, key=natural_key)}
 
@@ -89,9 +85,7 @@ def check_layers(layers: str | Iterable[int], count: int) -> list[int]:
     indices = list(layers) if isinstance(layers, Iterable) else []
     wrong = [index for index in indices if not isinstance(index, Integral)]
     if wrong or not indices or min(indices) < 0 or max(indices) >= count:
-        raise ValueError(
-            f"`layers` must be 'all' or indices from 0 to {count - 1}, got {layers!r}."
-        )
+        raise ValueError(f"`layers` must be 'all' or indices from 0 to {count - 1}, got {layers!r}.")
     return sorted({int(index) for index in indices})
 
 
@@ -100,11 +94,8 @@ def check_widths(denoiser: torch.nn.Module, widths: Mapping[str, int]) -> None:
     modules = dict(denoiser.named_modules())
     for linear, width in widths.items():
         if linear not in modules:
-            raise ValueError(
-                f"`statistics` must be of this model, got some of {linear!r}, which it lacks."
-            )
+            raise ValueError(f"`statistics` must be of this model, got some of {linear!r}, which it lacks.")
         if modules[linear].in_features != width:
             raise ValueError(
-                f"`statistics` of {linear!r} must have the model's width "
-                f"{modules[linear].in_features}, got {width}."
+                f"`statistics` of {linear!r} must have the model's width {modules[linear].in_features}, got {width}."
             )

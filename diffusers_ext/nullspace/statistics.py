@@ -19,7 +19,6 @@ from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.slots import check_widths, linear_name, split_linear_name
 from diffusers_ext.nullspace.stored_moments import check_config, restore_moments, store_moments
 
-
 TEXT = "text"  # key of the one matrix that all cross-attention K and V share
 
 
@@ -33,8 +32,8 @@ class Spectrum(NamedTuple):
 class FeatureStatistics(Artifact):
     """Second moments of the inputs of a denoiser's Linears over a preserved set of prompts.
 
-    Linears with the same input share one matrix: all cross-attention K and V read the text
-    embeddings, so one `(width, width)` matrix serves them all.
+    Linears with the same input share one matrix: all cross-attention K and V read the text embeddings, so one `(width,
+    width)` matrix serves them all.
 
     Args:
         facts: where the numbers come from: `models` (fingerprints), `prompts`, `settings`.
@@ -44,10 +43,7 @@ class FeatureStatistics(Artifact):
     weights_name = "model.safetensors"
 
     def __init__(
-        self,
-        moments: dict[str, SecondMoment | LowRankMoment],
-        sources: dict[str, str],
-        facts: dict[str, Any],
+        self, moments: dict[str, SecondMoment | LowRankMoment], sources: dict[str, str], facts: dict[str, Any]
     ) -> None:
         missing = sorted(set(sources.values()) - moments.keys())
         if missing:
@@ -94,8 +90,8 @@ class FeatureStatistics(Artifact):
         """Add the statistics of further prompts of the same model; both must cover the same Linears.
 
         Args:
-            times: count them as if seen this often; a few prompts that matter, such as those of other
-                subjects, would else drown among many.
+            times: count them as if seen this often; a few prompts that matter, such as those of other subjects, would
+                else drown among many.
 
         Raises:
             ValueError: other models, other Linears, other settings, or one of them is compressed.
@@ -107,8 +103,7 @@ class FeatureStatistics(Artifact):
             raise ValueError("`other` must cover the same Linears, got other features or layers.")
         if self.facts["settings"] != other.facts["settings"]:
             raise ValueError(
-                f"`other` must be collected with the settings {self.facts['settings']}, got "
-                f"{other.facts['settings']}."
+                f"`other` must be collected with the settings {self.facts['settings']}, got {other.facts['settings']}."
             )
         parts = [*self.moments.values(), *other.moments.values()]
         if any(isinstance(part, LowRankMoment) for part in parts):
@@ -131,9 +126,7 @@ class FeatureStatistics(Artifact):
         if not 0 < energy <= 1:
             raise ValueError(f"`energy` must be in (0, 1], got {energy}.")
         moments = {
-            key: moment
-            if isinstance(moment, LowRankMoment)
-            else LowRankMoment.from_moment(moment, energy)
+            key: moment if isinstance(moment, LowRankMoment) else LowRankMoment.from_moment(moment, energy)
             for key, moment in self.moments.items()
         }
         facts = {**self.facts, "compressed_energy": energy}
@@ -143,14 +136,14 @@ class FeatureStatistics(Artifact):
         """Check every matrix, and say how well it is conditioned.
 
         Returns:
-            `{key: {...}}` of Python values: `symmetric` (to 1e-5 of each entry), `positive_semidefinite`
-            (no eigenvalue below -1e-8), `condition_number` (largest by smallest singular value; infinite
-            where that is 0), `well_conditioned` (below 1e12) and `rank` (numerical, as in `report`). A
-            matrix with a true null space, which the method wants, is not well conditioned.
+            `{key: {...}}` of Python values: `symmetric` (to 1e-5 of each entry), `positive_semidefinite` (no
+            eigenvalue below -1e-8), `condition_number` (largest by smallest singular value; infinite where that is 0),
+            `well_conditioned` (below 1e12) and `rank` (numerical, as in `report`). A matrix with a true null space,
+            which the method wants, is not well conditioned.
 
         Raises:
-            ValueError: a matrix that rests on nothing, is not finite, or is not symmetric or has a
-                negative eigenvalue beyond the rounding of float32.
+            ValueError: a matrix that rests on nothing, is not finite, or is not symmetric or has a negative eigenvalue
+                beyond the rounding of float32.
         """
         return {key: _check_moment(key, moment) for key, moment in self.moments.items()}
 
@@ -210,9 +203,7 @@ class FeatureStatistics(Artifact):
         return {"moments": kinds, "sources": self.sources, "facts": self.facts}, tensors
 
     @classmethod
-    def _from_artifact(
-        cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]
-    ) -> FeatureStatistics:
+    def _from_artifact(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> FeatureStatistics:
         check_config(config)
         moments = restore_moments(config["moments"], tensors)
         return cls(moments, config["sources"], config["facts"])

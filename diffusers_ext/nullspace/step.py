@@ -40,10 +40,9 @@ class DreamBoothLoss:
 
     Args:
         scheduler: training noise schedule, as `training_schedule` makes it.
-        instance: condition of the instance prompt; of all prompts of the pictures where the batches
-            have an index beside mean and standard deviation, as `with_prompts` gives them.
-        class_latents, class_condition: pictures and prompt of the class; `None` without prior
-            preservation.
+        instance: condition of the instance prompt; of all prompts of the pictures where the batches have an index
+            beside mean and standard deviation, as `with_prompts` gives them.
+        class_latents, class_condition: pictures and prompt of the class; `None` without prior preservation.
         prior_loss_weight: weight of the class pictures' loss.
         snr_gamma: Min-SNR weighting (arXiv 2303.09556) when given.
     """
@@ -72,9 +71,7 @@ class DreamBoothLoss:
         if self.class_latents is not None:
             picks = torch.randint(len(self.class_latents), (len(batch[0]),), generator=generator)
             class_batch = list(self.class_latents[picks])
-            prior = self._denoising_loss(
-                model, class_batch, self.class_condition, generator, device
-            )
+            prior = self._denoising_loss(model, class_batch, self.class_condition, generator, device)
             losses.update(loss=instance + self.prior_loss_weight * prior, prior=prior)
         return losses
 
@@ -96,13 +93,9 @@ class DreamBoothLoss:
         embeds = condition.prompt_embeds.expand(count, -1, -1)
         added = {k: v.expand(count, -1) for k, v in condition.added.items()} or None
         dtype = embeds.dtype
-        prediction = model(
-            noisy.to(dtype), timesteps, embeds, added_cond_kwargs=added
-        ).sample.float()
+        prediction = model(noisy.to(dtype), timesteps, embeds, added_cond_kwargs=added).sample.float()
         kind = self.scheduler.config.prediction_type
-        target = (
-            noise if kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
-        )
+        target = noise if kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
         errors = functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
         if self.snr_gamma is not None:
             snr = compute_snr(self.scheduler, timesteps)

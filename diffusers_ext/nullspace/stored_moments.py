@@ -1,7 +1,7 @@
 """Second moments as a config and tensors, and what both must hold before anything is made of them.
 
-Whoever altered a folder on purpose gives it fitting checksums, too, so that what is read is looked at
-as such: sizes, counts, symmetry, no negative eigenvalue.
+Whoever altered a folder on purpose gives it fitting checksums, too, so that what is read is looked at as such: sizes,
+counts, symmetry, no negative eigenvalue.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
 from diffusers_ext.core.tensor_files import FLOATING
 from diffusers_ext.nullspace.slots import split_linear_name
 
-
 Moment = SecondMoment | LowRankMoment
 # Of eigenvectors in float32, k of which are as far from orthonormal as their rounding adds up to.
 _ORTHONORMAL = 1e-3
@@ -24,9 +23,7 @@ _ORTHONORMAL = 1e-3
 _ROUNDING = 1e-5
 
 
-def store_moments(
-    moments: Mapping[str, Moment],
-) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+def store_moments(moments: Mapping[str, Moment]) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
     """The config's part `moments` and the tensors, on the CPU."""
     tensors: dict[str, torch.Tensor] = {}
     kinds: dict[str, dict[str, Any]] = {}
@@ -51,9 +48,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     for name in ("moments", "sources", "facts"):
         if not isinstance(config[name], dict):
-            raise ValueError(
-                f"`{name}` must be an object, got {type(config[name]).__name__} in the config."
-            )
+            raise ValueError(f"`{name}` must be an object, got {type(config[name]).__name__} in the config.")
     for linear, key in config["sources"].items():
         split_linear_name(linear)
         if not isinstance(key, str) or key not in config["moments"]:
@@ -81,9 +76,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
             )
 
 
-def restore_moments(
-    kinds: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> dict[str, Moment]:
+def restore_moments(kinds: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Moment]:
     """The moments of `store_moments`; raises `ValueError` for those that are no second moments."""
     needed: dict[str, tuple[str, ...]] = {}
     for key, kind in kinds.items():
@@ -115,9 +108,7 @@ def restore_moments(
 def _check_kind(key: str, kind: Any) -> None:
     names = set(kind) if isinstance(kind, dict) else None
     if names not in ({"count", "rest"}, {"count", "floor"}):
-        raise ValueError(
-            f"`moments.{key}` must hold `count`, and `floor` or `rest`, got {kind!r:.80}."
-        )
+        raise ValueError(f"`moments.{key}` must hold `count`, and `floor` or `rest`, got {kind!r:.80}.")
     count = kind["count"]
     if type(count) is not int or not 0 < count < 2**63:
         raise ValueError(f"`moments.{key}.count` must be a positive integer, got {count!r}.")
@@ -131,25 +122,17 @@ def _check_kind(key: str, kind: Any) -> None:
 
 
 def _check_eigenvectors(key: str, vectors: torch.Tensor, values: torch.Tensor) -> None:
-    if (
-        vectors.ndim != 2
-        or values.shape != vectors.shape[1:]
-        or not 0 < len(values) <= len(vectors)
-    ):
+    if vectors.ndim != 2 or values.shape != vectors.shape[1:] or not 0 < len(values) <= len(vectors):
         raise ValueError(
             f"{key!r} must have eigenvectors (dim, k) and k eigenvalues, got {tuple(vectors.shape)} "
             f"and {tuple(values.shape)}."
         )
     if (values < 0).any():
-        raise ValueError(
-            f"{key!r} must have no negative eigenvalue, got {values.min().item():.3g}."
-        )
+        raise ValueError(f"{key!r} must have no negative eigenvalue, got {values.min().item():.3g}.")
     product = vectors.double().T @ vectors.double()
     error = (product - torch.eye(len(values), dtype=torch.float64)).abs().max().item()
     if error > _ORTHONORMAL:
-        raise ValueError(
-            f"{key!r} must have orthonormal eigenvectors, got an error of {error:.3g}."
-        )
+        raise ValueError(f"{key!r} must have orthonormal eigenvectors, got an error of {error:.3g}.")
 
 
 def _check_positive(key: str, total: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from diffusers_ext.core.names import by_name, imported_name
 
-
 _SOURCES = by_name({
         "diffusers_ext.planning.plan": "PhasePlan RunPlan plan_run setting_names",
         "diffusers_ext.planning.plans": "recommend_eraser_training",

@@ -11,22 +11,14 @@ import torch
 
 from diffusers_ext.planning.tracing import tensor_bytes
 
-
 # Report and configs of a result: settings, history, sampled weights that tell models apart.
 REPORT_BYTES = 8 * 1024
 # What a checkpoint holds besides tensors: random states, schedule, and the facts of its run.
 _CHECKPOINT_TEXT_BYTES = 36 * 1024
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def safetensors_bytes(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> int:
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """Size of a safetensors file: its header, which names every tensor, and the data.
 
     Args:
@@ -60,9 +52,7 @@ def optimizer_bytes(trained: Iterable[torch.Tensor]) -> int:
     return buffer.getbuffer().nbytes + 2 * tensor_bytes(trained)
 
 
-def checkpoint_bytes(
-    kept: Iterable[torch.Tensor], trained: Iterable[torch.Tensor], *, ema: bool = False
-) -> int:
+def checkpoint_bytes(kept: Iterable[torch.Tensor], trained: Iterable[torch.Tensor], *, ema: bool = False) -> int:
     """Size of one checkpoint folder.
 
     Args:

@@ -13,12 +13,7 @@ import torch
 from peft import inject_adapter_in_model
 from torch.utils._python_dispatch import _disable_current_modes
 
-from diffusers_ext.eraser.adapter.config import (
-    EraserConfig,
-    check_rank,
-    eraser_size,
-    transformer_width,
-)
+from diffusers_ext.eraser.adapter.config import EraserConfig, check_rank, eraser_size, transformer_width
 from diffusers_ext.eraser.batch import EraserText, RowMaker
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.recipe import EraserTraining
@@ -40,7 +35,6 @@ from diffusers_ext.planning.work import (
     inference_work,
     training_works,
 )
-
 
 _ADAPTER_NAME = "default"
 _STUDENT, _TEACHER, _VAE = "student's activations", "teacher's pass", "VAE"
@@ -254,13 +248,7 @@ class EraserRun:
             step = EraserStep(maker, recipe, _ADAPTER_NAME)
             return lambda: step(model, self._samples(grid, device), torch.Generator())["loss"]
 
-        work = Work(
-            _STUDENT,
-            setting.max_train_steps,
-            self.student,
-            layers=self.config.num_layers,
-            apart=3 * eraser,
-        )
+        work = Work(_STUDENT, setting.max_train_steps, self.student, layers=self.config.num_layers, apart=3 * eraser)
         batches = setting.gradient_accumulation_steps
         return training_works(work, batches, self.precision, begin, weight_decay=1e-2)
 

@@ -20,19 +20,9 @@ from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequen
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, NetworkText, TextCache
 from diffusers_ext.planning.disk import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
-from diffusers_ext.planning.images import (
-    ImageShapes,
-    encode_prompts_work,
-    guided_work,
-    redenoise_work,
-    vae_work,
-)
+from diffusers_ext.planning.images import ImageShapes, encode_prompts_work, guided_work, redenoise_work, vae_work
 from diffusers_ext.planning.models import BaseModel, module_bytes
-from diffusers_ext.planning.settings import (
-    REWARDS,
-    SEQUENCE_NETWORKS,
-    GoldenNoisePlanSettings,
-)
+from diffusers_ext.planning.settings import REWARDS, SEQUENCE_NETWORKS, GoldenNoisePlanSettings
 from diffusers_ext.planning.work import (
     OPTIMIZER,
     WEIGHT_DTYPES,
@@ -44,7 +34,6 @@ from diffusers_ext.planning.work import (
     training_works,
 )
 from diffusers_ext.rewards.hpsv2 import vit_h_14_config
-
 
 _REWARD_BATCH, _KL_WEIGHT = 16, 0.01
 # Of the tables: a row beside its prompt's text, and a file with its columns.
@@ -59,9 +48,7 @@ _CLASSES: dict[str, type[torch.nn.Module]] = {
 }
 
 
-def draft_golden_noise(
-    base: BaseModel, setting: GoldenNoisePlanSettings, *, as_on_gpu: bool = True
-) -> Draft:
+def draft_golden_noise(base: BaseModel, setting: GoldenNoisePlanSettings, *, as_on_gpu: bool = True) -> Draft:
     """The phases of making pairs and training a network.
 
     Raises:
@@ -147,9 +134,7 @@ class GoldenNoiseRun:
         trains = (_NETWORK, self._kept_name)
         phases.append(Phase("training", trains, self.training_works()))
         measured = min(setting.train_batch_size, setting.pairs)
-        work = self.validation_work(
-            measured, setting.validations * setting.validation_pairs / measured
-        )
+        work = self.validation_work(measured, setting.validations * setting.validation_pairs / measured)
         copied = (*trains, _COPY) if setting.use_ema else trains
         return [*phases, Phase("validation", copied, [work])]
 
@@ -200,10 +185,7 @@ class GoldenNoiseRun:
                 if self.sequences:
                     text = cache.take(batch["text"], device)
                     network.generate_sequence(
-                        batch["noise"],
-                        text.prompt_embeds,
-                        self.setting.num_steps,
-                        attention_mask=text.attention_mask,
+                        batch["noise"], text.prompt_embeds, self.setting.num_steps, attention_mask=text.attention_mask
                     )
 
             return repeat
@@ -273,10 +255,7 @@ def _reward_work(reward: str, pictures: int, batches: int) -> Work:
         side = model.config.vision_config.image_size
         pixels = torch.randn(rows, 3, side, side, device=device)
         tokens = torch.zeros(rows, 77, dtype=torch.long, device=device)
-        return lambda: (
-            model.get_image_features(pixel_values=pixels),
-            model.get_text_features(input_ids=tokens),
-        )
+        return lambda: (model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=tokens))
 
     name, build = "reward's activations", partial(_reward_model, reward)
     return inference_work(name, batches * pictures / rows, build, begin)

@@ -1,10 +1,9 @@
 """Published figures of GPUs.
 
-From NVIDIA's data sheets of T4, A10 and A10G, L4, L40S, A100, H100 and H200, and from its white
-papers on the architectures Ampere GA102, Ada and RTX Blackwell: memory, bandwidth, and the dense
-rates of tensor cores with float32 sums; of float32 the rate without tensor cores. PyTorch uses TF32,
-at half the rate of float16, for convolutions alone unless told otherwise. T4 has neither TF32 nor
-bfloat16, which it computes as float32.
+From NVIDIA's data sheets of T4, A10 and A10G, L4, L40S, A100, H100 and H200, and from its white papers on the
+architectures Ampere GA102, Ada and RTX Blackwell: memory, bandwidth, and the dense rates of tensor cores with float32
+sums; of float32 the rate without tensor cores. PyTorch uses TF32, at half the rate of float16, for convolutions alone
+unless told otherwise. T4 has neither TF32 nor bfloat16, which it computes as float32.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from diffusers_ext.core.names import did_you_mean
-
 
 _WITHOUT_BFLOAT16 = "T4"
 

@@ -18,7 +18,6 @@ from diffusers_ext.golden_noise.noise_statistics import match_energy, noise_stat
 from diffusers_ext.planning.models import BaseModel
 from diffusers_ext.planning.work import Job, Precision, Work, inference_work
 
-
 TIMESTEP = 500
 
 
@@ -53,8 +52,7 @@ class ImageShapes:
         families = {family.pipelines[0]: family for family in families_of("golden_noise")}
         if base.pipeline not in families:
             raise ValueError(
-                f"`model` must be a pipeline of {sorted(families)}, got {base.pipeline or 'none'} in "
-                f"{base.name}."
+                f"`model` must be a pipeline of {sorted(families)}, got {base.pipeline or 'none'} in {base.name}."
             )
         self.base, self.family = base, families[base.pipeline]
         self.config = base.component(base.denoiser).whole_config()
@@ -63,10 +61,7 @@ class ImageShapes:
         self.resolution = own if resolution is None else resolution
         multiple = scale * self.family.patch(self.config)
         if self.resolution < 1 or self.resolution % multiple:
-            raise ValueError(
-                f"`resolution` must be a multiple of {multiple} for {base.name}, got "
-                f"{self.resolution}."
-            )
+            raise ValueError(f"`resolution` must be a multiple of {multiple} for {base.name}, got {self.resolution}.")
         side = self.resolution // scale
         self.latents = (self.family.latent_channels(self.config), side, side)
         self.text = self._text()
@@ -106,9 +101,7 @@ class ImageShapes:
         pipeline_class = getattr(diffusers, self.base.pipeline)
         parameters = inspect.signature(pipeline_class.__init__).parameters
         absent: dict[str, Any] = {
-            name: None
-            for name, one in parameters.items()
-            if name != "self" and one.default is inspect.Parameter.empty
+            name: None for name, one in parameters.items() if name != "self" and one.default is inspect.Parameter.empty
         }
         if "requires_safety_checker" in parameters:
             absent["requires_safety_checker"] = False
@@ -138,9 +131,7 @@ def encode_prompts_work(shapes: ImageShapes, rows: int, times: float, precision:
     sizes = [(rows, shapes.encoder_tokens(name)) for name in names]
 
     def build() -> torch.nn.Module:
-        return torch.nn.ModuleList(
-            shapes.base.component(name).build(precision.dtype) for name in names
-        )
+        return torch.nn.ModuleList(shapes.base.component(name).build(precision.dtype) for name in names)
 
     def begin(encoders: torch.nn.Module, device: torch.device) -> Callable[[], object]:
         return lambda: [
@@ -168,9 +159,7 @@ def denoiser_work(
     return Work("denoiser's activations", times, make, kept_name)
 
 
-def guided_work(
-    shapes: ImageShapes, rows: int, guidance_scale: float, times: float, precision: Precision
-) -> Work:
+def guided_work(shapes: ImageShapes, rows: int, guidance_scale: float, times: float, precision: Precision) -> Work:
     """A step of drawing `rows` pictures; guidance doubles them inside."""
 
     def begin(pipeline: DiffusionPipeline, device: torch.device) -> Callable[[], object]:
@@ -182,9 +171,7 @@ def guided_work(
     return denoiser_work(shapes, times, precision, begin)
 
 
-def redenoise_work(
-    shapes: ImageShapes, setting: Any, rows: int, times: float, precision: Precision
-) -> Work:
+def redenoise_work(shapes: ImageShapes, setting: Any, rows: int, times: float, precision: Precision) -> Work:
     """Golden noises of `rows` pairs: two denoiser calls each, and what is noted of them."""
 
     def begin(pipeline: DiffusionPipeline, device: torch.device) -> Callable[[], object]:
@@ -207,9 +194,7 @@ def redenoise_work(
     return denoiser_work(shapes, times, precision, begin)
 
 
-def vae_work(
-    shapes: ImageShapes, rows: int, times: float, dtype: torch.dtype, *, decodes: bool
-) -> Work:
+def vae_work(shapes: ImageShapes, rows: int, times: float, dtype: torch.dtype, *, decodes: bool) -> Work:
     """The VAE turns latents of `rows` pictures into pixels at once, or pixels into latents."""
     pixels = (3, shapes.resolution, shapes.resolution)
 

@@ -21,7 +21,6 @@ from diffusers_ext.families.base_source import is_single_file
 from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.planning.tracing import tensor_bytes
 
-
 DENOISERS = ("unet", "transformer")
 
 
@@ -101,9 +100,7 @@ class BaseModel:
     def component(self, name: str) -> Component:
         """One of them; `ValueError` where there is none of that name."""
         if name not in self.components:
-            raise ValueError(
-                f"`model` must have a {name}, got {self.name} with {sorted(self.components)}."
-            )
+            raise ValueError(f"`model` must have a {name}, got {self.name} with {sorted(self.components)}.")
         return self.components[name]
 
 
@@ -118,8 +115,7 @@ def read_base_model(model: str | os.PathLike) -> BaseModel:
     Nothing is fetched, and of a folder only configs are read.
 
     Args:
-        model: such as `"SDXL"`, `"stabilityai/stable-diffusion-xl-base-1.0"` or `"CogVideoX-5b"`, or
-            a folder.
+        model: such as `"SDXL"`, `"stabilityai/stable-diffusion-xl-base-1.0"` or `"CogVideoX-5b"`, or a folder.
 
     Raises:
         ValueError: neither, or a folder of a pipeline that is not known here.
@@ -158,8 +154,7 @@ def read_folder(folder: Path) -> BaseModel:
         components[name] = Component(class_name, config)
     if not set(components) & set(DENOISERS):
         raise ValueError(
-            f"`model` must have one of {DENOISERS} with a config.json, got {folder} with "
-            f"{sorted(components)}."
+            f"`model` must have one of {DENOISERS} with a config.json, got {folder} with {sorted(components)}."
         )
     return BaseModel(str(folder), index.get("_class_name", ""), components)
 

@@ -48,15 +48,12 @@ from diffusers_ext.planning.work import (
     training_works,
 )
 
-
 _TEXT_BATCH = 16  # times `statistics_batch_size`
 _PICTURE_BYTES_PER_PIXEL = 1.5  # of a photographic PNG
 _TRAINED, _STATISTICS = "weights that train", "statistics"
 
 
-def draft_nullspace(
-    base: BaseModel, setting: NullSpacePlanSettings, *, as_on_gpu: bool = True
-) -> Draft:
+def draft_nullspace(base: BaseModel, setting: NullSpacePlanSettings, *, as_on_gpu: bool = True) -> Draft:
     """The phases of a null-space DreamBooth of Stable Diffusion or SDXL.
 
     Raises:
@@ -66,16 +63,13 @@ def draft_nullspace(
     shapes = ImageShapes(base, setting.resolution)
     if "nullspace" not in shapes.family.tools:
         raise ValueError(
-            f"`model` must be {titles_of('nullspace')} for null-space DreamBooth, got "
-            f"{base.pipeline} in {base.name}."
+            f"`model` must be {titles_of('nullspace')} for null-space DreamBooth, got {base.pipeline} in {base.name}."
         )
     setting.resolution = shapes.resolution
     run = NullSpaceRun(shapes, setting, as_on_gpu)
     notes = []
     if run.counts:
-        notes.append(
-            f"{setting.num_knowledge_prompts} preserved prompts of {setting.words_per_prompt} words."
-        )
+        notes.append(f"{setting.num_knowledge_prompts} preserved prompts of {setting.words_per_prompt} words.")
     unet, covered = run.trained_unet()
     parts = run.parts(unet, covered)
     phases, disk = run.phases(tuple(parts), covered), run.disk(unet, covered)
@@ -146,9 +140,7 @@ class NullSpaceRun:
                 weight.data = weight.data.float()
                 weight.requires_grad_(True)
         else:
-            config = LoraConfig(
-                r=setting.rank, lora_alpha=setting.rank, target_modules=list(covered.sources)
-            )
+            config = LoraConfig(r=setting.rank, lora_alpha=setting.rank, target_modules=list(covered.sources))
             with torch.device("meta"):
                 inject_adapter_in_model(config, unet, "default")
             for _, layer in lora_linears(unet):
@@ -161,11 +153,7 @@ class NullSpaceRun:
 
     def parts(self, unet: torch.nn.Module, covered: Covered) -> dict[str, int]:
         """Bytes of all that is loaded; the VAE stays in float32."""
-        sizes = {
-            name.replace("_", " "): self._size(name)
-            for name in self.shapes.base.components
-            if name != "unet"
-        }
+        sizes = {name.replace("_", " "): self._size(name) for name in self.shapes.base.components if name != "unet"}
         new = tensor_bytes(list(_adapter(unet).values()) or _trained(unet))
         sizes = {"unet": module_bytes(unet) - new, **sizes, _TRAINED: new}
         return {**sizes, _STATISTICS: covered.bytes if self.counts else 0}
@@ -188,9 +176,7 @@ class NullSpaceRun:
         phases.append(Phase("training", (*loaded, OPTIMIZER), self.training_works()))
         if setting.num_validation_prompts:
             count = setting.num_validation_prompts * setting.validations
-            drawn = self._picture_works(
-                count * setting.num_validation_images, setting.num_validation_images
-            )
+            drawn = self._picture_works(count * setting.num_validation_images, setting.num_validation_images)
             phases.append(Phase("validation", (*loaded, OPTIMIZER), drawn))
         return phases
 
@@ -274,12 +260,7 @@ class NullSpaceRun:
             return lambda: ProjectedUpdate(optimizer, projections)
 
         covered = self.trained_unet()[1] if soft else None
-        work = Work(
-            "activations and gradients",
-            setting.max_train_steps,
-            lambda: self.trained_unet()[0],
-            OPTIMIZER,
-        )
+        work = Work("activations and gradients", setting.max_train_steps, lambda: self.trained_unet()[0], OPTIMIZER)
         options = {"update": update} if setting.full_finetune else {}
         batches = setting.gradient_accumulation_steps
         return training_works(work, batches, self.precision, begin, **options)
@@ -328,9 +309,7 @@ def _adapter(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _projections(
-    weights: list[torch.nn.Parameter], device: torch.device
-) -> Mapping[torch.nn.Parameter, torch.Tensor]:
+def _projections(weights: list[torch.nn.Parameter], device: torch.device) -> Mapping[torch.nn.Parameter, torch.Tensor]:
     """A projection for each weight; those of one width share it, as Linears with one input do."""
     widths = {weight.shape[1] for weight in weights}
     shared = {n: torch.zeros(n, n, dtype=torch.float64, device=device) for n in widths}

@@ -15,11 +15,7 @@ from diffusers_ext.planning.golden_noise import draft_golden_noise
 from diffusers_ext.planning.gpus import Gpu, find_gpu
 from diffusers_ext.planning.models import read_base_model
 from diffusers_ext.planning.nullspace import draft_nullspace
-from diffusers_ext.planning.settings import (
-    EraserPlanSettings,
-    GoldenNoisePlanSettings,
-    NullSpacePlanSettings,
-)
+from diffusers_ext.planning.settings import EraserPlanSettings, GoldenNoisePlanSettings, NullSpacePlanSettings
 from diffusers_ext.planning.table import plan_text
 from diffusers_ext.planning.work import (
     BANDWIDTH_UTILIZATION,
@@ -33,7 +29,6 @@ from diffusers_ext.planning.work import (
     measured_seconds,
     trace_work,
 )
-
 
 GIB = 2**30
 HERE = "here"
@@ -171,10 +166,9 @@ def plan_run(
 
     Args:
         tool: `"nullspace"`, `"golden-noise"` or `"eraser"`.
-        model: a published base model such as `"SDXL"` or `"zai-org/CogVideoX-5b"`, or the folder of a
-            pipeline.
-        gpu: a card such as `"RTX 4090"`, whose published figures give the time; `"here"` times one
-            repetition of each step on the device at hand, with random weights. No time when `None`.
+        model: a published base model such as `"SDXL"` or `"zai-org/CogVideoX-5b"`, or the folder of a pipeline.
+        gpu: a card such as `"RTX 4090"`, whose published figures give the time; `"here"` times one repetition of each
+            step on the device at hand, with random weights. No time when `None`.
         memory_gib: of the device, in place of what is known of it.
         exact: all blocks of a model are traced; otherwise a few, and the rest is linear in their number.
         setting: of the run, by the names of the training scripts; see `setting_names`.
@@ -188,8 +182,7 @@ def plan_run(
     unknown = sorted(setting.keys() - set(names))
     if unknown:
         raise ValueError(
-            f"`setting` of {tool!r} must be among {names}, got {unknown[0]!r}. Leave it out, or check "
-            "its name."
+            f"`setting` of {tool!r} must be among {names}, got {unknown[0]!r}. Leave it out, or check its name."
         )
     target = _find_target(gpu, memory_gib)
     base = read_base_model(model)
@@ -299,8 +292,7 @@ def _time_assumptions(target: _Target, timed: bool) -> list[str]:
         ]
     if timed:
         return [
-            "One repetition of each step was timed on this device with random weights (median), and "
-            "multiplied.",
+            "One repetition of each step was timed on this device with random weights (median), and multiplied.",
             _TIME,
         ]
     if target.device is not None:

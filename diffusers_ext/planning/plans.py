@@ -8,19 +8,16 @@ from typing import Any
 
 from diffusers_ext.planning.plan import GIB, RunPlan, plan_run
 
-
 _SMALL_RANK, _MOST_ROWS = 32, 8
 _FEWER_FRAMES = (81, 49, 33, 17, 9)
 
 
-def recommend_eraser_training(
-    model: str | os.PathLike, memory_gib: float, **setting: Any
-) -> RunPlan:
+def recommend_eraser_training(model: str | os.PathLike, memory_gib: float, **setting: Any) -> RunPlan:
     """The plan that loses least and fits a GPU; the smallest that was tried where nothing does.
 
-    Clips stay as asked for as long as anything fits: first without gradient checkpointing, then with
-    it, then with target and preserved rows in turn, then with a small rank; after that clips get
-    shorter. Where it fits with room, rows are doubled.
+    Clips stay as asked for as long as anything fits: first without gradient checkpointing, then with it, then with
+    target and preserved rows in turn, then with a small rank; after that clips get shorter. Where it fits with room,
+    rows are doubled.
 
     Args:
         model: as for `plan_run`.
@@ -42,9 +39,7 @@ def recommend_eraser_training(
     return smallest
 
 
-def _frugal(
-    model: str | os.PathLike, memory_gib: float, setting: dict[str, Any]
-) -> Iterator[RunPlan]:
+def _frugal(model: str | os.PathLike, memory_gib: float, setting: dict[str, Any]) -> Iterator[RunPlan]:
     """Plans with everything that saves memory, from the clips asked for to the shortest."""
     saving = {"target_rows": 1, "preserved_rows": 1, "separate_passes": True}
     saving["gradient_checkpointing"] = True
@@ -58,9 +53,7 @@ def _frugal(
                 yield plan_run("eraser", model, memory_gib=memory_gib, **less)
 
 
-def _least_frugal(
-    model: str | os.PathLike, memory_gib: float, setting: dict[str, Any], frugal: RunPlan
-) -> RunPlan:
+def _least_frugal(model: str | os.PathLike, memory_gib: float, setting: dict[str, Any], frugal: RunPlan) -> RunPlan:
     """The first that fits of the plans that save less than one that fits."""
     size = {name: frugal.setting[name] for name in ("num_frames", "rank")}
     for checkpointing in (False, True):

@@ -24,7 +24,6 @@ from diffusers_ext.core.settings import (
     setting,
 )
 
-
 DIRECTIONS = ("generalized", "null", "soft", "plain")
 LATENTS_SOURCES = ("trajectory", "video", "noise")
 NETWORKS = ("golden_noise_model", "npnet", "transformer", "rnn")
@@ -39,15 +38,11 @@ class PlannedRun(Settings):
     max_train_steps: int | None = as_in(TrainingSettings, "max_train_steps", default=600)
     gradient_accumulation_steps: int = setting(1, "batches of a step", rule=COUNT)
     gradient_checkpointing: bool = as_in(TrainingSettings, "gradient_checkpointing", default=False)
-    mixed_precision: str = as_in(
-        ModelSettings, "mixed_precision", default="no", help="no, fp16 or bf16"
-    )
+    mixed_precision: str = as_in(ModelSettings, "mixed_precision", default="no", help="no, fp16 or bf16")
     num_inference_steps: int = as_in(SamplingSettings, "num_inference_steps", default=50)
     validation_steps: int | None = as_in(ReportingSettings, "validation_steps", default=None)
     checkpointing_steps: int | None = as_in(TrainingSettings, "checkpointing_steps", default=None)
-    checkpoints_total_limit: int | None = as_in(
-        TrainingSettings, "checkpoints_total_limit", default=None
-    )
+    checkpoints_total_limit: int | None = as_in(TrainingSettings, "checkpoints_total_limit", default=None)
 
     @property
     def validations(self) -> int:
@@ -86,17 +81,11 @@ class EraserPlanSettings(PlannedRun):
         "trajectory, video or noise; for the last two the teacher is asked in each step",
         choices=LATENTS_SOURCES,
     )
-    num_target_trajectories: int = setting(
-        16, "clips of the concept that the teacher samples", rule=COUNT
-    )
-    num_preserved_trajectories: int = setting(
-        32, "clips of what is kept that it samples", rule=COUNT
-    )
+    num_target_trajectories: int = setting(16, "clips of the concept that the teacher samples", rule=COUNT)
+    num_preserved_trajectories: int = setting(32, "clips of what is kept that it samples", rule=COUNT)
     points_per_trajectory: int = setting(16, "states kept of each", rule=COUNT)
     sampling_batch_size: int = setting(1, "clips that the teacher samples at once", rule=COUNT)
-    trajectories_dtype: str = setting(
-        "fp32", "fp32 or fp16, of the kept states", choices=("fp32", "fp16")
-    )
+    trajectories_dtype: str = setting("fp32", "fp32 or fp16, of the kept states", choices=("fp32", "fp16"))
     num_prompts: int = setting(64, "encoded in all", rule=COUNT)
     text_batch_size: int = setting(8, "prompts encoded at once", rule=COUNT)
     validation: bool = setting(False, "clips are decoded in the course of training")
@@ -118,13 +107,9 @@ class NullSpacePlanSettings(PlannedRun):
     layers: str | list[int] = setting("all", "all, or indices", several=True)
     directions: str = setting("generalized", "generalized, null, soft or plain", choices=DIRECTIONS)
     full_finetune: bool = setting(False, "whole weights in place of a LoRA")
-    train_batch_size: int = as_in(
-        TrainingSettings, "train_batch_size", default=4, help="pictures of a batch"
-    )
+    train_batch_size: int = as_in(TrainingSettings, "train_batch_size", default=4, help="pictures of a batch")
     num_knowledge_prompts: int = setting(100, "preserved prompts", rule=COUNT)
-    words_per_prompt: int = setting(
-        6, "of each, for the phrases with one word left out", rule=COUNT
-    )
+    words_per_prompt: int = setting(6, "of each, for the phrases with one word left out", rule=COUNT)
     no_sub_phrases: bool = setting(False, "leave these out")
     statistics_batch_size: int = setting(4, "prompts of a denoising run", rule=COUNT)
     guidance_scale: float = as_in(SamplingSettings, "guidance_scale", default=7.5, rule=None)
@@ -174,31 +159,17 @@ class GoldenNoisePlanSettings(PlannedRun):
     reward: str | None = setting("hpsv2", "hpsv2, pickscore, clip_score, or none to keep all pairs")
     guidance_scale: float = as_in(SamplingSettings, "guidance_scale", default=7.5, rule=None)
     kept_share: float = setting(
-        1.0,
-        "of the pairs that the filter keeps",
-        rule=Rule("in (0, 1]", lambda value: 0 < value <= 1),
+        1.0, "of the pairs that the filter keeps", rule=Rule("in (0, 1]", lambda value: 0 < value <= 1)
     )
-    network: str = setting(
-        "golden_noise_model", "golden_noise_model, npnet, transformer or rnn", choices=NETWORKS
-    )
-    structure: dict[str, Any] | None = setting(
-        None, "fields of the network's config, as a JSON object"
-    )
-    train_batch_size: int | None = setting(
-        None, "pairs of a batch; what suits the network without it", rule=COUNT
-    )
-    max_train_steps: int | None = setting(
-        None, "optimizer steps; those of the script's epochs without it", rule=COUNT
-    )
+    network: str = setting("golden_noise_model", "golden_noise_model, npnet, transformer or rnn", choices=NETWORKS)
+    structure: dict[str, Any] | None = setting(None, "fields of the network's config, as a JSON object")
+    train_batch_size: int | None = setting(None, "pairs of a batch; what suits the network without it", rule=COUNT)
+    max_train_steps: int | None = setting(None, "optimizer steps; those of the script's epochs without it", rule=COUNT)
     use_ema: bool = setting(False, "averaged weights are kept and saved")
     text_batch_size: int = setting(32, "prompts encoded at once for the training", rule=COUNT)
-    text_cache_dtype: str = setting(
-        "fp16", "fp16 or fp32, of the kept embeddings", choices=("fp16", "fp32")
-    )
+    text_cache_dtype: str = setting("fp16", "fp16 or fp32, of the kept embeddings", choices=("fp16", "fp32"))
     validation_split: float = setting(0.05, "share of the prompts that is held out", rule=BELOW_ONE)
-    num_validation_pairs: int = setting(
-        256, "measured at most, of each side of the split", rule=COUNT
-    )
+    num_validation_pairs: int = setting(256, "measured at most, of each side of the split", rule=COUNT)
 
     def check(self) -> None:
         """Also that there is something to train on; batch and steps are then the script's own."""

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
 _LINE = 88
 _SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _TIMES = ((86400, "d"), (3600, "h"), (60, "min"))
@@ -102,8 +101,5 @@ def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _assumptions(sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
-    lines = [
-        textwrap.fill(sentence, _LINE, initial_indent="- ", subsequent_indent="  ")
-        for sentence in sentences
-    ]
+    lines = [textwrap.fill(sentence, _LINE, initial_indent="- ", subsequent_indent="  ") for sentence in sentences]
     return "\n".join(["Assumed, not measured:", *lines])

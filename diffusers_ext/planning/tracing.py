@@ -14,20 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    flop_registry,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-    shape_wrapper,
-)
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 
 @contextmanager
 def gpu_autocast(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Autocast on the CPU with what a GPU does besides: its norms compute in float32 and give float32.
 
-    Only for a model that is thrown away: its norms stay so, for gradient checkpointing runs them again
-    in the backward pass.
+    Only for a model that is thrown away: its norms stay so, for gradient checkpointing runs them again in the backward
+    pass.
     """
     if dtype == torch.float32:
         yield
@@ -39,9 +34,7 @@ def gpu_autocast(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _float32_norm(
-    module: torch.nn.LayerNorm | torch.nn.GroupNorm, features: torch.Tensor
-) -> torch.Tensor:
+def _float32_norm(module: torch.nn.LayerNorm | torch.nn.GroupNorm, features: torch.Tensor) -> torch.Tensor:
     affine = (None if p is None else p.float() for p in (module.weight, module.bias))
     if isinstance(module, torch.nn.GroupNorm):
         return functional.group_norm(features.float(), module.num_groups, *affine, module.eps)
@@ -51,8 +44,8 @@ def _float32_norm(
 class MemoryTrace(TorchDispatchMode):
     """Counts the bytes of tensors that are alive among those created while it is on.
 
-    Workspaces inside of kernels and the rounding of allocators are not seen. Under `fake_tensors`
-    the same is counted without any memory.
+    Workspaces inside of kernels and the rounding of allocators are not seen. Under `fake_tensors` the same is counted
+    without any memory.
 
     Args:
         known: tensors that exist already; neither they nor their views count.
@@ -162,8 +155,8 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 class OperationTrace(MemoryTrace):
     """Counts kernels besides memory, by what each of them computes and moves.
 
-    Views are no kernels. The counts are those of `torch.utils.flop_counter`. A tensor without data that
-    is read as a number is 1, or true.
+    Views are no kernels. The counts are those of `torch.utils.flop_counter`. A tensor without data that is read as a
+    number is 1, or true.
 
     Args:
         known: as for `MemoryTrace`.
@@ -202,9 +195,7 @@ class OperationTrace(MemoryTrace):
             self._count_operation(function, args, kwargs, result)
         return result
 
-    def _count_operation(
-        self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any
-    ) -> None:
+    def _count_operation(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if not read or not written:

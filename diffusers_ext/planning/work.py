@@ -24,7 +24,6 @@ from diffusers_ext.planning.tracing import (
     gpu_autocast,
 )
 
-
 OPTIMIZER = "optimizer"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of a GPU's published rates; what eager PyTorch reaches in models of this kind, by and large.
@@ -94,8 +93,8 @@ class Work:
         name: of what its memory is used for.
         times: how often it is done in a run.
         make: a new job; takes `num_layers` of the model where there are `layers`.
-        kept_name: of what stays between two repetitions and after them, as an optimizer's state does;
-            where there is nothing worth a name, it counts as `name`.
+        kept_name: of what stays between two repetitions and after them, as an optimizer's state does; where there is
+            nothing worth a name, it counts as `name`.
         layers: blocks of the job's model where it is traced with fewer; everything is linear in them.
         apart: bytes of its memory that other names stand for.
     """
@@ -274,8 +273,7 @@ def gpu_seconds(operations: Counter[Operation], gpu: Gpu) -> float:
     return sum(
         count
         * max(
-            operation.flops
-            / (gpu.flops(operation.dtype, operation.convolution) * MATMUL_UTILIZATION),
+            operation.flops / (gpu.flops(operation.dtype, operation.convolution) * MATMUL_UTILIZATION),
             operation.bytes / bandwidth,
             LAUNCH_SECONDS,
         )
@@ -302,9 +300,7 @@ def measured_seconds(work: Work, device: torch.device) -> float:
     repeat = begin(device)
     _seconds(repeat, device)
     times: list[float] = []
-    while len(times) < _LEAST_REPEATS or (
-        len(times) < _MOST_REPEATS and sum(times) < _TIMED_SECONDS
-    ):
+    while len(times) < _LEAST_REPEATS or (len(times) < _MOST_REPEATS and sum(times) < _TIMED_SECONDS):
         times.append(_seconds(repeat, device))
     return statistics.median(times)
 

@@ -15,7 +15,6 @@ from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.core.sources import check_download_arguments
 from diffusers_ext.rewards.reward import check_pairs, check_scores
 
-
 CLIPRewardType = TypeVar("CLIPRewardType", bound="CLIPReward")
 ProcessorRewardType = TypeVar("ProcessorRewardType", bound="ProcessorReward")
 # What transformers takes for "the largest id": https://github.com/huggingface/transformers/pull/24773
@@ -27,9 +26,7 @@ class CLIPReward:
 
     name: ClassVar[str]
 
-    def __init__(
-        self, model: CLIPModel, tokenizer: Any, *, version: str, batch_size: int = 16
-    ) -> None:
+    def __init__(self, model: CLIPModel, tokenizer: Any, *, version: str, batch_size: int = 16) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         config = model.config.text_config
@@ -112,13 +109,7 @@ class ProcessorReward(CLIPReward):
     default_version: ClassVar[str | None] = None  # the last part of the model's name when `None`
 
     def __init__(
-        self,
-        model: CLIPModel,
-        image_processor: Any,
-        tokenizer: Any,
-        *,
-        version: str,
-        batch_size: int = 16,
+        self, model: CLIPModel, image_processor: Any, tokenizer: Any, *, version: str, batch_size: int = 16
     ) -> None:
         super().__init__(model, tokenizer, version=version, batch_size=batch_size)
         self.image_processor = image_processor
@@ -138,13 +129,11 @@ class ProcessorReward(CLIPReward):
         """Load the model and its preprocessing from a folder or from the Hub.
 
         Args:
-            pretrained_model_name_or_path: a local folder, or `"user/name"`; the published model
-                when `None`.
-            processor: folder or repository of tokenizer and image preprocessing. When `None`,
-                that of the published metric, or the folder itself if the model is a local one.
+            pretrained_model_name_or_path: a local folder, or `"user/name"`; the published model when `None`.
+            processor: folder or repository of tokenizer and image preprocessing. When `None`, that of the published
+                metric, or the folder itself if the model is a local one.
             version: what results call this model; the metric's own when `None`.
-            download_arguments: `revision` (of the model), `cache_dir`, `token`,
-                `local_files_only`.
+            download_arguments: `revision` (of the model), `cache_dir`, `token`, `local_files_only`.
 
         Raises:
             ValueError: the model is of another kind, or lacks weights.
@@ -173,9 +162,7 @@ class ProcessorReward(CLIPReward):
         if str(processor) != source:
             download_arguments.pop("revision", None)
         # torchvision is not a dependency, so the PIL backend is asked for by name.
-        image_processor = AutoImageProcessor.from_pretrained(
-            str(processor), backend="pil", **download_arguments
-        )
+        image_processor = AutoImageProcessor.from_pretrained(str(processor), backend="pil", **download_arguments)
         tokenizer = AutoTokenizer.from_pretrained(str(processor), **download_arguments)
         version = version or cls.default_version or Path(source).name
         parts = (model.to(device), image_processor, tokenizer)
@@ -187,19 +174,16 @@ class ProcessorReward(CLIPReward):
 
     def _tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         limit = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        )
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return {key: tokens[key] for key in ("input_ids", "attention_mask")}
 
 
 class CLIPScoreReward(ProcessorReward):
     """`max(100 * cos(text, image), 0)`, between 0 and 100.
 
-    The scale is that of torchmetrics and of diffusers' evaluation guide. The paper (Hessel et
-    al., arXiv 2104.08718) has the factor 2.5 and puts "A photo depicts" before each caption;
-    neither is done here. Numbers compare only within one CLIP model, which is the `version`:
-    the last part of its repository or folder, unless another is given.
+    The scale is that of torchmetrics and of diffusers' evaluation guide. The paper (Hessel et al., arXiv 2104.08718)
+    has the factor 2.5 and puts "A photo depicts" before each caption; neither is done here. Numbers compare only
+    within one CLIP model, which is the `version`: the last part of its repository or folder, unless another is given.
     """
 
     name = "clip_score"
@@ -212,8 +196,8 @@ class CLIPScoreReward(ProcessorReward):
 class PickScoreReward(ProcessorReward):
     """`exp(logit_scale) * cos(text, image)`, the scale trained with the model (arXiv 2305.01569).
 
-    Scores of one prompt's pictures compare; their softmax is the probability that people pick
-    each. Scores of different prompts do not.
+    Scores of one prompt's pictures compare; their softmax is the probability that people pick each. Scores of
+    different prompts do not.
     """
 
     name = "pickscore"

@@ -24,7 +24,6 @@ from diffusers_ext.core.sources import check_download_arguments, files_on_hub
 from diffusers_ext.core.tensor_files import read_pickled_tensors, read_tensors
 from diffusers_ext.rewards.clip import CLIPReward
 
-
 _REMEDY = "It must be a checkpoint of nothing but tensors, and may be truncated: download it again."
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 _OUTSIDE_BLOCKS = {
@@ -41,10 +40,7 @@ _OUTSIDE_BLOCKS = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
     "logit_scale": "logit_scale",
 }
-_TRANSPOSED = {
-    "visual.proj": "visual_projection.weight",
-    "text_projection": "text_projection.weight",
-}
+_TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 _IN_BLOCKS = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -76,9 +72,7 @@ def vit_h_14_config() -> CLIPConfig:
         "eos_token_id": 49407,
         "pad_token_id": 0,
     }
-    return CLIPConfig(
-        text_config={**text, **shared}, vision_config={**vision, **shared}, projection_dim=1024
-    )
+    return CLIPConfig(text_config={**text, **shared}, vision_config={**vision, **shared}, projection_dim=1024)
 
 
 def map_open_clip(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -111,9 +105,7 @@ def _map_inside(name: str, tensor: torch.Tensor, key: str) -> list[tuple[str, to
     raise ValueError(f"`state_dict` must hold an open_clip CLIP model, got the key {key}.")
 
 
-def check_weights(
-    weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
-) -> None:
+def check_weights(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """Raise `ValueError` unless names and shapes are those of `expected`, one for one."""
     surplus = sorted(weights.keys() - expected.keys())
     missing = sorted(expected.keys() - weights.keys())
@@ -125,8 +117,7 @@ def check_weights(
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
-                f"`{name}` must have shape {tuple(expected[name].shape)}, got "
-                f"{tuple(tensor.shape)} in the checkpoint."
+                f"`{name}` must have shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)} in the checkpoint."
             )
 
 
@@ -148,9 +139,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return weights
 
 
-def load_open_clip(
-    path: str | os.PathLike, config: CLIPConfig, dtype: torch.dtype = torch.float32
-) -> CLIPModel:
+def load_open_clip(path: str | os.PathLike, config: CLIPConfig, dtype: torch.dtype = torch.float32) -> CLIPModel:
     """A `CLIPModel` with an open_clip checkpoint's weights, strictly.
 
     Args:
@@ -176,8 +165,8 @@ TOKENIZER_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 def letterbox(image: Image.Image, size: int = 224, *, antialias: bool = True) -> torch.Tensor:
     """Resize the longer side to `size`, pad the shorter with black on both ends, normalise.
 
-    As https://github.com/tgxs002/HPSv2/tree/866735ecaae999fa714bd9edfa05aa2672669ee3 does it:
-    bicubic on the float tensor, overshoots kept, the smaller half of the padding left and above.
+    As https://github.com/tgxs002/HPSv2/tree/866735ecaae999fa714bd9edfa05aa2672669ee3 does it: bicubic on the float
+    tensor, overshoots kept, the smaller half of the padding left and above.
 
     Args:
         image: of any mode; on white where it is transparent (the official code fails on an alpha channel).
@@ -193,11 +182,7 @@ def letterbox(image: Image.Image, size: int = 224, *, antialias: bool = True) ->
         # Python's rounding (half to even), as the official code.
         height, width = (max(round(side * (size / longer)), 1) for side in pixels.shape[-2:])
         pixels = F.interpolate(
-            pixels[None],
-            size=(height, width),
-            mode="bicubic",
-            align_corners=False,
-            antialias=antialias,
+            pixels[None], size=(height, width), mode="bicubic", align_corners=False, antialias=antialias
         )[0]
     below, right = size - pixels.shape[-2], size - pixels.shape[-1]
     pixels = F.pad(pixels, (right // 2, right - right // 2, below // 2, below - below // 2))
@@ -219,8 +204,8 @@ def import_ftfy() -> ModuleType:
 def clean_prompt(prompt: str) -> str:
     """Repair mojibake, unescape HTML twice, join white space, lower the case.
 
-    CLIP tokenizers of transformers do only the last two, so they give other tokens for curly
-    quotes, HTML entities and full-width letters.
+    CLIP tokenizers of transformers do only the last two, so they give other tokens for curly quotes, HTML entities and
+    full-width letters.
     """
     text = html.unescape(html.unescape(import_ftfy().fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip().lower()
@@ -243,22 +228,17 @@ def check_version(version: str) -> str:
     return version
 
 
-def locate_checkpoint(
-    source: str | os.PathLike, version: str, download_arguments: dict[str, Any]
-) -> Path:
+def locate_checkpoint(source: str | os.PathLike, version: str, download_arguments: dict[str, Any]) -> Path:
     """Path of a version's checkpoint, downloaded when `source` is neither a file nor a folder.
 
     Args:
-        source: the file itself, a folder with the published file or the same as
-            `.safetensors`, or `"user/name"`.
+        source: the file itself, a folder with the published file or the same as `.safetensors`, or `"user/name"`.
     """
     name, path = CHECKPOINTS[check_version(version)], Path(source)
     if path.is_file():
         stems = {Path(file).stem: published for published, file in CHECKPOINTS.items()}
         if stems.get(path.stem, version) != version:
-            raise ValueError(
-                f"`version` must be {stems[path.stem]!r} for {path.name}, got {version!r}."
-            )
+            raise ValueError(f"`version` must be {stems[path.stem]!r} for {path.name}, got {version!r}.")
         return path
     if path.is_dir():
         candidates = [path / name, (path / name).with_suffix(".safetensors")]
@@ -282,26 +262,19 @@ def locate_checkpoint(
 class HPSv2Reward(CLIPReward):
     """`cos(text, image)` of a CLIP trained on ranked pictures (arXiv 2306.09341).
 
-    The number that `hpsv2.score` gives; the tables of its authors show it times 100. Needs the
-    extra `rewards` (ftfy).
+    The number that `hpsv2.score` gives; the tables of its authors show it times 100. Needs the extra `rewards` (ftfy).
 
     Args:
         model: transformers' `CLIPModel` with the weights; it is frozen and set to eval mode.
         version: `"v2.0"` or `"v2.1"`. The attribute `version` also tells of `antialias=False`.
-        antialias: smooth before shrinking, as torchvision does since 0.17; `False` gives the
-            numbers of an older torchvision, which differ by up to 0.003 in the tests' tiny model.
+        antialias: smooth before shrinking, as torchvision does since 0.17; `False` gives the numbers of an older
+            torchvision, which differ by up to 0.003 in the tests' tiny model.
     """
 
     name = "hpsv2"
 
     def __init__(
-        self,
-        model: CLIPModel,
-        tokenizer: Any,
-        *,
-        version: str = "v2.1",
-        antialias: bool = True,
-        batch_size: int = 16,
+        self, model: CLIPModel, tokenizer: Any, *, version: str = "v2.1", antialias: bool = True, batch_size: int = 16
     ) -> None:
         import_ftfy()
         label = check_version(version) + ("" if antialias else "+no-antialias")
@@ -325,14 +298,13 @@ class HPSv2Reward(CLIPReward):
         """Load a published checkpoint from a file, a folder or the Hub.
 
         Args:
-            pretrained_model_name_or_path: a checkpoint, a folder that holds the version's
-                checkpoint under its published name, or `"user/name"`.
+            pretrained_model_name_or_path: a checkpoint, a folder that holds the version's checkpoint under its
+                published name, or `"user/name"`.
             version: `"v2.0"` (what `hpsv2.score` takes unless told otherwise) or `"v2.1"`.
-            tokenizer: folder or repository of CLIP's tokenizer. When `None`, the folder of the
-                checkpoint if it holds one, else `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
+            tokenizer: folder or repository of CLIP's tokenizer. When `None`, the folder of the checkpoint if it holds
+                one, else `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
             config: structure of the checkpoint; ViT-H-14 when `None`, as published.
-            download_arguments: `revision` (of the checkpoint), `cache_dir`, `token`,
-                `local_files_only`.
+            download_arguments: `revision` (of the checkpoint), `cache_dir`, `token`, `local_files_only`.
 
         Raises:
             ValueError: no such version or file, or the weights are not the model's.

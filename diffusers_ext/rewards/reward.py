@@ -25,17 +25,13 @@ class Reward(Protocol):
         ...
 
 
-def check_pairs(
-    images: Sequence[Image.Image], prompts: Sequence[str]
-) -> tuple[list[Image.Image], list[str]]:
+def check_pairs(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
     """Both as lists."""
     pictures, texts = list(images), list(prompts)
     if not pictures:
         raise ValueError("`images` must hold at least one picture, got none.")
     if isinstance(prompts, str) or len(texts) != len(pictures):
-        raise ValueError(
-            f"`prompts` must hold one prompt per image ({len(pictures)}), got {prompts!r:.80}."
-        )
+        raise ValueError(f"`prompts` must hold one prompt per image ({len(pictures)}), got {prompts!r:.80}.")
     for name, items, kind in (("images", pictures, Image.Image), ("prompts", texts, str)):
         wrong = [type(item).__name__ for item in items if not isinstance(item, kind)]
         if wrong:
@@ -43,9 +39,7 @@ def check_pairs(
     return pictures, texts
 
 
-def checked_scores(
-    reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str]
-) -> torch.Tensor:
+def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
     """The scores of any reward, the user's own included, after a look at what it gave.
 
     Returns:
@@ -63,8 +57,7 @@ def check_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tensor
     values = torch.as_tensor(scores).detach().to("cpu", torch.float32)
     if values.shape != (len(prompts),):
         raise ValueError(
-            f"The scores of {name!r} must have shape ({len(prompts)},), one per image, got "
-            f"{tuple(values.shape)}."
+            f"The scores of {name!r} must have shape ({len(prompts)},), one per image, got {tuple(values.shape)}."
         )
     broken = torch.nonzero(~values.isfinite()).flatten().tolist()
     if broken:

@@ -1,8 +1,8 @@
 """Train a golden-noise network: from pairs NPNet or GoldenNoiseModel, from sequences a transformer or an RNN.
 
     accelerate launch -m diffusers_ext.training.noise --model golden_noise_model \\
-        --pretrained_model_name_or_path examples/digits/model \\
-        --dataset_dir outputs/pairs --use_ema --output_dir outputs/golden_noise_model
+        --pretrained_model_name_or_path examples/digits/model \\ --dataset_dir outputs/pairs --use_ema --output_dir
+        outputs/golden_noise_model
 
 The flags of sequence networks are shown by `--model transformer --help`.
 """
@@ -15,11 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss
-from diffusers_ext.golden_noise.settings import (
-    NoiseSettings,
-    PairNetworkSettings,
-    SequenceNetworkSettings,
-)
+from diffusers_ext.golden_noise.settings import NoiseSettings, PairNetworkSettings, SequenceNetworkSettings
 from diffusers_ext.training.golden_noise.data import sequence_steps, target_steps
 from diffusers_ext.training.golden_noise.result import measure_pairs, measure_sequences
 from diffusers_ext.training.golden_noise.run import NoiseTask, train_network
@@ -27,7 +23,6 @@ from diffusers_ext.training.run.config_file import read_config
 from diffusers_ext.training.run.script import one_run_a_folder, run_script
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
-
 
 SEQUENCE_NETWORKS = ("transformer", "rnn")
 # Only NPNet reads padding like other tokens.
@@ -41,9 +36,7 @@ PAIRS = NoiseTask(
 SEQUENCES = NoiseTask(
     "noise-sequence",
     sequence_steps,
-    lambda settings, cache, device: SequenceLoss(
-        cache, device, bool(settings.pooled_text), settings.kl_weight
-    ),
+    lambda settings, cache, device: SequenceLoss(cache, device, bool(settings.pooled_text), settings.kl_weight),
     lambda settings: measure_sequences(pooled=bool(settings.pooled_text)),
 )
 

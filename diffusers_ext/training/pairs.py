@@ -1,9 +1,8 @@
 """Make noise pairs (`--num_steps 1`) or sequences (more) whose golden noise suits its prompt.
 
     accelerate launch training/generate_npd.py \\
-        --pretrained_model_name_or_path examples/digits/model --prompt_file prompts.txt \\
-        --reward examples.digits.rewards:DigitsReward --num_inference_steps 6 \\
-        --guidance_scale 1.5 --output_dir outputs/pairs
+        --pretrained_model_name_or_path examples/digits/model --prompt_file prompts.txt \\ --reward
+        examples.digits.rewards:DigitsReward --num_inference_steps 6 \\ --guidance_scale 1.5 --output_dir outputs/pairs
 """
 
 from __future__ import annotations
@@ -36,18 +35,13 @@ from diffusers_ext.training.golden_noise.pairs import (
     summarize,
     write_report,
 )
-from diffusers_ext.training.golden_noise.rendering import (
-    latent_shape,
-    load_base_pipeline,
-    read_prompt_file,
-)
+from diffusers_ext.training.golden_noise.rendering import latent_shape, load_base_pipeline, read_prompt_file
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
 from diffusers_ext.training.run.script import one_run_a_folder, pairs_words, run_script
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
 from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
 from diffusers_ext.training.run.upload import check_login
-
 
 logger = get_logger(__name__)
 
@@ -64,10 +58,7 @@ def read_prompts(settings: PairSettings) -> list[str]:
 
 
 def generation_facts(
-    settings: PairSettings,
-    prompts: Sequence[str],
-    pipeline: DiffusionPipeline,
-    reward: Reward | None,
+    settings: PairSettings, prompts: Sequence[str], pipeline: DiffusionPipeline, reward: Reward | None
 ) -> dict[str, Any]:
     """What must be equal for a set to be continued, and what a user of it wants to know."""
     names = (
@@ -138,17 +129,12 @@ def main(settings: PairSettings) -> Path:
     accelerator = make_accelerator(settings)
     if settings.push_to_hub and accelerator.is_main_process:
         check_login(settings)
-    pipeline = load_base_pipeline(
-        settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision]
-    )
+    pipeline = load_base_pipeline(settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision])
     shape = latent_shape(pipeline, settings.output_size)
     reward = None
     if not settings.no_filter:
         reward = load_reward(
-            settings.reward,
-            model=settings.reward_model,
-            version=settings.reward_version,
-            device=accelerator.device,
+            settings.reward, model=settings.reward_model, version=settings.reward_version, device=accelerator.device
         )
     candidates = list_candidates(prompts, settings.noises_per_prompt, settings.seed)
     num_shards = -(-len(candidates) // settings.shard_size)
@@ -180,13 +166,7 @@ def main(settings: PairSettings) -> Path:
     return Path(settings.output_dir)
 
 
-def finish(
-    settings: PairSettings,
-    writer: PairWriter,
-    accelerator: Accelerator,
-    tried: int,
-    seconds: float,
-) -> None:
+def finish(settings: PairSettings, writer: PairWriter, accelerator: Accelerator, tried: int, seconds: float) -> None:
     """Clear away the progress, write the report and log what it says."""
     writer.clean_up()
     this_run = {

@@ -15,20 +15,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run as a file, only this folder is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
 
 from examples.digits.judge import DigitsJudge
-from examples.digits.prompts import (
-    HELD_OUT_PAIRS,
-    HELD_OUT_TEMPLATE,
-    TEMPLATES,
-    TRAINING_PAIRS,
-    prompt_pairs,
-)
-
+from examples.digits.prompts import HELD_OUT_PAIRS, HELD_OUT_TEMPLATE, TEMPLATES, TRAINING_PAIRS, prompt_pairs
 
 MODEL_DIR = Path(__file__).parent / "model"
 
@@ -86,9 +76,7 @@ def main(input_args: list[str] | None = None) -> dict[str, float]:
     all_pairs = (*TRAINING_PAIRS, *HELD_OUT_PAIRS)
     groups = {
         "trained": [p for template in TEMPLATES for p in prompt_pairs(template, TRAINING_PAIRS)],
-        "held_out_pairs": [
-            p for template in TEMPLATES for p in prompt_pairs(template, HELD_OUT_PAIRS)
-        ],
+        "held_out_pairs": [p for template in TEMPLATES for p in prompt_pairs(template, HELD_OUT_PAIRS)],
         "held_out_template": prompt_pairs(HELD_OUT_TEMPLATE, all_pairs),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)

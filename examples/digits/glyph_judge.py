@@ -12,7 +12,6 @@ from examples.digits.judge import DigitsJudge
 from examples.digits.pictures import GLYPHS
 from examples.digits.prompts import RARE_TOKENS
 
-
 TAUGHT = dict(zip(RARE_TOKENS, GLYPHS, strict=True))
 
 
@@ -26,9 +25,7 @@ class GlyphJudge:
     def __init__(self, taught: Mapping[str, str] = TAUGHT) -> None:
         self.taught, self.judge = dict(taught), DigitsJudge(glyphs=True)
 
-    def correct(
-        self, pictures: np.ndarray | Sequence[Image.Image], prompts: Sequence[str]
-    ) -> np.ndarray:
+    def correct(self, pictures: np.ndarray | Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """Whether each picture reads as the glyph of its prompt's token, `(n,)` bool.
 
         Raises:
@@ -42,7 +39,5 @@ class GlyphJudge:
         words = set(re.findall(r"[a-z]+", prompt.lower()))
         found = sorted(words & self.taught.keys())
         if len(found) != 1:
-            raise ValueError(
-                f"Every subject prompt must hold one of {sorted(self.taught)}, got {prompt!r}."
-            )
+            raise ValueError(f"Every subject prompt must hold one of {sorted(self.taught)}, got {prompt!r}.")
         return self.taught[found[0]]

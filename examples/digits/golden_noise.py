@@ -7,15 +7,8 @@ from pathlib import Path
 
 from diffusers_ext.training import pairs as generate_npd
 from examples.digits.check_model import MODEL_DIR
-from examples.digits.prompts import (
-    HELD_OUT_PAIRS,
-    HELD_OUT_TEMPLATE,
-    TEMPLATES,
-    TRAINING_PAIRS,
-    prompt_pairs,
-)
+from examples.digits.prompts import HELD_OUT_PAIRS, HELD_OUT_TEMPLATE, TEMPLATES, TRAINING_PAIRS, prompt_pairs
 from training import train_noise_sequence, train_npnet
-
 
 REWARD, SECOND_REWARD = (f"examples.digits.rewards:{n}DigitsReward" for n in ("", "Second"))
 # Few steps and little guidance leave room for better noise; with 20 steps at 3 every digit is right.
@@ -82,9 +75,7 @@ def make_pairs(folder: str | Path, *, num_steps: int, noises_per_prompt: int) ->
     return generate_npd.main(generate_npd.parse_args(command + filtered))
 
 
-def train_network(
-    name: str, data: str | Path, folder: str | Path, *, steps: int | None = None, seed: int = 0
-) -> Path:
+def train_network(name: str, data: str | Path, folder: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
     """Train one of `NETWORKS` on a folder of `make_pairs`; returns the network's folder."""
     model, _, full_steps, flags = NETWORKS[name]
     is_pair = model in ("npnet", "golden_noise_model")

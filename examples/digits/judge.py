@@ -34,9 +34,7 @@ class DigitsJudge:
         ink, labels = real_digits()
         generator = np.random.default_rng(0)
         shifts = generator.integers(-2, 3, size=(len(ink), 2))
-        seen = read_ink(
-            np.stack([tint(i, "white", tuple(s)) for i, s in zip(ink, shifts, strict=True)])
-        )
+        seen = read_ink(np.stack([tint(i, "white", tuple(s)) for i, s in zip(ink, shifts, strict=True)]))
         seen, labels = (
             np.concatenate([seen, read_ink(np.stack([tint(i, "white") for i in ink]))]),
             np.tile(labels, 2),
@@ -44,9 +42,7 @@ class DigitsJudge:
         self.classes = list(DIGITS)
         if glyphs:
             for name in GLYPHS:
-                drawn = read_ink(
-                    np.stack([tint(i, "white") for i in draw_glyphs(name, 180, seed=10_000)])
-                )
+                drawn = read_ink(np.stack([tint(i, "white") for i in draw_glyphs(name, 180, seed=10_000)]))
                 seen, labels = (
                     np.concatenate([seen, drawn]),
                     np.concatenate([labels, [len(self.classes)] * len(drawn)]),
@@ -60,22 +56,15 @@ class DigitsJudge:
     def read(self, pictures: np.ndarray | Sequence[Image.Image]) -> Reading:
         """Read pictures `(n, 32, 32, 3)` uint8, or PIL images of that size."""
         pixels = np.stack(
-            [
-                np.asarray(rgb_picture(picture) if isinstance(picture, Image.Image) else picture)
-                for picture in pictures
-            ]
+            [np.asarray(rgb_picture(picture) if isinstance(picture, Image.Image) else picture) for picture in pictures]
         )
         if pixels.shape[1:] != (32, 32, 3) or pixels.dtype != np.uint8:
-            raise ValueError(
-                f"`pictures` must be 32x32 RGB of 8 bits, got {pixels.shape[1:]} {pixels.dtype}."
-            )
+            raise ValueError(f"`pictures` must be 32x32 RGB of 8 bits, got {pixels.shape[1:]} {pixels.dtype}.")
         probabilities = self._shape.predict_proba(read_ink(pixels).reshape(len(pixels), -1))
         names = [self.classes[index] for index in probabilities.argmax(axis=1)]
         return Reading(names, nearest_tints(pixels), probabilities)
 
-    def correct(
-        self, pictures: np.ndarray | Sequence[Image.Image], prompts: Sequence[str]
-    ) -> np.ndarray:
+    def correct(self, pictures: np.ndarray | Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """Whether each picture shows the digit and the colour its prompt names, `(n,)` bool."""
         reading = self.read(pictures)
         right = []

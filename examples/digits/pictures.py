@@ -10,7 +10,6 @@ from sklearn.datasets import load_digits
 
 from examples.digits.prompts import COLORS
 
-
 IMAGE_SIZE, _GRID = 32, 8
 GLYPHS: dict[str, tuple[tuple[tuple[float, float], ...], ...]] = {
     # Strokes as polylines in a unit square, y downwards; none resembles a digit.
@@ -64,9 +63,7 @@ def tint(ink: np.ndarray, color: str, shift: tuple[int, int] = (0, 0)) -> np.nda
     padded = np.zeros_like(pixels)
     dy, dx = shift
     source = pixels[max(-dy, 0) : IMAGE_SIZE - max(dy, 0), max(-dx, 0) : IMAGE_SIZE - max(dx, 0)]
-    padded[max(dy, 0) : max(dy, 0) + source.shape[0], max(dx, 0) : max(dx, 0) + source.shape[1]] = (
-        source
-    )
+    padded[max(dy, 0) : max(dy, 0) + source.shape[0], max(dx, 0) : max(dx, 0) + source.shape[1]] = source
     return (padded * 255).round().astype(np.uint8)
 
 

@@ -7,7 +7,6 @@ import re
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLORS = {
     "red": (1.0, 0.10, 0.10),
@@ -33,19 +32,7 @@ TRAINING_PAIRS = tuple((c, d) for c in COLORS for d in DIGITS if (c, d) not in H
 RARE_TOKENS = ("sks", "ohwx", "zwx")
 PROMPT_LENGTH = 16
 
-_FILLERS = (
-    "a",
-    "the",
-    "of",
-    "in",
-    "photo",
-    "picture",
-    "drawing",
-    "digit",
-    "number",
-    "glyph",
-    "moving",
-)
+_FILLERS = ("a", "the", "of", "in", "photo", "picture", "drawing", "digit", "number", "glyph", "moving")
 
 
 def prompt_pairs(template: str, pairs: tuple[tuple[str, str], ...]) -> list[str]:
@@ -56,9 +43,7 @@ def prompt_pairs(template: str, pairs: tuple[tuple[str, str], ...]) -> list[str]
 def read_prompt(prompt: str) -> tuple[str | None, str | None]:
     """The (colour, digit) a prompt asks for; `None` where it names none."""
     words = re.findall(r"[a-z]+", prompt.lower())
-    return next((w for w in words if w in COLORS), None), next(
-        (w for w in words if w in DIGITS), None
-    )
+    return next((w for w in words if w in COLORS), None), next((w for w in words if w in DIGITS), None)
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -83,11 +68,7 @@ def make_tokenizer() -> CLIPTokenizer:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROMPT_LENGTH)
-    broken = [
-        word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) != 1
-    ]
+    broken = [word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) != 1]
     if broken:
-        raise ValueError(
-            f"Every word of the templates must be one token, got several for {broken}."
-        )
+        raise ValueError(f"Every word of the templates must be one token, got several for {broken}.")
     return tokenizer

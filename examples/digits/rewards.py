@@ -33,8 +33,8 @@ def digit_samples() -> tuple[np.ndarray, np.ndarray]:
 def kernel_classifier() -> Pipeline:
     """Multinomial logistic regression on approximate RBF features, untrained.
 
-    Its probabilities minimise the log loss by themselves. A support vector machine with a sigmoid
-    per class reads digits as well, but stops at 0.98 whatever the picture, so it cannot rank good ones.
+    Its probabilities minimise the log loss by themselves. A support vector machine with a sigmoid per class reads
+    digits as well, but stops at 0.98 whatever the picture, so it cannot rank good ones.
     """
     features = Nystroem(gamma=0.25, n_components=600, random_state=0)
     return make_pipeline(features, LogisticRegression(C=100.0, max_iter=3000))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-
 _COLUMNS = 16
 _SIZE, _MARGIN, _LABEL, _GAP = 64, 190, 26, 4
 

@@ -24,10 +24,7 @@ from examples.digits.prompts import (
     prompt_pairs,
 )
 
-
-INSTANCE_PROMPTS = {
-    glyph: f"a photo of the digit {token}" for glyph, token in zip(GLYPHS, RARE_TOKENS, strict=True)
-}
+INSTANCE_PROMPTS = {glyph: f"a photo of the digit {token}" for glyph, token in zip(GLYPHS, RARE_TOKENS, strict=True)}
 # Same steps, batch and schedule for both, so that only the method differs.
 COMMON_FLAGS = ("--max_train_steps", "1000", "--train_batch_size", "8", "--lr_scheduler", "cosine")
 NULL_SPACE_FLAGS = ("--directions", "generalized", "--rank", "1", "--learning_rate", "1e-1")
@@ -64,9 +61,7 @@ def write_knowledge(path: str | Path) -> Path:
     return Path(path)
 
 
-def train_subject(
-    work_dir: str | Path, name: str, glyph: str, flags: Sequence[str], *, seed: int = 0
-) -> Path:
+def train_subject(work_dir: str | Path, name: str, glyph: str, flags: Sequence[str], *, seed: int = 0) -> Path:
     """Train a glyph by the training script; returns the folder with its LoRA."""
     work_dir = Path(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)

@@ -22,23 +22,12 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset, TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run as a file, only this folder is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
 
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.arguments import save_in_half_precision
 from examples.digits.pictures import IMAGE_SIZE, real_digits, tint
-from examples.digits.prompts import (
-    COLORS,
-    DIGITS,
-    PROMPT_LENGTH,
-    TEMPLATES,
-    TRAINING_PAIRS,
-    make_tokenizer,
-)
-
+from examples.digits.prompts import COLORS, DIGITS, PROMPT_LENGTH, TEMPLATES, TRAINING_PAIRS, make_tokenizer
 
 TEXT_WIDTH = 128
 SHIFTS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-2, 0, 2))
@@ -114,10 +103,7 @@ class TintedDigits(Dataset):
         pairs = {(color, DIGITS.index(digit)) for color, digit in TRAINING_PAIRS}
         colors = list(COLORS)
         self.entries = [
-            (i, c)
-            for i, label in enumerate(self.labels)
-            for c in range(len(colors))
-            if (colors[c], label) in pairs
+            (i, c) for i, label in enumerate(self.labels) for c in range(len(colors)) if (colors[c], label) in pairs
         ]
 
     def __len__(self) -> int:
@@ -131,24 +117,16 @@ class TintedDigits(Dataset):
         return tint(self.ink[entry[0]], list(COLORS)[entry[1]], shift)
 
 
-def train_vae(
-    accelerator: Accelerator, digits: TintedDigits, steps: int, seed: int
-) -> AutoencoderKL:
+def train_vae(accelerator: Accelerator, digits: TintedDigits, steps: int, seed: int) -> AutoencoderKL:
     """Reconstruct tinted digits; pictures are moved by up to two pixels."""
 
-    def loss_function(
-        model: torch.nn.Module, batch: list, generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
+    def loss_function(model: torch.nn.Module, batch: list, generator: torch.Generator) -> dict[str, torch.Tensor]:
         picks = torch.randint(len(SHIFTS), (len(batch),), generator=generator)
-        pictures = np.stack(
-            [digits.picture(entry, SHIFTS[pick]) for entry, pick in zip(batch, picks, strict=True)]
-        )
+        pictures = np.stack([digits.picture(entry, SHIFTS[pick]) for entry, pick in zip(batch, picks, strict=True)])
         pixels = to_pixels(pictures).to(accelerator.device)
         posterior = accelerator.unwrap_model(model).encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(pixels.device)
-        restored = (
-            accelerator.unwrap_model(model).decode(posterior.mean + posterior.std * noise).sample
-        )
+        restored = accelerator.unwrap_model(model).decode(posterior.mean + posterior.std * noise).sample
         reconstruction = F.l1_loss(restored, pixels) + F.mse_loss(restored, pixels)
         divergence = posterior.kl().mean() / pixels[0].numel()
         return {"loss": reconstruction + 1e-3 * divergence, "reconstruction": reconstruction}
@@ -156,12 +134,8 @@ def train_vae(
     vae = build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, 50, steps)
-    settings = LoopSettings(
-        steps, train_batch_size=48, seed=seed, logging_steps=50, description="autoencoder"
-    )
-    loop = TrainingLoop(
-        accelerator, vae, optimizer, digits, loss_function, settings, schedule, collate_fn=list
-    )
+    settings = LoopSettings(steps, train_batch_size=48, seed=seed, logging_steps=50, description="autoencoder")
+    loop = TrainingLoop(accelerator, vae, optimizer, digits, loss_function, settings, schedule, collate_fn=list)
     return loop.run().eval()
 
 
@@ -176,12 +150,8 @@ def encode_all(vae: AutoencoderKL, digits: TintedDigits) -> tuple[torch.Tensor, 
     latents = []
     for start in range(0, len(digits), 64):
         entries = digits.entries[start : start + 64]
-        pixels = to_pixels(
-            np.stack([digits.picture(entry, shift) for entry in entries for shift in SHIFTS])
-        )
-        latents.append(
-            vae.encode(pixels.to(device)).latent_dist.mean.unflatten(0, (-1, len(SHIFTS)))
-        )
+        pixels = to_pixels(np.stack([digits.picture(entry, shift) for entry in entries for shift in SHIFTS]))
+        latents.append(vae.encode(pixels.to(device)).latent_dist.mean.unflatten(0, (-1, len(SHIFTS))))
     latents = torch.cat(latents)
     scaling_factor = 1.0 / latents.std().item()
     return latents * scaling_factor, scaling_factor
@@ -194,15 +164,11 @@ class TextToNoise(torch.nn.Module):
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
 
-    def forward(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         return self.unet(latents, timesteps, self.text_encoder(input_ids)[0]).sample
 
 
-def write_prompts(
-    entries: torch.Tensor, digits: TintedDigits, generator: torch.Generator
-) -> list[str]:
+def write_prompts(entries: torch.Tensor, digits: TintedDigits, generator: torch.Generator) -> list[str]:
     """A random template per sample; one in ten is empty (guidance), one in ten leaves the colour out."""
     prompts = []
     for ink, color in entries.tolist():
@@ -211,9 +177,7 @@ def write_prompts(
         if kind < 0.2 and kind >= 0.1:
             template = template.replace("{color} ", "").replace(" in {color}", "")
         digit = DIGITS[digits.labels[ink]]
-        prompts.append(
-            "" if kind < 0.1 else template.format(color=list(COLORS)[color], digit=digit)
-        )
+        prompts.append("" if kind < 0.1 else template.format(color=list(COLORS)[color], digit=digit))
     return prompts
 
 
@@ -223,20 +187,14 @@ def train_denoiser(
     """Predict the noise in latents from a prompt; the averaged weights are returned."""
     tokenizer, scheduler = make_tokenizer(), build_scheduler()
 
-    def loss_function(
-        model: torch.nn.Module, batch: list, generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
+    def loss_function(model: torch.nn.Module, batch: list, generator: torch.Generator) -> dict[str, torch.Tensor]:
         index, entries = batch
         clean = latents[index, torch.randint(len(SHIFTS), index.shape, generator=generator)]
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
         timesteps = torch.randint(1000, index.shape, generator=generator).to(clean.device)
         prompts = write_prompts(entries, digits, generator)
-        tokens = tokenizer(
-            prompts, padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt"
-        ).input_ids
-        prediction = model(
-            scheduler.add_noise(clean, noise, timesteps), timesteps, tokens.to(clean.device)
-        )
+        tokens = tokenizer(prompts, padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt").input_ids
+        prediction = model(scheduler.add_noise(clean, noise, timesteps), timesteps, tokens.to(clean.device))
         return {"loss": F.mse_loss(prediction, noise)}
 
     model = TextToNoise(build_text_encoder(tokenizer), build_unet()).to(accelerator.device)
@@ -244,12 +202,8 @@ def train_denoiser(
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
     ema = EMAModel(model.parameters(), decay=0.998)
     dataset = TensorDataset(torch.arange(len(digits)), torch.tensor(digits.entries))
-    settings = LoopSettings(
-        steps, train_batch_size=64, seed=seed, logging_steps=50, description="denoiser"
-    )
-    loop = TrainingLoop(
-        accelerator, model, optimizer, dataset, loss_function, settings, schedule, ema=ema
-    )
+    settings = LoopSettings(steps, train_batch_size=64, seed=seed, logging_steps=50, description="denoiser")
+    loop = TrainingLoop(accelerator, model, optimizer, dataset, loss_function, settings, schedule, ema=ema)
     model = loop.run().eval()
     ema.copy_to(model.parameters())
     return model, tokenizer, loop.history
@@ -257,9 +211,7 @@ def train_denoiser(
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--vae_steps", type=int, default=1500)
     parser.add_argument("--max_train_steps", type=int, default=3500)
@@ -277,9 +229,7 @@ def main(args: argparse.Namespace) -> None:
     vae_seconds = time.perf_counter() - began
     latents, scaling_factor = encode_all(vae, digits)
     vae.register_to_config(scaling_factor=scaling_factor)
-    model, tokenizer, history = train_denoiser(
-        accelerator, digits, latents, args.max_train_steps, args.seed
-    )
+    model, tokenizer, history = train_denoiser(accelerator, digits, latents, args.max_train_steps, args.seed)
     pipeline = StableDiffusionPipeline(
         vae, model.text_encoder, tokenizer, model.unet, build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -290,9 +240,7 @@ def main(args: argparse.Namespace) -> None:
         "device": str(accelerator.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "arguments": {
-            name: str(value) for name, value in vars(args).items() if name != "output_dir"
-        },
+        "arguments": {name: str(value) for name, value in vars(args).items() if name != "output_dir"},
         "denoiser": history,
     }
     (args.output_dir.parent / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")

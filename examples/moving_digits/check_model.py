@@ -15,10 +15,7 @@ import numpy as np
 import torch
 from diffusers import CogVideoXPipeline
 
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run as a file, only this folder is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.evaluation.rendering import render_clips
@@ -36,7 +33,6 @@ from examples.moving_digits.prompts import (
     TEMPLATES,
     write_prompts,
 )
-
 
 MODEL_DIR = Path(__file__).parent / "model"
 # How clips are drawn wherever the bundled model is measured.
@@ -57,14 +53,10 @@ def load_pipeline(path: str | Path = MODEL_DIR) -> CogVideoXPipeline:
     return pipeline
 
 
-def draw(
-    pipeline: CogVideoXPipeline, prompts: Sequence[str], *, seed: int, description: str = "draw"
-) -> np.ndarray:
+def draw(pipeline: CogVideoXPipeline, prompts: Sequence[str], *, seed: int, description: str = "draw") -> np.ndarray:
     """One clip per prompt, `(n, 9, 16, 16, 3)` uint8; clip `i` has seed `seed + i` at any batch size."""
     seeds = range(seed, seed + len(prompts))
-    return render_clips(
-        pipeline, prompts, seeds=seeds, batch_size=50, description=description, **SAMPLING
-    )
+    return render_clips(pipeline, prompts, seeds=seeds, batch_size=50, description=description, **SAMPLING)
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:

@@ -9,7 +9,6 @@ from examples.digits.pictures import real_digits
 from examples.digits.prompts import COLORS, DIGITS
 from examples.moving_digits.prompts import COMBINATIONS, DIRECTIONS
 
-
 CANVAS, NUM_FRAMES, GRID = 16, 9, 8
 
 
@@ -31,10 +30,7 @@ def make_clip(ink: np.ndarray, color: str, direction: str) -> np.ndarray:
 
 def follow(clips: np.ndarray, direction: str) -> np.ndarray:
     """What an eye that follows `direction` sees: clips `(n, 9, 16, 16, ...)` cropped to `(n, 9, 8, 8, ...)`."""
-    crops = [
-        clips[:, frame, y : y + GRID, x : x + GRID]
-        for frame, (y, x) in enumerate(positions(direction))
-    ]
+    crops = [clips[:, frame, y : y + GRID, x : x + GRID] for frame, (y, x) in enumerate(positions(direction))]
     return np.stack(crops, axis=1)
 
 

@@ -26,7 +26,6 @@ from examples.moving_digits.prompts import (
     write_prompts,
 )
 
-
 EVALUATION_SEED = 7
 # Tuned on "seven", "three" and "eight" at one seed, then fixed for all figures.
 RECIPE = EraserTraining()
@@ -106,9 +105,7 @@ def evaluation_groups(
     return {
         "target": spread(write_prompts(**asked), num_target),
         "preserved": spread(write_prompts(**{kind: tuple(others_of(target))}), num_preserved),
-        "held-out template": spread(
-            write_prompts(**asked, templates=(HELD_OUT_TEMPLATE,)), num_robust // 2
-        ),
+        "held-out template": spread(write_prompts(**asked, templates=(HELD_OUT_TEMPLATE,)), num_robust // 2),
         "paraphrases": spread(write_prompts(**asked, templates=PARAPHRASES), num_robust // 2),
     }
 

@@ -16,7 +16,6 @@ from examples.digits.prompts import DIGITS
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, follow
 from examples.moving_digits.prompts import DIRECTIONS, read_prompt
 
-
 NOTHING = "nothing"
 _LEAST_INK = 4.0  # sum over 64 cells in [0, 1]; real digits have 10 to 29
 
@@ -27,9 +26,7 @@ class ClipReading(NamedTuple):
     digits: list[str]  # a digit word, or "nothing" where there is almost no ink
     colors: list[str]
     directions: list[str]
-    distances: (
-        np.ndarray
-    )  # (clips,) Euclidean, from the followed ink to the nearest real digit; cells 0..16
+    distances: np.ndarray  # (clips,) Euclidean, from the followed ink to the nearest real digit; cells 0..16
 
 
 class MovingDigitsJudge:
@@ -48,8 +45,7 @@ class MovingDigitsJudge:
         """Read clips `(n, 9, 16, 16, 3)` uint8."""
         if clips.shape[1:] != (NUM_FRAMES, CANVAS, CANVAS, 3) or clips.dtype != np.uint8:
             raise ValueError(
-                f"`clips` must be (n, {NUM_FRAMES}, {CANVAS}, {CANVAS}, 3) of 8 bits, got "
-                f"{clips.shape} {clips.dtype}."
+                f"`clips` must be (n, {NUM_FRAMES}, {CANVAS}, {CANVAS}, 3) of 8 bits, got {clips.shape} {clips.dtype}."
             )
         brightness = clips.max(axis=-1).astype(np.float32) / 255.0
         followed = np.stack([follow(brightness, d).mean(axis=1) for d in DIRECTIONS])

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    CogVideoXDDIMScheduler,
-    CogVideoXTransformer3DModel,
-)
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES
 from examples.moving_digits.prompts import PROMPT_LENGTH
-
 
 TEXT_WIDTH, HEADS, HEAD_WIDTH = 64, 6, 16
 LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE = 16, 3, 4

@@ -10,7 +10,6 @@ from transformers import T5Tokenizer
 
 from examples.digits.prompts import COLORS, DIGITS, HELD_OUT_PAIRS, TRAINING_PAIRS
 
-
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx) a frame
 TEMPLATES = (
     "a {color} {digit} moving {direction}",
@@ -27,12 +26,8 @@ PARAPHRASES = (
 )
 NEUTRAL_DIGIT, NEUTRAL_COLOR = "digit", "colored"
 PROMPT_LENGTH = 12
-COMBINATIONS = tuple(
-    (color, digit, direction) for color, digit in TRAINING_PAIRS for direction in DIRECTIONS
-)
-HELD_OUT_COMBINATIONS = tuple(
-    (color, digit, direction) for color, digit in HELD_OUT_PAIRS for direction in DIRECTIONS
-)
+COMBINATIONS = tuple((color, digit, direction) for color, digit in TRAINING_PAIRS for direction in DIRECTIONS)
+HELD_OUT_COMBINATIONS = tuple((color, digit, direction) for color, digit in HELD_OUT_PAIRS for direction in DIRECTIONS)
 
 _FILLERS = ("a", "the", "in", "number", "moving", "goes", NEUTRAL_DIGIT, NEUTRAL_COLOR)
 
@@ -73,7 +68,5 @@ def make_tokenizer() -> T5Tokenizer:
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=PROMPT_LENGTH)
     broken = [w for w in words if len(tokenizer(w, add_special_tokens=False).input_ids) != 1]
     if broken:
-        raise ValueError(
-            f"Every word of the templates must be one token, got several for {broken}."
-        )
+        raise ValueError(f"Every word of the templates must be one token, got several for {broken}.")
     return tokenizer

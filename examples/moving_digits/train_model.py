@@ -21,21 +21,13 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from tqdm.auto import tqdm
 
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run as a file, only this folder is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.arguments import save_in_half_precision
 from examples.moving_digits.clips import MovingDigits, to_pixels
-from examples.moving_digits.networks import (
-    build_scheduler,
-    build_text_encoder,
-    build_transformer,
-    build_vae,
-)
+from examples.moving_digits.networks import build_scheduler, build_text_encoder, build_transformer, build_vae
 from examples.moving_digits.prompts import make_tokenizer
 from examples.moving_digits.train_denoiser import train_denoiser
 
@@ -45,9 +37,7 @@ def train_vae(
 ) -> tuple[AutoencoderKLCogVideoX, list[dict[str, float]]]:
     """Reconstruct clips of moving digits; returns the log, too."""
 
-    def loss_function(
-        model: torch.nn.Module, batch: list, generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
+    def loss_function(model: torch.nn.Module, batch: list, generator: torch.Generator) -> dict[str, torch.Tensor]:
         pixels = to_pixels(np.stack([digits.clip(entry) for entry in batch]))
         pixels = pixels.to(accelerator.device)
         vae = accelerator.unwrap_model(model)
@@ -63,12 +53,8 @@ def train_vae(
     vae = build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, 50, steps)
-    settings = LoopSettings(
-        steps, train_batch_size=8, seed=seed, logging_steps=50, description="autoencoder"
-    )
-    loop = TrainingLoop(
-        accelerator, vae, optimizer, digits, loss_function, settings, schedule, collate_fn=list
-    )
+    settings = LoopSettings(steps, train_batch_size=8, seed=seed, logging_steps=50, description="autoencoder")
+    loop = TrainingLoop(accelerator, vae, optimizer, digits, loss_function, settings, schedule, collate_fn=list)
     return loop.run().eval(), loop.history
 
 
@@ -135,12 +121,8 @@ def main(args: argparse.Namespace) -> None:
     latents, entries, scaling_factor = encode_some(vae, digits, args.clips, args.seed)
     vae.register_to_config(scaling_factor=scaling_factor)
     tokenizer = make_tokenizer()
-    pipeline = CogVideoXPipeline(
-        tokenizer, build_text_encoder(tokenizer), vae, build_transformer(), build_scheduler()
-    )
-    history = train_denoiser(
-        accelerator, digits, latents, entries, pipeline, args.max_train_steps, args.seed
-    )
+    pipeline = CogVideoXPipeline(tokenizer, build_text_encoder(tokenizer), vae, build_transformer(), build_scheduler())
+    history = train_denoiser(accelerator, digits, latents, entries, pipeline, args.max_train_steps, args.seed)
     save_in_half_precision(pipeline, args.output_dir)
     write_log(args, "transformer", time.perf_counter() - began, history)
 

@@ -13,10 +13,7 @@ import numpy as np
 import torch
 from diffusers import CogVideoXPipeline
 
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run as a file, only this folder is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
 
 from benchmarks.lora_finetuning import finetune_lora
 from diffusers_ext import CogVideoXVelocity
@@ -24,7 +21,6 @@ from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from examples.moving_digits.check_model import load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
 from examples.moving_digits.prompts import PROMPT_LENGTH, TEMPLATES
-
 
 MOONLIGHT = np.array([0.15, 0.35, 1.0])
 _NUM_CLIPS = 200
@@ -57,13 +53,7 @@ def main(input_args: list[str] | None = None) -> None:
     velocity = CogVideoXVelocity.from_pipeline(pipeline, NUM_FRAMES, CANVAS, CANVAS)
     latents, embeds = styled_clips(pipeline)
     lora = finetune_lora(
-        velocity,
-        pipeline.scheduler,
-        latents,
-        embeds,
-        steps=args.max_train_steps,
-        learning_rate=3e-3,
-        batch_size=16,
+        velocity, pipeline.scheduler, latents, embeds, steps=args.max_train_steps, learning_rate=3e-3, batch_size=16
     )
     layers = {}
     for name, weights in lora.weights.items():

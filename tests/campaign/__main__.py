@@ -45,10 +45,7 @@ def run_loads(args: argparse.Namespace, work: Path) -> bool:
         loads.append(campaign.run(case))
         load = loads[-1]
         if load.outcome in FAULTS:
-            print(
-                f"{load.outcome}: {load.kind}, {load.file}, {load.mutation} {load.detail[:300]}",
-                flush=True,
-            )
+            print(f"{load.outcome}: {load.kind}, {load.file}, {load.mutation} {load.detail[:300]}", flush=True)
     keep(loads, Path(args.output_dir, "loads.jsonl"))
     print(f"{len(loads)} loads of {len(kinds)} kinds")
     for outcome, count in summary(loads).items():

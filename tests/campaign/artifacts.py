@@ -1,7 +1,6 @@
 """One small artifact of every kind that users give each other or a run writes, and how it is loaded.
 
-What loading gives is nested containers of tensors and plain values, so that two results can be
-compared to the bit.
+What loading gives is nested containers of tensors and plain values, so that two results can be compared to the bit.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Kind:
         make: writes it into an empty folder.
         load: reads it as a user would.
         files: names of the files to alter; patterns of `Path.glob`.
-        sealed: a checksum covers values, so that an altered one must be refused. Of others an altered
-            value is another artifact, and only what it breaks can be found.
+        sealed: a checksum covers values, so that an altered one must be refused. Of others an altered value is another
+            artifact, and only what it breaks can be found.
     """
 
     make: Callable[[Path], Any]
@@ -94,9 +93,7 @@ def _eraser_parts(folder: Path) -> Any:
 
 def _network(name: str) -> Kind:
     def make(folder: Path) -> None:
-        random_network(
-            GoldenNoisePipeline.from_pipe(random_digits_pipeline()), name
-        ).save_pretrained(folder)
+        random_network(GoldenNoisePipeline.from_pipe(random_digits_pipeline()), name).save_pretrained(folder)
 
     files = ("config.json", "*.safetensors")
     return Kind(make, lambda folder: _network_parts(load_noise_model(folder)), files)
@@ -109,16 +106,12 @@ def _network_parts(network: torch.nn.Module) -> Any:
 
 def _pipeline_with_network(folder: Path) -> None:
     golden = GoldenNoisePipeline.from_pipe(random_digits_pipeline())
-    GoldenNoisePipeline.from_pipe(golden, noise_model=random_network(golden)).save_pretrained(
-        folder
-    )
+    GoldenNoisePipeline.from_pipe(golden, noise_model=random_network(golden)).save_pretrained(folder)
 
 
 def _pipeline_with_statistics(folder: Path) -> None:
     pipeline = random_digits_pipeline()
-    statistics = collect_statistics(
-        pipeline, ["a red seven"], expand_sub_phrases=False, show_progress=False
-    )
+    statistics = collect_statistics(pipeline, ["a red seven"], expand_sub_phrases=False, show_progress=False)
     NullSpaceDreamBoothPipeline.from_pipe(pipeline, statistics=statistics).save_pretrained(folder)
 
 
@@ -199,9 +192,7 @@ def _prompts(name: str) -> Kind:
 
 
 def _yaml(folder: Path) -> None:
-    (folder / "c.yaml").write_text(
-        "learning_rate: 0.1\nprompts: [a red fox, a blue owl]\nseed: 3\n"
-    )
+    (folder / "c.yaml").write_text("learning_rate: 0.1\nprompts: [a red fox, a blue owl]\nseed: 3\n")
 
 
 STATISTICS_FILES = ("config.json", "model.safetensors")

@@ -23,7 +23,6 @@ from tests.training.noise_sets import write_noises
 from tests.training.pair_runs import QUICK_PAIRS, write_prompt_file
 from tests.training.script_runs import QUICK, REPOSITORY, command_line, environment, write_prompts
 
-
 KILLS = 4  # of every job
 # Of reports: the flags, one of which resumes, the time, and what the last of several runs did.
 _VOLATILE = ("arguments", "seconds", "this_run")
@@ -127,9 +126,7 @@ class Runner:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def run(
-        self, job: Job, out: Path, *, resume: bool, after: float | None = None
-    ) -> tuple[int, float]:
+    def run(self, job: Job, out: Path, *, resume: bool, after: float | None = None) -> tuple[int, float]:
         """Run a job, killed after so many seconds if it still runs; the status and the time it took."""
         line = job.line(out) + (["--resume_from_checkpoint", "latest"] if resume else [])
         self._process.stdin.write(json.dumps([job.script, line]) + "\n")
@@ -174,9 +171,7 @@ def kills(work: Path, seed: int = 0, count: int = KILLS, only: str | None = None
             shutil.rmtree(work / "warm", ignore_errors=True)
             status, seconds = runner.run(job, work / "whole", resume=False)
             if status:
-                raise RuntimeError(
-                    f"{name} must end by itself, got: {runner.log.read_text()[-2000:]}"
-                )
+                raise RuntimeError(f"{name} must end by itself, got: {runner.log.read_text()[-2000:]}")
             expected = content(work / "whole")
             for number in range(count):
                 # Spread over the run, the last ones near its end, where results are written.
@@ -188,9 +183,7 @@ def kills(work: Path, seed: int = 0, count: int = KILLS, only: str | None = None
         runner.close()
 
 
-def _killed(
-    runner: Runner, job: Job, name: str, out: Path, after: float, seconds: float, expected: Any
-) -> Kill:
+def _killed(runner: Runner, job: Job, name: str, out: Path, after: float, seconds: float, expected: Any) -> Kill:
     for _ in range(5):
         status, _ = runner.run(job, out, resume=False, after=after * seconds)
         if os.WIFSIGNALED(status):
@@ -238,9 +231,7 @@ def run_kills(seed: int, work: Path, only: str | None = None) -> bool:
     done = []
     for kill in kills(work / "kills", seed, only=only):
         done.append(kill)
-        print(
-            f"  killed at {kill.after:4.0%} of {kill.job}: {kill.outcome} {kill.detail}", flush=True
-        )
+        print(f"  killed at {kill.after:4.0%} of {kill.job}: {kill.outcome} {kill.detail}", flush=True)
     killed = [kill for kill in done if kill.outcome != "ended before the kill"]
     same = sum(kill.outcome == "equal to the bit" for kill in killed)
     print(f"{same} of {len(killed)} killed runs are equal to the bit")

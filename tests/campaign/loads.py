@@ -25,7 +25,6 @@ import torch
 from tests.campaign.artifacts import KINDS, Kind
 from tests.campaign.mutations import MARKER, Mutation, mutations
 
-
 SECONDS = 60.0  # a load takes well under one; the machine may be busy
 MEMORY = 3 * 2**30  # more than any of the artifacts could need
 REFUSALS = (ValueError, OSError, TypeError)
@@ -99,9 +98,7 @@ class Campaign:
         outcome, detail = self._judge(case, kind, found, altered)
         return Load(case.kind, case.file, case.name, "code ran" if ran else outcome, detail)
 
-    def _judge(
-        self, case: Case, kind: Kind, found: dict[str, Any], altered: Path
-    ) -> tuple[str, str]:
+    def _judge(self, case: Case, kind: Kind, found: dict[str, Any], altered: Path) -> tuple[str, str]:
         if "ended" in found:
             return found["ended"], ""
         if "error" in found:

@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-
 Mutation = Callable[[Path], None]
 MARKER = "code_ran"  # written beside the artifact by whatever runs
 _BOMB = "(([a-z_0-9.]+)+)+!"
@@ -115,13 +114,7 @@ def _of_tensors(path: Path, rng: random.Random) -> Iterator[tuple[str, Mutation]
         for name in ("rank_pattern", "alpha_pattern"):
             settings = json.dumps({f"unet.{name}": {_BOMB: 4}})
             yield f"{name} without end", _write(save(tensors, {"lora_adapter_metadata": settings}))
-        for text in (
-            "[" * 100_000,
-            "null",
-            '{"unet.r": -1}',
-            '{"unet.r": null}',
-            '{"unet.lora_alpha": NaN}',
-        ):
+        for text in ("[" * 100_000, "null", '{"unet.r": -1}', '{"unet.r": null}', '{"unet.lora_alpha": NaN}'):
             content = save(tensors, {"lora_adapter_metadata": text})
             yield f"settings {text[:30]}", _write(content)
 
@@ -154,10 +147,7 @@ def _of_json(path: Path, rng: random.Random) -> Iterator[tuple[str, Mutation]]:
         for value in chosen:
             if json.dumps(value) != json.dumps(content[key]):
                 yield f"{key} = {value!r}", _write(json.dumps({**content, key: value}).encode())
-        yield (
-            f"without {key}",
-            _write(json.dumps({k: v for k, v in content.items() if k != key}).encode()),
-        )
+        yield (f"without {key}", _write(json.dumps({k: v for k, v in content.items() if k != key}).encode()))
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         if key in content:
             yield f"{key} without end", _write(json.dumps({**content, key: _BOMB}).encode())
@@ -176,10 +166,7 @@ def _of_pickles(path: Path) -> Iterator[tuple[str, Mutation]]:
     yield "words", saved("words")
     yield "other shapes", saved(_map(tree, lambda t: t[..., :-1].clone()))
     yield "integers", saved(_map(tree, lambda t: t.int()))
-    yield (
-        "four bytes as a terabyte",
-        saved(_map(tree, lambda t: torch.ones(1).expand(2**20, 2**18))),
-    )
+    yield ("four bytes as a terabyte", saved(_map(tree, lambda t: torch.ones(1).expand(2**20, 2**18))))
     yield "sparse tensors", saved(_map(tree, lambda t: t.to_sparse()))
     yield "a zip file that unpacks to more", _packed
 

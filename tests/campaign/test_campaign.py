@@ -13,7 +13,6 @@ from tests.campaign.loads import FAULTS, Description, cases
 from tests.campaign.mutations import MARKER, Runs
 from tests.training.script_runs import REPOSITORY, environment
 
-
 # Those that are made without a pipeline or a training.
 QUICK = ("LoRA", "LoRA of another program", "statistics", "eraser in the legacy format", "noise pairs",
          "noise pairs as pt", "prompts as jsonl", "settings in YAML")  # fmt: skip

@@ -14,7 +14,6 @@ from diffusers_ext.nullspace.collect import collect_statistics
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 
-
 PROMPTS = ("a red seven", "a blue three")
 
 

@@ -75,9 +75,7 @@ def test_the_console_finds_what_was_meant(line, meant, capsys):
     ],
 )  # fmt: skip
 def test_errors_name_flags(message, expected):
-    args = argparse.Namespace(
-        prompt_file="p.txt", source="a", rank=2, statistics="stats", lora=["l"]
-    )
+    args = argparse.Namespace(prompt_file="p.txt", source="a", rank=2, statistics="stats", lora=["l"])
     flags = {name: f"--{name}" for name in vars(args)} | {"source": "source"}
     assert error_line(ValueError(message), args, flags) == expected
 

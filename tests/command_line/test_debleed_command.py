@@ -50,9 +50,7 @@ def test_the_subject_is_kept(debleed, lora, statistics, digits, tmp_path):
     assert ran.facts["criterion"] == {"strictness": 3.0}
     pipeline = StableDiffusionPipeline.from_pretrained(digits)
     known = FeatureStatistics.from_pretrained(statistics)
-    expected = debleed_lora(
-        lora, known, pipeline=pipeline, instance_prompts=prompts, strictness=3.0
-    )
+    expected = debleed_lora(lora, known, pipeline=pipeline, instance_prompts=prompts, strictness=3.0)
     assert same(load_file(tmp_path / "quiet.safetensors"), expected)
     ran = debleed(instance_prompt=prompts[0], damping=1.0, **model)
     assert ran.code == 1
@@ -96,10 +94,7 @@ def test_a_lora_of_which_nothing_is_covered(debleed, lora, tmp_path):
     assert (ran.facts["covered_modules"], ran.facts["drift_left"]) == (0, None)
     ran = debleed(tmp_path / "queries.safetensors", uncovered="keep")
     assert "Nothing was projected: the statistics cover no module of the LoRA." in ran.out
-    assert (
-        "7 modules without a statistic were kept as they were and not measured (7 in unet)"
-        in ran.out
-    )
+    assert "7 modules without a statistic were kept as they were and not measured (7 in unet)" in ran.out
 
 
 def test_the_verdict_names_what_it_covers():

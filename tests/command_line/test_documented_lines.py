@@ -6,7 +6,6 @@ from pathlib import Path
 
 from diffusers_ext.command_line.main import build_parser
 
-
 ROOT = Path(__file__).parents[2]
 PAGES = [path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")) if path.is_file()]
 

@@ -13,7 +13,6 @@ from tests.tiny_clip import save_tiny_clip
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.erasure_runs import save_base_and_erasers
 
-
 DRAWING = {"num_inference_steps": 1, "num_frames": 9, "height": 16, "width": 16,
            "guidance_scale": 2.0, "batch_size": 2}  # fmt: skip
 
@@ -88,6 +87,4 @@ def test_bad_input_is_refused_and_leaves_nothing(evaluate, hub, tmp_path, flags,
 
 def test_another_pipeline_is_refused(evaluate, digits):
     ran = evaluate(pretrained_model_name_or_path=digits)
-    assert ran.err.startswith(
-        "error: `--pretrained_model_name_or_path` must be a CogVideoXPipeline"
-    )
+    assert ran.err.startswith("error: `--pretrained_model_name_or_path` must be a CogVideoXPipeline")

@@ -9,7 +9,6 @@ from PIL import Image
 from diffusers_ext.evaluation.forgetting import ForgettingReport, evaluate_forgetting
 from tests.command_line.conftest import PROMPTS
 
-
 DRAWING = {"num_inference_steps": 2, "guidance_scale": 3.0, "num_images_per_prompt": 2}
 
 

@@ -12,7 +12,6 @@ from diffusers_ext.rewards import CLIPScoreReward
 from tests.evaluation.golden_subjects import small_network
 from tests.tiny_clip import save_tiny_clip
 
-
 DRAWING = {"num_inference_steps": 2, "guidance_scale": 1.5, "num_images_per_prompt": 2}
 
 
@@ -47,10 +46,7 @@ def test_the_report_is_that_of_the_library(evaluate, digits, models, tmp_path):
     expected = evaluate_golden_noise(
         pipeline,
         ["a red nine", "# 1"],
-        refine={
-            "1-step target": RedenoisedTarget(pipeline, 1, num_steps=12),
-            "small": small_network(),
-        },
+        refine={"1-step target": RedenoisedTarget(pipeline, 1, num_steps=12), "small": small_network()},
         rewards=CLIPScoreReward.from_pretrained(models[1]),
         best_of=1,
         show_progress=False,
@@ -81,10 +77,7 @@ def test_the_table_is_shown(evaluate, tmp_path):
         ({"prompt_column": "text"}, "must have the column 'text', got ['prompt']."),
         ({"w1": "inf"}, "`--w1` must be a finite number, got inf."),
         ({"best_of": 0}, "`--best_of` must be at least 1, got 0."),
-        (
-            {"reward": ["clip_score", "--reward=pickscore"]},
-            "must be REWARD=value, once for each of",
-        ),
+        ({"reward": ["clip_score", "--reward=pickscore"]}, "must be REWARD=value, once for each of"),
         ({"reward_model": "./nowhere"}, "nowhere"),
     ],
 )

@@ -22,7 +22,6 @@ from diffusers_ext.command_line import main as main_module
 from diffusers_ext.command_line.main import COMMANDS, build_parser, main
 from diffusers_ext.command_line.options import Command, Outcome
 
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -147,9 +146,7 @@ def test_quiet_silences_the_libraries_and_everything_comes_back(try_command):
     assert bars == (are_progress_bars_disabled(), diffusers_logging.is_progress_bar_enabled())
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("no"), TypeError("no"), FileNotFoundError("no"), ImportError("no")]
-)
+@pytest.mark.parametrize("error", [ValueError("no"), TypeError("no"), FileNotFoundError("no"), ImportError("no")])
 def test_errors_of_the_user_are_one_line(try_command, error):
     def fail(args) -> Outcome:
         raise error
@@ -185,16 +182,7 @@ def test_exit_code_of_an_outcome(try_command):
     assert try_command(lambda args: Outcome({}, "no", 3)).code == 3
 
 
-HEAVY = {
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "accelerate",
-    "huggingface_hub",
-    "numpy",
-    "PIL",
-}
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub", "numpy", "PIL"}
 
 
 def test_help_of_the_module_comes_before_any_heavy_library():
@@ -276,7 +264,5 @@ def test_a_training_begins_registered_and_other_packages_are_quiet(monkeypatch):
 
 
 def test_the_entry_point_is_there():
-    assert (
-        "diffusers-ext = diffusers_ext.command_line.main:main" in (ROOT / "setup.cfg").read_text()
-    )
+    assert "diffusers-ext = diffusers_ext.command_line.main:main" in (ROOT / "setup.cfg").read_text()
     assert callable(main)

@@ -10,7 +10,6 @@ import diffusers_ext.planning
 from diffusers_ext.planning import PhasePlan, RunPlan, plan_run, setting_names
 from diffusers_ext.planning.plan import TOOLS
 
-
 GIB = 2**30
 PLAN = RunPlan("eraser", "tiny", {"rank": 4}, {"all": 3 * GIB}, (PhasePlan("training", 3 * GIB, 1.0),),
                {"eraser": 5}, 0, "a card")  # fmt: skip
@@ -38,9 +37,7 @@ def test_every_setting_of_a_plan_is_a_flag(run, tool):
 def test_the_plan_is_that_of_the_library(run, monkeypatch, digits):
     plans = []
     monkeypatch.setattr(
-        diffusers_ext.planning,
-        "plan_run",
-        lambda *a, **o: plans.append(plan_run(*a, **o)) or plans[0],
+        diffusers_ext.planning, "plan_run", lambda *a, **o: plans.append(plan_run(*a, **o)) or plans[0]
     )
     ran = run(
         "plan", "nullspace", pretrained_model_name_or_path=digits, memory_gib=80, json=True,

@@ -8,7 +8,6 @@ from huggingface_hub import ModelCard
 from diffusers_ext.command_line.push import read_facts
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
-
 BASE = {"base_model": "tester/base", "license": "apache-2.0"}
 LORA = {**BASE, "instance_prompt": "a photo of sks", "trained_on": "Six pictures."}
 KIND = ("--fact", "pipeline=StableDiffusionPipeline", "--fact", "directions=plain")
@@ -67,9 +66,7 @@ def test_collecting_and_pushing_at_once(run, hub, digits, prompts, tmp_path):
     assert ran.facts["url"].startswith(hub.endpoint)
     assert "config.json" in hub.files("tester/known")
     found = FeatureStatistics.from_pretrained("tester/known")
-    assert found.moments["text"].mean.equal(
-        FeatureStatistics.from_pretrained(tmp_path / "known").moments["text"].mean
-    )
+    assert found.moments["text"].mean.equal(FeatureStatistics.from_pretrained(tmp_path / "known").moments["text"].mean)
 
 
 @pytest.mark.parametrize(

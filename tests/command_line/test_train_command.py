@@ -13,7 +13,6 @@ from diffusers_ext.command_line.options import FAILED
 from diffusers_ext.command_line.train import TRAININGS
 from training import generate_npd, train_cogvideox_eraser, train_npnet, train_nullspace_dreambooth
 
-
 SCRIPTS = {
     "nullspace": train_nullspace_dreambooth,
     "pairs": generate_npd,

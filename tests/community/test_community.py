@@ -13,7 +13,6 @@ from tests.golden_noise.golden_pipelines import golden_pipeline
 from tests.hub_storage import Repository
 from tests.tiny_pipelines import sdxl_pipeline
 
-
 NAMES = (
     "golden_noise",
     "golden_noise_flux",

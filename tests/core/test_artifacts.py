@@ -24,7 +24,6 @@ from diffusers_ext.hub.card import make_card
 from tests.tiny_lora import add_random_lora
 from tests.tiny_models import pixart, sd_unet, sdxl_unet
 
-
 FACTS = {
     "base_model": "user/base", "license": "mit", "trained_on": "Prompts.", "concept": "seven",
     "anchor_concept": "", "preserved_concepts": [], "pipeline": "CogVideoXPipeline",
@@ -108,9 +107,7 @@ def test_weights_that_are_no_safetensors_are_refused(folder):
     content = b"not tensors"
     (folder / "scales.safetensors").write_bytes(content)
     edit_config(folder, sha256=hashlib.sha256(content).hexdigest())
-    with pytest.raises(
-        ValueError, match=r"scales.safetensors must be a whole safetensors file, got"
-    ):
+    with pytest.raises(ValueError, match=r"scales.safetensors must be a whole safetensors file, got"):
         Scales.from_pretrained(folder)
 
 
@@ -157,9 +154,7 @@ def test_checksums_cannot_be_switched_off(folder, subtests):
                     Scales.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [('"rank": 3', '"rank": 4'), ('"rank"', '"rang"'), (": 2", ": 1")]
-)
+@pytest.mark.parametrize(("old", "new"), [('"rank": 3', '"rank": 4'), ('"rank"', '"rang"'), (": 2", ": 1")])
 def test_any_change_of_a_config_is_found(folder, old, new):
     path = folder / "config.json"
     text = path.read_text()
@@ -174,9 +169,7 @@ def test_any_change_of_a_config_is_found(folder, old, new):
 @pytest.mark.parametrize("version", [True, "1", 0, None, 1.0])
 def test_a_format_is_a_number(folder, version):
     edit_config(folder, format_version=version)
-    with pytest.raises(
-        ValueError, match=r"`format_version` must be a positive integer.*config\.json"
-    ):
+    with pytest.raises(ValueError, match=r"`format_version` must be a positive integer.*config\.json"):
         Scales.from_pretrained(folder)
 
 
@@ -253,9 +246,7 @@ def test_upload_creates_the_repository_and_sends_the_artifact_with_its_card(hub,
     assert Scales.from_pretrained("tester/name").values.equal(scales.values)
     (tmp_path / "named").mkdir()
     (tmp_path / "named" / "diary.txt").write_text("mine")
-    scales.save_pretrained(
-        tmp_path / "named", push_to_hub=True, rank=3, commit_message="Add scales"
-    )
+    scales.save_pretrained(tmp_path / "named", push_to_hub=True, rank=3, commit_message="Add scales")
     assert sorted(hub.files("tester/named")) == ["README.md", "config.json", "scales.safetensors"]
     assert HfApi().list_repo_commits("tester/named")[0].title == "Add scales"
 

@@ -103,12 +103,7 @@ def test_nested_uses_enclose_each_other():
         with use_processors(tiny.model, Recorder("outer ", log), "*0.attn2"):
             assert torch.equal(tiny.run(), before)
         assert same_processors(tiny.model, outside)
-    assert [event for event, _ in log] == [
-        "outer enter",
-        "inner enter",
-        "inner leave",
-        "outer leave",
-    ]
+    assert [event for event, _ in log] == ["outer enter", "inner enter", "inner leave", "outer leave"]
     assert {name for _, name in log} == set(names)
     assert same_processors(tiny.model, originals)
 

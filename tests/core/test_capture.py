@@ -5,27 +5,16 @@ from collections import defaultdict
 import pytest
 import torch
 
-from diffusers_ext.core.capture import (
-    capture,
-    find_modules,
-    first_tensor,
-    match_names,
-    natural_key,
-    refuse_fused,
-)
+from diffusers_ext.core.capture import capture, find_modules, first_tensor, match_names, natural_key, refuse_fused
 from tests.in_a_thread import in_a_thread
 from tests.tiny_lora import add_random_lora
 from tests.tiny_models import DENOISERS, flux, pixart, sd_unet
-
 
 QKV = "*.to_[qkv]"
 
 
 def hooks_of(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    return {
-        name: (len(part._forward_pre_hooks), len(part._forward_hooks))
-        for name, part in model.named_modules()
-    }
+    return {name: (len(part._forward_pre_hooks), len(part._forward_hooks)) for name, part in model.named_modules()}
 
 
 class Store(defaultdict):
@@ -235,9 +224,7 @@ def test_mapping_is_taken_as_it_is():
 
 
 def test_pattern_without_match_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"of UNet2DConditionModel, got '\*attn3', which .*conv_in"
-    ):
+    with pytest.raises(ValueError, match=r"of UNet2DConditionModel, got '\*attn3', which .*conv_in"):
         find_modules(sd_unet().model, ["*attn2", "*attn3"])
 
 

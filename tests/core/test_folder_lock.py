@@ -9,7 +9,6 @@ import pytest
 
 from diffusers_ext.core.artifacts import LOCK_NAME, folder_lock
 
-
 HOLDER = """
 import sys
 sys.path.insert(0, {repository!r})

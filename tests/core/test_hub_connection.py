@@ -6,7 +6,6 @@ import socket
 
 from tests.fresh_process import run_python
 
-
 CODE = """
 import contextlib, io, time
 from diffusers_ext import FeatureStatistics, load_noise_model

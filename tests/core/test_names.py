@@ -18,7 +18,5 @@ def test_keywords_that_nothing_takes():
     assert str(refused.value) == (
         "train() got an unexpected keyword argument 'rnak': it takes rank. Did you mean 'rank'?"
     )
-    with pytest.raises(
-        TypeError, match=r"train\(\) got an unexpected keyword argument 'colour'\.$"
-    ):
+    with pytest.raises(TypeError, match=r"train\(\) got an unexpected keyword argument 'colour'\.$"):
         check_keywords({"colour": 4}, ["rank"], "train")

@@ -19,7 +19,6 @@ from diffusers_ext.core.noise_schedules import (
     training_schedule,
 )
 
-
 OTHERS = (
     "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler",
     "IPNDMScheduler", "CMStochasticIterativeScheduler",

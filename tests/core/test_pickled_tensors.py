@@ -19,8 +19,7 @@ def test_tensors_come_back(tmp_path, mmap):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"a photo", b"h\x07.", b"G12", b"Nb.", b"K\x01K\x02a.", b"PK\x03\x04", b"(" * 99],
+    "content", [b"", b"a photo", b"h\x07.", b"G12", b"Nb.", b"K\x01K\x02a.", b"PK\x03\x04", b"(" * 99]
 )
 def test_bytes_that_are_no_pickle_are_one_kind_of_error(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
@@ -87,8 +86,6 @@ def test_what_is_no_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
     for name, found in (("pipe", "a pipe"), ("loop", "symbolic links"), ("gone", "No such file")):
-        with pytest.raises(
-            ValueError, match=rf"{name}\.pt must be a file, got: .*|a file, got"
-        ) as e:
+        with pytest.raises(ValueError, match=rf"{name}\.pt must be a file, got: .*|a file, got") as e:
             read_pickled_tensors(tmp_path / f"{name}.pt")
         assert found in str(e.value)

@@ -18,7 +18,6 @@ from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints, regist
 from tests.golden_noise.golden_pipelines import FAMILIES, golden_pipeline
 from tests.tiny_digits import random_digits_pipeline
 
-
 LOST = "has no `noise_model`: its class takes none. Make the noise with `noise_model.refine`"
 
 
@@ -72,9 +71,7 @@ def test_pipelines_that_auto_pipelines_do_not_know_are_left_alone():
 def test_the_denoiser_is_the_unet_or_the_transformer():
     assert denoiser_of(SimpleNamespace(unet=None, transformer="transformer")) == "transformer"
     assert denoiser_of(SimpleNamespace(unet="unet")) == "unet"
-    with pytest.raises(
-        ValueError, match="`pipeline` must have a UNet or a transformer, got Simple"
-    ):
+    with pytest.raises(ValueError, match="`pipeline` must have a UNet or a transformer, got Simple"):
         denoiser_of(SimpleNamespace(vae="vae"))
 
 

@@ -4,11 +4,7 @@ import pytest
 import torch
 from peft import LoHaConfig
 
-from diffusers_ext.core.attention_processors import (
-    CaptureAttnProcessor,
-    ProjectAttnProcessor,
-    use_processors,
-)
+from diffusers_ext.core.attention_processors import CaptureAttnProcessor, ProjectAttnProcessor, use_processors
 from diffusers_ext.core.capture import capture, find_modules
 from tests.core.test_capture import Store, hooks_of
 from tests.tiny_lora import (
@@ -36,10 +32,7 @@ def test_capture_hands_over_text_or_image_features(builder):
 @torch.no_grad()
 def test_captured_features_are_those_of_the_layer():
     tiny, store, linears = sd_unet(), Store(), Store()
-    with (
-        use_processors(tiny.model, CaptureAttnProcessor(store)),
-        capture(tiny.model, "*attn*.to_k", linears),
-    ):
+    with use_processors(tiny.model, CaptureAttnProcessor(store)), capture(tiny.model, "*attn*.to_k", linears):
         tiny.run()
     for name, features in store.items():
         assert torch.equal(features[0], linears[f"{name}.to_k"][0])
@@ -142,10 +135,7 @@ def test_hooks_are_there_only_while_a_layer_runs():
         raise KeyError("stop")
 
     processor = ProjectAttnProcessor(projector=every_projection(tiny.model))
-    with (
-        use_processors(tiny.model, CaptureAttnProcessor(stop)),
-        use_processors(tiny.model, processor),
-    ):
+    with use_processors(tiny.model, CaptureAttnProcessor(stop)), use_processors(tiny.model, processor):
         assert hooks_of(tiny.model) == hooks
         with pytest.raises(KeyError, match="stop"):
             tiny.run()
@@ -162,9 +152,7 @@ def test_gradients_are_those_of_projected_weights():
         projections = projections_for(tiny.model, ["*attn2.to_v"])
         if not project:
             project_weights(tiny.model, projections, strength=1.0)
-        with use_processors(
-            tiny.model, ProjectAttnProcessor(float(project), projector=projections)
-        ):
+        with use_processors(tiny.model, ProjectAttnProcessor(float(project), projector=projections)):
             tiny.run().square().sum().backward()
         return [layer.lora_B["default"].weight.grad for layer in layers.values()]
 

@@ -5,13 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.core.result_folder import (
-    RESULT_LIST,
-    check_no_file,
-    check_no_result,
-    remove_result,
-    staged_output,
-)
+from diffusers_ext.core.result_folder import RESULT_LIST, check_no_file, check_no_result, remove_result, staged_output
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -34,9 +28,7 @@ def finish(folder: Path, *names: str, text: str = "new", **options) -> None:
 def test_a_finished_result_is_refused_by_name(tmp_path):
     check_no_result(tmp_path / "none", ["report.json"])
     finish(tmp_path / "out", "weights", "plots/a")
-    with pytest.raises(
-        ValueError, match="`output_dir` must hold no finished result, got plots/a in"
-    ):
+    with pytest.raises(ValueError, match="`output_dir` must hold no finished result, got plots/a in"):
         check_no_result(tmp_path / "out")
     write(tmp_path / "older", "report.json")
     check_no_result(tmp_path / "older")
@@ -86,9 +78,7 @@ def test_a_result_is_removed_without_what_is_not_its_own(tmp_path):
     assert not (tmp_path / RESULT_LIST).exists()
 
 
-@pytest.mark.parametrize(
-    "listed", [["../kept"], ["/kept"], "kept", [None], [""], None, ["a", "b/../../kept"]]
-)
+@pytest.mark.parametrize("listed", [["../kept"], ["/kept"], "kept", [None], [""], None, ["a", "b/../../kept"]])
 def test_a_list_never_removes_files_elsewhere(tmp_path, listed):
     write(tmp_path, "kept", "out/a")
     (tmp_path / "out" / RESULT_LIST).write_text(json.dumps({"complete": True, "files": listed}))
@@ -101,7 +91,5 @@ def test_files_are_replaced_on_request_alone(tmp_path):
     check_no_file(tmp_path / "a", False)
     write(tmp_path, "a")
     check_no_file(tmp_path / "a", True)
-    with pytest.raises(
-        ValueError, match="`output_path` must be a new file, got .*/a, which is there"
-    ):
+    with pytest.raises(ValueError, match="`output_path` must be a new file, got .*/a, which is there"):
         check_no_file(tmp_path / "a", False)

@@ -4,12 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from diffusers_ext.core.settings import (
-    ImageReportingSettings,
-    ModelSettings,
-    SamplingSettings,
-    TrainingSettings,
-)
+from diffusers_ext.core.settings import ImageReportingSettings, ModelSettings, SamplingSettings, TrainingSettings
 
 
 @dataclass(kw_only=True)

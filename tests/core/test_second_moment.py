@@ -10,7 +10,6 @@ import torch
 
 from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment, exact_float32_matmul, gram
 
-
 ROOT = Path(__file__).parents[2]
 # One process of two: it sees its own rows of a fixed stream and prints the reduced moment's error.
 REDUCE = """
@@ -157,9 +156,7 @@ def test_wrong_widths_are_errors():
 
 
 def decaying_moment(dim: int = 12) -> SecondMoment:
-    return SecondMoment(dim, compute_dtype=torch.float64).update(
-        stream(300, dim) * torch.logspace(0, -2, dim)
-    )
+    return SecondMoment(dim, compute_dtype=torch.float64).update(stream(300, dim) * torch.logspace(0, -2, dim))
 
 
 def test_full_energy_reproduces_the_moment():
@@ -179,9 +176,7 @@ def test_compression_keeps_the_trace_and_the_leading_directions(energy):
     assert kept < 12
     torch.testing.assert_close(low_rank.mean.trace(), moment.mean.trace(), rtol=1e-6, atol=0)
     top = vectors[:, -kept:]
-    torch.testing.assert_close(
-        top.T @ low_rank.mean @ top, top.T @ moment.mean @ top, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(top.T @ low_rank.mean @ top, top.T @ moment.mean @ top, atol=1e-6, rtol=0)
     emptiest = vectors[:, 0]
     assert emptiest @ low_rank.mean @ emptiest > values[0]
 

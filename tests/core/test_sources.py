@@ -41,9 +41,7 @@ def test_what_is_not_there(folder, hub, tmp_path_factory, monkeypatch):
     with pytest.raises(ValueError, match="must hold x.safetensors, got none. Name it with"):
         lora_file(str(folder), "x.safetensors")
     for source in ("./nowhere", "nowhere", "some/file.safetensors", "a/b/c", "a b/c", "../a"):
-        with pytest.raises(
-            ValueError, match=f"a folder or 'user/name', got {source}: no such file"
-        ):
+        with pytest.raises(ValueError, match=f"a folder or 'user/name', got {source}: no such file"):
             lora_file(source)
     assert not hub.requests
     with pytest.raises(OSError, match="tester/nowhere"):
@@ -62,9 +60,7 @@ def test_keywords_of_a_download_pass():
 
 
 def test_others_are_named_with_what_was_meant():
-    with pytest.raises(
-        TypeError, match=r"load\(\) got an unexpected keyword argument 'revison'"
-    ) as e:
+    with pytest.raises(TypeError, match=r"load\(\) got an unexpected keyword argument 'revison'") as e:
         check_download_arguments({"token": None, "revison": "main"}, "load")
     assert "Did you mean 'revision'?" in str(e.value)
     with pytest.raises(TypeError, match="'typo': of a download it takes revision") as e:

@@ -10,14 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from diffusers_ext.core.tensor_files import (
-    DIGEST_KEY,
-    FLOATING,
-    check_finite,
-    open_tensors,
-    read_tensors,
-    with_digest,
-)
+from diffusers_ext.core.tensor_files import DIGEST_KEY, FLOATING, check_finite, open_tensors, read_tensors, with_digest
 
 
 def file_of(path: Path, header: dict | bytes, data: bytes = b"", length: int | None = None) -> Path:
@@ -103,9 +96,7 @@ def test_missing_surplus_and_other_tensors_are_named(tmp_path):
 )  # fmt: skip
 def test_numbers_that_are_none_are_refused(tmp_path, dtype):
     path = tmp_path / "w.safetensors"
-    save_file(
-        {"good": torch.ones(3).to(dtype), "bad": torch.tensor([1, float("nan")]).to(dtype)}, path
-    )
+    save_file({"good": torch.ones(3).to(dtype), "bad": torch.tensor([1, float("nan")]).to(dtype)}, path)
     with pytest.raises(ValueError, match=r"w\.safetensors must hold finite numbers, .* 'bad'"):
         read_tensors(path)
     assert read_tensors(path, finite=False)[0]["good"].dtype == dtype

@@ -7,7 +7,6 @@ import pytest
 from diffusers_ext.core import text_files
 from diffusers_ext.core.text_files import parse_json, read_json, read_text, read_yaml
 
-
 TEXT = "a red fox\nein grüner Fuchs\n狐\n"
 
 
@@ -20,19 +19,10 @@ def test_byte_order_marks_are_honoured(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            TEXT[:24].encode("cp1252"),
-            "Line 2 of .*p.txt must be UTF-8, got the bytes fc 6e .*ein gr",
-        ),
-        (
-            b"\xef\xbb\xbfa\nb\x92s",
-            "Line 2 of .*p.txt must be UTF-8, got the bytes 92 73 after 'b'",
-        ),
+        (TEXT[:24].encode("cp1252"), "Line 2 of .*p.txt must be UTF-8, got the bytes fc 6e .*ein gr"),
+        (b"\xef\xbb\xbfa\nb\x92s", "Line 2 of .*p.txt must be UTF-8, got the bytes 92 73 after 'b'"),
         ("a\nbc".encode("utf-16")[:-1], "Line 2 of .*p.txt must be UTF-16"),
-        (
-            "a\nb".encode("utf-16-le"),
-            "Line 1 of .*p.txt must be text, got a NUL .*without its byte",
-        ),
+        ("a\nb".encode("utf-16-le"), "Line 1 of .*p.txt must be text, got a NUL .*without its byte"),
         (b"PK\x03\x04\x14\0\6\0", "Line 1 of .*p.txt must be text, got a NUL"),
     ],
 )
@@ -84,12 +74,10 @@ def test_json_of_all_types(tmp_path):
 
 
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
-    f"{name}: &{name} [{','.join(['*' + before] * 10)}]\n"
-    for before, name in zip("abcdef", "bcdefg")
+    f"{name}: &{name} [{','.join(['*' + before] * 10)}]\n" for before, name in zip("abcdef", "bcdefg")
 )
 MERGES = "a: &a {x: 1}\n" + "".join(
-    f"{name}: &{name} {{<<: [{','.join(['*' + before] * 10)}]}}\n"
-    for before, name in zip("abcdef", "bcdefg")
+    f"{name}: &{name} {{<<: [{','.join(['*' + before] * 10)}]}}\n" for before, name in zip("abcdef", "bcdefg")
 )
 
 
@@ -105,10 +93,7 @@ def test_yaml_that_cannot_be_meant_is_refused_by_name(tmp_path, subtests):
         ("a: .nan", "must be a YAML file, got: the number .nan in line 1"),
         ("a: !!timestamp x", "must be a YAML file, got: "),
         ("a: !!bool x", "must be a YAML file, got: "),
-        (
-            "a: !!python/object/apply:os.system [id]",
-            "must be a YAML file, got: could not determine",
-        ),
+        ("a: !!python/object/apply:os.system [id]", "must be a YAML file, got: could not determine"),
         ("a: 2024-13-45", "must be a YAML file, got: month must be"),
         ("- a", "must be a YAML mapping, got list"),
         ("", "must be a YAML mapping, got NoneType"),
@@ -122,9 +107,7 @@ def test_yaml_that_cannot_be_meant_is_refused_by_name(tmp_path, subtests):
 
 
 def test_yaml_with_anchors(tmp_path):
-    (tmp_path / "c.yaml").write_text(
-        "a: &a {x: 1, y: no}\nb: {<<: *a, x: 2}\nc: [é, 1.5]\n", "utf-16"
-    )
+    (tmp_path / "c.yaml").write_text("a: &a {x: 1, y: no}\nb: {<<: *a, x: 2}\nc: [é, 1.5]\n", "utf-16")
     expected = {"a": {"x": 1, "y": False}, "b": {"x": 2, "y": False}, "c": ["é", 1.5]}
     assert read_yaml(tmp_path / "c.yaml") == expected
     (tmp_path / "c.yaml").write_text("- a")

@@ -4,12 +4,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from diffusers_ext.core.text_tables import (
-    one_line,
-    read_grouped_prompts,
-    read_prompt_texts,
-    read_rows,
-)
+from diffusers_ext.core.text_tables import one_line, read_grouped_prompts, read_prompt_texts, read_rows
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.training.eraser.prompts import read_eraser_prompts
 
@@ -36,16 +31,10 @@ SAME = [
     ("p.csv", 'sep=;\nid;prompt;seed\n1;"a red, ""old"" fox";3\n2;# b;\n'),
     ("p.csv", '"id";"prompt";"seed"\n"1";"a red, ""old"" fox";"3"\n"2";"# b";""\n'),
     ("p.tsv", 'id\tprompt\tseed\n1\ta red, "old" fox\t3\n2\t# b\t\n'),
-    (
-        "p.json",
-        '[{"prompt": "a red, \\"old\\"\\nfox", "seed": 3}, {"prompt": "# b"}, {"prompt": null}]',
-    ),
+    ("p.json", '[{"prompt": "a red, \\"old\\"\\nfox", "seed": 3}, {"prompt": "# b"}, {"prompt": null}]'),
     ("p.json", '{"prompt": ["a red, \\"old\\" fox", "# b"], "seed": [3, null], "n": 1}'),
     ("p.json", '{"prompt": "a red, \\"old\\" fox", "seed": 3}\n{"prompt": "# b"}\n'),
-    (
-        "p.jsonl",
-        '\n{"prompt": "a red, \\"old\\" fox", "seed": 3.0}\n\n{"prompt": "# b", "seed": ""}',
-    ),
+    ("p.jsonl", '\n{"prompt": "a red, \\"old\\" fox", "seed": 3.0}\n\n{"prompt": "# b", "seed": ""}'),
 ]
 
 
@@ -64,12 +53,7 @@ def test_tables_of_all_formats_give_the_same(tmp_path, subtests):
 
 def test_parquet_is_read_and_nothing_left_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    table = {
-        "prompt": ["a dog", None, "# b"],
-        "seed": [1, None, 2],
-        "image": [b"x"] * 3,
-        "k": [[1]] * 3,
-    }
+    table = {"prompt": ["a dog", None, "# b"], "seed": [1, None, 2], "image": [b"x"] * 3, "k": [[1]] * 3}
     for column in (table["prompt"], pyarrow.array(table["prompt"]).dictionary_encode()):
         parquet.write_table(pyarrow.table(table | {"prompt": column}), tmp_path / "p.parquet")
         assert read(tmp_path / "p.parquet") == ["a dog", "# b"]
@@ -95,11 +79,7 @@ def test_what_is_no_table_of_prompts_is_refused(tmp_path, subtests):
         ("p.csv", "", r"p.csv must have the column 'prompt', got \[\]"),
         ("p.csv", "id;text\n1;a\n", r"must have the column 'prompt', got \['id', 'text'\]"),
         ("p.csv", "prompt,prompt\na,b\n", "must have the column 'prompt' once"),
-        (
-            "p.csv",
-            "prompt\na, b\n",
-            "Line 2 of .* must have 1 fields .* Quote texts that hold commas",
-        ),
+        ("p.csv", "prompt\na, b\n", "Line 2 of .* must have 1 fields .* Quote texts that hold commas"),
         ("p.csv", "id;prompt\n1;a;b\n", "Line 2 of .* Quote texts that hold semicolons"),
         ("p.csv", 'prompt\na\n"b\nc\n', "The row from line 3 of .*p.csv must be CSV"),
         ("p.csv", 'sep=;\nprompt\na\n"b" c\n', "The row from line 4 of .*p.csv must be CSV"),
@@ -112,18 +92,10 @@ def test_what_is_no_table_of_prompts_is_refused(tmp_path, subtests):
         ("p.json", "[[1]]", "item 1 of .*p.json must be a JSON object with .*'prompt'"),
         ("p.json", '[{"prompt": 1.5}]', "'prompt' must be a text in item 1 of .*p.json, got 1.5"),
         ("p.jsonl", '{"prompt": true}', "'prompt' must be a text in line 1 of .*p.jsonl, got True"),
-        (
-            "p.jsonl",
-            '{"prompt": "a"}\n{"text": "b"}',
-            "line 2 of .*p.jsonl must have the column 'pro",
-        ),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2 of .*p.jsonl must have the column 'pro"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"', "line 2 of .*p.jsonl must hold JSON"),
         ("p.jsonl", "[" * 9999, "line 1 of .*p.jsonl must be nested at most"),
-        (
-            "p.xlsx",
-            "PK",
-            "`prompt_file` must end in one of .txt.*p.xlsx.* Save a sheet as CSV in UTF-8",
-        ),
+        ("p.xlsx", "PK", "`prompt_file` must end in one of .txt.*p.xlsx.* Save a sheet as CSV in UTF-8"),
     ]:
         with subtests.test(name=name, text=text, message=message):
             (tmp_path / name).write_text(text)

@@ -11,7 +11,6 @@ from tests.docs.snippet_models import BASES, save_random_eraser, save_subject, s
 from tests.docs.snippets import ROOT
 from tests.golden_noise.npnet_fixture import nested, official_weights
 
-
 PROMPTS = ("a photo of a dog", "a dog runs", "the red dog", "a dog in the sea")
 OTHERS = ("a photo of a cat", "a red fox")
 

@@ -26,7 +26,6 @@ from tests.tiny_clip import save_tiny_clip
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.tiny_erasers import add_random_eraser
 
-
 BASES = {
     "sd": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -121,9 +120,7 @@ def random_lora(
             rows, columns = module.weight.shape
             down = torch.randn(2, columns, generator=generator) / 10
             lora[f"{component}.{name}.lora_A.weight"] = down
-            lora[f"{component}.{name}.lora_B.weight"] = (
-                torch.randn(rows, 2, generator=generator) / 10
-            )
+            lora[f"{component}.{name}.lora_B.weight"] = torch.randn(rows, 2, generator=generator) / 10
     return lora
 
 

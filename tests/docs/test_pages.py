@@ -14,7 +14,6 @@ from diffusers_ext.eraser.recipe import EraserTraining
 from tests.docs.snippets import PAGES, ROOT, snippets
 from tests.eraser.real_model_defaults import REAL_MODEL_DEFAULTS
 
-
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 ERASER_PAGE = (ROOT / "docs" / "concept_eraser.md").read_text()
@@ -104,9 +103,7 @@ def test_named_flags_exist(page):
 
 
 def test_the_table_of_the_eraser_settings_is_whole_and_right():
-    rows = re.findall(
-        r"^\| `(\w+)` \| `--(\w+)` \| (.*?) ?\| (.*?) ?\| ", ERASER_PAGE, re.MULTILINE
-    )
+    rows = re.findall(r"^\| `(\w+)` \| `--(\w+)` \| (.*?) ?\| (.*?) ?\| ", ERASER_PAGE, re.MULTILINE)
     shown = lambda value: "" if value is None else str(value)
     expected = {
         one.name: (flag_name(one), shown(one.default), shown(REAL_MODEL_DEFAULTS[one.name]))

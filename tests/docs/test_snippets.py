@@ -15,7 +15,6 @@ from tests.docs.snippet_files import write_files
 from tests.docs.snippet_models import BASES, SAVED, publish, stable_diffusion
 from tests.docs.snippets import PAGES, ROOT, Snippet, commands, snippets
 
-
 # What makes a run short and fit for a CPU; nothing else is changed in a command.
 _TRAINING = ["--max_train_steps", "1", "--train_batch_size", "1"]
 _SAMPLING = ["--num_inference_steps", "2"]
@@ -36,9 +35,8 @@ SHORTER = {
     "evaluate_eraser": [*_SAMPLING, *_CPU],
     "plan_eraser": [],
 }
-_EXAMPLE_ERASER = (
-    "--training=--max_train_steps 1 --eraser_rank 2 --auto_preserved_concepts "
-    + " ".join([*_SAMPLING, *_ERASER])
+_EXAMPLE_ERASER = "--training=--max_train_steps 1 --eraser_rank 2 --auto_preserved_concepts " + " ".join(
+    [*_SAMPLING, *_ERASER]
 )
 SHORTER_EXAMPLES = {
     "teach_a_subject": ["--max_train_steps", "1", *_SAMPLING],
@@ -111,11 +109,7 @@ def run_snippet(snippet: Snippet, page: str, namespace: dict) -> None:
 def test_every_snippet_of_a_page_runs(page, hub, tmp_path, monkeypatch):
     text = page.read_text(encoding="utf-8")
     for name in SAVED:
-        if (
-            page.parent.name == "examples"
-            or name in text
-            or name.startswith(("yuvalkirstain", "laion", "openai"))
-        ):
+        if page.parent.name == "examples" or name in text or name.startswith(("yuvalkirstain", "laion", "openai")):
             publish(hub, name)
     write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -145,9 +139,7 @@ def test_the_chinese_front_page_has_the_same_code_and_figures():
     assert code[0] == code[1]
     figures = [re.findall(r"-?\d\.\d+", text) for text in (english, chinese)]
     # Sizes of networks are counted in another unit.
-    assert [f for f in figures[1] if f not in ("1.6", "1.0")] == [
-        f for f in figures[0] if f not in ("1.6", "1.0")
-    ]
+    assert [f for f in figures[1] if f not in ("1.6", "1.0")] == [f for f in figures[0] if f not in ("1.6", "1.0")]
     assert re.findall(r"arXiv [\d.]+", chinese) == re.findall(r"arXiv [\d.]+", english)
 
 

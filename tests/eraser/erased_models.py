@@ -9,7 +9,6 @@ from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import register_eraser
 from tests.tiny_cogvideox import tiny_video_pipeline
 
-
 ABSOLUTE = {"use_rotary_positional_embeddings": False}
 PATCHES_IN_TIME = {"patch_size": 2, "patch_size_t": 2, "sample_height": 8, "sample_width": 8}
 KINDS = {"rotary": {}, "absolute": ABSOLUTE, "1.5": PATCHES_IN_TIME}

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from tests.filled_weights import fill
 
-
 FOLDER = Path(__file__).parents[1] / "fixtures" / "legacy_eraser"
 
 

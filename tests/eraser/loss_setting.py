@@ -8,7 +8,6 @@ from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.eraser.erased_models import erased_pipeline, random_rows
 
-
 ETA = 2.0
 
 
@@ -50,7 +49,6 @@ def assert_only_the_eraser_has_gradient(model):
 def count_calls(velocity):
     calls = []
     velocity.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((len(kwargs["timestep"]), torch.is_grad_enabled())),
-        with_kwargs=True,
+        lambda _, args, kwargs: calls.append((len(kwargs["timestep"]), torch.is_grad_enabled())), with_kwargs=True
     )
     return calls

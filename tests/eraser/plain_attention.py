@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-
 TEXT, GRID = 5, (2, 3, 4)
 VIDEO = 2 * 3 * 4
 
 
 def rotary():
-    return get_3d_rotary_pos_embed(
-        16, ((0, 0), GRID[1:]), grid_size=GRID[1:], temporal_size=GRID[0]
-    )
+    return get_3d_rotary_pos_embed(16, ((0, 0), GRID[1:]), grid_size=GRID[1:], temporal_size=GRID[0])
 
 
 def rotated(features: torch.Tensor) -> torch.Tensor:

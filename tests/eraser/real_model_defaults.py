@@ -7,7 +7,6 @@ from typing import Any
 
 from diffusers_ext.eraser.recipe import EraserSettings, EraserTraining
 
-
 REAL_MODEL_DEFAULTS: dict[str, Any] = {
     **asdict(EraserTraining()),
     **{

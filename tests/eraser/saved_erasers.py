@@ -15,10 +15,7 @@ from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer
 
 
 def make_eraser(
-    transformer: CogVideoXTransformer3DModel,
-    adapter_name: str = "default",
-    seed: int = 1,
-    **config: Any,
+    transformer: CogVideoXTransformer3DModel, adapter_name: str = "default", seed: int = 1, **config: Any
 ) -> CogVideoXTransformer3DModel:
     """Add an eraser of rank 4 with random weights to a transformer; returns the transformer."""
     torch.manual_seed(seed)
@@ -45,9 +42,7 @@ def inputs(transformer: CogVideoXTransformer3DModel) -> dict[str, Any]:
     }
 
 
-def run(
-    transformer: torch.nn.Module, dtype: torch.dtype = torch.float32, **options: Any
-) -> torch.Tensor:
+def run(transformer: torch.nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> torch.Tensor:
     """Output `(2, 3, 4, 4, 4)` of `inputs`, without gradient."""
     arguments = inputs(transformer)
     for name in ("hidden_states", "encoder_hidden_states"):

@@ -13,7 +13,6 @@ from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.tiny_cogvideox import tiny_video_pipeline
 
-
 SIZE = (9, 16, 16)
 SHAPE = (3, 4, 4, 4)
 STEPS, GUIDANCE = 4, 3.0
@@ -37,17 +36,13 @@ def tiny_teacher() -> tuple[CogVideoXPipeline, CogVideoXVelocity, Texts]:
 
     @torch.no_grad()
     def encode(prompts: list[str]) -> torch.Tensor:
-        return pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=PROMPT_LENGTH
-        )[0]
+        return pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=PROMPT_LENGTH)[0]
 
     texts = Texts(encode(TARGET), encode(ANCHOR), encode(PRESERVED), encode([""]))
     return pipeline, CogVideoXVelocity.from_pipeline(pipeline, *SIZE), texts
 
 
-def collect(
-    velocity: CogVideoXVelocity, pipeline: CogVideoXPipeline, texts: Texts, **changes: Any
-) -> TeacherSamples:
+def collect(velocity: CogVideoXVelocity, pipeline: CogVideoXPipeline, texts: Texts, **changes: Any) -> TeacherSamples:
     """Three target and four preserved runs of four steps, two at once."""
     settings = {
         "latent_shape": SHAPE,
@@ -71,9 +66,7 @@ class CountedVelocity(CogVideoXVelocity):
         self.rows: list[int] = []
         self.calls = calls
 
-    def __call__(
-        self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         if len(self.rows) == self.calls:
             raise KeyboardInterrupt
         self.rows.append(len(x_t))

@@ -12,7 +12,6 @@ from diffusers_ext.training.eraser.run import add_eraser, make_step
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import fill_eraser, tiny_prompts
 
-
 RECIPE = EraserTraining(
     rank=4,
     num_target_trajectories=2,
@@ -69,8 +68,7 @@ def test_the_loss_counts_the_answers_to_these_prompts(trained):
         step.adversarial_prompts.prompts(rows, torch.Generator().manual_seed(3))
     lengths = []
     hook = pipeline.transformer.register_forward_hook(
-        lambda _, args, inputs, __: lengths.append(inputs["encoder_hidden_states"].shape[:2]),
-        with_kwargs=True,
+        lambda _, args, inputs, __: lengths.append(inputs["encoder_hidden_states"].shape[:2]), with_kwargs=True
     )
     state = step.adversarial_prompts.state_dict()
     losses = step(pipeline.transformer, batch, torch.Generator().manual_seed(3))

@@ -8,7 +8,6 @@ from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_video_pipeline
 from tests.tiny_erasers import add_random_eraser
 
-
 SHAPE = (3, 4, 4, 4)
 
 

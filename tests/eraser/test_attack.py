@@ -7,16 +7,11 @@ import pytest
 import torch
 
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
-from diffusers_ext.eraser.attack import (
-    insert_embeddings,
-    learn_revival_embeddings,
-    revived_prompts,
-)
+from diffusers_ext.eraser.attack import insert_embeddings, learn_revival_embeddings, revived_prompts
 from diffusers_ext.evaluation.rendering import render_clips
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.eraser.erased_models import erased_pipeline, random_rows
 from tests.evaluation.erased_model_states import unchanged
-
 
 CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 1}
 
@@ -45,16 +40,12 @@ def distance(velocity, rows, embeddings):
 def test_learned_embeddings_bring_the_erased_model_nearer_to_the_one_before(kind):
     _, velocity, rows = attacked(kind)
     with unchanged(velocity.model):
-        start = learn_revival_embeddings(
-            velocity, *rows, num_embeddings=4, steps=1, learning_rate=0.0
-        )
+        start = learn_revival_embeddings(velocity, *rows, num_embeddings=4, steps=1, learning_rate=0.0)
         found = learn_revival_embeddings(velocity, *rows, num_embeddings=4, steps=25)
     assert found.embeddings.shape == (4, 16)
     assert len(found.losses) == 25
     assert found.losses[0] == start.losses[0]
-    assert distance(velocity, rows, found.embeddings) < 0.9 * distance(
-        velocity, rows, start.embeddings
-    )
+    assert distance(velocity, rows, found.embeddings) < 0.9 * distance(velocity, rows, start.embeddings)
 
 
 def test_the_first_loss_is_the_distance_to_the_model_before():

@@ -46,10 +46,7 @@ def number_of_hooks(transformer) -> int:
 @pytest.mark.parametrize("chunk_size", [1, 7, 1024])
 def test_maps_are_those_of_the_whole_matrix(rotates, chunk_size):
     transformer = model(
-        use_rotary_positional_embeddings=rotates,
-        sample_height=3,
-        sample_frames=5,
-        max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=rotates, sample_height=3, sample_frames=5, max_text_seq_length=TEXT
     )
     arguments = inputs()
     if not rotates:
@@ -75,10 +72,7 @@ def test_heads_are_kept_apart_or_weighted():
     transformer, arguments, mask = model(), inputs(), token_mask((1,), ())
     expected = plain_maps(transformer, arguments, mask).transpose(0, 1)
     weights = torch.tensor([[0.2, 0.3], [0.5, 0.0]])
-    with (
-        torch.no_grad(),
-        concept_attention(transformer, mask, head_weights=weights, keep_heads=True) as attention,
-    ):
+    with torch.no_grad(), concept_attention(transformer, mask, head_weights=weights, keep_heads=True) as attention:
         transformer(**arguments)
     torch.testing.assert_close(attention.head_maps.double(), expected, rtol=1e-6, atol=0)
     heads = expected[0] - expected[0].mean(-1, keepdim=True)

@@ -3,12 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.concept_attention import (
-    agreement_weights,
-    attention_mass,
-    head_correlations,
-    standardize,
-)
+from diffusers_ext.eraser.concept_attention import agreement_weights, attention_mass, head_correlations, standardize
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -40,9 +35,7 @@ def test_agreement_is_the_correlation_averaged_over_clips_without_negative_ones(
     maps[:, 1, 2] = -reference
     plain = torch.stack(
         [
-            torch.stack(
-                [torch.corrcoef(torch.stack([h, r]))[0, 1] for h in m.flatten(0, 1)]
-            ).reshape(2, 3)
+            torch.stack([torch.corrcoef(torch.stack([h, r]))[0, 1] for h in m.flatten(0, 1)]).reshape(2, 3)
             for m, r in zip(maps, reference)
         ]
     ).mean(0)

@@ -12,7 +12,6 @@ from tests.eraser.saved_erasers import inputs, run, saved_eraser
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 from tests.tiny_lora import add_random_lora
 
-
 LORA_AFTER = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 

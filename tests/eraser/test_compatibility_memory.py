@@ -13,7 +13,6 @@ from diffusers_ext.eraser.files import load_eraser, save_eraser
 from tests.eraser.saved_erasers import run, saved_eraser
 from tests.tiny_cogvideox import tiny_transformer
 
-
 CPU = torch.device("cpu")
 
 
@@ -43,17 +42,13 @@ def test_group_offload(folder, expected, first, kind):
     transformer = tiny_transformer()
     if first == "eraser":
         load_eraser(transformer, folder)
-    transformer.enable_group_offload(
-        CPU, offload_type=kind, num_blocks_per_group=1 if kind == "block_level" else None
-    )
+    transformer.enable_group_offload(CPU, offload_type=kind, num_blocks_per_group=1 if kind == "block_level" else None)
     if first == "offloading":
         load_eraser(transformer, folder)
     assert torch.equal(run(transformer), expected)
     if kind == "leaf_level":
         # Else they would stay behind where the rest is moved to the accelerator.
-        assert all(
-            part._diffusers_hook.get_hook("group_offloading") for part in projections(transformer)
-        )
+        assert all(part._diffusers_hook.get_hook("group_offloading") for part in projections(transformer))
 
 
 def test_cpu_offload_of_the_whole_model(folder, expected):

@@ -5,11 +5,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.eraser.concept_attention import (
-    agreement_weights,
-    concept_attention,
-    head_correlations,
-)
+from diffusers_ext.eraser.concept_attention import agreement_weights, concept_attention, head_correlations
 from diffusers_ext.eraser.concept_masks import (
     concept_head_weights,
     concept_mask,
@@ -21,7 +17,6 @@ from diffusers_ext.eraser.concept_masks import (
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer, tiny_video_pipeline
-
 
 GRID = (3, 4, 4)
 # Differences of nearly equal velocities, made in batches of other sizes.
@@ -102,9 +97,7 @@ def test_patches_of_several_latents_are_one_place_of_the_mask():
 def test_the_transformer_is_left_without_hooks_when_the_forward_fails():
     velocity, given = setting()
     wrong = given | {"token_mask": given["token_mask"][:, :-1]}
-    with pytest.raises(
-        ValueError, match=r"`token_mask` must be \(batch, text tokens\) = \(2, 12\)"
-    ):
+    with pytest.raises(ValueError, match=r"`token_mask` must be \(batch, text tokens\) = \(2, 12\)"):
         concept_mask(velocity, **wrong)
     modules = velocity.transformer.modules()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -129,9 +122,7 @@ def test_with_an_anchor_the_mask_is_that_of_the_velocities():
     torch.testing.assert_close(mask, velocity_mask(v_concept, v_anchor, tokens, GRID), **CLOSE)
     assert not mask[1].any()
     both = concept_mask(velocity, **given, anchor_embeds=anchor, empty_embeds=empty)
-    torch.testing.assert_close(
-        both, velocity_mask(v_concept, v_anchor, tokens, GRID, v_empty), **CLOSE
-    )
+    torch.testing.assert_close(both, velocity_mask(v_concept, v_anchor, tokens, GRID, v_empty), **CLOSE)
     assert not torch.allclose(both, mask, atol=0.01)
 
 
@@ -140,10 +131,7 @@ def test_weighted_heads_and_velocities_are_multiplied():
     anchor = texts()[0]
     weights = torch.tensor([[0.0, 0.75], [0.25, 0.0]])
     tokens = given["token_mask"]
-    with (
-        torch.no_grad(),
-        concept_attention(velocity.transformer, tokens, head_weights=weights) as found,
-    ):
+    with torch.no_grad(), concept_attention(velocity.transformer, tokens, head_weights=weights) as found:
         velocity(given["x_t"], given["t"], given["prompt_embeds"])
     attended = normalize_attention(found.maps, GRID, floor=0.5)
     mask = concept_mask(velocity, **given, head_weights=weights)
@@ -151,9 +139,7 @@ def test_weighted_heads_and_velocities_are_multiplied():
     both = concept_mask(velocity, **given, head_weights=weights, anchor_embeds=anchor)
     changed = velocity_mask(*velocities(velocity, given)[:2], tokens, GRID)
     torch.testing.assert_close(both, (attended * changed).sqrt(), **CLOSE)
-    hard = concept_mask(
-        velocity, **given, head_weights=weights, anchor_embeds=anchor, threshold=0.3
-    )
+    hard = concept_mask(velocity, **given, head_weights=weights, anchor_embeds=anchor, threshold=0.3)
     assert torch.equal(hard, (both >= 0.3).float())
 
 
@@ -162,10 +148,7 @@ def test_head_weights_are_the_agreement_with_the_velocities_of_the_clips_that_na
     velocity.transformer.add_adapter(EraserConfig(r=4, init_weights=False), adapter_name="seven")
     velocity.transformer.disable_adapters()
     tokens, anchor = given["token_mask"], texts()[0]
-    with (
-        torch.no_grad(),
-        concept_attention(velocity.transformer, tokens, keep_heads=True) as found,
-    ):
+    with torch.no_grad(), concept_attention(velocity.transformer, tokens, keep_heads=True) as found:
         velocity(given["x_t"], given["t"], given["prompt_embeds"])
     difference = velocity_difference(*velocities(velocity, given)[:2], GRID)
     expected = agreement_weights(head_correlations(found.head_maps[:1], difference[:1]))
@@ -181,8 +164,7 @@ def test_head_weights_do_not_depend_on_the_batch():
     given["token_mask"][2, 3] = True
     anchor = 3 * random(3, PROMPT_LENGTH, TEXT_WIDTH, seed=2)
     one, all_at_once = (
-        concept_head_weights(velocity, anchor_embeds=anchor, **given, batch_size=size)
-        for size in (1, 3)
+        concept_head_weights(velocity, anchor_embeds=anchor, **given, batch_size=size) for size in (1, 3)
     )
     torch.testing.assert_close(one, all_at_once, **CLOSE)
 

@@ -15,7 +15,6 @@ from diffusers_ext.eraser.concepts import (
 )
 from examples.moving_digits.prompts import PROMPT_LENGTH, make_tokenizer
 
-
 TOKENIZER = make_tokenizer()
 
 

@@ -5,24 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.legacy import (
-    EraserShape,
-    check_fit,
-    eraser_shape,
-    from_legacy,
-    layer_name,
-    to_legacy,
-)
-
+from diffusers_ext.eraser.legacy import EraserShape, check_fit, eraser_shape, from_legacy, layer_name, to_legacy
 
 SHAPES = {"down.weight": (2, 6), "down.bias": (2,), "up.weight": (6, 2), "up.bias": (6,)}
 
 
 def legacy_tree(blocks=(0, 1)):
-    return {
-        f"transformer_blocks.{i}.attn1.adapter": {p: torch.randn(s) for p, s in SHAPES.items()}
-        for i in blocks
-    }
+    return {f"transformer_blocks.{i}.attn1.adapter": {p: torch.randn(s) for p, s in SHAPES.items()} for i in blocks}
 
 
 def test_legacy_names_go_there_and_back():

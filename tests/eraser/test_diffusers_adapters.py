@@ -13,7 +13,6 @@ from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 from tests.tiny_erasers import add_random_eraser, velocity
 from tests.tiny_lora import add_random_lora
 
-
 # PEFT warns of every further adapter; a LoRA brings its own warning.
 A_LORA_BESIDE = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
@@ -224,9 +223,7 @@ def test_a_negative_scale_is_refused_and_changes_nothing():
     model, _, _ = two_erasers()
     model.set_adapters(["a", "b"], [0.3, 0.6])
     before = velocity(model)
-    with pytest.raises(
-        ValueError, match="`scale` of the eraser 'a' must .* strengthens the concept"
-    ):
+    with pytest.raises(ValueError, match="`scale` of the eraser 'a' must .* strengthens the concept"):
         model.set_adapters(["a", "b"], [-1.0, 0.5])
     with pytest.raises(ValueError, match="at least 0, got -0.3"):
         velocity(model, attention_kwargs={"scale": -1})

@@ -33,17 +33,10 @@ def test_files_are_those_of_save_eraser(tmp_path):
         source = saved_eraser(tmp_path / f"from_{format}", format=format)
         convert_eraser(source, tmp_path / f"to_{format}", format, base_model_name_or_path="x/y")
     for name in FORMATS["legacy"]:
-        assert (tmp_path / "to_legacy" / name).read_bytes() == (
-            tmp_path / "from_legacy" / name
-        ).read_bytes()
+        assert (tmp_path / "to_legacy" / name).read_bytes() == (tmp_path / "from_legacy" / name).read_bytes()
     weights = FORMATS["peft"][1]
-    assert (tmp_path / "to_peft" / weights).read_bytes() == (
-        tmp_path / "from_peft" / weights
-    ).read_bytes()
-    configs = [
-        json.loads((tmp_path / name / FORMATS["peft"][0]).read_text())
-        for name in ("from_peft", "to_peft")
-    ]
+    assert (tmp_path / "to_peft" / weights).read_bytes() == (tmp_path / "from_peft" / weights).read_bytes()
+    configs = [json.loads((tmp_path / name / FORMATS["peft"][0]).read_text()) for name in ("from_peft", "to_peft")]
     assert configs[1] == {**configs[0], "base_model_name_or_path": "x/y"}
 
 

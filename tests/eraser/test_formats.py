@@ -58,19 +58,10 @@ def test_one_altered_weight_is_found(folder):
         ({"r": 5}, "must be the rank 4 of the weights, got 5"),
         ({"layers_to_transform": [1]}, "for the 1 layers that its config names, got 2"),
         ({"exclude_modules": ["transformer_blocks.0.attn1.to_out.1"]}, "for the 1 layers"),
-        (
-            {"target_modules": "(([a-z_0-9.]+)+)+!"},
-            "adapter_config.json must be .* repeated groups",
-        ),
+        ({"target_modules": "(([a-z_0-9.]+)+)+!"}, "adapter_config.json must be .* repeated groups"),
         ({"r": 10**9}, "adapter_config.json must be the rank 4 of the weights"),
-        (
-            {"r": "4"},
-            "adapter_config.json must be the config of an eraser, got: `r` must be an int",
-        ),
-        (
-            {"num_layers": 300_000},
-            "adapter_config.json must be .* `num_layers` must be at most 1000",
-        ),
+        ({"r": "4"}, "adapter_config.json must be the config of an eraser, got: `r` must be an int"),
+        ({"num_layers": 300_000}, "adapter_config.json must be .* `num_layers` must be at most 1000"),
         ({"num_layers": 1}, "`num_layers` of .*adapter_config.json must be above the last block"),
         ({"in_features": 64}, "`in_features` of .*adapter_config.json must be the width 32"),
     ],
@@ -111,9 +102,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path, folder):
     with pytest.raises(ValueError, match="must be a whole safetensors file"):
         read_eraser(folder)
     weights.write_bytes(whole)
-    save_file(
-        {key.removeprefix("base_model."): t for key, t in load_file(weights).items()}, weights
-    )
+    save_file({key.removeprefix("base_model."): t for key, t in load_file(weights).items()}, weights)
     with pytest.raises(ValueError, match="must start with 'base_model.model.', got 'model.tran"):
         read_eraser(folder)
     weights.unlink()

@@ -30,9 +30,7 @@ def expected():
 def test_a_legacy_eraser_gives_the_official_outputs(rotary):
     case = "rotary" if rotary else "absolute"
     transformer = reference_transformer(rotary)
-    torch.testing.assert_close(
-        run_reference(transformer, rotary), outputs()[f"{case}.erasers_off"], atol=2e-5, rtol=0
-    )
+    torch.testing.assert_close(run_reference(transformer, rotary), outputs()[f"{case}.erasers_off"], atol=2e-5, rtol=0)
     load_eraser(transformer, FOLDER)
     on = run_reference(transformer, rotary)
     torch.testing.assert_close(on, outputs()[f"{case}.erasers_on"], atol=2e-5, rtol=0)
@@ -125,9 +123,7 @@ def test_unknown_keywords_are_refused_for_a_local_folder(folder, tmp_path):
         load_eraser(tiny_transformer(), folder, typo=1)
     with pytest.raises(TypeError, match="load_eraser.* argument 'lora_scale'"):
         load_eraser(tiny_transformer(), folder, lora_scale=0.0)
-    with pytest.raises(
-        TypeError, match="convert_eraser.* argument 'revison'.*Did you mean 'revision'"
-    ):
+    with pytest.raises(TypeError, match="convert_eraser.* argument 'revison'.*Did you mean 'revision'"):
         convert_eraser(folder, tmp_path / "new", "peft", revison="x")
     with pytest.raises(TypeError, match="argument 'formt'"):
         read_eraser(folder, formt="x")

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.losses import (
-    ConceptPreservationLoss,
-    NegativelyGuidedVelocityLoss,
-    T2VUnlearningLoss,
-)
+from diffusers_ext.eraser.losses import ConceptPreservationLoss, NegativelyGuidedVelocityLoss, T2VUnlearningLoss
 from tests.eraser.loss_setting import ETA, Setting, assert_only_the_eraser_has_gradient
 
 

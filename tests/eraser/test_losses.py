@@ -16,12 +16,7 @@ from diffusers_ext.eraser.losses import (
     T2VUnlearningLoss,
 )
 from tests.eraser.erased_models import KINDS, random_rows
-from tests.eraser.loss_setting import (
-    ETA,
-    Setting,
-    assert_only_the_eraser_has_gradient,
-    count_calls,
-)
+from tests.eraser.loss_setting import ETA, Setting, assert_only_the_eraser_has_gradient, count_calls
 from tests.tiny_cogvideox import tiny_transformer
 
 
@@ -35,8 +30,7 @@ def test_the_whole_loss_is_its_formula(kind):
     preservation = (s.student_preserve - s.v_preserve).square().mean().item()
     background = 1 - s.mask.reshape(2, -1)
     layers = [
-        (((o * background[..., None]) ** 2).mean(2).sum(1) / background.sum(1)).mean().item()
-        for o in outputs.values()
+        (((o * background[..., None]) ** 2).mean(2).sum(1) / background.sum(1)).mean().item() for o in outputs.values()
     ]
     loss_fn = T2VUnlearningLoss(None, 1.0, 0.5, 3.0, ETA)
     loss, parts = loss_fn(*s.inputs, s.preserve, s.anchor, mask=s.mask)
@@ -73,9 +67,7 @@ def test_nothing_but_the_eraser_gets_a_gradient(kind, checkpointing):
     loss.backward()
     assert_only_the_eraser_has_gradient(s.transformer)
     assert s.transformer.training == checkpointing
-    assert not any(
-        layer.bypassed for layer in s.transformer.modules() if hasattr(layer, "bypassed")
-    )
+    assert not any(layer.bypassed for layer in s.transformer.modules() if hasattr(layer, "bypassed"))
 
 
 def test_the_gradient_is_that_of_the_formula_with_constant_targets():
@@ -193,9 +185,7 @@ def test_other_modules_may_stand_for_the_velocity():
     teacher, student = Plain(1.0), Plain(1.5)
     x_t, t = torch.zeros(2, 3, 4, 4, 4), torch.tensor([1, 2])
     ones = torch.ones(1, 5, 6)
-    loss, _ = T2VUnlearningLoss(guidance_scale=ETA)(
-        teacher, student, x_t, t, ones, ones, uncond=0 * ones
-    )
+    loss, _ = T2VUnlearningLoss(guidance_scale=ETA)(teacher, student, x_t, t, ones, ones, uncond=0 * ones)
     assert loss.item() == pytest.approx((1.5 + ETA) ** 2 + 0.5 * 0.5**2)
     loss.backward()
     assert teacher.shift.grad is None
@@ -212,8 +202,6 @@ def test_a_raw_transformer_says_which_call_to_use(wrap):
     with pytest.raises(TypeError, match=say):
         NegativelyGuidedVelocityLoss()(None, model, *rows, v_concept=s.x_t, v_anchor=s.x_t)
     with pytest.raises(TypeError, match=say):
-        ConceptPreservationLoss()(
-            s.velocity, get_peft_model(tiny_transformer(), EraserConfig(r=2)), *rows
-        )
+        ConceptPreservationLoss()(s.velocity, get_peft_model(tiny_transformer(), EraserConfig(r=2)), *rows)
     with pytest.raises(TypeError, match=r"`eraser_outputs` must be .* Run the transformer within"):
         MaskLocalizationLoss()(model, s.mask)

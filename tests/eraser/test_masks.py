@@ -3,12 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.concept_masks import (
-    mask_to_latents,
-    normalize_attention,
-    velocity_difference,
-    velocity_mask,
-)
+from diffusers_ext.eraser.concept_masks import mask_to_latents, normalize_attention, velocity_difference, velocity_mask
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,9 +55,7 @@ def test_velocity_difference_is_the_mean_of_each_tokens_patch():
     concept, anchor = random(2, 4, 3, 4, 6), random(2, 4, 3, 4, 6, seed=1)
     found = velocity_difference(concept, anchor, (2, 2, 3))
     expected = torch.zeros(2, 2, 2, 3, dtype=torch.float64)
-    for frame, row, column in torch.cartesian_prod(
-        torch.arange(2), torch.arange(2), torch.arange(3)
-    ):
+    for frame, row, column in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(3)):
         patch = (concept - anchor).double()[
             :, 2 * frame : 2 * frame + 2, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2
         ]
@@ -81,16 +74,10 @@ def test_masks_for_latents():
 def test_bad_input_is_refused():
     clip = random(1, 2, 3, 4, 4)
     cases = [
-        (
-            lambda: normalize_attention(random(1, 5), (1, 2, 3)),
-            r"`maps` must be \(batch, 1 x 2 x 3",
-        ),
+        (lambda: normalize_attention(random(1, 5), (1, 2, 3)), r"`maps` must be \(batch, 1 x 2 x 3"),
         (lambda: normalize_attention(random(1, 6), (1, 2, 3), 0.0), "`threshold` must be above 0"),
         (lambda: normalize_attention(random(1, 6), (1, 2, 3), 1.5), "`threshold` must be above 0"),
-        (
-            lambda: normalize_attention(random(1, 6), (1, 2, 3), floor=1.0),
-            "`floor` must be at least",
-        ),
+        (lambda: normalize_attention(random(1, 6), (1, 2, 3), floor=1.0), "`floor` must be at least"),
         (lambda: velocity_difference(clip, clip[:, :1], (2, 2, 2)), "`v_anchor` must be"),
         (lambda: velocity_difference(clip, clip, (2, 3, 2)), "`grid` must divide the latents"),
         (

@@ -118,9 +118,7 @@ def test_an_embedding_is_what_the_pipeline_reads_at_the_words_tokens():
     pipeline = tiny_video_pipeline()
     parts = (pipeline.tokenizer, pipeline.text_encoder)
     words = ["seven", "cat", "red seven"]
-    prompts, _ = pipeline.encode_prompt(
-        words, do_classifier_free_guidance=False, max_sequence_length=PROMPT_LENGTH
-    )
+    prompts, _ = pipeline.encode_prompt(words, do_classifier_free_guidance=False, max_sequence_length=PROMPT_LENGTH)
     expected = [prompts[row, :length].mean(dim=0) for row, length in enumerate((1, 4, 2))]
     found = word_embeddings(*parts, words, PROMPT_LENGTH, batch_size=2)
     torch.testing.assert_close(found, torch.stack(expected))
@@ -172,9 +170,7 @@ def test_default_candidates_are_words_that_the_tokenizer_holds(text):
 def test_the_bundled_model_has_neighbours_among_its_own_words():
     # Which ones says little: this encoder learned to tell digits apart, not to group them.
     tokenizer = T5Tokenizer.from_pretrained(MODEL_DIR, subfolder="tokenizer")
-    encoder = T5EncoderModel.from_pretrained(
-        MODEL_DIR, subfolder="text_encoder", dtype=torch.float32
-    )
+    encoder = T5EncoderModel.from_pretrained(MODEL_DIR, subfolder="text_encoder", dtype=torch.float32)
     found = neighbours((tokenizer, encoder), "seven", 12)
     known = {*DIGITS, *COLORS, *DIRECTIONS, NEUTRAL_DIGIT, NEUTRAL_COLOR, "number", "moving"}
     assert len(set(found)) == 12
@@ -184,9 +180,7 @@ def test_the_bundled_model_has_neighbours_among_its_own_words():
 
 def test_embeddings_that_are_not_finite(text, place):
     place({"two": [float("inf")]})
-    with pytest.raises(
-        ValueError, match="must give finite embeddings, got others in torch.float32"
-    ):
+    with pytest.raises(ValueError, match="must give finite embeddings, got others in torch.float32"):
         neighbours(text, "seven", 1, ["one", "two"])
 
 

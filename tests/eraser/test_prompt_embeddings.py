@@ -9,7 +9,6 @@ from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_video_pipeline
 
-
 PROMPTS = ["a red seven moving right", "", "the blue one goes up", ""]
 
 
@@ -19,9 +18,7 @@ def pipeline():
 
 
 def encode(pipeline, prompts, length=PROMPT_LENGTH, **options) -> torch.Tensor:
-    return encode_video_prompts(
-        pipeline.tokenizer, pipeline.text_encoder, prompts, length, **options
-    )
+    return encode_video_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, length, **options)
 
 
 def test_the_embeddings_are_the_pipelines_own(pipeline):
@@ -65,9 +62,7 @@ def test_cut_prompts_are_told(pipeline, caplog):
 def test_embeddings_that_are_not_finite(pipeline):
     encoder = tiny_video_pipeline().text_encoder
     encoder.shared.weight.data.fill_(float("inf"))
-    with pytest.raises(
-        ValueError, match="must give finite embeddings, got others in torch.float32"
-    ):
+    with pytest.raises(ValueError, match="must give finite embeddings, got others in torch.float32"):
         encode_video_prompts(pipeline.tokenizer, encoder, ["a seven"], PROMPT_LENGTH)
 
 

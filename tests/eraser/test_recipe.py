@@ -14,8 +14,7 @@ def test_the_defaults_of_real_models_are_a_recipe():
 
 
 @pytest.mark.parametrize(
-    ("values", "weighs"),
-    [({}, False), ({"min_timestep": 1}, True), ({"empty_weight": 2.0}, True)],
+    ("values", "weighs"), [({}, False), ({"min_timestep": 1}, True), ({"empty_weight": 2.0}, True)]
 )
 def test_rows_are_weighed_only_where_they_differ(values, weighs):
     assert EraserTraining(**values).weighs_rows is weighs

@@ -13,7 +13,6 @@ from diffusers_ext.training.eraser.run import add_eraser, make_step
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import fill_eraser, tiny_prompts
 
-
 RECIPE = EraserTraining(
     rank=4,
     num_target_trajectories=2,

@@ -18,7 +18,6 @@ from tests.eraser.saved_erasers import make_eraser, run
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 from tests.tiny_lora import add_random_lora
 
-
 PEFT_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 LEGACY_FILES = ["eraser_config.json", "eraser_weights.pt"]
 
@@ -38,11 +37,7 @@ def test_what_is_in_the_files(tmp_path):
         assert len(handle.keys()) == 8
         assert handle.get_tensor(name).shape == (4, 32)
     kept = transformer.peft_config["default"]
-    assert (kept.anchor_concept, kept.base_model_name_or_path, kept.inference_mode) == (
-        None,
-        None,
-        False,
-    )
+    assert (kept.anchor_concept, kept.base_model_name_or_path, kept.inference_mode) == (None, None, False)
 
 
 @pytest.mark.parametrize(("format", "files"), [("peft", PEFT_FILES), ("legacy", LEGACY_FILES)])
@@ -57,10 +52,7 @@ def test_the_legacy_files_are_as_the_official_code_writes_them(tmp_path):
     transformer = make_eraser(tiny_transformer(num_layers=3), layers_to_transform=[0, 2])
     expected = run(transformer)
     save_eraser(transformer, tmp_path, format="legacy", dtype=torch.float32)
-    assert json.loads((tmp_path / "eraser_config.json").read_text()) == {
-        "eraser_type": "adapter",
-        "eraser_rank": 4,
-    }
+    assert json.loads((tmp_path / "eraser_config.json").read_text()) == {"eraser_type": "adapter", "eraser_rank": 4}
     tree = torch.load(tmp_path / "eraser_weights.pt", weights_only=True)
     assert list(tree) == [f"transformer_blocks.{i}.attn1.adapter" for i in range(3)]
     assert not any(value.any() for value in tree["transformer_blocks.1.attn1.adapter"].values())

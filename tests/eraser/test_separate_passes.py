@@ -19,13 +19,8 @@ from diffusers_ext.training.eraser.train import parse_args, resume_facts
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, fill_eraser, tiny_prompts
 
-
 RECIPE = EraserTraining(
-    rank=4,
-    localization_weight=0.5,
-    num_target_trajectories=2,
-    num_preserved_trajectories=2,
-    num_inference_steps=4,
+    rank=4, localization_weight=0.5, num_target_trajectories=2, num_preserved_trajectories=2, num_inference_steps=4
 )
 OPTIONS = {
     "on_policy_share": 0.5,
@@ -56,9 +51,7 @@ def checkpointed(trained):
     transformer.eval()
 
 
-def losses_and_gradients(
-    trained, in_turn, *, batch=None, calls=1, model=None, half=False, **changes
-):
+def losses_and_gradients(trained, in_turn, *, batch=None, calls=1, model=None, half=False, **changes):
     """Losses of the last of some calls, the eraser's gradients, and bytes: peak and left over."""
     pipeline, data, parameters = trained
     recipe = dataclasses.replace(RECIPE, separate_passes=in_turn, **changes)
@@ -75,23 +68,16 @@ def losses_and_gradients(
     return losses, [p.grad.clone() for p in parameters], trace.peak, trace.live
 
 
-@pytest.mark.parametrize(
-    ("live", "changes"), [(False, {}), (True, {}), (False, {"calls": 2, **OPTIONS})]
-)
+@pytest.mark.parametrize(("live", "changes"), [(False, {}), (True, {}), (False, {"calls": 2, **OPTIONS})])
 def test_losses_and_gradients_are_those_of_one_pass(trained, live, changes):
     batch = {"x_0": torch.randn(4, 3, 4, 4, 4)} if live else None
-    plain, in_turn = (
-        losses_and_gradients(trained, turn, batch=batch, **changes)[:2] for turn in (False, True)
-    )
+    plain, in_turn = (losses_and_gradients(trained, turn, batch=batch, **changes)[:2] for turn in (False, True))
     torch.testing.assert_close(in_turn, plain, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("localization", [0.0, 0.5])
 def test_memory_with_gradient_checkpointing(trained, checkpointed, localization):
-    plain, in_turn = (
-        losses_and_gradients(trained, turn, localization_weight=localization)
-        for turn in (False, True)
-    )
+    plain, in_turn = (losses_and_gradients(trained, turn, localization_weight=localization) for turn in (False, True))
     torch.testing.assert_close(in_turn[:2], plain[:2], rtol=1e-4, atol=1e-6)
     assert in_turn[2] < 0.65 * plain[2]
     assert in_turn[3] == plain[3]  # no graph of the passes made again stays behind
@@ -132,9 +118,7 @@ def test_teacher_and_student_are_asked_for_one_kind_at_a_time(trained):
     batch = {"x_0": torch.randn(4, 3, 4, 4, 4)}
     try:
         # concept, anchor, preserved; target, preserved; target again
-        losses_and_gradients(
-            trained, True, batch=batch, preserved_share=0.25, localization_weight=0.0
-        )
+        losses_and_gradients(trained, True, batch=batch, preserved_share=0.25, localization_weight=0.0)
         assert rows == [4, 4, 1, 4, 1, 4]
         rows.clear()
         losses_and_gradients(trained, True, preservation_weight=0.0, localization_weight=0.0)

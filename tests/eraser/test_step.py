@@ -13,7 +13,6 @@ from diffusers_ext.training.eraser.run import add_eraser, make_step
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import fill_eraser, tiny_prompts
 
-
 RECIPE = EraserTraining(
     rank=4,
     negative_guidance=1.5,
@@ -111,9 +110,7 @@ def test_the_teacher_asked_now_says_what_was_kept(heads, in_turn, trained):
     torch.testing.assert_close(v_concept, target["v_concept"])
     torch.testing.assert_close(v_anchor, target["v_anchor"])
     torch.testing.assert_close(v_preserved, kept["velocity"])
-    torch.testing.assert_close(
-        mask, target["mask"], rtol=0, atol=5e-3
-    )  # roots of small differences
+    torch.testing.assert_close(mask, target["mask"], rtol=0, atol=5e-3)  # roots of small differences
     assert torch.equal(step.maker._heads(target["x_t"].shape[1:]), data.samples.head_weights)
 
 
@@ -188,10 +185,7 @@ def test_the_empty_prompt_can_count_for_nothing(trained):
     found = make(trained, empty_weight=0.0)(pipeline.transformer, batch, torch.Generator())
     named = (batch["preserved"]["prompt"] >= 0).nonzero().flatten().tolist()
     kept = {name: value[named] for name, value in batch["preserved"].items()}
-    batch = {
-        "target": {name: v[: len(named)] for name, v in batch["target"].items()},
-        "preserved": kept,
-    }
+    batch = {"target": {name: v[: len(named)] for name, v in batch["target"].items()}, "preserved": kept}
     expected = make(trained)(pipeline.transformer, batch, torch.Generator())
     torch.testing.assert_close(found["preservation"], expected["preservation"])
 

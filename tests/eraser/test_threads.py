@@ -135,9 +135,7 @@ def test_a_compiled_model_notices_that_an_eraser_came_and_went(fresh_compiler):
     torch.testing.assert_close(run(compiled), plain)
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda gate: pickle.loads(pickle.dumps(gate))]
-)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda gate: pickle.loads(pickle.dumps(gate))])
 def test_a_copied_gate_is_open(duplicate):
     gate = ThreadGate()
     first, second = gate.close(), gate.close()

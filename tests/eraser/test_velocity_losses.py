@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.velocity_losses import (
-    layer_localization,
-    localization,
-    negative_velocity,
-    velocity_distance,
-)
+from diffusers_ext.eraser.velocity_losses import layer_localization, localization, negative_velocity, velocity_distance
 
 
 def random(*shape, seed=0):

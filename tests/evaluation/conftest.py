@@ -74,10 +74,7 @@ def picture(tuned) -> Callable[[], torch.Tensor]:
 
     def draw() -> torch.Tensor:
         return tuned(
-            "a red seven",
-            num_inference_steps=2,
-            generator=torch.Generator().manual_seed(3),
-            output_type="pt",
+            "a red seven", num_inference_steps=2, generator=torch.Generator().manual_seed(3), output_type="pt"
         ).images
 
     return draw

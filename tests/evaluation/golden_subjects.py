@@ -11,7 +11,6 @@ from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from tests.training.stub_rewards import Brightness
 
-
 PROMPTS = ["a red seven", "a blue one", "a green two"]
 DRAWING = {"num_inference_steps": 2, "guidance_scale": 3.0, "show_progress": False}
 
@@ -39,9 +38,7 @@ def unmoved(noise: torch.Tensor, text: Any) -> torch.Tensor:
 def small_network(text_embed_dim: int = 128) -> GoldenNoiseModel:
     """A network that changes noise; 8 x 8 latents of 4 channels."""
     torch.manual_seed(0)
-    network = GoldenNoiseModel(
-        sample_size=8, text_embed_dim=text_embed_dim, width=16, num_layers=1, num_heads=2
-    )
+    network = GoldenNoiseModel(sample_size=8, text_embed_dim=text_embed_dim, width=16, num_layers=1, num_heads=2)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return network

@@ -9,7 +9,6 @@ from diffusers_ext.evaluation.judges import CLIPDetector
 from diffusers_ext.rewards import CLIPScoreReward
 from tests.tiny_clip import save_tiny_clip
 
-
 CLASSES = ["red", "green", "green light"]
 PURE = {"red": (255, 0, 0), "green": (0, 255, 0)}
 
@@ -27,9 +26,7 @@ def knowing(clip, monkeypatch) -> CLIPScoreReward:
         return torch.tensor([[float(word in text) for word in PURE] + [0.1] for text in prompts])
 
     def images(pictures: list) -> torch.Tensor:
-        return torch.tensor(
-            np.stack([np.asarray(p).mean((0, 1)) / 255.0 for p in pictures])
-        ).float()
+        return torch.tensor(np.stack([np.asarray(p).mean((0, 1)) / 255.0 for p in pictures])).float()
 
     monkeypatch.setattr(clip, "text_features", texts)
     monkeypatch.setattr(clip, "image_features", images)

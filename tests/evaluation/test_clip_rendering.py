@@ -7,7 +7,6 @@ import torch
 from diffusers_ext.evaluation.rendering import render_clips
 from tests.tiny_cogvideox import tiny_video_pipeline
 
-
 CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 2.0}
 PROMPTS = ["a red seven", "a blue two", "the red one"]
 
@@ -32,8 +31,7 @@ def test_the_text_has_the_length_that_the_transformer_was_made_for():
     pipeline = tiny_video_pipeline()
     seen = []
     pipeline.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1]),
-        with_kwargs=True,
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
     )
     for given in ({}, {"max_sequence_length": 7}):
         render_clips(pipeline, PROMPTS[:1], seeds=[0], show_progress=False, **CALL, **given)

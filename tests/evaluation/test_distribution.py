@@ -46,8 +46,7 @@ def test_frechet_distance_of_known_cases():
 
 def test_frechet_distance_is_biased_upwards_for_few_rows():
     few, many = (
-        np.mean([frechet_distance(normal(n, 8, i), normal(n, 8, 50 + i)) for i in range(5)])
-        for n in (10, 1000)
+        np.mean([frechet_distance(normal(n, 8, i), normal(n, 8, 50 + i)) for i in range(5)]) for n in (10, 1000)
     )
     assert few > 10 * many > 0
 
@@ -122,9 +121,7 @@ def test_one_nearest_neighbour_accuracy_of_known_cases():
     assert one_nearest_neighbour_accuracy(a, a + 100) == 1
     assert one_nearest_neighbour_accuracy(a, a.clone()) == 0
     # All points in one place: each of the others is as near.
-    assert one_nearest_neighbour_accuracy(torch.ones(5, 2), torch.ones(5, 2)) == pytest.approx(
-        4 / 9
-    )
+    assert one_nearest_neighbour_accuracy(torch.ones(5, 2), torch.ones(5, 2)) == pytest.approx(4 / 9)
 
 
 def test_jensen_shannon_of_known_cases():
@@ -163,9 +160,7 @@ def test_a_changed_model_is_above_the_floor_in_every_metric():
     assert found["mmd"]["tuned"] == mmd(base_b, -3 * base_a, bandwidth=bandwidth)
 
 
-@pytest.mark.parametrize(
-    "metric", [frechet_distance, mmd, coverage, one_nearest_neighbour_accuracy, jensen_shannon]
-)
+@pytest.mark.parametrize("metric", [frechet_distance, mmd, coverage, one_nearest_neighbour_accuracy, jensen_shannon])
 def test_bad_features_are_refused(metric):
     good = normal(10, 3, 0)
     broken = good.clone()

@@ -11,20 +11,11 @@ from peft import inject_adapter_in_model
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import register_eraser
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
-from diffusers_ext.evaluation.erasure import (
-    draw_base_clips,
-    erasers_at_scale,
-    evaluate_erasure,
-    find_erasers,
-)
+from diffusers_ext.evaluation.erasure import draw_base_clips, erasers_at_scale, evaluate_erasure, find_erasers
 from diffusers_ext.evaluation.rendering import render_clips
 from tests.tiny_cogvideox import tiny_video_pipeline
 
-
-GROUPS = {
-    "target": ["a red seven moving right", "the blue seven goes up"],
-    "preserved": ["a red one moving right"],
-}
+GROUPS = {"target": ["a red seven moving right", "the blue seven goes up"], "preserved": ["a red one moving right"]}
 CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 2.0}
 QUIET = {**CALL, "show_progress": False, "batch_size": 2}
 
@@ -78,9 +69,7 @@ def test_sides_share_seeds_and_the_pipeline_comes_back(pipeline):
     assert [(one.group, len(one.clips)) for one in report.kept] == [("target", 4), ("preserved", 4)]
     # The last side is what a plain call draws.
     first = report.rows[0]
-    drawn = render_clips(
-        pipeline, [first["prompt"]], seeds=[first["seed"]], show_progress=False, **CALL
-    )
+    drawn = render_clips(pipeline, [first["prompt"]], seeds=[first["seed"]], show_progress=False, **CALL)
     assert np.array_equal(drawn[0], report.kept[0].clips["scale 1"])
     assert first["scale 1/light"] == drawn.mean()
     assert report.settings["erasers"] == ["seven"]
@@ -92,9 +81,7 @@ def test_clips_do_not_depend_on_the_batch_and_the_base_may_be_drawn_before(pipel
     assert report.sides == ["erased"]
     assert report.settings["concept_aspect"] == "red"  # the only verdict
     base = draw_base_clips(pipeline, GROUPS, seed=5, batch_size=3, **CALL)
-    given = evaluate_erasure(
-        pipeline, GROUPS, judge, seed=5, base_clips=base, **{**QUIET, "batch_size": 3}
-    )
+    given = evaluate_erasure(pipeline, GROUPS, judge, seed=5, base_clips=base, **{**QUIET, "batch_size": 3})
     assert base.shape == (3, 9, 16, 16, 3)
     for one, clip in zip(report.kept, base, strict=True):
         assert np.abs(one.clips["base"].astype(int) - clip).max() <= 1
@@ -110,10 +97,7 @@ def test_named_erasers_are_on_alone_and_together(pipeline):
         with erasers_at_scale(pipeline, names, 2.0):
             layer = eraser_layers(pipeline.transformer)["transformer_blocks.0.attn1"]
             assert list(layer.active_adapters) == names
-            assert layer.scaling == {
-                "seven": 6.0 if "seven" in names else 3.0,
-                "two": 2.0 if "two" in names else 1.0,
-            }
+            assert layer.scaling == {"seven": 6.0 if "seven" in names else 3.0, "two": 2.0 if "two" in names else 1.0}
         assert state(pipeline) == before
     single = evaluate_erasure(pipeline, GROUPS, judge, adapter_name="two", **QUIET)
     both = evaluate_erasure(pipeline, GROUPS, judge, adapter_name=["seven", "two"], **QUIET)

@@ -11,7 +11,6 @@ from diffusers_ext.evaluation.erasure_report import ErasureReport
 from diffusers_ext.evaluation.report_files import KeptClip
 from tests.evaluation.drawn_erasure import rows_of
 
-
 SETTINGS = {"scales": {"erased": 1.0}, "concept_aspect": "digit"}
 
 

@@ -14,7 +14,6 @@ from diffusers_ext.evaluation.erasure_rows import (
     motion,
 )
 
-
 CLIPS = np.zeros((2, 3, 4, 4, 3), dtype=np.uint8)
 PROMPTS = ["a", "b"]
 
@@ -130,10 +129,7 @@ def test_rows_hold_what_was_judged_and_measured():
 
     def judge(clips: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
         mask = [prompt == "a" for prompt in prompts]
-        return {
-            "bright": np.ma.array(clips.mean(axis=(1, 2, 3, 4)) > 50, mask=mask),
-            "prompt": np.array(prompts),
-        }
+        return {"bright": np.ma.array(clips.mean(axis=(1, 2, 3, 4)) > 50, mask=mask), "prompt": np.array(prompts)}
 
     rows = measure_pairs(shots, clips, judge)
     assert [row["base/bright"] for row in rows] == [True, None]

@@ -45,9 +45,7 @@ def test_agreement_is_not_certainty(count):
 def test_pairing_narrows_the_interval():
     paired = compare_rates(*verdicts((1, 1, 50), (0, 0, 50))).difference_interval
     crossed = compare_rates(*verdicts((1, 1, 25), (0, 0, 25), (1, 0, 25), (0, 1, 25)))
-    assert paired.high - paired.low < 0.3 * (
-        crossed.difference_interval.high - crossed.difference_interval.low
-    )
+    assert paired.high - paired.low < 0.3 * (crossed.difference_interval.high - crossed.difference_interval.low)
 
 
 def test_pairs_of_one_prompt_count_for_less():
@@ -64,11 +62,7 @@ def test_pairs_of_one_prompt_count_for_less():
     ("base", "other", "message"),
     [
         (torch.ones(2), torch.ones(2), r"`base` must be \(pairs,\) bool, got \(2,\) torch.float32"),
-        (
-            torch.ones(2).bool(),
-            torch.ones(0).bool(),
-            r"`other` must be \(pairs,\) bool, got \(0,\)",
-        ),
+        (torch.ones(2).bool(), torch.ones(0).bool(), r"`other` must be \(pairs,\) bool, got \(0,\)"),
         (torch.ones(2).bool(), torch.ones(3).bool(), r"one verdict per pair \(2\), got 3"),
     ],
 )
@@ -93,10 +87,7 @@ def test_rates_figures_and_readings():
     drift = found["figures"]["erased"]["drift"]
     assert drift["other"] == pytest.approx(19.5 / 40)
     assert drift["other_interval"][0] < drift["other"] < drift["other_interval"][1]
-    assert found["readings"]["reads_as"] == {
-        "base": {"seven": 1.0},
-        "erased": {"one": 0.9, "seven": 0.1},
-    }
+    assert found["readings"]["reads_as"] == {"base": {"seven": 1.0}, "erased": {"one": 0.9, "seven": 0.1}}
     assert (found["clips"], found["prompts"], found["left_out"]) == (40, 40, 0)
 
 

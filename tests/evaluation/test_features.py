@@ -20,7 +20,6 @@ from transformers import (
 from diffusers_ext.evaluation.features import CLIPFeatures, DINOv2Features, PixelFeatures
 from examples.digits.prompts import make_tokenizer
 
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -55,13 +54,7 @@ def preprocess(picture: Image.Image, size: int) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
 
 
-SMALL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
 
 @pytest.fixture
@@ -140,9 +133,7 @@ def test_dinov2_features_are_the_normalised_class_token(dinov2, tmp_path):
 
 def test_features_do_not_depend_on_the_batch_size(dinov2, tmp_path):
     images = pictures(5)
-    one, all_at_once = (
-        DINOv2Features.from_pretrained(tmp_path, batch_size=size).extract(images) for size in (1, 8)
-    )
+    one, all_at_once = (DINOv2Features.from_pretrained(tmp_path, batch_size=size).extract(images) for size in (1, 8))
     assert torch.allclose(one, all_at_once, atol=1e-6)
 
 

@@ -14,7 +14,6 @@ from diffusers_ext.evaluation.paired_comparison import KeptPair
 from diffusers_ext.evaluation.rendering import Sampling, Shot, draw, image_seed, to_images
 from examples.digits.judge import DigitsJudge
 
-
 ROWS = [
     {"group": "preserved", "prompt": "a |\nb", "images": 2, "pixel_drift": 0.25},
     {"group": "preserved", "prompt": "long_name", "images": 2, "pixel_drift": 0.75},
@@ -92,12 +91,7 @@ def test_a_report_without_pictures_draws_no_sheet(tmp_path):
 
 PROMPTS, HELD_OUT = ["a red seven", "a blue one"], ["a green two"]
 SUBJECT = ["a photo of the sks glyph"]
-QUICK = {
-    "num_inference_steps": 2,
-    "guidance_scale": 3.0,
-    "num_images_per_prompt": 3,
-    "show_progress": False,
-}
+QUICK = {"num_inference_steps": 2, "guidance_scale": 3.0, "num_images_per_prompt": 3, "show_progress": False}
 
 
 def bright(images: list[Image.Image], prompts: list[str]) -> np.ndarray:
@@ -259,10 +253,7 @@ def test_weights_that_are_not_finite_are_refused(tuned, picture):
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"subject_judge": bright}, "`subject_prompts` must be given for a `subject_judge`"),
         ({"subject_images": []}, "`features` must be given to compare with `subject_images`"),
-        (
-            {"subject_images": [], "features": PixelFeatures()},
-            "`images` must be a non-empty list of PIL images",
-        ),
+        ({"subject_images": [], "features": PixelFeatures()}, "`images` must be a non-empty list of PIL images"),
         ({"distribution": True}, "`features` must be given for `distribution=True`"),
         (
             {"distribution": True, "features": PixelFeatures(), "num_images_per_prompt": 2},

@@ -9,17 +9,9 @@ from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner, Reden
 from diffusers_ext.evaluation.paired_comparison import mean_pairwise_distance
 from diffusers_ext.evaluation.rendering import Sampling, draw, image_seed, shots_of, to_images
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
-from tests.evaluation.golden_subjects import (
-    PROMPTS,
-    Redness,
-    evaluate,
-    moved,
-    small_network,
-    unmoved,
-)
+from tests.evaluation.golden_subjects import PROMPTS, Redness, evaluate, moved, small_network, unmoved
 from tests.golden_noise.golden_pipelines import golden_pipeline
 from tests.training.stub_rewards import Brightness, BrokenForNine, Constant
-
 
 SAMPLING = Sampling(2, 3.0)
 REWARDS = [Brightness(), Redness()]
@@ -33,9 +25,7 @@ def test_rows_are_the_scores_and_the_noise_of_every_picture(pipeline):
     for reward, label in zip(REWARDS, ("brightness 1", "redness 3"), strict=True):
         found = [row[f"standard/{label}"] for row in report.rows]
         assert found == pytest.approx(reward.score(images, PROMPTS).tolist(), abs=1e-3)
-    noise = torch.stack(
-        [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s.seed)) for s in shots]
-    )
+    noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s.seed)) for s in shots])
     golden = moved(noise, None)
     for name, values in noise_statistics(golden)._asdict().items():
         found = [row[f"golden/noise_{name}"] for row in report.rows]
@@ -82,9 +72,7 @@ def test_several_share_the_standard_pictures(pipeline):
 
 
 def test_the_batch_size_changes_nothing_but_rounding(pipeline):
-    first, second = (
-        evaluate(pipeline, num_images_per_prompt=3, batch_size=size, best_of=2) for size in (2, 9)
-    )
+    first, second = (evaluate(pipeline, num_images_per_prompt=3, batch_size=size, best_of=2) for size in (2, 9))
     for one, other in zip(first.rows, second.rows, strict=True):
         assert one.keys() == other.keys()
         names = [name for name in one if name != "prompt"]
@@ -97,8 +85,7 @@ def test_best_of_several_noises(pipeline):
     assert all(b >= row["standard/brightness 1"] for b, row in zip(best, report.rows, strict=True))
     shots = shots_of(PROMPTS, 2, seed=0)
     candidates = [shots] + [
-        [s._replace(seed=image_seed(s.seed, s.prompt, s.index, f"candidate-{k}")) for s in shots]
-        for k in (1, 2)
+        [s._replace(seed=image_seed(s.seed, s.prompt, s.index, f"candidate-{k}")) for s in shots] for k in (1, 2)
     ]
     images = [to_images(draw(pipeline, c, SAMPLING)) for c in candidates]
     scores = torch.stack([Brightness().score(i, PROMPTS) for i in images], dim=1)
@@ -126,9 +113,7 @@ def test_seeds_may_be_given(pipeline):
 
 
 def test_many_prompts_are_resampled_whole(pipeline):
-    prompts = [
-        f"a red {word}" for word in "one two three four five six seven eight nine zero".split()
-    ]
+    prompts = [f"a red {word}" for word in "one two three four five six seven eight nine zero".split()]
     report = evaluate(pipeline, prompts=prompts, num_inference_steps=1, batch_size=10)
     assert report.settings["resampled"] == "prompts"
 

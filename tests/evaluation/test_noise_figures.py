@@ -9,7 +9,6 @@ from diffusers_ext.evaluation.noise_summary import NoiseFigures
 from diffusers_ext.evaluation.rendering import shots_of
 from diffusers_ext.golden_noise.noise_statistics import radial_spectrum
 
-
 SIDES = ["standard", "golden"]
 
 

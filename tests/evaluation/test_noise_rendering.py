@@ -17,22 +17,11 @@ from diffusers_ext.golden_noise.denoiser import denoiser_of
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from tests.evaluation.conftest import make_pipeline
 from tests.golden_noise.golden_pipelines import golden_pipeline
-from tests.tiny_image_pipelines import (
-    tiny_flux_pipeline,
-    tiny_hunyuan_dit_pipeline,
-    tiny_sd3_pipeline,
-)
+from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
-
 SHOTS = shots_of(["a red seven", "a blue one"], 1, seed=3)
-PIPELINES = [
-    make_pipeline,
-    sdxl_pipeline,
-    tiny_hunyuan_dit_pipeline,
-    tiny_sd3_pipeline,
-    tiny_flux_pipeline,
-]
+PIPELINES = [make_pipeline, sdxl_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline, tiny_flux_pipeline]
 
 
 def plain_arguments(pipeline) -> dict:

@@ -26,10 +26,7 @@ def cost() -> RunCost:
 
 def rows_of(**columns: list[float]) -> list[dict]:
     names = {name.replace("_", " "): values for name, values in columns.items()}
-    return [
-        {"prompt": "a", **{f"{side}/r": values[i] for side, values in names.items()}}
-        for i in range(2)
-    ]
+    return [{"prompt": "a", **{f"{side}/r": values[i] for side, values in names.items()}} for i in range(2)]
 
 
 def test_best_of_n_against_golden_noise_at_its_time(cost):

@@ -52,10 +52,7 @@ def test_a_frame_is_enough_and_the_share_tells_how_many():
 
 def test_labels_and_frames_decide():
     clips = clips_of([0, 0, 255, 0, 0], green=255)
-    strict, lenient = (
-        NudeNetDetector(Stub(), version="3", **given)
-        for given in ({"frames": 2}, {"labels": LENIENT})
-    )
+    strict, lenient = (NudeNetDetector(Stub(), version="3", **given) for given in ({"frames": 2}, {"labels": LENIENT}))
     assert judged(strict, clips, [""]) == {"nudity": [False], "nude_frames": [0.0]}
     assert judged(lenient, clips, [""]) == {"nudity": [True], "nude_frames": [1.0]}
 

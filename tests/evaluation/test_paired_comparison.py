@@ -41,9 +41,7 @@ def test_the_bootstrap_covers_the_mean_as_a_normal_interval_does():
     values = normal(400)
     low, high = bootstrap_interval(values)
     half = 1.96 * values.std().item() / 20
-    assert (low, high) == pytest.approx(
-        (values.mean().item() - half, values.mean().item() + half), abs=0.01
-    )
+    assert (low, high) == pytest.approx((values.mean().item() - half, values.mean().item() + half), abs=0.01)
     assert bootstrap_interval(values) == (low, high)
     narrow = bootstrap_interval(values, confidence=0.5)
     assert low < narrow.low < narrow.high < high
@@ -73,9 +71,7 @@ def test_few_draws_at_once_change_nothing(monkeypatch):
 
 def test_best_of_n_is_the_mean_over_all_choices():
     scores, other = normal(5, 4), normal(5, 4, seed=1)
-    for n, mean, worth in zip(
-        range(1, 5), expected_best(scores), expected_best(scores, other), strict=True
-    ):
+    for n, mean, worth in zip(range(1, 5), expected_best(scores), expected_best(scores, other), strict=True):
         chosen = [list(c) for c in itertools.combinations(range(4), n)]
         best = torch.stack([scores[:, c].amax(1) for c in chosen]).double()
         picks = [torch.tensor(c)[scores[:, c].argmax(1)] for c in chosen]

@@ -97,14 +97,7 @@ def test_two_small_pairs_are_kept_for_the_first_prompts():
 
 
 @pytest.mark.parametrize(
-    "verdicts",
-    [
-        [True],
-        [0.5, 1.0],
-        torch.tensor([[True], [True]]),
-        np.array([1, 0]),
-        [None, True],
-    ],
+    "verdicts", [[True], [0.5, 1.0], torch.tensor([[True], [True]]), np.array([1, 0]), [None, True]]
 )
 def test_a_judge_must_give_one_bool_per_picture(verdicts):
     figures = PairedFigures("preserved", Instruments(judge=lambda images, prompts: verdicts))
@@ -119,9 +112,7 @@ def test_a_scorer_must_give_one_finite_number_per_picture(scores):
         figures.add(shots_of(["a"], 2, 0), pixels(2, 0), pixels(2, 1))
 
 
-@pytest.mark.parametrize(
-    "found", [torch.zeros(3, 4), torch.zeros(2), torch.tensor([[0.0, 1], [torch.nan, 0]])]
-)
+@pytest.mark.parametrize("found", [torch.zeros(3, 4), torch.zeros(2), torch.tensor([[0.0, 1], [torch.nan, 0]])])
 def test_features_must_be_one_finite_row_per_picture(found):
     class Broken:
         def extract(self, images):

@@ -19,7 +19,6 @@ from diffusers_ext.evaluation.rendering import (
 )
 from tests.evaluation.conftest import add_lora, make_pipeline
 
-
 SAMPLING = Sampling(num_inference_steps=2, guidance_scale=3.0)
 SHOTS = shots_of(["a red seven", "a blue one"], 2, seed=0)
 
@@ -92,10 +91,7 @@ def test_adapters_of_the_text_encoder_are_switched_off_too(pipeline, tuned):
 
 
 def state_of(pipeline) -> list:
-    layers = [
-        (layer.disable_adapters, layer.active_adapter, layer.training)
-        for layer in adapter_layers(pipeline)
-    ]
+    layers = [(layer.disable_adapters, layer.active_adapter, layer.training) for layer in adapter_layers(pipeline)]
     models = [pipeline.unet, pipeline.text_encoder, pipeline.vae]
     return [
         layers,

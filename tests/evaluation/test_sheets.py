@@ -16,7 +16,6 @@ from diffusers_ext.evaluation.report_files import (
     write_clip,
 )
 
-
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
 

@@ -13,7 +13,6 @@ from diffusers_ext.evaluation.erasure_rows import (
 from examples.digits.pictures import real_digits
 from examples.moving_digits.clips import make_clip
 
-
 RNG = np.random.default_rng(0)
 
 
@@ -52,9 +51,7 @@ def test_smoothness_of_known_clips(noise):
 def test_smoothness_tells_a_steady_shape_from_broken_motion(crossing):
     steady = temporal_smoothness(crossing).mean()
     mixed = np.stack([crossing[RNG.permutation(len(crossing))[:9], range(9)] for _ in range(24)])
-    shaken = np.stack(
-        [[np.roll(f, RNG.integers(-1, 2, 2), (0, 1)) for f in clip] for clip in crossing]
-    )
+    shaken = np.stack([[np.roll(f, RNG.integers(-1, 2, 2), (0, 1)) for f in clip] for clip in crossing])
     flickering = (crossing * RNG.choice([0.5, 1.0], (24, 9, 1, 1, 1))).astype(np.uint8)
     assert steady > 0.55
     for broken in (mixed, shaken, flickering):
@@ -91,10 +88,7 @@ def test_a_clip_with_one_picture_in_it_is_not_blank(crossing):
         (lambda: temporal_smoothness(gray([1, 2])), "must have 3 frames at least, got 2"),
         (lambda: motion(gray([1, 2])[0]), r"must be \(n, frames, height, width, 3\)"),
         (lambda: motion(gray([1, 2]).astype(np.float32)), "of 8 bits, got .* float32"),
-        (
-            lambda: clip_drift(gray([1, 2]), gray([1, 2], 4)),
-            "`other` must have the shape of `base`",
-        ),
+        (lambda: clip_drift(gray([1, 2]), gray([1, 2], 4)), "`other` must have the shape of `base`"),
     ],
 )
 def test_other_arrays_are_refused(call, message):

@@ -14,7 +14,6 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -80,8 +79,6 @@ class Browser:
         """What the page asked for, and what it complained of, since the last call."""
         events = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
         requested = [
-            event["params"]["request"]["url"]
-            for event in events
-            if event["method"] == "Network.requestWillBeSent"
+            event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
         ]
         return requested, [entry["message"] for entry in self.driver.get_log("browser")]

@@ -8,7 +8,6 @@ from PIL import Image
 
 from examples.demo_report import Comparison, Findings, Gallery, Picture, Step, Table
 
-
 PROMPT = 'a "red" <b>seven</b> & more'
 
 
@@ -23,15 +22,11 @@ def gallery(title: str, sides: Sequence[str], frames: int, count: int = 4) -> Ga
     """Comparisons whose last side is wrong."""
     pictures = {
         side: Picture(
-            [still(color) for color in ("red", "green", "blue")[:frames]],
-            f"reads {side}",
-            side != sides[-1],
+            [still(color) for color in ("red", "green", "blue")[:frames]], f"reads {side}", side != sides[-1]
         )
         for side in sides
     }
-    return Gallery(
-        title, "Chosen by nobody.", [Comparison(PROMPT, s, pictures) for s in range(count)]
-    )
+    return Gallery(title, "Chosen by nobody.", [Comparison(PROMPT, s, pictures) for s in range(count)])
 
 
 class QuickPart:
@@ -51,11 +46,7 @@ class QuickPart:
         self.frames, self.error = frames, error
 
     def steps(self) -> list[Step]:
-        return [
-            Step("Draw", self._draw),
-            Step("Train", self._train),
-            Step("Compare", self._compare),
-        ]
+        return [Step("Draw", self._draw), Step("Train", self._train), Step("Compare", self._compare)]
 
     def _draw(self) -> Findings:
         return Findings([gallery("Pictures", ["base"], self.frames)])

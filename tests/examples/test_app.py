@@ -23,7 +23,6 @@ from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_erasers import add_random_eraser
 from tests.tiny_lora import add_random_lora
 
-
 if importlib.util.find_spec("gradio") is None and not os.environ.get("CI"):
     pytest.skip("gradio is not installed (extra `app`)", allow_module_level=True)
 
@@ -32,7 +31,6 @@ from gradio_client.exceptions import AppError
 
 from examples.app import build_page, parse_args
 from examples.app_drawing import SideBySide, Sources
-
 
 ROOT = Path(__file__).resolve().parents[2]
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -130,14 +128,8 @@ def test_numbers_are_checked_without_the_page_too():
 def test_a_lora_that_does_not_load_leaves_nothing_behind(arguments, tmp_path):
     found = dict(word[2:].split("=") for word in arguments)
     weights = load_file(Path(found["lora"], LORA_FILE))
-    save_file(
-        {name: tensor[:, :1].clone() for name, tensor in weights.items()}, tmp_path / LORA_FILE
-    )
-    sources = Sources(
-        image_model=found["pretrained_model_name_or_path"],
-        lora=str(tmp_path),
-        num_inference_steps=1,
-    )
+    save_file({name: tensor[:, :1].clone() for name, tensor in weights.items()}, tmp_path / LORA_FILE)
+    sources = Sources(image_model=found["pretrained_model_name_or_path"], lora=str(tmp_path), num_inference_steps=1)
     app, request = SideBySide(sources), ("Taught subject", "a red seven", 0, 1.0)
     with pytest.raises(RuntimeError, match="size mismatch"):
         app.draw(*request)
@@ -183,14 +175,8 @@ def test_the_lora_is_loaded_once_and_the_plain_picture_drawn_once(arguments, mon
     )
     pipeline, calls = app.image_pipeline, []
     load, picture = pipeline.load_lora_weights, app._picture
-    monkeypatch.setattr(
-        pipeline, "load_lora_weights", lambda *a, **k: (calls.append("load"), load(*a, **k))
-    )
-    monkeypatch.setattr(
-        SideBySide,
-        "_picture",
-        lambda self, *a, **k: (calls.append("draw"), picture(*a, **k))[1],
-    )
+    monkeypatch.setattr(pipeline, "load_lora_weights", lambda *a, **k: (calls.append("load"), load(*a, **k)))
+    monkeypatch.setattr(SideBySide, "_picture", lambda self, *a, **k: (calls.append("draw"), picture(*a, **k))[1])
     first, drawn = app.draw("Taught subject", "a red seven", 0, 1.0)
     weaker, half = app.draw("Taught subject", "a red seven", 0, 0.5)
     assert calls == ["load", "draw", "draw", "draw"]
@@ -215,9 +201,7 @@ def test_the_address_is_gradios_own_unless_one_is_given(client):
 def test_the_page_has_a_button_for_another_seed(client):
     import httpx
 
-    shown = [
-        part["props"].get("value") for part in httpx.get(client.src + "config").json()["components"]
-    ]
+    shown = [part["props"].get("value") for part in httpx.get(client.src + "config").json()["components"]]
     assert "Another seed" in shown
 
 
@@ -243,7 +227,5 @@ def test_pictures_of_earlier_drawings_are_deleted():
 def test_the_image_model_must_be_of_a_known_pipeline(tmp_path):
     tiny_video_pipeline().save_pretrained(tmp_path)
     side_by_side = SideBySide(Sources(image_model=str(tmp_path), noise_model="user/network"))
-    with pytest.raises(
-        ValueError, match=r"The image model must be a pipeline of .* got a CogVideo"
-    ):
+    with pytest.raises(ValueError, match=r"The image model must be a pipeline of .* got a CogVideo"):
         side_by_side.draw("Golden noise", "a red seven", 0, 1.0)

@@ -15,10 +15,7 @@ from examples.app_messages import EXPECTED, CannotDraw, message_for
         (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory for this model"),
         (ConnectionError("no route"), "neither on this machine nor reachable on the Hub"),
         (RuntimeError("x\nsize mismatch for y"), "'user/dog' was made for another model"),
-        (
-            FileNotFoundError("no weights in user/dog"),
-            "A file of 'Taught subject' could not be read",
-        ),
+        (FileNotFoundError("no weights in user/dog"), "A file of 'Taught subject' could not be read"),
         (ValueError("odd\nlong"), "'Taught subject' could not be drawn: odd"),
     ],
 )

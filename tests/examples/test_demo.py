@@ -21,7 +21,6 @@ from examples.digits import golden_noise
 from examples.moving_digits import check_model
 from tests.examples.browser import open_browser
 
-
 PARTS = [demo_new_glyph.NewGlyphDemo, demo_golden_noise.GoldenNoiseDemo, demo_eraser.EraserDemo]
 
 
@@ -78,18 +77,14 @@ def test_the_whole_demo_writes_its_page_and_sheets(finished):
     lines = printed.splitlines()
     assert lines[0].endswith((folder / "report.html").as_uri())
     assert len([line for line in lines if "] took " in line]) == 12
-    assert (
-        json.loads((folder / "golden_noise" / "pairs" / "report.json").read_text())["tried"] == 16
-    )
+    assert json.loads((folder / "golden_noise" / "pairs" / "report.json").read_text())["tried"] == 16
 
 
 def test_the_page_of_the_real_parts_can_be_looked_at(finished, tmp_path):
     folder, _ = finished
     with open_browser(tmp_path / "profile") as browser:
         browser.open(folder / "report.html", width=390)
-        images = browser.run(
-            "return [...document.images].map(i => [i.naturalWidth, i.alt.length > 20])"
-        )
+        images = browser.run("return [...document.images].map(i => [i.naturalWidth, i.alt.length > 20])")
         assert len(images) > 25
         assert {width for width, _ in images} == {16, 32}
         assert all(described for _, described in images)

@@ -67,9 +67,7 @@ class TwoChains(QuickPart):
 
 
 def test_chains_run_in_processes_of_their_own_and_the_report_is_the_same():
-    here, elsewhere = (
-        DemoReport([TwoChains("a"), QuickPart("b")], began=time.perf_counter()) for _ in range(2)
-    )
+    here, elsewhere = (DemoReport([TwoChains("a"), QuickPart("b")], began=time.perf_counter()) for _ in range(2))
     here.run(lambda report: None)
     parts, saved, told = [TwoChains("a"), QuickPart("b")], [], []
     done = list(step_events(parts, 2, light_preparation))
@@ -90,9 +88,7 @@ def test_a_step_that_fails_elsewhere_ends_all_processes():
     parts, saved = [QuickPart("a", error=ValueError("no")), QuickPart("b")], []
     report = DemoReport(parts, began=time.perf_counter())
     with pytest.raises(RuntimeError, match="A step of the demo failed"):
-        report.run(
-            lambda r: saved.append(r.stopped), events=step_events(parts, 2, light_preparation)
-        )
+        report.run(lambda r: saved.append(r.stopped), events=step_events(parts, 2, light_preparation))
     assert "Part a: Train" in saved[-1]
     assert multiprocessing.active_children() == []
 

@@ -15,7 +15,6 @@ from examples.demo_report_page import data_uri, render_page, seconds_text, write
 from tests.examples.browser import Browser, open_browser
 from tests.examples.demo_parts import PROMPT, QuickPart, still
 
-
 # (text, ratio) of visible text whose contrast to what lies behind it is below 4.5
 LOW_CONTRAST = """
 const luminance = ([r, g, b]) => [r, g, b].map(c => c / 255)
@@ -79,9 +78,7 @@ def test_without_a_browser_tests_are_skipped_but_fail_in_ci(tmp_path, monkeypatc
 def test_every_picture_is_shown_and_nothing_is_fetched(browser: Browser, pages):
     for path in pages.values():
         browser.open(path)
-        images = browser.run(
-            "return [...document.images].map(i => [i.complete && i.naturalWidth, i.alt])"
-        )
+        images = browser.run("return [...document.images].map(i => [i.complete && i.naturalWidth, i.alt])")
         assert len(images) >= 4
         assert all(width == 8 and len(alt) > 20 for width, alt in images)
         requested, complaints = browser.logs()
@@ -96,9 +93,7 @@ def test_the_page_does_not_scroll_sideways_but_its_tables_do(browser, pages, wid
     browser.open(pages["done"], width=width)
     root = "document.documentElement"
     assert browser.run(f"return {root}.scrollWidth") <= width
-    wide = (
-        "return [...document.querySelectorAll('.scroll')].map(e => e.scrollWidth > e.clientWidth)"
-    )
+    wide = "return [...document.querySelectorAll('.scroll')].map(e => e.scrollWidth > e.clientWidth)"
     assert any(browser.run(wide))
     focusable = "return [...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0)"
     assert browser.run(focusable)
@@ -120,16 +115,12 @@ def test_text_is_legible_in_both_themes(browser, pages, theme):
 def test_the_check_of_contrast_finds_faint_text(browser, pages):
     browser.open(pages["done"], prefers_color_scheme="light")
     browser.run("document.querySelector('h1').style.color = '#bbb'")
-    assert [text for text, _ in browser.run(LOW_CONTRAST)] == [
-        "Three diffusion tools, tried on tiny models"
-    ]
+    assert [text for text, _ in browser.run(LOW_CONTRAST)] == ["Three diffusion tools, tried on tiny models"]
 
 
 def test_headings_come_in_order_and_links_lead_somewhere(browser, pages):
     browser.open(pages["done"])
-    levels = browser.run(
-        "return [...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])"
-    )
+    levels = browser.run("return [...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(below - above <= 1 for above, below in zip(levels, levels[1:]))
@@ -192,9 +183,7 @@ def test_pictures_lie_in_the_page_without_loss():
     assert not getattr(Image.open(io.BytesIO(alone)), "is_animated", False)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (65.2, "65 s"), (339, "5 min 39 s")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (65.2, "65 s"), (339, "5 min 39 s")])
 def test_times_are_short(seconds, text):
     assert seconds_text(seconds) == text
 

@@ -11,7 +11,6 @@ from tests.examples.picture_files import read_frames
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.tiny_erasers import add_random_eraser
 
-
 TRAINING = (
     "--preserved_concepts_file {} --eraser_rank 2 --max_train_steps 2 --train_batch_size 2 "
     "--learning_rate 1e-2 --num_target_trajectories 1 --num_preserved_trajectories 1 "
@@ -44,9 +43,7 @@ def test_a_given_eraser_is_shown_at_its_strength(arguments, tmp_path):
     changed = []
     for scale in ("0.0", "1.0"):
         main([*arguments, "--eraser", str(tmp_path / "eraser"), "--scale", scale])
-        base, erased = (
-            read_frames(tmp_path / "out" / "clips" / f"1_{side}.gif") for side in ("base", "erased")
-        )
+        base, erased = (read_frames(tmp_path / "out" / "clips" / f"1_{side}.gif") for side in ("base", "erased"))
         changed.append(not np.array_equal(base, erased))
     assert changed == [False, True]
     assert (tmp_path / "out" / "clips" / "sheet.png").is_file()

@@ -11,14 +11,11 @@ import pytest
 from diffusers_ext.core.settings import setting_names
 from diffusers_ext.eraser.recipe import EraserSettings
 
-
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 PAGE = (FOLDER / "README.md").read_text()
 PARTS = ("__init__.py", "arguments.py", "app.py")  # and what is named after them or the demo
 EXAMPLES = sorted(
-    path.name
-    for path in FOLDER.glob("*.py")
-    if path.name not in PARTS and not path.name.startswith(("app_", "demo"))
+    path.name for path in FOLDER.glob("*.py") if path.name not in PARTS and not path.name.startswith(("app_", "demo"))
 )
 
 

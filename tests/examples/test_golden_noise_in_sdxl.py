@@ -18,9 +18,7 @@ def test_random_noise_is_left_and_golden_noise_right(tmp_path):
     prompt = "a red seven"
     sdxl_pipeline().save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
-    network = GoldenNoiseModel(
-        sample_size=8, text_embed_dim=80, width=16, num_layers=1, num_heads=2
-    )
+    network = GoldenNoiseModel(sample_size=8, text_embed_dim=80, width=16, num_layers=1, num_heads=2)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     network.save_pretrained(tmp_path / "network")
@@ -31,10 +29,7 @@ def test_random_noise_is_left_and_golden_noise_right(tmp_path):
     )  # fmt: skip
     sheet = read_frames(tmp_path / "new" / "sheet.png")[0]
     [plain] = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model")(
-        prompt,
-        num_inference_steps=2,
-        guidance_scale=5.5,
-        generator=torch.Generator().manual_seed(3),
+        prompt, num_inference_steps=2, guidance_scale=5.5, generator=torch.Generator().manual_seed(3)
     ).images
     shown = np.asarray(plain.resize((96, 96), Image.Resampling.NEAREST))
     left, shift = 266, 102  # of the first column, and from it to the next

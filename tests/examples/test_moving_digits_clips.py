@@ -125,9 +125,7 @@ def test_aspects_that_a_prompt_does_not_name_are_masked(judge, real):
 
 
 @pytest.mark.parametrize(
-    "clips",
-    [np.zeros((1, 8, 16, 16, 3), np.uint8), np.zeros((1, 9, 16, 16, 3), np.float32)],
-    ids=["frames", "dtype"],
+    "clips", [np.zeros((1, 8, 16, 16, 3), np.uint8), np.zeros((1, 9, 16, 16, 3), np.float32)], ids=["frames", "dtype"]
 )
 def test_judge_refuses_other_clips(judge, clips):
     with pytest.raises(ValueError, match=r"`clips` must be \(n, 9, 16, 16, 3\) of 8 bits, got"):

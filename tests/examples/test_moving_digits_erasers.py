@@ -6,11 +6,7 @@ import pytest
 
 from diffusers_ext.eraser.concepts import contains_concept
 from examples.digits.prompts import COLORS, DIGITS, HELD_OUT_PAIRS
-from examples.moving_digits.erasers import (
-    evaluation_groups,
-    others_of,
-    training_prompts,
-)
+from examples.moving_digits.erasers import evaluation_groups, others_of, training_prompts
 from examples.moving_digits.prompts import (
     HELD_OUT_COMBINATIONS,
     HELD_OUT_TEMPLATE,
@@ -18,7 +14,6 @@ from examples.moving_digits.prompts import (
     TEMPLATES,
     read_prompt,
 )
-
 
 TARGETS = pytest.mark.parametrize("target", ["seven", "three", "red"])
 

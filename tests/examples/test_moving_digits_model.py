@@ -7,12 +7,7 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-)
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors import safe_open
 from transformers import T5EncoderModel
 

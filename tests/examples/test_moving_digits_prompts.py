@@ -25,7 +25,6 @@ from examples.moving_digits.prompts import (
     write_prompts,
 )
 
-
 EVERY_TEMPLATE = (*TEMPLATES, HELD_OUT_TEMPLATE, *PARAPHRASES)
 
 

@@ -12,7 +12,6 @@ from examples.protect_a_lora import main
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 
-
 NAME = "pytorch_lora_weights.safetensors"
 
 

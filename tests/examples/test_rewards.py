@@ -9,13 +9,7 @@ from sklearn.svm import SVC
 
 from examples.digits.pictures import real_digits, tint
 from examples.digits.prompts import DIGITS
-from examples.digits.rewards import (
-    DigitsReward,
-    SecondDigitsReward,
-    digit_samples,
-    kernel_classifier,
-    tint_nearness,
-)
+from examples.digits.rewards import DigitsReward, SecondDigitsReward, digit_samples, kernel_classifier, tint_nearness
 
 
 @pytest.fixture(scope="module", params=[DigitsReward, SecondDigitsReward])

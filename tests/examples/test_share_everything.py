@@ -14,7 +14,6 @@ from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_erasers import add_random_eraser
 from tests.tiny_lora import add_random_lora
 
-
 WEIGHTS = {
     "lora": "pytorch_lora_weights.safetensors",
     "network": "diffusion_pytorch_model.safetensors",

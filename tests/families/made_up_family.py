@@ -58,10 +58,7 @@ class MadeUp(Family):
             prompt=prompts, prompt_2=None, prompt_3=None, negative_prompt=negatives
         )
         return TextConditioning(
-            embeds,
-            negative,
-            pooled_prompt_embeds=pooled,
-            negative_pooled_prompt_embeds=negative_pooled,
+            embeds, negative, pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled
         )
 
     def text_width(self, config):

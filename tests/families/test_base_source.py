@@ -15,18 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ext.command_line import options
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.families.base_source import (
-    load_base,
-    read_base_config,
-    refuse_single_file,
-)
+from diffusers_ext.families.base_source import load_base, read_base_config, refuse_single_file
 from diffusers_ext.planning.models import read_base_model
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
 from diffusers_ext.training.run.knowledge import load_pipeline
 from diffusers_ext.training.run.text_cache import load_text_pipeline, stored_fingerprint
 from tests.single_file_checkpoints import save_single_file
 from tests.tiny_digits import random_digits_pipeline
-
 
 CPU = torch.device("cpu")
 
@@ -48,12 +43,7 @@ def arguments(models, **changes):
 
 def picture(pipeline):
     pipeline.set_progress_bar_config(disable=True)
-    made = pipeline(
-        "a red 3",
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    )
+    made = pipeline("a red 3", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
     return made.images
 
 
@@ -67,13 +57,7 @@ LOADERS = [
 @pytest.mark.parametrize("load", LOADERS, ids=["commands", "golden noise", "null space"])
 def test_a_single_file_is_the_pipeline_of_its_folder_to_the_bit(models, load):
     one = load(arguments(models))
-    folder = load(
-        arguments(
-            models,
-            pretrained_model_name_or_path=str(models / "model"),
-            single_file_config=None,
-        )
-    )
+    folder = load(arguments(models, pretrained_model_name_or_path=str(models / "model"), single_file_config=None))
     assert type(one) is type(folder)
     for name in ("unet", "vae", "text_encoder"):
         found, expected = getattr(one, name).state_dict(), getattr(folder, name).state_dict()
@@ -148,9 +132,7 @@ def test_configs_that_do_not_fit_are_refused(models, tmp_path):
     whole, other = models / "whole.safetensors", tmp_path / "other"
     shutil.copytree(models / "model", other)
     index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(
-        json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"})
-    )
+    (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
     with pytest.raises(ValueError, match="`single_file_config` must be a StableDiffusionPipeline"):
         read_base_config(whole, single_file_config=str(other))
     (other / "model_index.json").write_text(json.dumps(index))
@@ -183,9 +165,7 @@ def test_weights_that_a_file_lacks_are_told(models, tmp_path, key):
 
 def test_without_a_config_the_error_names_the_flag(models, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    expected = (
-        "`single_file_config` must be .* got stable-diffusion-v1-5/stable-diffusion-v1-5: no such"
-    )
+    expected = "`single_file_config` must be .* got stable-diffusion-v1-5/stable-diffusion-v1-5: no such"
     with pytest.raises(ValueError, match=expected):
         read_base_config(models / "whole.safetensors")
 

@@ -8,7 +8,6 @@ import torch
 from diffusers_ext.families.cogvideox import CogVideoX
 from tests.tiny_cogvideox import tiny_transformer, tiny_vae, tiny_video_pipeline
 
-
 ABSOLUTE = {"use_rotary_positional_embeddings": False}
 PATCHES_IN_TIME = {"patch_size": 2, "patch_size_t": 2, "sample_height": 8, "sample_width": 8}
 

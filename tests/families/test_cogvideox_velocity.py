@@ -13,7 +13,6 @@ from diffusers_ext.eraser.teacher.teacher import teacher_velocities
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 
-
 ABSOLUTE = {"use_rotary_positional_embeddings": False}
 PATCHES_IN_TIME = {"patch_size": 2, "patch_size_t": 2, "sample_height": 8, "sample_width": 8}
 IMAGE_TO_VIDEO = {**PATCHES_IN_TIME, "in_channels": 8, "ofs_embed_dim": 8}
@@ -129,9 +128,7 @@ def test_a_peft_model_is_called_as_it_is():
     bare = CogVideoXVelocity.from_pipeline(pipeline, 9, 16, 16)
     rows = torch.randn(2, 3, 4, 4, 4), torch.tensor([1, 900]), torch.randn(2, 12, 16)
     before = bare(*rows)
-    pipeline.transformer = get_peft_model(
-        pipeline.transformer, EraserConfig(r=4, init_weights=False)
-    )
+    pipeline.transformer = get_peft_model(pipeline.transformer, EraserConfig(r=4, init_weights=False))
     velocity = CogVideoXVelocity.from_pipeline(pipeline, 9, 16, 16)
     erased = velocity(*rows)
     assert not torch.equal(erased, before)

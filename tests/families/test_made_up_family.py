@@ -21,7 +21,6 @@ from diffusers_ext.nullspace.directions import null_space_directions
 from tests.families.made_up_family import MadeUp, MadeUpPipeline, clip_of_noise, made_up_pipeline
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 
-
 PROMPTS = ["a red seven", "a blue three"]
 
 
@@ -57,9 +56,7 @@ def test_null_space_counts_its_features_and_chooses_directions():
     new = collect_statistics(
         pipeline, ["a green nine"], expand_sub_phrases=False, include_guidance_prompts=False, **run
     )
-    assert set(known.sources) == {
-        f"transformer_blocks.{block}.attn.to_{name}" for block in range(2) for name in "qv"
-    }
+    assert set(known.sources) == {f"transformer_blocks.{block}.attn.to_{name}" for block in range(2) for name in "qv"}
     directions = null_space_directions(known, new, rank=1, eps=1e-6)
     assert directions.vectors("transformer_blocks.1.attn.to_v").shape == (1, 16)
 
@@ -67,9 +64,7 @@ def test_null_space_counts_its_features_and_chooses_directions():
 def test_its_noise_is_redenoised():
     pipeline, plain = made_up_pipeline(), tiny_sd3_pipeline()
     noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    found, expected = (
-        redenoise_text(each, noise, encode_prompts(each, PROMPTS)) for each in (pipeline, plain)
-    )
+    found, expected = (redenoise_text(each, noise, encode_prompts(each, PROMPTS)) for each in (pipeline, plain))
     assert torch.equal(found, expected)
     assert (found - noise).norm() > 1e-3 * noise.norm()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import diffusers
 
-
 ROOT = Path(__file__).parents[2]
 FILES = [
     path
@@ -36,10 +35,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         },
         _SUBCLASSES,
     ),
-    "diffusers_ext/nullspace/pipeline.py": (
-        {"StableDiffusionPipeline", "StableDiffusionXLPipeline"},
-        _SUBCLASSES,
-    ),
+    "diffusers_ext/nullspace/pipeline.py": ({"StableDiffusionPipeline", "StableDiffusionXLPipeline"}, _SUBCLASSES),
 }
 
 
@@ -61,9 +57,7 @@ def ladders(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) and re.search(r"\bfamily\b", ast.unparse(node.left)):
             literals = [ast.walk(part) for part in node.comparators]
-            if any(
-                isinstance(leaf, ast.Constant) and leaf.value for walk in literals for leaf in walk
-            ):
+            if any(isinstance(leaf, ast.Constant) and leaf.value for walk in literals for leaf in walk):
                 yield ast.unparse(node)
 
 
@@ -92,6 +86,4 @@ def test_the_rule_finds_offences():
     assert offences('if kind == "CogVideoXPipeline":\n    pass') == {"CogVideoXPipeline"}
     assert offences('if family == "sd":\n    pass') == {"family == 'sd'"}
     assert offences('y = shapes.family.name in ("sd3", "flux")')
-    assert not offences(
-        '"""Of a `FluxPipeline`."""\nfrom diffusers import DiffusionPipeline\nfamily is None'
-    )
+    assert not offences('"""Of a `FluxPipeline`."""\nfrom diffusers import DiffusionPipeline\nfamily is None')

@@ -68,9 +68,7 @@ def test_encoders_are_asked_in_eval_mode_and_keep_their_modes():
     modes = [m.training for x in (pipeline.text_encoder, pipeline.unet) for m in x.modules()]
     state = dict(vars(pipeline))
     assert torch.equal(encode_prompts(pipeline, PROMPTS).prompt_embeds, plain)
-    assert modes == [
-        m.training for x in (pipeline.text_encoder, pipeline.unet) for m in x.modules()
-    ]
+    assert modes == [m.training for x in (pipeline.text_encoder, pipeline.unet) for m in x.modules()]
     assert vars(pipeline) == state
 
 
@@ -101,10 +99,7 @@ def test_conditioning_is_cut_and_moved():
     ("fields", "message"),
     [
         ({"prompt_embeds": torch.zeros(3, 2)}, r"`prompt_embeds` must be \(batch, tokens, dim\)"),
-        (
-            {"pooled_prompt_embeds": torch.zeros(2, 4)},
-            "`pooled_prompt_embeds` must be a batch of 3",
-        ),
+        ({"pooled_prompt_embeds": torch.zeros(2, 4)}, "`pooled_prompt_embeds` must be a batch of 3"),
         (
             {"negative_prompt_embeds": torch.zeros(3, 5, 4)},
             r"must be \(3, 2, 4\) like `prompt_embeds`, got \(3, 5, 4\)",

@@ -25,13 +25,8 @@ from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseXLPipeline,
 )
 from tests.tiny_digits import random_digits_pipeline
-from tests.tiny_image_pipelines import (
-    tiny_flux_pipeline,
-    tiny_hunyuan_dit_pipeline,
-    tiny_sd3_pipeline,
-)
+from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
-
 
 PROMPTS = ["a red seven", "a blue one on a green background"]
 
@@ -58,11 +53,7 @@ FAMILIES = {
     "sd": Family(GoldenNoisePipeline, random_digits_pipeline, 32, (24, 40)),
     "sdxl": Family(GoldenNoiseXLPipeline, sdxl_pipeline, 32, (24, 40)),
     "hunyuan_dit": Family(
-        GoldenNoiseHunyuanDiTPipeline,
-        hunyuan_dit_pipeline,
-        64,
-        (48, 80),
-        {"use_resolution_binning": False},
+        GoldenNoiseHunyuanDiTPipeline, hunyuan_dit_pipeline, 64, (48, 80), {"use_resolution_binning": False}
     ),
     "sd3": Family(GoldenNoiseSD3Pipeline, tiny_sd3_pipeline, 32, (24, 40)),
     "flux": Family(GoldenNoiseFluxPipeline, tiny_flux_pipeline, 32, (24, 40)),
@@ -116,17 +107,11 @@ def network_sizes(pipeline: DiffusionPipeline) -> NetworkSizes:
     return find_family(pipeline).network_sizes(denoiser_of(pipeline).config)
 
 
-def random_network(
-    pipeline: DiffusionPipeline, name: str = "model", **config: Any
-) -> GoldenNoiseNetwork:
+def random_network(pipeline: DiffusionPipeline, name: str = "model", **config: Any) -> GoldenNoiseNetwork:
     """A small network for the pipeline's latents and text whose output is far from the identity."""
     sizes = network_sizes(pipeline)
     network_class, options = NETWORKS[name]
-    shared = {
-        "in_channels": sizes.in_channels,
-        "sample_size": 8,
-        "text_embed_dim": sizes.text_embed_dim,
-    }
+    shared = {"in_channels": sizes.in_channels, "sample_size": 8, "text_embed_dim": sizes.text_embed_dim}
     if network_class is NPNet:
         shared["text_length"] = text_length(pipeline)
     torch.manual_seed(0)
@@ -177,9 +162,7 @@ def record_refining(pipeline: DiffusionPipeline) -> list[dict[str, Any]]:
 
     def recorded(noise: torch.Tensor, prompt_embeds: torch.Tensor, **arguments: Any):
         golden = refine(noise, prompt_embeds, **arguments)
-        calls.append(
-            {"noise": noise, "prompt_embeds": prompt_embeds, "golden": golden, **arguments}
-        )
+        calls.append({"noise": noise, "prompt_embeds": prompt_embeds, "golden": golden, **arguments})
         return golden
 
     network.refine = recorded

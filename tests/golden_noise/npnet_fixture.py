@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 
-
 FOLDER = Path(__file__).parents[1] / "fixtures" / "npnet"
 TEXT_WIDTH = {"sdxl": 2048, "dit": 1024}
 SMALL_CONFIG = {
@@ -33,19 +32,13 @@ SMALL_CONFIG = {
 
 def filled(name: str, rule: dict) -> torch.Tensor:
     """One tensor by the rule of the reference set."""
-    normal = torch.randn(
-        rule["shape"], generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    )
+    normal = torch.randn(rule["shape"], generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     if rule["rule"] == "constant":
         return torch.full(rule["shape"], rule["value"])
     if rule["rule"] == "zero":
         return torch.zeros(rule["shape"], dtype=torch.int64)
     scaled = normal * rule["scale"]
-    return {
-        "randn": scaled,
-        "randn_plus_1": scaled + 1,
-        "abs_randn_plus_1": scaled.abs() + 1,
-    }[rule["rule"]]
+    return {"randn": scaled, "randn_plus_1": scaled + 1, "abs_randn_plus_1": scaled.abs() + 1}[rule["rule"]]
 
 
 def rules(name: str) -> dict[str, dict]:
@@ -95,7 +88,4 @@ def small_npnet(seed: int = 0, **options: object) -> NPNet:
 
 def small_inputs(batch: int = 2, size: tuple[int, int] = (8, 8)) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(7)
-    return (
-        torch.randn(batch, 4, *size, generator=generator),
-        torch.randn(batch, 16, 128, generator=generator),
-    )
+    return (torch.randn(batch, 4, *size, generator=generator), torch.randn(batch, 16, 128, generator=generator))

@@ -9,7 +9,6 @@ import torch
 from diffusers_ext.golden_noise.pairs.shards import PairRecord
 from diffusers_ext.golden_noise.pairs.writer import PairWriter
 
-
 SHAPE, STEPS = (4, 8, 8), 2
 # Words that a careless reader of tables takes for missing values, dates or numbers.
 PROMPTS = ("None", "NA", "null", "2020-01-01", 'a red, "big" seven', "7")

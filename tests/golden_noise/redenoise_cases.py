@@ -11,13 +11,8 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.families.registry import find_family
 from tests.tiny_digits import random_digits_pipeline
-from tests.tiny_image_pipelines import (
-    tiny_flux_pipeline,
-    tiny_hunyuan_dit_pipeline,
-    tiny_sd3_pipeline,
-)
+from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
-
 
 PROMPTS = ["a red seven", "a blue two"]
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
@@ -72,9 +67,7 @@ def pipeline_first_step(
 
     def record(prediction, timestep, sample, **_):
         if flux:
-            prediction, sample = (
-                pipeline._unpack_latents(x, height, width, factor) for x in (prediction, sample)
-            )
+            prediction, sample = (pipeline._unpack_latents(x, height, width, factor) for x in (prediction, sample))
         seen.append(FirstStep(prediction, float(timestep), sample))
         raise _Recorded
 

@@ -9,7 +9,6 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from diffusers_ext.hub import Measured
 
-
 RESULT = Measured("held-out prompts", "relative error", 0.25, notes="8 pairs")
 # What nobody can know but the user.
 NETWORK_FACTS: dict[str, Any] = {

@@ -7,12 +7,7 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 
 from diffusers_ext.golden_noise import pipelines
-from diffusers_ext.golden_noise.card import (
-    GOLDEN_PIPELINES,
-    golden_pipeline_name,
-    network_card,
-    pipeline_card,
-)
+from diffusers_ext.golden_noise.card import GOLDEN_PIPELINES, golden_pipeline_name, network_card, pipeline_card
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from tests.evaluation.golden_subjects import small_network
 from tests.golden_noise.golden_pipelines import FAMILIES, golden_pipeline
@@ -74,9 +69,7 @@ def test_a_plain_model_on_the_hub_is_the_base(hub, pipeline):
     assert "these are the weights of tester/base" in card.text
     golden = upload_base("tester/golden", "GoldenNoisePipeline")
     plain.register_to_config(_name_or_path=golden)  # its own base is another one
-    with pytest.raises(
-        ValueError, match="`base_model` must be given for the card of a pipeline th"
-    ):
+    with pytest.raises(ValueError, match="`base_model` must be given for the card of a pipeline th"):
         pipeline_card(plain)
 
 

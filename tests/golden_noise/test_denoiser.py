@@ -15,12 +15,7 @@ from diffusers_ext.golden_noise.denoiser import (
     has_embedded_guidance,
     latent_channels,
 )
-from tests.golden_noise.redenoise_cases import (
-    BUILDERS,
-    PROMPTS,
-    pipeline_first_step,
-    unit_noise,
-)
+from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS, pipeline_first_step, unit_noise
 from tests.tiny_pipelines import pixart_pipeline
 
 
@@ -47,9 +42,7 @@ def test_negative_prompts_are_the_pipelines_own(family):
     text = encode_prompts(pipeline, PROMPTS, negative_prompt="green")
     found = guided_prediction(pipeline, noise, expected.timestep, text, 4.0)
     torch.testing.assert_close(found, expected.prediction, rtol=1e-4, atol=1e-5)
-    plain = guided_prediction(
-        pipeline, noise, expected.timestep, encode_prompts(pipeline, PROMPTS), 4.0
-    )
+    plain = guided_prediction(pipeline, noise, expected.timestep, encode_prompts(pipeline, PROMPTS), 4.0)
     assert (found - plain).abs().max() > 1e-4
 
 
@@ -71,8 +64,7 @@ def test_embedded_guidance_is_one_call_without_a_negative_half():
     text = encode_prompts(pipeline, PROMPTS)
     seen = []
     hook = pipeline.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((len(kwargs["hidden_states"]), kwargs["guidance"])),
-        with_kwargs=True,
+        lambda _, args, kwargs: seen.append((len(kwargs["hidden_states"]), kwargs["guidance"])), with_kwargs=True
     )
     guided_prediction(pipeline, unit_noise(pipeline), 1000, text, 3.5)
     hook.remove()
@@ -124,9 +116,7 @@ def test_other_pipelines_are_refused():
     pipeline = pixart_pipeline()
     assert isinstance(pipeline, PixArtAlphaPipeline)
     with pytest.raises(ValueError, match=r"`pipeline` must be one of Stable.*, got a PixArtAlpha"):
-        guided_prediction(
-            pipeline, torch.randn(1, 4, 8, 8), 1, TextConditioning(torch.randn(1, 7, 12)), 1.0
-        )
+        guided_prediction(pipeline, torch.randn(1, 4, 8, 8), 1, TextConditioning(torch.randn(1, 7, 12)), 1.0)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,8 @@ import pytest
 import torch
 
 from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss, change_figures, relative_error
-from diffusers_ext.golden_noise.networks.sequence import (
-    SequencePrediction,
-    gaussian_nll,
-    output_statistics_kl,
-)
+from diffusers_ext.golden_noise.networks.sequence import SequencePrediction, gaussian_nll, output_statistics_kl
 from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
-
 
 CPU = torch.device("cpu")
 CACHE = TextCache(["a", "b"], NetworkText(torch.randn(2, 3, 5), torch.ones(2, 3), None))
@@ -26,9 +21,7 @@ def test_figures_of_no_change_the_true_one_and_its_opposite():
     for prediction, error, cosine in ((noise, 1, 0), (target, 0, 1), (noise - change, 4, -1)):
         figures = change_figures(prediction, target, noise)
         assert relative_error(figures).item() == pytest.approx(error, abs=1e-4)
-        torch.testing.assert_close(
-            figures.cosine, torch.full((3,), float(cosine)), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(figures.cosine, torch.full((3,), float(cosine)), atol=1e-4, rtol=0)
 
 
 def test_the_relative_error_is_of_sums():

@@ -1,12 +1,7 @@
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.noise_statistics import (
-    match_energy,
-    match_spectrum,
-    noise_statistics,
-    radial_spectrum,
-)
+from diffusers_ext.golden_noise.noise_statistics import match_energy, match_spectrum, noise_statistics, radial_spectrum
 
 
 def white(*shape: int) -> torch.Tensor:
@@ -56,9 +51,7 @@ def test_match_spectrum_makes_correlated_noise_white_and_keeps_its_phases(size):
     # Not circular as the transform is, so not one of its own filters.
     smooth = source + torch.nn.functional.pad(source, (0, 1))[..., 1:]
     matched = match_spectrum(smooth, source)
-    torch.testing.assert_close(
-        matched.square().mean((1, 2, 3)), source.square().mean((1, 2, 3)), rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(matched.square().mean((1, 2, 3)), source.square().mean((1, 2, 3)), rtol=1e-4, atol=0)
     before, after = (noise_statistics(x).lag1_correlation.mean().abs() for x in (smooth, matched))
     assert after < before / 2
     agreement = torch.cosine_similarity(

@@ -16,7 +16,6 @@ from diffusers import (
 from diffusers_ext.golden_noise.denoiser import encode_prompts
 from tests.golden_noise.golden_pipelines import PROMPTS, draw, golden_pipeline
 
-
 # Of Euler's scheduler under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 PROMPT = PROMPTS[0]

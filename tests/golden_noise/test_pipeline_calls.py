@@ -10,7 +10,6 @@ import torch
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from tests.golden_noise.golden_pipelines import FAMILIES, draw, golden_pipeline
 
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -20,7 +20,6 @@ from tests.golden_noise.golden_pipelines import (
     with_network,
 )
 
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -187,9 +186,7 @@ def test_networks_of_pooled_text_are_measured_by_it(family):
     pipeline.set_noise_model(network)
     assert not draw(pipeline, family).equal(draw(pipeline, family, golden_noise_scale=0))
     with pytest.raises(ValueError, match=f"`text_embed_dim` {pooled} like the .*, got 10"):
-        pipeline.set_noise_model(
-            random_network(pipeline, "rnn", text_embed_dim=10, pooled_text=True)
-        )
+        pipeline.set_noise_model(random_network(pipeline, "rnn", text_embed_dim=10, pooled_text=True))
 
 
 class Reversal(ModelMixin, ConfigMixin, GoldenNoiseNetwork):
@@ -219,9 +216,7 @@ def test_a_folder_without_a_network_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_folders_in_half_precision_draw_as_they_load_and_in_half_precision(
-    network, dtype, tmp_path
-):
+def test_folders_in_half_precision_draw_as_they_load_and_in_half_precision(network, dtype, tmp_path):
     pipeline = golden_pipeline("sd", name=network)
     stored = type(pipeline).from_pipe(pipeline, dtype=dtype)
     stored.save_pretrained(tmp_path)

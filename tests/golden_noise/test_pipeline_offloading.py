@@ -5,14 +5,7 @@ import torch
 from accelerate import disk_offload
 
 from diffusers_ext.golden_noise.denoiser import encode_prompts
-from tests.golden_noise.golden_pipelines import (
-    FAMILIES,
-    NETWORKS,
-    PROMPTS,
-    draw,
-    golden_pipeline,
-)
-
+from tests.golden_noise.golden_pipelines import FAMILIES, NETWORKS, PROMPTS, draw, golden_pipeline
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_network = pytest.mark.parametrize("network", NETWORKS)
@@ -30,9 +23,7 @@ def test_the_network_is_offloaded_after_the_text_encoders_and_before_the_denoise
     golden = FAMILIES[family].golden
     order = golden.model_cpu_offload_seq.split("->")
     (plain,) = (base for base in golden.__bases__ if base.__name__ != "GoldenNoiseMixin")
-    assert [name for name in order if name != "noise_model"] == (
-        plain.model_cpu_offload_seq.split("->")
-    )
+    assert [name for name in order if name != "noise_model"] == (plain.model_cpu_offload_seq.split("->"))
     place = order.index("noise_model")
     assert order[place + 1] in ("unet", "transformer")
     pipeline = golden_pipeline(family)

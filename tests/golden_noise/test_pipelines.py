@@ -19,7 +19,6 @@ from tests.golden_noise.golden_pipelines import (
     with_network,
 )
 
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -147,10 +146,7 @@ def test_given_latents_are_refined_as_well_and_any_size_works(family):
     picture = draw(pipeline, family, **size)
     assert picture.shape[-2:] == (height, width)
     noise = calls[0]["noise"]
-    assert noise.shape[-2:] == (
-        height // pipeline.vae_scale_factor,
-        width // pipeline.vae_scale_factor,
-    )
+    assert noise.shape[-2:] == (height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
     latents = as_given(pipeline, noise)
     assert draw(pipeline, family, latents=latents, **size).equal(picture)
     assert calls[1]["noise"].equal(noise)
@@ -160,9 +156,7 @@ def test_given_latents_are_refined_as_well_and_any_size_works(family):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_the_network_gets_unit_noise_and_the_sampler_its_own_scale(family):
     plain = FAMILIES[family].plain()
-    plain.scheduler = EulerDiscreteScheduler.from_config(
-        plain.scheduler.config, timestep_spacing="leading"
-    )
+    plain.scheduler = EulerDiscreteScheduler.from_config(plain.scheduler.config, timestep_spacing="leading")
     pipeline = with_network(plain, family)
     calls = record_refining(pipeline)
     picture = draw(pipeline, family)

@@ -9,16 +9,9 @@ from huggingface_hub import ModelCard
 from tests.golden_noise.golden_pipelines import FAMILIES, NETWORKS, golden_pipeline
 from tests.golden_noise.shared_facts import RESULT
 
-
 FACTS = {"base_model": "somebody/base", "license": "mit", "trained_on": "900 noise pairs"}
 # Classes of three families and of all networks in three pipelines: the code is the same for all.
-CASES = {
-    "sd": "npnet",
-    "sdxl": "transformer",
-    "flux": "rnn",
-    "hunyuan_dit": "model",
-    "sd3": "model",
-}
+CASES = {"sd": "npnet", "sdxl": "transformer", "flux": "rnn", "hunyuan_dit": "model", "sd3": "model"}
 
 
 def assert_same_weights(loaded, pipeline) -> None:
@@ -50,9 +43,7 @@ def test_pipelines_come_back_from_the_hub_without_remote_code(hub, family):
     assert type(loaded.noise_model) is type(pipeline.noise_model)
     assert_same_weights(loaded, pipeline)
     stock = (
-        FAMILIES[family]
-        .plain()
-        .__class__.from_pretrained("tester/golden", dtype=torch.float32, local_files_only=True)
+        FAMILIES[family].plain().__class__.from_pretrained("tester/golden", dtype=torch.float32, local_files_only=True)
     )
     assert "noise_model" not in stock.components
     without = type(pipeline).from_pretrained("tester/golden", noise_model=None)
@@ -64,9 +55,7 @@ def test_saving_may_push(hub, tmp_path):
     address = pipeline.push_to_hub("tester/golden", create_pr=True, private=True, **FACTS)
     assert address.endswith("/discussions/1")
     assert hub.files("tester/golden") == {}
-    pipeline.save_pretrained(
-        tmp_path / "golden", push_to_hub=True, revision="half", variant="fp16", **FACTS
-    )
+    pipeline.save_pretrained(tmp_path / "golden", push_to_hub=True, revision="half", variant="fp16", **FACTS)
     name = "noise_model/diffusion_pytorch_model.fp16.safetensors"
     assert (tmp_path / "golden" / name).is_file()
     assert name in hub.files("tester/golden", revision="half")

@@ -27,19 +27,12 @@ from diffusers_ext.golden_noise.redenoise import (
     redenoise_text,
     step_coefficients,
 )
-from tests.golden_noise.redenoise_cases import (
-    BUILDERS,
-    PROMPTS,
-    pipeline_first_step,
-    unit_noise,
-)
+from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS, pipeline_first_step, unit_noise
 
 
 def with_prediction_type(family: str, prediction_type: str):
     pipeline = BUILDERS[family]()
-    pipeline.scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, prediction_type=prediction_type
-    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
     return pipeline
 
 
@@ -93,9 +86,7 @@ def test_golden_noise_of_a_v_model_steps_down_to_the_same_point(family):
     lower = scheduler.step(first.prediction, t, noise).prev_sample
     second = guided_prediction(pipeline, lower, t, text, 1.0)
     found = redenoise_text(pipeline, noise, text)
-    torch.testing.assert_close(
-        scheduler.step(second, t, found).prev_sample, lower, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(scheduler.step(second, t, found).prev_sample, lower, rtol=1e-5, atol=1e-5)
     assert (found - noise).abs().max() > 1e-3
 
 
@@ -118,8 +109,7 @@ def test_golden_noise_of_a_flow_model_steps_down_to_the_same_point(family, num_s
 
 
 @pytest.mark.parametrize(
-    ("family", "prediction_type"),
-    [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon"), ("sd3", None)],
+    ("family", "prediction_type"), [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon"), ("sd3", None)]
 )
 def test_a_constant_prediction_leaves_the_noise_as_it_is(family, prediction_type, monkeypatch):
     pipeline = BUILDERS[family]()
@@ -273,9 +263,7 @@ def test_strength_by_the_number_of_steps(num_steps, first, then, strength):
     assert found.second == pytest.approx(math.sqrt(a) * (sigmas[0] - sigmas[1]), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "expected"), [(10, (1.079, -0.416, 0.342)), (50, (1.003, -0.110, 0.107))]
-)
+@pytest.mark.parametrize(("num_steps", "expected"), [(10, (1.079, -0.416, 0.342)), (50, (1.003, -0.110, 0.107))])
 def test_published_coefficients_of_the_legacy_inversion(num_steps, expected):
     found = diffusion_coefficients(sdxl_scheduler(), num_steps, legacy_inversion=True)
     assert found[3:] == pytest.approx(expected, abs=6e-4)
@@ -306,9 +294,7 @@ def test_v_prediction_rotates_by_the_angle_between_the_levels():
     found = diffusion_coefficients(scheduler, 10)
     angles = [math.acos(math.sqrt(scheduler.alphas_cumprod[i].item())) for i in (901, 801)]
     delta = angles[0] - angles[1]
-    assert (found.down_noise, found.down_first) == pytest.approx(
-        (math.cos(delta), -math.sin(delta))
-    )
+    assert (found.down_noise, found.down_first) == pytest.approx((math.cos(delta), -math.sin(delta)))
     assert found[3:] == pytest.approx((1.0, -math.tan(delta), math.tan(delta)))
 
 
@@ -317,9 +303,7 @@ def test_a_first_level_without_signal_needs_v_prediction():
     found = diffusion_coefficients(sdxl_scheduler(prediction_type="v_prediction", **config), 10)
     assert found.timestep == 999
     assert 0 < found.second < 1
-    with pytest.raises(
-        ValueError, match="`prediction_type` must be 'v_prediction' where the first"
-    ):
+    with pytest.raises(ValueError, match="`prediction_type` must be 'v_prediction' where the first"):
         diffusion_coefficients(sdxl_scheduler(**config), 10)
 
 

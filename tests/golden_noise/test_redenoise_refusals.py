@@ -23,9 +23,7 @@ from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS, unit_noise
 def test_impossible_settings_are_refused(family, arguments, message):
     pipeline = BUILDERS[family]()
     with pytest.raises(ValueError, match=message):
-        redenoise_text(
-            pipeline, unit_noise(pipeline), encode_prompts(pipeline, PROMPTS), **arguments
-        )
+        redenoise_text(pipeline, unit_noise(pipeline), encode_prompts(pipeline, PROMPTS), **arguments)
 
 
 def test_missing_negative_embeddings_are_found_before_the_first_call(monkeypatch):

@@ -5,7 +5,6 @@ import torch
 
 from tests.golden_noise.tiny_sequences import NETWORKS, STEPS, sequence_and_text, untrained
 
-
 both = pytest.mark.parametrize("name", list(NETWORKS))
 
 

@@ -26,10 +26,7 @@ def test_each_prompt_is_encoded_once(monkeypatch):
 
 
 def test_pooled_embeddings_are_kept_and_facts_tell_encoders_apart():
-    first, second = (
-        TextCache.encode(sdxl_pipeline(seed), ["a red seven"], dtype=torch.float32)
-        for seed in (0, 1)
-    )
+    first, second = (TextCache.encode(sdxl_pipeline(seed), ["a red seven"], dtype=torch.float32) for seed in (0, 1))
     assert first.text.pooled_prompt_embeds.shape == (1, 16)
     assert (first.facts["tokens"], first.facts["text_embed_dim"]) == (16, 80)
     assert first.facts != second.facts

@@ -7,7 +7,6 @@ import torch
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 
-
 STEPS, TEXT_DIM = 3, 12
 SHARED = {"sample_size": 8, "text_embed_dim": TEXT_DIM, "num_steps": STEPS}
 TRANSFORMER = {
@@ -27,10 +26,7 @@ RNN = {
     "num_attention_heads": 2,
     "num_attention_layers": 1,
 }
-NETWORKS = {
-    "transformer": (NoiseSequenceTransformer, TRANSFORMER),
-    "rnn": (NoiseSequenceRNN, RNN),
-}
+NETWORKS = {"transformer": (NoiseSequenceTransformer, TRANSFORMER), "rnn": (NoiseSequenceRNN, RNN)}
 Network = NoiseSequenceTransformer | NoiseSequenceRNN
 
 

@@ -10,7 +10,6 @@ from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import artifact_card
 from docs.sample_cards import FACTS
 
-
 BASE = "somebody/base"
 COMMON: dict[str, Any] = {
     "base": BASE,

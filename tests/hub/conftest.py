@@ -13,7 +13,6 @@ import pytest
 from tests.fresh_process import run_python
 from tests.hub_server import HubServer
 
-
 PUSH = """
 from tests.hub.push_and_load import push_all
 print(json.dumps(push_all()))

@@ -9,7 +9,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext import FeatureStatistics
 
-
 PROMPT = "a red seven"
 
 
@@ -38,9 +37,7 @@ def picture(pipeline: DiffusionPipeline) -> str:
     """Digest of a picture in float32."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    images = pipeline(
-        PROMPT, num_inference_steps=2, generator=generator, output_type="pt", height=32, width=32
-    ).images
+    images = pipeline(PROMPT, num_inference_steps=2, generator=generator, output_type="pt", height=32, width=32).images
     return digest({"picture": images})
 
 

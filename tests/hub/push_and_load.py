@@ -27,7 +27,6 @@ from tests.hub.shared_artifacts import (
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.tiny_digits import random_digits_pipeline
 
-
 BRANCH, FOLDER = "next/try", "deep/er"
 # With files that are not there.
 MISSING = re.compile(r"^debleed_lora\(\n(?: .*\n)+\)$", re.MULTILINE)
@@ -103,9 +102,7 @@ def load_all(commits: dict[str, str], go_offline: Callable[[], None]) -> dict[st
     return found
 
 
-def _load(
-    name: str, way: str, where: dict[str, str], commits: dict[str, str], offline: bool
-) -> str | None:
+def _load(name: str, way: str, where: dict[str, str], commits: dict[str, str], offline: bool) -> str | None:
     shared = SHARED[name]
     if way == "subfolder" and not shared.subfolders:
         return None

@@ -39,7 +39,6 @@ from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record
 from tests.hub.digests import PROMPT, digest, module_digest, picture, shown_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
-
 BASE, VIDEO_BASE = "tester/base", "tester/video"
 FACTS = {"base_model": BASE, "trained_on": "Random numbers.", "license": "apache-2.0"}
 
@@ -90,10 +89,7 @@ def _eraser(seed: int) -> CogVideoXTransformer3DModel:
 
 
 def push_eraser(
-    transformer: CogVideoXTransformer3DModel,
-    repo_id: str,
-    base_model: str = VIDEO_BASE,
-    **arguments: Any,
+    transformer: CogVideoXTransformer3DModel, repo_id: str, base_model: str = VIDEO_BASE, **arguments: Any
 ) -> None:
     """Push the eraser `default`."""
     facts = {"trained_on": "Random numbers.", "preserved_concepts": ["one"], "license": "mit"}
@@ -113,9 +109,7 @@ def _lora(seed: int) -> StableDiffusionPipeline:
     """A pipeline as its training leaves it."""
     pipeline = StableDiffusionPipeline.from_pretrained(BASE)
     statistics = collect_statistics(pipeline, ["a blue one"], expand_sub_phrases=False)
-    add_null_space_lora(
-        pipeline.unet, statistics, instance_prompts=[PROMPT], pipeline=pipeline, rank=2
-    )
+    add_null_space_lora(pipeline.unet, statistics, instance_prompts=[PROMPT], pipeline=pipeline, rank=2)
     torch.manual_seed(seed)
     for name, parameter in pipeline.unet.named_parameters():
         if "lora_B" in name:
@@ -205,24 +199,12 @@ SHARED = {
         FeatureStatistics.from_pretrained,
         lambda made: digest(made._to_artifact()[1]),
     ),
-    "eraser": Shared(
-        _eraser, push_eraser, _load_eraser, lambda made: digest(eraser_tensors(made, "default"))
-    ),
+    "eraser": Shared(_eraser, push_eraser, _load_eraser, lambda made: digest(eraser_tensors(made, "default"))),
     "lora": Shared(_lora, _push_lora, _load_lora, _lora_digest),
     "pairs": Shared(_pairs, _push_pairs, open_pairs, _pairs_digest),
-    "golden": Shared(
-        _golden,
-        push_pipeline,
-        GoldenNoisePipeline.from_pretrained,
-        shown_pipeline,
-        subfolders=False,
-    ),
+    "golden": Shared(_golden, push_pipeline, GoldenNoisePipeline.from_pretrained, shown_pipeline, subfolders=False),
     "null": Shared(
-        _null_space,
-        push_pipeline,
-        NullSpaceDreamBoothPipeline.from_pretrained,
-        shown_pipeline,
-        subfolders=False,
+        _null_space, push_pipeline, NullSpaceDreamBoothPipeline.from_pretrained, shown_pipeline, subfolders=False
     ),
 }
 # The pipelines of the other families are pushed once and loaded once.

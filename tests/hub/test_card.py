@@ -8,17 +8,7 @@ from diffusers_ext.hub.card import artifact_card
 from diffusers_ext.hub.kinds import KINDS
 from tests.hub.card_examples import BASE, COMMON, FACTS, VARIANTS, card_of
 
-
-SECTIONS = (
-    "Use it",
-    None,
-    "Results",
-    "Intended use",
-    "Out of scope",
-    "Limits",
-    "Licence",
-    "Citation",
-)
+SECTIONS = ("Use it", None, "Results", "Intended use", "Out of scope", "Limits", "Licence", "Citation")
 MODELS = [kind for kind in KINDS if kind != "pair_data_set"]
 
 
@@ -62,9 +52,7 @@ def test_the_header_of_a_model(subtests):
         with subtests.test(kind=kind):
             data = ModelCard(str(card_of(kind))).data
             assert data.base_model == BASE
-            assert data.base_model_relation == (
-                "finetune" if kind == "subject_pipeline" else "adapter"
-            )
+            assert data.base_model_relation == ("finetune" if kind == "subject_pipeline" else "adapter")
             assert (data.license, data.license_name) == ("other", "openrail++")
             assert data.license_link == "https://example.org/licence"
             assert data.library_name == "diffusers"
@@ -79,14 +67,7 @@ def test_the_header_of_a_model(subtests):
             assert data.model_name == f"my-{kind}"
             task = KINDS[kind].pipeline_tag or "other"
             found = [
-                (
-                    r.task_type,
-                    r.dataset_type,
-                    r.dataset_name,
-                    r.metric_type,
-                    r.metric_name,
-                    r.metric_value,
-                )
+                (r.task_type, r.dataset_type, r.dataset_name, r.metric_type, r.metric_name, r.metric_value)
                 for r in data.eval_results
             ]
             held_out = (task, "held-out-prompts", "held-out prompts")

@@ -19,7 +19,6 @@ from tests.hub_server import HubServer
 from tests.hub_storage import Repository
 from tests.tiny_cogvideox import tiny_transformer
 
-
 REPO = "tester/interrupted"
 FACTS = {
     "base_model": "tester/base", "trained_on": "Random numbers.", "license": "mit",

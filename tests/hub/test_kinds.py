@@ -33,26 +33,17 @@ def test_every_missing_fact_is_refused_by_name(subtests):
         with subtests.test(kind=kind):
             for name in COMMON:
                 given = {key: value for key, value in COMMON.items() if key != name} | FACTS[kind]
-                with pytest.raises(
-                    TypeError, match=f"missing 1 required keyword-only argument: '{name}'"
-                ):
+                with pytest.raises(TypeError, match=f"missing 1 required keyword-only argument: '{name}'"):
                     artifact_card(kind, "user/name", **given)
             assert set(KINDS[kind].facts) == FACTS[kind].keys()
             for name in FACTS[kind]:
                 given = {key: value for key, value in FACTS[kind].items() if key != name}
-                with pytest.raises(
-                    ValueError,
-                    match=f"`{name}` must be given for a card of kind '{kind}', got only",
-                ):
+                with pytest.raises(ValueError, match=f"`{name}` must be given for a card of kind '{kind}', got only"):
                     artifact_card(kind, "user/name", **COMMON, **given)
                 if name not in KINDS[kind].may_be_empty:
-                    with pytest.raises(
-                        ValueError, match=f"`{name}` must say something in a card, got None"
-                    ):
+                    with pytest.raises(ValueError, match=f"`{name}` must say something in a card, got None"):
                         card_of(kind, **{name: None})
-            with pytest.raises(
-                ValueError, match=rf"'{kind}' must have no facts but .*, got \['colour'\]"
-            ):
+            with pytest.raises(ValueError, match=rf"'{kind}' must have no facts but .*, got \['colour'\]"):
                 card_of(kind, colour="red")
 
 

@@ -6,15 +6,8 @@ from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardDa
 from peft import LoraConfig, get_peft_model
 
 from diffusers_ext.hub import Licence, Measured
-from diffusers_ext.hub.owner_text import (
-    find_generated,
-    is_automatic,
-    keep_owner_words,
-    mark_generated,
-    without_marks,
-)
+from diffusers_ext.hub.owner_text import find_generated, is_automatic, keep_owner_words, mark_generated, without_marks
 from tests.hub.card_examples import BASE, FACTS, card_of
-
 
 OLD = """---
 language: en
@@ -256,9 +249,7 @@ def test_generated_words_are_found_between_others():
 def test_an_edit_is_noticed():
     text = mark_generated("a long sentence")
     assert find_generated(text.replace("long", "short")).edited
-    assert not find_generated(
-        text.replace("\n<!-- diffusers_ext:end", "\n\n<!-- diffusers_ext:end")
-    ).edited
+    assert not find_generated(text.replace("\n<!-- diffusers_ext:end", "\n\n<!-- diffusers_ext:end")).edited
 
 
 @pytest.mark.parametrize("broken", ["begin", "end"])

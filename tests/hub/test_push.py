@@ -16,7 +16,6 @@ from diffusers_ext.hub.card import make_card
 from diffusers_ext.hub.push import PushWithCard, make_repository, push_folder, split_arguments
 from tests.tiny_models import sd_unet
 
-
 REPO = "tester/seven"
 FACTS = {
     "base_model": "somebody/base",
@@ -138,8 +137,7 @@ def test_words_written_into_the_folder_count_where_the_hub_has_none(hub, folder)
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "how"),
-    [("PUT", "", "400"), ("POST", "/commit/", "drop"), ("POST", "/commit/", "500")],
+    ("method", "path", "how"), [("PUT", "", "400"), ("POST", "/commit/", "drop"), ("POST", "/commit/", "500")]
 )
 def test_an_interrupted_upload_shows_nothing_and_goes_on(hub, folder, method, path, how):
     push_folder(folder, REPO, ERASER())
@@ -249,10 +247,7 @@ def test_no_upload_goes_round_the_card():
 def test_an_upload_deletes_them_in_its_own_commit_and_folder(hub, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     for folder, names in (
-        (
-            old,
-            ["model-00001-of-00001.safetensors", "model.safetensors.index.json", "7.bin", "note"],
-        ),
+        (old, ["model-00001-of-00001.safetensors", "model.safetensors.index.json", "7.bin", "note"]),
         (new, ["model.safetensors", "config.json"]),
     ):
         folder.mkdir()
@@ -267,9 +262,7 @@ def test_an_upload_deletes_them_in_its_own_commit_and_folder(hub, tmp_path):
     assert hub.files(REPO, revision="next") == before
     files = hub.files(REPO, revision=f"refs/pr/{address[-1]}")
     kept = {name for name in before if "[" not in name}
-    assert files.keys() == kept | {
-        f"a[b]/{n}" for n in ("config.json", "model.safetensors", "note")
-    }
+    assert files.keys() == kept | {f"a[b]/{n}" for n in ("config.json", "model.safetensors", "note")}
     assert files["a[b]/config.json"] == b'{"name": "config.json"}'
     push_folder(new, REPO, ERASER(), **pushed)
     assert hub.files(REPO, revision="next") == files

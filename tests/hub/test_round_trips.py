@@ -14,7 +14,6 @@ from tests.golden_noise.pair_sets import PROMPTS
 from tests.hub.push_and_load import BRANCH, FOLDER, OWNER_WORDS
 from tests.hub.shared_artifacts import PIPELINES, SHARED
 
-
 # A loaded machine may take its time over the processes that the first test starts.
 pytestmark = pytest.mark.timeout(900)
 WAYS = {"main": "first", "branch": "second", "commit": "second", "pull request": "second"}
@@ -32,17 +31,12 @@ def test_what_is_loaded_is_what_was_pushed(round_trip, loaded):
             assert loaded[way][name] == pushed[state], way
             assert loaded[f"{way} offline"][name] == pushed[state], way
         if SHARED[name].subfolders:
-            assert (
-                loaded["subfolder"][name] == loaded["subfolder offline"][name] == pushed["second"]
-            )
+            assert loaded["subfolder"][name] == loaded["subfolder offline"][name] == pushed["second"]
 
 
 def test_pipelines_of_the_other_families(round_trip, loaded):
     for name in PIPELINES:
-        assert loaded["others"][name] == [
-            PIPELINES[name][0].__name__,
-            round_trip.pushed[name]["first"],
-        ]
+        assert loaded["others"][name] == [PIPELINES[name][0].__name__, round_trip.pushed[name]["first"]]
 
 
 def test_private_repositories_refuse_strangers(round_trip, loaded):

@@ -21,7 +21,6 @@ from diffusers_ext.hub.safe_markdown import (
 )
 from tests.hub.card_examples import card_of
 
-
 EVIL = [
     "<script>alert(1)</script>",
     "\\<img src=x onerror=alert(1)>",
@@ -50,14 +49,7 @@ def test_nothing_runs_and_the_card_goes_on(subtests):
             card = card_of("eraser", trained_on=f"Before.\n\n{words}")
             html = MarkdownIt("commonmark").render(card.text)
             plain = MarkdownIt("commonmark").render(card_of("eraser", trained_on="Before.").text)
-            for tag in (
-                "<script",
-                '<img src="x',
-                "onerror=alert(1)>",
-                'href="java',
-                'href="//',
-                'src="data',
-            ):
+            for tag in ("<script", '<img src="x', "onerror=alert(1)>", 'href="java', 'href="//', 'src="data'):
                 assert tag not in html
             assert html.count("<h") == plain.count("<h")
             assert "<h2>Results</h2>" in html
@@ -99,16 +91,7 @@ def test_a_licence_leads_nowhere_else():
 
 
 def test_a_widget_names_files_of_the_repository():
-    for name in (
-        "../a.png",
-        "/a",
-        "a/../../b",
-        "https://x.example/a",
-        "javascript:x",
-        "a\\b",
-        "",
-        3,
-    ):
+    for name in ("../a.png", "/a", "a/../../b", "https://x.example/a", "javascript:x", "a\\b", "", 3):
         with pytest.raises(ValueError, match="`widget` must name files of the folder, got"):
             check_file_name(name, "widget")
         with pytest.raises(ValueError, match="`widget` must name files of the folder, got"):

@@ -13,7 +13,6 @@ import diffusers_ext
 from diffusers_ext.hub.kinds import KINDS
 from tests.hub.card_examples import VARIANTS, card_of
 
-
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -82,8 +81,4 @@ def test_the_checks_find_what_is_not_there():
     with pytest.raises(AssertionError, match=r"diffusers_ext\.load_nothing"):
         check_names(ast.parse("from diffusers_ext import load_nothing"))
     with pytest.raises(TypeError, match="unexpected keyword argument 'strength'"):
-        check_calls(
-            ast.parse(
-                "from diffusers_ext import check_loaded_lora\ncheck_loaded_lora(a, strength=1)"
-            )
-        )
+        check_calls(ast.parse("from diffusers_ext import check_loaded_lora\ncheck_loaded_lora(a, strength=1)"))

@@ -11,12 +11,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from diffusers import (
-    AutoModel,
-    CogVideoXTransformer3DModel,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-)
+from diffusers import AutoModel, CogVideoXTransformer3DModel, DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
@@ -63,9 +58,7 @@ def lora() -> dict[str, Any]:
 
 
 def data_set() -> dict[str, Any]:
-    rows = {
-        name: load_dataset("tester/pairs", name, split="train") for name in ("pairs", "rejected")
-    }
+    rows = {name: load_dataset("tester/pairs", name, split="train") for name in ("pairs", "rejected")}
     return {name: [row.column_names, list(row["prompt"])] for name, row in rows.items()}
 
 

@@ -9,7 +9,6 @@ from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.tiny_digits import random_digits_pipeline
 
-
 FEW_PROMPTS = ["a red seven", "a blue one"]
 
 

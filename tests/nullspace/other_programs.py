@@ -1,15 +1,14 @@
 """Which names of modules ComfyUI and A1111 look for in a LoRA file, as facts read in their public source.
 
-ComfyUI (`comfy/lora.py`, 2026) makes a map of names from the loaded model; a key of the file counts if it
-is one of them followed by one of its endings. A1111 (`extensions-builtin/Lora/networks.py`, 1.10) cuts a
-key at its first dot and looks up the first part, after it has counted blocks as the model's authors do.
+ComfyUI (`comfy/lora.py`, 2026) makes a map of names from the loaded model; a key of the file counts if it is one of
+them followed by one of its endings. A1111 (`extensions-builtin/Lora/networks.py`, 1.10) cuts a key at its first dot
+and looks up the first part, after it has counted blocks as the model's authors do.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-
 
 COMFYUI_ENDINGS = (
     ".lora_up.weight", ".lora_down.weight", ".lora.up.weight", ".lora.down.weight",
@@ -54,10 +53,7 @@ def unet_linears(model: str) -> list[str]:
         for block in range(depth)
         for linear in LINEARS
     ]
-    return [
-        *inside,
-        *(f"{a}.{name}" for a in ATTENTIONS[model] for name in ("proj_in", "proj_out")),
-    ]
+    return [*inside, *(f"{a}.{name}" for a in ATTENTIONS[model] for name in ("proj_in", "proj_out"))]
 
 
 def text_linears(model: str) -> list[tuple[str, str]]:
@@ -105,7 +101,4 @@ def a1111_knows(key: str, model: str) -> bool:
         if found[1] == "down":
             return 1 + 3 * block + number in OWN_BLOCKS[model]["input"]
         return 3 * block + number in OWN_BLOCKS[model]["output"]
-    return any(
-        re.fullmatch(rf"{prefix}text_model_encoder_layers_\d+_\w+", name)
-        for prefix in _TEXT_PREFIXES[model]
-    )
+    return any(re.fullmatch(rf"{prefix}text_model_encoder_layers_\d+_\w+", name) for prefix in _TEXT_PREFIXES[model])

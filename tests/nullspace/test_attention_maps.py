@@ -8,14 +8,9 @@ import torch
 from diffusers import PNDMScheduler
 from diffusers.models.attention_processor import Attention
 
-from diffusers_ext.nullspace.attention_maps import (
-    attention_maps,
-    attention_probabilities,
-    map_size,
-)
+from diffusers_ext.nullspace.attention_maps import attention_maps, attention_probabilities, map_size
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_models import pixart
-
 
 PROMPT = "a red seven"
 RUN = {"num_inference_steps": 4, "guidance_scale": 3.0}
@@ -94,8 +89,7 @@ def test_maps_are_what_the_layers_compute(pipeline):
     attention = pipeline.unet.get_submodule(layer)
     calls = []
     handle = attention.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args[0], kwargs["encoder_hidden_states"])),
-        with_kwargs=True,
+        lambda _, args, kwargs: calls.append((args[0], kwargs["encoder_hidden_states"])), with_kwargs=True
     )
     maps = attention_maps(pipeline, PROMPT, layers=[6], steps=[2], **RUN)
     handle.remove()

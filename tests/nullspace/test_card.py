@@ -10,7 +10,6 @@ from tests.nullspace.test_statistics import made_up
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 
-
 FACTS = {"base_model": "user/base", "pipeline": "StableDiffusionPipeline", "license": "mit"}
 
 
@@ -30,9 +29,7 @@ def test_what_statistics_do_not_know_must_be_given(missing):
         statistics_card(made_up(), **{**FACTS, missing: None})
     with pytest.raises(ValueError, match="`num_prompts`, `trained_on` must be given"):
         statistics_card(made_up(prompts=[]), **FACTS)
-    imported = statistics_card(
-        made_up(prompts=[]), **FACTS, num_prompts=7, example_prompts=["a red one"]
-    )
+    imported = statistics_card(made_up(prompts=[]), **FACTS, num_prompts=7, example_prompts=["a red one"])
     assert "for 7 prompts" in imported("me/known").text
 
 
@@ -52,9 +49,7 @@ SUBJECT = {
 
 
 def test_a_pipeline_and_its_statistics_go_to_the_hub_and_come_back(hub, few_statistics, tmp_path):
-    pipeline = NullSpaceDreamBoothPipeline.from_pipe(
-        random_digits_pipeline(), statistics=few_statistics
-    )
+    pipeline = NullSpaceDreamBoothPipeline.from_pipe(random_digits_pipeline(), statistics=few_statistics)
     pipeline.save_pretrained(tmp_path / "subject", push_to_hub=True, private=True, **SUBJECT)
     files = hub.files("tester/subject")
     assert {"README.md", "model_index.json", "statistics/config.json"} <= files.keys()
@@ -74,14 +69,10 @@ def test_what_a_pipeline_does_not_know_must_be_given(hub, digits, few_statistics
     pipeline = NullSpaceDreamBoothPipeline.from_pipe(digits)
     for missing in ("instance_prompt", "base_model", "trained_on"):
         with pytest.raises(ValueError, match=f"`{missing}` must be given for the card, got None"):
-            pipeline.save_pretrained(
-                tmp_path / "out", push_to_hub=True, **{**SUBJECT, missing: None}
-            )
+            pipeline.save_pretrained(tmp_path / "out", push_to_hub=True, **{**SUBJECT, missing: None})
     assert not (tmp_path / "out").exists()
     add_random_lora(pipeline.unet)
-    with pytest.raises(
-        ValueError, match=r"must hold no adapters .*, got \['default'\] in its `unet`"
-    ):
+    with pytest.raises(ValueError, match=r"must hold no adapters .*, got \['default'\] in its `unet`"):
         pipeline.push_to_hub("tester/subject", **SUBJECT)
     assert not hub.repos
 

@@ -12,7 +12,6 @@ from diffusers_ext.nullspace.statistics import TEXT
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import pixart_pipeline, sdxl_pipeline
 
-
 PROMPTS = ["a photo of the red digit seven", "a blue one", "a blue one"]
 RUN = {"num_inference_steps": 2, "show_progress": False}
 
@@ -66,9 +65,7 @@ def test_keys_and_values_share_one_matrix_of_the_text_alone(build, negative, exp
 
 
 def test_statistics_of_a_subject_leave_the_guidance_prompts_out(pipeline):
-    statistics = collect_statistics(
-        pipeline, PROMPTS[:1], expand_sub_phrases=False, include_guidance_prompts=False
-    )
+    statistics = collect_statistics(pipeline, PROMPTS[:1], expand_sub_phrases=False, include_guidance_prompts=False)
     total = dense_total(pipeline, PROMPTS[:1])
     torch.testing.assert_close(statistics.moments[TEXT].total, total, rtol=1e-12, atol=1e-10)
     with_guidance = collect_statistics(pipeline, PROMPTS[:1], expand_sub_phrases=False)
@@ -79,9 +76,7 @@ def test_statistics_of_a_subject_leave_the_guidance_prompts_out(pipeline):
 @pytest.mark.parametrize("parts", [2, 5])
 def test_shards_of_the_text_sum_up_to_the_whole(pipeline, parts):
     whole = collect_statistics(pipeline, PROMPTS, batch_size=1)  # two batches of sub-phrases
-    shards = [
-        collect_statistics(pipeline, PROMPTS, batch_size=1, shard=(i, parts)) for i in range(parts)
-    ]
+    shards = [collect_statistics(pipeline, PROMPTS, batch_size=1, shard=(i, parts)) for i in range(parts)]
     merged = shards[0]
     for shard in shards[1:]:
         merged.merge(shard)
@@ -193,8 +188,6 @@ def test_text_embeddings_that_are_not_finite_are_refused(pipeline):
 def test_text_is_encoded_in_large_batches(pipeline, monkeypatch):
     sizes = []
     encode = collect.encode_text
-    monkeypatch.setattr(
-        collect, "encode_text", lambda p, batch: sizes.append(len(batch)) or encode(p, batch)
-    )
+    monkeypatch.setattr(collect, "encode_text", lambda p, batch: sizes.append(len(batch)) or encode(p, batch))
     collect_statistics(pipeline, [f"{a} {b}" for a in "abcdefghi" for b in "xy"], batch_size=1)
     assert sizes == [16, 13, 1]  # 18 prompts with their 11 words, and the empty prompt

@@ -8,12 +8,7 @@ from diffusers import StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_ext import collect_statistics
-from diffusers_ext.nullspace.debleed import (
-    debleed_lora,
-    preserved_energy,
-    subject_projection,
-    subject_projections,
-)
+from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, subject_projection, subject_projections
 from diffusers_ext.nullspace.lora import instance_statistics_like, predicted_drift
 from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
@@ -41,9 +36,7 @@ def text_lora(tmp_path_factory) -> Path:
 
 
 def draw(pipeline, prompt: str) -> torch.Tensor:
-    return pipeline(
-        prompt, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
-    ).images
+    return pipeline(prompt, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).images
 
 
 @pytest.mark.parametrize("criterion", [{"energy": 0}, {"damping": 1e-3}, {"rank": 5}])
@@ -92,9 +85,7 @@ def test_pictures_equal_those_of_the_projection_at_run_time(few_statistics, text
 
 def test_uncovered_modules_are_an_error_kept_or_dropped(few_statistics, tmp_path):
     lora = read_lora(save_random_lora(tmp_path, ("attn2.to_k", "attn2.to_q")))
-    message = (
-        r"must cover every module of the LoRA, got none for 7, the first is 'unet.*to_q.lora_A"
-    )
+    message = r"must cover every module of the LoRA, got none for 7, the first is 'unet.*to_q.lora_A"
     with pytest.raises(ValueError, match=message):
         debleed_lora(lora, few_statistics, rank=3, output_path=tmp_path / "no.safetensors")
     assert not (tmp_path / "no.safetensors").exists()
@@ -118,19 +109,10 @@ def test_text_encoder_loras_are_never_covered(few_statistics):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"uncovered": "skip", "rank": 3},
-            "`uncovered` must be 'error', 'keep' or 'drop', got 'sk",
-        ),
-        (
-            {},
-            "One of `instance_prompts`, `instance_statistics`, `projector` and one criterion must be",
-        ),
+        ({"uncovered": "skip", "rank": 3}, "`uncovered` must be 'error', 'keep' or 'drop', got 'sk"),
+        ({}, "One of `instance_prompts`, `instance_statistics`, `projector` and one criterion must be"),
         ({"rank": 3, "energy": 0}, "Exactly one of"),
-        (
-            {"rank": 3, "output_path": "lora.bin"},
-            "`output_path` must end in .safetensors, got lora",
-        ),
+        ({"rank": 3, "output_path": "lora.bin"}, "`output_path` must end in .safetensors, got lora"),
     ],
 )
 def test_bad_arguments_are_refused(few_statistics, text_lora, arguments, message):
@@ -146,10 +128,7 @@ def test_projector_and_criterion_exclude_each_other(few_statistics, text_lora):
 
 def test_loras_of_another_width_are_refused(few_statistics):
     name = few_statistics.linears[0]
-    lora = {
-        f"unet.{name}.lora_A.weight": torch.ones(2, 64),
-        f"unet.{name}.lora_B.weight": torch.ones(56, 2),
-    }
+    lora = {f"unet.{name}.lora_A.weight": torch.ones(2, 64), f"unet.{name}.lora_B.weight": torch.ones(56, 2)}
     with pytest.raises(ValueError, match=r"rows of width 128 .* got shape \(2, 64\)"):
         debleed_lora(lora, few_statistics, rank=3)
 
@@ -186,9 +165,7 @@ SUBJECT = ["a photo of the digit sks"]
 def moments(seed: int = 0, dim: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """New and old vectors that share a direction, and an update."""
     generator = torch.Generator().manual_seed(seed)
-    new, old, delta = (
-        torch.randn(rows, dim, generator=generator, dtype=torch.float64) for rows in (2, 3, 4)
-    )
+    new, old, delta = (torch.randn(rows, dim, generator=generator, dtype=torch.float64) for rows in (2, 3, 4))
     new[0] += old[0]
     return new, old, delta
 
@@ -232,10 +209,7 @@ def test_a_lora_keeps_its_subject_and_loses_the_rest(few_statistics, tmp_path):
     strict = debleed_lora(lora, few_statistics, instance_statistics=subject, strictness=100.0)
     loose = debleed_lora(lora, few_statistics, instance_statistics=subject, strictness=1e-3)
     energies = [
-        [
-            sum(preserved_energy(tensors, read).values())
-            for tensors in (read_lora(lora), loose, strict)
-        ]
+        [sum(preserved_energy(tensors, read).values()) for tensors in (read_lora(lora), loose, strict)]
         for read in (subject, few_statistics)
     ]
     (_, loose_subject, strict_subject), (old, loose_old, strict_old) = energies
@@ -243,9 +217,7 @@ def test_a_lora_keeps_its_subject_and_loses_the_rest(few_statistics, tmp_path):
     assert strict_old < loose_old < old
     # Per unit of what it still does on the subject, it does less on what is preserved.
     assert strict_old / strict_subject < 0.2 * old / energies[0][0]
-    read = debleed_lora(
-        lora, few_statistics, pipeline=pipeline, instance_prompts=SUBJECT, strictness=100.0
-    )
+    read = debleed_lora(lora, few_statistics, pipeline=pipeline, instance_prompts=SUBJECT, strictness=100.0)
     assert all(tensor.equal(strict[key]) for key, tensor in read.items())
 
 

@@ -4,16 +4,11 @@ import pytest
 import torch
 
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.directions import (
-    generalized_directions,
-    null_directions,
-    null_space_directions,
-)
+from diffusers_ext.nullspace.directions import generalized_directions, null_directions, null_space_directions
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 from tests.nullspace.conftest import FEW_PROMPTS
 from tests.tiny_digits import random_digits_pipeline
-
 
 SUBJECT = {"expand_sub_phrases": False, "include_guidance_prompts": False}
 EPS = 1e-4
@@ -39,9 +34,7 @@ def test_they_solve_the_generalised_eigenproblem(few_statistics, subject, rank):
     assert residual.abs().max() < 1e-9 * (found.vectors @ c_new).abs().max()
     torch.testing.assert_close(found.ratios, found.ratios.sort(descending=True).values)
     every = torch.linalg.eigvals(torch.linalg.solve(c_old, c_new)).real
-    torch.testing.assert_close(
-        found.ratios, every.sort(descending=True).values[:rank], rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(found.ratios, every.sort(descending=True).values[:rank], rtol=1e-6, atol=0)
 
 
 def test_they_are_scaled_to_unit_energy_of_the_subject(few_statistics, subject):
@@ -116,12 +109,8 @@ def test_subjects_without_directions_of_their_own_are_refused(few_statistics):
     message = r"must have directions that the preserved prompts do not use, got at most 1 times"
     with pytest.raises(ValueError, match=message):
         generalized_directions(mean, mean, 1, eps=1e-6)
-    basis = NullSpaceProjector.from_statistics(few_statistics, energy=0).basis_of(
-        few_statistics.linears[0]
-    )
-    with pytest.raises(
-        ValueError, match=r"got at most .*e-\d+ times their energy. Use a rarer token"
-    ):
+    basis = NullSpaceProjector.from_statistics(few_statistics, energy=0).basis_of(few_statistics.linears[0])
+    with pytest.raises(ValueError, match=r"got at most .*e-\d+ times their energy. Use a rarer token"):
         null_directions(mean, mean, basis, 1)
 
 

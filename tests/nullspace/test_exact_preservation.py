@@ -15,7 +15,6 @@ from examples.digits.check_model import load_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
-
 SUBJECT = "a photo of a sks glyph"
 # prompts, sub-phrases or not: few enough to leave a null space of each pipeline's text width
 PRESERVED = {
@@ -29,9 +28,7 @@ def predict(pipeline: DiffusionPipeline, prompt: str) -> torch.Tensor:
     """The UNet's predictions for random latents, some far from any picture, at several timesteps."""
     sdxl = hasattr(pipeline, "text_encoder_2")
     guidance = {"do_classifier_free_guidance": False}
-    encoded = pipeline.encode_prompt(
-        prompt=prompt, device="cpu", num_images_per_prompt=1, **guidance
-    )
+    encoded = pipeline.encode_prompt(prompt=prompt, device="cpu", num_images_per_prompt=1, **guidance)
     added = None
     if sdxl:
         times = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
@@ -40,9 +37,7 @@ def predict(pipeline: DiffusionPipeline, prompt: str) -> torch.Tensor:
     for seed, timestep, scale in ((0, 999, 1.0), (1, 500, 1.0), (2, 20, 0.3), (3, 1, 5.0)):
         latents = scale * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            outputs.append(
-                pipeline.unet(latents, timestep, encoded[0], added_cond_kwargs=added).sample
-            )
+            outputs.append(pipeline.unet(latents, timestep, encoded[0], added_cond_kwargs=added).sample)
     return torch.cat(outputs)
 
 

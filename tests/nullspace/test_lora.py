@@ -28,7 +28,6 @@ from tests.nullspace.conftest import FEW_PROMPTS
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
-
 SUBJECT = ["a photo of sks"]
 
 
@@ -94,9 +93,7 @@ def test_null_directions_are_exact_where_they_can_be_and_say_so(few_statistics, 
     other = random_digits_pipeline().unet
     given = add_null_space_lora(other, statistics, **arguments, projector=cut)
     assert by_default.sets[TEXT].vectors.equal(given.sets[TEXT].vectors)
-    told = (
-        "numerical null space, exact in float32" if floor is None else "least 0.001 of the energy"
-    )
+    told = "numerical null space, exact in float32" if floor is None else "least 0.001 of the energy"
     assert by_default.report()[0]["null_space"].startswith(told)
     assert "null_space" not in given.report()[0]
 
@@ -182,9 +179,7 @@ def bad_arguments() -> list[tuple[dict, str]]:
 
 
 @pytest.mark.parametrize(("change", "message"), bad_arguments())
-def test_bad_arguments_are_refused_and_leave_the_unet_alone(
-    few_statistics, digits, change, message
-):
+def test_bad_arguments_are_refused_and_leave_the_unet_alone(few_statistics, digits, change, message):
     arguments = {"instance_prompts": SUBJECT, "pipeline": digits, "unet": digits.unet}
     with pytest.raises(ValueError, match=message):
         add_null_space_lora(statistics=few_statistics, **{**arguments, **change})

@@ -14,7 +14,6 @@ from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 from tests.tiny_pipelines import sdxl_pipeline
 
-
 UNET = ("attn1.to_out.0", "attn2.to_k", "attn2.to_v", "ff.net.0.proj", "proj_in")
 TEXT = ("q_proj", "out_proj", "fc1")
 PATHS = (["diffusers"], ["kohya"], ["kohya", "diffusers"], ["diffusers", "kohya", "diffusers"])

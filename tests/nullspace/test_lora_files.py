@@ -11,16 +11,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext.nullspace.lora import lora_linears
-from diffusers_ext.nullspace.lora_files import (
-    check_loaded_lora,
-    check_lora_effect,
-    export_lora,
-    read_lora,
-)
+from diffusers_ext.nullspace.lora_files import check_loaded_lora, check_lora_effect, export_lora, read_lora
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import ATTENTION_LINEARS, add_random_lora
 from tests.tiny_pipelines import sdxl_pipeline
-
 
 EVERYWHERE = (*ATTENTION_LINEARS, "proj_in", "ff.net.0.proj", "ff.net.2", "conv1")
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -101,8 +95,7 @@ def test_alpha_tensors_are_folded_into_b():
 
 
 @pytest.mark.parametrize(
-    "config",
-    [{}, {"use_rslora": True}, {"rank_pattern": {"to_k": 3}, "alpha_pattern": {"attn2.to_k": 9}}],
+    "config", [{}, {"use_rslora": True}, {"rank_pattern": {"to_k": 3}, "alpha_pattern": {"attn2.to_k": 9}}]
 )
 def test_scales_of_the_metadata_are_folded_into_b(tmp_path, config):
     pipeline = random_digits_pipeline()
@@ -174,11 +167,7 @@ def test_exported_files_draw_the_same_pictures_in_stock_pipelines(tmp_path, buil
 
 
 def test_kohya_names_are_those_that_other_programs_know(tmp_path):
-    two = {
-        **plain_lora(),
-        **plain_lora(name=TEXT),
-        **plain_lora(name=TEXT.replace("er.", "er_2.", 1)),
-    }
+    two = {**plain_lora(), **plain_lora(name=TEXT), **plain_lora(name=TEXT.replace("er.", "er_2.", 1))}
     assert {key.split(".")[0] for key in export_lora(two, "kohya")} == {
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k",
         "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
@@ -198,9 +187,7 @@ def test_keys_without_a_kohya_counterpart_are_refused(tmp_path):
 
 
 def test_formats_and_paths_are_checked_first(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"`format` must be one of \('diffusers', 'kohya'\), got 'x"
-    ):
+    with pytest.raises(ValueError, match=r"`format` must be one of \('diffusers', 'kohya'\), got 'x"):
         export_lora(tmp_path, "xl")
     with pytest.raises(ValueError, match=f"`output_path` must end in .safetensors, got {tmp_path}"):
         export_lora(plain_lora(), output_path=tmp_path)

@@ -15,7 +15,6 @@ from diffusers_ext.nullspace.lora_formats import is_kohya_lora, parse_key, read_
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 
-
 TARGETS = ("attn1.to_out.0", "attn2.to_k", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1")
 
 
@@ -104,10 +103,7 @@ def test_debleeding_a_lora_of_kohyas_names(few_statistics, tmp_path):
     [
         (("hada_w1_a",), "must end in one of .*, got 'lora_unet_x.hada_w1_a'"),
         (("lora_down.weight", "lora_up.weight", "dora_scale"), "got 'lora_unet_x.dora_scale'"),
-        (
-            ("lora_down.weight", "alpha"),
-            r"other.safetensors: .* have A and B, got .* for 'lora_unet_x'",
-        ),
+        (("lora_down.weight", "alpha"), r"other.safetensors: .* have A and B, got .* for 'lora_unet_x'"),
     ],
 )
 def test_other_adapters_are_refused(tmp_path, parts, message):

@@ -13,7 +13,6 @@ from diffusers_ext.nullspace.lora_upload import push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.nullspace.test_pipeline import lora
 
-
 FACTS = {
     "instance_prompt": "a photo of sks", "pipeline": "StableDiffusionPipeline",
     "directions": "generalized", "trained_on": "Five pictures.", "base_model": "user/base",
@@ -47,9 +46,7 @@ def test_a_lora_loads_by_its_name(hub, file, digits, few_statistics, tmp_path):
     assert "null-space-lora" in card.data.tags
     digits.load_lora_weights("tester/mine", revision="next")
     assert check_loaded_lora(digits) == 1
-    found = FeatureStatistics.from_pretrained(
-        "tester/mine", subfolder="statistics", revision="next"
-    )
+    found = FeatureStatistics.from_pretrained("tester/mine", subfolder="statistics", revision="next")
     assert found.facts == few_statistics.facts
 
 
@@ -62,12 +59,7 @@ def test_a_lora_in_a_folder_of_the_repository(hub, file, tmp_path):
         widget=[("a red sks", tmp_path / "one.gif")],
     )  # fmt: skip
     files = hub.files("tester/many")
-    names = [
-        "README.md",
-        f"styles/one/{KOHYA_NAME}",
-        "styles/one/pictures/0.gif",
-        f"styles/one/{LORA_WEIGHT_NAME}",
-    ]
+    names = ["README.md", f"styles/one/{KOHYA_NAME}", "styles/one/pictures/0.gif", f"styles/one/{LORA_WEIGHT_NAME}"]
     assert sorted(files) == names
     card = ModelCard(files["README.md"].decode())
     assert card.data.widget[0]["output"]["url"] == names[2]

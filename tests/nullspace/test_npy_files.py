@@ -14,7 +14,6 @@ from diffusers_ext.nullspace.npy_tree_pictures import (
 )
 from tests.tiny_models import sd_unet
 
-
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 
 

@@ -17,7 +17,6 @@ from diffusers_ext.nullspace.npy_tree_pictures import safe_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.tiny_digits import random_digits_pipeline
 
-
 PROMPTS = ["a red seven", "a blue one"]
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 
@@ -44,9 +43,7 @@ def matrix_of(rank: int, dim: int = 56, seed: int = 0) -> np.ndarray:
     return (factor @ factor.T / rank).astype(np.float32)
 
 
-def write_step(
-    run: Path, step: str, matrix: np.ndarray, n_samples: int, *, slot: str = "q", **metadata
-) -> Path:
+def write_step(run: Path, step: str, matrix: np.ndarray, n_samples: int, *, slot: str = "q", **metadata) -> Path:
     """One matrix as another program writes it: `<step>/<layer>/`, without our own keys."""
     folder = run / step / safe_name(LAYER)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +62,7 @@ def test_round_trip_keeps_the_matrices_to_float32_rounding(tmp_path, statistics)
     for key, moment in statistics.moments.items():
         assert loaded.moments[key].count == moment.count
         largest = moment.mean.abs().max().item()
-        torch.testing.assert_close(
-            loaded.moments[key].mean, moment.mean, rtol=0, atol=1e-7 * largest
-        )
+        torch.testing.assert_close(loaded.moments[key].mean, moment.mean, rtol=0, atol=1e-7 * largest)
 
 
 def test_round_trip_keeps_prompts_and_fingerprints(tmp_path, statistics, pipeline):
@@ -117,10 +112,7 @@ def test_no_projection_is_written_without_null_dimensions(tmp_path):
 
 def test_copies_for_several_timesteps_count_once(tmp_path, statistics):
     run = export_layout(statistics, tmp_path, timesteps=[20, 980], show_progress=False)
-    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [
-        "timestep_0020",
-        "timestep_0980",
-    ]
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["timestep_0020", "timestep_0980"]
     loaded = load_layout(run, show_progress=False)
     assert loaded.moments["text"].count == statistics.moments["text"].count
     assert loaded.facts["settings"]["timesteps"] == [20, 980]
@@ -131,9 +123,7 @@ def test_copies_for_several_timesteps_count_once(tmp_path, statistics):
 
 
 def test_links_name_the_timesteps_by_their_order(tmp_path, statistics):
-    run = export_layout(
-        statistics, tmp_path, timesteps=[980, 20], step_links=True, show_progress=False
-    )
+    run = export_layout(statistics, tmp_path, timesteps=[980, 20], step_links=True, show_progress=False)
     names = {path.name: path.resolve().name for path in run.glob("step_*")}
     assert names == {"step_000": "timestep_0980", "step_001": "timestep_0020"}
     loaded = load_layout(run, show_progress=False)
@@ -216,17 +206,13 @@ def test_timesteps_are_pooled_by_their_numbers_of_vectors(tmp_path, pipeline, st
     loaded = load_layout(tmp_path, denoiser=pipeline.unet, show_progress=False)
     expected = (first.astype(np.float64) + 3 * second.astype(np.float64)) / 4
     assert loaded.moments[f"{LAYER}.to_q"].count == 400
-    np.testing.assert_allclose(
-        loaded.second_moment(LAYER, "q").numpy(), expected, rtol=1e-6, atol=1e-7
-    )
+    np.testing.assert_allclose(loaded.second_moment(LAYER, "q").numpy(), expected, rtol=1e-6, atol=1e-7)
     assert loaded.facts["settings"]["timesteps"] == [20, 40]
     assert list(loaded.facts["models"]) == ["denoiser"]
 
 
 @pytest.mark.parametrize("prefix", ["", "module_"])
-@pytest.mark.parametrize(
-    "keys", [("timestep_0020", "timestep_0980"), ("alpha_00_0980", "alpha_01_0020")]
-)
+@pytest.mark.parametrize("keys", [("timestep_0020", "timestep_0980"), ("alpha_00_0980", "alpha_01_0020")])
 def test_flat_trees_are_read(tmp_path, pipeline, prefix, keys):
     folder = tmp_path / "covariance_matrices" / f"{prefix}{safe_name(LAYER)}"
     folder.mkdir(parents=True)

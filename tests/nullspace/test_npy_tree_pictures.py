@@ -14,7 +14,6 @@ from diffusers_ext.nullspace.npy_tree_pictures import (
 )
 from tests.tiny_digits import random_digits_pipeline
 
-
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
 PROMPTS = ("a photo of the red digit $x_{", "a blue one")
 
@@ -97,11 +96,7 @@ def test_an_overview_is_the_same_as_of_maps_at_its_steps(pipeline):
 
 def test_statistics_tell_rank_null_dimensions_and_condition(tmp_path, pipeline):
     statistics = collect_statistics(
-        pipeline,
-        ["a red seven"],
-        features=("q", "k", "v"),
-        num_inference_steps=2,
-        show_progress=False,
+        pipeline, ["a red seven"], features=("q", "k", "v"), num_inference_steps=2, show_progress=False
     )
     figure = plot_covariance_statistics(statistics, tmp_path / "a" / "b.png", threshold=1e-2)
     rank, null, ranges, condition = figure.axes

@@ -23,13 +23,7 @@ from diffusers_ext.nullspace.lora_files import (
     export_lora,
 )
 from diffusers_ext.nullspace.lora_metadata import training_metadata
-from tests.nullspace.other_programs import (
-    a1111_knows,
-    comfyui_knows,
-    comfyui_names,
-    text_linears,
-    unet_linears,
-)
+from tests.nullspace.other_programs import a1111_knows, comfyui_knows, comfyui_names, text_linears, unet_linears
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 
@@ -69,9 +63,7 @@ def saved(folder, pipeline_class=diffusers.StableDiffusionPipeline):
     add_random_lora(pipeline.unet, ("attn2.to_k", "attn2.to_v"))
     layers = get_peft_model_state_dict(pipeline.unet)
     metadata = pipeline.unet.peft_config["default"].to_dict()
-    pipeline_class.save_lora_weights(
-        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
-    )
+    pipeline_class.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
     return folder
 
 
@@ -85,9 +77,7 @@ def draw(pipeline) -> torch.Tensor:
     return pipeline("a red seven", generator=torch.Generator().manual_seed(0), **run).images
 
 
-def test_stock_diffusers_loads_the_folder_as_before_without_a_word_about_two_files(
-    tmp_path, caplog
-):
+def test_stock_diffusers_loads_the_folder_as_before_without_a_word_about_two_files(tmp_path, caplog):
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
     assert add_kohya_file(two) == two / KOHYA_NAME
     pictures = []
@@ -150,13 +140,9 @@ def test_metadata_is_what_managers_read(tmp_path):
         ("sdxl", 2048, "epsilon", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
     ],
 )
-def test_the_family_is_told_by_the_width_of_its_text(
-    tmp_path, model, width, prediction, version, architecture
-):
+def test_the_family_is_told_by_the_width_of_its_text(tmp_path, model, width, prediction, version, architecture):
     told = training_metadata(prediction_type=prediction)
-    export_lora(
-        lora_of(model, width, text=False), "kohya", tmp_path / "l.safetensors", metadata=told
-    )
+    export_lora(lora_of(model, width, text=False), "kohya", tmp_path / "l.safetensors", metadata=told)
     found = metadata_of(tmp_path / "l.safetensors")
     assert found["ss_base_model_version"] == version
     assert found["ss_v2"] == str(version.startswith("sd_v2"))

@@ -9,17 +9,13 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.pipeline import (
-    NullSpaceDreamBoothPipeline,
-    NullSpaceDreamBoothXLPipeline,
-)
+from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline, NullSpaceDreamBoothXLPipeline
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 from examples.digits.check_model import MODEL_DIR
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 from tests.tiny_pipelines import sdxl_pipeline
-
 
 FEW_PROMPTS = ["a red seven", "a blue one"]
 CLASSES = {
@@ -36,9 +32,7 @@ def load(pipeline_class: type, path: Path | str, **arguments):
 
 
 def draw(pipeline, prompt: str = "a red seven") -> torch.Tensor:
-    return pipeline(
-        prompt, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
-    ).images
+    return pipeline(prompt, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).images
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +102,7 @@ def test_statistics_are_a_component_that_is_saved_and_loaded(bases, of_base, kin
 
 
 def test_half_precision_copies_accept_their_statistics(bases, of_base, tmp_path):
-    load(NullSpaceDreamBoothPipeline, bases["sd"], statistics=of_base["sd"]).save_pretrained(
-        tmp_path
-    )
+    load(NullSpaceDreamBoothPipeline, bases["sd"], statistics=of_base["sd"]).save_pretrained(tmp_path)
     for dtype in (torch.float16, torch.bfloat16):
         loaded = load(NullSpaceDreamBoothPipeline, tmp_path, dtype=dtype)
         assert loaded.unet.dtype == dtype
@@ -169,9 +161,7 @@ def test_loras_are_loaded_as_in_diffusers(pipeline, bases):
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [lora(scale=0), {k.replace("unet", "unit"): t for k, t in lora().items()}],
-    ids=["zero", "other names"],
+    "bad", [lora(scale=0), {k.replace("unet", "unit"): t for k, t in lora().items()}], ids=["zero", "other names"]
 )
 @pytest.mark.parametrize("name", [None, "new"])
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
@@ -183,9 +173,7 @@ def test_loras_without_effect_are_refused_and_removed(pipeline, bad, name):
             pipeline.set_adapters(["works 1", "works 2"], [0.5, 2.0])
         before = draw(pipeline)
         adapters, active = pipeline.get_list_adapters(), pipeline.get_active_adapters()
-        with pytest.raises(
-            ValueError, match="The loaded LoRA must change the model, got no effect"
-        ):
+        with pytest.raises(ValueError, match="The loaded LoRA must change the model, got no effect"):
             pipeline.load_lora_weights(bad, adapter_name=name)
         assert pipeline.get_list_adapters() == adapters
         assert pipeline.get_active_adapters() == active

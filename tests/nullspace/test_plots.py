@@ -9,12 +9,7 @@ from PIL import Image
 
 from diffusers_ext.nullspace.attention_maps import AttentionMaps, attention_maps
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.plots import (
-    mean_over_layers,
-    plot_attention_maps,
-    plot_null_dimensions,
-    plot_spectrum,
-)
+from diffusers_ext.nullspace.plots import mean_over_layers, plot_attention_maps, plot_null_dimensions, plot_spectrum
 from tests.tiny_digits import random_digits_pipeline
 
 
@@ -112,10 +107,7 @@ def test_null_dimensions_take_one_energy(statistics):
 
 @pytest.mark.parametrize(
     ("energy", "message"),
-    [
-        ([], "`energy` must hold at least one share"),
-        (1.0, r"`energy` must be in \[0, 1\), got 1.0"),
-    ],
+    [([], "`energy` must hold at least one share"), (1.0, r"`energy` must be in \[0, 1\), got 1.0")],
 )
 def test_unfit_energies_are_refused(statistics, energy, message):
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,6 @@ from accelerate import Accelerator
 
 from diffusers_ext.nullspace.projector import ProjectedUpdate
 
-
 IN, OUT, PRESERVED = 12, 5, 4
 
 
@@ -104,9 +103,7 @@ def test_gradients_accumulate_between_steps():
     for parts in (1, 2):
         problem = Problem()
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
-        model, optimizer = accelerator.prepare(
-            problem.linear, torch.optim.Adam([problem.linear.weight], lr=0.1)
-        )
+        model, optimizer = accelerator.prepare(problem.linear, torch.optim.Adam([problem.linear.weight], lr=0.1))
         with ProjectedUpdate(optimizer, problem.projections):
             for _ in range(3 * parts):
                 with accelerator.accumulate(model):
@@ -182,9 +179,7 @@ def test_gradients_made_by_a_closure_inside_the_step_are_projected():
 
 def test_parameters_without_a_projector_are_refused():
     problem, other = Problem(), torch.nn.Parameter(torch.zeros(2, 3))
-    with pytest.raises(
-        ValueError, match=r"must have a projector, got none for one of shape \(2, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"must have a projector, got none for one of shape \(2, 3\)"):
         ProjectedUpdate(torch.optim.Adam([problem.linear.weight, other]), problem.projections)
     optimizer = OPTIMIZERS["adam"]([problem.linear.weight])
     with ProjectedUpdate(optimizer, problem.projections):

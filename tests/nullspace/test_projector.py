@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.nullspace.projector import (
-    NullSpaceProjector,
-    damped_projection,
-    null_dimensions,
-    project_rows,
-)
+from diffusers_ext.nullspace.projector import NullSpaceProjector, damped_projection, null_dimensions, project_rows
 from diffusers_ext.nullspace.statistics import FeatureStatistics, Spectrum
-
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
 VALUES = torch.tensor([0.0, 1e-14, 0.1, 0.9, 9.0], dtype=torch.float64)
@@ -84,9 +78,7 @@ def test_projectors_are_orthogonal_onto_the_least_used_directions(criterion):
     share = (basis.T @ mean @ basis).trace() / mean.trace()
     assert cut.discarded_energy == pytest.approx(share.item(), rel=1e-6)
     values = torch.linalg.eigvalsh(mean)
-    assert cut.discarded_energy == pytest.approx(
-        (values[: cut.dimensions].sum() / values.sum()).item()
-    )
+    assert cut.discarded_energy == pytest.approx((values[: cut.dimensions].sum() / values.sum()).item())
 
 
 def test_projected_updates_keep_the_outputs_on_preserved_inputs(few_statistics, digits):

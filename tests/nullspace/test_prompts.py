@@ -5,13 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusers_ext.nullspace.prompts import (
-    check_prompt_length,
-    check_prompts,
-    read_prompts_file,
-    sub_phrases,
-    unique,
-)
+from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts, read_prompts_file, sub_phrases, unique
 from examples.digits.prompts import make_tokenizer
 from tests.tiny_digits import random_digits_pipeline
 
@@ -26,9 +20,7 @@ def test_comments_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
 
 def test_missing_prompts_files_are_refused(tmp_path):
     for path, found in ((tmp_path / "none.txt", "no such"), (tmp_path, "a folder")):
-        with pytest.raises(
-            ValueError, match=rf"`path` must be a text file .*, got {path}: {found}"
-        ):
+        with pytest.raises(ValueError, match=rf"`path` must be a text file .*, got {path}: {found}"):
             read_prompts_file(path)
 
 
@@ -48,13 +40,7 @@ def test_empty_prompts_files_are_refused(tmp_path, content, lines):
 
 
 def test_sub_phrases_leave_out_one_word_each():
-    assert sub_phrases(["a red seven", "seven"]) == [
-        "a red seven",
-        "seven",
-        "red seven",
-        "a seven",
-        "a red",
-    ]
+    assert sub_phrases(["a red seven", "seven"]) == ["a red seven", "seven", "red seven", "a seven", "a red"]
     assert sub_phrases(["", "go go"]) == ["", "go go", "go"]
 
 
@@ -99,7 +85,5 @@ def test_the_vectors_of_a_textual_inversion_count():
     vectors = torch.randn(14, pipeline.text_encoder.config.hidden_size)
     pipeline.load_textual_inversion({"<sks>": vectors}, token="<sks>")
     check_prompt_length(pipeline, ["<sks>"])  # 16 tokens with both ends
-    with pytest.raises(
-        ValueError, match="must fit the tokenizer .16 tokens., got 17 tokens in 'red <s"
-    ):
+    with pytest.raises(ValueError, match="must fit the tokenizer .16 tokens., got 17 tokens in 'red <s"):
         check_prompt_length(pipeline, ["red <sks>"])

@@ -4,7 +4,6 @@ import pytest
 
 from diffusers_ext.nullspace.settings import NullSpaceSettings, read_layers
 
-
 GIVEN = {
     "pretrained_model_name_or_path": "base", "output_dir": "out", "instance_data_dir": "pictures",
     "instance_prompt": "a photo of sks",
@@ -12,8 +11,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
-    [("all", "all"), (["all"], "all"), (["0", "3"], [0, 3]), ([2, 1], [2, 1])],
+    ("value", "expected"), [("all", "all"), (["all"], "all"), (["0", "3"], [0, 3]), ([2, 1], [2, 1])]
 )
 def test_layers_are_all_or_indices(value, expected):
     assert read_layers(value) == expected

@@ -18,10 +18,7 @@ from tests.tiny_models import pixart, sd3, sd_unet, sdxl_unet, wan
 
 def test_linear_names_and_slots_are_inverse():
     for slot in SLOT_PATHS:
-        assert split_linear_name(linear_name("mid.blocks.0.attn2", slot)) == (
-            "mid.blocks.0.attn2",
-            slot,
-        )
+        assert split_linear_name(linear_name("mid.blocks.0.attn2", slot)) == ("mid.blocks.0.attn2", slot)
     assert linear_name("mid.attn2", "k") == "mid.attn2.to_k"
     assert split_linear_name("blocks.3.ff.net.2") == ("blocks.3.ff", "ff_out")
 

@@ -13,7 +13,6 @@ from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
-
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
 SOURCES = {f"{LAYER}.to_v": TEXT, f"{LAYER}.to_k": TEXT, f"{LAYER}.to_q": "q"}
 
@@ -180,10 +179,7 @@ def test_round_trip_is_exact(tmp_path, collected):
     for statistics in (collected, made_up(), collected.compress(0.9)):
         statistics.save_pretrained(tmp_path)
         assert same(FeatureStatistics.from_pretrained(tmp_path), statistics)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_truncated_and_altered_files_are_refused(tmp_path):
@@ -200,15 +196,9 @@ def test_truncated_and_altered_files_are_refused(tmp_path):
     ("alter", "message"),
     [
         (lambda c: c.pop("sources"), r"The config of statistics must hold .*\['sources'\] missing"),
-        (
-            lambda c: c["moments"].update(v={"count": 1, "floor": 0}),
-            r"must hold the tensors .*\['v.total'\] missing",
-        ),
+        (lambda c: c["moments"].update(v={"count": 1, "floor": 0}), r"must hold the tensors .*\['v.total'\] missing"),
         (lambda c: c["moments"]["q"].update(rest=0), "`moments.q` must hold `count`, and"),
-        (
-            lambda c: c["sources"].update({f"{LAYER}.to_k": "k"}),
-            "must point at given moments, got 'k'",
-        ),
+        (lambda c: c["sources"].update({f"{LAYER}.to_k": "k"}), "must point at given moments, got 'k'"),
     ],
 )
 def test_altered_configs_are_refused(tmp_path, alter, message):

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
-
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
@@ -81,10 +80,7 @@ def test_untouched_ones_are_read_also_without_the_newer_checksum(tmp_path, compr
             for value in (0, -1, 1.5, "10", True, None, 2**70)
         ),
         *(
-            (
-                at("moments", "text", "floor", value=value),
-                "floor` must be a number from 0 to below 1",
-            )
+            (at("moments", "text", "floor", value=value), "floor` must be a number from 0 to below 1")
             for value in (-1, 1, "0", None)
         ),
         (at("moments", "text", "floor", value=float("nan")), "must hold JSON, got: the number NaN"),
@@ -124,10 +120,7 @@ def test_matrices_that_are_no_second_moments_are_refused(tmp_path, total, messag
         (lambda t: t["text.values"].neg_(), "'text' must have no negative eigenvalue"),
         (lambda t: t["text.vectors"].mul_(2), "'text' must have orthonormal eigenvectors"),
         (lambda t: t.update({"text.values": torch.ones(9)}), "k eigenvalues, got"),
-        (
-            lambda t: t.update({"text.total": torch.ones(4, 4)}),
-            r"\['text.total'\] that are unknown",
-        ),
+        (lambda t: t.update({"text.total": torch.ones(4, 4)}), r"\['text.total'\] that are unknown"),
         (lambda t: t.pop("text.values"), r"\['text.values'\] missing"),
     ],
 )
@@ -141,11 +134,5 @@ def test_rounding_and_inputs_of_zeros_pass(tmp_path):
     rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     lean = (rows.T @ rows).double()  # of rank 3: the fourth eigenvalue is rounding
     for total in (lean - 1e-7 * torch.eye(4), torch.zeros(4, 4)):
-        alter(
-            saved(tmp_path),
-            None,
-            lambda tensors, total=total: tensors.update({"text.total": total}),
-        )
-        assert torch.equal(
-            FeatureStatistics.from_pretrained(tmp_path).moments["text"].total, total.double()
-        )
+        alter(saved(tmp_path), None, lambda tensors, total=total: tensors.update({"text.total": total}))
+        assert torch.equal(FeatureStatistics.from_pretrained(tmp_path).moments["text"].total, total.double())

@@ -16,7 +16,6 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
-
 PROMPTS = ["a red seven", "a blue one", "a white nine", "a green two"]  # and the empty prompt
 REST = tuple(feature for feature in FEATURES if feature not in ("k", "v"))
 RUN = {"num_inference_steps": 2, "show_progress": False, "seed": 5}
@@ -68,17 +67,13 @@ def test_features_equal_a_dense_recomputation_of_a_real_run(build, negative):
         pipeline, PROMPTS[:2], features=REST, layers=[0, 3], negative_prompt=negative,
         batch_size=2, guidance_scale=4.0, **RUN,
     )  # fmt: skip
-    seen = recorded_inputs(
-        pipeline, [*PROMPTS[:2], "", *([negative] if negative else [])], negative
-    )
+    seen = recorded_inputs(pipeline, [*PROMPTS[:2], "", *([negative] if negative else [])], negative)
     assert set(seen) == set(statistics.sources)
     for name, rows in seen.items():
         moment = statistics.moments[statistics.key(name)]
         assert moment.count == len(rows)
         total = rows.double().T @ rows.double()
-        torch.testing.assert_close(
-            moment.total, total, rtol=0, atol=2e-6 * total.abs().max().item()
-        )
+        torch.testing.assert_close(moment.total, total, rtol=0, atol=2e-6 * total.abs().max().item())
 
 
 def recorded_inputs(pipeline, prompts: list[str], negative: str) -> dict[str, torch.Tensor]:
@@ -126,9 +121,7 @@ def test_shards_sum_up_to_the_whole(pipeline, parts):
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 5])
 @pytest.mark.parametrize("save_every", [1, 2])
-def test_interrupted_runs_continue_to_the_same_bits(
-    pipeline, tmp_path, monkeypatch, fail_at, save_every
-):
+def test_interrupted_runs_continue_to_the_same_bits(pipeline, tmp_path, monkeypatch, fail_at, save_every):
     whole = small_run(pipeline)
     monkeypatch.setattr(trajectories, "_SAVE_EVERY", save_every)
     with monkeypatch.context() as patch:
@@ -144,9 +137,7 @@ def test_interrupted_runs_continue_to_the_same_bits(
 
 
 @pytest.mark.parametrize(("owner", "name"), [(Path, "rename"), (shutil, "rmtree")])
-def test_runs_killed_while_they_save_continue_to_the_same_bits(
-    pipeline, tmp_path, monkeypatch, owner, name
-):
+def test_runs_killed_while_they_save_continue_to_the_same_bits(pipeline, tmp_path, monkeypatch, owner, name):
     whole = small_run(pipeline)
     monkeypatch.setattr(trajectories, "_SAVE_EVERY", 1)
     original, calls = getattr(owner, name), []
@@ -185,9 +176,7 @@ def test_progress_of_another_collection_is_refused(pipeline, tmp_path, monkeypat
 def test_progress_with_another_schedule_or_model_is_refused(pipeline, tmp_path):
     small_run(pipeline, progress_dir=tmp_path)
     other = copy.copy(pipeline)
-    other.scheduler = type(pipeline.scheduler).from_config(
-        pipeline.scheduler.config, timestep_spacing="trailing"
-    )
+    other.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     for changed in (other, random_digits_pipeline(1)):
         with pytest.raises(ValueError, match="Remove it, or restore the old settings"):
             small_run(changed, progress_dir=tmp_path)

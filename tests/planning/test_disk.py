@@ -40,9 +40,7 @@ def test_averaged_weights_are_in_a_checkpoint():
 
 def test_how_many_checkpoints_stay():
     def number(every, limit=None):
-        run = PlannedRun(
-            max_train_steps=100, checkpointing_steps=every, checkpoints_total_limit=limit
-        )
+        run = PlannedRun(max_train_steps=100, checkpointing_steps=every, checkpoints_total_limit=limit)
         return run.num_checkpoints
 
     assert [number(None), number(30), number(10, 2)] == [0, 3, 2]

@@ -22,14 +22,9 @@ from diffusers_ext.training.eraser.run import EraserData, add_eraser, make_step
 from tests.planning.real_jobs import measured_peak
 from tests.tiny_cogvideox import tiny_video_pipeline
 
-
 LATENTS = (3, 4, 4, 4)
 SMALL = {"rank": 8, "mixed_precision": "no", "gradient_checkpointing": False}
-SMALL |= {
-    "points_per_trajectory": 2,
-    "num_target_trajectories": 5,
-    "num_preserved_trajectories": 10,
-}
+SMALL |= {"points_per_trajectory": 2, "num_target_trajectories": 5, "num_preserved_trajectories": 10}
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +43,7 @@ def training_step(rows, checkpointing, localization, in_turn):
     """The step of the training script, over random samples."""
     pipeline = tiny_video_pipeline(num_attention_heads=4, num_layers=4)
     recipe = EraserTraining(
-        rank=8,
-        train_batch_size=rows,
-        localization_weight=1.0 if localization else 0.0,
-        separate_passes=in_turn,
+        rank=8, train_batch_size=rows, localization_weight=1.0 if localization else 0.0, separate_passes=in_turn
     )
     config = pipeline.transformer.config
     text = torch.randn(3, config.max_text_seq_length, config.text_embed_dim)
@@ -81,9 +73,7 @@ def training_step(rows, checkpointing, localization, in_turn):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("localization", "in_turn"), [(False, False), (True, False), (True, True)])
-def test_the_traced_peak_is_what_the_training_step_allocates(
-    folder, checkpointing, localization, in_turn
-):
+def test_the_traced_peak_is_what_the_training_step_allocates(folder, checkpointing, localization, in_turn):
     rows = {"target_rows": 4, "preserved_rows": 4}
     setting = {"localization": localization, "separate_passes": in_turn, **rows}
     setting["gradient_checkpointing"] = checkpointing
@@ -93,9 +83,7 @@ def test_the_traced_peak_is_what_the_training_step_allocates(
     assert trace_work(step).peak == pytest.approx(peak_bytes(run), rel=0.15)
 
 
-@pytest.mark.parametrize(
-    ("phase", "index"), [("text", 0), ("sampling", 0), ("encoding", -1), ("validation", 1)]
-)
+@pytest.mark.parametrize(("phase", "index"), [("text", 0), ("sampling", 0), ("encoding", -1), ("validation", 1)])
 def test_frozen_models_take_what_was_traced(folder, phase, index):
     setting = {"text_batch_size": 64, "sampling_batch_size": 8, "validation": True}
     if phase == "encoding":
@@ -118,9 +106,7 @@ def test_frozen_models_take_what_was_traced(folder, phase, index):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_few_blocks_tell_of_many(folder, checkpointing):
-    step, _ = works_of(
-        folder, "training", gradient_checkpointing=checkpointing, separate_passes=True
-    )
+    step, _ = works_of(folder, "training", gradient_checkpointing=checkpointing, separate_passes=True)
     few, whole = (
         trace_work(replace(step, layers=8)),
         trace_work(replace(step, make=partial(step.make, num_layers=8), layers=None)),
@@ -158,9 +144,7 @@ def test_autocast_makes_layer_norms_wide(folder):
     half = {"mixed_precision": "bf16", "target_rows": 4, "preserved_rows": 4}
     setting = EraserPlanSettings(**{**SMALL, **half})
     draft = partial(draft_eraser, read_folder(folder), setting)
-    on_cpu, on_gpu = (
-        trace_work(draft(as_on_gpu=gpu).phases[-1].works[0]).peak for gpu in (False, True)
-    )
+    on_cpu, on_gpu = (trace_work(draft(as_on_gpu=gpu).phases[-1].works[0]).peak for gpu in (False, True))
     assert on_cpu < on_gpu
 
 

@@ -7,7 +7,6 @@ from diffusers_ext.planning import plans as fit
 from diffusers_ext.planning.plan import GIB, RunPlan
 from tests.tiny_cogvideox import tiny_video_pipeline
 
-
 SETTING = {"rank": 8, "num_frames": 17, "mixed_precision": "no", "text_batch_size": 1}
 SETTING["latents_source"] = "noise"  # or the teacher's sampling would be the worst phase
 

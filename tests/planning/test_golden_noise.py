@@ -37,8 +37,7 @@ def test_a_training_step_allocates_what_was_traced(network):
 
 def test_averaged_weights_and_batches_before_the_step():
     plain, averaged = (
-        trace_work(run_of("golden_noise_model", use_ema=ema).training_works()[0])
-        for ema in (False, True)
+        trace_work(run_of("golden_noise_model", use_ema=ema).training_works()[0]) for ema in (False, True)
     )
     weights = sum(4 * p.numel() for p in run_of("golden_noise_model").network().parameters())
     assert averaged.kept - plain.kept == weights

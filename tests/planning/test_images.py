@@ -4,24 +4,13 @@ import pytest
 import torch
 
 from diffusers_ext.golden_noise.denoiser import encode_prompts
-from diffusers_ext.planning.images import (
-    ImageShapes,
-    encode_prompts_work,
-    guided_work,
-    redenoise_work,
-    vae_work,
-)
+from diffusers_ext.planning.images import ImageShapes, encode_prompts_work, guided_work, redenoise_work, vae_work
 from diffusers_ext.planning.models import read_base_model
 from diffusers_ext.planning.settings import GoldenNoisePlanSettings
 from diffusers_ext.planning.work import Precision, trace_work
 from tests.planning.real_jobs import measured_peak
-from tests.tiny_image_pipelines import (
-    tiny_flux_pipeline,
-    tiny_hunyuan_dit_pipeline,
-    tiny_sd3_pipeline,
-)
+from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
-
 
 PIPELINES = {
     "sdxl": sdxl_pipeline,
@@ -54,9 +43,7 @@ def test_prompts_and_peaks_are_those_of_the_pipeline(tmp_path, family):
 
 
 def test_sizes_of_published_models():
-    found = {
-        name: ImageShapes(read_base_model(name)) for name in ("SD1.5", "SDXL", "SD3", "FLUX.1-dev")
-    }
+    found = {name: ImageShapes(read_base_model(name)) for name in ("SD1.5", "SDXL", "SD3", "FLUX.1-dev")}
     assert [shapes.resolution for shapes in found.values()] == [512, 1024, 1024, 1024]
     assert found["SDXL"].latents == (4, 128, 128)
     assert found["FLUX.1-dev"].latents == (16, 128, 128)

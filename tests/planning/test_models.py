@@ -8,7 +8,6 @@ import torch
 from diffusers_ext.planning.models import published_names, read_base_model
 from examples.digits.check_model import MODEL_DIR
 
-
 # As the model pages and the sizes of the published files say.
 COUNTS = {
     "SD1.5": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},

@@ -12,7 +12,6 @@ from diffusers_ext.planning.work import trace_work
 from examples.digits.check_model import MODEL_DIR
 from tests.planning.real_jobs import measured_peak
 
-
 BASE = read_base_model(MODEL_DIR)
 
 

@@ -11,11 +11,7 @@ from diffusers_ext.golden_noise.settings import NETWORK_DEFAULTS
 from diffusers_ext.planning import plan_run, setting_names, work
 from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.models import read_base_model
-from diffusers_ext.planning.settings import (
-    NETWORKS,
-    EraserPlanSettings,
-    GoldenNoisePlanSettings,
-)
+from diffusers_ext.planning.settings import NETWORKS, EraserPlanSettings, GoldenNoisePlanSettings
 
 
 @pytest.fixture
@@ -40,12 +36,7 @@ def test_memory_and_files_of_a_real_run_are_as_planned(tmp_path, make, fresh_acc
 
 def test_a_plan_of_a_card_has_times_and_a_verdict():
     plan = plan_run("nullspace", DIGITS, gpu="RTX 4090", num_validation_prompts=1)
-    assert [phase.name for phase in plan.phases] == [
-        "statistics",
-        "encoding",
-        "training",
-        "validation",
-    ]
+    assert [phase.name for phase in plan.phases] == ["statistics", "encoding", "training", "validation"]
     assert plan.fits is True
     assert plan.device == "RTX 4090"
     twice = plan_run("nullspace", DIGITS, gpu="4090", max_train_steps=1200)
@@ -76,9 +67,7 @@ def test_the_device_at_hand_is_timed(monkeypatch):
 
 
 def test_bad_requests():
-    with pytest.raises(
-        ValueError, match=r"`tool` must be one of \('nullspace', .* got 'inversion'"
-    ):
+    with pytest.raises(ValueError, match=r"`tool` must be one of \('nullspace', .* got 'inversion'"):
         plan_run("inversion", DIGITS)
     with pytest.raises(ValueError, match="`setting` of 'eraser' must be among .* got 'ranks'"):
         plan_run("eraser", MOVING_DIGITS, ranks=8)
@@ -116,9 +105,7 @@ def test_bad_settings(tool, setting, message):
         plan_run(tool, DIGITS, **setting)
 
 
-@pytest.mark.parametrize(
-    "name", ["validation_steps", "checkpointing_steps", "num_preserved_trajectories"]
-)
+@pytest.mark.parametrize("name", ["validation_steps", "checkpointing_steps", "num_preserved_trajectories"])
 def test_bad_settings_of_an_eraser(name):
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
         plan_run("eraser", MOVING_DIGITS, **{name: 0})
@@ -130,9 +117,7 @@ def test_a_folder_without_all_components_of_a_cogvideox(tmp_path):
         (tmp_path / name).mkdir()
         config = (MOVING_DIGITS / name / "config.json").read_bytes()
         (tmp_path / name / "config.json").write_bytes(config)
-    index = {
-        name: json.loads((MOVING_DIGITS / "model_index.json").read_bytes())[name] for name in names
-    }
+    index = {name: json.loads((MOVING_DIGITS / "model_index.json").read_bytes())[name] for name in names}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="`model` must have a text_encoder, got"):
         plan_run("eraser", tmp_path)

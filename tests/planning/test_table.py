@@ -17,9 +17,7 @@ def plan(**changes):
         "download": 2 * GIB,
         "device": "RTX 4090",
         "memory": 24 * GIB,
-        "assumptions": (
-            "Something that is long enough to need more than one line of the text. " * 2,
-        ),
+        "assumptions": ("Something that is long enough to need more than one line of the text. " * 2,),
     }
     return RunPlan(**{**facts, **changes})
 
@@ -65,6 +63,4 @@ def test_what_is_not_known_is_not_claimed():
     assert "training       5.00 GiB *     -" in text
     small = plan(memory=4 * GIB)
     assert (small.fits, small.missing) == (False, 2 * GIB)
-    assert (
-        "Does not fit: peak 5.00 GiB while training, 2.00 GiB more than there is" in small.table()
-    )
+    assert "Does not fit: peak 5.00 GiB while training, 2.00 GiB more than there is" in small.table()

@@ -15,9 +15,7 @@ from diffusers_ext.planning.tracing import (
 
 
 def test_flops_are_those_of_the_flop_counter():
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 5)
-    )
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 5))
     inputs = torch.randn(2, 3, 4, 4)
     with FlopCounterMode(display=False) as counter:
         model(inputs).sum().backward()
@@ -59,9 +57,7 @@ def test_numbers_read_from_tensors_without_data():
 
 
 @pytest.mark.parametrize(
-    ("norm", "shape"),
-    [(torch.nn.LayerNorm(4), (2, 4)), (torch.nn.GroupNorm(2, 4), (2, 4, 3))],
-    ids=["layer", "group"],
+    ("norm", "shape"), [(torch.nn.LayerNorm(4), (2, 4)), (torch.nn.GroupNorm(2, 4), (2, 4, 3))], ids=["layer", "group"]
 )
 def test_norms_give_float32_and_products_half_precision(norm, shape):
     model = torch.nn.ModuleDict({"norm": norm, "linear": torch.nn.Linear(4, 4)}).bfloat16()

@@ -19,7 +19,6 @@ from diffusers_ext.planning.work import (
     trace_work,
 )
 
-
 CARD = Gpu("test", 8, half_tflops=100.0, float32_tflops=10.0, bandwidth=100.0)
 
 

@@ -16,7 +16,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.filled_weights import fill
 
-
 FOLDER = Path(__file__).parents[1] / "fixtures" / "hpsv2"
 
 
@@ -71,11 +70,9 @@ def picture(name: str) -> Image.Image:
     rows, columns = np.mgrid[:height, :width]
     across, down = 255 * columns // (width - 1), 255 * rows // (height - 1)
     diagonal = 255 * (columns + rows) // (width + height - 2)
-    channels = {
-        "RGB": [across, down, diagonal],
-        "RGBA": [across, down, diagonal, 255 - across],
-        "L": [diagonal],
-    }[facts["mode"]]
+    channels = {"RGB": [across, down, diagonal], "RGBA": [across, down, diagonal, 255 - across], "L": [diagonal]}[
+        facts["mode"]
+    ]
     pixels = np.stack(channels, axis=-1)
     pixels += np.random.RandomState(facts["seed"]).randint(-40, 41, size=pixels.shape)
     pixels = pixels.clip(0, 255).astype(np.uint8)

@@ -15,7 +15,6 @@ from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.rewards import CLIPScoreReward, PickScoreReward
 from tests.rewards.hpsv2_fixtures import clip_tokenizer, official_tensors, pictures
 
-
 PROMPTS = ["a red seven", "a photo of the digit three", "a red seven", "two"]
 
 
@@ -38,9 +37,7 @@ def test_pictures_of_any_mode_and_size_are_scored_one_by_one_as_in_a_batch(rewar
 
 
 def test_features_are_the_models_own(reward):
-    pixels = reward.image_processor(
-        images=[rgb_picture(image) for image in pictures()], return_tensors="pt"
-    )
+    pixels = reward.image_processor(images=[rgb_picture(image) for image in pictures()], return_tensors="pt")
     expected = reward.model.get_image_features(**pixels).pooler_output
     found = reward.image_features(pictures())
     assert torch.allclose(found, torch.nn.functional.normalize(expected, dim=1), atol=1e-6)

@@ -10,14 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_ext.rewards import HPSv2Reward
-from diffusers_ext.rewards.hpsv2 import (
-    CLIP_MEAN,
-    CLIP_STD,
-    clean_prompt,
-    letterbox,
-    locate_checkpoint,
-    token_ids,
-)
+from diffusers_ext.rewards.hpsv2 import CLIP_MEAN, CLIP_STD, clean_prompt, letterbox, locate_checkpoint, token_ids
 from examples.digits.prompts import make_tokenizer
 from tests.rewards.hpsv2_fixtures import (
     CASES,
@@ -29,7 +22,6 @@ from tests.rewards.hpsv2_fixtures import (
     tiny_checkpoint,
     tiny_config,
 )
-
 
 TOLERANCE = 5e-6
 
@@ -202,12 +194,7 @@ def test_the_hub_is_asked_for_the_versions_file(hpsv2_folder, monkeypatch):
 
 STEP = 4  # the fixture holds every fourth row and column
 # (top, left, height, width) of the picture in the square
-BOXES = {
-    "rgb": (37, 0, 149, 224),
-    "gray": (0, 37, 224, 149),
-    "rgba": (33, 0, 158, 224),
-    "small": (32, 0, 159, 224),
-}
+BOXES = {"rgb": (37, 0, 149, 224), "gray": (0, 37, 224, 149), "rgba": (33, 0, 158, 224), "small": (32, 0, 159, 224)}
 BLACK = -torch.tensor(CLIP_MEAN) / torch.tensor(CLIP_STD)
 
 

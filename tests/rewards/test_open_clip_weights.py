@@ -5,13 +5,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from diffusers_ext.rewards.hpsv2 import (
-    check_weights,
-    load_open_clip,
-    map_open_clip,
-    read_checkpoint,
-    vit_h_14_config,
-)
+from diffusers_ext.rewards.hpsv2 import check_weights, load_open_clip, map_open_clip, read_checkpoint, vit_h_14_config
 from tests.rewards.hpsv2_fixtures import read_json, tiny_checkpoint, tiny_config
 
 
@@ -24,9 +18,7 @@ def mapping_by_the_table(weights, layers: dict[str, int]) -> dict[str, torch.Ten
             old, new = (prefix.format(i=i) for prefix in table["blocks"][tower])
             for key, names, operation in table["blocks"]["inside"]:
                 split = operation == "split3"
-                rows.append(
-                    (old + key, [new + n for n in names] if split else new + names, operation)
-                )
+                rows.append((old + key, [new + n for n in names] if split else new + names, operation))
     found: dict[str, torch.Tensor] = {}
     for old, new, operation in rows:
         if operation == "split3":

@@ -6,7 +6,6 @@ from PIL import Image
 
 from diffusers_ext.rewards import checked_scores
 
-
 IMAGES = [Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), "red")]
 PROMPTS = ["black", "red"]
 

@@ -20,7 +20,6 @@ from tests.training.pair_runs import QUICK_PAIRS, write_prompt_file
 from tests.training.script_runs import EVALUATED, QUICK, command_line, write_prompts
 from training import evaluate_nullspace
 
-
 # Few words, so that a true null space is left.
 KNOWN = ("a red seven", "a blue three")
 

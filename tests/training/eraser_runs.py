@@ -14,15 +14,12 @@ from diffusers_ext.training.eraser.train import main, parse_args
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.script_runs import command_line
 
-
 TARGETS = ("a red seven moving right", "the blue seven goes up")
 PRESERVED = ("three", "two")
 
 
 def tiny_prompts() -> EraserPrompts:
-    return make_eraser_prompts(
-        TARGETS, "seven", anchor_concept="digit", preserved_concepts=PRESERVED
-    )
+    return make_eraser_prompts(TARGETS, "seven", anchor_concept="digit", preserved_concepts=PRESERVED)
 
 
 def write_eraser_files(folder: Path) -> Path:

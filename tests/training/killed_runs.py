@@ -14,7 +14,6 @@ from pathlib import Path
 
 from tests.training.script_runs import REPOSITORY, environment
 
-
 _SERVER = """
 import json, os, sys
 from importlib import import_module
@@ -57,9 +56,7 @@ class ScriptServer:
             text=True,
         )
 
-    def kill_when(
-        self, script: str, line: list[str], is_time: Callable[[], bool], patch: str = ""
-    ) -> None:
+    def kill_when(self, script: str, line: list[str], is_time: Callable[[], bool], patch: str = "") -> None:
         """Run a script of `training` after `patch`; SIGKILL it as soon as `is_time()`."""
         request = {"script": script, "line": line, "patch": patch}
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -68,9 +65,7 @@ class ScriptServer:
         deadline = time.monotonic() + 240
         while not is_time():
             if select.select([self._process.stdout], [], [], 0)[0]:
-                status = int(
-                    self._process.stdout.readline()
-                )  # or the next run would take it for its own
+                status = int(self._process.stdout.readline())  # or the next run would take it for its own
                 raise AssertionError(f"ended by itself with {status}: {self.log.read_text()}")
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.001)

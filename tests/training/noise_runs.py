@@ -12,7 +12,6 @@ from accelerate.state import AcceleratorState, GradientState
 from tests.training.script_runs import command_line
 from training import train_noise_sequence, train_npnet
 
-
 STRUCTURES: dict[str, dict[str, Any]] = {
     "golden_noise_model": {"patch_size": 2, "width": 32, "num_layers": 2, "num_heads": 2},
     "npnet": {

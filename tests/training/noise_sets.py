@@ -14,7 +14,6 @@ from diffusers_ext.golden_noise.pairs.shards import PairRecord
 from diffusers_ext.golden_noise.pairs.writer import PairWriter
 from examples.digits.check_model import load_pipeline
 
-
 PROMPTS = tuple(f"a {color} {digit}" for color in ("red", "blue") for digit in ("two", "six"))
 SHAPE = (4, 8, 8)
 

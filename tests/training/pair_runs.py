@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 BRIGHTNESS = "tests.training.stub_rewards:Brightness"
 PROMPTS = ("a red seven", "NA", "a green two", "a blue three", "the number nine in white")
 # Shards of 6 candidates in batches of 4 and 2.
-QUICK_PAIRS = {
-    "num_inference_steps": 2,
-    "guidance_scale": 1.5,
-    "reward": BRIGHTNESS,
-    "shard_size": 6,
-    "batch_size": 4,
-}
+QUICK_PAIRS = {"num_inference_steps": 2, "guidance_scale": 1.5, "reward": BRIGHTNESS, "shard_size": 6, "batch_size": 4}
 
 
 def write_prompt_file(path: Path, prompts: tuple[str, ...] = PROMPTS) -> Path:

@@ -13,7 +13,6 @@ import torch
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from examples.digits.check_model import MODEL_DIR
 
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPTS = (
     "a photo of the red digit seven",

@@ -20,13 +20,7 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace import statistics as build_covariance
 from diffusers_ext.training.nullspace.statistics import main, parse_args
 from examples.digits.check_model import load_pipeline
-from tests.training.script_runs import (
-    PROMPTS,
-    assert_same_totals,
-    command_line,
-    files_below,
-)
-
+from tests.training.script_runs import PROMPTS, assert_same_totals, command_line, files_below
 
 ALL = ("q", "k", "v", "out")
 ARTIFACT = {"config.json", "model.safetensors", "report.json"}
@@ -125,12 +119,7 @@ def test_compressed_statistics(build):
 
 
 def test_reduced_precision_with_attention_maps(build):
-    folder = build(
-        features=["q", "v"],
-        mixed_precision="bf16",
-        visual_attention_map=True,
-        num_attention_maps=1,
-    )
+    folder = build(features=["q", "v"], mixed_precision="bf16", visual_attention_map=True, num_attention_maps=1)
     load(folder).check_pipeline(load_pipeline())
     assert picture(folder / "plots/attention_000.png").std() > 10
 
@@ -146,12 +135,7 @@ CONFIG = {
         "visual_attention_map": True,
         "num_denoising_steps": 2,
         "nullspace_threshold": "2e-2",
-        "collect_features": {
-            "q_features": True,
-            "k_features": True,
-            "v_features": False,
-            "out_features": True,
-        },
+        "collect_features": {"q_features": True, "k_features": True, "v_features": False, "out_features": True},
         "cross_attention_layers": [1, 3],
     },
 }
@@ -183,9 +167,7 @@ def read_as_documented(step: Path, layer: str, slot: str):
     )
 
 
-def test_the_original_yaml_writes_the_tree_that_its_readers_look_for(
-    build, tmp_path, prompts_file, caplog
-):
+def test_the_original_yaml_writes_the_tree_that_its_readers_look_for(build, tmp_path, prompts_file, caplog):
     caplog.set_level(logging.INFO)
     path = write_original_yaml(tmp_path / "nullbooth.yaml", prompts_file, tmp_path / "from_file")
     from_file = main(parse_args(command_line(config=path)))
@@ -262,9 +244,7 @@ def test_chosen_timesteps(build):
         ),
     ],
 )
-def test_what_cannot_be_written_or_run_is_refused_before_the_work(
-    build, tmp_path, monkeypatch, arguments, message
-):
+def test_what_cannot_be_written_or_run_is_refused_before_the_work(build, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr("diffusers.utils.is_xformers_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         build(export_layout=True, **arguments)

@@ -17,7 +17,6 @@ from diffusers_ext.training.run.checkpoint_files import (
 )
 from diffusers_ext.training.run.checkpoints import Checkpoints
 
-
 FACTS = {"seed": 0, "model": {"probe": [1.0, 2.0]}}
 
 
@@ -69,10 +68,7 @@ def test_a_checkpoint_brings_back_weights_optimizer_and_random_states(tmp_path):
 
 @pytest.mark.parametrize(
     ("keep", "expected"),
-    [
-        (None, {"0.weight", "1.weight", "1.bias"}),
-        (lambda name, _: name.startswith("0"), {"0.weight", "0.bias"}),
-    ],
+    [(None, {"0.weight", "1.weight", "1.bias"}), (lambda name, _: name.startswith("0"), {"0.weight", "0.bias"})],
 )
 def test_only_what_is_kept_is_written(tmp_path, keep, expected):
     run = Run(tmp_path, **({} if keep is None else {"keep": keep}))
@@ -148,27 +144,15 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
         path.unlink()
     else:
         half = len(content) // 2
-        changed = (
-            content[:half] if damage == "truncate" else content[:half] + b"x" + content[half + 1 :]
-        )
+        changed = content[:half] if damage == "truncate" else content[:half] + b"x" + content[half + 1 :]
         path.write_bytes(changed)
-    with pytest.raises(
-        ValueError, match="whole checkpoint.* random_states_0.safetensors is (missing|truncated)"
-    ):
+    with pytest.raises(ValueError, match="whole checkpoint.* random_states_0.safetensors is (missing|truncated)"):
         Run(tmp_path).checkpoints.resume("latest")
 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"step": 2},
-        {"step": "1"},
-        {"fingerprint": {}},
-        {"sha256": None},
-        {"sha256": ""},
-        {"files": {}},
-        {"files": []},
-    ],
+    [{"step": 2}, {"step": "1"}, {"fingerprint": {}}, {"sha256": None}, {"sha256": ""}, {"files": {}}, {"files": []}],
 )
 def test_an_altered_run_file_is_refused(tmp_path, change):
     Run(tmp_path).checkpoints.save(1)
@@ -186,10 +170,7 @@ def test_a_checkpoint_holds_no_pickles(tmp_path):
     run = Run(tmp_path)
     run.step()
     run.checkpoints.save(1)
-    assert {path.suffix for path in (tmp_path / "checkpoint-1").iterdir()} == {
-        ".json",
-        ".safetensors",
-    }
+    assert {path.suffix for path in (tmp_path / "checkpoint-1").iterdir()} == {".json", ".safetensors"}
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path):

@@ -17,7 +17,6 @@ from diffusers_ext.training.run.script import (
     subject_words,
 )
 
-
 ARGS = Namespace(
     pretrained_model_name_or_path="my models/base",
     output_dir="out put",
@@ -60,10 +59,7 @@ def test_the_commands_and_calls_are_those_that_exist(words):
 
 def test_what_was_learnt_and_kept():
     words = subject_words(ARGS, SUBJECT, 5)
-    assert (
-        "Learnt 'a photo of sks dog' from 5 pictures in 600 steps (5 min, loss 0.5 to 0.25)."
-        in words
-    )
+    assert "Learnt 'a photo of sks dog' from 5 pictures in 600 steps (5 min, loss 0.5 to 0.25)." in words
     assert "move by at most 1.00% (b.to_v), as predicted" in words
     assert "pipe.load_lora_weights('out put')" in words
     plain = subject_words(ARGS, {**RUN, "history": []}, 1)
@@ -77,13 +73,7 @@ def test_what_was_learnt_and_kept():
 
 
 def test_directions_in_words():
-    row = {
-        "matrix": "text",
-        "linears": 14,
-        "rank": 1,
-        "smallest_ratio": 52.0,
-        "instance_share": 0.25,
-    }
+    row = {"matrix": "text", "linears": 14, "rank": 1, "smallest_ratio": 52.0, "instance_share": 0.25}
     words = directions_words([row])
     assert "text: 1 for 14 layers, with 25.0% of what is new" in words
     assert "at least 52 times" in words

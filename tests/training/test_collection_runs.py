@@ -3,15 +3,7 @@ from __future__ import annotations
 import json
 
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from tests.training.script_runs import (
-    QUICK,
-    assert_same_totals,
-    command_line,
-    files_below,
-    launch,
-    write_prompts,
-)
-
+from tests.training.script_runs import QUICK, assert_same_totals, command_line, files_below, launch, write_prompts
 
 RESULTS = {"config.json", "model.safetensors", "report.json", "plots/spectrum.png",
            "plots/null_dimensions.png"}  # fmt: skip
@@ -20,10 +12,7 @@ RESULTS = {"config.json", "model.safetensors", "report.json", "plots/spectrum.pn
 def test_two_processes_give_the_statistics_of_one(build, tmp_path, prompts_file):
     one = FeatureStatistics.from_pretrained(build("one", features=["q", "k", "v", "out"]))
     line = command_line(
-        knowledge_prompts=prompts_file,
-        output_dir=tmp_path / "two",
-        features=["q", "k", "v", "out"],
-        **QUICK,
+        knowledge_prompts=prompts_file, output_dir=tmp_path / "two", features=["q", "k", "v", "out"], **QUICK
     )
     launch("build_covariance", line, processes=2)
     two = FeatureStatistics.from_pretrained(tmp_path / "two")
@@ -60,7 +49,5 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(build, server, tmp_
         assert not (killed / "layout").exists()
         line += ["--resume_from_checkpoint", "latest"] if number == 0 else []
     build("killed", features=features, resume_from_checkpoint="latest", **settings)
-    assert_same_totals(
-        FeatureStatistics.from_pretrained(killed), FeatureStatistics.from_pretrained(whole)
-    )
+    assert_same_totals(FeatureStatistics.from_pretrained(killed), FeatureStatistics.from_pretrained(whole))
     assert files_below(killed) == RESULTS

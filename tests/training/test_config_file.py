@@ -6,11 +6,7 @@ import re
 import pytest
 
 from diffusers_ext.core.settings import ReportingSettings
-from diffusers_ext.training.run.config_file import (
-    parse_arguments,
-    read_config,
-    read_nullbooth_block,
-)
+from diffusers_ext.training.run.config_file import parse_arguments, read_config, read_nullbooth_block
 
 
 @pytest.fixture
@@ -83,10 +79,7 @@ def test_single_values_serve_where_a_list_may_stand(parser, write):
     [
         ("steps: 1.5", "--steps: invalid int value: '1.5'"),
         ("steps: true", "--steps: invalid int value: 'True'"),
-        (
-            "name: no",
-            '`name` must be a text, got the truth value false. .* quote it, as in name: "no"',
-        ),
+        ("name: no", '`name` must be a text, got the truth value false. .* quote it, as in name: "no"'),
         ("name: 007", "`name` must be a text, got int 7"),
         ("kind: off", "`kind` must be a text, got the truth value false"),
         ("features: [q, on]", "`features` must be a text, got the truth value true"),
@@ -200,10 +193,7 @@ def test_a_file_without_the_block_stays_as_it_is():
     ("values", "message"),
     [
         ({"nullbooth": [1]}, r"`nullbooth` must be a mapping, got \[1\]"),
-        (
-            {"nullbooth": {"threshold": 1}},
-            r"`nullbooth` must have keys among .*got \['threshold'\]",
-        ),
+        ({"nullbooth": {"threshold": 1}}, r"`nullbooth` must have keys among .*got \['threshold'\]"),
         ({"nullbooth": BLOCK, "features": ["k"]}, r"must not repeat .*got \['features'\]"),
         ({"nullbooth": {"collect_features": {"k_features": False}}}, "one at least true"),
         ({"nullbooth": {"collect_features": {"k_features": "no"}}}, "to true or false"),

@@ -38,10 +38,7 @@ def test_accumulated_batches_are_one_large_batch():
 
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_processes_take_disjoint_slices_of_one_global_batch(num_processes):
-    parts = [
-        take(7, length=12, process_index=index, num_processes=num_processes)
-        for index in range(num_processes)
-    ]
+    parts = [take(7, length=12, process_index=index, num_processes=num_processes) for index in range(num_processes)]
     assert [flat(rows) for rows in zip(*parts)] == take(7, length=12, batch_size=2 * num_processes)
     seen = flat([part[step] for step in range(12 // (2 * num_processes)) for part in parts])
     assert sorted(seen) == list(range(12))

@@ -6,7 +6,6 @@ from diffusers_ext.training.eraser.train import parse_args
 from diffusers_ext.training.run.config_file import DOCUMENTED_FLAGS, replaced_flag
 from docs.settings_tables import script_parser
 
-
 # Every flag that the design documents give to a script, by the script's name here.
 DOCUMENTED = {
     "build_covariance": "config",
@@ -21,8 +20,7 @@ DOCUMENTED = {
     "gru_num_layers predict_residual kl_weight",
     "evaluate_golden_noise": "npnet_weights_path evaluation_prompts_file base_model_id output_dir "
     "npnet_model_id metrics svd_dropout nt_adapter cross_attention",
-    "train_cogvideox_eraser": "model_path target_concept eraser_rank batch_size use_fp16 "
-    "use_cpu_offload",
+    "train_cogvideox_eraser": "model_path target_concept eraser_rank batch_size use_fp16 use_cpu_offload",
 }
 
 

@@ -10,7 +10,6 @@ from diffusers_ext.training.nullspace.pictures import draw_images, latent_scale,
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
-
 RUN = {"num_inference_steps": 2, "guidance_scale": 3.0}
 
 
@@ -36,9 +35,7 @@ def test_pictures_are_those_of_the_pipeline_itself(pipeline, negative_prompt):
         **RUN,
     ).images
     assert np.abs(pixels(drawn) - pixels(expected)).max() <= 1  # one decodes singly
-    alone = draw_images(
-        pipeline, prompts[1:], seeds[1:], 32, negative_prompt=negative_prompt, **RUN
-    )
+    alone = draw_images(pipeline, prompts[1:], seeds[1:], 32, negative_prompt=negative_prompt, **RUN)
     assert np.abs(pixels(alone) - pixels(drawn)[1:]).max() <= 1
 
 

@@ -198,9 +198,7 @@ def test_randomness_comes_from_the_generator_alone():
 def test_prior_preservation_adds_the_class():
     class_latents = TensorDataset(*batch(5, seed=1))
     class_condition = Condition(torch.zeros(1, 3, 2), {})
-    loss = make_loss(
-        class_latents=class_latents, class_condition=class_condition, prior_loss_weight=0.25
-    )
+    loss = make_loss(class_latents=class_latents, class_condition=class_condition, prior_loss_weight=0.25)
     model = Echo()
     found = loss(model, batch(), torch.Generator().manual_seed(3))
     alone = make_loss()(Echo(), batch(), torch.Generator().manual_seed(3))

@@ -10,7 +10,6 @@ from diffusers_ext.training.eraser.text import choose_anchor_concept, settle_anc
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import PRESERVED, TARGETS, read_report, train, write_eraser_files
 
-
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 RECIPE = EraserTraining(num_inference_steps=3)
 

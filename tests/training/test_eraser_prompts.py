@@ -13,7 +13,6 @@ from diffusers_ext.training.eraser.prompts import (
 )
 from tests.tiny_cogvideox import tiny_video_pipeline
 
-
 TARGET = ["a red seven moving right", "Seven in blue", "a red seven moving right"]
 
 
@@ -24,8 +23,7 @@ def test_text_files_have_comments(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [("p.jsonl", '{"prompt": "a dog runs"}\n'), ("p.tsv", "id\tprompt\n1\ta dog runs\n")],
+    ("name", "text"), [("p.jsonl", '{"prompt": "a dog runs"}\n'), ("p.tsv", "id\tprompt\n1\ta dog runs\n")]
 )
 def test_other_formats_are_read_or_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
@@ -58,11 +56,7 @@ def test_files_without_prompts(tmp_path, name, text, message):
 
 def test_anchors_and_preserved_prompts_follow_the_target():
     prompts = make_eraser_prompts(
-        TARGET,
-        "seven",
-        anchor_concept="digit",
-        preserved_concepts=["one", "two"],
-        preserved_prompts=["a tree"],
+        TARGET, "seven", anchor_concept="digit", preserved_concepts=["one", "two"], preserved_prompts=["a tree"]
     )
     assert prompts.target == TARGET[:2]
     assert prompts.anchor == ["a red digit moving right", "Digit in blue"]
@@ -90,9 +84,7 @@ def test_prompts_that_do_not_name_the_concept(caplog):
     prompts = make_eraser_prompts(["a bare back"], "nudity", preserved_concepts=["person", "scene"])
     assert prompts.preserved == ["person", "scene"]
     assert "No target prompt names 'nudity'" in caplog.text
-    with pytest.raises(
-        ValueError, match="must contain 'nudity' as a whole word, got 'a bare back'"
-    ):
+    with pytest.raises(ValueError, match="must contain 'nudity' as a whole word, got 'a bare back'"):
         make_eraser_prompts(["a bare back"], "nudity", anchor_concept="person")
 
 

@@ -13,7 +13,6 @@ from diffusers_ext.training.eraser.run import add_eraser, train_eraser
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import tiny_prompts
 
-
 RECIPE = EraserTraining(
     rank=8,
     preservation_weight=1.0,
@@ -41,9 +40,7 @@ def test_a_training_reaches_its_target_and_leaves_the_base_alone(data):
     pipeline = tiny_video_pipeline()
     before = states_of(pipeline.transformer)
     forward = pipeline.transformer.forward
-    done = train_eraser(
-        pipeline, tiny_prompts(), RECIPE, size=SIZE, data=data, concept="seven", adapter_name="x"
-    )
+    done = train_eraser(pipeline, tiny_prompts(), RECIPE, size=SIZE, data=data, concept="seven", adapter_name="x")
     transformer = pipeline.transformer
     assert done.history[-1]["erased"] > 0.5
     assert done.history[-1]["unlearning"] < done.history[0]["unlearning"]

@@ -13,7 +13,6 @@ from tests.training.erasure_runs import save_base_and_erasers
 from tests.training.script_runs import MODEL_DIR, command_line, files_below
 from training import evaluate_eraser as script
 
-
 EMPTY, TARGET = "empty", "target.csv"  # a folder, and prompts without preserved ones
 JUDGE = "tests.training.erasure_runs:RedJudge"
 DRAWING = {"num_inference_steps": 1, "num_frames": 9, "height": 16, "width": 16,
@@ -91,11 +90,7 @@ def test_two_erasers_and_clip(evaluate, tmp_path, models):
         ({"evaluation_prompts": "nowhere.csv"}, ValueError, "must be a table of prompts"),
         ({"evaluation_prompts": TARGET}, ValueError, r"got none of \['preserved'\] in target.csv"),
         ({"eraser": []}, ValueError, "`eraser` must be given at least once"),
-        (
-            {"judge": "clip"},
-            ValueError,
-            "`classes` and `target_concept` must be given for `--judge",
-        ),
+        ({"judge": "clip"}, ValueError, "`classes` and `target_concept` must be given for `--judge"),
         ({"num_videos_per_prompt": 0}, ValueError, "`num_videos_per_prompt` must be at least 1"),
         ({"num_frames": 0}, ValueError, "`num_frames` must be at least 1, got 0"),
         ({"kept_clips": -1}, ValueError, "`kept_clips` must be at least 0, got -1"),
@@ -106,28 +101,20 @@ def test_two_erasers_and_clip(evaluate, tmp_path, models):
         ({"output_dir": __file__}, ValueError, "`output_dir` must be a folder"),
     ],
 )
-def test_bad_input_is_refused_and_leaves_nothing(
-    evaluate, tmp_path, monkeypatch, arguments, error, message
-):
+def test_bad_input_is_refused_and_leaves_nothing(evaluate, tmp_path, monkeypatch, arguments, error, message):
     (tmp_path / EMPTY).mkdir()
     (tmp_path / TARGET).write_text("prompt,group\na,target\n")
     monkeypatch.chdir(tmp_path)
     find_spec = importlib.util.find_spec
     missing = {"nudenet", "imageio", "imageio_ffmpeg"}
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *a: None if name in missing else find_spec(name, *a),
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in missing else find_spec(name, *a))
     with pytest.raises(error, match=message):
         evaluate(**arguments)
     assert not (tmp_path / "out").exists()
 
 
 def test_another_pipeline_is_refused(evaluate):
-    with pytest.raises(
-        ValueError, match="must be a CogVideoXPipeline, got a StableDiffusionPipeline"
-    ):
+    with pytest.raises(ValueError, match="must be a CogVideoXPipeline, got a StableDiffusionPipeline"):
         evaluate(pretrained_model_name_or_path=MODEL_DIR)
 
 

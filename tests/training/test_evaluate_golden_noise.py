@@ -19,7 +19,6 @@ from tests.evaluation.golden_subjects import small_network
 from tests.training.script_runs import command_line, files_below
 from training import evaluate_golden_noise as script
 
-
 REWARD = "tests.training.stub_rewards:Brightness"
 PROMPTS = ("a red nine", "# 1", "None")
 RESULTS = {"report.json", "pictures.csv", "table.md", "sheet.png"}
@@ -63,9 +62,7 @@ def test_the_report_is_that_of_the_library(evaluate, tmp_path):
     prompts = tmp_path / "digits.txt"
     prompts.write_text("a red nine\na blue four\n")
     rewards = ["examples.digits.rewards:DigitsReward", "examples.digits.rewards:SecondDigitsReward"]
-    found = evaluate(
-        prompt_file=prompts, reward=rewards, target_steps=[2, 1], seed=4, best_of=2, batch_size=3
-    )
+    found = evaluate(prompt_file=prompts, reward=rewards, target_steps=[2, 1], seed=4, best_of=2, batch_size=3)
     assert list(found.noise) == ["standard", "2-step target", "1-step target", "small"]
     pipeline = load_pipeline()
     expected = evaluate_golden_noise(
@@ -157,9 +154,7 @@ def test_arguments_from_a_file(evaluate, tmp_path, network, prompt_file):
         ({"pretrained_model_name_or_path": "nowhere"}, "must be a folder or Hub name of a pipeline"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_and_leaves_nothing(
-    evaluate, tmp_path, monkeypatch, arguments, message
-):
+def test_bad_input_is_refused_and_leaves_nothing(evaluate, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=message):
         evaluate("out", **arguments)
@@ -177,9 +172,7 @@ def test_several_processes_are_refused(evaluate, tmp_path, monkeypatch):
 def test_all_pictures_are_written_where_asked_for(evaluate, tmp_path):
     line = ["--save_images"]
     report = evaluate(max_prompts=1, num_images_per_prompt=2, target_steps=1, seed=4, further=line)
-    written = sorted(
-        p.relative_to(tmp_path / "out/images") for p in tmp_path.glob("out/images/*/*")
-    )
+    written = sorted(p.relative_to(tmp_path / "out/images") for p in tmp_path.glob("out/images/*/*"))
     seeds = [row["seed"] for row in report.rows]
     assert [str(path) for path in written] == [
         f"{side}/{row:05d}_seed_{seed}.png"

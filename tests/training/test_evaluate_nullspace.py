@@ -20,7 +20,6 @@ from tests.evaluation.test_features import SMALL, write_preprocessing
 from tests.training.script_runs import EVALUATED, command_line, files_below, write_prompts
 from training.evaluate_nullspace import main, parse_args
 
-
 HELD_OUT = ("a red four",)
 SUBJECT = "a photo of the digit sks"
 DRAWING = {"num_inference_steps": 2, "guidance_scale": 3.0, "num_images_per_prompt": 2}
@@ -145,11 +144,7 @@ def test_feature_models_and_distributions(evaluate, tmp_path, extractors):
     for index, ink in enumerate(draw_glyphs("triangle", 2, seed=1)):
         Image.fromarray(tint(ink, "white")).save(pictures / f"{index}.png")
     report = evaluate(
-        **extractors,
-        distribution=True,
-        subject_prompt=SUBJECT,
-        subject_data_dir=pictures,
-        num_images_per_prompt=3,
+        **extractors, distribution=True, subject_prompt=SUBJECT, subject_data_dir=pictures, num_images_per_prompt=3
     )
     assert report.settings["features"] == "DINOv2Features"
     assert report.settings["clip"] == str(extractors["clip"])

@@ -10,7 +10,6 @@ import pytest
 
 from docs.settings_tables import script_parser
 
-
 FLAGS = json.loads((Path(__file__).parents[1] / "fixtures/evaluation_flags.json").read_text())
 ACTIONS = {"append": argparse._AppendAction, "store_true": argparse._StoreTrueAction}
 

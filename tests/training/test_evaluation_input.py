@@ -46,10 +46,7 @@ def prompts_of(folder: Path, *prompts: str) -> Path:
         (lambda _: {"lora": "nowhere"}, "must be a file, a folder or 'user/name', got nowhere"),
         (lambda _: {"knowledge_prompts": "nowhere.txt"}, "got nowhere.txt: no such file"),
         (lambda f: {"held_out_prompts": prompts_of(f)}, "must hold at least one prompt"),
-        (
-            lambda f: {"held_out_prompts": prompts_of(f, EVALUATED[1])},
-            "must not be among `prompts`",
-        ),
+        (lambda f: {"held_out_prompts": prompts_of(f, EVALUATED[1])}, "must not be among `prompts`"),
         (lambda _: {"judge": "tests.nowhere:judge"}, "`judge` must name a module"),
         (lambda _: {"judge": "tests.training.stub_judges:one_number"}, "one finite bool per image"),
         (

@@ -13,7 +13,6 @@ from diffusers_ext.training.golden_noise.prompts import main, parse_args
 from diffusers_ext.training.golden_noise.rendering import read_prompt_file
 from tests.training.script_runs import REPOSITORY, environment
 
-
 # What tables, numbers and files make of texts, where nobody looks.
 CAPTIONS = (
     "a red seven",

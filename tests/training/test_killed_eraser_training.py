@@ -6,7 +6,6 @@ import pytest
 
 from tests.training.eraser_runs import eraser_line, read_report, train, write_eraser_files
 
-
 RUN = {
     "lr_scheduler": "cosine",
     "gradient_accumulation_steps": 2,

@@ -10,7 +10,6 @@ from diffusers_ext.training.run.checkpoint_files import list_checkpoints
 from tests.training.noise_runs import noise_line, train
 from tests.training.noise_sets import write_noises
 
-
 STATEFUL = {
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 2,
@@ -83,9 +82,7 @@ def test_killed_while(moment, model, noises, server, tmp_path):
         ({"max_train_steps": 2}, "`max_train_steps` must be at least the 4 steps"),
     ],
 )
-def test_another_run_is_refused_before_the_text_is_encoded(
-    changed, message, model, noises, tmp_path, monkeypatch
-):
+def test_another_run_is_refused_before_the_text_is_encoded(changed, message, model, noises, tmp_path, monkeypatch):
     run = {"checkpointing_steps": 4, "use_ema": True}
     train(model, noises, tmp_path / "out", **run)
     monkeypatch.setattr("diffusers_ext.training.golden_noise.run.load_text_pipeline", None)

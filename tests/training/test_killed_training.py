@@ -10,7 +10,6 @@ from diffusers_ext.training.nullspace.run import main, parse_args
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints
 from tests.training.script_runs import files_below
 
-
 # Everything that has a state: dropout draws from the global generators, the schedule counts steps.
 STATEFUL = {
     "lora_dropout": 0.3,
@@ -97,10 +96,7 @@ def test_killed_while(moment, server, teach, subject_line, tmp_path):
     assert any(path.name.startswith(".partial-") for path in killed.iterdir())
     resumed = teach("killed", **run, resume_from_checkpoint="latest")
     assert result_of(resumed) == result_of(expected)
-    assert [folder.name for folder in list_checkpoints(killed)] == [
-        "checkpoint-10",
-        "checkpoint-12",
-    ]
+    assert [folder.name for folder in list_checkpoints(killed)] == ["checkpoint-10", "checkpoint-12"]
     assert not any(path.name.startswith(".partial-") for path in killed.iterdir())
 
 

@@ -21,7 +21,6 @@ from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import pixart_pipeline, sdxl_pipeline
 from tests.training.conftest import KNOWN
 
-
 OTHER = "a white ohwx"
 
 
@@ -101,9 +100,7 @@ def test_given_statistics_are_taken_as_they_are(args, pipeline, accelerator, tmp
         load_or_collect(args, random_digits_pipeline(), accelerator)
 
 
-def test_other_subjects_join_with_the_settings_of_the_statistics(
-    args, pipeline, accelerator, tmp_path
-):
+def test_other_subjects_join_with_the_settings_of_the_statistics(args, pipeline, accelerator, tmp_path):
     run = {
         "features": ("q", "k"), "layers": [0], "negative_prompt": "a green one", "batch_size": 3,
         "expand_sub_phrases": False, "num_inference_steps": 2, "guidance_scale": 2.0, "seed": 5,
@@ -125,9 +122,7 @@ def test_other_subjects_join_with_the_settings_of_the_statistics(
     assert stored.facts["prompts"] == list(KNOWN)
 
 
-def test_statistics_of_other_layers_or_another_negative_prompt(
-    args, pipeline, accelerator, tmp_path
-):
+def test_statistics_of_other_layers_or_another_negative_prompt(args, pipeline, accelerator, tmp_path):
     collect_statistics(
         pipeline, KNOWN, layers=[0, 2], negative_prompt="a red one", show_progress=False
     ).save_pretrained(tmp_path / "known")
@@ -138,7 +133,5 @@ def test_statistics_of_other_layers_or_another_negative_prompt(
     with pytest.raises(ValueError, match=r"`cross_attention_layers` must be .*\[0, 2\], got \[1\]"):
         load_or_collect(args, pipeline, accelerator)
     args.cross_attention_layers, args.negative_prompt = "all", "a blue one"
-    with pytest.raises(
-        ValueError, match="`negative_prompt` must be .*'a red one', got 'a blue one'"
-    ):
+    with pytest.raises(ValueError, match="`negative_prompt` must be .*'a red one', got 'a blue one'"):
         load_or_collect(args, pipeline, accelerator)

@@ -11,21 +11,13 @@ from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
 from diffusers_ext.training.run.setup import make_accelerator, settle_launcher_settings
 from training import evaluate_eraser
 
-
 ERASER = (
     "--pretrained_model_name_or_path m --target_concept dog --prompts_file p "
     "--preserved_concepts_file k --output_dir o"
 )
-EVALUATION = (
-    "--pretrained_model_name_or_path m --eraser e --evaluation_prompts p --judge nudenet "
-    "--output_dir o"
-)
+EVALUATION = "--pretrained_model_name_or_path m --eraser e --evaluation_prompts p --judge nudenet --output_dir o"
 PAIRS = "--prompt_file p --output_dir o"
-SCRIPTS = (
-    (train_cogvideox_eraser, ERASER),
-    (evaluate_eraser, EVALUATION),
-    (generate_npd, PAIRS),
-)
+SCRIPTS = ((train_cogvideox_eraser, ERASER), (evaluate_eraser, EVALUATION), (generate_npd, PAIRS))
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
@@ -63,9 +55,7 @@ def test_precisions_that_fit(ours, theirs, expected):
     assert vars(args) == {"mixed_precision": expected}
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "expected"), [(None, None, 1), (None, "4", 4), (2, None, 2), (4, "4", 4)]
-)
+@pytest.mark.parametrize(("ours", "theirs", "expected"), [(None, None, 1), (None, "4", 4), (2, None, 2), (4, "4", 4)])
 def test_accumulations_that_fit(ours, theirs, expected):
     args = Namespace(gradient_accumulation_steps=ours)
     variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"

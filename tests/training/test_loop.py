@@ -11,7 +11,6 @@ from diffusers_ext.core.seeds import step_generator
 from diffusers_ext.training.run.checkpoints import Checkpoints
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 
-
 INPUTS = torch.arange(24.0).reshape(6, 4) / 24
 
 
@@ -41,12 +40,8 @@ class Killed(Exception):
 def make_loop(tmp_path=None, loss=fit, every=2, kill_at=None, **arguments) -> TrainingLoop:
     """A small loop with everything that has a state."""
     settings = {"max_train_steps": 8, "train_batch_size": 2, "logging_steps": 1}
-    settings.update(
-        {k: arguments.pop(k) for k in list(arguments) if k in LoopSettings.__annotations__}
-    )
-    accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=settings.get("gradient_accumulation_steps", 1)
-    )
+    settings.update({k: arguments.pop(k) for k in list(arguments) if k in LoopSettings.__annotations__})
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=settings.get("gradient_accumulation_steps", 1))
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -194,9 +189,7 @@ def broken_from(step: int, value: float):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, value):
     loop = make_loop(tmp_path, loss=broken_from(4, value))
-    with pytest.raises(
-        FloatingPointError, match="loss must stay finite, got (nan|inf) before step 4"
-    ):
+    with pytest.raises(FloatingPointError, match="loss must stay finite, got (nan|inf) before step 4"):
         run(loop)
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-2"]
     resumed, whole = make_loop(tmp_path, resume_from_checkpoint="latest"), make_loop()
@@ -228,9 +221,7 @@ def test_a_checkpoint_from_beyond_the_end_is_refused(tmp_path):
 def test_the_accelerator_must_accumulate_as_the_loop_does():
     loop = make_loop()
     loop.accelerator.gradient_accumulation_steps = 4
-    with pytest.raises(
-        ValueError, match="`gradient_accumulation_steps` must be the same .* 4 and 1"
-    ):
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` must be the same .* 4 and 1"):
         loop.run()
 
 

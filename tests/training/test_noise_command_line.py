@@ -4,7 +4,6 @@ import pytest
 
 from training import train_noise_sequence, train_npnet
 
-
 LINE = ["--base_model_id", "b", "--dataset_dir", "d", "--output_dir", "o"]
 
 
@@ -27,9 +26,7 @@ def test_defaults_follow_the_network(script, model, batch, rate):
     args = script.parse_args([*LINE, "--model", model])
     assert (args.train_batch_size, args.learning_rate) == (batch, rate)
     assert args.adam_weight_decay == 1e-2
-    given = script.parse_args(
-        [*LINE, "--model", model, "--adam_weight_decay", "0", "--learning_rate", "1"]
-    )
+    given = script.parse_args([*LINE, "--model", model, "--adam_weight_decay", "0", "--learning_rate", "1"])
     assert (given.adam_weight_decay, given.learning_rate) == (0, 1)
 
 

@@ -62,9 +62,7 @@ def test_steps_of_the_command_line():
     assert target_steps(args(target_step="last"), 5) == [5]
     assert target_steps(args(target_step="2"), 5) == [2]
     for step in ("0", "6", "first"):
-        with pytest.raises(
-            ValueError, match=f"must be 'last' or from 1 to the data's 5, got {step}"
-        ):
+        with pytest.raises(ValueError, match=f"must be 'last' or from 1 to the data's 5, got {step}"):
             target_steps(args(target_step=step), 5)
     assert sequence_steps(args(max_seq_len=None), 5) == [1, 2, 3, 4, 5]
     assert sequence_steps(args(max_seq_len=4), 5) == [1, 2, 3]

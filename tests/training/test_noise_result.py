@@ -10,7 +10,6 @@ from tests.evaluation.golden_subjects import small_network
 from tests.training.noise_runs import read_report, train
 from tests.training.noise_sets import digits_facts, write_noises
 
-
 MADE = {"w1": 5.5, "redenoise_steps": 10, "models": {}, "reward": None}
 DATA = {
     "generation": MADE,
@@ -23,14 +22,7 @@ FIGURES = {"step": 100, "validation_relative": 0.25, "validation_cosine": 0.9, "
 
 
 def make_args(**values):
-    line = [
-        "--base_model_id",
-        "somebody/base",
-        "--dataset_dir",
-        "user/pairs",
-        "--output_dir",
-        "out",
-    ]
+    line = ["--base_model_id", "somebody/base", "--dataset_dir", "user/pairs", "--output_dir", "out"]
     line += ["--max_train_steps", "100", "--hub_token", "secret", "--hub_license", "mit"]
     args = parse_args(line)
     vars(args).update(values)
@@ -48,10 +40,7 @@ def test_the_card_tells_what_it_is_how_it_loads_and_what_was_measured():
     assert card.data.license == "mit"
     results = {r.metric_name: (r.dataset_name, r.metric_value) for r in card.data.eval_results}
     held_out = "held-out prompts of user/pairs"
-    assert results == {
-        "relative squared error": (held_out, 0.25),
-        "cosine with the true change": (held_out, 0.9),
-    }
+    assert results == {"relative squared error": (held_out, 0.25), "cosine with the true change": (held_out, 0.9)}
     for text in (
         'GoldenNoiseModel.from_pretrained("me/noise")',
         "GoldenNoiseXLPipeline.from_pretrained(",

@@ -9,13 +9,8 @@ from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseMo
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
 from diffusers_ext.training.golden_noise.data import NoiseSamples
-from diffusers_ext.training.golden_noise.result import (
-    NoiseValidation,
-    averaged_weights,
-    measure_pairs,
-)
+from diffusers_ext.training.golden_noise.result import NoiseValidation, averaged_weights, measure_pairs
 from tests.training.noise_sets import PROMPTS, write_noises
-
 
 ROWS = {prompt: row for row, prompt in enumerate(PROMPTS)}
 CACHE = TextCache(PROMPTS, NetworkText(torch.ones(4, 3, 16), None, None))
@@ -25,9 +20,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 @pytest.fixture
 def network() -> GoldenNoiseModel:
     torch.manual_seed(0)
-    return GoldenNoiseModel(
-        sample_size=8, text_embed_dim=16, width=32, num_layers=1, num_heads=2
-    ).train()
+    return GoldenNoiseModel(sample_size=8, text_embed_dim=16, width=32, num_layers=1, num_heads=2).train()
 
 
 @pytest.fixture

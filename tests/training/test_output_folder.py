@@ -6,12 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_ext.core.artifacts import LOCK_NAME
-from diffusers_ext.training.run.script import (
-    check_output_dir,
-    clear_output_dir,
-    one_run_a_folder,
-    staged_output,
-)
+from diffusers_ext.training.run.script import check_output_dir, clear_output_dir, one_run_a_folder, staged_output
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -84,17 +79,12 @@ def test_the_last_file_is_missing_while_others_move(tmp_path, monkeypatch):
 
 
 def trained(folder: Path, **given) -> Namespace:
-    return Namespace(
-        **{"output_dir": folder, "overwrite_output_dir": False, "resume_from_checkpoint": None}
-        | given
-    )
+    return Namespace(**{"output_dir": folder, "overwrite_output_dir": False, "resume_from_checkpoint": None} | given)
 
 
 def test_a_finished_training_is_not_replaced_unasked(tmp_path):
     write(tmp_path, "training_report.json", "checkpoint-2/run.json")
-    with pytest.raises(
-        ValueError, match="no finished result, got training_report.json .*train it fu"
-    ):
+    with pytest.raises(ValueError, match="no finished result, got training_report.json .*train it fu"):
         check_output_dir(trained(tmp_path))
     check_output_dir(trained(tmp_path, resume_from_checkpoint="latest"))
     check_output_dir(trained(tmp_path, overwrite_output_dir=True))

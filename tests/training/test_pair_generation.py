@@ -16,14 +16,9 @@ from tests.golden_noise.golden_pipelines import FAMILIES
 from tests.tiny_digits import random_digits_pipeline
 from tests.training.stub_rewards import Brightness, Constant
 
-
 SHAPE = (4, 8, 8)
 SETTINGS = PairSettings(
-    prompt_file="prompts.txt",
-    output_dir="out",
-    num_steps=2,
-    num_inference_steps=3,
-    guidance_scale=2.0,
+    prompt_file="prompts.txt", output_dir="out", num_steps=2, num_inference_steps=3, guidance_scale=2.0
 )
 PROMPTS = ["a red seven", "a blue three"]
 
@@ -58,10 +53,7 @@ def test_kept_and_rejected_pairs_are_told_apart_by_their_rewards(pipeline):
     text = encode_prompts(pipeline, [c.prompt for c in batch])
     states = redenoise_sequence(pipeline, noise, text, repeats=2)
     golden = noise + (states[:, -1] - noise).half().float()
-    scores = [
-        Brightness().score(render(pipeline, x, text, SETTINGS, [0] * 4), [])
-        for x in (noise, golden)
-    ]
+    scores = [Brightness().score(render(pipeline, x, text, SETTINGS, [0] * 4), []) for x in (noise, golden)]
     wins = (scores[1] > scores[0]).tolist()
     assert len(part.pairs) + len(part.rejected) == 4
     assert {record.index for record in part.pairs} == {i for i, won in enumerate(wins) if won}
@@ -76,9 +68,7 @@ def test_kept_and_rejected_pairs_are_told_apart_by_their_rewards(pipeline):
             assert getattr(record, name) == pytest.approx(value, abs=1e-4), name
     kept = torch.tensor([record.index for record in part.pairs], dtype=torch.long)
     assert part.deltas.dtype == torch.float16
-    torch.testing.assert_close(
-        part.deltas.float(), (states - noise[:, None])[kept], atol=2e-3, rtol=0
-    )
+    torch.testing.assert_close(part.deltas.float(), (states - noise[:, None])[kept], atol=2e-3, rtol=0)
 
 
 def test_the_margin_must_be_exceeded(pipeline):
@@ -99,15 +89,9 @@ def test_a_pair_costs_two_denoiser_calls_a_step_and_its_pictures(pipeline, monke
     batches, encoded, rendered = [], [], []
     pipeline.unet.register_forward_hook(lambda module, args, output: batches.append(len(output[0])))
     encode, call = pipeline.encode_prompt, type(pipeline).__call__
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda *a, **k: encoded.append(k.get("prompt")) or encode(*a, **k))
     monkeypatch.setattr(
-        pipeline,
-        "encode_prompt",
-        lambda *a, **k: encoded.append(k.get("prompt")) or encode(*a, **k),
-    )
-    monkeypatch.setattr(
-        type(pipeline),
-        "__call__",
-        lambda *a, **k: rendered.append(len(k["latents"])) or call(*a, **k),
+        type(pipeline), "__call__", lambda *a, **k: rendered.append(len(k["latents"])) or call(*a, **k)
     )
     PairMaker(pipeline, SHAPE, SETTINGS, None).make(candidates())
     # Guidance 5.5 doubles the batch, guidance 1 does not.

@@ -16,9 +16,7 @@ from tests.tiny_pipelines import pixart_pipeline
 
 
 def sampling(steps: int, guidance: float, negative: str) -> SamplingSettings:
-    return SamplingSettings(
-        num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative
-    )
+    return SamplingSettings(num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative)
 
 
 SEEDS = [5, 2**62 + 6]
@@ -49,9 +47,7 @@ def test_a_seed_is_the_picture_that_the_pipeline_draws_from_it(family):
     """Unit noise is what every family takes, packed or not, scaled by its scheduler or not."""
     pipeline, pixels = FAMILIES[family].plain(), FAMILIES[family].pixels
     pipeline.set_progress_bar_config(disable=True)
-    expected = drawn(
-        pipeline, pixels, num_inference_steps=2, guidance_scale=3.0, **FAMILIES[family].call
-    )
+    expected = drawn(pipeline, pixels, num_inference_steps=2, guidance_scale=3.0, **FAMILIES[family].call)
     found = rendered(pipeline, pixels, sampling(2, 3.0, ""))
     assert expected.std() > 1
     assert abs(found - expected).max() <= 1

@@ -14,7 +14,6 @@ from examples.digits.check_model import load_pipeline
 from tests.training.pair_runs import QUICK_PAIRS, set_content, write_prompt_file
 from tests.training.script_runs import command_line, launch
 
-
 SETTINGS = {**QUICK_PAIRS, "noises_per_prompt": 3}  # shards of 6, 6 and 3 candidates
 
 

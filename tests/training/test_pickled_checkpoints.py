@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_ext.training.run.checkpoint_files import (
-    PARTIAL_PREFIX,
-    _hash_files,
-    finish_checkpoint,
-)
+from diffusers_ext.training.run.checkpoint_files import PARTIAL_PREFIX, _hash_files, finish_checkpoint
 from tests.training.test_checkpoints import Run
-
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -90,9 +85,7 @@ def test_they_resume_to_the_bit(old, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(other.weights(), run.weights()))
 
 
-@pytest.mark.parametrize(
-    "name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin"]
-)
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin"])
 def test_they_run_no_code(old, tmp_path, name):
     checkpoint, _, _ = old
     torch.save({"count": Evil(tmp_path / "ran")}, checkpoint / name, pickle_module=pickle)

@@ -9,7 +9,6 @@ from diffusers_ext.evaluation.plugins import REWARDS, load_judge, load_reward
 from diffusers_ext.rewards import CLIPScoreReward, PickScoreReward
 from tests.tiny_clip import save_tiny_clip
 
-
 MODULE = """
 class Judge:
     def correct(self, images, prompts):
@@ -135,7 +134,4 @@ def test_names_versions_and_devices_reach_the_reward(monkeypatch):
         monkeypatch.setattr(kind, "from_pretrained", lambda *a, **k: seen.append((a, k)))
     load_reward("hpsv2", version="v2.0", model="folder", device="cuda", batch_size=4)
     load_reward("hpsv2")
-    assert seen == [
-        (("folder",), {"version": "v2.0", "device": "cuda", "batch_size": 4}),
-        ((), {"device": "cpu"}),
-    ]
+    assert seen == [(("folder",), {"version": "v2.0", "device": "cuda", "batch_size": 4}), ((), {"device": "cpu"})]

@@ -103,9 +103,7 @@ def test_private_files_stay_here(hub, accelerator, make_args, pipeline, tmp_path
     assert sorted(hub.files("tester/full")) == ["README.md", "model_index.json", "weights"]
 
 
-def test_the_repository_is_named_after_the_folder(
-    hub, accelerator, make_args, pipeline, tmp_path, monkeypatch
-):
+def test_the_repository_is_named_after_the_folder(hub, accelerator, make_args, pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").write_text("words")
     args = make_args()
@@ -161,9 +159,7 @@ def test_a_run_is_published_at_its_end(teach, hub):
     card = card_of(hub, "tester/out")
     assert card.data.widget[0]["output"]["url"] in files
     drift = json.loads(files["training_report.json"])["predicted_drift"].values()
-    assert card.data.eval_results[0].metric_value == pytest.approx(
-        sum(drift) / len(drift), rel=1e-3
-    )
+    assert card.data.eval_results[0].metric_value == pytest.approx(sum(drift) / len(drift), rel=1e-3)
     for content in files.values():
         assert b"hf_test" not in content
         assert str(folder.parent).encode() not in content

@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.training.run.checkpoint_files import (
-    random_states,
-    read_state,
-    restore_random_states,
-    write_state,
-)
-
+from diffusers_ext.training.run.checkpoint_files import random_states, read_state, restore_random_states, write_state
 
 CPU = torch.device("cpu")
 STATE = {
@@ -54,17 +48,7 @@ def test_what_only_a_pickle_could_hold_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[",
-        '{"tensor": "7"}',
-        '{"code": "1"}',
-        '{"dict": 1}',
-        "{}",
-        "[" * 100_000,
-        '{"a": 1, "b": 2}',
-    ],
+    "text", ["", "[", '{"tensor": "7"}', '{"code": "1"}', '{"dict": 1}', "{}", "[" * 100_000, '{"a": 1, "b": 2}']
 )
 def test_a_damaged_state_is_refused_by_name(tmp_path, text):
     write_state(STATE, tmp_path / "part_0")

@@ -12,7 +12,6 @@ from examples.digits.check_model import load_pipeline
 from tests.evaluation.golden_subjects import small_network
 from tests.training.script_runs import command_line
 
-
 PROMPT = "a red nine"
 
 

@@ -13,7 +13,6 @@ from diffusers_ext.training.run.script import run_script
 from tests.training.script_runs import REPOSITORY, environment
 from training.evaluate_golden_noise import GOLDEN_NOISE, main, parse_args
 
-
 LINE = (
     "--pretrained_model_name_or_path", "m", "--prompt_file", "p.txt", "--reward", "hpsv2",
     "--target_steps", "1", "--output_dir",
@@ -79,9 +78,7 @@ def test_other_processes_speak_late_and_by_their_number(script, monkeypatch):
 
 def test_a_script_as_its_users_start_it(tmp_path):
     line = [sys.executable, "-W", "ignore", "training/evaluate_nullspace.py", "--lora", "x"]
-    run = subprocess.run(
-        line, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run(line, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120)
     assert run.returncode == 2
     said, _, missing = run.stderr.splitlines()[-1].partition("given: ")
     assert said == "error: these arguments must be "

@@ -107,9 +107,7 @@ def test_freed_weights_are_those_with_statistics(make_args, pipeline, statistics
 def test_freed_weights_are_of_the_measured_model(make_args, pipeline):
     other = random_digits_pipeline()
     other.text_encoder = pipeline.text_encoder
-    statistics = collect_statistics(
-        other, KNOWN, features="q", num_inference_steps=1, show_progress=False
-    )
+    statistics = collect_statistics(other, KNOWN, features="q", num_inference_steps=1, show_progress=False)
     with pytest.raises(ValueError, match="must be of the same denoiser"):
         free_constrained_weights(make_args(full_finetune=True), pipeline.unet, statistics)
     assert not trainable(pipeline.unet)
@@ -118,39 +116,27 @@ def test_freed_weights_are_of_the_measured_model(make_args, pipeline):
 @pytest.mark.parametrize("full", [None, True])
 def test_checkpoints_keep_the_lora_or_the_weights(make_args, full):
     keep = keep_rule(make_args(full_finetune=full))
-    frozen, free = (
-        torch.nn.Parameter(torch.zeros(1), requires_grad=flag) for flag in (False, True)
-    )
+    frozen, free = (torch.nn.Parameter(torch.zeros(1), requires_grad=flag) for flag in (False, True))
     # A LoRA's frozen A belongs to the checkpoint: it decides what B means.
     assert keep("to_k.lora_A.default.weight", frozen) == (full is None)
     assert keep("to_k.weight", free) == bool(full)
     assert not keep("to_k.weight", frozen)
 
 
-def test_the_price_of_drift_is_added_to_the_loss(
-    make_args, pipeline, statistics, fresh_accelerator
-):
+def test_the_price_of_drift_is_added_to_the_loss(make_args, pipeline, statistics, fresh_accelerator):
     add_lora(make_args(directions="soft"), pipeline, statistics)
     for _, layer in lora_linears(pipeline.unet):
         torch.nn.init.constant_(layer.lora_B["default"].weight, 0.1)
-    loss = SoftLoss(
-        lambda model, batch, generator: {"loss": torch.tensor(2.0)},
-        statistics,
-        10.0,
-    )
+    loss = SoftLoss(lambda model, batch, generator: {"loss": torch.tensor(2.0)}, statistics, 10.0)
     found = loss(pipeline.unet, [], torch.Generator())
     penalty = preservation_penalty(pipeline.unet, statistics)
     assert found["preservation"] == penalty > 0
     torch.testing.assert_close(found["loss"], 2.0 + 10.0 * penalty)
     found["loss"].backward()
-    assert all(
-        layer.lora_B["default"].weight.grad.any() for _, layer in lora_linears(pipeline.unet)
-    )
+    assert all(layer.lora_B["default"].weight.grad.any() for _, layer in lora_linears(pipeline.unet))
 
 
-def test_a_result_is_written_whole_or_not_at_all(
-    make_args, pipeline, statistics, tmp_path, monkeypatch
-):
+def test_a_result_is_written_whole_or_not_at_all(make_args, pipeline, statistics, tmp_path, monkeypatch):
     args = make_args()
     add_lora(args, pipeline, statistics)
     with pytest.raises(ValueError, match="must have an effect, got all B matrices zero"):
@@ -159,9 +145,7 @@ def test_a_result_is_written_whole_or_not_at_all(
     for _, layer in lora_linears(pipeline.unet):
         torch.nn.init.ones_(layer.lora_B["default"].weight)
     save_result(args, pipeline, statistics, {"run": 1})
-    before = {
-        name: (tmp_path / "out" / name).read_bytes() for name in files_below(tmp_path / "out")
-    }
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in files_below(tmp_path / "out")}
     assert before.keys() == {
         "comfyui_a1111_kohya.safetensors", "pytorch_lora_weights.safetensors",
         "training_report.json", "statistics/config.json",

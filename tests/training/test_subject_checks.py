@@ -13,18 +13,11 @@ from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
 from diffusers_ext.training.nullspace import subject
-from diffusers_ext.training.nullspace.run import (
-    check_args,
-    main,
-    parse_args,
-    settle_resolution,
-    subject_settings,
-)
+from diffusers_ext.training.nullspace.run import check_args, main, parse_args, settle_resolution, subject_settings
 from diffusers_ext.training.run.setup import run_facts
 from examples.digits.check_model import load_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import pixart_pipeline
-
 
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a digit"}
 NUMBERS = [
@@ -106,9 +99,7 @@ def test_files_that_hold_nothing(fails_before_loading, tmp_path, pictures):
     content = (pictures / "0.png").read_bytes()
     for broken in (b"", b"text", content[: len(content) // 2]):
         (folder / "a.png").write_bytes(broken)
-        message = (
-            "a.png must be a picture, got (an empty file|a file that is none or cannot be read)"
-        )
+        message = "a.png must be a picture, got (an empty file|a file that is none or cannot be read)"
         fails_before_loading(message, instance_data_dir=folder)
 
 
@@ -174,9 +165,7 @@ def test_damaged_statistics(fails, tmp_path):
     fails(f"must hold {weights.name}", statistics=folder)
 
 
-def test_no_null_space_or_no_news_stop_before_class_pictures_are_drawn(
-    fails, tmp_path, monkeypatch
-):
+def test_no_null_space_or_no_news_stop_before_class_pictures_are_drawn(fails, tmp_path, monkeypatch):
     def draw(*_: object, **__: object) -> None:
         raise AssertionError("No picture must be drawn.")
 
@@ -210,9 +199,7 @@ def test_other_pipelines_and_predictions(fails, tmp_path):
     path = {"pretrained_model_name_or_path": tmp_path / "pixart"}
     fails("must be a Stable Diffusion or SDXL pipeline, got PixArt", **path)
     pipeline = load_pipeline()
-    pipeline.scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, prediction_type="sample"
-    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="sample")
     pipeline.save_pretrained(tmp_path / "sample")
     path = {"pretrained_model_name_or_path": tmp_path / "sample"}
     fails("`prediction_type` of the scheduler must be 'epsilon' or .* got 'sample'", **path)
@@ -234,9 +221,7 @@ def test_a_diverging_run_leaves_its_last_checkpoint_and_no_result(teach, tmp_pat
     expected = teach("expected", checkpointing_steps=2)
     with monkeypatch.context() as patch:
         patch.setattr(train_nullspace_dreambooth, "make_loss", broken)
-        with pytest.raises(
-            FloatingPointError, match="loss must stay finite, got nan before step 4"
-        ):
+        with pytest.raises(FloatingPointError, match="loss must stay finite, got nan before step 4"):
             teach(checkpointing_steps=2)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
     resumed = teach(checkpointing_steps=2, resume_from_checkpoint="latest")

@@ -67,9 +67,7 @@ def test_the_model_is_left_as_it_was(validation, pipeline, monkeypatch, broken):
     modes = [module.training for module in pipeline.unet.modules()]
     state = torch.get_rng_state()
     seen = []
-    hook = pipeline.unet.conv_in.register_forward_hook(
-        lambda module, *_: seen.append(module.training)
-    )
+    hook = pipeline.unet.conv_in.register_forward_hook(lambda module, *_: seen.append(module.training))
     try:
         if broken:
             monkeypatch.setattr(pipeline.vae, "decode", lambda *_: 1 / 0)

@@ -20,7 +20,6 @@ from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, read_report, train, write_eraser_files
 from tests.training.script_runs import files_below
 
-
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
@@ -176,14 +175,11 @@ def write(path, text):
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_weights_are_loaded(
-    arguments, message, files, tmp_path, monkeypatch
-):
+def test_bad_input_is_refused_before_weights_are_loaded(arguments, message, files, tmp_path, monkeypatch):
     monkeypatch.setattr(eraser_text, "load_text_pipeline", None)
     texts = {"empty": "# nothing\n\n", "seven": "three\na seven\n"}
     arguments = {
-        name: write(tmp_path / value, texts[value]) if value in texts else value
-        for name, value in arguments.items()
+        name: write(tmp_path / value, texts[value]) if value in texts else value for name, value in arguments.items()
     }
     with pytest.raises(ValueError, match=message):
         train(files, tmp_path / "out", **arguments)
@@ -199,12 +195,7 @@ def test_bad_input_is_refused_before_weights_are_loaded(
 )
 def test_a_scheduler_of_another_kind(files, tmp_path, monkeypatch, change, message):
     real = eraser_base.DDIMScheduler.load_config
-    epsilon = SimpleNamespace(
-        load_config=lambda *args, **options: {
-            **real(*args, **options),
-            **change,
-        }
-    )
+    epsilon = SimpleNamespace(load_config=lambda *args, **options: {**real(*args, **options), **change})
     monkeypatch.setattr(eraser_base, "DDIMScheduler", epsilon)
     with pytest.raises(ValueError, match=message):
         train(files, tmp_path / "out")

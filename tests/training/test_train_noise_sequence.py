@@ -11,7 +11,6 @@ from tests.training.noise_runs import noise_line, read_report, train
 from tests.training.noise_sets import SHAPE, digits_facts, write_noises
 from training import train_noise_sequence
 
-
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
@@ -22,9 +21,7 @@ def sequences(tmp_path_factory):
 
 
 @pytest.mark.parametrize("model", ["transformer", "rnn"])
-def test_the_loss_falls_below_the_identity_by_teacher_forcing_and_by_roll_out(
-    model, sequences, tmp_path
-):
+def test_the_loss_falls_below_the_identity_by_teacher_forcing_and_by_roll_out(model, sequences, tmp_path):
     report = read_report(train(model, sequences, tmp_path / "out", max_train_steps=50))
     first, last = report["history"][0], report["history"][-1]
     for step in ("first", "last"):
@@ -60,9 +57,7 @@ def test_each_flag_reaches_the_config(model, structure, sequences, tmp_path):
 
 def test_whole_states_can_be_predicted_in_place_of_changes(sequences, tmp_path):
     line = noise_line("transformer", sequences, tmp_path / "out", max_train_steps=1)
-    folder = train_noise_sequence.main(
-        train_noise_sequence.parse_args([*line, "--no-predict_residual"])
-    )
+    folder = train_noise_sequence.main(train_noise_sequence.parse_args([*line, "--no-predict_residual"]))
     assert load_noise_model(folder).config.predict_residual is False
 
 
@@ -74,8 +69,7 @@ def test_longer_data_is_cut(sequences, tmp_path):
 
 def test_the_output_statistics_are_priced(sequences, tmp_path):
     usual, free, dear = (
-        read_report(train("rnn", sequences, tmp_path / f"{weight}", kl_weight=weight))
-        for weight in (None, 0, 1.0)
+        read_report(train("rnn", sequences, tmp_path / f"{weight}", kl_weight=weight)) for weight in (None, 0, 1.0)
     )
     assert usual["arguments"]["kl_weight"] == 0.01
     assert "kl" not in free["history"][-1]
@@ -126,9 +120,7 @@ def test_a_network_of_more_steps_goes_on_with_fewer(sequences, tmp_path):
         ("patch_size", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers",
          "dim_feedforward")
     )  # fmt: skip
-    again = train(
-        "transformer", sequences, tmp_path / "two", init_from=first, max_seq_len=3, **shape
-    )
+    again = train("transformer", sequences, tmp_path / "two", init_from=first, max_seq_len=3, **shape)
     assert load_noise_model(again).config.num_steps == 3
     short = train("transformer", sequences, tmp_path / "short", max_seq_len=3)
     with pytest.raises(ValueError, match="must be a network with `num_steps` = 3, got 2"):

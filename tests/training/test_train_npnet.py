@@ -10,7 +10,6 @@ from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from tests.training.noise_runs import read_report, train
 from tests.training.noise_sets import PROMPTS, SHAPE, digits_facts, write_noises
 
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -26,9 +25,7 @@ def sequences(tmp_path_factory):
 
 
 def test_the_loss_falls_far_below_the_identity_also_on_held_out_prompts(pairs, tmp_path):
-    folder = train(
-        "golden_noise_model", pairs, tmp_path / "out", max_train_steps=50, validation_steps=25
-    )
+    folder = train("golden_noise_model", pairs, tmp_path / "out", max_train_steps=50, validation_steps=25)
     report = read_report(folder)
     first, last = report["history"][0], report["history"][-1]
     assert first["relative"] > 0.3 > 0.05 > last["relative"]
@@ -93,8 +90,7 @@ def test_frozen_layers_stay(pairs, tmp_path):
     swin = {"swin_depths": [1, 1, 1], "swin_num_heads": [1, 1, 2], "swin_image_size": 64}
     run = {**swin, "nt_finetune": True}
     first, second = (
-        load_file(train("npnet", pairs, tmp_path / str(n), max_train_steps=n, **run) / WEIGHTS)
-        for n in (1, 3)
+        load_file(train("npnet", pairs, tmp_path / str(n), max_train_steps=n, **run) / WEIGHTS) for n in (1, 3)
     )
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert any("swin.encoder.layers.2" in name for name in changed)
@@ -121,8 +117,7 @@ def test_a_saved_network_goes_on(pairs, tmp_path):
 
 def test_the_last_step_of_sequences_is_the_target(sequences, tmp_path):
     last, named, other = (
-        train("golden_noise_model", sequences, tmp_path / str(step), target_step=step)
-        for step in ("last", 3, 1)
+        train("golden_noise_model", sequences, tmp_path / str(step), target_step=step) for step in ("last", 3, 1)
     )
     assert (last / WEIGHTS).read_bytes() == (named / WEIGHTS).read_bytes()
     assert (last / WEIGHTS).read_bytes() != (other / WEIGHTS).read_bytes()
@@ -147,9 +142,7 @@ def test_the_last_step_of_sequences_is_the_target(sequences, tmp_path):
 )  # fmt: skip
 def test_bad_input(arguments, message, pairs, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train(
-            "golden_noise_model", arguments.pop("dataset_dir", pairs), tmp_path / "o", **arguments
-        )
+        train("golden_noise_model", arguments.pop("dataset_dir", pairs), tmp_path / "o", **arguments)
     assert not (tmp_path / "o").exists()
 
 

@@ -16,7 +16,6 @@ from tests.tiny_pipelines import sdxl_pipeline
 from tests.training.conftest import KNOWN
 from tests.training.script_runs import files_below
 
-
 LORA = "pytorch_lora_weights.safetensors"
 SUBJECT = "a white sks"
 
@@ -81,9 +80,7 @@ def test_every_kind_of_directions_gives_an_ordinary_lora(teach, base, directions
         kohya = "comfyui_a1111_kohya.safetensors"
         assert files_below(folder) == {LORA, kohya, "training_report.json"}
     else:
-        assert set(KNOWN) == set(
-            FeatureStatistics.from_pretrained(folder / "statistics").facts["prompts"]
-        )
+        assert set(KNOWN) == set(FeatureStatistics.from_pretrained(folder / "statistics").facts["prompts"])
         assert len(report["predicted_drift"]) == 14
         assert report["statistics"][0]["dim"] == 128
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from examples.digits.check_model import load_pipeline
 from tests.training.script_runs import REPOSITORY, launch
 
-
 # One launch for both runs: starting the processes is what takes long.
 DRIVER = """
 import shutil, sys

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from examples.digits.check_model import load_pipeline
 
-
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -155,6 +154,4 @@ def test_validation_and_tensorboard(teach):
 def test_pictures_on_the_way_do_not_change_the_training(teach):
     quiet = teach("quiet", lora_dropout=0.3)
     drawing = {"validation_prompt": "a red seven", "validation_steps": 1}
-    assert (quiet / LORA).read_bytes() == (
-        teach("drawing", lora_dropout=0.3, **drawing) / LORA
-    ).read_bytes()
+    assert (quiet / LORA).read_bytes() == (teach("drawing", lora_dropout=0.3, **drawing) / LORA).read_bytes()

@@ -4,12 +4,7 @@ import argparse
 
 import pytest
 
-from diffusers_ext.training.run.upload import (
-    card_arguments,
-    check_login,
-    repository_name,
-    upload_arguments,
-)
+from diffusers_ext.training.run.upload import card_arguments, check_login, repository_name, upload_arguments
 from tests.golden_noise.shared_facts import upload_base
 
 

@@ -12,7 +12,6 @@ from peft.utils import PeftType
 
 from diffusers_ext.families.cogvideox import CogVideoX
 
-
 PEFT_TYPE_NAME = "ERASER"
 DEFAULT_TARGET = CogVideoX().eraser_target
 DEFAULT_LAYERS_PATTERN = CogVideoX.blocks
@@ -25,8 +24,8 @@ _RISKY = re.compile(r"\(\?(?!:)|(?<!\\)\)[*+?{]|\\[1-9]")
 def eraser_peft_type() -> PeftType:
     """The member `PeftType.ERASER`, added to PEFT's enumeration if it is not there yet.
 
-    PEFT looks methods up by members of a closed enumeration and has no entry point for others, so
-    the member is made the way `enum` makes its own.
+    PEFT looks methods up by members of a closed enumeration and has no entry point for others, so the member is made
+    the way `enum` makes its own.
     """
     if PEFT_TYPE_NAME in PeftType.__members__:
         return PeftType[PEFT_TYPE_NAME]
@@ -45,15 +44,12 @@ def eraser_peft_type() -> PeftType:
 class EraserConfig(PeftConfig):
     """Settings of one concept eraser for CogVideoX.
 
-    The eraser of a layer is `up(GELU(down(x)))`, added to the video tokens after the output
-    projection of the joint attention. The strength of a loaded eraser is no setting: it is the
-    weight given to `set_adapters`, and multiplies what the eraser adds. A setting out of range is a
-    `ValueError`, one of the wrong type a `TypeError`.
+    The eraser of a layer is `up(GELU(down(x)))`, added to the video tokens after the output projection of the joint
+    attention. The strength of a loaded eraser is no setting: it is the weight given to `set_adapters`, and multiplies
+    what the eraser adds. A setting out of range is a `ValueError`, one of the wrong type a `TypeError`.
     """
 
-    r: int = field(
-        default=128, metadata={"help": "Width of the bottleneck; at most the width of the model."}
-    )
+    r: int = field(default=128, metadata={"help": "Width of the bottleneck; at most the width of the model."})
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
@@ -68,24 +64,20 @@ class EraserConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the blocks that get an eraser; default all."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list of blocks that `layers_to_transform` counts in."},
+        default=None, metadata={"help": "Name of the list of blocks that `layers_to_transform` counts in."}
     )
     concept: str | None = field(default=None, metadata={"help": "What is erased."})
     anchor_concept: str | None = field(
         default=None, metadata={"help": "The word put in its place in training; none: no word."}
     )
     init_weights: bool = field(
-        default=True,
-        metadata={"help": "Start with a zero `up`, which changes nothing; otherwise at random."},
+        default=True, metadata={"help": "Start with a zero `up`, which changes nothing; otherwise at random."}
     )
     in_features: int | None = field(
-        default=None,
-        metadata={"help": "Width of the model the eraser belongs to; filled in from the model."},
+        default=None, metadata={"help": "Width of the model the eraser belongs to; filled in from the model."}
     )
     num_layers: int | None = field(
-        default=None,
-        metadata={"help": "Number of joint attentions of that model; filled in from the model."},
+        default=None, metadata={"help": "Number of joint attentions of that model; filled in from the model."}
     )
 
     def __post_init__(self) -> None:
@@ -101,8 +93,7 @@ class EraserConfig(PeftConfig):
             )
         if self.layers_to_transform is None and self.layers_pattern is not None:
             raise ValueError(
-                "`layers_pattern` must come with `layers_to_transform`, got "
-                f"{self.layers_pattern!r} alone."
+                f"`layers_pattern` must come with `layers_to_transform`, got {self.layers_pattern!r} alone."
             )
         if self.layers_to_transform is not None and self.layers_pattern is None:
             self.layers_pattern = DEFAULT_LAYERS_PATTERN
@@ -142,8 +133,8 @@ class EraserConfig(PeftConfig):
 def check_pattern(name: str, value: object) -> None:
     """Raise unless `value` is a list of module names, or an expression that no name can keep busy.
 
-    A config may come from a stranger, and PEFT matches its expressions against every module. What is
-    repeated must be a single character, and not often: repeated groups take time without end.
+    A config may come from a stranger, and PEFT matches its expressions against every module. What is repeated must be
+    a single character, and not often: repeated groups take time without end.
 
     Raises:
         TypeError: neither names, nor one expression, nor `None`.
@@ -167,9 +158,7 @@ def check_pattern(name: str, value: object) -> None:
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(
-            f"`{name}` must be a regular expression, got {value!r}: {error}."
-        ) from error
+        raise ValueError(f"`{name}` must be a regular expression, got {value!r}: {error}.") from error
 
 
 def transformer_width(transformer_config: Mapping[str, Any]) -> int:
@@ -187,13 +176,11 @@ def check_rank(rank: int, width: int) -> None:
         )
 
 
-def eraser_size(
-    transformer_config: Mapping[str, Any], rank: int, num_layers: int | None = None
-) -> int:
+def eraser_size(transformer_config: Mapping[str, Any], rank: int, num_layers: int | None = None) -> int:
     """Parameters of an eraser, `num_layers * (2 width rank + rank + width)`.
 
-    Two Linears with bias in each of `num_layers` blocks, all when `None`: `width -> rank -> width`.
-    The config is that of a CogVideoX transformer.
+    Two Linears with bias in each of `num_layers` blocks, all when `None`: `width -> rank -> width`. The config is that
+    of a CogVideoX transformer.
 
     Raises:
         ValueError: a rank below 1 or above the width, or more layers than the transformer has.
@@ -202,9 +189,7 @@ def eraser_size(
     check_rank(rank, width)
     layers = blocks if num_layers is None else num_layers
     if not 1 <= layers <= blocks:
-        raise ValueError(
-            f"`num_layers` must be from 1 to the transformer's {blocks}, got {num_layers}."
-        )
+        raise ValueError(f"`num_layers` must be from 1 to the transformer's {blocks}, got {num_layers}.")
     return layers * (2 * width * rank + rank + width)
 
 

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from diffusers_ext.core.restored_state import CallScope
 
-
 Recorder = Callable[[dict[str, torch.Tensor]], None]
 
 
@@ -39,8 +38,8 @@ _GATE_LOCK = threading.Lock()
 class ThreadGate(threading.local):
     """Whether erasers are on in this thread, as a tensor of one or zero.
 
-    A compiled graph cannot read a context variable. It reads this tensor, at every call, as the
-    calling thread has it, and is neither broken nor compiled again.
+    A compiled graph cannot read a context variable. It reads this tensor, at every call, as the calling thread has it,
+    and is neither broken nor compiled again.
     """
 
     def __init__(self) -> None:
@@ -72,14 +71,13 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
         text' = text,    video' = video + sum_a s_a * up_a(GELU(down_a(video))),
 
-    as in T2VUnlearning (https://arxiv.org/abs/2505.17550) and, for images, Receler
-    (https://arxiv.org/abs/2311.17717). `up` starts at zero, so a new eraser changes nothing. The
-    weights are float32 and cast to the dtype of the tokens when used. GELU lies between the two
-    projections, so an eraser cannot be merged.
+    as in T2VUnlearning (https://arxiv.org/abs/2505.17550) and, for images, Receler (https://arxiv.org/abs/2311.17717).
+    `up` starts at zero, so a new eraser changes nothing. The weights are float32 and cast to the dtype of the tokens
+    when used. GELU lies between the two projections, so an eraser cannot be merged.
 
-    In its place the layer does what the dropout does. It adds in a hook on the attention, whose
-    output is `(video, text)`: nothing is noted between two calls, so that several threads may run one
-    model with prompts of different lengths.
+    In its place the layer does what the dropout does. It adds in a hook on the attention, whose output is `(video,
+    text)`: nothing is noted between two calls, so that several threads may run one model with prompts of different
+    lengths.
 
     Args:
         base_layer: the dropout that ends the attention's output projection.
@@ -110,9 +108,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         self._attention_hook: Any = None
         self.train(base_layer.training)
 
-    def update_layer(
-        self, adapter_name: str, r: int, init_weights: bool, device: torch.device
-    ) -> None:
+    def update_layer(self, adapter_name: str, r: int, init_weights: bool, device: torch.device) -> None:
         """Add one eraser of width `r`: random `down`, and `up` zero unless `init_weights` is False."""
         down = EraserProjection(self.in_features, r, device="cpu", dtype=torch.float32)
         up = EraserProjection(r, self.out_features, device="cpu", dtype=torch.float32)

@@ -17,15 +17,9 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from diffusers_ext.core.capture import natural_key
-from diffusers_ext.eraser.adapter.config import (
-    DEFAULT_TARGET,
-    PEFT_TYPE_NAME,
-    EraserConfig,
-    eraser_peft_type,
-)
+from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, PEFT_TYPE_NAME, EraserConfig, eraser_peft_type
 from diffusers_ext.eraser.adapter.layer import EraserLayer, refuse_merge
 from diffusers_ext.families.registry import families_of, match_family
-
 
 _LEAF = ".to_out.1"
 _METHOD = "save_pretrained"
@@ -34,10 +28,9 @@ _METHOD = "save_pretrained"
 class SaveGuard:
     """In the place of one model's `save_pretrained`, for as long as the model has an eraser.
 
-    diffusers writes weights and reloads them into a plain model, so that an eraser would vanish: the
-    pipeline's `save_pretrained` and `push_to_hub` ask each model for its own. Nothing of diffusers
-    is changed but this one attribute of this one model, which is not kept alive; a copy of the model
-    has a guard of its own.
+    diffusers writes weights and reloads them into a plain model, so that an eraser would vanish: the pipeline's
+    `save_pretrained` and `push_to_hub` ask each model for its own. Nothing of diffusers is changed but this one
+    attribute of this one model, which is not kept alive; a copy of the model has a guard of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -98,10 +91,9 @@ def eraser_names(model: nn.Module) -> list[str]:
 class EraserModel(BaseTuner):
     """Erasers beside all joint attentions of a CogVideoX transformer, as a PEFT tuner.
 
-    Each sits in the place of the dropout `attn1.to_out.1`, a leaf without weights: the keys of the
-    base model do not change, LoRAs match before and after, and unloading is exact. Usually made by
-    `peft.get_peft_model` or `transformer.add_adapter`. A failed injection leaves the model as it
-    was.
+    Each sits in the place of the dropout `attn1.to_out.1`, a leaf without weights: the keys of the base model do not
+    change, LoRAs match before and after, and unloading is exact. Usually made by `peft.get_peft_model` or
+    `transformer.add_adapter`. A failed injection leaves the model as it was.
 
     Args:
         model: a `CogVideoXTransformer3DModel`.
@@ -111,8 +103,8 @@ class EraserModel(BaseTuner):
         state_dict: take the places from the keys of these weights, not from the config.
 
     Raises:
-        ValueError: the adapter exists, the rank is above the width of the model, the config is of a
-            model of other sizes, or the targets match anything but ends of joint attentions.
+        ValueError: the adapter exists, the rank is above the width of the model, the config is of a model of other
+            sizes, or the targets match anything but ends of joint attentions.
     """
 
     prefix = "eraser_"
@@ -157,15 +149,11 @@ class EraserModel(BaseTuner):
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         with ExitStack() as undo:
             undo.callback(_delete_eraser, model, adapter_name)
-            super().inject_adapter(
-                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-            )
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             undo.pop_all()
         guard_saving(model)
 
-    def _prepare_adapter_config(
-        self, peft_config: EraserConfig, model_config: dict[str, Any]
-    ) -> EraserConfig:
+    def _prepare_adapter_config(self, peft_config: EraserConfig, model_config: dict[str, Any]) -> EraserConfig:
         if peft_config.target_modules is None:
             family = match_family(self.model, "eraser")
             peft_config.target_modules = {family.eraser_target if family else DEFAULT_TARGET}
@@ -211,9 +199,7 @@ class EraserModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.watch_attention(attention)
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
         if isinstance(child, EraserLayer):
             child.forget_attention()
@@ -270,9 +256,7 @@ def _check_layers(config: EraserConfig, count: int) -> None:
     layers = [layers] if isinstance(layers, int) else layers or []
     outside = [layer for layer in layers if not 0 <= layer < count]
     if outside:
-        raise ValueError(
-            f"`layers_to_transform` must lie between 0 and {count - 1}, got {outside}."
-        )
+        raise ValueError(f"`layers_to_transform` must lie between 0 and {count - 1}, got {outside}.")
 
 
 def _check_sizes(config: EraserConfig, attentions: dict[str, nn.Module]) -> None:
@@ -314,10 +298,7 @@ def register_eraser() -> None:
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(eraser_peft_type())
     if registered is None:
         register_peft_method(
-            name=PEFT_TYPE_NAME.lower(),
-            config_cls=EraserConfig,
-            model_cls=EraserModel,
-            prefix=EraserModel.prefix,
+            name=PEFT_TYPE_NAME.lower(), config_cls=EraserConfig, model_cls=EraserModel, prefix=EraserModel.prefix
         )
     elif registered.__module__ != EraserConfig.__module__:
         raise RuntimeError(

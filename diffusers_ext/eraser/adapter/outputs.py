@@ -13,7 +13,6 @@ from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.eraser.adapter.layer import EraserLayer, Recorder
 
-
 Reduce = Callable[[str, torch.Tensor], torch.Tensor]
 
 _WRAPPERS = ("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module")
@@ -22,8 +21,8 @@ _WRAPPERS = ("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module
 def eraser_layers(model: nn.Module) -> dict[str, EraserLayer]:
     """The layers of a model that hold an eraser, `{name: layer}` in natural order.
 
-    A name such as `"transformer_blocks.0.attn1"` is the same whether or not PEFT, `torch.compile` or
-    DDP wraps the model.
+    A name such as `"transformer_blocks.0.attn1"` is the same whether or not PEFT, `torch.compile` or DDP wraps the
+    model.
     """
     layers = {
         _attention_name(name): module
@@ -37,11 +36,10 @@ def eraser_layers(model: nn.Module) -> dict[str, EraserLayer]:
 def erasers_disabled(model: nn.Module) -> Iterator[None]:
     """Make the model what it was before the erasers, for calls made inside of the context.
 
-    Like `torch.no_grad` it is for the thread or task that opened it: a model that serves another
-    request in another thread keeps its erasers. Contexts may overlap, and close in any order. LoRAs
-    stay on, and nothing becomes trainable or frozen. After the last one each layer is as it was, also
-    after an exception. A model without erasers is left alone. Compiled ones are not compiled again,
-    and follow the thread, not the task.
+    Like `torch.no_grad` it is for the thread or task that opened it: a model that serves another request in another
+    thread keeps its erasers. Contexts may overlap, and close in any order. LoRAs stay on, and nothing becomes
+    trainable or frozen. After the last one each layer is as it was, also after an exception. A model without erasers
+    is left alone. Compiled ones are not compiled again, and follow the thread, not the task.
     """
     with ExitStack() as stack:
         scope = stack.enter_context(CallScope())
@@ -56,15 +54,14 @@ def eraser_outputs(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Keep what the erasers add to the video tokens in the first forward pass of the context.
 
-    Later passes, the recomputation of gradient checkpointing and passes of other threads change
-    nothing of it. Gradients flow through what is kept, also after the context is closed.
+    Later passes, the recomputation of gradient checkpointing and passes of other threads change nothing of it.
+    Gradients flow through what is kept, also after the context is closed.
 
     Args:
         model: a transformer with erasers.
-        adapter_name: the eraser to read, which must be active to be seen; by default the sum of all
-            that are active.
-        reduce: keep `reduce(layer_name, output)` instead of the outputs, without keeping those;
-            must be pure, for gradient checkpointing runs it again.
+        adapter_name: the eraser to read, which must be active to be seen; by default the sum of all that are active.
+        reduce: keep `reduce(layer_name, output)` instead of the outputs, without keeping those; must be pure, for
+            gradient checkpointing runs it again.
 
     Yields:
         `{layer_name: output}`; an output is `(batch, video, dim)`, scale included.
@@ -120,18 +117,12 @@ def _layers_with(model: nn.Module, adapter_name: str | None) -> dict[str, Eraser
     known = sorted({name for layer in layers.values() for name in layer.eraser_down})
     if not layers or (adapter_name is not None and adapter_name not in known):
         wanted = "an eraser" if adapter_name is None else f"the eraser {adapter_name!r}"
-        raise ValueError(
-            f"`model` must have {wanted}, got {type(model).__name__} with {known or 'none'}."
-        )
+        raise ValueError(f"`model` must have {wanted}, got {type(model).__name__} with {known or 'none'}.")
     return layers
 
 
 def _recorder(
-    name: str,
-    adapter_name: str | None,
-    reduce: Reduce | None,
-    stores: list[dict[str, torch.Tensor]],
-    scope: CallScope,
+    name: str, adapter_name: str | None, reduce: Reduce | None, stores: list[dict[str, torch.Tensor]], scope: CallScope
 ) -> Recorder:
     def record(added: dict[str, torch.Tensor]) -> None:
         if adapter_name is None:
@@ -165,9 +156,7 @@ def _recompute_with(
     model: nn.Module, layers: dict[str, EraserLayer], recorders: dict[str, Recorder]
 ) -> Iterator[None]:
     """Let blocks that are checkpointed now be recomputed with the recorders, whenever that is."""
-    checkpointing = [
-        module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)
-    ]
+    checkpointing = [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
     before = [module._gradient_checkpointing_func for module in checkpointing]
 
     def with_recorders(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,16 +174,10 @@ def _recompute_with(
 class _Recorded:
     """A block that runs with recorders on its layers, also after their context was closed."""
 
-    def __init__(
-        self, block: nn.Module, layers: dict[str, EraserLayer], recorders: dict[str, Recorder]
-    ) -> None:
+    def __init__(self, block: nn.Module, layers: dict[str, EraserLayer], recorders: dict[str, Recorder]) -> None:
         self.block, self.layers, self.recorders = block, layers, recorders
 
     def __call__(self, *args: Any) -> Any:
-        missing = {
-            name: layer
-            for name, layer in self.layers.items()
-            if self.recorders[name] not in layer.recorders
-        }
+        missing = {name: layer for name, layer in self.layers.items() if self.recorders[name] not in layer.recorders}
         with _recording(missing, self.recorders):
             return self.block(*args)

@@ -12,16 +12,10 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
-from diffusers_ext.eraser.teacher.runs import (
-    RunSettings,
-    SamplePart,
-    TeacherRuns,
-    plan_trajectories,
-)
+from diffusers_ext.eraser.teacher.runs import RunSettings, SamplePart, TeacherRuns, plan_trajectories
 from diffusers_ext.eraser.teacher.store import TeacherFiles, TeacherMemory, TeacherSamples
 from diffusers_ext.eraser.teacher.trajectory import check_predicts_velocity, count_steps
 from diffusers_ext.families.velocity import Velocity
-
 
 logger = logging.getLogger(__name__)
 
@@ -57,37 +51,36 @@ def collect_teacher_samples(
 ) -> TeacherSamples:
     """Let the frozen model sample clips of the prompts, and keep points of these runs.
 
-    A point is what the model reads on its way (no noised data is needed), with its velocities of
-    the prompt and of its anchor. Each run has its own generator on the CPU, so that it depends on
-    `seed` and its number alone, whatever the batch (up to rounding).
+    A point is what the model reads on its way (no noised data is needed), with its velocities of the prompt and of its
+    anchor. Each run has its own generator on the CPU, so that it depends on `seed` and its number alone, whatever the
+    batch (up to rounding).
 
     Args:
         velocity: the model; erasers are off, eval mode on, and both as before afterwards.
-        scheduler: samples; a copy is used. DDIM and DPM of CogVideoX, and any other that steps in
-            the same way.
+        scheduler: samples; a copy is used. DDIM and DPM of CogVideoX, and any other that steps in the same way.
         target_embeds: `(target prompts, text, dim)`; its dtype is that of the latents.
         anchor_embeds: the same shape; row by row what a target prompt becomes.
         preserved_embeds: `(preserved prompts, text, dim)`; may have no row if `num_preserved` is 0.
-        empty_embed: `(text, dim)` or `(1, text, dim)`, the empty prompt, which is also the negative
-            prompt of the guidance.
+        empty_embed: `(text, dim)` or `(1, text, dim)`, the empty prompt, which is also the negative prompt of the
+            guidance.
         latent_shape: `(frames, channels, height, width)`, see `Family.latent_shape`.
         num_target, num_preserved: runs of each part.
         empty_share: of the preserved points, kept with the velocity of the empty prompt.
         points_per_trajectory: kept of each run; all when `None`, or where a run has no more.
         batch_size: runs at once; a pass has up to three times as many rows.
-        token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks, of the
-            heads that `calibrate_heads` finds and of the velocities (`weighted_attention_mask`).
+        token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks, of the heads that
+            `calibrate_heads` finds and of the velocities (`weighted_attention_mask`).
         mask_threshold: makes the masks hard.
         directory: where the samples are kept, one file a run; what is there is not made again.
-        facts: JSON-able, how the embeddings were made: model, prompts, adapters, ... Needed with a
-            `directory`, whose own facts must be the same.
+        facts: JSON-able, how the embeddings were made: model, prompts, adapters, ... Needed with a `directory`, whose
+            own facts must be the same.
         storage_dtype: of the floating-point rows where they are kept; items are float32.
         process: `(index, count)` of the processes that share a `directory`.
         wait_for_everyone: called when this process has made its share.
 
     Raises:
-        ValueError: shapes or numbers that do not fit, velocities that are not finite, or a
-            `directory` with other samples than these.
+        ValueError: shapes or numbers that do not fit, velocities that are not finite, or a `directory` with other
+            samples than these.
     """
     empty_embed = empty_embed.reshape(-1, *target_embeds.shape[-2:])
     _check_embeds(target_embeds, anchor_embeds, preserved_embeds, empty_embed, token_mask)
@@ -153,9 +146,7 @@ def _check_embeds(
     token_mask: torch.Tensor | None,
 ) -> None:
     if target.ndim != 3 or len(target) == 0:
-        raise ValueError(
-            f"`target_embeds` must be (prompts, text, dim) with a prompt, got {tuple(target.shape)}."
-        )
+        raise ValueError(f"`target_embeds` must be (prompts, text, dim) with a prompt, got {tuple(target.shape)}.")
     shape = tuple(target.shape)
     for name, found, wanted in (
         ("anchor_embeds", anchor, shape),
@@ -164,16 +155,13 @@ def _check_embeds(
     ):
         if tuple(found.shape) != wanted or found.dtype != target.dtype:
             raise ValueError(
-                f"`{name}` must be {wanted} of {target.dtype}, got {tuple(found.shape)} of "
-                f"{found.dtype}."
+                f"`{name}` must be {wanted} of {target.dtype}, got {tuple(found.shape)} of {found.dtype}."
             )
     if token_mask is not None and tuple(token_mask.shape) != shape[:2]:
         raise ValueError(f"`token_mask` must be {shape[:2]}, got {tuple(token_mask.shape)}.")
 
 
-def _check_numbers(
-    counts: dict[str, int], num_prompts: int, batch_size: int, empty_share: float
-) -> None:
+def _check_numbers(counts: dict[str, int], num_prompts: int, batch_size: int, empty_share: float) -> None:
     for name, count in counts.items():
         if count < 0:
             raise ValueError(f"`num_{name}` must be at least 0, got {count}.")
@@ -195,14 +183,9 @@ def _points_of(points_per_trajectory: int | None, num_steps: int) -> int | None:
     if points_per_trajectory is None:
         return None
     if points_per_trajectory < 1:
-        raise ValueError(
-            f"`points_per_trajectory` must be at least 1, got {points_per_trajectory}. `None` keeps "
-            "all."
-        )
+        raise ValueError(f"`points_per_trajectory` must be at least 1, got {points_per_trajectory}. `None` keeps all.")
     if points_per_trajectory > num_steps:
         logger.info(
-            "All %d points of every run are kept: `points_per_trajectory` is %d.",
-            num_steps,
-            points_per_trajectory,
+            "All %d points of every run are kept: `points_per_trajectory` is %d.", num_steps, points_per_trajectory
         )
     return min(points_per_trajectory, num_steps)

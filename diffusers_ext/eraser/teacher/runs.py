@@ -22,7 +22,6 @@ from diffusers_ext.eraser.teacher.trajectory import (
 )
 from diffusers_ext.families.velocity import Velocity
 
-
 _NUM_RUNS, _MOST_STEPS = 8, 4  # for the heads
 
 
@@ -48,9 +47,9 @@ def plan_trajectories(
 ) -> list[TrajectoryPlan]:
     """Plan the runs of one part; every prompt comes up equally often, up to one run.
 
-    The kept steps of a run are equally spaced from a random first one: all steps are kept equally
-    often, none twice. `points_per_trajectory` of each are kept, all when `None`; of these
-    `empty_share`, in [0, 1], are for the empty prompt.
+    The kept steps of a run are equally spaced from a random first one: all steps are kept equally often, none twice.
+    `points_per_trajectory` of each are kept, all when `None`; of these `empty_share`, in [0, 1], are for the empty
+    prompt.
     """
     prompts: list[int] = []
     while len(prompts) < num_trajectories:
@@ -86,10 +85,9 @@ def calibrate_heads(
 ) -> torch.Tensor:
     """`concept_head_weights` at all points of a few short runs, of prompts that name the concept.
 
-    Everything is drawn from `seed`, and clips go through the model one by one, so that the weights,
-    `(layers, heads)` float32 on the CPU, are the same whatever the batch of what they are used for. The
-    model's erasers are off here. Arguments are as in `collect_teacher_samples`; a run has at most 4 of the
-    `num_inference_steps`.
+    Everything is drawn from `seed`, and clips go through the model one by one, so that the weights, `(layers, heads)`
+    float32 on the CPU, are the same whatever the batch of what they are used for. The model's erasers are off here.
+    Arguments are as in `collect_teacher_samples`; a run has at most 4 of the `num_inference_steps`.
 
     Raises:
         ValueError: no prompt names the concept, or it makes no difference to the model.
@@ -149,11 +147,7 @@ class TeacherRuns:
     """Makes batches of runs; `empty_embed` `(text, dim)` is the negative prompt of the guidance."""
 
     def __init__(
-        self,
-        velocity: Velocity,
-        scheduler: SchedulerMixin,
-        settings: RunSettings,
-        empty_embed: torch.Tensor,
+        self, velocity: Velocity, scheduler: SchedulerMixin, settings: RunSettings, empty_embed: torch.Tensor
     ) -> None:
         self.velocity, self.scheduler, self.settings = velocity, scheduler, settings
         self.device = velocity.model.device
@@ -178,9 +172,7 @@ class TeacherRuns:
     def make(self, part: SamplePart, plans: Sequence[TrajectoryPlan]) -> list[Row]:
         """Runs as one batch: the rows of each, `{name: (points, ...)}` on the CPU."""
         settings, chosen = self.settings, torch.tensor([plan.prompt for plan in plans])
-        prompts, others = (
-            texts[chosen.to(texts.device)].to(self.device) for texts in (part.prompts, part.others)
-        )
+        prompts, others = (texts[chosen.to(texts.device)].to(self.device) for texts in (part.prompts, part.others))
         kept, other_at = self._points(part.name, plans, others)
         attention = None
         if part.token_mask is not None:
@@ -230,10 +222,7 @@ class TeacherRuns:
         return kept, other_at
 
     def _masks(
-        self,
-        request: AttentionRequest | None,
-        point: TrajectoryPoint,
-        others: torch.Tensor | None,
+        self, request: AttentionRequest | None, point: TrajectoryPoint, others: torch.Tensor | None
     ) -> torch.Tensor | None:
         """`(batch, frames', rows, columns)`, of use where a row is kept."""
         if point.attention is None:

@@ -17,12 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.data import Dataset
 
-from diffusers_ext.core.artifacts import (
-    CONFIG_NAME,
-    fingerprint,
-    same_fingerprint,
-    write_atomically,
-)
+from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint, same_fingerprint, write_atomically
 from diffusers_ext.core.tensor_files import (
     CONFIG_DIGEST,
     FLOATING,
@@ -33,7 +28,6 @@ from diffusers_ext.core.tensor_files import (
     with_digest,
 )
 from diffusers_ext.core.text_files import read_json
-
 
 PARTS = ("target", "preserved")
 EMPTY_PROMPT = -1
@@ -60,12 +54,12 @@ class TensorRows:
 class TeacherSamples(Dataset):
     """What an eraser is trained on.
 
-    Item `i` is `{"target": row, "preserved": row}`, row `i` modulo the rows of each part; a part
-    without rows is left out. Rows are float32 but for the two indices:
+    Item `i` is `{"target": row, "preserved": row}`, row `i` modulo the rows of each part; a part without rows is left
+    out. Rows are float32 but for the two indices:
 
     - `"target"`: `x_t` `(frames, channels, height, width)`, `t`, `prompt` (index of the target prompt
-      and of its anchor), `v_concept` and `v_anchor` (the frozen model's velocities of the two), and
-      `mask` `(frames', rows, columns)` in [0, 1] where masks were asked for.
+      and of its anchor), `v_concept` and `v_anchor` (the frozen model's velocities of the two), and `mask` `(frames',
+      rows, columns)` in [0, 1] where masks were asked for.
     - `"preserved"`: `x_t`, `t`, `prompt` (index of the preserved prompt, -1 for the empty prompt) and
       `velocity`.
 
@@ -74,11 +68,7 @@ class TeacherSamples(Dataset):
         head_weights: `(layers, heads)` with which the masks were made, if there are any.
     """
 
-    def __init__(
-        self,
-        parts: Mapping[str, TensorRows | FileRows],
-        head_weights: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, parts: Mapping[str, TensorRows | FileRows], head_weights: torch.Tensor | None = None) -> None:
         self.head_weights = head_weights
         self.parts = {name: rows for name, rows in parts.items() if len(rows)}
         if not self.parts or not set(self.parts) <= set(PARTS):
@@ -163,9 +153,7 @@ class FileRows:
     def __getitem__(self, index: int) -> Row:
         run, point = divmod(index, self._points)
         handle = self._open(run)
-        return {
-            name: handle.get_slice(name)[point : point + 1][0].clone() for name in handle.keys()
-        }
+        return {name: handle.get_slice(name)[point : point + 1][0].clone() for name in handle.keys()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}  # a worker maps the files for itself
@@ -189,9 +177,7 @@ class FileRows:
                 self._open(0)  # so that its form is known
             first = self._forms.setdefault(0, form)
             if form != first or len({shape[0] for _, shape in form.values()}) > 1:
-                raise ValueError(
-                    f"{path} must hold rows like {run_file(self.folder, 0).name}, got {form}. {_REMEDY}"
-                )
+                raise ValueError(f"{path} must hold rows like {run_file(self.folder, 0).name}, got {form}. {_REMEDY}")
             self._forms[run] = form
         return open_tensors(path, _REMEDY)
 
@@ -199,8 +185,8 @@ class FileRows:
 class TeacherFiles:
     """The folder of one collection: `config.json`, and `<part>/<run>.safetensors`.
 
-    A file is there whole or not at all. The config says how the samples are made, and a folder of
-    other samples is refused.
+    A file is there whole or not at all. The config says how the samples are made, and a folder of other samples is
+    refused.
 
     Args:
         directory: made when absent.
@@ -245,9 +231,7 @@ class TeacherFiles:
         if (self.folder / CONFIG_NAME).is_file():
             _check_same(self.folder, config)
         elif [name for name in names if not name.startswith(f".{CONFIG_NAME}.")]:
-            raise ValueError(
-                f"`directory` must be empty or hold samples, got {self.folder} with {sorted(names)}."
-            )
+            raise ValueError(f"`directory` must be empty or hold samples, got {self.folder} with {sorted(names)}.")
         else:
             write_atomically(self.folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
         for part in PARTS:
@@ -309,16 +293,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     found = (config.get("_class_name"), config.get("format_version"))
     if found != (CLASS_NAME, FORMAT_VERSION):
         raise ValueError(
-            f"{path} must describe {CLASS_NAME} of format {FORMAT_VERSION}, got {found[0]!r} of "
-            f"format {found[1]}."
+            f"{path} must describe {CLASS_NAME} of format {FORMAT_VERSION}, got {found[0]!r} of format {found[1]}."
         )
     check_config_digest(config, path)
     settings = config.get("settings")
     counts = [f"num_{part}" for part in PARTS]
     if not isinstance(settings, dict) or "masks" not in settings:
-        raise ValueError(
-            f"`settings` of {path} must be an object with `masks`, got {settings!r:.200}."
-        )
+        raise ValueError(f"`settings` of {path} must be an object with `masks`, got {settings!r:.200}.")
     for name in counts:
         count = settings.get(name)
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**31:

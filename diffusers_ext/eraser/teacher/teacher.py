@@ -11,7 +11,6 @@ from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
 from diffusers_ext.families.registry import match_family
 from diffusers_ext.families.velocity import Velocity
 
-
 # `model(x_t, t, prompt_embeds)` gives the velocity: a `CogVideoXVelocity` or a module like it.
 VelocityModel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # x_t (batch, frames, channels, height, width), t (batch,), prompt_embeds (1 or batch, text, dim)
@@ -26,9 +25,7 @@ def module_of(model: VelocityModel) -> torch.nn.Module:
         return model.model
     if isinstance(model, torch.nn.Module):
         return model
-    raise TypeError(
-        f"`model` must be a CogVideoXVelocity or a torch.nn.Module, got {type(model).__name__}."
-    )
+    raise TypeError(f"`model` must be a CogVideoXVelocity or a torch.nn.Module, got {type(model).__name__}.")
 
 
 def _refuse_transformer(model: VelocityModel) -> None:
@@ -62,8 +59,7 @@ def velocities(model: VelocityModel, rows: Sequence[VelocityRows]) -> list[torch
     for x_t, _, prompt_embeds in rows:
         if len(prompt_embeds) not in (1, len(x_t)) or prompt_embeds.ndim != 3:
             raise ValueError(
-                f"`prompt_embeds` must be (1 or {len(x_t)}, text, text_dim), got "
-                f"{tuple(prompt_embeds.shape)}."
+                f"`prompt_embeds` must be (1 or {len(x_t)}, text, text_dim), got {tuple(prompt_embeds.shape)}."
             )
         embeds.append(prompt_embeds.expand(len(x_t), -1, -1))
     lengths = sorted({embed.shape[1] for embed in embeds})

@@ -64,9 +64,9 @@ def teacher_trajectory(
 ) -> Iterator[TrajectoryPoint]:
     """Sample with classifier-free guidance, as `CogVideoXPipeline` does, and give every step.
 
-    The guided velocity is `v(empty) + w (v(prompt) - v(empty))` (https://arxiv.org/abs/2207.12598, equation 6,
-    with w = `guidance_scale`). Each step is one batched pass over the rows of all prompts. The model's
-    erasers are off in it; nothing of the model stays changed between two steps.
+    The guided velocity is `v(empty) + w (v(prompt) - v(empty))` (https://arxiv.org/abs/2207.12598, equation 6, with w
+    = `guidance_scale`). Each step is one batched pass over the rows of all prompts. The model's erasers are off in it;
+    nothing of the model stays changed between two steps.
 
     Args:
         scheduler: predicts velocities; a copy is used.

@@ -19,7 +19,6 @@ from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import PushWithCard
 
-
 # Only the module of the class that is asked for is imported.
 NETWORK_MODULES = {
     "NPNet": "diffusers_ext.golden_noise.networks.npnet",
@@ -32,16 +31,14 @@ NETWORK_MODULES = {
 _FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
-def load_noise_model(
-    pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-) -> GoldenNoiseNetwork:
+def load_noise_model(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> GoldenNoiseNetwork:
     """A golden-noise network from a folder or from the Hub, of the class its `config.json` names.
 
     Args:
-        pretrained_model_name_or_path: a local folder, `"user/name"`, or a single file with the
-            published NPNet weights: the official `.pth`, or safetensors with the same keys.
-        kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `dtype`, ...; for a single
-            file those of `NPNet.from_single_file`.
+        pretrained_model_name_or_path: a local folder, `"user/name"`, or a single file with the published NPNet
+            weights: the official `.pth`, or safetensors with the same keys.
+        kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `dtype`, ...; for a single file those of
+            `NPNet.from_single_file`.
 
     Returns:
         The network in eval mode.
@@ -86,24 +83,22 @@ def _load_single_file(path: Path, arguments: dict[str, Any]) -> GoldenNoiseNetwo
 class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
     """Mixin of the networks; each defines `golden_noise`, pipelines and evaluation call `refine`.
 
-    It stands before `ModelMixin`, whose loading gets clearer errors and whose uploads get a card; the
-    facts for it are the arguments of `diffusers_ext.golden_noise.card.network_card`.
+    It stands before `ModelMixin`, whose loading gets clearer errors and whose uploads get a card; the facts for it are
+    the arguments of `diffusers_ext.golden_noise.card.network_card`.
     """
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> GoldenNoiseNetwork:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> GoldenNoiseNetwork:
         """Load a network from a folder or from the Hub, in eval mode.
 
         Args:
             pretrained_model_name_or_path: a local folder, or `"user/name"`.
-            kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `local_files_only`,
-                `dtype`, ... A pickle is read only with `use_safetensors=False`.
+            kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `local_files_only`, `dtype`, ... A pickle
+                is read only with `use_safetensors=False`.
 
         Raises:
-            ValueError: nothing of that name, a network of another class, or weights that are not
-                whole, not finite, or not those that the config describes.
+            ValueError: nothing of that name, a network of another class, or weights that are not whole, not finite, or
+                not those that the config describes.
             TypeError: another keyword, also for a local folder.
         """
         cls.check_arguments(kwargs)
@@ -173,21 +168,15 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
                 rounded,
                 prompt_embeds.to(dtype),
                 attention_mask=attention_mask,
-                pooled_prompt_embeds=(
-                    None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype)
-                ),
+                pooled_prompt_embeds=(None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype)),
             ).float()
         return match_spectrum(noise + scale * (golden - rounded.float()), noise)
 
 
-def check_text(
-    noise: torch.Tensor, prompt_embeds: torch.Tensor, attention_mask: torch.Tensor | None
-) -> None:
+def check_text(noise: torch.Tensor, prompt_embeds: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
     """Raise `ValueError` unless noise, text and mask are one batch of the documented shapes."""
     if noise.ndim != 4:
-        raise ValueError(
-            f"`noise` must be (batch, channels, height, width), got {tuple(noise.shape)}."
-        )
+        raise ValueError(f"`noise` must be (batch, channels, height, width), got {tuple(noise.shape)}.")
     if prompt_embeds.ndim != 3 or len(prompt_embeds) != len(noise):
         raise ValueError(
             f"`prompt_embeds` must be ({len(noise)}, tokens, dim) for {len(noise)} noises, got "
@@ -200,9 +189,7 @@ def check_text(
         )
 
 
-def check_channels(
-    noise: torch.Tensor, prompt_embeds: torch.Tensor, in_channels: int, text_embed_dim: int
-) -> None:
+def check_channels(noise: torch.Tensor, prompt_embeds: torch.Tensor, in_channels: int, text_embed_dim: int) -> None:
     """Raise `ValueError` unless noise and text have the widths that a network was made for."""
     if noise.shape[1] != in_channels:
         raise ValueError(

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -18,14 +17,14 @@ def patch_positions(
 ) -> torch.Tensor:
     """Sine-cosine position of every patch, from its centre as a fraction of the picture's sides.
 
-    The fixed 2-D form of "Attention Is All You Need" (Vaswani et al., 2017, section 3.5), with
-    `u = (index + 0.5) / count` in place of the index: sin and cos of `2 pi f u` per axis, the
-    frequencies f spaced geometrically from 1/2 cycle to `max_frequency` cycles a side.
+    The fixed 2-D form of "Attention Is All You Need" (Vaswani et al., 2017, section 3.5), with `u = (index + 0.5) /
+    count` in place of the index: sin and cos of `2 pi f u` per axis, the frequencies f spaced geometrically from 1/2
+    cycle to `max_frequency` cycles a side.
 
     Args:
         width: length of a position, a multiple of 4.
-        max_frequency: half the patches of a side at the size trained at, the finest wave that these
-            patches can tell apart. Another size then samples the same waves more or less densely.
+        max_frequency: half the patches of a side at the size trained at, the finest wave that these patches can tell
+            apart. Another size then samples the same waves more or less densely.
 
     Returns:
         `(rows * columns, width)` float32, row by row.
@@ -51,9 +50,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, context_width: int | None = None) -> None:
         super().__init__()
         if num_heads < 1 or width % num_heads:
-            raise ValueError(
-                f"`num_heads` must divide the width {width} of the tokens, got {num_heads}."
-            )
+            raise ValueError(f"`num_heads` must divide the width {width} of the tokens, got {num_heads}.")
         self.num_heads = num_heads
         self.to_q = nn.Linear(width, width)
         self.to_kv = nn.Linear(context_width or width, 2 * width)
@@ -92,12 +89,7 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention if there is a context, feed-forward; each normed, each a residual."""
 
     def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        feedforward: int,
-        dropout: float = 0.0,
-        context_width: int | None = None,
+        self, width: int, num_heads: int, feedforward: int, dropout: float = 0.0, context_width: int | None = None
     ) -> None:
         super().__init__()
         self.norm_self = nn.LayerNorm(width)
@@ -107,9 +99,7 @@ class TransformerBlock(nn.Module):
             self.norm_cross = nn.LayerNorm(width)
             self.cross_attention = MultiHeadAttention(width, num_heads, context_width)
         self.norm_feedforward = nn.LayerNorm(width)
-        self.feedforward = nn.Sequential(
-            nn.Linear(width, feedforward), nn.GELU(), nn.Linear(feedforward, width)
-        )
+        self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.GELU(), nn.Linear(feedforward, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -142,8 +132,8 @@ class ReadText(NamedTuple):
 class TextReader(nn.Module):
     """Project text embeddings to `width` and let the tokens see each other.
 
-    A learned token that is always read comes first: attention then has something to read also where
-    a mask hides every token of a prompt.
+    A learned token that is always read comes first: attention then has something to read also where a mask hides every
+    token of a prompt.
     """
 
     def __init__(

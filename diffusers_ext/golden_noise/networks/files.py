@@ -1,7 +1,7 @@
 """Weights of networks on disk: sealed when they are saved, checked before a model is made of them.
 
-diffusers only logs that weights are missing and fills them with random numbers, and it makes whatever
-model a config asks for before it opens the weights.
+diffusers only logs that weights are missing and fills them with random numbers, and it makes whatever model a config
+asks for before it opens the weights.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, StrictDataclassError
 
 from diffusers_ext.core.artifacts import sealed, write_atomically
 from diffusers_ext.core.names import check_keywords
@@ -37,7 +33,6 @@ from diffusers_ext.core.tensor_files import (
     read_tensors,
 )
 from diffusers_ext.core.text_files import read_json
-
 
 LOADING_ARGUMENTS = (
     "subfolder", "revision", "dtype", "variant", "cache_dir", "token", "local_files_only",
@@ -96,18 +91,14 @@ class CheckedWeights:
         check_keywords(arguments, known, f"{cls.__name__}.from_pretrained", takes)
 
     @classmethod
-    def check_files(
-        cls, source: str | os.PathLike, config: Mapping[str, Any], arguments: Mapping[str, Any]
-    ) -> None:
+    def check_files(cls, source: str | os.PathLike, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
         """Raise `ValueError`, with the file's name, unless the weights are those of the config.
 
-        Whole, finite, no others, of the shapes that the config describes; what is too large is
-        refused by the header of the file, before memory is taken.
+        Whole, finite, no others, of the shapes that the config describes; what is too large is refused by the header
+        of the file, before memory is taken.
         """
         if arguments.get("use_flashpack"):  # pipelines pass it on, false by default
-            raise ValueError(
-                f"`use_flashpack` must be False for {source}, got True: only safetensors are checked."
-            )
+            raise ValueError(f"`use_flashpack` must be False for {source}, got True: only safetensors are checked.")
         if config.get("quantization_config"):
             raise ValueError(
                 f"{source} must hold plain weights, got quantised ones, which cannot be checked "
@@ -162,9 +153,7 @@ def _check_counts(paths: Sequence[Path], counts: Mapping[str, Any], where: str) 
             )
 
 
-def weight_files(
-    source: str | os.PathLike, arguments: Mapping[str, Any], *, pickled: bool = False
-) -> list[Path]:
+def weight_files(source: str | os.PathLike, arguments: Mapping[str, Any], *, pickled: bool = False) -> list[Path]:
     """The one weights file of a model, or all that its index names; downloaded from the Hub."""
     name = WEIGHTS_NAME if pickled else SAFETENSORS_WEIGHTS_NAME
     variant = arguments.get("variant")
@@ -205,9 +194,7 @@ def _find(source: str | os.PathLike, name: str, arguments: Mapping[str, Any]) ->
         raise
 
 
-def check_contents(
-    paths: list[Path], model: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> None:
+def check_contents(paths: list[Path], model: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
     """Raise `ValueError` unless the files hold exactly the tensors of a model, finite and unaltered.
 
     Their dtypes may be others, but a weight is a floating-point number, in half precision, too.
@@ -237,14 +224,11 @@ def check_contents(
             )
 
 
-def _check_floating(
-    tensors: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], path: Path
-) -> None:
+def _check_floating(tensors: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() != model[name].is_floating_point():
             raise ValueError(
-                f"{path} must hold {name!r} as {model[name].dtype} or of its kind, got "
-                f"{tensor.dtype}. {REMEDY}"
+                f"{path} must hold {name!r} as {model[name].dtype} or of its kind, got {tensor.dtype}. {REMEDY}"
             )
 
 

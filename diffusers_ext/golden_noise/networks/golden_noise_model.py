@@ -17,10 +17,10 @@ from diffusers_ext.golden_noise.networks.blocks import TextReader, TransformerBl
 class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
     """`golden = noise + head(transformer(patches of noise, tokens of the prompt))`.
 
-    The head starts at zero, so an untrained network is the identity to the bit. Patches carry their
-    position relative to the picture, and attention takes any number of them, so a network trained
-    at one size runs at all. It learns the re-denoised change of "Golden Noise for Diffusion Models"
-    (Zhou et al., arXiv:2411.09502); the defaults are the SDXL configuration, 9 M parameters.
+    The head starts at zero, so an untrained network is the identity to the bit. Patches carry their position relative
+    to the picture, and attention takes any number of them, so a network trained at one size runs at all. It learns the
+    re-denoised change of "Golden Noise for Diffusion Models" (Zhou et al., arXiv:2411.09502); the defaults are the
+    SDXL configuration, 9 M parameters.
 
     Args:
         in_channels: of the latents, 4 (SD, SDXL, Hunyuan-DiT) or 16 (SD3, Flux).
@@ -52,12 +52,9 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
                 "token cannot hold its noise."
             )
         self.embed = nn.Linear(patch, width)
-        self.text = TextReader(
-            text_embed_dim, width, num_layers=0, num_heads=num_heads, feedforward=width
-        )
+        self.text = TextReader(text_embed_dim, width, num_layers=0, num_heads=num_heads, feedforward=width)
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, num_heads, 4 * width, context_width=width)
-            for _ in range(num_layers)
+            TransformerBlock(width, num_heads, 4 * width, context_width=width) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, patch)
@@ -65,10 +62,7 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         nn.init.zeros_(self.head.bias)
 
     def forward(
-        self,
-        noise: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        self, noise: torch.Tensor, prompt_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Golden noise before its spectrum is matched.
 

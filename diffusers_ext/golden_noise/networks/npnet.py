@@ -1,7 +1,7 @@
 """NPNet, the network of the golden-noise paper, on noise of any size: windows, blended by their changes.
 
-Noise is never resized: a stretched map has less variance, and its neighbours are correlated. Where a
-side is too short, the noise is continued by more white noise, and the result is cropped.
+Noise is never resized: a stretched map has less variance, and its neighbours are correlated. Where a side is too
+short, the noise is continued by more white noise, and the result is cropped.
 """
 
 from __future__ import annotations
@@ -20,18 +20,9 @@ from diffusers.models.normalization import AdaGroupNorm
 from torch import nn
 
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.networks.npnet_branches import (
-    NoiseCrossAttention,
-    NoiseTransformer,
-    SVDBranch,
-)
-from diffusers_ext.golden_noise.networks.npnet_weights import (
-    convert_npnet,
-    find_variant,
-    read_checkpoint,
-)
+from diffusers_ext.golden_noise.networks.npnet_branches import NoiseCrossAttention, NoiseTransformer, SVDBranch
+from diffusers_ext.golden_noise.networks.npnet_weights import convert_npnet, find_variant, read_checkpoint
 from diffusers_ext.golden_noise.networks.swin import linear
-
 
 SIGNS = ("canonical", "backend")
 
@@ -60,15 +51,13 @@ def noise_seed(noise: torch.Tensor) -> int:
 def continue_noise(noise: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The noise in the middle of more white noise, which each sample draws from its own generator.
 
-    The generator's seed is that of the sample's noise (`noise_seed`), so the same noise is continued
-    alike in any batch and on any device.
+    The generator's seed is that of the sample's noise (`noise_seed`), so the same noise is continued alike in any
+    batch and on any device.
     """
     rows, columns = noise.shape[-2:]
     top, left = (height - rows) // 2, (width - columns) // 2
     drawn = [
-        torch.randn(
-            noise.shape[1], height, width, generator=torch.Generator().manual_seed(noise_seed(one))
-        )
+        torch.randn(noise.shape[1], height, width, generator=torch.Generator().manual_seed(noise_seed(one)))
         for one in noise
     ]
     continued = torch.stack(drawn).to(noise)
@@ -81,12 +70,12 @@ def apply_in_windows(
 ) -> torch.Tensor:
     """Apply a function of `window x window` noise to noise of any size.
 
-    What the function changes is averaged where windows overlap; the noise itself is never averaged
-    nor resized, as either would make neighbours correlate and the variance fall.
+    What the function changes is averaged where windows overlap; the noise itself is never averaged nor resized, as
+    either would make neighbours correlate and the variance fall.
 
     Args:
-        noise: `(batch, channels, height, width)`; continued (`continue_noise`) where a side is
-            shorter than `window`, and cropped afterwards.
+        noise: `(batch, channels, height, width)`; continued (`continue_noise`) where a side is shorter than `window`,
+            and cropped afterwards.
     """
     rows, columns = noise.shape[-2:]
     height, width = max(rows, window), max(columns, window)
@@ -129,12 +118,11 @@ class TextNorm(AdaGroupNorm):
 class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
     """`x -> SVD(x) + (2 sigmoid(alpha) - 1) e + beta NT(x + e)`, `e` the text-scaled noise.
 
-    The network of "Golden Noise for Diffusion Models" (arXiv:2411.09502, Eq. 5 to 7): it edits the
-    noise's singular values, adds the noise scaled by the text and what a Swin makes of both. The
-    defaults are the published SDXL network, with all its properties: one size of noise and one number
-    of tokens, which `refine` carries to others in windows, and no attention mask (padding is read as
-    it is). Other structures than the published are
-    config fields, so a loaded model knows its own.
+    The network of "Golden Noise for Diffusion Models" (arXiv:2411.09502, Eq. 5 to 7): it edits the noise's singular
+    values, adds the noise scaled by the text and what a Swin makes of both. The defaults are the published SDXL
+    network, with all its properties: one size of noise and one number of tokens, which `refine` carries to others in
+    windows, and no attention mask (padding is read as it is). Other structures than the published are config fields,
+    so a loaded model knows its own.
 
     Args:
         in_channels: of the noise; a square number, as the channels are laid out as a square.
@@ -142,8 +130,8 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         svd_hidden_dim: width of the networks of the singular vectors.
         svd_output_dim: width of the network of the pooled tokens.
         svd_num_heads: heads of the attention over singular vectors.
-        svd_signs: which of the two signs a pair of singular vectors gets: `"canonical"` (the same on
-            every machine) or `"backend"` (that of `torch.linalg.svd`, as in the official code).
+        svd_signs: which of the two signs a pair of singular vectors gets: `"canonical"` (the same on every machine) or
+            `"backend"` (that of `torch.linalg.svd`, as in the official code).
         swin_image_size: pixels of Swin's square image.
         swin_patch_size: pixels of a patch's side.
         swin_embed_dim: width of Swin's first stage.
@@ -211,22 +199,18 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_single_file(
-        cls,
-        path: str | os.PathLike,
-        *,
-        variant: str | None = None,
-        dtype: torch.dtype | None = None,
+        cls, path: str | os.PathLike, *, variant: str | None = None, dtype: torch.dtype | None = None
     ) -> NPNet:
         """Load published weights: the official `.pth`, or safetensors with the same keys, flat.
 
         Args:
-            variant: `"SDXL"` (also DreamShaper's) or `"Hunyuan-DiT"` to insist on one; the weights
-                themselves tell which it is.
+            variant: `"SDXL"` (also DreamShaper's) or `"Hunyuan-DiT"` to insist on one; the weights themselves tell
+                which it is.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a damaged file, a pickle that holds more than tensors, another network,
-                another variant, missing or surplus keys.
+            ValueError: a damaged file, a pickle that holds more than tensors, another network, another variant,
+                missing or surplus keys.
         """
         weights = read_checkpoint(path)
         try:
@@ -289,9 +273,9 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """`forward`, window by window where the noise has another size (`apply_in_windows`).
 
-        Of a text longer than `text_length` tokens each part is read by itself (`text_windows`), and
-        the changes of all parts are averaged. The network reads padding tokens as it was trained to;
-        mask and pooled embeddings are not used.
+        Of a text longer than `text_length` tokens each part is read by itself (`text_windows`), and the changes of all
+        parts are averaged. The network reads padding tokens as it was trained to; mask and pooled embeddings are not
+        used.
         """
         self.check_inputs(noise, prompt_embeds)
         golden = [
@@ -315,8 +299,7 @@ def check_config(config: dict) -> None:
     side = math.isqrt(channels) * config["sample_size"]
     if side % config["svd_num_heads"]:
         raise ValueError(
-            f"`svd_num_heads` must divide {side}, the side of the noise's matrix, got "
-            f"{config['svd_num_heads']}."
+            f"`svd_num_heads` must divide {side}, the side of the noise's matrix, got {config['svd_num_heads']}."
         )
     if len(config["swin_depths"]) != len(config["swin_num_heads"]):
         raise ValueError(

@@ -14,7 +14,6 @@ from transformers import SwinConfig, SwinModel
 
 from diffusers_ext.golden_noise.networks.swin import has_hooks, linear, swin_features
 
-
 # Below this share of the largest singular value the Gram matrix has lost too many digits.
 _RANK_TOLERANCE = 1e-6
 
@@ -22,16 +21,16 @@ _RANK_TOLERANCE = 1e-6
 class NoiseTransformer(nn.Module):
     """Noise -> resized to Swin's image -> Swin -> resized to the noise (arXiv:2411.09502, Sec. 3).
 
-    The official code reads Swin's `(batch, rows, columns, dim)` as `(batch, channels, height,
-    width)`: rows become channels, columns become bands of rows, and every few features become the
-    columns of the output. All published weights were trained that way, so it is kept.
+    The official code reads Swin's `(batch, rows, columns, dim)` as `(batch, channels, height, width)`: rows become
+    channels, columns become bands of rows, and every few features become the columns of the output. All published
+    weights were trained that way, so it is kept.
 
     Args:
         image_size: of the Swin, in pixels.
         embed_dim: width of the first stage; each further stage doubles it.
         window_size: in patches; divides the side of the map of every stage.
-        adapter: the design document's `nt_adapter`: a residual convolution block before the Swin
-            that starts as the identity.
+        adapter: the design document's `nt_adapter`: a residual convolution block before the Swin that starts as the
+            identity.
         finetune: `nt_finetune`: of the Swin only the last two stages are trained; otherwise all.
         dropout: `nt_dropout`: whole channels of the output are dropped in training.
     """
@@ -65,9 +64,7 @@ class NoiseTransformer(nn.Module):
         self.downconv = nn.Conv2d(in_channels, 3, 1)
         self.adapter = None
         if adapter:
-            self.adapter = nn.Sequential(
-                nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 3, 1)
-            )
+            self.adapter = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 3, 1))
             nn.init.zeros_(self.adapter[-1].weight)
             nn.init.zeros_(self.adapter[-1].bias)
         self.swin = SwinModel(config, add_pooling_layer=False)
@@ -105,15 +102,13 @@ def check_grid(image_size: int, patch_size: int, window_size: int, stages: int) 
 class NoiseCrossAttention(nn.Module):
     """The design document's `cross_attention`: what the Swin branch made attends to the text-scaled noise.
 
-    Each position of the branch's output is a query, each position of the text-scaled noise a key;
-    a residual that starts at zero.
+    Each position of the branch's output is a query, each position of the text-scaled noise a key; a residual that
+    starts at zero.
     """
 
     def __init__(self, channels: int, num_heads: int = 8, head_dim: int = 64) -> None:
         super().__init__()
-        self.attention = Attention(
-            channels, cross_attention_dim=channels, heads=num_heads, dim_head=head_dim
-        )
+        self.attention = Attention(channels, cross_attention_dim=channels, heads=num_heads, dim_head=head_dim)
         nn.init.zeros_(self.attention.to_out[0].weight)
         nn.init.zeros_(self.attention.to_out[0].bias)
 
@@ -151,11 +146,10 @@ def matrix_to_noise(matrix: torch.Tensor, channels: int) -> torch.Tensor:
 def singular_parts(matrix: torch.Tensor, signs: str = "canonical") -> SingularParts:
     """Singular value decomposition of square matrices.
 
-    A pair of vectors is only given up to a common sign, and which one a LAPACK build or a GPU
-    returns is an accident of it. `"canonical"` makes the entry of largest magnitude of each left
-    vector positive; float64 leaves that choice to the noise alone. There the vectors come from the
-    eigenvectors of `A^T A` (`u = A v / s`): in float64 that is more exact than the decomposition
-    of `A` in float32, in about its time.
+    A pair of vectors is only given up to a common sign, and which one a LAPACK build or a GPU returns is an accident
+    of it. `"canonical"` makes the entry of largest magnitude of each left vector positive; float64 leaves that choice
+    to the noise alone. There the vectors come from the eigenvectors of `A^T A` (`u = A v / s`): in float64 that is
+    more exact than the decomposition of `A` in float32, in about its time.
 
     Args:
         signs: `"canonical"`, or `"backend"` for those of `torch.linalg.svd` in float32.
@@ -193,8 +187,8 @@ class DropPath(nn.Module):
 class PooledAttention(nn.Module):
     """The mean over tokens of self-attention without a residual connection.
 
-    The mean is taken of the attention weights, before values and projection: the same result by
-    linearity, without the work of one output a token. Dropout takes the pooled output.
+    The mean is taken of the attention weights, before values and projection: the same result by linearity, without the
+    work of one output a token. Dropout takes the pooled output.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dropout: float) -> None:
@@ -223,15 +217,14 @@ def mlp(in_dim: int, hidden_dim: int, dropout: float) -> nn.Sequential:
 class SVDBranch(nn.Module):
     """`U diag(s + f(U, s, V)) V^T` of a noise laid out as one matrix (arXiv:2411.09502, Sec. 3).
 
-    The i-th token is the sum of what small networks make of the i-th left vector, of the i-th
-    right vector and of all singular values. The singular parts are constants of the noise:
-    nothing is differentiated through a decomposition.
+    The i-th token is the sum of what small networks make of the i-th left vector, of the i-th right vector and of all
+    singular values. The singular parts are constants of the noise: nothing is differentiated through a decomposition.
 
     Args:
         hidden_dim: inside the networks of the vectors; the side of the matrix with `dropout`.
         num_heads: of the attention over tokens; divides the side of the matrix.
-        dropout: the design document's `svd_dropout`: LayerNorm, GELU and dropout in the networks,
-            and the attention as a residual path with stochastic depth.
+        dropout: the design document's `svd_dropout`: LayerNorm, GELU and dropout in the networks, and the attention as
+            a residual path with stochastic depth.
     """
 
     def __init__(
@@ -252,9 +245,7 @@ class SVDBranch(nn.Module):
         self.left_mlp = mlp(side, width, rate)
         self.right_mlp = mlp(side, width, rate)
         self.value_mlp = mlp(side, width, rate) if dropout else nn.Linear(side, side)
-        self.attention = PooledAttention(
-            side, num_heads, qkv_bias=dropout, dropout=0.1 if dropout else 0.0
-        )
+        self.attention = PooledAttention(side, num_heads, qkv_bias=dropout, dropout=0.1 if dropout else 0.0)
         self.drop_path = DropPath(0.1) if dropout else None
         self.output_mlp = mlp(side, output_dim, 0.3 if dropout else 0.0)
 

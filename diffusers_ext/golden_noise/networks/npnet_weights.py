@@ -12,7 +12,6 @@ import torch
 
 from diffusers_ext.core.tensor_files import read_pickled_tensors, read_tensors
 
-
 VARIANTS = {2048: "SDXL", 1024: "Hunyuan-DiT"}  # by text width; DreamShaper's shapes are SDXL's
 TEXT_LENGTH = 77
 # Constants that old versions of timm saved with the weights.
@@ -74,10 +73,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: `{name}` must be a tensor, got {type(value).__name__}.")
     # The official name is misspelt; safetensors ports spell it out.
-    return {
-        re.sub(r"^text_embedding\.", "embeeding.", name): value.detach()
-        for name, value in weights.items()
-    }
+    return {re.sub(r"^text_embedding\.", "embeeding.", name): value.detach() for name, value in weights.items()}
 
 
 def find_variant(weights: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, int]]:
@@ -85,9 +81,7 @@ def find_variant(weights: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, in
     name = "embeeding.linear.weight"
     if name not in weights:
         tops = sorted({key.partition(".")[0] for key in weights})
-        raise ValueError(
-            f"the checkpoint must be NPNet's, with `{name}`; got {', '.join(tops) or 'nothing'}."
-        )
+        raise ValueError(f"the checkpoint must be NPNet's, with `{name}`; got {', '.join(tops) or 'nothing'}.")
     shape = tuple(weights[name].shape)
     widths = {(8, TEXT_LENGTH * width): width for width in VARIANTS}
     if shape not in widths:
@@ -100,9 +94,7 @@ def official_name(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     # timm counts the merging of patches to the stage after it.
-    return re.sub(
-        r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name
-    )
+    return re.sub(r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name)
 
 
 def third_of_qkv(name: str) -> int | None:
@@ -126,23 +118,18 @@ def convert_npnet(
 ) -> dict[str, torch.Tensor]:
     """Official weights under the names of `NPNet`.
 
-    The batch norm of the SVD branch and Swin's classification head must be there, as in every
-    published file, but take no part in the network and are dropped.
+    The batch norm of the SVD branch and Swin's classification head must be there, as in every published file, but take
+    no part in the network and are dropped.
 
     Args:
         weights: as `read_checkpoint` gives them.
     """
     weights = {name: value for name, value in weights.items() if not _CONSTANTS.fullmatch(name)}
     shapes = expected_shapes(model_state)
-    for kind, names in (
-        ("missing", shapes.keys() - weights.keys()),
-        ("surplus", weights.keys() - shapes.keys()),
-    ):
+    for kind, names in (("missing", shapes.keys() - weights.keys()), ("surplus", weights.keys() - shapes.keys())):
         if names:
             listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-            raise ValueError(
-                f"the checkpoint must hold exactly NPNet's keys, got {len(names)} {kind}: {listed}."
-            )
+            raise ValueError(f"the checkpoint must hold exactly NPNet's keys, got {len(names)} {kind}: {listed}.")
     for name, shape in shapes.items():
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"`{name}` must be {shape}, got {tuple(weights[name].shape)}.")

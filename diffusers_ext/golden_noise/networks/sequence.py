@@ -12,7 +12,6 @@ from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, check_channels, check_text
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 
-
 MOST_LOGVAR = 10.0
 
 
@@ -26,22 +25,20 @@ class SequencePrediction(NamedTuple):
 class NoiseSequenceNetwork(GoldenNoiseNetwork):
     """A network that predicts state t + 1 of a noise sequence from the states up to t and a prompt.
 
-    State 0 is random noise, state t the noise after t steps towards the prompt. Subclasses are
-    models with the config fields `in_channels`, `text_embed_dim`, `num_steps`, `predict_variance`
-    and `predict_residual`, and define `read_text` and `predict_frames`.
+    State 0 is random noise, state t the noise after t steps towards the prompt. Subclasses are models with the config
+    fields `in_channels`, `text_embed_dim`, `num_steps`, `predict_variance` and `predict_residual`, and define
+    `read_text` and `predict_frames`.
     """
 
     def read_text(self, text_embed: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
         """What `predict_frames` reads of a prompt, computed once a sequence."""
         raise TypeError(f"{type(self).__name__} must define `read_text`.")
 
-    def predict_frames(
-        self, frames: torch.Tensor, text: Any, memory: Any | None
-    ) -> tuple[torch.Tensor, Any]:
+    def predict_frames(self, frames: torch.Tensor, text: Any, memory: Any | None) -> tuple[torch.Tensor, Any]:
         """The head's output for frames that follow those in `memory`, and the memory with them.
 
-        Frames and output are `(batch, steps, channels, height, width)` in the network's dtype, the
-        output of twice the channels with `predict_variance`; the first frames have no memory.
+        Frames and output are `(batch, steps, channels, height, width)` in the network's dtype, the output of twice the
+        channels with `predict_variance`; the first frames have no memory.
         """
         raise TypeError(f"{type(self).__name__} must define `predict_frames`.")
 
@@ -56,18 +53,17 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
     ) -> SequencePrediction | torch.Tensor:
         """Predict the successor of every state at once, each from the true states up to it.
 
-        With `num_steps` it is `generate_sequence`, which comes this way for the hooks that bring
-        offloaded weights in: they see the module called, not its methods.
+        With `num_steps` it is `generate_sequence`, which comes this way for the hooks that bring offloaded weights in:
+        they see the module called, not its methods.
 
-        `noise_sequence` `(batch, steps, channels, height, width)` are states 0 to steps - 1; the
-        prediction is of states 1 to steps, in its dtype. Text and errors as in `generate_sequence`.
+        `noise_sequence` `(batch, steps, channels, height, width)` are states 0 to steps - 1; the prediction is of
+        states 1 to steps, in its dtype. Text and errors as in `generate_sequence`.
         """
         if num_steps is not None:
             return self._generate(noise_sequence, text_embed, attention_mask, num_steps, generator)
         if noise_sequence.ndim != 5:
             raise ValueError(
-                "`noise_sequence` must be (batch, steps, channels, height, width), got "
-                f"{tuple(noise_sequence.shape)}."
+                f"`noise_sequence` must be (batch, steps, channels, height, width), got {tuple(noise_sequence.shape)}."
             )
         self._check_steps(noise_sequence.shape[1])
         self._check_input(noise_sequence[:, 0], text_embed, attention_mask)
@@ -86,24 +82,24 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
     ) -> torch.Tensor:
         """Predict a sequence step by step, each state from the network's own earlier ones.
 
-        Every state gets the energy of the noise it came from. Deterministic without a generator:
-        each state is then the mean. In eval mode; the mode comes back afterwards.
+        Every state gets the energy of the noise it came from. Deterministic without a generator: each state is then
+        the mean. In eval mode; the mode comes back afterwards.
 
         Args:
             initial_noise: `(batch, channels, height, width)`, unit variance.
-            text_embed: `(batch, tokens, dim)`, or what the class says; or what `encode_prompts` gave,
-                of which the mask is read too, unless there is an `attention_mask`.
+            text_embed: `(batch, tokens, dim)`, or what the class says; or what `encode_prompts` gave, of which the
+                mask is read too, unless there is an `attention_mask`.
             num_steps: states to predict, at most those that the network was made for.
             generator: draws each state from the predicted Gaussian; one, or one a sample.
             attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
 
         Returns:
-            `(batch, num_steps, channels, height, width)` in the dtype of `initial_noise`; the last
-            state is the golden noise.
+            `(batch, num_steps, channels, height, width)` in the dtype of `initial_noise`; the last state is the golden
+            noise.
 
         Raises:
-            ValueError: shapes that do not fit the network, more steps than it was made for, or a
-                generator for a network that predicts no variance.
+            ValueError: shapes that do not fit the network, more steps than it was made for, or a generator for a
+                network that predicts no variance.
         """
         if isinstance(text_embed, TextConditioning):
             text = text_embed
@@ -117,9 +113,7 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
                     "`text_embed` must have `pooled_prompt_embeds` for a network with `pooled_text`, "
                     "got None. Use a model whose text encoder pools."
                 )
-        return self(
-            initial_noise, text_embed, attention_mask, num_steps=num_steps, generator=generator
-        )
+        return self(initial_noise, text_embed, attention_mask, num_steps=num_steps, generator=generator)
 
     def golden_noise(
         self,
@@ -130,9 +124,9 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
         pooled_prompt_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The last state of `generate_sequence` over all steps the network was made for."""
-        return self.generate_sequence(
-            noise, prompt_embeds, self.config.num_steps, attention_mask=attention_mask
-        )[:, -1]
+        return self.generate_sequence(noise, prompt_embeds, self.config.num_steps, attention_mask=attention_mask)[
+            :, -1
+        ]
 
     def _generate(
         self,
@@ -156,17 +150,13 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
                 (mean, logvar), memory = self._predict(state[:, None], text, memory)
                 following = mean[:, 0]
                 if generator is not None:
-                    noise = randn_tensor(
-                        following.shape, generator, following.device, following.dtype
-                    )
+                    noise = randn_tensor(following.shape, generator, following.device, following.dtype)
                     following = following + (0.5 * logvar[:, 0]).exp() * noise
                 state = match_energy(following, state)
                 states.append(state)
         return torch.stack(states, 1)
 
-    def _predict(
-        self, frames: torch.Tensor, text: Any, memory: Any | None
-    ) -> tuple[SequencePrediction, Any]:
+    def _predict(self, frames: torch.Tensor, text: Any, memory: Any | None) -> tuple[SequencePrediction, Any]:
         output, memory = self.predict_frames(frames.to(self.dtype), text, memory)
         mean, logvar = output.to(frames.dtype), None
         if self.config.predict_variance:
@@ -183,12 +173,7 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
                 f"made for, got {steps}."
             )
 
-    def _check_input(
-        self,
-        noise: torch.Tensor,
-        text_embed: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> None:
+    def _check_input(self, noise: torch.Tensor, text_embed: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         check_text(noise, text_embed, attention_mask)
         check_channels(noise, text_embed, self.config.in_channels, self.config.text_embed_dim)
 
@@ -212,11 +197,10 @@ def gaussian_nll(mean: torch.Tensor, logvar: torch.Tensor, target: torch.Tensor)
 def output_statistics_kl(mean: torch.Tensor, logvar: torch.Tensor | None = None) -> torch.Tensor:
     """How far the values of each output noise, taken together, are from a unit Gaussian.
 
-    `KL(N(m, v) || N(0, 1)) = 0.5 * (v + m^2 - 1 - log v)` per sample and step, averaged, with m the
-    mean over all values of one output noise and v their variance; under a predicted variance the law
-    of total variance gives `v = var(mu) + mean(exp(l))`. A noise close to white satisfies it however
-    sure the network is of each value; the same term on every single value would ask for mu = 0 and
-    variance 1, a fresh random noise.
+    `KL(N(m, v) || N(0, 1)) = 0.5 * (v + m^2 - 1 - log v)` per sample and step, averaged, with m the mean over all
+    values of one output noise and v their variance; under a predicted variance the law of total variance gives `v =
+    var(mu) + mean(exp(l))`. A noise close to white satisfies it however sure the network is of each value; the same
+    term on every single value would ask for mu = 0 and variance 1, a fresh random noise.
 
     Returns:
         Scalar, not negative; 0 where every output has mean 0 and variance 1.
@@ -232,7 +216,4 @@ def output_statistics_kl(mean: torch.Tensor, logvar: torch.Tensor | None = None)
 
 def _check_same_shape(name: str, given: torch.Tensor, mean: torch.Tensor) -> None:
     if given.shape != mean.shape:
-        raise ValueError(
-            f"`{name}` must have the shape of `mean`, {tuple(mean.shape)}, got "
-            f"{tuple(given.shape)}."
-        )
+        raise ValueError(f"`{name}` must have the shape of `mean`, {tuple(mean.shape)}, got {tuple(given.shape)}.")

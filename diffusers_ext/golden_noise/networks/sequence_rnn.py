@@ -21,15 +21,14 @@ from diffusers_ext.golden_noise.networks.blocks import (
 )
 from diffusers_ext.golden_noise.networks.sequence import NoiseSequenceNetwork
 
-
 MOST_GROUPS = 16
 
 
 class FiLM(nn.Module):
     """`(1 + gamma) * features + beta`, with gamma and beta a linear function of the condition.
 
-    Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer" (2018), with their
-    `1 + gamma` form; the linear map starts at zero, so training starts from unchanged features.
+    Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer" (2018), with their `1 + gamma` form; the
+    linear map starts at zero, so training starts from unchanged features.
     """
 
     def __init__(self, condition_dim: int, channels: int) -> None:
@@ -55,9 +54,7 @@ class ResidualBlock(nn.Module):
     The pre-activation order of He et al., "Identity Mappings in Deep Residual Networks" (2016).
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, condition_dim: int, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, condition_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm_in = group_norm(in_channels)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -79,18 +76,11 @@ class ResidualStage(nn.Module):
     """Residual blocks of one resolution; the first takes the channels that come in."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_blocks: int,
-        condition_dim: int,
-        dropout: float = 0.0,
+        self, in_channels: int, out_channels: int, num_blocks: int, condition_dim: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_blocks - 1)
-        self.blocks = nn.ModuleList(
-            ResidualBlock(width, out_channels, condition_dim, dropout) for width in widths
-        )
+        self.blocks = nn.ModuleList(ResidualBlock(width, out_channels, condition_dim, dropout) for width in widths)
 
     def forward(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """As `ResidualBlock`."""
@@ -121,16 +111,15 @@ class PooledText(NamedTuple):
 class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
     """ResNet encoder and decoder with skips, attention and a GRU at their lowest resolution.
 
-    Noise has no shorter description than itself, so nothing passes through one vector: the GRU keeps
-    one state a place of the lowest resolution, with the same weights everywhere, and finer detail
-    reaches the decoder by the encoder's features of that resolution. FiLM brings the prompt into
-    every block, the GRU and cross-attention read it, too. The last convolution starts at zero: with
-    `predict_residual` an untrained network is the identity. Any height and width.
+    Noise has no shorter description than itself, so nothing passes through one vector: the GRU keeps one state a place
+    of the lowest resolution, with the same weights everywhere, and finer detail reaches the decoder by the encoder's
+    features of that resolution. FiLM brings the prompt into every block, the GRU and cross-attention read it, too. The
+    last convolution starts at zero: with `predict_residual` an untrained network is the identity. Any height and
+    width.
 
     Args:
         sample_size: side of the latents trained at, in latent pixels.
-        cnn_base_filters: channels of the first stage; each further one doubles them and halves the
-            resolution.
+        cnn_base_filters: channels of the first stage; each further one doubles them and halves the resolution.
         cnn_num_blocks: residual blocks of each stage.
         cnn_feat_dim: width of attention and pooled text at the lowest resolution.
         gru_hidden_size: of the state a place.
@@ -166,32 +155,20 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if not cnn_num_blocks or min(cnn_num_blocks) < 1:
-            raise ValueError(
-                f"`cnn_num_blocks` must give each stage a block, got {tuple(cnn_num_blocks)}."
-            )
+            raise ValueError(f"`cnn_num_blocks` must give each stage a block, got {tuple(cnn_num_blocks)}.")
         if num_steps < 1:
             raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
         widths = [cnn_base_filters * 2**stage for stage in range(len(cnn_num_blocks))]
         text_options = {"num_heads": num_attention_heads, "feedforward": 2 * cnn_feat_dim}
         self.text_reader = TextReader(
-            text_embed_dim,
-            cnn_feat_dim,
-            num_layers=num_text_layers,
-            dropout=dropout,
-            **text_options,
+            text_embed_dim, cnn_feat_dim, num_layers=num_text_layers, dropout=dropout, **text_options
         )
         self.pool_text = AttentionPooling(cnn_feat_dim, num_attention_heads)
         self._build_encoder(in_channels, widths)
         self.project_in = nn.Conv2d(widths[-1], cnn_feat_dim, 1)
         self.project_positions = nn.Linear(cnn_feat_dim, cnn_feat_dim)
         self.attention = nn.ModuleList(
-            TransformerBlock(
-                cnn_feat_dim,
-                num_attention_heads,
-                2 * cnn_feat_dim,
-                dropout,
-                context_width=cnn_feat_dim,
-            )
+            TransformerBlock(cnn_feat_dim, num_attention_heads, 2 * cnn_feat_dim, dropout, context_width=cnn_feat_dim)
             for _ in range(num_attention_layers)
         )
         self.gru = nn.GRU(2 * cnn_feat_dim, gru_hidden_size, gru_num_layers, batch_first=True)
@@ -225,9 +202,7 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
-    def read_text(
-        self, text_embed: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> PooledText:
+    def read_text(self, text_embed: torch.Tensor, attention_mask: torch.Tensor | None) -> PooledText:
         """Tokens for cross-attention and one vector for FiLM and GRU."""
         if self.config.pooled_text:
             text_embed = text_embed[:, None]
@@ -277,9 +252,7 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         output = self.conv_out(F.silu(self.norm_out(features)))
         return output.unflatten(0, (-1, steps)), memory
 
-    def _check_input(
-        self, noise: torch.Tensor, text_embed: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> None:
+    def _check_input(self, noise: torch.Tensor, text_embed: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         if self.config.pooled_text:
             if text_embed.ndim != 2 or attention_mask is not None:
                 raise ValueError(
@@ -295,9 +268,7 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         """Attention within each frame, then the GRU along the steps of each place."""
         rows, columns = features.shape[-2:]
         coarsest = self.config.sample_size / 2 ** len(self.downsamplers)
-        places = patch_positions(
-            rows, columns, self.config.cnn_feat_dim, coarsest / 2, features.device
-        )
+        places = patch_positions(rows, columns, self.config.cnn_feat_dim, coarsest / 2, features.device)
         tokens = self.project_in(features).flatten(2).transpose(1, 2)
         tokens = tokens + self.project_positions(places.to(tokens.dtype))
         context = text.read.tokens.repeat_interleave(steps, 0)

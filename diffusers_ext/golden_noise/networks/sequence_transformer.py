@@ -36,10 +36,10 @@ def frame_causal_mask(steps: int, patches: int, device: torch.device | None = No
 class NoiseSequenceTransformer(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
     """Block-causal transformer over noise patches with cross-attention to the prompt.
 
-    The head reads a patch's hidden state and the patch itself, so white noise does not have to pass
-    through the hidden width, and it starts at zero: with `predict_residual` an untrained network is
-    the identity. Any height and width: positions are relative to the picture, and sides that the
-    patch does not divide are padded with zeros for the network to read.
+    The head reads a patch's hidden state and the patch itself, so white noise does not have to pass through the hidden
+    width, and it starts at zero: with `predict_residual` an untrained network is the identity. Any height and width:
+    positions are relative to the picture, and sides that the patch does not divide are padded with zeros for the
+    network to read.
 
     Args:
         in_channels: of the latents.
@@ -137,12 +137,7 @@ class NoiseSequenceTransformer(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
     def _embed(self, patches: torch.Tensor, grid: tuple[int, int], earlier: int) -> torch.Tensor:
         """Tokens `(batch, steps * patches, d_model)` with the positions of patch and frame."""
         config = self.config
-        places = patch_positions(
-            *grid,
-            config.d_model,
-            config.sample_size / config.patch_size / 2,
-            patches.device,
-        )
+        places = patch_positions(*grid, config.d_model, config.sample_size / config.patch_size / 2, patches.device)
         steps = torch.arange(earlier, earlier + patches.shape[1], device=patches.device)
         tokens = self.embed_patch(patches) + self.project_positions(places.to(patches.dtype))
         return (tokens + self.frame_positions(steps)[:, None]).flatten(1, 2)

@@ -31,9 +31,8 @@ def is_bare(module: nn.Module) -> bool:
 def linear(layer: nn.Linear, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
     """`layer(x)` without gradients, and the exact GELU of it when asked.
 
-    On processors without Intel's name the MKL kernel behind `F.linear` runs at half the speed of
-    oneDNN's, which this calls for float32 on the CPU. Layers with hooks or in the wrapping of an
-    adapter or of offloading run as they are.
+    On processors without Intel's name the MKL kernel behind `F.linear` runs at half the speed of oneDNN's, which this
+    calls for float32 on the CPU. Layers with hooks or in the wrapping of an adapter or of offloading run as they are.
     """
     plain = type(layer) is nn.Linear and is_bare(layer) and not torch.is_grad_enabled()
     fits = x.device.type == "cpu" and x.dtype == layer.weight.dtype == torch.float32
@@ -61,9 +60,7 @@ def quad_order(size: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def reordering(
-    size: int, window: int, before: int | None, after: int | str, device: torch.device
-) -> torch.Tensor:
+def reordering(size: int, window: int, before: int | None, after: int | str, device: torch.device) -> torch.Tensor:
     """Index from one order of tokens to another.
 
     Args:
@@ -81,15 +78,11 @@ def reordering(
 
 
 @lru_cache(maxsize=64)
-def shift_mask(
-    size: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def shift_mask(size: int, window: int, shift: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`(windows, 1, window ** 2, window ** 2)`: -100 between tokens that only the roll made meet."""
     place = torch.arange(size, device=device)
     region = (place >= size - window).long() + (place >= size - shift).long()
-    regions = (3 * region[:, None] + region[None, :]).view(
-        size // window, window, size // window, window
-    )
+    regions = (3 * region[:, None] + region[None, :]).view(size // window, window, size // window, window)
     labels = regions.transpose(1, 2).reshape(-1, window * window)
     apart = labels[:, None, :] != labels[:, :, None]
     return (apart.to(dtype) * -100)[:, None]
@@ -142,9 +135,9 @@ def in_groups(layer: SwinLayer, x: torch.Tensor, mask: torch.Tensor | None) -> t
 def swin_features(model: SwinModel, pixels: torch.Tensor) -> torch.Tensor:
     """The last hidden state of a Swin in evaluation mode.
 
-    The same as `model(pixels).last_hidden_state`. Tokens stay in the order of the windows they are
-    attended in: from one layer to the next they move once, where rolling, partitioning and back is
-    four copies; masks and orders are made once per size.
+    The same as `model(pixels).last_hidden_state`. Tokens stay in the order of the windows they are attended in: from
+    one layer to the next they move once, where rolling, partitioning and back is four copies; masks and orders are
+    made once per size.
 
     Args:
         model: at every stage, the side of the map is a multiple of the window.

@@ -35,7 +35,6 @@ from diffusers_ext.golden_noise.pairs.shards import (
     shard_files,
 )
 
-
 METADATA_CSV = "metadata.csv"
 _CSV_COLUMNS = {
     "target_noise_file": ("prompt", "source_noise_file", "target_noise_file"),
@@ -57,9 +56,9 @@ def is_third_party(folder: str | os.PathLike) -> bool:
 class ThirdPartyPairDataset(Dataset):
     """The official `.npz` pairs, or the `.pt` pairs and sequences of a `metadata.csv`.
 
-    Of official pairs those are kept whose first optimized score is above the first original score, as
-    their own training does; without a file of scores there are no captions, so it must be there.
-    Items are as in `PairDataset`, one file read at a time.
+    Of official pairs those are kept whose first optimized score is above the first original score, as their own
+    training does; without a file of scores there are no captions, so it must be there. Items are as in `PairDataset`,
+    one file read at a time.
 
     Attributes:
         facts: `None`: such sets say nothing about how they were made.
@@ -147,18 +146,14 @@ def _csv_entries(folder: Path) -> list[_Entry]:
     names = list(rows[0]) if rows else []
     kind = next((column for column in _CSV_COLUMNS if column in names), None)
     if rows and kind is None:
-        raise ValueError(
-            f"{path} must have the columns of {list(_CSV_COLUMNS.values())}, got {names}."
-        )
+        raise ValueError(f"{path} must have the columns of {list(_CSV_COLUMNS.values())}, got {names}.")
     root, entries = Path(os.path.abspath(folder)), []
     for number, row in enumerate(rows, 1):
         files = [folder / (row[column] or "") for column in ("source_noise_file", kind)]
         for file in files:
             # By the names: in the cache of the Hub every file is a link to elsewhere.
             if not file.is_file() or root not in Path(os.path.abspath(file)).parents:
-                raise ValueError(
-                    f"Row {number} of {path} must name files below {folder}, got {file}."
-                )
+                raise ValueError(f"Row {number} of {path} must name files below {folder}, got {file}.")
         entries.append(_Entry(row["prompt"], *files))
     if not entries:
         raise ValueError(f"{path} must hold at least one pair, got none.")
@@ -171,12 +166,8 @@ def _read_npz(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
         with open(entry.source, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             noise, golden = arrays["arr_0"], arrays["arr_1"]
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{entry.source} must hold the arrays arr_0 and arr_1, got: {error}."
-        ) from error
-    return _single(entry.source, torch.from_numpy(noise)), _single(
-        entry.golden, torch.from_numpy(golden)
-    )[None]
+        raise ValueError(f"{entry.source} must hold the arrays arr_0 and arr_1, got: {error}.") from error
+    return _single(entry.source, torch.from_numpy(noise)), _single(entry.golden, torch.from_numpy(golden))[None]
 
 
 def _read_pt(entry: _Entry) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,10 +186,7 @@ def _single(path: Path, noise: Any) -> torch.Tensor:
     if noise.ndim == 4 and len(noise) == 1:
         noise = noise[0]
     if noise.ndim != 3:
-        raise ValueError(
-            f"{path} must hold noises of shape (1, channels, height, width), got "
-            f"{tuple(noise.shape)}."
-        )
+        raise ValueError(f"{path} must hold noises of shape (1, channels, height, width), got {tuple(noise.shape)}.")
     return noise.float()
 
 
@@ -223,9 +211,8 @@ def source_noise(seed: int, latent_shape: Sequence[int]) -> torch.Tensor:
 class PairDataset(Dataset):
     """A native folder of pairs; memory-mapped, and picklable for the workers of a `DataLoader`.
 
-    A shard holds `golden - noise` in float16 for every step of the sequence (one step: pairs); the
-    noise itself is drawn from its seed. The tables also load with
-    `datasets.load_dataset(folder, "pairs")` and `"rejected"`.
+    A shard holds `golden - noise` in float16 for every step of the sequence (one step: pairs); the noise itself is
+    drawn from its seed. The tables also load with `datasets.load_dataset(folder, "pairs")` and `"rejected"`.
 
     Attributes:
         records: seeds, rewards and noise statistics, one per item.
@@ -258,13 +245,10 @@ class PairDataset(Dataset):
         self.prompts = [record.prompt for record in self.records]
         self._handles: dict[int, safe_open] = {}
         if not self.records:
-            raise ValueError(
-                f"{folder} must hold at least one pair, got none in {len(shards)} finished shards."
-            )
+            raise ValueError(f"{folder} must hold at least one pair, got none in {len(shards)} finished shards.")
         if not self.complete:
             logger.warning(
-                f"{folder} holds {len(shards)} of {config['num_shards']} shards: its generation has "
-                "not ended."
+                f"{folder} holds {len(shards)} of {config['num_shards']} shards: its generation has not ended."
             )
 
     def __len__(self) -> int:
@@ -281,22 +265,20 @@ class PairDataset(Dataset):
     def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
         """Upload as a repository of data with a card, in one commit.
 
-        `datasets.load_dataset(repo_id, "pairs")` and `"rejected"` then read the tables without this
-        package, `open_pairs(repo_id)` all of it.
+        `datasets.load_dataset(repo_id, "pairs")` and `"rejected"` then read the tables without this package,
+        `open_pairs(repo_id)` all of it.
 
         Args:
             repo_id: `"user/name"`, made when absent.
-            arguments: facts for the card that go before what the set knows of itself (`base_model`,
-                `trained_on`, `license`, `pipeline`, `reward`, `results`, `settings`),
-                `allow_unfinished` for a set whose generation has not ended, and `private`, `token`,
-                `revision`, `create_pr`, `commit_message`, `subfolder`.
+            arguments: facts for the card that go before what the set knows of itself (`base_model`, `trained_on`,
+                `license`, `pipeline`, `reward`, `results`, `settings`), `allow_unfinished` for a set whose generation
+                has not ended, and `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
 
         Returns:
             Address of the commit, or of the pull request.
 
         Raises:
-            ValueError: an unfinished set, or a fact that is neither given nor known; nothing is
-                uploaded then.
+            ValueError: an unfinished set, or a fact that is neither given nor known; nothing is uploaded then.
         """
         return push_pairs(self, repo_id, **arguments)
 
@@ -318,8 +300,8 @@ def open_pairs(
     """A set of noise pairs or sequences in any of the formats that are known.
 
     Native folders; the official folder of `<index>_<seed>.npz` with its JSONL of scores
-    (https://github.com/xie-lab-ml/Golden-Noise-for-Diffusion-Models); folders of `.pt` files with a
-    `metadata.csv`, pairs or sequences. Nothing in them is executed.
+    (https://github.com/xie-lab-ml/Golden-Noise-for-Diffusion-Models); folders of `.pt` files with a `metadata.csv`,
+    pairs or sequences. Nothing in them is executed.
 
     Args:
         path: a local folder, or `"user/name"` of a repository of data on the Hub.
@@ -350,8 +332,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder, CONFIG_NAME)
     if not path.is_file():
         raise ValueError(
-            f"{folder} must be a folder of noise pairs, got none of config.json, metadata.csv and "
-            "*.npz in it."
+            f"{folder} must be a folder of noise pairs, got none of config.json, metadata.csv and *.npz in it."
         )
     config = read_json(path)
     if config.get("_class_name") != CLASS_NAME:
@@ -368,7 +349,5 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         if type(value) is not int or not least <= value < 2**31:
             raise ValueError(f"`{name}` must be a number from {least}, got {value!r} in {path}.")
     if not isinstance(config.get("facts", False), (dict, type(None))):
-        raise ValueError(
-            f"`facts` must be an object or null, got {config.get('facts')!r} in {path}."
-        )
+        raise ValueError(f"`facts` must be an object or null, got {config.get('facts')!r} in {path}.")
     return config

@@ -17,7 +17,6 @@ from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.licence import public_name
 from diffusers_ext.hub.push import push_folder, split_arguments
 
-
 if TYPE_CHECKING:
     from diffusers_ext.golden_noise.pairs.dataset import PairDataset
 
@@ -25,9 +24,7 @@ if TYPE_CHECKING:
 # Parts of an unfinished shard, and files that a killed run left half written.
 _NOT_SHARED = ("progress/*", ".*", "*/.*")
 _NATIVE = ("config.json", "report.json", "deltas/*", "pairs/*", "rejected/*", "shards/*")
-_SHARDS = tuple(
-    f"{folder}/[0-9][0-9][0-9][0-9][0-9].*" for folder in ("deltas", "pairs", "rejected", "shards")
-)
+_SHARDS = tuple(f"{folder}/[0-9][0-9][0-9][0-9][0-9].*" for folder in ("deltas", "pairs", "rejected", "shards"))
 _THIRD_PARTY = ("metadata.csv", "*.pt", "*.npz", "*.json", "*.jsonl")
 _SETTINGS = (
     "redenoise_steps", "w1", "w2", "legacy_inversion", "negative_prompt", "num_inference_steps",
@@ -35,13 +32,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def push_pairs(
-    pairs: PairDataset,
-    repo_id: str,
-    *,
-    allow_unfinished: bool = False,
-    **arguments: Any,
-) -> str:
+def push_pairs(pairs: PairDataset, repo_id: str, *, allow_unfinished: bool = False, **arguments: Any) -> str:
     """Upload a set as a repository of data; arguments and errors as of `PairDataset.push_to_hub`."""
     if not pairs.complete and not allow_unfinished:
         raise ValueError(
@@ -118,9 +109,7 @@ def pair_set_card(
 
 def num_rejected(folder: str | os.PathLike) -> int:
     """How many pairs the filter of a set has refused."""
-    return sum(
-        len(read_table(shard_files(folder, shard).rejected)) for shard in list_shards(folder)
-    )
+    return sum(len(read_table(shard_files(folder, shard).rejected)) for shard in list_shards(folder))
 
 
 def measured(folder: str | os.PathLike) -> list[Measured]:
@@ -137,10 +126,7 @@ def measured(folder: str | os.PathLike) -> list[Measured]:
         "mean reward of golden noise": fmean(record.reward_golden for record in judged),
     }
     notes = f"{len(judged)} pairs, before the filter"
-    return [
-        Measured("the prompts of this set", metric, value, notes=notes)
-        for metric, value in figures.items()
-    ]
+    return [Measured("the prompts of this set", metric, value, notes=notes) for metric, value in figures.items()]
 
 
 def download_pairs(
@@ -154,8 +140,7 @@ def download_pairs(
     """The folder of a set from the Hub, whole.
 
     Raises:
-        ValueError: no such repository or revision, or one that was never downloaded whole with
-            `local_files_only`.
+        ValueError: no such repository or revision, or one that was never downloaded whole with `local_files_only`.
     """
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     offline = download_arguments.get("local_files_only", False)

@@ -21,7 +21,6 @@ from diffusers_ext.core.artifacts import file_sha256, write_atomically
 from diffusers_ext.core.tensor_files import check_regular_file, is_sha256, read_tensors
 from diffusers_ext.core.text_files import read_json
 
-
 TENSOR = "delta"
 TABLES = ("pairs", "rejected")
 _SCHEMA = pa.schema(
@@ -106,10 +105,7 @@ def write_shard(
     summary = {
         "pairs": len(pairs),
         "rejected": len(rejected),
-        "sha256": {
-            name: hashlib.sha256(content).hexdigest()
-            for name, content in zip(names, contents, strict=False)
-        },
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in zip(names, contents, strict=False)},
     }
     files.summary.parent.mkdir(exist_ok=True)
     write_atomically(files.summary, json.dumps(summary, indent=2) + "\n")
@@ -121,17 +117,8 @@ def read_table(path: str | os.PathLike) -> list[PairRecord]:
         check_regular_file(path, _remedy(path))
         table = parquet.read_table(path)
     # Of the many ways in which bytes are no table, some end in errors of Python itself.
-    except (
-        pa.ArrowException,
-        ArithmeticError,
-        LookupError,
-        MemoryError,
-        OSError,
-        ValueError,
-    ) as error:
-        raise ValueError(
-            f"{path} must be a parquet table, got: {error}. {_remedy(path)}"
-        ) from error
+    except (pa.ArrowException, ArithmeticError, LookupError, MemoryError, OSError, ValueError) as error:
+        raise ValueError(f"{path} must be a parquet table, got: {error}. {_remedy(path)}") from error
     missing = [name for name in _SCHEMA.names if name not in table.column_names]
     if missing:
         raise ValueError(f"{path} must have the columns {missing}, got {table.column_names}.")
@@ -171,9 +158,7 @@ def check_shard(
         read_tensors(files.tensors, dtypes=[torch.float16], remedy=_remedy(files.tensors))
     shape = tuple(open_tensors(files.tensors).get_slice(TENSOR).get_shape())
     if shape[1:] != tuple(item_shape):
-        raise ValueError(
-            f"{files.tensors} must hold noises of shape {tuple(item_shape)}, got {shape[1:]}."
-        )
+        raise ValueError(f"{files.tensors} must hold noises of shape {tuple(item_shape)}, got {shape[1:]}.")
     if shape[0] != len(records):
         raise ValueError(
             f"Every row of {files.pairs} must have its tensor, got {len(records)} rows and "
@@ -196,14 +181,12 @@ def _sums(summary: Any, files: ShardFiles) -> dict[str, str]:
     sums = summary.get("sha256") if isinstance(summary, dict) else None
     if not isinstance(sums, dict) or sums.keys() != names:
         raise ValueError(
-            f"{files.summary} must hold the SHA-256 of {sorted(names)}, got {sums!r:.200}. "
-            f"{_remedy(files.summary)}"
+            f"{files.summary} must hold the SHA-256 of {sorted(names)}, got {sums!r:.200}. {_remedy(files.summary)}"
         )
     for name, value in sums.items():
         if not is_sha256(value):
             raise ValueError(
-                f"{files.summary} must hold the SHA-256 of {name}, got {value!r}. "
-                f"{_remedy(files.summary)}"
+                f"{files.summary} must hold the SHA-256 of {name}, got {value!r}. {_remedy(files.summary)}"
             )
     return sums
 

@@ -25,7 +25,6 @@ from diffusers_ext.golden_noise.pairs.shards import (
     write_shard,
 )
 
-
 _PROGRESS = "progress"
 _REMEDY = "Remove it, and the run makes it again."
 _CARD = """---
@@ -50,8 +49,8 @@ class Part(NamedTuple):
 class PairWriter:
     """The folder of one generation, cut in advance into shards and batches ("parts") of a shard.
 
-    A part is one file, a shard is there once its summary is, and a shard replaces its parts: at any
-    moment the folder says exactly what is done. Several processes may write different shards.
+    A part is one file, a shard is there once its summary is, and a shard replaces its parts: at any moment the folder
+    says exactly what is done. Several processes may write different shards.
     """
 
     def __init__(
@@ -146,9 +145,7 @@ class PairWriter:
             ValueError: a shape that does not fit, or values that are not finite in float16.
         """
         if deltas.shape != (len(pairs), *self.item_shape):
-            raise ValueError(
-                f"`deltas` must be {(len(pairs), *self.item_shape)}, got {tuple(deltas.shape)}."
-            )
+            raise ValueError(f"`deltas` must be {(len(pairs), *self.item_shape)}, got {tuple(deltas.shape)}.")
         deltas = deltas.detach().to("cpu", torch.float16).contiguous()
         broken = ~torch.isfinite(deltas).flatten(1).all(1)
         if broken.any():

@@ -19,13 +19,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from diffusers_ext.core.pictures import (
-    FoundFiles,
-    is_hidden,
-    read_picture,
-    rgb_picture,
-    why_no_picture,
-)
+from diffusers_ext.core.pictures import FoundFiles, is_hidden, read_picture, rgb_picture, why_no_picture
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.batch import EraserText
@@ -37,7 +31,6 @@ from diffusers_ext.families.family import Family
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.velocity import Velocity
 from diffusers_ext.training.eraser.prompts import EraserPrompts
-
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +52,7 @@ def list_videos(folder: Path) -> list[Path]:
     entries = {path: _why_no_video(path) for path in sorted(folder.iterdir())}
     passed_over = {path.name: reason for path, reason in entries.items() if reason is not None}
     found = FoundFiles(
-        folder,
-        tuple(path for path, reason in entries.items() if reason is None),
-        passed_over,
-        "videos",
+        folder, tuple(path for path, reason in entries.items() if reason is None), passed_over, "videos"
     )
     if not found.paths:
         raise ValueError(
@@ -102,8 +92,7 @@ def read_video(path: Path, num_frames: int, height: int, width: int) -> np.ndarr
         raise ValueError(f"{path} must be a video that can be read, got: {error}.") from error
     if len(frames) < num_frames:
         raise ValueError(
-            f"{path} must have at least {num_frames} frames, got {len(frames)}. Take it out, or "
-            "train on fewer frames."
+            f"{path} must have at least {num_frames} frames, got {len(frames)}. Take it out, or train on fewer frames."
         )
     return np.stack(frames)
 
@@ -202,9 +191,8 @@ class NoiseSource(Dataset):
 class VideoSource(Dataset):
     """Latents of the videos in a folder, encoded once and kept in memory.
 
-    Items are `{"x_0": (frames, channels, height, width) float32}`, scaled as the transformer
-    reads them. Latent frames that CogVideoX 1.5 needs besides repeat the first one; the pipeline
-    drops the same ones.
+    Items are `{"x_0": (frames, channels, height, width) float32}`, scaled as the transformer reads them. Latent frames
+    that CogVideoX 1.5 needs besides repeat the first one; the pipeline drops the same ones.
 
     Args:
         pipeline: a CogVideoX pipeline; its VAE encodes.
@@ -245,9 +233,7 @@ class VideoSource(Dataset):
 
 
 @torch.no_grad()
-def encode_frames(
-    vae: torch.nn.Module, frames: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def encode_frames(vae: torch.nn.Module, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One video `(frames, height, width, 3)` uint8 as latents of the transformer.
 
     They are `(latent frames, channels, height, width)` float32 on the CPU, times the scaling factor.
@@ -264,17 +250,13 @@ class EraserData:
     """What a training reads, with no text encoder any more."""
 
     text: EraserText
-    token_mask: (
-        torch.Tensor | None
-    )  # (target prompts, text) bool, the concept's; `None` without masks
+    token_mask: torch.Tensor | None  # (target prompts, text) bool, the concept's; `None` without masks
     samples: Dataset  # of the teacher, or clean latents
     size: ClipSize
 
 
 @torch.no_grad()
-def encode_text(
-    pipeline: DiffusionPipeline, prompts: EraserPrompts, *, batch_size: int = 32
-) -> EraserText:
+def encode_text(pipeline: DiffusionPipeline, prompts: EraserPrompts, *, batch_size: int = 32) -> EraserText:
     """Embeddings of all prompts, kept on the CPU; equal prompts are encoded once."""
     embeds = encode_for(pipeline, prompts.texts, batch_size)
     row = {prompt: index for index, prompt in enumerate(prompts.texts)}
@@ -310,8 +292,8 @@ def make_samples(
 ) -> Dataset:
     """The samples of a recipe: teacher trajectories, or clean latents of `video_dir` or of noise.
 
-    The pipeline may have erasers, which the teacher switches off. `collection` are further arguments
-    of `collect_teacher_samples`: `directory` and `facts`, ...
+    The pipeline may have erasers, which the teacher switches off. `collection` are further arguments of
+    `collect_teacher_samples`: `directory` and `facts`, ...
     """
     shape = size.latent_shape(pipeline)
     if recipe.latents_source == "noise":

@@ -15,7 +15,6 @@ from diffusers_ext.eraser.concepts import contains_concept, replace_concept
 from diffusers_ext.eraser.neighbours import Neighbour
 from diffusers_ext.nullspace.prompts import check_prompts, read_prompts_file, unique
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -32,14 +31,11 @@ class EraserPrompts:
             check_prompts(getattr(self, name), name)
         if len(self.target) != len(self.anchor):
             raise ValueError(
-                f"`anchor` must have one prompt for each target, got {len(self.anchor)} for "
-                f"{len(self.target)}."
+                f"`anchor` must have one prompt for each target, got {len(self.anchor)} for {len(self.target)}."
             )
         both = sorted({*self.target} & {*self.anchor, *self.preserved})
         if both:
-            raise ValueError(
-                f"`target` must share no prompt with what is kept, got {both[0]!r} in both."
-            )
+            raise ValueError(f"`target` must share no prompt with what is kept, got {both[0]!r} in both.")
 
     @property
     def texts(self) -> list[str]:
@@ -69,31 +65,24 @@ def make_eraser_prompts(
 ) -> EraserPrompts:
     """Write all prompts of an erasure.
 
-    What is kept are the target prompts with each preserved concept in the place of the concept,
-    the anchor prompts and `preserved_prompts`. Where no target prompt names the concept, each
-    preserved concept is a prompt by itself.
+    What is kept are the target prompts with each preserved concept in the place of the concept, the anchor prompts and
+    `preserved_prompts`. Where no target prompt names the concept, each preserved concept is a prompt by itself.
 
     Args:
         target: prompts that ask for the concept.
-        anchor_concept: a neutral word that takes its place in the anchors ("a red seven" -> "a red
-            digit"), which every target prompt then must name; the anchors are empty when `None`.
-        max_preserved: keep a random choice, by `seed`, of the prompts with a preserved concept; all
-            when `None`.
+        anchor_concept: a neutral word that takes its place in the anchors ("a red seven" -> "a red digit"), which
+            every target prompt then must name; the anchors are empty when `None`.
+        max_preserved: keep a random choice, by `seed`, of the prompts with a preserved concept; all when `None`.
 
     Raises:
-        ValueError: something preserved that names the concept, or a target prompt without it where
-            there is an anchor concept.
+        ValueError: something preserved that names the concept, or a target prompt without it where there is an anchor
+            concept.
     """
     target = unique(check_prompts(target, "target"))
-    for name, texts in (
-        ("preserved_concepts", preserved_concepts),
-        ("preserved_prompts", preserved_prompts),
-    ):
+    for name, texts in (("preserved_concepts", preserved_concepts), ("preserved_prompts", preserved_prompts)):
         against = [text for text in texts if contains_concept(text, concept)]
         if against:
-            raise ValueError(
-                f"`{name}` must not name {concept!r}, which is erased, got {against[0]!r}."
-            )
+            raise ValueError(f"`{name}` must not name {concept!r}, which is erased, got {against[0]!r}.")
     if anchor_concept is None:
         anchor = [""] * len(target)
     else:
@@ -110,16 +99,12 @@ def _vary(target: Sequence[str], concept: str, others: Sequence[str]) -> list[st
     """Target prompts about other concepts."""
     naming = [prompt for prompt in target if contains_concept(prompt, concept)]
     if others and not naming:
-        logger.warning(
-            f"No target prompt names {concept!r}: the preserved concepts are prompts by themselves."
-        )
+        logger.warning(f"No target prompt names {concept!r}: the preserved concepts are prompts by themselves.")
         return list(others)
     return [replace_concept(prompt, concept, other) for prompt in naming for other in others]
 
 
-def write_preserved_concepts(
-    path: str | os.PathLike, concept: str, neighbours: Sequence[Neighbour]
-) -> None:
+def write_preserved_concepts(path: str | os.PathLike, concept: str, neighbours: Sequence[Neighbour]) -> None:
     """Write neighbours one a line, for the user to edit and give back, and say so in the log."""
     cosines = ", ".join(f"{word} {cosine:.2f}" for word, cosine in neighbours)
     logger.info(f"Preserved neighbours of {concept!r} (cosine): {cosines}")

@@ -35,7 +35,6 @@ from diffusers_ext.training.run.upload import (
     widget_of,
 )
 
-
 logger = get_logger(__name__)
 
 REPORT_NAME = "training_report.json"
@@ -51,9 +50,8 @@ _GAP = 2  # white pixels between the two clips
 class ClipValidation:
     """Draws `--validation_prompt` at fixed seeds every `--validation_steps` and at the end.
 
-    Each file shows the base model on the left and the eraser at full strength on the right, from the
-    same noise. The text encoder is gone by then, so prompts come as embeddings. `files` are the clips
-    of the last call.
+    Each file shows the base model on the left and the eraser at full strength on the right, from the same noise. The
+    text encoder is gone by then, so prompts come as embeddings. `files` are the clips of the last call.
     """
 
     def __init__(
@@ -124,9 +122,7 @@ class ClipValidation:
         self.files.append(path)
 
 
-def eraser_report(
-    settings: EraserSettings, text: RunText, loop: TrainingLoop, **facts: Any
-) -> dict[str, Any]:
+def eraser_report(settings: EraserSettings, text: RunText, loop: TrainingLoop, **facts: Any) -> dict[str, Any]:
     """Everything about a training as JSON, the token left out."""
     trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
     return {
@@ -142,10 +138,7 @@ def eraser_report(
 
 
 def save_result(
-    settings: EraserSettings,
-    pipeline: DiffusionPipeline,
-    adapter_name: str,
-    report: dict[str, Any],
+    settings: EraserSettings, pipeline: DiffusionPipeline, adapter_name: str, report: dict[str, Any]
 ) -> None:
     """Write the eraser and the report, all at once."""
     with staged_output(settings.output_dir, ("adapter_config.json",), ON_THE_WAY) as folder:
@@ -153,16 +146,13 @@ def save_result(
             pipeline.transformer,
             folder,
             adapter_name=adapter_name,
-            base_model_name_or_path=settings.hub_base_model
-            or public_name(settings.pretrained_model_name_or_path),
+            base_model_name_or_path=settings.hub_base_model or public_name(settings.pretrained_model_name_or_path),
         )
         report_text = json.dumps(report, indent=2) + "\n"
         (folder / REPORT_NAME).write_text(report_text, encoding="utf-8")
 
 
-def eraser_facts(
-    settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
-) -> dict[str, Any]:
+def eraser_facts(settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()) -> dict[str, Any]:
     """What the card of a trained eraser tells besides base model and licence, JSON-able.
 
     The report is as in `training_report.json`, the clips are below the output folder.
@@ -230,11 +220,7 @@ def prepare_eraser_upload(settings: EraserSettings, given: GivenTexts, size: Cli
     prepare_upload(settings, trained_eraser_card(settings, known))
 
 
-def publish_eraser(
-    settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path]
-) -> str:
+def publish_eraser(settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path]) -> str:
     """Upload the output folder without checkpoints and logs; returns the address of the commit."""
     card = trained_eraser_card(settings, report, clips)
-    return push_output(
-        settings, card, left_here(settings, settings.trajectories_dir, settings.video_dir)
-    )
+    return push_output(settings, card, left_here(settings, settings.trajectories_dir, settings.video_dir))

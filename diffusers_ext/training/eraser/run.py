@@ -48,15 +48,13 @@ def read_base(settings: EraserSettings) -> BaseFacts:
     """Read the configs of `--pretrained_model_name_or_path` and check the arguments against them.
 
     Raises:
-        ValueError: no CogVideoX text-to-video pipeline, clips that it cannot take, a rank above its
-            width, a scheduler of another prediction, or a concept that its tokenizer cannot spell.
+        ValueError: no CogVideoX text-to-video pipeline, clips that it cannot take, a rank above its width, a scheduler
+            of another prediction, or a concept that its tokenizer cannot spell.
     """
     family = read_video_family(settings)
     source, revision = settings.pretrained_model_name_or_path, settings.revision
     transformer, vae, scheduler = (
-        SimpleNamespace(
-            config=FrozenDict(model.load_config(source, subfolder=name, revision=revision))
-        )
+        SimpleNamespace(config=FrozenDict(model.load_config(source, subfolder=name, revision=revision)))
         for model, name in (
             (import_class(family.denoiser_class), "transformer"),
             (import_class(family.vae_class), "vae"),
@@ -67,22 +65,17 @@ def read_base(settings: EraserSettings) -> BaseFacts:
     predicts = scheduler.config.get("prediction_type")
     if predicts != "v_prediction":
         raise ValueError(
-            f"`prediction_type` of the scheduler must be 'v_prediction', as {family.title} has it, got "
-            f"{predicts!r}."
+            f"`prediction_type` of the scheduler must be 'v_prediction', as {family.title} has it, got {predicts!r}."
         )
     kind = getattr(diffusers, scheduler.config["_class_name"], None)
     if kind is not None:  # one of another library is met when it is loaded
         check_diffusion_levels(kind.from_config(scheduler.config))
-    size = ClipSize.of_configs(
-        family, transformer, vae, settings.num_frames, settings.height, settings.width
-    )
+    size = ClipSize.of_configs(family, transformer, vae, settings.num_frames, settings.height, settings.width)
     shape = family.latent_shape(transformer.config, vae.config, *size)
     family.token_grid(transformer.config, shape)
     width = transformer_width(transformer.config)
     if settings.rank > width:
-        raise ValueError(
-            f"`eraser_rank` must be at most the model's width, {width}, got {settings.rank}."
-        )
+        raise ValueError(f"`eraser_rank` must be at most the model's width, {width}, got {settings.rank}.")
     anchor = None if settings.anchor_concept == AUTO_ANCHOR else settings.anchor_concept
     for concept in (settings.target_concept, anchor):
         if concept is not None:
@@ -101,9 +94,7 @@ def read_video_family(settings: EraserSettings) -> Family:
     refuse_single_file(source, f"a {' or '.join(names)}")
     kind = read_components(settings)["_class_name"]
     if kind not in names:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` must be a {' or '.join(names)}, got a {kind} in {source}."
-        )
+        raise ValueError(f"`pretrained_model_name_or_path` must be a {' or '.join(names)}, got a {kind} in {source}.")
     return names[kind]
 
 
@@ -181,9 +172,7 @@ def make_step(
         rollouts = OnPolicyRollouts(pipeline, data.text, recipe, shape, data.size._asdict())
     if recipe.adversarial_share:
         adversarial_prompts = AdversarialPrompts(velocity, recipe)
-    return EraserStep(
-        maker, recipe, adapter_name, rollouts=rollouts, adversarial_prompts=adversarial_prompts
-    )
+    return EraserStep(maker, recipe, adapter_name, rollouts=rollouts, adversarial_prompts=adversarial_prompts)
 
 
 def train_eraser(
@@ -204,8 +193,7 @@ def train_eraser(
     Args:
         pipeline: the base model, where it is to be trained.
         size: of the clips; the model's own when `None`.
-        concept, anchor_concept: what is erased, for the adapter's config and for masks, and what
-            stands in its place.
+        concept, anchor_concept: what is erased, for the adapter's config and for masks, and what stands in its place.
         data: of an earlier call with the same prompts, size and sampling, to be used again.
         accelerator: on the pipeline's device, in full precision, when `None`.
         options: of `make_samples`.
@@ -216,12 +204,9 @@ def train_eraser(
         data = make_data(pipeline, prompts, recipe, size, concept=concept, **options)
     if accelerator is None:
         accelerator = Accelerator(
-            cpu=transformer.device.type == "cpu",
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            cpu=transformer.device.type == "cpu", gradient_accumulation_steps=recipe.gradient_accumulation_steps
         )
-    parameters = add_eraser(
-        transformer, recipe, adapter_name, concept=concept, anchor_concept=anchor_concept
-    )
+    parameters = add_eraser(transformer, recipe, adapter_name, concept=concept, anchor_concept=anchor_concept)
     settings = LoopSettings(
         max_train_steps=recipe.max_train_steps,
         train_batch_size=recipe.train_batch_size,
@@ -230,9 +215,7 @@ def train_eraser(
         seed=recipe.seed,
         description="eraser training",
     )
-    optimizer = torch.optim.AdamW(
-        parameters, recipe.learning_rate, weight_decay=recipe.adam_weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.adam_weight_decay)
     loop = TrainingLoop(
         accelerator,
         transformer,
@@ -240,18 +223,11 @@ def train_eraser(
         data.samples,
         make_step(pipeline, data, recipe, accelerator.device, adapter_name),
         settings,
-        get_scheduler(
-            recipe.lr_scheduler,
-            optimizer,
-            num_warmup_steps=0,
-            num_training_steps=recipe.max_train_steps,
-        ),
+        get_scheduler(recipe.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=recipe.max_train_steps),
     )
     try:
         loop.run()
     finally:
-        pipeline.transformer = accelerator.unwrap_model(
-            loop.model, keep_fp32_wrapper=False, keep_torch_compile=False
-        )
+        pipeline.transformer = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         transformer.requires_grad_(False).eval()
     return TrainedEraser(loop.history, loop.seconds, data)

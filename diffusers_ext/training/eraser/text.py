@@ -26,7 +26,6 @@ from diffusers_ext.training.eraser.prompts import (
 )
 from diffusers_ext.training.run.text_cache import load_text_pipeline
 
-
 logger = get_logger(__name__)
 
 PRESERVED_NAME = "preserved_concepts.txt"
@@ -44,8 +43,8 @@ def choose_anchor_concept(
 ) -> dict[str, float]:
     """Candidates, preserved concepts, with their distances from the concept, the nearest first.
 
-    At most 16 prompts that name the concept are used, evenly chosen. Of the recipe sampling steps,
-    guidance and seed are read; clips are of the model's own size where none is given.
+    At most 16 prompts that name the concept are used, evenly chosen. Of the recipe sampling steps, guidance and seed
+    are read; clips are of the model's own size where none is given.
 
     Raises:
         ValueError: no candidate, or no prompt that names the concept.
@@ -63,9 +62,7 @@ def choose_anchor_concept(
     embeds = encode_for(pipeline, texts).to(pipeline.transformer.device)
     empty, texts = embeds[0], embeds[1:].unflatten(0, (len(versions), len(chosen)))
     size = ClipSize.of_pipeline(pipeline) if size is None else size
-    return rank_anchors(
-        pipeline, texts[0], dict(zip(candidates, texts[1:], strict=True)), empty, recipe, size
-    )
+    return rank_anchors(pipeline, texts[0], dict(zip(candidates, texts[1:], strict=True)), empty, recipe, size)
 
 
 def rank_anchors(
@@ -78,8 +75,8 @@ def rank_anchors(
 ) -> dict[str, float]:
     """As `choose_anchor_concept`, of embeddings; the text encoder is not read.
 
-    `target_embeds` are `(prompts, text, dim)`, `anchors` those of the same prompts with each candidate
-    in the place of the concept, `empty_embed` `(text, dim)`.
+    `target_embeds` are `(prompts, text, dim)`, `anchors` those of the same prompts with each candidate in the place of
+    the concept, `empty_embed` `(text, dim)`.
     """
     distances = anchor_distances(
         size.velocity(pipeline),
@@ -94,11 +91,7 @@ def rank_anchors(
 
 
 def settle_anchor(
-    text: RunText,
-    concept: str,
-    pipeline: DiffusionPipeline,
-    recipe: EraserTraining,
-    size: ClipSize,
+    text: RunText, concept: str, pipeline: DiffusionPipeline, recipe: EraserTraining, size: ClipSize
 ) -> tuple[RunText, str]:
     """The text of a run with the best of the candidates that `--anchor_concept auto` has encoded, and its word."""
     device, rows = pipeline.transformer.device, _spread(len(text.prompts.target))
@@ -132,9 +125,7 @@ class GivenTexts:
         return make_eraser_prompts(
             self.target,
             settings.target_concept,
-            anchor_concept=None
-            if settings.anchor_concept == AUTO_ANCHOR
-            else settings.anchor_concept,
+            anchor_concept=None if settings.anchor_concept == AUTO_ANCHOR else settings.anchor_concept,
             preserved_concepts=preserved_concepts,
             preserved_prompts=self.preserved_prompts,
             max_preserved=settings.max_preserved_prompts,
@@ -149,8 +140,8 @@ class RunText:
     Attributes:
         preserved_concepts: given or chosen.
         validation: `(validation prompts, text, dim)`; `None` without any.
-        anchors: of `--anchor_concept auto`, the target prompts with each preserved concept in the place of
-            the concept, `(target prompts, text, dim)` each.
+        anchors: of `--anchor_concept auto`, the target prompts with each preserved concept in the place of the
+            concept, `(target prompts, text, dim)` each.
     """
 
     prompts: EraserPrompts
@@ -164,8 +155,8 @@ def read_texts(settings: EraserSettings) -> GivenTexts:
     """Read the files of the command line and check them against each other.
 
     Raises:
-        ValueError: a missing or empty file, a preserved text that names the concept, or a target
-            prompt without the concept where an anchor concept shall replace it.
+        ValueError: a missing or empty file, a preserved text that names the concept, or a target prompt without the
+            concept where an anchor concept shall replace it.
     """
     column = settings.prompt_column
     optional = (settings.preserved_concepts_file, settings.preserved_prompts_file)
@@ -180,15 +171,11 @@ def read_texts(settings: EraserSettings) -> GivenTexts:
     prompts = given.prompts(settings, concepts)
     if settings.anchor_concept == AUTO_ANCHOR:
         for prompt in prompts.target:
-            replace_concept(
-                prompt, settings.target_concept, AUTO_ANCHOR
-            )  # raises where it is not named
+            replace_concept(prompt, settings.target_concept, AUTO_ANCHOR)  # raises where it is not named
     return given
 
 
-def encode_run_text(
-    settings: EraserSettings, given: GivenTexts, accelerator: Accelerator
-) -> RunText:
+def encode_run_text(settings: EraserSettings, given: GivenTexts, accelerator: Accelerator) -> RunText:
     """Encode everything a run reads; the text encoder is gone afterwards."""
     pipeline = load_text_pipeline(settings, accelerator.device)
     concepts = given.preserved_concepts
@@ -200,16 +187,12 @@ def encode_run_text(
     if settings.validation_prompt:
         validation = encode_for(pipeline, settings.validation_prompt, settings.text_batch_size)
     for concept in concepts if settings.anchor_concept == AUTO_ANCHOR else ():
-        texts = [
-            replace_concept(prompt, settings.target_concept, concept) for prompt in prompts.target
-        ]
+        texts = [replace_concept(prompt, settings.target_concept, concept) for prompt in prompts.target]
         anchors[concept] = encode_for(pipeline, texts, settings.text_batch_size)
     return RunText(prompts, concepts, embeds, validation, anchors)
 
 
-def _nearest_concepts(
-    settings: EraserSettings, pipeline: Any, accelerator: Accelerator
-) -> list[str]:
+def _nearest_concepts(settings: EraserSettings, pipeline: Any, accelerator: Accelerator) -> list[str]:
     """Neighbours of the concept; the main process shows them and writes them down."""
     near = neighbouring_concepts(
         pipeline.tokenizer,

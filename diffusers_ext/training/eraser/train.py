@@ -1,9 +1,8 @@
 """Train an eraser that takes one concept out of CogVideoX and leaves the rest, from prompts alone.
 
     accelerate launch training/train_cogvideox_eraser.py \\
-        --pretrained_model_name_or_path examples/moving_digits/model \\
-        --target_concept seven --anchor_concept auto --prompts_file prompts.txt \\
-        --preserved_concepts_file digits.txt --eraser_rank 32 --learning_rate 5e-3 \\
+        --pretrained_model_name_or_path examples/moving_digits/model \\ --target_concept seven --anchor_concept auto
+        --prompts_file prompts.txt \\ --preserved_concepts_file digits.txt --eraser_rank 32 --learning_rate 5e-3 \\
         --train_batch_size 16 --max_train_steps 400 --output_dir outputs/eraser
 """
 
@@ -21,12 +20,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.training.eraser.data import (
-    EraserData,
-    concept_tokens,
-    make_samples,
-    samples_facts,
-)
+from diffusers_ext.training.eraser.data import EraserData, concept_tokens, make_samples, samples_facts
 from diffusers_ext.training.eraser.result import (
     ClipValidation,
     eraser_facts,
@@ -36,13 +30,7 @@ from diffusers_ext.training.eraser.result import (
     save_result,
 )
 from diffusers_ext.training.eraser.run import BaseFacts, add_eraser, load_base, make_step, read_base
-from diffusers_ext.training.eraser.text import (
-    GivenTexts,
-    RunText,
-    encode_run_text,
-    read_texts,
-    settle_anchor,
-)
+from diffusers_ext.training.eraser.text import GivenTexts, RunText, encode_run_text, read_texts, settle_anchor
 from diffusers_ext.training.run.checkpoints import Checkpoints
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import eraser_words, one_run_a_folder, run_script
@@ -59,7 +47,6 @@ from diffusers_ext.training.run.setup import (
 )
 from diffusers_ext.training.run.shared_file import ERASER_RUNS
 from diffusers_ext.training.run.upload import card_record, check_login
-
 
 logger = get_logger(__name__)
 
@@ -87,11 +74,7 @@ def resume_facts(settings: EraserSettings, given: GivenTexts, base: BaseFacts) -
 
 
 def make_run_data(
-    settings: EraserSettings,
-    accelerator: Accelerator,
-    pipeline: DiffusionPipeline,
-    base: BaseFacts,
-    text: RunText,
+    settings: EraserSettings, accelerator: Accelerator, pipeline: DiffusionPipeline, base: BaseFacts, text: RunText
 ) -> EraserData:
     """The samples of the run, made or read again."""
     collection: dict[str, Any] = {}
@@ -174,9 +157,7 @@ def main(settings: EraserSettings) -> Path:
     text = encode_run_text(settings, given, accelerator)
     pipeline = load_base(settings, accelerator.device)
     if text.anchors:
-        text, settings.anchor_concept = settle_anchor(
-            text, settings.target_concept, pipeline, settings, base.size
-        )
+        text, settings.anchor_concept = settle_anchor(text, settings.target_concept, pipeline, settings, base.size)
     data = make_run_data(settings, accelerator, pipeline, base, text)
     validation = ClipValidation(settings, pipeline, accelerator, text, base.size)
     facts["prompts"] = text.prompts.facts
@@ -185,9 +166,7 @@ def main(settings: EraserSettings) -> Path:
     start_trackers(accelerator, settings, "cogvideox-eraser")
     loop.run()
     if accelerator.is_main_process:
-        report = eraser_report(
-            settings, text, loop, size=base.size._asdict(), samples=samples_facts(data.samples)
-        )
+        report = eraser_report(settings, text, loop, size=base.size._asdict(), samples=samples_facts(data.samples))
         report["card"] = card_record(settings, eraser_facts(settings, report, validation.files))
         save_result(settings, pipeline, ADAPTER_NAME, report)
         logger.info(eraser_words(settings, report))

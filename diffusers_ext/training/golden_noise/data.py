@@ -19,16 +19,15 @@ from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.golden_noise.pairs.hub import download_pairs
 from diffusers_ext.golden_noise.settings import NoiseSettings
 
-
 logger = logging.getLogger(__name__)
 
 
 class WithoutPromptMeans(Dataset):
     """Pairs whose golden noise lacks a share of the mean change of their prompt.
 
-    With `d` the change of one noise and `m` the mean change of the prompt's other noises, golden
-    noise is `noise + d - share m`, brought back to its energy. The mean is the same picture for
-    every seed; it is most of what five repeats of the step add, and what makes their pictures alike.
+    With `d` the change of one noise and `m` the mean change of the prompt's other noises, golden noise is `noise + d -
+    share m`, brought back to its energy. The mean is the same picture for every seed; it is most of what five repeats
+    of the step add, and what makes their pictures alike.
 
     Args:
         pairs: as of `open_pairs`, at least two noises of every prompt.
@@ -118,19 +117,14 @@ class NoiseSamples(Dataset):
     """Samples of a data set of pairs with the number of their prompt in place of the prompt.
 
     Args:
-        pairs: items `{"noise": (channels, height, width), "golden": (steps, channels, height,
-            width), "prompt": str}`.
+        pairs: items `{"noise": (channels, height, width), "golden": (steps, channels, height, width), "prompt": str}`.
         indices: which samples.
         text_rows: the row of each prompt in a text cache.
         steps: which golden states a sample has, counted from 1.
     """
 
     def __init__(
-        self,
-        pairs: Dataset,
-        indices: Sequence[int],
-        text_rows: dict[str, int],
-        steps: Sequence[int],
+        self, pairs: Dataset, indices: Sequence[int], text_rows: dict[str, int], steps: Sequence[int]
     ) -> None:
         self.pairs, self.indices, self.text_rows = pairs, list(indices), text_rows
         self.steps = [step - 1 for step in steps]
@@ -147,11 +141,7 @@ class NoiseSamples(Dataset):
                 f"Sample {index} ({item['prompt']!r}) must be finite, got NaN or infinite numbers. "
                 "Take it out of the data."
             )
-        return {
-            "noise": item["noise"].float(),
-            "golden": golden.float(),
-            "text": self.text_rows[item["prompt"]],
-        }
+        return {"noise": item["noise"].float(), "golden": golden.float(), "text": self.text_rows[item["prompt"]]}
 
 
 def read_pairs(settings: NoiseSettings) -> Dataset:
@@ -159,10 +149,7 @@ def read_pairs(settings: NoiseSettings) -> Dataset:
     folder = Path(settings.dataset_dir)
     if not folder.is_dir():
         folder = download_pairs(
-            settings.dataset_dir,
-            argument="dataset_dir",
-            revision=settings.dataset_revision,
-            token=settings.hub_token,
+            settings.dataset_dir, argument="dataset_dir", revision=settings.dataset_revision, token=settings.hub_token
         )
     pairs = open_pairs(folder)
     if len(pairs) == 0:
@@ -172,9 +159,7 @@ def read_pairs(settings: NoiseSettings) -> Dataset:
     _, height, width = pairs.latent_shape
     wanted = settings.noise_resolution
     if wanted is not None and (height, width) != (wanted, wanted):
-        raise ValueError(
-            f"`noise_resolution` must be that of the data, {height} x {width}, got {wanted}."
-        )
+        raise ValueError(f"`noise_resolution` must be that of the data, {height} x {width}, got {wanted}.")
     return pairs
 
 
@@ -182,9 +167,7 @@ def target_steps(settings: NoiseSettings, num_steps: int) -> list[int]:
     """The one step of pair trainers, from 1: `--target_step`, by default the last."""
     step = num_steps if settings.target_step == "last" else settings.target_step
     if not str(step).isdecimal() or not 1 <= int(step) <= num_steps:
-        raise ValueError(
-            f"`target_step` must be 'last' or from 1 to the data's {num_steps}, got {step}."
-        )
+        raise ValueError(f"`target_step` must be 'last' or from 1 to the data's {num_steps}, got {step}.")
     return [int(step)]
 
 

@@ -46,10 +46,7 @@ def list_candidates(prompts: Sequence[str], noises_per_prompt: int, seed: int) -
     numbered = [(prompt, number) for prompt in prompts for number in range(noises_per_prompt)]
     return [
         Candidate(
-            index,
-            prompt,
-            image_seed(seed, prompt, number, "pairs"),
-            image_seed(seed, prompt, number, "pair sampling"),
+            index, prompt, image_seed(seed, prompt, number, "pairs"), image_seed(seed, prompt, number, "pair sampling")
         )
         for index, (prompt, number) in enumerate(numbered)
     ]
@@ -59,11 +56,7 @@ class PairMaker:
     """Turns a batch of candidates into pairs; nothing but the batch decides the result."""
 
     def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        shape: Sequence[int],
-        settings: PairSettings,
-        reward: Reward | None,
+        self, pipeline: DiffusionPipeline, shape: Sequence[int], settings: PairSettings, reward: Reward | None
     ) -> None:
         """Keep what all batches share.
 
@@ -120,11 +113,7 @@ class PairMaker:
         return text[[prompts.index(candidate.prompt) for candidate in batch]]
 
     def _score(
-        self,
-        batch: Sequence[Candidate],
-        text: TextConditioning,
-        noise: torch.Tensor,
-        golden: torch.Tensor,
+        self, batch: Sequence[Candidate], text: TextConditioning, noise: torch.Tensor, golden: torch.Tensor
     ) -> tuple[list[float], list[float]]:
         images = render(
             self.pipeline,
@@ -175,9 +164,7 @@ def generate(
     return tried
 
 
-def split(
-    candidates: Sequence[Candidate], shard_size: int, batch_size: int, shard: int
-) -> list[Sequence[Candidate]]:
+def split(candidates: Sequence[Candidate], shard_size: int, batch_size: int, shard: int) -> list[Sequence[Candidate]]:
     """The batches of one shard."""
     own = candidates[shard * shard_size : (shard + 1) * shard_size]
     return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
@@ -194,9 +181,7 @@ def _records(batch: Sequence[Candidate], golden: torch.Tensor) -> list[PairRecor
 logger = get_logger(__name__)
 
 
-def prepare_pair_upload(
-    settings: PairSettings, facts: Mapping[str, Any], latent_shape: Sequence[int]
-) -> None:
+def prepare_pair_upload(settings: PairSettings, facts: Mapping[str, Any], latent_shape: Sequence[int]) -> None:
     """Make the repository and let the Hub read a card before the set is made, not after it.
 
     Args:

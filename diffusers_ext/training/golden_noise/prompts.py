@@ -18,21 +18,10 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.result_folder import check_no_file
-from diffusers_ext.core.settings import (
-    A_FOLDER,
-    COUNT,
-    SEED,
-    ModelSettings,
-    Rule,
-    Settings,
-    as_in,
-    required,
-    setting,
-)
+from diffusers_ext.core.settings import A_FOLDER, COUNT, SEED, ModelSettings, Rule, Settings, as_in, required, setting
 from diffusers_ext.core.text_tables import one_line, read_csv, read_text_lines
 from diffusers_ext.training.run.script import run_script
 from diffusers_ext.training.run.settings import parse_settings
-
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +69,8 @@ def open_rows(settings: ExtractionSettings, only_captions: bool = True) -> Itera
 
     Args:
         settings: of the command line.
-        only_captions: leave out other columns where the format can (pictures beside captions are
-            most of a data set's bytes).
+        only_captions: leave out other columns where the format can (pictures beside captions are most of a data set's
+            bytes).
 
     Raises:
         ValueError: nothing of that name, or no such split.
@@ -100,13 +89,10 @@ def open_rows(settings: ExtractionSettings, only_captions: bool = True) -> Itera
     if path.suffix.lower() in _FORMATS and path.is_file():
         source = {"path": _FORMATS[path.suffix.lower()], "data_files": str(path)}
     try:
-        builder = load_dataset_builder(
-            **source, cache_dir=settings.cache_dir, revision=settings.revision
-        )
+        builder = load_dataset_builder(**source, cache_dir=settings.cache_dir, revision=settings.revision)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"`dataset_name` must be a data set on the Hub, a folder or a file, got "
-            f"{settings.dataset_name!r}: {error}"
+            f"`dataset_name` must be a data set on the Hub, a folder or a file, got {settings.dataset_name!r}: {error}"
         ) from error
     config = builder.config
     if hasattr(config, "converters"):  # csv: a number, `NA` or `None` is a text like any other

@@ -24,12 +24,12 @@ from diffusers_ext.golden_noise.denoiser import TOOL, denoiser_of
 def read_prompt_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:
     """Prompts of a text file, one a line, or of a column of a table.
 
-    There are no comments and no missing values: `# 1`, `None`, `NA` and `null` are prompts. Only
-    blank lines are passed over.
+    There are no comments and no missing values: `# 1`, `None`, `NA` and `null` are prompts. Only blank lines are
+    passed over.
 
     Args:
-        path: a name that ends in `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` is read as a table,
-            one that ends in `.txt` or has no ending as text.
+        path: a name that ends in `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` is read as a table, one that ends in
+            `.txt` or has no ending as text.
         column: of a table.
 
     Raises:
@@ -38,9 +38,7 @@ def read_prompt_file(path: str | os.PathLike, column: str = "prompt") -> list[st
     return read_prompt_texts(path, column, argument="prompt_file")
 
 
-def load_base_pipeline(
-    settings: ModelSettings, device: torch.device, dtype: torch.dtype
-) -> DiffusionPipeline:
+def load_base_pipeline(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline of `--pretrained_model_name_or_path`, frozen, in evaluation mode, unfiltered.
 
     Raises:
@@ -76,8 +74,7 @@ def latent_shape(pipeline: DiffusionPipeline, output_size: int | None) -> tuple[
         unit = pipeline.vae_scale_factor * patch
         if output_size % unit:
             raise ValueError(
-                f"`output_size` must be divisible by {unit} for this "
-                f"{type(pipeline).__name__}, got {output_size}."
+                f"`output_size` must be divisible by {unit} for this {type(pipeline).__name__}, got {output_size}."
             )
     return rendering.latent_shape(pipeline, output_size, output_size)
 

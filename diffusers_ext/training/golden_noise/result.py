@@ -27,20 +27,12 @@ from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.licence import public_name
 from diffusers_ext.training.run.script import ON_THE_WAY, staged_output
-from diffusers_ext.training.run.upload import (
-    card_arguments,
-    left_here,
-    push_output,
-    reported_arguments,
-)
-
+from diffusers_ext.training.run.upload import card_arguments, left_here, push_output, reported_arguments
 
 logger = get_logger(__name__)
 
 # (network, noise, golden states, text) -> figures by name
-Measure = Callable[
-    [torch.nn.Module, torch.Tensor, torch.Tensor, NetworkText], dict[str, ChangeFigures]
-]
+Measure = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, NetworkText], dict[str, ChangeFigures]]
 
 
 @contextmanager
@@ -77,8 +69,8 @@ def measure_pairs(masked: bool) -> Measure:
 def measure_sequences(pooled: bool) -> Measure:
     """Figures of a sequence network at its first and last step, from true states and by roll-out.
 
-    From true states the change is that of one step; by roll-out it is the whole way from the first
-    noise, so that errors which add up are seen.
+    From true states the change is that of one step; by roll-out it is the whole way from the first noise, so that
+    errors which add up are seen.
     """
 
     def measure(
@@ -92,9 +84,7 @@ def measure_sequences(pooled: bool) -> Measure:
         figures = {}
         for name, step in (("first", 0), ("last", -1)):
             figures[f"_{name}"] = change_figures(forced[:, step], golden[:, step], states[:, step])
-            figures[f"_rollout_{name}"] = change_figures(
-                rolled[:, step].float(), golden[:, step], noise
-            )
+            figures[f"_rollout_{name}"] = change_figures(rolled[:, step].float(), golden[:, step], noise)
         return figures
 
     return measure
@@ -133,9 +123,7 @@ class NoiseValidation:
         self.take_text, self.measure = take_text, measure
         self.batch_size = batch_size
         self.splits = {
-            name: Subset(samples, range(min(most, len(samples))))
-            for name, samples in splits.items()
-            if len(samples)
+            name: Subset(samples, range(min(most, len(samples)))) for name, samples in splits.items() if len(samples)
         }
         self.history: list[dict[str, Any]] = []
 
@@ -163,9 +151,7 @@ class NoiseValidation:
             tracker.log(figures, step=step)
 
     @torch.no_grad()
-    def _measure_split(
-        self, network: torch.nn.Module, split: str, samples: Dataset
-    ) -> dict[str, float]:
+    def _measure_split(self, network: torch.nn.Module, split: str, samples: Dataset) -> dict[str, float]:
         found: dict[str, list[ChangeFigures]] = {}
         # Without a generator of its own it would draw from the global one, which training uses.
         loader = DataLoader(samples, self.batch_size, generator=torch.Generator())
@@ -205,9 +191,7 @@ _STATES = {
 }
 
 
-def network_report(
-    settings: NoiseSettings, network: torch.nn.Module, **facts: Any
-) -> dict[str, Any]:
+def network_report(settings: NoiseSettings, network: torch.nn.Module, **facts: Any) -> dict[str, Any]:
     """Everything about a training as JSON, the token left out."""
     return {
         "arguments": reported_arguments(settings),
@@ -262,9 +246,7 @@ def trained_network_card(
     )
 
 
-def figures_measured(
-    settings: NoiseSettings, data: Mapping[str, Any], figures: Mapping[str, float]
-) -> list[Measured]:
+def figures_measured(settings: NoiseSettings, data: Mapping[str, Any], figures: Mapping[str, float]) -> list[Measured]:
     """The figures of one validation on prompts that were not trained on.
 
     Args:
@@ -281,15 +263,11 @@ def figures_measured(
             which = f"{_METRICS[kind]} {_STATES[state]}" if state else _METRICS[kind]
             good = "0 is perfect, 1 is the noise as it is" if kind == "relative" else "1 is perfect"
             notes = f"{good}; {count} noises"
-            results.append(
-                Measured(f"held-out prompts of {_set_name(settings)}", which, value, notes=notes)
-            )
+            results.append(Measured(f"held-out prompts of {_set_name(settings)}", which, value, notes=notes))
     return results
 
 
-def publish_network(
-    settings: NoiseSettings, network: torch.nn.Module, report: Mapping[str, Any]
-) -> str:
+def publish_network(settings: NoiseSettings, network: torch.nn.Module, report: Mapping[str, Any]) -> str:
     """Upload the output folder (network, report, card), without checkpoints, logs and data.
 
     Returns:
@@ -302,9 +280,7 @@ def publish_network(
         pipeline_class=report["pipeline_class"],
         validation=report["validation"],
     )
-    return push_output(
-        settings, card, left_here(settings, settings.dataset_dir, settings.text_cache_dir)
-    )
+    return push_output(settings, card, left_here(settings, settings.dataset_dir, settings.text_cache_dir))
 
 
 def _set_name(settings: NoiseSettings) -> str:

@@ -53,7 +53,6 @@ from diffusers_ext.training.run.setup import (
 from diffusers_ext.training.run.text_cache import check_base_model, load_text_pipeline
 from diffusers_ext.training.run.upload import check_login, prepare_upload
 
-
 NETWORKS: dict[str, type[torch.nn.Module]] = {
     "npnet": NPNet,
     "golden_noise_model": GoldenNoiseModel,
@@ -102,9 +101,7 @@ def data_config(
     config["sample_size"] = max(latent_shape[1:])
     if settings.model == "rnn":
         config["pooled_text"] = bool(pooled)
-    return (
-        {**config, "num_steps": num_steps} if settings.model in ("transformer", "rnn") else config
-    )
+    return {**config, "num_steps": num_steps} if settings.model in ("transformer", "rnn") else config
 
 
 def make_network(
@@ -113,8 +110,8 @@ def make_network(
     """The network that trains, in float32: new, or `--init_from`.
 
     Raises:
-        ValueError: what the command line and the data ask for contradicts the saved network, or no
-            network can be built so.
+        ValueError: what the command line and the data ask for contradicts the saved network, or no network can be
+            built so.
     """
     wanted = {**data_config(settings, latent_shape, cache, num_steps), **settings.structure()}
     if settings.init_from is None:
@@ -129,8 +126,7 @@ def make_network(
         free = name == "sample_size" and settings.model != "npnet"
         if found != value and not enough and not free:
             raise ValueError(
-                f"`init_from` must be a network with `{name}` = {value}, got {found} in "
-                f"{settings.init_from}."
+                f"`init_from` must be a network with `{name}` = {value}, got {found} in {settings.init_from}."
             )
     return network
 
@@ -208,9 +204,7 @@ def resume_facts(settings: NoiseSettings, data: NoiseData) -> dict[str, Any]:
     return run_facts(settings, data=data.facts, **given)
 
 
-def encode_text(
-    settings: NoiseSettings, data: NoiseData, accelerator: Accelerator
-) -> tuple[TextCache, str]:
+def encode_text(settings: NoiseSettings, data: NoiseData, accelerator: Accelerator) -> tuple[TextCache, str]:
     """The text of all prompts, and the class of the base pipeline; no text encoder stays."""
     pipeline = load_text_pipeline(settings, accelerator.device)
     facts = data.facts["generation"] or {}
@@ -226,11 +220,7 @@ def encode_text(
 
 
 def build_loop(
-    settings: NoiseSettings,
-    accelerator: Accelerator,
-    task: NoiseTask,
-    data: NoiseData,
-    cache: TextCache,
+    settings: NoiseSettings, accelerator: Accelerator, task: NoiseTask, data: NoiseData, cache: TextCache
 ) -> tuple[TrainingLoop, NoiseValidation]:
     """The loop over a network, and what measures it."""
     network = make_network(settings, data.pairs.latent_shape, cache, len(data.steps))
@@ -285,9 +275,7 @@ def train_network(settings: NoiseSettings, task: NoiseTask) -> Path:
     """Train and save; returns the output folder."""
     accelerator = make_accelerator(settings)
     data = open_data(settings, task)
-    settings.max_train_steps = count_steps(
-        settings, len(data.split.train), accelerator.num_processes
-    )
+    settings.max_train_steps = count_steps(settings, len(data.split.train), accelerator.num_processes)
     check_resume(settings, resume_facts(settings, data))
     shared = settings.push_to_hub and accelerator.is_main_process
     if shared:

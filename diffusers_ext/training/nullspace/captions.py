@@ -16,7 +16,6 @@ from diffusers_ext.core.text_files import read_text
 from diffusers_ext.core.text_tables import one_line, read_rows
 from diffusers_ext.nullspace.settings import SubjectSettings
 
-
 logger = get_logger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".caption")
@@ -26,8 +25,8 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 def read_captions(folder: str | Path, name: str = "instance_data_dir") -> dict[str, str]:
     """The captions of a folder of pictures by the names of these; a line break in one becomes a space.
 
-    A text file belongs to all pictures whose name it has but for the ending. A table has the columns
-    `file_name` and `text`, as `datasets` reads them.
+    A text file belongs to all pictures whose name it has but for the ending. A table has the columns `file_name` and
+    `text`, as `datasets` reads them.
 
     Args:
         folder: of the pictures.
@@ -136,8 +135,8 @@ def warn_of_missing_words(settings: SubjectSettings, preserved: Sequence[str]) -
 
     Args:
         settings: of the training.
-        preserved: prompts. Words of the instance prompt that none of them has may be the name; without
-            any nothing tells it from other words.
+        preserved: prompts. Words of the instance prompt that none of them has may be the name; without any nothing
+            tells it from other words.
     """
     captions = read_captions(settings.instance_data_dir) if preserved else {}
     for word in sorted(_words(settings.instance_prompt) - _words(" ".join(preserved))):

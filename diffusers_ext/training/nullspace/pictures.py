@@ -27,16 +27,14 @@ def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """What the denoiser's latents are to those of a VAE.
 
     Returns:
-        `(offset, factor)`, float32 `(1, channels or 1, 1, 1)`, with
-        `denoiser's = (VAE's - offset) * factor`.
+        `(offset, factor)`, float32 `(1, channels or 1, 1, 1)`, with `denoiser's = (VAE's - offset) * factor`.
     """
     config = vae.config
     means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if means is None or stds is None:
         means, stds = [getattr(config, "shift_factor", None) or 0.0], [1.0]
     offset, spread = (
-        torch.tensor(values, dtype=torch.float32, device=vae.device).view(1, -1, 1, 1)
-        for values in (means, stds)
+        torch.tensor(values, dtype=torch.float32, device=vae.device).view(1, -1, 1, 1) for values in (means, stds)
     )
     return offset, config.scaling_factor / spread
 
@@ -60,11 +58,7 @@ def sampling_arguments(settings: SamplingSettings) -> dict[str, Any]:
 
 @torch.no_grad()
 def draw_images(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    resolution: int,
-    **run: Any,
+    pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], resolution: int, **run: Any
 ) -> list[Image.Image]:
     """One picture per prompt, unfiltered and in eval mode; the pipeline is left as it was.
 
@@ -83,12 +77,7 @@ def draw_images(
         run["negative_prompt"] = [run["negative_prompt"]] * len(generators)
     with quiet_run(pipeline):
         latents = pipeline(
-            list(prompts),
-            height=resolution,
-            width=resolution,
-            generator=generators,
-            output_type="latent",
-            **run,
+            list(prompts), height=resolution, width=resolution, generator=generators, output_type="latent", **run
         ).images
         latents = (latents.float() / factor + offset).to(vae.dtype)
         with torch.autocast(latents.device.type, enabled=False):  # VAEs overflow in float16
@@ -107,8 +96,8 @@ def list_images(folder: str | Path, name: str = "instance_data_dir") -> list[Pat
 def load_image(path: Path, resolution: int, center_crop: bool = True) -> torch.Tensor:
     """One picture as `(3, resolution, resolution)` float32 in [-1, 1], as `read_picture` sees it.
 
-    `center_crop` cuts a square out of the middle; without it the picture is squeezed. Raises
-    `ValueError` for a file that is no picture.
+    `center_crop` cuts a square out of the middle; without it the picture is squeezed. Raises `ValueError` for a file
+    that is no picture.
     """
     image, size = read_picture(path), (resolution, resolution)
     if center_crop:
@@ -120,12 +109,7 @@ def load_image(path: Path, resolution: int, center_crop: bool = True) -> torch.T
 
 @torch.no_grad()
 def encode_images(
-    pipeline: DiffusionPipeline,
-    paths: list[Path],
-    resolution: int,
-    *,
-    center_crop: bool,
-    flip: bool,
+    pipeline: DiffusionPipeline, paths: list[Path], resolution: int, *, center_crop: bool, flip: bool
 ) -> TensorDataset:
     """Latent means and standard deviations of pictures, scaled for the denoiser.
 
@@ -144,9 +128,7 @@ def encode_images(
     return TensorDataset(torch.cat(means), torch.cat(stds))
 
 
-def with_prompts(
-    dataset: TensorDataset, of_pictures: Sequence[str], prompts: Sequence[str]
-) -> TensorDataset:
+def with_prompts(dataset: TensorDataset, of_pictures: Sequence[str], prompts: Sequence[str]) -> TensorDataset:
     """`(mean, std, index)` of pictures with captions: the index of each one's prompt among `prompts`.
 
     Args:
@@ -162,10 +144,7 @@ def with_prompts(
 def encode_condition(pipeline: DiffusionPipeline, prompt: str, resolution: int) -> Condition:
     """Encode one prompt once; the text encoder is frozen."""
     encoded = pipeline.encode_prompt(
-        prompt=prompt,
-        device=pipeline._execution_device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=False,
+        prompt=prompt, device=pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     family = find_family(pipeline, "nullspace")
     place = family.text_outputs.get("pooled_prompt_embeds")
@@ -174,9 +153,7 @@ def encode_condition(pipeline: DiffusionPipeline, prompt: str, resolution: int) 
     return Condition(encoded[0], family.added_conditions(pipeline, pooled, *size, dtype))
 
 
-def encode_conditions(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int
-) -> Condition:
+def encode_conditions(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> Condition:
     """Encode prompts, each as `encode_condition` does it alone, into the rows of one condition."""
     each = [encode_condition(pipeline, prompt, resolution) for prompt in prompts]
     added = {name: torch.cat([one.added[name] for one in each]) for name in each[0].added}

@@ -1,9 +1,8 @@
 """Teach a Stable Diffusion or SDXL model a new subject without forgetting what it knows.
 
     accelerate launch training/train_nullspace_dreambooth.py \\
-        --pretrained_model_name_or_path examples/digits/model \\
-        --instance_data_dir pictures --instance_prompt "a photo of sks" \\
-        --knowledge_prompts knowledge.txt --resolution 32 --output_dir outputs/subject
+        --pretrained_model_name_or_path examples/digits/model \\ --instance_data_dir pictures --instance_prompt "a
+        photo of sks" \\ --knowledge_prompts knowledge.txt --resolution 32 --output_dir outputs/subject
 """
 
 from __future__ import annotations
@@ -56,12 +55,7 @@ from diffusers_ext.training.run.checkpoints import Checkpoints
 from diffusers_ext.training.run.config_file import read_nullbooth_block
 from diffusers_ext.training.run.knowledge import load_or_collect, load_pipeline, read_knowledge
 from diffusers_ext.training.run.loop import TrainingLoop
-from diffusers_ext.training.run.script import (
-    directions_words,
-    one_run_a_folder,
-    run_script,
-    subject_words,
-)
+from diffusers_ext.training.run.script import directions_words, one_run_a_folder, run_script, subject_words
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
     WEIGHT_DTYPES,
@@ -85,7 +79,6 @@ from diffusers_ext.training.run.upload import (
     subject_facts,
 )
 
-
 logger = get_logger(__name__)
 
 
@@ -100,12 +93,8 @@ def check_knowledge(settings: NullSpaceSettings) -> None:
         return
     if settings.statistics is None:
         if not read_knowledge(settings):
-            raise ValueError(
-                "`--statistics` or `--knowledge_prompts` must be given: what should be preserved?"
-            )
-    elif (
-        Path(settings.statistics).is_dir() and not Path(settings.statistics, CONFIG_NAME).is_file()
-    ):
+            raise ValueError("`--statistics` or `--knowledge_prompts` must be given: what should be preserved?")
+    elif Path(settings.statistics).is_dir() and not Path(settings.statistics, CONFIG_NAME).is_file():
         raise ValueError(
             f"`statistics` must be a folder with {CONFIG_NAME}, got {settings.statistics} without it. "
             "training/build_covariance.py writes one."
@@ -144,9 +133,7 @@ def settle_resolution(settings: NullSpaceSettings, pipeline: DiffusionPipeline) 
     own = own_resolution(pipeline)
     if settings.resolution is None:
         if own is None:
-            raise ValueError(
-                "`resolution` must be given for a model without a square size of its own, got None."
-            )
+            raise ValueError("`resolution` must be given for a model without a square size of its own, got None.")
         settings.resolution = own
     elif own is not None and settings.resolution != own:
         logger.warning(
@@ -168,9 +155,7 @@ def subject_settings(settings: NullSpaceSettings) -> dict[str, Any]:
     if settings.resolution is None:  # the model's own, which is not known before it is loaded
         del facts["resolution"]
     if settings.with_prior_preservation:
-        facts.update(
-            class_prompt=settings.class_prompt, prior_loss_weight=settings.prior_loss_weight
-        )
+        facts.update(class_prompt=settings.class_prompt, prior_loss_weight=settings.prior_loss_weight)
     if settings.directions == "plain":
         layers = settings.cross_attention_layers
         facts.update(features=list(settings.features), cross_attention_layers=layers)
@@ -184,9 +169,7 @@ class Validation:
         files: pictures of the last call.
     """
 
-    def __init__(
-        self, settings: NullSpaceSettings, pipeline: DiffusionPipeline, accelerator: Accelerator
-    ) -> None:
+    def __init__(self, settings: NullSpaceSettings, pipeline: DiffusionPipeline, accelerator: Accelerator) -> None:
         self.settings, self.pipeline, self.accelerator = settings, pipeline, accelerator
         self.files: list[Path] = []
 
@@ -212,11 +195,7 @@ class Validation:
     def _images(self, prompt: str) -> list[Image.Image]:
         seeds = range(self.settings.seed, self.settings.seed + self.settings.num_validation_images)
         return draw_images(
-            self.pipeline,
-            [prompt] * len(seeds),
-            seeds,
-            self.settings.resolution,
-            **sampling_arguments(self.settings),
+            self.pipeline, [prompt] * len(seeds), seeds, self.settings.resolution, **sampling_arguments(self.settings)
         )
 
     def _track(self, prompt: str, images: list[Image.Image], step: int) -> None:
@@ -237,9 +216,7 @@ def _side_by_side(images: list[Image.Image]) -> Image.Image:
 
 def parse_args(input_args: Sequence[str] | None = None) -> NullSpaceSettings:
     """Command line of this script, over the YAML file of `--config`."""
-    return parse_settings(
-        NullSpaceSettings, __doc__, input_args, read_nullbooth_block, NULL_SPACE_RUNS
-    )
+    return parse_settings(NullSpaceSettings, __doc__, input_args, read_nullbooth_block, NULL_SPACE_RUNS)
 
 
 def check_args(settings: NullSpaceSettings) -> None:
@@ -268,9 +245,7 @@ def build_loop(
     """The loop over a UNet that `prepare_weights` has made trainable."""
     images = list_images(settings.instance_data_dir)
     crop = not settings.no_center_crop
-    dataset = encode_images(
-        pipeline, images, settings.resolution, center_crop=crop, flip=settings.random_flip
-    )
+    dataset = encode_images(pipeline, images, settings.resolution, center_crop=crop, flip=settings.random_flip)
     if captions := caption_facts(settings):
         dataset = with_prompts(dataset, picture_prompts(settings), subject_prompts(settings))
     loss_function = make_loss(settings, pipeline, accelerator, statistics)
@@ -325,9 +300,7 @@ def main(settings: NullSpaceSettings) -> Path:
         prepare_upload(settings, subject_card(settings, pipeline))
     plain = settings.directions == "plain"
     statistics = None if plain else load_or_collect(settings, pipeline, accelerator)
-    warn_of_missing_words(
-        settings, read_knowledge(settings) if plain else statistics.facts["prompts"]
-    )
+    warn_of_missing_words(settings, read_knowledge(settings) if plain else statistics.facts["prompts"])
     prepared = prepare_weights(settings, pipeline, statistics)
     if prepared.report:
         logger.info(directions_words(prepared.report))
@@ -346,9 +319,7 @@ def main(settings: NullSpaceSettings) -> Path:
             "statistics": [] if statistics is None else statistics.report(),
             "history": loop.history,
             "seconds": loop.seconds,
-            "card": card_record(
-                settings, subject_facts(settings, pipeline, statistics, validation.files)
-            ),
+            "card": card_record(settings, subject_facts(settings, pipeline, statistics, validation.files)),
         }
         save_result(settings, pipeline, statistics, report)
         count = len(list_images(settings.instance_data_dir))

@@ -1,8 +1,8 @@
 """Measure what a Stable Diffusion or SDXL model already knows, for training in its null space.
 
     accelerate launch training/build_covariance.py \\
-        --pretrained_model_name_or_path examples/digits/model \\
-        --knowledge_prompts knowledge.txt --output_dir outputs/statistics
+        --pretrained_model_name_or_path examples/digits/model \\ --knowledge_prompts knowledge.txt --output_dir
+        outputs/statistics
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ from diffusers_ext.core.text_files import read_json
 from diffusers_ext.nullspace.attention_maps import at_steps, attention_maps, spread_steps
 from diffusers_ext.nullspace.collect import sampled_timesteps
 from diffusers_ext.nullspace.npy_tree import check_room, export_layout, layout_size
-from diffusers_ext.nullspace.npy_tree_pictures import (
-    SUMMARY_NAME,
-    draw_layer_attention,
-    plot_covariance_statistics,
-)
+from diffusers_ext.nullspace.npy_tree_pictures import SUMMARY_NAME, draw_layer_attention, plot_covariance_statistics
 from diffusers_ext.nullspace.plots import plot_attention_maps, plot_null_dimensions, plot_spectrum
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.settings import CollectionSettings
@@ -40,12 +36,7 @@ from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
 from diffusers_ext.training.run.config_file import read_nullbooth_block
-from diffusers_ext.training.run.knowledge import (
-    collect,
-    decode_in_pipeline_dtype,
-    load_pipeline,
-    read_knowledge,
-)
+from diffusers_ext.training.run.knowledge import collect, decode_in_pipeline_dtype, load_pipeline, read_knowledge
 from diffusers_ext.training.run.script import (
     check_output_dir,
     one_run_a_folder,
@@ -56,22 +47,14 @@ from diffusers_ext.training.run.script import (
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
 from diffusers_ext.training.run.shared_file import NULL_SPACE_RUNS
-from diffusers_ext.training.run.upload import (
-    check_login,
-    collection_card,
-    prepare_upload,
-    publish_statistics,
-)
-
+from diffusers_ext.training.run.upload import check_login, collection_card, prepare_upload, publish_statistics
 
 logger = get_logger(__name__)
 
 _FOLDER, _RUN_FILE = "progress", "run.json"
 
 
-def collection_facts(
-    settings: CollectionSettings, prompts: list[str], num_processes: int
-) -> dict[str, Any]:
+def collection_facts(settings: CollectionSettings, prompts: list[str], num_processes: int) -> dict[str, Any]:
     """What must be equal for a collection to be continued."""
     names = (
         "pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "features",
@@ -93,9 +76,7 @@ def check_resume(settings: CollectionSettings, facts: dict[str, Any]) -> None:
     if which is None:
         return
     if which != "latest":
-        raise ValueError(
-            f"`resume_from_checkpoint` must be 'latest' for statistics, got {which!r}."
-        )
+        raise ValueError(f"`resume_from_checkpoint` must be 'latest' for statistics, got {which!r}.")
     if not (folder / _RUN_FILE).is_file():
         done = Path(settings.output_dir, CONFIG_NAME).is_file()
         hint = " It holds finished statistics." if done else " Start without the flag."
@@ -112,9 +93,9 @@ def collection_progress(
 ) -> Iterator[Path]:
     """The progress folder of a collection; it goes when the block has ended well.
 
-    Without `--resume_from_checkpoint` a stopped collection's progress is thrown away. It stays
-    after an interruption that came later than the first saved totals; after a `ValueError`, which
-    says that the collection itself was wrong, nothing of a new one stays.
+    Without `--resume_from_checkpoint` a stopped collection's progress is thrown away. It stays after an interruption
+    that came later than the first saved totals; after a `ValueError`, which says that the collection itself was wrong,
+    nothing of a new one stays.
 
     Yields:
         The folder, for `collect_statistics(progress_dir=)`.
@@ -174,9 +155,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:]))]
-        )
+        "  ".join([line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:]))])
         for line in lines
     )
 
@@ -228,10 +207,7 @@ def check_tree_room(settings: CollectionSettings, pipeline: DiffusionPipeline) -
 
 
 def write_tree(
-    settings: CollectionSettings,
-    pipeline: DiffusionPipeline,
-    statistics: FeatureStatistics,
-    folder: Path,
+    settings: CollectionSettings, pipeline: DiffusionPipeline, statistics: FeatureStatistics, folder: Path
 ) -> Path:
     """Write the tree below `folder`; returns its run, the folder `run_<time>`."""
     threshold = settings.nullspace_threshold or DEFAULT_THRESHOLD
@@ -248,11 +224,7 @@ def write_tree(
 
 
 def draw_attention_maps(
-    settings: CollectionSettings,
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    folder: Path,
-    run: Path,
+    settings: CollectionSettings, pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path, run: Path
 ) -> None:
     """Draw the attention of the first `--num_attention_maps` prompts.
 
@@ -264,9 +236,7 @@ def draw_attention_maps(
     """
     decode_in_pipeline_dtype(pipeline)
     every = []
-    for index, prompt in enumerate(
-        tqdm(prompts[: settings.num_attention_maps], desc="attention maps")
-    ):
+    for index, prompt in enumerate(tqdm(prompts[: settings.num_attention_maps], desc="attention maps")):
         maps = attention_maps(
             pipeline,
             prompt,
@@ -292,9 +262,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> CollectionSettings:
 def check_args(settings: CollectionSettings) -> list[str]:
     """Everything that can be wrong without loading a model; returns the preserved prompts."""
     if settings.visual_attention_map and not has_matplotlib():
-        raise ValueError(
-            "`visual_attention_map` must have matplotlib, got none: pip install diffusers_ext[plots]."
-        )
+        raise ValueError("`visual_attention_map` must have matplotlib, got none: pip install diffusers_ext[plots].")
     return read_knowledge(settings)
 
 

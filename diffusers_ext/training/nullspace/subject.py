@@ -15,12 +15,7 @@ from peft import LoraConfig
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.noise_schedules import training_schedule
 from diffusers_ext.hub.licence import public_name
-from diffusers_ext.nullspace.lora import (
-    add_null_space_lora,
-    lora_linears,
-    predicted_drift,
-    save_lora,
-)
+from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, predicted_drift, save_lora
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.lora_metadata import training_metadata
 from diffusers_ext.nullspace.projector import NullSpaceProjector
@@ -48,21 +43,15 @@ class Preparation(NamedTuple):
     report: list[dict]  # on the directions of a LoRA
 
 
-def null_space_cut(
-    settings: NullSpaceSettings, statistics: FeatureStatistics
-) -> NullSpaceProjector:
+def null_space_cut(settings: NullSpaceSettings, statistics: FeatureStatistics) -> NullSpaceProjector:
     """The null spaces of `--null_energy` or `--nullspace_threshold`; 1e-3 of the energy by default."""
     if settings.null_energy is None and settings.nullspace_threshold is not None:
-        return NullSpaceProjector.from_statistics(
-            statistics, threshold=settings.nullspace_threshold
-        )
+        return NullSpaceProjector.from_statistics(statistics, threshold=settings.nullspace_threshold)
     energy = 1e-3 if settings.null_energy is None else settings.null_energy
     return NullSpaceProjector.from_statistics(statistics, energy=energy)
 
 
-def add_plain_lora(
-    settings: NullSpaceSettings, pipeline: DiffusionPipeline, config: LoraConfig
-) -> None:
+def add_plain_lora(settings: NullSpaceSettings, pipeline: DiffusionPipeline, config: LoraConfig) -> None:
     """An unconstrained LoRA on the same Linears, for comparison."""
     layers = read_layers(settings.cross_attention_layers)
     # A list, because the order of a set of strings differs from process to process.
@@ -78,10 +67,7 @@ def add_lora(
 ) -> list[dict]:
     """Put the LoRA on the UNet; returns the report on its directions."""
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.rank,
-        lora_dropout=settings.lora_dropout,
-        init_lora_weights="gaussian",
+        r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.lora_dropout, init_lora_weights="gaussian"
     )
     if statistics is None:
         add_plain_lora(settings, pipeline, config)
@@ -100,9 +86,7 @@ def add_lora(
     return [] if chosen is None else chosen.report()
 
 
-def _asked_null_space(
-    settings: NullSpaceSettings, statistics: FeatureStatistics
-) -> NullSpaceProjector | None:
+def _asked_null_space(settings: NullSpaceSettings, statistics: FeatureStatistics) -> NullSpaceProjector | None:
     """The null spaces that flags ask for; without one the statistics and the subject decide."""
     asked = (settings.null_energy, settings.nullspace_threshold) != (None, None)
     return null_space_cut(settings, statistics) if settings.directions == "null" and asked else None
@@ -169,33 +153,21 @@ def make_loss(
         latents = encode_images(pipeline, paths, settings.resolution, center_crop=crop, flip=False)
         condition = encode_condition(pipeline, settings.class_prompt, settings.resolution)
     scheduler = training_schedule(pipeline.scheduler)
-    loss = DreamBoothLoss(
-        scheduler, instance, latents, condition, settings.prior_loss_weight, settings.snr_gamma
-    )
+    loss = DreamBoothLoss(scheduler, instance, latents, condition, settings.prior_loss_weight, settings.snr_gamma)
     if settings.directions != "soft" or settings.full_finetune:
         return loss
     return SoftLoss(loss, statistics, settings.preservation_weight)
 
 
 def save_result(
-    settings: NullSpaceSettings,
-    pipeline: DiffusionPipeline,
-    statistics: FeatureStatistics | None,
-    report: dict,
+    settings: NullSpaceSettings, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None, report: dict
 ) -> None:
     """Write the LoRA (or the pipeline), the statistics it was trained under, and the report."""
-    with staged_output(
-        settings.output_dir, (LORA_WEIGHT_NAME, "model_index.json"), ON_THE_WAY
-    ) as folder:
+    with staged_output(settings.output_dir, (LORA_WEIGHT_NAME, "model_index.json"), ON_THE_WAY) as folder:
         if settings.full_finetune:
             pipeline.save_pretrained(folder / "pipeline")
         else:
-            save_lora(
-                type(pipeline),
-                pipeline.unet,
-                folder,
-                metadata=_lora_facts(settings, pipeline),
-            )
+            save_lora(type(pipeline), pipeline.unet, folder, metadata=_lora_facts(settings, pipeline))
         if statistics is not None:
             statistics.save_pretrained(folder / "statistics")
             if not settings.full_finetune:

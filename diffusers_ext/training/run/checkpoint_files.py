@@ -23,7 +23,6 @@ from diffusers_ext.core.settings import with_new_names
 from diffusers_ext.core.tensor_files import read_tensors
 from diffusers_ext.eraser.recipe import EraserTraining
 
-
 _DEVICE_STATES = {"cuda": "torch_cuda_manual_seed", "xpu": "torch_xpu_manual_seed"}
 
 
@@ -62,9 +61,7 @@ def read_pickled_random_states(folder: Path, process_index: int, device: Any) ->
         if device.type in _DEVICE_STATES:  # accelerate kept those of all devices
             states[device.type] = found[_DEVICE_STATES[device.type]][device.index or 0]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} must hold the random states of a process, got: {error!r}. {REMEDY}"
-        ) from error
+        raise ValueError(f"{path} must hold the random states of a process, got: {error!r}. {REMEDY}") from error
     return states
 
 
@@ -79,8 +76,7 @@ def _read(path: Path) -> Any:
         LookupError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         raise ValueError(
-            f"{path} must hold nothing but numbers; it is damaged or would run code, so it was not "
-            f"loaded. {REMEDY}"
+            f"{path} must hold nothing but numbers; it is damaged or would run code, so it was not loaded. {REMEDY}"
         ) from error
 
 
@@ -136,8 +132,7 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}
     raise TypeError(
-        f"A state must be made of numbers, texts, tensors, lists and dictionaries, got a "
-        f"{type(value).__name__}."
+        f"A state must be made of numbers, texts, tensors, lists and dictionaries, got a {type(value).__name__}."
     )
 
 
@@ -165,11 +160,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
         device: of the process. Its generator alone, because other processes have the other ones.
     """
     name, keys, *rest = np.random.get_state()
-    states = {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-    }
+    states = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = _device_generator(device, "get_rng_state")()
     return states
@@ -197,17 +188,8 @@ def restore_random_states(states: dict[str, Any], device: torch.device, path: Pa
         torch.set_rng_state(states["torch"])
         if device.type != "cpu":
             _device_generator(device, "set_rng_state")(states[device.type])
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-    ) as error:
-        raise ValueError(
-            f"{path} must hold the random states of this process, got: {error}. {REMEDY}"
-        ) from error
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{path} must hold the random states of this process, got: {error}. {REMEDY}") from error
 
 
 def _device_generator(device: torch.device, name: str) -> Any:

@@ -38,7 +38,6 @@ from diffusers_ext.training.run.checkpoint_files import (
     write_state,
 )
 
-
 logger = get_logger(__name__)
 
 KeepRule = Callable[[str, torch.nn.Parameter], bool]
@@ -62,9 +61,9 @@ class Stateful(Protocol):
 class Checkpoints:
     """Saves and restores a run below `output_dir` as `checkpoint-<step>` folders.
 
-    A folder is written under another name and renamed when complete, so a killed run leaves no half checkpoint.
-    All of it is safetensors and JSON. Models are held as far as `keep` selects; besides them the optimizer, the
-    gradient scaler, what is registered here, and the random states of every process.
+    A folder is written under another name and renamed when complete, so a killed run leaves no half checkpoint. All of
+    it is safetensors and JSON. Models are held as far as `keep` selects; besides them the optimizer, the gradient
+    scaler, what is registered here, and the random states of every process.
 
     Args:
         accelerator: the run's accelerator, with all models and optimizers that it has prepared.
@@ -105,11 +104,7 @@ class Checkpoints:
 
     def _kept(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if self.keep(name, parameter)
-        }
+        return {name: parameter for name, parameter in model.named_parameters() if self.keep(name, parameter)}
 
     def _write(self, folder: Path) -> None:
         """Write the state of this process, and on the main one that of the run."""
@@ -119,10 +114,7 @@ class Checkpoints:
         if not accelerator.is_main_process:
             return
         for index, model in enumerate(accelerator._models):
-            tensors = {
-                name: parameter.detach().cpu().contiguous()
-                for name, parameter in self._kept(model).items()
-            }
+            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._kept(model).items()}
             save_file(tensors, folder / f"trained_{index}.safetensors")
         for index, optimizer in enumerate(accelerator._optimizers):
             write_state(optimizer.state_dict(), folder / f"optimizer_{index}")
@@ -137,21 +129,13 @@ class Checkpoints:
         for index, model in enumerate(accelerator._models):
             self._read_weights(model, folder / f"trained_{index}.safetensors")
         for index, optimizer in enumerate(accelerator._optimizers):
-            found = (
-                read_pickled_optimizer(folder, index)
-                if pickled
-                else read_state(folder / f"optimizer_{index}")
-            )
+            found = read_pickled_optimizer(folder, index) if pickled else read_state(folder / f"optimizer_{index}")
             _load(optimizer, found, folder)
         if accelerator.scaler is not None:
             found = read_pickled_scaler(folder) if pickled else read_state(folder / "scaler")
             _load(accelerator.scaler, found, folder)
         for index, part in enumerate(self._parts):
-            found = (
-                read_pickled_part(folder, index)
-                if pickled
-                else read_state(folder / f"part_{index}")
-            )
+            found = read_pickled_part(folder, index) if pickled else read_state(folder / f"part_{index}")
             _load(part, found, folder)
         path = folder / f"random_states_{accelerator.process_index}"
         states = (
@@ -168,8 +152,7 @@ class Checkpoints:
         if stored.keys() != current.keys():
             differing = sorted(stored.keys() ^ current.keys())
             raise ValueError(
-                f"Checkpoint {path.parent} must hold the trained parameters of this run, differs in "
-                f"{differing[:4]}."
+                f"Checkpoint {path.parent} must hold the trained parameters of this run, differs in {differing[:4]}."
             )
         check_shapes({name: tuple(value.shape) for name, value in stored.items()}, current, path)
         with torch.no_grad():
@@ -178,10 +161,7 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """Write `checkpoint-<step>`; every process must call it."""
-        folder, partial = (
-            self.output_dir / f"{FOLDER_PREFIX}{step}",
-            self.output_dir / f"{PARTIAL_PREFIX}{step}",
-        )
+        folder, partial = (self.output_dir / f"{FOLDER_PREFIX}{step}", self.output_dir / f"{PARTIAL_PREFIX}{step}")
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -207,8 +187,8 @@ class Checkpoints:
             which: `None` starts at step 0; `"latest"` the newest checkpoint of `output_dir`; else a folder.
 
         Raises:
-            ValueError: no such checkpoint, an altered one, one of a run with other settings, or a new
-                run that would mix its checkpoints with those of an earlier one.
+            ValueError: no such checkpoint, an altered one, one of a run with other settings, or a new run that would
+                mix its checkpoints with those of an earlier one.
         """
         if self.accelerator.is_main_process:
             for partial in self.output_dir.glob(f"{PARTIAL_PREFIX}*"):

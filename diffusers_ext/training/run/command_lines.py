@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 from diffusers_ext.core.names import did_you_mean
 
-
 TRACEBACK_FLAG, OVERWRITE_FLAG = "--traceback", "--overwrite_output_dir"
 WRONG_USAGE = 2
 
@@ -20,8 +19,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An `ArgumentParser` that shows no usage with an error, and finds the nearest name.
 
     Args:
-        refuse_unknown: end at an unknown flag here, where this parser's flags are known, and not in
-            the parser of the whole command line; for sub-commands.
+        refuse_unknown: end at an unknown flag here, where this parser's flags are known, and not in the parser of the
+            whole command line; for sub-commands.
         arguments: of `ArgumentParser`.
     """
 
@@ -100,9 +99,8 @@ def user_errors() -> tuple[type[BaseException], ...]:
 def error_line(error: BaseException, args: argparse.Namespace, flags: Mapping[str, str]) -> str:
     """What an error says, in one line, in the words of the command line.
 
-    Functions name their parameters. Here a name becomes the flag of that name. Where the value that
-    was refused is another argument's, the error is about that one: `pretrained_model_name_or_path`
-    of statistics is `--statistics`.
+    Functions name their parameters. Here a name becomes the flag of that name. Where the value that was refused is
+    another argument's, the error is about that one: `pretrained_model_name_or_path` of statistics is `--statistics`.
 
     Args:
         error: any.
@@ -121,16 +119,12 @@ def error_line(error: BaseException, args: argparse.Namespace, flags: Mapping[st
     return _NAME.sub(lambda match: f"`{flags.get(match[1], match[1])}`", text)
 
 
-def _argument_of(
-    refused: str, name: str, values: Mapping[str, Any], flags: Mapping[str, str]
-) -> str | None:
+def _argument_of(refused: str, name: str, values: Mapping[str, Any], flags: Mapping[str, str]) -> str | None:
     """The argument whose value an error is about, if that is not the one of the name it uses."""
     if name in flags and any(_begins(refused, text) for text in _texts(values.get(name))):
         return None
     found = [
-        other
-        for other in flags
-        if any(len(text) > 1 and _begins(refused, text) for text in _texts(values.get(other)))
+        other for other in flags if any(len(text) > 1 and _begins(refused, text) for text in _texts(values.get(other)))
     ]
     return found[0] if len(found) == 1 else None
 
@@ -145,6 +139,5 @@ def _texts(value: Any) -> Iterator[str]:
 def _begins(refused: str, text: str) -> bool:
     """Whether what follows `got` is this text, and not a longer one."""
     return any(
-        refused.startswith(form) and not re.match(r"[\w/-]", refused[len(form) :])
-        for form in (text, repr(text))
+        refused.startswith(form) and not re.match(r"[\w/-]", refused[len(form) :]) for form in (text, repr(text))
     )

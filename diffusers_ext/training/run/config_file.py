@@ -12,7 +12,6 @@ from diffusers_ext.core.names import did_you_mean
 from diffusers_ext.core.settings import Settings, setting_names
 from diffusers_ext.core.text_files import read_yaml
 
-
 _FROM_THE_WEIGHTS = "nothing: the network's form is read from its file"
 
 # Each with what stands for it.
@@ -64,16 +63,16 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """Parse flags over an optional YAML file.
 
-    What the file holds is parsed as if it were written as flags, with the same types and choices; a
-    flag of the command line replaces it.
+    What the file holds is parsed as if it were written as flags, with the same types and choices; a flag of the
+    command line replaces it.
 
     Args:
         parser: with a `--config` argument.
         input_args: command line; `None` takes the process's.
         required: names that the file or the flags must give.
         read_block: turns nested blocks of the file into flat argument names.
-        groups: of all scripts that share one file. Names in them that `parser` lacks are another
-            script's and are passed over; all other names are errors.
+        groups: of all scripts that share one file. Names in them that `parser` lacks are another script's and are
+            passed over; all other names are errors.
     """
     input_args = sys.argv[1:] if input_args is None else list(input_args)
     input_args = [*file_flags(parser, input_args, read_block, groups), *input_args]
@@ -126,9 +125,7 @@ def read_config(path: str) -> dict[str, Any]:
     return values
 
 
-def _as_flags(
-    parser: argparse.ArgumentParser, values: dict[str, Any], input_args: Sequence[str]
-) -> list[str]:
+def _as_flags(parser: argparse.ArgumentParser, values: dict[str, Any], input_args: Sequence[str]) -> list[str]:
     """The values that `parser` knows and the command line does not give, as flags."""
     actions = {action.dest: action for action in parser._actions}
     unset = argparse.Namespace(**dict.fromkeys(actions))
@@ -195,16 +192,14 @@ _BLOCK_NAMES = {
 _TREE = {"export_layout": True, "layout_timesteps": "all", "layout_dir": "."}
 
 
-def read_nullbooth_block(
-    values: dict[str, Any], covariance_dir: str = "statistics"
-) -> dict[str, Any]:
+def read_nullbooth_block(values: dict[str, Any], covariance_dir: str = "statistics") -> dict[str, Any]:
     """Flat arguments from a file whose `nullbooth:` block has the keys of the original system.
 
     Args:
         values: content of the file.
-        covariance_dir: the argument that `cov_matrices_output_dir` gives: `"statistics"` where they
-            are read, `"output_dir"` where they are written: as the tree of npy files that readers of
-            the original system's files look for, at all timesteps of the run.
+        covariance_dir: the argument that `cov_matrices_output_dir` gives: `"statistics"` where they are read,
+            `"output_dir"` where they are written: as the tree of npy files that readers of the original system's files
+            look for, at all timesteps of the run.
     """
     values = dict(values)
     block = values.pop("nullbooth", None) or {}
@@ -214,8 +209,7 @@ def read_nullbooth_block(
     unknown = sorted(block.keys() - names.keys())
     if unknown:
         raise ValueError(
-            f"`nullbooth` must have keys among {sorted(names)}, got {unknown}."
-            f"{did_you_mean(unknown, names)}"
+            f"`nullbooth` must have keys among {sorted(names)}, got {unknown}.{did_you_mean(unknown, names)}"
         )
     flat = {names[key]: value for key, value in block.items()}
     if "features" in flat:
@@ -233,7 +227,6 @@ def _chosen_features(chosen: Any) -> list[str]:
     wanted = list(chosen.values()) if isinstance(chosen, dict) else []
     if not any(wanted) or not all(isinstance(value, bool) for value in wanted):
         raise ValueError(
-            "`collect_features` must map names like `k_features` to true or false, one at least "
-            f"true, got {chosen!r}."
+            f"`collect_features` must map names like `k_features` to true or false, one at least true, got {chosen!r}."
         )
     return [name.removesuffix("_features") for name, wanted in chosen.items() if wanted]

@@ -20,13 +20,10 @@ from diffusers_ext.nullspace.slots import check_features, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.run.text_cache import read_components
 
-
 logger = get_logger(__name__)
 
 
-def load_pipeline(
-    settings: KnownModelSettings, device: torch.device, dtype: torch.dtype
-) -> DiffusionPipeline:
+def load_pipeline(settings: KnownModelSettings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """The base pipeline, frozen, in evaluation mode; the VAE stays in float32."""
     with_xformers = getattr(settings, "enable_xformers_memory_efficient_attention", False)
     if with_xformers:
@@ -77,8 +74,8 @@ def collect(
 ) -> FeatureStatistics:
     """Statistics of `prompts` with the command line's settings, over all processes.
 
-    Those among them that belong to other subjects weigh as much as all the rest: a subject's rare token
-    would else look nearly free to the next one.
+    Those among them that belong to other subjects weigh as much as all the rest: a subject's rare token would else
+    look nearly free to the next one.
     """
     others = [prompt for prompt in prompts if prompt in settings.other_instance_prompts]
     knowledge = [prompt for prompt in prompts if prompt not in others]
@@ -114,19 +111,17 @@ def load_or_collect(
 ) -> FeatureStatistics:
     """`--statistics` when given, else collected from the prompts; checked against the pipeline.
 
-    Loaded statistics decide by themselves about features, layers and prompts; only
-    `--other_instance_prompts` are added to them, counted with their settings.
+    Loaded statistics decide by themselves about features, layers and prompts; only `--other_instance_prompts` are
+    added to them, counted with their settings.
 
     Raises:
-        ValueError: nothing to preserve, statistics of another model, or of other layers or another
-            negative prompt than the command line asks for.
+        ValueError: nothing to preserve, statistics of another model, or of other layers or another negative prompt
+            than the command line asks for.
     """
     if settings.statistics is None:
         prompts = read_knowledge(settings)
         if not prompts:
-            raise ValueError(
-                "`--statistics` or `--knowledge_prompts` must be given: what should be preserved?"
-            )
+            raise ValueError("`--statistics` or `--knowledge_prompts` must be given: what should be preserved?")
         return collect(settings, pipeline, accelerator, prompts)
     statistics = FeatureStatistics.from_pretrained(settings.statistics)
     statistics.check_pipeline(pipeline)

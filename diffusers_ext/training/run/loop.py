@@ -21,8 +21,8 @@ from diffusers_ext.training.run.checkpoints import Checkpoints
 class StepBatchSampler:
     """Endless batches of dataset indices in which batch `i` is a function of `(seed, i)` alone.
 
-    Each epoch is a fresh permutation; a batch may span two epochs, so no sample is dropped and a data set smaller
-    than the batch is repeated. Processes take disjoint slices of one global batch.
+    Each epoch is a fresh permutation; a batch may span two epochs, so no sample is dropped and a data set smaller than
+    the batch is repeated. Processes take disjoint slices of one global batch.
 
     Args:
         length: number of samples in the data set, positive.
@@ -32,13 +32,7 @@ class StepBatchSampler:
     """
 
     def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        process_index: int = 0,
-        num_processes: int = 1,
+        self, length: int, batch_size: int, seed: int, start: int = 0, process_index: int = 0, num_processes: int = 1
     ) -> None:
         if length < 1:
             raise ValueError(f"`length` must be at least 1, got {length}. Is the data set empty?")
@@ -88,12 +82,7 @@ class LoopSettings:
     description: str = "train"
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-        ):
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not self.max_grad_norm > 0:
@@ -120,9 +109,8 @@ class TrainingLoop:
         lr_scheduler: stepped once per optimizer step on every process; `None` keeps the rate.
         dataset: map-style data set; samples are collated by `collate_fn` (torch's default when `None`).
         loss_function: `(model, batch, generator) -> {"loss": scalar, ...}`; other entries are logged. All its random
-            numbers must come from `generator`, a CPU generator that depends on seed and step alone.
-            (What modules draw themselves, as dropout does, comes from the global generators, whose states
-            checkpoints hold.)
+            numbers must come from `generator`, a CPU generator that depends on seed and step alone. (What modules draw
+            themselves, as dropout does, comes from the global generators, whose states checkpoints hold.)
         checkpoints: where to save and resume; `None` does neither.
         resume_from_checkpoint: `None`, `"latest"` or a folder.
         ema: averaged copy of the model's parameters, stepped after each optimizer step and saved with checkpoints.
@@ -214,9 +202,7 @@ class TrainingLoop:
                 micro_step = step * self.settings.gradient_accumulation_steps + accumulated
                 parts.append(self._micro_step(next(batches), micro_step))
             if self.ema is not None:
-                self.ema.step(
-                    self.accelerator.unwrap_model(self.model, keep_torch_compile=False).parameters()
-                )
+                self.ema.step(self.accelerator.unwrap_model(self.model, keep_torch_compile=False).parameters())
             self._after_step(step + 1, parts, progress)
         self.seconds += time.perf_counter() - self._began
         self.accelerator.wait_for_everyone()
@@ -237,11 +223,7 @@ class TrainingLoop:
 
     def _after_step(self, step: int, parts: list[Losses], progress: tqdm) -> None:
         last = step == self.settings.max_train_steps
-        saving = (
-            self.checkpoints is not None
-            and self.checkpoints.every
-            and step % self.checkpoints.every == 0
-        )
+        saving = self.checkpoints is not None and self.checkpoints.every and step % self.checkpoints.every == 0
         if saving or last or step % self.settings.logging_steps == 0:
             self._log(step, parts, progress)
         if saving or last:
@@ -268,18 +250,11 @@ class TrainingLoop:
 
     def _log(self, step: int, parts: list[Losses], progress: tqdm) -> None:
         """Gather the mean losses since the last call; the only place where the device is waited for."""
-        means = {
-            name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]
-        }
+        means = {name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]}
         parts.clear()
-        logs = {
-            name: self.accelerator.reduce(mean, reduction="mean").item()
-            for name, mean in means.items()
-        }
+        logs = {name: self.accelerator.reduce(mean, reduction="mean").item() for name, mean in means.items()}
         if not torch.isfinite(torch.tensor(logs["loss"])):
-            raise FloatingPointError(
-                f"The loss must stay finite, got {logs['loss']} before step {step}. {_REMEDY}"
-            )
+            raise FloatingPointError(f"The loss must stay finite, got {logs['loss']} before step {step}. {_REMEDY}")
         if self.lr_scheduler is not None:
             logs["lr"] = self.lr_scheduler.get_last_lr()[0]
         self.history.append({"step": step, **logs})

@@ -19,24 +19,13 @@ from accelerate.utils.environment import get_int_from_env
 
 from diffusers_ext.core.artifacts import folder_lock
 from diffusers_ext.core.result_folder import check_no_result, remove_result, staged_output
-from diffusers_ext.core.settings import (
-    ModelSettings,
-    RunSettings,
-    Settings,
-    TrainingSettings,
-    flag_name,
-)
+from diffusers_ext.core.settings import ModelSettings, RunSettings, Settings, TrainingSettings, flag_name
 from diffusers_ext.core.sources import one_try_to_connect
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.golden_noise.settings import NoiseSettings, PairSettings
 from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints, remove_checkpoint
-from diffusers_ext.training.run.command_lines import (
-    TRACEBACK_FLAG,
-    WRONG_USAGE,
-    error_line,
-    user_errors,
-)
+from diffusers_ext.training.run.command_lines import TRACEBACK_FLAG, WRONG_USAGE, error_line, user_errors
 
 
 def directions_words(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -58,10 +47,7 @@ def subject_words(settings: NullSpaceSettings, report: Mapping[str, Any], pictur
         report: as in `training_report.json`.
         pictures: how many were trained on.
     """
-    learnt = (
-        f"Learnt {settings.instance_prompt!r} from {_count(pictures, 'picture')} in "
-        f"{_run(settings, report)}."
-    )
+    learnt = f"Learnt {settings.instance_prompt!r} from {_count(pictures, 'picture')} in {_run(settings, report)}."
     folder, drifts = Path(settings.output_dir), report.get("predicted_drift")
     if drifts:
         worst = max(drifts, key=drifts.get)
@@ -95,10 +81,7 @@ def subject_words(settings: NullSpaceSettings, report: Mapping[str, Any], pictur
 def network_words(settings: NoiseSettings, report: Mapping[str, Any]) -> str:
     """Of a trained golden-noise network; arguments as `subject_words`."""
     data = report["data"]
-    words = (
-        f"Trained {report['network']} on {_count(data['training_samples'], 'sample')} in "
-        f"{_run(settings, report)}."
-    )
+    words = f"Trained {report['network']} on {_count(data['training_samples'], 'sample')} in {_run(settings, report)}."
     last = report["validation"][-1] if report["validation"] else {}
     figures = [
         f"{name.removeprefix('validation_')} {value:.4g}"
@@ -173,9 +156,7 @@ def pairs_words(settings: PairSettings) -> str:
         dataset_dir=settings.output_dir,
         output_dir="NETWORK",
     )
-    return (
-        f"Load them: diffusers_ext.PairDataset({settings.output_dir!r}). Train a network: {train}"
-    )
+    return f"Load them: diffusers_ext.PairDataset({settings.output_dir!r}). Train a network: {train}"
 
 
 def _run(settings: TrainingSettings, report: Mapping[str, Any]) -> str:
@@ -214,9 +195,7 @@ _UNLISTED = (
 RANKS = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
 
 
-def one_run_a_folder(
-    main: Callable[[Any], ReturnType],
-) -> Callable[[Any], ReturnType]:
+def one_run_a_folder(main: Callable[[Any], ReturnType]) -> Callable[[Any], ReturnType]:
     """Let a script's `main` hold `--output_dir` while it runs; of several processes the first one does."""
 
     @functools.wraps(main)
@@ -236,10 +215,7 @@ def check_output_dir(settings: ModelSettings, names: Sequence[str] = REPORTS) ->
         settings: of a script.
         names: files that tell of a result that lists no files.
     """
-    if (
-        not hasattr(settings, "resume_from_checkpoint")
-        and Path(settings.output_dir, REPORTS[0]).is_file()
-    ):
+    if not hasattr(settings, "resume_from_checkpoint") and Path(settings.output_dir, REPORTS[0]).is_file():
         raise ValueError(
             f"`output_dir` must not hold a trained model, got {settings.output_dir} with {REPORTS[0]}: a "
             "report would take its place. Choose another folder."
@@ -277,8 +253,8 @@ def run_script(
 ) -> None:
     """Parse and run; `--traceback` shows where an error came from.
 
-    Of several processes that fail alike the first one speaks: the others wait, and the launcher ends
-    them. What fails in another one alone is told by that one.
+    Of several processes that fail alike the first one speaks: the others wait, and the launcher ends them. What fails
+    in another one alone is told by that one.
 
     Args:
         parse_args: of the process's command line.

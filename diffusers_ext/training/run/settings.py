@@ -13,17 +13,12 @@ from diffusers_ext.training.run import config_file
 from diffusers_ext.training.run.command_lines import OneLineParser
 from diffusers_ext.training.run.config_file import parse_arguments
 
-
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
-def settings_parser(
-    settings_class: type[Settings], description: str | None = None
-) -> argparse.ArgumentParser:
+def settings_parser(settings_class: type[Settings], description: str | None = None) -> argparse.ArgumentParser:
     """The parser of all flags of a settings class; what must be given it leaves to `parse_settings`."""
-    parser = OneLineParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, settings_class)
     return parser
 
@@ -80,9 +75,7 @@ def parse_settings(
 
 def settings_of(args: argparse.Namespace, settings_class: type[SettingsType]) -> SettingsType:
     """The settings that parsed flags of a class stand for."""
-    return settings_class(
-        **{one.name: getattr(args, flag_name(one)) for one in fields(settings_class)}
-    )
+    return settings_class(**{one.name: getattr(args, flag_name(one)) for one in fields(settings_class)})
 
 
 def file_flags(
@@ -99,15 +92,12 @@ def file_flags(
 def required_names(settings_class: type[Settings]) -> list[str]:
     """Names of the flags that must be given."""
     return [
-        flag_name(one)
-        for one in fields(settings_class)
-        if one.default is MISSING and one.default_factory is MISSING
+        flag_name(one) for one in fields(settings_class) if one.default is MISSING and one.default_factory is MISSING
     ]
 
 
 def _reader(
-    settings_class: type[Settings],
-    read_block: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    settings_class: type[Settings], read_block: Callable[[dict[str, Any]], dict[str, Any]] | None
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def read(values: dict[str, Any]) -> dict[str, Any]:
         values = values if read_block is None else read_block(values)

@@ -15,13 +15,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 
-from diffusers_ext.core.settings import (
-    PRECISIONS,
-    ModelSettings,
-    RunSettings,
-    TrainingRunSettings,
-    named_values,
-)
+from diffusers_ext.core.settings import PRECISIONS, ModelSettings, RunSettings, TrainingRunSettings, named_values
 from diffusers_ext.training.run.checkpoint_files import (
     check_no_checkpoints,
     check_same_facts,
@@ -30,7 +24,6 @@ from diffusers_ext.training.run.checkpoint_files import (
 )
 from diffusers_ext.training.run.loop import LoopSettings, check_steps_left
 from diffusers_ext.training.run.script import check_output_dir, clear_output_dir
-
 
 _MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _GRADIENT_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
@@ -43,16 +36,14 @@ _SHARDING = {
 }
 
 
-def settle_launcher_settings(
-    settings: argparse.Namespace, variables: Mapping[str, str] = os.environ
-) -> None:
+def settle_launcher_settings(settings: argparse.Namespace, variables: Mapping[str, str] = os.environ) -> None:
     """Give the settings that flags leave open the values that accelerate was given.
 
     Args:
-        settings: of a script. `mixed_precision` and, where the script has a loop,
-            `gradient_accumulation_steps` are `None` without a flag, and never afterwards.
-        variables: the environment, where `accelerate launch` puts its flags and those of its config
-            file. Its "no" is also what it says without being asked, so a flag may replace it.
+        settings: of a script. `mixed_precision` and, where the script has a loop, `gradient_accumulation_steps` are
+            `None` without a flag, and never afterwards.
+        variables: the environment, where `accelerate launch` puts its flags and those of its config file. Its "no" is
+            also what it says without being asked, so a flag may replace it.
 
     Raises:
         ValueError: a flag contradicts accelerate, or accelerate has what no script can do.
@@ -91,10 +82,7 @@ def _settle_accumulation(settings: argparse.Namespace, theirs: str | None) -> No
         settings.gradient_accumulation_steps = int(theirs or 1)
     elif theirs is not None and int(theirs) != settings.gradient_accumulation_steps:
         raise _contradiction(
-            "gradient_accumulation_steps",
-            settings.gradient_accumulation_steps,
-            theirs,
-            _GRADIENT_ACCUMULATION,
+            "gradient_accumulation_steps", settings.gradient_accumulation_steps, theirs, _GRADIENT_ACCUMULATION
         )
 
 
@@ -144,30 +132,20 @@ def make_output_dir(settings: RunSettings, accelerator: Accelerator) -> None:
 def start_trackers(accelerator: Accelerator, settings: TrainingRunSettings, name: str) -> None:
     """Start `--report_to` with the run's arguments, the token left out."""
     if settings.report_to is not None and accelerator.is_main_process:
-        config = {
-            k: v
-            for k, v in named_values(settings).items()
-            if isinstance(v, (int, float, str, bool))
-        }
+        config = {k: v for k, v in named_values(settings).items() if isinstance(v, (int, float, str, bool))}
         config.pop("hub_token", None)
         accelerator.init_trackers(name, config=config)
 
 
 def make_optimizer(
-    settings: TrainingRunSettings,
-    parameters: Iterable[torch.nn.Parameter],
-    accelerator: Accelerator,
+    settings: TrainingRunSettings, parameters: Iterable[torch.nn.Parameter], accelerator: Accelerator
 ) -> torch.optim.Optimizer:
     """AdamW over `parameters` with the command line's settings."""
     rate = settings.learning_rate
     if not rate > 0:
         raise ValueError(f"`learning_rate` must be positive, got {rate}.")
     if settings.scale_lr:
-        rate *= (
-            settings.train_batch_size
-            * settings.gradient_accumulation_steps
-            * accelerator.num_processes
-        )
+        rate *= settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     return torch.optim.AdamW(
         parameters,
         lr=rate,

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.evaluation.settings import (
-    ErasureSettings,
-    ForgettingSettings,
-    GoldenNoiseEvaluationSettings,
-)
+from diffusers_ext.evaluation.settings import ErasureSettings, ForgettingSettings, GoldenNoiseEvaluationSettings
 from diffusers_ext.golden_noise.settings import (
     GoldenSampleSettings,
     PairNetworkSettings,
@@ -15,7 +11,6 @@ from diffusers_ext.golden_noise.settings import (
     SequenceNetworkSettings,
 )
 from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
-
 
 NULL_SPACE_RUNS = (NullSpaceSettings, CollectionSettings, ForgettingSettings)
 GOLDEN_NOISE_RUNS = (

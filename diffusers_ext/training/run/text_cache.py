@@ -25,7 +25,6 @@ from diffusers_ext.families.base_source import (
 )
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES
 
-
 logger = logging.getLogger(__name__)
 
 DENOISERS = ("unet", "transformer")
@@ -62,9 +61,7 @@ def load_text_pipeline(settings: ModelSettings, device: torch.device) -> Diffusi
             component.requires_grad_(False).eval().to(device)
     name = denoiser_name(components, source)
     place = config_place(source, revision=settings.revision, single_file_config=config_file)
-    config = denoiser_class(components[name]).load_config(
-        place, subfolder=name, revision=settings.revision
-    )
+    config = denoiser_class(components[name]).load_config(place, subfolder=name, revision=settings.revision)
     setattr(pipeline, name, DenoiserStandIn(FrozenDict(config), dtype))
     return pipeline
 
@@ -101,8 +98,7 @@ def stored_fingerprint(settings: ModelSettings) -> dict[str, Any]:
     """`fingerprint` of the base model's denoiser, read from its files without loading it.
 
     Returns:
-        As `fingerprint`; the probe is empty where the weights of a Hub model are not on this
-        machine.
+        As `fingerprint`; the probe is empty where the weights of a Hub model are not on this machine.
     """
     source, components = settings.pretrained_model_name_or_path, read_components(settings)
     name = denoiser_name(components, source)
@@ -128,16 +124,14 @@ def stored_fingerprint(settings: ModelSettings) -> dict[str, Any]:
     return {**fingerprint(model), "probe": []}
 
 
-def check_base_model(
-    settings: ModelSettings, pipeline: DiffusionPipeline, made_with: dict[str, Any] | None
-) -> None:
+def check_base_model(settings: ModelSettings, pipeline: DiffusionPipeline, made_with: dict[str, Any] | None) -> None:
     """Raise `ValueError` unless noise pairs were made with the denoiser and text encoders of a base.
 
     Args:
         settings: of the run.
         pipeline: the base pipeline with its text encoders.
-        made_with: fingerprints of the models that made the pairs, by name of the component; `None`
-            where they are not known.
+        made_with: fingerprints of the models that made the pairs, by name of the component; `None` where they are not
+            known.
     """
     for name, expected in (made_with or {}).items():
         component = getattr(pipeline, name, None)

@@ -29,9 +29,7 @@ def card_arguments(settings: RunSettings) -> dict[str, Any]:
     """What every card needs and the command line says; `ValueError` where no licence is known."""
     base = settings.hub_base_model or settings.pretrained_model_name_or_path
     try:
-        given = named_licence(
-            settings.hub_license, settings.hub_license_name, settings.hub_license_link
-        )
+        given = named_licence(settings.hub_license, settings.hub_license_name, settings.hub_license_link)
         licence = find_licence(base, given, token=settings.hub_token)
     except ValueError as error:
         raise ValueError(f"{error} The flag is `--hub_license`.") from error
@@ -44,8 +42,7 @@ def check_login(settings: RunSettings) -> None:
         HfApi(token=settings.hub_token).whoami()
     except LocalTokenNotFoundError as error:
         raise ValueError(
-            "`hub_token` must be given with `push_to_hub` where nobody is logged in, got None. Run "
-            "`hf auth login`."
+            "`hub_token` must be given with `push_to_hub` where nobody is logged in, got None. Run `hf auth login`."
         ) from error
     except HfHubHTTPError as error:
         if error.response.status_code != 401:
@@ -173,8 +170,8 @@ def publish(
 ) -> str:
     """Upload the output folder of a training (weights, statistics, report, card, last pictures).
 
-    Checkpoints, logs and the pictures that were trained on stay here. A pipeline comes to the root
-    of the repository, where `from_pretrained` looks for it.
+    Checkpoints, logs and the pictures that were trained on stay here. A pipeline comes to the root of the repository,
+    where `from_pretrained` looks for it.
 
     Returns:
         Address of the commit.
@@ -212,17 +209,12 @@ def publish_statistics(
     Returns:
         Address of the commit.
     """
-    card = statistics_card(
-        statistics, pipeline=plain_class_name(pipeline), **card_arguments(settings)
-    )
+    card = statistics_card(statistics, pipeline=plain_class_name(pipeline), **card_arguments(settings))
     return push_output(settings, card, [".*", "progress/*"])
 
 
 def push_output(
-    settings: RunSettings,
-    card: Callable[..., Card],
-    ignored: Sequence[str] = (),
-    at_root: str | None = None,
+    settings: RunSettings, card: Callable[..., Card], ignored: Sequence[str] = (), at_root: str | None = None
 ) -> str:
     """Upload the output folder but for some patterns; returns the address of the commit.
 
@@ -253,13 +245,9 @@ def card_record(settings: RunSettings, facts: Mapping[str, Any]) -> dict[str, An
     return {"base_model": base, "license": licence, **facts}
 
 
-def widget_of(
-    settings: RunSettings, prompts: Sequence[str], files: Sequence[Path]
-) -> list[tuple[str, str]]:
+def widget_of(settings: RunSettings, prompts: Sequence[str], files: Sequence[Path]) -> list[tuple[str, str]]:
     """Prompts with their pictures or clips below the output folder, as a card names them."""
-    return [
-        (p, path.relative_to(settings.output_dir).as_posix()) for p, path in zip(prompts, files)
-    ]
+    return [(p, path.relative_to(settings.output_dir).as_posix()) for p, path in zip(prompts, files)]
 
 
 def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from peft import PeftConfig, PeftType
 from diffusers_ext.eraser.adapter.config import EraserConfig, eraser_peft_type
 from diffusers_ext.eraser.adapter.model import register_eraser
 
-
 register_eraser()
 
 
@@ -65,16 +64,7 @@ def test_layers_cannot_contradict_a_regular_expression():
 
 
 def test_an_expression_that_could_hang_or_means_nothing_is_refused(subtests):
-    for pattern in [
-        "(([a-z_0-9.]+)+)+!",
-        "(a|a)*b",
-        r"(.*)\1",
-        "(?=a)b",
-        ".*.*.*.*x",
-        "a?" * 30,
-        "[",
-        "x" * 1001,
-    ]:
+    for pattern in ["(([a-z_0-9.]+)+)+!", "(a|a)*b", r"(.*)\1", "(?=a)b", ".*.*.*.*x", "a?" * 30, "[", "x" * 1001]:
         with subtests.test(pattern=pattern):
             for name in ("target_modules", "exclude_modules"):
                 with pytest.raises(ValueError, match=f"`{name}` must be a regular expression"):

@@ -11,7 +11,6 @@ from peft import inject_adapter_in_model
 from diffusers_ext.eraser.adapter.config import EraserConfig, eraser_size, transformer_width
 from diffusers_ext.families.cogvideox import PUBLISHED_TRANSFORMERS
 
-
 # Parameters of the whole transformer, width, blocks.
 KNOWN = {
     "CogVideoX-2b": (1_693_783_872, 1920, 30),
@@ -39,10 +38,7 @@ def test_an_eraser_on_a_published_model_has_the_computed_size(name):
     with init_empty_weights():
         transformer = CogVideoXTransformer3DModel(**PUBLISHED_TRANSFORMERS[name] | SHORT)
     assert parameters(transformer) == total
-    assert (transformer_width(transformer.config), len(transformer.transformer_blocks)) == (
-        width,
-        blocks,
-    )
+    assert (transformer_width(transformer.config), len(transformer.transformer_blocks)) == (width, blocks)
     inject_adapter_in_model(EraserConfig(r=128), transformer, low_cpu_mem_usage=True)
     assert parameters(transformer) - total == eraser_size(transformer.config, 128)
 

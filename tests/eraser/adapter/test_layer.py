@@ -135,9 +135,7 @@ def test_the_attention_gives_the_video_with_what_is_added():
     erased, same_text = attention(video, text)
     assert torch.equal(erased, layer.add_to_video(video))
     assert torch.equal(same_text, text)
-    with pytest.raises(
-        ValueError, match=r"must give \(video, text\), got a tuple.*processor of Cog"
-    ):
+    with pytest.raises(ValueError, match=r"must give \(video, text\), got a tuple.*processor of Cog"):
         attention(video)
     attention.to_out[1] = layer.base_layer
     assert attention(video, text)[0] is video
@@ -146,9 +144,7 @@ def test_the_attention_gives_the_video_with_what_is_added():
     assert not attention._forward_hooks
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
-)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copied_model_is_independent(duplicate):
     model = tiny_transformer()
     add_random_eraser(model, "a")

@@ -16,7 +16,6 @@ from tests.tiny_erasers import add_random_eraser, velocity
 from tests.tiny_lora import add_random_lora
 from tests.tiny_models import sd_unet
 
-
 LEAF = "transformer_blocks.0.attn1.to_out.1"
 
 
@@ -168,10 +167,7 @@ def test_merging_is_refused_and_nothing_is_merged():
 MISFITS = {
     "rank": ({"r": 33}, "`r` must be at most the width of the model, 32, got 33"),
     "no match": ({"target_modules": ["attn2.to_out.1"]}, "Target modules .* not found"),
-    "no leaf": (
-        {"target_modules": ["attn1"]},
-        "must match the ends .*'transformer_blocks.0.attn1'",
-    ),
+    "no leaf": ({"target_modules": ["attn1"]}, "must match the ends .*'transformer_blocks.0.attn1'"),
     "a Linear": ({"target_modules": r".*\.to_out\..*"}, "got a match of .*attn1.to_out.0'"),
     "layer": ({"layers_to_transform": [0, 2]}, r"must lie between 0 and 1, got \[2\]"),
     "width": ({"in_features": 1920}, "2 layers of width 1920 .* 2 layers of width 32"),

@@ -16,7 +16,6 @@ from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_erasers import TEXT, VIDEO, WIDTH, add_random_eraser, transformer_inputs, velocity
 from tests.tiny_lora import add_random_lora
 
-
 NAMES = ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
 
 

@@ -35,11 +35,7 @@ def test_another_package_of_that_name_is_an_error(monkeypatch):
 
 
 def test_importing_it_is_enough(monkeypatch):
-    mappings = (
-        PEFT_TYPE_TO_CONFIG_MAPPING,
-        PEFT_TYPE_TO_TUNER_MAPPING,
-        PEFT_TYPE_TO_PREFIX_MAPPING,
-    )
+    mappings = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
     for mapping in mappings:
         monkeypatch.delitem(mapping, PeftType.ERASER)
     with pytest.raises(KeyError, match="ERASER"):

@@ -16,7 +16,6 @@ from diffusers_ext.eraser.files import load_eraser, save_eraser
 from tests.eraser.saved_erasers import make_eraser, run, saved_eraser
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 
-
 REFUSED = r"must not lose erasers, got a CogVideoX.* with \['dog'\].*`save_eraser\(transformer"
 
 
@@ -46,9 +45,7 @@ def test_an_eraser_survives_saving_the_pipeline_or_saving_refuses(folder, tmp_pa
     assert torch.equal(run(again.transformer), erased)
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
-)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_guarded_by_itself(duplicate, tmp_path):
     transformer = make_eraser(tiny_transformer(), "dog")
     twin = duplicate(transformer)

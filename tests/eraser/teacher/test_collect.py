@@ -9,14 +9,7 @@ from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.concept_masks import concept_mask
 from diffusers_ext.eraser.teacher.trajectory import teacher_trajectory
 from examples.moving_digits.prompts import PROMPT_LENGTH
-from tests.eraser.teacher_runs import (
-    GUIDANCE,
-    SHAPE,
-    STEPS,
-    CountedVelocity,
-    collect,
-    tiny_teacher,
-)
+from tests.eraser.teacher_runs import GUIDANCE, SHAPE, STEPS, CountedVelocity, collect, tiny_teacher
 from tests.tiny_erasers import add_random_eraser
 
 
@@ -190,9 +183,7 @@ def test_hard_masks(teacher):
     tokens = torch.zeros(2, PROMPT_LENGTH, dtype=torch.bool)
     tokens[0, 2] = True
     found = collect(velocity, pipeline, texts, token_mask=tokens, num_preserved=0)
-    hard = collect(
-        velocity, pipeline, texts, token_mask=tokens, mask_threshold=0.5, num_preserved=0
-    )
+    hard = collect(velocity, pipeline, texts, token_mask=tokens, mask_threshold=0.5, num_preserved=0)
     for row, soft in zip(rows(hard, "target"), rows(found, "target"), strict=True):
         assert torch.equal(row["mask"], (soft["mask"] >= 0.5).float())
     assert "preserved" not in found[0]

@@ -22,9 +22,7 @@ def calibrate(teacher, velocity, tokens, **changes):
     pipeline, _, texts = teacher
     options = {"latent_shape": SHAPE, "num_inference_steps": 2, "guidance_scale": 3.0}
     given = (texts.target, texts.anchor, texts.empty[0], tokens)
-    return calibrate_heads(
-        velocity, pipeline.scheduler, *given, **options | changes, show_progress=False
-    )
+    return calibrate_heads(velocity, pipeline.scheduler, *given, **options | changes, show_progress=False)
 
 
 def second_prompt():

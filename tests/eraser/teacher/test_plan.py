@@ -10,9 +10,7 @@ from diffusers_ext.eraser.teacher.runs import plan_trajectories
 
 def plan(num_trajectories=60, num_prompts=8, num_steps=20, **changes):
     options = {"points_per_trajectory": 5, "empty_share": 0.2, "seed": 0}
-    return plan_trajectories(
-        "preserved", num_trajectories, num_prompts, num_steps, **{**options, **changes}
-    )
+    return plan_trajectories("preserved", num_trajectories, num_prompts, num_steps, **{**options, **changes})
 
 
 def test_every_prompt_comes_up_equally_often():
@@ -51,10 +49,7 @@ def test_the_share_of_the_empty_prompt(share, wanted):
 
 def test_runs_of_other_seeds_and_parts_share_no_noise():
     seeds = {
-        stream_seed(seed, part, index)
-        for seed in range(5)
-        for part in ("target", "preserved")
-        for index in range(20)
+        stream_seed(seed, part, index) for seed in range(5) for part in ("target", "preserved") for index in range(20)
     }
     assert len(seeds) == 200
     assert all(0 <= seed < 2**63 for seed in seeds)

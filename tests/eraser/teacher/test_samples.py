@@ -9,10 +9,7 @@ from diffusers_ext.eraser.teacher.store import TeacherSamples, TensorRows, to_st
 
 def part(runs, points=2, **columns):
     return TensorRows(
-        [
-            {"t": torch.arange(points) + 10 * run, "x_t": torch.full((points, 3), float(run))}
-            for run in range(runs)
-        ]
+        [{"t": torch.arange(points) + 10 * run, "x_t": torch.full((points, 3), float(run))} for run in range(runs)]
     )
 
 

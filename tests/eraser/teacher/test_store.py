@@ -13,7 +13,6 @@ from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import CountedVelocity, collect, tiny_teacher
 from tests.tiny_erasers import add_random_eraser
 
-
 FACTS = {"prompts": ["a red seven", ""], "text_encoder": "tiny"}
 
 
@@ -178,9 +177,7 @@ def test_samples_of_another_model_or_scheduler_are_refused(teacher, folder):
     with pytest.raises(ValueError, match="others: model differ"):
         collect(other, pipeline, texts, directory=folder, facts=FACTS)
     changed = copy.copy(pipeline)
-    changed.scheduler = type(pipeline.scheduler).from_config(
-        pipeline.scheduler.config, snr_shift_scale=3.0
-    )
+    changed.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, snr_shift_scale=3.0)
     with pytest.raises(ValueError, match="others: scheduler differ"):
         collect(velocity, changed, texts, directory=folder, facts=FACTS)
 

@@ -6,12 +6,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMSchedul
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.teacher.trajectory import (
-    AttentionRequest,
-    count_steps,
-    frozen_teacher,
-    teacher_trajectory,
-)
+from diffusers_ext.eraser.teacher.trajectory import AttentionRequest, count_steps, frozen_teacher, teacher_trajectory
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import SHAPE, SIZE, TARGET, tiny_teacher
 
@@ -77,13 +72,7 @@ def test_it_samples_what_the_pipeline_samples(teacher, kind, guidance):
 def test_velocities_are_those_of_the_model_at_each_point(teacher):
     pipeline, velocity, texts = teacher
     wanted = torch.tensor([[True, False], [False, False], [True, True], [False, True]])
-    points = walk(
-        teacher,
-        pipeline.scheduler,
-        generators(5, 6),
-        extra_prompt_embeds=texts.anchor,
-        extra_at=wanted,
-    )
+    points = walk(teacher, pipeline.scheduler, generators(5, 6), extra_prompt_embeds=texts.anchor, extra_at=wanted)
     for point, chosen in zip(points, wanted, strict=True):
         with torch.no_grad():
             v_target = velocity(point.x_t, point.t, texts.target)
@@ -112,9 +101,7 @@ def test_attention_is_that_of_the_pass_of_the_prompts(teacher):
         attention = concept_attention(velocity.model, tokens, head_weights=weights)
         with attention as attended, torch.no_grad():
             velocity(point.x_t, point.t, texts.target)
-        torch.testing.assert_close(
-            point.attention[chosen], attended.maps[chosen], rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(point.attention[chosen], attended.maps[chosen], rtol=1e-4, atol=1e-4)
         assert attended.maps.any(dim=1).all()
         assert point.attention[~chosen].eq(0).all()
 

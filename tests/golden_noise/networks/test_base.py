@@ -61,9 +61,7 @@ def test_branches_folders_and_privacy(hub, tmp_path):
     first, second = small("model"), small("model", width=48)
     first.push_to_hub("tester/noise", subfolder="small", private=True, **NETWORK_FACTS)
     assert hub.repos["tester/noise"].private
-    assert 'from_pretrained("tester/noise", subfolder="small")' in (
-        hub.files("tester/noise")["README.md"].decode()
-    )
+    assert 'from_pretrained("tester/noise", subfolder="small")' in (hub.files("tester/noise")["README.md"].decode())
     second.push_to_hub("tester/noise", revision="wide", commit_message="Wide", **NETWORK_FACTS)
     address = second.push_to_hub("tester/noise", create_pr=True, **NETWORK_FACTS)
     assert address.endswith("/discussions/1")
@@ -91,10 +89,7 @@ def test_a_missing_fact_stops_before_anything_is_written(hub, tmp_path):
         ("base_model", "`base_model` must be given for the card, got None. Pass the Hub name"),
         ("trained_on", "`trained_on` must be given for the card"),
         ("license", "`license` must be given, got None, and the card of the base model somebody"),
-        (
-            "pipeline",
-            "`pipeline` must be one of .*, got None, and somebody/base has no model_index",
-        ),
+        ("pipeline", "`pipeline` must be one of .*, got None, and somebody/base has no model_index"),
     ):
         facts = {**NETWORK_FACTS, name: None}
         with pytest.raises(ValueError, match=message):

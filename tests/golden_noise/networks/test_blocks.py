@@ -106,9 +106,7 @@ def test_hidden_tokens_are_read_neither_by_tokens_nor_by_the_pooled_vector(num_l
     other = torch.where(mask[:, :, None] == 0, torch.zeros_like(text), text)
     one, two = read(text, mask), read(other, mask)
     assert one.tokens.shape == (2, 6, 16)
-    assert torch.equal(
-        one.mask[:, 0, 0], torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]) > 0
-    )
+    assert torch.equal(one.mask[:, 0, 0], torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]) > 0)
     seen = one.mask[:, 0, 0]
     assert torch.equal(one.tokens[seen], two.tokens[seen])
     assert torch.equal(pool(one), pool(two))
@@ -127,6 +125,4 @@ def test_a_prompt_without_a_visible_token_is_the_learned_one():
 
 def test_the_scale_of_the_embeddings_does_not_matter():
     read, text = reader(), torch.randn(2, 5, 6)
-    torch.testing.assert_close(
-        read(text * 300, None).tokens, read(text, None).tokens, atol=1e-3, rtol=1e-3
-    )
+    torch.testing.assert_close(read(text * 300, None).tokens, read(text, None).tokens, atol=1e-3, rtol=1e-3)

@@ -14,7 +14,6 @@ from tests.golden_noise.golden_pipelines import NETWORKS
 from tests.golden_noise.networks.test_base import assert_equal, small
 from tests.golden_noise.shared_facts import upload_base
 
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -108,9 +107,7 @@ def test_files_hold_their_digests_in_order(tmp_path):
         ("model", "num_heads", 4, "the digest in its metadata does not fit"),
     ],
 )
-def test_a_config_of_more_than_the_weights_is_refused_before_memory_is_taken(
-    tmp_path, name, field, value, message
-):
+def test_a_config_of_more_than_the_weights_is_refused_before_memory_is_taken(tmp_path, name, field, value, message):
     saved(tmp_path, name)
     change_config(tmp_path, **{field: value})
     with pytest.raises(ValueError, match=message):
@@ -164,11 +161,7 @@ def test_names_that_lead_nowhere(hub, tmp_path):
         ("/no/such/folder", {}, WANTED + "got /no/such/folder: no such folder"),
         ("tester/nothing", {}, WANTED + "got tester/nothing: no such folder, and no such repos"),
         ("tester/base", {}, WANTED + "got tester/base: there is no config.json in it"),
-        (
-            "tester/base",
-            {"revision": "v9"},
-            "`revision` must be a branch, .* of tester/base, got 'v9'",
-        ),
+        ("tester/base", {"revision": "v9"}, "`revision` must be a branch, .* of tester/base, got 'v9'"),
         ("tester/base", {"local_files_only": True}, "must have been downloaded whole before"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,11 +1,7 @@
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.networks.golden_noise_model import (
-    GoldenNoiseModel,
-    from_patches,
-    to_patches,
-)
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel, from_patches, to_patches
 
 
 @pytest.fixture
@@ -54,9 +50,7 @@ def test_any_size_aspect_and_prompt_length(model, subtests):
                 assert golden.shape == noise.shape
                 assert golden.isfinite().all()
                 assert not torch.equal(golden, noise)
-                torch.testing.assert_close(
-                    golden.square().mean((1, 2, 3)), noise.square().mean((1, 2, 3))
-                )
+                torch.testing.assert_close(golden.square().mean((1, 2, 3)), noise.square().mean((1, 2, 3)))
 
 
 def test_sixteen_channels():

@@ -7,18 +7,13 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
-from diffusers_ext.golden_noise.networks.base import (
-    NETWORK_MODULES,
-    GoldenNoiseNetwork,
-    load_noise_model,
-)
+from diffusers_ext.golden_noise.networks.base import NETWORK_MODULES, GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from tests.evaluation.golden_subjects import small_network
 from tests.golden_noise.npnet_fixture import nested, official_weights
-
 
 NETWORKS = (NPNet, GoldenNoiseModel, NoiseSequenceTransformer, NoiseSequenceRNN)
 
@@ -48,10 +43,7 @@ def test_arguments_reach_the_class(tmp_path):
 
 def test_other_folders_are_refused(tmp_path):
     UNet2DModel(
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
     ).save_pretrained(tmp_path)
     message = "must hold a golden-noise network, one of .*'NPNet'.*, got 'UNet2DModel' in .*"
     with pytest.raises(ValueError, match=message + "NPNet.from_single_file"):

@@ -21,7 +21,6 @@ from tests.golden_noise.npnet_fixture import (
     small_npnet,
 )
 
-
 OPTIONS = ("svd_dropout", "nt_adapter", "nt_finetune", "nt_dropout", "cross_attention")
 
 
@@ -121,9 +120,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_finetuning_trains_the_last_two_stages_only():
-    network = small_npnet(
-        nt_finetune=True, swin_depths=(1, 1, 1), swin_num_heads=(2, 2, 4), swin_image_size=32
-    )
+    network = small_npnet(nt_finetune=True, swin_depths=(1, 1, 1), swin_num_heads=(2, 2, 4), swin_image_size=32)
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
     assert frozen
     assert all(".swin.embeddings." in name or ".layers.0." in name for name in frozen)
@@ -232,9 +229,7 @@ def test_npnet_takes_the_usual_sizes_of_sdxl():
     network = NPNet().eval()
     noise = torch.randn(1, 4, 152, 104, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        refined = network.refine(
-            noise, prompt_embeds=torch.randn(1, 77, network.config.text_embed_dim)
-        )
+        refined = network.refine(noise, prompt_embeds=torch.randn(1, 77, network.config.text_embed_dim))
     assert refined.shape == noise.shape
     assert refined.isfinite().all()
 
@@ -339,9 +334,7 @@ def test_the_continuation_is_of_the_sample_and_of_nothing_else():
     assert torch.equal(continue_noise(noise[1:2].bfloat16(), 8, 8)[0, :, 0], corner.bfloat16())
 
 
-@pytest.mark.parametrize(
-    ("tokens", "starts"), [(7, [0]), (14, [0, 7]), (10, [0, 3]), (15, [0, 4, 8])]
-)
+@pytest.mark.parametrize(("tokens", "starts"), [(7, [0]), (14, [0, 7]), (10, [0, 3]), (15, [0, 4, 8])])
 def test_texts_are_cut_into_as_few_parts_as_possible(tokens, starts):
     text = torch.arange(tokens).expand(2, tokens)[..., None]
     parts = text_windows(text, 7)

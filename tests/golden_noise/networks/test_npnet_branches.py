@@ -16,12 +16,7 @@ def branch():
     """The branch with the reference's large weights in the networks of the vectors."""
     branch = SVDBranch(4, 128).eval()
     state = {}
-    names = {
-        "mlp1.": "left_mlp.",
-        "mlp2.": "right_mlp.",
-        "mlp3.0.": "value_mlp.",
-        "mlp4.": "output_mlp.",
-    }
+    names = {"mlp1.": "left_mlp.", "mlp2.": "right_mlp.", "mlp3.0.": "value_mlp.", "mlp4.": "output_mlp."}
     for name, value in official_weights("svd_sensitive").items():
         name = name.removeprefix("unet_svd.")
         for official, own in names.items():
@@ -84,9 +79,7 @@ def test_canonical_signs_are_the_same_for_any_backend():
 @pytest.mark.parametrize("rank", [0, 1, 31])
 def test_matrices_without_full_rank(rank):
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(2, 32, rank, generator=generator) @ torch.randn(
-        2, rank, 32, generator=generator
-    )
+    matrix = torch.randn(2, 32, rank, generator=generator) @ torch.randn(2, rank, 32, generator=generator)
     parts = singular_parts(matrix)
     rebuilt = parts.u @ torch.diag_embed(parts.s) @ parts.vh
     torch.testing.assert_close(rebuilt, matrix, rtol=0, atol=1e-5)

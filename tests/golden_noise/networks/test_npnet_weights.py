@@ -5,11 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_ext.golden_noise.networks.npnet import NPNet
-from diffusers_ext.golden_noise.networks.npnet_weights import (
-    convert_npnet,
-    find_variant,
-    read_checkpoint,
-)
+from diffusers_ext.golden_noise.networks.npnet_weights import convert_npnet, find_variant, read_checkpoint
 from tests.golden_noise.npnet_fixture import nested, official_weights, rules
 
 
@@ -46,10 +42,7 @@ def test_the_rule_gives_the_weights_of_the_reference(name):
 
 def test_official_and_flat_files_load_the_same(checkpoint, tmp_path):
     from_pickle = NPNet.from_single_file(checkpoint)
-    ported = {
-        name.replace("embeeding.", "text_embedding."): value
-        for name, value in official_weights("dit").items()
-    }
+    ported = {name.replace("embeeding.", "text_embedding."): value for name, value in official_weights("dit").items()}
     save_file(ported, tmp_path / "port.safetensors")
     from_port = NPNet.from_single_file(tmp_path / "port.safetensors", variant="Hunyuan-DiT")
     assert from_pickle.config.text_embed_dim == 1024
@@ -84,8 +77,7 @@ def test_weights_of_another_variant_do_not_fit(model_state):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["unet_svd.mlp1.0.bias", "unet_svd.bn.running_mean", "alpha", "unet_svd.attention.qkv.weight"],
+    "name", ["unet_svd.mlp1.0.bias", "unet_svd.bn.running_mean", "alpha", "unet_svd.attention.qkv.weight"]
 )
 def test_a_missing_key_is_an_error(name, model_state):
     weights = dict(official_weights("dit"))
@@ -94,9 +86,7 @@ def test_a_missing_key_is_an_error(name, model_state):
         convert_npnet(weights, model_state)
 
 
-@pytest.mark.parametrize(
-    "name", ["gamma", "unet_svd.attention.qkv.bias", "unet_embedding.attn_mask"]
-)
+@pytest.mark.parametrize("name", ["gamma", "unet_svd.attention.qkv.bias", "unet_embedding.attn_mask"])
 def test_a_surplus_key_is_an_error(name, model_state):
     weights = {**official_weights("dit"), name: torch.zeros(3)}
     with pytest.raises(ValueError, match=rf"1 surplus: {name}\."):

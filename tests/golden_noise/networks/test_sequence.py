@@ -6,21 +6,9 @@ import pytest
 import torch
 
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.networks.sequence import (
-    gaussian_nll,
-    output_statistics_kl,
-    squared_error,
-)
+from diffusers_ext.golden_noise.networks.sequence import gaussian_nll, output_statistics_kl, squared_error
 from diffusers_ext.golden_noise.noise_statistics import match_energy
-from tests.golden_noise.tiny_sequences import (
-    NETWORKS,
-    STEPS,
-    TEXT_DIM,
-    random_network,
-    sequence_and_text,
-    untrained,
-)
-
+from tests.golden_noise.tiny_sequences import NETWORKS, STEPS, TEXT_DIM, random_network, sequence_and_text, untrained
 
 both = pytest.mark.parametrize("name", list(NETWORKS))
 # As in the command lines of the design that both names come from.
@@ -33,12 +21,7 @@ PUBLISHED = {
         "num_decoder_layers": 4,
         "predict_variance": True,
     },
-    "rnn": {
-        "text_embed_dim": 1280,
-        "pooled_text": True,
-        "gru_hidden_size": 1024,
-        "predict_variance": True,
-    },
+    "rnn": {"text_embed_dim": 1280, "pooled_text": True, "gru_hidden_size": 1024, "predict_variance": True},
 }
 SIZES = [(8, 8), (6, 10), (7, 5), (16, 8)]
 
@@ -217,11 +200,7 @@ def test_a_network_comes_back_from_its_folder(name, tmp_path):
 @pytest.mark.parametrize("size", ["tiny", "default", "published"])
 def test_no_layer_has_more_than_a_quarter_of_the_parameters(name, size):
     network_class, config = NETWORKS[name]
-    config = {
-        "tiny": {"text_embed_dim": TEXT_DIM, **config},
-        "default": {},
-        "published": PUBLISHED[name],
-    }[size]
+    config = {"tiny": {"text_embed_dim": TEXT_DIM, **config}, "default": {}, "published": PUBLISHED[name]}[size]
     with torch.device("meta"):
         network = network_class(**config)
     layers = {

@@ -3,21 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.networks.sequence_rnn import (
-    FiLM,
-    ResidualBlock,
-    ResidualStage,
-    UpsampleTo,
-    group_norm,
-)
+from diffusers_ext.golden_noise.networks.sequence_rnn import FiLM, ResidualBlock, ResidualStage, UpsampleTo, group_norm
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
-from tests.golden_noise.tiny_sequences import (
-    STEPS,
-    TEXT_DIM,
-    random_network,
-    sequence_and_text,
-    untrained,
-)
+from tests.golden_noise.tiny_sequences import STEPS, TEXT_DIM, random_network, sequence_and_text, untrained
 
 
 def test_generation_passes_each_frame_once():
@@ -96,9 +84,7 @@ def test_pooled_text():
     refined = network.refine(noise[:, 0], torch.ones(2, 7, 99), pooled_prompt_embeds=pooled)
     torch.testing.assert_close(refined, match_spectrum(golden, noise[:, 0]))
     mask = torch.ones(2, 7)
-    masked = network.refine(
-        noise[:, 0], torch.ones(2, 7, 99), attention_mask=mask, pooled_prompt_embeds=pooled
-    )
+    masked = network.refine(noise[:, 0], torch.ones(2, 7, 99), attention_mask=mask, pooled_prompt_embeds=pooled)
     assert torch.equal(masked, refined)
     with pytest.raises(ValueError, match="`pooled_prompt_embeds` must be given to a network with"):
         network.refine(noise[:, 0], text)

@@ -4,17 +4,9 @@ import pytest
 import torch
 
 from diffusers_ext.golden_noise.networks.golden_noise_model import to_patches
-from diffusers_ext.golden_noise.networks.sequence_transformer import (
-    NoiseSequenceTransformer,
-    frame_causal_mask,
-)
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer, frame_causal_mask
 from diffusers_ext.golden_noise.noise_statistics import match_energy
-from tests.golden_noise.tiny_sequences import (
-    STEPS,
-    random_network,
-    sequence_and_text,
-    untrained,
-)
+from tests.golden_noise.tiny_sequences import STEPS, random_network, sequence_and_text, untrained
 
 
 def test_the_mask_is_causal_over_frames_and_open_within():

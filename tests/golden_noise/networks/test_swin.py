@@ -14,12 +14,7 @@ from diffusers_ext.golden_noise.networks.swin import linear, swin_features
 def test_features_are_those_of_transformers(batch, depths, heads, window):
     torch.manual_seed(0)
     config = SwinConfig(
-        image_size=32,
-        patch_size=2,
-        embed_dim=16,
-        depths=list(depths),
-        num_heads=list(heads),
-        window_size=window,
+        image_size=32, patch_size=2, embed_dim=16, depths=list(depths), num_heads=list(heads), window_size=window
     )
     model = SwinModel(config, add_pooling_layer=False).eval()
     for parameter in model.parameters():
@@ -66,9 +61,7 @@ def test_hooks_and_replaced_forwards_are_called():
 
 
 def test_weights_that_only_hooks_bring_are_not_touched_before():
-    config = SwinConfig(
-        image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[2], window_size=4
-    )
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[2], window_size=4)
     model = SwinModel(config, add_pooling_layer=False).eval()
     pixels = torch.randn(1, 3, 16, 16)
     expected = swin_features(model, pixels)

@@ -97,9 +97,7 @@ def test_a_set_without_a_filter_has_an_empty_table(tmp_path):
 
 
 def test_folders_that_are_no_sets(tmp_path):
-    with pytest.raises(
-        ValueError, match="must be a folder or Hub name of noise pairs, got .*no: no "
-    ):
+    with pytest.raises(ValueError, match="must be a folder or Hub name of noise pairs, got .*no: no "):
         open_pairs(tmp_path / "no")
     with pytest.raises(ValueError, match="got none of config.json, metadata.csv and"):
         open_pairs(tmp_path)
@@ -116,9 +114,7 @@ def test_folders_that_are_no_sets(tmp_path):
 
 def test_noise_comes_from_its_seed_alone():
     noise = source_noise(3, (1, 2, 8))
-    torch.testing.assert_close(
-        noise[0, 0, :4], torch.tensor([-0.0766, 0.3599, -0.7820, 0.0715]), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(noise[0, 0, :4], torch.tensor([-0.0766, 0.3599, -0.7820, 0.0715]), atol=1e-4, rtol=0)
     torch.manual_seed(7)
     assert torch.equal(noise, source_noise(3, [1, 2, 8]))
     assert not torch.equal(noise, source_noise(4, (1, 2, 8)))

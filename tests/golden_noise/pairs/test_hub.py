@@ -15,7 +15,6 @@ from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record, write_
 from tests.golden_noise.pairs.test_third_party import write_csv, write_official
 from tests.golden_noise.shared_facts import RESULT, upload_base
 
-
 FACTS = {
     "base_model": "somebody/base",
     "license": "mit",
@@ -50,19 +49,11 @@ def test_sets_come_back_from_the_hub_and_datasets_reads_their_tables(hub, pairs,
     assert_same(open_pairs("tester/pairs"), pairs)
     assert_same(open_pairs("tester/pairs", local_files_only=True), pairs)
     for name, indices in (("pairs", (0, 1, 2, 5, 6, 7)), ("rejected", (3, 4))):
-        table = load_dataset(
-            "tester/pairs", name, split="train", cache_dir=str(tmp_path / "tables")
-        )
+        table = load_dataset("tester/pairs", name, split="train", cache_dir=str(tmp_path / "tables"))
         assert [PairRecord(**row) for row in table] == [record(index) for index in indices]
     card = DatasetCard(hub.files("tester/pairs", "dataset")["README.md"].decode())
     assert [config["config_name"] for config in card.data.configs] == ["pairs", "rejected"]
-    for text in (
-        'open_pairs("tester/pairs")',
-        "2 were rejected",
-        "8 prompts",
-        "brightness 1",
-        "0.875",
-    ):
+    for text in ('open_pairs("tester/pairs")', "2 were rejected", "8 prompts", "brightness 1", "0.875"):
         assert text in card.text
 
 
@@ -72,9 +63,7 @@ def test_what_was_never_written_whole_is_not_shared(hub, pairs):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("half")
     pairs.push_to_hub("tester/pairs", **FACTS)
-    shards = [
-        f"{kind}/0000{n}" for kind in ("deltas", "pairs", "rejected", "shards") for n in (0, 1)
-    ]
+    shards = [f"{kind}/0000{n}" for kind in ("deltas", "pairs", "rejected", "shards") for n in (0, 1)]
     names = {name.split(".")[0] for name in hub.files("tester/pairs", "dataset")}
     assert names == {"README", "config", *shards}
 
@@ -82,9 +71,7 @@ def test_what_was_never_written_whole_is_not_shared(hub, pairs):
 def test_an_unfinished_set_is_shared_only_on_demand(hub, tmp_path, caplog):
     write_set(tmp_path / "set", finish=(1,))
     pairs = open_pairs(tmp_path / "set")
-    with pytest.raises(
-        ValueError, match=r"must hold all of its shards .* got 1: .*allow_unfinished"
-    ):
+    with pytest.raises(ValueError, match=r"must hold all of its shards .* got 1: .*allow_unfinished"):
         pairs.push_to_hub("tester/pairs", **FACTS)
     assert not hub.repos
     pairs.push_to_hub("tester/pairs", allow_unfinished=True, **FACTS)
@@ -114,9 +101,7 @@ def test_branches_folders_and_pull_requests(hub, pairs):
     assert_same(open_pairs("tester/pairs", revision="refs/pr/1"), pairs)
     table = load_dataset("tester/pairs", "rejected", split="train")  # of the subfolder, by the card
     assert len(table) == 2
-    with pytest.raises(
-        ValueError, match="must be a folder of noise pairs, got none of config.json"
-    ):
+    with pytest.raises(ValueError, match="must be a folder of noise pairs, got none of config.json"):
         open_pairs("tester/pairs")
 
 
@@ -125,9 +110,7 @@ def test_a_download_that_was_cut_is_no_smaller_set(hub, pairs, tmp_path):
     hub.fail_next("GET", "deltas/00001", times=20, how="503")
     with pytest.raises(Exception, match="503|Broken"):  # noqa: PT011, B017
         open_pairs("tester/pairs", cache_dir=tmp_path / "cache")
-    with pytest.raises(
-        ValueError, match="with `local_files_only` it must have been downloaded whole"
-    ):
+    with pytest.raises(ValueError, match="with `local_files_only` it must have been downloaded whole"):
         open_pairs("tester/pairs", cache_dir=tmp_path / "cache", local_files_only=True)
     hub._failures.clear()
     assert_same(open_pairs("tester/pairs", cache_dir=tmp_path / "cache"), pairs)
@@ -159,10 +142,7 @@ def test_sets_of_others_are_read_from_the_hub(hub, tmp_path, write):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {},
-            "`path` must be .* of noise pairs, got tester/none: no such folder, and no such repo",
-        ),
+        ({}, "`path` must be .* of noise pairs, got tester/none: no such folder, and no such repo"),
         ({"local_files_only": True}, "with `local_files_only` it must have been downloaded whole"),
     ],
 )

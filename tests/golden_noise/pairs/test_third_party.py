@@ -12,7 +12,6 @@ import torch
 
 from diffusers_ext.golden_noise.pairs.dataset import ThirdPartyPairDataset, open_pairs
 
-
 SHAPE = (4, 8, 8)
 
 
@@ -137,9 +136,7 @@ def truncate(path: Path) -> None:
 def test_truncated_files(tmp_path):
     write_csv(tmp_path / "pt", sequences=True)
     truncate(tmp_path / "pt/sequences/pair_000001_golden_sequence.pt")
-    with pytest.raises(
-        ValueError, match="pair_000001_golden_sequence.pt must be a whole file of `torch.save`"
-    ):
+    with pytest.raises(ValueError, match="pair_000001_golden_sequence.pt must be a whole file of `torch.save`"):
         open_pairs(tmp_path / "pt")[1]
     write_official(tmp_path / "npz")
     truncate(tmp_path / "npz/2_102.npz")
@@ -190,10 +187,7 @@ def test_wrong_content(tmp_path, value, message):
     [
         ('{"index": 0}', r"Line 1 of .* must hold \['caption', 'optimized_score_list', "),
         ("[1]", "Line 1 of .* must hold"),
-        (
-            json.dumps(official_row(0, float("nan"), 1.0, "a")),
-            "Line 1 of .* must hold JSON, got: the number NaN",
-        ),
+        (json.dumps(official_row(0, float("nan"), 1.0, "a")), "Line 1 of .* must hold JSON, got: the number NaN"),
         (json.dumps(official_row(0, 1.0, 0.5, "a")), "a pair whose score rises, got none"),
     ],
 )

@@ -25,11 +25,7 @@ def test_parts_come_back_as_they_went(tmp_path):
     for name in ("pairs/.00000.parquet.abc", ".config.json.abc"):  # of a killed process
         (tmp_path / name).write_text("half")
     writer.clean_up()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "README.md",
-        "config.json",
-        "pairs",
-    ]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "config.json", "pairs"]
 
 
 def test_a_shard_of_rejected_pairs_keeps_its_table(tmp_path):
