@@ -1,14 +1,14 @@
 """Compare CogVideoX with and without erasers at the same seeds: what is gone, and what was kept.
 
     python training/evaluate_eraser.py \\
-        --pretrained_model_name_or_path examples/moving_digits/model --eraser outputs/no_seven \\ --evaluation_prompts
-        prompts.csv --judge examples.moving_digits.judge:MovingDigitsJudge \\ --concept_aspect digit
-        --num_inference_steps 20 --sampling_guidance_scale 3 \\ --sampling_batch_size 50 --output_dir
-        outputs/evaluation
+        --pretrained_model_name_or_path examples/moving_digits/model --eraser outputs/no_seven \\
+        --evaluation_prompts prompts.csv --judge examples.moving_digits.judge:MovingDigitsJudge \\
+        --concept_aspect digit --num_inference_steps 20 --sampling_guidance_scale 3 \\
+        --sampling_batch_size 50 --output_dir outputs/evaluation
 
-The csv has the columns prompt, group and maybe seed. The groups `target` and `preserved` are needed; further ones,
-e.g. paraphrases of the target, are reported beside them. For a real model: `--judge clip --classes dog cat horse
-"something else" --target_concept dog`, or `--judge nudenet`.
+The csv has the columns prompt, group and maybe seed. The groups `target` and `preserved` are needed;
+further ones, e.g. paraphrases of the target, are reported beside them. For a real model:
+`--judge clip --classes dog cat horse "something else" --target_concept dog`, or `--judge nudenet`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Compare golden noise with random noise from the same seeds: is it better, and what does it cost?
 
     python training/evaluate_golden_noise.py \\
-        --pretrained_model_name_or_path examples/digits/model \\ --noise_model outputs/golden_noise_model
-        --target_steps 1 \\ --prompt_file held_out.txt --num_inference_steps 6 --guidance_scale 1.5 \\ --reward
-        examples.digits.rewards:DigitsReward \\ --reward examples.digits.rewards:SecondDigitsReward --output_dir
-        outputs/evaluation
+        --pretrained_model_name_or_path examples/digits/model \\
+        --noise_model outputs/golden_noise_model --target_steps 1 \\
+        --prompt_file held_out.txt --num_inference_steps 6 --guidance_scale 1.5 \\
+        --reward examples.digits.rewards:DigitsReward \\
+        --reward examples.digits.rewards:SecondDigitsReward --output_dir outputs/evaluation
 """
 
 from __future__ import annotations

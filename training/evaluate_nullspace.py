@@ -1,10 +1,11 @@
 """Compare a Stable Diffusion or SDXL model with and without LoRAs: what was kept, what was learned.
 
     python training/evaluate_nullspace.py \\
-        --pretrained_model_name_or_path examples/digits/model --lora outputs/subject \\ --knowledge_prompts
-        knowledge.txt --held_out_prompts held_out.txt \\ --subject_prompt "a photo of the digit sks" --output_dir
-        outputs/evaluation \\ --judge examples.digits.judge:DigitsJudge \\ --subject_judge
-        examples.digits.glyph_judge:GlyphJudge
+        --pretrained_model_name_or_path examples/digits/model --lora outputs/subject \\
+        --knowledge_prompts knowledge.txt --held_out_prompts held_out.txt \\
+        --subject_prompt "a photo of the digit sks" --output_dir outputs/evaluation \\
+        --judge examples.digits.judge:DigitsJudge \\
+        --subject_judge examples.digits.glyph_judge:GlyphJudge
 """
 
 from __future__ import annotations

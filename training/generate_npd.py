@@ -1,8 +1,9 @@
 """Make noise pairs (`--num_steps 1`) or sequences (more) whose golden noise suits its prompt.
 
     accelerate launch training/generate_npd.py \\
-        --pretrained_model_name_or_path examples/digits/model --prompt_file prompts.txt \\ --reward
-        examples.digits.rewards:DigitsReward --num_inference_steps 6 \\ --guidance_scale 1.5 --output_dir outputs/pairs
+        --pretrained_model_name_or_path examples/digits/model --prompt_file prompts.txt \\
+        --reward examples.digits.rewards:DigitsReward --num_inference_steps 6 \\
+        --guidance_scale 1.5 --output_dir outputs/pairs
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Draw pictures of a prompt from golden noise, and from the plain noise of the same seeds.
 
     python training/sample_golden_noise.py --pretrained_model_name_or_path examples/digits/model \\
-        --noise_model outputs/golden_noise_model --prompt "a red nine" --seed 7 \\ --generate_standard
-        --num_inference_steps 6 --guidance_scale 1.5 --output_dir outputs/samples
+        --noise_model outputs/golden_noise_model --prompt "a red nine" --seed 7 \\
+        --generate_standard --num_inference_steps 6 --guidance_scale 1.5 --output_dir outputs/samples
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train a network that predicts a sequence of ever better noises: a transformer or an RNN.
 
     accelerate launch training/train_noise_sequence.py --model transformer \\
-        --pretrained_model_name_or_path examples/digits/model \\ --dataset_dir outputs/sequences --use_ema --output_dir
-        outputs/sequence_transformer
+        --pretrained_model_name_or_path examples/digits/model \\
+        --dataset_dir outputs/sequences --use_ema --output_dir outputs/sequence_transformer
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train a network from random to golden noise on noise pairs: NPNet or GoldenNoiseModel.
 
     accelerate launch training/train_npnet.py --model golden_noise_model \\
-        --pretrained_model_name_or_path examples/digits/model \\ --dataset_dir outputs/pairs --use_ema --output_dir
-        outputs/golden_noise_model
+        --pretrained_model_name_or_path examples/digits/model \\
+        --dataset_dir outputs/pairs --use_ema --output_dir outputs/golden_noise_model
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Teach a Stable Diffusion or SDXL model a new subject without forgetting what it knows.
 
     accelerate launch training/train_nullspace_dreambooth.py \\
-        --pretrained_model_name_or_path examples/digits/model \\ --instance_data_dir pictures --instance_prompt "a
-        photo of sks" \\ --knowledge_prompts knowledge.txt --resolution 32 --output_dir outputs/subject
+        --pretrained_model_name_or_path examples/digits/model \\
+        --instance_data_dir pictures --instance_prompt "a photo of sks" \\
+        --knowledge_prompts knowledge.txt --resolution 32 --output_dir outputs/subject
 """
 
 from __future__ import annotations

@@ -179,8 +179,8 @@ class T2VUnlearningLoss(torch.nn.Module):
 
     Usage, the teacher being the same transformer with its erasers off:
 
-        velocity = CogVideoXVelocity.from_pipeline(pipeline, num_frames, height, width) loss, parts =
-        T2VUnlearningLoss(guidance_scale=1.0)(
+        velocity = CogVideoXVelocity.from_pipeline(pipeline, num_frames, height, width)
+        loss, parts = T2VUnlearningLoss(guidance_scale=1.0)(
             velocity, velocity, x_t, t, cond_target, cond_preserve, cond_neg=anchor
         )
 

@@ -30,13 +30,13 @@ def erasure_tables(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str]
 
     `groups` are as of `summarize_group`; the verdict `concept_aspect` is marked.
     """
-    tables = [_rates(groups, sides, concept_aspect), _figures(groups, sides)]
+    tables = [_rate_table(groups, sides, concept_aspect), _figure_table(groups, sides)]
     tables += _readings(groups, sides)
-    tables += [table for table in [_degenerate(groups)] if len(table) > 1]
+    tables += [table for table in [_degenerate_table(groups)] if len(table) > 1]
     return "\n\n".join(markdown_table(table, 2) for table in tables) + "\n"
 
 
-def _rates(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str], concept_aspect: str) -> list[list[str]]:
+def _rate_table(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str], concept_aspect: str) -> list[list[str]]:
     ends = [end for side in sides for end in (side, _difference(side, sides))]
     table = [["group", "seen", "clips", BASE, *ends]]
     for group, found in groups.items():
@@ -54,7 +54,7 @@ def _rates(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str], concep
     return table
 
 
-def _figures(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str]) -> list[list[str]]:
+def _figure_table(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str]) -> list[list[str]]:
     ends = [end for side in sides for end in (side, "ratio" if len(sides) < 2 else f"{side}: ratio")]
     table = [["group", "figure", "clips", BASE, *ends]]
     for group, found in groups.items():
@@ -77,11 +77,11 @@ def _readings(groups: Mapping[str, Mapping[str, Any]], sides: Sequence[str]) -> 
         for group, found in groups.items():
             if name in found["readings"]:
                 shares = found["readings"][name]
-                table.append([spoken(group), *(_shares(shares[side]) for side in (BASE, *sides))])
+                table.append([spoken(group), *(_share_cell(shares[side]) for side in (BASE, *sides))])
         yield table
 
 
-def _degenerate(groups: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def _degenerate_table(groups: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Only where there is any."""
     table: list[list[str]] = []
     for group, found in groups.items():
@@ -97,7 +97,7 @@ def _difference(side: str, sides: Sequence[str]) -> str:
     return "difference" if len(sides) < 2 else f"{side}: difference"
 
 
-def _shares(shares: Mapping[str, float]) -> str:
+def _share_cell(shares: Mapping[str, float]) -> str:
     shown = [f"{word} {share:.1%}" for word, share in list(shares.items())[:_MOST_READINGS]]
     rest = sum(list(shares.values())[_MOST_READINGS:])
     return ", ".join([*shown, f"others {rest:.1%}"] if rest else shown) or "-"

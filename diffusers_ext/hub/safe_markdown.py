@@ -19,7 +19,7 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _LINK = re.compile(r"\]\(([^)]*)")
 _TAG = re.compile(r"<(?=[a-zA-Z/!?])")
 # At the start of a line: fences, headings and rules, which would cut the card in parts.
-_BLOCK = re.compile(r"^([ \t>]*)(`{3,}|~{3,}|#{1,6}(?=\s|$)|=+[ \t]*$|-{2,}[ \t]*$)", re.MULTILINE)
+_BLOCK_MARK = re.compile(r"^([ \t>]*)(`{3,}|~{3,}|#{1,6}(?=\s|$)|=+[ \t]*$|-{2,}[ \t]*$)", re.MULTILINE)
 # All that addresses are made of, but the brackets that would end a link.
 _KEPT = "/:?#[]@!$&'*+,;=%~"
 
@@ -48,7 +48,7 @@ def prose(words: object) -> str:
     """Words as paragraphs of Markdown, with emphasis, code, lists and harmless links as they are."""
     text = str(words).replace("\r\n", "\n").replace("\r", "\n").strip()
     text = _TAG.sub("&lt;", text).replace("]:", r"]\:")  # no HTML, no definitions of links
-    text = _BLOCK.sub(r"\1\\\2", text)
+    text = _BLOCK_MARK.sub(r"\1\\\2", text)
     return _LINK.sub(_harmless, text)
 
 

@@ -1,8 +1,8 @@
 """Train a golden-noise network: from pairs NPNet or GoldenNoiseModel, from sequences a transformer or an RNN.
 
     accelerate launch -m diffusers_ext.training.noise --model golden_noise_model \\
-        --pretrained_model_name_or_path examples/digits/model \\ --dataset_dir outputs/pairs --use_ema --output_dir
-        outputs/golden_noise_model
+        --pretrained_model_name_or_path examples/digits/model \\
+        --dataset_dir outputs/pairs --use_ema --output_dir outputs/golden_noise_model
 
 The flags of sequence networks are shown by `--model transformer --help`.
 """

@@ -1,8 +1,9 @@
 """Train an eraser that takes one concept out of CogVideoX and leaves the rest, from prompts alone.
 
     accelerate launch training/train_cogvideox_eraser.py \\
-        --pretrained_model_name_or_path examples/moving_digits/model \\ --target_concept seven --anchor_concept auto
-        --prompts_file prompts.txt \\ --preserved_concepts_file digits.txt --eraser_rank 32 --learning_rate 5e-3 \\
+        --pretrained_model_name_or_path examples/moving_digits/model \\
+        --target_concept seven --anchor_concept auto --prompts_file prompts.txt \\
+        --preserved_concepts_file digits.txt --eraser_rank 32 --learning_rate 5e-3 \\
         --train_batch_size 16 --max_train_steps 400 --output_dir outputs/eraser
 """
 

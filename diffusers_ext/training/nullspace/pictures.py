@@ -85,7 +85,6 @@ def draw_images(
     return pipeline.image_processor.postprocess(pixels, output_type="pil")
 
 
-logger = logging.getLogger(__name__)
 
 
 def list_images(folder: str | Path, name: str = "instance_data_dir") -> list[Path]:

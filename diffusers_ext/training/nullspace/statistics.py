@@ -1,8 +1,8 @@
 """Measure what a Stable Diffusion or SDXL model already knows, for training in its null space.
 
     accelerate launch training/build_covariance.py \\
-        --pretrained_model_name_or_path examples/digits/model \\ --knowledge_prompts knowledge.txt --output_dir
-        outputs/statistics
+        --pretrained_model_name_or_path examples/digits/model \\
+        --knowledge_prompts knowledge.txt --output_dir outputs/statistics
 """
 
 from __future__ import annotations
