@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
 from benchmarks.timing import Ratio, compare
+from diffusers_ext.golden_noise.networks.files import convert_npnet
 from diffusers_ext.golden_noise.networks.npnet import NPNet
-from diffusers_ext.golden_noise.networks.npnet_weights import convert_npnet
 
 WINDOW = 7
 LIMIT = 0.5

@@ -23,14 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
 from benchmarks.timing import Ratio, compare
-from diffusers_ext.core.noise_schedules import training_schedule
 from diffusers_ext.core.restored_state import quiet_run
-from diffusers_ext.core.seeds import step_generator
+from diffusers_ext.core.seeds import step_generator, training_schedule
 from diffusers_ext.nullspace.collect import collect_statistics, encode_text, text_moment
 from diffusers_ext.nullspace.lora import add_null_space_lora
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.step import DreamBoothLoss
-from diffusers_ext.training.nullspace.pictures import encode_condition
+from diffusers_ext.training.nullspace.data import encode_condition
 from examples.digits.check_model import load_pipeline
 from examples.digits.prompts import make_tokenizer
 from examples.digits.subjects import INSTANCE_PROMPTS, knowledge_prompts

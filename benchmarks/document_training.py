@@ -11,9 +11,9 @@ from diffusers import CogVideoXPipeline
 from torch.utils.data import Dataset
 
 from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_loss, noised_randomness
+from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.concepts import concept_token_mask
-from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.training.eraser.run import add_eraser

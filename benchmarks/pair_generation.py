@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 from benchmarks.machine import table, write_results
 from benchmarks.timing import compare
 from diffusers_ext.core.restored_state import quiet_run
-from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
-from diffusers_ext.golden_noise.redenoise import redenoise_sequence
+from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
 from diffusers_ext.rewards.reward import Reward
 from diffusers_ext.training.golden_noise.pairs import Candidate, PairMaker, PairSettings, list_candidates
 from diffusers_ext.training.golden_noise.rendering import latent_shape

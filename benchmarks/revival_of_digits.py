@@ -12,8 +12,8 @@ from diffusers import CogVideoXPipeline
 
 from benchmarks.lora_finetuning import FinetunedLora, finetune_lora
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
+from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.files import load_eraser
-from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.training.eraser.data import ClipSize, make_data
 from examples.moving_digits.check_model import draw, load_pipeline

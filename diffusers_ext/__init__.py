@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffusers_ext.core.names import by_name, imported_name
+from diffusers_ext.core.settings import by_name, imported_name
 from diffusers_ext.documented_names import ALIASES, missing_name
 
 __version__ = "0.1.0"
@@ -27,18 +27,16 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.adapter.model": "EraserModel",
         "diffusers_ext.eraser.adapter.outputs": "erasers_disabled",
         "diffusers_ext.eraser.concept_masks": "concept_head_weights concept_mask",
-        "diffusers_ext.eraser.concepts": "concept_token_mask",
+        "diffusers_ext.eraser.concepts": "concept_token_mask neighbouring_concepts",
         "diffusers_ext.eraser.files": "load_eraser convert_eraser save_eraser",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss T2VUnlearningLoss"
         ),
-        "diffusers_ext.eraser.neighbours": "neighbouring_concepts",
         "diffusers_ext.evaluation.erasure": "evaluate_erasure",
         "diffusers_ext.evaluation.erasure_report": "ErasureReport",
         "diffusers_ext.evaluation.forgetting": "evaluate_forgetting ForgettingReport",
         "diffusers_ext.evaluation.golden_noise": "evaluate_golden_noise",
-        "diffusers_ext.evaluation.golden_noise_report": "GoldenNoiseReport",
-        "diffusers_ext.evaluation.golden_noise_subjects": "RedenoisedTarget",
+        "diffusers_ext.evaluation.golden_noise_report": "GoldenNoiseReport RedenoisedTarget",
         "diffusers_ext.evaluation.judges": "CLIPDetector NudeNetDetector",
         "diffusers_ext.evaluation.rendering": "render_clips",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",

@@ -13,7 +13,7 @@ from diffusers_ext.core.artifacts import CONFIG_NAME
 from diffusers_ext.core.sources import refuse_checkpoint
 from diffusers_ext.core.tensor_files import open_tensors
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.eraser.card import eraser_card, facts_of_config
+from diffusers_ext.eraser.files import eraser_card, facts_of_config
 from diffusers_ext.eraser.formats import FILE_NAMES, FORMATS, read_eraser
 from diffusers_ext.evaluation.measured_results import measured_results
 from diffusers_ext.families.registry import FAMILIES
@@ -23,8 +23,7 @@ from diffusers_ext.golden_noise.pairs.dataset import CLASS_NAME as PAIRS
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card, make_card
-from diffusers_ext.hub.push import push_folder, split_arguments
-from diffusers_ext.hub.upload_files import path_inside
+from diffusers_ext.hub.push import path_inside, push_folder, split_arguments
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.lora_upload import measured_drift, push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics

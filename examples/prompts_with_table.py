@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
+from diffusers_ext.evaluation.judges import load_reward
 from diffusers_ext.evaluation.paired_comparison import compare_pairs
-from diffusers_ext.evaluation.plugins import load_reward
 from diffusers_ext.evaluation.report_files import write_rows, write_text
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from examples.arguments import DEVICE, DTYPE, read_arguments

@@ -14,10 +14,10 @@ from tqdm.auto import trange
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from diffusers_ext import add_null_space_lora, collect_statistics, evaluate_forgetting, save_lora
-from diffusers_ext.core.noise_schedules import training_schedule
+from diffusers_ext.core.seeds import training_schedule
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.nullspace.step import DreamBoothLoss
-from diffusers_ext.training.nullspace.pictures import encode_condition, encode_images, list_images
+from diffusers_ext.training.nullspace.data import encode_condition, encode_images, list_images
 from examples.arguments import DEVICE, DTYPE, read_arguments
 
 

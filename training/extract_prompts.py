@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.training.golden_noise.prompts import main, parse_args
+from diffusers_ext.training.golden_noise.data import main, parse_args
 from diffusers_ext.training.run.script import run_script
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from diffusers_ext.command_line.plan import add_setting, given_setting
 from diffusers_ext.eraser.batch import rows_of_each_kind
 from diffusers_ext.planning import RunPlan, plan_run, recommend_eraser_training
 from diffusers_ext.planning.settings import EraserPlanSettings
-from diffusers_ext.training.run.command_lines import OneLineParser
 from diffusers_ext.training.run.script import run_script
+from diffusers_ext.training.run.settings import OneLineParser
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:

@@ -58,7 +58,7 @@ def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
 def run_collect(args: argparse.Namespace) -> Outcome:
     """Collect and save."""
     from diffusers_ext.core.result_folder import staged_output
-    from diffusers_ext.hub.licence import find_licence
+    from diffusers_ext.hub.kinds import find_licence
     from diffusers_ext.nullspace.prompts import read_prompts_file
 
     counts = ("num_inference_steps", "statistics_batch_size", "height", "width")

@@ -34,7 +34,7 @@ class Evaluation:
     Attributes:
         settings_class: what it reads.
         compare: draws, measures and writes; takes settings and whether to show bars.
-        shared: name in `training.run.shared_file` of the runs that share its YAML file.
+        shared: name in `training.run.setup` of the runs that share its YAML file.
         read_block: turns nested blocks of the file into flat names.
         reason: for which it must run in one process.
         table: options of the report's table for people.
@@ -71,9 +71,9 @@ class Evaluation:
         return parse_args, one_run_a_folder(self._launched)
 
     def _runs(self) -> Sequence[type[Settings]]:
-        from diffusers_ext.training.run import shared_file
+        from diffusers_ext.training.run import setup
 
-        return getattr(shared_file, self.shared)
+        return getattr(setup, self.shared)
 
     def _add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_settings(parser, self.settings_class)

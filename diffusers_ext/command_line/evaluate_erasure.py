@@ -61,8 +61,7 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
 
 
 def _load_judge(settings: ErasureSettings, device: torch.device) -> ClipJudge:
-    from diffusers_ext.evaluation.judges import EXPOSED, LENIENT, CLIPDetector, NudeNetDetector
-    from diffusers_ext.evaluation.plugins import load_judge
+    from diffusers_ext.evaluation.judges import EXPOSED, LENIENT, CLIPDetector, NudeNetDetector, load_judge
     from diffusers_ext.rewards import CLIPScoreReward
 
     if settings.judge == "nudenet":

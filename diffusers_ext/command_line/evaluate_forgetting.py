@@ -51,7 +51,7 @@ def compare_loras(settings: ForgettingSettings, show_progress: bool = True) -> F
 def _read_files(settings: ForgettingSettings) -> dict[str, Any]:
     """What can be wrong without a model; gives arguments of `evaluate_forgetting`."""
     from diffusers_ext.core.pictures import read_pictures
-    from diffusers_ext.evaluation.plugins import load_judge
+    from diffusers_ext.evaluation.judges import load_judge
     from diffusers_ext.families.base_source import check_xformers
     from diffusers_ext.nullspace.prompts import read_prompts_file
 

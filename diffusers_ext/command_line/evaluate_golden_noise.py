@@ -18,8 +18,7 @@ from diffusers_ext.evaluation.settings import GoldenNoiseEvaluationSettings
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
-    from diffusers_ext.evaluation.golden_noise_subjects import Refine
+    from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport, Refine
 
 
 def compare_noise(settings: GoldenNoiseEvaluationSettings, show_progress: bool = True) -> GoldenNoiseReport:
@@ -54,7 +53,7 @@ def compare_noise(settings: GoldenNoiseEvaluationSettings, show_progress: bool =
 
 def _load_subjects(settings: GoldenNoiseEvaluationSettings, pipeline: DiffusionPipeline) -> dict[str, Refine]:
     """Targets by their repeats, networks by the names of their folders."""
-    from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner, RedenoisedTarget
+    from diffusers_ext.evaluation.golden_noise_report import NetworkRefiner, RedenoisedTarget
     from diffusers_ext.golden_noise.networks.base import load_noise_model
 
     step = {name: getattr(settings, name) for name in ("w1", "w2", "legacy_inversion")}

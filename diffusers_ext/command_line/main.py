@@ -34,7 +34,7 @@ from diffusers_ext.command_line.options import (
 from diffusers_ext.command_line.plan import PLAN_ERASER, PLAN_GOLDEN_NOISE, PLAN_NULLSPACE
 from diffusers_ext.command_line.push import PUSH
 from diffusers_ext.command_line.train import TRAININGS, add_trainings, train
-from diffusers_ext.training.run.command_lines import OneLineParser, add_overwrite_argument, error_line, user_errors
+from diffusers_ext.training.run.settings import OneLineParser, add_overwrite_argument, error_line, user_errors
 
 
 @contextlib.contextmanager

@@ -218,7 +218,7 @@ def load_features(args: argparse.Namespace, device: torch.device) -> dict[str, A
 
 def load_rewards(args: argparse.Namespace, device: torch.device) -> list[Reward]:
     """The rewards of `--reward`, in their order."""
-    from diffusers_ext.evaluation.plugins import load_reward
+    from diffusers_ext.evaluation.judges import load_reward
 
     models = _by_reward(args.reward, args.reward_model, "reward_model")
     versions = _by_reward(args.reward, args.reward_version, "reward_version")

@@ -47,7 +47,7 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_push(args: argparse.Namespace) -> Outcome:
     """Recognise, describe and upload."""
-    from diffusers_ext.hub.licence import named_licence
+    from diffusers_ext.hub.kinds import named_licence
     from diffusers_ext.sharing import push_artifact
 
     if not Path(args.source).exists():

@@ -3,8 +3,66 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
+
+
+def check_diffusion_levels(scheduler: Any, name: str = "scheduler") -> None:
+    """Raise `ValueError` for a scheduler whose noise levels are not those of its `alphas_cumprod`.
+
+    Schedulers of EDM, consistency and flow-matching models have none; from their configurations alone diffusers would
+    make default levels without a word.
+    """
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(levels, torch.Tensor) and not scheduler.config.get("use_flow_sigmas"):
+        return
+    kind = type(scheduler).__name__
+    found = f"a {kind} without it" if levels is None else f"a {kind} with `use_flow_sigmas`"
+    raise ValueError(
+        f"`{name}` must have the noise levels of `alphas_cumprod`, got {found}. Put a DDIMScheduler of the "
+        "model's own configuration there; a model that was made for this kind of scheduler (EDM, "
+        "flow matching) is not supported here."
+    )
+
+
+def training_schedule(scheduler: Any) -> DDPMScheduler:
+    """The noise schedule that a model under this scheduler was trained with, for further training."""
+    check_prediction_type(scheduler)
+    # Left in, it would make values that this class took by default the other class's defaults.
+    config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    schedule = DDPMScheduler.from_config(config)
+    levels, own = schedule.alphas_cumprod.double(), scheduler.alphas_cumprod.double().cpu()
+    # Schedulers that divide by a level of zero write a tiny number in its place.
+    if levels.shape != own.shape or not torch.allclose(levels, own, atol=1e-6, rtol=1e-4):
+        raise ValueError(
+            "`scheduler` must have the noise levels that its configuration names, got a "
+            f"{type(scheduler).__name__} with others. Put a DDPMScheduler of the model's own "
+            "configuration there."
+        )
+    return schedule
+
+
+def check_prediction_type(scheduler: Any) -> None:
+    """Raise `ValueError` unless a model under this scheduler predicts noise or velocity at known levels."""
+    kind = scheduler.config.get("prediction_type")
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"`prediction_type` of the scheduler must be 'epsilon' or 'v_prediction', got {kind!r}.")
+    check_diffusion_levels(scheduler)
+
+
+def check_min_snr(schedule: DDPMScheduler, snr_gamma: float | None) -> None:
+    """Raise `ValueError` where Min-SNR weights (arXiv 2303.09556) would divide by zero."""
+    levels = schedule.alphas_cumprod
+    noise_alone = schedule.config.prediction_type == "epsilon" and bool((levels <= 0).any())
+    if snr_gamma is not None and (noise_alone or bool((levels >= 1).any())):
+        raise ValueError(
+            f"`snr_gamma` must be None for a scheduler with a timestep of noise alone "
+            f"(`rescale_betas_zero_snr`) whose model predicts noise, got {snr_gamma}: the weight "
+            "min(SNR, gamma) / SNR would be 0 / 0 there. Leave it out."
+        )
+
 
 _MICRO_STEP_STREAM, _EPOCH_STREAM = 1, 2
 

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 from huggingface_hub.utils._http import default_client_factory, hf_request_event_hook
 
-from diffusers_ext.core.names import check_keywords
+from diffusers_ext.core.settings import check_keywords
 
 CONNECT_SECONDS = 3.0  # a network that swallows packets never refuses
 _REMEMBERED_SECONDS = 60.0  # no further file of the same model waits again

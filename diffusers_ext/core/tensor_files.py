@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffusers_ext.hub.upload_files import CONFIG_DIGEST, config_digest
+from diffusers_ext.hub.push import CONFIG_DIGEST, config_digest
 
 # Name in the metadata of a weights file of the digest of the config that it was saved beside.
 CONFIG_KEY = "diffusers_ext.config_sha256"

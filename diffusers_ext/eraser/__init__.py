@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffusers_ext.core.names import by_name, imported_name
+from diffusers_ext.core.settings import by_name, imported_name
 
 _SOURCES = by_name(
     {
@@ -14,12 +14,11 @@ _SOURCES = by_name(
         ),
         "diffusers_ext.eraser.concept_attention": "concept_attention",
         "diffusers_ext.eraser.concept_masks": ("concept_head_weights concept_mask normalize_attention velocity_mask"),
-        "diffusers_ext.eraser.concepts": "concept_token_mask contains_concept replace_concept",
+        "diffusers_ext.eraser.concepts": ("concept_token_mask contains_concept replace_concept neighbouring_concepts"),
         "diffusers_ext.eraser.files": "load_eraser convert_eraser save_eraser",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss T2VUnlearningLoss"
         ),
-        "diffusers_ext.eraser.neighbours": "neighbouring_concepts",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
     }
 )

@@ -20,7 +20,7 @@ from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
 from diffusers_ext.eraser.batch import Rows
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.velocity_losses import velocity_distance
-from diffusers_ext.families.velocity import Velocity
+from diffusers_ext.families.family import Velocity
 
 
 class RevivalEmbeddings(NamedTuple):

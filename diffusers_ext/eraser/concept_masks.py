@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from diffusers_ext.eraser.concept_attention import agreement_weights, concept_attention, head_correlations
 from diffusers_ext.eraser.teacher.trajectory import frozen_teacher
-from diffusers_ext.families.velocity import Velocity
+from diffusers_ext.families.family import Velocity
 
 # Of a clip's tokens; the concept fills less of a clip than the rest does.
 CONCEPT_FLOOR = 0.5

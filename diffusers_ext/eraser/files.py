@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from diffusers_ext.core.tensor_files import FLOATING
 from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, EraserConfig, transformer_width
 from diffusers_ext.eraser.adapter.layer import check_scale
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
-from diffusers_ext.eraser.card import eraser_card, facts_of_config
 from diffusers_ext.eraser.concept_attention import find_joint_attentions
 from diffusers_ext.eraser.formats import (
     FILE_NAMES,
@@ -31,10 +30,50 @@ from diffusers_ext.eraser.formats import (
     read_eraser,
     write_eraser_files,
 )
-from diffusers_ext.eraser.legacy import PARTS, EraserShape, StateDict, check_fit, layer_name
+from diffusers_ext.eraser.legacy import PARTS, EraserShape, StateDict, check_fit, eraser_shape, layer_name
+from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.registry import denoisers_of, find_family, match_family
-from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import push_folder, split_arguments
+
+
+def eraser_card(
+    tensors: StateDict,
+    *,
+    concept: str | None = None,
+    anchor_concept: str | None = None,
+    preserved_concepts: Sequence[str] | None = None,
+    **common: Any,
+) -> Callable[..., Card]:
+    """The card of an eraser but for the repository's name.
+
+    Args:
+        anchor_concept: what takes its place; nothing in particular when `None`.
+        preserved_concepts: those that the training kept on purpose; empty when there were none.
+        common: facts of every card, as of `make_card`.
+
+    Raises:
+        ValueError: a fact that is not given.
+    """
+    return make_card(
+        "eraser",
+        concept=concept,
+        anchor_concept=anchor_concept or "",
+        preserved_concepts=None if preserved_concepts is None else list(preserved_concepts),
+        pipeline=CogVideoX.pipelines[0],
+        rank=eraser_shape(tensors).rank,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        **common,
+    )
+
+
+def facts_of_config(config: EraserConfig) -> dict[str, Any]:
+    """What an eraser's config knows of the facts for its card; `None` for what it does not."""
+    base = config.base_model_name_or_path or ""
+    if base.count("/") > 1:  # more than a name on the Hub: a folder of the pipeline
+        base = base.removesuffix("/transformer")
+    return {"concept": config.concept, "anchor_concept": config.anchor_concept, "base_model": base or None}
+
 
 EraserTarget = ModelMixin | DiffusionPipeline | PeftModel
 

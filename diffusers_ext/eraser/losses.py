@@ -17,7 +17,7 @@ import torch
 
 from diffusers_ext.eraser.adapter.outputs import eraser_outputs as capture_eraser_outputs
 from diffusers_ext.eraser.concept_masks import mask_to_latents
-from diffusers_ext.eraser.teacher.teacher import VelocityModel, cached_or_predicted, module_of, velocities
+from diffusers_ext.eraser.teacher.collect import VelocityModel, cached_or_predicted, module_of, velocities
 from diffusers_ext.eraser.velocity_losses import (
     check_loss_type,
     layer_localization,

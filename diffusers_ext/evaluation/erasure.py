@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
-from diffusers_ext.evaluation.erasure_report import ErasureReport
+from diffusers_ext.evaluation.erasure_report import ALL, BASE, ErasureReport
 from diffusers_ext.evaluation.erasure_rows import (
     ClipJudge,
     ClipShot,
@@ -27,7 +27,6 @@ from diffusers_ext.evaluation.erasure_rows import (
     list_aspects,
     measure_pairs,
 )
-from diffusers_ext.evaluation.erasure_summary import ALL, BASE
 from diffusers_ext.evaluation.rendering import check_counts, render_clips
 from diffusers_ext.evaluation.report_files import KeptClip
 

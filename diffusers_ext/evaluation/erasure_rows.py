@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diffusers_ext.evaluation.erasure_summary import BASE
+from diffusers_ext.evaluation.erasure_report import BASE
 from diffusers_ext.evaluation.rendering import image_seed
 from diffusers_ext.evaluation.report_files import KeptClip
 from diffusers_ext.nullspace.prompts import check_prompts

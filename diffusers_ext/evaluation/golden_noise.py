@@ -19,8 +19,7 @@ from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.evaluation import noise_summary
 from diffusers_ext.evaluation.features import FeatureExtractor, PixelFeatures
-from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
-from diffusers_ext.evaluation.golden_noise_subjects import Refine, name_subjects
+from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport, Refine, name_subjects
 from diffusers_ext.evaluation.noise_summary import STANDARD, NoiseFigures, RunCost, best_of_name
 from diffusers_ext.evaluation.rendering import (
     Sampling,
@@ -35,8 +34,8 @@ from diffusers_ext.evaluation.rendering import (
     without_noise_model,
 )
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser import denoiser_of, encode_prompts
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.redenoise import denoiser_of, encode_prompts
 from diffusers_ext.nullspace.prompts import check_prompts, unique
 from diffusers_ext.rewards.reward import Reward, checked_scores
 

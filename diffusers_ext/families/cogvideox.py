@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import Family
+from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.published import T5_XXL, Published
-from diffusers_ext.families.velocity import TokenGrid, Velocity
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -207,7 +206,7 @@ class CogVideoXVelocity(Velocity):
             ValueError: a scheduler that does not take velocities, a clip that the model cannot take (see
                 `CogVideoX.latent_shape`), or missing image latents.
         """
-        from diffusers_ext.core.noise_schedules import check_diffusion_levels
+        from diffusers_ext.core.seeds import check_diffusion_levels
 
         predicts = pipeline.scheduler.config.get("prediction_type")
         if predicts != "v_prediction":

@@ -1,7 +1,6 @@
 """Noise that suits the prompt: targets, networks that predict them, pipelines that use them."""
 
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet
@@ -16,7 +15,7 @@ from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseSD3Pipeline,
     GoldenNoiseXLPipeline,
 )
-from diffusers_ext.golden_noise.redenoise import redenoise, redenoise_sequence, redenoise_text
+from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise, redenoise_sequence, redenoise_text
 
 __all__ = [
     "GoldenNoiseFluxPipeline",

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.hub.card import Card, make_card
-from diffusers_ext.hub.licence import find_on_hub, public_name
+from diffusers_ext.hub.kinds import find_on_hub, public_name
 
 # The pipeline of this package that takes the network for a base pipeline.
 GOLDEN_PIPELINES = {f.pipelines[0]: f.golden_pipeline for f in FAMILIES if f.golden_pipeline}

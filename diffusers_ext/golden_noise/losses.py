@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from diffusers_ext.golden_noise.networks.sequence import gaussian_nll, output_statistics_kl, squared_error
+from diffusers_ext.golden_noise.networks.sequence_transformer import gaussian_nll, output_statistics_kl, squared_error
 from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
 
 

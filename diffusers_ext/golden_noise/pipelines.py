@@ -20,16 +20,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from diffusers_ext.core.names import check_keywords
 from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_pipeline
+from diffusers_ext.core.settings import check_keywords
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.card import pipeline_card
-from diffusers_ext.golden_noise.denoiser import TOOL
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.redenoise import TOOL
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import PushWithCard
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from diffusers_ext.golden_noise.denoiser import encode_prompts
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 
 logger = logging.getLogger(__name__)
 

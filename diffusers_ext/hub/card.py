@@ -17,14 +17,16 @@ from diffusers_ext.hub.kinds import (
     HUB_NAME,
     KINDS,
     Kind,
+    Licence,
     Measured,
     bibtex,
     check_common,
     check_facts,
     check_lists,
+    find_licence,
+    public_name,
     slug,
 )
-from diffusers_ext.hub.licence import Licence, find_licence, public_name
 from diffusers_ext.hub.owner_text import mark_generated
 from diffusers_ext.hub.safe_markdown import code, count, figure, plain, prose, python_literal, shown
 

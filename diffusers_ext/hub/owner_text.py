@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
-from diffusers_ext.hub.licence import Licence
+from diffusers_ext.hub.kinds import Licence
 
 _END = "<!-- diffusers_ext:end -->"
 _NOTE = "<!-- Generated, down to the end mark: the next push replaces it. Write your own words above or below. -->"

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.nullspace.attention_maps import AttentionMaps
 from diffusers_ext.nullspace.plots import (
+    AttentionMaps,
     attention_limit,
     finish_figure,
     new_figure,

@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 
 from diffusers_ext.core.capture import natural_key
-from diffusers_ext.core.names import did_you_mean
+from diffusers_ext.core.settings import did_you_mean
 from diffusers_ext.families.family import Family
 from diffusers_ext.families.registry import match_family
 

@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_snr
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from diffusers_ext.core.noise_schedules import check_min_snr, check_prediction_type
+from diffusers_ext.core.seeds import check_min_snr, check_prediction_type
 from diffusers_ext.nullspace.lora import preservation_penalty
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 

@@ -19,7 +19,7 @@ from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, NetworkText, TextCache
-from diffusers_ext.planning.disk import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
+from diffusers_ext.planning.gpus import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.images import ImageShapes, encode_prompts_work, guided_work, redenoise_work, vae_work
 from diffusers_ext.planning.models import BaseModel, module_bytes
 from diffusers_ext.planning.settings import REWARDS, SEQUENCE_NETWORKS, GoldenNoisePlanSettings

@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.families.registry import families_of
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser import guided_prediction
 from diffusers_ext.golden_noise.noise_statistics import match_energy, noise_statistics
+from diffusers_ext.golden_noise.redenoise import guided_prediction
 from diffusers_ext.planning.models import BaseModel
 from diffusers_ext.planning.work import Job, Precision, Work, inference_work
 

@@ -15,7 +15,7 @@ import transformers
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-from diffusers_ext.core.names import did_you_mean
+from diffusers_ext.core.settings import did_you_mean
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.families.base_source import is_single_file
 from diffusers_ext.families.registry import FAMILIES

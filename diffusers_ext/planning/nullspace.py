@@ -17,14 +17,14 @@ from torch.utils.data import TensorDataset
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.families.registry import titles_of
-from diffusers_ext.golden_noise.denoiser import guided_prediction
+from diffusers_ext.golden_noise.redenoise import guided_prediction
 from diffusers_ext.nullspace.collect import shared_inputs, text_only
 from diffusers_ext.nullspace.lora import lora_linears
 from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 from diffusers_ext.nullspace.step import Condition, DreamBoothLoss, SoftLoss
-from diffusers_ext.planning.disk import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
+from diffusers_ext.planning.gpus import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.images import (
     TIMESTEP,
     ImageShapes,

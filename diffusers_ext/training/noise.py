@@ -22,7 +22,7 @@ from diffusers_ext.training.golden_noise.run import NoiseTask, train_network
 from diffusers_ext.training.run.config_file import read_config
 from diffusers_ext.training.run.script import one_run_a_folder, run_script
 from diffusers_ext.training.run.settings import parse_settings
-from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
+from diffusers_ext.training.run.setup import GOLDEN_NOISE_RUNS
 
 SEQUENCE_NETWORKS = ("transformer", "rnn")
 # Only NPNet reads padding like other tokens.

@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
-from diffusers_ext.evaluation.plugins import load_reward
+from diffusers_ext.evaluation.judges import load_reward
 from diffusers_ext.golden_noise.pairs.dataset import read_config
 from diffusers_ext.golden_noise.pairs.writer import PairWriter
 from diffusers_ext.golden_noise.settings import PairSettings
@@ -40,8 +40,7 @@ from diffusers_ext.training.golden_noise.rendering import latent_shape, load_bas
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
 from diffusers_ext.training.run.script import one_run_a_folder, pairs_words, run_script
 from diffusers_ext.training.run.settings import parse_settings
-from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
-from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
+from diffusers_ext.training.run.setup import GOLDEN_NOISE_RUNS, WEIGHT_DTYPES, make_accelerator
 from diffusers_ext.training.run.upload import check_login
 
 logger = get_logger(__name__)

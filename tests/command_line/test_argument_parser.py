@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from diffusers_ext.command_line.main import main
-from diffusers_ext.training.run.command_lines import OneLineParser, error_line
+from diffusers_ext.training.run.settings import OneLineParser, error_line
 
 
 def make_parser() -> OneLineParser:

@@ -6,8 +6,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
-from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
-from diffusers_ext.evaluation.golden_noise_subjects import RedenoisedTarget
+from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport, RedenoisedTarget
 from diffusers_ext.rewards import CLIPScoreReward
 from tests.evaluation.golden_subjects import small_network
 from tests.tiny_clip import save_tiny_clip

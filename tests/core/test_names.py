@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffusers_ext.core.names import check_keywords, did_you_mean
+from diffusers_ext.core.settings import check_keywords, did_you_mean
 
 
 def test_the_nearest_names():

@@ -12,12 +12,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_ext.core.noise_schedules import (
-    check_diffusion_levels,
-    check_min_snr,
-    check_prediction_type,
-    training_schedule,
-)
+from diffusers_ext.core.seeds import check_diffusion_levels, check_min_snr, check_prediction_type, training_schedule
 
 OTHERS = (
     "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler",

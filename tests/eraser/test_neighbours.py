@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import T5EncoderModel, T5Tokenizer
 
-from diffusers_ext.eraser.neighbours import (
+from diffusers_ext.eraser.concepts import (
     base_forms,
     centred_cosines,
     concrete_words,

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from diffusers_ext.eraser.prompt_embeddings import encode_video_prompts
+from diffusers_ext.eraser.batch import encode_video_prompts
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_video_pipeline
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.evaluation.erasure_summary import compare_rates, summarize_group
+from diffusers_ext.evaluation.erasure_report import compare_rates, summarize_group
 from diffusers_ext.evaluation.paired_comparison import wilson_interval
 from tests.evaluation.drawn_erasure import rows_of
 

@@ -5,7 +5,7 @@ import torch
 
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
 from diffusers_ext.evaluation.features import PixelFeatures
-from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner, RedenoisedTarget
+from diffusers_ext.evaluation.golden_noise_report import NetworkRefiner, RedenoisedTarget
 from diffusers_ext.evaluation.paired_comparison import mean_pairwise_distance
 from diffusers_ext.evaluation.rendering import Sampling, draw, image_seed, shots_of, to_images
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics

@@ -3,10 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner, RedenoisedTarget, name_subjects
-from diffusers_ext.golden_noise.denoiser import encode_prompts
+from diffusers_ext.evaluation.golden_noise_report import NetworkRefiner, RedenoisedTarget, name_subjects
 from diffusers_ext.golden_noise.noise_statistics import match_energy, match_spectrum
-from diffusers_ext.golden_noise.redenoise import redenoise_text
+from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_text
 from tests.evaluation.golden_subjects import PROMPTS, moved, small_network
 
 

@@ -13,8 +13,8 @@ from diffusers_ext.evaluation.rendering import (
     unit_noise,
     without_noise_model,
 )
-from diffusers_ext.golden_noise.denoiser import denoiser_of
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
+from diffusers_ext.golden_noise.redenoise import denoiser_of
 from tests.evaluation.conftest import make_pipeline
 from tests.golden_noise.golden_pipelines import golden_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline

@@ -8,9 +8,8 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
 
-from diffusers_ext.families.family import Family
+from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.families.velocity import TokenGrid, Velocity
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 
 

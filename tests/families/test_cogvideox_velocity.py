@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import register_eraser
-from diffusers_ext.eraser.teacher.teacher import teacher_velocities
+from diffusers_ext.eraser.teacher.collect import teacher_velocities
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.tiny_cogvideox import tiny_transformer, tiny_video_pipeline
 

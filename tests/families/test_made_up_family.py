@@ -11,11 +11,10 @@ from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.adapter.model import register_eraser
 from diffusers_ext.eraser.files import load_eraser, save_eraser
 from diffusers_ext.eraser.losses import NegativelyGuidedVelocityLoss
-from diffusers_ext.eraser.teacher.teacher import teacher_velocities
+from diffusers_ext.eraser.teacher.collect import teacher_velocities
 from diffusers_ext.families.registry import FAMILIES, find_family, match_family
 from diffusers_ext.families.sd3 import SD3
-from diffusers_ext.golden_noise.denoiser import encode_prompts
-from diffusers_ext.golden_noise.redenoise import redenoise_text
+from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_text
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import null_space_directions
 from tests.families.made_up_family import MadeUp, MadeUpPipeline, clip_of_noise, made_up_pipeline

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser import encode_prompts
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS
 
 

@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from diffusers_ext.families.family import NetworkSizes
 from diffusers_ext.families.registry import find_family
-from diffusers_ext.golden_noise.denoiser import denoiser_of, encode_prompts
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet
@@ -24,6 +23,7 @@ from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseSD3Pipeline,
     GoldenNoiseXLPipeline,
 )
+from diffusers_ext.golden_noise.redenoise import denoiser_of, encode_prompts
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline

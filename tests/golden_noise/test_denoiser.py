@@ -8,7 +8,7 @@ from diffusers import PixArtAlphaPipeline, UNet2DConditionModel
 
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser import (
+from diffusers_ext.golden_noise.redenoise import (
     denoiser_of,
     encode_prompts,
     guided_prediction,

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss, change_figures, relative_error
-from diffusers_ext.golden_noise.networks.sequence import SequencePrediction, gaussian_nll, output_statistics_kl
+from diffusers_ext.golden_noise.networks.sequence_transformer import (
+    SequencePrediction,
+    gaussian_nll,
+    output_statistics_kl,
+)
 from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
 )
 
-from diffusers_ext.golden_noise.denoiser import encode_prompts
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from tests.golden_noise.golden_pipelines import PROMPTS, draw, golden_pipeline
 
 # Of Euler's scheduler under NumPy 2.

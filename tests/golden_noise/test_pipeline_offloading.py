@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import disk_offload
 
-from diffusers_ext.golden_noise.denoiser import encode_prompts
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from tests.golden_noise.golden_pipelines import FAMILIES, NETWORKS, PROMPTS, draw, golden_pipeline
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

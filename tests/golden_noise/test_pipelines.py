@@ -5,8 +5,8 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from diffusers_ext.families.registry import find_family
-from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.pipelines import _GoldenCall
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from tests.golden_noise.golden_pipelines import (
     FAMILIES,
     NETWORKS,

@@ -15,13 +15,15 @@ from diffusers import (
 
 from diffusers_ext.families.flux import Flux
 from diffusers_ext.families.sd3 import SD3
-from diffusers_ext.golden_noise.denoiser import denoiser_of, encode_prompts, guided_prediction
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from diffusers_ext.golden_noise.redenoise import (
     ddim_step_coefficients,
+    denoiser_of,
     diffusion_coefficients,
+    encode_prompts,
     first_ddim_step,
     flow_coefficients,
+    guided_prediction,
     redenoise,
     redenoise_sequence,
     redenoise_text,

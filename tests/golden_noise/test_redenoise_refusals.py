@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusers_ext.golden_noise.denoiser import encode_prompts
-from diffusers_ext.golden_noise.redenoise import redenoise, redenoise_text
+from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise, redenoise_text
 from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS, unit_noise
 
 

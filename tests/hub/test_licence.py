@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from diffusers_ext.hub import Licence
-from diffusers_ext.hub.licence import find_licence, public_name
+from diffusers_ext.hub.kinds import find_licence, public_name
 
 
 def put_card(repo_id: str, header: str, private: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext.hub.upload_files import config_digest, path_inside, public_content, stale_files
+from diffusers_ext.hub.push import config_digest, path_inside, public_content, stale_files
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ext.nullspace.attention_maps import at_steps, attention_maps, spread_steps
 from diffusers_ext.nullspace.collect import collect_statistics, sampled_timesteps
 from diffusers_ext.nullspace.npy_tree_pictures import (
     draw_layer_attention,
     plot_covariance_statistics,
     plot_layer_attention,
 )
+from diffusers_ext.nullspace.plots import at_steps, attention_maps, spread_steps
 from tests.tiny_digits import random_digits_pipeline
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"

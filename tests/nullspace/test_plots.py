@@ -7,9 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ext.nullspace.attention_maps import AttentionMaps, attention_maps
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.plots import mean_over_layers, plot_attention_maps, plot_null_dimensions, plot_spectrum
+from diffusers_ext.nullspace.plots import (
+    AttentionMaps,
+    attention_maps,
+    mean_over_layers,
+    plot_attention_maps,
+    plot_null_dimensions,
+    plot_spectrum,
+)
 from tests.tiny_digits import random_digits_pipeline
 
 

@@ -5,7 +5,7 @@ import io
 import torch
 from safetensors.torch import save
 
-from diffusers_ext.planning.disk import checkpoint_bytes, optimizer_bytes, safetensors_bytes
+from diffusers_ext.planning.gpus import checkpoint_bytes, optimizer_bytes, safetensors_bytes
 from diffusers_ext.planning.settings import PlannedRun
 
 

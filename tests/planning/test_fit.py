@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from diffusers_ext.planning import plan as fit
 from diffusers_ext.planning import plan_run, recommend_eraser_training
-from diffusers_ext.planning import plans as fit
 from diffusers_ext.planning.plan import GIB, RunPlan
 from tests.tiny_cogvideox import tiny_video_pipeline
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.denoiser import encode_prompts
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.planning.images import ImageShapes, encode_prompts_work, guided_work, redenoise_work, vae_work
 from diffusers_ext.planning.models import read_base_model
 from diffusers_ext.planning.settings import GoldenNoisePlanSettings

@@ -13,8 +13,15 @@ from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 from diffusers_ext.nullspace.step import DreamBoothLoss
-from diffusers_ext.training.nullspace.captions import caption_facts, picture_prompts, read_captions, subject_prompts
-from diffusers_ext.training.nullspace.pictures import encode_condition, encode_conditions, with_prompts
+from diffusers_ext.training.nullspace.data import (
+    caption_facts,
+    encode_condition,
+    encode_conditions,
+    picture_prompts,
+    read_captions,
+    subject_prompts,
+    with_prompts,
+)
 from diffusers_ext.training.nullspace.run import check_args, parse_args
 from tests.tiny_pipelines import sdxl_pipeline
 from tests.training.test_dreambooth import Echo

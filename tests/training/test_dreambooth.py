@@ -9,9 +9,9 @@ from diffusers import DDPMScheduler, EDMEulerScheduler
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from diffusers_ext.core.noise_schedules import check_prediction_type
+from diffusers_ext.core.seeds import check_prediction_type
 from diffusers_ext.nullspace.step import Condition, DreamBoothLoss
-from diffusers_ext.training.nullspace.pictures import (
+from diffusers_ext.training.nullspace.data import (
     encode_condition,
     encode_images,
     list_images,

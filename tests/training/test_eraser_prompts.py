@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from diffusers_ext.eraser.neighbours import Neighbour, neighbouring_concepts
+from diffusers_ext.eraser.concepts import Neighbour, neighbouring_concepts
 from diffusers_ext.training.eraser.prompts import (
     EraserPrompts,
     make_eraser_prompts,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features, Image, Value
 
-from diffusers_ext.training.golden_noise.prompts import main, parse_args
+from diffusers_ext.training.golden_noise.data import main, parse_args
 from diffusers_ext.training.golden_noise.rendering import read_prompt_file
 from tests.training.script_runs import REPOSITORY, environment
 

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
-from diffusers_ext.golden_noise.redenoise import redenoise_sequence
+from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
 from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.training.golden_noise.pairs import Candidate, PairMaker, list_candidates, split
 from diffusers_ext.training.golden_noise.rendering import latent_shape, render

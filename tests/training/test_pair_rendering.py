@@ -6,8 +6,8 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 from diffusers_ext.core.settings import ModelSettings, SamplingSettings
-from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.training.golden_noise.rendering import latent_shape, load_base_pipeline, render
 from examples.digits.check_model import MODEL_DIR
 from tests.golden_noise.golden_pipelines import FAMILIES, PROMPTS

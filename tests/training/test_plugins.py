@@ -5,7 +5,7 @@ import sys
 import pytest
 from PIL import Image
 
-from diffusers_ext.evaluation.plugins import REWARDS, load_judge, load_reward
+from diffusers_ext.evaluation.judges import REWARDS, load_judge, load_reward
 from diffusers_ext.rewards import CLIPScoreReward, PickScoreReward
 from tests.tiny_clip import save_tiny_clip
 

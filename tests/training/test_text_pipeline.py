@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.golden_noise.denoiser import encode_prompts
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.golden_noise.text_cache import TextCache
 from diffusers_ext.training.run.text_cache import load_text_pipeline, stored_fingerprint
 from tests.tiny_digits import random_digits_pipeline

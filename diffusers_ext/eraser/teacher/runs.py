@@ -20,7 +20,7 @@ from diffusers_ext.eraser.teacher.trajectory import (
     frozen_teacher,
     teacher_trajectory,
 )
-from diffusers_ext.families.velocity import Velocity
+from diffusers_ext.families.family import Velocity
 
 _NUM_RUNS, _MOST_STEPS = 8, 4  # for the heads
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import SchedulerMixin
 
-from diffusers_ext.core.noise_schedules import check_diffusion_levels
 from diffusers_ext.core.restored_state import module_eval_mode
+from diffusers_ext.core.seeds import check_diffusion_levels
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.families.velocity import Velocity
+from diffusers_ext.families.family import Velocity
 
 
 class AttentionRequest(NamedTuple):

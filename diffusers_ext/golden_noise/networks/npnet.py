@@ -20,8 +20,8 @@ from diffusers.models.normalization import AdaGroupNorm
 from torch import nn
 
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
+from diffusers_ext.golden_noise.networks.files import convert_npnet, find_variant, read_checkpoint
 from diffusers_ext.golden_noise.networks.npnet_branches import NoiseCrossAttention, NoiseTransformer, SVDBranch
-from diffusers_ext.golden_noise.networks.npnet_weights import convert_npnet, find_variant, read_checkpoint
 from diffusers_ext.golden_noise.networks.swin import linear
 
 SIGNS = ("canonical", "backend")

@@ -12,14 +12,14 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from diffusers_ext.golden_noise.networks.blocks import (
+from diffusers_ext.golden_noise.networks.golden_noise_model import (
     AttentionPooling,
     ReadText,
     TextReader,
     TransformerBlock,
     patch_positions,
 )
-from diffusers_ext.golden_noise.networks.sequence import NoiseSequenceNetwork
+from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceNetwork
 
 MOST_GROUPS = 16
 

@@ -2,22 +2,233 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from diffusers_ext.golden_noise.networks.blocks import (
+from diffusers_ext.core.restored_state import module_eval_mode
+from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, check_channels, check_text
+from diffusers_ext.golden_noise.networks.golden_noise_model import (
     KeysValues,
     ReadText,
     TextReader,
     TransformerBlock,
+    from_patches,
     patch_positions,
+    to_patches,
 )
-from diffusers_ext.golden_noise.networks.golden_noise_model import from_patches, to_patches
-from diffusers_ext.golden_noise.networks.sequence import NoiseSequenceNetwork
+from diffusers_ext.golden_noise.noise_statistics import match_energy
+
+MOST_LOGVAR = 10.0
+
+
+class SequencePrediction(NamedTuple):
+    """Distribution of the next state, for each state of a sequence."""
+
+    mean: torch.Tensor  # (batch, steps, channels, height, width)
+    logvar: torch.Tensor | None  # of the same shape, with `predict_variance`
+
+
+class NoiseSequenceNetwork(GoldenNoiseNetwork):
+    """A network that predicts state t + 1 of a noise sequence from the states up to t and a prompt.
+
+    State 0 is random noise, state t the noise after t steps towards the prompt. Subclasses are models with the config
+    fields `in_channels`, `text_embed_dim`, `num_steps`, `predict_variance` and `predict_residual`, and define
+    `read_text` and `predict_frames`.
+    """
+
+    def read_text(self, text_embed: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
+        """What `predict_frames` reads of a prompt, computed once a sequence."""
+        raise TypeError(f"{type(self).__name__} must define `read_text`.")
+
+    def predict_frames(self, frames: torch.Tensor, text: Any, memory: Any | None) -> tuple[torch.Tensor, Any]:
+        """The head's output for frames that follow those in `memory`, and the memory with them.
+
+        Frames and output are `(batch, steps, channels, height, width)` in the network's dtype, the output of twice the
+        channels with `predict_variance`; the first frames have no memory.
+        """
+        raise TypeError(f"{type(self).__name__} must define `predict_frames`.")
+
+    def forward(
+        self,
+        noise_sequence: torch.Tensor,
+        text_embed: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        num_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> SequencePrediction | torch.Tensor:
+        """Predict the successor of every state at once, each from the true states up to it.
+
+        With `num_steps` it is `generate_sequence`, which comes this way for the hooks that bring offloaded weights in:
+        they see the module called, not its methods.
+
+        `noise_sequence` `(batch, steps, channels, height, width)` are states 0 to steps - 1; the prediction is of
+        states 1 to steps, in its dtype. Text and errors as in `generate_sequence`.
+        """
+        if num_steps is not None:
+            return self._generate(noise_sequence, text_embed, attention_mask, num_steps, generator)
+        if noise_sequence.ndim != 5:
+            raise ValueError(
+                f"`noise_sequence` must be (batch, steps, channels, height, width), got {tuple(noise_sequence.shape)}."
+            )
+        self._check_steps(noise_sequence.shape[1])
+        self._check_input(noise_sequence[:, 0], text_embed, attention_mask)
+        text = self.read_text(text_embed.to(self.dtype), attention_mask)
+        return self._predict(noise_sequence, text, None)[0]
+
+    @torch.no_grad()
+    def generate_sequence(
+        self,
+        initial_noise: torch.Tensor,
+        text_embed: torch.Tensor | TextConditioning,
+        num_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict a sequence step by step, each state from the network's own earlier ones.
+
+        Every state gets the energy of the noise it came from. Deterministic without a generator: each state is then
+        the mean. In eval mode; the mode comes back afterwards.
+
+        Args:
+            initial_noise: `(batch, channels, height, width)`, unit variance.
+            text_embed: `(batch, tokens, dim)`, or what the class says; or what `encode_prompts` gave, of which the
+                mask is read too, unless there is an `attention_mask`.
+            num_steps: states to predict, at most those that the network was made for.
+            generator: draws each state from the predicted Gaussian; one, or one a sample.
+            attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
+
+        Returns:
+            `(batch, num_steps, channels, height, width)` in the dtype of `initial_noise`; the last state is the golden
+            noise.
+
+        Raises:
+            ValueError: shapes that do not fit the network, more steps than it was made for, or a generator for a
+                network that predicts no variance.
+        """
+        if isinstance(text_embed, TextConditioning):
+            text = text_embed
+            if not self.config.get("pooled_text"):
+                text_embed = text.prompt_embeds
+                attention_mask = text.attention_mask if attention_mask is None else attention_mask
+            elif text.pooled_prompt_embeds is not None:
+                text_embed = text.pooled_prompt_embeds
+            else:
+                raise ValueError(
+                    "`text_embed` must have `pooled_prompt_embeds` for a network with `pooled_text`, "
+                    "got None. Use a model whose text encoder pools."
+                )
+        return self(initial_noise, text_embed, attention_mask, num_steps=num_steps, generator=generator)
+
+    def golden_noise(
+        self,
+        noise: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The last state of `generate_sequence` over all steps the network was made for."""
+        return self.generate_sequence(noise, prompt_embeds, self.config.num_steps, attention_mask=attention_mask)[
+            :, -1
+        ]
+
+    def _generate(
+        self,
+        initial_noise: torch.Tensor,
+        text_embed: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        num_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        self._check_steps(num_steps)
+        self._check_input(initial_noise, text_embed, attention_mask)
+        if generator is not None and not self.config.predict_variance:
+            raise ValueError(
+                "`generator` must be None for a network without `predict_variance`, which has no "
+                f"distribution to sample from, got {generator}."
+            )
+        with module_eval_mode(self):
+            text = self.read_text(text_embed.to(self.dtype), attention_mask)
+            state, memory, states = initial_noise, None, []
+            for _ in range(num_steps):
+                (mean, logvar), memory = self._predict(state[:, None], text, memory)
+                following = mean[:, 0]
+                if generator is not None:
+                    noise = randn_tensor(following.shape, generator, following.device, following.dtype)
+                    following = following + (0.5 * logvar[:, 0]).exp() * noise
+                state = match_energy(following, state)
+                states.append(state)
+        return torch.stack(states, 1)
+
+    def _predict(self, frames: torch.Tensor, text: Any, memory: Any | None) -> tuple[SequencePrediction, Any]:
+        output, memory = self.predict_frames(frames.to(self.dtype), text, memory)
+        mean, logvar = output.to(frames.dtype), None
+        if self.config.predict_variance:
+            mean, logvar = mean.chunk(2, dim=2)
+            logvar = logvar.clamp(-MOST_LOGVAR, MOST_LOGVAR)
+        if self.config.predict_residual:
+            mean = frames + mean
+        return SequencePrediction(mean, logvar), memory
+
+    def _check_steps(self, steps: int) -> None:
+        if not 1 <= steps <= self.config.num_steps:
+            raise ValueError(
+                f"`num_steps` must be 1 to {self.config.num_steps}, the steps that the network was "
+                f"made for, got {steps}."
+            )
+
+    def _check_input(self, noise: torch.Tensor, text_embed: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        check_text(noise, text_embed, attention_mask)
+        check_channels(noise, text_embed, self.config.in_channels, self.config.text_embed_dim)
+
+
+def squared_error(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error, `mean((y - mu)^2)`."""
+    _check_same_shape("target", target, mean)
+    return (target - mean).square().mean()
+
+
+def gaussian_nll(mean: torch.Tensor, logvar: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of a diagonal Gaussian, without its constant.
+
+    `mean(0.5 * ((y - mu)^2 * exp(-l) + l))`; at fixed mu its minimum is `l = log (y - mu)^2`.
+    """
+    _check_same_shape("target", target, mean)
+    _check_same_shape("logvar", logvar, mean)
+    return 0.5 * ((target - mean).square() * torch.exp(-logvar) + logvar).mean()
+
+
+def output_statistics_kl(mean: torch.Tensor, logvar: torch.Tensor | None = None) -> torch.Tensor:
+    """How far the values of each output noise, taken together, are from a unit Gaussian.
+
+    `KL(N(m, v) || N(0, 1)) = 0.5 * (v + m^2 - 1 - log v)` per sample and step, averaged, with m the mean over all
+    values of one output noise and v their variance; under a predicted variance the law of total variance gives `v =
+    var(mu) + mean(exp(l))`. A noise close to white satisfies it however sure the network is of each value; the same
+    term on every single value would ask for mu = 0 and variance 1, a fresh random noise.
+
+    Returns:
+        Scalar, not negative; 0 where every output has mean 0 and variance 1.
+    """
+    values = mean.flatten(2)
+    centre = values.mean(2)
+    variance = values.var(2, correction=0)
+    if logvar is not None:
+        _check_same_shape("logvar", logvar, mean)
+        variance = variance + logvar.exp().flatten(2).mean(2)
+    return 0.5 * (variance + centre.square() - 1 - variance.log()).mean()
+
+
+def _check_same_shape(name: str, given: torch.Tensor, mean: torch.Tensor) -> None:
+    if given.shape != mean.shape:
+        raise ValueError(f"`{name}` must have the shape of `mean`, {tuple(mean.shape)}, got {tuple(given.shape)}.")
 
 
 class FrameMemory(NamedTuple):

@@ -14,7 +14,7 @@ from diffusers_ext.core.sources import hub_names
 from diffusers_ext.golden_noise.pairs.shards import list_shards, read_table, shard_files
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card, make_card
-from diffusers_ext.hub.licence import public_name
+from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.hub.push import push_folder, split_arguments
 
 if TYPE_CHECKING:

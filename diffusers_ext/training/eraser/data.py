@@ -22,14 +22,12 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.pictures import FoundFiles, is_hidden, read_picture, rgb_picture, why_no_picture
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
-from diffusers_ext.eraser.batch import EraserText
+from diffusers_ext.eraser.batch import EraserText, encode_for, prompt_length
 from diffusers_ext.eraser.concepts import concept_token_mask
-from diffusers_ext.eraser.prompt_embeddings import encode_for, prompt_length
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
-from diffusers_ext.families.family import Family
+from diffusers_ext.families.family import Family, Velocity
 from diffusers_ext.families.registry import find_family
-from diffusers_ext.families.velocity import Velocity
 from diffusers_ext.training.eraser.prompts import EraserPrompts
 
 logger = logging.getLogger(__name__)

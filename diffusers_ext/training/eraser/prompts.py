@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.eraser.concepts import contains_concept, replace_concept
-from diffusers_ext.eraser.neighbours import Neighbour
+from diffusers_ext.eraser.concepts import Neighbour, contains_concept, replace_concept
 from diffusers_ext.nullspace.prompts import check_prompts, read_prompts_file, unique
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from diffusers_ext.eraser.files import save_eraser
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.evaluation.report_files import write_clip
 from diffusers_ext.hub.card import Card, make_card
-from diffusers_ext.hub.licence import public_name
+from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.text import GivenTexts, RunText
 from diffusers_ext.training.run.loop import TrainingLoop

@@ -14,15 +14,14 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.optimization import get_scheduler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from diffusers_ext.core.noise_schedules import check_diffusion_levels
+from diffusers_ext.core.seeds import check_diffusion_levels
 from diffusers_ext.eraser.adapter.config import EraserConfig, transformer_width
 from diffusers_ext.eraser.adapter.outputs import trainable_eraser_parameters
 from diffusers_ext.eraser.attack import AdversarialPrompts
 from diffusers_ext.eraser.batch import RowMaker
 from diffusers_ext.eraser.concepts import check_concept
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
-from diffusers_ext.eraser.rollouts import OnPolicyRollouts
-from diffusers_ext.eraser.step import EraserStep
+from diffusers_ext.eraser.step import EraserStep, OnPolicyRollouts
 from diffusers_ext.families.base_source import refuse_single_file
 from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.families.registry import families_of

@@ -12,10 +12,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.eraser.batch import EraserText
-from diffusers_ext.eraser.concepts import anchor_distances, contains_concept, replace_concept
-from diffusers_ext.eraser.neighbours import neighbouring_concepts
-from diffusers_ext.eraser.prompt_embeddings import encode_for, prompt_length
+from diffusers_ext.eraser.batch import EraserText, encode_for, prompt_length
+from diffusers_ext.eraser.concepts import anchor_distances, contains_concept, neighbouring_concepts, replace_concept
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
 from diffusers_ext.training.eraser.data import ClipSize, encode_text
 from diffusers_ext.training.eraser.prompts import (

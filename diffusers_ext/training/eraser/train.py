@@ -37,6 +37,7 @@ from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import eraser_words, one_run_a_folder, run_script
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
+    ERASER_RUNS,
     check_resume,
     loop_settings,
     make_accelerator,
@@ -46,7 +47,6 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
-from diffusers_ext.training.run.shared_file import ERASER_RUNS
 from diffusers_ext.training.run.upload import card_record, check_login
 
 logger = get_logger(__name__)

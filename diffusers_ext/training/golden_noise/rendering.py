@@ -18,7 +18,7 @@ from diffusers_ext.evaluation import rendering
 from diffusers_ext.families.base_source import load_base, read_base_config
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.denoiser import TOOL, denoiser_of
+from diffusers_ext.golden_noise.redenoise import TOOL, denoiser_of
 
 
 def read_prompt_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:

@@ -13,16 +13,15 @@ from pathlib import Path
 from accelerate.logging import get_logger
 
 from diffusers_ext.core.restored_state import quiet_run
-from diffusers_ext.evaluation.golden_noise_subjects import NetworkRefiner
+from diffusers_ext.evaluation.golden_noise_report import NetworkRefiner
 from diffusers_ext.evaluation.rendering import Sampling, Shot, draw_from_noise, latent_shape, to_images, unit_noise
-from diffusers_ext.golden_noise.denoiser import encode_prompts
 from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.golden_noise.settings import GoldenSampleSettings
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
 from diffusers_ext.training.run.script import check_output_dir, one_run_a_folder, run_script, staged_output
 from diffusers_ext.training.run.settings import parse_settings
-from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
-from diffusers_ext.training.run.shared_file import GOLDEN_NOISE_RUNS
+from diffusers_ext.training.run.setup import GOLDEN_NOISE_RUNS, WEIGHT_DTYPES, make_accelerator
 
 logger = get_logger(__name__)
 

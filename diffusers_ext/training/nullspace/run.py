@@ -22,27 +22,25 @@ from peft import LoraConfig
 from PIL import Image
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
-from diffusers_ext.core.noise_schedules import check_min_snr, training_schedule
 from diffusers_ext.core.pictures import find_pictures, read_picture
+from diffusers_ext.core.seeds import check_min_snr, training_schedule
 from diffusers_ext.nullspace.lora import check_lora_config
 from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.prompts import check_prompt_length
 from diffusers_ext.nullspace.settings import NullSpaceSettings
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.training.nullspace.captions import (
+from diffusers_ext.training.nullspace.data import (
     caption_facts,
-    picture_prompts,
-    subject_prompts,
-    tell_of_captions,
-    warn_of_missing_words,
-)
-from diffusers_ext.training.nullspace.pictures import (
     draw_images,
     encode_images,
     list_images,
     own_resolution,
+    picture_prompts,
     sampling_arguments,
+    subject_prompts,
+    tell_of_captions,
+    warn_of_missing_words,
     with_prompts,
 )
 from diffusers_ext.training.nullspace.subject import (
@@ -59,6 +57,7 @@ from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import directions_words, one_run_a_folder, run_script, subject_words
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
+    NULL_SPACE_RUNS,
     WEIGHT_DTYPES,
     check_resume,
     loop_settings,
@@ -69,7 +68,6 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
-from diffusers_ext.training.run.shared_file import NULL_SPACE_RUNS
 from diffusers_ext.training.run.upload import (
     card_record,
     check_login,

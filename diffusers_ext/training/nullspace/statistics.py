@@ -25,11 +25,17 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.nullspace.attention_maps import at_steps, attention_maps, spread_steps
 from diffusers_ext.nullspace.collect import sampled_timesteps
 from diffusers_ext.nullspace.npy_tree import check_room, export_layout, layout_size
 from diffusers_ext.nullspace.npy_tree_pictures import SUMMARY_NAME, draw_layer_attention, plot_covariance_statistics
-from diffusers_ext.nullspace.plots import plot_attention_maps, plot_null_dimensions, plot_spectrum
+from diffusers_ext.nullspace.plots import (
+    at_steps,
+    attention_maps,
+    plot_attention_maps,
+    plot_null_dimensions,
+    plot_spectrum,
+    spread_steps,
+)
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.settings import CollectionSettings
 from diffusers_ext.nullspace.slots import find_linears
@@ -45,8 +51,7 @@ from diffusers_ext.training.run.script import (
     statistics_words,
 )
 from diffusers_ext.training.run.settings import parse_settings
-from diffusers_ext.training.run.setup import WEIGHT_DTYPES, make_accelerator
-from diffusers_ext.training.run.shared_file import NULL_SPACE_RUNS
+from diffusers_ext.training.run.setup import NULL_SPACE_RUNS, WEIGHT_DTYPES, make_accelerator
 from diffusers_ext.training.run.upload import check_login, collection_card, prepare_upload, publish_statistics
 
 logger = get_logger(__name__)

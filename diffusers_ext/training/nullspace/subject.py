@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.noise_schedules import training_schedule
-from diffusers_ext.hub.licence import public_name
+from diffusers_ext.core.seeds import training_schedule
+from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, predicted_drift, save_lora
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.lora_metadata import training_metadata
@@ -23,14 +23,15 @@ from diffusers_ext.nullspace.settings import NullSpaceSettings, read_layers
 from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.nullspace.step import DreamBoothLoss, SoftLoss
-from diffusers_ext.training.nullspace.captions import caption_counts, subject_prompts
-from diffusers_ext.training.nullspace.pictures import (
+from diffusers_ext.training.nullspace.data import (
+    caption_counts,
     encode_condition,
     encode_conditions,
     encode_images,
     list_images,
     make_class_images,
     sampling_arguments,
+    subject_prompts,
 )
 from diffusers_ext.training.run.checkpoints import KeepRule, is_trainable
 from diffusers_ext.training.run.script import ON_THE_WAY, staged_output

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers_ext.core.names import did_you_mean
-from diffusers_ext.core.settings import Settings, setting_names
+from diffusers_ext.core.settings import Settings, did_you_mean, setting_names
 from diffusers_ext.core.text_files import read_yaml
 
 _FROM_THE_WEIGHTS = "nothing: the network's form is read from its file"

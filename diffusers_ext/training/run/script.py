@@ -25,7 +25,7 @@ from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.golden_noise.settings import NoiseSettings, PairSettings
 from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints, remove_checkpoint
-from diffusers_ext.training.run.command_lines import TRACEBACK_FLAG, WRONG_USAGE, error_line, user_errors
+from diffusers_ext.training.run.settings import TRACEBACK_FLAG, WRONG_USAGE, error_line, user_errors
 
 
 def directions_words(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,15 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 
 from diffusers_ext.core.settings import PRECISIONS, ModelSettings, RunSettings, TrainingRunSettings, named_values
+from diffusers_ext.eraser.recipe import EraserSettings
+from diffusers_ext.evaluation.settings import ErasureSettings, ForgettingSettings, GoldenNoiseEvaluationSettings
+from diffusers_ext.golden_noise.settings import (
+    GoldenSampleSettings,
+    PairNetworkSettings,
+    PairSettings,
+    SequenceNetworkSettings,
+)
+from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.run.checkpoint_files import (
     check_no_checkpoints,
     check_same_facts,
@@ -24,6 +33,17 @@ from diffusers_ext.training.run.checkpoint_files import (
 )
 from diffusers_ext.training.run.loop import LoopSettings, check_steps_left
 from diffusers_ext.training.run.script import check_output_dir, clear_output_dir
+
+NULL_SPACE_RUNS = (NullSpaceSettings, CollectionSettings, ForgettingSettings)
+GOLDEN_NOISE_RUNS = (
+    PairSettings,
+    PairNetworkSettings,
+    SequenceNetworkSettings,
+    GoldenSampleSettings,
+    GoldenNoiseEvaluationSettings,
+)
+ERASER_RUNS = (EraserSettings, ErasureSettings)
+
 
 _MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _GRADIENT_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"

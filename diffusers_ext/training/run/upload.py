@@ -14,15 +14,14 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from diffusers_ext.core.pipelines import plain_class_name
 from diffusers_ext.core.settings import RunSettings, Settings, named_values
 from diffusers_ext.hub.card import Card, make_card
-from diffusers_ext.hub.licence import find_licence, named_licence, public_name
+from diffusers_ext.hub.kinds import find_licence, named_licence, public_name
 from diffusers_ext.hub.push import check_card, make_repository, push_folder
 from diffusers_ext.nullspace.card import statistics_card
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME
 from diffusers_ext.nullspace.lora_upload import measured_drift
 from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.training.nullspace.captions import read_captions
-from diffusers_ext.training.nullspace.pictures import list_images
+from diffusers_ext.training.nullspace.data import list_images, read_captions
 
 
 def card_arguments(settings: RunSettings) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext.eraser.losses import T2VUnlearningLoss
-from diffusers_ext.eraser.teacher.teacher import cached_or_predicted, teacher_velocities, velocities
+from diffusers_ext.eraser.teacher.collect import cached_or_predicted, teacher_velocities, velocities
 from tests.eraser.erased_models import KINDS, random_rows
 from tests.eraser.loss_setting import Setting, count_calls
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.networks.blocks import (
+from diffusers_ext.golden_noise.networks.golden_noise_model import (
     AttentionPooling,
     MultiHeadAttention,
     TextReader,

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from diffusers_ext.golden_noise.networks.files import convert_npnet
 from diffusers_ext.golden_noise.networks.npnet import (
     NPNet,
     apply_in_windows,
@@ -9,7 +10,6 @@ from diffusers_ext.golden_noise.networks.npnet import (
     text_windows,
     window_starts,
 )
-from diffusers_ext.golden_noise.networks.npnet_weights import convert_npnet
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from tests.golden_noise.npnet_fixture import (
     SMALL_CONFIG,

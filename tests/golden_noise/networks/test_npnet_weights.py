@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffusers_ext.golden_noise.networks.files import convert_npnet, find_variant, read_checkpoint
 from diffusers_ext.golden_noise.networks.npnet import NPNet
-from diffusers_ext.golden_noise.networks.npnet_weights import convert_npnet, find_variant, read_checkpoint
 from tests.golden_noise.npnet_fixture import nested, official_weights, rules
 
 

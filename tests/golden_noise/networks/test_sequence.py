@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.networks.sequence import gaussian_nll, output_statistics_kl, squared_error
+from diffusers_ext.golden_noise.networks.sequence_transformer import gaussian_nll, output_statistics_kl, squared_error
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from tests.golden_noise.tiny_sequences import NETWORKS, STEPS, TEXT_DIM, random_network, sequence_and_text, untrained
 
