@@ -19,53 +19,57 @@ import torch
 from accelerate.utils import load
 from safetensors.torch import save_file
 
+from diffusers_ext.core.artifacts import file_sha256
 from diffusers_ext.core.settings import with_new_names
 from diffusers_ext.core.tensor_files import read_tensors
 from diffusers_ext.eraser.recipe import EraserTraining
 
+FOLDER_PREFIX, PARTIAL_PREFIX = "checkpoint-", ".partial-checkpoint-"
+REMEDY = "Resume from another checkpoint, or start anew."
+_RUN_FILE = "run.json"
+_LONGEST_VALUE = 120  # characters of a value in an error message
+_PLAIN = (type(None), bool, int, str)
 _DEVICE_STATES = {"cuda": "torch_cuda_manual_seed", "xpu": "torch_xpu_manual_seed"}
 
 
 def is_pickled(folder: Path) -> bool:
-    """Whether a checkpoint is one of an earlier version."""
+    """Whether a checkpoint is one of an earlier version, in which accelerate pickled all but the weights."""
     return (folder / "optimizer.bin").exists()
 
 
-def read_pickled_optimizer(folder: Path, index: int) -> Any:
-    """State of the optimizer of this index."""
-    return _read(folder / (f"optimizer_{index}.bin" if index else "optimizer.bin"))
+def read_part(folder: Path, name: str) -> Any:
+    """The state that a checkpoint of any version holds by this name; raises `ValueError` for a damaged file."""
+    if not is_pickled(folder):
+        return read_state(folder / name)
+    kind, _, index = name.rpartition("_")
+    names = {"scaler": "scaler.pt", "optimizer_0": "optimizer.bin"}
+    endings = {"optimizer": f"{name}.bin", "part": f"custom_checkpoint_{index}.pkl"}
+    return _unpickled(folder / names.get(name, endings.get(kind, f"{name}.pkl")))
 
 
-def read_pickled_part(folder: Path, index: int) -> Any:
-    """State of a schedule, an average or anything else that has one."""
-    return _read(folder / f"custom_checkpoint_{index}.pkl")
-
-
-def read_pickled_scaler(folder: Path) -> Any:
-    """State of the gradient scaler."""
-    return _read(folder / "scaler.pt")
-
-
-def read_pickled_random_states(folder: Path, process_index: int, device: Any) -> dict[str, Any]:
+def read_random_states(folder: Path, process_index: int, device: torch.device) -> dict[str, Any]:
     """Random states of a process as `random_states` gives them, and `step` of the accelerator."""
-    path = folder / f"random_states_{process_index}.pkl"
-    found = _read(path)
+    name = f"random_states_{process_index}"
+    found = read_part(folder, name)
+    if not is_pickled(folder):
+        return found
     try:
-        name, keys, *rest = found["numpy_random_seed"]
+        kind, keys, *rest = found["numpy_random_seed"]
         states = {
             "step": found["step"],
             "python": found["random_state"],
-            "numpy": [name, keys.tolist(), *rest],
+            "numpy": [kind, keys.tolist(), *rest],
             "torch": found["torch_manual_seed"],
         }
         if device.type in _DEVICE_STATES:  # accelerate kept those of all devices
             states[device.type] = found[_DEVICE_STATES[device.type]][device.index or 0]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        path = folder / f"{name}.pkl"
         raise ValueError(f"{path} must hold the random states of a process, got: {error!r}. {REMEDY}") from error
     return states
 
 
-def _read(path: Path) -> Any:
+def _unpickled(path: Path) -> Any:
     """What a file of `torch.save` holds, if that is tensors, arrays and plain containers alone."""
     try:
         return load(path, map_location="cpu", weights_only=True)
@@ -80,19 +84,11 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-REMEDY = "Resume from another checkpoint, or start anew."
-_PLAIN = (type(None), bool, int, str)
-
-
 def write_state(state: Any, path: Path) -> None:
-    """Write nested dictionaries, lists and tuples of numbers, texts and tensors.
+    """Write nested dictionaries, lists and tuples of numbers, texts and tensors; floats come back to the bit.
 
-    Args:
-        state: what a `state_dict` gives. Keys may be numbers; floats come back to the bit.
-        path: without an ending: `<path>.json` holds the structure, `<path>.safetensors` the tensors.
-
-    Raises:
-        TypeError: anything else inside, which only a pickle could hold.
+    `<path>.json` holds the structure, `<path>.safetensors` the tensors. Raises `TypeError` for anything else inside,
+    which only a pickle could hold.
     """
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_encode(state, tensors), allow_nan=False)
@@ -154,11 +150,7 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of all global generators that a process draws from.
-
-    Args:
-        device: of the process. Its generator alone, because other processes have the other ones.
-    """
+    """The states of all global generators of a process: of devices that of its own alone, the others have the rest."""
     name, keys, *rest = np.random.get_state()
     states = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
     if device.type != "cpu":
@@ -167,15 +159,9 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any], device: torch.device, path: Path) -> None:
-    """Make the global generators go on from `random_states`.
+    """Make the global generators go on from `random_states` of the same process; `path` is named in errors.
 
-    Args:
-        states: of the same process.
-        device: of the process.
-        path: named in errors.
-
-    Raises:
-        ValueError: a state is missing or broken: the run would go on with other random numbers.
+    Raises `ValueError` where a state is missing or broken: the run would go on with other random numbers.
     """
     needed = {"python", "numpy", "torch"} | ({device.type} - {"cpu"})
     try:
@@ -198,11 +184,6 @@ def _device_generator(device: torch.device, name: str) -> Any:
     if device.type == "mps":
         return function
     return lambda *state: function(*state, device)
-
-
-FOLDER_PREFIX, PARTIAL_PREFIX = "checkpoint-", ".partial-checkpoint-"
-_RUN_FILE = "run.json"
-_LONGEST_VALUE = 120  # characters of a value in an error message
 
 
 def check_same_facts(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
@@ -245,7 +226,7 @@ def find_checkpoint(output_dir: str | os.PathLike, which: str) -> Path:
                 f"`resume_from_checkpoint` must name a checkpoint, got 'latest' but {output_dir} holds none."
             )
         return _unaltered(found[-1])
-    for folder in (Path(which), Path(output_dir) / which):
+    for folder in (Path(which), Path(output_dir, which)):
         if (folder / _RUN_FILE).is_file():
             return _unaltered(folder)
     raise ValueError(
@@ -318,13 +299,7 @@ def _shortened(value: Any) -> str:
 
 def _hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder but the one that is to hold these sums."""
-    sums = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest = hashlib.sha256()
-        with open(path, "rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-        sums[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    sums = {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     sums.pop(_RUN_FILE, None)
     return sums
 

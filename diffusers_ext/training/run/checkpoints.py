@@ -24,15 +24,11 @@ from diffusers_ext.training.run.checkpoint_files import (
     check_same_facts,
     find_checkpoint,
     finish_checkpoint,
-    is_pickled,
     list_checkpoints,
     random_states,
     read_checkpoint,
-    read_pickled_optimizer,
-    read_pickled_part,
-    read_pickled_random_states,
-    read_pickled_scaler,
-    read_state,
+    read_part,
+    read_random_states,
     remove_checkpoint,
     restore_random_states,
     write_state,
@@ -62,17 +58,14 @@ class Checkpoints:
     """Saves and restores a run below `output_dir` as `checkpoint-<step>` folders.
 
     A folder is written under another name and renamed when complete, so a killed run leaves no half checkpoint. All of
-    it is safetensors and JSON. Models are held as far as `keep` selects; besides them the optimizer, the gradient
-    scaler, what is registered here, and the random states of every process.
+    it is safetensors and JSON. It holds the parameters that `keep` selects of the models that `accelerator` has
+    prepared, their optimizers, the gradient scaler, `parts` and what else is registered, and the random states of
+    every process.
 
     Args:
-        accelerator: the run's accelerator, with all models and optimizers that it has prepared.
-        output_dir: folder of the run.
         fingerprint: JSON-able facts that must be equal for a run to be continued (model, data, seed, settings).
         every: steps between checkpoints; `None` writes none.
         total_limit: how many to keep; `None` keeps all.
-        keep: which parameters a checkpoint holds.
-        parts: whatever else has a state; more of it by `register`.
     """
 
     def __init__(
@@ -89,12 +82,8 @@ class Checkpoints:
             raise ValueError(f"`checkpointing_steps` must be at least 1, got {every}.")
         if total_limit is not None and total_limit < 1:
             raise ValueError(f"`checkpoints_total_limit` must be at least 1, got {total_limit}.")
-        self.accelerator, self.output_dir, self.every, self.total_limit = (
-            accelerator,
-            Path(output_dir),
-            every,
-            total_limit,
-        )
+        self.accelerator, self.output_dir = accelerator, Path(output_dir)
+        self.every, self.total_limit = every, total_limit
         self.fingerprint, self.keep = json.loads(json.dumps(fingerprint, sort_keys=True)), keep
         self._parts: list[Stateful] = list(parts)
 
@@ -125,25 +114,18 @@ class Checkpoints:
 
     def _read(self, folder: Path) -> None:
         """Bring back what `_write` wrote, or accelerate in an earlier version."""
-        accelerator, pickled = self.accelerator, is_pickled(folder)
+        accelerator = self.accelerator
         for index, model in enumerate(accelerator._models):
             self._read_weights(model, folder / f"trained_{index}.safetensors")
         for index, optimizer in enumerate(accelerator._optimizers):
-            found = read_pickled_optimizer(folder, index) if pickled else read_state(folder / f"optimizer_{index}")
-            _load(optimizer, found, folder)
+            _load(optimizer, folder, f"optimizer_{index}")
         if accelerator.scaler is not None:
-            found = read_pickled_scaler(folder) if pickled else read_state(folder / "scaler")
-            _load(accelerator.scaler, found, folder)
+            _load(accelerator.scaler, folder, "scaler")
         for index, part in enumerate(self._parts):
-            found = read_pickled_part(folder, index) if pickled else read_state(folder / f"part_{index}")
-            _load(part, found, folder)
-        path = folder / f"random_states_{accelerator.process_index}"
-        states = (
-            read_pickled_random_states(folder, accelerator.process_index, accelerator.device)
-            if pickled
-            else read_state(path)
-        )
+            _load(part, folder, f"part_{index}")
+        states = read_random_states(folder, accelerator.process_index, accelerator.device)
         accelerator.step = states.pop("step", 0)
+        path = folder / f"random_states_{accelerator.process_index}"
         restore_random_states(states, accelerator.device, path)
 
     def _read_weights(self, model: torch.nn.Module, path: Path) -> None:
@@ -161,7 +143,7 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """Write `checkpoint-<step>`; every process must call it."""
-        folder, partial = (self.output_dir / f"{FOLDER_PREFIX}{step}", self.output_dir / f"{PARTIAL_PREFIX}{step}")
+        folder, partial = (self.output_dir / f"{prefix}{step}" for prefix in (FOLDER_PREFIX, PARTIAL_PREFIX))
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -181,14 +163,10 @@ class Checkpoints:
                 remove_checkpoint(folder)
 
     def resume(self, which: str | None) -> int:
-        """Restore a checkpoint and return its step.
+        """Restore a checkpoint, `"latest"` or a folder, and return its step; `None` starts at step 0.
 
-        Args:
-            which: `None` starts at step 0; `"latest"` the newest checkpoint of `output_dir`; else a folder.
-
-        Raises:
-            ValueError: no such checkpoint, an altered one, one of a run with other settings, or a new run that would
-                mix its checkpoints with those of an earlier one.
+        Raises `ValueError` for no such checkpoint, an altered one, one of a run with other settings, and for a new run
+        that would mix its checkpoints with those of an earlier one.
         """
         if self.accelerator.is_main_process:
             for partial in self.output_dir.glob(f"{PARTIAL_PREFIX}*"):
@@ -205,8 +183,9 @@ class Checkpoints:
         return step
 
 
-def _load(target: Stateful, state: Any, folder: Path) -> None:
-    """`load_state_dict`, with the checkpoint named in the error."""
+def _load(target: Stateful, folder: Path, name: str) -> None:
+    """Read a state back, with the checkpoint named in errors."""
+    state = read_part(folder, name)
     try:
         target.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:

@@ -22,13 +22,8 @@ class StepBatchSampler:
     """Endless batches of dataset indices in which batch `i` is a function of `(seed, i)` alone.
 
     Each epoch is a fresh permutation; a batch may span two epochs, so no sample is dropped and a data set smaller than
-    the batch is repeated. Processes take disjoint slices of one global batch.
-
-    Args:
-        length: number of samples in the data set, positive.
-        batch_size: samples per process and micro-step, positive.
-        seed: seed of the permutations.
-        start: first micro-step to yield (a resumed run passes the number it has done).
+    the batch is repeated. Processes take disjoint slices of one global batch. `batch_size` is that of a process and a
+    micro-step; `start` is the first micro-step to yield (a resumed run passes the number it has done).
     """
 
     def __init__(
@@ -103,16 +98,13 @@ class TrainingLoop:
     """Runs `loss_function` for `settings.max_train_steps` optimizer steps.
 
     Args:
-        accelerator: the run's accelerator, with the same `gradient_accumulation_steps` as `settings`.
         model: the module that trains, not yet prepared; its frozen parts may be anywhere.
-        optimizer: over the parameters that require a gradient.
-        lr_scheduler: stepped once per optimizer step on every process; `None` keeps the rate.
         dataset: map-style data set; samples are collated by `collate_fn` (torch's default when `None`).
         loss_function: `(model, batch, generator) -> {"loss": scalar, ...}`; other entries are logged. All its random
             numbers must come from `generator`, a CPU generator that depends on seed and step alone. (What modules draw
             themselves, as dropout does, comes from the global generators, whose states checkpoints hold.)
+        lr_scheduler: stepped once per optimizer step on every process; `None` keeps the rate.
         checkpoints: where to save and resume; `None` does neither.
-        resume_from_checkpoint: `None`, `"latest"` or a folder.
         ema: averaged copy of the model's parameters, stepped after each optimizer step and saved with checkpoints.
         callbacks: `(every, function)` pairs; `function(step)` runs after each `every`-th step and after the last.
     """
@@ -168,16 +160,15 @@ class TrainingLoop:
             len(self.dataset),
             self.settings.train_batch_size,
             self.settings.seed,
-            start=start_step * self.settings.gradient_accumulation_steps,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
+            start_step * self.settings.gradient_accumulation_steps,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
         )
-        workers = self.settings.dataloader_num_workers
         return DataLoader(
             self.dataset,
             batch_sampler=sampler,
             collate_fn=self.collate_fn,
-            num_workers=workers,
+            num_workers=self.settings.dataloader_num_workers,
             # Without its own it would draw from the global one, whose state has just been restored.
             generator=torch.Generator(),
         )
@@ -202,10 +193,13 @@ class TrainingLoop:
                 micro_step = step * self.settings.gradient_accumulation_steps + accumulated
                 parts.append(self._micro_step(next(batches), micro_step))
             if self.ema is not None:
-                self.ema.step(self.accelerator.unwrap_model(self.model, keep_torch_compile=False).parameters())
+                self.ema.step(self._unwrapped().parameters())
             self._after_step(step + 1, parts, progress)
         self.seconds += time.perf_counter() - self._began
         self.accelerator.wait_for_everyone()
+        return self._unwrapped()
+
+    def _unwrapped(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _micro_step(self, batch: Any, micro_step: int) -> Losses:
