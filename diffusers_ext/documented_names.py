@@ -6,7 +6,9 @@ that asking for it says where it went.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from diffusers_ext.core.settings import did_you_mean
 
 
 class Replacement(NamedTuple):
@@ -115,3 +117,79 @@ def missing_name(module: str, name: str) -> ImportError | AttributeError:
             f"{module!r} has no {name!r} of the design documents. Use {REPLACEMENTS[name].use}.", name=module
         )
     return AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+_FROM_THE_WEIGHTS = "nothing: the network's form is read from its file"
+
+# Flags of the documents' scripts, each with what stands for it.
+DOCUMENTED_FLAGS = {
+    # eraser
+    "--model_path": "--pretrained_model_name_or_path",
+    "--batch_size": "--train_batch_size",
+    "--use_fp16": "--mixed_precision fp16, or bf16",
+    "--use_cpu_offload": "nothing: it trains without the text encoder and keeps the VAE on the CPU; "
+    "--gradient_checkpointing saves more",
+    # golden noise
+    "--npnet_weights_path": "--noise_model",
+    "--evaluation_prompts_file": "--prompt_file",
+    "--metrics": "--reward",
+    "--npnet_model_id": _FROM_THE_WEIGHTS,
+    "--svd_dropout": _FROM_THE_WEIGHTS,
+    "--nt_adapter": _FROM_THE_WEIGHTS,
+    "--nt_finetune": _FROM_THE_WEIGHTS,
+    "--nt_dropout": _FROM_THE_WEIGHTS,
+    "--cross_attention": _FROM_THE_WEIGHTS,
+}
+
+# Keys of the `nullbooth:` block of a YAML file, and the arguments that they give.
+_BLOCK_NAMES = {
+    "original_knowledge_prompts": "knowledge_prompts",
+    "num_denoising_steps": "num_inference_steps",
+    "nullspace_threshold": "nullspace_threshold",
+    "cross_attention_layers": "cross_attention_layers",
+    "visual_attention_map": "visual_attention_map",
+    "collect_features": "features",
+    "enable": "enable",
+}
+
+
+# What the block stands for where statistics are written.
+_TREE = {"export_layout": True, "layout_timesteps": "all", "layout_dir": "."}
+
+
+def read_nullbooth_block(values: dict[str, Any], covariance_dir: str = "statistics") -> dict[str, Any]:
+    """Flat arguments from the values of a file whose `nullbooth:` block has the keys of the original system.
+
+    `covariance_dir` is the argument that `cov_matrices_output_dir` gives: `"statistics"` where they are read,
+    `"output_dir"` where they are written: as the tree of npy files that readers of the original system's files look
+    for, at all timesteps of the run.
+    """
+    values = dict(values)
+    block = values.pop("nullbooth", None) or {}
+    if not isinstance(block, dict):
+        raise ValueError(f"`nullbooth` must be a mapping, got {block!r}.")
+    names = {**_BLOCK_NAMES, "cov_matrices_output_dir": covariance_dir}
+    unknown = sorted(block.keys() - names.keys())
+    if unknown:
+        raise ValueError(
+            f"`nullbooth` must have keys among {sorted(names)}, got {unknown}.{did_you_mean(unknown, names)}"
+        )
+    flat = {names[key]: value for key, value in block.items()}
+    if "features" in flat:
+        flat["features"] = _chosen_features(flat["features"])
+    if block and covariance_dir == "output_dir":
+        values = {**_TREE, **values}
+    # The file's `output_dir` is the trained model's; the statistics have a folder of their own.
+    both = sorted((flat.keys() & values.keys()) - {"output_dir"})
+    if both:
+        raise ValueError(f"`nullbooth` must not repeat what stands outside of it, got {both}.")
+    return {**values, **flat}
+
+
+def _chosen_features(chosen: Any) -> list[str]:
+    wanted = list(chosen.values()) if isinstance(chosen, dict) else []
+    if not any(wanted) or not all(isinstance(value, bool) for value in wanted):
+        raise ValueError(
+            f"`collect_features` must map names like `k_features` to true or false, one at least true, got {chosen!r}."
+        )
+    return [name.removesuffix("_features") for name, wanted in chosen.items() if wanted]

@@ -14,6 +14,7 @@ from diffusers_ext.core.settings import Settings
 from diffusers_ext.training.run.settings import (
     add_settings,
     file_flags,
+    file_reader,
     parse_settings,
     required_names,
     settings_of,
@@ -84,7 +85,7 @@ class Evaluation:
     def _over_file(self, words: Sequence[str]) -> list[str]:
         """The flags that the file of `--config` stands for."""
         parser = settings_parser(self.settings_class)
-        return file_flags(parser, words, self.settings_class, self.read_block, self._runs())
+        return file_flags(parser, words, file_reader(self.settings_class, self.read_block), self._runs())
 
     def _run(self, args: argparse.Namespace) -> Outcome:
         settings: Any = settings_of(args, self.settings_class)

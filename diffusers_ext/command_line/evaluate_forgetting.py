@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ext.command_line.evaluate import Evaluation
 from diffusers_ext.command_line.options import chosen_device, load_base_pipeline, load_features, picture_arguments
+from diffusers_ext.documented_names import read_nullbooth_block
 from diffusers_ext.evaluation.settings import ForgettingSettings
-from diffusers_ext.training.run.config_file import read_nullbooth_block
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -34,7 +34,7 @@ from diffusers_ext.command_line.options import (
 from diffusers_ext.command_line.plan import PLAN_ERASER, PLAN_GOLDEN_NOISE, PLAN_NULLSPACE
 from diffusers_ext.command_line.push import PUSH
 from diffusers_ext.command_line.train import TRAININGS, add_trainings, train
-from diffusers_ext.training.run.settings import OneLineParser, add_overwrite_argument, error_line, user_errors
+from diffusers_ext.training.run.settings import OneLineParser, error_line, user_errors
 
 
 @contextlib.contextmanager
@@ -212,7 +212,11 @@ def _add_command(parent: Any, name: str, command: Command) -> None:
     output.add_argument("--quiet", action="store_true", help="no logs and no progress bars")
     if command.over_file is None:  # settings of runs have these
         if command.output is not None:
-            add_overwrite_argument(output)
+            output.add_argument(
+                "--overwrite_output_dir",
+                action="store_true",
+                help="replace a finished result, which is refused without it; other files stay",
+            )
         output.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.set_defaults(command=command)
 

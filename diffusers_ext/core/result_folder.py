@@ -13,7 +13,7 @@ from typing import Any
 from diffusers_ext.core.artifacts import full_disk_named, write_atomically
 
 RESULT_LIST = ".result.json"
-OVERWRITE_FLAG = "--overwrite_output_dir"  # also of `command_line.argument_parser`, which imports little
+OVERWRITE_FLAG = "--overwrite_output_dir"
 _STAGING = ".partial-output"
 
 

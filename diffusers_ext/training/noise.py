@@ -19,9 +19,8 @@ from diffusers_ext.golden_noise.settings import NoiseSettings, PairNetworkSettin
 from diffusers_ext.training.golden_noise.data import sequence_steps, target_steps
 from diffusers_ext.training.golden_noise.result import measure_pairs, measure_sequences
 from diffusers_ext.training.golden_noise.run import NoiseTask, train_network
-from diffusers_ext.training.run.config_file import read_config
 from diffusers_ext.training.run.script import one_run_a_folder, run_script
-from diffusers_ext.training.run.settings import parse_settings
+from diffusers_ext.training.run.settings import parse_settings, read_config
 from diffusers_ext.training.run.setup import GOLDEN_NOISE_RUNS
 
 SEQUENCE_NETWORKS = ("transformer", "rnn")

@@ -26,7 +26,7 @@ from diffusers_ext.nullspace.lora_files import read_lora_file
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.training.run.checkpoints import Checkpoints
-from diffusers_ext.training.run.config_file import read_config
+from diffusers_ext.training.run.settings import read_config
 from tests.eraser.saved_erasers import saved_eraser
 from tests.eraser.teacher_runs import collect, tiny_teacher
 from tests.golden_noise.golden_pipelines import random_network

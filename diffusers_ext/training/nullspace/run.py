@@ -24,6 +24,7 @@ from PIL import Image
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
 from diffusers_ext.core.pictures import find_pictures, read_picture
 from diffusers_ext.core.seeds import check_min_snr, training_schedule
+from diffusers_ext.documented_names import read_nullbooth_block
 from diffusers_ext.nullspace.lora import check_lora_config
 from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.prompts import check_prompt_length
@@ -51,7 +52,6 @@ from diffusers_ext.training.nullspace.subject import (
     save_result,
 )
 from diffusers_ext.training.run.checkpoints import Checkpoints
-from diffusers_ext.training.run.config_file import read_nullbooth_block
 from diffusers_ext.training.run.knowledge import load_or_collect, load_pipeline, read_knowledge
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import directions_words, one_run_a_folder, run_script, subject_words

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.documented_names import read_nullbooth_block
 from diffusers_ext.nullspace.collect import sampled_timesteps
 from diffusers_ext.nullspace.npy_tree import check_room, export_layout, layout_size
 from diffusers_ext.nullspace.npy_tree_pictures import SUMMARY_NAME, draw_layer_attention, plot_covariance_statistics
@@ -41,7 +42,6 @@ from diffusers_ext.nullspace.settings import CollectionSettings
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
-from diffusers_ext.training.run.config_file import read_nullbooth_block
 from diffusers_ext.training.run.knowledge import collect, decode_in_pipeline_dtype, load_pipeline, read_knowledge
 from diffusers_ext.training.run.script import (
     check_output_dir,
