@@ -41,18 +41,16 @@ _SOURCES = by_name(
         "diffusers_ext.evaluation.rendering": "render_clips",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
         "diffusers_ext.golden_noise": (
-            "GoldenNoiseFluxPipeline GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel "
-            "GoldenNoisePipeline GoldenNoiseSD3Pipeline GoldenNoiseXLPipeline NPNet "
-            "NoiseSequenceRNN NoiseSequenceTransformer PairDataset PairWriter "
-            "TextConditioning encode_prompts load_noise_model open_pairs redenoise "
-            "redenoise_sequence redenoise_text"
+            "GoldenNoiseFluxPipeline GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel GoldenNoisePipeline "
+            "GoldenNoiseSD3Pipeline GoldenNoiseXLPipeline NPNet NoiseSequenceRNN NoiseSequenceTransformer PairDataset "
+            "PairWriter TextConditioning encode_prompts load_noise_model open_pairs redenoise redenoise_sequence "
+            "redenoise_text"
         ),
         "diffusers_ext.nullspace": (
-            "FeatureStatistics NullSpaceDirections NullSpaceDreamBoothPipeline "
-            "NullSpaceDreamBoothXLPipeline NullSpaceProjector ProjectedUpdate "
-            "add_null_space_lora check_loaded_lora collect_statistics debleed_lora "
-            "export_lora null_space_directions predicted_drift preservation_penalty "
-            "preserved_energy push_lora save_lora"
+            "FeatureStatistics NullSpaceDirections NullSpaceDreamBoothPipeline NullSpaceDreamBoothXLPipeline "
+            "NullSpaceProjector ProjectedUpdate add_null_space_lora check_loaded_lora collect_statistics debleed_lora "
+            "export_lora null_space_directions predicted_drift preservation_penalty preserved_energy push_lora "
+            "save_lora"
         ),
         "diffusers_ext.sharing": "push_artifact",
     }

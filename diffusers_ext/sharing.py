@@ -60,7 +60,7 @@ def push_artifact(
         Address of the commit, or of the pull request.
 
     Raises:
-        ValueError: nothing known is there, the files are damaged, or a fact is neither known nor given; or the folder
+        ValueError: nothing known is there, the files are damaged, a fact is neither known nor given, or the folder
             names or links to files outside of it. Nothing has been uploaded then.
     """
     source = Path(source)
@@ -95,9 +95,8 @@ def _recognise(source: Path) -> Callable[..., str]:
     if found not in known:
         inside = f"{sorted(path.name for path in source.iterdir())} in" if source.is_dir() else "only"
         raise ValueError(
-            f"`source` must hold a LoRA, an eraser, a pipeline or one of {sorted(known)}, got "
-            f"{inside} {source}. Give the folder that `save_pretrained` or a training script wrote, "
-            "or the `.safetensors` file of a LoRA."
+            f"`source` must hold a LoRA, an eraser, a pipeline or one of {sorted(known)}, got {inside} {source}. Give "
+            "the folder that `save_pretrained` or a training script wrote, or the `.safetensors` file of a LoRA."
         )
     return known[found]
 
@@ -195,14 +194,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def reported_facts(folder: str | os.PathLike) -> dict[str, Any]:
     """Facts for the card that a training left beside its result; none where there is no report.
 
-    A report is a stranger's words, which count as far as they are about the artifact.
-
-    Args:
-        folder: that is to be uploaded, possibly somebody else's.
-
-    Raises:
-        ValueError: the report holds something that is no fact of a card, such as `private` or `token`, or it names
-            files outside of the folder.
+    A report is a stranger's words, which count as far as they are about the artifact: `private` or `token`, or files
+    outside of the folder, are a `ValueError`.
     """
     path = Path(folder, REPORT_NAME)
     if not path.is_file():

@@ -58,10 +58,7 @@ def run_eraser(args: argparse.Namespace) -> Outcome:
             base_model_name_or_path=args.base_model,
             revision=args.revision,
         )
-    return _written(
-        args.destination, format=args.format, rank=shape.rank, width=shape.width,
-        blocks=len(shape.blocks),
-    )  # fmt: skip
+    return _written(args.destination, format=args.format, rank=shape.rank, width=shape.width, blocks=len(shape.blocks))
 
 
 def add_npnet_arguments(parser: argparse.ArgumentParser) -> None:

@@ -146,9 +146,7 @@ def _measure(
     prompts = [prompt for prompt in statistics.facts["prompts"] if prompt][: args.measure]
     if not prompts:
         raise ValueError("`statistics` must name their prompts with `measure`, got none.")
-    found: dict[str, float] = {
-        "prompts": len(prompts), "num_inference_steps": args.num_inference_steps
-    }  # fmt: skip
+    found: dict[str, float] = {"prompts": len(prompts), "num_inference_steps": args.num_inference_steps}
     for name, tensors in (("before", lora), ("after", projected)):
         pipeline.load_lora_weights(dict(tensors), adapter_name=name)
         try:
@@ -188,8 +186,7 @@ def debleed_verdict(
         covered: modules with a statistic; all of them were projected.
         left: share of its predicted drift that each of them keeps; those without any are left out.
         share: the same over all of them; `None` where none had any.
-        left_out: modules without a statistic, with their component.
-        uncovered: what was done with these.
+        left_out: modules without a statistic, with their component; `uncovered` is what was done with these.
     """
     if not covered:
         told = "Nothing was projected: the statistics cover no module of the LoRA."

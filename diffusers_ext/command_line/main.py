@@ -55,13 +55,7 @@ def hub_in_one_try() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_libraries(quiet: bool) -> Iterator[None]:
-    """Logs and warnings of this package on stderr, and errors alone of the libraries below it.
-
-    Everything comes back as it was.
-
-    Args:
-        quiet: errors alone of this package too, and no progress bars.
-    """
+    """Logs and warnings of this package on stderr, errors alone and no bars with `quiet`; all comes back as it was."""
     logger = logging.getLogger("diffusers_ext")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -232,14 +226,7 @@ def _wrapped(example: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line.
-
-    Args:
-        arguments: without the program's name; the process's own when `None`.
-
-    Returns:
-        The exit code. Errors that are not the user's are raised.
-    """
+    """Run a command line, the process's own when `None`; returns the exit code. Errors of others than users go on."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["train"] and words[1:2] and words[1] in TRAININGS:
         with other_packages_quiet():

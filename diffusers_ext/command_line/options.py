@@ -24,13 +24,7 @@ DONE, FAILED, WRONG_USAGE, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 130  # exit c
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found or did.
-
-    Attributes:
-        facts: for `--json`; JSON-able but for paths.
-        text: for people, without a final line break.
-        code: exit code.
-    """
+    """What a command found or did: facts for `--json`, JSON-able but for paths, and a text for people."""
 
     facts: dict[str, Any]
     text: str
@@ -44,9 +38,7 @@ class Command:
     Attributes:
         name: words after the program's name, e.g. `"convert lora"`.
         summary: one line for the list of commands.
-        description: what it does, for its own help.
         examples: whole command lines without the program's name, at least one.
-        add_arguments: adds its own arguments to a parser.
         run: does it. Imports what it needs when it is called, so that help comes fast.
         output: name of the argument that says where a result goes; `None` where nothing is written.
         result_names: files that tell of a finished result in a folder; empty where `output` is a file.
@@ -66,12 +58,7 @@ class Command:
 
 @contextmanager
 def result_place(args: argparse.Namespace) -> Iterator[None]:
-    """Check and hold the folder, or check the file, that `args.command` writes.
-
-    Raises:
-        ValueError: there is a finished result and no `--overwrite_output_dir`, or another process writes to the
-            folder.
-    """
+    """Hold the folder, or check the file, that `args.command` writes; refuse to replace a finished result unasked."""
     command: Command = args.command
     if command.output is None:
         yield

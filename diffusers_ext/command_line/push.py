@@ -66,11 +66,7 @@ def run_push(args: argparse.Namespace) -> Outcome:
 
 
 def read_facts(entries: list[str]) -> dict[str, Any]:
-    """`{name: value}` of `NAME=VALUE`, the value as JSON if it is any, else as text.
-
-    Raises:
-        ValueError: another form, or a name twice.
-    """
+    """`{name: value}` of `NAME=VALUE`, each name once, the value as JSON if it is any, else as text."""
     facts: dict[str, Any] = {}
     for entry in entries:
         name, equals, text = entry.partition("=")

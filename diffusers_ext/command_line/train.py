@@ -38,15 +38,7 @@ def add_trainings(commands: Any) -> None:
 
 
 def train(name: str, arguments: Sequence[str]) -> int:
-    """Run a training in this process.
-
-    Args:
-        name: a key of `TRAININGS`.
-        arguments: the flags of its script.
-
-    Returns:
-        The exit code. Errors that are not the user's are raised.
-    """
+    """Run a training of `TRAININGS` in this process; returns the exit code. Errors not of the user's are raised."""
     from diffusers_ext.training.run.script import run_script
 
     module = importlib.import_module(TRAININGS[name][1])

@@ -73,14 +73,11 @@ def is_full_disk(error: BaseException) -> bool:
 
 @contextmanager
 def folder_lock(folder: str | os.PathLike, flag: str = "output_dir") -> Iterator[None]:
-    """Hold a folder for this process while the block runs.
+    """Hold a folder, which the command line calls `flag`, for this process while the block runs.
 
-    The lock is the operating system's, on the file `.run.lock` in the folder: it ends with the process, however that
-    ends. A file that is left by a killed one is taken over. The folder is made when absent, and removed with the
-    parents made for it when the block leaves it empty.
-
-    Args:
-        flag: what the folder is called on the command line.
+    The lock is the operating system's, on the file `.run.lock` in the folder: it ends with the process, and the file
+    of a killed one is taken over. A folder that was made for it goes again, with its parents, when the block leaves it
+    empty.
     """
     folder = Path(folder)
     made = _make(folder, flag)
@@ -141,11 +138,10 @@ def sealed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | No
 
 
 def with_sorted_metadata(content: bytes) -> bytes:
-    """The bytes of a safetensors file with its metadata in order of name.
+    """The bytes of a safetensors file with its metadata in order of name; the library's order differs from run to run.
 
-    The library writes more than one entry in an order that differs from run to run. A file is the length of its header
-    in 8 bytes, the header as JSON, padded with spaces, and the tensors (https://github.com/huggingface/safetensors,
-    "Format").
+    A file is the length of its header in 8 bytes, the header as JSON, padded with spaces, and the tensors
+    (https://github.com/huggingface/safetensors, "Format").
     """
     header = json.loads(content[8 : tensors_offset(content)])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -180,9 +176,9 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
 class Artifact:
     """Base of what is saved as `config.json` and safetensors.
 
-    A subclass names its tensor file in `weights_name` and its format in `format_version`, converts itself in
-    `_to_artifact` and `_from_artifact`, and describes itself in `_card`. The config records the SHA-256 of the tensor
-    file and of its own contents, so a truncated or altered folder is refused.
+    A subclass names its tensor file and format, converts itself in `_to_artifact` and `_from_artifact`, and describes
+    itself in `_card`. The config records the SHA-256 of the tensor file and of its own contents, so a truncated or
+    altered folder is refused.
     """
 
     weights_name: ClassVar[str] = "model.safetensors"
@@ -234,18 +230,12 @@ class Artifact:
             self.push_to_hub(repo_id or folder.resolve().name, **hub_arguments)
 
     def push_to_hub(self, repo_id: str, **hub_arguments: Any) -> str:
-        """Upload to a model repository, made when absent, with a model card.
+        """Upload to a model repository, made when absent, with a model card; returns the address of the commit.
 
         Args:
             hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`; and for the
                 card, where the object does not know them, `base_model`, `license`, `trained_on`, `settings`, `results`
-                and the facts of its kind.
-
-        Returns:
-            Address of the commit, or of the pull request.
-
-        Raises:
-            ValueError: a fact that is neither known nor given; nothing has been uploaded then.
+                and the facts of its kind. A missing one is a `ValueError` before anything is uploaded.
         """
         hub, facts = split_arguments(hub_arguments)
         card = self._card(token=hub.get("token"), **facts)
@@ -261,11 +251,7 @@ class Artifact:
         subfolder: str | None = None,
         **download_arguments: Any,
     ) -> ArtifactType:
-        """Load from a folder or from the Hub.
-
-        Args:
-            pretrained_model_name_or_path: a local folder, or `"user/name"`.
-            download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+        """Load from a folder or from the Hub, where `download_arguments` are those of `hf_hub_download`.
 
         Raises:
             ValueError: the folder is incomplete, altered, of another class or of a newer format.
@@ -318,9 +304,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def fingerprint(module: Module, samples: int = 256) -> dict[str, Any]:
-    """Facts that tell one model from another: a hash of names and shapes, and sampled weights.
-
-    Adapters do not count.
+    """Facts that tell one model from another: a hash of names and shapes, and sampled weights; adapters do not count.
 
     Returns:
         `{"architecture": hex, "probe": [float, ...]}`; the probe survives a change of dtype.

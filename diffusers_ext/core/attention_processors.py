@@ -24,9 +24,9 @@ __all__ = ["CaptureAttnProcessor", "ProjectAttnProcessor", "use_processors"]
 class WrappingAttnProcessor:
     """Base of processors that leave the attention itself to the processor in place.
 
-    An instance is a prototype for any number of layers: `use_processors` binds it to each of them. A subclass says in
-    `around` what happens around the attention of one layer. It is a plain object without trained weights, and what is
-    set on the prototype holds for all bound layers at once.
+    An instance is a prototype without trained weights: `use_processors` binds it to any number of layers, and what is
+    set on it holds for all of them at once. A subclass says in `around` what happens around the attention of one
+    layer.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -87,23 +87,18 @@ def _bound_class(inner_class: type) -> type[_BoundAttnProcessor]:
 def use_processors(
     model: torch.nn.Module, processor: WrappingAttnProcessor, targets: str | Sequence[str] = "*"
 ) -> Iterator[list[str]]:
-    """Bind a processor to attention layers of a diffusers model while the context is open.
+    """Bind a processor to the attention layers that glob patterns such as `"*attn2"` name, while the context is open.
 
-    Each layer's own processor goes on computing the attention. On leaving, also after an exception, every layer of the
-    model has the processor object back that it had on entering. Uses may be nested; those of several threads may
-    overlap, and each acts on the calls of its own thread. A backward pass with gradient checkpointing belongs inside
-    the context.
-
-    Args:
-        targets: glob pattern(s) on dotted names of attention layers, such as `"*attn2"`.
+    Each layer's own processor goes on computing the attention, and is back on leaving, also after an exception. Uses
+    may be nested; those of several threads may overlap, and each acts on the calls of its own thread. A backward pass
+    with gradient checkpointing belongs inside the context.
 
     Yields:
         The names of the bound layers, in natural order.
 
     Raises:
         TypeError: `model` or `processor` is of another kind.
-        ValueError: a pattern matches no attention layer, a layer has fused projections, or the layers do not suit the
-            processor.
+        ValueError: a pattern matches nothing, a layer has fused projections, or layers do not suit the processor.
     """
     if not isinstance(model, AttentionMixin):
         raise TypeError(
@@ -123,10 +118,9 @@ def use_processors(
         finally:
             with _LOCK:
                 now = model.attn_processors
-                model.set_attn_processor({
-                    key: _without(processor, scope, originals[key])
-                    for key, processor in now.items()
-                })  # fmt: skip
+                model.set_attn_processor(
+                    {key: _without(processor, scope, originals[key]) for key, processor in now.items()}
+                )
 
 
 def _bind(
@@ -172,12 +166,11 @@ def _without(now: Any, scope: CallScope, original: Any) -> Any:
 
 
 class CaptureAttnProcessor(WrappingAttnProcessor):
-    """Hands what attention layers read to a sink.
+    """Hands what attention layers read to `sink(name, features)`.
 
-    Args:
-        sink: `sink(name, features)` with the layer's dotted name; `features`, usually `(batch, tokens, dim)`, is
-            detached: `encoder_hidden_states` where the layer gets them, else `hidden_states`, as they enter the layer.
-            To read the exact input of a Linear, which may be normalised inside the layer, use `capture`.
+    `features`, usually `(batch, tokens, dim)`, are detached: `encoder_hidden_states` where the layer gets them, else
+    `hidden_states`, as they enter the layer. For the exact input of a Linear, which may be normalised inside the
+    layer, use `capture`.
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -197,18 +190,12 @@ class ProjectAttnProcessor(WrappingAttnProcessor):
 
     For every Linear that `projector` covers the branch of a LoRA sees `(1 - s) x + s x P` in place of `x`, so its
     update `B A` acts as `B A ((1 - s) I + s P)`. The weights stay as they are. Adapters may be loaded, switched and
-    removed while the processor is in use.
+    removed while the processor is in use; a fused LoRA, or one that is not plain, is refused then.
 
     Args:
-        strength: `s` in [0, 1]; 0 is the LoRA as it is, to the bit, 1 is fully projected. It may be set at any time,
-            for all layers at once.
+        strength: `s` in [0, 1]; 0 is the LoRA as it is, to the bit. It may be set at any time, for all layers at once.
         projector: `{dotted name of a Linear: P}`, `P` symmetric `(in_features, in_features)`, the projection onto the
             directions that the preserved inputs do not use.
-
-    Raises:
-        TypeError: `projector` is no mapping.
-        ValueError: a matrix is not square, or `strength` is outside [0, 1]. In use: a LoRA is fused, or an adapter is
-            no plain LoRA.
     """
 
     def __init__(self, strength: float = 1.0, *, projector: Mapping[str, torch.Tensor]) -> None:
@@ -237,9 +224,8 @@ class ProjectAttnProcessor(WrappingAttnProcessor):
         covered = {name: module for layer, attn in layers.items() for name, module in self._covered(layer, attn)}
         if not covered:
             raise ValueError(
-                "`projector` must cover a Linear of the chosen layers, got none of theirs: it "
-                f"covers {next(iter(self.projections), None)!r}, a chosen layer is "
-                f"{next(iter(layers))!r}."
+                "`projector` must cover a Linear of the chosen layers, got none of theirs: it covers "
+                f"{next(iter(self.projections), None)!r}, a chosen layer is {next(iter(layers))!r}."
             )
         for name, module in covered.items():
             if self.projections[name].shape[0] != module.in_features:

@@ -59,17 +59,13 @@ def capture(model: torch.nn.Module, targets: Targets, sink: Sink, *, side: str =
     its own.
 
     Args:
-        targets: glob pattern(s) on dotted names, or `{name: module}`.
-        sink: `sink(name, features)`; `features` is detached, of whatever shape and dtype the module sees, usually
-            `(batch, tokens, dim)`. It is called once per forward call of the module, so twice per layer under gradient
-            checkpointing.
+        targets: glob pattern(s) on dotted names, or `{name: module}`; ones that fused projections bypass are refused.
+        sink: `sink(name, features)`, once per forward call, so twice under gradient checkpointing; `features` is
+            detached, usually `(batch, tokens, dim)`.
         side: `"input"` (the first argument) or `"output"`.
 
     Yields:
         The names of the captured modules, in natural order.
-
-    Raises:
-        ValueError: a pattern matches nothing, or a target is bypassed by fused projections.
     """
     if side not in ("input", "output"):
         raise ValueError(f"`side` must be 'input' or 'output', got {side!r}.")

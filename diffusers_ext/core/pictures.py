@@ -79,10 +79,7 @@ def find_pictures(folder: str | os.PathLike, name: str = "folder") -> FoundFiles
 
 
 def read_pictures(folder: str | os.PathLike, name: str = "folder") -> list[Image.Image]:
-    """All pictures of a folder; how many of how many, and what is passed over, goes into the log.
-
-    Arguments and errors are those of `find_pictures` and `read_picture`.
-    """
+    """All pictures of a folder; how many of how many, and what is passed over, goes into the log."""
     found = find_pictures(folder, name)
     logger.info(found.summary())
     return [read_picture(path) for path in found.paths]
@@ -112,9 +109,8 @@ def why_no_picture(path: Path) -> str | None:
 def read_picture(path: str | os.PathLike) -> Image.Image:
     """A picture file as RGB, turned as its camera was held; the first frame of an animation.
 
-    Raises:
-        ValueError: a file that is empty, damaged, no picture, of a format that no installed package reads, or with
-            more pixels than Pillow takes for safe (`PIL.Image.MAX_IMAGE_PIXELS`).
+    `ValueError` where it is empty, damaged, no picture, of a format that no installed package reads, or has more
+    pixels than Pillow takes for safe (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     path = Path(path)
     if path.is_file() and path.stat().st_size == 0:

@@ -1,8 +1,7 @@
 """Pipelines of diffusers and those with a component more: how they are made, handed over and known again.
 
-diffusers reads the components of a pipeline from the signature of its constructor; `AutoPipelineForText2Image` and its
-siblings look a pipeline up by its class, and `from_pipe` of any class leaves behind what that class does not take,
-without a word.
+diffusers reads the components of a pipeline from the signature of its constructor, its AutoPipelines look one up by
+its class, and `from_pipe` leaves behind what a class does not take, without a word.
 """
 
 from __future__ import annotations
@@ -30,13 +29,10 @@ def plain_class(pipeline_class: type) -> type:
 
 
 def add_component(pipeline_class: type, name: str, kind: Any) -> None:
-    """Let the constructor take an optional component `name`, the last of them, for `set_<name>`.
+    """Let the constructor take an optional component `name` of class `kind`, the last of them, for `set_<name>`.
 
     All else it takes is as in the pipeline of diffusers that `pipeline_class` extends, where optional components may
-    be left out.
-
-    Args:
-        kind: its class, or a union of all classes that `from_pipe` may hand over.
+    be left out. `kind` may be a union: of all classes that `from_pipe` may hand over.
     """
     plain = plain_class(pipeline_class)
     pipeline_class._optional_components = [*plain._optional_components, name]
@@ -126,10 +122,7 @@ def denoiser_of(pipeline: Any) -> torch.nn.Module:
 def model_fingerprints(pipeline: Any, names: Iterable[str]) -> dict[str, Any]:
     """Fingerprints of a pipeline's models; `"denoiser"` is its UNet or transformer.
 
-    A model that the pipeline was loaded without is left out.
-
-    Raises:
-        ValueError: pipelines of this class have no such model.
+    A model that it was loaded without is left out; one that its class does not have is a `ValueError`.
     """
     found = {}
     for name in names:

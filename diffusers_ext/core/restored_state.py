@@ -77,14 +77,11 @@ class _Holding:
 def held_attribute(
     owner: object, name: str, value: Any, write: Callable[[object, str, Any], None] = setattr
 ) -> Iterator[None]:
-    """Give an attribute a value while the context is open.
+    """Give an attribute a value while the context is open, by `write(owner, name, value)`.
 
     Contexts on the same attribute are counted: whatever the order in which they close, also in other threads and after
     an exception, the attribute has the latest value that is still held, and after the last one that which it had
     before the first. An attribute that was not there goes again.
-
-    Args:
-        write: called as `write(owner, name, value)` in the place of `setattr`.
     """
     key, mine = (id(owner), name), object()
     with _LOCK:
@@ -110,10 +107,7 @@ def held_attribute(
 
 @contextmanager
 def module_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
-    """Modules and all their parts in eval mode; each part's own mode comes back.
-
-    With several threads it is back once the last of them is done.
-    """
+    """Modules and all their parts in eval mode; each part's own is back once the last thread is done."""
     parts = dict.fromkeys(part for module in modules for part in module.modules())
     with ExitStack() as restore:
         for part in parts:

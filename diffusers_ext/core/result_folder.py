@@ -46,15 +46,12 @@ def check_no_file(path: str | os.PathLike, overwrite: bool, *, flag: str = "outp
 def staged_output(
     output_dir: str | os.PathLike, last: Sequence[str] = (), beside: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """A hidden folder whose files move to `output_dir` when the block ends without an exception.
+    """A hidden folder whose files move to `output_dir` when the block ends; after an exception nothing of it is left.
 
-    After an exception nothing of it is left, nor is `output_dir` where it did not exist before. The files of the
-    result are listed in `.result.json`; those of an earlier list that the new result lacks are removed, so old and new
-    are never mixed. What nobody listed stays.
+    The files of the result are listed in `.result.json`; those of an earlier list that the new result lacks are
+    removed, so old and new are never mixed. What nobody listed stays.
 
     Args:
-        output_dir: the folder of the results; older files of the same names are replaced, and a folder that is not
-            there yet appears with all that is in it.
         last: names of files without which the results do not load. They are withdrawn before the others move and come
             last, so old and new are never taken for one result.
         beside: patterns of files that the run has written to `output_dir` itself.

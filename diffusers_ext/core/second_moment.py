@@ -12,10 +12,9 @@ from diffusers_ext.core.restored_state import held_attribute
 
 @contextmanager
 def exact_float32_matmul(device_type: str) -> Iterator[None]:
-    """Products of float32 matrices in full float32, also under autocast.
+    """Products of float32 matrices in full float32, also under autocast: TF32 or bfloat16 would leave three digits.
 
-    TF32 or bfloat16 would leave three digits of a Gram matrix. The precision is one of the whole process: it is back
-    once the last of all threads is done.
+    The precision is one of the whole process: it is back once the last of all threads is done.
     """
     with ExitStack() as stack:
         for setting in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
@@ -39,14 +38,12 @@ def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Te
 
 
 class SecondMoment:
-    """The uncentred second moment of a stream of vectors.
+    """The uncentred second moment of a stream of vectors, `C = (1/n) sum_i x_i x_i^T` over all vectors seen.
 
-    `C = (1/n) sum_i x_i x_i^T` over all vectors seen. It is uncentred because `D x = 0` on the preserved inputs is
-    what keeps `(W + D) x = W x`; a centred form would let `D mean` through. Totals are sums, so parts of a stream can
-    be merged and reduced over processes in any order.
+    It is uncentred because `D x = 0` on the preserved inputs is what keeps `(W + D) x = W x`; a centred form would let
+    `D mean` through. Totals are sums, so parts of a stream can be merged and reduced over processes in any order.
 
     Args:
-        device: where the total lives.
         compute_dtype: dtype of one update's Gram matrix; the running total is float64 always.
 
     Attributes:
@@ -132,13 +129,8 @@ class SecondMoment:
 class LowRankMoment:
     """A second moment kept as its leading eigenvectors and an even spread of the rest.
 
-    `C ~ U diag(values) U^T + rest (I - U U^T)`. The trace is kept, and a direction outside `U` never looks emptier
-    than the average of what was dropped.
-
-    Args:
-        vectors: `(dim, k)`, orthonormal columns.
-        values: `(k,)` eigenvalues of `C`.
-        rest: energy per direction outside `vectors`.
+    `C ~ U diag(values) U^T + rest (I - U U^T)`, `U` `(dim, k)` the orthonormal `vectors`. The trace is kept, and a
+    direction outside `U` never looks emptier than the average of what was dropped: `rest`, energy per direction.
     """
 
     def __init__(self, vectors: torch.Tensor, values: torch.Tensor, rest: float, count: int) -> None:

@@ -37,9 +37,8 @@ def training_schedule(scheduler: Any) -> DDPMScheduler:
     # Schedulers that divide by a level of zero write a tiny number in its place.
     if levels.shape != own.shape or not torch.allclose(levels, own, atol=1e-6, rtol=1e-4):
         raise ValueError(
-            "`scheduler` must have the noise levels that its configuration names, got a "
-            f"{type(scheduler).__name__} with others. Put a DDPMScheduler of the model's own "
-            "configuration there."
+            f"`scheduler` must have the noise levels that its configuration names, got a {type(scheduler).__name__} "
+            "with others. Put a DDPMScheduler of the model's own configuration there."
         )
     return schedule
 

@@ -19,16 +19,7 @@ def by_name(modules: Mapping[str, str]) -> dict[str, str]:
 
 
 def imported_name(package: str, sources: Mapping[str, str], name: str) -> Any:
-    """What the `__getattr__` of a package returns; the package keeps it.
-
-    Args:
-        package: its `__name__`.
-        sources: `{name: module}`.
-        name: one of these.
-
-    Raises:
-        AttributeError: another name.
-    """
+    """What the `__getattr__` of a package returns for a name of `sources` `{name: module}`; the package keeps it."""
     if name not in sources:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     found = getattr(import_module(sources[name]), name)
@@ -48,8 +39,7 @@ def did_you_mean(given: str | Iterable[str], known: Iterable[str]) -> str:
 def check_keywords(arguments: Iterable[str], known: Iterable[str], function: str, takes: str | None = None) -> None:
     """Raise `TypeError`, as Python does, for a keyword that would be passed over in silence.
 
-    Args:
-        takes: a clause with the most useful of the known names, such as `"it takes rank"`.
+    `takes` is a clause with the most useful of the known names, such as `"it takes rank"`.
     """
     known = list(known)
     for name in arguments:
@@ -88,10 +78,8 @@ class Declaration:
     Attributes:
         help: what a value does, or which one is taken without it.
         rule: for values that are given.
-        choices: all values that there are.
         aliases: other spellings of the flag alone.
-        old_names: names that earlier versions had for it: on the command line, in YAML files and in what runs have
-            saved.
+        old_names: of earlier versions: on the command line, in YAML files and in what runs have saved.
         flag: its name on the command line where that is not the field's.
         repeated: a list whose items have a flag each, in place of one flag with all items.
         several: one flag with several words, for a type that does not say so.
@@ -145,11 +133,7 @@ def flag_name(of: Field) -> str:
 
 @dataclass(kw_only=True)
 class Settings:
-    """Base of all settings: `title` is that of the group on the command line; values are checked.
-
-    Raises:
-        ValueError: a value that breaks its rule, or values that contradict each other.
-    """
+    """Base of all settings: `title` is that of the group on the command line; values are checked."""
 
     title: ClassVar[str | None] = None
 
@@ -189,11 +173,7 @@ def named_values(settings: Settings) -> dict[str, Any]:
 
 
 def with_new_names(values: dict[str, Any], settings_class: type[Settings]) -> dict[str, Any]:
-    """Values of a file with the names that settings have today.
-
-    Raises:
-        ValueError: a setting stands there by its old name and its new one.
-    """
+    """Values of a file with the names that settings have today; `ValueError` for one beside its old name."""
     values = dict(values)
     for one in fields(settings_class):
         name = flag_name(one)
@@ -257,17 +237,15 @@ class TrainingSettings(Settings, title="training"):
     learning_rate: float | None = setting(None, "step size of AdamW; the script has its own without it", rule=POSITIVE)
     scale_lr: bool = setting(False, "multiply the learning rate by processes, batch size and accumulated batches")
     lr_scheduler: str | None = setting("constant", "name of a diffusers schedule of the rate")
-    lr_warmup_steps: int = setting(0, "steps in which the rate rises to its full value",
-                                   rule=NOT_NEGATIVE)  # fmt: skip
+    lr_warmup_steps: int = setting(0, "steps in which the rate rises to its full value", rule=NOT_NEGATIVE)
     adam_beta1: float = setting(0.9, "momentum: the nearer to 1, the longer past gradients count", rule=BELOW_ONE)
     adam_beta2: float = setting(0.999, "the nearer to 1, the longer past squared gradients count", rule=BELOW_ONE)
     adam_weight_decay: float | None = setting(
         0.0, "share of the rate by which a step shrinks trained weights", rule=NOT_NEGATIVE
     )
     adam_epsilon: float = setting(
-        1e-8, "added to the divisor of a step; larger ones damp steps of tiny gradients",
-        rule=NOT_NEGATIVE,
-    )  # fmt: skip
+        1e-8, "added to the divisor of a step; larger ones damp steps of tiny gradients", rule=NOT_NEGATIVE
+    )
     max_grad_norm: float = setting(
         1.0,
         "gradients are scaled down to this norm where theirs is larger",

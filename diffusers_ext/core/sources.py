@@ -77,10 +77,9 @@ class _OneTryClient(httpx.Client):
 
 @contextmanager
 def one_try_to_connect() -> Iterator[None]:
-    """While it lasts, the Hub is given up when the first connection fails, within seconds.
+    """While it lasts, the Hub is given up when the first connection fails, within seconds; the cache is still read.
 
-    What has been downloaded before is still found in the cache. It is of the whole process, for command lines; the
-    library itself leaves the Hub's client as its user has set it.
+    It is of the whole process, for command lines; the library itself leaves the Hub's client as its user has set it.
     """
     contact = _Contact()
     huggingface_hub.set_client_factory(lambda: _OneTryClient(contact))
@@ -121,8 +120,8 @@ _FILES = ("run.json", "trained_0.safetensors")
 def refuse_checkpoint(source: str | os.PathLike) -> None:
     """Raise `ValueError` for a checkpoint, a file of one, or a folder of nothing but checkpoints.
 
-    Whoever loads results from folders asks this first. A checkpoint holds the state that a training goes on from: some
-    weights under the names of the model that trains, and nothing to load them by.
+    A checkpoint holds the state that a training goes on from: some weights under the names of the model that trains,
+    and nothing to load them by.
     """
     path = Path(source)
     for folder in (path, path.parent) if path.is_file() else (path,):
@@ -173,17 +172,10 @@ def check_download_arguments(arguments: Mapping[str, Any], function: str) -> Non
 def files_on_hub(
     source: str | os.PathLike, kind: str, *, no_file: str, no_folder: str | None = None, argument: str = _ARGUMENT
 ) -> Iterator[None]:
-    """Say in the user's words what a download lacks; no repository or revision stays the Hub's error.
+    """Say in the user's words what a download of `kind` lacks; no repository or revision stays the Hub's error.
 
-    Args:
-        source: what the user's `argument` holds.
-        kind: what is looked for, as in "a folder or Hub name of `kind`".
-        no_file, no_folder: the messages for a file that the repository lacks, and for what cannot be a repository's
-            name.
-
-    Raises:
-        ValueError: with one of these messages.
-        LocalEntryNotFoundError: the Hub cannot be asked.
+    `ValueError` with `no_file` where the repository lacks a file, with `no_folder` for what cannot be a repository's
+    name; `LocalEntryNotFoundError` where the Hub cannot be asked.
     """
     try:
         yield
@@ -199,11 +191,7 @@ def files_on_hub(
 def hub_names(
     argument: str, source: str | os.PathLike, kind: str, *, revision: str | None = None, local_files_only: bool = False
 ) -> Iterator[None]:
-    """As `files_on_hub`, and `ValueError` for a repository or revision that is not there, too.
-
-    Args:
-        revision, local_files_only: as the download was asked for.
-    """
+    """As `files_on_hub`, and `ValueError` for a repository or revision that is not there, too."""
     wanted = f"`{argument}` must be a folder or Hub name of {kind}, got {source}"
     no_file = f"{wanted}: there is no {CONFIG_NAME} in it."
     no_folder = f"{wanted}: no such folder."
@@ -227,11 +215,7 @@ def hub_names(
 def artifact_file(
     source: str | os.PathLike, name: str, subfolder: str | None, download_arguments: Mapping[str, Any]
 ) -> Path:
-    """Path of one file of an artifact, downloaded where `source` is no folder.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """Path of one file of an artifact, downloaded where `source` is no folder; `ValueError` where there is none."""
     if Path(source).is_dir():
         folder = Path(source, subfolder or "")
         refuse_checkpoint(folder)
@@ -247,14 +231,9 @@ def artifact_file(
 
 
 def lora_file(source: str, weight_name: str | None = None) -> Path:
-    """The file of a LoRA that a command line names, downloaded where it is neither file nor folder.
+    """The file of a LoRA that a command line names by file, folder or `"user/name"`; `ValueError` where there is none.
 
-    Args:
-        source: a file, a folder, or `"user/name"`.
-        weight_name: of the file in the folder or repository; diffusers' own name when `None`.
-
-    Raises:
-        ValueError: no such file.
+    `weight_name` is that of the file in the folder or repository; diffusers' own name when `None`.
     """
     refuse_checkpoint(source)
     name = weight_name or LORA_WEIGHT_NAME

@@ -1,8 +1,7 @@
 """Tensors and configs in files of strangers: whole, finite, unaltered, and read without running code.
 
-The safetensors library refuses a header that does not fit its file (offsets, shapes, dtypes); here stands what it
-leaves open: what kind of file it is, which tensors must be there, that they hold numbers, and whether file or config
-are as they were written. Every error names the file.
+The safetensors library refuses a header that does not fit its file; here stands what it leaves open: what kind of file
+it is, which tensors must be there, that they hold numbers, and whether file or config are as they were written.
 """
 
 from __future__ import annotations
@@ -107,15 +106,12 @@ def read_tensors(
     finite: bool = True,
     remedy: str = REMEDY,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file and its metadata.
+    """All tensors of a safetensors file, on the CPU, and its metadata.
 
     Args:
         expected: all names that must be there and no others, each with its shape, or with a tensor (also on `meta`)
             whose shape and dtype it must have; any names when `None`.
         dtypes: those that tensors may have, such as `FLOATING`; any when `None`.
-
-    Returns:
-        The tensors on the CPU, and the metadata, empty where there is none.
 
     Raises:
         ValueError: not a whole safetensors file, other tensors than expected, numbers that are none, or contents of
@@ -196,11 +192,7 @@ def check_finite(tensor: torch.Tensor, name: str, path: str | os.PathLike, remed
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of tensors, and of the metadata beside them.
-
-    It goes into the metadata as `DIGEST_KEY`, which counts itself out. In which order a file keeps them does not
-    matter.
-    """
+    """SHA-256 of names, dtypes, shapes and bytes of tensors in any order, and of the metadata without `DIGEST_KEY`."""
     kept = {name: value for name, value in (metadata or {}).items() if name != DIGEST_KEY}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -225,9 +217,8 @@ def check_digest(
         return  # of another program, or of before there were digests
     if tensors_digest(tensors, metadata) != metadata[DIGEST_KEY]:
         raise ValueError(
-            f"{path} must have the contents that it was written with, got others: the digest in its "
-            f"metadata does not fit. {remedy} If a program changed it on purpose, have it leave out "
-            f"{DIGEST_KEY!r} of the metadata."
+            f"{path} must have the contents that it was written with, got others: the digest in its metadata does not "
+            f"fit. {remedy} If a program changed it on purpose, have it leave out {DIGEST_KEY!r} of the metadata."
         )
 
 
@@ -238,11 +229,7 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 def read_pickled_tensors(
     path: str | os.PathLike, *, mmap: bool = False, finite: bool = True, remedy: str = REMEDY
 ) -> Any:
-    """What a file of `torch.save` holds, on the CPU.
-
-    Args:
-        mmap: map it into memory instead of reading it; only of the newer format, a zip file.
-    """
+    """What a file of `torch.save` holds, on the CPU; `mmap` is of the newer format alone, a zip file."""
     path = check_regular_file(path, remedy)
     _check_zip(path, remedy)
     try:
@@ -293,9 +280,8 @@ def _check_tree(tree: Any, path: Path, finite: bool, remedy: str) -> None:
         total += tensor.numel() * tensor.element_size()
         if total > 4 * path.stat().st_size:
             raise ValueError(
-                f"{path} must hold its tensors as they are, got {name!r} of shape "
-                f"{tuple(tensor.shape)}, more than the file of {path.stat().st_size} bytes holds. "
-                f"{remedy}"
+                f"{path} must hold its tensors as they are, got {name!r} of shape {tuple(tensor.shape)}, more than "
+                f"the file of {path.stat().st_size} bytes holds. {remedy}"
             )
         if finite:
             check_finite(tensor, name, path, remedy)

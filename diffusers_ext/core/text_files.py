@@ -74,11 +74,9 @@ def decode(content: bytes, where: str | os.PathLike) -> str:
 
 
 def read_json(path: str | os.PathLike, expect: type | None = dict, *, allow_nan: bool = False) -> Any:
-    """What a JSON file holds.
+    """What a JSON file holds: a `dict` or `list` as `expect` says, anything when `None`.
 
-    Args:
-        expect: `dict` or `list`, which it must hold; anything when `None`.
-        allow_nan: take `NaN` and `Infinity`, which are no JSON, too.
+    `allow_nan` takes `NaN` and `Infinity`, which are no JSON, too.
     """
     return parse_json(read_bytes(path, MAX_JSON_BYTES), path, expect, allow_nan=allow_nan)
 

@@ -23,12 +23,9 @@ Row = tuple[str, dict[str, Any]]
 def read_prompt_texts(
     path: str | os.PathLike, column: str = "prompt", *, argument: str, comments: bool = False
 ) -> list[str]:
-    """The prompts of a file, outer blanks taken off and every line break made a space.
+    """The prompts of a text file, one a line, or of a table; outer blanks taken off and every line break made a space.
 
     There are no missing values: `None`, `NA` and `null` are prompts. Empty ones are passed over.
-
-    Args:
-        path: text, one prompt a line, or a table by its ending: `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`.
     """
     check_prompt_file(path, argument)
     if is_table(path):
@@ -51,11 +48,7 @@ class GroupedPrompts(NamedTuple):
 
 
 def read_grouped_prompts(path: str | os.PathLike, argument: str) -> GroupedPrompts:
-    """The prompts of a table by their groups, with the seeds of those that have one.
-
-    Args:
-        path: with the columns `prompt` and `group`, and maybe `seed`; others are passed over.
-    """
+    """The prompts of a table with the columns `prompt` and `group`, and maybe `seed`; others are passed over."""
     check_prompt_file(path, argument, TABLE_SUFFIXES)
     found = GroupedPrompts({}, {})
     for number, (_, row) in enumerate(read_rows(path, ["prompt", "group"], ["seed"]), start=1):
@@ -104,15 +97,10 @@ def read_text_lines(path: str | os.PathLike) -> list[str]:
 
 
 def read_rows(path: str | os.PathLike, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of a table, from all of which the columns are texts.
+    """The rows of a table, each with where it stands; all its columns are texts, and others are passed over.
 
-    A whole number is the text of its digits, as in CSV, and nothing (`null`) the empty one.
-
-    Args:
-        optional: that it may have; `""` in all rows where it has not.
-
-    Yields:
-        Where the row stands, and its texts by column; others are passed over.
+    A whole number is the text of its digits, as in CSV, and nothing (`null`) the empty one. An `optional` column is
+    `""` where the table has none.
     """
     for where, row in _READERS[Path(path).suffix.lower()](Path(path), columns):
         missing = [name for name in columns if name not in row]

@@ -124,12 +124,7 @@ def artifact_card(
         settings: how it was made: names and numbers or words; empty leaves the table out.
         results: what was measured; empty says that nothing was.
         widget: prompts with the picture or clip of each, a file of the repository; may be empty.
-        subfolder: of the repository, where the artifact is not in its root.
         facts: the kind's own, all of `KINDS[kind].facts`.
-
-    Raises:
-        ValueError: a fact is missing, unknown or empty.
-        TypeError: an argument is missing or of a wrong type.
     """
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {list(KINDS)}, got {kind!r}.")
@@ -189,18 +184,12 @@ def make_card(
     """A card but for the name of its repository, as `push_folder` takes it.
 
     Args:
-        kind: one of `KINDS`.
         base_model: Hub name or folder of the model that the artifact is for; of a folder the card names only the last
             part.
         license: as of the base model when `None`.
-        trained_on: what it was trained on or made from, in words.
-        settings: those that matter for what came out.
         widget: (prompt, file of the folder to upload) of pictures or clips to show.
         token: to read the base model's card.
-        facts: those of the kind; `None` stands for a fact that is not known.
-
-    Raises:
-        ValueError: a fact is not known or no fact of this kind, or no licence is found.
+        facts: those of the kind; `None` stands for a fact that is not known, which is a `ValueError`.
     """
     known = {"base_model": base_model, "trained_on": trained_on, **facts}
     missing = sorted(name for name, value in known.items() if value is None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -30,9 +29,6 @@ class Licence:
         license: identifier of the Hub's list, as `"apache-2.0"`; `"other"` for any further one.
         license_name: identifier of a licence that is not on the list.
         license_link: its address, or a file of the repository.
-
-    Raises:
-        ValueError: no licence, or another one without its name.
     """
 
     license: str
@@ -57,11 +53,7 @@ class Licence:
 
 
 def public_name(source: str | os.PathLike) -> str:
-    """A name on the Hub; of a folder the last part, as its path means nothing to others.
-
-    Args:
-        source: Hub name, or folder; one in the cache of the Hub has the name of its repository.
-    """
+    """A name on the Hub; of a folder its last part or its repository in the cache, as paths mean nothing to others."""
     path = Path(source)
     cached = next((part for part in path.parts if part.startswith(CACHED_FOLDERS)), None)
     if cached is not None:
@@ -71,11 +63,7 @@ def public_name(source: str | os.PathLike) -> str:
 
 
 def named_licence(license: str | None, license_name: str | None, license_link: str | None) -> str | Licence | None:
-    """A licence as a command line tells it, in three flags; `None` leaves it to the base model's card.
-
-    Raises:
-        ValueError: `"other"` without a name, or a name or address without a licence.
-    """
+    """A licence as a command line tells it, in three flags; `None` leaves it to the base model's card."""
     if license is None and (license_name or license_link):
         raise ValueError(
             f"`license` must be given with `license_name` {license_name!r} and `license_link` "
@@ -87,15 +75,9 @@ def named_licence(license: str | None, license_name: str | None, license_link: s
 def find_licence(
     base: str | os.PathLike, licence: str | Licence | None = None, *, token: str | None = None
 ) -> Licence:
-    """The licence of what is derived from a base model: the one given, else the base model's own.
+    """The licence of what is derived from a base model: the one given, else that of the base model's card.
 
-    Args:
-        base: Hub name or folder of the base model, whose card is read when nothing is given.
-        licence: a licence, or one of the Hub's names for it, such as `"apache-2.0"`.
-        token: to read the card of a private or gated model.
-
-    Raises:
-        ValueError: none is given and the base model's card names none.
+    `ValueError` where neither names one; `token` is to read the card of a private or gated model.
     """
     if isinstance(licence, Licence):
         return licence
@@ -144,48 +126,6 @@ _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     )
     for name in names.split()
 }
-# key -> (authors, title, year, arXiv number)
-PAPERS: dict[str, tuple[str, str, int, str]] = {
-    "dreambooth": (
-        "Ruiz, Nataniel and Li, Yuanzhen and Jampani, Varun and Pritch, Yael and Rubinstein, "
-        "Michael and Aberman, Kfir",
-        "{DreamBooth}: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
-        2022,
-        "2208.12242",
-    ),
-    "alphaedit": (
-        "Fang, Junfeng and Jiang, Houcheng and Wang, Kun and Ma, Yunshan and Shi, Jie and "
-        "Wang, Xiang and He, Xiangnan and Chua, Tat-Seng",
-        "{AlphaEdit}: Null-Space Constrained Knowledge Editing for Language Models",
-        2024,
-        "2410.02355",
-    ),
-    "inflora": (
-        "Liang, Yan-Shuo and Li, Wu-Jun",
-        "{InfLoRA}: Interference-Free Low-Rank Adaptation for Continual Learning",
-        2024,
-        "2404.00228",
-    ),
-    "golden_noise": (
-        "Zhou, Zikai and Shao, Shitong and Bai, Lichen and Zhang, Shufei and Xu, Zhiqiang and Han, Bo and Xie, Zeke",
-        "Golden Noise for Diffusion Models: A Learning Framework",
-        2024,
-        "2411.09502",
-    ),
-    "t2vunlearning": (
-        "Ye, Xiaoyu and Cheng, Songjie and Wang, Yongtao and Xiong, Yajiao and Li, Yishen",
-        "{T2VUnlearning}: A Concept Erasing Method for Text-to-Video Diffusion Models",
-        2025,
-        "2505.17550",
-    ),
-    "receler": (
-        "Huang, Chi-Pin and Chang, Kai-Po and Tsai, Chung-Ting and Lai, Yung-Hsuan and "
-        "Yang, Fu-En and Wang, Yu-Chiang Frank",
-        "{Receler}: Reliable Concept Erasing of Text-to-Image Diffusion Models via Lightweight Erasers",
-        2023,
-        "2311.17717",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -195,13 +135,8 @@ class Measured:
     Args:
         dataset: what it was measured on, in words.
         metric: what was measured, in words.
-        value: the figure.
         name: of the row, where one metric has several on one data set; the metric's by default.
         notes: seeds, interval and the like, for the table.
-
-    Raises:
-        ValueError: a data set or metric without letters, or a value that is not finite.
-        TypeError: a value that is no number.
     """
 
     dataset: str
@@ -232,7 +167,7 @@ class Kind:
     Attributes:
         tags: of the header.
         facts: what a card of this kind must be given besides what every card needs.
-        papers: keys of `PAPERS`.
+        papers: keys of entries in `papers.bib`.
         may_be_empty: those of `facts` that may be `None` or empty words.
         pipeline_tag: the Hub's task; `None` for what is no model.
         library_name: the library whose loaders read it.
@@ -272,9 +207,7 @@ KINDS: dict[str, Kind] = {
     **{
         network: Kind(
             tags=("diffusers", "diffusers-training", "golden-noise", network.replace("_", "-")),
-            facts=(
-                "network", "pipeline", "parameters", "latent_shape", "any_size", "text_embed_dim",
-            ),
+            facts=("network", "pipeline", "parameters", "latent_shape", "any_size", "text_embed_dim"),
             papers=("golden_noise",),
         )
         for network in _NETWORKS
@@ -287,9 +220,7 @@ KINDS: dict[str, Kind] = {
     ),
     "eraser": Kind(
         tags=("diffusers", "diffusers-training", "peft", "concept-erasure", "eraser", "cogvideox"),
-        facts=(
-            "concept", "anchor_concept", "preserved_concepts", "pipeline", "rank", "parameters",
-        ),
+        facts=("concept", "anchor_concept", "preserved_concepts", "pipeline", "rank", "parameters"),
         papers=("t2vunlearning", "receler"),
         may_be_empty=("anchor_concept",),
         pipeline_tag="text-to-video",
@@ -304,7 +235,7 @@ KINDS: dict[str, Kind] = {
         relation=None,
         repo_type="dataset",
     ),
-}  # fmt: skip
+}
 
 
 def check_common(repo_id: str, base: str, licence: Licence, trained_on: str, version: str) -> None:
@@ -363,19 +294,9 @@ def _check_value(name: str, value: Any) -> None:
         raise ValueError(f"`directions` must be one of {_DIRECTIONS}, got {value!r}.")
 
 
-def bibtex(papers: tuple[str, ...], version: str) -> str:
-    """Entries for some keys of `PAPERS`, then one for this package."""
-    entries = []
-    for key in papers:
-        authors, title, year, number = PAPERS[key]
-        wrapped = "\n    ".join(textwrap.wrap(authors, 80))
-        entries.append(
-            f"@article{{{key},\n  author = {{{wrapped}}},\n  title = {{{title}}},\n"
-            f"  journal = {{arXiv:{number}}},\n  year = {{{year}}}\n}}"
-        )
-    entries.append(
-        "@software{diffusers_ext,\n"
-        "  title = {diffusers\\_ext: null-space DreamBooth, golden noise and a concept eraser for "
-        f"diffusers}},\n  version = {{{version}}}\n}}"
-    )
-    return "\n\n".join(entries)
+def bibtex(papers: Sequence[str], version: str) -> str:
+    """Entries of `templates/papers.bib`, then the one for this package."""
+    text = Path(__file__).with_name("templates").joinpath("papers.bib").read_text(encoding="utf-8")
+    entries = {entry[entry.index("{") + 1 : entry.index(",")]: entry for entry in text.strip().split("\n\n")}
+    entries["diffusers_ext"] = entries["diffusers_ext"].replace("VERSION", version)
+    return "\n\n".join(entries[key] for key in (*papers, "diffusers_ext"))

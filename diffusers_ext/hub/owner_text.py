@@ -51,15 +51,7 @@ class GeneratedBlock(NamedTuple):
 
 
 def mark_generated(words: str, subfolder: str = "") -> str:
-    """Words between marks; the first mark holds a digest, which tells whether they were edited.
-
-    Args:
-        words: about an artifact.
-        subfolder: of the repository, where it is; each has a part of its own.
-
-    Raises:
-        ValueError: they hold a mark themselves.
-    """
+    """Words between marks, a part for each subfolder; a digest in the first mark tells whether they were edited."""
     if _MARK.search(words):
         raise ValueError("A card's text must not hold the marks of its generated part, got one.")
     words = f"{_NOTE}\n\n{words.strip()}\n"
@@ -68,12 +60,7 @@ def mark_generated(words: str, subfolder: str = "") -> str:
 
 
 def find_generated(text: str, subfolder: str | None = None) -> GeneratedBlock | None:
-    """The first generated part of a text with `\\n` line ends; `None` without one.
-
-    Args:
-        text: to search.
-        subfolder: that the part must be about; any when `None`.
-    """
+    """The first generated part of a text, about `subfolder` if given; `None` without one."""
     for found in _BLOCK.finditer(text):
         digest, about, words = found.groups()
         about = unquote(about or "")
@@ -84,12 +71,7 @@ def find_generated(text: str, subfolder: str | None = None) -> GeneratedBlock | 
 
 
 def without_marks(words: str, subfolder: str | None = None) -> str:
-    """Words less whatever marks are left in them, and less the remark for the owner.
-
-    Args:
-        words: of a card.
-        subfolder: parts about others than it stay whole; none does when `None`.
-    """
+    """Words without the marks in them and the remark for the owner; parts about other subfolders stay."""
     pieces, end = [], 0
     for found in _BLOCK.finditer(words) if subfolder is not None else ():
         if unquote(found[2] or "") != subfolder:
@@ -119,20 +101,13 @@ def _template_lines() -> frozenset[str]:
 
 
 def keep_owner_words(new: ModelCard | DatasetCard, old_text: str | None) -> ModelCard | DatasetCard:
-    """A new card with what the owner of the old one wrote; neither is changed.
+    """A new card with what the owner of the README.md that is there wrote; neither is changed.
 
     Words outside of the generated part stay where they are; so do the generated parts about other subfolders. A
     generated part that the owner edited stays as the owner's, above the new one. A card without such a part keeps all
     of its words above the new one, unless they are what diffusers, transformers or PEFT write by themselves. In the
     header the owner's licence, language, thumbnail and task win, and every key that the new card has not; tags and
-    measured figures are united.
-
-    Args:
-        new: as `artifact_card` makes it.
-        old_text: of the README.md that is there; `None` without one.
-
-    Raises:
-        ValueError: the old header cannot be read, or the new card is no generated one.
+    measured figures are united. `ValueError` where the old header cannot be read.
     """
     block = find_generated(new.text)
     if block is None:

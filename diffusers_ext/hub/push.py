@@ -39,13 +39,10 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 
 def path_inside(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
-    """The path of a file by its name in a folder, which must lie there and not only be linked.
+    """The path of a file by its name in a folder, which must lie there and not only be linked; else `ValueError`.
 
     Whoever made the folder chooses names and links; what is uploaded or shown because of them must be theirs. Links
     within the folder are followed, as are those of the cache of the Hub to its own files.
-
-    Raises:
-        ValueError: an absolute name, one that leads upwards, or a link out of the folder.
     """
     folder, name = Path(folder), Path(name)
     if name.is_absolute() or ".." in name.parts:
@@ -74,11 +71,11 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def public_content(path: Path) -> bytes | None:
-    """A file as others may read it, where that differs from the file; `None` where it does not.
+    """A JSON config or report as others may read it, where that differs from the file; `None` where it does not.
 
     Strings that are absolute paths of this machine become what `public_name` makes of them; of a component of a
     pipeline, the name of the pipeline. All other characters stay, but for the checksum of its own contents that a
-    config may hold: it fits again. Only configs and reports in JSON are looked into.
+    config may hold.
     """
     if not path.name.endswith(_ENDINGS):
         return None
@@ -121,13 +118,8 @@ def _strings(content: Any) -> Iterator[str]:
 def stale_files(present: Iterable[str], new: Collection[str], delete_patterns: Sequence[str] = ()) -> list[str]:
     """Those files of a repository that a new upload takes the place of without overwriting them.
 
-    These are shards, and indices of shards, of weights that come anew in other parts; a loader prefers an old index to
-    the new file. Another variant or format of the weights stays.
-
-    Args:
-        present: names in the repository.
-        new: names of the upload.
-        delete_patterns: further names that belong to the artifact, as for `fnmatch`.
+    These are shards, and indices of shards, of weights that come anew in other parts, for a loader prefers an old
+    index to the new file, and what `delete_patterns` name. Another variant or format of the weights stays.
     """
     weights = {_weights(name) for name in new} - {None}
     return [
@@ -182,15 +174,13 @@ def push_folder(
     Args:
         folder: what to upload. A `README.md` in it counts as the owner's where the Hub has none.
         repo_id: `"user/name"`, or `"name"` for the user who is logged in; made when absent.
-        card: gives the card from the full name of the repository, and from `subfolder=` where there is one; as of
-            `make_card`.
+        card: of `make_card`: gives the card from the full name of the repository, and from `subfolder=`.
         private: of a repository that is made; the Hub's default for the user when `None`.
         revision: branch, made when absent; `main` when `None`.
         create_pr: propose the commit as a pull request in place of making it.
         subfolder: where in the repository the files go; the card stays at the root.
         ignore_patterns: files to leave out, as in `huggingface_hub`.
-        delete_patterns: names of files below `subfolder` that the same commit deletes, if there are any that it does
-            not write.
+        delete_patterns: names of files below `subfolder` that the same commit deletes where it does not write them.
         at_root: name of a folder in `folder` whose files lose that part of their names.
 
     Returns:
@@ -296,12 +286,9 @@ def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def check_no_adapters(pipeline: Any) -> None:
-    """Refuse to save a pipeline with LoRAs loaded: its weights would be written under PEFT's names.
+    """Raise `ValueError` for a pipeline with LoRAs loaded: its weights would be written under PEFT's names.
 
     diffusers writes them all the same, and what it then loads has neither the LoRA nor the weights beneath it.
-
-    Raises:
-        ValueError: a component with an adapter; it names the adapters and what to do.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         return
@@ -320,10 +307,7 @@ def check_no_adapters(pipeline: Any) -> None:
 
 
 class PushWithCard:
-    """Mixin, before the class of diffusers: uploads go in one commit, together with a model card.
-
-    A subclass makes its card in `_card`.
-    """
+    """Mixin, before the class of diffusers: uploads go in one commit, with the model card that `_card` makes."""
 
     def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
         """The card but for the repository's name; raises `ValueError` if a fact is missing."""
@@ -342,13 +326,8 @@ class PushWithCard:
     ) -> None:
         """As in diffusers; with `push_to_hub=True` also upload it, and nothing else of that folder.
 
-        Args:
-            push_to_hub: upload afterwards; a missing fact is an error before anything is written.
-            repo_id: repository; the folder's name when `None`.
-            arguments: those of diffusers; with `push_to_hub` also those of the method of that name.
-
-        Raises:
-            ValueError: a pipeline with adapters loaded, which would be lost (`check_no_adapters`).
+        `arguments` are those of diffusers, and of the method `push_to_hub`. A missing fact of the card, or a pipeline
+        with adapters loaded, which would be lost, is a `ValueError` before anything is written.
         """
         check_no_adapters(self)
         saving: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
@@ -364,18 +343,10 @@ class PushWithCard:
         self._push(card, repo_id or Path(save_directory).resolve().name, saving, hub)
 
     def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
-        """Upload to a model repository, made when absent, with a model card, in one commit.
+        """Upload to a model repository, made when absent, with a model card; returns the address of the commit.
 
         Args:
-            arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`;
-                `safe_serialization`, `variant` and others of saving; and for the card, where the object does not know
-                them, `base_model`, `license`, `trained_on`, `settings`, `results` and the facts of its kind.
-
-        Returns:
-            Address of the commit, or of the pull request.
-
-        Raises:
-            ValueError: a fact that is neither known nor given; nothing has been uploaded then.
+            arguments: as of `Artifact.push_to_hub`, and `safe_serialization`, `variant` and others of saving.
         """
         check_no_adapters(self)
         saving = {n: arguments.pop(n) for n in _SAVE_ARGUMENTS if n in arguments}
