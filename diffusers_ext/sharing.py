@@ -24,8 +24,7 @@ from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import path_inside, push_folder, split_arguments
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
-from diffusers_ext.nullspace.lora_upload import measured_drift, push_lora
+from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, measured_drift, push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 REPORT_NAME = "training_report.json"

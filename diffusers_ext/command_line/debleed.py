@@ -71,8 +71,7 @@ def run_debleed(args: argparse.Namespace) -> Outcome:
     """Project and write."""
     from diffusers_ext.core.sources import lora_file
     from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
-    from diffusers_ext.nullspace.lora_files import check_output_path, export_lora, read_lora_file
-    from diffusers_ext.nullspace.lora_metadata import kept_metadata
+    from diffusers_ext.nullspace.lora_files import check_output_path, export_lora, kept_metadata, read_lora_file
     from diffusers_ext.nullspace.statistics import FeatureStatistics
 
     check_output_path(args.output_path)

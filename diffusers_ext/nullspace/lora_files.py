@@ -1,37 +1,52 @@
-"""LoRA files: read them module by module, check them, write them for diffusers or ComfyUI/kohya."""
+"""LoRA files: read, checked, written for diffusers or ComfyUI/kohya with their metadata, and uploaded.
+
+The metadata `ss_*`, `sshs_*` and `modelspec.*` are what ComfyUI, A1111 and managers of models read: names and values
+of kohya's scripts and of Stability AI's ModelSpec 1.0.1. What is not known is left out; nothing of the machine or of
+the time is written, so that equal LoRAs are equal files.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
+from safetensors.torch import save
 
-from diffusers_ext.core.artifacts import sealed, write_atomically
+from diffusers_ext.core.artifacts import sealed, tensors_offset, write_atomically
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME, refuse_checkpoint
-from diffusers_ext.core.tensor_files import DIGEST_KEY, read_tensors
+from diffusers_ext.core.tensor_files import DIGEST_KEY, open_tensors, read_tensors
+from diffusers_ext.families.registry import FAMILIES
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import make_card
+from diffusers_ext.hub.push import push_folder
 from diffusers_ext.nullspace.lora_formats import (
-    LoraKey,
-    adapter_settings,
     check_lora_effect,
-    check_pair,
-    check_rank,
+    has_kohya_names,
     is_kohya_lora,
-    parse_key,
+    read_dotted_lora,
     read_kohya_lora,
     to_kohya_lora,
 )
-from diffusers_ext.nullspace.lora_metadata import kept_metadata, lora_metadata
+from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 # The file for ComfyUI and A1111. Diffusers looks for its own name first, so this one beside it is never
 # loaded by mistake; a name that depends on no folder keeps equal trainings equal files.
 KOHYA_NAME = "comfyui_a1111_kohya.safetensors"
 FORMATS = ("diffusers", "kohya")
+# Metadata that depend on the tensors, so they are written anew with every file.
+_COMPUTED = ("ss_network_dim", "ss_network_alpha", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+# Of the format; scales are folded into B, so the adapter's settings no longer hold.
+_FORMAT = ("format", LORA_ADAPTER_METADATA_KEY, DIGEST_KEY)
 StateDict = dict[str, torch.Tensor]
 LoraSource = str | os.PathLike | Mapping[str, torch.Tensor]
 
@@ -39,15 +54,14 @@ LoraSource = str | os.PathLike | Mapping[str, torch.Tensor]
 def read_lora(source: LoraSource) -> StateDict:
     """A LoRA with keys `<component>.<module>.lora_A.weight | .lora_B.weight`, of scale 1.
 
-    A scale other than 1 (an `.alpha` entry, or `lora_alpha` in the file's metadata) is folded into B. Names of kohya's
+    Another scale (an `.alpha` entry, or `lora_alpha` in the file's metadata) is folded into B. Names of kohya's
     scripts, of PEFT (`base_model.model.`), of attention processors and bare ones become those of diffusers.
 
     Args:
         source: a safetensors file, a folder with `pytorch_lora_weights.safetensors`, or a state dict.
 
     Raises:
-        ValueError: no such file, a key that is not of a LoRA, an A without its B, shapes or ranks that do not fit,
-            numbers that are not finite, DoRA. The message names the file.
+        ValueError: what is no whole, finite LoRA, or DoRA; the message names the file.
     """
     return read_lora_file(source)[0]
 
@@ -57,38 +71,8 @@ def read_lora_file(source: LoraSource) -> tuple[StateDict, dict[str, str]]:
     raw, metadata, where = _load(source)
     if not raw:
         raise ValueError(f"{where} must hold a LoRA, got no tensors.")
-    if is_kohya_lora(raw):
-        lora = read_kohya_lora(raw, where)
-    else:
-        lora = _read_dotted(raw, adapter_settings(metadata, where), where)
+    lora = read_kohya_lora(raw, where) if is_kohya_lora(raw) else read_dotted_lora(raw, metadata, where)
     return lora, metadata
-
-
-def _read_dotted(raw: Mapping[str, torch.Tensor], settings: Mapping[str, Any], where: str) -> StateDict:
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    keys: dict[str, LoraKey] = {}
-    for key, tensor in raw.items():
-        try:
-            parsed = parse_key(key)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        name = f"{parsed.component}.{parsed.module}"
-        parts, keys[name] = modules.setdefault(name, {}), parsed
-        if parsed.part in parts:
-            raise ValueError(
-                f"{where} must hold one {parsed.part} for every module, got several for {name!r}, the "
-                f"second as {key!r}."
-            )
-        parts[parsed.part] = tensor
-    result: StateDict = {}
-    for name, parts in modules.items():
-        check_pair(name, parts, where)
-        scale = _scale(keys[name], parts, settings, where)
-        result[f"{name}.lora_A.weight"] = parts["A"]
-        result[f"{name}.lora_B.weight"] = parts["B"] if scale == 1 else parts["B"] * scale
-        if not torch.isfinite(result[f"{name}.lora_B.weight"]).all():
-            raise ValueError(f"{where}: B times its scale {scale:g} must be finite, got {name!r}.")
-    return result
 
 
 def _load(source: LoraSource) -> tuple[Mapping[str, torch.Tensor], dict[str, str], str]:
@@ -103,22 +87,6 @@ def _load(source: LoraSource) -> tuple[Mapping[str, torch.Tensor], dict[str, str
     return tensors, metadata, str(path)
 
 
-def _scale(key: LoraKey, parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any], where: str) -> float:
-    """`alpha / rank`, from the tensor beside A and B, else from the adapter's metadata, else 1."""
-    rank = parts["A"].shape[0]
-
-    def setting(pattern: str, usual: str) -> float:
-        patterns = settings.get(f"{key.component}.{pattern}") or {}
-        default = settings.get(f"{key.component}.{usual}", rank)
-        return patterns.get(get_pattern_key(patterns, key.written), default)
-
-    check_rank(key.written, rank, setting("rank_pattern", "r"), where)
-    if "alpha" in parts:
-        return parts["alpha"].item() / rank
-    alpha = setting("alpha_pattern", "lora_alpha")
-    return alpha / (rank**0.5 if settings.get(f"{key.component}.use_rslora") else rank)
-
-
 def check_loaded_lora(pipeline: DiffusionPipeline, adapter_name: str | None = None) -> int:
     """Raise `ValueError` unless a LoRA loaded in the pipeline changes at least one weight.
 
@@ -128,16 +96,14 @@ def check_loaded_lora(pipeline: DiffusionPipeline, adapter_name: str | None = No
     Returns:
         The number of modules that the LoRA changes.
     """
+    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     changed = 0
-    for component in pipeline.components.values():
-        if not isinstance(component, torch.nn.Module):
-            continue
-        for module in component.modules():
-            if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_B"):
-                names = module.lora_B if adapter_name is None else {adapter_name} & set(module.lora_B)
-                changed += any(
-                    bool(module.lora_A[name].weight.any() and module.lora_B[name].weight.any()) for name in names
-                )
+    for module in (module for model in models for module in model.modules()):
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_B"):
+            names = module.lora_B if adapter_name is None else {adapter_name} & set(module.lora_B)
+            changed += any(
+                bool(module.lora_A[name].weight.any() and module.lora_B[name].weight.any()) for name in names
+            )
     if not changed:
         raise ValueError(
             f"The loaded LoRA must change the model, got no effect (adapter: {adapter_name!r}). Its keys "
@@ -153,13 +119,10 @@ def export_lora(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> StateDict:
-    """Write a LoRA for diffusers, or with the key names of ComfyUI, A1111 and kohya.
+    """Write a LoRA for diffusers, or (`"kohya"`) with the key names of ComfyUI, A1111 and kohya.
 
-    The metadata of the file that was read (trigger words, base model, author) goes along. What depends on the tensors
-    (rank, alpha, hashes) is written anew.
-
-    Args:
-        metadata: further entries of the file's metadata, over those of the file that was read.
+    The metadata of the file that was read (trigger words, base model, author) goes along, under the given `metadata`.
+    What depends on the tensors (rank, alpha, hashes) is written anew.
 
     Raises:
         ValueError: unknown format, a LoRA without effect, or a key that has no counterpart.
@@ -199,12 +162,200 @@ def check_output_path(output_path: str | os.PathLike | None) -> None:
 
 
 def write_lora(lora: StateDict, output_path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a LoRA file, whole or not at all; its folder is made when absent.
-
-    Equal LoRAs are equal files. A digest in the metadata finds what is altered later.
-    """
+    """Write a LoRA file with a digest, whole or not at all; its folder is made when absent."""
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in lora.items()
+    write_atomically(output_path, sealed(_separate(lora), {**(metadata or {}), "format": "pt"}))
+
+
+def _separate(lora: Mapping[str, torch.Tensor]) -> StateDict:
+    """Copies on the CPU: safetensors writes no tensors that share memory."""
+    return {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in lora.items()}
+
+
+def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of a file's metadata goes along when the LoRA is written under other names."""
+    return {name: value for name, value in metadata.items() if name not in {*_COMPUTED, *_FORMAT}}
+
+
+def training_metadata(
+    *,
+    instance_prompt: str | None = None,
+    base_model: str | None = None,
+    prediction_type: str | None = None,
+    resolution: int | None = None,
+    num_pictures: int | None = None,
+    caption_counts: Mapping[str, int] | None = None,
+) -> dict[str, str]:
+    """What is known of a training.
+
+    Args:
+        instance_prompt: the trigger phrase, and the title that managers show.
+        caption_counts: how many pictures had each caption; all the instance prompt by default.
+    """
+    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction_type or "")
+    frequency = {"instance": dict(caption_counts or {instance_prompt: num_pictures})}
+    told = {
+        "modelspec.title": instance_prompt,
+        "modelspec.trigger_phrase": instance_prompt,
+        "modelspec.resolution": f"{resolution}x{resolution}" if resolution else None,
+        "modelspec.prediction_type": prediction,
+        "ss_sd_model_name": base_model,
+        "ss_resolution": f"({resolution}, {resolution})" if resolution else None,
+        "ss_num_train_images": str(num_pictures) if num_pictures else None,
+        "ss_tag_frequency": json.dumps(frequency) if instance_prompt and num_pictures else None,
     }
-    write_atomically(output_path, sealed(contiguous, {**(metadata or {}), "format": "pt"}))
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def lora_metadata(
+    lora: Mapping[str, torch.Tensor], written: Mapping[str, torch.Tensor], kept: Mapping[str, str]
+) -> dict[str, str]:
+    """The metadata of a file of `lora` in the names `written`; `kept` wins over the family that is found here."""
+    ranks = {tensor.shape[0] for key, tensor in lora.items() if key.endswith(".lora_A.weight")}
+    # As kohya's scripts write ranks that differ from module to module.
+    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    alphas = {str(float(t)) for key, t in written.items() if key.endswith(".alpha")}
+    # As kohya's scripts and A1111 identify LoRAs: of the file from its tensors on, so that metadata may be edited.
+    content = save(_separate(written))
+    digest = hashlib.sha256(memoryview(content)[tensors_offset(content) :]).hexdigest()
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "diffusers",
+        "ss_network_module": "networks.lora",
+        **_family(lora, kept),
+        **kept,
+        "ss_network_dim": dim,
+        # Without alphas the scale is 1, which is an alpha as large as the rank.
+        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else dim if dim == "Dynamic" else str(float(dim)),
+        "sshs_model_hash": digest,
+        "modelspec.hash_sha256": f"0x{digest}",
+    }
+
+
+def _family(lora: Mapping[str, torch.Tensor], kept: Mapping[str, str]) -> dict[str, str]:
+    """Version and architecture of the base model, where the width of its text tells."""
+    widths = {
+        tensor.shape[1]
+        for key, tensor in lora.items()
+        if key.startswith("unet.") and key.endswith((".attn2.to_k.lora_A.weight", ".attn2.to_v.lora_A.weight"))
+    }
+    known = {width: told for f in FAMILIES for width, told in f.lora_versions.items()}
+    version, architecture = known.get(widths.pop() if len(widths) == 1 else 0, (None, None))
+    if version is None:
+        return {}
+    prediction = kept.get("modelspec.prediction_type")
+    if version == "sd_v2" and prediction:
+        kind = "768-v" if prediction == "v" else "512"
+        architecture = f"stable-diffusion-v2-{kind}/lora"
+    told = {
+        "ss_base_model_version": version + ("_v" if prediction == "v" else ""),
+        "ss_v2": str(version == "sd_v2"),
+        "modelspec.architecture": architecture,
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def push_lora(
+    lora: str | os.PathLike,
+    repo_id: str,
+    *,
+    instance_prompt: str | None = None,
+    pipeline: str | type[DiffusionPipeline] | None = None,
+    directions: str | None = None,
+    trained_on: str | None = None,
+    base_model: str | None = None,
+    statistics: FeatureStatistics | None = None,
+    license: str | Licence | None = None,
+    settings: Mapping[str, Any] | None = None,
+    results: Sequence[Measured] = (),
+    widget: Sequence[tuple[str, str | os.PathLike]] = (),
+    **hub_arguments: Any,
+) -> str:
+    """Upload a LoRA as `pytorch_lora_weights.safetensors`, alone or with its statistics.
+
+    Key names of kohya's scripts become those of diffusers, and a second file with kohya's names,
+    `comfyui_a1111_kohya.safetensors`, serves ComfyUI and A1111; a LoRA of a transformer has no names there and goes
+    without. The facts for the card have no defaults.
+
+    Args:
+        lora: a `.safetensors` file, or a folder with `pytorch_lora_weights.safetensors`.
+        pipeline: class of diffusers, or its name, that loads the LoRA.
+        directions: `"generalized"`, `"null"`, `"soft"`, or `"plain"` for an ordinary LoRA.
+        trained_on: the pictures it was trained on, in words.
+        base_model: Hub name; that of `statistics` when `None`.
+        statistics: under which it was trained; uploaded to `statistics/`.
+        license: as of the base model when `None`.
+        widget: (prompt, local picture) to show; uploaded to `pictures/`.
+        hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: no LoRA, one without effect, or a missing fact. Nothing has been uploaded then.
+    """
+    tensors = read_lora(lora)
+    check_lora_effect(tensors)
+    if base_model is None and statistics is not None:
+        base_model = statistics.facts.get("base_model") or None
+    names = [f"pictures/{index}{Path(path).suffix}" for index, (_, path) in enumerate(widget)]
+    missing = [str(path) for _, path in widget if not Path(path).is_file()]
+    if missing:
+        raise ValueError(f"`widget` must name picture files, got {missing}: no such files.")
+    kohya_file = KOHYA_NAME if has_kohya_names(tensors) else None
+    card = make_card(
+        "null_space_lora",
+        base_model=base_model,
+        license=license,
+        trained_on=trained_on,
+        settings=settings,
+        results=results,
+        widget=[(prompt, name) for (prompt, _), name in zip(widget, names)],
+        token=hub_arguments.get("token"),
+        instance_prompt=instance_prompt,
+        pipeline=getattr(pipeline, "__name__", pipeline),
+        directions=directions,
+        rank=max(a.shape[0] for key, a in tensors.items() if key.endswith(".lora_A.weight")),
+        statistics=statistics is not None,
+        kohya_file=kohya_file or "",
+    )
+    with tempfile.TemporaryDirectory() as upload:
+        _write_files(lora, Path(upload), kohya_file, instance_prompt, base_model)
+        if statistics is not None:
+            statistics.save_pretrained(Path(upload, "statistics"))
+        for (_, path), name in zip(widget, names):
+            Path(upload, name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, Path(upload, name))
+        return push_folder(upload, repo_id, card, **hub_arguments)
+
+
+def _write_files(
+    lora: str | os.PathLike, folder: Path, kohya_file: str | None, instance_prompt: str | None, base_model: str | None
+) -> None:
+    """The files of the weights; the one for other programs where it has a name."""
+    file = Path(lora, LORA_WEIGHT_NAME) if Path(lora).is_dir() else Path(lora)
+    with open_tensors(file) as handle:
+        is_kohya = is_kohya_lora(handle.keys())
+    target = folder / LORA_WEIGHT_NAME
+    if is_kohya:
+        export_lora(file, "diffusers", target)
+    else:
+        shutil.copyfile(file, target)
+    if kohya_file is not None:
+        told = training_metadata(instance_prompt=instance_prompt, base_model=base_model)
+        # What the training wrote knows more.
+        told |= kept_metadata(read_lora_file(target)[1])
+        export_lora(target, "kohya", folder / kohya_file, metadata=told)
+
+
+def measured_drift(drifts: Mapping[str, float], statistics: FeatureStatistics) -> list[Measured]:
+    """The figure of `predicted_drift` that a card shows: its mean over the changed layers."""
+    mean = float(f"{sum(drifts.values()) / len(drifts):.4g}")
+    return [
+        Measured(
+            f"{len(statistics.facts['prompts'])} preserved prompts",
+            "relative drift of the changed layers' outputs",
+            mean,
+            notes=f"mean over {len(drifts)} linear layers, from the statistics, without pictures",
+        )
+    ]

@@ -19,6 +19,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from peft.utils.other import get_pattern_key
 
 from diffusers_ext.core.tensor_files import FLOATING, check_tensors
 
@@ -54,13 +55,13 @@ _FLAT_CLIP = re.compile(r"^encoder\.layers\.")
 _OLD_TEXT_LINEARS = {
     "to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj",
 }  # fmt: skip
-SPELLINGS = (
+_SPELLINGS = (
     ".lora_A.weight", ".lora_B.weight", ".lora.down.weight", ".lora.up.weight",
     ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", ".alpha",
 )  # fmt: skip
 
 
-def adapter_settings(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
+def _adapter_settings(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     """The settings of PEFT's adapters that diffusers keeps in a file's metadata, checked."""
     text = metadata.get(LORA_ADAPTER_METADATA_KEY)
     if not text:
@@ -98,12 +99,8 @@ def _check_number(name: str, value: Any, where: str) -> None:
         raise ValueError(f"{where} must hold a finite number as {name!r}, got {value!r}. {_REMEDY}")
 
 
-def check_pair(name: str, parts: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raise `ValueError` unless A, B and alpha of one module fit each other.
-
-    Args:
-        parts: `{"A": (rank, in, ...), "B": (out, rank, ...)}`, and `"alpha"` where there is one.
-    """
+def _check_pair(name: str, parts: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise `ValueError` unless A `(rank, in, ...)`, B `(out, rank, ...)` and alpha, where there is one, fit."""
     if "A" not in parts or "B" not in parts:
         raise ValueError(
             f"{where}: every module of a LoRA must have A and B, got {sorted(parts)} for {name!r}. {_REMEDY}"
@@ -130,14 +127,6 @@ def check_pair(name: str, parts: Mapping[str, torch.Tensor], where: str) -> None
         raise ValueError(f"{where}: alpha must be one number, got {parts['alpha'].numel()} for {name!r}. {_REMEDY}")
 
 
-def check_rank(name: str, rank: int, expected: float, where: str) -> None:
-    """Raise `ValueError` for a rank other than the one in the file's own metadata."""
-    if rank != expected:
-        raise ValueError(
-            f"{where}: the rank of {name!r} must be {expected} as in the file's metadata, got {rank}. {_REMEDY}"
-        )
-
-
 def check_lora_effect(lora: Mapping[str, torch.Tensor]) -> None:
     """Raise `ValueError` if every update `B A` of a LoRA is zero."""
     for key, a in lora.items():
@@ -154,11 +143,7 @@ def is_kohya_lora(keys: Iterable[str]) -> bool:
 
 
 def read_kohya_lora(raw: Mapping[str, torch.Tensor], where: str = "`raw`") -> dict[str, torch.Tensor]:
-    """The same LoRA with keys `<component>.<module>.lora_A.weight | .lora_B.weight`, of scale 1.
-
-    Args:
-        raw: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
-    """
+    """A LoRA of `lora_unet_<module>.{lora_down.weight, lora_up.weight, alpha}` as `read_lora` names it, of scale 1."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in raw.items():
         name, _, part = key.partition(".")
@@ -167,12 +152,10 @@ def read_kohya_lora(raw: Mapping[str, torch.Tensor], where: str = "`raw`") -> di
         modules.setdefault(name, {})[_PARTS[part]] = tensor
     folded: dict[str, torch.Tensor] = {}
     for name, parts in modules.items():
-        check_pair(name, parts, where)
+        _check_pair(name, parts, where)
         scale = parts["alpha"].item() / parts["A"].shape[0] if "alpha" in parts else 1.0
-        up = parts["B"] if scale == 1 else parts["B"] * scale
-        if not torch.isfinite(up).all():
-            raise ValueError(f"{where}: B times its scale {scale:g} must be finite, got {name!r}.")
-        folded[f"{name}.lora_down.weight"], folded[f"{name}.lora_up.weight"] = parts["A"], up
+        folded[f"{name}.lora_down.weight"] = parts["A"]
+        folded[f"{name}.lora_up.weight"] = _scaled(name, parts["B"], scale, where)
     renamed, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(folded, unet_config=_SDXL)
     unet = {key: tensor for key, tensor in renamed.items() if key.startswith("unet.")}
     text = {key: tensor for key, tensor in renamed.items() if key not in unet}
@@ -182,6 +165,62 @@ def read_kohya_lora(raw: Mapping[str, torch.Tensor], where: str = "`raw`") -> di
             f"{where}: every module of the LoRA must have a name in diffusers, got {len(lora) // 2} of {len(modules)}."
         )
     return lora
+
+
+def read_dotted_lora(
+    raw: Mapping[str, torch.Tensor], metadata: Mapping[str, str], where: str
+) -> dict[str, torch.Tensor]:
+    """A LoRA of any other spelling as `read_lora` names it, of scale 1; `metadata` tell scales without an alpha."""
+    settings = _adapter_settings(metadata, where)
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    keys: dict[str, LoraKey] = {}
+    for key, tensor in raw.items():
+        try:
+            parsed = parse_key(key)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        name = f"{parsed.component}.{parsed.module}"
+        parts, keys[name] = modules.setdefault(name, {}), parsed
+        if parsed.part in parts:
+            raise ValueError(
+                f"{where} must hold one {parsed.part} for every module, got several for {name!r}, the "
+                f"second as {key!r}."
+            )
+        parts[parsed.part] = tensor
+    result: dict[str, torch.Tensor] = {}
+    for name, parts in modules.items():
+        _check_pair(name, parts, where)
+        scale = _scale(keys[name], parts, settings, where)
+        result[f"{name}.lora_A.weight"] = parts["A"]
+        result[f"{name}.lora_B.weight"] = _scaled(name, parts["B"], scale, where)
+    return result
+
+
+def _scaled(name: str, b: torch.Tensor, scale: float, where: str) -> torch.Tensor:
+    b = b if scale == 1 else b * scale
+    if not torch.isfinite(b).all():
+        raise ValueError(f"{where}: B times its scale {scale:g} must be finite, got {name!r}.")
+    return b
+
+
+def _scale(key: LoraKey, parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any], where: str) -> float:
+    """`alpha / rank`, from the tensor beside A and B, else from the adapter's metadata, else 1."""
+    rank = parts["A"].shape[0]
+
+    def setting(pattern: str, usual: str) -> float:
+        patterns = settings.get(f"{key.component}.{pattern}") or {}
+        default = settings.get(f"{key.component}.{usual}", rank)
+        return patterns.get(get_pattern_key(patterns, key.written), default)
+
+    expected = setting("rank_pattern", "r")
+    if rank != expected:
+        raise ValueError(
+            f"{where}: the rank of {key.written!r} must be {expected} as in the file's metadata, got {rank}. {_REMEDY}"
+        )
+    if "alpha" in parts:
+        return parts["alpha"].item() / rank
+    alpha = setting("alpha_pattern", "lora_alpha")
+    return alpha / (rank**0.5 if settings.get(f"{key.component}.use_rslora") else rank)
 
 
 def has_kohya_names(lora: Iterable[str]) -> bool:
@@ -221,11 +260,7 @@ class LoraKey(NamedTuple):
 
 
 def parse_key(key: str) -> LoraKey:
-    """What a key stands for.
-
-    Names of a model wrapped by PEFT (`base_model.model.`), bare names, and those of attention processors
-    (`...attn2.processor.to_k_lora.down.weight`) are read too.
-    """
+    """What a key stands for; read too are bare names, PEFT's `base_model.model.` and those of attention processors."""
     name, part = _split(key)
     component, name = _component(name)
     written = name
@@ -238,9 +273,10 @@ def parse_key(key: str) -> LoraKey:
 
 
 def _split(key: str) -> tuple[str, str]:
+    """The name of a module with its component, and "A", "B" or "alpha"."""
     found = _SUFFIX.search(key)
     if found:
-        part = found["peft"] or found["diffusers"] or found["kohya"] or found["alpha"]
+        part = found[found.lastgroup]
         return key[: found.start()], {"down": "A", "up": "B"}.get(part, part)
     found = _OLD_SUFFIX.search(key)
     if found:
@@ -249,7 +285,7 @@ def _split(key: str) -> tuple[str, str]:
             linear = _OLD_TEXT_LINEARS.get(linear, linear)
         return f"{key[: found.start()]}.{linear}", "A" if found["part"] == "down" else "B"
     hint = " DoRA is not supported." if "magnitude" in key or "dora" in key else ""
-    raise ValueError(f"Every key of a LoRA must end in one of {sorted(SPELLINGS)}, got {key!r}.{hint}")
+    raise ValueError(f"Every key of a LoRA must end in one of {sorted(_SPELLINGS)}, got {key!r}.{hint}")
 
 
 def _component(name: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusers_ext.core.attention_processors import ProjectAttnProcessor, use_processors
-from diffusers_ext.core.pipelines import add_component
-from diffusers_ext.hub.card import Card
+from diffusers_ext.core.pipelines import add_component, plain_class_name
+from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import PushWithCard
-from diffusers_ext.nullspace.card import subject_pipeline_card
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, add_kohya_file, check_loaded_lora
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 class NullSpaceMixin(PushWithCard):
     """What both pipelines add: a `statistics` component, checked LoRAs, preservation at run time.
 
-    The facts for the model card of an upload are the arguments of
-    `diffusers_ext.nullspace.card.subject_pipeline_card`.
+    The facts for the model card of an upload are the arguments of `subject_pipeline_card`.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -68,9 +67,8 @@ class NullSpaceMixin(PushWithCard):
     ) -> None:
         """As in diffusers, but a LoRA without any effect on this model is a `ValueError`."""
         before = _adapters(self)
-        models = [c for c in self.components.values() if isinstance(c, torch.nn.Module)]
-        parts = [part for model in models for part in model.modules()]
-        layers = [part for part in parts if isinstance(part, BaseTunerLayer)]
+        models = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        layers = [part for model in models for part in model.modules() if isinstance(part, BaseTunerLayer)]
         active = [(layer, list(layer.active_adapters)) for layer in layers]
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
         added = _adapters(self) - before
@@ -84,10 +82,9 @@ class NullSpaceMixin(PushWithCard):
 
     @classmethod
     def save_lora_weights(cls, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
-        """As in diffusers, and `comfyui_a1111_kohya.safetensors` beside it for ComfyUI and A1111.
+        """As in diffusers, and `comfyui_a1111_kohya.safetensors` beside it, whose names ComfyUI and A1111 know.
 
-        They know none of the names in the first file. Under a `weight_name` of one's own, or as a pickle, there is no
-        second file; `export_lora(..., "kohya")` writes it.
+        Under a `weight_name` of one's own, or as a pickle, there is no second file.
         """
         save = super().save_lora_weights
         save(save_directory, *args, **kwargs)
@@ -104,11 +101,7 @@ class NullSpaceMixin(PushWithCard):
 
         Args:
             strength: 0 is the LoRA as it is, 1 fully projected; settable on the yielded processor.
-            projector: ready projector, in place of `criterion`.
-            criterion: one of `NullSpaceProjector.from_statistics`; `damping=1e-3` by default.
-
-        Raises:
-            ValueError: no statistics, or a fused LoRA.
+            projector: in place of `criterion`, one of `NullSpaceProjector.from_statistics` (`damping=1e-3`).
         """
         if projector is None:
             if self.statistics is None:
@@ -139,14 +132,39 @@ def _adapters(pipeline: DiffusionPipeline) -> set[str]:
 
 
 class NullSpaceDreamBoothPipeline(NullSpaceMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` with an optional `statistics` component.
-
-    Loads from a plain base model too; see `NullSpaceMixin` for what it adds.
-    """
+    """`StableDiffusionPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
 
 
 class NullSpaceDreamBoothXLPipeline(NullSpaceMixin, StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` with an optional `statistics` component.
+    """`StableDiffusionXLPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
 
-    Loads from a plain base model too; see `NullSpaceMixin` for what it adds.
+
+def subject_pipeline_card(
+    pipeline: DiffusionPipeline,
+    *,
+    instance_prompt: str | None = None,
+    base_model: str | None = None,
+    statistics: bool | None = None,
+    **common: Any,
+) -> Callable[..., Card]:
+    """The card of whole weights, with the statistics they were trained under where there are any, as of `make_card`.
+
+    Args:
+        base_model: Hub name; where the statistics, or else the pipeline, came from when `None`.
+        statistics: whether the repository has `statistics/`; as the pipeline has them when `None`.
     """
+    component = getattr(pipeline, "statistics", None)
+    if not base_model and component is not None:
+        base_model = component.facts.get("base_model")
+    if not base_model:
+        source = pipeline.config.get("_name_or_path")
+        # A folder may well be the trained pipeline itself.
+        base_model = source if source and not Path(source).exists() else None
+    return make_card(
+        "subject_pipeline",
+        base_model=base_model,
+        instance_prompt=instance_prompt,
+        pipeline=plain_class_name(pipeline),
+        statistics=component is not None if statistics is None else statistics,
+        **common,
+    )

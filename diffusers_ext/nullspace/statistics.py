@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +15,18 @@ from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints
 from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
 from diffusers_ext.core.tensor_files import FLOATING
-from diffusers_ext.hub.card import Card
-from diffusers_ext.nullspace.card import statistics_card
+from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.slots import check_widths, linear_name, split_linear_name
 
 Moment = SecondMoment | LowRankMoment
 # Of eigenvectors in float32, k of which are as far from orthonormal as their rounding adds up to.
 _ORTHONORMAL = 1e-3
-# Of the largest diagonal entry and the width: what `FeatureStatistics.validate` allows for rounding.
-_ROUNDING = 1e-5
+_ROUNDING = 1e-5  # of float32, as a share of the largest diagonal entry, and of it times the width
 
 
 def store_moments(moments: Mapping[str, Moment]) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
-    """The config's part `moments` and the tensors, on the CPU."""
+    """The config's part `moments`, and the tensors on the CPU."""
     tensors: dict[str, torch.Tensor] = {}
     kinds: dict[str, dict[str, Any]] = {}
     for key, moment in moments.items():
@@ -47,8 +45,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     missing, surplus = sorted(wanted - config.keys()), sorted(config.keys() - wanted)
     if missing or surplus:
         raise ValueError(
-            f"The config of statistics must hold {sorted(wanted)}, got {missing} missing and {surplus} "
-            "that are unknown."
+            f"The config of statistics must hold {sorted(wanted)}, got {missing} missing and {surplus} that are "
+            "unknown."
         )
     for name in ("moments", "sources", "facts"):
         if not isinstance(config[name], dict):
@@ -57,10 +55,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         split_linear_name(linear)
         if not isinstance(key, str) or key not in config["moments"]:
             raise ValueError(f"`sources` must point at given moments, got {key!r} of {linear!r}.")
-    _check_facts(config["facts"])
-
-
-def _check_facts(facts: Mapping[str, Any]) -> None:
+    facts = config["facts"]
     for name, kind in (("models", dict), ("prompts", list), ("settings", dict)):
         if not isinstance(facts.get(name, kind()), kind):
             raise ValueError(f"`facts.{name}` must be a {kind.__name__}, got {facts[name]!r:.80}.")
@@ -69,11 +64,8 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
         raise ValueError(f"`facts.prompts` must be strings, got {strange[0]!r:.80}.")
     for name, found in facts.get("models", {}).items():
         probe = found.get("probe") if isinstance(found, dict) else None
-        if (
-            not isinstance(probe, list)
-            or not isinstance(found.get("architecture"), str)
-            or not all(_is_number(value) for value in probe)
-        ):
+        is_probe = isinstance(probe, list) and all(map(_is_number, probe))
+        if not is_probe or not isinstance(found.get("architecture"), str):
             raise ValueError(
                 f"`facts.models.{name}` must be a fingerprint, an architecture and a probe of "
                 f"numbers, got {found!r:.80}."
@@ -82,11 +74,10 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
 
 def restore_moments(kinds: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Moment]:
     """The moments of `store_moments`; raises `ValueError` for those that are no second moments."""
-    needed: dict[str, tuple[str, ...]] = {}
+    names: set[str] = set()
     for key, kind in kinds.items():
         _check_kind(key, kind)
-        needed[key] = ("vectors", "values") if "rest" in kind else ("total",)
-    names = {f"{key}.{part}" for key, parts in needed.items() for part in parts}
+        names |= {f"{key}.vectors", f"{key}.values"} if "rest" in kind else {f"{key}.total"}
     if names != tensors.keys():
         missing, surplus = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
         raise ValueError(
@@ -116,13 +107,9 @@ def _check_kind(key: str, kind: Any) -> None:
     count = kind["count"]
     if type(count) is not int or not 0 < count < 2**63:
         raise ValueError(f"`moments.{key}.count` must be a positive integer, got {count!r}.")
-    (other,) = names - {"count"}
-    most = 1.0 if other == "floor" else math.inf
+    other, most, words = ("floor", 1.0, " to below 1") if "floor" in kind else ("rest", math.inf, "")
     if not _is_number(kind[other]) or not 0 <= kind[other] < most:
-        raise ValueError(
-            f"`moments.{key}.{other}` must be a number from 0"
-            f"{' to below 1' if other == 'floor' else ''}, got {kind[other]!r}."
-        )
+        raise ValueError(f"`moments.{key}.{other}` must be a number from 0{words}, got {kind[other]!r}.")
 
 
 def _check_eigenvectors(key: str, vectors: torch.Tensor, values: torch.Tensor) -> None:
@@ -140,7 +127,6 @@ def _check_eigenvectors(key: str, vectors: torch.Tensor, values: torch.Tensor) -
 
 
 def _check_positive(key: str, total: torch.Tensor) -> None:
-    """Raise `ValueError` unless a sum of `x x^T` is square, symmetric and, but for rounding, positive."""
     if total.ndim != 2 or total.shape[0] != total.shape[1] or not total.numel():
         raise ValueError(f"{key!r} must be a square matrix, got the shape {tuple(total.shape)}.")
     total = total.double()
@@ -177,15 +163,14 @@ class FeatureStatistics(Artifact):
     width)` matrix serves them all.
 
     Args:
+        sources: `{dotted name of a Linear: key of its moment}`.
         facts: where the numbers come from: `models` (fingerprints), `prompts`, `settings`.
     """
 
     # diffusers downloads no safetensors at all for a pipeline with a component of another file name.
     weights_name = "model.safetensors"
 
-    def __init__(
-        self, moments: dict[str, SecondMoment | LowRankMoment], sources: dict[str, str], facts: dict[str, Any]
-    ) -> None:
+    def __init__(self, moments: dict[str, Moment], sources: dict[str, str], facts: dict[str, Any]) -> None:
         missing = sorted(set(sources.values()) - moments.keys())
         if missing:
             raise ValueError(f"`sources` must point at given moments, got unknown keys {missing}.")
@@ -228,14 +213,11 @@ class FeatureStatistics(Artifact):
         return self._spectra[key]
 
     def merge(self, other: FeatureStatistics, times: int = 1) -> FeatureStatistics:
-        """Add the statistics of further prompts of the same model; both must cover the same Linears.
+        """Add the statistics of further prompts, collected on the same model with the same settings.
 
         Args:
             times: count them as if seen this often; a few prompts that matter, such as those of other subjects, would
                 else drown among many.
-
-        Raises:
-            ValueError: other models, other Linears, other settings, or one of them is compressed.
         """
         if times < 1:
             raise ValueError(f"`times` must be at least 1, got {times}.")
@@ -246,8 +228,7 @@ class FeatureStatistics(Artifact):
             raise ValueError(
                 f"`other` must be collected with the settings {self.facts['settings']}, got {other.facts['settings']}."
             )
-        parts = [*self.moments.values(), *other.moments.values()]
-        if any(isinstance(part, LowRankMoment) for part in parts):
+        if any(isinstance(part, LowRankMoment) for part in (*self.moments.values(), *other.moments.values())):
             raise ValueError("Compressed statistics must not be merged: merge, then compress.")
         for key, moment in self.moments.items():
             moment.merge(other.moments[key].repeated(times))
@@ -270,26 +251,21 @@ class FeatureStatistics(Artifact):
             key: moment if isinstance(moment, LowRankMoment) else LowRankMoment.from_moment(moment, energy)
             for key, moment in self.moments.items()
         }
-        facts = {**self.facts, "compressed_energy": energy}
-        return FeatureStatistics(moments, dict(self.sources), facts)
+        return FeatureStatistics(moments, dict(self.sources), {**self.facts, "compressed_energy": energy})
 
     def validate(self) -> dict[str, dict[str, Any]]:
-        """Check every matrix, and say how well it is conditioned.
+        """Raise `ValueError` for a matrix that is no second moment, and say how well the others are conditioned.
 
         Returns:
-            `{key: {...}}` of Python values: `symmetric` (to 1e-5 of each entry), `positive_semidefinite` (no
-            eigenvalue below -1e-8), `condition_number` (largest by smallest singular value; infinite where that is 0),
-            `well_conditioned` (below 1e12) and `rank` (numerical, as in `report`). A matrix with a true null space,
-            which the method wants, is not well conditioned.
-
-        Raises:
-            ValueError: a matrix that rests on nothing, is not finite, or is not symmetric or has a negative eigenvalue
-                beyond the rounding of float32.
+            `{key: {...}}`: `symmetric` (to 1e-5 of each entry), `positive_semidefinite` (no eigenvalue below -1e-8),
+            `condition_number` (largest by smallest singular value; infinite where that is 0), `well_conditioned`
+            (below 1e12) and `rank` (numerical, as in `report`). A matrix with a true null space, which the method
+            wants, is not well conditioned.
         """
         return {key: _check_moment(key, moment) for key, moment in self.moments.items()}
 
     def check_same_models(self, models: dict[str, Any]) -> None:
-        """Raise `ValueError` for a model of `{name: fingerprint}` that is not the one measured."""
+        """Raise `ValueError` where one of `{name: fingerprint}` is not that of the model measured."""
         for name, expected in self.facts["models"].items():
             if name in models and not same_fingerprint(expected, models[name]):
                 raise ValueError(
@@ -304,24 +280,22 @@ class FeatureStatistics(Artifact):
 
     def report(self) -> list[dict[str, Any]]:
         """One row per matrix: size, counts, numerical rank and how its energy is spread."""
-        rows = []
-        for key in sorted(self.moments, key=natural_key):
-            values = self.spectrum(key).values.flip(0)
-            share = torch.cumsum(values, 0) / values.sum()
-            rows.append(
-                {
-                    "matrix": key,
-                    "linears": sum(source == key for source in self.sources.values()),
-                    "dim": self.moments[key].dim,
-                    "vectors": self.moments[key].count,
-                    "trace": values.sum().item(),
-                    "rank": int((values > self.moments[key].floor * values[0]).sum()),
-                    "largest_share": share[0].item(),
-                    "dims_99": int((share < 0.99).sum()) + 1,
-                    "dims_99.9": int((share < 0.999).sum()) + 1,
-                }
-            )
-        return rows
+        return [self._report_row(key) for key in sorted(self.moments, key=natural_key)]
+
+    def _report_row(self, key: str) -> dict[str, Any]:
+        moment, values = self.moments[key], self.spectrum(key).values.flip(0)
+        share = torch.cumsum(values, 0) / values.sum()
+        return {
+            "matrix": key,
+            "linears": sum(source == key for source in self.sources.values()),
+            "dim": moment.dim,
+            "vectors": moment.count,
+            "trace": values.sum().item(),
+            "rank": int((values > moment.floor * values[0]).sum()),
+            "largest_share": share[0].item(),
+            "dims_99": int((share < 0.99).sum()) + 1,
+            "dims_99.9": int((share < 0.999).sum()) + 1,
+        }
 
     def export_layout(self, directory: str | os.PathLike, **arguments: Any) -> Path:
         """Write a tree of npy files; see `diffusers_ext.nullspace.npy_tree.export_layout`."""
@@ -350,7 +324,7 @@ class FeatureStatistics(Artifact):
         return cls(moments, config["sources"], config["facts"])
 
 
-def _check_moment(key: str, moment: SecondMoment | LowRankMoment) -> dict[str, Any]:
+def _check_moment(key: str, moment: Moment) -> dict[str, Any]:
     moment.check_finite(key)
     if moment.count < 1:
         raise ValueError(f"`{key}` must rest on at least one vector, got {moment.count}.")
@@ -358,11 +332,11 @@ def _check_moment(key: str, moment: SecondMoment | LowRankMoment) -> dict[str, A
     if not torch.isfinite(matrix).all():
         raise ValueError(f"`{key}` must be finite, got a matrix that is not.")
     largest = matrix.diagonal().max()
-    if (matrix - matrix.T).abs().max() > 1e-5 * largest:
+    if (matrix - matrix.T).abs().max() > _ROUNDING * largest:
         raise ValueError(f"`{key}` must be a symmetric matrix, got one that is not.")
     values = torch.linalg.eigvalsh(matrix)
     lowest = values[0].item()
-    if lowest < -1e-5 * moment.dim * largest:
+    if lowest < -_ROUNDING * moment.dim * largest:
         raise ValueError(f"`{key}` must have no negative eigenvalue, got {lowest:.3g}.")
     sizes = values.abs()  # the singular values of a symmetric matrix
     condition_number = (sizes.max() / sizes.min()).item() if sizes.max() > 0 else float("inf")
@@ -373,3 +347,52 @@ def _check_moment(key: str, moment: SecondMoment | LowRankMoment) -> dict[str, A
         "condition_number": condition_number,
         "rank": int((values > moment.floor * values[-1]).sum()),
     }
+
+
+def statistics_card(
+    statistics: FeatureStatistics,
+    *,
+    base_model: str | None = None,
+    trained_on: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    pipeline: str | None = None,
+    num_prompts: int | None = None,
+    example_prompts: Sequence[str] | None = None,
+    **common: Any,
+) -> Callable[..., Card]:
+    """The card of statistics but for the repository's name, as of `make_card`.
+
+    What is `None` comes from the statistics themselves; what they do not know is a `ValueError`.
+    """
+    facts = statistics.facts
+    prompts = facts["prompts"]
+    num_prompts = num_prompts or len(prompts) or None
+    if trained_on is None and num_prompts is not None:
+        counted = "1 prompt" if num_prompts == 1 else f"{num_prompts} prompts"
+        trained_on = f"What {len(statistics.linears)} linear layers read for {counted}."
+    return make_card(
+        "feature_statistics",
+        base_model=base_model or facts.get("base_model") or None,
+        trained_on=trained_on,
+        settings=collection_settings(facts) if settings is None else settings,
+        pipeline=pipeline or facts.get("pipeline"),
+        num_prompts=num_prompts,
+        example_prompts=list(example_prompts or prompts[:5]),
+        layers=len(statistics.layers),
+        megabytes=sum(tensor.nbytes for tensor in store_moments(statistics.moments)[1].values()) / 1e6,
+        **common,
+    )
+
+
+def collection_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a collection that a card shows, each a single value."""
+    settings = dict(facts["settings"])
+    settings |= settings.pop("run", {})
+    settings.pop("scheduler", None)  # many values; the artifact's config has them
+    settings["compressed_energy"] = facts.get("compressed_energy")
+    shown = {}
+    for name, value in settings.items():
+        value = ", ".join(map(str, value)) if isinstance(value, list) else value
+        if value is not None and value != "" and not isinstance(value, dict):
+            shown[name] = value
+    return shown

@@ -4,8 +4,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from diffusers_ext.nullspace.card import collection_settings, statistics_card, subject_pipeline_card
-from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
+from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline, subject_pipeline_card
+from diffusers_ext.nullspace.statistics import collection_settings, statistics_card
 from tests.nullspace.test_statistics import made_up
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora

@@ -21,8 +21,8 @@ from diffusers_ext.nullspace.lora_files import (
     add_kohya_file,
     check_loaded_lora,
     export_lora,
+    training_metadata,
 )
-from diffusers_ext.nullspace.lora_metadata import training_metadata
 from tests.nullspace.other_programs import a1111_knows, comfyui_knows, comfyui_names, text_linears, unet_linears
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora

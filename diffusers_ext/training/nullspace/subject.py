@@ -16,8 +16,7 @@ from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.seeds import training_schedule
 from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, predicted_drift, save_lora
-from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME
-from diffusers_ext.nullspace.lora_metadata import training_metadata
+from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME, training_metadata
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.settings import NullSpaceSettings, read_layers
 from diffusers_ext.nullspace.slots import check_widths, find_linears

@@ -16,11 +16,9 @@ from diffusers_ext.core.settings import RunSettings, Settings, named_values
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import find_licence, named_licence, public_name
 from diffusers_ext.hub.push import check_card, make_repository, push_folder
-from diffusers_ext.nullspace.card import statistics_card
-from diffusers_ext.nullspace.lora_files import KOHYA_NAME
-from diffusers_ext.nullspace.lora_upload import measured_drift
+from diffusers_ext.nullspace.lora_files import KOHYA_NAME, measured_drift
 from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
-from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.nullspace.statistics import FeatureStatistics, statistics_card
 from diffusers_ext.training.nullspace.data import list_images, read_captions
 
 
