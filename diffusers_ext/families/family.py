@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from diffusers_ext.families.predictions import Level, scheduler_level
 from diffusers_ext.families.published import Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 
@@ -107,7 +108,7 @@ class Family:
         denoiser: component of the pipeline, and the key prefix of its LoRAs.
         denoiser_class, vae_class: of it and of the VAE.
         flow_matching: the model predicts `noise - x_0` on straight paths; otherwise what its scheduler's
-            `prediction_type` says, at the levels of `alphas_cumprod`.
+            `prediction_type` says, at the levels of `alphas_cumprod`. `predictions.py` converts them.
         text_fields: of `TextConditioning` that the denoiser reads.
         token_encoders: text encoders whose tokens the denoiser reads, one after the other.
         reads_hidden_states: the pipeline reads the hidden states of its text encoders.
@@ -229,6 +230,14 @@ class Family:
         return NetworkSizes(channels, self.text_width(config), self.pooled_width(config))
 
     # Prediction
+
+    def prediction_type(self, scheduler: Any) -> str | None:
+        """What the model predicts under a scheduler, one of `PREDICTION_TYPES`."""
+        return "flow_prediction" if self.flow_matching else scheduler.config.get("prediction_type")
+
+    def level(self, scheduler: Any, timesteps: torch.Tensor, x_t: torch.Tensor) -> Level:
+        """Where `x_t` lies between x_0 and noise; see `scheduler_level`."""
+        return scheduler_level(scheduler, timesteps, x_t, flow_matching=self.flow_matching)
 
     def embedded_guidance(self, config: Any) -> bool:
         """Whether the denoiser takes the guidance scale as an input (Flux.1-dev, LCM)."""

@@ -5,7 +5,7 @@ below `x`, golden noise is
 
     x' = x - K [ o_w1(x, t) - o_w2(x_p, t) ],    w1 > w2
 
-(Golden Noise for Diffusion Models, arXiv:2411.09502, section 3.1). `redenoise_coefficients.py` has K.
+(Golden Noise for Diffusion Models, arXiv:2411.09502, section 3.1). `RedenoiseCoefficients` has K.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from diffusers_ext.core.restored_state import eval_mode
-from diffusers_ext.core.seeds import check_diffusion_levels
+from diffusers_ext.core.seeds import check_diffusion_levels, check_prediction_type
 from diffusers_ext.families.family import Family
+from diffusers_ext.families.predictions import Level, diffusion_level, step_factors
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.noise_statistics import match_energy
@@ -185,24 +186,6 @@ class RedenoiseCoefficients(NamedTuple):
     second: float
 
 
-def ddim_step_coefficients(from_alpha: float, to_alpha: float, prediction_type: str) -> tuple[float, float]:
-    """Factors of sample and output in a DDIM step (arXiv:2010.02502, equation 12, eta = 0)."""
-    signal, noise = math.sqrt(from_alpha), math.sqrt(1 - from_alpha)
-    to_signal, to_noise = math.sqrt(to_alpha), math.sqrt(1 - to_alpha)
-    if prediction_type == "v_prediction":
-        return signal * to_signal + noise * to_noise, to_noise * signal - to_signal * noise
-    if prediction_type != "epsilon":
-        raise ValueError(
-            f"`prediction_type` of the scheduler must be 'epsilon' or 'v_prediction', got {prediction_type!r}."
-        )
-    if signal == 0:
-        raise ValueError(
-            "`prediction_type` must be 'v_prediction' where the first level has no signal, got "
-            "'epsilon': noise of which nothing else is known cannot be stepped."
-        )
-    return to_signal / signal, to_noise - to_signal * noise / signal
-
-
 def first_ddim_step(config: Any, num_steps: int) -> tuple[int, int]:
     """First timestep of a grid of `num_steps`, and the one that its DDIM step goes to.
 
@@ -229,17 +212,21 @@ def diffusion_coefficients(scheduler: Any, num_steps: int, legacy_inversion: boo
             - p)` and is brought to level p, by `DDIMInverseScheduler`'s formula.
     """
     check_diffusion_levels(scheduler, "pipeline.scheduler")
-    kind = scheduler.config.get("prediction_type")
+    check_prediction_type(scheduler)
+    kind = scheduler.config.prediction_type
     start, end = first_ddim_step(scheduler.config, num_steps)
-    alphas = scheduler.alphas_cumprod.double()
-    sample, output = ddim_step_coefficients(alphas[start].item(), alphas[end].item(), kind)
+    sample, output = step_factors(_level(scheduler, start), _level(scheduler, end), kind)
     if not legacy_inversion:
         return _solved(start, sample, output)
     below = 2 * end - start
     if below < 0:
         raise ValueError(f"`num_steps` must leave a level below the step's for `legacy_inversion`, got {num_steps}.")
-    up = ddim_step_coefficients(alphas[below].item(), alphas[end].item(), kind)
+    up = step_factors(_level(scheduler, below), _level(scheduler, end), kind)
     return RedenoiseCoefficients(start, sample, output, up[0] * sample, up[0] * output, up[1])
+
+
+def _level(scheduler: Any, timestep: int) -> Level:
+    return diffusion_level(scheduler.alphas_cumprod[timestep].double().item())
 
 
 def flow_coefficients(
@@ -262,7 +249,8 @@ def flow_coefficients(
     grid = copy.deepcopy(scheduler)
     grid.set_timesteps(num_steps, **family.grid_arguments(scheduler.config, num_steps, image_tokens))
     start, end = grid.sigmas[:2].double().tolist()
-    return _solved(grid.timesteps[0].item(), 1.0, end - start)
+    levels = (Level(1 - sigma, sigma) for sigma in (start, end))
+    return _solved(grid.timesteps[0].item(), *step_factors(*levels, "flow_prediction"))
 
 
 def _solved(timestep: float, sample: float, output: float) -> RedenoiseCoefficients:

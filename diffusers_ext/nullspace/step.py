@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from diffusers_ext.core.seeds import check_min_snr, check_prediction_type
+from diffusers_ext.families.predictions import predicted_of, scheduler_level
 from diffusers_ext.nullspace.lora import preservation_penalty
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -95,7 +96,9 @@ class DreamBoothLoss:
         dtype = embeds.dtype
         prediction = model(noisy.to(dtype), timesteps, embeds, added_cond_kwargs=added).sample.float()
         kind = self.scheduler.config.prediction_type
-        target = noise if kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
+        target = noise
+        if kind != "epsilon":
+            target = predicted_of(latents, noise, scheduler_level(self.scheduler, timesteps, latents), kind)
         errors = functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
         if self.snr_gamma is not None:
             snr = compute_snr(self.scheduler, timesteps)
