@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> ErasureReport:
     """Draw, judge, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
-    from diffusers_ext.core.text_tables import read_grouped_prompts
+    from diffusers_ext.core.text_files import read_grouped_prompts
     from diffusers_ext.evaluation.erasure import evaluate_erasure
     from diffusers_ext.evaluation.report_files import check_clip_format
 
     check_clip_format(settings.clip_format)
-    prompts = read_grouped_prompts(settings.evaluation_prompts, "evaluation_prompts")
-    missing = [name for name in ("target", "preserved") if name not in prompts.groups]
+    prompts, seeds = read_grouped_prompts(settings.evaluation_prompts, "evaluation_prompts")
+    missing = [name for name in ("target", "preserved") if name not in prompts]
     if missing:
         raise ValueError(
             "`evaluation_prompts` must have rows of group 'target' and 'preserved', got none of "
@@ -36,13 +36,13 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
     judge = _load_judge(settings, device)
     report = evaluate_erasure(
         _load_erased_pipeline(settings, device),
-        prompts.groups,
+        prompts,
         judge,
         concept_aspect=settings.concept_aspect,
         scales=settings.scale,
         num_videos_per_prompt=settings.num_videos_per_prompt,
         seed=settings.seed,
-        seeds=prompts.seeds,
+        seeds=seeds,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.sampling_guidance_scale,
         negative_prompt=settings.negative_prompt or None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def compare_noise(settings: GoldenNoiseEvaluationSettings, show_progress: bool = True) -> GoldenNoiseReport:
     """Draw, score, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
-    from diffusers_ext.core.text_tables import read_prompt_texts
+    from diffusers_ext.core.text_files import read_prompt_texts
     from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
 
     column = settings.prompt_column

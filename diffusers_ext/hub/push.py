@@ -20,9 +20,8 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Module
 
-from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.card import Card, keep_owner_words
 from diffusers_ext.hub.kinds import CACHED_FOLDERS, public_name
-from diffusers_ext.hub.owner_text import keep_owner_words
 
 CONFIG_DIGEST = "config_sha256"
 # Files in which the libraries and the training scripts note where something came from.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers_ext.core.text_tables import read_prompt_texts
+from diffusers_ext.core.text_files import read_prompt_texts
 
 
 def read_prompts_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:

@@ -6,7 +6,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardDa
 from peft import LoraConfig, get_peft_model
 
 from diffusers_ext.hub import Licence, Measured
-from diffusers_ext.hub.owner_text import find_generated, is_automatic, keep_owner_words, mark_generated, without_marks
+from diffusers_ext.hub.card import find_generated, is_automatic, keep_owner_words, mark_generated, without_marks
 from tests.hub.card_examples import BASE, FACTS, card_of
 
 OLD = """---

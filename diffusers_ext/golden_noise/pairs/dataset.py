@@ -23,8 +23,7 @@ from diffusers_ext.core.tensor_files import (
     check_regular_file,
     read_pickled_tensors,
 )
-from diffusers_ext.core.text_files import parse_json, read_json
-from diffusers_ext.core.text_tables import read_csv, read_text_lines
+from diffusers_ext.core.text_files import parse_json, read_csv, read_json, read_text_lines
 from diffusers_ext.golden_noise.pairs.hub import download_pairs, push_pairs
 from diffusers_ext.golden_noise.pairs.shards import (
     TENSOR,

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.result_folder import check_no_file
 from diffusers_ext.core.settings import A_FOLDER, COUNT, SEED, ModelSettings, Rule, Settings, as_in, required, setting
-from diffusers_ext.core.text_tables import one_line, read_csv, read_text_lines
+from diffusers_ext.core.text_files import one_line, read_csv, read_text_lines
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.golden_noise.pairs.hub import download_pairs

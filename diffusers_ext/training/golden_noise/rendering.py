@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import ModelSettings, SamplingSettings
-from diffusers_ext.core.text_tables import read_prompt_texts
+from diffusers_ext.core.text_files import read_prompt_texts
 from diffusers_ext.evaluation import rendering
 from diffusers_ext.families.base_source import load_base, read_base_config
 from diffusers_ext.families.registry import find_family

@@ -23,8 +23,7 @@ from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.pictures import find_pictures, is_caption, is_hidden, read_picture, why_no_picture
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import SamplingSettings
-from diffusers_ext.core.text_files import read_text
-from diffusers_ext.core.text_tables import one_line, read_rows
+from diffusers_ext.core.text_files import one_line, read_rows, read_text
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.nullspace.settings import SubjectSettings
 from diffusers_ext.nullspace.step import Condition

@@ -4,7 +4,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from diffusers_ext.core.text_tables import one_line, read_grouped_prompts, read_prompt_texts, read_rows
+from diffusers_ext.core.text_files import one_line, read_grouped_prompts, read_prompt_texts, read_rows
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.training.eraser.prompts import read_eraser_prompts
 
@@ -119,9 +119,9 @@ def test_what_is_no_file_is_refused(tmp_path):
 )  # fmt: skip
 def test_groups_and_seeds(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    found = read_grouped_prompts(tmp_path / name, "evaluation_prompts")
-    assert found.groups == {"target": ["a dog", "a puppy"], "preserved": ["a cat"]}
-    assert found.seeds == {"target": [4, None], "preserved": [None]}
+    groups, seeds = read_grouped_prompts(tmp_path / name, "evaluation_prompts")
+    assert groups == {"target": ["a dog", "a puppy"], "preserved": ["a cat"]}
+    assert seeds == {"target": [4, None], "preserved": [None]}
     with pytest.raises(ValueError, match="`evaluation_prompts` must be a table of prompts"):
         read_grouped_prompts(tmp_path / "p.txt", "evaluation_prompts")
 
