@@ -60,11 +60,12 @@ def run_collect(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.hub.kinds import find_licence
     from diffusers_ext.nullspace.prompts import read_prompts_file
+    from diffusers_ext.nullspace.settings import read_layers
 
     counts = ("num_inference_steps", "statistics_batch_size", "height", "width")
     check_drawing_arguments(args, counts)
     check_values(args, ["compress"], "a share of the energy in (0, 1]", lambda v: 0 < v <= 1)
-    layers = _layers(args.cross_attention_layers)
+    layers = read_layers(args.cross_attention_layers)
     prompts = read_prompts_file(args.knowledge_prompts)
     if args.push_to_hub:  # what would stop the upload, before the work
         base = args.base_model or args.pretrained_model_name_or_path
@@ -134,15 +135,6 @@ def _collect(
         progress_dir=progress_dir,
         show_progress=not args.quiet,
     )
-
-
-def _layers(given: list[str]) -> str | list[int]:
-    if given == ["all"]:
-        return "all"
-    try:
-        return [int(index) for index in given]
-    except ValueError as error:
-        raise ValueError(f"`cross_attention_layers` must be 'all' or indices, got {given}.") from error
 
 
 COLLECT = Command(

@@ -86,39 +86,42 @@ def _written(destination: str, **facts: int | str) -> Outcome:
     return Outcome({"destination": destination, **facts}, f"Wrote {destination} ({told}).")
 
 
-CONVERT_LORA = Command(
-    "convert lora",
-    "a LoRA with the key names of diffusers or of ComfyUI and kohya",
-    "Write a LoRA with other key names. Its scale is folded into the weights.",
-    (
-        "convert lora user/sks-dog sks_dog.safetensors --format kohya",
-        "convert lora from_comfyui.safetensors for_diffusers.safetensors --format diffusers",
+CONVERSIONS = (
+    Command(
+        "convert lora",
+        "a LoRA with the key names of diffusers or of ComfyUI and kohya",
+        "Write a LoRA with other key names. Its scale is folded into the weights.",
+        (
+            "convert lora user/sks-dog sks_dog.safetensors --format kohya",
+            "convert lora from_comfyui.safetensors for_diffusers.safetensors --format diffusers",
+        ),
+        add_lora_arguments,
+        run_lora,
+        output="destination",
     ),
-    add_lora_arguments,
-    run_lora,
-    output="destination",
-)
-CONVERT_ERASER = Command(
-    "convert eraser",
-    "an eraser in PEFT's format or in that of T2VUnlearning",
-    "Write an eraser in the other format, from its files alone: adapter_config.json and "
-    "adapter_model.safetensors (peft), or eraser_config.json and eraser_weights.pt (legacy).",
-    (
-        "convert eraser eraser_nudity no-nudity --format peft --concept nudity --base_model zai-org/CogVideoX-5b",
-        "convert eraser user/no-dog legacy_no_dog --format legacy",
+    Command(
+        "convert eraser",
+        "an eraser in PEFT's format or in that of T2VUnlearning",
+        "Write an eraser in the other format, from its files alone: adapter_config.json and "
+        "adapter_model.safetensors (peft), or eraser_config.json and eraser_weights.pt (legacy).",
+        (
+            "convert eraser eraser_nudity no-nudity --format peft --concept nudity --base_model zai-org/CogVideoX-5b",
+            "convert eraser user/no-dog legacy_no_dog --format legacy",
+        ),
+        add_eraser_arguments,
+        run_eraser,
+        output="destination",
+        result_names=("adapter_config.json", "eraser_config.json"),
     ),
-    add_eraser_arguments,
-    run_eraser,
-    output="destination",
-    result_names=("adapter_config.json", "eraser_config.json"),
-)
-CONVERT_NPNET = Command(
-    "convert npnet",
-    "a published NPNet checkpoint as a folder that loads by name",
-    "Read a checkpoint of the official code, without running any of it, and write a folder for NPNet.from_pretrained.",
-    ("convert npnet sdxl.pth npnet-sdxl",),
-    add_npnet_arguments,
-    run_npnet,
-    output="destination",
-    result_names=("config.json",),
+    Command(
+        "convert npnet",
+        "a published NPNet checkpoint as a folder that loads by name",
+        "Read a checkpoint of the official code, without running any of it, and write a folder for "
+        "NPNet.from_pretrained.",
+        ("convert npnet sdxl.pth npnet-sdxl",),
+        add_npnet_arguments,
+        run_npnet,
+        output="destination",
+        result_names=("config.json",),
+    ),
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ext.command_line.collect import COLLECT
-from diffusers_ext.command_line.convert import CONVERT_ERASER, CONVERT_LORA, CONVERT_NPNET
+from diffusers_ext.command_line.convert import CONVERSIONS
 from diffusers_ext.command_line.debleed import DEBLEED
 from diffusers_ext.command_line.evaluate_erasure import EVALUATE_ERASURE
 from diffusers_ext.command_line.evaluate_forgetting import EVALUATE_FORGETTING
@@ -31,26 +31,10 @@ from diffusers_ext.command_line.options import (
     Command,
     result_place,
 )
-from diffusers_ext.command_line.plan import PLAN_ERASER, PLAN_GOLDEN_NOISE, PLAN_NULLSPACE
+from diffusers_ext.command_line.plan import PLANS
 from diffusers_ext.command_line.push import PUSH
 from diffusers_ext.command_line.train import TRAININGS, add_trainings, train
 from diffusers_ext.training.run.settings import OneLineParser, error_line, user_errors
-
-
-@contextlib.contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """Whatever is printed on the way goes to stderr, so that stdout holds the outcome alone."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-@contextlib.contextmanager
-def hub_in_one_try() -> Iterator[None]:
-    """A Hub that cannot be reached is given up at once, see `diffusers_ext.core.sources`."""
-    from diffusers_ext.core.sources import one_try_to_connect
-
-    with one_try_to_connect():
-        yield
 
 
 @contextlib.contextmanager
@@ -75,67 +59,37 @@ def quiet_libraries(quiet: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def other_packages_quiet() -> Iterator[None]:
     """No word of other packages but errors; everything comes back as it was."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(?!diffusers_ext\b)")
-        with _errors_alone():
-            yield
-
-
-@contextlib.contextmanager
-def _errors_alone() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
-    libraries = (diffusers_logging, transformers_logging, hub_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    try:
-        for library in libraries:
+    with warnings.catch_warnings(), contextlib.ExitStack() as levels:
+        warnings.filterwarnings("ignore", module=r"(?!diffusers_ext\b)")
+        for library in (diffusers_logging, transformers_logging, hub_logging):
+            levels.callback(library.set_verbosity, library.get_verbosity())
             library.set_verbosity_error()
         yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
 
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import are_progress_bars_disabled
-    from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
-    from huggingface_hub.utils import enable_progress_bars as enable_hub_bars
+    from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
-    libraries = (diffusers_logging, transformers_logging)
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    hub_bars = not are_progress_bars_disabled()
-    try:
-        for library in libraries:
+    with contextlib.ExitStack() as bars:
+        for library in (diffusers_logging, transformers_logging):
+            if library.is_progress_bar_enabled():
+                bars.callback(library.enable_progress_bar)
             library.disable_progress_bar()
-        disable_hub_bars()
+        if not hub.are_progress_bars_disabled():
+            bars.callback(hub.enable_progress_bars)
+        hub.disable_progress_bars()
         yield
-    finally:
-        for library, bar in zip(libraries, bars, strict=True):
-            if bar:
-                library.enable_progress_bar()
-        if hub_bars:
-            enable_hub_bars()
 
 
-COMMANDS = (
-    PLAN_ERASER,
-    PLAN_NULLSPACE,
-    PLAN_GOLDEN_NOISE,
-    COLLECT,
-    DEBLEED,
-    EVALUATE_FORGETTING,
-    EVALUATE_GOLDEN_NOISE,
-    EVALUATE_ERASURE,
-    CONVERT_LORA,
-    CONVERT_ERASER,
-    CONVERT_NPNET,
-    PUSH,
-)
+EVALUATIONS = (EVALUATE_FORGETTING, EVALUATE_GOLDEN_NOISE, EVALUATE_ERASURE)
+COMMANDS = (*PLANS, COLLECT, DEBLEED, *EVALUATIONS, *CONVERSIONS, PUSH)
 _GROUPS = {
     "plan": "say what memory, disk and time a run takes, before it",
     "evaluate": "compare a model with and without what one of the tools made",
@@ -153,18 +107,10 @@ _EXAMPLES = f"""examples:
   {PROGRAM} collect --help"""
 
 
-class _ShowVersion(argparse.Action):
-    """Print the version when asked, not read it to build the parser."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        from diffusers_ext import __version__
-
-        print(f"{PROGRAM} {__version__}")
-        parser.exit()
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; parsed arguments hold their `Command` as `command`."""
+    from diffusers_ext import __version__
+
     parser = OneLineParser(
         prog=PROGRAM,
         description="Tools for diffusion models: null-space DreamBooth, golden noise, an eraser.",
@@ -172,20 +118,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_trainings(commands)
-    groups: dict[str, Any] = {}
+    parents: dict[str, Any] = {"": commands}
     for command in COMMANDS:
-        *group, name = command.name.split()
-        parent = commands
-        if group and group[0] not in groups:
-            title = _GROUPS[group[0]]
-            group_parser = commands.add_parser(group[0], help=title, description=title, allow_abbrev=False)
-            groups[group[0]] = group_parser.add_subparsers(metavar="WHAT", required=True)
-        if group:
-            parent = groups[group[0]]
-        _add_command(parent, name, command)
+        group, _, name = command.name.rpartition(" ")
+        if group not in parents:
+            title = _GROUPS[group]
+            group_parser = commands.add_parser(group, help=title, description=title, allow_abbrev=False)
+            parents[group] = group_parser.add_subparsers(metavar="WHAT", required=True)
+        _add_command(parents[group], name, command)
     return parser
 
 
@@ -241,11 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     try:
-        with stdout_to_stderr(), quiet_libraries(args.quiet), hub_in_one_try(), result_place(args):
+        # Stdout holds the outcome alone.
+        with contextlib.redirect_stdout(sys.stderr), quiet_libraries(args.quiet), result_place(args):
             # Left out when the package was imported, so that help comes fast.
             import diffusers_ext.registration  # noqa: F401
+            from diffusers_ext.core.sources import one_try_to_connect
 
-            outcome = args.command.run(args)
+            with one_try_to_connect():
+                outcome = args.command.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -39,17 +38,10 @@ def given_setting(args: argparse.Namespace, settings_class: type[Settings]) -> d
     """What was given."""
     found = {one.name: vars(args)[one.name] for one in fields(settings_class) if one.name in args}
     if "layers" in found:
-        found["layers"] = _layers(found["layers"])
+        from diffusers_ext.nullspace.settings import read_layers
+
+        found["layers"] = read_layers(found["layers"], "layers")
     return found
-
-
-def _layers(words: Sequence[str]) -> str | list[int]:
-    if list(words) == ["all"]:
-        return "all"
-    try:
-        return [int(word) for word in words]
-    except ValueError as error:
-        raise ValueError(f"`layers` must be 'all' or indices, got {list(words)}.") from error
 
 
 def _optional(word: str) -> str | None:
@@ -69,51 +61,43 @@ def _mapping(word: str) -> dict[str, Any]:
 _PARSERS = {"reward": _optional, "structure": _mapping}
 
 
-def _adder(setting: type[Settings]) -> Callable[[argparse.ArgumentParser], None]:
+def _command(tool: str, summary: str, setting: type[Settings], *examples: str) -> Command:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--pretrained_model_name_or_path", required=True, help="a published name or a folder")
         parser.add_argument("--gpu", help='e.g. "RTX 4090"; "here" times the steps on this machine, at random weights')
         parser.add_argument("--memory_gib", type=float, help="in place of the GPU's own")
         add_setting(parser.add_argument_group("setting"), setting)
 
-    return add_arguments
-
-
-def _runner(tool: str, setting: type[Settings]) -> Callable[[argparse.Namespace], Outcome]:
     def run(args: argparse.Namespace) -> Outcome:
         from diffusers_ext.planning import plan_run
 
         model, given = args.pretrained_model_name_or_path, given_setting(args, setting)
         plan = plan_run(tool, model, gpu=args.gpu, memory_gib=args.memory_gib, **given)
-        code = DOES_NOT_FIT if plan.fits is False else DONE
-        return Outcome(plan.to_dict(), plan.table(), code)
+        return Outcome(plan.to_dict(), plan.table(), DOES_NOT_FIT if plan.fits is False else DONE)
 
-    return run
-
-
-def _command(tool: str, summary: str, setting: type[Settings], *examples: str) -> Command:
     description = f"{summary[0].upper()}{summary[1:]}. {_DESCRIPTION}"
-    add_arguments, run = _adder(setting), _runner(tool, setting)
     return Command(f"plan {tool}", summary, description, examples, add_arguments, run)
 
 
-PLAN_ERASER = _command(
-    "eraser",
-    "memory, disk and time of training an eraser",
-    EraserPlanSettings,
-    "plan eraser --pretrained_model_name_or_path CogVideoX-5b --memory_gib 24",
-    'plan eraser --pretrained_model_name_or_path CogVideoX-2b --gpu "RTX 4090" --json',
-)
-PLAN_NULLSPACE = _command(
-    "nullspace",
-    "memory, disk and time of null-space DreamBooth",
-    NullSpacePlanSettings,
-    'plan nullspace --pretrained_model_name_or_path SD1.5 --gpu "RTX 3060" --mixed_precision fp16',
-)
-PLAN_GOLDEN_NOISE = _command(
-    "golden-noise",
-    "memory, disk and time of training a golden-noise network",
-    GoldenNoisePlanSettings,
-    'plan golden-noise --pretrained_model_name_or_path SDXL --gpu "A100 80GB" --num_prompts 10000 '
-    "--mixed_precision fp16",
+PLANS = (
+    _command(
+        "eraser",
+        "memory, disk and time of training an eraser",
+        EraserPlanSettings,
+        "plan eraser --pretrained_model_name_or_path CogVideoX-5b --memory_gib 24",
+        'plan eraser --pretrained_model_name_or_path CogVideoX-2b --gpu "RTX 4090" --json',
+    ),
+    _command(
+        "nullspace",
+        "memory, disk and time of null-space DreamBooth",
+        NullSpacePlanSettings,
+        'plan nullspace --pretrained_model_name_or_path SD1.5 --gpu "RTX 3060" --mixed_precision fp16',
+    ),
+    _command(
+        "golden-noise",
+        "memory, disk and time of training a golden-noise network",
+        GoldenNoisePlanSettings,
+        'plan golden-noise --pretrained_model_name_or_path SDXL --gpu "A100 80GB" --num_prompts 10000 '
+        "--mixed_precision fp16",
+    ),
 )

@@ -199,14 +199,14 @@ class CollectionSettings(KnownModelSettings, StatisticsSettings, RunSettings):
         self.features = [feature for feature in FEATURES if feature in chosen]
 
 
-def read_layers(value: str | Sequence[int | str]) -> str | list[int]:
-    """`--cross_attention_layers` as `"all"` or a list of indices."""
+def read_layers(value: str | Sequence[int | str], name: str = "cross_attention_layers") -> str | list[int]:
+    """The layers of a flag as `"all"` or a list of indices."""
     if value == "all" or list(value) == ["all"]:
         return "all"
     try:
         return [int(index) for index in value]
     except ValueError as error:
-        raise ValueError(f"`cross_attention_layers` must be 'all' or indices, got {value}.") from error
+        raise ValueError(f"`{name}` must be 'all' or indices, got {value}.") from error
 
 
 def read_timesteps(value: str | Sequence[int | str] | None) -> str | list[int] | None:
