@@ -44,9 +44,11 @@ def push_artifact(
     results: str | os.PathLike | Sequence[Measured] | None = None,
     **arguments: Any,
 ) -> str:
-    """Recognise an artifact, and upload its files with its model card; nothing else of the folder.
+    """Recognise an artifact, and upload its files with its model card; returns the address of the commit.
 
-    Facts for the card come from the arguments, then from the files and the `training_report.json` beside them.
+    Facts for the card come from the arguments, then from the files and the `training_report.json` beside them. A
+    `ValueError` (nothing known is there, the files are damaged or lead elsewhere, a fact is missing) comes before the
+    upload.
 
     Args:
         source: a folder as the training scripts and `save_pretrained` write it, or a LoRA's file.
@@ -54,13 +56,6 @@ def push_artifact(
         results: what was measured, or the report of an evaluation script: its folder or JSON file.
         arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`; and facts for the card:
             `base_model`, `license`, `trained_on`, `settings`, `widget` and those of the kind.
-
-    Returns:
-        Address of the commit, or of the pull request.
-
-    Raises:
-        ValueError: nothing known is there, the files are damaged, a fact is neither known nor given, or the folder
-            names or links to files outside of it. Nothing has been uploaded then.
     """
     source = Path(source)
     if not source.exists():

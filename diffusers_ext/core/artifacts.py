@@ -27,8 +27,8 @@ from diffusers_ext.core.tensor_files import (
     check_config_digest,
     check_format_version,
     check_regular_file,
+    check_sha256,
     config_digest,
-    is_sha256,
     read_tensors,
     with_digest,
 )
@@ -274,11 +274,7 @@ class Artifact:
         if missing:
             raise ValueError(f"{config_path} must hold {missing}, got only {sorted(config)}.")
         check_format_version(config, config_path, cls.format_version)
-        if not is_sha256(config["sha256"]):
-            raise ValueError(
-                f"`sha256` must be a SHA-256 of 64 hexadecimal digits, got {config['sha256']!r} in "
-                f"{config_path}. {REMEDY}"
-            )
+        check_sha256(config, "sha256", config_path)
         check_config_digest(config, config_path)
         found = file_sha256(check_regular_file(weights_path))
         if found != config["sha256"]:
@@ -304,10 +300,9 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def fingerprint(module: Module, samples: int = 256) -> dict[str, Any]:
-    """Facts that tell one model from another: a hash of names and shapes, and sampled weights; adapters do not count.
+    """Facts that tell one model from another, without adapters: `{"architecture": hex, "probe": [float, ...]}`.
 
-    Returns:
-        `{"architecture": hex, "probe": [float, ...]}`; the probe survives a change of dtype.
+    The first is a hash of names and shapes, the second are sampled weights, which survive a change of dtype.
     """
     adapters = ("lora_", "eraser_")
     parameters = [(n, p) for n, p in module.named_parameters() if not any(part in n for part in adapters)]

@@ -50,13 +50,7 @@ class _BoundAttnProcessor:
 
 
 def _inner_attribute(name: str) -> property:
-    def read(self: _BoundAttnProcessor) -> Any:
-        return getattr(self.inner, name)
-
-    def write(self: _BoundAttnProcessor, value: Any) -> None:
-        setattr(self.inner, name, value)
-
-    return property(read, write)
+    return property(lambda self: getattr(self.inner, name), lambda self, value: setattr(self.inner, name, value))
 
 
 @functools.cache
@@ -87,18 +81,11 @@ def _bound_class(inner_class: type) -> type[_BoundAttnProcessor]:
 def use_processors(
     model: torch.nn.Module, processor: WrappingAttnProcessor, targets: str | Sequence[str] = "*"
 ) -> Iterator[list[str]]:
-    """Bind a processor to the attention layers that glob patterns such as `"*attn2"` name, while the context is open.
+    """Bind a processor to the attention layers that glob patterns such as `"*attn2"` name; yields their names.
 
     Each layer's own processor goes on computing the attention, and is back on leaving, also after an exception. Uses
     may be nested; those of several threads may overlap, and each acts on the calls of its own thread. A backward pass
-    with gradient checkpointing belongs inside the context.
-
-    Yields:
-        The names of the bound layers, in natural order.
-
-    Raises:
-        TypeError: `model` or `processor` is of another kind.
-        ValueError: a pattern matches nothing, a layer has fused projections, or layers do not suit the processor.
+    with gradient checkpointing belongs inside the context. Fused projections are refused.
     """
     if not isinstance(model, AttentionMixin):
         raise TypeError(
@@ -137,12 +124,8 @@ def _bind(
                 f"`{name}` must not have fused projections, got fused ones. Call `unfuse_qkv_projections()` first."
             )
     processor.check_layers(layers)
-    bound = {}
-    for key in (f"{name}.processor" for name in chosen):
-        inner = processors[key]
-        name = key.removesuffix(".processor")
-        bound[key] = _bound_class(type(inner))(processor, name, inner, scope)
-    return bound
+    inner = {name: processors[f"{name}.processor"] for name in chosen}
+    return {f"{name}.processor": _bound_class(type(one))(processor, name, one, scope) for name, one in inner.items()}
 
 
 def _without(now: Any, scope: CallScope, original: Any) -> Any:

@@ -52,7 +52,7 @@ def find_modules(model: torch.nn.Module, targets: Targets) -> dict[str, torch.nn
 
 @contextmanager
 def capture(model: torch.nn.Module, targets: Targets, sink: Sink, *, side: str = "input") -> Iterator[list[str]]:
-    """Hand every input (or output) of the target modules to `sink` while the context is open.
+    """Hand every input (or output) of the target modules to `sink` while the context is open; yields their names.
 
     The model computes exactly what it computes without the hooks; they are removed on leaving, also after an
     exception. Calls by other threads are not captured. LoRA layers are seen through: the input of a wrapped Linear is
@@ -63,9 +63,6 @@ def capture(model: torch.nn.Module, targets: Targets, sink: Sink, *, side: str =
         sink: `sink(name, features)`, once per forward call, so twice under gradient checkpointing; `features` is
             detached, usually `(batch, tokens, dim)`.
         side: `"input"` (the first argument) or `"output"`.
-
-    Yields:
-        The names of the captured modules, in natural order.
     """
     if side not in ("input", "output"):
         raise ValueError(f"`side` must be 'input' or 'output', got {side!r}.")

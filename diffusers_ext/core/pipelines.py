@@ -64,10 +64,7 @@ def add_component(pipeline_class: type, name: str, kind: Any) -> None:
 
 
 def register_auto_pipeline(pipeline_class: type) -> None:
-    """Let diffusers' AutoPipelines find a pipeline derived from one that they know.
-
-    Text-to-image gives `pipeline_class` itself; image-to-image and inpainting what they give for the plain one.
-    """
+    """Let diffusers' AutoPipelines find a pipeline derived from one that they know; text-to-image gives itself."""
     text_to_image: MutableMapping[str, type] = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
     plain = plain_class(pipeline_class)
     known = [name for name, found in text_to_image.items() if found is plain]
@@ -83,8 +80,7 @@ def register_auto_pipeline(pipeline_class: type) -> None:
 class HandOver:
     """Mixin, before the pipeline of diffusers: a warning where `from_pipe` leaves a component behind.
 
-    `from_pipe` is a method of the class that is made, and reads no more of the pipeline it gets than `config` and
-    `components`; here is where the latter are read.
+    `from_pipe` is a method of the class that is made, and of the pipeline it gets it reads `components`, here.
     """
 
     # component -> what to do without it

@@ -25,9 +25,8 @@ class CallScope:
     """Tells the calls inside of its `with` block from those of other threads and tasks.
 
     A hook on a model is run by every thread that uses the model. Like `torch.no_grad`, what a context does to a model
-    is for the thread that opened it: another request must neither lose its eraser nor be recorded. Tasks of `asyncio`,
-    and threads that get a copy of the context (`asyncio.to_thread`), count as inside. Scopes may be closed in any
-    order, and in another thread.
+    is for the thread that opened it: another request must neither lose its eraser nor be recorded. Tasks of `asyncio`
+    count as inside. Scopes may be closed in any order, and in another thread.
     """
 
     def __init__(self) -> None:

@@ -74,9 +74,7 @@ def staged_output(
 def remove_result(folder: str | os.PathLike, patterns: Sequence[str] = ()) -> None:
     """Remove a result's files, and folders that are empty then; what nobody listed stays."""
     folder = Path(folder)
-    for name in [*_read_list(folder).get("files", ()), *_matching(folder, patterns)]:
-        (folder / name).unlink(missing_ok=True)
-        _remove_empty((folder / name).parent, folder)
+    _remove_files(folder, [*_read_list(folder).get("files", ()), *_matching(folder, patterns)])
     (folder / RESULT_LIST).unlink(missing_ok=True)
 
 
@@ -86,9 +84,7 @@ def _move_all(staging: Path, output_dir: Path, last: Sequence[str], beside: Sequ
     names = [*names, *_matching(output_dir, beside)]
     for name in last:
         (output_dir / name).unlink(missing_ok=True)
-    for name in sorted(set(_read_list(output_dir).get("files", ())) - set(names)):
-        (output_dir / name).unlink(missing_ok=True)
-        _remove_empty((output_dir / name).parent, output_dir)
+    _remove_files(output_dir, sorted(set(_read_list(output_dir).get("files", ())) - set(names)))
     _write_list(output_dir, names, complete=False)
     entries = os.listdir(staging)
     _move_contents(staging, output_dir, [name for name in entries if name not in last])
@@ -133,7 +129,11 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in found]
 
 
-def _remove_empty(folder: Path, root: Path) -> None:
-    while folder != root and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent
+def _remove_files(root: Path, names: Iterable[str]) -> None:
+    """Remove files, and folders that are empty then."""
+    for name in names:
+        (root / name).unlink(missing_ok=True)
+        folder = (root / name).parent
+        while folder != root and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent

@@ -12,8 +12,7 @@ from diffusers import DDPMScheduler
 def check_diffusion_levels(scheduler: Any, name: str = "scheduler") -> None:
     """Raise `ValueError` for a scheduler whose noise levels are not those of its `alphas_cumprod`.
 
-    Schedulers of EDM, consistency and flow-matching models have none; from their configurations alone diffusers would
-    make default levels without a word.
+    From the configuration of an EDM, consistency or flow-matching model diffusers would make default levels silently.
     """
     levels = getattr(scheduler, "alphas_cumprod", None)
     if isinstance(levels, torch.Tensor) and not scheduler.config.get("use_flow_sigmas"):

@@ -120,8 +120,7 @@ _FILES = ("run.json", "trained_0.safetensors")
 def refuse_checkpoint(source: str | os.PathLike) -> None:
     """Raise `ValueError` for a checkpoint, a file of one, or a folder of nothing but checkpoints.
 
-    A checkpoint holds the state that a training goes on from: some weights under the names of the model that trains,
-    and nothing to load them by.
+    A checkpoint holds some weights under the names of the model that trains, and nothing to load them by.
     """
     path = Path(source)
     for folder in (path, path.parent) if path.is_file() else (path,):
@@ -174,8 +173,7 @@ def files_on_hub(
 ) -> Iterator[None]:
     """Say in the user's words what a download of `kind` lacks; no repository or revision stays the Hub's error.
 
-    `ValueError` with `no_file` where the repository lacks a file, with `no_folder` for what cannot be a repository's
-    name; `LocalEntryNotFoundError` where the Hub cannot be asked.
+    `no_file` is for a repository without the file, `no_folder` for what cannot be the name of one.
     """
     try:
         yield

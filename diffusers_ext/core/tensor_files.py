@@ -40,15 +40,19 @@ def is_sha256(value: object) -> bool:
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
+def check_sha256(config: Mapping[str, Any], name: str, path: str | os.PathLike) -> None:
+    """Raise `ValueError` where an entry of a config is no SHA-256."""
+    if not is_sha256(config[name]):
+        raise ValueError(
+            f"`{name}` must be a SHA-256 of 64 hexadecimal digits, got {config[name]!r} in {path}. {REMEDY}"
+        )
+
+
 def check_config_digest(config: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Raise `ValueError` where a config holds a digest of itself that is none or does not fit."""
     if CONFIG_DIGEST not in config:
         return  # written before there was one
-    if not is_sha256(config[CONFIG_DIGEST]):
-        raise ValueError(
-            f"`{CONFIG_DIGEST}` must be a SHA-256 of 64 hexadecimal digits, got "
-            f"{config[CONFIG_DIGEST]!r} in {path}. Download or write it again."
-        )
+    check_sha256(config, CONFIG_DIGEST, path)
     if config[CONFIG_DIGEST] != config_digest(config):
         raise ValueError(
             f"{path} must have the contents that it was written with, got others: its "
@@ -106,16 +110,12 @@ def read_tensors(
     finite: bool = True,
     remedy: str = REMEDY,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, on the CPU, and its metadata.
+    """All tensors of a safetensors file, on the CPU, and its metadata; `ValueError` where they are not as wanted.
 
     Args:
         expected: all names that must be there and no others, each with its shape, or with a tensor (also on `meta`)
             whose shape and dtype it must have; any names when `None`.
         dtypes: those that tensors may have, such as `FLOATING`; any when `None`.
-
-    Raises:
-        ValueError: not a whole safetensors file, other tensors than expected, numbers that are none, or contents of
-            which the file's own digest says that they were altered.
     """
     handle = open_tensors(path, remedy)
     shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}

@@ -144,14 +144,12 @@ def artifact_card(
     """The card of one artifact, without network. What nobody says is an error, not a gap.
 
     Args:
-        kind: a key of `KINDS`.
-        repo_id: where the artifact is going to be, `"user/name"`.
+        kind: a key of `KINDS`, whose own facts are all of `facts`.
         base: Hub name of the base model, or a label for one that is not on the Hub.
         trained_on: what it was made from, as Markdown.
         settings: how it was made: names and numbers or words; empty leaves the table out.
         results: what was measured; empty says that nothing was.
         widget: prompts with the picture or clip of each, a file of the repository; may be empty.
-        facts: the kind's own, all of `KINDS[kind].facts`.
     """
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {list(KINDS)}, got {kind!r}.")

@@ -124,8 +124,7 @@ def stale_files(present: Iterable[str], new: Collection[str], delete_patterns: S
     return [
         name
         for name in present
-        if name not in new
-        and (_weights(name) in weights or any(fnmatchcase(name, pattern) for pattern in delete_patterns))
+        if name not in new and (_weights(name) in weights or any(fnmatchcase(name, one) for one in delete_patterns))
     ]
 
 
@@ -168,26 +167,20 @@ def push_folder(
 
     After an interruption the same call goes on: large files that have arrived are not sent again. What the owner wrote
     into a card that is already there stays, and so do all other files but those of `stale_files`. Paths of this
-    machine in configs and reports become names.
+    machine in configs and reports become names. `ValueError` for what cannot be shared comes before anything reaches
+    the Hub.
 
     Args:
         folder: what to upload. A `README.md` in it counts as the owner's where the Hub has none.
-        repo_id: `"user/name"`, or `"name"` for the user who is logged in; made when absent.
+        repo_id: `"user/name"`, or `"name"` for the user who is logged in; made when absent, as is the branch
+            `revision`.
         card: of `make_card`: gives the card from the full name of the repository, and from `subfolder=`.
-        private: of a repository that is made; the Hub's default for the user when `None`.
-        revision: branch, made when absent; `main` when `None`.
-        create_pr: propose the commit as a pull request in place of making it.
         subfolder: where in the repository the files go; the card stays at the root.
-        ignore_patterns: files to leave out, as in `huggingface_hub`.
         delete_patterns: names of files below `subfolder` that the same commit deletes where it does not write them.
         at_root: name of a folder in `folder` whose files lose that part of their names.
 
     Returns:
         Address of the commit, or of the pull request; of the latest commit where nothing has changed.
-
-    Raises:
-        ValueError: no such folder, nothing in it, a link out of it, or a card that cannot be rendered, that the Hub
-            refuses, or that holds the token. Nothing has reached the Hub then.
     """
     files = _files_of(Path(folder), ignore_patterns, at_root)
     api = HfApi(token=token)
@@ -199,7 +192,9 @@ def push_folder(
         raise ValueError("The card must not hold the token, got one that does.")
     check_card(new_card)
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    operations = [_addition(f"{prefix}{name}", path) for name, path in files.items()]
+    operations = [
+        CommitOperationAdd(f"{prefix}{name}", public_content(path) or str(path)) for name, path in files.items()
+    ]
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     is_branch = revision is not None and not revision.startswith("refs/")
     if is_branch and not create_pr:  # whoever proposes a change may not be allowed to make branches
@@ -239,10 +234,7 @@ def check_card(card: Card) -> None:
 def make_repository(
     repo_id: str, *, repo_type: str = "model", private: bool | None = None, token: str | None = None
 ) -> str:
-    """Make a repository where there is none; returns its full name.
-
-    For a long run before it begins: a missing login stops it here, not at its end.
-    """
+    """Make a repository where there is none, before a long run, so that a missing login stops it there; full name."""
     api = HfApi(token=token)
     return api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
 
@@ -262,11 +254,6 @@ def _files_of(folder: Path, ignore_patterns: Sequence[str], at_root: str | None)
     if at_root is None:
         return files
     return {name.removeprefix(f"{at_root}/"): path for name, path in files.items()}
-
-
-def _addition(name: str, path: Path) -> CommitOperationAdd:
-    content = public_content(path)
-    return CommitOperationAdd(name, str(path) if content is None else content)
 
 
 def _owner_text(api: HfApi, folder: Path, target: dict[str, Any]) -> str | None:
@@ -292,10 +279,8 @@ def check_no_adapters(pipeline: Any) -> None:
     if not isinstance(pipeline, DiffusionPipeline):
         return
     for name, component in pipeline.components.items():
-        adapted = isinstance(component, Module) and any(
-            isinstance(part, BaseTunerLayer) for part in component.modules()
-        )
-        if adapted:
+        parts = component.modules() if isinstance(component, Module) else ()
+        if any(isinstance(part, BaseTunerLayer) for part in parts):
             adapters = sorted(getattr(component, "peft_config", {}))
             raise ValueError(
                 f"A pipeline must hold no adapters when it is saved, got {adapters} in its `{name}`, "
@@ -329,7 +314,7 @@ class PushWithCard:
         with adapters loaded, which would be lost, is a `ValueError` before anything is written.
         """
         check_no_adapters(self)
-        saving: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
+        saving = {"safe_serialization": safe_serialization, "variant": variant}
         if max_shard_size is not None:
             saving["max_shard_size"] = max_shard_size
         if not push_to_hub:
