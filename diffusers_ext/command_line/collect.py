@@ -72,11 +72,7 @@ def run_collect(args: argparse.Namespace) -> Outcome:
         find_licence(base, args.license, token=args.hub_token)
     pipeline = load_base_pipeline(args)
     began = time.perf_counter()
-    statistics = _collect(args, pipeline, prompts, layers, args.progress_dir)
-    if args.other_instance_prompts:
-        folder = args.progress_dir and Path(args.progress_dir, "other_subjects")
-        others = _collect(args, pipeline, args.other_instance_prompts, layers, folder)
-        statistics.merge(others, times=len(prompts))
+    statistics = _collect(args, pipeline, prompts, layers)
     seconds = time.perf_counter() - began
     if args.export_layout is not None:
         statistics.export_layout(args.export_layout, show_progress=not args.quiet)
@@ -111,30 +107,21 @@ def run_collect(args: argparse.Namespace) -> Outcome:
 
 
 def _collect(
-    args: argparse.Namespace,
-    pipeline: DiffusionPipeline,
-    prompts: list[str],
-    layers: str | list[int],
-    progress_dir: str | Path | None,
+    args: argparse.Namespace, pipeline: DiffusionPipeline, prompts: list[str], layers: str | list[int]
 ) -> FeatureStatistics:
+    """Statistics of the knowledge and of other subjects, each of which weighs as much as all knowledge."""
     from diffusers_ext.nullspace.collect import collect_statistics
 
-    return collect_statistics(
-        pipeline,
-        prompts,
-        features=args.features,
-        layers=layers,
-        negative_prompt=args.negative_prompt,
-        expand_sub_phrases=not args.no_sub_phrases,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        height=args.height,
-        width=args.width,
-        batch_size=args.statistics_batch_size,
-        seed=args.seed,
-        progress_dir=progress_dir,
-        show_progress=not args.quiet,
-    )
+    names = ("features", "negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "seed")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    options |= {"layers": layers, "expand_sub_phrases": not args.no_sub_phrases}
+    options |= {"batch_size": args.statistics_batch_size, "show_progress": not args.quiet}
+    statistics = collect_statistics(pipeline, prompts, progress_dir=args.progress_dir, **options)
+    if args.other_instance_prompts:
+        folder = args.progress_dir and Path(args.progress_dir, "other_subjects")
+        others = collect_statistics(pipeline, args.other_instance_prompts, progress_dir=folder, **options)
+        statistics.merge(others, times=len(prompts))
+    return statistics
 
 
 COLLECT = Command(
