@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ext.core.settings import PRECISIONS
+
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
@@ -85,9 +87,6 @@ def report_outcome(report: SavedReport, folder: Path, table: str) -> Outcome:
     return Outcome({"output_dir": folder, "files": files, **facts}, f"{table}\nWrote {folder}")
 
 
-_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
 def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Which base model, and how it runs."""
     group = parser.add_argument_group("base model")
@@ -103,7 +102,7 @@ def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = T
     )
     group.add_argument("--revision", help="of the base model on the Hub")
     group.add_argument("--variant", help="of the weight files, e.g. fp16")
-    group.add_argument("--mixed_precision", choices=list(_DTYPES), help="of the weights; no without it")
+    group.add_argument("--mixed_precision", choices=list(PRECISIONS), help="of the weights; no without it")
     group.add_argument("--device", help="e.g. cuda:1; a GPU if there is one without it")
     group.add_argument("--seed", type=int, default=0, help="of everything random")
 
@@ -166,27 +165,12 @@ def check_pipeline_class(args: argparse.Namespace, tool: str | None = None) -> d
 
 def load_base_pipeline(args: argparse.Namespace, tool: str | None = None, *, place: bool = True) -> DiffusionPipeline:
     """The base model, frozen, in evaluation mode, without a safety checker; `place` it on the device."""
-    import torch
+    from diffusers_ext.training.run.base_model import load_frozen
+    from diffusers_ext.training.run.setup import WEIGHT_DTYPES
 
-    from diffusers_ext.families.base_source import load_base
-
-    device, components = chosen_device(args), check_pipeline_class(args, tool)
-    # A blackened picture would be measured like any other.
-    unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in components else {}
-    if "requires_safety_checker" in components:
-        unfiltered["requires_safety_checker"] = False
-    pipeline = load_base(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        single_file_config=args.single_file_config,
-        dtype=getattr(torch, _DTYPES[args.mixed_precision or "no"]),
-        **unfiltered,
-    )
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
-    pipeline.set_progress_bar_config(disable=True)
+    device = chosen_device(args)
+    check_pipeline_class(args, tool)
+    pipeline = load_frozen(args, WEIGHT_DTYPES[args.mixed_precision or "no"])
     return pipeline.to(device) if place else pipeline
 
 

@@ -12,7 +12,7 @@ from diffusers_ext import FeatureStatistics, load_noise_model
 from diffusers_ext.command_line.main import main
 from diffusers_ext.core.sources import one_try_to_connect
 from diffusers_ext.eraser.formats import read_eraser
-from diffusers_ext.training.run.text_cache import read_components
+from diffusers_ext.training.run.base_model import read_components
 from types import SimpleNamespace
 prompts, out = arguments[0], arguments[1] + ".safetensors"
 model = ["--pretrained_model_name_or_path", "u/n"]

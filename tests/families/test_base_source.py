@@ -18,8 +18,8 @@ from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.families.base_source import load_base, read_base_config, refuse_single_file
 from diffusers_ext.planning.models import read_base_model
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
-from diffusers_ext.training.run.knowledge import load_pipeline
-from diffusers_ext.training.run.text_cache import load_text_pipeline, stored_fingerprint
+from diffusers_ext.training.nullspace.knowledge import load_pipeline
+from diffusers_ext.training.run.base_model import load_text_pipeline, stored_fingerprint
 from tests.single_file_checkpoints import save_single_file
 from tests.tiny_digits import random_digits_pipeline
 

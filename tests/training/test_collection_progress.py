@@ -6,13 +6,8 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from diffusers_ext.training.nullspace.statistics import (
-    check_args,
-    check_resume,
-    collection_facts,
-    collection_progress,
-    parse_args,
-)
+from diffusers_ext.training.nullspace.knowledge import check_resume, collection_facts, collection_progress
+from diffusers_ext.training.nullspace.statistics import check_args, parse_args
 from tests.training.script_runs import MODEL_DIR, PROMPTS, command_line, files_below
 
 

@@ -8,14 +8,14 @@ from accelerate import Accelerator
 
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.training.nullspace.run import parse_args
-from diffusers_ext.training.run.knowledge import (
+from diffusers_ext.training.nullspace.knowledge import (
     collect,
     decode_in_pipeline_dtype,
     load_or_collect,
     load_pipeline,
     read_knowledge,
 )
+from diffusers_ext.training.nullspace.run import parse_args
 from examples.digits.check_model import load_pipeline as load_digits
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import pixart_pipeline, sdxl_pipeline

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from diffusers_ext.training.run.setup import (
     check_resume,
     loop_settings,
     make_accelerator,
+    make_loop,
     make_optimizer,
     make_output_dir,
     make_schedule,
@@ -71,9 +73,8 @@ def test_the_optimizer_has_the_asked_rate(args, scale, rate):
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (
         rate, (0.8, 0.999), 0.1, 1e-6,
     )  # fmt: skip
-    args.learning_rate = 0.0
     with pytest.raises(ValueError, match="`learning_rate` must be positive, got 0.0"):
-        make_optimizer(args, [parameter], argparse.Namespace(num_processes=1))
+        replace(args, learning_rate=0.0)
 
 
 def test_the_schedule_counts_optimizer_steps(args):
@@ -94,6 +95,19 @@ def test_loop_settings_are_the_arguments(args):
     assert settings.description == "training"
     for name in ("max_train_steps", "train_batch_size", "max_grad_norm", "seed", "logging_steps"):
         assert getattr(settings, name) == getattr(args, name)
+
+
+@pytest.mark.parametrize(("asked", "every"), [(None, 4), (3, 3)])
+def test_a_loop_validates_every_so_many_steps_and_holds_the_number_of_processes(args, asked, every):
+    args.validation_steps, draw = asked, lambda step: None
+    model, accelerator = torch.nn.Linear(1, 1), Accelerator(cpu=True)
+    model.bias.requires_grad_(False)
+    given = (args, accelerator, model, [0.0], None, {"pictures": "abc"}, "training")
+    loop = make_loop(*given, validate=draw)
+    assert loop.callbacks == [(every, draw)]
+    assert make_loop(*given).callbacks == []
+    assert loop.checkpoints.fingerprint == {"pictures": "abc", "num_processes": 1}
+    assert loop.optimizer.param_groups[0]["params"] == [model.weight]
 
 
 def test_only_a_schedule_that_ends_ties_a_run_to_its_length(args):

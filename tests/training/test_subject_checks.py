@@ -130,7 +130,7 @@ def test_what_does_not_fit_the_model(fails, monkeypatch, directions, arguments, 
     def collect(*_: object, **__: object) -> None:
         raise AssertionError("Nothing must be collected.")
 
-    monkeypatch.setattr("diffusers_ext.training.run.knowledge.collect_statistics", collect)
+    monkeypatch.setattr("diffusers_ext.training.nullspace.knowledge.collect_statistics", collect)
     fails(message, directions=directions, **arguments)
 
 

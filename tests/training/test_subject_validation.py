@@ -38,11 +38,9 @@ def read(path) -> np.ndarray:
 
 
 def test_pictures_have_fixed_seeds(validation, tmp_path):
-    ((every, draw),) = validation.callbacks()
-    assert every == validation.settings.max_train_steps
-    draw(3)
+    validation.draw(3)
     torch.randn(5)
-    draw(7)
+    validation.draw(7)
     names = ["step-000003-prompt-0.png", "step-000007-prompt-0.png"]
     folder = tmp_path / "out" / "validation"
     assert [path.name for path in sorted(folder.iterdir())] == names
@@ -51,13 +49,6 @@ def test_pictures_have_fixed_seeds(validation, tmp_path):
     assert first.shape == (32, 64, 3)
     assert np.array_equal(first, second)
     assert not np.array_equal(first[:, :32], first[:, 32:])
-
-
-def test_no_prompts_no_callback(make_args, pipeline, fresh_accelerator):
-    accelerator = Accelerator(cpu=True)
-    assert Validation(make_args(validation_prompt=None), pipeline, accelerator).callbacks() == []
-    args = make_args(validation_steps=5)
-    assert Validation(args, pipeline, accelerator).callbacks()[0][0] == 5
 
 
 @pytest.mark.parametrize("broken", [False, True])

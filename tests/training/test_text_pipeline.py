@@ -8,7 +8,7 @@ import torch
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.golden_noise.text_cache import TextCache
-from diffusers_ext.training.run.text_cache import load_text_pipeline, stored_fingerprint
+from diffusers_ext.training.run.base_model import load_text_pipeline, stored_fingerprint
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline

@@ -23,9 +23,9 @@ from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.text import GivenTexts, RunText
+from diffusers_ext.training.run.base_model import read_components
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import ON_THE_WAY, staged_output
-from diffusers_ext.training.run.text_cache import read_components
 from diffusers_ext.training.run.upload import (
     card_arguments,
     left_here,
@@ -67,12 +67,6 @@ class ClipValidation:
         self.empty_embed = text.embeds.empty
         self.files: list[Path] = []
         self._base: dict[tuple[int, int], np.ndarray] = {}
-
-    def callbacks(self) -> list[tuple[int, Callable[[int], None]]]:
-        """What `TrainingLoop` calls; empty without validation prompts."""
-        if not self.settings.validation_prompt:
-            return []
-        return [(self.settings.validation_steps or self.settings.max_train_steps, self.draw)]
 
     def draw(self, step: int) -> None:
         """Draw and save the clips of one step; the models' modes and the VAE's place come back."""

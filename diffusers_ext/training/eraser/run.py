@@ -27,9 +27,9 @@ from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.families.registry import families_of
 from diffusers_ext.training.eraser.data import ClipSize, EraserData, make_data
 from diffusers_ext.training.eraser.prompts import EraserPrompts
+from diffusers_ext.training.run.base_model import read_components
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES
-from diffusers_ext.training.run.text_cache import read_components
 
 
 @dataclass(frozen=True)

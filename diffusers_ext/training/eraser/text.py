@@ -22,7 +22,7 @@ from diffusers_ext.training.eraser.prompts import (
     read_eraser_prompts,
     write_preserved_concepts,
 )
-from diffusers_ext.training.run.text_cache import load_text_pipeline
+from diffusers_ext.training.run.base_model import load_text_pipeline
 
 logger = get_logger(__name__)
 

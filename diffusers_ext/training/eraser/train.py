@@ -32,18 +32,15 @@ from diffusers_ext.training.eraser.result import (
 )
 from diffusers_ext.training.eraser.run import BaseFacts, add_eraser, load_base, make_step, read_base
 from diffusers_ext.training.eraser.text import GivenTexts, RunText, encode_run_text, read_texts, settle_anchor
-from diffusers_ext.training.run.checkpoints import Checkpoints
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import eraser_words, one_run_a_folder, run_script
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
     ERASER_RUNS,
     check_resume,
-    loop_settings,
     make_accelerator,
-    make_optimizer,
+    make_loop,
     make_output_dir,
-    make_schedule,
     run_facts,
     start_trackers,
 )
@@ -107,13 +104,7 @@ def build_loop(
     validation: ClipValidation,
 ) -> TrainingLoop:
     """The loop over a transformer, to which it adds an eraser."""
-    facts = {
-        **facts,
-        "model": fingerprint(pipeline.transformer),
-        "samples": samples_facts(data.samples),
-        "num_processes": accelerator.num_processes,
-    }
-    check_resume(settings, facts)
+    facts = {**facts, "model": fingerprint(pipeline.transformer), "samples": samples_facts(data.samples)}
     parameters = add_eraser(
         pipeline.transformer,
         settings,
@@ -122,25 +113,17 @@ def build_loop(
         anchor_concept=settings.anchor_concept,
     )
     step = make_step(pipeline, data, settings, accelerator.device, ADAPTER_NAME)
-    optimizer = make_optimizer(settings, parameters, accelerator)
-    return TrainingLoop(
+    return make_loop(
+        settings,
         accelerator,
         pipeline.transformer,
-        optimizer,
         data.samples,
         step,
-        loop_settings(settings, "eraser training"),
-        make_schedule(settings, optimizer),
-        checkpoints=Checkpoints(
-            accelerator,
-            settings.output_dir,
-            facts,
-            settings.checkpointing_steps,
-            settings.checkpoints_total_limit,
-            parts=step.stateful,
-        ),
-        resume_from_checkpoint=settings.resume_from_checkpoint,
-        callbacks=validation.callbacks(),
+        facts,
+        "eraser training",
+        parameters=parameters,
+        validate=validation.draw if settings.validation_prompt else None,
+        parts=step.stateful,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,10 +14,10 @@ from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import ModelSettings, SamplingSettings
 from diffusers_ext.core.text_files import read_prompt_texts
 from diffusers_ext.evaluation import rendering
-from diffusers_ext.families.base_source import load_base, read_base_config
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.redenoise import TOOL, denoiser_of
+from diffusers_ext.training.run.base_model import load_frozen
 
 
 def read_prompt_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:
@@ -44,18 +43,8 @@ def load_base_pipeline(settings: ModelSettings, device: torch.device, dtype: tor
     Raises:
         ValueError: no pipeline, or one of a family that golden noise is not known for.
     """
-    source = settings.pretrained_model_name_or_path
-    where = {"revision": settings.revision, "single_file_config": settings.single_file_config}
-    config = read_base_config(source, **where)
-    # A black picture in place of a refused one would decide about its pair.
-    unfiltered: dict[str, Any] = {"safety_checker": None} if "safety_checker" in config else {}
-    if "requires_safety_checker" in config:
-        unfiltered["requires_safety_checker"] = False
-    pipeline = load_base(source, variant=settings.variant, dtype=dtype, **where, **unfiltered)
+    pipeline = load_frozen(settings, dtype)
     find_family(pipeline, TOOL)
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
     return pipeline.to(device)
 
 

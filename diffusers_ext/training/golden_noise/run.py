@@ -37,20 +37,17 @@ from diffusers_ext.training.golden_noise.result import (
     save_network,
     trained_network_card,
 )
-from diffusers_ext.training.run.checkpoints import Checkpoints
+from diffusers_ext.training.run.base_model import check_base_model, load_text_pipeline
 from diffusers_ext.training.run.loop import LossFunction, TrainingLoop
 from diffusers_ext.training.run.script import network_words
 from diffusers_ext.training.run.setup import (
     check_resume,
-    loop_settings,
     make_accelerator,
-    make_optimizer,
+    make_loop,
     make_output_dir,
-    make_schedule,
     run_facts,
     start_trackers,
 )
-from diffusers_ext.training.run.text_cache import check_base_model, load_text_pipeline
 from diffusers_ext.training.run.upload import check_login, prepare_upload
 
 NETWORKS: dict[str, type[torch.nn.Module]] = {
@@ -231,9 +228,7 @@ def build_loop(
         "text": cache.facts,
         "network": network_config(network),
         "start": fingerprint(network),
-        "num_processes": accelerator.num_processes,
     }
-    check_resume(settings, facts)
     network.to(accelerator.device)
     ema = EMAModel(network.parameters(), decay=settings.ema_decay) if settings.use_ema else None
     samples = data.samples(cache)
@@ -241,27 +236,17 @@ def build_loop(
         accelerator, network, ema, samples, cache.take, task.make_measure(settings),
         batch_size=settings.train_batch_size, most=settings.num_validation_pairs,
     )  # fmt: skip
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(settings, trained, accelerator)
-    loop = TrainingLoop(
+    loop = make_loop(
+        settings,
         accelerator,
         network,
-        optimizer,
         samples["train"],
         task.make_loss(settings, cache, accelerator.device),
-        loop_settings(settings, f"{settings.model} training"),
-        make_schedule(settings, optimizer),
-        checkpoints=Checkpoints(
-            accelerator,
-            settings.output_dir,
-            facts,
-            settings.checkpointing_steps,
-            settings.checkpoints_total_limit,
-            parts=[validation],
-        ),
-        resume_from_checkpoint=settings.resume_from_checkpoint,
+        facts,
+        f"{settings.model} training",
+        validate=validation.run,
+        parts=[validation],
         ema=ema,
-        callbacks=[(settings.validation_steps or settings.max_train_steps, validation.run)],
     )
     return loop, validation
 

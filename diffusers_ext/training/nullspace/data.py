@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.pictures import find_pictures, is_caption, is_hidden, read_picture, why_no_picture
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import SamplingSettings
 from diffusers_ext.core.text_files import one_line, read_rows, read_text
@@ -182,8 +183,8 @@ def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def own_resolution(pipeline: DiffusionPipeline) -> int | None:
-    """Pixels a side of the pictures that a UNet was made for; `None` where they are not square."""
-    size = pipeline.unet.config.sample_size
+    """Pixels a side of the pictures that a model was made for; `None` where they are not square."""
+    size = denoiser_of(pipeline).config.sample_size
     sides = {size} if isinstance(size, int) else set(size or ())
     return sides.pop() * pipeline.vae_scale_factor if len(sides) == 1 else None
 

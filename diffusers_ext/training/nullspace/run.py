@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from PIL import Image
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
 from diffusers_ext.core.pictures import find_pictures, read_picture
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.seeds import check_min_snr, training_schedule
 from diffusers_ext.documented_names import read_nullbooth_block
+from diffusers_ext.families.registry import find_family
 from diffusers_ext.nullspace.lora import check_lora_config
 from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.prompts import check_prompt_length
@@ -44,6 +46,7 @@ from diffusers_ext.training.nullspace.data import (
     warn_of_missing_words,
     with_prompts,
 )
+from diffusers_ext.training.nullspace.knowledge import load_or_collect, load_pipeline, read_knowledge
 from diffusers_ext.training.nullspace.subject import (
     files_for_programs,
     keep_rule,
@@ -51,8 +54,6 @@ from diffusers_ext.training.nullspace.subject import (
     prepare_weights,
     save_result,
 )
-from diffusers_ext.training.run.checkpoints import Checkpoints
-from diffusers_ext.training.run.knowledge import load_or_collect, load_pipeline, read_knowledge
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import directions_words, one_run_a_folder, run_script, subject_words
 from diffusers_ext.training.run.settings import parse_settings
@@ -60,11 +61,9 @@ from diffusers_ext.training.run.setup import (
     NULL_SPACE_RUNS,
     WEIGHT_DTYPES,
     check_resume,
-    loop_settings,
     make_accelerator,
-    make_optimizer,
+    make_loop,
     make_output_dir,
-    make_schedule,
     run_facts,
     start_trackers,
 )
@@ -117,7 +116,7 @@ def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline
     if settings.directions != "plain":
         prompts += settings.other_instance_prompts
     if settings.directions == "plain" or settings.statistics is None:
-        find_linears(pipeline.unet, settings.features, settings.cross_attention_layers)
+        find_linears(denoiser_of(pipeline), settings.features, settings.cross_attention_layers)
     if settings.directions != "plain" and settings.statistics is None:
         prompts += read_knowledge(settings)
     check_prompt_length(pipeline, prompts)
@@ -171,12 +170,6 @@ class Validation:
     def __init__(self, settings: NullSpaceSettings, pipeline: DiffusionPipeline, accelerator: Accelerator) -> None:
         self.settings, self.pipeline, self.accelerator = settings, pipeline, accelerator
         self.files: list[Path] = []
-
-    def callbacks(self) -> list[tuple[int, Callable[[int], None]]]:
-        """What `TrainingLoop` calls; empty without validation prompts."""
-        if not self.settings.validation_prompt:
-            return []
-        return [(self.settings.validation_steps or self.settings.max_train_steps, self.draw)]
 
     def draw(self, step: int) -> None:
         """Draw and save the pictures of one step; the model's mode comes back afterwards."""
@@ -241,8 +234,8 @@ def build_loop(
     statistics: FeatureStatistics | None,
     validation: Validation,
 ) -> TrainingLoop:
-    """The loop over a UNet that `prepare_weights` has made trainable."""
-    images = list_images(settings.instance_data_dir)
+    """The loop over a denoiser that `prepare_weights` has made trainable."""
+    denoiser, images = denoiser_of(pipeline), list_images(settings.instance_data_dir)
     crop = not settings.no_center_crop
     dataset = encode_images(pipeline, images, settings.resolution, center_crop=crop, flip=settings.random_flip)
     if captions := caption_facts(settings):
@@ -251,35 +244,23 @@ def build_loop(
     prior = settings.with_prior_preservation
     facts = run_facts(
         settings,
-        model=fingerprint(pipeline.unet),
+        model=fingerprint(denoiser),
         pictures=hash_files(images),
         class_pictures=hash_files(list_images(settings.class_data_dir)) if prior else None,
         knowledge=None if statistics is None else statistics.facts,
-        num_processes=accelerator.num_processes,
         **captions,
         **subject_settings(settings),
     )
-    check_resume(settings, facts)
-    trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
-    optimizer = make_optimizer(settings, trained, accelerator)
-    return TrainingLoop(
+    return make_loop(
+        settings,
         accelerator,
-        pipeline.unet,
-        optimizer,
+        denoiser,
         dataset,
         loss_function,
-        loop_settings(settings, f"{settings.directions} training"),
-        make_schedule(settings, optimizer),
-        checkpoints=Checkpoints(
-            accelerator,
-            settings.output_dir,
-            facts,
-            settings.checkpointing_steps,
-            settings.checkpoints_total_limit,
-            keep_rule(settings),
-        ),
-        resume_from_checkpoint=settings.resume_from_checkpoint,
-        callbacks=validation.callbacks(),
+        facts,
+        f"{settings.directions} training",
+        validate=validation.draw if settings.validation_prompt else None,
+        keep=keep_rule(settings),
     )
 
 
@@ -309,8 +290,8 @@ def main(settings: NullSpaceSettings) -> Path:
     start_trackers(accelerator, settings, "nullspace-dreambooth")
     constrained = bool(prepared.projections)
     with ProjectedUpdate(loop.optimizer, prepared.projections) if constrained else nullcontext():
-        pipeline.unet = loop.run()
-    pipeline.unet.eval()
+        trained = loop.run()
+    setattr(pipeline, find_family(pipeline, "nullspace").denoiser, trained.eval())
     if accelerator.is_main_process:
         report = {
             "arguments": reported_arguments(settings),

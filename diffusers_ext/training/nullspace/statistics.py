@@ -7,24 +7,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
-from diffusers_ext.core.text_files import read_json
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.documented_names import read_nullbooth_block
 from diffusers_ext.nullspace.collect import sampled_timesteps
 from diffusers_ext.nullspace.npy_tree import check_room, export_layout, layout_size
@@ -41,8 +37,15 @@ from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.settings import CollectionSettings
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.training.run.checkpoint_files import check_same_facts
-from diffusers_ext.training.run.knowledge import collect, decode_in_pipeline_dtype, load_pipeline, read_knowledge
+from diffusers_ext.training.nullspace.knowledge import (
+    check_resume,
+    collect,
+    collection_facts,
+    collection_progress,
+    decode_in_pipeline_dtype,
+    load_pipeline,
+    read_knowledge,
+)
 from diffusers_ext.training.run.script import (
     check_output_dir,
     one_run_a_folder,
@@ -55,88 +58,6 @@ from diffusers_ext.training.run.setup import NULL_SPACE_RUNS, WEIGHT_DTYPES, mak
 from diffusers_ext.training.run.upload import check_login, collection_card, prepare_upload, publish_statistics
 
 logger = get_logger(__name__)
-
-_FOLDER, _RUN_FILE = "progress", "run.json"
-
-
-def collection_facts(settings: CollectionSettings, prompts: list[str], num_processes: int) -> dict[str, Any]:
-    """What must be equal for a collection to be continued."""
-    names = (
-        "pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "features",
-        "cross_attention_layers", "no_sub_phrases", "negative_prompt", "num_inference_steps",
-        "guidance_scale", "statistics_batch_size", "seed",
-    )  # fmt: skip
-    facts = {name: getattr(settings, name) for name in names}
-    # Left out without one, as in progress that was written before there was this setting.
-    if settings.single_file_config is not None:
-        facts["single_file_config"] = settings.single_file_config
-    facts["knowledge_prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    facts["num_processes"] = num_processes
-    return json.loads(json.dumps(facts))
-
-
-def check_resume(settings: CollectionSettings, facts: dict[str, Any]) -> None:
-    """Raise `ValueError` if `--resume_from_checkpoint` asks for what is not there."""
-    which, folder = settings.resume_from_checkpoint, Path(settings.output_dir, _FOLDER)
-    if which is None:
-        return
-    if which != "latest":
-        raise ValueError(f"`resume_from_checkpoint` must be 'latest' for statistics, got {which!r}.")
-    if not (folder / _RUN_FILE).is_file():
-        done = Path(settings.output_dir, CONFIG_NAME).is_file()
-        hint = " It holds finished statistics." if done else " Start without the flag."
-        raise ValueError(
-            "`resume_from_checkpoint` must find the progress of a stopped collection, got 'latest' "
-            f"but {settings.output_dir} holds none.{hint}"
-        )
-    check_same_facts(read_json(folder / _RUN_FILE, allow_nan=True), facts, folder)
-
-
-@contextmanager
-def collection_progress(
-    settings: CollectionSettings, facts: dict[str, Any], accelerator: Accelerator
-) -> Iterator[Path]:
-    """The progress folder of a collection; it goes when the block has ended well.
-
-    Without `--resume_from_checkpoint` a stopped collection's progress is thrown away. It stays after an interruption
-    that came later than the first saved totals; after a `ValueError`, which says that the collection itself was wrong,
-    nothing of a new one stays.
-
-    Yields:
-        The folder, for `collect_statistics(progress_dir=)`.
-    """
-    folder = Path(settings.output_dir, _FOLDER)
-    is_new = not folder.parent.exists()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and settings.resume_from_checkpoint is None:
-        if folder.exists():
-            logger.warning(f"Removing {folder}: --resume_from_checkpoint latest would continue it.")
-            _remove(folder, False)
-        folder.mkdir(parents=True)
-        write_atomically(folder / _RUN_FILE, json.dumps(facts, indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    try:
-        yield folder
-    except BaseException as error:
-        wrong = isinstance(error, ValueError) and settings.resume_from_checkpoint is None
-        if accelerator.is_main_process and (wrong or not any(folder.glob("part-*/batches-*"))):
-            _remove(folder, is_new)
-        raise
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _remove(folder, False)
-
-
-def _remove(folder: Path, with_parent: bool) -> None:
-    # Under its new name a half removed folder is no progress.
-    removed = folder.with_name(f".removed-{_FOLDER}")
-    shutil.rmtree(removed, ignore_errors=True)
-    folder.rename(removed)
-    shutil.rmtree(removed)
-    if with_parent:
-        with suppress(OSError):  # another process may have written there
-            folder.parent.rmdir()
-
 
 DEFAULT_THRESHOLD = 2e-2
 
@@ -205,7 +126,7 @@ def tree_timesteps(settings: CollectionSettings, pipeline: DiffusionPipeline) ->
 
 def check_tree_room(settings: CollectionSettings, pipeline: DiffusionPipeline) -> None:
     """Log the most that the tree can take; raise `ValueError` where the disk has less."""
-    linears = find_linears(pipeline.unet, settings.features, settings.cross_attention_layers)
+    linears = find_linears(denoiser_of(pipeline), settings.features, settings.cross_attention_layers)
     widths = {name: linear.in_features for name, linear in linears.items()}
     timesteps = tree_timesteps(settings, pipeline)
     check_room(len(timesteps) * layout_size(widths), settings.output_dir, len(timesteps))
@@ -233,11 +154,8 @@ def draw_attention_maps(
 ) -> None:
     """Draw the attention of the first `--num_attention_maps` prompts.
 
-    Args:
-        settings: of the script.
-        pipeline, prompts: what is drawn.
-        folder: gets `plots/attention_<number>.png`, one for each prompt, the mean of all layers.
-        run: gets `visualizations/timestep_<number>/attention_<layer>.png`, with all prompts.
+    `folder` gets `plots/attention_<number>.png`, one for each prompt, the mean of all layers; `run` gets
+    `visualizations/timestep_<number>/attention_<layer>.png`, with all prompts.
     """
     decode_in_pipeline_dtype(pipeline)
     every = []

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.seeds import training_schedule
 from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, predicted_drift, save_lora
@@ -37,7 +38,7 @@ from diffusers_ext.training.run.script import ON_THE_WAY, staged_output
 
 
 class Preparation(NamedTuple):
-    """What makes a UNet trainable."""
+    """What makes a denoiser trainable."""
 
     projections: dict[torch.nn.Parameter, torch.Tensor]  # of whole weights; empty with a LoRA
     report: list[dict]  # on the directions of a LoRA
@@ -55,9 +56,10 @@ def add_plain_lora(settings: NullSpaceSettings, pipeline: DiffusionPipeline, con
     """An unconstrained LoRA on the same Linears, for comparison."""
     layers = read_layers(settings.cross_attention_layers)
     # A list, because the order of a set of strings differs from process to process.
-    config.target_modules = list(find_linears(pipeline.unet, settings.features, layers))
-    pipeline.unet.add_adapter(config)
-    for _, layer in lora_linears(pipeline.unet):
+    denoiser = denoiser_of(pipeline)
+    config.target_modules = list(find_linears(denoiser, settings.features, layers))
+    denoiser.add_adapter(config)
+    for _, layer in lora_linears(denoiser):
         layer.lora_A.float()
         layer.lora_B.float()
 
@@ -65,7 +67,7 @@ def add_plain_lora(settings: NullSpaceSettings, pipeline: DiffusionPipeline, con
 def add_lora(
     settings: NullSpaceSettings, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None
 ) -> list[dict]:
-    """Put the LoRA on the UNet; returns the report on its directions."""
+    """Put the LoRA on the denoiser; returns the report on its directions."""
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.lora_dropout, init_lora_weights="gaussian"
     )
@@ -73,7 +75,7 @@ def add_lora(
         add_plain_lora(settings, pipeline, config)
         return []
     chosen = add_null_space_lora(
-        pipeline.unet,
+        denoiser_of(pipeline),
         statistics,
         instance_prompts=subject_prompts(settings),
         pipeline=pipeline,
@@ -93,15 +95,15 @@ def _asked_null_space(settings: NullSpaceSettings, statistics: FeatureStatistics
 
 
 def free_constrained_weights(
-    settings: NullSpaceSettings, unet: torch.nn.Module, statistics: FeatureStatistics
+    settings: NullSpaceSettings, denoiser: torch.nn.Module, statistics: FeatureStatistics
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Make the weights that have a statistic trainable; returns `{weight: projection}`."""
-    statistics.check_same_models({"denoiser": fingerprint(unet)})
-    check_widths(unet, statistics.widths)
+    statistics.check_same_models({"denoiser": fingerprint(denoiser)})
+    check_widths(denoiser, statistics.widths)
     projections = null_space_cut(settings, statistics).projections()
     found, moved = {}, {}
     for name, projection in projections.items():
-        weight = unet.get_submodule(name).weight
+        weight = denoiser.get_submodule(name).weight
         weight.data = weight.data.float()
         weight.requires_grad_(True)
         # Linears with one input share a projection, which on a GPU is copied only once.
@@ -112,13 +114,14 @@ def free_constrained_weights(
 def prepare_weights(
     settings: NullSpaceSettings, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None
 ) -> Preparation:
-    """Make the UNet trainable in the way that the command line asks for."""
+    """Make the denoiser trainable in the way that the command line asks for."""
+    denoiser = denoiser_of(pipeline)
     if settings.full_finetune:
-        prepared = Preparation(free_constrained_weights(settings, pipeline.unet, statistics), [])
+        prepared = Preparation(free_constrained_weights(settings, denoiser, statistics), [])
     else:
         prepared = Preparation({}, add_lora(settings, pipeline, statistics))
     if settings.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
     return prepared
 
 
@@ -163,15 +166,16 @@ def save_result(
     settings: NullSpaceSettings, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None, report: dict
 ) -> None:
     """Write the LoRA (or the pipeline), the statistics it was trained under, and the report."""
+    denoiser = denoiser_of(pipeline)
     with staged_output(settings.output_dir, (LORA_WEIGHT_NAME, "model_index.json"), ON_THE_WAY) as folder:
         if settings.full_finetune:
             pipeline.save_pretrained(folder / "pipeline")
         else:
-            save_lora(type(pipeline), pipeline.unet, folder, metadata=_lora_facts(settings, pipeline))
+            save_lora(type(pipeline), denoiser, folder, metadata=_lora_facts(settings, pipeline))
         if statistics is not None:
             statistics.save_pretrained(folder / "statistics")
             if not settings.full_finetune:
-                report["predicted_drift"] = predicted_drift(pipeline.unet, statistics)
+                report["predicted_drift"] = predicted_drift(denoiser, statistics)
         (folder / "training_report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

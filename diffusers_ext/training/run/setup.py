@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import Dataset
 
 from diffusers_ext.core.settings import PRECISIONS, ModelSettings, RunSettings, TrainingRunSettings, named_values
 from diffusers_ext.eraser.recipe import EraserSettings
@@ -31,7 +34,8 @@ from diffusers_ext.training.run.checkpoint_files import (
     find_checkpoint,
     read_checkpoint,
 )
-from diffusers_ext.training.run.loop import LoopSettings, check_steps_left
+from diffusers_ext.training.run.checkpoints import Checkpoints, KeepRule, Stateful, is_trainable
+from diffusers_ext.training.run.loop import LoopSettings, LossFunction, TrainingLoop, check_steps_left
 from diffusers_ext.training.run.script import check_output_dir, clear_output_dir
 
 NULL_SPACE_RUNS = (NullSpaceSettings, CollectionSettings, ForgettingSettings)
@@ -57,16 +61,11 @@ _SHARDING = {
 
 
 def settle_launcher_settings(settings: argparse.Namespace, variables: Mapping[str, str] = os.environ) -> None:
-    """Give the settings that flags leave open the values that accelerate was given.
+    """Give `mixed_precision` and `gradient_accumulation_steps`, where flags leave them open, accelerate's values.
 
-    Args:
-        settings: of a script. `mixed_precision` and, where the script has a loop, `gradient_accumulation_steps` are
-            `None` without a flag, and never afterwards.
-        variables: the environment, where `accelerate launch` puts its flags and those of its config file. Its "no" is
-            also what it says without being asked, so a flag may replace it.
-
-    Raises:
-        ValueError: a flag contradicts accelerate, or accelerate has what no script can do.
+    `accelerate launch` puts its flags and those of its config file into the environment. Its "no" is also what it says
+    without being asked, so a flag may replace it. Raises `ValueError` where a flag contradicts accelerate, or
+    accelerate has what no script can do.
     """
     for variable, name in _SHARDING.items():
         if variables.get(variable, "false").lower() == "true":
@@ -162,8 +161,6 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over `parameters` with the command line's settings."""
     rate = settings.learning_rate
-    if not rate > 0:
-        raise ValueError(f"`learning_rate` must be positive, got {rate}.")
     if settings.scale_lr:
         rate *= settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     return torch.optim.AdamW(
@@ -189,15 +186,61 @@ def make_schedule(
 
 def loop_settings(settings: TrainingRunSettings, description: str) -> LoopSettings:
     """The loop's settings from the command line."""
-    return LoopSettings(
-        max_train_steps=settings.max_train_steps,
-        train_batch_size=settings.train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        dataloader_num_workers=settings.dataloader_num_workers,
-        logging_steps=settings.logging_steps,
-        description=description,
+    names = [one.name for one in fields(LoopSettings) if one.name != "description"]
+    return LoopSettings(**{name: getattr(settings, name) for name in names}, description=description)
+
+
+def make_loop(
+    settings: TrainingRunSettings,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    dataset: Dataset,
+    loss_function: LossFunction,
+    facts: dict[str, Any],
+    description: str,
+    *,
+    parameters: Iterable[torch.nn.Parameter] | None = None,
+    validate: Callable[[int], None] | None = None,
+    keep: KeepRule = is_trainable,
+    parts: Iterable[Stateful] = (),
+    ema: EMAModel | None = None,
+) -> TrainingLoop:
+    """The loop of a script, with its optimizer, schedule and checkpoints.
+
+    Args:
+        facts: all that a checkpoint must agree with, but for the number of processes.
+        parameters: what trains; all of the model that require a gradient when `None`.
+        validate: called with the step every `--validation_steps` and at the end.
+        keep, parts: as of `Checkpoints`.
+
+    Raises:
+        ValueError: as `check_resume`.
+    """
+    facts = {**facts, "num_processes": accelerator.num_processes}
+    check_resume(settings, facts)
+    trained = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
+    optimizer = make_optimizer(settings, trained, accelerator)
+    checkpoints = Checkpoints(
+        accelerator,
+        settings.output_dir,
+        facts,
+        settings.checkpointing_steps,
+        settings.checkpoints_total_limit,
+        keep,
+        parts,
+    )
+    return TrainingLoop(
+        accelerator,
+        model,
+        optimizer,
+        dataset,
+        loss_function,
+        loop_settings(settings, description),
+        make_schedule(settings, optimizer),
+        checkpoints=checkpoints,
+        resume_from_checkpoint=settings.resume_from_checkpoint,
+        ema=ema,
+        callbacks=[(settings.validation_steps or settings.max_train_steps, validate)] if validate else [],
     )
 
 
@@ -215,12 +258,7 @@ def run_facts(settings: TrainingRunSettings, **facts: Any) -> dict[str, Any]:
 
 
 def check_resume(settings: TrainingRunSettings, facts: dict[str, Any]) -> None:
-    """Raise `ValueError` if a run cannot go on, or start, in its output folder.
-
-    Args:
-        settings: of the run.
-        facts: those of `run_facts` that are known so far; the others are not compared.
-    """
+    """Raise `ValueError` if a run cannot go on, or start, in its output folder; `facts` are those known so far."""
     if settings.resume_from_checkpoint is None:
         check_output_dir(settings)
         if settings.checkpointing_steps is not None and not settings.overwrite_output_dir:

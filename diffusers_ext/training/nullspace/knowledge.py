@@ -1,7 +1,12 @@
-"""Load the base pipeline and the statistics of what it knows, for the null-space scripts."""
+"""What a base model knows: statistics loaded or collected, so that a stopped collection goes on."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -11,16 +16,22 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.families.base_source import check_xformers, load_base
+from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
+from diffusers_ext.core.pipelines import denoiser_of
+from diffusers_ext.core.text_files import read_json
+from diffusers_ext.families.base_source import check_xformers
 from diffusers_ext.families.registry import match_family, titles_of
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.prompts import read_prompts_file
-from diffusers_ext.nullspace.settings import KnownModelSettings
+from diffusers_ext.nullspace.settings import CollectionSettings, KnownModelSettings
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.training.run.text_cache import read_components
+from diffusers_ext.training.run.base_model import load_frozen
+from diffusers_ext.training.run.checkpoint_files import check_same_facts
 
 logger = get_logger(__name__)
+
+_FOLDER, _RUN_FILE = "progress", "run.json"
 
 
 def load_pipeline(settings: KnownModelSettings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
@@ -28,14 +39,7 @@ def load_pipeline(settings: KnownModelSettings, device: torch.device, dtype: tor
     with_xformers = getattr(settings, "enable_xformers_memory_efficient_attention", False)
     if with_xformers:
         check_xformers()
-    read_components(settings)  # says in one line where there is none
-    pipeline = load_base(
-        settings.pretrained_model_name_or_path,
-        revision=settings.revision,
-        variant=settings.variant,
-        single_file_config=settings.single_file_config,
-        dtype=dtype,
-    )
+    pipeline = load_frozen(settings, dtype, with_filter=True)
     if match_family(pipeline, "nullspace") is None:
         raise ValueError(
             f"`pretrained_model_name_or_path` must be a {titles_of('nullspace')} pipeline, got "
@@ -44,19 +48,16 @@ def load_pipeline(settings: KnownModelSettings, device: torch.device, dtype: tor
     pipeline.to(device)
     if pipeline.vae.dtype != torch.float32:
         pipeline.vae.to(dtype=torch.float32)
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
-    pipeline.set_progress_bar_config(disable=True)
     if with_xformers:
-        pipeline.unet.enable_xformers_memory_efficient_attention()
+        denoiser_of(pipeline).enable_xformers_memory_efficient_attention()
     return pipeline
 
 
 def decode_in_pipeline_dtype(pipeline: DiffusionPipeline) -> None:
-    """Give the VAE the UNet's dtype, in which a pipeline's own call hands it the latents."""
-    if pipeline.vae.dtype != pipeline.unet.dtype:
-        pipeline.vae.to(dtype=pipeline.unet.dtype)
+    """Give the VAE the denoiser's dtype, in which a pipeline's own call hands it the latents."""
+    dtype = denoiser_of(pipeline).dtype
+    if pipeline.vae.dtype != dtype:
+        pipeline.vae.to(dtype=dtype)
 
 
 def read_knowledge(settings: KnownModelSettings) -> list[str]:
@@ -85,7 +86,7 @@ def collect(
         reserved = collect(settings, pipeline, accelerator, others, reserved_dir)
         return statistics.merge(reserved, times=len(knowledge))
     features, layers = check_features(settings.features), settings.cross_attention_layers
-    find_linears(pipeline.unet, features, layers)  # a wrong layer index stops here
+    find_linears(denoiser_of(pipeline), features, layers)  # a wrong layer index stops here
     statistics = collect_statistics(
         pipeline,
         prompts,
@@ -112,11 +113,8 @@ def load_or_collect(
     """`--statistics` when given, else collected from the prompts; checked against the pipeline.
 
     Loaded statistics decide by themselves about features, layers and prompts; only `--other_instance_prompts` are
-    added to them, counted with their settings.
-
-    Raises:
-        ValueError: nothing to preserve, statistics of another model, or of other layers or another negative prompt
-            than the command line asks for.
+    added to them, counted with their settings. Raises `ValueError` for nothing to preserve, statistics of another
+    model, or of other layers or another negative prompt than the command line asks for.
     """
     if settings.statistics is None:
         prompts = read_knowledge(settings)
@@ -155,3 +153,79 @@ def _check_asked(settings: KnownModelSettings, measured: dict[str, Any]) -> None
             "`negative_prompt` must be that of `--statistics`, "
             f"{measured['negative_prompt']!r}, got {negative!r}. Collect statistics with it."
         )
+
+
+def collection_facts(settings: CollectionSettings, prompts: list[str], num_processes: int) -> dict[str, Any]:
+    """What must be equal for a collection to be continued."""
+    names = (
+        "pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "features",
+        "cross_attention_layers", "no_sub_phrases", "negative_prompt", "num_inference_steps",
+        "guidance_scale", "statistics_batch_size", "seed",
+    )  # fmt: skip
+    facts = {name: getattr(settings, name) for name in names}
+    # Left out without one, as in progress that was written before there was this setting.
+    if settings.single_file_config is not None:
+        facts["single_file_config"] = settings.single_file_config
+    facts["knowledge_prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    facts["num_processes"] = num_processes
+    return json.loads(json.dumps(facts))
+
+
+def check_resume(settings: CollectionSettings, facts: dict[str, Any]) -> None:
+    """Raise `ValueError` if `--resume_from_checkpoint` asks for what is not there."""
+    which, folder = settings.resume_from_checkpoint, Path(settings.output_dir, _FOLDER)
+    if which is None:
+        return
+    if which != "latest":
+        raise ValueError(f"`resume_from_checkpoint` must be 'latest' for statistics, got {which!r}.")
+    if not (folder / _RUN_FILE).is_file():
+        done = Path(settings.output_dir, CONFIG_NAME).is_file()
+        hint = " It holds finished statistics." if done else " Start without the flag."
+        raise ValueError(
+            "`resume_from_checkpoint` must find the progress of a stopped collection, got 'latest' "
+            f"but {settings.output_dir} holds none.{hint}"
+        )
+    check_same_facts(read_json(folder / _RUN_FILE, allow_nan=True), facts, folder)
+
+
+@contextmanager
+def collection_progress(
+    settings: CollectionSettings, facts: dict[str, Any], accelerator: Accelerator
+) -> Iterator[Path]:
+    """The progress folder of a collection; it goes when the block has ended well.
+
+    Without `--resume_from_checkpoint` a stopped collection's progress is thrown away. It stays after an interruption
+    that came later than the first saved totals; after a `ValueError`, which says that the collection itself was wrong,
+    nothing of a new one stays.
+    """
+    folder = Path(settings.output_dir, _FOLDER)
+    is_new = not folder.parent.exists()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and settings.resume_from_checkpoint is None:
+        if folder.exists():
+            logger.warning(f"Removing {folder}: --resume_from_checkpoint latest would continue it.")
+            _remove(folder, False)
+        folder.mkdir(parents=True)
+        write_atomically(folder / _RUN_FILE, json.dumps(facts, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    try:
+        yield folder
+    except BaseException as error:
+        wrong = isinstance(error, ValueError) and settings.resume_from_checkpoint is None
+        if accelerator.is_main_process and (wrong or not any(folder.glob("part-*/batches-*"))):
+            _remove(folder, is_new)
+        raise
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _remove(folder, False)
+
+
+def _remove(folder: Path, with_parent: bool) -> None:
+    # Under its new name a half removed folder is no progress.
+    removed = folder.with_name(f".removed-{_FOLDER}")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed)
+    if with_parent:
+        with suppress(OSError):  # another process may have written there
+            folder.parent.rmdir()

@@ -1,4 +1,4 @@
-"""A base pipeline of which only the text encoders are loaded, and what tells its denoiser from others."""
+"""The base model of a run: frozen, whole or its text encoders alone, and what tells its denoiser from others."""
 
 from __future__ import annotations
 
@@ -32,6 +32,36 @@ DENOISERS = ("unet", "transformer")
 _NOT_TEXT = (*DENOISERS, "vae", "safety_checker", "feature_extractor", "image_encoder")
 
 
+def load_frozen(
+    settings: ModelSettings, dtype: torch.dtype, *, with_filter: bool = False, **components: Any
+) -> DiffusionPipeline:
+    """The base pipeline on the CPU, frozen, in evaluation mode, without a progress bar.
+
+    Without a safety checker too, unless it comes `with_filter`: a black picture in place of a refused one would be
+    measured like any other. `components` are as of `load_base`.
+
+    Raises:
+        ValueError: `--pretrained_model_name_or_path` is no pipeline.
+    """
+    known = read_components(settings)
+    if not with_filter:
+        without = {"safety_checker": None, "requires_safety_checker": False}
+        components = {**{name: value for name, value in without.items() if name in known}, **components}
+    pipeline = load_base(
+        settings.pretrained_model_name_or_path,
+        revision=settings.revision,
+        variant=settings.variant,
+        single_file_config=getattr(settings, "single_file_config", None),
+        dtype=dtype,
+        **components,
+    )
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @dataclass(frozen=True)
 class DenoiserStandIn:
     """What pipelines ask their denoiser while they encode text; it has no weights."""
@@ -41,25 +71,15 @@ class DenoiserStandIn:
 
 
 def load_text_pipeline(settings: ModelSettings, device: torch.device) -> DiffusionPipeline:
-    """The base pipeline without denoiser and VAE, frozen, in the dtype of `--mixed_precision`.
-
-    Raises:
-        ValueError: `--pretrained_model_name_or_path` is no pipeline.
-    """
+    """`load_frozen` without denoiser and VAE, in the dtype of `--mixed_precision`."""
     source, dtype = settings.pretrained_model_name_or_path, WEIGHT_DTYPES[settings.mixed_precision]
     components = read_components(settings)
-    absent: dict[str, Any] = {name: None for name in _NOT_TEXT if name in components}
-    if "requires_safety_checker" in components:
-        absent["requires_safety_checker"] = False
-    config_file = getattr(settings, "single_file_config", None)
-    pipeline = load_base(
-        source, revision=settings.revision, variant=settings.variant, dtype=dtype,
-        single_file_config=config_file, **absent,
-    )  # fmt: skip
+    pipeline = load_frozen(settings, dtype, **{name: None for name in _NOT_TEXT if name in components})
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval().to(device)
+            component.to(device)
     name = denoiser_name(components, source)
+    config_file = getattr(settings, "single_file_config", None)
     place = config_place(source, revision=settings.revision, single_file_config=config_file)
     config = denoiser_class(components[name]).load_config(place, subfolder=name, revision=settings.revision)
     setattr(pipeline, name, DenoiserStandIn(FrozenDict(config), dtype))
@@ -97,8 +117,7 @@ def denoiser_class(entry: list[str]) -> type[diffusers.ModelMixin]:
 def stored_fingerprint(settings: ModelSettings) -> dict[str, Any]:
     """`fingerprint` of the base model's denoiser, read from its files without loading it.
 
-    Returns:
-        As `fingerprint`; the probe is empty where the weights of a Hub model are not on this machine.
+    The probe is empty where the weights of a Hub model are not on this machine.
     """
     source, components = settings.pretrained_model_name_or_path, read_components(settings)
     name = denoiser_name(components, source)
@@ -127,11 +146,7 @@ def stored_fingerprint(settings: ModelSettings) -> dict[str, Any]:
 def check_base_model(settings: ModelSettings, pipeline: DiffusionPipeline, made_with: dict[str, Any] | None) -> None:
     """Raise `ValueError` unless noise pairs were made with the denoiser and text encoders of a base.
 
-    Args:
-        settings: of the run.
-        pipeline: the base pipeline with its text encoders.
-        made_with: fingerprints of the models that made the pairs, by name of the component; `None` where they are not
-            known.
+    `made_with` are fingerprints of the models that made the pairs, by name of the component, where they are known.
     """
     for name, expected in (made_with or {}).items():
         component = getattr(pipeline, name, None)
