@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.capture import Targets, find_modules
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import check_diffusion_levels
-from diffusers_ext.eraser.velocity_losses import velocity_distance
+from diffusers_ext.eraser.losses import velocity_distance
 from diffusers_ext.families.family import Velocity
 
 ATTENTION_PROJECTIONS = tuple(f"*transformer_blocks.*.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))

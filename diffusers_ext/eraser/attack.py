@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
 from diffusers_ext.eraser.batch import Rows
+from diffusers_ext.eraser.losses import velocity_distance
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.velocity_losses import velocity_distance
 from diffusers_ext.families.family import Velocity
 
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.concept_masks import weighted_attention_mask
+from diffusers_ext.eraser.losses import negative_velocity
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import VelocityRows, teacher_velocities
 from diffusers_ext.eraser.teacher.runs import calibrate_heads
 from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT
-from diffusers_ext.eraser.velocity_losses import negative_velocity
 from diffusers_ext.families.family import Velocity
 from diffusers_ext.families.registry import find_family
 

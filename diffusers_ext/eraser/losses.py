@@ -1,11 +1,15 @@
 """What an eraser is trained on: away from the concept, true to the rest, inside the mask.
 
+Negative guidance as in ESD (Gandikota et al. 2023, arXiv 2303.07345), for video velocities as in T2VUnlearning (Ye et
+al. 2025, arXiv 2505.17550); localisation as in Receler (Huang et al. 2024, arXiv 2311.17717).
+
 The student is the model with its erasers, the teacher the model without; both are called as `model(x_t, t,
 prompt_embeds)`, see `CogVideoXVelocity`. All targets come from the teacher, without gradient: a target from the
 student would let the student move the target instead of itself. Shapes: `x_t` and velocities `v_...` are `(batch,
 frames, channels, height, width)`, `t` is `(batch,)`, embeddings `cond_...` are `(1 or batch, text, dim)`, masks
 `(batch, frames', rows, columns)` in [0, 1] on the grid of video tokens, 1 where the concept is. A velocity of the
-teacher that is given was made before, and is not asked for again.
+teacher that is given was made before, and is not asked for again. A `loss_type` is `"l2"` (squares) or `"l1"`
+(absolute values).
 """
 
 from __future__ import annotations
@@ -17,17 +21,66 @@ import torch
 
 from diffusers_ext.eraser.adapter.outputs import eraser_outputs as capture_eraser_outputs
 from diffusers_ext.eraser.concept_masks import mask_to_latents
+from diffusers_ext.eraser.recipe import LOSS_TYPES
 from diffusers_ext.eraser.teacher.collect import VelocityModel, cached_or_predicted, module_of, velocities
-from diffusers_ext.eraser.velocity_losses import (
-    check_loss_type,
-    layer_localization,
-    localization,
-    negative_velocity,
-    velocity_distance,
-)
 
 # The loss, and figures of it for logging, without gradient.
 LossAndParts = tuple[torch.Tensor, dict[str, torch.Tensor | int]]
+
+
+def negative_velocity(v_anchor: torch.Tensor, v_concept: torch.Tensor, eta: float) -> torch.Tensor:
+    """`v_neg = v_anchor - eta (v_concept - v_anchor)`: away from the concept, past the anchor.
+
+    Both velocities are the frozen model's at the same `x_t` and `t`, of the prompt with the concept and of the prompt
+    with the concept replaced (or the empty one). At fixed `x_t` and `t` velocity, noise and `x_0` are affine in each
+    other and the coefficients `1 + eta` and `-eta` add up to one, so the rule is the same in all three and needs no
+    noise schedule.
+    """
+    _check_same_shape("v_concept", v_concept, "v_anchor", v_anchor)
+    return v_anchor - eta * (v_concept - v_anchor)
+
+
+def velocity_distance(
+    prediction: torch.Tensor, target: torch.Tensor, loss_type: str = "l2", mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean difference of two velocities, a scalar in at least float32.
+
+    With a mask of weights, at least 0, that broadcast to `prediction`: `sum(m d) / sum(m)`, which unlike a plain mean
+    of `m d` does not depend on how large the masked region is; 0 where the mask is zero everywhere.
+    """
+    _check_same_shape("prediction", prediction, "target", target)
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    elements = _penalty(prediction.to(dtype) - target.to(dtype), loss_type)
+    if mask is None:
+        return elements.mean()
+    try:
+        weights = mask.to(dtype).expand_as(elements)
+    except RuntimeError as error:
+        raise ValueError(f"`mask` must broadcast to {tuple(elements.shape)}, got {tuple(mask.shape)}.") from error
+    area = weights.sum()
+    return (weights * elements).sum() / torch.where(area > 0, area, 1)
+
+
+def layer_localization(output: torch.Tensor, mask: torch.Tensor, loss_type: str = "l2") -> torch.Tensor:
+    """What one eraser adds outside the concept's region, per channel and per background token.
+
+    `L = mean over samples of sum_v |o_v (1 - M_v)|^2 / (dim sum_v (1 - M_v))`, with `|.|` instead of its square for
+    l1. Without the two divisors (channels and background area, Receler's `concept_reg.py`) the term grows with the
+    clip and holds the eraser at zero. From what the eraser adds to the video tokens, `(batch, video, dim)`, and a mask
+    that may also be `(batch, video)` or `(batch, video, 1)`, to a scalar, at least float32; samples that are all
+    concept count 0.
+    """
+    if mask.shape[0] != output.shape[0] or mask[0].numel() != output.shape[1]:
+        raise ValueError(
+            f"`mask` must have one value for each of {output.shape[1]} video tokens of "
+            f"{output.shape[0]} samples, got {tuple(mask.shape)}."
+        )
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    # Video tokens run frame by frame, row by row, as the mask's axes do.
+    background = 1 - mask.to(dtype).reshape(*output.shape[:2])
+    tokens = _penalty(output.to(dtype) * background.unsqueeze(-1), loss_type).mean(dim=2)
+    area = background.sum(dim=1)
+    return (tokens.sum(dim=1) / torch.where(area > 0, area, 1)).mean()
 
 
 class _Term(torch.nn.Module):
@@ -37,19 +90,17 @@ class _Term(torch.nn.Module):
 
     def __init__(self, loss_type: str = "l2") -> None:
         super().__init__()
-        check_loss_type(loss_type)
+        _check_loss_type(loss_type)
         self.loss_type = loss_type
 
     def distance(
         self, prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See `velocity_distance`."""
         return velocity_distance(prediction, target, self.loss_type, weights)
 
     def compare(
         self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
     ) -> LossAndParts:
-        """The loss of a velocity that is there."""
         weights = None if mask is None else mask_to_latents(mask, prediction.shape)
         loss = self.distance(prediction, target.detach(), weights)
         # L2 norms of the samples, averaged over the batch.
@@ -58,15 +109,14 @@ class _Term(torch.nn.Module):
 
 
 class NegativelyGuidedVelocityLoss(_Term):
-    """`||v_neg - v_student(x_t, c, t)||^2`, `v_neg = v_anchor - eta (v_c - v_anchor)` of the teacher.
+    """Mean of `||v_neg - v_student(x_t, c, t)||^2`, `v_neg = v_anchor - eta (v_c - v_anchor)` of the teacher.
 
-    T2VUnlearning (arXiv 2505.17550), after ESD (arXiv 2303.07345). The mean over all elements.
+    T2VUnlearning (arXiv 2505.17550), after ESD (arXiv 2303.07345).
 
     Args:
         alphas_cumprod: `(timesteps,)` of the scheduler. The rule needs no schedule in any prediction space (see
             `negative_velocity`); given, timesteps outside are refused.
         guidance_scale: eta, at least 0.
-        loss_type: `"l2"` or `"l1"`.
     """
 
     logged = ("unlearning_loss", "v_pred_norm", "v_neg_norm")
@@ -97,9 +147,6 @@ class NegativelyGuidedVelocityLoss(_Term):
         """One pass of the teacher, one of the student; arguments as in `T2VUnlearningLoss.forward`.
 
         A mask weighs the difference. Logs `unlearning_loss`, `v_pred_norm` and `v_neg_norm`.
-
-        Raises:
-            ValueError: no anchor, or timesteps outside of the schedule.
         """
         anchor = _choose_anchor(cond_neg, uncond, v_anchor)
         needed = [(v_concept, (x_t, t, cond_target)), (v_anchor, (x_t, t, anchor))]
@@ -108,7 +155,7 @@ class NegativelyGuidedVelocityLoss(_Term):
         return self.compare(prediction, self.target(t, *teacher), mask)
 
     def target(self, t: torch.Tensor, v_concept: torch.Tensor, v_anchor: torch.Tensor) -> torch.Tensor:
-        """v_neg of the teacher's velocities."""
+        """v_neg of the teacher's velocities; `ValueError` for timesteps outside of the schedule."""
         last = None if self.alphas_cumprod is None else len(self.alphas_cumprod) - 1
         if last is not None and (t.min() < 0 or t.max() > last):
             raise ValueError(f"`t` must lie in 0 ... {last} like `alphas_cumprod`, got {t.tolist()}.")
@@ -116,9 +163,9 @@ class NegativelyGuidedVelocityLoss(_Term):
 
 
 class ConceptPreservationLoss(_Term):
-    """`||v_student(x_t, c_pre, t) - v_teacher(x_t, c_pre, t)||^2` over whole clips, never masked.
+    """Mean of `||v_student(x_t, c_pre, t) - v_teacher(x_t, c_pre, t)||^2` over whole clips, never masked.
 
-    T2VUnlearning (arXiv 2505.17550). The mean over all elements; `loss_type` is `"l2"` or `"l1"`.
+    T2VUnlearning (arXiv 2505.17550).
     """
 
     logged = ("preservation_loss", "v_unlearn_norm", "v_orig_norm")
@@ -144,19 +191,15 @@ class ConceptPreservationLoss(_Term):
 
 
 class MaskLocalizationLoss(_Term):
-    """`1/L sum_l ||o_l (1 - M)||^2`, divided by channels and background area.
+    """`1/L sum_l ||o_l (1 - M)||^2`, divided by channels and background area; see `layer_localization`.
 
-    Eq. 9 of T2VUnlearning (arXiv 2505.17550) with the divisors of Receler (arXiv 2311.17717); see
-    `layer_localization`. `loss_type` is `"l2"` or `"l1"`.
+    Eq. 9 of T2VUnlearning (arXiv 2505.17550) with the divisors of Receler (arXiv 2311.17717).
     """
 
     def forward(self, eraser_outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> LossAndParts:
         """Weigh what erasers add, `{name: (batch, video, dim)}` of `eraser_outputs`, outside the concept.
 
         The mask may also be `(batch, video, 1)`. Logs `total_loss`, `num_layers` and `{name}/loss`.
-
-        Raises:
-            ValueError: no outputs, or a mask of other tokens.
         """
         if not isinstance(eraser_outputs, Mapping):
             raise TypeError(
@@ -164,13 +207,15 @@ class MaskLocalizationLoss(_Term):
                 f"{type(eraser_outputs).__name__}. Run the transformer within "
                 "`eraser_outputs(transformer) as outputs`, and give the outputs."
             )
-        loss = localization(eraser_outputs, mask, self.loss_type)
-        with torch.no_grad():
-            parts = {f"{n}/loss": self.of_layer(o, mask) for n, o in eraser_outputs.items()}
+        if not eraser_outputs:
+            raise ValueError("`outputs` must hold the output of at least one eraser, got none.")
+        layers = {name: self.of_layer(output, mask) for name, output in eraser_outputs.items()}
+        loss = torch.stack(list(layers.values())).mean()
+        parts = {f"{name}/loss": value.detach() for name, value in layers.items()}
         return loss, {"total_loss": loss.detach(), "num_layers": len(parts), **parts}
 
     def of_layer(self, output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The share of one layer; see `layer_localization`."""
+        """The share of one layer."""
         return layer_localization(output, mask, self.loss_type)
 
 
@@ -186,8 +231,7 @@ class T2VUnlearningLoss(torch.nn.Module):
 
     Args:
         alphas_cumprod, guidance_scale: see `NegativelyGuidedVelocityLoss`.
-        unlearning_weight, preservation_weight, localization_weight: at least 0. A term of weight 0 is not computed.
-        loss_type: `"l2"` or `"l1"`, of all terms.
+        unlearning_weight, preservation_weight, localization_weight: a term of weight 0 is not computed.
         mask_unlearning: weigh L_unlearn by the mask as well; the paper does not.
     """
 
@@ -240,9 +284,6 @@ class T2VUnlearningLoss(torch.nn.Module):
         Args:
             model_original: the teacher, frozen; may be the student itself, whose erasers are then off. `None` where
                 all its velocities are given.
-            model_unlearned: the student, the only one with gradient.
-            x_t, t, cond_target: of the prompts with the concept.
-            cond_preserve: of what must stay.
             cond_neg: anchor: the prompt with the concept replaced by a neutral word.
             uncond: anchor where `cond_neg` is `None`: embeddings of the empty prompt.
             eraser_outputs: `{name: (batch, video, dim)}` with gradient; taken from the student's pass unless given.
@@ -251,9 +292,6 @@ class T2VUnlearningLoss(torch.nn.Module):
         Returns:
             The total, and for logging: `total_loss`; `{term}_loss_weighted`; and `{term}/{figure}` with the figures
             that each term's class logs.
-
-        Raises:
-            ValueError: no anchor, no teacher for an unknown velocity, or tensors that do not fit.
         """
         if mask is None and (eraser_outputs is not None or self.mask_unlearning):
             raise ValueError("`mask` must be given with `eraser_outputs` and under `mask_unlearning`, got None.")
@@ -315,3 +353,20 @@ def _choose_anchor(
             "The embeddings of the empty prompt always serve as `uncond`."
         )
     return cond_neg if cond_neg is not None else uncond
+
+
+def _check_loss_type(loss_type: str) -> None:
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"`loss_type` must be 'l2' or 'l1', got {loss_type!r}.")
+
+
+def _penalty(difference: torch.Tensor, loss_type: str) -> torch.Tensor:
+    _check_loss_type(loss_type)
+    return difference.square() if loss_type == "l2" else difference.abs()
+
+
+def _check_same_shape(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of `{other_name}`, {tuple(other.shape)}, got {tuple(tensor.shape)}."
+        )

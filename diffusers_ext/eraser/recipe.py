@@ -26,9 +26,9 @@ from diffusers_ext.core.settings import (
     required,
     setting,
 )
-from diffusers_ext.eraser.velocity_losses import LOSS_TYPES
 
 AUTO_ANCHOR = "auto"
+LOSS_TYPES = ("l2", "l1")
 LATENTS_SOURCES = ("trajectory", "video", "noise")
 _TRAIN_TIMESTEPS = 1000
 _WEIGHT = Rule("at least 0 and finite", lambda value: 0 <= value < math.inf)

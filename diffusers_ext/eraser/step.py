@@ -17,9 +17,8 @@ from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.eraser.adapter.outputs import eraser_outputs
 from diffusers_ext.eraser.attack import AdversarialPrompts
 from diffusers_ext.eraser.batch import EraserText, RowMaker, Rows, States
-from diffusers_ext.eraser.losses import T2VUnlearningLoss
+from diffusers_ext.eraser.losses import T2VUnlearningLoss, velocity_distance
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.velocity_losses import velocity_distance
 from diffusers_ext.families.family import Velocity
 
 
