@@ -52,18 +52,21 @@ def learn_revival_embeddings(
 
     Args:
         velocity: of the transformer with its erasers as they are to be attacked.
-        x_t: `(points, frames, channels, height, width)`, best from sampling the model before with the target prompts.
-        t: `(points,)` timesteps.
-        prompt_embeds: `(points, text, text_dim)`, target prompts.
+        x_t, t: `(points, frames, channels, height, width)` and `(points,)`, best from sampling the model before with
+            the target prompts `prompt_embeds` `(points, text, text_dim)`.
         v_concept: velocities of the model before under these prompts; asked from the transformer with its erasers off
             unless given.
         num_embeddings: how many to learn; Receler takes 16.
-
-    Raises:
-        ValueError: no eraser to attack, no points, batches that differ, or more embeddings than a model with absolute
-            positions has text tokens.
     """
-    _check_points(velocity, x_t, t, prompt_embeds, v_concept)
+    if not eraser_layers(velocity.model):
+        raise ValueError(
+            f"`velocity` must be of a model with an eraser, got a {type(velocity.model).__name__} without one."
+        )
+    for name, tensor in (("t", t), ("prompt_embeds", prompt_embeds), ("v_concept", v_concept)):
+        if tensor is not None and len(tensor) != len(x_t):
+            raise ValueError(f"`{name}` must have one row per point of `x_t`, {len(x_t)}, got {len(tensor)}.")
+    if not len(x_t):
+        raise ValueError("`x_t` must hold at least one point, got none.")
     for name, value in (("num_embeddings", num_embeddings), ("steps", steps)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -78,7 +81,11 @@ def learn_revival_embeddings(
         for _ in tqdm(range(steps), desc="learn embeddings"):
             chosen = torch.randperm(len(x_t), generator=generator)[:batch_size].to(x_t.device)
             points = (x_t[chosen], t[chosen])
-            target = _before(velocity, points, values[chosen], v_concept, chosen)
+            if v_concept is not None:
+                target = v_concept[chosen.to(v_concept.device)].to(x_t.device, torch.float32)
+            else:
+                with torch.no_grad(), erasers_disabled(velocity.model):
+                    target = velocity(*points, values[chosen])
             with torch.enable_grad():
                 text = insert_embeddings(values[chosen], centre + spread * offsets, velocity.config)
                 loss = velocity_distance(velocity(*points, text), target)
@@ -147,9 +154,8 @@ def revived_prompts(pipeline: DiffusionPipeline, embeddings: torch.Tensor) -> It
 class AdversarialPrompts:
     """Attacks the eraser every `adversarial_every` steps and keeps the latest embeddings.
 
-    As Receler's adversarial prompt learning (arXiv 2311.17717, section 3.3), but the attack is made seldom and used
-    often: its 50 passes before every step are out of reach for video models. The velocity is of the model that trains,
-    not prepared by accelerate.
+    As Receler's adversarial prompt learning, but the attack is made seldom and used often: its 50 passes before every
+    step are out of reach for video models. The velocity is of the model that trains, not prepared by accelerate.
     """
 
     def __init__(self, velocity: Velocity, recipe: EraserTraining) -> None:
@@ -158,7 +164,7 @@ class AdversarialPrompts:
         self._sets: list[torch.Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint keeps."""
         return {"calls": self._calls, "sets": [embeds.cpu() for embeds in self._sets]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,33 +202,3 @@ class AdversarialPrompts:
         )
         self._sets.append(broadcast(found.embeddings))  # checkpoints hold the first process's
         del self._sets[: -self.recipe.num_adversarial_sets]
-
-
-@torch.no_grad()
-def _before(
-    velocity: Velocity,
-    points: tuple[torch.Tensor, torch.Tensor],
-    prompt_embeds: torch.Tensor,
-    v_concept: torch.Tensor | None,
-    chosen: torch.Tensor,
-) -> torch.Tensor:
-    """What the model before erasing predicts."""
-    if v_concept is not None:
-        return v_concept[chosen.to(v_concept.device)].to(points[0].device, torch.float32)
-    with erasers_disabled(velocity.model):
-        return velocity(*points, prompt_embeds)
-
-
-def _check_points(
-    velocity: Velocity, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor, v_concept: torch.Tensor | None
-) -> None:
-    if not eraser_layers(velocity.model):
-        raise ValueError(
-            f"`velocity` must be of a model with an eraser, got a {type(velocity.model).__name__} without one."
-        )
-    batches = {"t": t, "prompt_embeds": prompt_embeds, "v_concept": v_concept}
-    for name, tensor in batches.items():
-        if tensor is not None and len(tensor) != len(x_t):
-            raise ValueError(f"`{name}` must have one row per point of `x_t`, {len(x_t)}, got {len(tensor)}.")
-    if not len(x_t):
-        raise ValueError("`x_t` must hold at least one point, got none.")

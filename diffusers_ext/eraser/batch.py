@@ -43,7 +43,6 @@ def encode_video_prompts(
     """What `CogVideoXPipeline` hands to its transformer: padded to full length, padding not masked.
 
     Args:
-        tokenizer, text_encoder: of the pipeline; the latter runs in eval mode and keeps its own.
         prompts: `""` is the unconditional one; repeated prompts are encoded once.
         max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
         batch_size: prompts encoded at once.
@@ -51,16 +50,16 @@ def encode_video_prompts(
 
     Returns:
         `(prompts, max_sequence_length, dim)` on the CPU, of the text encoder's dtype.
-
-    Raises:
-        ValueError: no prompt, or embeddings that are not finite.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
     device = text_encoder.device if device is None else device
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     unique = list(rows)
-    _warn_of_cut_prompts(tokenizer, unique, max_sequence_length)
+    ids = tokenizer(unique, truncation=False).input_ids
+    cut = [prompt for prompt, row in zip(unique, ids, strict=True) if len(row) > max_sequence_length]
+    if cut:
+        logger.warning(f"{len(cut)} prompts are cut at {max_sequence_length} tokens, the first is {cut[0]!r}.")
     encoded = []
     with module_eval_mode(text_encoder):
         for start in tqdm(range(0, len(unique), batch_size), desc="encode prompts"):
@@ -78,23 +77,13 @@ def encode_video_prompts(
             f"`text_encoder` must give finite embeddings, got others in {embeds.dtype}. Load it in "
             "bfloat16 or float32."
         )
-    if len(unique) == len(prompts):
-        return embeds
-    return embeds[torch.tensor([rows[prompt] for prompt in prompts])]
+    return embeds if len(unique) == len(prompts) else embeds[[rows[prompt] for prompt in prompts]]
 
 
 def encode_for(pipeline: Any, prompts: Sequence[str], batch_size: int = 8) -> torch.Tensor:
     """`encode_video_prompts` with the components of a pipeline, at its transformer's length."""
-    length = prompt_length(pipeline)
-    encoder = (pipeline.tokenizer, pipeline.text_encoder)
-    return encode_video_prompts(*encoder, prompts, length, batch_size=batch_size)
-
-
-def _warn_of_cut_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_sequence_length: int) -> None:
-    ids = tokenizer(list(prompts), truncation=False).input_ids
-    cut = [p for p, row in zip(prompts, ids, strict=True) if len(row) > max_sequence_length]
-    if cut:
-        logger.warning(f"{len(cut)} prompts are cut at {max_sequence_length} tokens, the first is {cut[0]!r}.")
+    parts = (pipeline.tokenizer, pipeline.text_encoder, prompts, prompt_length(pipeline))
+    return encode_video_prompts(*parts, batch_size=batch_size)
 
 
 class EraserText(NamedTuple):
@@ -107,23 +96,15 @@ class EraserText(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the student is asked in one pass: target rows first, preserved rows after them.
+    """What the student is asked in one pass: target rows first, preserved rows after them."""
 
-    Attributes:
-        x_t, target_velocity: `(rows, frames, channels, height, width)` float32; the velocities are those to reach.
-        prompt_embeds: `(rows, text, dim)`.
-        teacher_velocity: the teacher's velocities for target rows.
-        weights: `(rows,)`, how much each counts.
-        mask: of the concept, `(target rows, frames, rows, columns)` in [0, 1], or `None`.
-    """
-
-    x_t: torch.Tensor
+    x_t: torch.Tensor  # (rows, frames, channels, height, width) float32
     t: torch.Tensor
-    prompt_embeds: torch.Tensor
-    target_velocity: torch.Tensor
-    teacher_velocity: torch.Tensor
-    weights: torch.Tensor
-    mask: torch.Tensor | None
+    prompt_embeds: torch.Tensor  # (rows, text, dim)
+    target_velocity: torch.Tensor  # to be reached, like `x_t`
+    teacher_velocity: torch.Tensor  # of target rows
+    weights: torch.Tensor  # (rows,), how much each counts
+    mask: torch.Tensor | None  # of the concept, (target rows, frames, rows, columns) in [0, 1]
 
     @property
     def num_target(self) -> int:
@@ -140,21 +121,14 @@ class States(NamedTuple):
 
 
 class TeacherRows(NamedTuple):
-    """States and what the teacher says there.
-
-    Attributes:
-        target, preserved: states of each kind; the preserved prompt -1 is the empty one.
-        v_concept, v_anchor: the teacher's velocities at target states.
-        v_preserved: its velocities at preserved states.
-        mask: of the concept, `(target rows, frames, rows, columns)` in [0, 1], or `None`.
-    """
+    """States and what the teacher says there."""
 
     target: States
-    preserved: States
-    v_concept: torch.Tensor
+    preserved: States  # of which prompt -1 is the empty one
+    v_concept: torch.Tensor  # at target states, as `v_anchor`
     v_anchor: torch.Tensor
-    v_preserved: torch.Tensor
-    mask: torch.Tensor | None
+    v_preserved: torch.Tensor  # at preserved states
+    mask: torch.Tensor | None  # as in `Rows`
 
 
 def rows_of_each_kind(batch_size: int, preserved_share: float) -> tuple[int, int]:
@@ -175,8 +149,7 @@ class RowMaker:
 
     Args:
         velocity: of the model that trains, not prepared by accelerate; without erasers it is the teacher.
-        text: embeddings of the prompts, anywhere.
-        recipe: shares, range of timesteps, guidance.
+        text: on any device.
         grid: (frames, rows, columns) of the video tokens.
         scheduler: adds noise to clean latents.
         token_mask: `(target prompts, text)` bool, the concept's tokens; needed for masks that are not kept with the

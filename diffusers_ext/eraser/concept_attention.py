@@ -12,7 +12,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 
 from diffusers_ext.core.restored_state import CallScope
-from diffusers_ext.families.registry import denoisers_of, find_family, match_family
+from diffusers_ext.eraser.adapter.outputs import unwrapped_transformer
+from diffusers_ext.families.registry import denoisers_of, find_family
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -26,13 +27,9 @@ def attention_mass(
     output of the same attention with `value_j = 1` at the concept's tokens and 0 elsewhere, so that fused kernels
     compute it and no score matrix is kept.
 
-    Args:
-        query, key: `(batch, heads, text + video, head_dim)`, text first, after normalisation and rotary embedding.
-        token_mask: `(batch, text)` bool, true at the concept's tokens.
-        chunk_size: video queries at a time; it bounds the scores where no fused kernel serves.
-
-    Returns:
-        `(batch, heads, video)` float32, from 0 to 1.
+    Queries and keys are `(batch, heads, text + video, head_dim)`, text first, after normalisation and rotary
+    embedding; `token_mask` is `(batch, text)` bool, true at the concept's tokens; `chunk_size` video queries at a time
+    bound the scores where no fused kernel serves. Returns `(batch, heads, video)` float32, from 0 to 1.
     """
     text = token_mask.shape[1]
     # As wide as the keys: flash kernels ask for one width.
@@ -44,14 +41,10 @@ def attention_mass(
     return torch.cat(shares, dim=2)
 
 
-def rotate_video(features: torch.Tensor, rotary: Rotary | None, text: int) -> torch.Tensor:
-    """Rotary embedding of the video part of queries or keys, as CogVideoX applies it.
-
-    `features` are `(batch, heads, text + video, head_dim)` and not written to; `rotary` is `(cos, sin)`, each `(video,
-    head_dim)`, or `None` for absolute positions.
-    """
+def _rotate_video(features: torch.Tensor, rotary: Rotary | None, text: int) -> torch.Tensor:
     if rotary is None:
         return features
+    # As CogVideoX does it, but not in place.
     turned = apply_rotary_emb(features[:, :, text:], rotary)
     return torch.cat([features[:, :, :text], turned], dim=2)
 
@@ -82,9 +75,6 @@ def agreement_weights(correlations: torch.Tensor) -> torch.Tensor:
     """How much each head counts: its mean correlation with the reference, or 0 if negative.
 
     From `(batch, layers, heads)` to `(layers, heads)` weights that add up to 1.
-
-    Raises:
-        ValueError: no head agrees with the reference.
     """
     weights = correlations.mean(dim=0).clamp(min=0)
     if not (weights > 0).any():
@@ -134,13 +124,13 @@ class ConceptAttention:
         return torch.stack([mass.to(self._heads[0].device) for mass in self._heads], dim=1)
 
     def begin(self, *_: Any) -> None:
-        """Forget the forward before."""
+        """Forget the forward before; the hook at the start of one."""
         # A recomputation by gradient checkpointing runs blocks outside of a forward.
         if self.scope.covers_this_call():
             self._total, self._heads, self._layers, self._in_forward = None, [], 0, True
 
     def end(self, *_: Any) -> None:
-        """Hear nothing more until the next forward."""
+        """Read nothing more until the next forward."""
         if self.scope.covers_this_call():
             self._in_forward = False
 
@@ -162,7 +152,7 @@ class ConceptAttention:
         batch, heads, tokens, _ = query.shape
         mass = torch.zeros(batch, heads, tokens - text, device=query.device)
         if len(rows):
-            query, key = (rotate_video(part[rows], rotary, text) for part in (query, key))
+            query, key = (_rotate_video(part[rows], rotary, text) for part in (query, key))
             mass[rows] = attention_mass(query, key, token_mask[rows], chunk_size=self._chunk_size)
         if self._head_weights is None:
             maps = mass.mean(dim=1)
@@ -222,18 +212,12 @@ def concept_attention(
         transformer: a `CogVideoXTransformer3DModel`, plain or wrapped by PEFT.
         token_mask: `(batch, text)` bool, true at the concept's tokens; rows without any give zeros and cost nothing.
         layers: indices of transformer blocks; all when `None`.
-        head_weights: `(layers, heads)` of those layers, from `concept_head_weights`: the maps are then the weighted
-            sum of standardised heads. Their mean when `None`.
+        head_weights: `(layers, heads)` of those layers, from `concept_head_weights`.
         keep_heads: keep all heads apart as well, in `head_maps`.
-        chunk_size: video queries at a time, see `attention_mass`.
+        chunk_size: see `attention_mass`.
 
     Yields:
-        A `ConceptAttention`; after a forward its `maps` are `(batch, video)` float32, the mean over heads and layers
-        of the attention mass on the concept's tokens.
-
-    Raises:
-        TypeError: `token_mask` is not bool.
-        ValueError: `transformer` is not CogVideoX's, or `layers`, `head_weights` or `chunk_size` do not suit it.
+        A `ConceptAttention`, whose `maps` are there after a forward.
     """
     if token_mask.dtype != torch.bool or token_mask.ndim != 2:
         raise TypeError(
@@ -241,7 +225,9 @@ def concept_attention(
         )
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
-    model = find_transformer(transformer)
+    model = unwrapped_transformer(transformer)
+    if model is None:
+        raise ValueError(f"`transformer` must be a {denoisers_of('eraser')}, got a {type(transformer).__name__}.")
     modules = find_joint_attentions(model, layers)
     shape = (len(modules), model.config.num_attention_heads)
     if head_weights is not None and tuple(head_weights.shape) != shape:
@@ -262,14 +248,6 @@ def concept_attention(
         ):
             hooks.callback(handle.remove)
         yield attention
-
-
-def find_transformer(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformer itself, under whatever wraps it."""
-    for module in model.modules():
-        if match_family(module, "eraser") is not None:
-            return module
-    raise ValueError(f"`transformer` must be a {denoisers_of('eraser')}, got a {type(model).__name__}.")
 
 
 def find_joint_attentions(transformer: torch.nn.Module, layers: Sequence[int] | None = None) -> dict[str, Attention]:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from diffusers_ext.eraser.adapter.outputs import frozen_teacher
 from diffusers_ext.eraser.concept_attention import agreement_weights, concept_attention, head_correlations
-from diffusers_ext.eraser.teacher.trajectory import frozen_teacher
 from diffusers_ext.families.family import Velocity
 
 # Of a clip's tokens; the concept fills less of a clip than the rest does.
@@ -36,9 +36,6 @@ def velocity_mask(
     `sqrt(|v_concept - v_anchor| |v_concept - v_empty|)`: where the concept matters and the prompt does, which leaves
     out what the anchor word itself adds. All velocities are at the same `x_t`; rows without any concept token get a
     mask of zeros.
-
-    Raises:
-        ValueError: not one row of `token_mask` per clip, or shapes that do not fit.
     """
     if len(token_mask) != len(v_concept):
         raise ValueError(f"`token_mask` must have one row per clip, {len(v_concept)}, got {len(token_mask)}.")
@@ -78,9 +75,6 @@ def normalize_attention(
     `(A - low) / (max A - low)`, at least 0, with `low` the minimum or a quantile of A. A frame without the concept
     stays dark beside one that has it; constant maps (no concept token) become zero. A share `floor` in [0, 1) of a
     clip's tokens is background, and its largest value is 0.
-
-    Raises:
-        ValueError: `grid` does not hold the tokens, or `threshold` or `floor` is out of range.
     """
     if maps.ndim != 2 or maps.shape[1] != grid[0] * grid[1] * grid[2]:
         raise ValueError(f"`maps` must be (batch, {' x '.join(map(str, grid))}), got {tuple(maps.shape)}.")
@@ -108,9 +102,6 @@ def velocity_difference(v_concept: torch.Tensor, v_anchor: torch.Tensor, grid: S
     """How far the teacher's velocities with and without the concept lie apart, token by token.
 
     Maps of `sqrt(mean over a token's latents of (v(x_t, c) - v(x_t, anchor))^2)`, float32.
-
-    Raises:
-        ValueError: shapes that differ, or latents that the grid does not tile.
     """
     if v_concept.shape != v_anchor.shape or v_concept.ndim != 5:
         raise ValueError(
@@ -128,9 +119,6 @@ def mask_to_latents(mask: torch.Tensor, latent_shape: Sequence[int]) -> torch.Te
     """A mask for latents `(batch, frames, 1, height, width)`: each token's value at all latents of its patch.
 
     `latent_shape` is `(frames, channels, height, width)`, with or without a batch before.
-
-    Raises:
-        ValueError: latents that the grid does not tile.
     """
     frames, _, height, width = latent_shape[-4:]
     size = (frames, height, width)
@@ -172,11 +160,9 @@ def concept_mask(
 
     Args:
         velocity: of the clip's size.
-        x_t: noisy latents at `t`.
         anchor_embeds: the same prompts with another word for the concept.
         empty_embeds: the empty prompt, for every row; used with `anchor_embeds`.
         head_weights: `(layers, heads)` from `concept_head_weights`.
-        threshold: for masks of zeros and ones; soft masks when `None`.
         layers: indices of transformer blocks; all when `None`.
         chunk_size: see `attention_mass`.
     """
@@ -216,14 +202,8 @@ def concept_head_weights(
     """Which heads look at a concept where it changes the velocity; no labels are needed.
 
     A few dozen clips at various timesteps are enough, `batch_size` of them at once; a pass has twice as many rows. See
-    `concept_mask` for the other arguments.
-
-    Returns:
-        `(layers, heads)` float32 that add up to 1: each head's correlation with the difference between the velocities
-        of the prompts and their anchors, 0 where it is negative.
-
-    Raises:
-        ValueError: no prompt names the concept, or no head agrees with the velocities.
+    `concept_mask` for the other arguments. Returns `(layers, heads)` float32 that add up to 1: each head's correlation
+    with the difference between the velocities of the prompts and their anchors, 0 where it is negative.
     """
     model = velocity.model
     grid = velocity.token_grid(x_t.shape)

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
-from diffusers_ext.eraser.teacher.trajectory import frozen_teacher, teacher_trajectory
+from diffusers_ext.eraser.adapter.outputs import frozen_teacher
+from diffusers_ext.eraser.teacher.runs import teacher_trajectory
 from diffusers_ext.families.family import Velocity
 
 logger = logging.getLogger(__name__)
@@ -116,10 +117,6 @@ def word_embeddings(
 
     A word is a prompt by itself, padded as `CogVideoXPipeline` pads prompts, whose padding is not masked: an encoder
     that was trained this way says something else without it. Neither padding nor the end of the sequence is averaged.
-    The text encoder runs in eval mode and keeps its own.
-
-    Raises:
-        ValueError: embeddings that are not finite.
     """
     embeddings = []
     with module_eval_mode(text_encoder):
@@ -164,14 +161,10 @@ def neighbouring_concepts(
     None shares a word, inflected or not, with the concept or with `exclude`.
 
     Args:
-        tokenizer, text_encoder: of the pipeline.
         words: candidates; when `None`, those of `concrete_words()` of which the tokenizer need not spell a part in
             single letters: it hardly ever met the others.
         max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
         exclude: further names of the concept, such as synonyms, which must not be preserved.
-
-    Raises:
-        ValueError: a concept that the tokenizer cannot spell, or fewer candidates than `count`.
     """
     check_concept(tokenizer, concept)
     given = concrete_words() if words is None else list(dict.fromkeys(words))
@@ -214,9 +207,6 @@ def replace_concept(prompt: str, concept: str, replacement: str) -> str:
     """The prompt with each occurrence of a concept replaced, and nothing else touched.
 
     A capital letter that only the prompt gives the concept goes over to the replacement; articles stay as they are.
-
-    Raises:
-        ValueError: the prompt does not name the concept as whole words, or the replacement is empty or names it.
     """
     spans = concept_spans(prompt, concept)
     if not spans:
@@ -259,10 +249,6 @@ def concept_token_mask(
     The words are looked up in the text and followed to their tokens, since the same word is other tokens with a
     capital letter or behind a bracket, and a word's tokens may begin a longer word. Every occurrence counts; a row
     without `True` does not name the concept. Neither padding nor the end-of-sequence token is ever marked.
-
-    Raises:
-        TypeError: the tokenizer does not know where its tokens come from.
-        ValueError: the tokenizer cannot spell the concept.
     """
     if not tokenizer.is_fast:
         raise TypeError(
@@ -314,13 +300,9 @@ def anchor_distances(
             concept.
         empty_embed: `(text, dim)`, the empty prompt of the guidance.
         latent_shape: `(frames, channels, height, width)`.
-        num_inference_steps, guidance_scale, seed: of the runs and their noises.
 
     Returns:
         `(candidates,)` float32 on the CPU.
-
-    Raises:
-        ValueError: no candidate, or prompts that do not correspond.
     """
     if not len(candidate_embeds) or candidate_embeds.shape[1:] != target_embeds.shape:
         raise ValueError(

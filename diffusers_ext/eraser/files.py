@@ -18,21 +18,26 @@ from diffusers_ext.core.sources import check_download_arguments
 from diffusers_ext.core.tensor_files import FLOATING
 from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, EraserConfig, transformer_width
 from diffusers_ext.eraser.adapter.layer import check_scale
-from diffusers_ext.eraser.adapter.outputs import eraser_layers
+from diffusers_ext.eraser.adapter.outputs import eraser_layers, unwrapped_transformer
 from diffusers_ext.eraser.concept_attention import find_joint_attentions
 from diffusers_ext.eraser.formats import (
     FILE_NAMES,
+    PARTS,
     EraserFile,
+    EraserShape,
+    StateDict,
     check_eraser_folder,
     check_eraser_tensors,
+    check_fit,
     described,
     eraser_contents,
+    eraser_shape,
+    layer_name,
     read_eraser,
     write_eraser_files,
 )
-from diffusers_ext.eraser.legacy import PARTS, EraserShape, StateDict, check_fit, eraser_shape, layer_name
 from diffusers_ext.families.cogvideox import CogVideoX
-from diffusers_ext.families.registry import denoisers_of, find_family, match_family
+from diffusers_ext.families.registry import denoisers_of, find_family
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import push_folder, split_arguments
 
@@ -45,15 +50,9 @@ def eraser_card(
     preserved_concepts: Sequence[str] | None = None,
     **common: Any,
 ) -> Callable[..., Card]:
-    """The card of an eraser but for the repository's name.
+    """The card of an eraser but for the repository's name; `common` are facts of every card, as of `make_card`.
 
-    Args:
-        anchor_concept: what takes its place; nothing in particular when `None`.
-        preserved_concepts: those that the training kept on purpose; empty when there were none.
-        common: facts of every card, as of `make_card`.
-
-    Raises:
-        ValueError: a fact that is not given.
+    `preserved_concepts` are those that the training kept on purpose; empty when there were none.
     """
     return make_card(
         "eraser",
@@ -94,22 +93,14 @@ def load_eraser(
     `enable_sequential_cpu_offload()` comes after.
 
     Args:
-        transformer_or_pipe: a CogVideoX transformer, compiled or not, or a pipeline with one.
+        transformer_or_pipe: a CogVideoX transformer, compiled or not, or a pipeline with one; left as it was where
+            anything is refused.
         pretrained_model_name_or_path: a folder, or `"user/name"`, in PEFT's format or with `eraser_weights.pt` and
             `eraser_config.json`.
-        adapter_name: its name in the transformer, another one for every adapter.
+        adapter_name: its name in the transformer, another one for every adapter; it is returned.
         scale: strength, at least 0; 0 is the model without it, 1 the eraser as it was trained.
         is_trainable: train it on; everything else is frozen then. Otherwise it is frozen and the rest left as it is.
-        subfolder: folder inside the source.
         download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
-
-    Returns:
-        `adapter_name`.
-
-    Raises:
-        ValueError: missing or damaged files, an eraser of another model, a name in use, adapters that are disabled,
-            sequential CPU offload. The transformer is left as it was.
-        TypeError: not a CogVideoX transformer, or a keyword that is none of a download.
     """
     check_download_arguments(download_arguments, "load_eraser")
     if isinstance(transformer_or_pipe, PeftModel):
@@ -137,13 +128,10 @@ def load_eraser(
 
 def find_transformer(transformer_or_pipe: EraserTarget) -> ModelMixin:
     """The CogVideoX transformer itself, out of a pipeline, `torch.compile` or a `PeftModel`."""
-    model = transformer_or_pipe
-    if isinstance(model, DiffusionPipeline):
-        model = getattr(model, "transformer", None)
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    if match_family(model, "eraser") is None:
+    is_pipeline = isinstance(transformer_or_pipe, DiffusionPipeline)
+    held = getattr(transformer_or_pipe, "transformer", None) if is_pipeline else transformer_or_pipe
+    model = unwrapped_transformer(held)
+    if model is None:
         raise TypeError(
             f"`transformer_or_pipe` must be a {denoisers_of('eraser')} or a pipeline with one, "
             f"got a {type(transformer_or_pipe).__name__}."
@@ -249,22 +237,17 @@ def save_eraser(
 
     Args:
         transformer_or_pipe: a CogVideoX transformer, compiled or not, a pipeline or PeftModel of it.
-        save_directory: folder, made when absent; other files in it stay.
+        save_directory: folder, made when absent; other files in it stay. Nothing is written where anything is refused.
         adapter_name: which eraser; the only one when `None`.
         format: `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) or `"legacy"` (`eraser_config.json`,
             `eraser_weights.pt`).
         dtype: of the saved weights; as they are when `None`.
-        concept, anchor_concept: what it erases and what takes its place.
         base_model_name_or_path: the transformer it is for.
         push_to_hub: upload these files afterwards, in place of an eraser in the other format.
         repo_id: repository; the folder's name when `None`.
         hub_arguments: with `push_to_hub`: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`;
             and for the model card `trained_on`, `preserved_concepts`, `base_model` (the pipeline; as
             `base_model_name_or_path` when absent), `license`, `settings` and `results`.
-
-    Raises:
-        ValueError: no such eraser, one without effect or with values that are not finite, an unknown format, a folder
-            with an eraser in the other format, or a missing fact for the card. Nothing is written.
     """
     folder = Path(save_directory)
     check_eraser_folder(folder, format)
@@ -285,27 +268,18 @@ def save_eraser(
     )
     num_layers = len(find_joint_attentions(transformer))
     files = eraser_contents(format, config, tensors, num_layers, type(transformer))
-    hub, card = _upload_parts(config, tensors, push_to_hub, hub_arguments)
+    if push_to_hub:
+        hub, facts = split_arguments(hub_arguments)
+        card = eraser_card(tensors, token=hub.get("token"), **{**facts_of_config(config), **facts})
+    elif hub_arguments:
+        raise TypeError(f"{sorted(hub_arguments)} must come with `push_to_hub=True`, got them without.")
     write_eraser_files(folder, files)
-    if card is not None:
+    if push_to_hub:
         # Not the folder itself, which may hold the checkpoints of a training run.
         with tempfile.TemporaryDirectory() as upload:
             write_eraser_files(Path(upload), files)
             name = repo_id or folder.resolve().name
             push_folder(upload, name, card, delete_patterns=FILE_NAMES, **hub)
-
-
-def _upload_parts(
-    config: EraserConfig, tensors: StateDict, push_to_hub: bool, arguments: dict[str, Any]
-) -> tuple[dict[str, Any], Callable[..., Card] | None]:
-    """What `push_folder` takes besides the folder; no card where nothing is uploaded."""
-    if not push_to_hub:
-        if arguments:
-            raise TypeError(f"{sorted(arguments)} must come with `push_to_hub=True`, got them without.")
-        return {}, None
-    hub, facts = split_arguments(arguments)
-    facts = {**facts_of_config(config), **facts}
-    return hub, eraser_card(tensors, token=hub.get("token"), **facts)
 
 
 def _check_in_memory(tensors: StateDict) -> None:
@@ -339,10 +313,6 @@ def convert_eraser(
 
     The source is given as to `load_eraser` (`subfolder` among the `download_arguments`), the rest as to `save_eraser`.
     Returns what the tensors say about the model it is for.
-
-    Raises:
-        ValueError: missing or damaged files, an eraser without effect, a folder with an eraser in another format, or
-            blocks without eraser in a model whose number of blocks is not known.
     """
     download = {name: value for name, value in download_arguments.items() if name != "subfolder"}
     check_download_arguments(download, "convert_eraser")

@@ -1,4 +1,7 @@
-"""Read and write the files of an eraser, in PEFT's format or legacy; no code in them is run."""
+"""Read and write the files of an eraser, in PEFT's format or legacy; no code in them is run.
+
+Behaviour of the legacy format: TobisawaMisakii/T2VUnlearning@f626c6f10f72c611d2ab739ff23c1a933a1671d0.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import copy
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,39 +19,149 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save
 
-from diffusers_ext.core.artifacts import with_sorted_metadata, write_atomically
+from diffusers_ext.core.artifacts import sealed, write_atomically
 from diffusers_ext.core.sources import check_download_arguments, files_on_hub, refuse_checkpoint
-from diffusers_ext.core.tensor_files import (
-    CONFIG_KEY,
-    FLOATING,
-    config_digest,
-    open_tensors,
-    read_pickled_tensors,
-    read_tensors,
-    with_digest,
-)
+from diffusers_ext.core.tensor_files import CONFIG_KEY, FLOATING, config_digest, read_pickled_tensors, read_tensors
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.eraser.legacy import (
-    LEGACY_TYPE,
-    PEFT_PREFIX,
-    EraserShape,
-    StateDict,
-    eraser_shape,
-    from_legacy,
-    to_legacy,
-)
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import import_class
+from diffusers_ext.families.registry import families_of
 
-LEGACY_WEIGHTS_NAME = "eraser_weights.pt"
-LEGACY_CONFIG_NAME = "eraser_config.json"
 # The file of the config and the file of the weights, by format.
-FORMATS = {"peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), "legacy": (LEGACY_CONFIG_NAME, LEGACY_WEIGHTS_NAME)}
+FORMATS = {"peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), "legacy": ("eraser_config.json", "eraser_weights.pt")}
 FILE_NAMES = tuple(name for names in FORMATS.values() for name in names)
 _EXPECTED = " or ".join(" and ".join(names) for names in FORMATS.values())
+_LEGACY_TYPE = "adapter"
+_LEGACY_KEY = re.compile(r"(transformer_blocks\.\d+\.attn1)\.adapter")
+_PEFT_PREFIX = "base_model.model."
+_KEY = r"((?:{blocks})\.(\d+)\.(?:{attentions}))\.to_out\.1\.eraser_(down|up)\.(weight|bias)"
+# Name in the legacy file -> module of the layer and its parameter.
+PARTS = {
+    "down.weight": ("eraser_down", "weight"),
+    "down.bias": ("eraser_down", "bias"),
+    "up.weight": ("eraser_up", "weight"),
+    "up.bias": ("eraser_up", "bias"),
+}
+StateDict = dict[str, torch.Tensor]  # named as in the transformer
+
+
+class EraserShape(NamedTuple):
+    """What the tensors of an eraser say about the model it is for."""
+
+    width: int  # of the transformer's tokens
+    rank: int
+    blocks: tuple[int, ...]  # numbers of the transformer blocks that carry one, ascending
+
+
+class EraserFile(NamedTuple):
+    """A saved eraser."""
+
+    config: EraserConfig  # of the legacy format only the rank is known
+    tensors: StateDict
+    shape: EraserShape
+    num_layers: int | None  # blocks of the transformer it was made for; `None` where no file says
+
+
+def layer_name(attention: str, part: str) -> str:
+    """Name in the transformer of one tensor; `layer_name("transformer_blocks.0.attn1", "up.bias")`."""
+    return f"{attention}.to_out.1.{'.'.join(PARTS[part])}"
+
+
+def from_legacy(tree: Any, source: str = "`tree`") -> StateDict:
+    """The legacy dictionary `{block: {part: tensor}}` under the names in the transformer.
+
+    Blocks are `transformer_blocks.{i}.attn1.adapter`; parts `down.weight` `(rank, dim)`, `down.bias` `(rank,)`,
+    `up.weight` `(dim, rank)` and `up.bias` `(dim,)`. Errors begin with `source`.
+    """
+    if not isinstance(tree, Mapping) or not tree:
+        found = "an empty dictionary" if isinstance(tree, Mapping) else f"a {type(tree).__name__}"
+        raise ValueError(f"{source} must hold a dictionary of erasers, got {found}.")
+    tensors = {}
+    for key, parts in tree.items():
+        name = _LEGACY_KEY.fullmatch(str(key))
+        if name is None:
+            raise ValueError(
+                f"Every key of {source} must be transformer_blocks.<i>.attn1.{_LEGACY_TYPE}, got "
+                f"{key!r}. Only erasers of CogVideoX can be loaded."
+            )
+        if not isinstance(parts, Mapping) or set(parts) != set(PARTS):
+            found = sorted(map(str, parts)) if isinstance(parts, Mapping) else type(parts).__name__
+            raise ValueError(f"{source}: `{key}` must hold {list(PARTS)}, got {found}.")
+        for part, value in parts.items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"{source}: `{key}.{part}` must be a tensor, got {type(value).__name__}.")
+            tensors[layer_name(name[1], part)] = value.detach()
+    return tensors
+
+
+def to_legacy(tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str, StateDict]:
+    """The legacy dictionary of an eraser, for the code that wants one in each of `num_layers` blocks.
+
+    A block without an eraser gets zeros: `up(gelu(down(x))) = 0` then.
+    """
+    shape = eraser_shape(tensors)
+    tree = {}
+    for index in range(num_layers):
+        source = f"transformer_blocks.{index if index in shape.blocks else shape.blocks[0]}.attn1"
+        tree[f"transformer_blocks.{index}.attn1.{_LEGACY_TYPE}"] = {
+            part: tensors[layer_name(source, part)].detach().cpu() * (index in shape.blocks) for part in PARTS
+        }
+    return tree
+
+
+def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`") -> EraserShape:
+    """Width, rank and blocks of an eraser, or a `ValueError` where its tensors do not belong together."""
+    known = families_of("eraser")
+    pattern = re.compile(
+        _KEY.format(
+            blocks="|".join(re.escape(family.blocks) for family in known),
+            attentions="|".join(re.escape(family.joint_attention) for family in known),
+        )
+    )
+    blocks: dict[int, str] = {}
+    for name, value in tensors.items():
+        key = pattern.fullmatch(name)
+        if key is None:
+            raise ValueError(f"{source} must hold the erasers of a CogVideoX, got `{name}`.")
+        if value.dtype not in FLOATING or value.layout != torch.strided:
+            raise ValueError(
+                f"{source}: `{name}` must be a dense tensor of float16, bfloat16, float32 or "
+                f"float64, got {value.dtype} ({value.layout})."
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{source}: `{name}` must be finite, got values that are not.")
+        blocks[int(key[2])] = key[1]
+    if not blocks:
+        raise ValueError(f"{source} must hold the erasers of a CogVideoX, got no tensors.")
+    first = layer_name(next(iter(blocks.values())), "down.weight")
+    if first not in tensors or tensors[first].ndim != 2:
+        raise ValueError(f"{source} must hold the matrix `{first}`, got none.")
+    rank, width = tensors[first].shape
+    shapes = dict(zip(PARTS, ((rank, width), (rank,), (width, rank), (width,))))
+    for attention in blocks.values():
+        for part, expected in shapes.items():
+            name = layer_name(attention, part)
+            found = tuple(tensors[name].shape) if name in tensors else "none"
+            if found != expected:
+                raise ValueError(f"{source}: `{name}` must be {expected}, got {found}.")
+    return EraserShape(width, rank, tuple(sorted(blocks)))
+
+
+def check_fit(shape: EraserShape, width: int, num_layers: int, made_for: int | None) -> None:
+    """Raise `ValueError` unless an eraser is for a transformer of this size; it names both sizes.
+
+    `made_for` is the number of blocks it was made for, `None` where its file does not say.
+    """
+    blocks = shape.blocks[-1] + 1 if made_for is None else made_for
+    right_blocks = blocks <= num_layers if made_for is None else blocks == num_layers
+    if shape.width != width or not right_blocks:
+        raise ValueError(
+            f"The eraser must fit the transformer, of width {width} with {num_layers} blocks, got "
+            f"one for width {shape.width} with {blocks} blocks. Load it into the model it was "
+            "trained on (CogVideoX-2b: 1920 and 30; the 5b models: 3072 and 42)."
+        )
 
 
 def check_eraser_folder(folder: Path, format: str) -> None:
@@ -102,18 +216,15 @@ def eraser_contents(
     facts = config.to_dict()
     facts["auto_mapping"] = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
     facts = {name: sorted(v) if isinstance(v, set) else v for name, v in facts.items()}
-    weights = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+    weights = {_PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
     content = (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode()
-    metadata = {"format": "pt", CONFIG_KEY: eraser_config_digest(json.loads(content))}
+    metadata = {"format": "pt", CONFIG_KEY: _eraser_config_digest(json.loads(content))}
     config_name, weights_name = FORMATS["peft"]
-    return {
-        weights_name: with_sorted_metadata(save(weights, metadata=with_digest(weights, metadata))),
-        config_name: content,
-    }
+    return {weights_name: sealed(weights, metadata), config_name: content}
 
 
 def _legacy_files(tensors: StateDict, num_layers: int) -> dict[str, bytes]:
-    facts = {"eraser_type": LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}
+    facts = {"eraser_type": _LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}
     weights = io.BytesIO()
     torch.save(to_legacy(tensors, num_layers), weights)
     config_name, weights_name = FORMATS["legacy"]
@@ -150,15 +261,6 @@ def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
         raise
 
 
-class EraserFile(NamedTuple):
-    """A saved eraser."""
-
-    config: EraserConfig  # of the legacy format only the rank is known
-    tensors: StateDict  # named as in the transformer
-    shape: EraserShape
-    num_layers: int | None  # blocks of the transformer it was made for; `None` where no file says
-
-
 def read_eraser(
     pretrained_model_name_or_path: str | os.PathLike, *, subfolder: str | None = None, **download_arguments: Any
 ) -> EraserFile:
@@ -175,7 +277,7 @@ def read_eraser(
     else:
         name = str(pretrained_model_name_or_path)
         config_path, weights_path = _download(name, subfolder, download_arguments)
-    read = _read_legacy if config_path.name == LEGACY_CONFIG_NAME else _read_peft
+    read = _read_peft if config_path.name == CONFIG_NAME else _read_legacy
     return read(config_path, weights_path)
 
 
@@ -210,7 +312,11 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         raise ValueError(
             f"{config_path} must have the `peft_type` 'ERASER', got {kind!r}. A LoRA is loaded by `load_lora_weights`."
         )
-    tensors = read_peft_weights(weights_path)
+    tensors, metadata = read_tensors(weights_path, dtypes=FLOATING)
+    strange = [name for name in tensors if not name.startswith(_PEFT_PREFIX)]
+    if strange:
+        raise ValueError(f"Every key of {weights_path} must start with {_PEFT_PREFIX!r}, got {strange[0]!r}.")
+    tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
     shape = eraser_shape(tensors, str(weights_path))
     try:
         config = EraserConfig.from_pretrained(str(config_path.parent))
@@ -228,8 +334,8 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         )
     if config.r != shape.rank:
         raise ValueError(f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}.")
-    expected = (open_tensors(weights_path).metadata() or {}).get(CONFIG_KEY)
-    if expected is not None and expected != eraser_config_digest(facts):
+    expected = metadata.get(CONFIG_KEY)
+    if expected is not None and expected != _eraser_config_digest(facts):
         raise ValueError(
             f"{config_path} must be the config that {weights_path.name} was saved beside, got another: "
             "the digest in the metadata of the weights does not fit. Download or write both again."
@@ -240,16 +346,12 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
     return EraserFile(config, tensors, shape, config.num_layers)
 
 
-def eraser_config_digest(facts: Mapping[str, Any]) -> str:
-    """Of a config in PEFT's format, but for the name of the base model, which may be mended by hand."""
-    return config_digest({k: v for k, v in facts.items() if k != "base_model_name_or_path"})
-
-
 def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:
     facts = read_json(config_path)
-    if facts.get("eraser_type") != LEGACY_TYPE:
-        raise ValueError(f"`eraser_type` of {config_path} must be {LEGACY_TYPE!r}, got {facts.get('eraser_type')!r}.")
-    tensors = read_legacy_weights(weights_path)
+    if facts.get("eraser_type") != _LEGACY_TYPE:
+        raise ValueError(f"`eraser_type` of {config_path} must be {_LEGACY_TYPE!r}, got {facts.get('eraser_type')!r}.")
+    tree = read_pickled_tensors(weights_path, remedy="Get the file again.")
+    tensors = from_legacy(tree, str(weights_path))
     shape = eraser_shape(tensors, str(weights_path))
     if facts.get("eraser_rank") != shape.rank:
         raise ValueError(
@@ -260,16 +362,6 @@ def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:
     return EraserFile(EraserConfig(r=shape.rank), tensors, shape, len(shape.blocks))
 
 
-def read_peft_weights(path: str | os.PathLike) -> StateDict:
-    """Tensors of an `adapter_model.safetensors`, named as in the transformer; `ValueError` for another file."""
-    tensors, _ = read_tensors(path, dtypes=FLOATING)
-    strange = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
-    if strange:
-        raise ValueError(f"Every key of {path} must start with {PEFT_PREFIX!r}, got {strange[0]!r}.")
-    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def read_legacy_weights(path: str | os.PathLike) -> StateDict:
-    """Tensors of an `eraser_weights.pt`, named as in the transformer; no code in it is run."""
-    tree = read_pickled_tensors(path, remedy="Get the file again.")
-    return from_legacy(tree, str(path))
+def _eraser_config_digest(facts: Mapping[str, Any]) -> str:
+    """Of a config in PEFT's format, but for the name of the base model, which may be mended by hand."""
+    return config_digest({k: v for k, v in facts.items() if k != "base_model_name_or_path"})

@@ -43,7 +43,7 @@ class OnPolicyRollouts:
         self._calls, self._states = 0, None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint keeps."""
         states = None if self._states is None else [part.cpu() for part in self._states]
         return {"calls": self._calls, "states": states}
 
@@ -118,12 +118,8 @@ class EraserStep:
     in a second one. With `separate_passes` each kind has its own pass, and all but the last are computed again for
     their gradients: one more forward of them, and the activations of one kind at a time.
 
-    Args:
-        maker: of rows.
-        recipe: weights and options.
-        adapter_name: the eraser that trains.
-        rollouts: gives states of the student, for a recipe with `on_policy_share`.
-        adversarial_prompts: gives learned embeddings, for a recipe with `adversarial_share`.
+    `rollouts` are for a recipe with `on_policy_share`, `adversarial_prompts` for one with `adversarial_share`;
+    `adapter_name` is the eraser that trains.
     """
 
     def __init__(
@@ -241,10 +237,8 @@ def run_separately(passes: Sequence[Callable[[], Result]]) -> list[Result]:
 
     All but the last are computed again in the backward pass, which costs one more forward of each. The last keeps its
     activations: autograd goes backward from what was computed last, and has freed them when it comes to the others.
-    Gradient checkpointing of blocks works inside as well.
-
-    Each pass must compute the same whenever it is called; it sees the random numbers and the autocast of the first
-    call again.
+    Gradient checkpointing of blocks works inside as well. Each pass must compute the same whenever it is called; it
+    sees the random numbers and the autocast of the first call again.
     """
     results = [checkpoint(run, use_reentrant=False) for run in passes[:-1]]
     return results + [run() for run in passes[-1:]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.eraser.legacy import EraserShape, check_fit, eraser_shape, from_legacy, layer_name, to_legacy
+from diffusers_ext.eraser.formats import EraserShape, check_fit, eraser_shape, from_legacy, layer_name, to_legacy
 
 SHAPES = {"down.weight": (2, 6), "down.bias": (2,), "up.weight": (6, 2), "up.bias": (6,)}
 

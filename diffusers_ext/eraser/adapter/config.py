@@ -84,8 +84,15 @@ class EraserConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = eraser_peft_type()
         self._check_numbers()
-        self._check_words()
-        self._check_patterns()
+        for name in ("concept", "anchor_concept"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"`{name}` must be a str or None, got {value!r}.")
+        check_pattern("target_modules", self.target_modules)
+        check_pattern("exclude_modules", self.exclude_modules)
+        # PEFT puts these into an expression of its own.
+        pattern = self.layers_pattern
+        check_pattern("layers_pattern", [pattern] if isinstance(pattern, str) else pattern)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` must be None when `target_modules` is a regular expression, "
@@ -97,8 +104,9 @@ class EraserConfig(PeftConfig):
             )
         if self.layers_to_transform is not None and self.layers_pattern is None:
             self.layers_pattern = DEFAULT_LAYERS_PATTERN
-        self.target_modules = _as_set(self.target_modules)
-        self.exclude_modules = _as_set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            names = getattr(self, name)
+            setattr(self, name, set(names) if isinstance(names, (list, tuple)) else names)
 
     def _check_numbers(self) -> None:
         for name in ("r", "in_features", "num_layers"):
@@ -116,29 +124,12 @@ class EraserConfig(PeftConfig):
             if layers is not None and (not isinstance(layer, int) or isinstance(layer, bool)):
                 raise TypeError(f"`layers_to_transform` must hold ints, got {layer!r}.")
 
-    def _check_patterns(self) -> None:
-        check_pattern("target_modules", self.target_modules)
-        check_pattern("exclude_modules", self.exclude_modules)
-        # PEFT puts these into an expression of its own.
-        pattern = self.layers_pattern
-        check_pattern("layers_pattern", [pattern] if isinstance(pattern, str) else pattern)
-
-    def _check_words(self) -> None:
-        for name in ("concept", "anchor_concept"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"`{name}` must be a str or None, got {value!r}.")
-
 
 def check_pattern(name: str, value: object) -> None:
-    """Raise unless `value` is a list of module names, or an expression that no name can keep busy.
+    """Raise unless `value` is `None`, a list of module names, or an expression that no name can keep busy.
 
     A config may come from a stranger, and PEFT matches its expressions against every module. What is repeated must be
     a single character, and not often: repeated groups take time without end.
-
-    Raises:
-        TypeError: neither names, nor one expression, nor `None`.
-        ValueError: a name that is none, or such an expression.
     """
     if value is None:
         return
@@ -181,9 +172,6 @@ def eraser_size(transformer_config: Mapping[str, Any], rank: int, num_layers: in
 
     Two Linears with bias in each of `num_layers` blocks, all when `None`: `width -> rank -> width`. The config is that
     of a CogVideoX transformer.
-
-    Raises:
-        ValueError: a rank below 1 or above the width, or more layers than the transformer has.
     """
     width, blocks = transformer_width(transformer_config), int(transformer_config["num_layers"])
     check_rank(rank, width)
@@ -191,7 +179,3 @@ def eraser_size(transformer_config: Mapping[str, Any], rank: int, num_layers: in
     if not 1 <= layers <= blocks:
         raise ValueError(f"`num_layers` must be from 1 to the transformer's {blocks}, got {num_layers}.")
     return layers * (2 * width * rank + rank + width)
-
-
-def _as_set(names: list[str] | str | None) -> set[str] | str | None:
-    return set(names) if isinstance(names, (list, tuple)) else names

@@ -22,12 +22,9 @@ class EraserProjection(nn.Linear):
     """A Linear that computes in the dtype of its input, whatever dtype its weights are kept in."""
 
     def forward(self, features: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """`scale * (W x + b)`, in the dtype of `features` (or of autocast).
-
-        `scale` is one number, by default 1. It is applied to the input, the narrow side of `up`.
-        """
+        """`scale * (W x + b)`, in the dtype of `features` (or of autocast)."""
         weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
-        if scale is not None:
+        if scale is not None:  # on the input, the narrow side of `up`
             features, bias = features * scale, bias * scale
         return functional.linear(features, weight, bias)
 
@@ -75,13 +72,9 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     `up` starts at zero, so a new eraser changes nothing. The weights are float32 and cast to the dtype of the tokens
     when used. GELU lies between the two projections, so an eraser cannot be merged.
 
-    In its place the layer does what the dropout does. It adds in a hook on the attention, whose output is `(video,
-    text)`: nothing is noted between two calls, so that several threads may run one model with prompts of different
-    lengths.
-
-    Args:
-        base_layer: the dropout that ends the attention's output projection.
-        in_features: width of the tokens.
+    In its place the layer does what the dropout does, its `base_layer`. It adds in a hook on the attention, whose
+    output is `(video, text)`: nothing is noted between two calls, so that several threads may run one model with
+    prompts of different lengths.
     """
 
     adapter_layer_names = ("eraser_down", "eraser_up")
@@ -131,7 +124,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def add_to_video(self, video: torch.Tensor) -> torch.Tensor:
         """Video tokens `(batch, video, dim)` to tokens of the same shape and dtype."""
-        names = [name for name in self.active_adapters if name in self.eraser_down]
+        names = self._active_erasers()
         if not names or self.disable_adapters or self.bypassed:
             return video
         if not torch.compiler.is_compiling():
@@ -144,6 +137,9 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         for output in added.values():
             video = video + output
         return video
+
+    def _active_erasers(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.eraser_down]
 
     @property
     def bypassed(self) -> bool:
@@ -175,7 +171,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make `scale` the number that one eraser's output is multiplied by; others are ignored."""
-        if adapter not in self.scaling:
+        if adapter not in self.eraser_down:
             return
         check_scale(adapter, scale)
         scaled = self.unscaled[adapter]
@@ -189,13 +185,13 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scales of the active erasers, until `unscale_layer` is called."""
-        for name in self._own_active_adapters() if scale != 1 else ():
+        for name in self._active_erasers() if scale != 1 else ():
             self.unscaled[name].append((scale, self.scaling[name]))
             self._write_scale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Take back `scale_layer(scale)`, to the bit; without a number, set all scales to 1."""
-        for name in self._own_active_adapters() if scale != 1 else ():
+        for name in self._active_erasers() if scale != 1 else ():
             scaled = self.unscaled[name]
             if scale is None:
                 self.set_scale(name, 1.0)
@@ -244,9 +240,6 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         # diffusers' `unload_lora` drops layers without a word to them.
         if self._attention_hook is not None:
             weakref.finalize(self, self._attention_hook.remove)
-
-    def _own_active_adapters(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.scaling]
 
     def _write_scale(self, adapter: str, scale: float) -> None:
         self.scaling[adapter] = scale

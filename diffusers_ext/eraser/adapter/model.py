@@ -93,18 +93,8 @@ class EraserModel(BaseTuner):
 
     Each sits in the place of the dropout `attn1.to_out.1`, a leaf without weights: the keys of the base model do not
     change, LoRAs match before and after, and unloading is exact. Usually made by `peft.get_peft_model` or
-    `transformer.add_adapter`. A failed injection leaves the model as it was.
-
-    Args:
-        model: a `CogVideoXTransformer3DModel`.
-        peft_config: an `EraserConfig`, or a dict of such by name. It is copied.
-        adapter_name: name of the eraser to add.
-        low_cpu_mem_usage: create the weights on the meta device, to be loaded.
-        state_dict: take the places from the keys of these weights, not from the config.
-
-    Raises:
-        ValueError: the adapter exists, the rank is above the width of the model, the config is of a model of other
-            sizes, or the targets match anything but ends of joint attentions.
+    `transformer.add_adapter`; the arguments are those of `BaseTuner`. The config is copied, and a failed injection
+    leaves the model as it was.
     """
 
     prefix = "eraser_"
@@ -209,13 +199,13 @@ class EraserModel(BaseTuner):
 
 
 def attention_width(attention: nn.Module) -> int:
-    """Width of the tokens that an attention puts out, also where a LoRA wraps its projection."""
+    """Width of the tokens that an attention puts out."""
     return _output_projection(attention).out_features
 
 
 def _output_projection(attention: nn.Module) -> nn.Module:
     projection = attention.to_out[0]
-    while hasattr(projection, "base_layer"):
+    while hasattr(projection, "base_layer"):  # in a LoRA
         projection = projection.base_layer
     return projection
 
@@ -223,12 +213,12 @@ def _output_projection(attention: nn.Module) -> nn.Module:
 def _joint_attentions(model: nn.Module) -> dict[str, nn.Module]:
     named = dict(model.named_modules())
     names = [name.removesuffix(_LEAF) for name in named if name.endswith(_LEAF)]
-    joint = [name for name in names if _is_joint(named[name], named[name.rpartition(".")[0]])]
-    return {name: named[name] for name in sorted(joint, key=natural_key)}
-
-
-def _is_joint(attention: nn.Module, block: nn.Module) -> bool:
-    return any(family.is_joint_attention(attention, block) for family in families_of("eraser"))
+    found = {}
+    for name in sorted(names, key=natural_key):
+        attention, block = named[name], named[name.rpartition(".")[0]]
+        if any(family.is_joint_attention(attention, block) for family in families_of("eraser")):
+            found[name] = attention
+    return found
 
 
 def _check_place(name: str, attentions: dict[str, nn.Module]) -> None:
@@ -290,11 +280,7 @@ def _forget_injection(model: nn.Module, adapter_name: str) -> None:
 
 
 def register_eraser() -> None:
-    """Register `EraserConfig` and `EraserModel` with PEFT as `ERASER`; a second call does nothing.
-
-    Raises:
-        RuntimeError: another package has registered a method of that name.
-    """
+    """Register `EraserConfig` and `EraserModel` with PEFT as `ERASER`; a second call does nothing."""
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(eraser_peft_type())
     if registered is None:
         register_peft_method(

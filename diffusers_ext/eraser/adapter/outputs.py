@@ -1,4 +1,4 @@
-"""Look at, switch off and read the erasers of a model."""
+"""Find a model's transformer and its erasers, switch them off, and read what they add."""
 
 from __future__ import annotations
 
@@ -10,12 +10,23 @@ import torch
 from torch import nn
 
 from diffusers_ext.core.capture import natural_key
-from diffusers_ext.core.restored_state import CallScope
+from diffusers_ext.core.restored_state import CallScope, module_eval_mode
 from diffusers_ext.eraser.adapter.layer import EraserLayer, Recorder
+from diffusers_ext.families.registry import match_family
 
 Reduce = Callable[[str, torch.Tensor], torch.Tensor]
 
+# Under which PEFT, `torch.compile`, DDP and FSDP hold the model alone.
 _WRAPPERS = ("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module")
+
+
+def unwrapped_transformer(model: Any) -> nn.Module | None:
+    """The transformer that an eraser is for, under whatever wraps it alone; `None` for any other model."""
+    while isinstance(model, nn.Module) and match_family(model, "eraser") is None:
+        children = dict(model.named_children())
+        name = next(iter(children), "")
+        model = children[name] if len(children) == 1 and name in _WRAPPERS else None
+    return model if isinstance(model, nn.Module) else None
 
 
 def eraser_layers(model: nn.Module) -> dict[str, EraserLayer]:
@@ -49,6 +60,13 @@ def erasers_disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen_teacher(transformer: nn.Module) -> Iterator[None]:
+    """The model without its erasers, in eval mode and without gradients; all of it comes back."""
+    with torch.no_grad(), erasers_disabled(transformer), module_eval_mode(transformer):
+        yield
+
+
+@contextmanager
 def eraser_outputs(
     model: nn.Module, adapter_name: str | None = None, reduce: Reduce | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -58,16 +76,12 @@ def eraser_outputs(
     Gradients flow through what is kept, also after the context is closed.
 
     Args:
-        model: a transformer with erasers.
         adapter_name: the eraser to read, which must be active to be seen; by default the sum of all that are active.
         reduce: keep `reduce(layer_name, output)` instead of the outputs, without keeping those; must be pure, for
             gradient checkpointing runs it again.
 
     Yields:
         `{layer_name: output}`; an output is `(batch, video, dim)`, scale included.
-
-    Raises:
-        ValueError: the model has no eraser, or none of that name.
     """
     layers = _layers_with(model, adapter_name)
     outputs: dict[str, torch.Tensor] = {}
@@ -84,11 +98,7 @@ def eraser_outputs(
 
 
 def trainable_eraser_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    """The parameters of one eraser that an optimizer may train, in a fixed order.
-
-    Raises:
-        ValueError: the model has no such eraser, or it is frozen.
-    """
+    """The parameters of one eraser that an optimizer may train, in a fixed order; a frozen one is refused."""
     parameters = [
         parameter
         for layer in _layers_with(model, adapter_name).values()

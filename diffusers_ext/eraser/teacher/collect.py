@@ -12,19 +12,24 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
-from diffusers_ext.core.restored_state import module_eval_mode
-from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
-from diffusers_ext.eraser.teacher.runs import RunSettings, SamplePart, TeacherRuns, plan_trajectories
+from diffusers_ext.eraser.adapter.outputs import eraser_layers, frozen_teacher, unwrapped_transformer
+from diffusers_ext.eraser.teacher.runs import (
+    SamplePart,
+    TeacherRuns,
+    calibrate_heads,
+    check_predicts_velocity,
+    count_steps,
+    plan_trajectories,
+)
 from diffusers_ext.eraser.teacher.store import TeacherFiles, TeacherMemory, TeacherSamples
-from diffusers_ext.eraser.teacher.trajectory import check_predicts_velocity, count_steps
 from diffusers_ext.families.family import Velocity
-from diffusers_ext.families.registry import match_family
+
+logger = logging.getLogger(__name__)
 
 # `model(x_t, t, prompt_embeds)` gives the velocity: a `CogVideoXVelocity` or a module like it.
 VelocityModel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # x_t (batch, frames, channels, height, width), t (batch,), prompt_embeds (1 or batch, text, dim)
 VelocityRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-_WRAPPERS = ("base_model", "model", "module", "_orig_mod")
 
 
 def module_of(model: VelocityModel) -> torch.nn.Module:
@@ -40,27 +45,18 @@ def module_of(model: VelocityModel) -> torch.nn.Module:
 def _refuse_transformer(model: VelocityModel) -> None:
     # Not wrapped in silence: without the rotary embedding of its clip, of which the transformer
     # alone does not know the size, it predicts nonsense.
-    inner = model
-    while isinstance(inner, torch.nn.Module):
-        if match_family(inner, "eraser") is not None:
-            raise TypeError(
-                "Losses must be given a model called as `model(x_t, t, prompt_embeds)`, got a "
-                f"{type(model).__name__} of a CogVideoX. Give `CogVideoXVelocity.from_pipeline("
-                "pipe, num_frames, height, width)`, which calls it with the positions of its clip."
-            )
-        children = dict(inner.named_children())
-        # PEFT, `torch.compile` and DDP hold the model alone, under one of these names.
-        alone = len(children) == 1 and next(iter(children)) in _WRAPPERS
-        inner = next(iter(children.values())) if alone else None
+    if unwrapped_transformer(model) is not None:
+        raise TypeError(
+            "Losses must be given a model called as `model(x_t, t, prompt_embeds)`, got a "
+            f"{type(model).__name__} of a CogVideoX. Give `CogVideoXVelocity.from_pipeline("
+            "pipe, num_frames, height, width)`, which calls it with the positions of its clip."
+        )
 
 
 def velocities(model: VelocityModel, rows: Sequence[VelocityRows]) -> list[torch.Tensor]:
     """Velocities of several groups of rows, each of the shape of its `x_t`, from one call.
 
     Embeddings of one row serve their whole group.
-
-    Raises:
-        ValueError: embeddings of different lengths, or of another batch than their `x_t`.
     """
     _refuse_transformer(model)
     sizes = [len(x_t) for x_t, _, _ in rows]
@@ -81,16 +77,12 @@ def velocities(model: VelocityModel, rows: Sequence[VelocityRows]) -> list[torch
     return list(model(x_t, t, torch.cat(embeds)).split(sizes))
 
 
-@torch.no_grad()
 def teacher_velocities(
     model_original: VelocityModel, model_unlearned: VelocityModel, rows: Sequence[VelocityRows]
 ) -> list[torch.Tensor]:
     """What the model before erasing predicts: erasers off, eval mode, no gradient.
 
     The teacher may be the student itself or share its transformer. LoRAs stay on.
-
-    Raises:
-        ValueError: teacher and student are the same module and it has no eraser.
     """
     module = module_of(model_original)
     if module is module_of(model_unlearned) and not eraser_layers(module):
@@ -98,7 +90,7 @@ def teacher_velocities(
             f"`model_unlearned` must carry an eraser, got a {type(module).__name__} without one "
             "that is the teacher as well."
         )
-    with module_eval_mode(module), erasers_disabled(module):
+    with frozen_teacher(module):
         return [velocity.detach() for velocity in velocities(model_original, rows)]
 
 
@@ -109,13 +101,8 @@ def cached_or_predicted(
 ) -> list[torch.Tensor]:
     """Detached teacher velocities: those made before as they are, the others from one pass.
 
-    Args:
-        model_original: see `teacher_velocities`; `None` where all velocities are cached.
-        model_unlearned: the student.
-        needed: pairs of a cached velocity or `None`, and the rows that it is of.
-
-    Raises:
-        ValueError: a velocity is not cached and there is no teacher.
+    `needed` are pairs of a cached velocity or `None`, and the rows that it is of; where all are cached, no
+    `model_original` is needed. See `teacher_velocities`.
     """
     missing = [rows for cached, rows in needed if cached is None]
     if missing and model_original is None:
@@ -123,8 +110,6 @@ def cached_or_predicted(
     found = iter(teacher_velocities(model_original, model_unlearned, missing) if missing else ())
     return [next(found) if cached is None else cached.detach() for cached, _ in needed]
 
-
-logger = logging.getLogger(__name__)
 
 # Folders with masks made in another way are told by it.
 MASK_KIND = "weighted heads x velocities"
@@ -163,31 +148,25 @@ def collect_teacher_samples(
     batch (up to rounding).
 
     Args:
-        velocity: the model; erasers are off, eval mode on, and both as before afterwards.
         scheduler: samples; a copy is used. DDIM and DPM of CogVideoX, and any other that steps in the same way.
         target_embeds: `(target prompts, text, dim)`; its dtype is that of the latents.
         anchor_embeds: the same shape; row by row what a target prompt becomes.
         preserved_embeds: `(preserved prompts, text, dim)`; may have no row if `num_preserved` is 0.
         empty_embed: `(text, dim)` or `(1, text, dim)`, the empty prompt, which is also the negative prompt of the
             guidance.
-        latent_shape: `(frames, channels, height, width)`, see `Family.latent_shape`.
+        latent_shape: see `Family.latent_shape`.
         num_target, num_preserved: runs of each part.
         empty_share: of the preserved points, kept with the velocity of the empty prompt.
         points_per_trajectory: kept of each run; all when `None`, or where a run has no more.
         batch_size: runs at once; a pass has up to three times as many rows.
         token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks, of the heads that
-            `calibrate_heads` finds and of the velocities (`weighted_attention_mask`).
-        mask_threshold: makes the masks hard.
+            `calibrate_heads` finds and of the velocities (`weighted_attention_mask`), hard with `mask_threshold`.
         directory: where the samples are kept, one file a run; what is there is not made again.
         facts: JSON-able, how the embeddings were made: model, prompts, adapters, ... Needed with a `directory`, whose
             own facts must be the same.
         storage_dtype: of the floating-point rows where they are kept; items are float32.
         process: `(index, count)` of the processes that share a `directory`.
         wait_for_everyone: called when this process has made its share.
-
-    Raises:
-        ValueError: shapes or numbers that do not fit, velocities that are not finite, or a `directory` with other
-            samples than these.
     """
     empty_embed = empty_embed.reshape(-1, *target_embeds.shape[-2:])
     _check_embeds(target_embeds, anchor_embeds, preserved_embeds, empty_embed, token_mask)
@@ -205,18 +184,27 @@ def collect_teacher_samples(
         runs_of_part = (name, counts[name], len(prompts), num_steps)
         plans = plan_trajectories(*runs_of_part, empty_share=share, **options)
         parts.append(SamplePart(name, prompts, others, tokens, plans))
-    run = RunSettings(tuple(latent_shape), num_inference_steps, guidance_scale, mask_threshold)
+    sampling = {
+        "latent_shape": tuple(latent_shape),
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }
     if directory is not None:
-        settings = run._asdict() | options | {f"num_{name}": n for name, n in counts.items()}
+        settings = sampling | {"mask_threshold": mask_threshold} | options
+        settings |= {f"num_{name}": count for name, count in counts.items()}
         settings |= {"empty_share": empty_share, "masks": token_mask is not None and MASK_KIND}
         kept = TeacherFiles(directory, scheduler, velocity.model, settings, facts, storage_dtype)
     elif process != (0, 1):
         raise ValueError("`directory` must be given where processes share the runs, got None.")
     else:
         kept = TeacherMemory(storage_dtype)
-    runs = TeacherRuns(velocity, scheduler, run, empty_embed[0])
+    runs = TeacherRuns(velocity, scheduler, empty_embed[0], sampling, mask_threshold)
     for part in parts:
-        _make_part(part, runs, kept, batch_size, seed, process, show_progress)
+        if part.token_mask is not None and part.plans:
+            texts = (part.prompts, part.others, runs.empty_embed, part.token_mask)
+            make = partial(calibrate_heads, velocity, scheduler, *texts, **sampling, seed=seed)
+            part = part._replace(head_weights=kept.head_weights(partial(make, show_progress=show_progress)))
+        _make_part(part, runs, kept, batch_size, process, show_progress)
     if wait_for_everyone is not None:
         wait_for_everyone()
     return kept.samples()
@@ -227,18 +215,12 @@ def _make_part(
     runs: TeacherRuns,
     kept: TeacherFiles | TeacherMemory,
     batch_size: int,
-    seed: int,
     process: tuple[int, int],
     show_progress: bool,
 ) -> None:
     """The runs of this process that are not there yet, batch by batch."""
-    if part.token_mask is not None and part.plans:
-        make = partial(runs.calibrate_heads, part, seed, show_progress)
-        part = part._replace(head_weights=kept.head_weights(make))
-    plans = part.plans
-    batches = [plans[start : start + batch_size] for start in range(0, len(plans), batch_size)]
-    mine = batches[process[0] :: process[1]]
-    for batch in tqdm(mine, desc=f"{part.name} runs", disable=not show_progress):
+    batches = [part.plans[start : start + batch_size] for start in range(0, len(part.plans), batch_size)]
+    for batch in tqdm(batches[process[0] :: process[1]], desc=f"{part.name} runs", disable=not show_progress):
         # Whole batches: among other rows a row may round differently.
         if not all(kept.has(part.name, plan.index) for plan in batch):
             for plan, rows in zip(batch, runs.make(part, batch), strict=True):
@@ -252,7 +234,7 @@ def _check_embeds(
     empty: torch.Tensor,
     token_mask: torch.Tensor | None,
 ) -> None:
-    if target.ndim != 3 or len(target) == 0:
+    if target.ndim != 3 or not len(target):
         raise ValueError(f"`target_embeds` must be (prompts, text, dim) with a prompt, got {tuple(target.shape)}.")
     shape = tuple(target.shape)
     for name, found, wanted in (

@@ -1,28 +1,187 @@
-"""Runs of the frozen model: which are made, the heads of their masks, and the rows that are kept of them."""
+"""Denoising runs of the frozen model: how they go, which are made, and the rows that are kept of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
-from diffusers_ext.core.seeds import stream_generator, stream_seed
+from diffusers_ext.core.seeds import check_diffusion_levels, stream_generator, stream_seed
+from diffusers_ext.eraser.adapter.outputs import frozen_teacher
+from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.concept_masks import concept_head_weights, weighted_attention_mask
 from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT, Row
-from diffusers_ext.eraser.teacher.trajectory import (
-    AttentionRequest,
-    TrajectoryPoint,
-    count_steps,
-    frozen_teacher,
-    teacher_trajectory,
-)
 from diffusers_ext.families.family import Velocity
 
 _NUM_RUNS, _MOST_STEPS = 8, 4  # for the heads
+
+
+class AttentionRequest(NamedTuple):
+    """Where the concept's attention is read along a run."""
+
+    token_mask: torch.Tensor  # (batch, text) bool, the concept's tokens
+    at: torch.Tensor  # (steps, batch) bool
+    head_weights: torch.Tensor  # (layers, heads)
+
+
+class TrajectoryPoint(NamedTuple):
+    """One step of a batch of runs; velocities are float32."""
+
+    x_t: torch.Tensor  # (batch, frames, channels, height, width), what the model reads
+    t: torch.Tensor  # (batch,) int64
+    velocity: torch.Tensor  # of the prompts
+    negative: torch.Tensor | None  # of the negative prompts; `None` without guidance
+    extra: torch.Tensor | None  # (chosen rows, ...), of the extra prompts
+    attention: torch.Tensor | None  # (batch, video) weighted heads, zero where not asked for
+    x_next: torch.Tensor  # the latents after the step
+
+
+def teacher_trajectory(
+    velocity: Velocity,
+    scheduler: SchedulerMixin,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    generators: Sequence[torch.Generator] | None = None,
+    extra_prompt_embeds: torch.Tensor | None = None,
+    extra_at: torch.Tensor | None = None,
+    attention: AttentionRequest | None = None,
+) -> Iterator[TrajectoryPoint]:
+    """Sample with classifier-free guidance, as `CogVideoXPipeline` does, and give every step.
+
+    The guided velocity is `v(empty) + w (v(prompt) - v(empty))` (https://arxiv.org/abs/2207.12598, equation 6, with w
+    = `guidance_scale`). Each step is one batched pass over the rows of all prompts. The model's erasers are off in it;
+    nothing of the model stays changed between two steps.
+
+    Args:
+        scheduler: predicts velocities; a copy is used.
+        latents: `(batch, frames, channels, height, width)` normal noise; its dtype is that of the run.
+        prompt_embeds, negative_prompt_embeds: `(batch, text, dim)`; the latter are not read with a `guidance_scale` of
+            1 or less.
+        generators: one per row, for schedulers that draw noise in each step.
+        extra_prompt_embeds: a further prompt per row, with a velocity but without a part in the guidance.
+        extra_at: `(steps, batch)` bool, where that velocity is wanted; everywhere when `None`.
+    """
+    _check_rows(latents, prompt_embeds, negative_prompt_embeds, extra_prompt_embeds)
+    check_predicts_velocity(scheduler)
+    run = _Run(scheduler, num_inference_steps, latents, generators)
+    texts = (negative_prompt_embeds, prompt_embeds, extra_prompt_embeds)
+    if extra_prompt_embeds is not None and extra_at is None:
+        extra_at = torch.ones(len(run.timesteps), len(latents), dtype=torch.bool)
+    return _walk(velocity, run, texts, guidance_scale, extra_at, attention)
+
+
+def check_predicts_velocity(scheduler: SchedulerMixin) -> None:
+    """Raise `ValueError` where a scheduler reads the model's output as anything but a velocity."""
+    kind = scheduler.config.get("prediction_type")
+    if kind != "v_prediction":
+        raise ValueError(
+            f"`scheduler` must have the prediction type 'v_prediction', got {kind!r} in a "
+            f"{type(scheduler).__name__}. Use the scheduler that comes with the model."
+        )
+    check_diffusion_levels(scheduler)
+
+
+def count_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
+    """How many steps a run of a scheduler has; the scheduler is left as it is."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    return len(scheduler.timesteps)
+
+
+@torch.no_grad()
+def _walk(
+    velocity: Velocity,
+    run: _Run,
+    texts: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    guidance_scale: float,
+    extra_at: torch.Tensor | None,
+    attention: AttentionRequest | None,
+) -> Iterator[TrajectoryPoint]:
+    negative, prompt, extra = texts
+    guided, batch = guidance_scale > 1, len(prompt)
+    before = batch if guided else 0
+    for step, timestep in enumerate(run.timesteps):
+        x_t = run.scheduler.scale_model_input(run.latents, timestep)
+        # The batch of a pass: empty prompts where guidance needs them, prompts, chosen extra ones.
+        rows, embeds = ([x_t, x_t], [negative, prompt]) if guided else ([x_t], [prompt])
+        if extra is not None and extra_at[step].any():
+            chosen = extra_at[step].to(x_t.device)
+            rows, embeds = [*rows, x_t[chosen]], [*embeds, extra[chosen]]
+        rows, embeds = torch.cat(rows), torch.cat(embeds)
+        asked = (rows, timestep.expand(len(rows)), embeds)
+        maps = None
+        with frozen_teacher(velocity.model):
+            if attention is None or not attention.at[step].any():
+                found = velocity(*asked)
+            else:
+                prompts = slice(before, before + batch)
+                tokens = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+                tokens[prompts] = attention.token_mask.cpu() & attention.at[step].cpu()[:, None]
+                with concept_attention(velocity.model, tokens, head_weights=attention.head_weights) as attended:
+                    found = velocity(*asked)
+                maps = attended.maps[prompts]
+        unconditional = found[:before] if guided else None
+        conditional, others = found[before : before + batch], found[before + batch :]
+        guidance = conditional
+        if guided:
+            guidance = unconditional + guidance_scale * (conditional - unconditional)
+        run.advance(step, guidance)
+        times = timestep.expand(batch).to(torch.int64)
+        found = (conditional, unconditional, others if len(others) else None)
+        yield TrajectoryPoint(x_t, times, *found, maps, run.latents)
+
+
+class _Run:
+    """The state of a batch of runs: its own scheduler, and the latents."""
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        num_inference_steps: int,
+        latents: torch.Tensor,
+        generators: Sequence[torch.Generator] | None,
+    ) -> None:
+        self.scheduler = copy.deepcopy(scheduler)
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        self.timesteps = self.scheduler.timesteps
+        self.latents = latents * self.scheduler.init_noise_sigma
+        accepted = inspect.signature(self.scheduler.step).parameters
+        self._arguments: dict[str, Any] = {"return_dict": False}
+        if "generator" in accepted and generators is not None:
+            self._arguments["generator"] = list(generators)
+        self._two_step = "old_pred_original_sample" in accepted
+        self._last_clean: torch.Tensor | None = None
+
+    def advance(self, step: int, guided: torch.Tensor) -> None:
+        """One step of the scheduler; CogVideoX's DPM-Solver++ needs the last clean prediction."""
+        timestep, dtype = self.timesteps[step], self.latents.dtype
+        if self._two_step:
+            last = self.timesteps[step - 1] if step else None
+            latents, self._last_clean = self.scheduler.step(
+                guided, self._last_clean, timestep, last, self.latents, **self._arguments
+            )
+        else:
+            latents = self.scheduler.step(guided, timestep, self.latents, **self._arguments)[0]
+        self.latents = latents.to(dtype)
+
+
+def _check_rows(latents: torch.Tensor, *texts: torch.Tensor | None) -> None:
+    shapes = [tuple(text.shape) for text in texts if text is not None]
+    if latents.ndim != 5 or len(set(shapes)) > 1 or shapes[0][:1] != latents.shape[:1]:
+        raise ValueError(
+            "`latents` must be (batch, frames, channels, height, width), with one row of embeddings "
+            f"of one shape each, got {tuple(latents.shape)} and {shapes}."
+        )
 
 
 class TrajectoryPlan(NamedTuple):
@@ -48,8 +207,7 @@ def plan_trajectories(
     """Plan the runs of one part; every prompt comes up equally often, up to one run.
 
     The kept steps of a run are equally spaced from a random first one: all steps are kept equally often, none twice.
-    `points_per_trajectory` of each are kept, all when `None`; of these `empty_share`, in [0, 1], are for the empty
-    prompt.
+    `empty_share`, in [0, 1], of them are for the empty prompt.
     """
     prompts: list[int] = []
     while len(prompts) < num_trajectories:
@@ -69,6 +227,23 @@ def plan_trajectories(
     return plans
 
 
+def _from_noise(
+    velocity: Velocity,
+    scheduler: SchedulerMixin,
+    prompt_embeds: torch.Tensor,
+    empty_embed: torch.Tensor,
+    generators: list[torch.Generator],
+    *,
+    latent_shape: Sequence[int],
+    **options: Any,
+) -> Iterator[TrajectoryPoint]:
+    """`teacher_trajectory` from each generator's noise, guided away from the empty prompt."""
+    shape, device, dtype = (len(prompt_embeds), *latent_shape), prompt_embeds.device, prompt_embeds.dtype
+    noise = randn_tensor(shape, generators, device, dtype)
+    negative = empty_embed.to(prompt_embeds).expand_as(prompt_embeds)
+    return teacher_trajectory(velocity, scheduler, noise, prompt_embeds, negative, generators=generators, **options)
+
+
 def calibrate_heads(
     velocity: Velocity,
     scheduler: SchedulerMixin,
@@ -86,11 +261,8 @@ def calibrate_heads(
     """`concept_head_weights` at all points of a few short runs, of prompts that name the concept.
 
     Everything is drawn from `seed`, and clips go through the model one by one, so that the weights, `(layers, heads)`
-    float32 on the CPU, are the same whatever the batch of what they are used for. The model's erasers are off here.
-    Arguments are as in `collect_teacher_samples`; a run has at most 4 of the `num_inference_steps`.
-
-    Raises:
-        ValueError: no prompt names the concept, or it makes no difference to the model.
+    float32 on the CPU, are the same whatever the batch of what they are used for. Arguments are as in
+    `collect_teacher_samples`; a run has at most 4 of the `num_inference_steps`.
     """
     named = token_mask.any(dim=1).nonzero().flatten().tolist()
     if not named:
@@ -102,16 +274,15 @@ def calibrate_heads(
     x_t, t, prompts = [], [], []
     for plan in tqdm(plans, desc="runs for the heads", disable=not show_progress):
         generator, prompt = torch.Generator().manual_seed(plan.seed), named[plan.prompt]
-        embeds = target_embeds[[prompt]].to(device)
-        points = teacher_trajectory(
+        points = _from_noise(
             velocity,
             scheduler,
-            randn_tensor((1, *latent_shape), generator, device, embeds.dtype),
-            embeds,
-            empty_embed.to(embeds).expand_as(embeds),
+            target_embeds[[prompt]].to(device),
+            empty_embed,
+            [generator],
+            latent_shape=latent_shape,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            generators=[generator],
         )
         for point in points:
             x_t.append(point.x_t)
@@ -121,15 +292,6 @@ def calibrate_heads(
     states = (torch.cat(x_t), torch.cat(t), *texts, token_mask.cpu()[prompts])
     with frozen_teacher(velocity.model):
         return concept_head_weights(velocity, *states, batch_size=1).cpu()
-
-
-class RunSettings(NamedTuple):
-    """Of every run."""
-
-    latent_shape: tuple[int, ...]
-    num_inference_steps: int
-    guidance_scale: float
-    mask_threshold: float | None
 
 
 class SamplePart(NamedTuple):
@@ -144,98 +306,72 @@ class SamplePart(NamedTuple):
 
 
 class TeacherRuns:
-    """Makes batches of runs; `empty_embed` `(text, dim)` is the negative prompt of the guidance."""
+    """Makes batches of runs.
+
+    `empty_embed` `(text, dim)` is the negative prompt of the guidance; `sampling` has the `latent_shape`,
+    `num_inference_steps` and `guidance_scale` of all runs.
+    """
 
     def __init__(
-        self, velocity: Velocity, scheduler: SchedulerMixin, settings: RunSettings, empty_embed: torch.Tensor
+        self,
+        velocity: Velocity,
+        scheduler: SchedulerMixin,
+        empty_embed: torch.Tensor,
+        sampling: dict[str, Any],
+        mask_threshold: float | None,
     ) -> None:
-        self.velocity, self.scheduler, self.settings = velocity, scheduler, settings
+        self.velocity, self.scheduler = velocity, scheduler
+        self.sampling, self.mask_threshold = sampling, mask_threshold
         self.device = velocity.model.device
         self.empty_embed = empty_embed.to(self.device)
 
-    def calibrate_heads(self, part: SamplePart, seed: int, show_progress: bool) -> torch.Tensor:
-        """The `head_weights` of a part, `(layers, heads)`; see `calibrate_heads`."""
-        return calibrate_heads(
-            self.velocity,
-            self.scheduler,
-            part.prompts,
-            part.others,
-            self.empty_embed,
-            part.token_mask,
-            latent_shape=self.settings.latent_shape,
-            num_inference_steps=self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale,
-            seed=seed,
-            show_progress=show_progress,
-        )
-
     def make(self, part: SamplePart, plans: Sequence[TrajectoryPlan]) -> list[Row]:
         """Runs as one batch: the rows of each, `{name: (points, ...)}` on the CPU."""
-        settings, chosen = self.settings, torch.tensor([plan.prompt for plan in plans])
-        prompts, others = (texts[chosen.to(texts.device)].to(self.device) for texts in (part.prompts, part.others))
-        kept, other_at = self._points(part.name, plans, others)
+        chosen = torch.tensor([plan.prompt for plan in plans])
+        prompts, extra = (texts[chosen.to(texts.device)].to(self.device) for texts in (part.prompts, part.others))
+        kept, other_at = self._points(part.name, plans, extra)
         attention = None
         if part.token_mask is not None:
             tokens = part.token_mask.cpu()[chosen]
             attention = AttentionRequest(tokens, kept, part.head_weights)
         generators = [torch.Generator().manual_seed(plan.seed) for plan in plans]
-        points = teacher_trajectory(
+        points = _from_noise(
             self.velocity,
             self.scheduler,
-            randn_tensor(
-                (len(plans), *settings.latent_shape),
-                generator=generators,
-                device=self.device,
-                dtype=part.prompts.dtype,
-            ),
             prompts,
-            self.empty_embed.to(prompts.dtype).expand_as(prompts),
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generators=generators,
-            extra_prompt_embeds=others,
+            self.empty_embed,
+            generators,
+            **self.sampling,
+            extra_prompt_embeds=extra,
             extra_at=other_at,
             attention=attention,
         )
         rows: list[list[Row]] = [[] for _ in plans]
         last = int(kept.any(1).nonzero().max())
         for step, point in zip(range(last + 1), points):
-            velocities = _other_velocities(point, other_at[step])
-            masks = self._masks(attention, point, velocities)
+            others, masks = _other_velocities(point, other_at[step]), None
+            if point.attention is not None:
+                grid = self.velocity.token_grid(point.x_t.shape)
+                found = (point.attention, point.velocity, others, attention.token_mask, grid, point.negative)
+                masks = weighted_attention_mask(*found, threshold=self.mask_threshold)
             for i in kept[step].nonzero().flatten().tolist():
-                rows[i].append(_row(part.name, plans[i], len(rows[i]), point, velocities, masks, i))
+                rows[i].append(_row(part.name, plans[i], len(rows[i]), point, others, masks, i))
         return [{name: torch.stack([r[name] for r in run]) for name in run[0]} for run in rows]
 
     def _points(
         self, part: str, plans: Sequence[TrajectoryPlan], others: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(steps, batch)` bool: points that are kept, and those where the other prompt has to be run."""
-        num_steps = count_steps(self.scheduler, self.settings.num_inference_steps)
+        num_steps = count_steps(self.scheduler, self.sampling["num_inference_steps"])
         kept = torch.zeros(num_steps, len(plans), dtype=torch.bool)
         other_at = torch.zeros_like(kept)
         for i, plan in enumerate(plans):
             kept[list(plan.steps), i] = True
             # The guidance runs the empty prompt in any case.
-            if self.settings.guidance_scale <= 1 or not torch.equal(others[i], self.empty_embed):
+            if self.sampling["guidance_scale"] <= 1 or not torch.equal(others[i], self.empty_embed):
                 needed = plan.empty if part == "preserved" else (True,) * len(plan.steps)
                 other_at[list(plan.steps), i] = torch.tensor(needed)
         return kept, other_at
-
-    def _masks(
-        self, request: AttentionRequest | None, point: TrajectoryPoint, others: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """`(batch, frames', rows, columns)`, of use where a row is kept."""
-        if point.attention is None:
-            return None
-        return weighted_attention_mask(
-            point.attention,
-            point.velocity,
-            others,
-            request.token_mask,
-            self.velocity.token_grid(point.x_t.shape),
-            point.negative,
-            threshold=self.settings.mask_threshold,
-        )
 
 
 def _other_velocities(point: TrajectoryPoint, other_at: torch.Tensor) -> torch.Tensor | None:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 from safetensors import safe_open
-from safetensors.torch import save
 from torch.utils.data import Dataset
 
-from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint, same_fingerprint, write_atomically
+from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint, same_fingerprint, sealed, write_atomically
 from diffusers_ext.core.tensor_files import (
     CONFIG_DIGEST,
     FLOATING,
@@ -25,7 +24,6 @@ from diffusers_ext.core.tensor_files import (
     config_digest,
     open_tensors,
     read_tensors,
-    with_digest,
 )
 from diffusers_ext.core.text_files import read_json
 
@@ -63,9 +61,7 @@ class TeacherSamples(Dataset):
     - `"preserved"`: `x_t`, `t`, `prompt` (index of the preserved prompt, -1 for the empty prompt) and
       `velocity`.
 
-    Attributes:
-        parts: the rows of each part.
-        head_weights: `(layers, heads)` with which the masks were made, if there are any.
+    `head_weights`, `(layers, heads)`, are those with which the masks were made, if there are any.
     """
 
     def __init__(self, parts: Mapping[str, TensorRows | FileRows], head_weights: torch.Tensor | None = None) -> None:
@@ -93,11 +89,11 @@ class TeacherMemory:
         self._head_weights: torch.Tensor | None = None
 
     def has(self, part: str, run: int) -> bool:
-        """Whether a run is there: never, it is not made twice."""
+        """Never: a run is not made twice."""
         return False
 
     def write(self, part: str, run: int, rows: Row) -> None:
-        """Keep the rows of one run; raises `ValueError` where they are not finite."""
+        """Keep the rows of one run."""
         self._runs[part].append(to_storage(rows, self.dtype))
 
     def head_weights(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -112,11 +108,7 @@ class TeacherMemory:
 
 
 def to_storage(rows: Row, dtype: torch.dtype) -> Row:
-    """Rows `{name: (points, ...)}`, the floating-point ones in the dtype in which they are kept.
-
-    Raises:
-        ValueError: values that are not finite in `dtype`.
-    """
+    """Rows `{name: (points, ...)}`, the floating-point ones in the dtype in which they are kept, and finite in it."""
     stored = {name: value.contiguous() for name, value in _cast(rows, dtype).items()}
     for name, value in stored.items():
         if not value.isfinite().all():
@@ -185,17 +177,8 @@ class FileRows:
 class TeacherFiles:
     """The folder of one collection: `config.json`, and `<part>/<run>.safetensors`.
 
-    A file is there whole or not at all. The config says how the samples are made, and a folder of other samples is
-    refused.
-
-    Args:
-        directory: made when absent.
-        scheduler, model: with which the samples are made.
-        settings, facts: JSON-able, of the collection and of how the embeddings were made.
-        dtype: of floating-point rows.
-
-    Raises:
-        ValueError: no facts, or the folder holds something else.
+    A file is there whole or not at all. The config says how the samples are made, by JSON-able `settings` of the
+    collection and `facts` of how the embeddings were made; a folder of other samples is refused.
     """
 
     def __init__(
@@ -242,17 +225,14 @@ class TeacherFiles:
         return run_file(self.folder / part, run).is_file()
 
     def write(self, part: str, run: int, rows: Row) -> None:
-        """Keep the rows of one run; raises `ValueError` where they are not finite."""
-        rows = to_storage(rows, self.dtype)
-        content = save(rows, with_digest(rows))
-        write_atomically(run_file(self.folder / part, run), content)
+        """Keep the rows of one run."""
+        write_atomically(run_file(self.folder / part, run), sealed(to_storage(rows, self.dtype)))
 
     def head_weights(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The weights that all runs here are made with; `make` is called where there are none."""
         path = self.folder / _HEADS_NAME
         if not path.is_file():
-            tensors = {"head_weights": make()}
-            write_atomically(path, save(tensors, with_digest(tensors)))
+            write_atomically(path, sealed({"head_weights": make()}))
         return _read_head_weights(self.folder)
 
     def samples(self) -> TeacherSamples:
@@ -297,10 +277,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     check_config_digest(config, path)
     settings = config.get("settings")
-    counts = [f"num_{part}" for part in PARTS]
     if not isinstance(settings, dict) or "masks" not in settings:
         raise ValueError(f"`settings` of {path} must be an object with `masks`, got {settings!r:.200}.")
-    for name in counts:
+    for name in (f"num_{part}" for part in PARTS):
         count = settings.get(name)
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**31:
             raise ValueError(f"`settings.{name}` of {path} must be a number from 0, got {count!r}.")

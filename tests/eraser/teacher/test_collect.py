@@ -7,7 +7,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.concept_masks import concept_mask
-from diffusers_ext.eraser.teacher.trajectory import teacher_trajectory
+from diffusers_ext.eraser.teacher.runs import teacher_trajectory
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import GUIDANCE, SHAPE, STEPS, CountedVelocity, collect, tiny_teacher
 from tests.tiny_erasers import add_random_eraser

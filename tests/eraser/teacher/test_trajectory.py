@@ -5,8 +5,9 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_ext.eraser.adapter.outputs import frozen_teacher
 from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.teacher.trajectory import AttentionRequest, count_steps, frozen_teacher, teacher_trajectory
+from diffusers_ext.eraser.teacher.runs import AttentionRequest, count_steps, teacher_trajectory
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import SHAPE, SIZE, TARGET, tiny_teacher
 
