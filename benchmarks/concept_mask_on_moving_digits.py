@@ -79,7 +79,7 @@ def draw_clips(pipeline: Any, count: int, seed: int) -> Clips:
         tokens.append(concept_token_mask(pipeline.tokenizer, prompts[-1:], digit, PROMPT_LENGTH))
     latents = pipeline.vae.encode(to_pixels(pixels)).latent_dist.mean.transpose(1, 2)
     embeds = {
-        name: encode_video_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, PROMPT_LENGTH)
+        name: encode_video_prompts(pipeline, texts)
         for name, texts in (("prompt", prompts), ("anchor", anchors), ("empty", [""] * count))
     }
     return Clips(

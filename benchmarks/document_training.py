@@ -38,7 +38,7 @@ class _Numbers(Dataset):
 def _texts(pipeline: CogVideoXPipeline, target: str) -> tuple[DocumentTexts, int]:
     """The bare concept, its negation, and every preserved concept by itself."""
     prompts = [target, f"not {target}", *others_of(target)]
-    embeds = encode_video_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, PROMPT_LENGTH).detach()
+    embeds = encode_video_prompts(pipeline, prompts).detach()
     tokens = concept_token_mask(pipeline.tokenizer, [target], target, PROMPT_LENGTH)
     return DocumentTexts(embeds[:1], embeds[1:2], embeds[2:], tokens), len(prompts) - 2
 

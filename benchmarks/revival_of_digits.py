@@ -20,7 +20,7 @@ from examples.moving_digits.check_model import draw, load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
 from examples.moving_digits.erasers import RECIPE, evaluation_groups, training_prompts
 from examples.moving_digits.judge import MovingDigitsJudge
-from examples.moving_digits.prompts import COMBINATIONS, PROMPT_LENGTH, TEMPLATES
+from examples.moving_digits.prompts import COMBINATIONS, TEMPLATES
 
 _SIZE = ClipSize(NUM_FRAMES, CANVAS, CANVAS)
 _NUM_CLIPS, _SEED = 100, 9_000
@@ -62,7 +62,7 @@ def _other_clips(pipeline: CogVideoXPipeline, target: str) -> tuple[torch.Tensor
         color, digit, direction = digits.combinations[combination]
         template = TEMPLATES[index % len(TEMPLATES)]
         prompts.append(template.format(color=color, digit=digit, direction=direction))
-    embeds = encode_video_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, PROMPT_LENGTH)
+    embeds = encode_video_prompts(pipeline, prompts)
     return latents * pipeline.vae.config.scaling_factor, embeds.detach()
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.eraser.concept_attention import concept_attention
@@ -31,46 +30,32 @@ def prompt_length(pipeline: DiffusionPipeline) -> int:
 
 
 @torch.no_grad()
-def encode_video_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    text_encoder: PreTrainedModel,
-    prompts: Sequence[str],
-    max_sequence_length: int,
-    *,
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """What `CogVideoXPipeline` hands to its transformer: padded to full length, padding not masked.
+def encode_video_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch_size: int = 8) -> torch.Tensor:
+    """What a video pipeline hands to its transformer: padded to full length, padding not masked.
 
-    Args:
-        prompts: `""` is the unconditional one; repeated prompts are encoded once.
-        max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
-        batch_size: prompts encoded at once.
-        device: where the token ids go; the text encoder's own when `None`.
-
-    Returns:
-        `(prompts, max_sequence_length, dim)` on the CPU, of the text encoder's dtype.
+    `""` is the unconditional prompt; repeated ones are encoded once, `batch_size` at a time, in eval mode. Returns
+    `(prompts, text, dim)` on the CPU, of the text encoder's dtype.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
-    device = text_encoder.device if device is None else device
+    tokenizer, text_encoder, length = pipeline.tokenizer, pipeline.text_encoder, prompt_length(pipeline)
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     unique = list(rows)
     ids = tokenizer(unique, truncation=False).input_ids
-    cut = [prompt for prompt, row in zip(unique, ids, strict=True) if len(row) > max_sequence_length]
+    cut = [prompt for prompt, row in zip(unique, ids, strict=True) if len(row) > length]
     if cut:
-        logger.warning(f"{len(cut)} prompts are cut at {max_sequence_length} tokens, the first is {cut[0]!r}.")
+        logger.warning(f"{len(cut)} prompts are cut at {length} tokens, the first is {cut[0]!r}.")
     encoded = []
     with module_eval_mode(text_encoder):
         for start in tqdm(range(0, len(unique), batch_size), desc="encode prompts"):
             input_ids = tokenizer(
                 unique[start : start + batch_size],
                 padding="max_length",
-                max_length=max_sequence_length,
+                max_length=length,
                 truncation=True,
                 return_tensors="pt",
             ).input_ids
-            encoded.append(text_encoder(input_ids.to(device))[0].cpu())
+            encoded.append(text_encoder(input_ids.to(text_encoder.device))[0].cpu())
     embeds = torch.cat(encoded)
     if not embeds.isfinite().all():
         raise ValueError(
@@ -78,12 +63,6 @@ def encode_video_prompts(
             "bfloat16 or float32."
         )
     return embeds if len(unique) == len(prompts) else embeds[[rows[prompt] for prompt in prompts]]
-
-
-def encode_for(pipeline: Any, prompts: Sequence[str], batch_size: int = 8) -> torch.Tensor:
-    """`encode_video_prompts` with the components of a pipeline, at its transformer's length."""
-    parts = (pipeline.tokenizer, pipeline.text_encoder, prompts, prompt_length(pipeline))
-    return encode_video_prompts(*parts, batch_size=batch_size)
 
 
 class EraserText(NamedTuple):

@@ -120,7 +120,12 @@ def load_eraser(
         part.set_adapter([*active, adapter_name])
     for weight, required in gradients:
         weight.requires_grad_(required and not is_trainable)
-    _fill(transformer, adapter_name, file.tensors, scale, is_trainable)
+    for name, parameter in eraser_tensors(transformer, adapter_name).items():
+        with torch.no_grad():
+            parameter.copy_(file.tensors[name])
+        parameter.requires_grad_(is_trainable)
+    for layer in eraser_layers(transformer).values():
+        layer.set_scale(adapter_name, scale)
     # Its hooks list the layers that were there when it was switched on.
     _maybe_remove_and_reapply_group_offloading(transformer)
     return adapter_name
@@ -204,15 +209,6 @@ def _check_file(file: EraserFile, transformer: ModelMixin) -> None:
             f"The eraser must have weights for the {len(wanted)} layers that its config names, got "
             f"{len(found)} (differing: {sorted(wanted ^ found)[:3]}). Save it again."
         )
-
-
-def _fill(transformer: ModelMixin, adapter_name: str, tensors: StateDict, scale: float, is_trainable: bool) -> None:
-    for name, parameter in eraser_tensors(transformer, adapter_name).items():
-        with torch.no_grad():
-            parameter.copy_(tensors[name])
-        parameter.requires_grad_(is_trainable)
-    for layer in eraser_layers(transformer).values():
-        layer.set_scale(adapter_name, scale)
 
 
 def save_eraser(

@@ -209,8 +209,12 @@ def eraser_contents(
 
     `model_class` is what `AutoPeftModel` loads, CogVideoX's when `None`.
     """
+    config_name, weights_name = FORMATS[format]
     if format == "legacy":
-        return _legacy_files(tensors, num_layers)
+        facts = {"eraser_type": _LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}
+        weights = io.BytesIO()
+        torch.save(to_legacy(tensors, num_layers), weights)
+        return {weights_name: weights.getvalue(), config_name: (json.dumps(facts, indent=4) + "\n").encode()}
     config.inference_mode = True
     model_class = model_class or import_class(CogVideoX.denoiser_class)
     facts = config.to_dict()
@@ -219,16 +223,7 @@ def eraser_contents(
     weights = {_PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
     content = (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode()
     metadata = {"format": "pt", CONFIG_KEY: _eraser_config_digest(json.loads(content))}
-    config_name, weights_name = FORMATS["peft"]
     return {weights_name: sealed(weights, metadata), config_name: content}
-
-
-def _legacy_files(tensors: StateDict, num_layers: int) -> dict[str, bytes]:
-    facts = {"eraser_type": _LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}
-    weights = io.BytesIO()
-    torch.save(to_legacy(tensors, num_layers), weights)
-    config_name, weights_name = FORMATS["legacy"]
-    return {weights_name: weights.getvalue(), config_name: (json.dumps(facts, indent=4) + "\n").encode()}
 
 
 def write_eraser_files(folder: Path, files: dict[str, bytes]) -> None:

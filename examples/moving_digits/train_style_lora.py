@@ -20,7 +20,7 @@ from diffusers_ext import CogVideoXVelocity
 from diffusers_ext.eraser.batch import encode_video_prompts
 from examples.moving_digits.check_model import load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
-from examples.moving_digits.prompts import PROMPT_LENGTH, TEMPLATES
+from examples.moving_digits.prompts import TEMPLATES
 
 MOONLIGHT = np.array([0.15, 0.35, 1.0])
 _NUM_CLIPS = 200
@@ -39,7 +39,7 @@ def styled_clips(pipeline: CogVideoXPipeline) -> tuple[torch.Tensor, torch.Tenso
         template = TEMPLATES[index % len(TEMPLATES)]
         prompts.append(template.format(color=color, digit=digit, direction=direction))
     latents = pipeline.vae.encode(to_pixels(clips)).latent_dist.mean.transpose(1, 2)
-    embeds = encode_video_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, PROMPT_LENGTH)
+    embeds = encode_video_prompts(pipeline, prompts)
     return latents * pipeline.vae.config.scaling_factor, embeds
 
 

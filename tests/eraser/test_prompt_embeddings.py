@@ -17,13 +17,9 @@ def pipeline():
     return tiny_video_pipeline()
 
 
-def encode(pipeline, prompts, length=PROMPT_LENGTH, **options) -> torch.Tensor:
-    return encode_video_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, length, **options)
-
-
 def test_the_embeddings_are_the_pipelines_own(pipeline):
     expected, negative = pipeline.encode_prompt(PROMPTS, max_sequence_length=PROMPT_LENGTH)
-    found = encode(pipeline, PROMPTS, batch_size=2)
+    found = encode_video_prompts(pipeline, PROMPTS, batch_size=2)
     assert found.shape == (4, PROMPT_LENGTH, TEXT_WIDTH)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[1::2], negative[:2], rtol=1e-5, atol=1e-6)
@@ -37,36 +33,38 @@ def test_repeated_prompts_are_encoded_once_and_the_modes_come_back(pipeline, mon
     handle = encoder.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     try:
         block.train()
-        found = encode(pipeline, PROMPTS)
+        found = encode_video_prompts(pipeline, PROMPTS)
         assert block.training
         assert not encoder.training
     finally:
         block.eval()
         handle.remove()
     assert rows == [3]
-    assert torch.equal(found, encode(pipeline, PROMPTS[:3])[[0, 1, 2, 1]])  # dropout was off
+    assert torch.equal(found, encode_video_prompts(pipeline, PROMPTS[:3])[[0, 1, 2, 1]])  # dropout was off
 
 
-def test_the_dtype_is_the_encoders(pipeline):
-    encoder = tiny_video_pipeline().text_encoder.to(torch.bfloat16)
-    found = encode_video_prompts(pipeline.tokenizer, encoder, ["a seven"], PROMPT_LENGTH)
+def test_the_dtype_is_the_encoders():
+    pipeline = tiny_video_pipeline()
+    pipeline.text_encoder.to(torch.bfloat16)
+    found = encode_video_prompts(pipeline, ["a seven"])
     assert found.dtype == torch.bfloat16
 
 
 def test_cut_prompts_are_told(pipeline, caplog):
     caplog.set_level(logging.WARNING)
-    assert encode(pipeline, PROMPTS, length=4).shape[1] == 4
-    assert "2 prompts are cut at 4 tokens, the first is 'a red seven moving right'" in caplog.text
+    long = [" ".join([prompt] * 4) for prompt in PROMPTS]
+    assert encode_video_prompts(pipeline, long).shape[1] == PROMPT_LENGTH
+    assert f"2 prompts are cut at {PROMPT_LENGTH} tokens, the first is {long[0]!r}" in caplog.text
 
 
-def test_embeddings_that_are_not_finite(pipeline):
-    encoder = tiny_video_pipeline().text_encoder
-    encoder.shared.weight.data.fill_(float("inf"))
+def test_embeddings_that_are_not_finite():
+    pipeline = tiny_video_pipeline()
+    pipeline.text_encoder.shared.weight.data.fill_(float("inf"))
     with pytest.raises(ValueError, match="must give finite embeddings, got others in torch.float32"):
-        encode_video_prompts(pipeline.tokenizer, encoder, ["a seven"], PROMPT_LENGTH)
+        encode_video_prompts(pipeline, ["a seven"])
 
 
 @pytest.mark.parametrize("prompts", [[], "a seven"])
 def test_no_list_of_prompts(pipeline, prompts):
     with pytest.raises(ValueError, match="must be a list of at least one prompt, got"):
-        encode(pipeline, prompts)
+        encode_video_prompts(pipeline, prompts)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.eraser.step import run_separately
 from diffusers_ext.planning.tracing import MemoryTrace
 from diffusers_ext.training.eraser.data import ClipSize, make_data
 from diffusers_ext.training.eraser.run import add_eraser, make_step
@@ -133,3 +134,53 @@ def test_the_flag_reaches_the_recipe_and_what_a_checkpoint_is_compared_with(trai
         args = parse_args([*eraser_line(tmp_path, tmp_path / "out"), *flags])
         assert args.separate_passes is bool(flags)
         assert resume_facts(args, texts, base)["recipe"]["separate_passes"] is bool(flags)
+
+
+def make_passes(weight, calls, *, count=3, depth=20):
+    def one(number):
+        calls.append(number)
+        features = torch.full((64, 64), float(number + 1))
+        for _ in range(depth):
+            features = torch.dropout(torch.tanh(features @ weight), 0.2, train=True)
+        return features.sum()
+
+    return [lambda number=number: one(number) for number in range(count)]
+
+
+def test_results_gradients_and_random_numbers_are_those_of_plain_calls():
+    found = []
+    for run in (run_separately, lambda passes: [one() for one in passes]):
+        torch.manual_seed(0)
+        weight, calls = torch.full((64, 64), 0.01, requires_grad=True), []
+        results = run(make_passes(weight, calls))
+        sum(results).backward()
+        found.append((torch.stack(results).detach(), weight.grad))
+        after = torch.rand(1)
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain)
+    torch.manual_seed(0)
+    [one() for one in make_passes(weight, [])]
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_all_but_the_last_run_again_in_the_backward_pass_the_latest_first():
+    weight, calls = torch.full((64, 64), 0.01, requires_grad=True), []
+    results = run_separately(make_passes(weight, calls))
+    assert calls == [0, 1, 2]
+    sum(results).backward()
+    assert calls == [0, 1, 2, 1, 0]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_passes_takes_the_memory_of_one(count):
+    weight, peaks = torch.full((64, 64), 0.01, requires_grad=True), []
+    for number in (1, count):
+        weight.grad = None
+        with MemoryTrace([weight]) as trace:
+            sum(run_separately(make_passes(weight, [], count=number))).backward()
+        peaks.append(trace.peak)
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_no_passes():
+    assert run_separately([]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,21 @@ def eraser_outputs(
     outputs: dict[str, torch.Tensor] = {}
     stores = [outputs]
     scope = CallScope()
-    recorders = {name: _recorder(name, adapter_name, reduce, stores, scope) for name in layers}
+
+    def record(name: str, added: dict[str, torch.Tensor]) -> None:
+        if adapter_name is None:
+            output = sum(list(added.values())[1:], start=next(iter(added.values())))
+        elif adapter_name in added:
+            output = added[adapter_name]
+        else:
+            return
+        # Recomputed too: gradient checkpointing counts the tensors that it saves.
+        kept = output if reduce is None else reduce(name, output)
+        if torch.compiler.is_compiling() or scope.covers_this_call():
+            for store in stores:
+                store.setdefault(name, kept)
+
+    recorders = {name: partial(record, name) for name in layers}
     with scope, ExitStack() as stack:
         # A graph holds the recorders that it is recomputed with: they must not hold its tensors.
         stack.callback(stores.clear)
@@ -129,25 +144,6 @@ def _layers_with(model: nn.Module, adapter_name: str | None) -> dict[str, Eraser
         wanted = "an eraser" if adapter_name is None else f"the eraser {adapter_name!r}"
         raise ValueError(f"`model` must have {wanted}, got {type(model).__name__} with {known or 'none'}.")
     return layers
-
-
-def _recorder(
-    name: str, adapter_name: str | None, reduce: Reduce | None, stores: list[dict[str, torch.Tensor]], scope: CallScope
-) -> Recorder:
-    def record(added: dict[str, torch.Tensor]) -> None:
-        if adapter_name is None:
-            output = sum(list(added.values())[1:], start=next(iter(added.values())))
-        elif adapter_name in added:
-            output = added[adapter_name]
-        else:
-            return
-        # Recomputed too: gradient checkpointing counts the tensors that it saves.
-        kept = output if reduce is None else reduce(name, output)
-        if torch.compiler.is_compiling() or scope.covers_this_call():
-            for outputs in stores:
-                outputs.setdefault(name, kept)
-
-    return record
 
 
 @contextmanager

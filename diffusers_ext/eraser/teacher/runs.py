@@ -71,10 +71,15 @@ def teacher_trajectory(
         extra_prompt_embeds: a further prompt per row, with a velocity but without a part in the guidance.
         extra_at: `(steps, batch)` bool, where that velocity is wanted; everywhere when `None`.
     """
-    _check_rows(latents, prompt_embeds, negative_prompt_embeds, extra_prompt_embeds)
+    texts = (prompt_embeds, negative_prompt_embeds, extra_prompt_embeds)
+    shapes = [tuple(text.shape) for text in texts if text is not None]
+    if latents.ndim != 5 or len(set(shapes)) > 1 or shapes[0][:1] != latents.shape[:1]:
+        raise ValueError(
+            "`latents` must be (batch, frames, channels, height, width), with one row of embeddings "
+            f"of one shape each, got {tuple(latents.shape)} and {shapes}."
+        )
     check_predicts_velocity(scheduler)
     run = _Run(scheduler, num_inference_steps, latents, generators)
-    texts = (negative_prompt_embeds, prompt_embeds, extra_prompt_embeds)
     if extra_prompt_embeds is not None and extra_at is None:
         extra_at = torch.ones(len(run.timesteps), len(latents), dtype=torch.bool)
     return _walk(velocity, run, texts, guidance_scale, extra_at, attention)
@@ -107,7 +112,7 @@ def _walk(
     extra_at: torch.Tensor | None,
     attention: AttentionRequest | None,
 ) -> Iterator[TrajectoryPoint]:
-    negative, prompt, extra = texts
+    prompt, negative, extra = texts
     guided, batch = guidance_scale > 1, len(prompt)
     before = batch if guided else 0
     for step, timestep in enumerate(run.timesteps):
@@ -173,15 +178,6 @@ class _Run:
         else:
             latents = self.scheduler.step(guided, timestep, self.latents, **self._arguments)[0]
         self.latents = latents.to(dtype)
-
-
-def _check_rows(latents: torch.Tensor, *texts: torch.Tensor | None) -> None:
-    shapes = [tuple(text.shape) for text in texts if text is not None]
-    if latents.ndim != 5 or len(set(shapes)) > 1 or shapes[0][:1] != latents.shape[:1]:
-        raise ValueError(
-            "`latents` must be (batch, frames, channels, height, width), with one row of embeddings "
-            f"of one shape each, got {tuple(latents.shape)} and {shapes}."
-        )
 
 
 class TrajectoryPlan(NamedTuple):
@@ -355,7 +351,15 @@ class TeacherRuns:
                 found = (point.attention, point.velocity, others, attention.token_mask, grid, point.negative)
                 masks = weighted_attention_mask(*found, threshold=self.mask_threshold)
             for i in kept[step].nonzero().flatten().tolist():
-                rows[i].append(_row(part.name, plans[i], len(rows[i]), point, others, masks, i))
+                row = {"x_t": point.x_t[i], "t": point.t[i], "prompt": torch.tensor(plans[i].prompt)}
+                if part.name == "target":
+                    row |= {"v_concept": point.velocity[i], "v_anchor": others[i]}
+                    row |= {} if masks is None else {"mask": masks[i]}
+                elif plans[i].empty[len(rows[i])]:
+                    row |= {"prompt": torch.tensor(EMPTY_PROMPT), "velocity": others[i]}
+                else:
+                    row |= {"velocity": point.velocity[i]}
+                rows[i].append({name: value.cpu() for name, value in row.items()})
         return [{name: torch.stack([r[name] for r in run]) for name in run[0]} for run in rows]
 
     def _points(
@@ -381,26 +385,3 @@ def _other_velocities(point: TrajectoryPoint, other_at: torch.Tensor) -> torch.T
     others = torch.zeros_like(point.velocity) if point.negative is None else point.negative.clone()
     others[other_at.to(others.device)] = point.extra
     return others
-
-
-def _row(
-    part: str,
-    plan: TrajectoryPlan,
-    position: int,
-    point: TrajectoryPoint,
-    others: torch.Tensor | None,
-    masks: torch.Tensor | None,
-    i: int,
-) -> Row:
-    """What is kept of run `i` at a point, its `position`-th."""
-    row = {"x_t": point.x_t[i], "t": point.t[i]}
-    if part == "target":
-        row |= {"prompt": torch.tensor(plan.prompt)}
-        row |= {"v_concept": point.velocity[i], "v_anchor": others[i]}
-        if masks is not None:
-            row["mask"] = masks[i]
-    elif plan.empty[position]:
-        row |= {"prompt": torch.tensor(EMPTY_PROMPT), "velocity": others[i]}
-    else:
-        row |= {"prompt": torch.tensor(plan.prompt), "velocity": point.velocity[i]}
-    return {name: value.cpu() for name, value in row.items()}

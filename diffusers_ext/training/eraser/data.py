@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.pictures import FoundFiles, is_hidden, read_picture, rgb_picture, why_no_picture
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
-from diffusers_ext.eraser.batch import EraserText, encode_for, prompt_length
+from diffusers_ext.eraser.batch import EraserText, encode_video_prompts, prompt_length
 from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
@@ -256,7 +256,7 @@ class EraserData:
 @torch.no_grad()
 def encode_text(pipeline: DiffusionPipeline, prompts: EraserPrompts, *, batch_size: int = 32) -> EraserText:
     """Embeddings of all prompts, kept on the CPU; equal prompts are encoded once."""
-    embeds = encode_for(pipeline, prompts.texts, batch_size)
+    embeds = encode_video_prompts(pipeline, prompts.texts, batch_size=batch_size)
     row = {prompt: index for index, prompt in enumerate(prompts.texts)}
     parts = (prompts.target, prompts.anchor, prompts.preserved)
     chosen = (embeds[[row[prompt] for prompt in part]] for part in parts)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.eraser.batch import EraserText, encode_for, prompt_length
+from diffusers_ext.eraser.batch import EraserText, encode_video_prompts, prompt_length
 from diffusers_ext.eraser.concepts import anchor_distances, contains_concept, neighbouring_concepts, replace_concept
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
 from diffusers_ext.training.eraser.data import ClipSize, encode_text
@@ -57,7 +57,7 @@ def choose_anchor_concept(
     chosen = [naming[row] for row in _spread(len(naming))]
     versions = [chosen, *([replace_concept(p, concept, c) for p in chosen] for c in candidates)]
     texts = ["", *(prompt for version in versions for prompt in version)]
-    embeds = encode_for(pipeline, texts).to(pipeline.transformer.device)
+    embeds = encode_video_prompts(pipeline, texts).to(pipeline.transformer.device)
     empty, texts = embeds[0], embeds[1:].unflatten(0, (len(versions), len(chosen)))
     size = ClipSize.of_pipeline(pipeline) if size is None else size
     return rank_anchors(pipeline, texts[0], dict(zip(candidates, texts[1:], strict=True)), empty, recipe, size)
@@ -183,10 +183,10 @@ def encode_run_text(settings: EraserSettings, given: GivenTexts, accelerator: Ac
     embeds = encode_text(pipeline, prompts, batch_size=settings.text_batch_size)
     validation, anchors = None, {}
     if settings.validation_prompt:
-        validation = encode_for(pipeline, settings.validation_prompt, settings.text_batch_size)
+        validation = encode_video_prompts(pipeline, settings.validation_prompt, batch_size=settings.text_batch_size)
     for concept in concepts if settings.anchor_concept == AUTO_ANCHOR else ():
         texts = [replace_concept(prompt, settings.target_concept, concept) for prompt in prompts.target]
-        anchors[concept] = encode_for(pipeline, texts, settings.text_batch_size)
+        anchors[concept] = encode_video_prompts(pipeline, texts, batch_size=settings.text_batch_size)
     return RunText(prompts, concepts, embeds, validation, anchors)
 
 

@@ -7,8 +7,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.concept_masks import concept_mask
+from diffusers_ext.eraser.losses import T2VUnlearningLoss
+from diffusers_ext.eraser.teacher.collect import cached_or_predicted, teacher_velocities, velocities
 from diffusers_ext.eraser.teacher.runs import teacher_trajectory
 from examples.moving_digits.prompts import PROMPT_LENGTH
+from tests.eraser.erased_models import KINDS, random_rows
+from tests.eraser.loss_setting import Setting, count_calls
 from tests.eraser.teacher_runs import GUIDANCE, SHAPE, STEPS, CountedVelocity, collect, tiny_teacher
 from tests.tiny_erasers import add_random_eraser
 
@@ -22,6 +26,19 @@ def teacher():
 def samples(teacher):
     pipeline, velocity, texts = teacher
     return collect(velocity, pipeline, texts, empty_share=0.5)
+
+
+@pytest.fixture(scope="module")
+def masked(teacher):
+    """Target runs with soft masks, of a concept that only the first prompt names."""
+    pipeline, velocity, texts = teacher
+    return collect(velocity, pipeline, texts, token_mask=first_prompt(), num_preserved=0)
+
+
+def first_prompt():
+    tokens = torch.zeros(2, PROMPT_LENGTH, dtype=torch.bool)
+    tokens[0, 2] = True
+    return tokens
 
 
 def rows(samples, part):
@@ -151,16 +168,15 @@ def test_a_run_stops_after_its_last_point(teacher):
 
 
 @pytest.mark.parametrize("setting", ["guided", "plain", "empty anchor"])
-def test_masks_are_those_of_heads_and_velocities(setting, teacher):
+def test_masks_are_those_of_heads_and_velocities(setting, teacher, masked):
     pipeline, velocity, texts = teacher
-    tokens = torch.zeros(2, PROMPT_LENGTH, dtype=torch.bool)
-    tokens[0, 2] = True
+    tokens, found = first_prompt(), masked
     options = {"token_mask": tokens, "num_preserved": 0}
     if setting == "empty anchor":
         texts = texts._replace(anchor=texts.empty.expand_as(texts.target))
+        found = collect(velocity, pipeline, texts, **options)
     elif setting == "plain":  # the empty prompt is not run
-        options["guidance_scale"] = 1.0
-    found = collect(velocity, pipeline, texts, **options)
+        found = collect(velocity, pipeline, texts, **options, guidance_scale=1.0)
     for row in rows(found, "target"):
         prompt = [int(row["prompt"])]
         wanted = concept_mask(
@@ -178,15 +194,12 @@ def test_masks_are_those_of_heads_and_velocities(setting, teacher):
         assert bool(row["mask"].any()) == (prompt == [0])
 
 
-def test_hard_masks(teacher):
+def test_hard_masks(teacher, masked):
     pipeline, velocity, texts = teacher
-    tokens = torch.zeros(2, PROMPT_LENGTH, dtype=torch.bool)
-    tokens[0, 2] = True
-    found = collect(velocity, pipeline, texts, token_mask=tokens, num_preserved=0)
-    hard = collect(velocity, pipeline, texts, token_mask=tokens, mask_threshold=0.5, num_preserved=0)
-    for row, soft in zip(rows(hard, "target"), rows(found, "target"), strict=True):
+    hard = collect(velocity, pipeline, texts, token_mask=first_prompt(), mask_threshold=0.5, num_preserved=0)
+    for row, soft in zip(rows(hard, "target"), rows(masked, "target"), strict=True):
         assert torch.equal(row["mask"], (soft["mask"] >= 0.5).float())
-    assert "preserved" not in found[0]
+    assert "preserved" not in masked[0]
 
 
 def test_the_heads_of_masks_do_not_depend_on_what_they_are_used_for(teacher, samples):
@@ -247,3 +260,62 @@ def test_velocities_that_are_not_finite_are_refused():
         velocity.model.proj_out.bias.fill_(torch.inf)
     with pytest.raises(ValueError, match="must be finite, got NaN or infinity for prompt"):
         collect(velocity, pipeline, texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_teacher_is_the_model_before_the_eraser(kind):
+    s = Setting(kind)
+    rows = [(s.x_t, s.t, embeds) for embeds in (s.target, s.preserve)]
+    found = teacher_velocities(s.velocity, s.velocity, rows)
+    s.transformer.delete_adapters("eraser")
+    with torch.no_grad():
+        expected = [s.velocity(*row) for row in rows]
+    torch.testing.assert_close(found, expected)
+    assert not any(velocity.requires_grad for velocity in found)
+
+
+def test_the_teacher_answers_without_dropout_and_modes_come_back():
+    s = Setting()
+    s.transformer.embedding_dropout.p = 0.5
+    s.transformer.train()
+    (found,) = teacher_velocities(s.velocity, s.velocity, [(s.x_t, s.t, s.target)])
+    torch.testing.assert_close(found, s.v_concept)
+    assert all(module.training for module in s.transformer.modules())
+
+
+def test_erasers_are_on_again_after_an_exception():
+    s = Setting()
+    with pytest.raises(ValueError, match="`t` must be"):
+        teacher_velocities(s.velocity, s.velocity, [(s.x_t, s.t[:1], s.target)])
+    with torch.no_grad():
+        assert torch.equal(s.student(s.target), s.student_target)
+
+
+def test_groups_of_rows_are_answered_in_one_pass():
+    s = Setting()
+    other = random_rows(3, seed=7)
+    calls = count_calls(s.velocity)
+    with torch.no_grad():
+        first, second = velocities(s.velocity, [(s.x_t, s.t, s.target[:1]), other])
+        assert calls == [(5, False)]
+        torch.testing.assert_close(first, s.student(s.target[:1].repeat(2, 1, 1)))
+        torch.testing.assert_close(second, s.velocity(*other))
+
+
+def test_only_unknown_velocities_are_asked_for():
+    s = Setting()
+    calls = count_calls(s.velocity)
+    known = torch.ones_like(s.x_t, requires_grad=True)
+    wanted = [(known, (s.x_t, s.t, s.target)), (None, (s.x_t, s.t, s.anchor))]
+    first, second = cached_or_predicted(s.velocity, s.velocity, wanted)
+    assert calls == [(2, False)]
+    assert torch.equal(first, known.detach())
+    assert not first.requires_grad
+    torch.testing.assert_close(second, s.v_anchor)
+
+
+def test_a_student_without_eraser_cannot_be_its_own_teacher():
+    s = Setting()
+    s.transformer.delete_adapters("eraser")
+    with pytest.raises(ValueError, match="`model_unlearned` must carry an eraser"):
+        T2VUnlearningLoss()(*s.inputs, s.preserve, s.anchor)

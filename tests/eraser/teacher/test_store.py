@@ -7,8 +7,9 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
-from diffusers_ext.eraser.teacher.store import open_teacher_samples
+from diffusers_ext.eraser.teacher.store import TeacherSamples, TensorRows, open_teacher_samples, to_storage
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import CountedVelocity, collect, tiny_teacher
 from tests.tiny_erasers import add_random_eraser
@@ -26,6 +27,22 @@ def folder(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples") / "set"
     pipeline, velocity, texts = teacher
     collect(velocity, pipeline, texts, directory=folder, facts=FACTS)
+    return folder
+
+
+MASKED = {
+    "facts": FACTS,
+    "token_mask": torch.ones(2, PROMPT_LENGTH, dtype=torch.bool),
+    "num_preserved": 0,
+    "num_target": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def masked_folder(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples") / "masked"
+    pipeline, velocity, texts = teacher
+    collect(velocity, pipeline, texts, directory=folder, **MASKED)
     return folder
 
 
@@ -64,12 +81,9 @@ def test_a_killed_collection_resumes_to_the_same_bits(teacher, folder, tmp_path,
 
 
 @pytest.mark.parametrize("calls", [3, 68])  # before and after the weights of the heads are there
-def test_a_killed_collection_with_masks_resumes_to_the_same_bits(teacher, tmp_path, calls):
+def test_a_killed_collection_with_masks_resumes_to_the_same_bits(teacher, masked_folder, tmp_path, calls):
     pipeline, velocity, texts = teacher
-    options = {"facts": FACTS, "token_mask": torch.ones(2, PROMPT_LENGTH, dtype=torch.bool)}
-    options |= {"num_preserved": 0, "num_target": 4}
-    whole = collect(velocity, pipeline, texts, directory=tmp_path / "whole", **options)
-    options["directory"] = tmp_path / "set"
+    options = MASKED | {"directory": tmp_path / "set"}
     with pytest.raises(KeyboardInterrupt):
         collect(CountedVelocity(velocity, calls), pipeline, texts, **options)
     heads = tmp_path / "set" / "head_weights.safetensors"
@@ -77,8 +91,7 @@ def test_a_killed_collection_with_masks_resumes_to_the_same_bits(teacher, tmp_pa
     (tmp_path / "set" / ".head_weights.safetensors.killed").write_bytes(b"half")
     counted = CountedVelocity(velocity)
     found = collect(counted, pipeline, texts, **options)
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-    assert torch.equal(found.head_weights, whole.head_weights)
+    assert contents(tmp_path / "set") == contents(masked_folder)
     assert torch.equal(found.head_weights, load_file(heads)["head_weights"])
     # 8 runs of 4 steps and their 32 states for the heads, 2 batches of 4 steps, of which 1 is there.
     assert len(counted.rows) == (72 if calls == 3 else 4)
@@ -215,3 +228,40 @@ def test_a_damaged_file_is_named(teacher, tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"00001.safetensors must be a whole safetensors file"):
         found[4]
+
+
+def part(runs, points=2, **columns):
+    return TensorRows(
+        [{"t": torch.arange(points) + 10 * run, "x_t": torch.full((points, 3), float(run))} for run in range(runs)]
+    )
+
+
+def test_rows_of_the_shorter_part_come_again():
+    samples = TeacherSamples({"target": part(1), "preserved": part(3)})
+    assert len(samples) == 6
+    assert [int(samples[i]["target"]["t"]) for i in range(6)] == [0, 1] * 3
+    assert [int(samples[i]["preserved"]["t"]) for i in range(6)] == [0, 1, 10, 11, 20, 21]
+    with pytest.raises(IndexError, match="from 0 to 5, got 6"):
+        samples[6]
+
+
+def test_a_loader_makes_batches_of_items():
+    batch = next(iter(DataLoader(TeacherSamples({"target": part(2)}), batch_size=4)))
+    assert batch.keys() == {"target"}
+    assert batch["target"]["x_t"].shape == (4, 3)
+    assert batch["target"]["t"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("parts", [{}, {"target": []}, {"other": part(1)}])
+def test_parts_must_have_rows_and_known_names(parts):
+    with pytest.raises(ValueError, match="`parts` must have rows, of"):
+        TeacherSamples(parts)
+
+
+def test_storage_casts_numbers_and_keeps_indices():
+    rows = {"x_t": torch.tensor([[1.0], [7e4]]), "prompt": torch.tensor([3, 4])}
+    stored = to_storage(rows, torch.bfloat16)
+    assert stored["x_t"].dtype == torch.bfloat16
+    assert stored["prompt"].dtype == torch.int64
+    with pytest.raises(ValueError, match="`x_t` must be finite, got NaN or infinity for prompt 4"):
+        to_storage(rows, torch.float16)

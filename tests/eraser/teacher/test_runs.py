@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_ext.core.seeds import stream_generator, stream_seed
 from diffusers_ext.eraser.adapter.outputs import frozen_teacher
 from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.eraser.teacher.runs import AttentionRequest, count_steps, teacher_trajectory
+from diffusers_ext.eraser.concept_masks import concept_head_weights
+from diffusers_ext.eraser.teacher.runs import (
+    AttentionRequest,
+    calibrate_heads,
+    count_steps,
+    plan_trajectories,
+    teacher_trajectory,
+)
 from examples.moving_digits.prompts import PROMPT_LENGTH
-from tests.eraser.teacher_runs import SHAPE, SIZE, TARGET, tiny_teacher
+from tests.eraser.teacher_runs import SHAPE, SIZE, TARGET, CountedVelocity, tiny_teacher
+from tests.tiny_erasers import add_random_eraser
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +171,114 @@ def test_bad_input_is_refused(teacher):
         teacher_trajectory(velocity, pipeline.scheduler, latents, texts.target, empty, **arguments)
     with pytest.raises(ValueError, match="prediction type 'v_prediction', got 'epsilon' in a DDIM"):
         teacher_trajectory(velocity, DDIMScheduler(), latents[:2], texts.target, empty, **arguments)
+
+
+def plan(num_trajectories=60, num_prompts=8, num_steps=20, **changes):
+    options = {"points_per_trajectory": 5, "empty_share": 0.2, "seed": 0}
+    return plan_trajectories("preserved", num_trajectories, num_prompts, num_steps, **{**options, **changes})
+
+
+def test_every_prompt_comes_up_equally_often():
+    counts = Counter(run.prompt for run in plan())
+    assert set(counts) == set(range(8))
+    assert max(counts.values()) - min(counts.values()) <= 1
+    few = plan(num_trajectories=5)
+    assert len({run.prompt for run in few}) == 5
+
+
+def test_a_longer_plan_starts_with_the_shorter_one():
+    assert plan()[:10] == plan(num_trajectories=10)
+
+
+def test_kept_steps_are_distinct_ordered_and_equally_likely():
+    runs = plan(num_trajectories=2000)
+    for run in runs:
+        assert sorted(set(run.steps)) == list(run.steps)
+        assert len(run.steps) == 5
+    counts = Counter(step for run in runs for step in run.steps)
+    assert set(counts) == set(range(20))
+    # 2000 draws of 1 in 4: a standard deviation of 19.
+    assert all(abs(count - 500) < 100 for count in counts.values())
+
+
+@pytest.mark.parametrize("points", [None, 20])
+def test_all_steps_can_be_kept(points):
+    assert {run.steps for run in plan(points_per_trajectory=points)} == {tuple(range(20))}
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.0, 0), (0.25, 150), (1.0, 600)])
+def test_the_share_of_the_empty_prompt(share, wanted):
+    found = sum(sum(run.empty) for run in plan(points_per_trajectory=10, empty_share=share))
+    assert abs(found - wanted) <= 30 * (0 < share < 1)  # 2.5 of 10: 2 or 3 a run
+
+
+def test_runs_of_other_seeds_and_parts_share_no_noise():
+    seeds = {
+        stream_seed(seed, part, index) for seed in range(5) for part in ("target", "preserved") for index in range(20)
+    }
+    assert len(seeds) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert plan(seed=1) != plan()
+
+
+def calibrate(teacher, velocity, tokens, **changes):
+    pipeline, _, texts = teacher
+    options = {"latent_shape": SHAPE, "num_inference_steps": 2, "guidance_scale": 3.0}
+    given = (texts.target, texts.anchor, texts.empty[0], tokens)
+    return calibrate_heads(velocity, pipeline.scheduler, *given, **options | changes, show_progress=False)
+
+
+def second_prompt():
+    tokens = torch.zeros(2, PROMPT_LENGTH, dtype=torch.bool)
+    tokens[1, 3] = True
+    return tokens
+
+
+def test_weights_are_those_of_states_along_guided_runs_of_prompts_with_the_concept(teacher):
+    pipeline, velocity, texts = teacher
+    states = []
+    for index in range(8):
+        generator = stream_generator(5, "heads", index)
+        points = teacher_trajectory(
+            velocity,
+            pipeline.scheduler,
+            randn_tensor((1, *SHAPE), generator),
+            texts.target[1:],
+            texts.empty,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+        )
+        states += [(point.x_t, point.t) for point in points]
+    x_t, t = (torch.cat(parts) for parts in zip(*states))
+    expected = concept_head_weights(
+        velocity,
+        x_t,
+        t,
+        texts.target[1:].expand(16, -1, -1),
+        texts.anchor[1:].expand(16, -1, -1),
+        second_prompt()[1:].expand(16, -1),
+    )
+    found = calibrate(teacher, velocity, second_prompt(), seed=5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert not torch.allclose(calibrate(teacher, velocity, second_prompt(), seed=6), found)
+
+
+def test_long_runs_are_not_made(teacher):
+    counted = CountedVelocity(teacher[1])
+    calibrate(teacher, counted, second_prompt(), num_inference_steps=50)
+    assert counted.rows == [2] * 64  # 8 runs of 4 steps, then each state with and without
+
+
+def test_an_eraser_is_off_and_the_mode_comes_back(teacher):
+    expected = calibrate(teacher, teacher[1], second_prompt())
+    _, velocity, _ = tiny_teacher()
+    add_random_eraser(velocity.model)
+    velocity.model.train()
+    assert torch.equal(calibrate(teacher, velocity, second_prompt()), expected)
+    assert all(module.training for module in velocity.model.modules())
+
+
+def test_a_concept_in_no_prompt_is_refused(teacher):
+    nowhere = torch.zeros(2, PROMPT_LENGTH, dtype=torch.bool)
+    with pytest.raises(ValueError, match="`token_mask` must mark the concept in some prompt"):
+        calibrate(teacher, teacher[1], nowhere)
