@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import CogVideoXPipeline
+from torch.utils.data import default_collate
 
 from benchmarks.lora_finetuning import FinetunedLora, finetune_lora
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
@@ -37,7 +38,7 @@ def _learned_embeddings(pipeline: CogVideoXPipeline, target: str) -> torch.Tenso
     """16 embeddings that bring the target's velocities back along the base's own runs."""
     few = replace(RECIPE, num_target_trajectories=64, num_preserved_trajectories=1, seed=_SEED)
     data = make_data(pipeline, training_prompts(target), few, _SIZE)
-    rows = data.samples.parts["target"].columns
+    rows = default_collate(data.samples.parts["target"])
     return learn_revival_embeddings(
         CogVideoXVelocity.from_pipeline(pipeline, *_SIZE),
         rows["x_t"],

@@ -138,9 +138,8 @@ class ConceptAttention:
         """Refuse a forward of another batch or text length than that of `token_mask`."""
         if tuple(self._token_mask.shape) != (batch, text):
             raise ValueError(
-                f"`token_mask` must be (batch, text tokens) = {(batch, text)}, got "
-                f"{tuple(self._token_mask.shape)}. With guidance in one batch, give the rows of the "
-                "negative prompt a mask of zeros."
+                f"`token_mask` must be (batch, text tokens) = {(batch, text)}, got {tuple(self._token_mask.shape)}. "
+                "With guidance in one batch, give the rows of the negative prompt a mask of zeros."
             )
 
     @torch.no_grad()

@@ -203,9 +203,8 @@ class MaskLocalizationLoss(_Term):
         """
         if not isinstance(eraser_outputs, Mapping):
             raise TypeError(
-                "`eraser_outputs` must be `{name: (batch, video, dim)}`, got a "
-                f"{type(eraser_outputs).__name__}. Run the transformer within "
-                "`eraser_outputs(transformer) as outputs`, and give the outputs."
+                f"`eraser_outputs` must be `{{name: (batch, video, dim)}}`, got a {type(eraser_outputs).__name__}. "
+                "Run the transformer within `eraser_outputs(transformer) as outputs`, and give the outputs."
             )
         if not eraser_outputs:
             raise ValueError("`outputs` must hold the output of at least one eraser, got none.")

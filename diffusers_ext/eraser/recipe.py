@@ -242,7 +242,6 @@ class EraserSettings(
         )  # fmt: skip
         if self.preservation_weight and not any(preserved):
             raise ValueError(
-                "One of `preserved_concepts_file`, `preserved_prompts_file` and "
-                "`auto_preserved_concepts` must be given, got none. Name what the model must keep, or "
-                "set `--preservation_weight 0` to keep nothing."
+                "One of `preserved_concepts_file`, `preserved_prompts_file` and `auto_preserved_concepts` must be "
+                "given, got none. Name what the model must keep, or set `--preservation_weight 0` to keep nothing."
             )

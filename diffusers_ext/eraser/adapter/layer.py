@@ -270,9 +270,8 @@ def _add_to_video(attention: nn.Module, _: tuple, output: Any) -> Any:
         return output
     if not isinstance(output, tuple) or len(output) != 2:
         raise ValueError(
-            "A joint attention with an eraser must give (video, text), got a "
-            f"{type(output).__name__} from {type(attention.processor).__name__}. Set a processor "
-            "of CogVideoX."
+            f"A joint attention with an eraser must give (video, text), got a {type(output).__name__} from "
+            f"{type(attention.processor).__name__}. Set a processor of CogVideoX."
         )
     video, text = output
     return layer.add_to_video(video), text

@@ -49,12 +49,10 @@ class SaveGuard:
         names = eraser_names(model)
         if names:
             raise ValueError(
-                "`save_pretrained` must not lose erasers, got a "
-                f"{type(model).__name__} with {names}, which "
-                "a reload would not have. Save each by `save_eraser(transformer, folder, "
-                f"adapter_name={names[0]!r})`, and load it by `load_eraser` onto the model it is for. "
-                "To save the model without its erasers, call `transformer.delete_adapters(...)` or "
-                "`pipe.unload_lora_weights()` first."
+                f"`save_pretrained` must not lose erasers, got a {type(model).__name__} with {names}, which a reload "
+                f"would not have. Save each by `save_eraser(transformer, folder, adapter_name={names[0]!r})`, and "
+                "load it by `load_eraser` onto the model it is for. To save the model without its erasers, call "
+                "`transformer.delete_adapters(...)` or `pipe.unload_lora_weights()` first."
             )
         vars(model).pop(_METHOD, None)
         return getattr(model, _METHOD)(*args, **kwargs)
@@ -256,9 +254,8 @@ def _check_sizes(config: EraserConfig, attentions: dict[str, nn.Module]) -> None
     eraser = (config.num_layers or len(attentions), config.in_features or width)
     if eraser != (len(attentions), width):
         raise ValueError(
-            f"The eraser must fit the model, got one for {eraser[0]} layers of width {eraser[1]} "
-            f"and a model with {len(attentions)} layers of width {width}. Load it into the model "
-            "it was trained on."
+            f"The eraser must fit the model, got one for {eraser[0]} layers of width {eraser[1]} and a model with "
+            f"{len(attentions)} layers of width {width}. Load it into the model it was trained on."
         )
     config.num_layers, config.in_features = eraser
 

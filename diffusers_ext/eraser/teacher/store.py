@@ -36,19 +36,6 @@ _MOST_HANDLES = 64
 _REMEDY = "Remove it and collect again."
 
 
-class TensorRows:
-    """Rows in memory, given run by run as `{name: (points, ...)}`."""
-
-    def __init__(self, runs: Sequence[Row]) -> None:
-        self.columns = {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
-
-    def __len__(self) -> int:
-        return len(self.columns["t"])
-
-    def __getitem__(self, index: int) -> Row:
-        return {name: column[index] for name, column in self.columns.items()}
-
-
 class TeacherSamples(Dataset):
     """What an eraser is trained on.
 
@@ -64,7 +51,9 @@ class TeacherSamples(Dataset):
     `head_weights`, `(layers, heads)`, are those with which the masks were made, if there are any.
     """
 
-    def __init__(self, parts: Mapping[str, TensorRows | FileRows], head_weights: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, parts: Mapping[str, Sequence[Row] | FileRows], head_weights: torch.Tensor | None = None
+    ) -> None:
         self.head_weights = head_weights
         self.parts = {name: rows for name, rows in parts.items() if len(rows)}
         if not self.parts or not set(self.parts) <= set(PARTS):
@@ -85,7 +74,7 @@ class TeacherMemory:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._runs: dict[str, list[Row]] = {part: [] for part in PARTS}
+        self._rows: dict[str, list[Row]] = {part: [] for part in PARTS}
         self._head_weights: torch.Tensor | None = None
 
     def has(self, part: str, run: int) -> bool:
@@ -94,7 +83,9 @@ class TeacherMemory:
 
     def write(self, part: str, run: int, rows: Row) -> None:
         """Keep the rows of one run."""
-        self._runs[part].append(to_storage(rows, self.dtype))
+        stored = to_storage(rows, self.dtype)
+        for point in range(len(stored["t"])):
+            self._rows[part].append({name: column[point] for name, column in stored.items()})
 
     def head_weights(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The weights that all runs here are made with."""
@@ -103,8 +94,7 @@ class TeacherMemory:
 
     def samples(self) -> TeacherSamples:
         """All that was kept."""
-        parts = {part: TensorRows(runs) if runs else [] for part, runs in self._runs.items()}
-        return TeacherSamples(parts, self._head_weights)
+        return TeacherSamples(self._rows, self._head_weights)
 
 
 def to_storage(rows: Row, dtype: torch.dtype) -> Row:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from diffusers_ext.eraser.teacher.store import TeacherSamples, TensorRows, open_teacher_samples, to_storage
+from diffusers_ext.eraser.teacher.store import TeacherSamples, open_teacher_samples, to_storage
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.teacher_runs import CountedVelocity, collect, tiny_teacher
 from tests.tiny_erasers import add_random_eraser
@@ -230,10 +230,12 @@ def test_a_damaged_file_is_named(teacher, tmp_path):
         found[4]
 
 
-def part(runs, points=2, **columns):
-    return TensorRows(
-        [{"t": torch.arange(points) + 10 * run, "x_t": torch.full((points, 3), float(run))} for run in range(runs)]
-    )
+def part(runs, points=2):
+    return [
+        {"t": torch.tensor(point + 10 * run), "x_t": torch.full((3,), float(run))}
+        for run in range(runs)
+        for point in range(points)
+    ]
 
 
 def test_rows_of_the_shorter_part_come_again():
