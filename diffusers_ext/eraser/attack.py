@@ -52,8 +52,7 @@ def learn_revival_embeddings(
 
     Args:
         velocity: of the transformer with its erasers as they are to be attacked.
-        x_t, t: `(points, frames, channels, height, width)` and `(points,)`, best from sampling the model before with
-            the target prompts `prompt_embeds` `(points, text, text_dim)`.
+        x_t, t, prompt_embeds: points, best from sampling the model before with the target prompts.
         v_concept: velocities of the model before under these prompts; asked from the transformer with its erasers off
             unless given.
         num_embeddings: how many to learn; Receler takes 16.
@@ -173,10 +172,8 @@ class AdversarialPrompts:
         self._calls, self._sets = state["calls"], [embeds.to(device) for embeds in state["sets"]]
 
     def prompts(self, rows: Rows, generator: torch.Generator) -> torch.Tensor | None:
-        """Prompts of the first target rows with embeddings of one attack; `None` before the first.
-
-        The eraser has to do something before it can be attacked, so the first interval has none.
-        """
+        """Prompts of the first target rows with embeddings of one attack; `None` before the first."""
+        # The eraser has to do something before it can be attacked, so the first interval has none.
         seed, drawn = torch.randint(2**31, (2,), generator=generator).tolist()
         if self._calls and self._calls % self.recipe.adversarial_every == 0:
             self._attack(rows, seed)

@@ -128,9 +128,7 @@ class RowMaker:
 
     Args:
         velocity: of the model that trains, not prepared by accelerate; without erasers it is the teacher.
-        text: on any device.
         grid: (frames, rows, columns) of the video tokens.
-        scheduler: adds noise to clean latents.
         token_mask: `(target prompts, text)` bool, the concept's tokens; needed for masks that are not kept with the
             samples.
         head_weights: `(layers, heads)` of the masks that are kept with the samples; where there are none they are

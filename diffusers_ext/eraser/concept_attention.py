@@ -72,10 +72,7 @@ def head_correlations(head_maps: torch.Tensor, reference: torch.Tensor) -> torch
 
 
 def agreement_weights(correlations: torch.Tensor) -> torch.Tensor:
-    """How much each head counts: its mean correlation with the reference, or 0 if negative.
-
-    From `(batch, layers, heads)` to `(layers, heads)` weights that add up to 1.
-    """
+    """How much each of `(layers, heads)` counts: its mean correlation, or 0 if negative; they add up to 1."""
     weights = correlations.mean(dim=0).clamp(min=0)
     if not (weights > 0).any():
         raise ValueError(
@@ -86,7 +83,7 @@ def agreement_weights(correlations: torch.Tensor) -> torch.Tensor:
 
 
 class ConceptAttention:
-    """What `concept_attention` yields: the maps of the latest forward."""
+    """What `concept_attention` yields: the `maps` of the latest forward."""
 
     def __init__(
         self, token_mask: torch.Tensor, chunk_size: int, head_weights: torch.Tensor | None, keep_heads: bool
@@ -214,9 +211,6 @@ def concept_attention(
         head_weights: `(layers, heads)` of those layers, from `concept_head_weights`.
         keep_heads: keep all heads apart as well, in `head_maps`.
         chunk_size: see `attention_mass`.
-
-    Yields:
-        A `ConceptAttention`, whose `maps` are there after a forward.
     """
     if token_mask.dtype != torch.bool or token_mask.ndim != 2:
         raise TypeError(

@@ -158,13 +158,8 @@ def concept_mask(
     (`velocity_mask`), about level with it; velocities with `empty_embeds` as well; and, with all three,
     `weighted_attention_mask`. It is zero where the prompt does not name the concept.
 
-    Args:
-        velocity: of the clip's size.
-        anchor_embeds: the same prompts with another word for the concept.
-        empty_embeds: the empty prompt, for every row; used with `anchor_embeds`.
-        head_weights: `(layers, heads)` from `concept_head_weights`.
-        layers: indices of transformer blocks; all when `None`.
-        chunk_size: see `attention_mass`.
+    `anchor_embeds` are the same prompts with another word for the concept, `empty_embeds` the empty prompt for every
+    row; `head_weights` are those of `concept_head_weights`, `layers` and `chunk_size` as in `concept_attention`.
     """
     model = velocity.model
     grid = velocity.token_grid(x_t.shape)

@@ -58,10 +58,7 @@ class Neighbour(NamedTuple):
 
 
 def concrete_words(topic: str | None = None) -> list[str]:
-    """The bundled English words for things that can be seen, each once.
-
-    `topic` names one file of `words`, such as `"animals"`; all of them when `None`.
-    """
+    """The bundled English words for things that can be seen; of all files of `words`, or of one `topic`."""
     files = {path.stem: path for path in sorted(_WORDS.glob("*.txt"))}
     if topic is not None and topic not in files:
         raise ValueError(f"`topic` must be one of {list(files)}, got {topic!r}.")
@@ -85,10 +82,7 @@ def base_forms(word: str) -> set[str]:
 
 
 def share_a_word(first: str, second: str) -> bool:
-    """Whether two names have a word in common, inflected or not; articles and the like do not count.
-
-    "cats" and "black cat" do, "scarf" and "car" do not.
-    """
+    """Whether two names have a word in common, inflected or not ("cats", "black cat"); articles do not count."""
     names = [set(re.findall(r"[\w'’-]+", text.lower())) - _FUNCTION_WORDS for text in (first, second)]
     forms = [set().union(*map(base_forms, words)) for words in names]
     return not forms[0].isdisjoint(forms[1])
@@ -158,13 +152,9 @@ def neighbouring_concepts(
 ) -> list[Neighbour]:
     """The words that the text encoder places nearest to a concept, the nearest first.
 
-    None shares a word, inflected or not, with the concept or with `exclude`.
-
-    Args:
-        words: candidates; when `None`, those of `concrete_words()` of which the tokenizer need not spell a part in
-            single letters: it hardly ever met the others.
-        max_sequence_length: tokens of a padded prompt, the transformer's `max_text_seq_length`.
-        exclude: further names of the concept, such as synonyms, which must not be preserved.
+    None shares a word, inflected or not, with the concept or with `exclude`, its further names. Candidates are
+    `words`, by default those of `concrete_words()` of which the tokenizer need not spell a part in single letters: it
+    hardly ever met the others. `max_sequence_length` is the transformer's `max_text_seq_length`.
     """
     check_concept(tokenizer, concept)
     given = concrete_words() if words is None else list(dict.fromkeys(words))
@@ -187,10 +177,7 @@ def neighbouring_concepts(
 
 
 def concept_spans(prompt: str, concept: str) -> list[tuple[int, int]]:
-    """(start, end) of each whole-word occurrence of a concept, in any case.
-
-    Blanks between the words of a concept may be of any kind; inflected forms are other words.
-    """
+    """(start, end) of each occurrence of a concept as whole words, in any case and with blanks of any kind."""
     words = concept.split()
     if not words:
         raise ValueError(f"`concept` must be a word or a few words, got {concept!r}.")
@@ -292,17 +279,9 @@ def anchor_distances(
 
     `mean over runs and steps of ||v(x_t, candidate) - v(x_t, concept)||^2 / ||v(x_t, concept)||^2`. A neutral word is
     no safe anchor: what the model draws for it may be the very concept that is erased, and guidance cannot sharpen a
-    word that fits everything. The model is asked without its erasers, in eval mode, on a copy of the scheduler.
-
-    Args:
-        target_embeds: `(prompts, text, dim)`, one run each.
-        candidate_embeds: `(candidates, prompts, text, dim)`, the same prompts with each candidate in the place of the
-            concept.
-        empty_embed: `(text, dim)`, the empty prompt of the guidance.
-        latent_shape: `(frames, channels, height, width)`.
-
-    Returns:
-        `(candidates,)` float32 on the CPU.
+    word that fits everything. Of target prompts `(prompts, text, dim)`, one run each, the same with each candidate in
+    the place of the concept, `(candidates, prompts, text, dim)`, and the empty prompt `(text, dim)` of the guidance.
+    Returns `(candidates,)` float32 on the CPU.
     """
     if not len(candidate_embeds) or candidate_embeds.shape[1:] != target_embeds.shape:
         raise ValueError(

@@ -227,16 +227,14 @@ def save_eraser(
 ) -> None:
     """Write an eraser to a folder that `load_eraser` reads; equal erasers are equal files.
 
-    `"peft"` is also what `PeftModel.from_pretrained` reads. `"legacy"` is for the code of T2VUnlearning; it keeps
-    neither the concept nor the model's name. Facts that are not given are those of the eraser's config, or of the
-    transformer.
+    The format `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) is also what `PeftModel.from_pretrained`
+    reads. `"legacy"` (`eraser_config.json`, `eraser_weights.pt`) is for the code of T2VUnlearning; it keeps neither
+    the concept nor the model's name. Facts not given are those of the eraser's config, or of the transformer.
 
     Args:
         transformer_or_pipe: a CogVideoX transformer, compiled or not, a pipeline or PeftModel of it.
         save_directory: folder, made when absent; other files in it stay. Nothing is written where anything is refused.
         adapter_name: which eraser; the only one when `None`.
-        format: `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) or `"legacy"` (`eraser_config.json`,
-            `eraser_weights.pt`).
         dtype: of the saved weights; as they are when `None`.
         base_model_name_or_path: the transformer it is for.
         push_to_hub: upload these files afterwards, in place of an eraser in the other format.

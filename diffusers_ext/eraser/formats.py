@@ -150,10 +150,7 @@ def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`")
 
 
 def check_fit(shape: EraserShape, width: int, num_layers: int, made_for: int | None) -> None:
-    """Raise `ValueError` unless an eraser is for a transformer of this size; it names both sizes.
-
-    `made_for` is the number of blocks it was made for, `None` where its file does not say.
-    """
+    """Raise `ValueError` unless an eraser, `made_for` so many blocks if known, is for a transformer of this size."""
     blocks = shape.blocks[-1] + 1 if made_for is None else made_for
     right_blocks = blocks <= num_layers if made_for is None else blocks == num_layers
     if shape.width != width or not right_blocks:
@@ -205,10 +202,7 @@ def eraser_contents(
     num_layers: int,
     model_class: type[torch.nn.Module] | None = None,
 ) -> dict[str, bytes]:
-    """`{file name: content}` of an eraser, weights first.
-
-    `model_class` is what `AutoPeftModel` loads, CogVideoX's when `None`.
-    """
+    """`{file name: content}`, weights first; `AutoPeftModel` loads `model_class`, by default CogVideoX's."""
     config_name, weights_name = FORMATS[format]
     if format == "legacy":
         facts = {"eraser_type": _LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}

@@ -144,10 +144,7 @@ class NegativelyGuidedVelocityLoss(_Term):
         v_concept: torch.Tensor | None = None,
         v_anchor: torch.Tensor | None = None,
     ) -> LossAndParts:
-        """One pass of the teacher, one of the student; arguments as in `T2VUnlearningLoss.forward`.
-
-        A mask weighs the difference. Logs `unlearning_loss`, `v_pred_norm` and `v_neg_norm`.
-        """
+        """One pass of the teacher, one of the student; a mask weighs the difference. See `T2VUnlearningLoss`."""
         anchor = _choose_anchor(cond_neg, uncond, v_anchor)
         needed = [(v_concept, (x_t, t, cond_target)), (v_anchor, (x_t, t, anchor))]
         teacher = cached_or_predicted(model_original, model_unlearned, needed)
@@ -180,10 +177,7 @@ class ConceptPreservationLoss(_Term):
         *,
         v_preserve: torch.Tensor | None = None,
     ) -> LossAndParts:
-        """One pass of the teacher, one of the student, best at `x_t` of clips of the preserved prompts.
-
-        Logs `preservation_loss`, `v_orig_norm` and `v_unlearn_norm`.
-        """
+        """One pass of the teacher, one of the student, best at `x_t` of clips of the preserved prompts."""
         rows = (x_t, t, cond_preserve)
         (v_preserve,) = cached_or_predicted(model_original, model_unlearned, [(v_preserve, rows)])
         (prediction,) = velocities(model_unlearned, [rows])
@@ -197,10 +191,7 @@ class MaskLocalizationLoss(_Term):
     """
 
     def forward(self, eraser_outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> LossAndParts:
-        """Weigh what erasers add, `{name: (batch, video, dim)}` of `eraser_outputs`, outside the concept.
-
-        The mask may also be `(batch, video, 1)`. Logs `total_loss`, `num_layers` and `{name}/loss`.
-        """
+        """Weigh what erasers add outside the concept, `{name: (batch, video, dim)}`; see `layer_localization`."""
         if not isinstance(eraser_outputs, Mapping):
             raise TypeError(
                 f"`eraser_outputs` must be `{{name: (batch, video, dim)}}`, got a {type(eraser_outputs).__name__}. "

@@ -187,10 +187,7 @@ class EraserStep:
     def _ask(
         self, student: Velocity, rows: Rows, prompts: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The student's velocities, and what its erasers add outside of the mask.
-
-        `prompts` are those of the first rows where they are longer than the others.
-        """
+        """The student's velocities, and what its erasers add outside of the mask; `prompts` are of the first rows."""
         again = copy.copy(student)
         # In the backward pass, the wrapper of distributed training must not begin a new step.
         again.transformer = student.model

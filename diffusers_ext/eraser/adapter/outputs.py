@@ -31,11 +31,7 @@ def unwrapped_transformer(model: Any) -> nn.Module | None:
 
 
 def eraser_layers(model: nn.Module) -> dict[str, EraserLayer]:
-    """The layers of a model that hold an eraser, `{name: layer}` in natural order.
-
-    A name such as `"transformer_blocks.0.attn1"` is the same whether or not PEFT, `torch.compile` or DDP wraps the
-    model.
-    """
+    """The layers with an eraser in natural order, `"transformer_blocks.0.attn1"` under whatever wraps the model."""
     layers = {
         _attention_name(name): module
         for name, module in model.named_modules()
@@ -73,16 +69,14 @@ def eraser_outputs(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Keep what the erasers add to the video tokens in the first forward pass of the context.
 
-    Later passes, the recomputation of gradient checkpointing and passes of other threads change nothing of it.
-    Gradients flow through what is kept, also after the context is closed.
+    It yields `{layer_name: output}`; an output is `(batch, video, dim)`, scale included. Later passes, the
+    recomputation of gradient checkpointing and passes of other threads change nothing of it. Gradients flow through
+    what is kept, also after the context is closed.
 
     Args:
         adapter_name: the eraser to read, which must be active to be seen; by default the sum of all that are active.
         reduce: keep `reduce(layer_name, output)` instead of the outputs, without keeping those; must be pure, for
             gradient checkpointing runs it again.
-
-    Yields:
-        `{layer_name: output}`; an output is `(batch, video, dim)`, scale included.
     """
     layers = _layers_with(model, adapter_name)
     outputs: dict[str, torch.Tensor] = {}

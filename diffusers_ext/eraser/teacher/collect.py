@@ -149,12 +149,9 @@ def collect_teacher_samples(
 
     Args:
         scheduler: samples; a copy is used. DDIM and DPM of CogVideoX, and any other that steps in the same way.
-        target_embeds: `(target prompts, text, dim)`; its dtype is that of the latents.
-        anchor_embeds: the same shape; row by row what a target prompt becomes.
-        preserved_embeds: `(preserved prompts, text, dim)`; may have no row if `num_preserved` is 0.
-        empty_embed: `(text, dim)` or `(1, text, dim)`, the empty prompt, which is also the negative prompt of the
-            guidance.
-        latent_shape: see `Family.latent_shape`.
+        target_embeds, preserved_embeds: `(prompts, text, dim)`, of the dtype of the latents.
+        anchor_embeds: row by row what a target prompt becomes.
+        empty_embed: `(text, dim)` or `(1, text, dim)`; the empty prompt is also the negative prompt of the guidance.
         num_target, num_preserved: runs of each part.
         empty_share: of the preserved points, kept with the velocity of the empty prompt.
         points_per_trajectory: kept of each run; all when `None`, or where a run has no more.
@@ -165,8 +162,8 @@ def collect_teacher_samples(
         facts: JSON-able, how the embeddings were made: model, prompts, adapters, ... Needed with a `directory`, whose
             own facts must be the same.
         storage_dtype: of the floating-point rows where they are kept; items are float32.
-        process: `(index, count)` of the processes that share a `directory`.
-        wait_for_everyone: called when this process has made its share.
+        process: `(index, count)` of the processes that share a `directory`; `wait_for_everyone` is called when this
+            one has made its share.
     """
     empty_embed = empty_embed.reshape(-1, *target_embeds.shape[-2:])
     _check_embeds(target_embeds, anchor_embeds, preserved_embeds, empty_embed, token_mask)

@@ -42,13 +42,10 @@ class TeacherSamples(Dataset):
     Item `i` is `{"target": row, "preserved": row}`, row `i` modulo the rows of each part; a part without rows is left
     out. Rows are float32 but for the two indices:
 
-    - `"target"`: `x_t` `(frames, channels, height, width)`, `t`, `prompt` (index of the target prompt
-      and of its anchor), `v_concept` and `v_anchor` (the frozen model's velocities of the two), and `mask` `(frames',
-      rows, columns)` in [0, 1] where masks were asked for.
-    - `"preserved"`: `x_t`, `t`, `prompt` (index of the preserved prompt, -1 for the empty prompt) and
-      `velocity`.
-
-    `head_weights`, `(layers, heads)`, are those with which the masks were made, if there are any.
+    - `"target"`: `x_t` `(frames, channels, height, width)`, `t`, `prompt` (index of the target prompt and of its
+      anchor), `v_concept` and `v_anchor` (the frozen model's velocities of the two), and `mask` `(frames', rows,
+      columns)` in [0, 1] where masks were asked for, made with the `head_weights`.
+    - `"preserved"`: `x_t`, `t`, `prompt` (index of the preserved prompt, -1 for the empty prompt) and `velocity`.
     """
 
     def __init__(
