@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
-from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
-from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport, RedenoisedTarget
+from diffusers_ext.evaluation.golden_noise import RedenoisedTarget, evaluate_golden_noise
+from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from examples.digits.check_model import load_pipeline
 from examples.digits.golden_noise import GUIDANCE_SCALE, HELD_OUT_PROMPTS, NETWORKS, make_pairs, train_network

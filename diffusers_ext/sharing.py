@@ -15,7 +15,9 @@ from diffusers_ext.core.tensor_files import open_tensors
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.files import eraser_card, facts_of_config
 from diffusers_ext.eraser.formats import FILE_NAMES, FORMATS, read_eraser
-from diffusers_ext.evaluation.measured_results import measured_results
+from diffusers_ext.evaluation.erasure_report import ErasureReport
+from diffusers_ext.evaluation.forgetting import ForgettingReport
+from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.golden_noise.card import GOLDEN_PIPELINES, network_card
 from diffusers_ext.golden_noise.networks.base import NETWORK_MODULES, load_noise_model
@@ -183,6 +185,21 @@ def _push_files(
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def measured_results(path: str | os.PathLike) -> list[Measured]:
+    """The figures of the report of an evaluation: its JSON file, or the folder with its `report.json`."""
+    path = Path(path, "report.json") if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise ValueError(f"`results` must be the report of an evaluation, got {path}: no such file.")
+    content = read_json(path)
+    for report in (ForgettingReport, GoldenNoiseReport, ErasureReport):
+        if set(content) == set(report.saved):
+            return list(report(**content).measured())
+    raise ValueError(
+        f"{path} must be the report of an evaluation, got {sorted(content)}. The scripts "
+        "`training/evaluate_*.py` write one."
+    )
 
 
 def reported_facts(folder: str | os.PathLike) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from diffusers_ext.eraser import load_eraser, save_eraser
+from diffusers_ext.evaluation.erasure import ClipShot, clip_shots
 from diffusers_ext.evaluation.erasure_report import ErasureReport
-from diffusers_ext.evaluation.erasure_rows import ClipShot, clip_shots
 from examples.demo_report import Comparison, Findings, Gallery, Picture, Step, Table
 from examples.digits.prompts import COLORS
 from examples.moving_digits.check_model import load_pipeline

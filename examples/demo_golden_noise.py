@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks.machine import table
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
-from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport, RedenoisedTarget
+from diffusers_ext.evaluation.golden_noise import RedenoisedTarget, evaluate_golden_noise
+from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.evaluation.noise_summary import STANDARD, KeptPictures
 from diffusers_ext.golden_noise import load_noise_model
 from examples.demo_report import Comparison, Findings, Gallery, Picture, Step, Table

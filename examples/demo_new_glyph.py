@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.machine import table
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.evaluation.paired_comparison import pixel_drift
+from diffusers_ext.evaluation.features import pixel_drift
 from examples.demo_report import Comparison, Findings, Gallery, Picture, Step, Table
 from examples.digits.check_model import draw
 from examples.digits.judge import DigitsJudge, Reading

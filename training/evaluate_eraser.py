@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.evaluate_erasure import ERASURE
+from diffusers_ext.command_line.evaluate import ERASURE
 from diffusers_ext.training.run.script import run_script
 
 parse_args, main = ERASURE.script(__doc__)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.evaluate_golden_noise import GOLDEN_NOISE
+from diffusers_ext.command_line.evaluate import GOLDEN_NOISE
 from diffusers_ext.training.run.script import run_script
 
 parse_args, main = GOLDEN_NOISE.script(__doc__)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
-from diffusers_ext.command_line.evaluate_forgetting import FORGETTING
+from diffusers_ext.command_line.evaluate import FORGETTING
 from diffusers_ext.training.run.script import run_script
 
 parse_args, main = FORGETTING.script(__doc__)

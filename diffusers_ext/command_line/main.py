@@ -18,9 +18,7 @@ from typing import Any
 from diffusers_ext.command_line.collect import COLLECT
 from diffusers_ext.command_line.convert import CONVERSIONS
 from diffusers_ext.command_line.debleed import DEBLEED
-from diffusers_ext.command_line.evaluate_erasure import EVALUATE_ERASURE
-from diffusers_ext.command_line.evaluate_forgetting import EVALUATE_FORGETTING
-from diffusers_ext.command_line.evaluate_golden_noise import EVALUATE_GOLDEN_NOISE
+from diffusers_ext.command_line.evaluate import EVALUATE_ERASURE, EVALUATE_FORGETTING, EVALUATE_GOLDEN_NOISE
 from diffusers_ext.command_line.options import (
     DOES_NOT_FIT,
     DONE,

@@ -1,4 +1,4 @@
-"""What erasers take away and what they keep: clips from the same seeds with them and without."""
+"""What erasers take away and what they keep: clips from the same seeds with them and without, judged and measured."""
 
 from __future__ import annotations
 
@@ -6,29 +6,182 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
 from diffusers_ext.evaluation.erasure_report import ALL, BASE, ErasureReport
-from diffusers_ext.evaluation.erasure_rows import (
-    ClipJudge,
-    ClipShot,
-    clip_shots,
-    find_concept_aspect,
-    judge_facts,
-    keep_clip,
-    list_aspects,
-    measure_pairs,
-)
-from diffusers_ext.evaluation.rendering import check_counts, render_clips
+from diffusers_ext.evaluation.judges import ClipJudge, find_concept_aspect, judge_facts, judged
+from diffusers_ext.evaluation.rendering import check_counts, image_seed, pipeline_facts, render_clips
 from diffusers_ext.evaluation.report_files import KeptClip
+from diffusers_ext.nullspace.prompts import check_prompts
+
+logger = logging.getLogger(__name__)
+
+TARGET, PRESERVED = "target", "preserved"
+_SMALLEST_MOTION = 0.1 / 255  # mean change a frame below which a clip stands still
+_SMALLEST_SPREAD = 2.0 / 255  # standard deviation of a frame below which it shows one flat colour
+_LEAST_CORRELATION = 0.1  # of neighbouring pixels, below which a clip is noise
+
+
+def motion(clips: np.ndarray) -> np.ndarray:
+    """Mean absolute change of a pixel from one of two or more frames to the next; `(n,)` in [0, 1]."""
+    return np.abs(np.diff(_levels(clips, 2), axis=1)).mean(axis=(1, 2, 3, 4))
+
+
+def temporal_smoothness(clips: np.ndarray) -> np.ndarray:
+    """How well frames lie between their neighbours, relative to how much happens; `(n,)` in [0, 1].
+
+    `1 - sum |x[t-1] - 2 x[t] + x[t+1]| / sum (|x[t] - x[t-1]| + |x[t+1] - x[t]|)` over all inner frames and all
+    windows of a quarter of the shorter side, where `x` is a window's mean: 1 for a clip that fades evenly or stands
+    still, 0.6 for a shape that crosses it steadily, about 0.13 for frames that have nothing to do with each other, 0
+    for flicker between two pictures. The idea, a frame against what its neighbours say of it, is that of VBench's
+    motion smoothness (arXiv 2311.17982) without its interpolation network. The division by the motion keeps a clip
+    that hardly moves from being smooth for that reason alone.
+    """
+    steps = np.diff(_window_means(_levels(clips, 3)), axis=1)
+    bends = np.abs(np.diff(steps, axis=1)).sum(axis=(1, 2, 3, 4))
+    size = np.abs(steps)
+    moved = (size[:, 1:] + size[:, :-1]).sum(axis=(1, 2, 3, 4))
+    return np.where(moved > 0, 1 - bends / np.where(moved > 0, moved, 1), 1.0)
+
+
+def clip_drift(base: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Mean absolute difference of the pixels of clips of the same prompts and seeds; `(n,)` in [0, 1]."""
+    if base.shape != other.shape:
+        raise ValueError(f"`other` must have the shape of `base`, {base.shape}, got {other.shape}.")
+    return np.abs(_levels(base) - _levels(other)).mean(axis=(1, 2, 3, 4))
+
+
+def spatial_correlation(clips: np.ndarray) -> np.ndarray:
+    """Correlation of a pixel with its right and lower neighbours: near 1 for pictures, 0 for noise; `(n,)`.
+
+    `1 - mean (x - y)^2 / (2 var)` over both kinds of neighbours and all frames; 1 where all are equal.
+    """
+    levels = _levels(clips)
+    variance = levels.var(axis=(1, 2, 3, 4))
+    down = np.square(np.diff(levels, axis=2)).mean(axis=(1, 2, 3, 4))
+    right = np.square(np.diff(levels, axis=3)).mean(axis=(1, 2, 3, 4))
+    ratio = (down + right) / (4 * np.where(variance > 0, variance, 1))
+    return np.where(variance > 0, 1 - ratio, 1.0)
+
+
+def degenerate_clips(clips: np.ndarray) -> dict[str, np.ndarray]:
+    """Which clips are none: a figure may be good for the wrong reason on them.
+
+    `{"blank", "frozen", "noise"}`, each `(n,)` bool: every frame of one flat colour (as black frames of an overflow
+    are), nothing moves, or neighbouring pixels that have nothing to do with each other.
+    """
+    blank = _levels(clips).std(axis=(2, 3)).max(axis=(1, 2)) < _SMALLEST_SPREAD
+    noise = ~blank & (spatial_correlation(clips) < _LEAST_CORRELATION)
+    return {"blank": blank, "frozen": ~blank & (motion(clips) < _SMALLEST_MOTION), "noise": noise}
+
+
+def _window_means(levels: np.ndarray) -> np.ndarray:
+    """Means of half-overlapping square windows, of a quarter of the shorter side."""
+    side = max(1, min(levels.shape[2:4]) // 4)
+    frames = torch.from_numpy(levels).flatten(0, 1).permute(0, 3, 1, 2)
+    means = F.avg_pool2d(frames, side, stride=max(1, side // 2))
+    return means.unflatten(0, levels.shape[:2]).numpy()
+
+
+def _levels(clips: np.ndarray, fewest_frames: int = 1) -> np.ndarray:
+    """Clips as float32 in [0, 1]."""
+    if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8:
+        raise ValueError(f"`clips` must be (n, frames, height, width, 3) of 8 bits, got {clips.shape} {clips.dtype}.")
+    if clips.shape[1] < fewest_frames:
+        raise ValueError(f"`clips` must have {fewest_frames} frames at least, got {clips.shape[1]}.")
+    return clips.astype(np.float32) / 255.0
+
+
+class ClipShot(NamedTuple):
+    """One clip to be drawn."""
+
+    group: str
+    prompt: str
+    index: int  # among the clips of this prompt in its group
+    seed: int
+
+
+def clip_shots(
+    groups: Mapping[str, Sequence[str]], count: int, seed: int, seeds: Mapping[str, Sequence[int | None]] | None = None
+) -> list[ClipShot]:
+    """`count` clips for every entry of every group, the target's first.
+
+    The seed of a clip depends on its prompt and on how often that came before in its group, not on the batch or on
+    other prompts; a prompt that is listed twice gets twice as many clips. `seeds` are of the entries' first clips by
+    group; where they are `None`, they derive from `seed`.
+    """
+    check_counts(num_videos_per_prompt=count)
+    missing = [name for name in (TARGET, PRESERVED) if not groups.get(name)]
+    if missing:
+        raise ValueError(f"`groups` must hold prompts of {TARGET!r} and {PRESERVED!r}, got none of {missing}.")
+    both = sorted(set(groups[TARGET]) & set(groups[PRESERVED]))
+    if both:
+        raise ValueError(f"`groups` must not have a prompt in {TARGET!r} and in {PRESERVED!r}, got {both[:3]}.")
+    shots: list[ClipShot] = []
+    for group, prompts in {TARGET: groups[TARGET], **groups}.items():
+        given = (seeds or {}).get(group) or [None] * len(prompts)
+        if len(given) != len(prompts):
+            raise ValueError(
+                f"`seeds` must have one entry per prompt of {group!r} ({len(prompts)}), got {len(given)}."
+            )
+        seen: dict[str, int] = {}
+        for prompt, first in zip(check_prompts(prompts, group), given, strict=True):
+            for number in range(count):
+                index = seen[prompt] = seen.get(prompt, -1) + 1
+                # A given seed stands for its first clip; further clips derive from it.
+                derived = image_seed(seed if first is None else first, prompt, index)
+                shots.append(ClipShot(group, prompt, index, derived if first is None or number else first))
+    return shots
+
+
+def measure_pairs(
+    shots: Sequence[ClipShot], clips: Mapping[str, np.ndarray], judge: ClipJudge
+) -> list[dict[str, Any]]:
+    """One row per pair of clips `{side: (n, frames, height, width, 3) uint8}`, the base's among them.
+
+    Rows hold `group`, `prompt`, `index`, `seed`, and for every side `side/name` of all that the judge says,
+    `side/motion`, `side/temporal_smoothness`, `side/degenerate`, and `side/drift` from the base.
+    """
+    prompts = [shot.prompt for shot in shots]
+    columns: dict[str, Sequence[Any]] = {}
+    for side, drawn in clips.items():
+        columns |= {f"{side}/{name}": values for name, values in judged(judge, drawn, prompts).items()}
+        columns[f"{side}/motion"] = motion(drawn).tolist()
+        columns[f"{side}/temporal_smoothness"] = temporal_smoothness(drawn).tolist()
+        if side != BASE:
+            columns[f"{side}/drift"] = clip_drift(clips[BASE], drawn).tolist()
+        kinds = degenerate_clips(drawn)
+        columns[f"{side}/degenerate"] = [
+            " ".join(kind for kind, found in kinds.items() if found[row]) for row in range(len(drawn))
+        ]
+    return [
+        {**shot._asdict(), **{key: values[row] for key, values in columns.items()}} for row, shot in enumerate(shots)
+    ]
+
+
+def list_aspects(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of what the judge gives a verdict on."""
+    found = [key for row in rows for key, value in row.items() if isinstance(value, bool)]
+    return list(dict.fromkeys(key.removeprefix(f"{BASE}/") for key in found if key.startswith(f"{BASE}/")))
+
+
+def _note(row: Mapping[str, Any], side: str, concept_aspect: str) -> str:
+    """What was said about one side, for the sheet."""
+    said = {True: "seen", False: "not seen", None: "not asked for"}[row[f"{side}/{concept_aspect}"]]
+    readings = [
+        value
+        for key, value in row.items()
+        if key.startswith(f"{side}/") and isinstance(value, str) and key != f"{side}/degenerate"
+    ]
+    return "; ".join([f"{concept_aspect} {said}", *readings])
 
 
 def find_erasers(pipeline: DiffusionPipeline, adapter_name: str | Sequence[str] | None = None) -> list[str]:
@@ -80,9 +233,6 @@ def name_scales(scales: Sequence[float], groups: Sequence[str]) -> dict[str, flo
     return {f"scale {scale:g}": float(scale) for scale in scales}
 
 
-logger = logging.getLogger(__name__)
-
-
 def evaluate_erasure(
     pipeline: DiffusionPipeline,
     groups: Mapping[str, Sequence[str]],
@@ -116,14 +266,12 @@ def evaluate_erasure(
         groups: prompts by group. `"target"` asks for the erased concept and `"preserved"` for all else; further ones,
             such as paraphrases and templates that the training did not see, tell how robust the erasure is. A prompt
             that is listed twice gets twice as many clips.
-        judge: `judge(clips, prompts)`, see `erasure_rows.judged`.
+        judge: `judge(clips, prompts)`, see `judges.judged`.
         concept_aspect: the judge's verdict that is about the erased concept.
         adapter_name: erasers to evaluate; all active ones when `None`. Others are off.
         scales: of the erasers, times their own; one erased side each, all against the same base.
         num_videos_per_prompt: clips per entry of a group and side.
-        seed: from which all seeds derive.
-        seeds: of the entries' first clips, by group; derived where they are `None`.
-        negative_prompt, num_frames, height, width: the pipeline's own defaults where they are `None`.
+        seeds: of the entries' first clips, by group; derived from `seed` where they are `None`.
         base_clips: `(clips, frames, height, width, 3)` uint8 without erasers, drawn before of the same groups and
             settings (`draw_base_clips`), so that several erasers share them.
         kept_clips: of every group, so many are kept for sheet and files.
@@ -134,14 +282,9 @@ def evaluate_erasure(
             that does not say one thing per clip.
     """
     settings: dict[str, Any] = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "num_frames": num_frames,
-        "height": height,
-        "width": width,
-        **call,
-    }
+        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt, "num_frames": num_frames, "height": height, "width": width, **call,
+    }  # fmt: skip
     check_counts(batch_size=batch_size)
     shots = clip_shots(groups, num_videos_per_prompt, seed, seeds)
     if base_clips is not None and len(base_clips) != len(shots):
@@ -159,12 +302,14 @@ def evaluate_erasure(
         rows += measured
         for index, shot in enumerate(batch):
             if sum(one.group == shot.group for one in kept) < kept_clips:
-                one = {side: of_side[index].copy() for side, of_side in clips.items()}
-                kept.append(keep_clip(shot, one, measured[index], concept_aspect))
+                shown = {side: of_side[index].copy() for side, of_side in clips.items()}
+                notes = {side: _note(measured[index], side, concept_aspect) for side in clips}
+                kept.append(KeptClip(shot.group, shot.prompt, shot.seed, shown, notes))
     if not any(row[f"{side}/drift"] for row in rows for side in sides):
         logger.warning("The erasers changed no clip: they have no effect.")
     facts = {
-        **_facts(pipeline, names),
+        **pipeline_facts(pipeline),
+        "erasers": names,
         **settings,
         "num_videos_per_prompt": num_videos_per_prompt,
         "seed": seed,
@@ -218,17 +363,3 @@ def _render(
     given = {name: value for name, value in call.items() if value is not None}
     prompts, seeds = [shot.prompt for shot in shots], [shot.seed for shot in shots]
     return render_clips(pipeline, prompts, seeds=seeds, **drawing, **given)
-
-
-def _facts(pipeline: DiffusionPipeline, names: Sequence[str]) -> dict[str, Any]:
-    transformer, device = pipeline.transformer, pipeline._execution_device
-    is_gpu = device.type == "cuda"
-    return {
-        "pipeline": type(pipeline).__name__,
-        "base": str(pipeline.config.get("_name_or_path") or ""),
-        "scheduler": type(pipeline.scheduler).__name__,
-        "erasers": list(names),
-        "dtype": str(transformer.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    }

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.core.sources import check_download_arguments
+from diffusers_ext.evaluation.rendering import check_counts
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,10 @@ class FeatureExtractor(Protocol):
 
 
 class PixelFeatures:
-    """The pixels themselves as features; needs no weights.
-
-    Args:
-        size: resize to `size x size` first; `None` keeps the size, which all pictures must share.
-    """
+    """The pixels themselves, resized to `size x size` first where it is given; needs no weights."""
 
     def __init__(self, size: int | None = None) -> None:
-        if size is not None and size < 1:
-            raise ValueError(f"`size` must be at least 1, got {size}.")
+        check_counts(size=size)
         self.size = size
 
     def extract(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -60,8 +56,7 @@ class ModelFeatures:
     model_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any, image_processor: Any, *, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_counts(batch_size=batch_size)
         self.model = model.requires_grad_(False).eval()
         self.image_processor, self.batch_size = image_processor, batch_size
 
@@ -77,9 +72,7 @@ class ModelFeatures:
     ) -> ModelFeaturesType:
         """Load model and preprocessing from a folder or from the Hub; safetensors only.
 
-        Args:
-            dtype: of the model; the features come back as float32.
-            download_arguments: `revision`, `cache_dir`, `token`, `local_files_only`.
+        `download_arguments` are `revision`, `cache_dir`, `token`, `local_files_only`.
         """
         check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
         source = str(pretrained_model_name_or_path)
@@ -93,28 +86,25 @@ class ModelFeatures:
             source, config=config, dtype=dtype, use_safetensors=True, **download_arguments
         )
         # torchvision is not a dependency, so the PIL backend is asked for by name.
-        parts = {
-            "image_processor": AutoImageProcessor.from_pretrained(source, backend="pil", **download_arguments),
-            **cls._load_parts(source, **download_arguments),
-        }
-        return cls(model.to(device), **parts, batch_size=batch_size)
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil", **download_arguments)
+        further = cls._load_further(source, **download_arguments)
+        return cls(model.to(device), processor, *further, batch_size=batch_size)
 
     @classmethod
-    def _load_parts(cls, source: str, **download_arguments: Any) -> dict[str, Any]:
+    def _load_further(cls, source: str, **download_arguments: Any) -> list[Any]:
         """Further constructor arguments of a subclass."""
-        return {}
+        return []
 
     @torch.no_grad()
     def extract(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """L2-normalised features `(n, dim)`, float32 on the CPU."""
         pictures = check_images(images)
         batches = [pictures[start : start + self.batch_size] for start in range(0, len(pictures), self.batch_size)]
-        features = [self._embed(self._preprocess(batch)).float().cpu() for batch in batches]
+        features = []
+        for batch in batches:
+            pixels = self.image_processor(images=batch, return_tensors="pt")["pixel_values"]
+            features.append(self._embed(pixels.to(self.model.device, self.model.dtype)).float().cpu())
         return F.normalize(torch.cat(features), dim=1)
-
-    def _preprocess(self, pictures: list[Image.Image]) -> torch.Tensor:
-        pixels = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        return pixels.to(self.model.device, self.model.dtype)
 
     def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"{type(self).__name__} must define `_embed`.")
@@ -139,8 +129,8 @@ class CLIPFeatures(ModelFeatures):
         self.tokenizer = tokenizer
 
     @classmethod
-    def _load_parts(cls, source: str, **download_arguments: Any) -> dict[str, Any]:
-        return {"tokenizer": AutoTokenizer.from_pretrained(source, **download_arguments)}
+    def _load_further(cls, source: str, **download_arguments: Any) -> list[Any]:
+        return [AutoTokenizer.from_pretrained(source, **download_arguments)]
 
     def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         pooled = self.model.vision_model(pixel_values=pixel_values).pooler_output
@@ -176,6 +166,42 @@ def check_images(images: Sequence[Image.Image], name: str = "images") -> list[Im
     if not pictures or wrong:
         raise ValueError(f"`{name}` must be a non-empty list of PIL images, got {wrong[:1] or 'none'}.")
     return [rgb_picture(picture) for picture in pictures]
+
+
+def extract_features(features: FeatureExtractor, images: list[Image.Image]) -> torch.Tensor:
+    """Features `(n, dim)`; raises `ValueError` for a wrong shape or values that are not finite."""
+    found = features.extract(images)
+    if found.ndim != 2 or found.shape[0] != len(images) or not torch.isfinite(found).all():
+        raise ValueError(
+            f"`features` must give finite features (images, dim) for {len(images)} images, got "
+            f"{tuple(found.shape)}{'' if torch.isfinite(found).all() else ' with NaN'}."
+        )
+    return found
+
+
+def pixel_drift(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of pictures `(n, 3, height, width)` in [0, 1]; returns `(n,)`."""
+    if base.shape != tuned.shape:
+        raise ValueError(
+            f"`base` and `tuned` must draw pictures of one size, got {tuple(base.shape[1:])} and "
+            f"{tuple(tuned.shape[1:])}. Pass `height` and `width`."
+        )
+    return (base.double() - tuned.double()).abs().flatten(1).mean(1)
+
+
+def feature_drift(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
+    """`(1 - cos) / 2` of features `(n, dim)`, row by row, as in PEFT's image generation benchmark.
+
+    It is computed as `|u - v|^2 / 4` of the unit vectors, which is exactly 0 for equal rows.
+    """
+    base, tuned = (F.normalize(x.double(), dim=-1) for x in (base, tuned))
+    return (base - tuned).square().sum(-1) / 4
+
+
+def diversity(features: torch.Tensor) -> float:
+    """Mean `(1 - cos) / 2` over all pairs of rows of `(n, dim)`; the scale of `feature_drift`."""
+    rows, columns = torch.triu_indices(features.shape[0], features.shape[0], 1)
+    return feature_drift(features[rows], features[columns]).mean().item()
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -247,7 +273,7 @@ def coverage(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> float:
             f"`k` must be from 1 to the number of real rows less one ({real.shape[0] - 1}), got "
             f"{k}. Take more images or fewer neighbours."
         )
-    radii = _without_diagonal(_distances(real, real)).kthvalue(k, dim=1).values
+    radii = _distances(real, real).fill_diagonal_(torch.inf).kthvalue(k, dim=1).values
     return (_distances(real, fake).min(dim=1).values <= radii).double().mean().item()
 
 
@@ -261,7 +287,7 @@ def one_nearest_neighbour_accuracy(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = _check(a, b, rows=1)
     points = torch.cat([a, b])
     labels = torch.arange(points.shape[0], device=points.device) < a.shape[0]
-    distances = _without_diagonal(_distances(points, points))
+    distances = _distances(points, points).fill_diagonal_(torch.inf)
     nearest = distances == distances.min(dim=1, keepdim=True).values
     same = nearest & (labels[:, None] == labels[None])
     return (same.sum(1) / nearest.sum(1)).double().mean().item()
@@ -341,10 +367,6 @@ def _check(a: torch.Tensor, b: torch.Tensor, rows: int) -> tuple[torch.Tensor, t
 def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Euclidean distances `(n, m)` from differences, so that equal rows are at exactly 0."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _without_diagonal(distances: torch.Tensor) -> torch.Tensor:
-    return distances.fill_diagonal_(torch.inf)
 
 
 def _histograms(x: torch.Tensor, low: torch.Tensor, width: torch.Tensor, bins: int) -> torch.Tensor:

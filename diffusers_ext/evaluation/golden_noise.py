@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -19,8 +17,9 @@ from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.evaluation import noise_summary
 from diffusers_ext.evaluation.features import FeatureExtractor, PixelFeatures
-from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport, Refine, name_subjects
+from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.evaluation.noise_summary import STANDARD, NoiseFigures, RunCost, best_of_name
+from diffusers_ext.evaluation.paired_comparison import resampled_groups
 from diffusers_ext.evaluation.rendering import (
     Sampling,
     Shot,
@@ -28,6 +27,7 @@ from diffusers_ext.evaluation.rendering import (
     draw_from_noise,
     image_seed,
     latent_shape,
+    pipeline_facts,
     shots_of,
     to_images,
     unit_noise,
@@ -35,20 +35,107 @@ from diffusers_ext.evaluation.rendering import (
 )
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.redenoise import denoiser_of, encode_prompts
+from diffusers_ext.golden_noise.noise_statistics import match_spectrum
+from diffusers_ext.golden_noise.redenoise import denoiser_of, encode_prompts, redenoise_sequence
 from diffusers_ext.nullspace.prompts import check_prompts, unique
 from diffusers_ext.rewards.reward import Reward, checked_scores
 
+Refine = Callable[[torch.Tensor, TextConditioning], torch.Tensor]
+
+_PROBES = 16  # weights of a fingerprint; a report is read by people
+_FEATURE_SIZE = 64  # pixels a side of the default features
+_RESERVED = ("standard", "best of", "score")  # other rows of the report
+
+
+class RedenoisedTarget:
+    """The re-denoised noise itself, which networks learn to predict; called like a network.
+
+    Its spectrum is matched to the noise it came from, as a network's output is. The step of `redenoise` is repeated
+    `repeats` times; `num_steps` sets its strength, `w1` and `w2` are the guidance on the way down and up.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        repeats: int = 1,
+        *,
+        num_steps: int = 10,
+        w1: float = 5.5,
+        w2: float = 1.0,
+        legacy_inversion: bool = False,
+    ) -> None:
+        check_counts(repeats=repeats)
+        self.pipeline, self.repeats = pipeline, repeats
+        self.step = {"num_steps": num_steps, "w1": w1, "w2": w2, "legacy_inversion": legacy_inversion}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the evaluation's report says about it."""
+        return {"repeats": self.repeats, **self.step}
+
+    def __call__(self, noise: torch.Tensor, text: TextConditioning) -> torch.Tensor:
+        """Golden noise of unit `noise` `(batch, channels, height, width)`, float32."""
+        sequence = redenoise_sequence(self.pipeline, noise, text, repeats=self.repeats, **self.step)
+        return match_spectrum(sequence[:, -1], noise)
+
+
+class NetworkRefiner:
+    """A network called with a `TextConditioning`; `scale` 0 leaves the noise as it is, 1 is its output."""
+
+    def __init__(self, network: GoldenNoiseNetwork, scale: float = 1.0) -> None:
+        self.network, self.scale = network, scale
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the evaluation's report says about it."""
+        parameters = list(self.network.parameters())
+        return {
+            "class": type(self.network).__name__,
+            "name_or_path": str(self.network.config.get("_name_or_path") or ""),
+            "golden_noise_scale": self.scale,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "parameter_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "fingerprint": fingerprint(self.network, _PROBES),
+        }
+
+    def __call__(self, noise: torch.Tensor, text: TextConditioning) -> torch.Tensor:
+        """Golden noise of unit `noise` `(batch, channels, height, width)`, float32."""
+        return self.network.refine(
+            noise,
+            text.prompt_embeds,
+            attention_mask=text.attention_mask,
+            pooled_prompt_embeds=text.pooled_prompt_embeds,
+            scale=self.scale,
+        )
+
+
+def name_subjects(
+    refine: GoldenNoiseNetwork | Refine | Mapping[str, GoldenNoiseNetwork | Refine] | None, scale: float = 1.0
+) -> dict[str, Refine]:
+    """What is evaluated, by name (one alone is `"golden"`), all called as `refine(noise, text)`."""
+    found = refine if isinstance(refine, Mapping) else {"golden": refine}
+    if refine is None or not found:
+        raise ValueError("`refine` must be a golden-noise network or a function of noise and text, got none.")
+    subjects: dict[str, Refine] = {}
+    for name, subject in found.items():
+        if not name or "/" in name or name.startswith(_RESERVED):
+            raise ValueError(
+                f"`refine` must have names without '/' that do not start with one of {_RESERVED}, got {name!r}."
+            )
+        is_network = isinstance(subject, GoldenNoiseNetwork)
+        if not is_network and not callable(subject):
+            raise TypeError(
+                "`refine` must hold golden-noise networks or functions of noise and text, got "
+                f"{type(subject).__name__} for {name!r}."
+            )
+        subjects[name] = NetworkRefiner(subject, scale) if is_network else subject
+    return subjects
+
 
 class GoldenNoiseRun:
-    """Draws, times, scores and measures all sides of every picture.
+    """Draws, times, scores and measures all sides of every picture; `shape` is that of the noise without its batch.
 
-    Args:
-        pipeline: the plain pipeline.
-        rewards: the first chooses among candidates and is timed.
-        shape: `(channels, height, width)` of the noise.
-        best_of: random noises per picture, the standard one among them.
-        images_dir: folder of all pictures, one folder a side; none are kept whole when `None`.
+    The first of the rewards chooses among `best_of` random noises, the standard one among them, and is timed.
     """
 
     def __init__(
@@ -62,16 +149,19 @@ class GoldenNoiseRun:
         figures: NoiseFigures,
         images_dir: str | os.PathLike | None = None,
     ) -> None:
-        self.images_dir = None if images_dir is None else Path(images_dir)
         self.pipeline, self.subjects, self.rewards = pipeline, subjects, rewards
         self.sampling, self.shape, self.best_of = sampling, shape, best_of
-        self.figures, self.device = figures, pipeline._execution_device
+        self.figures, self.images_dir = figures, images_dir
+        self.device = pipeline._execution_device
         self.cost = RunCost(self.device)
         self.candidates: dict[str, list[torch.Tensor]] = {label: [] for label in rewards}
 
     def draw_all(self, shots: Sequence[Shot], batch_size: int, show_progress: bool) -> None:
         """Draw, score and measure all pictures."""
-        self._check_subjects(shots[:1])
+        # What does not fit is found before anything is drawn.
+        text, noise = self._encode(shots[:1]), unit_noise(shots[:1], self.shape).to(self.device)
+        for side in self.subjects:
+            self._refine(side, noise, text)
         with tqdm(total=len(shots), desc="evaluation", disable=not show_progress) as bar:
             for number, start in enumerate(range(0, len(shots), batch_size)):
                 batch = shots[start : start + batch_size]
@@ -105,7 +195,7 @@ class GoldenNoiseRun:
         if self.images_dir is None:
             return
         for side, pictures in images.items():
-            folder = self.images_dir / re.sub(r"[^\w.-]+", "_", side)
+            folder = Path(self.images_dir, re.sub(r"[^\w.-]+", "_", side))
             folder.mkdir(parents=True, exist_ok=True)
             for number, (shot, picture) in enumerate(zip(shots, pictures, strict=True)):
                 row = len(self.figures.rows) + number
@@ -116,12 +206,6 @@ class GoldenNoiseRun:
             pixels = draw_from_noise(self.pipeline, shots, self.sampling, noise)
         return to_images(pixels)
 
-    def _check_subjects(self, shots: Sequence[Shot]) -> None:
-        """Refine one noise with each; what does not fit is found before anything is drawn."""
-        text = self._encode(shots)
-        for side in self.subjects:
-            self._refine(side, unit_noise(shots, self.shape).to(self.device), text)
-
     def _encode(self, shots: Sequence[Shot]) -> TextConditioning:
         prompts = [shot.prompt for shot in shots]
         return encode_prompts(self.pipeline, prompts, self.sampling.negative_prompt)
@@ -130,10 +214,9 @@ class GoldenNoiseRun:
     def _refine(self, side: str, noise: torch.Tensor, text: TextConditioning) -> torch.Tensor:
         golden = self.subjects[side](noise, text)
         if golden.shape != noise.shape or not torch.isfinite(golden).all():
+            found = f"{tuple(golden.shape)}{'' if torch.isfinite(golden).all() else ' with NaN'}"
             raise ValueError(
-                f"`refine` must give finite noise of shape {tuple(noise.shape)}, got "
-                f"{tuple(golden.shape)}{'' if torch.isfinite(golden).all() else ' with NaN'} from "
-                f"{side!r}."
+                f"`refine` must give finite noise of shape {tuple(noise.shape)}, got {found} from {side!r}."
             )
         return golden.float()
 
@@ -184,12 +267,6 @@ def label_rewards(rewards: Reward | Sequence[Reward]) -> dict[str, Reward]:
     return labelled
 
 
-logger = logging.getLogger(__name__)
-
-_PROBES = 16  # weights of a fingerprint; a report is read by people
-_FEATURE_SIZE = 64  # pixels a side of the default features
-
-
 def evaluate_golden_noise(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
@@ -225,9 +302,7 @@ def evaluate_golden_noise(
             `RedenoisedTarget`); several by name; the pipeline's own `noise_model` when `None`. On the pipeline's
             device.
         rewards: one or several; the first decides what is best, the others are reported.
-        seed: from which all pictures' seeds derive.
         seeds: seeds of every prompt's pictures, in place of `seed` and `num_images_per_prompt`.
-        golden_noise_scale: of networks.
         best_of: random noises per picture, the standard one among them, of which the first reward keeps the best; 1
             leaves that comparison out.
         features: for the distance of pictures of one prompt; small pixels when `None`.
@@ -253,7 +328,11 @@ def evaluate_golden_noise(
     with quiet_run(pipeline), without_noise_model(pipeline):
         run.draw_all(shots, batch_size, show_progress)
     settings = {
-        **_settings(pipeline, sampling, shape),
+        **pipeline_facts(pipeline),
+        "base_fingerprint": fingerprint(denoiser_of(pipeline), _PROBES),
+        **vars(sampling),
+        "latent_shape": list(shape),
+        "threads": torch.get_num_threads(),
         "prompts": len(prompts),
         "num_images_per_prompt": len(shots) // len(prompts),
         "seed": seed if seeds is None else None,
@@ -264,20 +343,19 @@ def evaluate_golden_noise(
         "features": type(figures.features).__name__,
         "subjects": {name: getattr(subject, "facts", {}) for name, subject in subjects.items()},
     }
-    return _report(settings, run, list(labelled))
+    return _report(settings, run)
 
 
-def _report(settings: dict[str, Any], run: GoldenNoiseRun, labels: list[str]) -> GoldenNoiseReport:
-    figures, subjects, count = run.figures, list(run.subjects), run.best_of
-    others = [*subjects, noise_summary.best_of_name(count)] if count > 1 else subjects
-    best_of = {}
-    if count > 1:
+def _report(settings: dict[str, Any], run: GoldenNoiseRun) -> GoldenNoiseReport:
+    figures, sides, best_of = run.figures, list(run.subjects), {}
+    if run.best_of > 1:
         candidates = {label: torch.cat(parts) for label, parts in run.candidates.items()}
-        best_of = noise_summary.best_of_summary(figures.rows, candidates, subjects, run.cost)
-    grouped = noise_summary.resampled_groups(figures.rows) is not None
+        best_of = noise_summary.best_of_summary(figures.rows, candidates, sides, run.cost)
+        sides = [*sides, best_of_name(run.best_of)]
+    grouped = resampled_groups(figures.rows) is not None
     return GoldenNoiseReport(
         {**settings, "resampled": "prompts" if grouped else "pairs"},
-        noise_summary.compare_sides(figures.rows, others, labels),
+        noise_summary.compare_sides(figures.rows, sides, settings["rewards"]),
         best_of,
         noise_summary.noise_summary(figures),
         noise_summary.diversity_summary(figures),
@@ -293,20 +371,3 @@ def _shots(prompts: Sequence[str], count: int, seed: int, seeds: Sequence[int] |
     if not len(seeds) or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"`seeds` must be distinct and not negative, one at least, got {list(seeds)[:8]}.")
     return [Shot(prompt, index, s) for prompt in prompts for index, s in enumerate(seeds)]
-
-
-def _settings(pipeline: DiffusionPipeline, sampling: Sampling, shape: tuple[int, int, int]) -> dict[str, Any]:
-    denoiser, device = denoiser_of(pipeline), pipeline._execution_device
-    is_gpu = device.type == "cuda"
-    return {
-        "pipeline": type(pipeline).__name__,
-        "base": str(pipeline.config.get("_name_or_path") or ""),
-        "base_fingerprint": fingerprint(denoiser, _PROBES),
-        "scheduler": type(pipeline.scheduler).__name__,
-        **vars(sampling),
-        "latent_shape": list(shape),
-        "dtype": str(denoiser.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    }

@@ -1,4 +1,4 @@
-"""Judges of clips: CLIP, and NudeNet, which is installed apart."""
+"""Who judges: what a judge of clips must give, judges and rewards of `module:attribute`, CLIP, and NudeNet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,63 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffusers_ext.evaluation.rendering import check_counts, spread_frames
 from diffusers_ext.rewards import CLIPScoreReward, HPSv2Reward, PickScoreReward, Reward
 from diffusers_ext.rewards.clip import CLIPReward
 
 REWARDS: dict[str, Any] = {reward.name: reward for reward in (HPSv2Reward, PickScoreReward, CLIPScoreReward)}
+
+
+ClipJudge = Callable[[np.ndarray, list[str]], Mapping[str, np.ndarray]]
+# Columns that every evaluation has, which no judge may name.
+MEASURED = ("motion", "temporal_smoothness", "drift", "degenerate")
+
+
+def judged(judge: ClipJudge, clips: np.ndarray, prompts: Sequence[str]) -> dict[str, list[Any]]:
+    """Ask a judge about clips and check what it gave: `{name: one bool, float, str or None per clip}`.
+
+    Args:
+        judge: `judge(clips, prompts)` gives a dictionary of arrays `(n,)`: bool for an aspect, whether the clip shows
+            what its prompt asks for in it; float for a figure, such as a distance; str for a reading, what is seen
+            instead. Masked entries of a `numpy.ma` array say nothing, where a prompt asks for nothing in that aspect.
+            An object with a method `correct` is asked by that.
+        clips: `(n, frames, height, width, 3)` uint8.
+    """
+    found = getattr(judge, "correct", judge)(clips, list(prompts))
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(
+            f"`judge` must give a dictionary of arrays, one value per clip, got {type(found).__name__} {found!r:.80}."
+        )
+    reserved = sorted(set(found) & set(MEASURED))
+    if reserved:
+        raise ValueError(f"`judge` must not use the names {list(MEASURED)}, got {reserved}.")
+    arrays = {name: np.ma.asarray(values) for name, values in found.items()}
+    for name, array in arrays.items():
+        if array.shape != (len(clips),) or array.dtype.kind not in "bfU":
+            raise ValueError(
+                f"`judge` must give one bool, float or str per clip ({len(clips)}) for {name!r}, got shape "
+                f"{array.shape} of {array.dtype}."
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array.compressed()).all():
+            raise ValueError(f"`judge` must give finite figures, got NaN or infinity for {name!r}.")
+    return {name: array.tolist() for name, array in arrays.items()}
+
+
+def judge_facts(judge: ClipJudge) -> dict[str, Any]:
+    """Name, version and further facts of a judge, of a bound method those of its object."""
+    owner = getattr(judge, "__self__", judge)
+    name = getattr(owner, "name", None) or getattr(owner, "__name__", type(owner).__name__)
+    return {"name": str(name), "version": getattr(owner, "version", None), **getattr(owner, "facts", {})}
+
+
+def find_concept_aspect(judge: ClipJudge, given: str | None, aspects: Sequence[str]) -> str:
+    """Which verdict is about the erased concept: `given`, the judge's `concept_aspect`, or its only one."""
+    chosen = given or getattr(getattr(judge, "__self__", judge), "concept_aspect", None)
+    if chosen is None and len(aspects) == 1:
+        return aspects[0]
+    if chosen not in aspects:
+        raise ValueError(f"`concept_aspect` must be one of the judge's verdicts {list(aspects)}, got {chosen!r}.")
+    return chosen
 
 
 def load_judge(spec: str, name: str = "judge") -> Callable[..., Any]:
@@ -47,14 +100,9 @@ def load_reward(
 ) -> Reward:
     """A reward by its name or `module:attribute`, e.g. `examples.digits.rewards:DigitsReward`.
 
-    Args:
-        spec: `"hpsv2"`, `"pickscore"`, `"clip_score"`, or module and attribute as in `load_judge`: a reward, or a
-            class of one that is called without arguments.
-        name: of the command line's argument, for errors.
-        model, version: of a named reward, its published weights and default when `None`.
-        device: where a named reward runs; one of `module:attribute` chooses for itself.
-        options: further arguments of a named reward's `from_pretrained`, where they are not `None`: `batch_size`,
-            `tokenizer`, `processor`, `local_files_only`, ...
+    Names are `"hpsv2"`, `"pickscore"` and `"clip_score"`; of them alone are `model` and `version`, the published ones
+    when `None`, `device`, and the `options`, further arguments of `from_pretrained` where they are not `None`. A class
+    is called without arguments. `name` is the flag's.
     """
     given = {"version": version, **options}
     given = {key: value for key, value in given.items() if value is not None}
@@ -128,8 +176,7 @@ class CLIPDetector:
             raise ValueError(f"`concept` must be one of `classes`, {classes}, got {concept!r}.")
         if "{}" not in template:
             raise ValueError(f"`template` must hold '{{}}' for the class, got {template!r}.")
-        if frames is not None and frames < 1:
-            raise ValueError(f"`frames` must be at least 1, got {frames}.")
+        check_counts(frames=frames)
         self.clip, self.classes, self.concept = clip, classes, concept.strip()
         self.template, self.frames = template, frames
         self._texts = clip.text_features([template.format(name) for name in classes])
@@ -142,18 +189,15 @@ class CLIPDetector:
     @property
     def facts(self) -> dict[str, Any]:
         """What else the verdicts depend on."""
-        names = ("classes", "concept", "template", "frames")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("classes", "concept", "template", "frames")}
 
     def probabilities(self, clips: np.ndarray) -> torch.Tensor:
         """Of every class, `(n, classes)` float32, for clips `(n, frames, height, width, 3)` uint8."""
-        count = clips.shape[1]
-        shown = count if self.frames is None else min(self.frames, count)
-        chosen = np.linspace(0, count - 1, shown).round().astype(int)
+        chosen = spread_frames(clips.shape[1], self.frames)
         pictures = [Image.fromarray(clip[frame]) for clip in clips for frame in chosen]
         cosines = self.clip.image_features(pictures) @ self._texts.T
         scale = self.clip.model.logit_scale.detach().exp().float().cpu()
-        return (scale * cosines).softmax(dim=1).unflatten(0, (len(clips), shown)).mean(1)
+        return (scale * cosines).softmax(dim=1).unflatten(0, (len(clips), len(chosen))).mean(1)
 
     def correct(self, clips: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Read clips `(n, frames, height, width, 3)` uint8.
@@ -227,12 +271,11 @@ class NudeNetDetector:
             raise ValueError(f"`threshold` must be in [{_FLOOR}, 1], got {threshold}.")
         if not labels or not set(labels) <= set(LENIENT):
             raise ValueError(f"`labels` must be among {list(LENIENT)}, got {list(labels)}.")
-        if frames is not None and frames < 1:
-            raise ValueError(f"`frames` must be at least 1, got {frames}.")
+        check_counts(frames=frames)
         if channel_order not in (None, *_ORDERS):
             raise ValueError(f"`channel_order` must be one of {_ORDERS}, got {channel_order!r}.")
         self.detector, self.version, self.threshold = detector, version, threshold
-        self.labels, self.frames, self.model = tuple(labels), frames, model
+        self.labels, self.frames, self.model = list(labels), frames, model
         self.channel_order = channel_order or probe_channel_order(detector)
 
     @classmethod
@@ -241,10 +284,8 @@ class NudeNetDetector:
     ) -> NudeNetDetector:
         """The detector of the installed package; raises `ImportError` where there is none.
 
-        Args:
-            model_path: an ONNX file of NudeNet; the small one that comes with the package when `None`.
-            resolution: that `model_path` reads: 320, or 640.
-            options: `threshold`, `labels`, `frames`.
+        `model_path` is an ONNX file of NudeNet that reads pictures of the `resolution` 320 or 640, the small one that
+        comes with the package when `None`; `options` are those of the class.
         """
         if importlib.util.find_spec("nudenet") is None:
             raise ImportError(
@@ -267,13 +308,8 @@ class NudeNetDetector:
     @property
     def facts(self) -> dict[str, Any]:
         """What else the verdicts depend on."""
-        return {
-            "threshold": self.threshold,
-            "labels": list(self.labels),
-            "frames": self.frames,
-            "model": self.model,
-            "channel_order": self.channel_order,
-        }
+        names = ("threshold", "labels", "frames", "model", "channel_order")
+        return {name: getattr(self, name) for name in names}
 
     def correct(self, clips: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Read clips `(n, frames, height, width, 3)` uint8.
@@ -281,9 +317,7 @@ class NudeNetDetector:
         Gives `"nudity"`, whether any frame shows it, whatever the prompt, and `"nude_frames"`, the share of frames,
         which tells small differences that the first does not.
         """
-        count = clips.shape[1]
-        shown = count if self.frames is None else min(self.frames, count)
-        chosen = np.linspace(0, count - 1, shown).round().astype(int)
+        chosen = spread_frames(clips.shape[1], self.frames)
         hits = np.array([[self._is_nude(clip[frame]) for frame in chosen] for clip in clips])
         return {"nudity": hits.any(axis=1), "nude_frames": hits.mean(axis=1)}
 

@@ -12,19 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from diffusers_ext.evaluation.features import FeatureExtractor
+from diffusers_ext.evaluation.features import FeatureExtractor, extract_features
 from diffusers_ext.evaluation.paired_comparison import (
     as_lists,
     bootstrap_interval,
     compare_pairs,
     expected_best,
-    extract_features,
-    group_indices,
     mean_pairwise_distance,
+    resampled_groups,
 )
 from diffusers_ext.evaluation.rendering import Shot
 from diffusers_ext.evaluation.report_files import KEPT_PER_PROMPT, thumbnail
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics, radial_spectrum
+
+try:
+    import resource
+except ImportError:  # Windows has no such module; resident memory is then not reported
+    resource = None
 
 STANDARD = "standard"
 
@@ -41,10 +45,8 @@ class KeptPictures(NamedTuple):
 class NoiseFigures:
     """Figures of several sides (standard noise first, golden noises), batch by batch.
 
-    Args:
-        features: for the distance between pictures of one prompt.
-        images_per_prompt: after so many pictures a prompt's features are compared and dropped.
-        sheet_prompts: prompts of which two seeds are kept as thumbnails.
+    After `images_per_prompt` pictures a prompt's features are compared and dropped. Of `sheet_prompts` prompts two
+    seeds are kept as thumbnails.
     """
 
     def __init__(
@@ -74,60 +76,39 @@ class NoiseFigures:
         }
         for side, noise in noises.items():
             columns.update(self._measure_noise(side, noise, noises[STANDARD]))
-        first = len(self.rows)
         for index, shot in enumerate(shots):
             row = {"prompt": shot.prompt, "index": shot.index, "seed": shot.seed}
             self.rows.append({**row, **{name: column[index] for name, column in columns.items()}})
-        self._keep(shots, images, scores)
-        if self.images_per_prompt > 1:
-            self._compare(self.rows[first:], images)
-
-    def _measure_noise(self, side: str, noise: torch.Tensor, standard: torch.Tensor) -> dict[str, list[float]]:
-        found = {name: x.tolist() for name, x in noise_statistics(noise)._asdict().items()}
-        if side != STANDARD:
-            change = (noise - standard).flatten(1).norm(dim=1) / standard.flatten(1).norm(dim=1)
-            found["change"] = change.tolist()
-        power = radial_spectrum(noise) * len(noise)
-        self._power[side] = self._power.get(side, 0) + power
-        return {f"{side}/noise_{name}": values for name, values in found.items()}
-
-    def _keep(
-        self,
-        shots: Sequence[Shot],
-        images: Mapping[str, list[Image.Image]],
-        scores: Mapping[str, Mapping[str, torch.Tensor]],
-    ) -> None:
-        for index, shot in enumerate(shots):
             prompts = {kept.prompt for kept in self.kept}
             is_shown = shot.prompt in prompts or len(prompts) < self.sheet_prompts
             if shot.index < KEPT_PER_PROMPT and is_shown:
                 pictures = {side: thumbnail(images[side][index]) for side in self.sides}
                 first = {side: next(iter(scores[side].values()))[index].item() for side in self.sides}
                 self.kept.append(KeptPictures(shot.prompt, shot.seed, pictures, first))
+        if self.images_per_prompt > 1:
+            self._compare(shots, images)
 
-    def _compare(self, rows: Sequence[dict[str, Any]], images: Mapping[str, list[Image.Image]]) -> None:
+    def _measure_noise(self, side: str, noise: torch.Tensor, standard: torch.Tensor) -> dict[str, list[float]]:
+        found = {name: x.tolist() for name, x in noise_statistics(noise)._asdict().items()}
+        if side != STANDARD:
+            change = (noise - standard).flatten(1).norm(dim=1) / standard.flatten(1).norm(dim=1)
+            found["change"] = change.tolist()
+        self._power[side] = self._power.get(side, 0) + radial_spectrum(noise) * len(noise)
+        return {f"{side}/noise_{name}": values for name, values in found.items()}
+
+    def _compare(self, shots: Sequence[Shot], images: Mapping[str, list[Image.Image]]) -> None:
         for side in self.sides:
-            found = extract_features(self.features, images[side])
-            for row, feature in zip(rows, found, strict=True):
-                sides = self._features.setdefault(row["prompt"], {})
-                sides.setdefault(side, []).append(feature)
-        for prompt in [p for p, f in self._features.items() if self._is_complete(f)]:
+            for shot, feature in zip(shots, extract_features(self.features, images[side]), strict=True):
+                self._features.setdefault(shot.prompt, {}).setdefault(side, []).append(feature)
+        complete = [p for p, found in self._features.items() if len(found[STANDARD]) == self.images_per_prompt]
+        for prompt in complete:
             for side, found in self._features.pop(prompt).items():
                 self.distances[side].append(mean_pairwise_distance(torch.stack(found)))
-
-    def _is_complete(self, found: Mapping[str, list[torch.Tensor]]) -> bool:
-        return len(found[STANDARD]) == self.images_per_prompt
 
     def spectrum(self, side: str) -> list[float | None]:
         """Mean power per ring of spatial frequency; `None` for a ring without a frequency."""
         power = self._power[side] / len(self.rows)
         return [None if torch.isnan(value) else value.item() for value in power]
-
-
-try:
-    import resource
-except ImportError:  # Windows has no such module; resident memory is then not reported
-    resource = None
 
 
 class Measurement(NamedTuple):
@@ -139,11 +120,7 @@ class Measurement(NamedTuple):
 
 
 class RunCost:
-    """Collects what the parts of a run cost.
-
-    Args:
-        device: on which they run; it is waited for.
-    """
+    """Collects what the parts of a run cost on a device, which is waited for."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -164,8 +141,7 @@ class RunCost:
             memory = torch.cuda.max_memory_allocated(self.device)
         else:
             memory = None if before is None else _peak_resident_bytes() - before
-        found = Measurement(pictures, seconds, memory)
-        self.measurements.setdefault(part, []).append(found)
+        self.measurements.setdefault(part, []).append(Measurement(pictures, seconds, memory))
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -200,31 +176,17 @@ def _peak_resident_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-_FEWEST_GROUPS = 10  # a bootstrap over fewer prompts than that says nothing
-
-
-def resampled_groups(rows: Sequence[dict[str, Any]]) -> torch.Tensor | None:
-    """The prompts as groups of the bootstrap; `None`, for single pairs, where they are too few."""
-    groups = group_indices([row["prompt"] for row in rows])
-    return groups if int(groups.max()) + 1 >= _FEWEST_GROUPS else None
-
-
 def compare_sides(
     rows: Sequence[dict[str, Any]], sides: Sequence[str], labels: Sequence[str], standard: str = STANDARD
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """`{side: {reward: PairedComparison as a dict}}` of all `sides` against one."""
     groups = resampled_groups(rows)
-    return {
-        side: {
-            label: as_lists(
-                compare_pairs(
-                    _column(rows, f"{standard}/{label}"), _column(rows, f"{side}/{label}"), groups=groups
-                )._asdict()
-            )
-            for label in labels
-        }
-        for side in sides
-    }
+
+    def compare(side: str, label: str) -> dict[str, Any]:
+        scores = _column(rows, f"{standard}/{label}"), _column(rows, f"{side}/{label}")
+        return as_lists(compare_pairs(*scores, groups=groups)._asdict())
+
+    return {side: {label: compare(side, label) for label in labels} for side in sides}
 
 
 def best_of_summary(
@@ -247,35 +209,25 @@ def best_of_summary(
         smallest n up to N whose mean is as high (`None`: none is).
     """
     primary = next(iter(candidates))
-    expected = {label: expected_best(candidates[primary], candidates[label]) for label in candidates}
+    expected = {label: expected_best(candidates[primary], scores).tolist() for label, scores in candidates.items()}
     count = candidates[primary].shape[1]
     one, score = cost.seconds("draw"), cost.seconds("score")
     seconds = [one if n == 1 else n * (one + score) for n in range(1, count + 1)]
-    side = best_of_name(count)
-    compared = compare_sides(rows, subjects, [primary], side)
+    compared = compare_sides(rows, subjects, [primary], best_of_name(count))
     against = {}
     for subject in subjects:
         found = compared[subject][primary]
         taken = one + cost.seconds(f"refine {subject}")
         paid = max([n for n in range(1, count + 1) if seconds[n - 1] <= taken], default=1)
-        mean = found["mean_other"]
-        enough = [n for n in range(1, count + 1) if expected[primary][n - 1].item() >= mean]
+        enough = [n for n in range(1, count + 1) if expected[primary][n - 1] >= found["mean_other"]]
         against[subject] = {
             "time_ratio": taken / seconds[-1],
-            "difference": found["difference"],
-            "difference_interval": found["difference_interval"],
-            "win_rate": found["win_rate"],
-            "win_rate_interval": found["win_rate_interval"],
+            **{name: found[name] for name in ("difference", "difference_interval", "win_rate", "win_rate_interval")},
             "equal_time_count": paid,
-            "equal_time_mean": expected[primary][paid - 1].item(),
+            "equal_time_mean": expected[primary][paid - 1],
             "matching_count": min(enough, default=None),
         }
-    return {
-        "count": count,
-        "seconds": seconds,
-        "expected": {label: means.tolist() for label, means in expected.items()},
-        "against": against,
-    }
+    return {"count": count, "seconds": seconds, "expected": expected, "against": against}
 
 
 def noise_summary(figures: NoiseFigures) -> dict[str, dict[str, Any]]:

@@ -1,23 +1,16 @@
-"""What is measured on pairs of pictures that a base and a tuned model drew from the same seeds."""
+"""Statistics of pairs that two models drew of the same prompts and seeds: means, rates, and how sure they are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-
-from diffusers_ext.evaluation.features import FeatureExtractor
-from diffusers_ext.evaluation.rendering import Shot, to_images
-from diffusers_ext.evaluation.report_files import KEPT_PER_PROMPT, thumbnail
 
 _CHUNK = 2_000_000  # draws at once, so that a bootstrap needs little memory
+_FEWEST_GROUPS = 10  # a bootstrap over fewer prompts than that says nothing
 
 
 class Interval(NamedTuple):
@@ -72,6 +65,76 @@ def compare_pairs(
     )
 
 
+class RateComparison(NamedTuple):
+    """How often something is seen on the base's and on the other side of the same pairs."""
+
+    pairs: int
+    base: float
+    base_interval: Interval
+    other: float
+    other_interval: Interval
+    difference: float  # other - base
+    difference_interval: Interval
+
+
+def compare_rates(
+    base: torch.Tensor, other: torch.Tensor, *, groups: torch.Tensor | None = None, confidence: float = 0.95
+) -> RateComparison:
+    """Compare the rates of paired verdicts, `(pairs,)` bool.
+
+    The intervals are Wilson's for the rates and Newcombe's for their difference, which stay open where all verdicts
+    agree; a bootstrap would call such a difference certain, however few the pairs. Pairs of one of the `groups`
+    (integers) may be alike, and the intervals count as many pairs as the groups are worth (`effective_count`).
+    """
+    for name, values in (("base", base), ("other", other)):
+        if values.dtype != torch.bool or values.ndim != 1 or not len(values):
+            raise ValueError(f"`{name}` must be (pairs,) bool, got {tuple(values.shape)} {values.dtype}.")
+    if base.shape != other.shape:
+        raise ValueError(f"`other` must hold one verdict per pair ({len(base)}), got {len(other)}.")
+    first, second = base.double(), other.double()
+    counts = [float(len(base))] * 3
+    if groups is not None:
+        counts = [effective_count(values, groups) for values in (first, second, second - first)]
+    rates = first.mean().item(), second.mean().item()
+    return RateComparison(
+        len(base),
+        rates[0],
+        wilson_interval(rates[0], counts[0], confidence),
+        rates[1],
+        wilson_interval(rates[1], counts[1], confidence),
+        (second - first).mean().item(),
+        _newcombe_interval(base, other, counts[2], confidence),
+    )
+
+
+def _newcombe_interval(base: torch.Tensor, other: torch.Tensor, count: float, confidence: float) -> Interval:
+    """Newcombe's interval of a difference of paired rates (Stat. Med. 17, 2635, 1998, method 10).
+
+    With the Wilson intervals `(l, u)` of both rates `p` and the correlation `phi` of the verdicts, the lower limit is
+    `d - sqrt(a^2 - 2 phi a b + b^2)` where `a = p2 - l2` and `b = u1 - p1`; the upper one mirrors it.
+    """
+    share = count / len(base)  # pairs of one prompt count for less
+    both, neither = (base & other).sum() * share, (~base & ~other).sum() * share
+    only_base, only_other = (base & ~other).sum() * share, (~base & other).sum() * share
+    margins = (both + only_base) * (only_other + neither) * (both + only_other) * (only_base + neither)
+    product = (both * neither - only_base * only_other).item()
+    if product > 0:
+        product = max(product - count / 2, 0.0)  # the continuity correction
+    phi = product / math.sqrt(margins.item()) if margins > 0 else 0.0
+    first, second = base.double().mean().item(), other.double().mean().item()
+    low1, high1 = wilson_interval(first, count, confidence)
+    low2, high2 = wilson_interval(second, count, confidence)
+    difference = (other.double() - base.double()).mean().item()
+    return Interval(
+        difference - _combined(second - low2, high1 - first, phi),
+        difference + _combined(high2 - second, first - low1, phi),
+    )
+
+
+def _combined(first: float, second: float, phi: float) -> float:
+    return math.sqrt(max(0.0, first**2 - 2 * phi * first * second + second**2))
+
+
 def win_rate(standard: torch.Tensor, other: torch.Tensor) -> float:
     """Share of pairs `(pairs,)` in which `other` is strictly better; ties count half."""
     return ((other > standard).double() + 0.5 * (other == standard).double()).mean().item()
@@ -114,13 +177,10 @@ def bootstrap_interval(
     resamples: int = 4000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap of a mean (Efron, Ann. Statist. 7, 1979), deterministic.
+    """Percentile bootstrap of a mean of `(n,)` values (Efron, Ann. Statist. 7, 1979), deterministic.
 
-    Args:
-        values: `(n,)`.
-        weights: `(n,)`; the interval is then of `sum(values) / sum(weights)`, a ratio of means.
-        groups: `(n,)` integers. Whole groups are resampled, as pictures of one prompt are alike and count for less
-            than as many prompts; single values when `None`.
+    With `weights` it is of `sum(values) / sum(weights)`, a ratio of means. Of `groups` (integers) whole ones are
+    resampled, as pictures of one prompt are alike and count for less than as many prompts.
     """
     values = _check_scores("values", values)
     weights = torch.ones_like(values) if weights is None else _check_scores("weights", weights)
@@ -182,10 +242,11 @@ def as_lists(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(x) if isinstance(x, tuple) else x for name, x in found.items()}
 
 
-def group_indices(names: Sequence[str]) -> torch.Tensor:
-    """`(n,)` integers, equal where the names are."""
+def resampled_groups(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+    """The prompts as groups of the bootstrap, `(n,)` integers; `None`, for single pairs, where they are too few."""
+    names = [row["prompt"] for row in rows]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([numbers[name] for name in names], dtype=torch.long)
+    return torch.tensor([numbers[name] for name in names]) if len(numbers) >= _FEWEST_GROUPS else None
 
 
 def _check_scores(name: str, scores: torch.Tensor) -> torch.Tensor:
@@ -199,158 +260,3 @@ def _check_confidence(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
     return confidence
-
-
-Judge = Callable[[list[Image.Image], list[str]], Sequence[bool] | np.ndarray | torch.Tensor]
-Scorer = Callable[[list[Image.Image], list[str]], torch.Tensor]
-
-SIDES = ("base", "tuned")
-
-
-class KeptPair(NamedTuple):
-    """Two pictures of one prompt and one seed, kept for the report's sheet."""
-
-    group: str
-    prompt: str
-    base: Image.Image
-    tuned: Image.Image
-
-
-@dataclass(frozen=True)
-class Instruments:
-    """What looks at the pictures of one group; every part is optional, features of the subject are normalised."""
-
-    judge: Judge | None = None
-    scorer: Scorer | None = None
-    features: FeatureExtractor | None = None
-    subject_features: torch.Tensor | None = None
-
-
-def pixel_drift(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of pictures `(n, 3, height, width)` in [0, 1]; returns `(n,)`."""
-    if base.shape != tuned.shape:
-        raise ValueError(
-            f"`base` and `tuned` must draw pictures of one size, got {tuple(base.shape[1:])} and "
-            f"{tuple(tuned.shape[1:])}. Pass `height` and `width`."
-        )
-    return (base.double() - tuned.double()).abs().flatten(1).mean(1)
-
-
-def feature_drift(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
-    """`(1 - cos) / 2` of features `(n, dim)`, row by row, as in PEFT's image generation benchmark.
-
-    It is computed as `|u - v|^2 / 4` of the unit vectors, which is exactly 0 for equal rows.
-    """
-    base, tuned = (F.normalize(x.double(), dim=-1) for x in (base, tuned))
-    return (base - tuned).square().sum(-1) / 4
-
-
-def diversity(features: torch.Tensor) -> float:
-    """Mean `(1 - cos) / 2` over all pairs of rows of `(n, dim)`; the scale of `feature_drift`."""
-    rows, columns = torch.triu_indices(features.shape[0], features.shape[0], 1)
-    return feature_drift(features[rows], features[columns]).mean().item()
-
-
-class PairedFigures:
-    """Collects the figures of one group of prompts, batch by batch; pictures are not kept.
-
-    Of `sheet_prompts` prompts two pairs are kept as thumbnails.
-    """
-
-    def __init__(self, group: str, instruments: Instruments, sheet_prompts: int = 16) -> None:
-        self.group, self.instruments, self.sheet_prompts = group, instruments, sheet_prompts
-        self.pairs: list[KeptPair] = []
-        self._columns: dict[str, dict[str, list[float]]] = {}  # prompt -> figure -> per picture
-        self._features: dict[str, list[torch.Tensor]] = {side: [] for side in SIDES}
-        self._prompts: list[str] = []  # of the pictures, in their order
-
-    def add(self, shots: Sequence[Shot], base: torch.Tensor, tuned: torch.Tensor) -> None:
-        """Measure pairs of pictures `(n, 3, height, width)` in [0, 1]."""
-        columns = {"pixel_drift": pixel_drift(base, tuned).tolist()}
-        images = {"base": to_images(base), "tuned": to_images(tuned)}
-        if self.instruments.features is not None:
-            features = {side: self.embed(images[side]) for side in SIDES}
-            columns["feature_drift"] = feature_drift(features["base"], features["tuned"]).tolist()
-            for side in SIDES:
-                self._features[side].append(features[side])
-                if self.instruments.subject_features is not None:
-                    similarity = _cosines(features[side], self.instruments.subject_features)
-                    columns[f"subject_similarity_{side}"] = similarity.tolist()
-        for side in SIDES:
-            columns.update(self._judgements(side, images[side], [shot.prompt for shot in shots]))
-        self._prompts += [shot.prompt for shot in shots]
-        for row, shot in enumerate(shots):
-            figures = self._columns.setdefault(shot.prompt, {})
-            for name, values in columns.items():
-                figures.setdefault(name, []).append(values[row])
-            if shot.index < KEPT_PER_PROMPT and len(self._columns) <= self.sheet_prompts:
-                pair = [thumbnail(images[side][row]) for side in SIDES]
-                self.pairs.append(KeptPair(self.group, shot.prompt, *pair))
-
-    def embed(self, images: list[Image.Image]) -> torch.Tensor:
-        """Features `(n, dim)` of pictures, checked."""
-        return extract_features(self.instruments.features, images)
-
-    def _judgements(self, side: str, images: list[Image.Image], prompts: list[str]) -> dict[str, list[float]]:
-        found = {}
-        if self.instruments.judge is not None:
-            verdicts = self.instruments.judge(images, prompts)
-            found[f"accuracy_{side}"] = _one_per_image(verdicts, len(images), "judge", "bool")
-        if self.instruments.scorer is not None:
-            scores = self.instruments.scorer(images, prompts)
-            found[f"score_{side}"] = _one_per_image(scores, len(images), "scorer", "number")
-        return found
-
-    def all_features(self, side: str) -> torch.Tensor:
-        """All features `(n, dim)` of one side, in the order of the pictures."""
-        return torch.cat(self._features[side])
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per prompt: number of pictures and the mean of every figure."""
-        rows = []
-        for prompt, columns in self._columns.items():
-            row: dict[str, Any] = {"group": self.group, "prompt": prompt}
-            row["images"] = len(columns["pixel_drift"])
-            row.update({name: float(np.mean(values)) for name, values in columns.items()})
-            rows.append(row)
-        if self.instruments.features is not None:
-            for side in SIDES:
-                self._add_diversity(rows, side)
-        return rows
-
-    def _add_diversity(self, rows: list[dict[str, Any]], side: str) -> None:
-        features = self.all_features(side)
-        pictures: dict[str, list[int]] = {}
-        for index, prompt in enumerate(self._prompts):
-            pictures.setdefault(prompt, []).append(index)
-        for row in rows:
-            if row["images"] > 1:
-                row[f"diversity_{side}"] = diversity(features[pictures[row["prompt"]]])
-
-
-def extract_features(features: FeatureExtractor, images: list[Image.Image]) -> torch.Tensor:
-    """Features `(n, dim)`; raises `ValueError` for a wrong shape or values that are not finite."""
-    found = features.extract(images)
-    if found.ndim != 2 or found.shape[0] != len(images) or not torch.isfinite(found).all():
-        raise ValueError(
-            f"`features` must give finite features (images, dim) for {len(images)} images, got "
-            f"{tuple(found.shape)}{'' if torch.isfinite(found).all() else ' with NaN'}."
-        )
-    return found
-
-
-def _cosines(features: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Mean cosine of each row with all references, `(n,)`; references are L2-normalised."""
-    return F.normalize(features.double(), dim=1) @ references.double().mean(0)
-
-
-def _one_per_image(
-    values: Sequence[bool] | np.ndarray | torch.Tensor, count: int, name: str, kind: str
-) -> list[float]:
-    found = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    right_kind = found.dtype == bool if kind == "bool" else np.issubdtype(found.dtype, np.number)
-    if found.shape != (count,) or not right_kind or not np.isfinite(found).all():
-        raise ValueError(
-            f"`{name}` must give one finite {kind} per image ({count}), got {found.dtype} of shape {found.shape}."
-        )
-    return found.astype(float).tolist()

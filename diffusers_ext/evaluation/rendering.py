@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -105,11 +106,16 @@ def image_seed(seed: int, prompt: str, index: int, stream: str = "paired") -> in
     return stream_seed(seed, stream, index, prompt)
 
 
-def check_counts(**counts: int) -> None:
-    """Raise `ValueError` for a number below 1."""
+def check_counts(**counts: int | None) -> None:
+    """Raise `ValueError` for a number below 1; `None` is not given."""
     for name, count in counts.items():
-        if count < 1:
+        if count is not None and count < 1:
             raise ValueError(f"`{name}` must be at least 1, got {count}.")
+
+
+def spread_frames(count: int, frames: int | None = None) -> np.ndarray:
+    """Indices of at most `frames` of `count` frames, evenly spaced, first and last among them; all when `None`."""
+    return np.linspace(0, count - 1, count if frames is None else min(frames, count)).round().astype(int)
 
 
 def shots_of(prompts: Sequence[str], count: int, seed: int, stream: str = "paired") -> list[Shot]:
@@ -287,6 +293,19 @@ def draw_from_noise(
     height, width = (size * pipeline.vae_scale_factor for size in noise.shape[-2:])
     latents, sampling = (family.pack(pipeline, latents), replace(sampling, height=height, width=width))
     return draw(pipeline, shots, sampling, latents, **family.call_arguments)
+
+
+def pipeline_facts(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What of a pipeline, its device and the packages a report names, because its figures depend on it."""
+    device = pipeline._execution_device
+    return {
+        "pipeline": type(pipeline).__name__,
+        "base": str(pipeline.config.get("_name_or_path") or ""),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "dtype": str(denoiser_of(pipeline).dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
 
 
 @contextmanager

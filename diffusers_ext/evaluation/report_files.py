@@ -8,7 +8,7 @@ import io
 import json
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.evaluation.rendering import spread_frames
+from diffusers_ext.hub import Measured
 
 KEPT_PER_PROMPT = 2  # pictures, or pairs of them, of one prompt on the sheet of a report
 _SMALLEST_CELL, _LARGEST_CELL = 96, 256
@@ -143,8 +145,7 @@ def clip_sheet(kept: Sequence[KeptClip], frames: int = _FRAMES_SHOWN) -> Image.I
             "`kept` must hold clips of one number of frames, got "
             f"{sorted(lengths) or 'none'}. Clips are not saved with a report."
         )
-    length = lengths.pop()
-    shown = np.linspace(0, length - 1, min(frames, length)).round().astype(int)
+    shown = spread_frames(lengths.pop(), frames)
     rows = [
         SheetRow(
             f"{side}: {one.prompt}" if side == next(iter(one.clips)) else side,
@@ -211,6 +212,10 @@ class SavedReport:
     pictures: ClassVar[str] = "kept"
     csv_name: ClassVar[str | None] = None
 
+    def measured(self) -> Iterator[Measured]:
+        """What a model card shows."""
+        raise TypeError(f"{type(self).__name__} must define `measured`.")
+
     def to_table(self) -> str:
         """The figures as Markdown tables."""
         raise TypeError(f"{type(self).__name__} must define `to_table`.")
@@ -275,6 +280,16 @@ def number_cell(value: float | None, interval: Sequence[float] | None = None, fo
         return "-"
     text = f"{value:{form}}"
     return text if interval is None else f"{text} [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def measured_cell(found: Mapping[str, Any], name: str, form: str = ".4g") -> str:
+    """A figure of a summary that holds its interval as `name_interval`; `-` where it does not hold it."""
+    return number_cell(found.get(name), found.get(f"{name}_interval"), form)
+
+
+def interval_words(interval: Sequence[float]) -> str:
+    """An interval as the notes of a model card tell it."""
+    return f"95 % interval {interval[0]:.3g} to {interval[1]:.3g}"
 
 
 def spoken(name: str) -> str:

@@ -3,10 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffusers_ext.evaluation.features import (
     coverage,
     distribution_metrics,
+    diversity,
+    feature_drift,
     frechet_distance,
     jensen_shannon,
     median_bandwidth,
@@ -191,3 +194,18 @@ def test_bad_settings_are_refused():
         with_floor(a, a[:5], a)
     with pytest.raises(ValueError, match="must have 2 rows or more, got 1 and 6"):
         frechet_distance(a[:1], a)
+
+
+def test_feature_drift_is_half_of_one_minus_the_cosine():
+    a, b = torch.randn(5, 7, generator=torch.manual_seed(0)), torch.randn(5, 7)
+    expected = (1 - F.cosine_similarity(a.double(), b.double())) / 2
+    assert torch.allclose(feature_drift(a, b), expected)
+    assert feature_drift(a, a).tolist() == [0] * 5
+    assert feature_drift(a, -3 * a).tolist() == pytest.approx([1] * 5)
+    # Black pictures have no direction; two of them still are the same.
+    assert feature_drift(torch.zeros(1, 3), torch.zeros(1, 3)).item() == 0
+
+
+def test_diversity_is_the_mean_drift_over_pairs():
+    features = torch.tensor([[1.0, 0], [0, 2.0], [-1.0, 0]])
+    assert diversity(features) == pytest.approx((0.5 + 0.5 + 1) / 3)

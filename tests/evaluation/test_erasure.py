@@ -11,9 +11,94 @@ from peft import inject_adapter_in_model
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import register_eraser
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
-from diffusers_ext.evaluation.erasure import draw_base_clips, erasers_at_scale, evaluate_erasure, find_erasers
+from diffusers_ext.evaluation.erasure import (
+    clip_drift,
+    clip_shots,
+    degenerate_clips,
+    draw_base_clips,
+    erasers_at_scale,
+    evaluate_erasure,
+    find_erasers,
+    list_aspects,
+    measure_pairs,
+    motion,
+    spatial_correlation,
+    temporal_smoothness,
+)
 from diffusers_ext.evaluation.rendering import render_clips
+from examples.digits.pictures import real_digits
+from examples.moving_digits.clips import make_clip
 from tests.tiny_cogvideox import tiny_video_pipeline
+
+PROMPTS = {"preserved": ["a", "b"], "other words": ["s"], "target": ["s", "t", "s"]}
+
+
+def test_every_entry_gets_clips_with_seeds_of_their_own():
+    shots = clip_shots(PROMPTS, 2, seed=0)
+    assert [(s.group, s.prompt, s.index) for s in shots if s.group == "target"] == [
+        *(("target", "s", 0), ("target", "s", 1), ("target", "t", 0), ("target", "t", 1)),
+        *(("target", "s", 2), ("target", "s", 3)),
+    ]
+    assert shots[0].group == "target"  # whatever the order of the groups
+    target = [shot.seed for shot in shots if shot.group == "target"]
+    assert len(set(target)) == 6
+    assert all(0 <= shot.seed < 2**63 for shot in shots)
+    assert {shot.seed for shot in clip_shots(PROMPTS, 2, seed=1)}.isdisjoint(target)
+
+
+def test_a_seed_depends_on_its_prompt_alone():
+    alone = clip_shots({"target": ["t"], "preserved": ["b"]}, 2, seed=0)
+    among = clip_shots(PROMPTS, 2, seed=0)
+    assert set(alone) <= set(among)
+
+
+def test_given_seeds_are_of_first_clips():
+    given = {"target": [7, None, 9]}
+    shots = [s for s in clip_shots(PROMPTS, 2, seed=0, seeds=given) if s.group == "target"]
+    derived = [s for s in clip_shots(PROMPTS, 2, seed=0) if s.group == "target"]
+    assert [shots[0].seed, shots[4].seed] == [7, 9]
+    assert shots[2:4] == derived[2:4]
+    assert len({shot.seed for shot in shots}) == 6
+
+
+@pytest.mark.parametrize(
+    ("groups", "count", "seeds", "message"),
+    [
+        (PROMPTS, 0, None, "`num_videos_per_prompt` must be at least 1, got 0"),
+        ({"target": ["a"]}, 1, None, r"got none of \['preserved'\]"),
+        ({"target": [], "preserved": ["a"]}, 1, None, r"got none of \['target'\]"),
+        ({"target": ["a"], "preserved": ["a"]}, 1, None, r"in 'target' and in 'preserved', got \['a'\]"),
+        ({"target": "a", "preserved": ["b"]}, 1, None, "`target` must be a list of prompts"),
+        (PROMPTS, 1, {"target": [1]}, r"one entry per prompt of 'target' \(3\), got 1"),
+    ],
+)  # fmt: skip
+def test_other_prompts_are_refused(groups, count, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        clip_shots(groups, count, 0, seeds)
+
+
+def test_rows_hold_what_was_judged_and_measured():
+    shots = clip_shots({"target": ["s"], "preserved": ["a"]}, 1, 0)
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, (2, 4, 8, 8, 3), dtype=np.uint8)
+    clips = {"base": base, "erased": np.zeros_like(base)}
+
+    def judge(clips: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
+        mask = [prompt == "a" for prompt in prompts]
+        return {"bright": np.ma.array(clips.mean(axis=(1, 2, 3, 4)) > 50, mask=mask), "prompt": np.array(prompts)}
+
+    rows = measure_pairs(shots, clips, judge)
+    assert [row["base/bright"] for row in rows] == [True, None]
+    assert [row["erased/bright"] for row in rows] == [False, None]
+    assert [row["erased/prompt"] for row in rows] == ["s", "a"]
+    assert [row["base/motion"] for row in rows] == motion(base).tolist()
+    assert [row["erased/drift"] for row in rows] == clip_drift(base, clips["erased"]).tolist()
+    assert [row["base/degenerate"] for row in rows] == ["noise", "noise"]
+    assert [row["erased/degenerate"] for row in rows] == ["blank", "blank"]
+    assert [row["seed"] for row in rows] == [shot.seed for shot in shots]
+    assert "base/drift" not in rows[0]
+    assert list_aspects(rows) == ["bright"]
+
 
 GROUPS = {"target": ["a red seven moving right", "the blue seven goes up"], "preserved": ["a red one moving right"]}
 CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 2.0}
@@ -153,3 +238,86 @@ def test_clips_that_are_not_finite_are_refused(pipeline):
         layer.eraser_up["seven"].bias.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="must draw finite clips, got NaN .* 'a red seven"):
         evaluate_erasure(pipeline, GROUPS, judge, **QUIET)
+
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def crossing() -> np.ndarray:
+    ink, _ = real_digits()
+    return np.stack([make_clip(ink[index], "white", "right") for index in range(24)])
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    return RNG.integers(0, 256, (4, 9, 16, 16, 3), dtype=np.uint8)
+
+
+def gray(levels: list[int], size: int = 8) -> np.ndarray:
+    """One clip of flat frames."""
+    frames = np.array(levels, dtype=np.uint8).reshape(1, -1, 1, 1, 1)
+    return np.broadcast_to(frames, (1, len(levels), size, size, 3)).copy()
+
+
+def test_motion_and_drift_are_mean_changes():
+    assert motion(gray([0, 51, 51])) == pytest.approx([0.1])
+    assert clip_drift(gray([0, 51, 102]), gray([51, 51, 51])) == pytest.approx([0.4 / 3])
+    assert motion(gray([7, 7, 7])) == 0
+    assert clip_drift(gray([3, 4]), gray([3, 4])) == 0
+
+
+def test_smoothness_of_known_clips(noise):
+    assert temporal_smoothness(gray([0, 50, 100, 150])) == pytest.approx([1.0])
+    assert temporal_smoothness(gray([0, 100, 0, 100])) == pytest.approx([0.0], abs=1e-6)
+    assert temporal_smoothness(gray([9, 9, 9])) == 1.0
+    # E|x1 - 2 x2 + x3| / 2 E|x2 - x1| of independent normal means is sqrt(3) / 2.
+    assert temporal_smoothness(noise).mean() == pytest.approx(1 - 3**0.5 / 2, abs=0.03)
+
+
+def test_smoothness_tells_a_steady_shape_from_broken_motion(crossing):
+    steady = temporal_smoothness(crossing).mean()
+    mixed = np.stack([crossing[RNG.permutation(len(crossing))[:9], range(9)] for _ in range(24)])
+    shaken = np.stack([[np.roll(f, RNG.integers(-1, 2, 2), (0, 1)) for f in clip] for clip in crossing])
+    flickering = (crossing * RNG.choice([0.5, 1.0], (24, 9, 1, 1, 1))).astype(np.uint8)
+    assert steady > 0.55
+    for broken in (mixed, shaken, flickering):
+        assert temporal_smoothness(broken).mean() < steady - 0.2
+
+
+def test_correlation_is_low_in_noise_alone(crossing, noise):
+    assert (spatial_correlation(crossing) > 0.4).all()
+    assert (np.abs(spatial_correlation(noise)) < 0.05).all()
+    assert spatial_correlation(gray([5, 5])) == 1.0
+
+
+def test_degenerate_clips_are_told_apart(crossing, noise):
+    frozen = np.repeat(crossing[:1, 4:5], 9, axis=1)
+    clips = np.concatenate([crossing[:1], gray([0] * 9, 16), gray([9] * 9, 16), frozen, noise[:1]])
+    found = degenerate_clips(clips)
+    assert {kind: flags.tolist() for kind, flags in found.items()} == {
+        "blank": [False, True, True, False, False],
+        "frozen": [False, False, False, True, False],
+        "noise": [False, False, False, False, True],
+    }
+
+
+def test_a_clip_with_one_picture_in_it_is_not_blank(crossing):
+    clip = np.zeros_like(crossing[:1])
+    clip[:, 4] = crossing[0, 4]
+    assert not degenerate_clips(clip)["blank"][0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: motion(gray([1])), "must have 2 frames at least, got 1"),
+        (lambda: temporal_smoothness(gray([1, 2])), "must have 3 frames at least, got 2"),
+        (lambda: motion(gray([1, 2])[0]), r"must be \(n, frames, height, width, 3\)"),
+        (lambda: motion(gray([1, 2]).astype(np.float32)), "of 8 bits, got .* float32"),
+        (lambda: clip_drift(gray([1, 2]), gray([1, 2], 4)), "`other` must have the shape of `base`"),
+    ],
+)
+def test_other_arrays_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

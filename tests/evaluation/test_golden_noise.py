@@ -5,10 +5,11 @@ import torch
 
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
 from diffusers_ext.evaluation.features import PixelFeatures
-from diffusers_ext.evaluation.golden_noise_report import NetworkRefiner, RedenoisedTarget
+from diffusers_ext.evaluation.golden_noise import NetworkRefiner, RedenoisedTarget, name_subjects
 from diffusers_ext.evaluation.paired_comparison import mean_pairwise_distance
 from diffusers_ext.evaluation.rendering import Sampling, draw, image_seed, shots_of, to_images
-from diffusers_ext.golden_noise.noise_statistics import noise_statistics
+from diffusers_ext.golden_noise.noise_statistics import match_energy, match_spectrum, noise_statistics
+from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_text
 from tests.evaluation.golden_subjects import PROMPTS, Redness, evaluate, moved, small_network, unmoved
 from tests.golden_noise.golden_pipelines import golden_pipeline
 from tests.training.stub_rewards import Brightness, BrokenForNine, Constant
@@ -250,3 +251,44 @@ def test_pictures_that_are_not_finite_are_refused(pipeline):
         pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)
     with pytest.raises(ValueError, match="must draw finite pictures, got NaN"):
         evaluate(pipeline)
+
+
+@pytest.fixture
+def text(pipeline):
+    return encode_prompts(pipeline, PROMPTS)
+
+
+def unit_noise() -> torch.Tensor:
+    return torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_target_is_redenoised_noise_of_the_same_spectrum(pipeline, text):
+    noise, step = unit_noise(), {"num_steps": 4, "w1": 3.0, "w2": 0.5}
+    once = match_energy(redenoise_text(pipeline, noise, text, **step), noise)
+    found = RedenoisedTarget(pipeline, 1, **step)(noise, text)
+    assert torch.allclose(found, match_spectrum(once, noise), atol=1e-6)
+    twice = match_energy(redenoise_text(pipeline, once, text, **step), noise)
+    found = RedenoisedTarget(pipeline, 2, **step)(noise, text)
+    assert torch.allclose(found, match_spectrum(twice, noise), atol=1e-6)
+    assert torch.allclose(found.square().mean((1, 2, 3)), noise.square().mean((1, 2, 3)))
+    assert (found - noise).abs().max() > 1e-3
+
+
+def test_a_network_gets_text_mask_and_scale(text):
+    network, noise = small_network(), unit_noise()
+    found = NetworkRefiner(network, 0.5)(noise, text)
+    assert torch.equal(found, network.refine(noise, text.prompt_embeds, scale=0.5))
+    assert torch.equal(NetworkRefiner(network, 0.0)(noise, text), noise)
+
+
+def test_names():
+    network = small_network()
+    assert list(name_subjects(moved)) == ["golden"]
+    found = name_subjects({"a": moved, "b": network}, 0.25)
+    assert found["a"] is moved
+    assert (found["b"].network, found["b"].scale) == (network, 0.25)
+
+
+def test_repeats_below_one_are_refused(pipeline):
+    with pytest.raises(ValueError, match="`repeats` must be at least 1, got 0"):
+        RedenoisedTarget(pipeline, 0)

@@ -8,10 +8,11 @@ import torch
 from diffusers_ext.evaluation.paired_comparison import (
     bootstrap_interval,
     compare_pairs,
+    compare_rates,
     effective_count,
     expected_best,
-    group_indices,
     mean_pairwise_distance,
+    resampled_groups,
     wilson_interval,
     win_rate,
 )
@@ -113,10 +114,6 @@ def test_grouped_values_are_worth_fewer():
     assert together.win_rate_interval == wilson_interval(together.win_rate, 50)
 
 
-def test_groups_are_numbered_by_their_first_place():
-    assert group_indices(["b", "a", "b"]).tolist() == [0, 1, 0]
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -141,3 +138,72 @@ def test_groups_are_numbered_by_their_first_place():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def verdicts(*counts: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of (base, other, how many)."""
+    pairs = torch.tensor([[base, other] for base, other, count in counts for _ in range(count)])
+    return pairs[:, 0].bool(), pairs[:, 1].bool()
+
+
+def test_the_interval_of_a_difference_is_newcombes():
+    # Newcombe, Stat. Med. 17, 2635 (1998), table II: 36, 12, 2, 0 of 50 pairs.
+    base, other = verdicts((1, 1, 36), (0, 1, 12), (1, 0, 2))
+    found = compare_rates(base, other)
+    assert found.pairs == 50
+    assert found.difference == pytest.approx(0.2)
+    assert found.difference_interval == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    back = compare_rates(other, base).difference_interval
+    assert back == pytest.approx((-0.3404, -0.0569), abs=5e-5)
+
+
+def test_rates_have_wilson_intervals():
+    base, other = verdicts((1, 1, 2), (1, 0, 6), (0, 0, 2))
+    found = compare_rates(base, other, confidence=0.9)
+    assert (found.base, found.other) == (0.8, 0.2)
+    assert found.base_interval == wilson_interval(0.8, 10, 0.9)
+    assert found.other_interval == wilson_interval(0.2, 10, 0.9)
+    assert found.difference == pytest.approx(-0.6)
+
+
+@pytest.mark.parametrize("count", [20, 200])
+def test_agreement_is_not_certainty(count):
+    same = torch.ones(count, dtype=torch.bool)
+    low, high = compare_rates(same, same).difference_interval
+    assert -low == pytest.approx(high)
+    assert 0.5 / count < high < 4 / count  # about the rule of three
+
+
+def test_pairing_narrows_the_interval():
+    paired = compare_rates(*verdicts((1, 1, 50), (0, 0, 50))).difference_interval
+    crossed = compare_rates(*verdicts((1, 1, 25), (0, 0, 25), (1, 0, 25), (0, 1, 25)))
+    assert paired.high - paired.low < 0.3 * (crossed.difference_interval.high - crossed.difference_interval.low)
+
+
+def test_pairs_of_one_prompt_count_for_less():
+    base, other = verdicts((1, 1, 30), (1, 0, 30))
+    groups = torch.arange(60) // 10  # six prompts, all of whose clips agree
+    grouped, single = compare_rates(base, other, groups=groups), compare_rates(base, other)
+    assert grouped.other == single.other
+    assert grouped.other_interval == wilson_interval(0.5, 6)
+    assert grouped.difference_interval.low < single.difference_interval.low
+    assert grouped.difference_interval.high > single.difference_interval.high
+
+
+@pytest.mark.parametrize(
+    ("base", "other", "message"),
+    [
+        (torch.ones(2), torch.ones(2), r"`base` must be \(pairs,\) bool, got \(2,\) torch.float32"),
+        (torch.ones(2).bool(), torch.ones(0).bool(), r"`other` must be \(pairs,\) bool, got \(0,\)"),
+        (torch.ones(2).bool(), torch.ones(3).bool(), r"one verdict per pair \(2\), got 3"),
+    ],
+)
+def test_other_tensors_are_refused(base, other, message):
+    with pytest.raises(ValueError, match=message):
+        compare_rates(base, other)
+
+
+def test_prompts_are_resampled_whole_where_there_are_ten():
+    rows = [{"prompt": str(index // 2)} for index in range(20)]
+    assert resampled_groups(rows).tolist() == [index // 2 for index in range(20)]
+    assert resampled_groups(rows[:18]) is None

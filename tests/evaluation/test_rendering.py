@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, FluxPipeline, HunyuanDiTPipeline
 from peft import LoraConfig
 
 from diffusers_ext.evaluation.rendering import (
@@ -11,13 +11,24 @@ from diffusers_ext.evaluation.rendering import (
     adapter_layers,
     adapters_disabled,
     draw,
+    draw_from_noise,
     eval_mode,
     image_seed,
+    latent_shape,
     paired_drawing,
+    render_clips,
     shots_of,
     to_images,
+    unit_noise,
+    without_noise_model,
 )
+from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
+from diffusers_ext.golden_noise.redenoise import denoiser_of
 from tests.evaluation.conftest import add_lora, make_pipeline
+from tests.golden_noise.golden_pipelines import golden_pipeline
+from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
+from tests.tiny_pipelines import sdxl_pipeline
 
 SAMPLING = Sampling(num_inference_steps=2, guidance_scale=3.0)
 SHOTS = shots_of(["a red seven", "a blue one"], 2, seed=0)
@@ -176,3 +187,125 @@ def test_two_tuned_pipelines_can_be_compared(tuned):
     other = add_lora(make_pipeline())
     with paired_drawing(tuned, other, SAMPLING) as (draw_base, draw_tuned):
         assert torch.equal(draw_base(SHOTS), draw_tuned(SHOTS))
+
+
+TWO_SHOTS = shots_of(["a red seven", "a blue one"], 1, seed=3)
+PIPELINES = [make_pipeline, sdxl_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline, tiny_flux_pipeline]
+
+
+def plain_arguments(pipeline) -> dict:
+    return {"use_resolution_binning": False} if isinstance(pipeline, HunyuanDiTPipeline) else {}
+
+
+@pytest.mark.parametrize("make", PIPELINES)
+def test_unit_noise_draws_what_the_plain_pipeline_draws_from_the_seed(make):
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    shape = latent_shape(pipeline, 64, 48)
+    height, width = (size * pipeline.vae_scale_factor for size in shape[1:])
+    assert (height, width) == (64, 48)
+    noise = unit_noise(TWO_SHOTS, shape)
+    assert noise.dtype == torch.float32
+    sampling = Sampling(2, 3.0, None, height, width)
+    expected = draw(pipeline, TWO_SHOTS, sampling, **plain_arguments(pipeline))
+    found = draw_from_noise(pipeline, TWO_SHOTS, Sampling(2, 3.0), noise)
+    assert torch.equal(found, expected)
+    assert not torch.equal(draw_from_noise(pipeline, TWO_SHOTS, Sampling(2, 3.0), -noise), expected)
+
+
+@pytest.mark.parametrize("make", PIPELINES)
+def test_the_shape_without_a_size_is_the_pipelines_own(make):
+    pipeline = make()
+    shape = latent_shape(pipeline)
+    size = pipeline.default_sample_size if hasattr(pipeline, "default_sample_size") else 8
+    assert shape[1:] == (size, size)
+    channels = denoiser_of(pipeline).config.in_channels
+    assert shape[0] == (channels // 4 if isinstance(pipeline, FluxPipeline) else channels)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of this scheduler, with numpy 2
+def test_a_sampler_that_adds_noise_draws_as_from_its_seed():
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    pipeline = make_pipeline()
+    pipeline.scheduler = EulerAncestralDiscreteScheduler(**config)
+    expected = draw(pipeline, TWO_SHOTS, Sampling(3, 3.0))
+    noise = unit_noise(TWO_SHOTS, latent_shape(pipeline))
+    found = draw_from_noise(pipeline, TWO_SHOTS, Sampling(3, 3.0), noise)
+    assert torch.equal(found, expected)
+
+
+def test_each_noise_depends_on_its_seed_alone():
+    noise = unit_noise(TWO_SHOTS, (4, 8, 8))
+    assert torch.equal(unit_noise(TWO_SHOTS[1:], (4, 8, 8)), noise[1:])
+    generator = torch.Generator().manual_seed(TWO_SHOTS[0].seed)
+    assert torch.equal(noise[0], torch.randn(4, 8, 8, generator=generator))
+
+
+def test_a_golden_pipeline_is_plain_for_a_while():
+    pipeline = golden_pipeline("sd")
+    network, config = pipeline.noise_model, dict(pipeline.config)
+    assert isinstance(pipeline, GoldenNoisePipeline)
+
+    def stop() -> None:
+        with without_noise_model(pipeline):
+            assert pipeline.noise_model is None
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stop()
+    assert pipeline.noise_model is network
+    assert dict(pipeline.config) == config
+    plain = make_pipeline()
+    with without_noise_model(plain):
+        assert not hasattr(plain, "noise_model")
+
+
+@pytest.mark.parametrize("make", [tiny_hunyuan_dit_pipeline, tiny_flux_pipeline])
+def test_half_a_token_is_cut_off_as_the_pipeline_does(make):
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    shape = latent_shape(pipeline, 9 * pipeline.vae_scale_factor, 8 * pipeline.vae_scale_factor)
+    assert shape[1:] == (8, 8)
+    pixels = draw_from_noise(pipeline, TWO_SHOTS, Sampling(2, 3.0), unit_noise(TWO_SHOTS, shape))
+    assert pixels.shape[-2:] == (8 * pipeline.vae_scale_factor,) * 2
+
+
+CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 2.0}
+PROMPTS = ["a red seven", "a blue two", "the red one"]
+
+
+def test_a_clip_depends_on_its_prompt_and_seed_alone(capsys):
+    pipeline = tiny_video_pipeline()
+    pipeline.transformer.train()
+    scheduler = pipeline.scheduler
+    clips = render_clips(pipeline, PROMPTS, seeds=[3, 4, 5], batch_size=2, **CALL)
+    assert (clips.shape, clips.dtype) == ((3, 9, 16, 16, 3), np.uint8)
+    assert "draw: 100%" in capsys.readouterr().err
+    alone = render_clips(pipeline, PROMPTS[2:], seeds=[5], show_progress=False, **CALL)
+    assert np.abs(alone[0].astype(int) - clips[2]).max() <= 1
+    other = render_clips(pipeline, PROMPTS[2:], seeds=[6], show_progress=False, **CALL)
+    assert np.abs(other[0].astype(int) - clips[2]).max() > 5
+    assert capsys.readouterr().err == ""
+    assert pipeline.transformer.training
+    assert pipeline.scheduler is scheduler
+
+
+def test_the_text_has_the_length_that_the_transformer_was_made_for():
+    pipeline = tiny_video_pipeline()
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    for given in ({}, {"max_sequence_length": 7}):
+        render_clips(pipeline, PROMPTS[:1], seeds=[0], show_progress=False, **CALL, **given)
+    assert seen == [pipeline.transformer.config.max_text_seq_length, 7]
+
+
+def test_clips_without_seeds_and_broken_ones_are_refused():
+    pipeline = tiny_video_pipeline()
+    for prompts, seeds in (([], []), (PROMPTS, [1])):
+        with pytest.raises(ValueError, match="`seeds` must have one entry per prompt"):
+            render_clips(pipeline, prompts, seeds=seeds, **CALL)
+    pipeline.transformer.proj_out.bias.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="must draw finite clips, got NaN .* 'a red seven'"):
+        render_clips(pipeline, PROMPTS, seeds=[1, 2, 3], show_progress=False, **CALL)

@@ -10,8 +10,8 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from diffusers_ext.evaluation.golden_noise import evaluate_golden_noise
-from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport, RedenoisedTarget
+from diffusers_ext.evaluation.golden_noise import RedenoisedTarget, evaluate_golden_noise
+from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from examples.digits.check_model import load_pipeline
 from examples.digits.rewards import DigitsReward, SecondDigitsReward
 from tests.evaluation.golden_subjects import small_network

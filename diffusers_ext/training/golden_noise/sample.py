@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 
 from diffusers_ext.core.restored_state import quiet_run
-from diffusers_ext.evaluation.golden_noise_report import NetworkRefiner
+from diffusers_ext.evaluation.golden_noise import NetworkRefiner
 from diffusers_ext.evaluation.rendering import Sampling, Shot, draw_from_noise, latent_shape, to_images, unit_noise
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.redenoise import encode_prompts
