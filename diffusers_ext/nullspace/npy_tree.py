@@ -11,12 +11,13 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,22 +27,23 @@ from diffusers_ext.core.artifacts import fingerprint, write_atomically
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.nullspace.npy_tree_pictures import (
-    MatrixFile,
-    find_files,
-    find_linear,
-    find_run,
-    read_matrix,
-    read_metadata,
-    safe_name,
-)
 from diffusers_ext.nullspace.projector import null_dimensions
-from diffusers_ext.nullspace.slots import split_linear_name
+from diffusers_ext.nullspace.slots import linear_name, split_linear_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 logger = logging.getLogger(__name__)
 
 FACTS_NAME = "facts.json"  # fingerprints and prompts, which the tree has no other place for
+# The two forms of a matrix's path in its run.
+_BY_STEP = re.compile(r"(?P<step>(?:timestep|step)_(?P<time>\d+))/(?P<layer>[^/]+)/(?P<slot>.*)_covariance\.npy")
+_BY_LAYER = re.compile(
+    r"covariance_matrices/(?P<layer>[^/]+)/(?P<step>(?:timestep|alpha_\d+)_(?P<time>\d+))_(?P<slot>\w+)_cov\.npy"
+)
+
+
+def safe_name(layer: str) -> str:
+    """A layer's dotted name as a folder name; not invertible."""
+    return re.sub(r"[./]", "_", layer)
 
 
 def export_layout(
@@ -60,16 +62,11 @@ def export_layout(
     `save_pretrained` keeps it.
 
     Args:
-        statistics: their second moments `C = E[x x^T]`, `(dim, dim)`, become float32.
-        threshold: eigenvalues of `C` below this absolute value are null in the projections.
+        threshold: eigenvalues of `C = E[x x^T]` below this absolute value are null in the projections.
         run_name: of the new folder, starting with `run_`; `run_<YYYYMMDD_HHMMSS>` when `None`.
         timesteps: write the same pooled matrices under each of them, for readers that look a timestep up; `(0,)` when
             `None`. Disk and time grow with their number.
         step_links: also name the timesteps by their order, `step_000` the first given, as symbolic links.
-
-    Raises:
-        ValueError: the run exists, its name, the threshold or the timesteps are unfit, or the disk has too little
-            room.
     """
     name = datetime.now().strftime("run_%Y%m%d_%H%M%S") if run_name is None else run_name
     timesteps = [0] if timesteps is None else [int(timestep) for timestep in timesteps]
@@ -84,18 +81,15 @@ def export_layout(
     target = Path(directory, name)
     if target.exists():
         raise ValueError(f"`run_name` must be new, got {name!r}, which {target.parent} holds.")
-    null_dims = {
-        key: null_dimensions(statistics.spectrum(key).values, threshold=threshold) for key in statistics.moments
-    }
-    projected = {key for key, count in null_dims.items() if count}
-    size = len(timesteps) * layout_size(statistics.widths, statistics.sources, projected)
-    check_room(size, target.parent, len(timesteps))
+    keys = sorted(statistics.moments, key=natural_key)
+    null_dims = {key: null_dimensions(statistics.spectrum(key).values, threshold=threshold) for key in keys}
+    unprojected = {linear for linear, key in statistics.sources.items() if not null_dims[key]}
+    check_room(len(timesteps) * layout_size(statistics.widths, unprojected), target.parent, len(timesteps))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
     try:
-        keys = sorted(statistics.moments, key=natural_key)
         for key in tqdm(keys, desc="export", disable=not show_progress):
-            _write_matrix(statistics, key, temporary, threshold, timesteps)
+            _write_matrix(statistics, key, temporary, threshold, null_dims[key], timesteps)
         for index, timestep in enumerate(timesteps if step_links else ()):
             (temporary / f"step_{index:03d}").symlink_to(f"timestep_{timestep:04d}")
         write_atomically(temporary / FACTS_NAME, json.dumps(statistics.facts, indent=2) + "\n")
@@ -107,19 +101,14 @@ def export_layout(
     return target
 
 
-def layout_size(
-    widths: dict[str, int], sources: dict[str, str] | None = None, projected: set[str] | None = None
-) -> int:
+def layout_size(widths: dict[str, int], unprojected: Collection[str] = ()) -> int:
     """Bytes that one timestep of a tree takes, without its small metadata.
 
     Args:
-        projected: keys whose matrices have null dimensions, and so a projection; all when `None`.
+        widths: `{Linear: in_features}`.
+        unprojected: Linears whose matrices have no null dimensions, hence no projection.
     """
-    size = 0
-    for linear, width in widths.items():
-        has_projection = projected is None or sources[linear] in projected
-        size += (1 + has_projection) * (width * width * 4 + 128)
-    return size
+    return sum((1 if linear in unprojected else 2) * (width * width * 4 + 128) for linear, width in widths.items())
 
 
 def check_room(size: int, directory: str | os.PathLike, count: int) -> None:
@@ -136,27 +125,28 @@ def check_room(size: int, directory: str | os.PathLike, count: int) -> None:
         )
 
 
-def in_bytes(size: int) -> str:
+def in_bytes(size: float) -> str:
     """A size as people read it, in decimal units."""
-    unit = 0
-    number = float(size)
-    while number >= 1000 and unit < 4:
-        number, unit = number / 1000, unit + 1
-    return f"{number:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{float(size):.3g} {units[0]}"
 
 
-def _write_matrix(statistics: FeatureStatistics, key: str, run: Path, threshold: float, timesteps: list[int]) -> None:
+def _write_matrix(
+    statistics: FeatureStatistics, key: str, run: Path, threshold: float, null_dims: int, timesteps: list[int]
+) -> None:
     moment, spectrum = statistics.moments[key], statistics.spectrum(key)
-    null_space_dim = null_dimensions(spectrum.values, threshold=threshold)
     contents = {"covariance": _npy(moment.mean)}
-    if null_space_dim:
-        basis = spectrum.vectors[:, :null_space_dim]
+    if null_dims:
+        basis = spectrum.vectors[:, :null_dims]
         contents["projection"] = _npy(basis @ basis.T)
     metadata = {
         "original_shape": [moment.count, moment.dim],
         "n_samples": moment.count,
         "feature_dim": moment.dim,
-        "null_space_dim": null_space_dim,
+        "null_space_dim": null_dims,
         "singular_values": spectrum.values.flip(0).tolist(),
         "nullspace_threshold": threshold,
         "centred": False,
@@ -206,63 +196,54 @@ def load_layout(
         `FeatureStatistics`, with the `facts` of the export where the tree holds them.
 
     Raises:
-        ValueError: no run or several, a broken file, a layer that is unknown or lacks a timestep, a covariance of
-            another width than the denoiser's inputs, or a centred one.
+        ValueError: no run or several, a broken or missing file, or matrices that are not of the denoiser's inputs.
     """
-    run = find_run(Path(directory))
+    run = _find_run(Path(directory))
     files = find_files(run)
     modules = None if denoiser is None else dict(denoiser.named_modules())
-    pool = _Pool()
+    statistics = FeatureStatistics({}, {}, _read_facts(run, denoiser))
+    steps: dict[str, set[str]] = {}
+    centred = False
     for file in tqdm(files, desc="import", disable=not show_progress):
         metadata = read_metadata(file.metadata_path)
         linear = find_linear(file, metadata, modules)
-        pool.add(file, linear, metadata, allow_centred)
-    steps = set().union(*pool.steps.values())
-    for linear, found in pool.steps.items():
-        if found != steps:
-            raise ValueError(
-                f"{run} must hold {linear} at each of {len(steps)} steps, got none at "
-                f"{min(steps - found)}: it was not written to the end."
-            )
-    facts = _read_facts(run, denoiser)
-    timesteps = sorted({file.timestep for file in files})
-    imported = {"imported_from_layout": True, "centred": pool.centred, "timesteps": timesteps}
-    facts["settings"] = {**facts["settings"], **imported}
-    statistics = FeatureStatistics(pool.moments, pool.sources, facts)
-    statistics.validate()
-    return statistics
-
-
-class _Pool:
-    """Moments summed over the steps of a tree; matrices that were pooled before count once."""
-
-    def __init__(self) -> None:
-        self.moments: dict[str, SecondMoment] = {}
-        self.sources: dict[str, str] = {}
-        self.steps: dict[str, set[str]] = {}
-        self.centred = False
-
-    def add(self, file: MatrixFile, linear: str, metadata: dict[str, Any], allow_centred: bool) -> None:
-        centred = metadata.get("centred") is not False
-        if centred and not allow_centred:
+        is_centred = metadata.get("centred") is not False
+        if is_centred and not allow_centred:
             raise ValueError(
                 f'{file.path} must be uncentred ("centred": false in its metadata), got a centred '
                 "covariance: its null space can hold the mean input m, and an update D with D m "
                 "not 0 adds a constant to every output of to_v. Collect with "
                 "`collect_statistics`, or pass `allow_centred=True` and have no guarantee."
             )
-        self.centred |= centred
-        count = metadata["n_samples"]
-        total = read_matrix(file.path, metadata["feature_dim"]) * count
-        pooled = metadata.get("pooled") is True
-        key = self.sources.setdefault(linear, metadata.get("matrix", linear) if pooled else linear)
-        if key not in self.moments:
-            self.moments[key] = SecondMoment.from_total(total, count)
-        elif not pooled:
-            self.moments[key].merge(SecondMoment.from_total(total, count))
-        elif not torch.equal(self.moments[key].total, total):
-            raise ValueError(f"{file.path} must repeat the matrix {key!r}, got another one.")
-        self.steps.setdefault(linear, set()).add(file.step)
+        centred |= is_centred
+        _pool(statistics, file, linear, metadata)
+        steps.setdefault(linear, set()).add(file.step)
+    every = set().union(*steps.values())
+    for linear, found in steps.items():
+        if found != every:
+            raise ValueError(
+                f"{run} must hold {linear} at each of {len(every)} steps, got none at "
+                f"{min(every - found)}: it was not written to the end."
+            )
+    timesteps = sorted({file.timestep for file in files})
+    imported = {"imported_from_layout": True, "centred": centred, "timesteps": timesteps}
+    statistics.facts["settings"] = {**statistics.facts["settings"], **imported}
+    statistics.validate()
+    return statistics
+
+
+def _pool(statistics: FeatureStatistics, file: MatrixFile, linear: str, metadata: dict[str, Any]) -> None:
+    """Add one matrix; those that were pooled over the steps before count once."""
+    count = metadata["n_samples"]
+    total = read_matrix(file.path, metadata["feature_dim"]) * count
+    pooled, moments = metadata.get("pooled") is True, statistics.moments
+    key = statistics.sources.setdefault(linear, metadata.get("matrix", linear) if pooled else linear)
+    if key not in moments:
+        moments[key] = SecondMoment.from_total(total, count)
+    elif not pooled:
+        moments[key].merge(SecondMoment.from_total(total, count))
+    elif not torch.equal(moments[key].total, total):
+        raise ValueError(f"{file.path} must repeat the matrix {key!r}, got another one.")
 
 
 def _read_facts(run: Path, denoiser: torch.nn.Module | None) -> dict[str, Any]:
@@ -275,3 +256,106 @@ def _read_facts(run: Path, denoiser: torch.nn.Module | None) -> dict[str, Any]:
         raise ValueError(f"{run / FACTS_NAME} must hold models, prompts and settings, got no {missing}.")
     FeatureStatistics({}, {}, facts).check_same_models(models)
     return facts
+
+
+class MatrixFile(NamedTuple):
+    """One matrix of a tree."""
+
+    path: Path
+    metadata_path: Path
+    step: str  # as the tree names it
+    timestep: int
+    layer_folder: str  # the layer's name with `.` replaced by `_`, perhaps after `module_`
+    slot: str
+
+
+def _find_run(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError(f"`directory` must be a folder, got {folder}.")
+    runs = sorted(path for path in folder.glob("run_*") if path.is_dir())
+    if len(runs) > 1:
+        raise ValueError(f"`directory` must be or hold a single run, got {[p.name for p in runs]}.")
+    return runs[0] if runs else folder
+
+
+def find_files(run: Path) -> list[MatrixFile]:
+    """All matrices of a run, sorted by path, in either of two forms.
+
+    `{timestep,step}_<number>/<layer>/<slot>_covariance.npy`, or
+    `covariance_matrices/<layer>/{timestep_<number>,alpha_<index>_<number>}_<slot>_cov.npy`. Links to other steps of
+    the run are second names, not further matrices.
+    """
+    files = []
+    for path in run.glob("*/*/*.npy"):
+        name = path.relative_to(run).as_posix()
+        match = _BY_STEP.fullmatch(name) or _BY_LAYER.fullmatch(name)
+        if match and not (run / match["step"]).is_symlink():
+            metadata_path = path.with_name(re.sub(r"_cov(ariance)?\.npy$", "_metadata.json", path.name))
+            found = (match["step"], int(match["time"]), match["layer"], match["slot"])
+            files.append(MatrixFile(path, metadata_path, *found))
+    if not files:
+        raise ValueError(
+            f"{run} must hold timestep_*/<layer>/<slot>_covariance.npy or "
+            "covariance_matrices/<layer>/timestep_*_<slot>_cov.npy, got neither."
+        )
+    return sorted(files)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Metadata of one matrix; raises `ValueError` where its sizes are not positive integers."""
+    if not path.is_file():
+        raise ValueError(f"{path} must stand beside its matrix, got no such file.")
+    metadata = read_json(path)
+    for name in ("n_samples", "feature_dim"):
+        value = metadata.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a positive integer in {path}, got {value!r}.")
+    return metadata
+
+
+def read_matrix(path: Path, dim: int) -> torch.Tensor:
+    """One matrix, `(dim, dim)` float64, made exactly symmetric."""
+    with path.open("rb") as handle:
+        try:
+            matrix = np.lib.format.read_array(handle, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path} must be a whole npy file of floats, got: {error}.") from error
+    if matrix.shape != (dim, dim) or matrix.dtype.kind != "f":
+        raise ValueError(
+            f"{path} must hold {dim} x {dim} floats, as its metadata says, got {matrix.dtype} of shape {matrix.shape}."
+        )
+    matrix = matrix.astype(np.float64)
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{path} must be finite, got infinite or not-a-number values.")
+    if np.abs(matrix - matrix.T).max() > 1e-4 * np.abs(matrix).max():
+        raise ValueError(f"{path} must be a symmetric matrix, got one that is not.")
+    return torch.from_numpy((matrix + matrix.T) / 2)
+
+
+def find_linear(file: MatrixFile, metadata: dict[str, Any], modules: dict[str, torch.nn.Module] | None) -> str:
+    """Dotted name of the Linear whose inputs one file is about; trees without names are matched to `modules`."""
+    layer = metadata.get("layer")
+    if layer is None and modules is None:
+        raise ValueError(f"{file.metadata_path} must name its `layer`, got a folder name only. Pass `denoiser=`.")
+    if layer is None:
+        folder = file.layer_folder.removeprefix("module_")
+        layers = [name for name in modules if name.endswith("attn2") and safe_name(name) == folder]
+        if len(layers) != 1:
+            raise ValueError(
+                f"{file.path.parent} must be named after one cross-attention layer of `denoiser`, "
+                f"got {len(layers)} such layers."
+            )
+        layer = layers[0]
+    linear = linear_name(layer, file.slot)
+    if modules is None:
+        return linear
+    if linear not in modules:
+        raise ValueError(f"{file.path} must belong to a Linear of `denoiser`, got {linear!r}.")
+    width, dim = modules[linear].in_features, metadata["feature_dim"]
+    if dim != width:
+        raise ValueError(
+            f"{file.path} must be of the inputs of {linear} (width {width}), got width {dim}. "
+            "Output features, often per head, lie on the other side of the weight and give no "
+            "guarantee. Collect with `collect_statistics`."
+        )
+    return linear

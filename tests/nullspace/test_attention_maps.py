@@ -8,7 +8,7 @@ import torch
 from diffusers import PNDMScheduler
 from diffusers.models.attention_processor import Attention
 
-from diffusers_ext.nullspace.plots import attention_maps, attention_probabilities, map_size
+from diffusers_ext.nullspace.attention_maps import attention_maps, attention_probabilities, map_size
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_models import pixart
 

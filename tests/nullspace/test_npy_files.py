@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.nullspace.npy_tree_pictures import (
-    MatrixFile,
-    find_files,
-    find_linear,
-    read_matrix,
-    read_metadata,
-    safe_name,
-)
+from diffusers_ext.nullspace.npy_tree import MatrixFile, find_files, find_linear, read_matrix, read_metadata, safe_name
 from tests.tiny_models import sd_unet
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"

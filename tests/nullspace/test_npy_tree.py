@@ -12,8 +12,7 @@ import torch
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.nullspace import npy_tree as layout
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.npy_tree import export_layout, in_bytes, layout_size, load_layout
-from diffusers_ext.nullspace.npy_tree_pictures import safe_name
+from diffusers_ext.nullspace.npy_tree import export_layout, in_bytes, layout_size, load_layout, safe_name
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.tiny_digits import random_digits_pipeline
 

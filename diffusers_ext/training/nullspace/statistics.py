@@ -22,17 +22,16 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.documented_names import read_nullbooth_block
-from diffusers_ext.nullspace.collect import sampled_timesteps
-from diffusers_ext.nullspace.npy_tree import check_room, export_layout, layout_size
-from diffusers_ext.nullspace.npy_tree_pictures import SUMMARY_NAME, draw_layer_attention, plot_covariance_statistics
-from diffusers_ext.nullspace.plots import (
+from diffusers_ext.nullspace.attention_maps import (
     at_steps,
     attention_maps,
+    draw_layer_attention,
     plot_attention_maps,
-    plot_null_dimensions,
-    plot_spectrum,
     spread_steps,
 )
+from diffusers_ext.nullspace.collect import sampled_timesteps
+from diffusers_ext.nullspace.npy_tree import check_room, export_layout, layout_size
+from diffusers_ext.nullspace.plots import plot_covariance_statistics, plot_null_dimensions, plot_spectrum
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.settings import CollectionSettings
 from diffusers_ext.nullspace.slots import find_linears
@@ -115,6 +114,7 @@ def write_statistics(
 
 
 PICTURES = "visualizations"
+SUMMARY_NAME = "covariance_summaries/covariance_statistics.png"
 
 
 def tree_timesteps(settings: CollectionSettings, pipeline: DiffusionPipeline) -> list[int]:

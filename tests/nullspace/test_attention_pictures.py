@@ -5,13 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ext.nullspace.collect import collect_statistics, sampled_timesteps
-from diffusers_ext.nullspace.npy_tree_pictures import (
+from diffusers_ext.nullspace.attention_maps import (
+    AttentionMaps,
+    at_steps,
+    attention_maps,
     draw_layer_attention,
-    plot_covariance_statistics,
+    mean_over_layers,
+    plot_attention_maps,
     plot_layer_attention,
+    spread_steps,
 )
-from diffusers_ext.nullspace.plots import at_steps, attention_maps, spread_steps
+from diffusers_ext.nullspace.collect import sampled_timesteps
+from tests.nullspace.pictures import assert_no_overlap, assert_picture
 from tests.tiny_digits import random_digits_pipeline
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
@@ -94,17 +99,50 @@ def test_an_overview_is_the_same_as_of_maps_at_its_steps(pipeline):
         attention_maps(pipeline, "a red one", steps="some", **settings)
 
 
-def test_statistics_tell_rank_null_dimensions_and_condition(tmp_path, pipeline):
-    statistics = collect_statistics(
-        pipeline, ["a red seven"], features=("q", "k", "v"), num_inference_steps=2, show_progress=False
-    )
-    figure = plot_covariance_statistics(statistics, tmp_path / "a" / "b.png", threshold=1e-2)
-    rank, null, ranges, condition = figure.axes
-    row = [text.get_text() for text in rank.get_yticklabels()].index("text (14 Linears)")
-    found = statistics.validate()["text"]
-    assert rank.texts[row].get_text() == f"{found['rank']} of 128"
-    below = int((statistics.spectrum("text").values < 1e-2).sum())
-    assert null.texts[row].get_text() == f"{below} of 128"
-    assert condition.texts[row].get_text() == "singular"
-    assert "threshold 0.01" in ranges.get_legend().get_texts()[0].get_text()
-    assert np.asarray(Image.open(tmp_path / "a" / "b.png").convert("L")).std() > 10
+@pytest.fixture(scope="module")
+def three_steps(pipeline) -> AttentionMaps:
+    return attention_maps(pipeline, "a red seven", num_inference_steps=3, guidance_scale=3.0)
+
+
+def test_attention_maps_are_drawn_with_their_words_and_timesteps(tmp_path, three_steps):
+    figure = plot_attention_maps(three_steps, tmp_path / "attention.png")
+    axes = figure.axes[1]
+    words = [tick.get_text().split("\n")[0] for tick in axes.get_xticklabels()]
+    assert words == ["[start]", "a", "red", "seven", "[end]"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["t = 667", "t = 334", "t = 1"]
+    assert_picture(tmp_path / "attention.png", 600, 300)
+    assert_no_overlap(figure, [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title])
+
+
+def test_long_words_and_wide_pictures_fit(three_steps):
+    wide = {"mid": torch.rand(3, 3, 2, 4, generator=torch.manual_seed(0))}
+    tokens = ["an", "electroencephalograph", "of"]
+    figure = plot_attention_maps(three_steps._replace(tokens=tokens, maps=wide))
+    axes = figure.axes[1]
+    assert axes.images[0].get_array().shape == (3 * 68 - 4, 3 * 132 - 4)
+    assert_no_overlap(figure, [axes.title, *axes.get_yticklabels()])
+    assert {text.get_rotation() for text in axes.get_xticklabels()} == {30.0}
+
+
+def test_attention_maps_show_where_a_token_is_looked_at(three_steps):
+    focus = torch.full((1, 2, 4, 4), 0.1)
+    focus[0, 1, 3, 0] = 0.4
+    figure = plot_attention_maps(AttentionMaps(["$x", "y_{"], [500], {"mid": focus}, three_steps.image))
+    shown = figure.axes[1].images[0].get_array()
+    assert shown.shape == (64, 132)
+    first, second = shown[:, :64], shown[:, 68:]
+    assert np.allclose(first, 0, atol=1e-6)
+    assert np.unravel_index(second.argmax(), second.shape) == (48, 0)
+    assert second.max() == pytest.approx(np.log2(0.4 / (1.9 / 16)), rel=1e-4)
+    labels = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
+    assert labels == ["$x\n10.0 %", "y_{\n11.9 %"]
+    figure.canvas.draw()
+
+
+def test_layers_are_averaged_at_the_finest_size(three_steps):
+    coarse = torch.arange(4.0).reshape(1, 1, 2, 2)
+    mean = mean_over_layers(three_steps._replace(maps={"a": coarse, "b": torch.zeros(1, 1, 4, 4)}))
+    assert mean.shape == (1, 1, 4, 4)
+    assert mean[0, 0, 0, 0] == 0
+    assert mean[0, 0, 3, 3] == 1.5
+    assert mean.mean() == pytest.approx(0.75)
