@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from diffusers_ext.training import pairs as generate_npd
-from diffusers_ext.training.eraser import train as train_cogvideox_eraser
+from diffusers_ext.training.eraser import run as train_cogvideox_eraser
 from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
 from examples.digits.pictures import draw_glyphs, tint
 from training import train_npnet

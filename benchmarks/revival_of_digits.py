@@ -16,7 +16,8 @@ from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompt
 from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
-from diffusers_ext.training.eraser.data import ClipSize, make_data
+from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.run import make_data
 from examples.moving_digits.check_model import draw, load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
 from examples.moving_digits.erasers import RECIPE, evaluation_groups, training_prompts

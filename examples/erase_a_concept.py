@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 from diffusers_ext import load_eraser, render_clips
 from diffusers_ext.evaluation.report_files import KeptClip, clip_sheet, write_clip
 from diffusers_ext.nullspace.prompts import read_prompts_file
-from diffusers_ext.training.eraser import train as train_cogvideox_eraser
+from diffusers_ext.training.eraser import run as train_cogvideox_eraser
 from examples.arguments import DEVICE, DTYPE, read_arguments
 
 

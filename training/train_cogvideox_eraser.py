@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.training.eraser.train import main, parse_args
+from diffusers_ext.training.eraser.run import main, parse_args
 from diffusers_ext.training.run.script import run_script
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from diffusers import CogVideoXPipeline
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.evaluation.erasure import draw_base_clips, evaluate_erasure
 from diffusers_ext.evaluation.erasure_report import ErasureReport
-from diffusers_ext.training.eraser.prompts import EraserPrompts, make_eraser_prompts
+from diffusers_ext.training.eraser.prompts import EraserPrompts, choose_anchor_concept, make_eraser_prompts
 from diffusers_ext.training.eraser.run import TrainedEraser, train_eraser
-from diffusers_ext.training.eraser.text import choose_anchor_concept
 from examples.digits.prompts import COLORS, DIGITS
 from examples.moving_digits.check_model import SAMPLING, spread
 from examples.moving_digits.judge import MovingDigitsJudge

@@ -12,8 +12,8 @@ from diffusers_ext.eraser.attack import insert_embeddings, learn_revival_embeddi
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.evaluation.rendering import render_clips
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
-from diffusers_ext.training.eraser.data import ClipSize, make_data
-from diffusers_ext.training.eraser.run import add_eraser, make_step
+from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.run import add_eraser, make_data, make_step
 from tests.eraser.erased_models import erased_pipeline, random_rows
 from tests.evaluation.erased_model_states import unchanged
 from tests.tiny_cogvideox import tiny_video_pipeline

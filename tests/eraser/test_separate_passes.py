@@ -13,10 +13,9 @@ from torch.utils.data import default_collate
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.step import run_separately
 from diffusers_ext.planning.tracing import MemoryTrace
-from diffusers_ext.training.eraser.data import ClipSize, make_data
-from diffusers_ext.training.eraser.run import add_eraser, make_step
-from diffusers_ext.training.eraser.text import GivenTexts
-from diffusers_ext.training.eraser.train import parse_args, resume_facts
+from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.prompts import GivenTexts
+from diffusers_ext.training.eraser.run import add_eraser, make_data, make_step, parse_args, resume_facts
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, fill_eraser, tiny_prompts
 

@@ -8,8 +8,8 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.eraser.batch import States, rows_of_each_kind
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.training.eraser.data import ClipSize, make_data
-from diffusers_ext.training.eraser.run import add_eraser, make_step
+from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.run import add_eraser, make_data, make_step
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import fill_eraser, tiny_prompts
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_ext.training.eraser.prompts import EraserPrompts, make_eraser_prompts
-from diffusers_ext.training.eraser.train import main, parse_args
+from diffusers_ext.training.eraser.run import main, parse_args
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.script_runs import command_line
 

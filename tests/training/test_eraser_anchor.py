@@ -5,8 +5,8 @@ import json
 import pytest
 
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.training.eraser import train as train_cogvideox_eraser
-from diffusers_ext.training.eraser.text import choose_anchor_concept, settle_anchor
+from diffusers_ext.training.eraser import run as train_cogvideox_eraser
+from diffusers_ext.training.eraser.prompts import choose_anchor_concept, settle_anchor
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import PRESERVED, TARGETS, read_report, train, write_eraser_files
 

@@ -8,8 +8,8 @@ import torch
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.families.cogvideox import CogVideoX
-from diffusers_ext.training.eraser.data import ClipSize, make_data, samples_facts
-from diffusers_ext.training.eraser.run import add_eraser, train_eraser
+from diffusers_ext.training.eraser.data import ClipSize, samples_facts
+from diffusers_ext.training.eraser.run import add_eraser, make_data, train_eraser
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import tiny_prompts
 

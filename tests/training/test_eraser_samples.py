@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_ext.training.eraser.data import NoiseSource, VideoSource, encode_frames
+from diffusers_ext.training.eraser.data import ClipSize, NoiseSource, VideoSource, encode_frames
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.test_video_files import moving_square, write_gif, write_pictures
+
+SIZE = ClipSize(9, 16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_noise_depends_on_seed_and_index_alone():
 def test_videos_become_the_latents_that_the_transformer_reads(pipeline, folder):
     pipeline.vae.train()
     try:
-        source = VideoSource(pipeline, folder, 9, 16, 16)
+        source = VideoSource(pipeline, folder, SIZE)
         assert all(module.training for module in pipeline.vae.modules())
     finally:
         pipeline.vae.eval()
@@ -60,15 +62,15 @@ def test_videos_become_the_latents_that_the_transformer_reads(pipeline, folder):
 
 
 def test_videos_are_encoded_alike_again(pipeline, folder):
-    first, second = (VideoSource(pipeline, folder, 9, 16, 16) for _ in range(2))
+    first, second = (VideoSource(pipeline, folder, SIZE) for _ in range(2))
     assert torch.equal(first.latents, second.latents)
-    other = VideoSource(pipeline, folder, 9, 16, 16, seed=1)
+    other = VideoSource(pipeline, folder, SIZE, seed=1)
     assert not torch.equal(first.latents, other.latents)
 
 
 def test_frames_that_patches_need_repeat_the_first_one(folder):
     pipeline = tiny_video_pipeline(patch_size_t=2, sample_height=8, sample_width=8)
-    latents = VideoSource(pipeline, folder, 9, 16, 16)[1]["x_0"]
+    latents = VideoSource(pipeline, folder, SIZE)[1]["x_0"]
     assert latents.shape == (4, 4, 4, 4)
     assert torch.equal(latents[0], latents[1])
     assert not torch.equal(latents[1], latents[2])
@@ -76,9 +78,9 @@ def test_frames_that_patches_need_repeat_the_first_one(folder):
 
 def test_frames_the_model_cannot_take_are_refused(pipeline, folder):
     with pytest.raises(ValueError, match="`num_frames` must be a multiple of 8 plus 1"):
-        VideoSource(pipeline, folder, 8, 16, 16)
+        VideoSource(pipeline, folder, ClipSize(8, 16, 16))
     with pytest.raises(ValueError, match="must have at least 17 frames, got 9"):
-        VideoSource(pipeline, folder, 17, 16, 16)
+        VideoSource(pipeline, folder, ClipSize(17, 16, 16))
 
 
 def test_latents_are_float32_whatever_the_vae(pipeline):

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from diffusers_ext.training import pairs as generate_npd
-from diffusers_ext.training.eraser import train as train_cogvideox_eraser
+from diffusers_ext.training.eraser import run as train_cogvideox_eraser
 from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
 from diffusers_ext.training.run.setup import make_accelerator, settle_launcher_settings
 from training import evaluate_eraser

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from diffusers_ext.eraser import losses
 from diffusers_ext.eraser.files import load_eraser
+from diffusers_ext.training.eraser import prompts as eraser_text
 from diffusers_ext.training.eraser import run as eraser_base
-from diffusers_ext.training.eraser import text as eraser_text
-from diffusers_ext.training.eraser.train import parse_args
+from diffusers_ext.training.eraser.run import parse_args
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, read_report, train, write_eraser_files
 from tests.training.script_runs import files_below
@@ -229,7 +229,7 @@ def test_upload(files, tmp_path, hub):
 
 
 def test_what_an_upload_lacks_stops_the_run(files, tmp_path, hub, monkeypatch):
-    monkeypatch.setattr("diffusers_ext.training.eraser.train.encode_run_text", None)
+    monkeypatch.setattr("diffusers_ext.training.eraser.run.encode_run_text", None)
     with pytest.raises(ValueError, match="`license` must be given, got None"):
         train(files, tmp_path / "out", push_to_hub=True)
     with pytest.raises(ValueError, match="`hub_token` must be a token of the Hub"):

@@ -1,7 +1,7 @@
 """`accelerate launch -m diffusers_ext.training.eraser` is `training/train_cogvideox_eraser.py`."""
 
 from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.training.eraser.train import main, parse_args
+from diffusers_ext.training.eraser.run import main, parse_args
 from diffusers_ext.training.run.script import run_script
 
 if __name__ == "__main__":

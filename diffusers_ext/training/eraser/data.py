@@ -1,4 +1,4 @@
-"""What an eraser is trained on: encoded prompts and the teacher's samples for them."""
+"""What an eraser is trained on: clips of the teacher, of videos or of noise, and the text that belongs to them."""
 
 from __future__ import annotations
 
@@ -22,28 +22,26 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.pictures import FoundFiles, is_hidden, read_picture, rgb_picture, why_no_picture
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
-from diffusers_ext.eraser.batch import EraserText, encode_video_prompts, prompt_length
+from diffusers_ext.eraser.batch import EraserText, prompt_length
 from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
 from diffusers_ext.families.family import Family, Velocity
 from diffusers_ext.families.registry import find_family
-from diffusers_ext.training.eraser.prompts import EraserPrompts
 
 logger = logging.getLogger(__name__)
 
-
 ANIMATIONS = (".gif", ".webp", ".apng")
 CODED = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+# Of `latents_source="noise"`; each is noised anew whenever it comes up.
+_NUM_NOISES = 4096
 
 
 def list_videos(folder: Path) -> list[Path]:
     """Videos of a folder by name: its video files, and its folders that hold pictures.
 
-    How many of how many entries are read, and which are not and why, goes into the log.
-
-    Raises:
-        ValueError: no such folder, or no video in it.
+    The log tells how many of how many entries are read, and which are not and why. Raises `ValueError` where there is
+    no such folder, or no video in it.
     """
     if not folder.is_dir():
         raise ValueError(f"`video_dir` must be a folder of videos, got {folder}: no such folder.")
@@ -74,12 +72,8 @@ def _why_no_video(path: Path) -> str | None:
 def read_video(path: Path, num_frames: int, height: int, width: int) -> np.ndarray:
     """The first frames of a video, scaled to cover the size and cropped around the centre.
 
-    Returns:
-        `(num_frames, height, width, 3)` uint8.
-
-    Raises:
-        ValueError: a video that cannot be read or has fewer frames.
-        ImportError: a coded video, and no package that reads it.
+    They are `(num_frames, height, width, 3)` uint8. Raises `ValueError` for a video that cannot be read or has fewer
+    frames, `ImportError` for a coded one where no package reads it.
     """
     try:
         frames = [
@@ -124,10 +118,6 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if why_no_picture(path) is None)
 
 
-# Of `latents_source="noise"`; each is noised anew whenever it comes up.
-_NUM_NOISES = 4096
-
-
 class ClipSize(NamedTuple):
     """Frames and pixels of the clips that an eraser is trained on."""
 
@@ -136,19 +126,10 @@ class ClipSize(NamedTuple):
     width: int
 
     @classmethod
-    def of_configs(
-        cls,
-        family: Family,
-        transformer: Any,
-        vae: Any,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> ClipSize:
+    def of_configs(cls, family: Family, transformer: Any, vae: Any, **given: int | None) -> ClipSize:
         """The given sizes, and those that the model, by its configs, was made for where none is given."""
-        own = family.clip_size(transformer.config, vae.config)
-        given = (num_frames, height, width)
-        return cls(*(side if size is None else size for size, side in zip(given, own)))
+        own = cls(*family.clip_size(transformer.config, vae.config))
+        return own._replace(**{name: size for name, size in given.items() if size is not None})
 
     @classmethod
     def of_pipeline(cls, pipeline: DiffusionPipeline) -> ClipSize:
@@ -187,37 +168,21 @@ class NoiseSource(Dataset):
 
 
 class VideoSource(Dataset):
-    """Latents of the videos in a folder, encoded once and kept in memory.
+    """Latents of the videos in a folder (see `list_videos`, `read_video`), encoded once and kept in memory.
 
     Items are `{"x_0": (frames, channels, height, width) float32}`, scaled as the transformer reads them. Latent frames
-    that CogVideoX 1.5 needs besides repeat the first one; the pipeline drops the same ones.
-
-    Args:
-        pipeline: a CogVideoX pipeline; its VAE encodes.
-        video_dir: gif, webp or mp4 files, or one folder of pictures per video.
-        num_frames: the first frames of each video.
-        height, width: pixels; videos are scaled to cover the size, and cropped.
-        seed: of the posterior's samples.
-
-    Raises:
-        ValueError: a size the model cannot take, no videos, or one with too few frames.
+    that CogVideoX 1.5 needs besides repeat the first one; the pipeline drops the same ones. The posterior is sampled
+    by `seed`. Raises `ValueError` for a size that the model cannot take.
     """
 
     def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        video_dir: str | os.PathLike,
-        num_frames: int,
-        height: int,
-        width: int,
-        *,
-        seed: int = 0,
+        self, pipeline: DiffusionPipeline, video_dir: str | os.PathLike, size: ClipSize, *, seed: int = 0
     ) -> None:
-        shape = ClipSize(num_frames, height, width).latent_shape(pipeline)
+        shape = size.latent_shape(pipeline)
         self.paths = list_videos(Path(video_dir))
         latents = []
         for index, path in enumerate(tqdm(self.paths, desc="encode videos")):
-            frames = torch.from_numpy(read_video(path, num_frames, height, width))
+            frames = torch.from_numpy(read_video(path, *size))
             encoded = encode_frames(pipeline.vae, frames, stream_generator(seed, "latents", index))
             padding = encoded[:1].expand(shape[0] - len(encoded), -1, -1, -1)
             latents.append(torch.cat([padding, encoded]))
@@ -253,18 +218,8 @@ class EraserData:
     size: ClipSize
 
 
-@torch.no_grad()
-def encode_text(pipeline: DiffusionPipeline, prompts: EraserPrompts, *, batch_size: int = 32) -> EraserText:
-    """Embeddings of all prompts, kept on the CPU; equal prompts are encoded once."""
-    embeds = encode_video_prompts(pipeline, prompts.texts, batch_size=batch_size)
-    row = {prompt: index for index, prompt in enumerate(prompts.texts)}
-    parts = (prompts.target, prompts.anchor, prompts.preserved)
-    chosen = (embeds[[row[prompt] for prompt in part]] for part in parts)
-    return EraserText(*chosen, embeds[row[""]])
-
-
 def concept_tokens(
-    pipeline: DiffusionPipeline, prompts: EraserPrompts, recipe: EraserTraining, concept: str | None
+    pipeline: DiffusionPipeline, target: Sequence[str], recipe: EraserTraining, concept: str | None
 ) -> torch.Tensor | None:
     """Where the concept stands in each target prompt; `None` where the recipe asks for no masks."""
     if not recipe.localization_weight:
@@ -274,8 +229,7 @@ def concept_tokens(
             "`concept` must be given where `localization_weight` is not 0, got None. Masks are made of "
             "the attention to its tokens."
         )
-    length = prompt_length(pipeline)
-    return concept_token_mask(pipeline.tokenizer, prompts.target, concept, length)
+    return concept_token_mask(pipeline.tokenizer, target, concept, prompt_length(pipeline))
 
 
 def make_samples(
@@ -299,7 +253,7 @@ def make_samples(
     if recipe.latents_source == "video":
         if video_dir is None:
             raise ValueError("`video_dir` must be given for `latents_source` 'video', got None.")
-        return VideoSource(pipeline, video_dir, *size, seed=recipe.seed)
+        return VideoSource(pipeline, video_dir, size, seed=recipe.seed)
     return collect_teacher_samples(
         size.velocity(pipeline),
         pipeline.scheduler,
@@ -317,34 +271,15 @@ def make_samples(
     )
 
 
-def make_data(
-    pipeline: DiffusionPipeline,
-    prompts: EraserPrompts,
-    recipe: EraserTraining,
-    size: ClipSize,
-    *,
-    concept: str | None = None,
-    **options: Any,
-) -> EraserData:
-    """Text and samples of a training; `options` are those of `make_samples`."""
-    text = encode_text(pipeline, prompts)
-    token_mask = concept_tokens(pipeline, prompts, recipe, concept)
-    samples = make_samples(pipeline, text, token_mask, recipe, size, **options)
-    return EraserData(text, token_mask, samples, size)
-
-
 def samples_facts(samples: Dataset) -> dict[str, Any]:
     """What tells one training's samples from another's, as JSON: how many, and sums over two of them."""
-    items = {"first": samples[0], "last": samples[len(samples) - 1]}
-    tensors = sorted(_tensors(items).items())
-    return {"length": len(samples), **{n: value.double().sum().item() for n, value in tensors}}
+    ends = {"first": samples[0], "last": samples[len(samples) - 1]}
+    return {"length": len(samples), **{name: tensor.double().sum().item() for name, tensor in sorted(_tensors(ends))}}
 
 
-def _tensors(item: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    found = {}
+def _tensors(item: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in item.items():
         if isinstance(value, dict):
-            found |= _tensors(value, f"{prefix}{name}.")
+            yield from _tensors(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = torch.as_tensor(value)
-    return found
+            yield prefix + name, torch.as_tensor(value)

@@ -22,7 +22,7 @@ from diffusers_ext.evaluation.report_files import write_clip
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.training.eraser.data import ClipSize
-from diffusers_ext.training.eraser.text import GivenTexts, RunText
+from diffusers_ext.training.eraser.prompts import GivenTexts, RunText
 from diffusers_ext.training.run.base_model import read_components
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import ON_THE_WAY, staged_output
@@ -82,8 +82,9 @@ class ClipValidation:
             restore.enter_context(quiet_run(self.pipeline))
             for prompt in range(len(self.settings.validation_prompt)):
                 for video in range(self.settings.num_validation_videos):
-                    name = f"step-{step:06d}-prompt-{prompt}-video-{video}.gif"
-                    self._save(folder / name, self._side_by_side(prompt, video))
+                    path = folder / f"step-{step:06d}-prompt-{prompt}-video-{video}.gif"
+                    write_clip(self._side_by_side(prompt, video), path, fps=self.settings.validation_fps)
+                    self.files.append(path)
         logger.info(f"Drew {len(self.files)} validation clips at step {step}.")
 
     def _side_by_side(self, prompt: int, video: int) -> np.ndarray:
@@ -110,10 +111,6 @@ class ClipValidation:
             output_type="np",
         ).frames[0]
         return (np.asarray(frames).clip(0, 1) * 255).round().astype(np.uint8)
-
-    def _save(self, path: Path, frames: np.ndarray) -> None:
-        write_clip(frames, path, fps=self.settings.validation_fps)
-        self.files.append(path)
 
 
 def eraser_report(settings: EraserSettings, text: RunText, loop: TrainingLoop, **facts: Any) -> dict[str, Any]:
@@ -142,15 +139,11 @@ def save_result(
             adapter_name=adapter_name,
             base_model_name_or_path=settings.hub_base_model or public_name(settings.pretrained_model_name_or_path),
         )
-        report_text = json.dumps(report, indent=2) + "\n"
-        (folder / REPORT_NAME).write_text(report_text, encoding="utf-8")
+        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def eraser_facts(settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()) -> dict[str, Any]:
-    """What the card of a trained eraser tells besides base model and licence, JSON-able.
-
-    The report is as in `training_report.json`, the clips are below the output folder.
-    """
+    """What the card of a trained eraser tells besides base model and licence, JSON-able."""
     prompts = [p for p in settings.validation_prompt for _ in range(settings.num_validation_videos)]
     size, recipe = report["size"], report["recipe"]
     return {
@@ -169,11 +162,7 @@ def eraser_facts(settings: EraserSettings, report: Mapping[str, Any], clips: Seq
 def trained_eraser_card(
     settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path] = ()
 ) -> Callable[..., Card]:
-    """The card of a trained eraser but for the name of its repository; arguments as `eraser_facts`.
-
-    Raises:
-        ValueError: a fact is not known, such as the licence.
-    """
+    """The card but for the name of its repository; raises `ValueError` where a fact, as the licence, is not known."""
     return make_card(
         "eraser",
         **eraser_facts(settings, report, clips),
@@ -198,16 +187,11 @@ def _trained_on(report: Mapping[str, Any]) -> str:
 
 
 def prepare_eraser_upload(settings: EraserSettings, given: GivenTexts, size: ClipSize) -> None:
-    """Check the upload before the run, with what the command line and its files tell.
-
-    Raises:
-        ValueError: no licence is known, or the Hub refuses the card.
-    """
-    concepts = given.preserved_concepts or []
+    """Check the upload before the run, with what the command line and its files tell."""
     known = {
         "size": size._asdict(),
         "recipe": settings.recipe(),
-        "preserved_concepts": concepts,
+        "preserved_concepts": given.preserved_concepts or [],
         "prompts": {"target": given.target, "preserved": given.preserved_prompts},
         "parameters": 1,
     }
@@ -216,5 +200,5 @@ def prepare_eraser_upload(settings: EraserSettings, given: GivenTexts, size: Cli
 
 def publish_eraser(settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path]) -> str:
     """Upload the output folder without checkpoints and logs; returns the address of the commit."""
-    card = trained_eraser_card(settings, report, clips)
-    return push_output(settings, card, left_here(settings, settings.trajectories_dir, settings.video_dir))
+    ignored = left_here(settings, settings.trajectories_dir, settings.video_dir)
+    return push_output(settings, trained_eraser_card(settings, report, clips), ignored)
