@@ -31,7 +31,7 @@ from diffusers_ext.command_line.options import (
 )
 from diffusers_ext.command_line.plan import PLANS
 from diffusers_ext.command_line.push import PUSH
-from diffusers_ext.command_line.train import TRAININGS, add_trainings, train
+from diffusers_ext.command_line.train import TRAININGS, add_trainings, show_flags, train
 from diffusers_ext.training.run.settings import OneLineParser, error_line, user_errors
 
 
@@ -170,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, the process's own when `None`; returns the exit code. Errors of others than users go on."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["train"] and words[1:2] and words[1] in TRAININGS:
+        if {"-h", "--help"} & {*words[2:]}:
+            return show_flags(words[1], words[2:])
         with other_packages_quiet():
             import diffusers_ext.registration  # noqa: F401
 

@@ -282,6 +282,11 @@ class SequenceNetworkSettings(NoiseSettings, SequenceSettings, SequenceTransform
             self.kl_weight = _KL_WEIGHT if self.model == "rnn" else 0.0
 
 
+def noise_settings_class(model: str | None) -> type[NoiseSettings]:
+    """What trains a kind of network; networks of pairs where none is named."""
+    return SequenceNetworkSettings if model in ("transformer", "rnn") else PairNetworkSettings
+
+
 @dataclass(kw_only=True)
 class DrawnNoiseSettings(Settings, title="golden noise"):
     """Which network, which prompt and how many pictures."""

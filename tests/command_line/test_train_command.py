@@ -47,6 +47,13 @@ def test_the_help_names_the_trainings(capsys):
     assert all(name in said for name in TRAININGS)
     assert main(["train", "noise", "--model", "rnn", "--help"]) == 0
     assert "--gru_hidden_size" in capsys.readouterr().out
+    for name in TRAININGS:
+        assert main(["train", name, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"usage: diffusers-ext train {name} [-h]")
+        assert f"accelerate launch -m diffusers_ext.training.{name}" in said
+    assert main(["train", "noise", "--config", "nowhere.yaml", "--help"]) == FAILED
+    assert capsys.readouterr().err == "error: `config` must be a YAML file, got nowhere.yaml: no such file.\n"
     assert main(["train", "nothing"]) == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from diffusers_ext.core.settings import ReportingSettings, named_values
 from diffusers_ext.documented_names import DOCUMENTED_FLAGS, read_nullbooth_block
-from diffusers_ext.training.eraser.train import parse_args
+from diffusers_ext.training.eraser.run import parse_args
 from diffusers_ext.training.run import checkpoint_files
 from diffusers_ext.training.run.settings import parse_arguments, read_config, replaced_flag
 from docs.settings_tables import script_parser

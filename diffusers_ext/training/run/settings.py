@@ -296,6 +296,17 @@ def file_flags(
     return _as_flags(parser, values, input_args)
 
 
+def early_value(input_args: Sequence[str], name: str) -> Any:
+    """What `--<name>`, or else the file of `--config`, holds; for what decides which flags there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", dest="value")
+    parser.add_argument("--config")
+    given, _ = parser.parse_known_args(list(input_args))
+    if given.value is None and given.config is not None:
+        return read_config(given.config).get(name)
+    return given.value
+
+
 def read_config(path: str) -> dict[str, Any]:
     """The mapping of a YAML file; raises `ValueError` for a missing or other file."""
     if not Path(path).is_file():
