@@ -21,8 +21,8 @@ from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
 from diffusers_ext.rewards.reward import Reward
-from diffusers_ext.training.golden_noise.pairs import Candidate, PairMaker, PairSettings, list_candidates
-from diffusers_ext.training.golden_noise.rendering import latent_shape
+from diffusers_ext.training.golden_noise.rendering import square_latent_shape
+from diffusers_ext.training.pairs import Candidate, PairMaker, PairSettings, list_candidates
 from examples.digits.check_model import load_pipeline
 from examples.digits.prompts import TEMPLATES, TRAINING_PAIRS, prompt_pairs
 from examples.digits.rewards import DigitsReward
@@ -32,7 +32,7 @@ SETTINGS = PairSettings(prompt_file="of no file", output_dir="none", num_inferen
 
 def one_by_one(pipeline: DiffusionPipeline, reward: Reward, candidates: Sequence[Candidate]) -> list[float]:
     """The gains of pairs made as scripts usually do: each alone, its pictures one after another."""
-    shape = latent_shape(pipeline, None)
+    shape = square_latent_shape(pipeline, None)
     gains = []
     for candidate in candidates:
         noise = source_noise(candidate.seed, shape)[None].to(pipeline.device)
@@ -69,7 +69,7 @@ def main(input_args: list[str] | None = None) -> None:
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     prompts = [prompt for template in TEMPLATES for prompt in prompt_pairs(template, TRAINING_PAIRS)]
     candidates = list_candidates(prompts, 1, seed=0)[: args.pairs]
-    maker = PairMaker(pipeline, latent_shape(pipeline, None), SETTINGS, reward)
+    maker = PairMaker(pipeline, square_latent_shape(pipeline, None), SETTINGS, reward)
     rows, results = [], {}
     for size in args.batch_sizes:
         ratio = compare(

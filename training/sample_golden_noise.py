@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
 
 from diffusers_ext.golden_noise.settings import GoldenSampleSettings
-from diffusers_ext.training.golden_noise.sample import main, parse_args
+from diffusers_ext.training.golden_noise.rendering import main, parse_args
 from diffusers_ext.training.run.script import run_script
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, Features, Image, Value
 
+from diffusers_ext.core.text_files import read_prompt_texts
 from diffusers_ext.training.golden_noise.data import main, parse_args
-from diffusers_ext.training.golden_noise.rendering import read_prompt_file
 from tests.training.script_runs import REPOSITORY, environment
+
+read_prompt_file = partial(read_prompt_texts, argument="prompt_file")  # as the scripts that make pictures
 
 # What tables, numbers and files make of texts, where nobody looks.
 CAPTIONS = (
@@ -188,3 +191,19 @@ def test_the_script_runs_as_its_users_run_it(tmp_path):
         cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=120,
     )  # fmt: skip
     assert (tmp_path / "prompts.txt").read_text() == "a red seven\n"
+
+
+def test_every_text_of_a_file_is_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_text("None\n\nNA\nnull\n# 1\n  a, b \n", "utf-8-sig")
+    assert read_prompt_file(tmp_path / "prompts.txt") == ["None", "NA", "null", "# 1", "a, b"]
+    (tmp_path / "prompts.csv").write_text('id,prompt\n1,None\n2,NA\n\n3,"a, ""b""\nc"\n4,\n5,007\n')
+    assert read_prompt_file(tmp_path / "prompts.csv") == ["None", "NA", 'a, "b" c', "007"]
+    assert read_prompt_file(tmp_path / "prompts.csv", "id") == ["1", "2", "3", "4", "5"]
+
+
+def test_errors_name_the_argument(tmp_path):
+    with pytest.raises(ValueError, match="`prompt_file` must be .*, got nowhere.txt: no such file"):
+        read_prompt_file("nowhere.txt")
+    (tmp_path / "a.csv").write_text("text\na\n")
+    with pytest.raises(ValueError, match=r"must have the column 'prompt', got \['text'\]"):
+        read_prompt_file(tmp_path / "a.csv")

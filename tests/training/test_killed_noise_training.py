@@ -85,7 +85,7 @@ def test_killed_while(moment, model, noises, server, tmp_path):
 def test_another_run_is_refused_before_the_text_is_encoded(changed, message, model, noises, tmp_path, monkeypatch):
     run = {"checkpointing_steps": 4, "use_ema": True}
     train(model, noises, tmp_path / "out", **run)
-    monkeypatch.setattr("diffusers_ext.training.golden_noise.run.load_text_pipeline", None)
+    monkeypatch.setattr("diffusers_ext.training.noise.load_text_pipeline", None)
     arguments = {**run, "resume_from_checkpoint": "latest", **changed}
     with pytest.raises(ValueError, match=message):
         train(model, noises, tmp_path / "out", **arguments)

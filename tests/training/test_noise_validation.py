@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -30,7 +32,7 @@ def validation(network, tmp_path):
     empty = NoiseSamples(pairs, [], ROWS, [1])
     return NoiseValidation(
         Accelerator(cpu=True), network, None, {"train": samples, "validation": empty},
-        CACHE.take, measure_pairs(masked=True), batch_size=3, most=5,
+        CACHE.take, partial(measure_pairs, masked=True), batch_size=3, most=5,
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
 from diffusers_ext.golden_noise.settings import PairSettings
-from diffusers_ext.training.golden_noise.pairs import Candidate, PairMaker, list_candidates, split
-from diffusers_ext.training.golden_noise.rendering import latent_shape, render
+from diffusers_ext.training.golden_noise.rendering import render, square_latent_shape
+from diffusers_ext.training.pairs import Candidate, PairMaker, list_candidates, split
 from tests.golden_noise.golden_pipelines import FAMILIES
 from tests.tiny_digits import random_digits_pipeline
 from tests.training.stub_rewards import Brightness, Constant
@@ -109,7 +109,7 @@ def test_a_pair_costs_two_denoiser_calls_a_step_and_its_pictures(pipeline, monke
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_makes_pairs(family):
     pipeline, pixels = FAMILIES[family].plain(), FAMILIES[family].pixels
-    shape = latent_shape(pipeline, pixels)
+    shape = square_latent_shape(pipeline, pixels)
     part = PairMaker(pipeline, shape, SETTINGS, Brightness()).make(candidates(2))
     assert len(part.pairs) + len(part.rejected) == 2
     assert part.deltas.shape == (len(part.pairs), 2, *shape)

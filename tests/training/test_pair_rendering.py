@@ -8,7 +8,7 @@ from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffusers_ext.core.settings import ModelSettings, SamplingSettings
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import encode_prompts
-from diffusers_ext.training.golden_noise.rendering import latent_shape, load_base_pipeline, render
+from diffusers_ext.training.golden_noise.rendering import load_base_pipeline, render, square_latent_shape
 from examples.digits.check_model import MODEL_DIR
 from tests.golden_noise.golden_pipelines import FAMILIES, PROMPTS
 from tests.tiny_digits import random_digits_pipeline
@@ -23,7 +23,7 @@ SEEDS = [5, 2**62 + 6]
 
 
 def rendered(pipeline, pixels: int, settings: SamplingSettings) -> np.ndarray:
-    shape = latent_shape(pipeline, pixels)
+    shape = square_latent_shape(pipeline, pixels)
     noise = torch.stack([source_noise(seed, shape) for seed in SEEDS])
     text = encode_prompts(pipeline, PROMPTS, settings.negative_prompt or None)
     images = render(pipeline, noise, text, settings, SEEDS)
@@ -81,17 +81,17 @@ def test_pictures_that_are_not_finite():
 def test_the_latent_shape_is_that_of_the_pipelines_own_latents(family):
     pipeline = FAMILIES[family].plain()
     pipeline.set_progress_bar_config(disable=True)
-    channels, height, width = latent_shape(pipeline, None)
+    channels, height, width = square_latent_shape(pipeline, None)
     assert height == width
     assert channels == pipeline.vae.config.latent_channels
-    assert latent_shape(pipeline, height * pipeline.vae_scale_factor) == (channels, height, width)
+    assert square_latent_shape(pipeline, height * pipeline.vae_scale_factor) == (channels, height, width)
 
 
 def test_a_size_that_the_model_cannot_draw():
     with pytest.raises(ValueError, match="`output_size` must be divisible by 4 .* got 30"):
-        latent_shape(random_digits_pipeline(), 30)
+        square_latent_shape(random_digits_pipeline(), 30)
     with pytest.raises(ValueError, match="`output_size` must be divisible by .*Flux.*, got 20"):
-        latent_shape(FAMILIES["flux"].plain(), 20)
+        square_latent_shape(FAMILIES["flux"].plain(), 20)
 
 
 def arguments(path) -> ModelSettings:

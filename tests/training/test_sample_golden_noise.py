@@ -7,7 +7,7 @@ from PIL import Image
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
-from diffusers_ext.training.golden_noise import sample as script
+from diffusers_ext.training.golden_noise import rendering as script
 from examples.digits.check_model import load_pipeline
 from tests.evaluation.golden_subjects import small_network
 from tests.training.script_runs import command_line

@@ -1,4 +1,4 @@
-"""Noise pairs and sequences as samples of a training, with validation prompts held out."""
+"""The prompts of a data set as a text file; noise pairs and sequences of such prompts as samples of a training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from diffusers_ext.golden_noise.noise_statistics import match_energy
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.golden_noise.pairs.hub import download_pairs
 from diffusers_ext.golden_noise.settings import NoiseSettings
-from diffusers_ext.training.run.script import run_script
 from diffusers_ext.training.run.settings import parse_settings
 
 logger = logging.getLogger(__name__)
@@ -63,22 +62,10 @@ def parse_args(input_args: Sequence[str] | None = None) -> ExtractionSettings:
     return parse_settings(ExtractionSettings, __doc__, input_args)
 
 
-def check_args(settings: ExtractionSettings) -> None:
-    """Raise `ValueError` where a file is in the way."""
-    path = Path(settings.output_dir, settings.output_filename)
-    check_no_file(path, settings.overwrite_output_dir, flag="output_filename")
-
-
 def open_rows(settings: ExtractionSettings, only_captions: bool = True) -> IterableDataset:
     """A stream of the data set's rows.
 
-    Args:
-        settings: of the command line.
-        only_captions: leave out other columns where the format can (pictures beside captions are most of a data set's
-            bytes).
-
-    Raises:
-        ValueError: nothing of that name, or no such split.
+    `only_captions` leaves out other columns where the format can: pictures are most of a data set's bytes.
     """
     path, column = Path(settings.dataset_name), settings.caption_column
     texts = sorted(path.glob("*.txt")) if path.is_dir() else []
@@ -108,11 +95,7 @@ def open_rows(settings: ExtractionSettings, only_captions: bool = True) -> Itera
 
 
 def captions(settings: ExtractionSettings) -> Iterator[str]:
-    """All captions of the data set, a row's several ones one after another.
-
-    Raises:
-        ValueError: no such column, or one that holds something else than texts.
-    """
+    """All captions of the data set, a row's several ones one after another."""
     rows = open_rows(settings)
     if rows.column_names is not None and settings.caption_column not in rows.column_names:
         raise _no_such_column(settings, open_rows(settings, only_captions=False).column_names)
@@ -154,11 +137,11 @@ def different_prompts(texts: Iterable[str], max_prompts: int | None) -> list[str
 def main(settings: ExtractionSettings) -> Path:
     """Extract; returns the file that was written."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
-    check_args(settings)
+    path = Path(settings.output_dir, settings.output_filename)
+    check_no_file(path, settings.overwrite_output_dir, flag="output_filename")
     prompts = different_prompts(captions(settings), settings.max_prompts)
     if not prompts:
         raise ValueError(f"`dataset_name` must hold prompts, got none in {settings.dataset_name}.")
-    path = Path(settings.output_dir, settings.output_filename)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(prompts) + "\n")
     logger.info(f"Wrote {len(prompts)} prompts to {path}")
@@ -186,23 +169,12 @@ def _file_rows(paths: list[str], column: str) -> Iterator[dict[str, str]]:
             yield from ({column: row[column]} for _, row in read_csv(path, [column]))
 
 
-if __name__ == "__main__":
-    run_script(parse_args, main, ExtractionSettings)
-
-
 class WithoutPromptMeans(Dataset):
-    """Pairs whose golden noise lacks a share of the mean change of their prompt.
+    """Pairs, as of `open_pairs`, whose golden noise lacks a share, in (0, 1], of the mean change of their prompt.
 
     With `d` the change of one noise and `m` the mean change of the prompt's other noises, golden noise is `noise + d -
     share m`, brought back to its energy. The mean is the same picture for every seed; it is most of what five repeats
     of the step add, and what makes their pictures alike.
-
-    Args:
-        pairs: as of `open_pairs`, at least two noises of every prompt.
-        share: of the mean that is taken out, in (0, 1].
-
-    Raises:
-        ValueError: a share out of range, or a prompt with a single noise.
     """
 
     def __init__(self, pairs: Dataset, share: float) -> None:
@@ -218,8 +190,7 @@ class WithoutPromptMeans(Dataset):
             )
         self.pairs, self.share = pairs, share
         self.prompts, self.num_steps = pairs.prompts, pairs.num_steps
-        self.latent_shape = pairs.latent_shape
-        self.facts = pairs.facts
+        self.latent_shape, self.facts = pairs.latent_shape, pairs.facts
         self.sums = self._sum_changes()
 
     def _sum_changes(self) -> dict[str, torch.Tensor]:
@@ -252,17 +223,9 @@ class PromptSplit(NamedTuple):
 
 
 def split_by_prompt(prompts: Sequence[str], share: float, seed: int) -> PromptSplit:
-    """Hold out all samples of a share of the prompts, at least of one.
+    """Hold out all samples of a share of the different prompts, at least of one; 0 holds out none.
 
     Whether a prompt is held out depends on the set of prompts and the seed, not on their order.
-
-    Args:
-        prompts: one per sample.
-        share: of the different prompts, in [0, 1); 0 holds out none.
-        seed: chooses the prompts.
-
-    Raises:
-        ValueError: a share outside of its range, or one that leaves nothing to train on.
     """
     if not 0 <= share < 1:
         raise ValueError(f"`validation_split` must be in [0, 1), got {share}.")
@@ -275,19 +238,17 @@ def split_by_prompt(prompts: Sequence[str], share: float, seed: int) -> PromptSp
         )
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = {unique[index] for index in order[:count]}
-    sides: dict[bool, list[int]] = {False: [], True: []}
+    split = PromptSplit([], [])
     for index, prompt in enumerate(prompts):
-        sides[prompt in held_out].append(index)
-    return PromptSplit(sides[False], sides[True])
+        (split.validation if prompt in held_out else split.train).append(index)
+    return split
 
 
 class NoiseSamples(Dataset):
-    """Samples of a data set of pairs with the number of their prompt in place of the prompt.
+    """Samples of a data set of pairs, with the row of their prompt in a text cache in place of the prompt.
 
     Args:
         pairs: items `{"noise": (channels, height, width), "golden": (steps, channels, height, width), "prompt": str}`.
-        indices: which samples.
-        text_rows: the row of each prompt in a text cache.
         steps: which golden states a sample has, counted from 1.
     """
 

@@ -1,63 +1,47 @@
-"""The base pipeline of a pair generation: loading it, and pictures from given unit noise."""
+"""Draw pictures of a prompt from golden noise, and from the plain noise of the same seeds.
+
+    python training/sample_golden_noise.py --pretrained_model_name_or_path examples/digits/model \\
+        --noise_model outputs/golden_noise_model --prompt "a red nine" --seed 7 \\
+        --generate_standard --num_inference_steps 6 --guidance_scale 1.5 --output_dir outputs/samples
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import ModelSettings, SamplingSettings
-from diffusers_ext.core.text_files import read_prompt_texts
-from diffusers_ext.evaluation import rendering
+from diffusers_ext.evaluation.golden_noise import NetworkRefiner
+from diffusers_ext.evaluation.rendering import Sampling, Shot, draw_from_noise, latent_shape, to_images, unit_noise
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.redenoise import TOOL, denoiser_of
+from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.redenoise import TOOL, denoiser_of, encode_prompts
+from diffusers_ext.golden_noise.settings import GoldenSampleSettings
 from diffusers_ext.training.run.base_model import load_frozen
+from diffusers_ext.training.run.script import check_output_dir, one_run_a_folder, staged_output
+from diffusers_ext.training.run.settings import parse_settings
+from diffusers_ext.training.run.setup import GOLDEN_NOISE_RUNS, WEIGHT_DTYPES, make_accelerator
 
-
-def read_prompt_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:
-    """Prompts of a text file, one a line, or of a column of a table.
-
-    There are no comments and no missing values: `# 1`, `None`, `NA` and `null` are prompts. Only blank lines are
-    passed over.
-
-    Args:
-        path: a name that ends in `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` is read as a table, one that ends in
-            `.txt` or has no ending as text.
-        column: of a table.
-
-    Raises:
-        ValueError: no such file or column, another format, a broken row, or no prompt.
-    """
-    return read_prompt_texts(path, column, argument="prompt_file")
+logger = get_logger(__name__)
 
 
 def load_base_pipeline(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline of `--pretrained_model_name_or_path`, frozen, in evaluation mode, unfiltered.
-
-    Raises:
-        ValueError: no pipeline, or one of a family that golden noise is not known for.
-    """
+    """The pipeline of `--pretrained_model_name_or_path`, frozen, in evaluation mode, unfiltered."""
     pipeline = load_frozen(settings, dtype)
     find_family(pipeline, TOOL)
     return pipeline.to(device)
 
 
-def latent_shape(pipeline: DiffusionPipeline, output_size: int | None) -> tuple[int, int, int]:
-    """`(channels, height, width)` of the latents of square pictures, unpacked also for Flux.
-
-    Args:
-        pipeline: of a family that golden noise is known for.
-        output_size: pixels of a side; the size that the pipeline draws by itself when `None`.
-
-    Raises:
-        ValueError: a size that the model cannot draw.
-    """
+def square_latent_shape(pipeline: DiffusionPipeline, output_size: int | None) -> tuple[int, int, int]:
+    """As `latent_shape`, of square pictures; raises `ValueError` for a size that the model cannot draw."""
     if output_size is not None:
         patch = find_family(pipeline, TOOL).patch(denoiser_of(pipeline).config)
         unit = pipeline.vae_scale_factor * patch
@@ -65,7 +49,7 @@ def latent_shape(pipeline: DiffusionPipeline, output_size: int | None) -> tuple[
             raise ValueError(
                 f"`output_size` must be divisible by {unit} for this {type(pipeline).__name__}, got {output_size}."
             )
-    return rendering.latent_shape(pipeline, output_size, output_size)
+    return latent_shape(pipeline, output_size, output_size)
 
 
 @torch.no_grad()
@@ -78,15 +62,7 @@ def render(
 ) -> list[Image.Image]:
     """One picture per noise, in one call of the pipeline, which is left as it was.
 
-    Args:
-        pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux.
-        noise: `(batch, channels, height, width)`, unit noise.
-        text: the prompts, one a noise.
-        settings: steps and guidance.
-        seeds: one a noise, for samplers that draw noise on their way.
-
-    Raises:
-        ValueError: a picture is not finite.
+    The noise is unit noise, `(batch, channels, height, width)`; `seeds` are for samplers that draw noise on their way.
     """
     height, width = (int(size) * pipeline.vae_scale_factor for size in noise.shape[-2:])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -125,3 +101,37 @@ def decoded_one_by_one(vae: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         vae.use_slicing = sliced
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> GoldenSampleSettings:
+    """Command line of this script, over the YAML file of `--config`."""
+    return parse_settings(GoldenSampleSettings, __doc__, input_args, shared=GOLDEN_NOISE_RUNS)
+
+
+@one_run_a_folder
+def main(settings: GoldenSampleSettings) -> list[Path]:
+    """Draw and write one file a picture; returns their paths."""
+    check_output_dir(settings)
+    accelerator = make_accelerator(settings)
+    pipeline = load_base_pipeline(settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision])
+    refine = NetworkRefiner(load_noise_model(settings.noise_model).to(pipeline.device), settings.golden_noise_scale)
+    height, width = settings.height or settings.output_size, settings.width or settings.output_size
+    shape = latent_shape(pipeline, height, width)
+    negative = settings.negative_prompt or None
+    sampling = Sampling(settings.num_inference_steps, settings.guidance_scale, negative, height, width)
+    names: list[str] = []
+    with staged_output(settings.output_dir) as folder, quiet_run(pipeline):
+        text = encode_prompts(pipeline, [settings.prompt], negative)
+        for index in range(settings.num_images_per_prompt):
+            shot = Shot(settings.prompt, index, settings.seed + index)
+            noise = unit_noise([shot], shape).to(pipeline.device)
+            sides = {"golden": refine(noise, text)}
+            if settings.generate_standard:
+                sides["standard"] = noise
+            for side, start in sides.items():
+                image = to_images(draw_from_noise(pipeline, [shot], sampling, start))[0]
+                names.append(f"seed_{shot.seed}_{side}.png")
+                image.save(folder / names[-1])
+    written = [Path(settings.output_dir, name) for name in names]
+    logger.info(f"Wrote {', '.join(map(str, written))}")
+    return written

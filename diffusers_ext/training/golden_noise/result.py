@@ -54,57 +54,39 @@ def averaged_weights(network: torch.nn.Module, ema: EMAModel | None) -> Iterator
             module.training = True
 
 
-def measure_pairs(masked: bool) -> Measure:
+def measure_pairs(
+    network: torch.nn.Module, noise: torch.Tensor, golden: torch.Tensor, text: NetworkText, *, masked: bool
+) -> dict[str, ChangeFigures]:
     """Figures of a network of pairs, under the empty name."""
-
-    def measure(
-        network: torch.nn.Module, noise: torch.Tensor, golden: torch.Tensor, text: NetworkText
-    ) -> dict[str, ChangeFigures]:
-        prediction = network(noise, **pair_inputs(text, masked)).float()
-        return {"": change_figures(prediction, golden[:, -1], noise)}
-
-    return measure
+    prediction = network(noise, **pair_inputs(text, masked)).float()
+    return {"": change_figures(prediction, golden[:, -1], noise)}
 
 
-def measure_sequences(pooled: bool) -> Measure:
+def measure_sequences(
+    network: torch.nn.Module, noise: torch.Tensor, golden: torch.Tensor, text: NetworkText, *, pooled: bool
+) -> dict[str, ChangeFigures]:
     """Figures of a sequence network at its first and last step, from true states and by roll-out.
 
     From true states the change is that of one step; by roll-out it is the whole way from the first noise, so that
     errors which add up are seen.
     """
-
-    def measure(
-        network: torch.nn.Module, noise: torch.Tensor, golden: torch.Tensor, text: NetworkText
-    ) -> dict[str, ChangeFigures]:
-        states = torch.cat([noise[:, None], golden[:, :-1]], 1)
-        inputs = sequence_inputs(text, pooled)
-        forced = network(states, **inputs).mean.float()
-        embeds, mask = inputs["text_embed"], inputs.get("attention_mask")
-        rolled = network.generate_sequence(noise, embeds, golden.shape[1], attention_mask=mask)
-        figures = {}
-        for name, step in (("first", 0), ("last", -1)):
-            figures[f"_{name}"] = change_figures(forced[:, step], golden[:, step], states[:, step])
-            figures[f"_rollout_{name}"] = change_figures(rolled[:, step].float(), golden[:, step], noise)
-        return figures
-
-    return measure
+    states = torch.cat([noise[:, None], golden[:, :-1]], 1)
+    inputs = sequence_inputs(text, pooled)
+    forced = network(states, **inputs).mean.float()
+    embeds, mask = inputs["text_embed"], inputs.get("attention_mask")
+    rolled = network.generate_sequence(noise, embeds, golden.shape[1], attention_mask=mask)
+    figures = {}
+    for name, step in (("first", 0), ("last", -1)):
+        figures[f"_{name}"] = change_figures(forced[:, step], golden[:, step], states[:, step])
+        figures[f"_rollout_{name}"] = change_figures(rolled[:, step].float(), golden[:, step], noise)
+    return figures
 
 
 class NoiseValidation:
-    """Measures some samples of each split every `--validation_steps` and at the end.
+    """Measures the first `most` samples of each split every `--validation_steps` and at the end.
 
-    Args:
-        accelerator: of the run; the main process measures.
-        network: not yet prepared; its parameters are those that train.
-        ema: averaged weights, which are then measured in place of the network's own.
-        splits: samples by name of the split; the figures are called `<split>_relative` and so on.
-        take_text: `(rows, device) -> NetworkText`.
-        measure: of one batch.
-        batch_size: samples measured at once.
-        most: samples of a split that are measured, the first ones.
-
-    Attributes:
-        history: figures of all calls, one dictionary a step.
+    The figures are called `<split>_relative` and so on; `history` has those of all calls, one dictionary a step. With
+    `ema` the averaged weights are measured in place of the network's own. The main process measures.
     """
 
     def __init__(
@@ -206,8 +188,7 @@ def save_network(settings: NoiseSettings, network: torch.nn.Module, report: dict
     """Write the network and the report, all at once."""
     with staged_output(settings.output_dir, ("config.json",), ON_THE_WAY) as folder:
         network.save_pretrained(folder)
-        text = json.dumps(report, indent=2) + "\n"
-        (folder / "training_report.json").write_text(text, encoding="utf-8")
+        (folder / "training_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def trained_network_card(
@@ -218,17 +199,9 @@ def trained_network_card(
     pipeline_class: str,
     validation: Sequence[Mapping[str, float]],
 ) -> Callable[..., Card]:
-    """The card of a trained network but for the name of its repository.
+    """The card but for the name of its repository; raises `ValueError` where a fact, as the licence, is not known.
 
-    Args:
-        settings: of the training script.
-        network: that trains or was trained.
-        data: facts of the noises, as in the report.
-        pipeline_class: of the base model.
-        validation: figures by step; empty before the training.
-
-    Raises:
-        ValueError: a fact is not known, such as the licence.
+    `data` are facts of the noises, as in the report; `validation` figures by step, none before the training.
     """
     made = data["generation"] or {}
     shown = {name: getattr(settings, name) for name in _TRAINING_SETTINGS}
@@ -247,13 +220,7 @@ def trained_network_card(
 
 
 def figures_measured(settings: NoiseSettings, data: Mapping[str, Any], figures: Mapping[str, float]) -> list[Measured]:
-    """The figures of one validation on prompts that were not trained on.
-
-    Args:
-        settings: of the training script.
-        data: facts of the noises.
-        figures: `validation_<metric>[_<state>]` and others, which are passed over.
-    """
+    """Of one validation's figures those on prompts that were not trained on, `validation_<metric>[_<state>]`."""
     count = min(settings.num_validation_pairs, data["validation_samples"])
     results = []
     for name, value in figures.items():
@@ -268,18 +235,9 @@ def figures_measured(settings: NoiseSettings, data: Mapping[str, Any], figures: 
 
 
 def publish_network(settings: NoiseSettings, network: torch.nn.Module, report: Mapping[str, Any]) -> str:
-    """Upload the output folder (network, report, card), without checkpoints, logs and data.
-
-    Returns:
-        Address of the commit.
-    """
-    card = trained_network_card(
-        settings,
-        network,
-        data=report["data"],
-        pipeline_class=report["pipeline_class"],
-        validation=report["validation"],
-    )
+    """Upload the output folder without checkpoints, logs and data; returns the address of the commit."""
+    facts = {name: report[name] for name in ("data", "pipeline_class", "validation")}
+    card = trained_network_card(settings, network, **facts)
     return push_output(settings, card, left_here(settings, settings.dataset_dir, settings.text_cache_dir))
 
 
