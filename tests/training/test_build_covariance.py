@@ -264,7 +264,7 @@ def test_without_matplotlib(build, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     for module in (build_covariance, "diffusers_ext.training.nullspace.statistics"):
         target = module if isinstance(module, str) else module.__name__
-        monkeypatch.setattr(f"{target}.has_matplotlib", lambda: False)
+        monkeypatch.setattr(f"{target}.is_matplotlib_available", lambda: False)
     folder = build()
     assert files_below(folder) == ARTIFACT
     assert "No plots: they need matplotlib" in caplog.text

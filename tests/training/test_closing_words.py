@@ -8,14 +8,9 @@ from argparse import Namespace
 import pytest
 
 import diffusers_ext
-from diffusers_ext.training.run.script import (
-    directions_words,
-    eraser_words,
-    network_words,
-    pairs_words,
-    statistics_words,
-    subject_words,
-)
+from diffusers_ext.training.nullspace.statistics import statistics_words
+from diffusers_ext.training.nullspace.subject import directions_words, subject_words
+from diffusers_ext.training.run.script import eraser_words, network_words, pairs_words
 
 ARGS = Namespace(
     pretrained_model_name_or_path="my models/base",

@@ -12,14 +12,9 @@ from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace.run import main, parse_args
-from diffusers_ext.training.run.upload import (
-    collection_card,
-    left_here,
-    prepare_upload,
-    publish,
-    push_output,
-    subject_card,
-)
+from diffusers_ext.training.nullspace.statistics import collection_card
+from diffusers_ext.training.nullspace.subject import publish, subject_card
+from diffusers_ext.training.run.upload import left_here, prepare_upload, push_output
 from examples.digits.check_model import load_pipeline
 
 

@@ -4,7 +4,7 @@ import torch
 
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.training.nullspace.statistics import format_table, has_matplotlib, report_rows
+from diffusers_ext.training.nullspace.statistics import format_table, report_rows
 
 
 def test_null_dimensions_are_counted_below_the_threshold():
@@ -22,7 +22,3 @@ def test_table_columns_are_aligned():
     assert table == (
         "matrix  trace  rank\na       1.235     7\nlonger  1e-07  1234"
     )  # fmt: skip
-
-
-def test_matplotlib_is_installed_for_these_tests():
-    assert has_matplotlib()

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,8 @@ def read_captions(folder: str | Path, name: str = "instance_data_dir") -> dict[s
     """The captions of a folder of pictures by the names of these; a line break in one becomes a space.
 
     A text file belongs to all pictures whose name it has but for the ending. A table has the columns `file_name` and
-    `text`, as `datasets` reads them.
-
-    Args:
-        folder: of the pictures.
-        name: of the argument, for errors.
-
-    Raises:
-        ValueError: an empty caption, one for a picture that is not there, or two for one picture.
+    `text`, as `datasets` reads them. Raises `ValueError`, which names the argument, for an empty caption, one for a
+    picture that is not there, or two for one picture.
     """
     found = find_pictures(folder, name)
     pictures = [path.name for path in found.paths]
@@ -54,7 +47,7 @@ def read_captions(folder: str | Path, name: str = "instance_data_dir") -> dict[s
     sources: dict[str, str] = {}
     for path in sorted(path for path in found.folder.iterdir() if _holds_captions(path)):
         if path.name.lower() in TABLES:
-            rows = [(w, row["file_name"], row["text"]) for w, row in _table_rows(path)]
+            rows = [(w, row["file_name"], row["text"]) for w, row in read_rows(path, ["file_name", "text"])]
         else:
             rows = _text_rows(path, pictures)
         for where, picture, text in rows:
@@ -84,10 +77,6 @@ def _holds_captions(path: Path) -> bool:
     return ending and not is_hidden(path) and not path.is_dir()
 
 
-def _table_rows(path: Path) -> Sequence[tuple[str, dict[str, str]]]:
-    return list(read_rows(path, ["file_name", "text"]))
-
-
 def _text_rows(path: Path, pictures: Sequence[str]) -> list[tuple[str, str, str]]:
     """A row for each picture of the file's name, else one for a picture that is not there."""
     named = [picture for picture in pictures if Path(picture).stem == path.stem]
@@ -113,11 +102,6 @@ def caption_facts(settings: SubjectSettings) -> dict[str, str]:
         return {}
     prompts = json.dumps(picture_prompts(settings))
     return {"captions": hashlib.sha256(prompts.encode()).hexdigest()}
-
-
-def caption_counts(settings: SubjectSettings) -> dict[str, int]:
-    """How many pictures are trained with each prompt."""
-    return dict(Counter(picture_prompts(settings)))
 
 
 def tell_of_captions(settings: SubjectSettings) -> None:
@@ -146,10 +130,8 @@ def tell_of_captions(settings: SubjectSettings) -> None:
 def warn_of_missing_words(settings: SubjectSettings, preserved: Sequence[str]) -> None:
     """Warn of captions that leave out the subject's name.
 
-    Args:
-        settings: of the training.
-        preserved: prompts. Words of the instance prompt that none of them has may be the name; without any nothing
-            tells it from other words.
+    Words of the instance prompt that no preserved prompt has may be the name; without any nothing tells it from other
+    words.
     """
     captions = read_captions(settings.instance_data_dir) if preserved else {}
     for word in sorted(_words(settings.instance_prompt) - _words(" ".join(preserved))):
@@ -167,11 +149,7 @@ def _words(text: str) -> set[str]:
 
 
 def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the denoiser's latents are to those of a VAE.
-
-    Returns:
-        `(offset, factor)`, float32 `(1, channels or 1, 1, 1)`, with `denoiser's = (VAE's - offset) * factor`.
-    """
+    """Offset and factor, float32 `(1, channels or 1, 1, 1)`: `denoiser's latents = (VAE's - offset) * factor`."""
     config = vae.config
     means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if means is None or stds is None:
@@ -205,13 +183,8 @@ def draw_images(
 ) -> list[Image.Image]:
     """One picture per prompt, unfiltered and in eval mode; the pipeline is left as it was.
 
-    A picture depends on its prompt and its seed, not on the others (up to rounding).
-
-    Args:
-        pipeline: draws.
-        prompts, seeds: one of each per picture.
-        resolution: height and width in pixels.
-        run: further arguments of the pipeline's call, as of `sampling_arguments`.
+    A picture depends on its prompt and its seed, not on the others (up to rounding). `run` are further arguments of
+    the pipeline's call, as of `sampling_arguments`.
     """
     vae = pipeline.vae
     offset, factor = latent_scale(vae)
@@ -251,10 +224,9 @@ def load_image(path: Path, resolution: int, center_crop: bool = True) -> torch.T
 def encode_images(
     pipeline: DiffusionPipeline, paths: list[Path], resolution: int, *, center_crop: bool, flip: bool
 ) -> TensorDataset:
-    """Latent means and standard deviations of pictures, scaled for the denoiser.
+    """Means and standard deviations of pictures' latents, scaled for the denoiser.
 
-    Returns:
-        A data set of `(mean, std)`, each `(channels, height, width)` float32; twice as long with `flip`.
+    Each is `(channels, height, width)` float32; with `flip` there are twice as many.
     """
     vae = pipeline.vae
     offset, factor = latent_scale(vae)
@@ -269,12 +241,9 @@ def encode_images(
 
 
 def with_prompts(dataset: TensorDataset, of_pictures: Sequence[str], prompts: Sequence[str]) -> TensorDataset:
-    """`(mean, std, index)` of pictures with captions: the index of each one's prompt among `prompts`.
+    """`(mean, std, index)` of pictures with captions: the index of each one's prompt among `prompts`, each once.
 
-    Args:
-        dataset: of `encode_images`, in which a picture may have several views one after another.
-        of_pictures: the prompt of each picture.
-        prompts: each once, in the order of the condition's rows.
+    `dataset` is of `encode_images`, in which a picture may have several views one after another.
     """
     index = torch.tensor([prompts.index(prompt) for prompt in of_pictures])
     return TensorDataset(*dataset.tensors, index.repeat_interleave(len(dataset) // len(index)))

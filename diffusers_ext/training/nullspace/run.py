@@ -48,14 +48,19 @@ from diffusers_ext.training.nullspace.data import (
 )
 from diffusers_ext.training.nullspace.knowledge import load_or_collect, load_pipeline, read_knowledge
 from diffusers_ext.training.nullspace.subject import (
+    directions_words,
     files_for_programs,
     keep_rule,
     make_loss,
     prepare_weights,
+    publish,
     save_result,
+    subject_card,
+    subject_facts,
+    subject_words,
 )
 from diffusers_ext.training.run.loop import TrainingLoop
-from diffusers_ext.training.run.script import directions_words, one_run_a_folder, run_script, subject_words
+from diffusers_ext.training.run.script import one_run_a_folder
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
     NULL_SPACE_RUNS,
@@ -67,22 +72,9 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
-from diffusers_ext.training.run.upload import (
-    card_record,
-    check_login,
-    prepare_upload,
-    publish,
-    reported_arguments,
-    subject_card,
-    subject_facts,
-)
+from diffusers_ext.training.run.upload import card_record, check_login, prepare_upload, reported_arguments
 
 logger = get_logger(__name__)
-
-
-def check_adapter(settings: NullSpaceSettings) -> None:
-    """Raise `ValueError` for a LoRA that could not preserve anything."""
-    check_lora_config(LoraConfig(use_dora=settings.use_dora, bias=settings.lora_bias))
 
 
 def check_knowledge(settings: NullSpaceSettings) -> None:
@@ -97,13 +89,6 @@ def check_knowledge(settings: NullSpaceSettings) -> None:
             f"`statistics` must be a folder with {CONFIG_NAME}, got {settings.statistics} without it. "
             "training/build_covariance.py writes one."
         )
-
-
-def check_pictures(settings: NullSpaceSettings) -> None:
-    """Raise `ValueError` for pictures or captions that cannot be read."""
-    for path in list_images(settings.instance_data_dir):
-        read_picture(path)
-    subject_prompts(settings)  # broken captions stop here
 
 
 def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> None:
@@ -123,11 +108,7 @@ def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline
 
 
 def settle_resolution(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> None:
-    """Make `--resolution` the model's own where it is not given; warn where it is another.
-
-    Raises:
-        ValueError: not given, and the model has no one size of its own.
-    """
+    """Make `--resolution` the model's own where it is not given; warn where it is another."""
     own = own_resolution(pipeline)
     if settings.resolution is None:
         if own is None:
@@ -161,11 +142,7 @@ def subject_settings(settings: NullSpaceSettings) -> dict[str, Any]:
 
 
 class Validation:
-    """Draws `--validation_prompt` at fixed seeds every `--validation_steps` and at the end.
-
-    Attributes:
-        files: pictures of the last call.
-    """
+    """Draws `--validation_prompt` at fixed seeds; `files` are the pictures of the last call."""
 
     def __init__(self, settings: NullSpaceSettings, pipeline: DiffusionPipeline, accelerator: Accelerator) -> None:
         self.settings, self.pipeline, self.accelerator = settings, pipeline, accelerator
@@ -213,14 +190,15 @@ def parse_args(input_args: Sequence[str] | None = None) -> NullSpaceSettings:
 
 def check_args(settings: NullSpaceSettings) -> None:
     """Everything that can be wrong without loading a model."""
-    check_adapter(settings)
+    check_lora_config(LoraConfig(use_dora=settings.use_dora, bias=settings.lora_bias))
     check_knowledge(settings)
-    check_pictures(settings)
+    for path in list_images(settings.instance_data_dir):
+        read_picture(path)
+    subject_prompts(settings)  # broken captions stop here
     check_resume(settings, run_facts(settings, **subject_settings(settings)))
 
 
-def hash_files(paths: Sequence[Path]) -> str:
-    """SHA-256 over the contents of files, in order."""
+def _hash_files(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
@@ -245,8 +223,8 @@ def build_loop(
     facts = run_facts(
         settings,
         model=fingerprint(denoiser),
-        pictures=hash_files(images),
-        class_pictures=hash_files(list_images(settings.class_data_dir)) if prior else None,
+        pictures=_hash_files(images),
+        class_pictures=_hash_files(list_images(settings.class_data_dir)) if prior else None,
         knowledge=None if statistics is None else statistics.facts,
         **captions,
         **subject_settings(settings),
@@ -311,7 +289,3 @@ def main(settings: NullSpaceSettings) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Path(settings.output_dir)
-
-
-if __name__ == "__main__":
-    run_script(parse_args, main, NullSpaceSettings)

@@ -7,21 +7,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
+from diffusers.utils.import_utils import is_matplotlib_available
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
-from diffusers_ext.core.pipelines import denoiser_of
+from diffusers_ext.core.pipelines import denoiser_of, plain_class_name
 from diffusers_ext.documented_names import read_nullbooth_block
+from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.nullspace.attention_maps import (
     at_steps,
     attention_maps,
@@ -35,7 +36,7 @@ from diffusers_ext.nullspace.plots import plot_covariance_statistics, plot_null_
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.settings import CollectionSettings
 from diffusers_ext.nullspace.slots import find_linears
-from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.nullspace.statistics import FeatureStatistics, statistics_card
 from diffusers_ext.training.nullspace.knowledge import (
     check_resume,
     collect,
@@ -47,23 +48,20 @@ from diffusers_ext.training.nullspace.knowledge import (
 )
 from diffusers_ext.training.run.script import (
     check_output_dir,
+    counted,
+    lasted,
     one_run_a_folder,
     run_script,
+    script_line,
     staged_output,
-    statistics_words,
 )
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import NULL_SPACE_RUNS, WEIGHT_DTYPES, make_accelerator
-from diffusers_ext.training.run.upload import check_login, collection_card, prepare_upload, publish_statistics
+from diffusers_ext.training.run.upload import card_arguments, check_login, prepare_upload, push_output
 
 logger = get_logger(__name__)
 
 DEFAULT_THRESHOLD = 2e-2
-
-
-def has_matplotlib() -> bool:
-    """Whether plots can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def report_rows(statistics: FeatureStatistics, threshold: float) -> list[dict[str, Any]]:
@@ -106,7 +104,7 @@ def write_statistics(
     statistics.save_pretrained(folder)
     report = {**facts, "nullspace_threshold": threshold, "matrices": rows}
     write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    if has_matplotlib():
+    if is_matplotlib_available():
         plot_spectrum(statistics, folder / "plots" / "spectrum.png")
         plot_null_dimensions(statistics, folder / "plots" / "null_dimensions.png")
     else:
@@ -144,7 +142,7 @@ def write_tree(
         timesteps=tree_timesteps(settings, pipeline),
         step_links=settings.layout_timesteps == "all",
     )
-    if has_matplotlib():
+    if is_matplotlib_available():
         plot_covariance_statistics(statistics, run / PICTURES / SUMMARY_NAME, threshold)
     return run
 
@@ -176,6 +174,48 @@ def draw_attention_maps(
     draw_layer_attention(every, run / PICTURES)
 
 
+def collection_card(
+    settings: CollectionSettings, pipeline: DiffusionPipeline, prompts: Sequence[str]
+) -> Callable[..., Card]:
+    """What is known of the card of statistics before they are collected."""
+    return make_card(
+        "feature_statistics",
+        trained_on="Prompts.",
+        pipeline=plain_class_name(pipeline),
+        num_prompts=len(prompts),
+        example_prompts=list(prompts[:1]),
+        layers=1,
+        megabytes=1.0,
+        **card_arguments(settings),
+    )
+
+
+def publish_statistics(
+    settings: CollectionSettings, pipeline: DiffusionPipeline, statistics: FeatureStatistics
+) -> str:
+    """Upload the output folder of a collection; returns the address of the commit."""
+    card = statistics_card(statistics, pipeline=plain_class_name(pipeline), **card_arguments(settings))
+    return push_output(settings, card, [".*", "progress/*"])
+
+
+def statistics_words(settings: CollectionSettings, prompts: int, seconds: float) -> str:
+    """What was measured, how to load it and what to do with it."""
+    folder = Path(settings.output_dir)
+    train = script_line(
+        "train_nullspace_dreambooth",
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
+        statistics=folder,
+        instance_data_dir="PICTURES",
+        instance_prompt="a photo of sks",
+        output_dir="SUBJECT",
+    )
+    return (
+        f"Measured what the model reads for {counted(prompts, 'prompt')} in {lasted(seconds)}: it stays "
+        f"wherever these statistics constrain a training. Wrote {folder}. Load it: diffusers_ext."
+        f"FeatureStatistics.from_pretrained({str(folder)!r}). Train a subject under it: {train}"
+    )
+
+
 def parse_args(input_args: Sequence[str] | None = None) -> CollectionSettings:
     """Command line of this script, over the YAML file of `--config`."""
     read_block = partial(read_nullbooth_block, covariance_dir="output_dir")
@@ -184,7 +224,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> CollectionSettings:
 
 def check_args(settings: CollectionSettings) -> list[str]:
     """Everything that can be wrong without loading a model; returns the preserved prompts."""
-    if settings.visual_attention_map and not has_matplotlib():
+    if settings.visual_attention_map and not is_matplotlib_available():
         raise ValueError("`visual_attention_map` must have matplotlib, got none: pip install diffusers_ext[plots].")
     return read_knowledge(settings)
 
@@ -229,4 +269,4 @@ def main(settings: CollectionSettings) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(parse_args, main, CollectionSettings)
+    run_script(parse_args, main)

@@ -1,11 +1,12 @@
-"""The two ways to train a subject: a LoRA on chosen directions, or whole weights under projection."""
+"""A subject: trained as a LoRA on chosen directions or as whole weights under projection, saved, told of, uploaded."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -13,28 +14,31 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.pipelines import denoiser_of
+from diffusers_ext.core.pipelines import denoiser_of, plain_class_name
 from diffusers_ext.core.seeds import training_schedule
+from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, predicted_drift, save_lora
-from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME, training_metadata
+from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME, measured_drift, training_metadata
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.settings import NullSpaceSettings, read_layers
 from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.nullspace.step import DreamBoothLoss, SoftLoss
 from diffusers_ext.training.nullspace.data import (
-    caption_counts,
     encode_condition,
     encode_conditions,
     encode_images,
     list_images,
     make_class_images,
+    picture_prompts,
+    read_captions,
     sampling_arguments,
     subject_prompts,
 )
 from diffusers_ext.training.run.checkpoints import KeepRule, is_trainable
-from diffusers_ext.training.run.script import ON_THE_WAY, staged_output
+from diffusers_ext.training.run.script import ON_THE_WAY, counted, script_line, staged_output, steps_taken
+from diffusers_ext.training.run.upload import card_arguments, left_here, push_output, widget_of
 
 
 class Preparation(NamedTuple):
@@ -195,5 +199,139 @@ def _lora_facts(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> dic
         prediction_type=pipeline.scheduler.config.get("prediction_type"),
         resolution=settings.resolution,
         num_pictures=len(list_images(settings.instance_data_dir)),
-        caption_counts=caption_counts(settings),
+        caption_counts=dict(Counter(picture_prompts(settings))),
+    )
+
+
+# Of the arguments, what a card shows.
+_SHOWN = (
+    "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler", "mixed_precision", "seed", "random_flip", "snr_gamma",
+    "with_prior_preservation", "eps", "null_energy", "nullspace_threshold", "lora_dropout",
+)  # fmt: skip
+
+
+def subject_facts(
+    settings: NullSpaceSettings,
+    pipeline: DiffusionPipeline,
+    statistics: FeatureStatistics | None = None,
+    pictures: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """What the card of a trained subject tells besides base model and licence, JSON-able.
+
+    `pictures` are one per validation prompt, below the output folder.
+    """
+    facts = {
+        "trained_on": _trained_on(settings, statistics),
+        "settings": {name: vars(settings)[name] for name in _SHOWN if vars(settings)[name] is not None},
+        "widget": widget_of(settings, settings.validation_prompt, pictures),
+        "instance_prompt": settings.instance_prompt,
+        "pipeline": plain_class_name(pipeline),
+    }
+    return facts if settings.full_finetune else {**facts, "directions": settings.directions}
+
+
+def subject_card(
+    settings: NullSpaceSettings,
+    pipeline: DiffusionPipeline,
+    statistics: FeatureStatistics | None = None,
+    report: Mapping[str, Any] | None = None,
+    pictures: Sequence[Path] = (),
+) -> Callable[..., Card]:
+    """The card of a trained subject but for the name of its repository; before the training there is no report.
+
+    Raises `ValueError` where a fact is not known, such as the licence.
+    """
+    drifts = (report or {}).get("predicted_drift")
+    return make_card(
+        "subject_pipeline" if settings.full_finetune else "null_space_lora",
+        **subject_facts(settings, pipeline, statistics, pictures),
+        **({} if settings.full_finetune else {"rank": settings.rank, "kohya_file": KOHYA_NAME}),
+        results=measured_drift(drifts, statistics) if drifts else (),
+        statistics=statistics is not None,
+        **card_arguments(settings),
+    )
+
+
+def _trained_on(settings: NullSpaceSettings, statistics: FeatureStatistics | None) -> str:
+    count = len(list_images(settings.instance_data_dir))
+    pictures = "1 picture" if count == 1 else f"{count} pictures"
+    parts = [f"{pictures} of the subject at {settings.resolution} x {settings.resolution} pixels."]
+    if captions := read_captions(settings.instance_data_dir):
+        parts.append(f"{len(captions)} of {count} were trained with captions of their own.")
+    if settings.with_prior_preservation:
+        parts.append(
+            f"Beside them {settings.num_class_images} pictures of its class that the base model drew "
+            "itself (prior preservation)."
+        )
+    if statistics is not None and statistics.facts["prompts"]:
+        count = len(statistics.facts["prompts"])
+        prompts = "1 prompt" if count == 1 else f"{count} prompts"
+        parts.append(f"What the base model reads for {prompts} was preserved.")
+    return " ".join(parts)
+
+
+def publish(
+    settings: NullSpaceSettings,
+    pipeline: DiffusionPipeline,
+    statistics: FeatureStatistics | None,
+    report: Mapping[str, Any],
+    pictures: Sequence[Path],
+) -> str:
+    """Upload the output folder of a training: weights, statistics, report, card, last pictures.
+
+    Checkpoints, logs and the pictures that were trained on stay here. A pipeline comes to the root of the repository,
+    where `from_pretrained` looks for it. Returns the address of the commit.
+    """
+    inputs = (settings.instance_data_dir, settings.class_data_dir)
+    return push_output(
+        settings,
+        subject_card(settings, pipeline, statistics, report, pictures),
+        ["class_*", *left_here(settings, *inputs)],
+        at_root="pipeline" if settings.full_finetune else None,
+    )
+
+
+def directions_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the chosen directions of a LoRA hold, one clause per matrix of statistics."""
+    parts = [
+        f"{row['matrix']}: {row['rank']} for {row['linears']} layers, with "
+        f"{row['instance_share']:.1%} of what is new in the subject's prompts and at least "
+        f"{row['smallest_ratio']:.3g} times as much of it as of what is preserved"
+        for row in rows
+    ]
+    return f"Chose the directions that may change ({'; '.join(parts)})."
+
+
+def subject_words(settings: NullSpaceSettings, report: Mapping[str, Any], pictures: int) -> str:
+    """What was learnt from how many `pictures`, how to load it and compare; the report is `training_report.json`'s."""
+    taught = counted(pictures, "picture")
+    learnt = f"Learnt {settings.instance_prompt!r} from {taught} in {steps_taken(settings, report)}."
+    folder, drifts = Path(settings.output_dir), report.get("predicted_drift")
+    if drifts:
+        worst = max(drifts, key=drifts.get)
+        learnt += (
+            f" Kept what the statistics cover: on average over them the changed layers' outputs move by "
+            f"at most {drifts[worst] ** 0.5:.2%} ({worst}), as predicted from the weights; nothing was "
+            "drawn to measure it."
+        )
+    elif settings.full_finetune:
+        learnt += " Only the null space of the statistics could change in the trained weights."
+    else:
+        learnt += " Nothing was constrained, so what the model knew may have changed."
+    if settings.full_finetune:
+        target = str(folder / "pipeline")
+        load = f"DiffusionPipeline.from_pretrained({target!r})"
+        return f"{learnt} Wrote {target}. Load it: {load}"
+    compare = script_line(
+        "evaluate_nullspace",
+        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
+        lora=settings.output_dir,
+        knowledge_prompts=settings.knowledge_prompts or "PROMPTS_TO_KEEP.txt",
+        subject_prompt=settings.instance_prompt,
+        output_dir=folder / "evaluation",
+    )
+    return (
+        f"{learnt} Wrote {folder}. Load it: pipe.load_lora_weights({str(folder)!r}). Compare with the "
+        f"model as it was: {compare}"
     )

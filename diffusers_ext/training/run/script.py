@@ -11,9 +11,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from accelerate.utils.environment import get_int_from_env
 
@@ -23,65 +23,15 @@ from diffusers_ext.core.settings import ModelSettings, RunSettings, Settings, Tr
 from diffusers_ext.core.sources import one_try_to_connect
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.golden_noise.settings import NoiseSettings, PairSettings
-from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints, remove_checkpoint
 from diffusers_ext.training.run.settings import TRACEBACK_FLAG, WRONG_USAGE, error_line, user_errors
 
 
-def directions_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the chosen directions of a LoRA hold, one clause per matrix of statistics."""
-    parts = [
-        f"{row['matrix']}: {row['rank']} for {row['linears']} layers, with "
-        f"{row['instance_share']:.1%} of what is new in the subject's prompts and at least "
-        f"{row['smallest_ratio']:.3g} times as much of it as of what is preserved"
-        for row in rows
-    ]
-    return f"Chose the directions that may change ({'; '.join(parts)})."
-
-
-def subject_words(settings: NullSpaceSettings, report: Mapping[str, Any], pictures: int) -> str:
-    """Of a trained subject.
-
-    Args:
-        settings: of the training script.
-        report: as in `training_report.json`.
-        pictures: how many were trained on.
-    """
-    learnt = f"Learnt {settings.instance_prompt!r} from {_count(pictures, 'picture')} in {_run(settings, report)}."
-    folder, drifts = Path(settings.output_dir), report.get("predicted_drift")
-    if drifts:
-        worst = max(drifts, key=drifts.get)
-        learnt += (
-            f" Kept what the statistics cover: on average over them the changed layers' outputs move by "
-            f"at most {drifts[worst] ** 0.5:.2%} ({worst}), as predicted from the weights; nothing was "
-            "drawn to measure it."
-        )
-    elif settings.full_finetune:
-        learnt += " Only the null space of the statistics could change in the trained weights."
-    else:
-        learnt += " Nothing was constrained, so what the model knew may have changed."
-    if settings.full_finetune:
-        target = str(folder / "pipeline")
-        load = f"DiffusionPipeline.from_pretrained({target!r})"
-        return f"{learnt} Wrote {target}. Load it: {load}"
-    compare = _command(
-        "evaluate_nullspace",
-        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
-        lora=settings.output_dir,
-        knowledge_prompts=settings.knowledge_prompts or "PROMPTS_TO_KEEP.txt",
-        subject_prompt=settings.instance_prompt,
-        output_dir=folder / "evaluation",
-    )
-    return (
-        f"{learnt} Wrote {folder}. Load it: pipe.load_lora_weights({str(folder)!r}). Compare with the "
-        f"model as it was: {compare}"
-    )
-
-
 def network_words(settings: NoiseSettings, report: Mapping[str, Any]) -> str:
-    """Of a trained golden-noise network; arguments as `subject_words`."""
+    """Of a trained golden-noise network; the report is as in `training_report.json`."""
     data = report["data"]
-    words = f"Trained {report['network']} on {_count(data['training_samples'], 'sample')} in {_run(settings, report)}."
+    samples = counted(data["training_samples"], "sample")
+    words = f"Trained {report['network']} on {samples} in {steps_taken(settings, report)}."
     last = report["validation"][-1] if report["validation"] else {}
     figures = [
         f"{name.removeprefix('validation_')} {value:.4g}"
@@ -96,7 +46,7 @@ def network_words(settings: NoiseSettings, report: Mapping[str, Any]) -> str:
     )
     folder = Path(settings.output_dir)
     base = settings.pretrained_model_name_or_path or "BASE_MODEL"
-    compare = _command(
+    compare = script_line(
         "evaluate_golden_noise",
         pretrained_model_name_or_path=base,
         noise_model=folder,
@@ -111,10 +61,10 @@ def network_words(settings: NoiseSettings, report: Mapping[str, Any]) -> str:
 
 
 def eraser_words(settings: EraserSettings, report: Mapping[str, Any]) -> str:
-    """Of a trained eraser; arguments as `subject_words`."""
+    """Of a trained eraser; the report is as in `training_report.json`."""
     counts = {name: len(prompts) for name, prompts in report["prompts"].items()}
     folder = Path(settings.output_dir)
-    compare = _command(
+    compare = script_line(
         "evaluate_eraser",
         pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
         eraser=folder,
@@ -123,34 +73,16 @@ def eraser_words(settings: EraserSettings, report: Mapping[str, Any]) -> str:
         output_dir=folder / "evaluation",
     )
     return (
-        f"Trained to erase {settings.target_concept!r} on {_count(counts['target'], 'prompt')} that ask for "
-        f"it and to keep {counts['preserved']} others, in {_run(settings, report)}; whether it does is not "
+        f"Trained to erase {settings.target_concept!r} on {counted(counts['target'], 'prompt')} that ask for "
+        f"it and to keep {counts['preserved']} others, in {steps_taken(settings, report)}; whether it does is not "
         f"measured yet. Wrote {folder}. Load it: diffusers_ext.load_eraser(pipe, {str(folder)!r}). "
         f"Compare with the model as it was: {compare}"
     )
 
 
-def statistics_words(settings: CollectionSettings, prompts: int, seconds: float) -> str:
-    """Of collected statistics."""
-    folder = Path(settings.output_dir)
-    train = _command(
-        "train_nullspace_dreambooth",
-        pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
-        statistics=folder,
-        instance_data_dir="PICTURES",
-        instance_prompt="a photo of sks",
-        output_dir="SUBJECT",
-    )
-    return (
-        f"Measured what the model reads for {_count(prompts, 'prompt')} in {_time(seconds)}: it stays "
-        f"wherever these statistics constrain a training. Wrote {folder}. Load it: diffusers_ext."
-        f"FeatureStatistics.from_pretrained({str(folder)!r}). Train a subject under it: {train}"
-    )
-
-
 def pairs_words(settings: PairSettings) -> str:
     """How to load made noise pairs and what to do with them."""
-    train = _command(
+    train = script_line(
         "train_npnet",
         pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
         dataset_dir=settings.output_dir,
@@ -159,21 +91,25 @@ def pairs_words(settings: PairSettings) -> str:
     return f"Load them: diffusers_ext.PairDataset({settings.output_dir!r}). Train a network: {train}"
 
 
-def _run(settings: TrainingSettings, report: Mapping[str, Any]) -> str:
-    words = f"{_count(settings.max_train_steps, 'step')} ({_time(report['seconds'])}"
+def steps_taken(settings: TrainingSettings, report: Mapping[str, Any]) -> str:
+    """Steps, time and losses of a training."""
+    words = f"{counted(settings.max_train_steps, 'step')} ({lasted(report['seconds'])}"
     losses = [row["loss"] for row in report["history"] if "loss" in row]
     return f"{words}, loss {losses[0]:.4g} to {losses[-1]:.4g})" if losses else f"{words})"
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _time(seconds: float) -> str:
+def lasted(seconds: float) -> str:
+    """Seconds, or minutes from two on."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _command(script: str, **flags: Any) -> str:
+def script_line(script: str, **flags: Any) -> str:
+    """The command line of a training script."""
     given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
     return f"python training/{script}.py {given}"
 
@@ -211,9 +147,7 @@ def one_run_a_folder(main: Callable[[Any], ReturnType]) -> Callable[[Any], Retur
 def check_output_dir(settings: ModelSettings, names: Sequence[str] = REPORTS) -> None:
     """Raise `ValueError` where `--output_dir` holds a result and nobody asked to replace it.
 
-    Args:
-        settings: of a script.
-        names: files that tell of a result that lists no files.
+    `names` are files that tell of a result that lists no files.
     """
     if not hasattr(settings, "resume_from_checkpoint") and Path(settings.output_dir, REPORTS[0]).is_file():
         raise ValueError(
@@ -254,16 +188,9 @@ def run_script(
     """Parse and run; `--traceback` shows where an error came from.
 
     Of several processes that fail alike the first one speaks: the others wait, and the launcher ends them. What fails
-    in another one alone is told by that one.
-
-    Args:
-        parse_args: of the process's command line.
-        main: of the script; takes what `parse_args` returns.
-        settings_class: what `parse_args` returns, so that errors of its rules name flags.
-        failed: exit code after an error of the user's; a command line that cannot be read has 2.
-
-    Raises:
-        SystemExit: with that code, or 130 after an interruption.
+    in another one alone is told by that one. Errors of the rules of `settings_class`, by default what `parse_args` is
+    annotated with, name flags. After an error of the user's the exit code is `failed`, after an interruption 130; a
+    command line that cannot be read has 2.
     """
     settings, said = argparse.Namespace(), io.StringIO()
     rank = get_int_from_env(RANKS, 0)
@@ -285,9 +212,10 @@ def run_script(
             raise
         if TRACEBACK_FLAG in sys.argv[1:]:
             traceback.print_exc()
+        declared = settings_class or get_type_hints(parse_args).get("return")
         names = {name: name for name in vars(settings)}
-        if settings_class is not None:
-            names |= {one.name: flag_name(one) for one in fields(settings_class)}
+        if is_dataclass(declared):
+            names |= {one.name: flag_name(one) for one in fields(declared)}
         flags = {name: f"--{flag}" for name, flag in names.items()}
         place = f"[process {rank}] " if rank else ""
         print(f"{place}error: {error_line(error, settings, flags)}", file=sys.stderr)

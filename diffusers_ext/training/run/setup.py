@@ -74,42 +74,34 @@ def settle_launcher_settings(settings: argparse.Namespace, variables: Mapping[st
                 "with `--multi_gpu`, or on one process."
             )
     if hasattr(settings, "mixed_precision"):
-        _settle_precision(settings, variables.get(_MIXED_PRECISION, "no").lower())
+        theirs = variables.get(_MIXED_PRECISION, "no").lower()
+        if theirs not in PRECISIONS:
+            raise ValueError(
+                f"`mixed_precision` must be one of {', '.join(PRECISIONS)}, got {theirs!r} from accelerate "
+                f"({_MIXED_PRECISION}). Pass `--mixed_precision` to `accelerate launch`."
+            )
+        _settle(settings, "mixed_precision", theirs, _MIXED_PRECISION, said=theirs != "no")
     if hasattr(settings, "gradient_accumulation_steps"):
-        _settle_accumulation(settings, variables.get(_GRADIENT_ACCUMULATION))
+        theirs = variables.get(_GRADIENT_ACCUMULATION)
+        if theirs is not None and not (theirs.isdecimal() and int(theirs) >= 1):
+            raise ValueError(
+                f"`gradient_accumulation_steps` must be a number from 1, got {theirs!r} from accelerate "
+                f"({_GRADIENT_ACCUMULATION})."
+            )
+        name, steps = "gradient_accumulation_steps", int(theirs or 1)
+        _settle(settings, name, steps, _GRADIENT_ACCUMULATION, said=theirs is not None)
 
 
-def _settle_precision(settings: argparse.Namespace, theirs: str) -> None:
-    if theirs not in PRECISIONS:
+def _settle(settings: argparse.Namespace, name: str, theirs: object, variable: str, *, said: bool) -> None:
+    """Take accelerate's value where a flag gave none; one that accelerate has `said` must be the flag's."""
+    ours = getattr(settings, name)
+    if ours is None:
+        setattr(settings, name, theirs)
+    elif said and ours != theirs:
         raise ValueError(
-            f"`mixed_precision` must be one of {', '.join(PRECISIONS)}, got {theirs!r} from accelerate "
-            f"({_MIXED_PRECISION}). Pass `--mixed_precision` to `accelerate launch`."
+            f"`{name}` must be the same for accelerate and the script, got {theirs} from accelerate "
+            f"({variable}) and {ours} from the script's arguments. Give it to one of them."
         )
-    if settings.mixed_precision is None:
-        settings.mixed_precision = theirs
-    elif theirs not in ("no", settings.mixed_precision):
-        raise _contradiction("mixed_precision", settings.mixed_precision, theirs, _MIXED_PRECISION)
-
-
-def _settle_accumulation(settings: argparse.Namespace, theirs: str | None) -> None:
-    if theirs is not None and not (theirs.isdecimal() and int(theirs) >= 1):
-        raise ValueError(
-            f"`gradient_accumulation_steps` must be a number from 1, got {theirs!r} from accelerate "
-            f"({_GRADIENT_ACCUMULATION})."
-        )
-    if settings.gradient_accumulation_steps is None:
-        settings.gradient_accumulation_steps = int(theirs or 1)
-    elif theirs is not None and int(theirs) != settings.gradient_accumulation_steps:
-        raise _contradiction(
-            "gradient_accumulation_steps", settings.gradient_accumulation_steps, theirs, _GRADIENT_ACCUMULATION
-        )
-
-
-def _contradiction(name: str, ours: object, theirs: str, variable: str) -> ValueError:
-    return ValueError(
-        f"`{name}` must be the same for accelerate and the script, got {theirs} from accelerate "
-        f"({variable}) and {ours} from the script's arguments. Give it to one of them."
-    )
 
 
 logger = get_logger(__name__)
