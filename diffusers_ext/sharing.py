@@ -21,8 +21,8 @@ from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.families.registry import FAMILIES
 from diffusers_ext.golden_noise.card import GOLDEN_PIPELINES, network_card
 from diffusers_ext.golden_noise.networks.base import NETWORK_MODULES, load_noise_model
-from diffusers_ext.golden_noise.pairs.dataset import CLASS_NAME as PAIRS
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
+from diffusers_ext.golden_noise.pairs.shards import CLASS_NAME as PAIRS
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import path_inside, push_folder, split_arguments

@@ -7,7 +7,7 @@ from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.pairs.dataset import PairDataset, open_pairs
-from diffusers_ext.golden_noise.pairs.writer import PairWriter
+from diffusers_ext.golden_noise.pairs.shards import PairWriter
 from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseFluxPipeline,
     GoldenNoiseHunyuanDiTPipeline,

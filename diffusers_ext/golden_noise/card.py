@@ -1,9 +1,9 @@
-"""The model cards of golden-noise networks and pipelines, from themselves and where they came from."""
+"""The cards of golden-noise networks, pipelines and sets of pairs, from themselves and where they came from."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ _KINDS = {
     "NoiseSequenceRNN": "noise_sequence_rnn",
 }
 _INDEX = "model_index.json"
+# Of how a set of pairs was made, for its card.
+_PAIR_SETTINGS = (
+    "redenoise_steps", "w1", "w2", "legacy_inversion", "negative_prompt", "num_inference_steps",
+    "guidance_scale", "margin", "noises_per_prompt", "seed", "mixed_precision",
+)  # fmt: skip
 
 
 def network_card(
@@ -35,16 +40,13 @@ def network_card(
     token: str | None = None,
     **common: Any,
 ) -> Callable[..., Card]:
-    """The card of a network but for the name of its repository.
+    """The card of a network but for the name of its repository; `ValueError` for a fact that is not known.
 
     Args:
         base_model: Hub name, folder or label of the model whose noise it refines.
         pipeline: class of the golden pipeline that takes it; read from the base model when `None`.
         latent_shape: `(channels, height, width)` trained at; as its config says when `None`.
         common: further facts of every card, as of `make_card`.
-
-    Raises:
-        ValueError: a network of another class, or a fact that is neither given nor known.
     """
     name, config = type(network).__name__, network.config
     if name not in _KINDS:
@@ -76,15 +78,7 @@ def network_card(
 def golden_pipeline_name(
     base_model: str | os.PathLike, pipeline: str | type | None, *, token: str | None = None
 ) -> str:
-    """The class of this package for a base model.
-
-    Args:
-        base_model: folder or Hub name; its `model_index.json` is read when `pipeline` is `None`.
-        pipeline: a plain or a golden class, or its name.
-
-    Raises:
-        ValueError: none of the five families, or nothing is known about the base model.
-    """
+    """The golden class for a plain or golden one, or for a base model, whose `model_index.json` is read."""
     name = pipeline.__name__ if isinstance(pipeline, type) else pipeline
     if name is None:
         name = read_pipeline_class(base_model, token)
@@ -114,16 +108,13 @@ def pipeline_card(
     token: str | None = None,
     **common: Any,
 ) -> Callable[..., Card]:
-    """The card of a pipeline but for the name of its repository.
+    """The card of a pipeline but for the name of its repository; `ValueError` where a LoRA is loaded.
 
     Args:
         base_model: Hub name, folder or label of the plain model; where the pipeline was loaded from when `None`, if
             that was a plain model on the Hub.
         trained_on: the noises its network was trained on; needless without a network.
         common: further facts of every card, as of `make_card`.
-
-    Raises:
-        ValueError: a fact that is neither given nor known, or a LoRA is loaded.
     """
     name, plain = _family(pipeline)
     adapted = [key for key, part in pipeline.components.items() if getattr(part, "peft_config", 0)]
@@ -152,7 +143,6 @@ def pipeline_card(
 
 
 def _family(pipeline: DiffusionPipeline) -> tuple[str, str]:
-    """Names of the golden and of the plain class."""
     names = [parent.__name__ for parent in type(pipeline).__mro__]
     for plain, golden in GOLDEN_PIPELINES.items():
         if golden in names:
@@ -168,4 +158,66 @@ def _plain_origin(pipeline: DiffusionPipeline, token: str | None) -> str:
     raise ValueError(
         "`base_model` must be given for the card of a pipeline that was not loaded from a plain "
         "one on the Hub, got None. Pass the Hub name of the plain model."
+    )
+
+
+def pair_set_card(
+    made: Mapping[str, Any] | None,
+    *,
+    base_model: str | os.PathLike | None = None,
+    trained_on: str | None = None,
+    pipeline: str | None = None,
+    reward: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **facts: Any,
+) -> Callable[..., Card]:
+    """The card of a set but for the name of its repository.
+
+    Args:
+        made: the facts of `generate_npd.py`, which the other arguments go before.
+        reward: name and version of what judged the pairs; the empty string for none.
+        facts: as of `make_card`, and the counts and shape of the set.
+    """
+    made = made or {}
+    base_model = base_model or made.get("pretrained_model_name_or_path")
+    if base_model is None:
+        raise ValueError(
+            "`base_model` must be given for the card of a set that does not know how it was made, "
+            "got None. Pass the Hub name of the model that its noises are for."
+        )
+    label = public_name(base_model)
+    if reward is None and "reward" in made:
+        judge = made["reward"] or {}
+        reward = " ".join(str(judge[key]) for key in ("name", "version") if judge.get(key))
+    if settings is None:
+        known = {name: made.get(name) for name in _PAIR_SETTINGS}
+        settings = {name: value for name, value in known.items() if value not in (None, "")}
+    return make_card(
+        "pair_data_set",
+        base_model=base_model,
+        trained_on=_pairs_origin(made, label, reward) if trained_on is None else trained_on,
+        settings=settings,
+        pipeline=pipeline or made.get("pipeline"),
+        reward=reward,
+        **facts,
+    )
+
+
+def _pairs_origin(made: Mapping[str, Any], label: str, reward: str | None) -> str | None:
+    """What a generated set was made from; `None` where that is not known."""
+    names = ("prompts", "noises_per_prompt", "redenoise_steps", "w1", "w2")
+    if reward is None or not all(name in made for name in names):
+        return None
+    prompts, noises = made["prompts"]["count"], made["noises_per_prompt"]
+    drawn = "one random noise" if noises == 1 else f"{noises} random noises"
+    kept = "All pairs were kept."
+    if reward:
+        kept = (
+            f"Pairs whose picture gained more than {made['margin']:g} by {reward} were kept, all "
+            "others are among the rejected."
+        )
+    return (
+        f"Re-denoised with {label} from {drawn} for each of {prompts} prompts: a step down with "
+        f"guidance {made['w1']:g} and up with guidance {made['w2']:g}, of {made['redenoise_steps']} "
+        f"steps. {kept}"
     )

@@ -28,11 +28,18 @@ from diffusers_ext.core.text_files import read_json, read_prompt_texts
 from diffusers_ext.evaluation.judges import load_reward
 from diffusers_ext.evaluation.rendering import image_seed
 from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.golden_noise.card import pair_set_card
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
-from diffusers_ext.golden_noise.pairs.dataset import PairDataset, read_config, source_noise
-from diffusers_ext.golden_noise.pairs.hub import pair_set_card
-from diffusers_ext.golden_noise.pairs.shards import PairRecord, list_shards, read_table, shard_files
-from diffusers_ext.golden_noise.pairs.writer import PairWriter, Part
+from diffusers_ext.golden_noise.pairs.dataset import PairDataset, source_noise
+from diffusers_ext.golden_noise.pairs.shards import (
+    PairRecord,
+    PairWriter,
+    Part,
+    list_shards,
+    read_config,
+    read_table,
+    shard_files,
+)
 from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
 from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.hub.push import check_card, make_repository

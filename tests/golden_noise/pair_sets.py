@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_ext.golden_noise.pairs.shards import PairRecord
-from diffusers_ext.golden_noise.pairs.writer import PairWriter
+from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter
 
 SHAPE, STEPS = (4, 8, 8), 2
 # Words that a careless reader of tables takes for missing values, dates or numbers.

@@ -10,8 +10,7 @@ import torch
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
-from diffusers_ext.golden_noise.pairs.shards import PairRecord
-from diffusers_ext.golden_noise.pairs.writer import PairWriter
+from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter
 from examples.digits.check_model import load_pipeline
 
 PROMPTS = tuple(f"a {color} {digit}" for color in ("red", "blue") for digit in ("two", "six"))

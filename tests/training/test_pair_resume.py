@@ -8,7 +8,6 @@ import pytest
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.golden_noise.pairs import shards as pair_shards
-from diffusers_ext.golden_noise.pairs import writer as pair_writer
 from diffusers_ext.training import pairs as generate_npd
 from examples.digits.check_model import load_pipeline
 from tests.training.pair_runs import QUICK_PAIRS, set_content, write_prompt_file
@@ -42,8 +41,7 @@ def test_a_stop_at_any_write_loses_and_repeats_nothing(generate, monkeypatch, tm
         if not written:
             write_atomically(path, content)
 
-    for module in (pair_shards, pair_writer):
-        monkeypatch.setattr(module, "write_atomically", stop_at_every_write)
+    monkeypatch.setattr(pair_shards, "write_atomically", stop_at_every_write)
     resume = {}
     while True:
         try:
@@ -59,7 +57,7 @@ def test_a_stop_at_any_write_loses_and_repeats_nothing(generate, monkeypatch, tm
 
 def test_a_finished_batch_is_not_made_again(generate, monkeypatch, tmp_path):
     made = []
-    write_part = pair_writer.PairWriter.write_part
+    write_part = pair_shards.PairWriter.write_part
 
     def count(self, shard, part, *content):
         write_part(self, shard, part, *content)
@@ -67,7 +65,7 @@ def test_a_finished_batch_is_not_made_again(generate, monkeypatch, tmp_path):
         if len(made) in (1, 3):
             raise Stop
 
-    monkeypatch.setattr(pair_writer.PairWriter, "write_part", count)
+    monkeypatch.setattr(pair_shards.PairWriter, "write_part", count)
     with pytest.raises(Stop):
         generate(**SETTINGS)
     with pytest.raises(Stop):

@@ -9,36 +9,43 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
-from diffusers_ext.core.artifacts import CONFIG_NAME
-from diffusers_ext.core.tensor_files import (
-    check_config_digest,
-    check_format_version,
-    check_regular_file,
-    read_pickled_tensors,
-)
-from diffusers_ext.core.text_files import parse_json, read_csv, read_json, read_text_lines
-from diffusers_ext.golden_noise.pairs.hub import download_pairs, push_pairs
+from diffusers_ext.core.sources import hub_names
+from diffusers_ext.core.tensor_files import check_regular_file, read_pickled_tensors
+from diffusers_ext.core.text_files import parse_json, read_csv, read_text_lines
+from diffusers_ext.golden_noise.card import pair_set_card
 from diffusers_ext.golden_noise.pairs.shards import (
     TENSOR,
     PairRecord,
     check_shard,
     list_shards,
-    open_tensors,
+    measured,
+    num_rejected,
+    open_deltas,
+    read_config,
     shard_files,
 )
+from diffusers_ext.hub.push import push_folder, split_arguments
+
+logger = logging.getLogger(__name__)
 
 METADATA_CSV = "metadata.csv"
 _CSV_COLUMNS = {
     "target_noise_file": ("prompt", "source_noise_file", "target_noise_file"),
     "golden_sequence_file": ("prompt", "source_noise_file", "golden_sequence_file"),
 }
+# Parts of an unfinished shard, and files that a killed run left half written.
+_NOT_SHARED = ("progress/*", ".*", "*/.*")
+_NATIVE = ("config.json", "report.json", "deltas/*", "pairs/*", "rejected/*", "shards/*")
+_SHARDS = tuple(f"{folder}/[0-9][0-9][0-9][0-9][0-9].*" for folder in ("deltas", "pairs", "rejected", "shards"))
+_THIRD_PARTY = (METADATA_CSV, "*.pt", "*.npz", "*.json", "*.jsonl")
 
 
 class _Entry(NamedTuple):
@@ -47,30 +54,18 @@ class _Entry(NamedTuple):
     golden: Path
 
 
-def is_third_party(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a `metadata.csv` or official `.npz` files."""
-    return Path(folder, METADATA_CSV).is_file() or any(_npz_files(Path(folder)))
-
-
 class ThirdPartyPairDataset(Dataset):
     """The official `.npz` pairs, or the `.pt` pairs and sequences of a `metadata.csv`.
 
     Of official pairs those are kept whose first optimized score is above the first original score, as their own
     training does; without a file of scores there are no captions, so it must be there. Items are as in `PairDataset`,
     one file read at a time.
-
-    Attributes:
-        facts: `None`: such sets say nothing about how they were made.
     """
 
-    facts: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None  # such sets say nothing about how they were made
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        """Index a folder and read its first item.
-
-        Raises:
-            ValueError: an incomplete or broken folder, or no pair in it.
-        """
+        """Index a folder and read its first item; raises `ValueError` where it is broken or empty."""
         folder = Path(folder)
         self._read: Callable[[_Entry], tuple[torch.Tensor, torch.Tensor]]
         if (folder / METADATA_CSV).is_file():
@@ -142,10 +137,11 @@ def _csv_entries(folder: Path) -> list[_Entry]:
     """The rows of a `metadata.csv`, whose files must be below its folder."""
     path = folder / METADATA_CSV
     rows = [row for _, row in read_csv(path, ["prompt", "source_noise_file"])]
-    names = list(rows[0]) if rows else []
-    kind = next((column for column in _CSV_COLUMNS if column in names), None)
-    if rows and kind is None:
-        raise ValueError(f"{path} must have the columns of {list(_CSV_COLUMNS.values())}, got {names}.")
+    if not rows:
+        raise ValueError(f"{path} must hold at least one pair, got none.")
+    kind = next((column for column in _CSV_COLUMNS if column in rows[0]), None)
+    if kind is None:
+        raise ValueError(f"{path} must have the columns of {list(_CSV_COLUMNS.values())}, got {list(rows[0])}.")
     root, entries = Path(os.path.abspath(folder)), []
     for number, row in enumerate(rows, 1):
         files = [folder / (row[column] or "") for column in ("source_noise_file", kind)]
@@ -154,8 +150,6 @@ def _csv_entries(folder: Path) -> list[_Entry]:
             if not file.is_file() or root not in Path(os.path.abspath(file)).parents:
                 raise ValueError(f"Row {number} of {path} must name files below {folder}, got {file}.")
         entries.append(_Entry(row["prompt"], *files))
-    if not entries:
-        raise ValueError(f"{path} must hold at least one pair, got none.")
     return entries
 
 
@@ -189,19 +183,6 @@ def _single(path: Path, noise: Any) -> torch.Tensor:
     return noise.float()
 
 
-logger = logging.getLogger(__name__)
-
-CLASS_NAME, FORMAT_VERSION = "PairDataset", 1
-
-
-class PairItem(TypedDict):
-    """What an index of a dataset gives."""
-
-    noise: torch.Tensor  # (channels, height, width) float32
-    golden: torch.Tensor  # (steps, channels, height, width) float32
-    prompt: str
-
-
 def source_noise(seed: int, latent_shape: Sequence[int]) -> torch.Tensor:
     """The noise that a seed stands for: `(channels, height, width)` float32, on any machine alike."""
     return torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed))
@@ -211,22 +192,14 @@ class PairDataset(Dataset):
     """A native folder of pairs; memory-mapped, and picklable for the workers of a `DataLoader`.
 
     A shard holds `golden - noise` in float16 for every step of the sequence (one step: pairs); the noise itself is
-    drawn from its seed. The tables also load with `datasets.load_dataset(folder, "pairs")` and `"rejected"`.
-
-    Attributes:
-        records: seeds, rewards and noise statistics, one per item.
-        complete: whether the generation has ended.
+    drawn from its seed. The tables also load with `datasets.load_dataset(folder, "pairs")` and `"rejected"`; `records`
+    are the rows of the first, and `complete` tells whether the generation has ended.
     """
 
     def __init__(self, folder: str | os.PathLike, verify: bool = True) -> None:
-        """Check and index a folder.
+        """Check and index what `PairWriter` wrote; `verify` compares SHA-256, which reads every file once.
 
-        Args:
-            folder: as `PairWriter` leaves it.
-            verify: compare the SHA-256 of every file, which reads them once.
-
-        Raises:
-            ValueError: no pairs there, or a file is missing, truncated or altered.
+        Raises `ValueError` where there are no pairs, or a file is missing, truncated or altered.
         """
         self.folder = Path(folder)
         config = read_config(folder)
@@ -253,36 +226,82 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: int) -> PairItem:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`noise` `(channels, height, width)`, `golden` `(steps, channels, height, width)`, float32, and `prompt`."""
         shard, row = self._places[index]
         if shard not in self._handles:
-            self._handles[shard] = open_tensors(shard_files(self.folder, shard).tensors)
+            self._handles[shard] = open_deltas(shard_files(self.folder, shard).tensors)
         delta = self._handles[shard].get_slice(TENSOR)[row : row + 1][0]
         noise = source_noise(self.records[index].seed, self.latent_shape)
         return {"noise": noise, "golden": noise + delta.float(), "prompt": self.prompts[index]}
 
-    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
-        """Upload as a repository of data with a card, in one commit.
+    def push_to_hub(self, repo_id: str, *, allow_unfinished: bool = False, **arguments: Any) -> str:
+        """Upload as a repository of data with a card, in one commit, whose address comes back.
 
         `datasets.load_dataset(repo_id, "pairs")` and `"rejected"` then read the tables without this package,
         `open_pairs(repo_id)` all of it.
 
         Args:
-            repo_id: `"user/name"`, made when absent.
+            allow_unfinished: also a set whose generation has not ended.
             arguments: facts for the card that go before what the set knows of itself (`base_model`, `trained_on`,
-                `license`, `pipeline`, `reward`, `results`, `settings`), `allow_unfinished` for a set whose generation
-                has not ended, and `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
-
-        Returns:
-            Address of the commit, or of the pull request.
+                `license`, `pipeline`, `reward`, `results`, `settings`), and `private`, `token`, `revision`,
+                `create_pr`, `commit_message`, `subfolder`.
 
         Raises:
             ValueError: an unfinished set, or a fact that is neither given nor known; nothing is uploaded then.
         """
-        return push_pairs(self, repo_id, **arguments)
+        if not self.complete and not allow_unfinished:
+            raise ValueError(
+                f"{self.folder} must hold all of its shards to be shared, got "
+                f"{len(list_shards(self.folder))}: its generation has not ended. Continue it by "
+                "`generate_npd.py --resume_from_checkpoint latest`, or pass `allow_unfinished=True`."
+            )
+        hub, facts = split_arguments(arguments)
+        if facts.get("results") is None:
+            facts["results"] = measured(self.folder)
+        card = pair_set_card(
+            self.facts,
+            num_pairs=len(self),
+            num_rejected=num_rejected(self.folder),
+            num_steps=self.num_steps,
+            latent_shape=self.latent_shape,
+            token=hub.get("token"),
+            **facts,
+        )
+        return push_folder(
+            self.folder,
+            repo_id,
+            card,
+            repo_type="dataset",
+            ignore_patterns=_NOT_SHARED,
+            delete_patterns=_SHARDS,  # of a set with more of them that was there before
+            **hub,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}  # a worker maps the files for itself
+
+
+def download_pairs(
+    name: str | os.PathLike,
+    *,
+    argument: str = "path",
+    revision: str | None = None,
+    subfolder: str | None = None,
+    **download_arguments: Any,
+) -> Path:
+    """The folder of a set from the Hub, whole; raises `ValueError` where it is not to be had."""
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    offline = download_arguments.get("local_files_only", False)
+    with hub_names(argument, name, "noise pairs", revision=revision, local_files_only=offline):
+        snapshot = snapshot_download(
+            str(name),
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=[prefix + pattern for pattern in (*_NATIVE, *_THIRD_PARTY)],
+            **download_arguments,
+        )
+    return Path(snapshot, prefix)
 
 
 def open_pairs(
@@ -303,10 +322,8 @@ def open_pairs(
     pairs or sequences. Nothing in them is executed.
 
     Args:
-        path: a local folder, or `"user/name"` of a repository of data on the Hub.
+        path: a local folder, or `"user/name"` of a repository of data on the Hub; `subfolder` is of either.
         verify: compare checksums, where the format has them.
-        revision, subfolder: of the repository; `subfolder` also of a local folder.
-        cache_dir, token, local_files_only, force_download: of the download.
 
     Raises:
         ValueError: nothing of that name, an unknown or broken set, or no pair in it.
@@ -323,30 +340,6 @@ def open_pairs(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-    return ThirdPartyPairDataset(folder) if is_third_party(folder) else PairDataset(folder, verify)
-
-
-def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The config of a native folder; raises `ValueError` where there is none of this format."""
-    path = Path(folder, CONFIG_NAME)
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} must be a folder of noise pairs, got none of config.json, metadata.csv and *.npz in it."
-        )
-    config = read_json(path)
-    if config.get("_class_name") != CLASS_NAME:
-        raise ValueError(f"{path} must describe a {CLASS_NAME}, got {config.get('_class_name')!r}.")
-    check_config_digest(config, path)
-    check_format_version(config, path, FORMAT_VERSION)
-    # What reading the set relies on.
-    shape = config.get("latent_shape")
-    numbers = {name: config.get(name) for name in ("num_steps", "num_shards")}
-    sizes = dict(enumerate(shape if isinstance(shape, list) and len(shape) == 3 else [None]))
-    numbers |= {f"latent_shape[{index}]": size for index, size in sizes.items()}
-    for name, value in numbers.items():
-        least = 0 if name == "num_shards" else 1
-        if type(value) is not int or not least <= value < 2**31:
-            raise ValueError(f"`{name}` must be a number from {least}, got {value!r} in {path}.")
-    if not isinstance(config.get("facts", False), (dict, type(None))):
-        raise ValueError(f"`facts` must be an object or null, got {config.get('facts')!r} in {path}.")
-    return config
+    if (folder / METADATA_CSV).is_file() or _npz_files(folder):
+        return ThirdPartyPairDataset(folder)
+    return PairDataset(folder, verify)

@@ -22,8 +22,7 @@ from diffusers_ext.core.result_folder import check_no_file
 from diffusers_ext.core.settings import A_FOLDER, COUNT, SEED, ModelSettings, Rule, Settings, as_in, required, setting
 from diffusers_ext.core.text_files import one_line, read_csv, read_text_lines
 from diffusers_ext.golden_noise.noise_statistics import match_energy
-from diffusers_ext.golden_noise.pairs.dataset import open_pairs
-from diffusers_ext.golden_noise.pairs.hub import download_pairs
+from diffusers_ext.golden_noise.pairs.dataset import download_pairs, open_pairs
 from diffusers_ext.golden_noise.settings import NoiseSettings
 from diffusers_ext.training.run.settings import parse_settings
 

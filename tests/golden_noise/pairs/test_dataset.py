@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader
 
 from diffusers_ext.golden_noise.pairs import shards as pair_shards
 from diffusers_ext.golden_noise.pairs.dataset import PairDataset, open_pairs, source_noise
-from diffusers_ext.golden_noise.pairs.shards import PairRecord
-from diffusers_ext.golden_noise.pairs.writer import PairWriter
+from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter
 from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record, write_set
 
 
@@ -55,8 +54,8 @@ def test_opening_reads_no_tensor(tmp_path, monkeypatch):
     write_set(tmp_path)
     read = []
     monkeypatch.setattr(
-        "diffusers_ext.golden_noise.pairs.dataset.open_tensors",
-        lambda path: read.append(path.stem) or pair_shards.open_tensors(path),
+        "diffusers_ext.golden_noise.pairs.dataset.open_deltas",
+        lambda path: read.append(path.stem) or pair_shards.open_deltas(path),
     )
     pairs = PairDataset(tmp_path)
     assert read == []

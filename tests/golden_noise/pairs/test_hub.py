@@ -7,10 +7,9 @@ import torch
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, HfApi
 
+from diffusers_ext.golden_noise.card import pair_set_card
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
-from diffusers_ext.golden_noise.pairs.hub import measured, num_rejected, pair_set_card
-from diffusers_ext.golden_noise.pairs.shards import PairRecord
-from diffusers_ext.golden_noise.pairs.writer import PairWriter
+from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter, measured, num_rejected
 from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record, write_set
 from tests.golden_noise.pairs.test_third_party import write_csv, write_official
 from tests.golden_noise.shared_facts import RESULT, upload_base
