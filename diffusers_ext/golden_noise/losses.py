@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from diffusers_ext.golden_noise.networks.sequence_transformer import gaussian_nll, output_statistics_kl, squared_error
-from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
+from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.golden_noise.text_cache import TextCache
 
 
 class ChangeFigures(NamedTuple):
@@ -21,11 +21,7 @@ class ChangeFigures(NamedTuple):
 
 
 def change_figures(prediction: torch.Tensor, target: torch.Tensor, noise: torch.Tensor) -> ChangeFigures:
-    """Compare a predicted change of noise with the true one and with no change at all.
-
-    Args:
-        prediction, target, noise: `(batch, channels, height, width)`.
-    """
+    """Compare a predicted change of noise with the true one and with no change at all."""
     predicted, true = ((x - noise).flatten(1) for x in (prediction, target))
     return ChangeFigures(
         (predicted - true).square().mean(1), true.square().mean(1), F.cosine_similarity(predicted, true, dim=1)
@@ -37,18 +33,52 @@ def relative_error(figures: ChangeFigures) -> torch.Tensor:
     return figures.error.sum() / figures.identity_error.sum()
 
 
-def pair_inputs(text: NetworkText, masked: bool) -> dict[str, torch.Tensor | None]:
+def squared_error(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error, `mean((y - mu)^2)`."""
+    _check_same_shape("target", target, mean)
+    return (target - mean).square().mean()
+
+
+def gaussian_nll(mean: torch.Tensor, logvar: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of a diagonal Gaussian, without its constant.
+
+    `mean(0.5 * ((y - mu)^2 * exp(-l) + l))`; at fixed mu its minimum is `l = log (y - mu)^2`.
+    """
+    _check_same_shape("target", target, mean)
+    _check_same_shape("logvar", logvar, mean)
+    return 0.5 * ((target - mean).square() * torch.exp(-logvar) + logvar).mean()
+
+
+def output_statistics_kl(mean: torch.Tensor, logvar: torch.Tensor | None = None) -> torch.Tensor:
+    """How far the values of each output noise, taken together, are from a unit Gaussian.
+
+    `KL(N(m, v) || N(0, 1)) = 0.5 * (v + m^2 - 1 - log v)` per sample and step, averaged, with m the mean over all
+    values of one output noise and v their variance; under a predicted variance the law of total variance gives `v =
+    var(mu) + mean(exp(l))`. A noise close to white satisfies it however sure the network is of each value; the same
+    term on every single value would ask for mu = 0 and variance 1, a fresh random noise.
+    """
+    values = mean.flatten(2)
+    centre = values.mean(2)
+    variance = values.var(2, correction=0)
+    if logvar is not None:
+        _check_same_shape("logvar", logvar, mean)
+        variance = variance + logvar.exp().flatten(2).mean(2)
+    return 0.5 * (variance + centre.square() - 1 - variance.log()).mean()
+
+
+def _check_same_shape(name: str, given: torch.Tensor, mean: torch.Tensor) -> None:
+    if given.shape != mean.shape:
+        raise ValueError(f"`{name}` must have the shape of `mean`, {tuple(mean.shape)}, got {tuple(given.shape)}.")
+
+
+def pair_inputs(text: TextConditioning, masked: bool) -> dict[str, torch.Tensor | None]:
     """Keyword arguments of a pair network's `forward` besides the noise."""
     inputs = {"prompt_embeds": text.prompt_embeds}
     return {**inputs, "attention_mask": text.attention_mask} if masked else inputs
 
 
-def sequence_inputs(text: NetworkText, pooled: bool) -> dict[str, torch.Tensor | None]:
-    """Keyword arguments of a sequence network's `forward` besides the noises.
-
-    Raises:
-        ValueError: pooled embeddings are asked for and there are none.
-    """
+def sequence_inputs(text: TextConditioning, pooled: bool) -> dict[str, torch.Tensor | None]:
+    """Keyword arguments of a sequence network's `forward` besides the noises."""
     if not pooled:
         return {"text_embed": text.prompt_embeds, "attention_mask": text.attention_mask}
     if text.pooled_prompt_embeds is None:
@@ -58,17 +88,11 @@ def sequence_inputs(text: NetworkText, pooled: bool) -> dict[str, torch.Tensor |
 
 @dataclass(frozen=True)
 class PairLoss:
-    """Mean squared error of the golden noise, `mse(network(noise, text), golden)`.
-
-    Attributes:
-        cache: the text of all prompts.
-        device: where the network is.
-        masked: whether the network takes an attention mask.
-    """
+    """Mean squared error of the golden noise, `mse(network(noise, text), golden)`."""
 
     cache: TextCache
-    device: torch.device
-    masked: bool
+    device: torch.device  # of the network
+    masked: bool  # whether the network takes an attention mask
 
     def __call__(
         self, model: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
@@ -90,17 +114,11 @@ class SequenceLoss:
 
     Squared error, or Gaussian NLL where the network predicts a variance, and `kl_weight` times the distance of the
     output's statistics from white noise.
-
-    Attributes:
-        cache: the text of all prompts.
-        device: where the network is.
-        pooled: whether the network reads pooled embeddings in place of tokens.
-        kl_weight: of the second term; 0 leaves it out.
     """
 
     cache: TextCache
-    device: torch.device
-    pooled: bool = False
+    device: torch.device  # of the network
+    pooled: bool = False  # whether the network reads pooled embeddings in place of tokens
     kl_weight: float = 0.0
 
     def __call__(
@@ -112,10 +130,7 @@ class SequenceLoss:
         text = self.cache.take(batch["text"], self.device)
         mean, logvar = model(states, **sequence_inputs(text, self.pooled))
         mean, logvar = mean.float(), None if logvar is None else logvar.float()
-        if logvar is None:
-            losses = {"loss": squared_error(mean, target)}
-        else:
-            losses = {"loss": gaussian_nll(mean, logvar, target)}
+        losses = {"loss": squared_error(mean, target) if logvar is None else gaussian_nll(mean, logvar, target)}
         if self.kl_weight:
             kl = output_statistics_kl(mean, logvar)
             losses = {"loss": losses["loss"] + self.kl_weight * kl, "kl": kl}

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.golden_noise.networks.sequence_transformer import MOST_LOGVAR, gaussian_nll
+from diffusers_ext.golden_noise.losses import gaussian_nll
+from diffusers_ext.golden_noise.networks.sequence_transformer import MOST_LOGVAR
 from tests.golden_noise.tiny_sequences import NETWORKS, STEPS, random_network, sequence_and_text
 
 both = pytest.mark.parametrize("name", list(NETWORKS))

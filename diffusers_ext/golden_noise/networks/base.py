@@ -26,8 +26,6 @@ NETWORK_MODULES = {
     "NoiseSequenceTransformer": "diffusers_ext.golden_noise.networks.sequence_transformer",
     "NoiseSequenceRNN": "diffusers_ext.golden_noise.networks.sequence_rnn",
 }
-
-
 _FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
@@ -38,14 +36,10 @@ def load_noise_model(pretrained_model_name_or_path: str | os.PathLike, **kwargs:
         pretrained_model_name_or_path: a local folder, `"user/name"`, or a single file with the published NPNet
             weights: the official `.pth`, or safetensors with the same keys.
         kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `dtype`, ...; for a single file those of
-            `NPNet.from_single_file`.
-
-    Returns:
-        The network in eval mode.
+            `NPNet.from_single_file`. Others are a `TypeError`.
 
     Raises:
         ValueError: nothing of that name, it holds something else, or weights that are damaged.
-        TypeError: another keyword.
     """
     source = str(pretrained_model_name_or_path)
     refuse_checkpoint(Path(source, kwargs.get("subfolder") or ""))
@@ -89,12 +83,7 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> GoldenNoiseNetwork:
-        """Load a network from a folder or from the Hub, in eval mode.
-
-        Args:
-            pretrained_model_name_or_path: a local folder, or `"user/name"`.
-            kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `local_files_only`, `dtype`, ... A pickle
-                is read only with `use_safetensors=False`.
+        """`ModelMixin.from_pretrained`, in eval mode; a pickle is read only with `use_safetensors=False`.
 
         Raises:
             ValueError: nothing of that name, a network of another class, or weights that are not whole, not finite, or
@@ -138,11 +127,10 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
         pooled_prompt_embeds: torch.Tensor | None = None,
         scale: float = 1.0,
     ) -> torch.Tensor:
-        """Noise that suits the prompt, with the energy of the noise that came in.
+        """Noise that suits the prompt, float32, with the energy of the noise that came in.
 
-        The energy is matched ring by ring of frequency (`match_spectrum`), so it stays white.
-
-        Deterministic: in eval mode, without sampling; the mode comes back afterwards.
+        The energy is matched ring by ring of frequency (`match_spectrum`), so it stays white. Deterministic: in eval
+        mode, without sampling; the mode comes back afterwards.
 
         Args:
             noise: `(batch, channels, height, width)`, unit variance.
@@ -150,12 +138,6 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
             attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
             pooled_prompt_embeds: `(batch, pooled_dim)`, where the text encoder has them.
             scale: 0 gives `noise` to the bit, 1 the network's output.
-
-        Returns:
-            float32, the shape of `noise`.
-
-        Raises:
-            ValueError: shapes that do not fit the network.
         """
         noise = noise.float()
         if scale == 0:

@@ -126,29 +126,16 @@ def third_of_qkv(name: str) -> int | None:
     return "qkv".index(found[1]) if found else None
 
 
-def expected_shapes(model_state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Official name -> shape of all that a checkpoint of this model must hold."""
+def convert_npnet(
+    weights: Mapping[str, torch.Tensor], model_state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Official weights, as `read_checkpoint` gives them, under the names of `NPNet`; `ValueError` for others."""
+    weights = {name: value for name, value in weights.items() if not _CONSTANTS.fullmatch(name)}
     shapes = dict(_UNUSED)
     for name, tensor in model_state.items():
         rows, *rest = tensor.shape
         thirds = 1 if third_of_qkv(name) is None else 3
         shapes[official_name(name)] = (thirds * rows, *rest)
-    return shapes
-
-
-def convert_npnet(
-    weights: Mapping[str, torch.Tensor], model_state: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Official weights under the names of `NPNet`.
-
-    The batch norm of the SVD branch and Swin's classification head must be there, as in every published file, but take
-    no part in the network and are dropped.
-
-    Args:
-        weights: as `read_checkpoint` gives them.
-    """
-    weights = {name: value for name, value in weights.items() if not _CONSTANTS.fullmatch(name)}
-    shapes = expected_shapes(model_state)
     for kind, names in (("missing", shapes.keys() - weights.keys()), ("surplus", weights.keys() - shapes.keys())):
         if names:
             listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
@@ -170,25 +157,16 @@ LOADING_ARGUMENTS = (
     "torch_dtype", "quantization_config", "disable_mmap", "parallel_config",
     "use_flashpack", "flashpack_kwargs",
 )  # fmt: skip
+_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 # What modules raise for settings that they cannot be made with.
 _UNBUILDABLE = (
     TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError,
     StrictDataclassError,
 )  # fmt: skip
 
-_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-
 
 def read_network_config(source: str | os.PathLike, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` of a network, downloaded where `source` is no folder.
-
-    Args:
-        source: a local folder, or `"user/name"`.
-        arguments: of `from_pretrained`; those that say where to look are read.
-
-    Raises:
-        ValueError: nothing of that name, no `config.json` there, or a broken one.
-    """
+    """The `config.json` of a network, by arguments of `from_pretrained`; `ValueError` where there is none."""
     name, kind = "pretrained_model_name_or_path", "a golden-noise network"
     where = {key: arguments[key] for key in _WHERE if arguments.get(key) is not None}
     if Path(source).is_dir():
@@ -200,8 +178,7 @@ def read_network_config(source: str | os.PathLike, arguments: dict[str, Any]) ->
             )
     else:
         offline = where.get("local_files_only", False)
-        revision = where.get("revision")
-        with hub_names(name, source, kind, revision=revision, local_files_only=offline):
+        with hub_names(name, source, kind, revision=where.get("revision"), local_files_only=offline):
             path = Path(hf_hub_download(str(source), CONFIG_NAME, **where))
     return read_json(path)
 
@@ -221,10 +198,9 @@ class CheckedWeights:
 
     @classmethod
     def check_files(cls, source: str | os.PathLike, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-        """Raise `ValueError`, with the file's name, unless the weights are those of the config.
+        """Raise `ValueError` unless the weights are whole, finite, and those that the config describes.
 
-        Whole, finite, no others, of the shapes that the config describes; what is too large is refused by the header
-        of the file, before memory is taken.
+        What is too large is refused by the header of the file, before memory is taken.
         """
         if arguments.get("use_flashpack"):  # pipelines pass it on, false by default
             raise ValueError(f"`use_flashpack` must be False for {source}, got True: only safetensors are checked.")
@@ -234,13 +210,12 @@ class CheckedWeights:
                 "against the config. Load plain ones with `quantization_config=`."
             )
         pickled = arguments.get("use_safetensors") is False
-        paths = weight_files(source, arguments, pickled=pickled)
+        paths = weight_files(source, arguments, pickled)
         given = {**config, **arguments}
         fields = {name: given[name] for name in _config_fields(cls) if name in given}
         where = f"the config of {source}"
         if not pickled:
-            counts = {name: fields[name] for name in cls._counted if name in fields}
-            _check_counts(paths, counts, where)
+            _check_counts(paths, {name: fields[name] for name in cls._counted if name in fields}, where)
         try:
             with torch.device("meta"):
                 expected = dict(cls(**fields).state_dict())
@@ -253,16 +228,17 @@ class CheckedWeights:
     def save_pretrained(self, save_directory: str | os.PathLike, **arguments: Any) -> None:
         """As in diffusers; the files hold a digest, by which loading finds what was altered."""
         super().save_pretrained(save_directory, **arguments)
-        is_safetensors = arguments.get("safe_serialization", True)
-        if arguments.get("use_flashpack") or not is_safetensors:
+        if arguments.get("use_flashpack") or not arguments.get("safe_serialization", True):
             return
-        if arguments.get("is_main_process", True):
-            stem = _add_variant(SAFETENSORS_WEIGHTS_NAME, arguments.get("variant"))
-            stem = stem.removesuffix(".safetensors")
-            config = read_json(Path(save_directory, self.config_name), allow_nan=True)
-            for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"):
-                for path in Path(save_directory).glob(pattern):
-                    seal(path, config)
+        if not arguments.get("is_main_process", True):
+            return
+        stem = _add_variant(SAFETENSORS_WEIGHTS_NAME, arguments.get("variant")).removesuffix(".safetensors")
+        config = read_json(Path(save_directory, self.config_name), allow_nan=True)
+        for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"):
+            for path in Path(save_directory).glob(pattern):
+                tensors, metadata = read_tensors(path, finite=False)
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the file is replaced
+                write_atomically(path, sealed(tensors, {**metadata, CONFIG_KEY: _digest(config)}))
 
 
 def _config_fields(cls: type) -> list[str]:
@@ -282,7 +258,7 @@ def _check_counts(paths: Sequence[Path], counts: Mapping[str, Any], where: str) 
             )
 
 
-def weight_files(source: str | os.PathLike, arguments: Mapping[str, Any], *, pickled: bool = False) -> list[Path]:
+def weight_files(source: str | os.PathLike, arguments: Mapping[str, Any], pickled: bool) -> list[Path]:
     """The one weights file of a model, or all that its index names; downloaded from the Hub."""
     name = WEIGHTS_NAME if pickled else SAFETENSORS_WEIGHTS_NAME
     variant = arguments.get("variant")
@@ -309,10 +285,8 @@ def weight_files(source: str | os.PathLike, arguments: Mapping[str, Any], *, pic
 def _find(source: str | os.PathLike, name: str, arguments: Mapping[str, Any]) -> Path | None:
     where = {key: arguments[key] for key in _WHERE if arguments.get(key) is not None}
     if Path(source).is_dir():
-        folder = Path(source, where.get("subfolder", ""))
-        if not os.path.lexists(folder / name):
-            return None
-        return check_regular_file(folder / name)
+        path = Path(source, where.get("subfolder", ""), name)
+        return check_regular_file(path) if os.path.lexists(path) else None
     try:
         return Path(hf_hub_download(str(source), name, **where))
     except RemoteEntryNotFoundError:
@@ -324,16 +298,16 @@ def _find(source: str | os.PathLike, name: str, arguments: Mapping[str, Any]) ->
 
 
 def check_contents(paths: list[Path], model: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless the files hold exactly the tensors of a model, finite and unaltered.
-
-    Their dtypes may be others, but a weight is a floating-point number, in half precision, too.
-    """
+    """Raise `ValueError` unless the files hold exactly the tensors of a model, finite, unaltered, in any precision."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.items()}
     first = paths[0] if len(paths) == 1 else paths[0].parent
     if paths[0].suffix != ".safetensors":
         tree = {}
         for path in paths:
-            tree |= _pickled(path)
+            found = read_pickled_tensors(path)
+            if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):
+                raise ValueError(f"{path} must hold weights by name, got other objects. {REMEDY}")
+            tree |= found
         check_tensors(tree, first, expected=expected)
         _check_floating(tree, model, first)
         return
@@ -361,20 +335,6 @@ def _check_floating(tensors: Mapping[str, torch.Tensor], model: Mapping[str, tor
             )
 
 
-def _pickled(path: Path) -> dict[str, torch.Tensor]:
-    tree = read_pickled_tensors(path)
-    if not isinstance(tree, dict) or not all(isinstance(x, torch.Tensor) for x in tree.values()):
-        raise ValueError(f"{path} must hold weights by name, got other objects. {REMEDY}")
-    return tree
-
-
 def _digest(config: Mapping[str, Any]) -> str:
     """Of what the network is; underscored fields say where it came from and which version wrote it."""
     return config_digest({k: v for k, v in config.items() if not k.startswith("_")})
-
-
-def seal(path: Path, config: Mapping[str, Any]) -> None:
-    """Write the digests of contents and config into a weights file."""
-    tensors, metadata = read_tensors(path, finite=False)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the file is replaced
-    write_atomically(path, sealed(tensors, {**metadata, CONFIG_KEY: _digest(config)}))

@@ -19,19 +19,12 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 def patch_positions(
     rows: int, columns: int, width: int, max_frequency: float, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Sine-cosine position of every patch, from its centre as a fraction of the picture's sides.
+    """Sine-cosine position of every patch, row by row, `(rows * columns, width)` float32.
 
     The fixed 2-D form of "Attention Is All You Need" (Vaswani et al., 2017, section 3.5), with `u = (index + 0.5) /
     count` in place of the index: sin and cos of `2 pi f u` per axis, the frequencies f spaced geometrically from 1/2
-    cycle to `max_frequency` cycles a side.
-
-    Args:
-        width: length of a position, a multiple of 4.
-        max_frequency: half the patches of a side at the size trained at, the finest wave that these patches can tell
-            apart. Another size then samples the same waves more or less densely.
-
-    Returns:
-        `(rows * columns, width)` float32, row by row.
+    cycle to `max_frequency` cycles a side: half the patches of a side at the size trained at, the finest wave that
+    these patches can tell apart. Another size then samples the same waves more or less densely.
     """
     if width % 4:
         raise ValueError(f"`width` must be a multiple of 4 for 2-D positions, got {width}.")
@@ -67,26 +60,20 @@ class MultiHeadAttention(nn.Module):
         mask: torch.Tensor | None = None,
         past: KeysValues | None = None,
     ) -> tuple[torch.Tensor, KeysValues]:
-        """Attend from `tokens` to `context`, or to themselves and `past`.
+        """Attend from `tokens` to `context`, or to themselves, and to the keys and values of the `past`.
 
-        Args:
-            tokens: `(batch, tokens, width)`.
-            context: `(batch, context_tokens, context_width)`; `tokens` when `None`.
-            past: keys and values that come before those of `context`.
-
-        Returns:
-            The result, and all keys and values, each `(batch, heads, keys, dim per head)`.
+        Tokens are `(batch, tokens, width)`; with the result come all keys and values, each `(batch, heads, keys, dim
+        per head)`.
         """
         context = tokens if context is None else context
-        query = self._split(self.to_q(tokens))
-        key, value = (self._split(x) for x in self.to_kv(context).chunk(2, dim=2))
+        query, key, value = (
+            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for x in (self.to_q(tokens), *self.to_kv(context).chunk(2, dim=2))
+        )
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_out(result.transpose(1, 2).flatten(2)), (key, value)
-
-    def _split(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 class TransformerBlock(nn.Module):
@@ -115,7 +102,7 @@ class TransformerBlock(nn.Module):
         context_mask: torch.Tensor | None = None,
         past: KeysValues | None = None,
     ) -> tuple[torch.Tensor, KeysValues]:
-        """Shapes as in `MultiHeadAttention`; `mask` and `past` belong to the self-attention."""
+        # `mask` and `past` belong to the self-attention.
         change, keys_values = self.self_attention(self.norm_self(tokens), mask=mask, past=past)
         tokens = tokens + self.dropout(change)
         if self.cross_attention is not None:
@@ -160,7 +147,6 @@ class TextReader(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     def forward(self, text_embed: torch.Tensor, attention_mask: torch.Tensor | None) -> ReadText:
-        """Args: `text_embed` `(batch, tokens, dim)`; `attention_mask` `(batch, tokens)` or `None`."""
         first = self.first_token.expand(len(text_embed), -1, -1)
         tokens = torch.cat([first, self.project(self.norm_in(text_embed))], 1)
         mask = None
@@ -180,7 +166,6 @@ class AttentionPooling(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, text: ReadText) -> torch.Tensor:
-        """Returns `(batch, width)`."""
         pooled, _ = self.attention(text.tokens[:, :1], text.tokens, mask=text.mask)
         return self.mlp(pooled[:, 0])
 
@@ -197,7 +182,6 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         in_channels: of the latents, 4 (SD, SDXL, Hunyuan-DiT) or 16 (SD3, Flux).
         patch_size: latent pixels a side of one token.
         sample_size: latent pixels a side at the size trained at; it sets the finest position wave.
-        text_embed_dim: width of the text embeddings.
     """
 
     config_name = "config.json"
@@ -235,10 +219,7 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
     def forward(
         self, noise: torch.Tensor, prompt_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Golden noise before its spectrum is matched.
-
-        Shapes and errors as in `refine`; it has the shape of `noise`.
-        """
+        """Golden noise before its spectrum is matched; shapes and errors as in `refine`."""
         config = self.config
         check_text(noise, prompt_embeds, attention_mask)
         check_channels(noise, prompt_embeds, config.in_channels, config.text_embed_dim)
@@ -265,10 +246,7 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
 
 
 def to_patches(latents: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Cut latents into patches, row by row; a size that is no multiple is padded with zeros.
-
-    `(batch, rows * columns, channels * patch_size**2)`, and `(rows, columns)`.
-    """
+    """Patches `(batch, rows * columns, channels * patch_size**2)` of latents padded with zeros, and their grid."""
     missing = [-side % patch_size for side in latents.shape[-2:]]
     latents = F.pad(latents, (0, missing[1], 0, missing[0]))
     grid = latents.shape[-2] // patch_size, latents.shape[-1] // patch_size

@@ -18,11 +18,11 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.normalization import AdaGroupNorm
 from torch import nn
+from transformers import SwinConfig
 
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.networks.files import convert_npnet, find_variant, read_checkpoint
-from diffusers_ext.golden_noise.networks.npnet_branches import NoiseCrossAttention, NoiseTransformer, SVDBranch
-from diffusers_ext.golden_noise.networks.swin import linear
+from diffusers_ext.golden_noise.networks.npnet_branches import NoiseCrossAttention, NoiseTransformer, SVDBranch, linear
 
 SIGNS = ("canonical", "backend")
 
@@ -42,24 +42,19 @@ def blending_weights(window: int, device: torch.device | str = "cpu") -> torch.T
     return side[:, None] * side[None, :]
 
 
-def noise_seed(noise: torch.Tensor) -> int:
-    """A seed that one sample's noise stands for: of its signs, which scaling and rounding leave."""
-    signs = (noise.detach() > 0).cpu().numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(signs).digest()[:8], "little") >> 1
-
-
 def continue_noise(noise: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The noise in the middle of more white noise, which each sample draws from its own generator.
+    """The noise in the middle of more white noise.
 
-    The generator's seed is that of the sample's noise (`noise_seed`), so the same noise is continued alike in any
-    batch and on any device.
+    Each sample draws it by a seed of its own signs, which scaling and rounding leave: the same noise is continued
+    alike in any batch and on any device.
     """
     rows, columns = noise.shape[-2:]
     top, left = (height - rows) // 2, (width - columns) // 2
-    drawn = [
-        torch.randn(noise.shape[1], height, width, generator=torch.Generator().manual_seed(noise_seed(one)))
-        for one in noise
-    ]
+    drawn = []
+    for one in noise:
+        signs = (one.detach() > 0).cpu().numpy().tobytes()
+        seed = int.from_bytes(hashlib.sha256(signs).digest()[:8], "little") >> 1
+        drawn.append(torch.randn(one.shape[0], height, width, generator=torch.Generator().manual_seed(seed)))
     continued = torch.stack(drawn).to(noise)
     continued[..., top : top + rows, left : left + columns] = noise
     return continued
@@ -68,14 +63,10 @@ def continue_noise(noise: torch.Tensor, height: int, width: int) -> torch.Tensor
 def apply_in_windows(
     function: Callable[[torch.Tensor], torch.Tensor], noise: torch.Tensor, window: int
 ) -> torch.Tensor:
-    """Apply a function of `window x window` noise to noise of any size.
+    """Apply a function of `window x window` noise to noise of any size, continued where a side is too short.
 
     What the function changes is averaged where windows overlap; the noise itself is never averaged nor resized, as
     either would make neighbours correlate and the variance fall.
-
-    Args:
-        noise: `(batch, channels, height, width)`; continued (`continue_noise`) where a side is shorter than `window`,
-            and cropped afterwards.
     """
     rows, columns = noise.shape[-2:]
     height, width = max(rows, window), max(columns, window)
@@ -126,14 +117,11 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
 
     Args:
         in_channels: of the noise; a square number, as the channels are laid out as a square.
-        text_embed_dim: width of the text embeddings; 2048 for SDXL, 1024 for Hunyuan-DiT.
+        text_embed_dim: 2048 for SDXL, 1024 for Hunyuan-DiT.
         svd_hidden_dim: width of the networks of the singular vectors.
         svd_output_dim: width of the network of the pooled tokens.
-        svd_num_heads: heads of the attention over singular vectors.
         svd_signs: which of the two signs a pair of singular vectors gets: `"canonical"` (the same on every machine) or
             `"backend"` (that of `torch.linalg.svd`, as in the official code).
-        swin_image_size: pixels of Swin's square image.
-        swin_patch_size: pixels of a patch's side.
         swin_embed_dim: width of Swin's first stage.
         swin_window_size: patches of a window's side.
         svd_dropout: LayerNorm, GELU, dropout and stochastic depth in the SVD branch.
@@ -169,7 +157,7 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         cross_attention: bool = False,
     ) -> None:
         super().__init__()
-        check_config(self.config)
+        _check_config(self.config)
         self.text_norm = TextNorm(text_length * text_embed_dim, in_channels, 1, eps=1e-6)
         self.svd_branch = SVDBranch(
             in_channels,
@@ -180,18 +168,16 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
             dropout=svd_dropout,
             signs=svd_signs,
         )
-        self.noise_transformer = NoiseTransformer(
-            in_channels,
-            sample_size,
+        swin = SwinConfig(
             image_size=swin_image_size,
             patch_size=swin_patch_size,
             embed_dim=swin_embed_dim,
-            depths=swin_depths,
-            num_heads=swin_num_heads,
+            depths=list(swin_depths),
+            num_heads=list(swin_num_heads),
             window_size=swin_window_size,
-            adapter=nt_adapter,
-            finetune=nt_finetune,
-            dropout=nt_dropout,
+        )
+        self.noise_transformer = NoiseTransformer(
+            in_channels, sample_size, swin, adapter=nt_adapter, finetune=nt_finetune, dropout=nt_dropout
         )
         self.noise_attention = NoiseCrossAttention(in_channels) if cross_attention else None
         self.alpha = nn.Parameter(torch.zeros(1))
@@ -209,8 +195,7 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a damaged file, a pickle that holds more than tensors, another network, another variant,
-                missing or surplus keys.
+            ValueError: a damaged file, a pickle that holds more than tensors, another network or another variant.
         """
         weights = read_checkpoint(path)
         try:
@@ -224,7 +209,7 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         return model.to(dtype or torch.float32).eval()
 
     def check_inputs(self, noise: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
-        """Raise `ValueError` for a channel count or text shape of another model, or for too short a text."""
+        """Raise `ValueError` for noise or text of another model, or too short a text."""
         config = self.config
         if noise.ndim != 4 or noise.shape[1] != config.in_channels:
             raise ValueError(
@@ -286,7 +271,7 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         return golden[0] if len(golden) == 1 else torch.stack(golden).mean(0)
 
 
-def check_config(config: dict) -> None:
+def _check_config(config: dict) -> None:
     """Raise `ValueError` for sizes that no NPNet can have."""
     channels = config["in_channels"]
     if channels < 1 or math.isqrt(channels) ** 2 != channels:

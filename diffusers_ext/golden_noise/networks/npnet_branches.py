@@ -1,9 +1,12 @@
-"""The two branches of NPNet: a Swin transformer's look at the noise, and a change of its singular values."""
+"""The two branches of NPNet: a Swin transformer's look at the noise, and a change of its singular values.
+
+The Swin is transformers'; without gradients its forward pass runs here, at the speed the processor allows.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,11 +14,150 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 from transformers import SwinConfig, SwinModel
-
-from diffusers_ext.golden_noise.networks.swin import has_hooks, linear, swin_features
+from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer
 
 # Below this share of the largest singular value the Gram matrix has lost too many digits.
 _RANK_TOLERANCE = 1e-6
+_CACHED_NUMBERS = 160_000  # of the tokens that go through a layer together
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook of accelerate or diffusers, which put a `forward` on the instance, brings in weights."""
+    return any("forward" in vars(part) for part in module.modules())
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module does nothing but its class's forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in vars(module)
+
+
+def linear(layer: nn.Linear, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+    """`layer(x)` without gradients, and the exact GELU of it when asked.
+
+    On processors without Intel's name the MKL kernel behind `F.linear` runs at half the speed of oneDNN's, which this
+    calls for float32 on the CPU. Layers with hooks or in the wrapping of an adapter or of offloading run as they are.
+    """
+    plain = type(layer) is nn.Linear and is_bare(layer) and not torch.is_grad_enabled()
+    fits = x.device.type == "cpu" and x.dtype == layer.weight.dtype == torch.float32
+    if plain and fits and torch.backends.mkldnn.is_available():
+        after = ("gelu", [], "none") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *after)
+    x = layer(x)
+    return F.gelu(x) if gelu else x
+
+
+@lru_cache(maxsize=64)
+def window_order(size: int, window: int, shift: int, device: torch.device) -> torch.Tensor:
+    """Tokens in raster order -> tokens window by window, of a `size x size` map rolled by `shift`."""
+    tokens = torch.arange(size * size, device=device).view(size, size)
+    rolled = tokens.roll((-shift, -shift), (0, 1))
+    tiles = rolled.view(size // window, window, size // window, window)
+    return tiles.transpose(1, 2).flatten()
+
+
+@lru_cache(maxsize=64)
+def quad_order(size: int, device: torch.device) -> torch.Tensor:
+    """Tokens in raster order -> the four of each 2x2 square together, down before right."""
+    tokens = torch.arange(size * size, device=device).view(size // 2, 2, size // 2, 2)
+    return tokens.permute(0, 2, 3, 1).flatten()
+
+
+@lru_cache(maxsize=64)
+def reordering(size: int, window: int, before: int | None, after: int | str, device: torch.device) -> torch.Tensor:
+    """Index from one order of tokens to another: a shift of windows, `None` or `"raster"`, or `"quads"`."""
+    if isinstance(after, int):
+        wanted = window_order(size, window, after, device)
+    elif after == "quads":
+        wanted = quad_order(size, device)
+    else:
+        wanted = torch.arange(size * size, device=device)
+    if before is None:
+        return wanted
+    return window_order(size, window, before, device).argsort()[wanted]
+
+
+@lru_cache(maxsize=64)
+def shift_mask(size: int, window: int, shift: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`(windows, 1, window ** 2, window ** 2)`: -100 between tokens that only the roll made meet."""
+    place = torch.arange(size, device=device)
+    region = (place >= size - window).long() + (place >= size - shift).long()
+    regions = (3 * region[:, None] + region[None, :]).view(size // window, window, size // window, window)
+    labels = regions.transpose(1, 2).reshape(-1, window * window)
+    apart = labels[:, None, :] != labels[:, :, None]
+    return (apart.to(dtype) * -100)[:, None]
+
+
+def position_bias(attention: SwinAttention) -> torch.Tensor:
+    """`(1, heads, window ** 2, window ** 2)`, contiguous at once."""
+    bias = attention.relative_position_bias
+    if not is_bare(bias):
+        return bias()
+    by_head = bias.relative_position_bias_table.t().contiguous()
+    flat = by_head.index_select(1, bias.relative_position_index)
+    return flat.view(1, -1, bias.window_area, bias.window_area)
+
+
+def swin_layer(layer: SwinLayer, windows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A Swin layer on windows `(count, area, dim)`; `bias` is added to the scores."""
+    attention = layer.attention
+    count, area, dim = windows.shape
+    normed = layer.layernorm_before(windows)
+    q, k, v = (
+        linear(projection, normed).view(count, area, bias.shape[1], -1).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scaling)
+    mixed = mixed.transpose(1, 2).reshape(count, area, dim)
+    x = linear(attention.o_proj, mixed).add_(windows)
+    hidden = linear(layer.mlp.fc1, layer.layernorm_after(x), gelu=True)
+    return linear(layer.mlp.fc2, hidden).add_(x)
+
+
+def in_groups(layer: SwinLayer, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A Swin layer on tokens in window order, as many windows at a time as a core's cache holds."""
+    batch, _, dim = x.shape
+    bias = position_bias(layer.attention)
+    area = bias.shape[-1]
+    windows = x.reshape(-1, area, dim)
+    if mask is not None:
+        bias = bias + mask
+        bias = bias if batch == 1 else bias.repeat(batch, 1, 1, 1)
+    group = len(windows)
+    if x.device.type == "cpu":
+        group = max(1, _CACHED_NUMBERS * torch.get_num_threads() // (area * dim))
+    parts = windows.split(group)
+    biases = [bias] * len(parts) if len(bias) == 1 else bias.split(group)
+    return torch.cat([swin_layer(layer, *part) for part in zip(parts, biases)]).view(x.shape)
+
+
+@torch.no_grad()
+def swin_features(model: SwinModel, pixels: torch.Tensor) -> torch.Tensor:
+    """`model(pixels).last_hidden_state` in evaluation mode, where windows tile the map of every stage.
+
+    Tokens stay in the order of the windows they are attended in: from one layer to the next they move once, where
+    rolling, partitioning and back is four copies; masks and orders are made once per size.
+    """
+    x = model.embeddings.patch_embeddings.projection(pixels)
+    size = x.shape[-1]
+    x = model.embeddings.norm(x.flatten(2).transpose(1, 2))
+    device = x.device
+    for stage in model.encoder.layers:
+        order = None
+        for index, layer in enumerate(stage.blocks):
+            window = model.config.window_size
+            shift = window // 2 if index % 2 and size > window else 0
+            x = x.index_select(1, reordering(size, window, order, shift, device))
+            order = shift
+            mask = shift_mask(size, window, shift, x.dtype, device) if shift else None
+            x = in_groups(layer, x, mask)
+        merging = stage.downsample
+        after = "raster" if merging is None else "quads"
+        x = x.index_select(1, reordering(size, window, order, after, device))
+        if merging is not None:
+            x = linear(merging.reduction, merging.norm(x.view(len(x), -1, 4 * x.shape[-1])))
+            size //= 2
+    return model.layernorm(x)
 
 
 class NoiseTransformer(nn.Module):
@@ -26,9 +168,6 @@ class NoiseTransformer(nn.Module):
     weights were trained that way, so it is kept.
 
     Args:
-        image_size: of the Swin, in pixels.
-        embed_dim: width of the first stage; each further stage doubles it.
-        window_size: in patches; divides the side of the map of every stage.
         adapter: the design document's `nt_adapter`: a residual convolution block before the Swin that starts as the
             identity.
         finetune: `nt_finetune`: of the Swin only the last two stages are trained; otherwise all.
@@ -36,38 +175,24 @@ class NoiseTransformer(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        sample_size: int,
-        *,
-        image_size: int = 224,
-        patch_size: int = 4,
-        embed_dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
-        window_size: int = 7,
-        adapter: bool = False,
-        finetune: bool = False,
-        dropout: bool = False,
+        self, in_channels: int, sample_size: int, swin: SwinConfig, *, adapter: bool, finetune: bool, dropout: bool
     ) -> None:
         super().__init__()
-        self.sample_size, self.image_size = sample_size, image_size
-        config = SwinConfig(
-            image_size=image_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depths=list(depths),
-            num_heads=list(num_heads),
-            window_size=window_size,
-        )
-        self.grid_size = check_grid(image_size, patch_size, window_size, len(depths))
+        self.sample_size, self.image_size = sample_size, swin.image_size
+        last = swin.patch_size * 2 ** (len(swin.depths) - 1)
+        if swin.image_size % last or (swin.image_size // last) % swin.window_size:
+            raise ValueError(
+                f"`swin_image_size` must be a multiple of patch * 2^(stages - 1) * window = "
+                f"{last * swin.window_size}, got {swin.image_size}."
+            )
+        self.grid_size = swin.image_size // last  # the side of the last stage's map
         self.downconv = nn.Conv2d(in_channels, 3, 1)
         self.adapter = None
         if adapter:
             self.adapter = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 3, 1))
             nn.init.zeros_(self.adapter[-1].weight)
             nn.init.zeros_(self.adapter[-1].bias)
-        self.swin = SwinModel(config, add_pooling_layer=False)
+        self.swin = SwinModel(swin, add_pooling_layer=False)
         if finetune:
             self.swin.requires_grad_(False)
             self.swin.encoder.layers[-2:].requires_grad_(True)
@@ -88,27 +213,13 @@ class NoiseTransformer(nn.Module):
         return self.dropout(self.upconv(F.interpolate(bands, (self.sample_size,) * 2)))
 
 
-def check_grid(image_size: int, patch_size: int, window_size: int, stages: int) -> int:
-    """The side of the last stage's map; `ValueError` unless windows tile the map of every stage."""
-    last = patch_size * 2 ** (stages - 1)
-    if image_size % last or (image_size // last) % window_size:
-        raise ValueError(
-            f"`swin_image_size` must be a multiple of patch * 2^(stages - 1) * window = "
-            f"{last * window_size}, got {image_size}."
-        )
-    return image_size // last
-
-
 class NoiseCrossAttention(nn.Module):
-    """The design document's `cross_attention`: what the Swin branch made attends to the text-scaled noise.
-
-    Each position of the branch's output is a query, each position of the text-scaled noise a key; a residual that
-    starts at zero.
-    """
+    """The design document's `cross_attention`: the Swin branch attends to the text-scaled noise, place by place."""
 
     def __init__(self, channels: int, num_heads: int = 8, head_dim: int = 64) -> None:
         super().__init__()
         self.attention = Attention(channels, cross_attention_dim=channels, heads=num_heads, dim_head=head_dim)
+        # A residual that starts at zero.
         nn.init.zeros_(self.attention.to_out[0].weight)
         nn.init.zeros_(self.attention.to_out[0].bias)
 
@@ -147,12 +258,10 @@ def singular_parts(matrix: torch.Tensor, signs: str = "canonical") -> SingularPa
     """Singular value decomposition of square matrices.
 
     A pair of vectors is only given up to a common sign, and which one a LAPACK build or a GPU returns is an accident
-    of it. `"canonical"` makes the entry of largest magnitude of each left vector positive; float64 leaves that choice
-    to the noise alone. There the vectors come from the eigenvectors of `A^T A` (`u = A v / s`): in float64 that is
-    more exact than the decomposition of `A` in float32, in about its time.
-
-    Args:
-        signs: `"canonical"`, or `"backend"` for those of `torch.linalg.svd` in float32.
+    of it (`"backend"`: that of `torch.linalg.svd` in float32). `"canonical"` makes the entry of largest magnitude of
+    each left vector positive; float64 leaves that choice to the noise alone. There the vectors come from the
+    eigenvectors of `A^T A` (`u = A v / s`): in float64 that is more exact than the decomposition of `A` in float32, in
+    about its time.
     """
     if signs == "backend":
         return SingularParts(*(x.to(matrix.dtype) for x in torch.linalg.svd(matrix.float())))
@@ -187,8 +296,7 @@ class DropPath(nn.Module):
 class PooledAttention(nn.Module):
     """The mean over tokens of self-attention without a residual connection.
 
-    The mean is taken of the attention weights, before values and projection: the same result by linearity, without the
-    work of one output a token. Dropout takes the pooled output.
+    The mean is taken of the attention weights: the same by linearity, without the work of one output a token.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dropout: float) -> None:
@@ -220,11 +328,8 @@ class SVDBranch(nn.Module):
     The i-th token is the sum of what small networks make of the i-th left vector, of the i-th right vector and of all
     singular values. The singular parts are constants of the noise: nothing is differentiated through a decomposition.
 
-    Args:
-        hidden_dim: inside the networks of the vectors; the side of the matrix with `dropout`.
-        num_heads: of the attention over tokens; divides the side of the matrix.
-        dropout: the design document's `svd_dropout`: LayerNorm, GELU and dropout in the networks, and the attention as
-            a residual path with stochastic depth.
+    `dropout`, the design document's `svd_dropout`, is LayerNorm, GELU and dropout in the networks, as wide as the side
+    of the matrix in place of `hidden_dim`, and the attention as a residual path with stochastic depth.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -38,7 +39,6 @@ class FiLM(nn.Module):
         nn.init.zeros_(self.gamma_beta.bias)
 
     def forward(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Args: `features` `(batch, channels, height, width)`, `condition` `(batch, condition_dim)`."""
         gamma, beta = self.gamma_beta(condition)[:, :, None, None].chunk(2, dim=1)
         return (1 + gamma) * features + beta
 
@@ -66,7 +66,6 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Args: `features` `(batch, channels, height, width)`, `condition` `(batch, condition_dim)`."""
         inner = self.conv_in(F.silu(self.norm_in(features)))
         inner = F.silu(self.film(self.norm_out(inner), condition))
         return self.shortcut(features) + self.conv_out(self.dropout(inner))
@@ -83,7 +82,6 @@ class ResidualStage(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(width, out_channels, condition_dim, dropout) for width in widths)
 
     def forward(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """As `ResidualBlock`."""
         for block in self.blocks:
             features = block(features, condition)
         return features
@@ -97,7 +95,6 @@ class UpsampleTo(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, features: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        """Args: `features` `(batch, channels, height, width)`, `size` the wanted (height, width)."""
         return self.conv(F.interpolate(features, size=tuple(size), mode="nearest"))
 
 
@@ -123,7 +120,6 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         cnn_num_blocks: residual blocks of each stage.
         cnn_feat_dim: width of attention and pooled text at the lowest resolution.
         gru_hidden_size: of the state a place.
-        text_embed_dim: width of the text embeddings.
         predict_variance: predict a log-variance for every value, too.
         predict_residual: predict the change of a state instead of the next state.
         pooled_text: read pooled text embeddings `(batch, dim)` instead of one embedding a token.
@@ -159,9 +155,13 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         if num_steps < 1:
             raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
         widths = [cnn_base_filters * 2**stage for stage in range(len(cnn_num_blocks))]
-        text_options = {"num_heads": num_attention_heads, "feedforward": 2 * cnn_feat_dim}
         self.text_reader = TextReader(
-            text_embed_dim, cnn_feat_dim, num_layers=num_text_layers, dropout=dropout, **text_options
+            text_embed_dim,
+            cnn_feat_dim,
+            num_layers=num_text_layers,
+            num_heads=num_attention_heads,
+            feedforward=2 * cnn_feat_dim,
+            dropout=dropout,
         )
         self.pool_text = AttentionPooling(cnn_feat_dim, num_attention_heads)
         self._build_encoder(in_channels, widths)
@@ -179,61 +179,36 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
             nn.init.zeros_(self.conv_out.bias)
 
     def _build_encoder(self, in_channels: int, widths: list[int]) -> None:
-        config = self.config
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.downsamplers = nn.ModuleList(
-            nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
-            for fine, coarse in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in pairwise(widths)
         )
-        self.encoder = nn.ModuleList(
-            ResidualStage(width, width, blocks, config.cnn_feat_dim, config.dropout)
-            for width, blocks in zip(widths, config.cnn_num_blocks, strict=True)
-        )
+        self.encoder = self._stages(widths, widths)
 
     def _build_decoder(self, out_channels: int, widths: list[int]) -> None:
-        config = self.config
-        self.upsamplers = nn.ModuleList(
-            UpsampleTo(coarse, fine) for fine, coarse in zip(widths[:-1], widths[1:], strict=True)
-        )
-        self.decoder = nn.ModuleList(
-            ResidualStage(2 * width, width, blocks, config.cnn_feat_dim, config.dropout)
-            for width, blocks in zip(widths, config.cnn_num_blocks, strict=True)
-        )
+        self.upsamplers = nn.ModuleList(UpsampleTo(coarse, fine) for fine, coarse in pairwise(widths))
+        self.decoder = self._stages([2 * width for width in widths], widths)
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
+    def _stages(self, in_channels: list[int], out_channels: list[int]) -> nn.ModuleList:
+        config = self.config
+        return nn.ModuleList(
+            ResidualStage(*sizes, config.cnn_feat_dim, config.dropout)
+            for sizes in zip(in_channels, out_channels, config.cnn_num_blocks, strict=True)
+        )
+
     def read_text(self, text_embed: torch.Tensor, attention_mask: torch.Tensor | None) -> PooledText:
-        """Tokens for cross-attention and one vector for FiLM and GRU."""
+        """Tokens for cross-attention, and one vector for FiLM and GRU."""
         if self.config.pooled_text:
             text_embed = text_embed[:, None]
         read = self.text_reader(text_embed, attention_mask)
         return PooledText(read, self.pool_text(read))
 
-    def golden_noise(
-        self,
-        noise: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        pooled_prompt_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The last generated state; from the pooled embeddings alone with `pooled_text`."""
-        if not self.config.pooled_text:
-            return super().golden_noise(noise, prompt_embeds, attention_mask=attention_mask)
-        if pooled_prompt_embeds is None:
-            raise ValueError(
-                "`pooled_prompt_embeds` must be given to a network with `pooled_text`, got None. "
-                "Use a model whose text encoder pools, or train with `pooled_text=False`."
-            )
-        return super().golden_noise(noise, pooled_prompt_embeds)
-
     def predict_frames(
         self, frames: torch.Tensor, text: PooledText, memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `NoiseSequenceNetwork.predict_frames`; the memory is the GRU's state.
-
-        Only the GRU looks along the sequence: all frames pass the rest as one batch.
-        """
+        """Only the GRU, whose state is the memory, looks along the sequence; all frames pass the rest as one batch."""
         steps = frames.shape[1]
         condition = text.pooled.repeat_interleave(steps, 0)
         features = self.conv_in(frames.flatten(0, 1))

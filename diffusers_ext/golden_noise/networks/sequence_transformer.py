@@ -25,6 +25,7 @@ from diffusers_ext.golden_noise.networks.golden_noise_model import (
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 
 MOST_LOGVAR = 10.0
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 class SequencePrediction(NamedTuple):
@@ -38,8 +39,8 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
     """A network that predicts state t + 1 of a noise sequence from the states up to t and a prompt.
 
     State 0 is random noise, state t the noise after t steps towards the prompt. Subclasses are models with the config
-    fields `in_channels`, `text_embed_dim`, `num_steps`, `predict_variance` and `predict_residual`, and define
-    `read_text` and `predict_frames`.
+    fields `in_channels`, `text_embed_dim`, `num_steps`, `predict_variance` and `predict_residual` (and `pooled_text`
+    where they may read pooled embeddings), and define `read_text` and `predict_frames`.
     """
 
     def read_text(self, text_embed: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
@@ -61,15 +62,12 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
         attention_mask: torch.Tensor | None = None,
         *,
         num_steps: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
     ) -> SequencePrediction | torch.Tensor:
-        """Predict the successor of every state at once, each from the true states up to it.
+        """Predict states 1 to steps at once, each from the true states of the sequence up to it.
 
         With `num_steps` it is `generate_sequence`, which comes this way for the hooks that bring offloaded weights in:
-        they see the module called, not its methods.
-
-        `noise_sequence` `(batch, steps, channels, height, width)` are states 0 to steps - 1; the prediction is of
-        states 1 to steps, in its dtype. Text and errors as in `generate_sequence`.
+        they see the module called, not its methods. Shapes, text and errors as there.
         """
         if num_steps is not None:
             return self._generate(noise_sequence, text_embed, attention_mask, num_steps, generator)
@@ -88,7 +86,7 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
         initial_noise: torch.Tensor,
         text_embed: torch.Tensor | TextConditioning,
         num_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         *,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -102,16 +100,12 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
             text_embed: `(batch, tokens, dim)`, or what the class says; or what `encode_prompts` gave, of which the
                 mask is read too, unless there is an `attention_mask`.
             num_steps: states to predict, at most those that the network was made for.
-            generator: draws each state from the predicted Gaussian; one, or one a sample.
+            generator: draws each state from the predicted Gaussian (`predict_variance`); one, or one a sample.
             attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
 
         Returns:
             `(batch, num_steps, channels, height, width)` in the dtype of `initial_noise`; the last state is the golden
             noise.
-
-        Raises:
-            ValueError: shapes that do not fit the network, more steps than it was made for, or a generator for a
-                network that predicts no variance.
         """
         if isinstance(text_embed, TextConditioning):
             text = text_embed
@@ -136,9 +130,15 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
         pooled_prompt_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The last state of `generate_sequence` over all steps the network was made for."""
-        return self.generate_sequence(noise, prompt_embeds, self.config.num_steps, attention_mask=attention_mask)[
-            :, -1
-        ]
+        if self.config.get("pooled_text"):
+            if pooled_prompt_embeds is None:
+                raise ValueError(
+                    "`pooled_prompt_embeds` must be given to a network with `pooled_text`, got None. "
+                    "Use a model whose text encoder pools, or train with `pooled_text=False`."
+                )
+            prompt_embeds, attention_mask = pooled_prompt_embeds, None
+        states = self.generate_sequence(noise, prompt_embeds, self.config.num_steps, attention_mask=attention_mask)
+        return states[:, -1]
 
     def _generate(
         self,
@@ -146,7 +146,7 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
         text_embed: torch.Tensor,
         attention_mask: torch.Tensor | None,
         num_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: Generators,
     ) -> torch.Tensor:
         self._check_steps(num_steps)
         self._check_input(initial_noise, text_embed, attention_mask)
@@ -190,47 +190,6 @@ class NoiseSequenceNetwork(GoldenNoiseNetwork):
         check_channels(noise, text_embed, self.config.in_channels, self.config.text_embed_dim)
 
 
-def squared_error(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error, `mean((y - mu)^2)`."""
-    _check_same_shape("target", target, mean)
-    return (target - mean).square().mean()
-
-
-def gaussian_nll(mean: torch.Tensor, logvar: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of a diagonal Gaussian, without its constant.
-
-    `mean(0.5 * ((y - mu)^2 * exp(-l) + l))`; at fixed mu its minimum is `l = log (y - mu)^2`.
-    """
-    _check_same_shape("target", target, mean)
-    _check_same_shape("logvar", logvar, mean)
-    return 0.5 * ((target - mean).square() * torch.exp(-logvar) + logvar).mean()
-
-
-def output_statistics_kl(mean: torch.Tensor, logvar: torch.Tensor | None = None) -> torch.Tensor:
-    """How far the values of each output noise, taken together, are from a unit Gaussian.
-
-    `KL(N(m, v) || N(0, 1)) = 0.5 * (v + m^2 - 1 - log v)` per sample and step, averaged, with m the mean over all
-    values of one output noise and v their variance; under a predicted variance the law of total variance gives `v =
-    var(mu) + mean(exp(l))`. A noise close to white satisfies it however sure the network is of each value; the same
-    term on every single value would ask for mu = 0 and variance 1, a fresh random noise.
-
-    Returns:
-        Scalar, not negative; 0 where every output has mean 0 and variance 1.
-    """
-    values = mean.flatten(2)
-    centre = values.mean(2)
-    variance = values.var(2, correction=0)
-    if logvar is not None:
-        _check_same_shape("logvar", logvar, mean)
-        variance = variance + logvar.exp().flatten(2).mean(2)
-    return 0.5 * (variance + centre.square() - 1 - variance.log()).mean()
-
-
-def _check_same_shape(name: str, given: torch.Tensor, mean: torch.Tensor) -> None:
-    if given.shape != mean.shape:
-        raise ValueError(f"`{name}` must have the shape of `mean`, {tuple(mean.shape)}, got {tuple(given.shape)}.")
-
-
 class FrameMemory(NamedTuple):
     """What later frames attend to."""
 
@@ -253,9 +212,7 @@ class NoiseSequenceTransformer(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
     network to read.
 
     Args:
-        in_channels: of the latents.
         sample_size: side of the latents trained at, in latent pixels.
-        nhead: attention heads.
         num_encoder_layers: self-attention blocks over the text.
         dropout: on each block's changes.
         predict_variance: predict a log-variance for every value, too.
@@ -318,7 +275,7 @@ class NoiseSequenceTransformer(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
     def predict_frames(
         self, frames: torch.Tensor, text: ReadText, memory: FrameMemory | None
     ) -> tuple[torch.Tensor, FrameMemory]:
-        """As `NoiseSequenceNetwork.predict_frames`; the memory holds every block's keys and values."""
+        """The memory holds every block's keys and values."""
         steps, (height, width) = frames.shape[1], frames.shape[-2:]
         patches, grid = to_patches(frames.flatten(0, 1), self.config.patch_size)
         patches = patches.unflatten(0, (-1, steps))
