@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.evaluation import noise_summary
 from diffusers_ext.evaluation.features import FeatureExtractor, PixelFeatures
@@ -36,7 +37,7 @@ from diffusers_ext.evaluation.rendering import (
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
-from diffusers_ext.golden_noise.redenoise import denoiser_of, encode_prompts, redenoise_sequence
+from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
 from diffusers_ext.nullspace.prompts import check_prompts, unique
 from diffusers_ext.rewards.reward import Reward, checked_scores
 

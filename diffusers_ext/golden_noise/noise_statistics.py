@@ -39,15 +39,10 @@ def noise_statistics(noise: torch.Tensor) -> NoiseStatistics:
 
 
 def radial_spectrum(noise: torch.Tensor, bins: int = 8) -> torch.Tensor:
-    """Mean power per ring of spatial frequency, over all samples and channels.
+    """Mean power per ring of spatial frequency, over all samples and channels, float64; 1 for white unit noise.
 
-    Args:
-        noise: `(batch, channels, height, width)`.
-        bins: rings of equal width from frequency 0 to 0.5 cycles a latent pixel (corners beyond 0.5 count with the
-            last); rings without a frequency are NaN.
-
-    Returns:
-        `(bins,)` float64; 1 everywhere for white noise of unit variance.
+    Rings are of equal width from frequency 0 to 0.5 cycles a latent pixel (corners beyond 0.5 count with the last);
+    those without a frequency are NaN.
     """
     if bins < 1:
         raise ValueError(f"`bins` must be at least 1, got {bins}.")
@@ -63,17 +58,13 @@ def match_energy(noise: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
     A sampler expects unit variance; the source's own mean square (and not 1) is what leaves an unchanged noise
     unchanged to the bit.
-
-    Returns:
-        `noise` times one factor a sample, in its dtype.
     """
     if noise.shape != source.shape:
         raise ValueError(
             f"`noise` must have the shape of `source`, got {tuple(noise.shape)} and {tuple(source.shape)}."
         )
     dims = tuple(range(1, noise.ndim))
-    energies = (x.double().square().mean(dims, keepdim=True) for x in (source, noise))
-    wanted, found = energies
+    wanted, found = (x.double().square().mean(dims, keepdim=True) for x in (source, noise))
     return noise * (wanted / found).sqrt().to(noise.dtype)
 
 
@@ -81,14 +72,8 @@ def match_spectrum(noise: torch.Tensor, source: torch.Tensor, bins: int = 8) -> 
     """Scale every ring of spatial frequency to the energy it has in the noise it was made from.
 
     A prompt asks for large shapes, which golden noise writes into the low frequencies: neighbours become correlated.
-    Their phases hold the shape; their energy can be put back, and with it whiteness and variance.
-
-    Args:
-        source: of the same shape; equal noise stays as it is to the bit.
-        bins: rings between frequency 0 and 0.5 cycles a latent pixel; the first is half as wide.
-
-    Returns:
-        The shape and dtype of `noise`; per sample it has the mean square of `source`.
+    Their phases hold the shape; their energy can be put back, and with it whiteness and variance. Noise equal to its
+    source stays as it is to the bit. The first of the `bins` up to 0.5 cycles a latent pixel is half as wide.
     """
     if noise.shape != source.shape or noise.ndim != 4:
         raise ValueError(

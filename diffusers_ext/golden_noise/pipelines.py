@@ -84,25 +84,14 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
             cls.prepare_latents = _shown_as(plain.prepare_latents, GoldenNoiseMixin.prepare_latents)
 
     def load_noise_model(self, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> None:
-        """Load a network of any class from a folder or the Hub, onto the pipeline's device.
-
-        Args:
-            pretrained_model_name_or_path: a local folder, or `"user/name"`.
-            kwargs: of `ModelMixin.from_pretrained`: `subfolder`, `revision`, `dtype`, ...
-
-        Raises:
-            ValueError: no golden-noise network is there, or it does not fit the pipeline.
-        """
+        """`load_noise_model` onto the pipeline's device, then `set_noise_model`."""
         self.set_noise_model(load_noise_model(pretrained_model_name_or_path, **kwargs).to(self.device))
 
     def set_noise_model(self, noise_model: GoldenNoiseNetwork | None) -> None:
         """Make `noise_model` a component, so that `save_pretrained` and `push_to_hub` include it.
 
-        Offloading that is switched on does not cover it: switch it on again afterwards.
-
-        Raises:
-            TypeError: not a golden-noise network.
-            ValueError: a network for other latents or other text than the pipeline's.
+        Offloading that is switched on does not cover it: switch it on again afterwards. A network for other latents or
+        other text than the pipeline's is a `ValueError`.
         """
         if noise_model is not None:
             if not isinstance(noise_model, GoldenNoiseNetwork):

@@ -5,7 +5,7 @@ below `x`, golden noise is
 
     x' = x - K [ o_w1(x, t) - o_w2(x_p, t) ],    w1 > w2
 
-(Golden Noise for Diffusion Models, arXiv:2411.09502, section 3.1). `RedenoiseCoefficients` has K.
+(Golden Noise for Diffusion Models, arXiv:2411.09502, section 3.1); `RedenoiseCoefficients` has K.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import eval_mode
 from diffusers_ext.core.seeds import check_diffusion_levels, check_prediction_type
 from diffusers_ext.families.family import Family
@@ -29,26 +30,11 @@ from diffusers_ext.golden_noise.noise_statistics import match_energy
 TOOL = "golden_noise"
 
 
-def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
-    """The pipeline's UNet or transformer."""
-    return getattr(pipeline, find_family(pipeline, TOOL).denoiser)
-
-
-def latent_channels(pipeline: DiffusionPipeline) -> int:
-    """Channels of the latents, unpacked also for Flux."""
-    return find_family(pipeline, TOOL).latent_channels(denoiser_of(pipeline).config)
-
-
-def has_embedded_guidance(pipeline: DiffusionPipeline) -> bool:
-    """Whether the denoiser takes the guidance scale as an input (Flux.1-dev, LCM)."""
-    return find_family(pipeline, TOOL).embedded_guidance(denoiser_of(pipeline).config)
-
-
 @torch.no_grad()
 def encode_prompts(
     pipeline: DiffusionPipeline, prompts: Sequence[str], negative_prompt: str | None = None
 ) -> TextConditioning:
-    """Encode prompts as the pipeline's own `__call__` does, with its default lengths.
+    """Encode prompts as the pipeline's own `__call__` does, with its default lengths, on its device.
 
     Args:
         pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux.
@@ -56,12 +42,6 @@ def encode_prompts(
         negative_prompt: one for all; `None` is what the pipeline takes when none is given: the empty prompt, zeros for
             an SDXL pipeline with `force_zeros_for_empty_prompt`. A model that takes the guidance scale as an input has
             no negative embeddings.
-
-    Returns:
-        On the pipeline's device, in the dtype of its text encoders.
-
-    Raises:
-        ValueError: another family, no prompt, or a negative prompt for a model without one.
     """
     family = find_family(pipeline, TOOL)
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
@@ -84,28 +64,24 @@ def guided_prediction(
     batch; `w = 1` needs no unconditional half; a denoiser that takes the guidance scale as an input gets `w` there.
 
     Args:
-        pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux.
         latents: `(batch, channels, height, width)`, as the denoiser takes them, unpacked also for Flux.
         timestep: on the scheduler's scale, usually 0 to 1000.
-        text: the prompts, one a sample.
         guidance_scale: `w`.
 
     Returns:
         float32, the shape of `latents`; the denoiser itself runs in its own dtype.
-
-    Raises:
-        ValueError: latents or text that do not fit the denoiser, or no negative embeddings where `w` needs them.
     """
     check_inputs(pipeline, latents, text, (guidance_scale,))
-    device = pipeline._execution_device
-    inputs = latents.to(device, denoiser_of(pipeline).dtype)
-    text = _cast(text.to(device), inputs.dtype)
-    timestep = torch.as_tensor(timestep, device=device)
-    family = find_family(pipeline, TOOL)
-    if guidance_scale == 1 or has_embedded_guidance(pipeline):
+    family, denoiser = find_family(pipeline, TOOL), denoiser_of(pipeline)
+    device, dtype = pipeline._execution_device, denoiser.dtype
+    inputs, timestep = latents.to(device, dtype), torch.as_tensor(timestep, device=device)
+    text = text.to(device, dtype)
+    if guidance_scale == 1 or family.embedded_guidance(denoiser.config):
         output = family.predict(pipeline, inputs, timestep, text, guidance_scale)
         return output.float().to(latents.device)
-    text = _doubled(text, family.text_fields)
+    # The negative half, then the positive half, as one batch.
+    found = text.tensors()
+    text = TextConditioning(**{k: torch.cat([found[f"negative_{k}"], found[k]]) for k in family.text_fields})
     both = family.predict(pipeline, torch.cat([inputs] * 2), timestep, text, guidance_scale)
     unconditional, conditional = both.float().chunk(2)
     output = unconditional + guidance_scale * (conditional - unconditional)
@@ -116,22 +92,29 @@ def check_inputs(
     pipeline: DiffusionPipeline, latents: torch.Tensor, text: TextConditioning, guidance_scales: tuple[float, ...]
 ) -> None:
     """Raise `ValueError` unless the denoiser can be called with these, also at these scales."""
-    _check_latents(pipeline, latents)
+    family, kind = find_family(pipeline, TOOL), type(pipeline).__name__
+    config = denoiser_of(pipeline).config
+    channels, patch = family.latent_channels(config), family.patch(config)
+    if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+        raise ValueError(
+            f"`latents` must be floating-point (batch, {channels}, height, width) for this {kind}, got "
+            f"{latents.dtype} {tuple(latents.shape)}."
+        )
+    if latents.shape[2] % patch or latents.shape[3] % patch:
+        raise ValueError(f"`latents` must have a height and width divisible by {patch}, got {tuple(latents.shape)}.")
     if len(text) != len(latents):
         raise ValueError(
             f"`prompt_embeds` must be a batch of {len(latents)} like `latents`, got {tuple(text.prompt_embeds.shape)}."
         )
-    family = find_family(pipeline, TOOL)
-    for name, shape in family.text_shapes(denoiser_of(pipeline).config).items():
+    for name, shape in family.text_shapes(config).items():
         tensor = getattr(text, name)
         if tensor is not None and not _fits(tensor, shape):
             wanted = ", ".join("any" if length is None else str(length) for length in shape)
             raise ValueError(
-                f"`{name}` must be ({len(latents)}, {wanted}) for this "
-                f"{type(pipeline).__name__}, got {tuple(tensor.shape)}."
+                f"`{name}` must be ({len(latents)}, {wanted}) for this {kind}, got {tuple(tensor.shape)}."
             )
     names = family.text_fields
-    embedded = has_embedded_guidance(pipeline)
+    embedded = family.embedded_guidance(config)
     if embedded and text.negative_prompt_embeds is not None:
         raise ValueError(
             "`negative_prompt_embeds` must be None for a model that takes the guidance scale as "
@@ -142,37 +125,14 @@ def check_inputs(
     missing = [name for name in names if getattr(text, name) is None]
     if missing:
         raise ValueError(
-            f"`{missing[0]}` must be given to a {type(pipeline).__name__} at guidance scales "
+            f"`{missing[0]}` must be given to a {kind} at guidance scales "
             f"{guidance_scales}, got None. `encode_prompts` makes all that the model needs."
         )
-
-
-def _check_latents(pipeline: DiffusionPipeline, latents: torch.Tensor) -> None:
-    channels = latent_channels(pipeline)
-    if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
-        raise ValueError(
-            f"`latents` must be floating-point (batch, {channels}, height, width) for this "
-            f"{type(pipeline).__name__}, got {latents.dtype} {tuple(latents.shape)}."
-        )
-    patch = find_family(pipeline, TOOL).patch(denoiser_of(pipeline).config)
-    if latents.shape[2] % patch or latents.shape[3] % patch:
-        raise ValueError(f"`latents` must have a height and width divisible by {patch}, got {tuple(latents.shape)}.")
 
 
 def _fits(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
     found = tuple(tensor.shape[1:])
     return len(found) == len(shape) and all(wanted in (None, length) for wanted, length in zip(shape, found))
-
-
-def _cast(text: TextConditioning, dtype: torch.dtype) -> TextConditioning:
-    tensors = text.tensors().items()
-    return TextConditioning(**{k: x if "mask" in k else x.to(dtype) for k, x in tensors})
-
-
-def _doubled(text: TextConditioning, names: tuple[str, ...]) -> TextConditioning:
-    """The negative half, then the positive half, as one batch."""
-    found = text.tensors()
-    return TextConditioning(**{name: torch.cat([found[f"negative_{name}"], found[name]]) for name in names})
 
 
 class RedenoiseCoefficients(NamedTuple):
@@ -187,12 +147,7 @@ class RedenoiseCoefficients(NamedTuple):
 
 
 def first_ddim_step(config: Any, num_steps: int) -> tuple[int, int]:
-    """First timestep of a grid of `num_steps`, and the one that its DDIM step goes to.
-
-    Args:
-        config: of a diffusers scheduler; `num_train_timesteps`, `timestep_spacing`, `steps_offset` are read.
-        num_steps: steps of the grid, from 2 to `num_train_timesteps`.
-    """
+    """First timestep of the grid of a scheduler's `config`, and the one that its DDIM step goes to."""
     grid = DDIMScheduler.from_config(config)
     total = grid.config.num_train_timesteps
     _check_num_steps(num_steps, total)
@@ -205,11 +160,8 @@ def first_ddim_step(config: Any, num_steps: int) -> tuple[int, int]:
 def diffusion_coefficients(scheduler: Any, num_steps: int, legacy_inversion: bool = False) -> RedenoiseCoefficients:
     """Coefficients for a model of noise or `v`, from its scheduler's levels; float64.
 
-    Args:
-        scheduler: with `alphas_cumprod`; it is only read.
-        num_steps: steps of the DDIM grid; fewer make a stronger change.
-        legacy_inversion: the step up as published, with a level that is one too low: `x_p` counts as of level `p - (t
-            - p)` and is brought to level p, by `DDIMInverseScheduler`'s formula.
+    `legacy_inversion` is the step up as published, with a level that is one too low: `x_p` counts as of level `p - (t
+    - p)` and is brought to level p, by `DDIMInverseScheduler`'s formula.
     """
     check_diffusion_levels(scheduler, "pipeline.scheduler")
     check_prediction_type(scheduler)
@@ -234,11 +186,7 @@ def flow_coefficients(
 ) -> RedenoiseCoefficients:
     """Coefficients for a model of velocity, from the first two levels of the pipeline's grid.
 
-    Args:
-        scheduler: only read.
-        num_steps: steps of the grid; fewer make a stronger change.
-        image_tokens: of one image, on which a dynamic shift of the grid depends.
-        family: of the pipeline, which asks for its grid.
+    A dynamic shift of the grid depends on `image_tokens`, the number in one image.
     """
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(
@@ -308,10 +256,6 @@ def redenoise(
 
     Returns:
         float32, the shape of `latents`. Its energy is a little off; `match_energy` brings it back.
-
-    Raises:
-        ValueError: inputs that do not fit the model, no negative embeddings where guidance needs them, a scheduler
-            without the levels needed, or an impossible number of steps.
     """
     conditioning = TextConditioning(prompt_embeds, negative_prompt_embeds, **text)
     return redenoise_text(
@@ -350,12 +294,8 @@ def redenoise_sequence(
 ) -> torch.Tensor:
     """Re-denoise again and again, each time from the noise before, brought back to its energy.
 
-    Args:
-        repeats: how many times; two calls of the denoiser each.
-        step: `num_steps`, `w1`, `w2` and `legacy_inversion`, as in `redenoise`.
-
-    Returns:
-        `(batch, repeats, channels, height, width)` float32, each with the energy of its `latents`.
+    Each of the `repeats` calls the denoiser twice; `step` is `num_steps`, `w1`, `w2` and `legacy_inversion`, as in
+    `redenoise`. Returns `(batch, repeats, channels, height, width)` float32.
     """
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"`repeats` must be an integer of at least 1, got {repeats}.")

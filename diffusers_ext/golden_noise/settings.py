@@ -206,22 +206,18 @@ class SequenceRNNSettings(Settings, title="NoiseSequenceRNN"):
     )  # fmt: skip
 
 
-def _names(*groups: type[Settings]) -> tuple[str, ...]:
-    return tuple(one.name for group in groups for one in fields(group))
+def _names(group: type[Settings], *but: str) -> tuple[str, ...]:
+    return tuple(one.name for one in fields(group) if one.name not in but)
 
 
-# Fields of each network's config that settings of the same name give.
+# Fields of each network's config that settings of the same name give; those left out follow otherwise.
+_OF_SEQUENCES = _names(SequenceSettings, "max_seq_len")
 STRUCTURES: dict[str, tuple[str, ...]] = {
     "npnet": _names(NPNetSettings),
     "golden_noise_model": _names(GoldenNoiseModelSettings),
-    "transformer": (*_names(SequenceTransformerSettings), "predict_variance", "predict_residual",
-                    "dropout"),
-    "rnn": tuple(
-        name for name in (*_names(SequenceRNNSettings), "predict_variance", "predict_residual",
-                          "dropout")
-        if name not in ("pooled_text", "kl_weight")  # that follow otherwise
-    ),
-}  # fmt: skip
+    "transformer": _names(SequenceTransformerSettings) + _OF_SEQUENCES,
+    "rnn": _names(SequenceRNNSettings, "pooled_text", "kl_weight") + _OF_SEQUENCES,
+}
 _OF_ONE_NETWORK = {**STRUCTURES, "rnn": (*STRUCTURES["rnn"], "kl_weight")}
 
 
@@ -235,16 +231,8 @@ class NoiseSettings(
     model: str = required("kind of network")
 
     def settle(self) -> None:
-        """Batch, rate and epochs of the kind of network, where they are not given."""
+        """Batch, rate and epochs of the kind of network; `ValueError` for a setting of another one."""
         super().settle()
-        self.check_structure()
-        defaults = {**NETWORK_DEFAULTS[self.model], "adam_weight_decay": _WEIGHT_DECAY}
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-
-    def check_structure(self) -> None:
-        """Raise `ValueError` for a setting of another network."""
         of_model = _OF_ONE_NETWORK[self.model]
         for model, names in _OF_ONE_NETWORK.items():
             for name in names:
@@ -254,6 +242,10 @@ class NoiseSettings(
                         f"`{name}` must not be given with `--model {self.model}`, got {value}: it "
                         f"belongs to `--model {model}`."
                     )
+        defaults = {**NETWORK_DEFAULTS[self.model], "adam_weight_decay": _WEIGHT_DECAY}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def structure(self) -> dict[str, Any]:
         """The fields of the network's config that are given."""

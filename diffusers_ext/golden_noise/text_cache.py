@@ -6,36 +6,26 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 
 logger = logging.getLogger(__name__)
 
 CACHE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-
-
-class NetworkText(NamedTuple):
-    """What a golden-noise network is told of some prompts."""
-
-    prompt_embeds: torch.Tensor  # (batch, tokens, dim)
-    attention_mask: torch.Tensor | None  # (batch, tokens), nonzero where a token is read
-    pooled_prompt_embeds: torch.Tensor | None  # (batch, pooled_dim)
+# What networks are told of a prompt.
+_READ = ("prompt_embeds", "attention_mask", "pooled_prompt_embeds")
 
 
 class TextCache:
-    """Embeddings of different prompts on the CPU.
+    """Embeddings `text` of different prompts on the CPU, and in `rows` which is whose."""
 
-    Attributes:
-        rows: the row of each prompt.
-        text: embeddings of all prompts, in order of `rows`.
-    """
-
-    def __init__(self, prompts: Sequence[str], text: NetworkText) -> None:
+    def __init__(self, prompts: Sequence[str], text: TextConditioning) -> None:
         self.rows = {prompt: row for row, prompt in enumerate(prompts)}
         self.text = text
         self._scratch: tempfile.TemporaryDirectory | None = None
@@ -51,52 +41,38 @@ class TextCache:
         dtype: torch.dtype = torch.float16,
         directory: str | os.PathLike | None = None,
     ) -> TextCache:
-        """Encode each different prompt once, without its negative prompt.
+        """Encode each different prompt once, without its negative prompt; `ValueError` if not finite in `dtype`.
 
-        Args:
-            pipeline: has the text encoders; nothing of it is changed or kept.
-            prompts: may repeat.
-            batch_size: prompts encoded at once.
-            dtype: of the kept embeddings.
-            directory: keeps them in memory-mapped files there, which go with the cache; in memory when `None`.
-                (100,000 prompts of SDXL take 30 GiB in float16.)
-
-        Raises:
-            ValueError: embeddings that are not finite in `dtype`.
+        With a `directory` they are kept in memory-mapped files there, which go with the cache. (100,000 prompts of
+        SDXL take 30 GiB in float16.)
         """
         unique = list(dict.fromkeys(prompts))
         scratch = None
         if directory is not None:
             os.makedirs(directory, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(prefix="text-", dir=directory)
-        kept: list[torch.Tensor | None] = []
+        whole: dict[str, torch.Tensor] = {}
         for start in tqdm(range(0, len(unique), batch_size), desc="encode prompts"):
             batch = unique[start : start + batch_size]
             part = _kept(encode_prompts(pipeline, batch), dtype)
             if start == 0:
-                kept = [_allocate(t, len(unique), scratch, f"{i}") for i, t in enumerate(part)]
-                size = sum(t.nbytes for t in kept if t is not None)
+                whole = {name: _allocate(rows, len(unique), scratch, name) for name, rows in part.items()}
+                size = sum(tensor.nbytes for tensor in whole.values())
                 logger.info(f"Embeddings of {len(unique)} prompts take {size / 2**30:.2f} GiB.")
-            for whole, rows in zip(kept, part, strict=True):
-                if whole is not None:
-                    whole[start : start + len(batch)] = rows
-        cache = cls(unique, NetworkText(*kept))
+            for name, rows in part.items():
+                whole[name][start : start + len(batch)] = rows
+        cache = cls(unique, TextConditioning(**whole))
         cache._scratch = scratch  # its files live as long as the cache
         return cache
 
-    def take(self, rows: torch.Tensor, device: torch.device) -> NetworkText:
+    def take(self, rows: torch.Tensor, device: torch.device) -> TextConditioning:
         """The text of some rows in float32, the mask as it is, on `device`."""
-        embeds, mask, pooled = self.text
-        return NetworkText(
-            embeds[rows].to(device, torch.float32),
-            None if mask is None else mask[rows].to(device),
-            None if pooled is None else pooled[rows].to(device, torch.float32),
-        )
+        return self.text[rows].to(device, torch.float32)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Widths, and sums that tell one text encoder from another; JSON-able."""
-        embeds, _, pooled = self.text
+        embeds, pooled = self.text.prompt_embeds, self.text.pooled_prompt_embeds
         return {
             "tokens": embeds.shape[1],
             "text_embed_dim": embeds.shape[2],
@@ -106,12 +82,7 @@ class TextCache:
         }
 
 
-def _allocate(
-    part: torch.Tensor | None, rows: int, scratch: tempfile.TemporaryDirectory | None, name: str
-) -> torch.Tensor | None:
-    """Room for `rows` rows like those of `part`, in memory or in a file."""
-    if part is None:
-        return None
+def _allocate(part: torch.Tensor, rows: int, scratch: tempfile.TemporaryDirectory | None, name: str) -> torch.Tensor:
     shape = (rows, *part.shape[1:])
     if scratch is None:
         return torch.empty(shape, dtype=part.dtype)
@@ -119,15 +90,12 @@ def _allocate(
     return torch.from_file(path, shared=True, size=size, dtype=part.dtype).view(shape)
 
 
-def _kept(encoded: Any, dtype: torch.dtype) -> NetworkText:
-    """The conditional part of encoded prompts, on the CPU."""
-    embeds = encoded.prompt_embeds.to("cpu", dtype)
-    pooled = encoded.pooled_prompt_embeds
-    pooled = None if pooled is None else pooled.to("cpu", dtype)
-    if not all(t.isfinite().all() for t in (embeds, pooled) if t is not None):
+def _kept(encoded: TextConditioning, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tensors = {name: tensor for name, tensor in encoded.tensors().items() if name in _READ}
+    kept = TextConditioning(**tensors).to("cpu", dtype).tensors()
+    if not all(tensor.isfinite().all() for tensor in kept.values()):
         raise ValueError(
             f"Prompt embeddings must be finite in {dtype}, got some that are not. Use "
             "`--text_cache_dtype fp32`, or check the text encoder."
         )
-    mask = encoded.attention_mask
-    return NetworkText(embeds, None if mask is None else mask.to("cpu"), pooled)
+    return kept

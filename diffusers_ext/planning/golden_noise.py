@@ -12,13 +12,14 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import CLIPConfig, CLIPModel
 
+from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
-from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, NetworkText, TextCache
+from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
 from diffusers_ext.planning.gpus import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.images import ImageShapes, encode_prompts_work, guided_work, redenoise_work, vae_work
 from diffusers_ext.planning.models import BaseModel, module_bytes
@@ -204,7 +205,7 @@ class GoldenNoiseRun:
         dtype = CACHE_DTYPES[self.setting.text_cache_dtype]
         with _disable_current_modes():
             text = self.shapes.conditioning(1, torch.device("cpu"), dtype)
-        return TextCache([""], NetworkText(text.prompt_embeds, text.attention_mask, None))
+        return TextCache([""], TextConditioning(text.prompt_embeds, attention_mask=text.attention_mask))
 
     def _batch(self, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Noises from their seeds, golden noises without content, and rows of the text."""

@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, FluxPipeline, HunyuanDiTPipeline
 from peft import LoraConfig
 
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.evaluation.rendering import (
     Sampling,
     adapter_layers,
@@ -23,7 +24,6 @@ from diffusers_ext.evaluation.rendering import (
     without_noise_model,
 )
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
-from diffusers_ext.golden_noise.redenoise import denoiser_of
 from tests.evaluation.conftest import add_lora, make_pipeline
 from tests.golden_noise.golden_pipelines import golden_pipeline
 from tests.tiny_cogvideox import tiny_video_pipeline

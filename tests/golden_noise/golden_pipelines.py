@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.families.family import NetworkSizes
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
@@ -23,7 +24,7 @@ from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseSD3Pipeline,
     GoldenNoiseXLPipeline,
 )
-from diffusers_ext.golden_noise.redenoise import denoiser_of, encode_prompts
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline

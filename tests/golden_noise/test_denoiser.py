@@ -6,15 +6,10 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, UNet2DConditionModel
 
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.golden_noise.redenoise import (
-    denoiser_of,
-    encode_prompts,
-    guided_prediction,
-    has_embedded_guidance,
-    latent_channels,
-)
+from diffusers_ext.golden_noise.redenoise import encode_prompts, guided_prediction
 from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS, pipeline_first_step, unit_noise
 from tests.tiny_pipelines import pixart_pipeline
 
@@ -79,7 +74,7 @@ def test_a_unet_that_was_distilled_with_guidance_gets_the_scale():
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=8).eval()
     pipeline.register_modules(unet=unet)
-    assert has_embedded_guidance(pipeline)
+    assert find_family(pipeline).embedded_guidance(unet.config)
     noise = unit_noise(pipeline)
     expected = pipeline_first_step(pipeline, noise, 5.5)
     text = encode_prompts(pipeline, PROMPTS)
@@ -109,7 +104,7 @@ def test_half_precision_models_give_float32(family):
 def test_families_are_told_by_their_pipelines(family, name, channels):
     pipeline = BUILDERS[family]()
     assert find_family(pipeline).name == name
-    assert latent_channels(pipeline) == channels
+    assert find_family(pipeline).latent_channels(denoiser_of(pipeline).config) == channels
 
 
 def test_other_pipelines_are_refused():

@@ -13,11 +13,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.families.flux import Flux
 from diffusers_ext.families.sd3 import SD3
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from diffusers_ext.golden_noise.redenoise import (
-    denoiser_of,
     diffusion_coefficients,
     encode_prompts,
     first_ddim_step,

@@ -47,8 +47,8 @@ def test_files_hold_what_memory_holds_and_go_with_the_cache(tmp_path):
     cache = TextCache.encode(sdxl_pipeline(0), prompts, batch_size=2, directory=tmp_path)
     assert len(list(tmp_path.glob("text-*/*"))) == 2
     rows = torch.tensor([2, 0])
-    for stored, expected in zip(cache.take(rows, "cpu"), in_memory.take(rows, "cpu"), strict=True):
-        assert (stored is None) == (expected is None)
-        assert stored is None or torch.equal(stored, expected)
+    stored, expected = (kept.take(rows, "cpu").tensors() for kept in (cache, in_memory))
+    assert stored.keys() == expected.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
+    assert all(torch.equal(stored[name], expected[name]) for name in stored)
     cache._scratch.cleanup()
     assert not list(tmp_path.iterdir())

@@ -7,15 +7,16 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
-from diffusers_ext.golden_noise.text_cache import NetworkText, TextCache
+from diffusers_ext.golden_noise.text_cache import TextCache
 from diffusers_ext.training.golden_noise.data import NoiseSamples
 from diffusers_ext.training.golden_noise.result import NoiseValidation, averaged_weights, measure_pairs
 from tests.training.noise_sets import PROMPTS, write_noises
 
 ROWS = {prompt: row for row, prompt in enumerate(PROMPTS)}
-CACHE = TextCache(PROMPTS, NetworkText(torch.ones(4, 3, 16), None, None))
+CACHE = TextCache(PROMPTS, TextConditioning(torch.ones(4, 3, 16)))
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 

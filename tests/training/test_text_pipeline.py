@@ -36,7 +36,7 @@ def test_text_is_encoded_as_by_the_whole_pipeline(family, tmp_path):
     assert light.vae is None
     expected = encode_prompts(whole, PROMPTS)
     cache = TextCache.encode(light, [*PROMPTS, PROMPTS[0]], batch_size=1, dtype=torch.float32)
-    for name in cache.text._fields:
+    for name in ("prompt_embeds", "attention_mask", "pooled_prompt_embeds"):
         found, wanted = getattr(cache.text, name), getattr(expected, name)
         if wanted is None:
             assert found is None

@@ -16,6 +16,7 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import ModelSettings, SamplingSettings
 from diffusers_ext.evaluation.golden_noise import NetworkRefiner
@@ -23,7 +24,7 @@ from diffusers_ext.evaluation.rendering import Sampling, Shot, draw_from_noise, 
 from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.networks.base import load_noise_model
-from diffusers_ext.golden_noise.redenoise import TOOL, denoiser_of, encode_prompts
+from diffusers_ext.golden_noise.redenoise import TOOL, encode_prompts
 from diffusers_ext.golden_noise.settings import GoldenSampleSettings
 from diffusers_ext.training.run.base_model import load_frozen
 from diffusers_ext.training.run.script import check_output_dir, one_run_a_folder, staged_output

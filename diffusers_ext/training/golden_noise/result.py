@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.card import network_card
 from diffusers_ext.golden_noise.losses import (
     ChangeFigures,
@@ -22,7 +23,6 @@ from diffusers_ext.golden_noise.losses import (
     sequence_inputs,
 )
 from diffusers_ext.golden_noise.settings import NoiseSettings
-from diffusers_ext.golden_noise.text_cache import NetworkText
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.kinds import public_name
@@ -32,7 +32,7 @@ from diffusers_ext.training.run.upload import card_arguments, left_here, push_ou
 logger = get_logger(__name__)
 
 # (network, noise, golden states, text) -> figures by name
-Measure = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, NetworkText], dict[str, ChangeFigures]]
+Measure = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, TextConditioning], dict[str, ChangeFigures]]
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def averaged_weights(network: torch.nn.Module, ema: EMAModel | None) -> Iterator
 
 
 def measure_pairs(
-    network: torch.nn.Module, noise: torch.Tensor, golden: torch.Tensor, text: NetworkText, *, masked: bool
+    network: torch.nn.Module, noise: torch.Tensor, golden: torch.Tensor, text: TextConditioning, *, masked: bool
 ) -> dict[str, ChangeFigures]:
     """Figures of a network of pairs, under the empty name."""
     prediction = network(noise, **pair_inputs(text, masked)).float()
@@ -63,7 +63,7 @@ def measure_pairs(
 
 
 def measure_sequences(
-    network: torch.nn.Module, noise: torch.Tensor, golden: torch.Tensor, text: NetworkText, *, pooled: bool
+    network: torch.nn.Module, noise: torch.Tensor, golden: torch.Tensor, text: TextConditioning, *, pooled: bool
 ) -> dict[str, ChangeFigures]:
     """Figures of a sequence network at its first and last step, from true states and by roll-out.
 
@@ -95,7 +95,7 @@ class NoiseValidation:
         network: torch.nn.Module,
         ema: EMAModel | None,
         splits: dict[str, Dataset],
-        take_text: Callable[[torch.Tensor, torch.device], NetworkText],
+        take_text: Callable[[torch.Tensor, torch.device], TextConditioning],
         measure: Measure,
         *,
         batch_size: int,
