@@ -11,8 +11,6 @@ further ones, e.g. paraphrases of the target, are reported beside them. For a re
 `--judge clip --classes dog cat horse "something else" --target_concept dog`, or `--judge nudenet`.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from diffusers_ext.command_line.evaluate import ERASURE
 from diffusers_ext.training.run.script import run_script
 
 parse_args, main = ERASURE.script(__doc__)
-
 
 if __name__ == "__main__":
     run_script(parse_args, main, ERASURE.settings_class)

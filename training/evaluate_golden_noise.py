@@ -8,8 +8,6 @@
         --reward examples.digits.rewards:SecondDigitsReward --output_dir outputs/evaluation
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from diffusers_ext.command_line.evaluate import GOLDEN_NOISE
 from diffusers_ext.training.run.script import run_script
 
 parse_args, main = GOLDEN_NOISE.script(__doc__)
-
 
 if __name__ == "__main__":
     run_script(parse_args, main, GOLDEN_NOISE.settings_class)

@@ -8,8 +8,6 @@
         --subject_judge examples.digits.glyph_judge:GlyphJudge
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from diffusers_ext.command_line.evaluate import FORGETTING
 from diffusers_ext.training.run.script import run_script
 
 parse_args, main = FORGETTING.script(__doc__)
-
 
 if __name__ == "__main__":
     run_script(parse_args, main, FORGETTING.settings_class)

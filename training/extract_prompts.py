@@ -1,10 +1,4 @@
-"""Write the captions of a data set as a text file of prompts, one a line, each once.
-
-    python training/extract_prompts.py --dataset_name yuvalkirstain/pickapic_v1 --split train \\
-        --caption_column caption --output_dir data --output_filename pickapic_prompts.txt
-"""
-
-from __future__ import annotations
+"""Write the captions of a data set as a text file of prompts, one a line, each once."""
 
 import sys
 from pathlib import Path

@@ -58,7 +58,7 @@ from diffusers_ext.training.golden_noise.result import (
 )
 from diffusers_ext.training.run.base_model import check_base_model, load_text_pipeline
 from diffusers_ext.training.run.loop import LossFunction, TrainingLoop
-from diffusers_ext.training.run.script import network_words, one_run_a_folder, run_script
+from diffusers_ext.training.run.script import check_login, network_words, one_run_a_folder, prepare_upload, run_script
 from diffusers_ext.training.run.settings import early_value, parse_settings
 from diffusers_ext.training.run.setup import (
     GOLDEN_NOISE_RUNS,
@@ -69,7 +69,6 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
-from diffusers_ext.training.run.upload import check_login, prepare_upload
 
 logger = get_logger(__name__)
 

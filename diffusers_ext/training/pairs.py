@@ -46,10 +46,17 @@ from diffusers_ext.hub.push import check_card, make_repository
 from diffusers_ext.rewards.reward import Reward, checked_scores
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline, render, square_latent_shape
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
-from diffusers_ext.training.run.script import one_run_a_folder, pairs_words, run_script
+from diffusers_ext.training.run.script import (
+    card_arguments,
+    check_login,
+    one_run_a_folder,
+    pairs_words,
+    repository_name,
+    run_script,
+    upload_arguments,
+)
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import GOLDEN_NOISE_RUNS, WEIGHT_DTYPES, make_accelerator
-from diffusers_ext.training.run.upload import card_arguments, check_login, repository_name, upload_arguments
 
 logger = get_logger(__name__)
 

@@ -25,13 +25,14 @@ from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.prompts import GivenTexts, RunText
 from diffusers_ext.training.run.base_model import read_components
 from diffusers_ext.training.run.loop import TrainingLoop
-from diffusers_ext.training.run.script import ON_THE_WAY, staged_output
-from diffusers_ext.training.run.upload import (
+from diffusers_ext.training.run.script import (
+    ON_THE_WAY,
     card_arguments,
     left_here,
     prepare_upload,
     push_output,
     reported_arguments,
+    staged_output,
     widget_of,
 )
 

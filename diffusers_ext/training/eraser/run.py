@@ -56,7 +56,7 @@ from diffusers_ext.training.eraser.result import (
 )
 from diffusers_ext.training.run.base_model import read_components
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
-from diffusers_ext.training.run.script import eraser_words, one_run_a_folder
+from diffusers_ext.training.run.script import card_record, check_login, eraser_words, one_run_a_folder
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
     ERASER_RUNS,
@@ -68,7 +68,6 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
-from diffusers_ext.training.run.upload import card_record, check_login
 
 logger = get_logger(__name__)
 

@@ -26,8 +26,14 @@ from diffusers_ext.golden_noise.settings import NoiseSettings
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.kinds import public_name
-from diffusers_ext.training.run.script import ON_THE_WAY, staged_output
-from diffusers_ext.training.run.upload import card_arguments, left_here, push_output, reported_arguments
+from diffusers_ext.training.run.script import (
+    ON_THE_WAY,
+    card_arguments,
+    left_here,
+    push_output,
+    reported_arguments,
+    staged_output,
+)
 
 logger = get_logger(__name__)
 

@@ -60,7 +60,13 @@ from diffusers_ext.training.nullspace.subject import (
     subject_words,
 )
 from diffusers_ext.training.run.loop import TrainingLoop
-from diffusers_ext.training.run.script import one_run_a_folder
+from diffusers_ext.training.run.script import (
+    card_record,
+    check_login,
+    one_run_a_folder,
+    prepare_upload,
+    reported_arguments,
+)
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
     NULL_SPACE_RUNS,
@@ -72,7 +78,6 @@ from diffusers_ext.training.run.setup import (
     run_facts,
     start_trackers,
 )
-from diffusers_ext.training.run.upload import card_record, check_login, prepare_upload, reported_arguments
 
 logger = get_logger(__name__)
 

@@ -47,17 +47,20 @@ from diffusers_ext.training.nullspace.knowledge import (
     read_knowledge,
 )
 from diffusers_ext.training.run.script import (
+    card_arguments,
+    check_login,
     check_output_dir,
     counted,
     lasted,
     one_run_a_folder,
+    prepare_upload,
+    push_output,
     run_script,
     script_line,
     staged_output,
 )
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import NULL_SPACE_RUNS, WEIGHT_DTYPES, make_accelerator
-from diffusers_ext.training.run.upload import card_arguments, check_login, prepare_upload, push_output
 
 logger = get_logger(__name__)
 

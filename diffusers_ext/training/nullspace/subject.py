@@ -37,8 +37,17 @@ from diffusers_ext.training.nullspace.data import (
     subject_prompts,
 )
 from diffusers_ext.training.run.checkpoints import KeepRule, is_trainable
-from diffusers_ext.training.run.script import ON_THE_WAY, counted, script_line, staged_output, steps_taken
-from diffusers_ext.training.run.upload import card_arguments, left_here, push_output, widget_of
+from diffusers_ext.training.run.script import (
+    ON_THE_WAY,
+    card_arguments,
+    counted,
+    left_here,
+    push_output,
+    script_line,
+    staged_output,
+    steps_taken,
+    widget_of,
+)
 
 
 class Preparation(NamedTuple):
