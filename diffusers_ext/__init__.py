@@ -69,9 +69,23 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_SOURCES})
 
 
+def register() -> None:
+    """Make the components of the package known to diffusers, and the eraser to PEFT."""
+    from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+
+    import_module("diffusers_ext.eraser.adapter.model")
+    # diffusers finds the components of other libraries by the names of their base classes: by the library
+    # when it saves, among those of all libraries when it loads.
+    methods = ["save_pretrained", "from_pretrained"]
+    loadable = {"ModelMixin": methods, "Artifact": methods}
+    LOADABLE_CLASSES.setdefault("diffusers_ext", loadable)
+    for name, known in loadable.items():
+        ALL_IMPORTABLE_CLASSES.setdefault(name, known)
+
+
 # The console says what it can do without torch: it registers once it knows what it has to do.
 _IS_CONSOLE = Path(sys.argv[0]).stem == "diffusers-ext" or (
     sys.argv[0] == "-m" and "diffusers_ext.command_line" in sys.orig_argv
 )
 if not _IS_CONSOLE:
-    import_module("diffusers_ext.registration")
+    register()

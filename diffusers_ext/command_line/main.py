@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers_ext
 from diffusers_ext.command_line.collect import COLLECT
 from diffusers_ext.command_line.convert import CONVERSIONS
 from diffusers_ext.command_line.debleed import DEBLEED
@@ -107,8 +108,6 @@ _EXAMPLES = f"""examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; parsed arguments hold their `Command` as `command`."""
-    from diffusers_ext import __version__
-
     parser = OneLineParser(
         prog=PROGRAM,
         description="Tools for diffusion models: null-space DreamBooth, golden noise, an eraser.",
@@ -116,7 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version")
+    parser.add_argument(
+        "--version", action="version", version=f"{PROGRAM} {diffusers_ext.__version__}", help="print the version"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_trainings(commands)
     parents: dict[str, Any] = {"": commands}
@@ -173,8 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & {*words[2:]}:
             return show_flags(words[1], words[2:])
         with other_packages_quiet():
-            import diffusers_ext.registration  # noqa: F401
-
+            diffusers_ext.register()
             return train(words[1], words[2:])
     try:
         args = build_parser().parse_args(_over_file(words))
@@ -186,10 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Stdout holds the outcome alone.
         with contextlib.redirect_stdout(sys.stderr), quiet_libraries(args.quiet), result_place(args):
-            # Left out when the package was imported, so that help comes fast.
-            import diffusers_ext.registration  # noqa: F401
             from diffusers_ext.core.sources import one_try_to_connect
 
+            diffusers_ext.register()  # left out when the package was imported, so that help comes fast
             with one_try_to_connect():
                 outcome = args.command.run(args)
     except KeyboardInterrupt:

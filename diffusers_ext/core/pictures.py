@@ -63,14 +63,9 @@ def find_pictures(folder: str | os.PathLike, name: str = "folder") -> FoundFiles
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`{name}` must be a folder of pictures, got {folder}.")
-    found, passed_over = [], {}
-    for path in sorted(folder.iterdir()):
-        reason = why_no_picture(path)
-        if reason is None:
-            found.append(path)
-        else:
-            passed_over[path.name] = reason
-    pictures = FoundFiles(folder, tuple(found), passed_over)
+    reasons = {path: why_no_picture(path) for path in sorted(folder.iterdir())}
+    found = tuple(path for path, reason in reasons.items() if reason is None)
+    pictures = FoundFiles(folder, found, {path.name: reason for path, reason in reasons.items() if reason is not None})
     if not found:
         raise ValueError(
             f"`{name}` must hold pictures ({', '.join(PICTURE_SUFFIXES)}), got none in {folder}. {pictures.summary()}"
@@ -194,21 +189,21 @@ def _check_format(path: Path) -> None:
         brand = file.read(12)[4:]
     if brand[:4] != b"ftyp":
         return
+    lacking = None
     if brand[4:] in (b"avif", b"avis"):
-        if not features.check("avif"):
-            raise ValueError(
-                f"{path} must be of a format that can be read here, got AVIF. Run `pip install -U "
-                "pillow`, or save it as PNG."
-            )
+        lacking = None if features.check("avif") else ("AVIF", "-U pillow")
     elif brand[4:8] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         if importlib.util.find_spec("pillow_heif") is None:
-            raise ValueError(
-                f"{path} must be of a format that can be read here, got HEIC. Run `pip install "
-                "pillow-heif`, or save it as PNG."
-            )
-        from pillow_heif import register_heif_opener
+            lacking = ("HEIC", "pillow-heif")
+        else:
+            from pillow_heif import register_heif_opener
 
-        register_heif_opener()
+            register_heif_opener()
+    if lacking is not None:
+        raise ValueError(
+            f"{path} must be of a format that can be read here, got {lacking[0]}. Run `pip install {lacking[1]}`, or "
+            "save it as PNG."
+        )
 
 
 def _black_is_zero(file: Image.Image) -> Image.Image:

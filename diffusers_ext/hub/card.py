@@ -26,7 +26,6 @@ from diffusers_ext.hub.kinds import (
     bibtex,
     check_common,
     check_facts,
-    check_lists,
     find_licence,
     public_name,
     slug,
@@ -154,8 +153,8 @@ def artifact_card(
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {list(KINDS)}, got {kind!r}.")
     found = KINDS[kind]
-    check_common(repo_id, base, licence, trained_on, version)
-    check_lists(settings, results, widget)
+    texts = {"base": base, "trained_on": trained_on, "version": version}
+    check_common(repo_id, texts, licence, settings, results, widget)
     check_facts(kind, found, facts)
     name, subfolder = repo_id.split("/")[1], (subfolder or "").strip("/")
     prefix = f"{subfolder}/" if subfolder else ""

@@ -238,21 +238,22 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def check_common(repo_id: str, base: str, licence: Licence, trained_on: str, version: str) -> None:
-    """Raise unless these facts of every card say something."""
+def check_common(
+    repo_id: str,
+    texts: Mapping[str, str],
+    licence: Licence,
+    settings: Mapping[str, object],
+    results: Sequence[Measured],
+    widget: Sequence[tuple[str, str]],
+) -> None:
+    """Raise unless the facts of every card say something and are what they should."""
     if not isinstance(repo_id, str) or not HUB_NAME.fullmatch(repo_id):
         raise ValueError(f"`repo_id` must be 'user/name', got {repo_id!r}.")
     if not isinstance(licence, Licence):
         raise TypeError(f"`licence` must be a Licence, got a {type(licence).__name__}.")
-    for name, value in (("base", base), ("trained_on", trained_on), ("version", version)):
+    for name, value in texts.items():
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"`{name}` must say something in a card, got {value!r}.")
-
-
-def check_lists(
-    settings: Mapping[str, object], results: Sequence[Measured], widget: Sequence[tuple[str, str]]
-) -> None:
-    """Raise unless settings are words and numbers, and results and pictures are what they should."""
     for name, value in settings.items():
         if not isinstance(value, (str, Real)):
             raise TypeError(f"`settings` must hold numbers and words, got a {type(value).__name__} for {name!r}.")

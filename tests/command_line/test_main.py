@@ -208,7 +208,8 @@ codes = [main(line) for line in {lines}]
 heavy = sorted({HEAVY} & set(sys.modules))
 import diffusers, peft
 before = set(sys.modules)
-import diffusers_ext.registration
+import diffusers_ext
+diffusers_ext.register()
 added = sorted(set(sys.modules) - before)
 known = [
     "diffusers_ext" in diffusers.pipelines.pipeline_loading_utils.LOADABLE_CLASSES,
@@ -251,15 +252,15 @@ def test_a_training_begins_registered_and_other_packages_are_quiet(monkeypatch):
     seen = []
 
     def look(name, words) -> int:
-        registered = "diffusers_ext.registration" in sys.modules
         seen.append((name, words, registered, diffusers_logging.get_verbosity()))
         return 3
 
     monkeypatch.setattr(main_module, "train", look)
-    monkeypatch.delitem(sys.modules, "diffusers_ext.registration")
+    registered = []
+    monkeypatch.setattr(diffusers_ext, "register", lambda: registered.append(1))
     level = diffusers_logging.get_verbosity()
     assert main(["train", "noise", "--seed", "1"]) == 3
-    assert seen == [("noise", ["--seed", "1"], True, logging.ERROR)]
+    assert seen == [("noise", ["--seed", "1"], [1], logging.ERROR)]
     assert diffusers_logging.get_verbosity() == level
 
 
