@@ -115,9 +115,7 @@ def _push_eraser(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[st
 
 
 def _push_statistics(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
-    for name in (CONFIG_NAME, FeatureStatistics.weights_name):
-        path_inside(source, name)
-    return FeatureStatistics.from_pretrained(source).push_to_hub(repo_id, **facts, **hub)
+    return _own_statistics(source, "").push_to_hub(repo_id, **facts, **hub)
 
 
 def _push_pairs(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
@@ -212,11 +210,7 @@ def reported_facts(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         return {}
     report = read_json(path_inside(folder, REPORT_NAME))
-    facts = report.get("card", {})
-    _check_reported(facts, path)
-    facts = dict(facts)
-    if "widget" in facts:
-        facts["widget"] = _reported_widget(facts["widget"], path)
+    facts = _checked_facts(report.get("card", {}), path)
     drifts = report.get("predicted_drift")
     if drifts:
         values = list(drifts.values()) if isinstance(drifts, dict) else [drifts]
@@ -226,14 +220,14 @@ def reported_facts(folder: str | os.PathLike) -> dict[str, Any]:
     return facts
 
 
-def _own_statistics(folder: str | os.PathLike) -> FeatureStatistics:
-    """The statistics in a folder's `statistics/`, if its files are not links to elsewhere."""
+def _own_statistics(folder: str | os.PathLike, subfolder: str = "statistics") -> FeatureStatistics:
+    """The statistics in a folder, if its files are not links to elsewhere."""
     for name in (CONFIG_NAME, FeatureStatistics.weights_name):
-        path_inside(folder, f"statistics/{name}")
-    return FeatureStatistics.from_pretrained(Path(folder, "statistics"))
+        path_inside(folder, Path(subfolder, name))
+    return FeatureStatistics.from_pretrained(Path(folder, subfolder))
 
 
-def _check_reported(card: Any, path: Path) -> None:
+def _checked_facts(card: Any, path: Path) -> dict[str, Any]:
     if not isinstance(card, dict):
         raise ValueError(f"`card` of {path} must be an object, got {type(card).__name__}.")
     for name, value in card.items():
@@ -247,11 +241,10 @@ def _check_reported(card: Any, path: Path) -> None:
         nested = any(isinstance(x, (dict, list)) for x in (value.values() if named else items))
         if name != "widget" and (nested or named != (name == "settings")):
             raise ValueError(f"`card.{name}` of {path} must be words or numbers, got {value!r:.80}.")
-
-
-def _reported_widget(widget: Any, path: Path) -> list[tuple[str, str]]:
-    for pair in widget if isinstance(widget, list) else [None]:
+    if "widget" not in card:
+        return dict(card)
+    for pair in card["widget"] if isinstance(card["widget"], list) else [None]:
         if not isinstance(pair, list) or [type(item) for item in pair] != [str, str]:
             raise ValueError(f"`card.widget` of {path} must hold pairs of prompt and file, got {pair!r:.80}.")
         path_inside(path.parent, pair[1])
-    return [(prompt, file) for prompt, file in widget]
+    return {**card, "widget": [(prompt, file) for prompt, file in card["widget"]]}

@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import re
 import sys
 import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers_ext
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
         return FAILED
-    print(json.dumps(outcome.facts, default=_as_text) if args.json else outcome.text)
+    print(json.dumps(outcome.facts, default=os.fspath) if args.json else outcome.text)
     return outcome.code
 
 
@@ -227,9 +227,3 @@ def _flags(command: Command) -> dict[str, str]:
         else action.dest
         for action in parser._actions
     }
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"An outcome must be JSON-able, got a {type(value).__name__}.")

@@ -44,10 +44,6 @@ def given_setting(args: argparse.Namespace, settings_class: type[Settings]) -> d
     return found
 
 
-def _optional(word: str) -> str | None:
-    return None if word == "none" else word
-
-
 def _mapping(word: str) -> dict[str, Any]:
     try:
         value = json.loads(word)
@@ -58,7 +54,7 @@ def _mapping(word: str) -> dict[str, Any]:
     return value
 
 
-_PARSERS = {"reward": _optional, "structure": _mapping}
+_PARSERS = {"reward": lambda word: None if word == "none" else word, "structure": _mapping}
 
 
 def _command(tool: str, summary: str, setting: type[Settings], *examples: str) -> Command:
