@@ -1,8 +1,29 @@
 """Every stream of random numbers starts from a seed of its own, the same on any machine."""
 
-import torch
+from __future__ import annotations
 
-from diffusers_ext.core.seeds import step_generator, step_seed, stream_generator, stream_seed
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from diffusers_ext.core.seeds import (
+    check_diffusion_levels,
+    check_min_snr,
+    check_prediction_type,
+    step_generator,
+    step_seed,
+    stream_generator,
+    stream_seed,
+    training_schedule,
+)
 
 
 def test_seeds_of_streams_are_those_of_earlier_versions():
@@ -30,3 +51,51 @@ def test_the_generator_of_a_step_does_not_depend_on_what_ran_before():
     assert torch.equal(torch.randn(4, generator=step_generator(3, 5)), expected)
     for other in ((3, 6), (4, 5), (3, 5, 1)):
         assert not torch.equal(torch.randn(4, generator=step_generator(*other)), expected)
+
+
+OTHERS = (
+    "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler",
+    "IPNDMScheduler", "CMStochasticIterativeScheduler",
+)  # fmt: skip
+
+
+def test_a_scheduler_of_another_kind_is_refused():
+    for name in OTHERS:
+        scheduler = getattr(diffusers, name)()
+        with pytest.raises(ValueError, match=f"`pipe` must have the noise levels .* a {name} with"):
+            check_diffusion_levels(scheduler, "pipe")
+        with pytest.raises(ValueError, match="scheduler"):
+            check_prediction_type(scheduler)
+    with pytest.raises(ValueError, match="a UniPCMultistepScheduler with `use_flow_sigmas`"):
+        check_diffusion_levels(UniPCMultistepScheduler(use_flow_sigmas=True))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(beta_start=0.001, beta_end=0.013, beta_schedule="scaled_linear"),
+        LCMScheduler(),  # its defaults are not those of a DDPMScheduler
+        EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    ],
+)
+def test_training_takes_the_levels_of_the_model(scheduler):
+    schedule = training_schedule(scheduler)
+    assert isinstance(schedule, DDPMScheduler)
+    assert torch.allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6)
+    assert schedule.config.prediction_type == scheduler.config.prediction_type
+
+
+def test_levels_that_a_configuration_does_not_tell_are_refused():
+    with pytest.raises(ValueError, match="the noise levels that its configuration names"):
+        training_schedule(CogVideoXDDIMScheduler(snr_shift_scale=3.0))
+    with pytest.raises(ValueError, match="must be 'epsilon' or 'v_prediction', got 'sample'"):
+        training_schedule(DDIMScheduler(prediction_type="sample"))
+
+
+def test_weights_of_zero_by_zero_are_refused():
+    zero = {"rescale_betas_zero_snr": True}
+    check_min_snr(DDPMScheduler(), 5.0)
+    check_min_snr(DDPMScheduler(**zero), None)
+    check_min_snr(DDPMScheduler(prediction_type="v_prediction", **zero), 5.0)
+    with pytest.raises(ValueError, match="`snr_gamma` must be None .*noise alone.* got 5.0"):
+        check_min_snr(DDPMScheduler(**zero), 5.0)

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from diffusers_ext.core.settings import ImageReportingSettings, ModelSettings, SamplingSettings, TrainingSettings
+from diffusers_ext.core.settings import (
+    ImageReportingSettings,
+    ModelSettings,
+    SamplingSettings,
+    TrainingSettings,
+    check_keywords,
+    did_you_mean,
+)
 
 
 @dataclass(kw_only=True)
@@ -58,3 +65,20 @@ def test_wrong_values_are_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{name}` must be {rule}"):
             RunSettings(**{**GIVEN, name: value})
+
+
+def test_the_nearest_names():
+    assert did_you_mean("rnak", ["rank", "seed"]) == " Did you mean 'rank'?"
+    assert did_you_mean(["rnak", "SEEDS"], ["rank", "seed"]) == " Did you mean 'rank' and 'seed'?"
+    assert did_you_mean("colour", ["rank", "seed"]) == ""
+
+
+def test_keywords_that_nothing_takes():
+    check_keywords({"rank": 4}, ["rank", "seed"], "train")
+    with pytest.raises(TypeError) as refused:
+        check_keywords({"rnak": 4}, iter(["rank", "seed"]), "train", "it takes rank")
+    assert str(refused.value) == (
+        "train() got an unexpected keyword argument 'rnak': it takes rank. Did you mean 'rank'?"
+    )
+    with pytest.raises(TypeError, match=r"train\(\) got an unexpected keyword argument 'colour'\.$"):
+        check_keywords({"colour": 4}, ["rank"], "train")
