@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import socket
 import tempfile
@@ -36,8 +35,6 @@ from diffusers_ext.core.text_files import read_json
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import push_folder, split_arguments
 
-# A quota is a disk of one's own.
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # Of safetensors, and of torch, which does not tell why a file could not be written.
 _WORDS = ("No space left", "os error 28", "os error 122", "PytorchStreamWriter failed writing")
 LOCK_NAME = ".run.lock"
@@ -63,7 +60,7 @@ def is_full_disk(error: BaseException) -> bool:
     """Whether an error, or the one behind it, says that a disk or a quota is full."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in FULL:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         if not isinstance(seen, OSError) and any(word in str(seen) for word in _WORDS):
             return True
@@ -127,7 +124,6 @@ def _owner(path: Path) -> str:
         return "another process"
 
 
-logger = logging.getLogger(__name__)
 ArtifactType = TypeVar("ArtifactType", bound="Artifact")
 _HEADER = ("_class_name", "format_version", "sha256")
 
@@ -143,16 +139,12 @@ def with_sorted_metadata(content: bytes) -> bytes:
     A file is the length of its header in 8 bytes, the header as JSON, padded with spaces, and the tensors
     (https://github.com/huggingface/safetensors, "Format").
     """
-    header = json.loads(content[8 : tensors_offset(content)])
+    start = 8 + int.from_bytes(content[:8], "little")  # of the tensors
+    header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[tensors_offset(content) :]
-
-
-def tensors_offset(content: bytes) -> int:
-    """Where in the bytes of a safetensors file the tensors begin."""
-    return 8 + int.from_bytes(content[:8], "little")
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
