@@ -105,29 +105,19 @@ def open_tensors(path: str | os.PathLike, remedy: str = REMEDY) -> safe_open:
 def read_tensors(
     path: str | os.PathLike,
     *,
-    expected: Mapping[str, Sequence[int] | torch.Tensor] | None = None,
     dtypes: Collection[torch.dtype] | None = None,
     finite: bool = True,
     remedy: str = REMEDY,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, on the CPU, and its metadata; `ValueError` where they are not as wanted.
-
-    Args:
-        expected: all names that must be there and no others, each with its shape, or with a tensor (also on `meta`)
-            whose shape and dtype it must have; any names when `None`.
-        dtypes: those that tensors may have, such as `FLOATING`; any when `None`.
-    """
+    """All tensors of a safetensors file, on the CPU, and its metadata; checked, also by the digest in it."""
     handle = open_tensors(path, remedy)
-    shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
-    if expected is not None:  # before anything but the header is read
-        check_shapes(shapes, expected, path, remedy)
     try:
-        tensors = {name: handle.get_tensor(name) for name in shapes}
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}
         metadata = dict(handle.metadata() or {})
     # Of tensors whose dtype this torch does not have, or which do not fit into memory.
     except (SafetensorError, OSError, RuntimeError, MemoryError, AttributeError) as error:
         raise ValueError(f"{path} must hold tensors, got: {error}. {remedy}") from error
-    check_tensors(tensors, path, expected=expected, dtypes=dtypes, finite=finite, remedy=remedy)
+    check_tensors(tensors, path, dtypes=dtypes, finite=finite, remedy=remedy)
     # A file of another program, or of before there were digests, has none.
     if DIGEST_KEY in metadata and tensors_digest(tensors, metadata) != metadata[DIGEST_KEY]:
         raise ValueError(
@@ -146,7 +136,13 @@ def check_tensors(
     finite: bool = True,
     remedy: str = REMEDY,
 ) -> None:
-    """The rules of `read_tensors` for tensors that are read already; `path` is only named."""
+    """Raise `ValueError` where the tensors of a file, which is only named, are not as they must be.
+
+    Args:
+        expected: all names that must be there and no others, each with its shape, or with a tensor (also on `meta`)
+            whose shape and dtype it must have; any names when `None`.
+        dtypes: those that tensors may have, such as `FLOATING`; any when `None`.
+    """
     if expected is not None:
         check_shapes({k: tuple(v.shape) for k, v in tensors.items()}, expected, path, remedy)
     for name, tensor in tensors.items():

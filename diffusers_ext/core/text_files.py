@@ -78,15 +78,15 @@ def decode(content: bytes, where: str | os.PathLike) -> str:
     return text
 
 
-def read_json(path: str | os.PathLike, expect: type | None = dict, *, allow_nan: bool = False) -> Any:
-    """What a JSON file holds, a `dict` or `list` as `expect` says; `allow_nan` takes `NaN` and `Infinity`, too."""
-    return parse_json(read_bytes(path, MAX_JSON_BYTES), path, expect, allow_nan=allow_nan)
+def read_json(path: str | os.PathLike, *, allow_nan: bool = False) -> dict[str, Any]:
+    """The object that a JSON file holds; `allow_nan` takes `NaN` and `Infinity`, which are no JSON, too."""
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), path, allow_nan=allow_nan)
 
 
 def parse_json(
     text: str | bytes, where: str | os.PathLike, expect: type | None = dict, *, allow_nan: bool = False
 ) -> Any:
-    """`read_json` of a text that comes from `where`, such as `"line 3 of pairs.jsonl"`."""
+    """What JSON from `where`, such as `"line 3 of pairs.jsonl"`, holds: a `dict` or `list` as `expect` says."""
     if isinstance(text, bytes):
         text = decode(text, where)
     try:
@@ -103,8 +103,8 @@ def parse_json(
     return content
 
 
-def read_yaml(path: str | os.PathLike, expect: type | None = dict) -> Any:
-    """What a YAML file holds; no tag of it makes a Python object.
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping that a YAML file holds; no tag of it makes a Python object.
 
     YAML 1.1 is read: the unquoted words `yes`, `no`, `on` and `off` are truth values.
     """
@@ -120,9 +120,8 @@ def read_yaml(path: str | os.PathLike, expect: type | None = dict) -> Any:
     # Values that an explicit tag does not fit end in any of these.
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be a YAML file, got: {error}.") from error
-    if expect is not None and not isinstance(content, expect):
-        kind = "mapping" if expect is dict else "list"
-        raise ValueError(f"{path} must be a YAML {kind}, got {type(content).__name__}.")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a YAML mapping, got {type(content).__name__}.")
     return content
 
 

@@ -61,7 +61,7 @@ def test_wrong_values_are_named():
         ("mixed_precision", "half", "one of .*'fp16'.*, got 'half'"),
         ("lr_scheduler", "piecewise_constant", "one of .*'cosine'.*, got piecewise_constant"),
         ("report_to", "no_such_tracker", "an installed tracker, .*tensorboard.*got no_such_tracker"),
-        ("output_dir", __file__, "a folder, got .*test_run_settings.py"),
+        ("output_dir", __file__, "a folder, got .*test_settings.py"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{name}` must be {rule}"):
             RunSettings(**{**GIVEN, name: value})

@@ -10,7 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from diffusers_ext.core.tensor_files import DIGEST_KEY, FLOATING, check_finite, open_tensors, read_tensors, with_digest
+from diffusers_ext.core.tensor_files import (
+    DIGEST_KEY,
+    FLOATING,
+    check_finite,
+    check_tensors,
+    open_tensors,
+    read_tensors,
+    with_digest,
+)
 
 
 def file_of(path: Path, header: dict | bytes, data: bytes = b"", length: int | None = None) -> Path:
@@ -28,10 +36,9 @@ def entry(*shape: int, dtype: str = "F32", size: int = 4) -> dict:
 def test_tensors_and_metadata_come_back(tmp_path):
     tensors = {"a": torch.randn(2, 3), "b": torch.arange(4), "c": torch.zeros(0)}
     save_file(tensors, tmp_path / "w.safetensors", {"x": "y"})
-    found, metadata = read_tensors(
-        tmp_path / "w.safetensors", expected={"a": (2, 3), "b": torch.empty(4, dtype=torch.int64),
-                                              "c": torch.empty(0, device="meta")},
-    )  # fmt: skip
+    found, metadata = read_tensors(tmp_path / "w.safetensors")
+    expected = {"a": (2, 3), "b": torch.empty(4, dtype=torch.int64), "c": torch.empty(0, device="meta")}
+    check_tensors(found, tmp_path / "w.safetensors", expected=expected)
     assert metadata == {"x": "y"}
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert read_tensors(file_of(tmp_path / "e.safetensors", {})) == ({}, {})
@@ -85,7 +92,7 @@ def test_missing_surplus_and_other_tensors_are_named(tmp_path):
         ({"a": torch.ones(2, 3).half(), "b": (1,)}, "'a' in float16, got float32"),
     ]:
         with pytest.raises(ValueError, match=rf"w\.safetensors must hold .*{message}"):
-            read_tensors(path, expected=expected)
+            check_tensors(read_tensors(path)[0], path, expected=expected)
     save_file({"a": torch.ones(2, 3, dtype=torch.int32)}, path)
     with pytest.raises(ValueError, match=r"w\.safetensors must hold 'a' in float16 or .*got int32"):
         read_tensors(path, dtypes=FLOATING)

@@ -124,7 +124,8 @@ def test_yaml_with_anchors(tmp_path):
     expected = {"a": {"x": 1, "y": False}, "b": {"x": 2, "y": False}, "c": ["é", 1.5]}
     assert read_yaml(tmp_path / "c.yaml") == expected
     (tmp_path / "c.yaml").write_text("- a")
-    assert read_yaml(tmp_path / "c.yaml", list) == ["a"]
+    with pytest.raises(ValueError, match="c.yaml must be a YAML mapping, got list"):
+        read_yaml(tmp_path / "c.yaml")
 
 
 def read(path, column: str = "prompt", comments: bool = False) -> list[str]:
