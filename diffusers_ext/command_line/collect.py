@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 
-def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is preserved, how it is measured and where it goes."""
+def _add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_model_arguments(parser)
     parser.add_argument("--output_dir", required=True, help="folder of the statistics")
     group = parser.add_argument_group("knowledge")
@@ -55,8 +54,7 @@ def add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--license", help="of the statistics; the base model's own without it")
 
 
-def run_collect(args: argparse.Namespace) -> Outcome:
-    """Collect and save."""
+def _run_collect(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.hub.kinds import find_licence
     from diffusers_ext.nullspace.prompts import read_prompts_file
@@ -135,8 +133,8 @@ COLLECT = Command(
         "collect --pretrained_model_name_or_path examples/digits/model --features q k v out "
         "--num_inference_steps 12 --knowledge_prompts knowledge.txt --output_dir statistics --json",
     ),
-    add_collect_arguments,
-    run_collect,
+    _add_collect_arguments,
+    _run_collect,
     output="output_dir",
     result_names=("config.json",),
 )

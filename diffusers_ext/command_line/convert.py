@@ -8,16 +8,14 @@ from pathlib import Path
 from diffusers_ext.command_line.options import Command, Outcome
 
 
-def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    """A LoRA and where it goes."""
+def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="file, folder or Hub name, in either format")
     parser.add_argument("destination", help="file to write, ends in .safetensors")
     parser.add_argument("--format", choices=["diffusers", "kohya"], required=True)
     parser.add_argument("--weight_name", help="of the file in the folder or repository")
 
 
-def run_lora(args: argparse.Namespace) -> Outcome:
-    """Read, rename, write."""
+def _run_lora(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.sources import lora_file
     from diffusers_ext.nullspace.lora_files import check_output_path, export_lora
 
@@ -27,8 +25,7 @@ def run_lora(args: argparse.Namespace) -> Outcome:
     return _written(args.destination, format=args.format, tensors=len(tensors))
 
 
-def add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
-    """An eraser, where it goes, and what the legacy format does not say."""
+def _add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder or Hub name, in either format")
     parser.add_argument("destination", help="folder to write")
     parser.add_argument("--format", choices=["peft", "legacy"], required=True)
@@ -39,8 +36,7 @@ def add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_model", help="Hub name of the model, for the PEFT format")
 
 
-def run_eraser(args: argparse.Namespace) -> Outcome:
-    """Read, check, write; no base model is needed."""
+def _run_eraser(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.eraser.files import convert_eraser
     from diffusers_ext.eraser.formats import FORMATS, check_eraser_folder
@@ -61,14 +57,12 @@ def run_eraser(args: argparse.Namespace) -> Outcome:
     return _written(args.destination, format=args.format, rank=shape.rank, width=shape.width, blocks=len(shape.blocks))
 
 
-def add_npnet_arguments(parser: argparse.ArgumentParser) -> None:
-    """A published checkpoint and where the network goes."""
+def _add_npnet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=".pth or .safetensors file of the official code")
     parser.add_argument("destination", help="folder to write")
 
 
-def run_npnet(args: argparse.Namespace) -> Outcome:
-    """Read and save in the form of `NPNet.from_pretrained`."""
+def _run_npnet(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.golden_noise.networks.npnet import NPNet
 
@@ -95,8 +89,8 @@ CONVERSIONS = (
             "convert lora user/sks-dog sks_dog.safetensors --format kohya",
             "convert lora from_comfyui.safetensors for_diffusers.safetensors --format diffusers",
         ),
-        add_lora_arguments,
-        run_lora,
+        _add_lora_arguments,
+        _run_lora,
         output="destination",
     ),
     Command(
@@ -108,8 +102,8 @@ CONVERSIONS = (
             "convert eraser eraser_nudity no-nudity --format peft --concept nudity --base_model zai-org/CogVideoX-5b",
             "convert eraser user/no-dog legacy_no_dog --format legacy",
         ),
-        add_eraser_arguments,
-        run_eraser,
+        _add_eraser_arguments,
+        _run_eraser,
         output="destination",
         result_names=("adapter_config.json", "eraser_config.json"),
     ),
@@ -119,8 +113,8 @@ CONVERSIONS = (
         "Read a checkpoint of the official code, without running any of it, and write a folder for "
         "NPNet.from_pretrained.",
         ("convert npnet sdxl.pth npnet-sdxl",),
-        add_npnet_arguments,
-        run_npnet,
+        _add_npnet_arguments,
+        _run_npnet,
         output="destination",
         result_names=("config.json",),
     ),

@@ -31,8 +31,7 @@ _MEASURED = (
 _USUAL_DAMPING, _USUAL_STRICTNESS = 1e-3, 10.0
 
 
-def add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
-    """A LoRA, what it must leave alone, and how strictly."""
+def _add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("lora", help="file, folder or Hub name")
     parser.add_argument("--weight_name", help="of the LoRA's file in a folder or repository")
     parser.add_argument("--output_path", "--output", required=True, help="ends in .safetensors")
@@ -67,8 +66,7 @@ def add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_model_arguments(parser, required=False)
 
 
-def run_debleed(args: argparse.Namespace) -> Outcome:
-    """Project and write."""
+def _run_debleed(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.sources import lora_file
     from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
     from diffusers_ext.nullspace.lora_files import check_output_path, export_lora, kept_metadata, read_lora_file
@@ -226,7 +224,7 @@ DEBLEED = Command(
         "debleed user/lora --statistics user/statistics --energy 1e-4 --uncovered keep "
         "--format kohya --output_path quieter.safetensors",
     ),
-    add_debleed_arguments,
-    run_debleed,
+    _add_debleed_arguments,
+    _run_debleed,
     output="output_path",
 )

@@ -22,8 +22,7 @@ _LICENCE = ("license", "license_name", "license_link")
 _HUB = ("private", "revision", "create_pr", "commit_message", "subfolder")
 
 
-def add_push_arguments(parser: argparse.ArgumentParser) -> None:
-    """What goes where, and what its card says."""
+def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder, or the file of a LoRA")
     parser.add_argument("repo_id", help="user/name, made when absent")
     group = parser.add_argument_group("model card")
@@ -45,8 +44,7 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hub_token", help="taken from the login without it")
 
 
-def run_push(args: argparse.Namespace) -> Outcome:
-    """Recognise, describe and upload."""
+def _run_push(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.hub.kinds import named_licence
     from diffusers_ext.sharing import push_artifact
 
@@ -90,6 +88,6 @@ PUSH = Command(
         '--instance_prompt "a photo of sks dog" --trained_on "six photographs of my dog" '
         "--fact directions=generalized --fact pipeline=StableDiffusionPipeline",
     ),
-    add_push_arguments,
-    run_push,
+    _add_push_arguments,
+    _run_push,
 )
