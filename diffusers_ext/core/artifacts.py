@@ -139,12 +139,17 @@ def with_sorted_metadata(content: bytes) -> bytes:
     A file is the length of its header in 8 bytes, the header as JSON, padded with spaces, and the tensors
     (https://github.com/huggingface/safetensors, "Format").
     """
-    start = 8 + int.from_bytes(content[:8], "little")  # of the tensors
+    start = tensors_offset(content)
     header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + content[start:]
+
+
+def tensors_offset(content: bytes) -> int:
+    """Where in the bytes of a safetensors file the tensors begin."""
+    return 8 + int.from_bytes(content[:8], "little")
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
