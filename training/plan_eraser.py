@@ -1,7 +1,7 @@
 """Say how much memory the training of an eraser takes: `diffusers-ext plan eraser` with other flags.
 
-    python training/plan_eraser.py --pretrained_model_name_or_path CogVideoX-5b --gradient_checkpointing python
-    training/plan_eraser.py --pretrained_model_name_or_path CogVideoX-5b --memory_gib 24
+    python training/plan_eraser.py --pretrained_model_name_or_path CogVideoX-5b --gradient_checkpointing
+    python training/plan_eraser.py --pretrained_model_name_or_path CogVideoX-5b --memory_gib 24
 
 The flags are those of `train_cogvideox_eraser.py`. With `--memory_gib`, checkpointing and rows are chosen, and shorter
 clips if needed.

@@ -18,8 +18,8 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
 from peft import LoraConfig
-from PIL import Image
 
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
 from diffusers_ext.core.pictures import find_pictures, read_picture
@@ -157,35 +157,21 @@ class Validation:
         """Draw and save the pictures of one step; the model's mode comes back afterwards."""
         if not self.accelerator.is_main_process:
             return
-        folder = Path(self.settings.output_dir, "validation")
+        settings, count = self.settings, self.settings.num_validation_images
+        folder = Path(settings.output_dir, "validation")
         folder.mkdir(parents=True, exist_ok=True)
+        seeds = range(settings.seed, settings.seed + count)
         self.files = []
-        for index, prompt in enumerate(self.settings.validation_prompt):
-            images = self._images(prompt)
+        for index, prompt in enumerate(settings.validation_prompt):
+            images = draw_images(
+                self.pipeline, [prompt] * count, seeds, settings.resolution, **sampling_arguments(settings)
+            )
             self.files.append(folder / f"step-{step:06d}-prompt-{index}.png")
-            _side_by_side(images).save(self.files[-1])
-            self._track(prompt, images, step)
-
-    def _images(self, prompt: str) -> list[Image.Image]:
-        seeds = range(self.settings.seed, self.settings.seed + self.settings.num_validation_images)
-        return draw_images(
-            self.pipeline, [prompt] * len(seeds), seeds, self.settings.resolution, **sampling_arguments(self.settings)
-        )
-
-    def _track(self, prompt: str, images: list[Image.Image], step: int) -> None:
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                stacked = np.stack([np.asarray(image) for image in images])
-                tracker.writer.add_images(prompt, stacked, step, dataformats="NHWC")
-
-
-def _side_by_side(images: list[Image.Image]) -> Image.Image:
-    sheet = Image.new("RGB", (sum(image.width for image in images), images[0].height))
-    left = 0
-    for image in images:
-        sheet.paste(image, (left, 0))
-        left += image.width
-    return sheet
+            make_image_grid(images, rows=1, cols=count).save(self.files[-1])
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    stacked = np.stack([np.asarray(image) for image in images])
+                    tracker.writer.add_images(prompt, stacked, step, dataformats="NHWC")
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> NullSpaceSettings:

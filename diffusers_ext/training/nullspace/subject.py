@@ -65,46 +65,40 @@ def null_space_cut(settings: NullSpaceSettings, statistics: FeatureStatistics) -
     return NullSpaceProjector.from_statistics(statistics, energy=energy)
 
 
-def add_plain_lora(settings: NullSpaceSettings, pipeline: DiffusionPipeline, config: LoraConfig) -> None:
-    """An unconstrained LoRA on the same Linears, for comparison."""
-    layers = read_layers(settings.cross_attention_layers)
-    # A list, because the order of a set of strings differs from process to process.
-    denoiser = denoiser_of(pipeline)
-    config.target_modules = list(find_linears(denoiser, settings.features, layers))
-    denoiser.add_adapter(config)
-    for _, layer in lora_linears(denoiser):
-        layer.lora_A.float()
-        layer.lora_B.float()
-
-
 def add_lora(
     settings: NullSpaceSettings, pipeline: DiffusionPipeline, statistics: FeatureStatistics | None
 ) -> list[dict]:
-    """Put the LoRA on the denoiser; returns the report on its directions."""
+    """Put the LoRA on the denoiser; returns the report on its directions.
+
+    Without statistics it is an unconstrained one on the same Linears, for comparison.
+    """
+    denoiser = denoiser_of(pipeline)
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.lora_dropout, init_lora_weights="gaussian"
     )
     if statistics is None:
-        add_plain_lora(settings, pipeline, config)
+        layers = read_layers(settings.cross_attention_layers)
+        # A list, because the order of a set of strings differs from process to process.
+        config.target_modules = list(find_linears(denoiser, settings.features, layers))
+        denoiser.add_adapter(config)
+        for _, layer in lora_linears(denoiser):
+            layer.lora_A.float()
+            layer.lora_B.float()
         return []
+    # Without flags that ask for null spaces the statistics and the subject decide.
+    asked = settings.directions == "null" and (settings.null_energy, settings.nullspace_threshold) != (None, None)
     chosen = add_null_space_lora(
-        denoiser_of(pipeline),
+        denoiser,
         statistics,
         instance_prompts=subject_prompts(settings),
         pipeline=pipeline,
         rank=settings.rank,
         directions=settings.directions,
         eps=settings.eps,
-        projector=_asked_null_space(settings, statistics),
+        projector=null_space_cut(settings, statistics) if asked else None,
         lora_config=config,
     )
     return [] if chosen is None else chosen.report()
-
-
-def _asked_null_space(settings: NullSpaceSettings, statistics: FeatureStatistics) -> NullSpaceProjector | None:
-    """The null spaces that flags ask for; without one the statistics and the subject decide."""
-    asked = (settings.null_energy, settings.nullspace_threshold) != (None, None)
-    return null_space_cut(settings, statistics) if settings.directions == "null" and asked else None
 
 
 def free_constrained_weights(
