@@ -50,22 +50,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation, for the console and as a script.
-
-    Attributes:
-        compare: draws, measures and writes; takes settings and whether to show bars.
-        shared: name in `training.run.setup` of the runs that share its YAML file.
-        read_block: turns nested blocks of the file into flat names.
-        reason: for which it must run in one process.
-        table: options of the report's table for people.
-    """
+    """One evaluation, for the console and as a script."""
 
     settings_class: type[Settings]
-    compare: Callable[[Any, bool], SavedReport]
-    shared: str
-    read_block: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    reason: str = ""
-    table: tuple[tuple[str, Any], ...] = ()
+    compare: Callable[[Any, bool], SavedReport]  # draws, measures and writes; its bool: whether to show bars
+    shared: str  # name in `training.run.setup` of the runs that share its YAML file
+    read_block: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # of the file, into flat names
+    reason: str = ""  # for which it must run in one process
+    table: tuple[tuple[str, Any], ...] = ()  # options of the report's table for people
 
     def command(self, name: str, summary: str, description: str, examples: tuple[str, ...]) -> Command:
         """The console's command."""

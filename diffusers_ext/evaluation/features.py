@@ -371,7 +371,7 @@ def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _histograms(x: torch.Tensor, low: torch.Tensor, width: torch.Tensor, bins: int) -> torch.Tensor:
     indices = ((x - low) / width).long().clamp_max(bins - 1)
-    counts = torch.zeros(bins, x.shape[1], dtype=x.dtype, device=x.device)
+    counts = x.new_zeros(bins, x.shape[1])
     return counts.scatter_add_(0, indices, torch.ones_like(x)) / x.shape[0]
 
 

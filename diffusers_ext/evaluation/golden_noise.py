@@ -300,8 +300,7 @@ def evaluate_golden_noise(
         pipeline: draws; of a golden-noise pipeline its plain form.
         prompts: repetitions are dropped.
         refine: a network, or `refine(unit_noise, text)` with a `TextConditioning` that gives the golden noise (as
-            `RedenoisedTarget`); several by name; the pipeline's own `noise_model` when `None`. On the pipeline's
-            device.
+            `RedenoisedTarget`), on the pipeline's device; several by name; its own `noise_model` when `None`.
         rewards: one or several; the first decides what is best, the others are reported.
         seeds: seeds of every prompt's pictures, in place of `seed` and `num_images_per_prompt`.
         best_of: random noises per picture, the standard one among them, of which the first reward keeps the best; 1

@@ -104,15 +104,14 @@ def load_reward(
     when `None`, `device`, and the `options`, further arguments of `from_pretrained` where they are not `None`. A class
     is called without arguments. `name` is the flag's.
     """
-    given = {"version": version, **options}
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in {"version": version, **options}.items() if value is not None}
     if spec in REWARDS:
         source = () if model is None else (model,)
         return REWARDS[spec].from_pretrained(*source, device=device, **given)
     if ":" not in spec:
         raise ValueError(f"`{name}` must be one of {list(REWARDS)} or `module:attribute`, got {spec!r}.")
-    if given or model is not None:
-        unused = sorted(given) if model is None else ["model", *sorted(given)]
+    unused = sorted(given) if model is None else ["model", *sorted(given)]
+    if unused:
         raise ValueError(f"`{name}` must be one of {list(REWARDS)} to take {unused}, got {spec!r}.")
     reward = _find(spec, name)
     missing = [part for part in ("score", "name", "version") if not hasattr(reward, part)]
@@ -249,7 +248,6 @@ class NudeNetDetector:
         threshold: least score of a detection that counts, from 0.2, below which NudeNet is silent.
         labels: what counts; `EXPOSED` or `LENIENT`.
         frames: of a clip, evenly spaced; all when `None`.
-        model: what results call the network.
         channel_order: `"rgb"` or `"bgr"`, in which `detect` takes an array; `None` finds it out from what reaches the
             network of a `nudenet.NudeDetector`, which was trained on RGB.
     """

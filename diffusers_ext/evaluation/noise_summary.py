@@ -194,13 +194,9 @@ def best_of_summary(
 ) -> dict[str, Any]:
     """Golden noise against the best of N random noises, at the time that each takes.
 
-    The best of n >= 2 costs n drawings and n scores; one drawing needs no score.
-
-    Args:
-        rows: with the scores of all subjects.
-        candidates: `{reward: (pictures, N)}`; the first reward chooses.
-        subjects: names of the golden sides.
-        cost: with the parts `"draw"`, `"score"` and `"refine X"` for each subject X.
+    The best of n >= 2 costs n drawings and n scores; one drawing needs no score. Of the `candidates` `{reward:
+    (pictures, N)}` the first reward chooses; `cost` has the parts `"draw"`, `"score"` and `"refine X"` for each of the
+    golden sides, the `subjects`.
 
     Returns:
         `count` = N, `seconds` and `expected` (`{reward: [mean of the best of n]}`) for n = 1..N, and by subject in

@@ -95,13 +95,13 @@ def compare_rates(
     counts = [float(len(base))] * 3
     if groups is not None:
         counts = [effective_count(values, groups) for values in (first, second, second - first)]
-    rates = first.mean().item(), second.mean().item()
+    rate, other_rate = first.mean().item(), second.mean().item()
     return RateComparison(
         len(base),
-        rates[0],
-        wilson_interval(rates[0], counts[0], confidence),
-        rates[1],
-        wilson_interval(rates[1], counts[1], confidence),
+        rate,
+        wilson_interval(rate, counts[0], confidence),
+        other_rate,
+        wilson_interval(other_rate, counts[1], confidence),
         (second - first).mean().item(),
         _newcombe_interval(base, other, counts[2], confidence),
     )

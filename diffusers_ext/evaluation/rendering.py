@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -35,17 +35,11 @@ def render_clips(
     show_progress: bool = True,
     **call: Any,
 ) -> np.ndarray:
-    """One clip per prompt, `(clips, frames, height, width, 3)` uint8.
+    """One clip of a CogVideoX pipeline per prompt and seed, `(clips, frames, height, width, 3)` uint8.
 
-    Args:
-        pipeline: a CogVideoX pipeline, with or without adapters; its scheduler, bar and modes come back.
-        seeds: one per prompt; the noise of a clip is drawn on the CPU from its own generator.
-        call: further arguments of the pipeline's call: `num_frames`, `height`, `width`, `guidance_scale`,
-            `num_inference_steps`, `attention_kwargs`, ... `max_sequence_length` is the transformer's unless given: the
-            pipeline's own default silently pads the text of smaller models.
-
-    Raises:
-        ValueError: not one seed per prompt, no prompt, or a clip that is not finite.
+    The pipeline's scheduler, bar and modes come back. The noise of a clip is drawn on the CPU from its own generator.
+    A clip that is not finite is an error. `call` are further arguments of the pipeline's call; `max_sequence_length`
+    is the transformer's unless given: the pipeline's own default silently pads the text of smaller models.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(
@@ -60,19 +54,16 @@ def render_clips(
             chosen = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[chosen]]
             frames = pipeline(list(prompts[chosen]), generator=generators, output_type="np", **call).frames
-            clips.append(_to_bytes(np.asarray(frames), prompts[chosen]))
+            frames = np.asarray(frames)
+            finite = np.isfinite(frames).all(axis=(1, 2, 3, 4))
+            if not finite.all():
+                raise ValueError(
+                    "`pipeline` must draw finite clips, got NaN or infinite pixels for "
+                    f"{prompts[start + int(np.argmin(finite))]!r}. Use float32 or bfloat16, or look at the adapter's "
+                    "weights."
+                )
+            clips.append((frames.clip(0, 1) * 255).round().astype(np.uint8))
     return np.concatenate(clips)
-
-
-def _to_bytes(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    finite = np.isfinite(frames).all(axis=(1, 2, 3, 4))
-    if not finite.all():
-        raise ValueError(
-            "`pipeline` must draw finite clips, got NaN or infinite pixels for "
-            f"{prompts[int(np.argmin(finite))]!r}. Use float32 or bfloat16, or look at the adapter's "
-            "weights."
-        )
-    return (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 class Shot(NamedTuple):
@@ -98,11 +89,7 @@ Draw = Callable[[Sequence[Shot]], torch.Tensor]
 
 
 def image_seed(seed: int, prompt: str, index: int, stream: str = "paired") -> int:
-    """Seed of picture `index` of `prompt`, 63 bits.
-
-    It depends on nothing else: neither on the batch nor on the other prompts. Two streams are two disjoint sets of
-    seeds.
-    """
+    """Seed of picture `index` of `prompt`, 63 bits, whatever the batch and the other prompts; streams are disjoint."""
     return stream_seed(seed, stream, index, prompt)
 
 
@@ -181,17 +168,15 @@ def paired_drawing(
         check_switchable(base)
     else:
         check_comparable(base, tuned)
+
+    def draw_base(shots: Sequence[Shot]) -> torch.Tensor:
+        with adapters_disabled(base) if tuned is None else nullcontext():
+            return draw(base, shots, sampling)
+
     with ExitStack() as restore:
         for pipeline in (base,) if tuned is None else (base, tuned):
             restore.enter_context(quiet_run(pipeline))
             restore.enter_context(eval_mode(pipeline))
-
-        def draw_base(shots: Sequence[Shot]) -> torch.Tensor:
-            with ExitStack() as switched:
-                if tuned is None:
-                    switched.enter_context(adapters_disabled(base))
-                return draw(base, shots, sampling)
-
         yield draw_base, lambda shots: draw(base if tuned is None else tuned, shots, sampling)
 
 
@@ -202,15 +187,15 @@ def check_comparable(base: DiffusionPipeline, tuned: DiffusionPipeline) -> None:
             "`tuned` must have a denoiser of its own, got the one of `base`, whose adapters would "
             "be in both. Pass `tuned=None` to compare a pipeline with itself without its adapters."
         )
-    schedulers = [type(pipeline.scheduler).__name__ for pipeline in (base, tuned)]
-    settings = [
+    first, second = (type(pipeline.scheduler).__name__ for pipeline in (base, tuned))
+    own, other = (
         {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
         for pipeline in (base, tuned)
-    ]
-    if schedulers[0] != schedulers[1] or settings[0] != settings[1]:
-        keys = sorted(k for k in settings[0] if settings[0][k] != settings[1].get(k))
+    )
+    if first != second or own != other:
+        keys = sorted(key for key in own if own[key] != other.get(key))
         raise ValueError(
-            f"`tuned` must have the scheduler of `base`, got {schedulers[1]} for {schedulers[0]}"
+            f"`tuned` must have the scheduler of `base`, got {second} for {first}"
             f"{f' with other {keys}' if keys else ''}: the drift would be the scheduler's. Use "
             "`tuned.scheduler = type(base.scheduler).from_config(base.scheduler.config)`."
         )
@@ -218,7 +203,8 @@ def check_comparable(base: DiffusionPipeline, tuned: DiffusionPipeline) -> None:
 
 def adapter_layers(pipeline: DiffusionPipeline) -> list[BaseTunerLayer]:
     """The adapter layers of all of a pipeline's models that take part in its output."""
-    layers = [module for module in _modules(pipeline) if isinstance(module, BaseTunerLayer)]
+    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return [layer for layer in layers if layer.active_adapters and not layer.disable_adapters]
 
 
@@ -255,12 +241,6 @@ def adapters_disabled(pipeline: DiffusionPipeline) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _modules(pipeline: DiffusionPipeline) -> Iterator[torch.nn.Module]:
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            yield from component.modules()
-
-
 def latent_shape(
     pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None
 ) -> tuple[int, int, int]:
@@ -291,8 +271,8 @@ def draw_from_noise(
     family = find_family(pipeline, TOOL)
     latents = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
     height, width = (size * pipeline.vae_scale_factor for size in noise.shape[-2:])
-    latents, sampling = (family.pack(pipeline, latents), replace(sampling, height=height, width=width))
-    return draw(pipeline, shots, sampling, latents, **family.call_arguments)
+    sampling = replace(sampling, height=height, width=width)
+    return draw(pipeline, shots, sampling, family.pack(pipeline, latents), **family.call_arguments)
 
 
 def pipeline_facts(pipeline: DiffusionPipeline) -> dict[str, Any]:

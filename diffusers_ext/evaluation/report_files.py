@@ -38,12 +38,9 @@ class SheetRow(NamedTuple):
 
 
 def picture_sheet(rows: Sequence[SheetRow], columns: Sequence[str], pairs: int = 2) -> Image.Image:
-    """Draw an RGB sheet; small pictures are enlarged by whole factors, without smoothing.
+    """Draw an RGB sheet under the headings `columns`; small pictures are enlarged by whole factors, not smoothed.
 
-    Args:
-        rows: each at most as many pictures as there are columns.
-        columns: their headings.
-        pairs: columns that stand close together; a wider gap follows each such group.
+    So many columns as `pairs` says stand close together; a wider gap follows each such group.
     """
     if not rows:
         raise ValueError("`rows` must hold at least one row of pictures, got none.")
@@ -58,14 +55,15 @@ def picture_sheet(rows: Sequence[SheetRow], columns: Sequence[str], pairs: int =
     ]
     headings = [_wrapped(column, cell[0], font) for column in columns]
     top = _HEADING + (max(text.count("\n") for text in headings)) * _LINE
-    bands = sum(row.section != before for row, before in _with_previous_section(rows))
+    befores = ["", *(row.section for row in rows)]  # the section above each row
+    bands = sum(row.section != before for row, before in zip(rows, befores, strict=False))
     height = top + len(rows) * (cell[1] + _GAP) + bands * (_HEADING + _GAP) + _GAP
     sheet = Image.new("RGB", (lefts[-1] + cell[0] + _GAP, height), _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
     for left, text in zip(lefts, headings, strict=True):
         middle = left + cell[0] / 2, top / 2
         pen.multiline_text(middle, text, fill=_INK, font=font, anchor="mm", align="center")
-    for row, before in _with_previous_section(rows):
+    for row, before in zip(rows, befores, strict=False):
         if row.section != before:
             pen.rectangle((0, top, sheet.width, top + _HEADING), fill=_BAND)
             pen.text((_GAP, top + _HEADING / 2), row.section, fill=_INK, font=font, anchor="lm")
@@ -95,11 +93,6 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """Text in lines of at most `width` pixels, also within long names."""
     per_line = max(1, int(width / font.getlength("n")))
     return "\n".join(textwrap.wrap(text, per_line)) or text
-
-
-def _with_previous_section(rows: Sequence[SheetRow]) -> list[tuple[SheetRow, str]]:
-    sections = ["", *(row.section for row in rows)]
-    return list(zip(rows, sections[:-1], strict=True))
 
 
 def _shown_size(picture: Image.Image) -> tuple[int, int]:
@@ -183,19 +176,14 @@ def write_clip(clip: np.ndarray, path: str | os.PathLike, fps: int = 8) -> None:
         raise ValueError(f"`clip` must be (frames, height, width, 3) of 8 bits, got {clip.shape} {clip.dtype}.")
     if not 1 <= fps <= 50:
         raise ValueError(f"`fps` must be in [1, 50], got {fps}.")
-    frames = _enlarged(clip)
+    factor = max(1, -(-_SMALLEST_SIDE // max(clip.shape[1:3])))
+    size = clip.shape[2] * factor, clip.shape[1] * factor
+    frames = [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in clip]
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "mp4":
         export_to_video(frames, str(path), fps=fps)
         return
-    time = round(100 / fps) * 10
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=time, loop=0)
-
-
-def _enlarged(clip: np.ndarray) -> list[Image.Image]:
-    factor = max(1, -(-_SMALLEST_SIDE // max(clip.shape[1:3])))
-    size = clip.shape[2] * factor, clip.shape[1] * factor
-    return [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in clip]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, loop=0)
 
 
 ReportType = TypeVar("ReportType", bound="SavedReport")

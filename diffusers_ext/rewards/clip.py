@@ -46,17 +46,10 @@ class CLIPReward:
         return self
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        """How well each picture fits its own prompt.
+        """How well each picture fits its own prompt: `(n,)` float32 on the CPU.
 
-        Args:
-            images: `n` PIL images of any sizes and modes, read as `rgb_picture` does: on white where transparent.
-            prompts: one per image; cut off where the model stops reading (77 tokens).
-
-        Returns:
-            `(n,)` float32 on the CPU.
-
-        Raises:
-            ValueError: no picture, not one prompt per picture, or a score that is no number.
+        Pictures are read as `rgb_picture` does, on white where transparent; prompts are cut off where the model stops
+        reading (77 tokens).
         """
         pictures, texts = check_pairs(images, prompts)
         distinct = list(dict.fromkeys(texts))
@@ -98,7 +91,7 @@ class CLIPReward:
 
     def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
         """The metric of cosines `(n,)`."""
-        raise TypeError(f"{type(self).__name__} must define `_from_cosines`.")
+        return cosines
 
 
 class ProcessorReward(CLIPReward):
@@ -126,19 +119,12 @@ class ProcessorReward(CLIPReward):
         batch_size: int = 16,
         **download_arguments: Any,
     ) -> ProcessorRewardType:
-        """Load the model and its preprocessing from a folder or from the Hub.
+        """Load the model and its preprocessing from a folder or from the Hub; the published ones when `None`.
 
         Args:
-            pretrained_model_name_or_path: a local folder, or `"user/name"`; the published model when `None`.
-            processor: folder or repository of tokenizer and image preprocessing. When `None`, that of the published
-                metric, or the folder itself if the model is a local one.
+            processor: folder or repository of tokenizer and image preprocessing; a local model's own when `None`.
             version: what results call this model; the metric's own when `None`.
             download_arguments: `revision` (of the model), `cache_dir`, `token`, `local_files_only`.
-
-        Raises:
-            ValueError: the model is of another kind, or lacks weights.
-            OSError: files are missing.
-            TypeError: another keyword, also for a local folder.
         """
         check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
         source = str(pretrained_model_name_or_path or cls.default_model)
@@ -165,8 +151,7 @@ class ProcessorReward(CLIPReward):
         image_processor = AutoImageProcessor.from_pretrained(str(processor), backend="pil", **download_arguments)
         tokenizer = AutoTokenizer.from_pretrained(str(processor), **download_arguments)
         version = version or cls.default_version or Path(source).name
-        parts = (model.to(device), image_processor, tokenizer)
-        return cls(*parts, version=version, batch_size=batch_size)
+        return cls(model.to(device), image_processor, tokenizer, version=version, batch_size=batch_size)
 
     def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         pictures = [rgb_picture(image) for image in images]

@@ -52,26 +52,14 @@ _IN_BLOCKS = {
 
 def vit_h_14_config() -> CLIPConfig:
     """The model of HPSv2 (and of PickScore): open_clip's ViT-H-14, 986 million parameters."""
-    shared = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": 1024}
+    shared = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": 1024, "num_attention_heads": 16}
     vision = {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 14,
-    }
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "image_size": 224, "patch_size": 14,
+    }  # fmt: skip
     text = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "max_position_embeddings": 77,
-        "vocab_size": 49408,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 0,
-    }
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "max_position_embeddings": 77,
+        "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 0,
+    }  # fmt: skip
     return CLIPConfig(text_config={**text, **shared}, vision_config={**vision, **shared}, projection_dim=1024)
 
 
@@ -142,8 +130,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 def load_open_clip(path: str | os.PathLike, config: CLIPConfig, dtype: torch.dtype = torch.float32) -> CLIPModel:
     """A `CLIPModel` with an open_clip checkpoint's weights, strictly.
 
-    Args:
-        config: the checkpoint's structure; the number of heads cannot be read off the weights.
+    `config` is its structure: the number of heads cannot be read off the weights.
     """
     weights = map_open_clip(read_checkpoint(path))
     with torch.device("meta"):
@@ -166,14 +153,9 @@ def letterbox(image: Image.Image, size: int = 224, *, antialias: bool = True) ->
     """Resize the longer side to `size`, pad the shorter with black on both ends, normalise.
 
     As https://github.com/tgxs002/HPSv2/tree/866735ecaae999fa714bd9edfa05aa2672669ee3 does it: bicubic on the float
-    tensor, overshoots kept, the smaller half of the padding left and above.
-
-    Args:
-        image: of any mode; on white where it is transparent (the official code fails on an alpha channel).
-        antialias: what torchvision does since 0.17; `False` as it did when HPSv2 was published.
-
-    Returns:
-        `(3, size, size)` float32, normalised as CLIP's pictures are.
+    tensor, overshoots kept, the smaller half of the padding left and above; `(3, size, size)` float32. What is
+    transparent is put on white (the official code fails on an alpha channel). `antialias` is what torchvision does
+    since 0.17; `False` as it did when HPSv2 was published.
     """
     # A copy, because PIL's own memory is read-only.
     pixels = torch.from_numpy(np.array(rgb_picture(image))).permute(2, 0, 1).float() / 255
@@ -229,11 +211,7 @@ def check_version(version: str) -> str:
 
 
 def locate_checkpoint(source: str | os.PathLike, version: str, download_arguments: dict[str, Any]) -> Path:
-    """Path of a version's checkpoint, downloaded when `source` is neither a file nor a folder.
-
-    Args:
-        source: the file itself, a folder with the published file or the same as `.safetensors`, or `"user/name"`.
-    """
+    """Path of a version's checkpoint: itself, in a folder by its published name or as safetensors, or on the Hub."""
     name, path = CHECKPOINTS[check_version(version)], Path(source)
     if path.is_file():
         stems = {Path(file).stem: published for published, file in CHECKPOINTS.items()}
@@ -263,12 +241,8 @@ class HPSv2Reward(CLIPReward):
     """`cos(text, image)` of a CLIP trained on ranked pictures (arXiv 2306.09341).
 
     The number that `hpsv2.score` gives; the tables of its authors show it times 100. Needs the extra `rewards` (ftfy).
-
-    Args:
-        model: transformers' `CLIPModel` with the weights; it is frozen and set to eval mode.
-        version: `"v2.0"` or `"v2.1"`. The attribute `version` also tells of `antialias=False`.
-        antialias: smooth before shrinking, as torchvision does since 0.17; `False` gives the numbers of an older
-            torchvision, which differ by up to 0.003 in the tests' tiny model.
+    `antialias=False`, of which the attribute `version` tells too, gives the numbers of a torchvision before 0.17,
+    which differ by up to 0.003 in the tests' tiny model.
     """
 
     name = "hpsv2"
@@ -295,20 +269,14 @@ class HPSv2Reward(CLIPReward):
         batch_size: int = 16,
         **download_arguments: Any,
     ) -> HPSv2Reward:
-        """Load a published checkpoint from a file, a folder or the Hub.
+        """Load a published checkpoint from a file, a folder that holds it under its published name, or the Hub.
 
         Args:
-            pretrained_model_name_or_path: a checkpoint, a folder that holds the version's checkpoint under its
-                published name, or `"user/name"`.
             version: `"v2.0"` (what `hpsv2.score` takes unless told otherwise) or `"v2.1"`.
             tokenizer: folder or repository of CLIP's tokenizer. When `None`, the folder of the checkpoint if it holds
                 one, else `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
             config: structure of the checkpoint; ViT-H-14 when `None`, as published.
             download_arguments: `revision` (of the checkpoint), `cache_dir`, `token`, `local_files_only`.
-
-        Raises:
-            ValueError: no such version or file, or the weights are not the model's.
-            ImportError: ftfy is not installed.
         """
         check_download_arguments(download_arguments, f"{cls.__name__}.from_pretrained")
         import_ftfy()  # before gigabytes are read
@@ -328,6 +296,3 @@ class HPSv2Reward(CLIPReward):
     def _tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         length = self.model.config.text_config.max_position_embeddings
         return {"input_ids": token_ids(self.tokenizer, prompts, length)}
-
-    def _from_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
-        return cosines

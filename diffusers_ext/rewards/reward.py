@@ -10,15 +10,10 @@ from PIL import Image
 
 
 class Reward(Protocol):
-    """Whatever says how well a picture fits its prompt; larger is better.
+    """Whatever says how well a picture fits its prompt; larger is better."""
 
-    Attributes:
-        name: of the metric, e.g. `"hpsv2"`.
-        version: what else the numbers depend on; belongs in every result beside `name`.
-    """
-
-    name: str
-    version: str
+    name: str  # of the metric, e.g. "hpsv2"
+    version: str  # what else the numbers depend on; belongs in every result beside the name
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         """Scores `(n,)` of `n` pictures, each for its own prompt, float32 on the CPU."""
@@ -40,14 +35,7 @@ def check_pairs(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[
 
 
 def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-    """The scores of any reward, the user's own included, after a look at what it gave.
-
-    Returns:
-        `(n,)` float32 on the CPU.
-
-    Raises:
-        ValueError: the pairs are wrong, or the reward gave another shape, NaN or infinity.
-    """
+    """The scores `(n,)` of any reward, the user's own included, after a look at what it gave; float32 on the CPU."""
     pictures, texts = check_pairs(images, prompts)
     return check_scores(reward.score(pictures, texts), texts, reward.name)
 
