@@ -98,15 +98,14 @@ def test_files(evaluate, tmp_path, network, prompt_file):
     settings = json.loads((folder / "report.json").read_text())["settings"]
     assert settings["noise_model"] == [str(network)]
     assert settings["prompt_file"] == str(prompt_file)
-    evaluate("no_sheet", sheet_prompts=0)
-    assert files_below(tmp_path / "no_sheet") == RESULTS - {"sheet.png"}
-
-
-def test_every_line_is_a_prompt_and_max_prompts_takes_the_first(evaluate):
-    report = evaluate()
+    # Every line is a prompt.
     assert [row["prompt"] for row in report.rows] == [p for p in PROMPTS for _ in range(2)]
-    report = evaluate("few", max_prompts=2)
+
+
+def test_max_prompts_takes_the_first_and_no_sheet_is_drawn_where_none_is_asked_for(evaluate, tmp_path):
+    report = evaluate("few", max_prompts=2, sheet_prompts=0)
     assert [row["prompt"] for row in report.rows] == [p for p in PROMPTS[:2] for _ in range(2)]
+    assert files_below(tmp_path / "few") == RESULTS - {"sheet.png"}
 
 
 def test_networks_of_one_name_are_told_apart(evaluate, tmp_path, network):
