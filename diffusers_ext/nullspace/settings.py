@@ -23,7 +23,6 @@ from diffusers_ext.core.settings import (
     required,
     setting,
 )
-from diffusers_ext.nullspace.slots import FEATURES, check_features
 
 DIRECTIONS = ("generalized", "null", "soft", "plain")
 # Frozen directions have unit energy, so B holds output changes; a plain LoRA's B is far smaller.
@@ -63,6 +62,8 @@ class KnowledgeSettings(Settings, title="knowledge"):
 
     def check(self) -> None:
         """Also the names of the features."""
+        from diffusers_ext.nullspace.slots import check_features  # here: help needs no torch
+
         super().check()
         check_features(self.features)
 
@@ -194,6 +195,8 @@ class CollectionSettings(KnownModelSettings, StatisticsSettings, RunSettings):
 
     def settle(self) -> None:
         """Features in one order."""
+        from diffusers_ext.nullspace.slots import FEATURES, check_features
+
         super().settle()
         chosen = check_features(self.features)
         self.features = [feature for feature in FEATURES if feature in chosen]

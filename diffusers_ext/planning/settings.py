@@ -184,7 +184,7 @@ class GoldenNoisePlanSettings(PlannedRun):
                 "`kept_share` and `validation_split` must leave at least one pair to train on, got "
                 f"{self.kept_share} and {self.validation_split} of {self.candidates} pairs."
             )
-        from diffusers_ext.golden_noise.settings import NETWORK_DEFAULTS
+        from diffusers_ext.golden_noise.networks.base import NETWORK_DEFAULTS
 
         usual = NETWORK_DEFAULTS[self.network]
         self.structure = self.structure or {}

@@ -29,12 +29,6 @@ from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseMo
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
-from diffusers_ext.golden_noise.settings import (
-    NoiseSettings,
-    PairNetworkSettings,
-    SequenceNetworkSettings,
-    noise_settings_class,
-)
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
 from diffusers_ext.training.golden_noise.data import (
     NoiseSamples,
@@ -55,6 +49,12 @@ from diffusers_ext.training.golden_noise.result import (
     publish_network,
     save_network,
     trained_network_card,
+)
+from diffusers_ext.training.golden_noise.settings import (
+    NoiseSettings,
+    PairNetworkSettings,
+    SequenceNetworkSettings,
+    noise_settings_class,
 )
 from diffusers_ext.training.run.base_model import check_base_model, load_text_pipeline
 from diffusers_ext.training.run.loop import LossFunction, TrainingLoop

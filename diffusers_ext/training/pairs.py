@@ -41,10 +41,10 @@ from diffusers_ext.golden_noise.pairs.shards import (
     shard_files,
 )
 from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
-from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.hub.push import check_card, make_repository
 from diffusers_ext.rewards.reward import Reward, checked_scores
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline, render, square_latent_shape
+from diffusers_ext.training.golden_noise.settings import PairSettings
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
 from diffusers_ext.training.run.script import (
     card_arguments,

@@ -21,6 +21,7 @@ import diffusers_ext
 from diffusers_ext.command_line import main as main_module
 from diffusers_ext.command_line.main import COMMANDS, build_parser, main
 from diffusers_ext.command_line.options import Command, Outcome
+from diffusers_ext.command_line.train import TRAININGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,7 +199,8 @@ def test_help_of_the_module_comes_before_any_heavy_library():
 
 def test_help_a_first_command_and_what_the_package_adds_to_diffusers_and_peft(tmp_path, lora):
     """Sets of modules in a fresh process: they say what takes time, on any machine."""
-    lines = [[], ["--help"], ["--version"], *([*c.name.split(), "--help"] for c in COMMANDS)]
+    commands = [*(c.name.split() for c in COMMANDS), *(["train", name] for name in TRAININGS)]
+    lines = [[], ["--help"], ["--version"], *([*words, "--help"] for words in commands)]
     convert = ["convert", "lora", str(lora), str(tmp_path / "x.safetensors"), "--format", "kohya"]
     code = f"""
 import contextlib, io, json, sys

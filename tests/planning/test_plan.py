@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from benchmarks.measured_memory import peak_bytes
 from benchmarks.planned_runs import DIGITS, IN_MEMORY, MOVING_DIGITS, RUNS
-from diffusers_ext.golden_noise.settings import NETWORK_DEFAULTS
+from diffusers_ext.golden_noise.networks.base import NETWORK_DEFAULTS
 from diffusers_ext.planning import plan_run, setting_names, work
 from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.models import read_base_model

@@ -9,9 +9,9 @@ from datasets import load_dataset
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.golden_noise.pairs.shards import read_table
-from diffusers_ext.golden_noise.settings import SDXL
 from diffusers_ext.training import pairs as generate_npd
 from diffusers_ext.training import pairs as pair_generation
+from diffusers_ext.training.golden_noise.settings import SDXL
 from examples.digits.check_model import MODEL_DIR
 from tests.training.pair_runs import BRIGHTNESS, write_prompt_file
 from tests.training.script_runs import files_below

@@ -8,8 +8,8 @@ import torch
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
-from diffusers_ext.golden_noise.settings import PairSettings
 from diffusers_ext.training.golden_noise.rendering import render, square_latent_shape
+from diffusers_ext.training.golden_noise.settings import PairSettings
 from diffusers_ext.training.pairs import Candidate, PairMaker, list_candidates, split
 from tests.golden_noise.golden_pipelines import FAMILIES
 from tests.tiny_digits import random_digits_pipeline

@@ -26,6 +26,13 @@ NETWORK_MODULES = {
     "NoiseSequenceTransformer": "diffusers_ext.golden_noise.networks.sequence_transformer",
     "NoiseSequenceRNN": "diffusers_ext.golden_noise.networks.sequence_rnn",
 }
+# The published settings of each kind; of GoldenNoiseModel, those of the bundled example.
+NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "npnet": {"train_batch_size": 16, "learning_rate": 1e-4, "num_epochs": 30},
+    "golden_noise_model": {"train_batch_size": 32, "learning_rate": 5e-4, "num_epochs": 30},
+    "transformer": {"train_batch_size": 8, "learning_rate": 5e-5, "num_epochs": 50},
+    "rnn": {"train_batch_size": 16, "learning_rate": 1e-4, "num_epochs": 50},
+}
 _FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 

@@ -23,7 +23,7 @@ from diffusers_ext.core.settings import A_FOLDER, COUNT, SEED, ModelSettings, Ru
 from diffusers_ext.core.text_files import one_line, read_csv, read_text_lines
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from diffusers_ext.golden_noise.pairs.dataset import download_pairs, open_pairs
-from diffusers_ext.golden_noise.settings import NoiseSettings
+from diffusers_ext.training.golden_noise.settings import NoiseSettings
 from diffusers_ext.training.run.settings import parse_settings
 
 logger = logging.getLogger(__name__)

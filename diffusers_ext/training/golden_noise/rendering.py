@@ -25,7 +25,7 @@ from diffusers_ext.families.registry import find_family
 from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.redenoise import TOOL, encode_prompts
-from diffusers_ext.golden_noise.settings import GoldenSampleSettings
+from diffusers_ext.training.golden_noise.settings import GoldenSampleSettings
 from diffusers_ext.training.run.base_model import load_frozen
 from diffusers_ext.training.run.script import check_output_dir, one_run_a_folder, staged_output
 from diffusers_ext.training.run.settings import parse_settings

@@ -22,10 +22,10 @@ from diffusers_ext.golden_noise.losses import (
     relative_error,
     sequence_inputs,
 )
-from diffusers_ext.golden_noise.settings import NoiseSettings
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.kinds import public_name
+from diffusers_ext.training.golden_noise.settings import NoiseSettings
 from diffusers_ext.training.run.script import (
     ON_THE_WAY,
     card_arguments,

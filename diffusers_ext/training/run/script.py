@@ -25,10 +25,10 @@ from diffusers_ext.core.result_folder import check_no_result, remove_result, sta
 from diffusers_ext.core.settings import ModelSettings, RunSettings, Settings, TrainingSettings, flag_name, named_values
 from diffusers_ext.core.sources import one_try_to_connect
 from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.golden_noise.settings import NoiseSettings, PairSettings
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.kinds import find_licence, named_licence, public_name
 from diffusers_ext.hub.push import check_card, make_repository, push_folder
+from diffusers_ext.training.golden_noise.settings import NoiseSettings, PairSettings
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints, remove_checkpoint
 from diffusers_ext.training.run.settings import TRACEBACK_FLAG, WRONG_USAGE, error_line, user_errors
 

@@ -21,13 +21,13 @@ from torch.utils.data import Dataset
 from diffusers_ext.core.settings import PRECISIONS, ModelSettings, RunSettings, TrainingRunSettings, named_values
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.evaluation.settings import ErasureSettings, ForgettingSettings, GoldenNoiseEvaluationSettings
-from diffusers_ext.golden_noise.settings import (
+from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
+from diffusers_ext.training.golden_noise.settings import (
     GoldenSampleSettings,
     PairNetworkSettings,
     PairSettings,
     SequenceNetworkSettings,
 )
-from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.run.checkpoint_files import (
     check_no_checkpoints,
     check_same_facts,

@@ -24,13 +24,6 @@ from diffusers_ext.core.settings import (
 )
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-# The published settings of each kind; of GoldenNoiseModel, those of the bundled example.
-NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "npnet": {"train_batch_size": 16, "learning_rate": 1e-4, "num_epochs": 30},
-    "golden_noise_model": {"train_batch_size": 32, "learning_rate": 5e-4, "num_epochs": 30},
-    "transformer": {"train_batch_size": 8, "learning_rate": 5e-5, "num_epochs": 50},
-    "rnn": {"train_batch_size": 16, "learning_rate": 1e-4, "num_epochs": 50},
-}
 _WEIGHT_DECAY = 1e-2
 _KL_WEIGHT = 0.01
 
@@ -232,6 +225,8 @@ class NoiseSettings(
 
     def settle(self) -> None:
         """Batch, rate and epochs of the kind of network; `ValueError` for a setting of another one."""
+        from diffusers_ext.golden_noise.networks.base import NETWORK_DEFAULTS  # here: help needs no torch
+
         super().settle()
         of_model = _OF_ONE_NETWORK[self.model]
         for model, names in _OF_ONE_NETWORK.items():
