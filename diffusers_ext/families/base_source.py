@@ -74,10 +74,7 @@ def read_base_config(
 def config_place(
     source: str | os.PathLike, *, revision: str | None = None, single_file_config: str | None = None
 ) -> str:
-    """Where the configs of a base model's components lie: the source itself, or a file's config.
-
-    Returns:
-        A Hub name only where `source` is one.
+    """Where the configs of a base model's components lie; a Hub name only where `source` is one.
 
     Raises:
         ValueError: a file that is no pipeline, or a config that cannot be found.
@@ -110,8 +107,6 @@ def load_base(
     """A base model's pipeline from a folder, the Hub or one file of Stable Diffusion or SDXL.
 
     Args:
-        source: folder, Hub name or `.safetensors` file.
-        dtype: of the weights.
         revision: on the Hub, of a single file that of its config.
         variant: of the weight files; a single file has none.
         single_file_config: folder or Hub name of a diffusers model whose configs, scheduler and tokenizer a single
@@ -141,12 +136,7 @@ def load_base(
 
 
 def load_single_file_unet(source: str | os.PathLike, place: str) -> UNet2DConditionModel:
-    """The UNet of a single file, in the dtype of its weights' config.
-
-    Args:
-        source: the file.
-        place: what `config_place` gives for it.
-    """
+    """The UNet of a single file, whose `config_place` is `place`."""
     from diffusers import UNet2DConditionModel
 
     return _converted(UNet2DConditionModel, source, place, subfolder="unet")

@@ -159,8 +159,7 @@ class CogVideoXVelocity(Velocity):
     predicts nonsense, so what this model needs is checked here, once.
 
     Args:
-        transformer: `CogVideoXTransformer3DModel`, also as PEFT model, compiled, or wrapped for distributed training;
-            called as it is, with its adapters, mode and gradients.
+        transformer: `CogVideoXTransformer3DModel`, as `Velocity` takes it.
         image_rotary_emb: cosines and sines `(video, head_dim)` as the pipeline makes them; for models with rotary
             positions only.
         ofs: frame offset, for CogVideoX 1.5 image-to-video only; its pipeline passes 2.0.

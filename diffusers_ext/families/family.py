@@ -1,9 +1,10 @@
-"""The class that a base-model family fills in: all that a tool must know of its models."""
+"""The class that a base-model family fills in: all that a tool must know of its models, and what it gives of prompts."""
 
 from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -11,10 +12,70 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_ext.families.predictions import Level, scheduler_level
 from diffusers_ext.families.published import Published
-from diffusers_ext.families.text_conditioning import TextConditioning
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+# Tensors have no truth value, so two of these are compared by identity.
+@dataclass(frozen=True, eq=False)
+class TextConditioning:
+    """Encoded prompts of a batch; what a family does not have is `None`.
+
+    Negative ones, which guidance leads away from, have the shapes of the others; `ValueError` where they do not.
+    """
+
+    prompt_embeds: torch.Tensor  # (batch, tokens, dim)
+    negative_prompt_embeds: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None  # (batch, tokens), nonzero where a token is read (Hunyuan-DiT)
+    negative_attention_mask: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None  # (batch, pooled_dim) (SDXL, SD3, Flux)
+    negative_pooled_prompt_embeds: torch.Tensor | None = None
+    prompt_embeds_2: torch.Tensor | None = None  # (batch, tokens_2, dim_2), the second encoder's (Hunyuan-DiT's T5)
+    negative_prompt_embeds_2: torch.Tensor | None = None
+    attention_mask_2: torch.Tensor | None = None  # (batch, tokens_2)
+    negative_attention_mask_2: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt_embeds.ndim != 3:
+            raise ValueError(f"`prompt_embeds` must be (batch, tokens, dim), got {tuple(self.prompt_embeds.shape)}.")
+        for name, tensor in self.tensors().items():
+            if len(tensor) != len(self):
+                raise ValueError(
+                    f"`{name}` must be a batch of {len(self)} like `prompt_embeds`, got {tuple(tensor.shape)}."
+                )
+            self._check_shape(name, tensor)
+
+    def _check_shape(self, name: str, tensor: torch.Tensor) -> None:
+        wanted_like, shape = name.removeprefix("negative_"), tensor.shape
+        if name.startswith("attention_mask"):
+            wanted_like = name.replace("attention_mask", "prompt_embeds")
+        like = getattr(self, wanted_like)
+        wanted = None if like is None else like.shape[: 2 if "mask" in name else None]
+        if shape != wanted:
+            raise ValueError(f"`{name}` must be {wanted and tuple(wanted)} like `{wanted_like}`, got {tuple(shape)}.")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are there, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: slice | Sequence[int] | torch.Tensor) -> TextConditioning:
+        if isinstance(index, int):
+            raise TypeError(
+                f"`index` must be a slice or a list of indices, got {index}. Use [{index}] in a "
+                "list: a conditioning is always a batch."
+            )
+        if not isinstance(index, (slice, torch.Tensor)):
+            index = list(index)
+        return TextConditioning(**{name: x[index] for name, x in self.tensors().items()})
+
+    def to(self, device: torch.device | str) -> TextConditioning:
+        """The same on another device."""
+        return TextConditioning(**{name: x.to(device) for name, x in self.tensors().items()})
 
 
 class TokenGrid(NamedTuple):
@@ -28,9 +89,8 @@ class TokenGrid(NamedTuple):
 class Velocity:
     """The velocity `v(x_t, c, t)` that a video transformer predicts; each family has its own.
 
-    Args:
-        transformer: also as PEFT model, compiled, or wrapped for distributed training; called as it is, with its
-            adapters, mode and gradients.
+    The transformer, also a PEFT model, compiled, or wrapped for distributed training, is called as it is: with its
+    adapters, mode and gradients.
     """
 
     def __init__(self, transformer: torch.nn.Module) -> None:
@@ -52,15 +112,12 @@ class Velocity:
         raise NotImplementedError
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """Predict.
+        """The velocity, the shape of `x_t`, float32 (float64 from a float64 model).
 
         Args:
-            x_t: `(batch, frames, channels, height, width)` noisy latents; cast to the model's dtype.
+            x_t: `(batch, frames, channels, height, width)` noisy latents.
             t: `(batch,)` timesteps on the scheduler's scale.
-            prompt_embeds: `(batch, text, text_dim)`; cast to the model's dtype.
-
-        Returns:
-            Velocity, the shape of `x_t`, float32 (float64 from a float64 model).
+            prompt_embeds: `(batch, text, text_dim)`.
 
         Raises:
             ValueError: tensors that do not fit each other or the model.
@@ -93,72 +150,44 @@ class Family:
 
     Classes are named, not imported, so that knowing a family costs nothing: by their bare name where they are
     diffusers', as `"module:Name"` otherwise. Methods take a pipeline, its denoiser's `config` or the denoiser.
-
-    Attributes:
-        name: short, for files and reports.
-        title: for messages.
-        pipelines: classes of the pipelines; the first draws from text alone.
-        published: models on the Hub, for the planner.
-        tools: those of this package that work with it: `"nullspace"`, `"golden_noise"`, `"eraser"`.
-        golden_pipeline: class of this package that takes a golden-noise network.
-        nullspace_pipeline: class of this package that takes feature statistics.
-        single_file_prefix: of its text encoder's keys in a whole checkpoint, which tells it from others.
-        lora_versions: what other programs read in a LoRA's metadata, `{width of the text: (version for kohya's
-            scripts, architecture)}`.
-        denoiser: component of the pipeline, and the key prefix of its LoRAs.
-        denoiser_class, vae_class: of it and of the VAE.
-        flow_matching: the model predicts `noise - x_0` on straight paths; otherwise what its scheduler's
-            `prediction_type` says, at the levels of `alphas_cumprod`. `predictions.py` converts them.
-        text_fields: of `TextConditioning` that the denoiser reads.
-        token_encoders: text encoders whose tokens the denoiser reads, one after the other.
-        reads_hidden_states: the pipeline reads the hidden states of its text encoders.
-        t5_tokens: that T5 reads where the pipeline's call has the default length.
-        text_outputs: where `encode_prompt` of the pipeline returns what a golden-noise network reads, `{argument of
-            GoldenNoiseNetwork.refine: place}`.
-        call_arguments: keywords that make the pipeline take latents of any size as they are.
-        rounds_size: the pipeline draws the next smaller size where patches do not tile the latents.
-        blocks: list of the denoiser's transformer blocks.
-        text_attention: module of a block where text enters by cross-attention.
-        features: Linears whose inputs null space counts, `{feature: (module of a block, slot, Linear of that
-            module)}`.
-        joint_attention: module of a block that gives `(video, text)` and ends in `to_out`, a Linear and a dropout
-            whose place an eraser takes.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    pipelines: ClassVar[tuple[str, ...]]
-    published: ClassVar[tuple[Published, ...]] = ()
-    tools: ClassVar[frozenset[str]] = frozenset()
-    golden_pipeline: ClassVar[str | None] = None
-    nullspace_pipeline: ClassVar[str | None] = None
+    name: ClassVar[str]  # for files and reports
+    title: ClassVar[str]  # for messages
+    pipelines: ClassVar[tuple[str, ...]]  # the first draws from text alone
+    published: ClassVar[tuple[Published, ...]] = ()  # models on the Hub, for the planner
+    tools: ClassVar[frozenset[str]] = frozenset()  # that work with it: "nullspace", "golden_noise", "eraser"
+    golden_pipeline: ClassVar[str | None] = None  # of this package, with a golden-noise network
+    nullspace_pipeline: ClassVar[str | None] = None  # of this package, with feature statistics
+    # Of its text encoder's keys in a whole checkpoint, which tells it from others.
     single_file_prefix: ClassVar[str | None] = None
+    # What other programs read in a LoRA's metadata: {width of the text: (version of kohya's scripts, architecture)}.
     lora_versions: ClassVar[Mapping[int, tuple[str, str | None]]] = {}
-    denoiser: ClassVar[str] = "transformer"
+    denoiser: ClassVar[str] = "transformer"  # component of the pipeline, and the key prefix of its LoRAs
     denoiser_class: ClassVar[str]
     vae_class: ClassVar[str] = "AutoencoderKL"
+    # The model predicts `noise - x_0` on straight paths; otherwise what its scheduler's `prediction_type` says, at the
+    # levels of `alphas_cumprod`. `predictions.py` converts them.
     flow_matching: ClassVar[bool] = False
-    text_fields: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
-    token_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    reads_hidden_states: ClassVar[bool] = False
-    t5_tokens: ClassVar[int] = 256
+    text_fields: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of `TextConditioning` that the denoiser reads
+    token_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)  # whose tokens it reads, one after the other
+    reads_hidden_states: ClassVar[bool] = False  # of its text encoders, by the pipeline
+    t5_tokens: ClassVar[int] = 256  # that T5 reads where the pipeline's call has the default length
+    # Where `encode_prompt` returns what a golden-noise network reads: {argument of `refine`: place}.
     text_outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
-    call_arguments: ClassVar[Mapping[str, Any]] = {}
-    rounds_size: ClassVar[bool] = False
-    blocks: ClassVar[str] = "transformer_blocks"
-    text_attention: ClassVar[str | None] = "attn2"
+    call_arguments: ClassVar[Mapping[str, Any]] = {}  # that make the pipeline take latents of any size as they are
+    rounds_size: ClassVar[bool] = False  # the pipeline draws the next smaller size where patches do not tile latents
+    blocks: ClassVar[str] = "transformer_blocks"  # list in the denoiser
+    text_attention: ClassVar[str | None] = "attn2"  # module of a block where text enters by cross-attention
+    # Linears whose inputs null space counts: {feature: (module of a block, slot, Linear of that module)}.
     features: ClassVar[Mapping[str, tuple[str, str, str]]] = _BLOCK_FEATURES
+    # Module of a block that gives `(video, text)`; an eraser takes the place of the dropout that ends its `to_out`.
     joint_attention: ClassVar[str | None] = None
 
     # Text
 
     def encode(self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
-        """Encode prompts as the pipeline's own call does.
-
-        Args:
-            pipeline: on its device, in eval mode.
-            prompts: one a sample.
-            negatives: as many; `None` for what the pipeline takes when none are given.
+        """Encode prompts as the pipeline's own call does; without `negatives`, with those that it takes by itself.
 
         Raises:
             ValueError: negative prompts for a model that takes none.
@@ -194,12 +223,7 @@ class Family:
     def network_text(
         self, encoded: tuple[torch.Tensor | None, ...], arguments: Mapping[str, Any]
     ) -> dict[str, torch.Tensor | None]:
-        """What a golden-noise network reads of the text.
-
-        Args:
-            encoded: what `encode_prompt` returned.
-            arguments: keywords that it was called with.
-        """
+        """What a golden-noise network reads of what `encode_prompt` returned for `arguments`."""
         return {name: encoded[place] for name, place in self.text_outputs.items()}
 
     # Latents
@@ -251,27 +275,20 @@ class Family:
         text: TextConditioning,
         guidance_scale: float,
     ) -> torch.Tensor:
-        """One call of the denoiser as its pipeline makes it, without guidance.
+        """One call of the denoiser as its pipeline makes it, without guidance; the shape of `latents`.
 
         Args:
-            pipeline: with the denoiser, on its device.
-            latents: `(batch, channels, height, width)` in the denoiser's dtype, unpacked.
+            latents: `(batch, channels, height, width)`, unpacked, in the denoiser's dtype and on its device.
             timestep: scalar, on the scheduler's scale.
-            text: one prompt a sample, on the same device and in the same dtype.
+            text: one prompt a sample, in the same dtype.
             guidance_scale: read by models that take it as an input.
-
-        Returns:
-            What the model predicts, the shape of `latents`.
         """
         raise NotImplementedError
 
     def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
-        """What the pipeline passes to `set_timesteps` of a flow-matching scheduler.
+        """What the pipeline passes to `set_timesteps` of a flow-matching scheduler with this `config`.
 
-        Args:
-            config: of the scheduler.
-            num_steps: of the grid.
-            image_tokens: of one picture, on which a dynamic shift depends.
+        A dynamic shift depends on the tokens of a picture.
         """
         if not config.use_dynamic_shifting:
             return {}
@@ -285,10 +302,7 @@ class Family:
     # Attention, and where text enters
 
     def reads_text_alone(self, denoiser: torch.nn.Module, layer: str, slot: str) -> bool:
-        """Whether a Linear reads the text embeddings as the pipeline gives them, whatever the latents.
-
-        Other denoisers transform the text first.
-        """
+        """Whether a Linear reads the text as the pipeline gives it; other denoisers transform it first."""
         return False
 
     # Clips, and where an eraser attaches
@@ -313,10 +327,7 @@ class Family:
     def latent_shape(
         self, config: Any, vae_config: Any, num_frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
-        """Shape of the latents that the pipeline denoises for a clip.
-
-        Returns:
-            `(frames, channels, height, width)`, without the batch.
+        """Shape `(frames, channels, height, width)` of the latents that the pipeline denoises for a clip.
 
         Raises:
             ValueError: a number of frames or a size that the model cannot take; names the nearest.

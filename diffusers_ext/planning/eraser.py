@@ -20,9 +20,9 @@ from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.step import EraserStep
 from diffusers_ext.families.family import Family, Velocity
 from diffusers_ext.families.registry import match_family, titles_of
-from diffusers_ext.planning.gpus import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.models import BaseModel
 from diffusers_ext.planning.settings import EraserPlanSettings
+from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.work import (
     OPTIMIZER,
     WEIGHT_DTYPES,
@@ -44,8 +44,7 @@ _STORAGE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 def draft_eraser(base: BaseModel, setting: EraserPlanSettings, *, as_on_gpu: bool = True) -> Draft:
     """The phases of an eraser's training; the text encoder is gone after the first.
 
-    Raises:
-        ValueError: a pipeline that erasers are not known for, or a setting that the model cannot take.
+    Raises `ValueError` for a pipeline that erasers are not known for, or a setting that the model cannot take.
     """
     run = eraser_run(base, setting, as_on_gpu)
     setting = run.setting
@@ -79,22 +78,14 @@ def eraser_run(base: BaseModel, setting: EraserPlanSettings, as_on_gpu: bool = T
 
 @dataclass(frozen=True)
 class EraserRun:
-    """A base model and how an eraser is trained for it, as shapes.
-
-    Attributes:
-        base, family: the model.
-        setting: the clip's size filled in.
-        latents: `(frames, channels, height, width)`.
-        config: of the transformer, with all fields.
-        precision: of the calls of all models.
-    """
+    """A base model and how an eraser is trained for it, as shapes."""
 
     base: BaseModel
     family: Family
-    setting: EraserPlanSettings
-    latents: tuple[int, int, int, int]
-    config: Mapping[str, Any]
-    precision: Precision
+    setting: EraserPlanSettings  # with the clip's size
+    latents: tuple[int, int, int, int]  # (frames, channels, height, width)
+    config: Mapping[str, Any]  # of the transformer, with all fields
+    precision: Precision  # of the calls of all models
 
     def build(self, name: str, **changed: Any) -> torch.nn.Module:
         """A component without data, or the same with another config."""

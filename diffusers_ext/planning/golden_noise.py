@@ -20,10 +20,17 @@ from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
-from diffusers_ext.planning.gpus import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
-from diffusers_ext.planning.images import ImageShapes, encode_prompts_work, guided_work, redenoise_work, vae_work
-from diffusers_ext.planning.models import BaseModel, module_bytes
+from diffusers_ext.planning.models import (
+    BaseModel,
+    ImageShapes,
+    encode_prompts_work,
+    guided_work,
+    module_bytes,
+    redenoise_work,
+    vae_work,
+)
 from diffusers_ext.planning.settings import REWARDS, SEQUENCE_NETWORKS, GoldenNoisePlanSettings
+from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.work import (
     OPTIMIZER,
     WEIGHT_DTYPES,
@@ -50,11 +57,7 @@ _CLASSES: dict[str, type[torch.nn.Module]] = {
 
 
 def draft_golden_noise(base: BaseModel, setting: GoldenNoisePlanSettings, *, as_on_gpu: bool = True) -> Draft:
-    """The phases of making pairs and training a network.
-
-    Raises:
-        ValueError: a pipeline that golden noise is not known for, or a setting that the model cannot take.
-    """
+    """The phases of making pairs and training a network; `ValueError` for a setting that the model cannot take."""
     shapes = ImageShapes(base, setting.output_size)
     setting.output_size = shapes.resolution
     run = GoldenNoiseRun(shapes, setting, as_on_gpu)
@@ -96,11 +99,7 @@ class GoldenNoiseRun:
         return self.setting.network in SEQUENCE_NETWORKS
 
     def network(self) -> torch.nn.Module:
-        """The network on the meta device, in float32 as it trains.
-
-        Raises:
-            ValueError: a structure that the network cannot have.
-        """
+        """The network on the meta device, in float32 as it trains."""
         setting, text = self.setting, self.shapes.text
         channels, height, width = self.shapes.latents
         config = {"in_channels": channels, "text_embed_dim": text.width}

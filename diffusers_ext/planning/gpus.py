@@ -1,4 +1,4 @@
-"""Published figures of GPUs.
+"""Published figures of GPUs, and the time that operations take by them.
 
 From NVIDIA's data sheets of T4, A10 and A10G, L4, L40S, A100, H100 and H200, and from its white papers on the
 architectures Ampere GA102, Ada and RTX Blackwell: memory, bandwidth, and the dense rates of tensor cores with float32
@@ -8,72 +8,17 @@ unless told otherwise. T4 has neither TF32 nor bfloat16, which it computes as fl
 
 from __future__ import annotations
 
-import io
-import json
-import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 
 from diffusers_ext.core.settings import did_you_mean
-from diffusers_ext.planning.tracing import tensor_bytes
+from diffusers_ext.planning.tracing import Operation
 
-# Report and configs of a result: settings, history, sampled weights that tell models apart.
-REPORT_BYTES = 8 * 1024
-# What a checkpoint holds besides tensors: random states, schedule, and the facts of its run.
-_CHECKPOINT_TEXT_BYTES = 36 * 1024
-_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> int:
-    """Size of a safetensors file: its header, which names every tensor, and the data.
-
-    Args:
-        tensors: by name; without data.
-        metadata: text in the header.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    start = 0
-    for name, tensor in tensors.items():
-        stop = start + tensor_bytes([tensor])
-        dtype = _SAFETENSORS_DTYPES[tensor.dtype]
-        entry = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
-        header[name] = entry
-        start = stop
-    length = len(json.dumps(header, separators=(",", ":")).encode())
-    return 8 + 8 * math.ceil(length / 8) + start
-
-
-def optimizer_bytes(trained: Iterable[torch.Tensor]) -> int:
-    """Size of the file with AdamW's state: both moments, and what the format adds to each."""
-    trained = list(trained)
-    if not trained:
-        return 0
-    stand_ins = [torch.nn.Parameter(torch.zeros(1)) for _ in trained]
-    optimizer = torch.optim.AdamW(stand_ins)
-    for stand_in in stand_ins:
-        stand_in.grad = torch.zeros(1)
-    optimizer.step()
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    return buffer.getbuffer().nbytes + 2 * tensor_bytes(trained)
-
-
-def checkpoint_bytes(kept: Iterable[torch.Tensor], trained: Iterable[torch.Tensor], *, ema: bool = False) -> int:
-    """Size of one checkpoint folder.
-
-    Args:
-        kept: weights that it holds.
-        trained: those with a state of the optimizer.
-        ema: averaged weights are kept, too.
-    """
-    weights, trained = list(kept), list(trained)
-    named = {f"{index:0>60}": tensor for index, tensor in enumerate(weights)}
-    size = safetensors_bytes(named) + optimizer_bytes(trained) + _CHECKPOINT_TEXT_BYTES
-    return size + (tensor_bytes(weights) if ema else 0)
-
-
+# Of a GPU's published rates; what eager PyTorch reaches in models of this kind, by and large.
+MATMUL_UTILIZATION, BANDWIDTH_UTILIZATION = 0.5, 0.75
+LAUNCH_SECONDS = 5e-6
 _WITHOUT_BFLOAT16 = "T4"
 
 
@@ -119,8 +64,7 @@ GPUS = (
 def find_gpu(name: str) -> Gpu:
     """A GPU by its name, with or without spaces, maker and unit: `"4090"`, `"a100-80"`, `"L4"`.
 
-    Raises:
-        ValueError: no such GPU, or more than one.
+    Raises `ValueError` where there is no such GPU, or more than one.
     """
     wanted = _key(name)
     exact = [gpu for gpu in GPUS if _key(gpu.name) == wanted]
@@ -129,8 +73,7 @@ def find_gpu(name: str) -> Gpu:
         several = f", which are {[gpu.name for gpu in found]}" if found else ""
         raise ValueError(
             f"`gpu` must be 'here' or one of {[gpu.name for gpu in GPUS]}, got {name!r}{several}."
-            f"{did_you_mean(name, [gpu.name for gpu in GPUS])} "
-            "Give `memory_gib` for another card."
+            f"{did_you_mean(name, [gpu.name for gpu in GPUS])} Give `memory_gib` for another card."
         )
     return found[0]
 
@@ -140,3 +83,17 @@ def _key(name: str) -> str:
     for word in ("nvidia", "geforce", "rtx"):
         letters = letters.removeprefix(word)
     return letters.removesuffix("gb").removesuffix("g") if letters[:1] in "ah" else letters
+
+
+def gpu_seconds(operations: Counter[Operation], gpu: Gpu) -> float:
+    """Time of operations on a GPU: each takes what its arithmetic or its traffic takes, or a launch."""
+    bandwidth = 1e9 * gpu.bandwidth * BANDWIDTH_UTILIZATION
+    return sum(
+        count
+        * max(
+            operation.flops / (gpu.flops(operation.dtype, operation.convolution) * MATMUL_UTILIZATION),
+            operation.bytes / bandwidth,
+            LAUNCH_SECONDS,
+        )
+        for operation, count in operations.items()
+    )

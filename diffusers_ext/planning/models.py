@@ -1,35 +1,40 @@
-"""A base model as shapes: the classes and configs of its components, without any weights."""
+"""Base models as shapes: classes and configs of their components without any weights, and what calls of them cost."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 import transformers
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
 from diffusers_ext.core.settings import did_you_mean
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.families.base_source import is_single_file
-from diffusers_ext.families.registry import FAMILIES
+from diffusers_ext.families.registry import FAMILIES, families_of
+from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.golden_noise.noise_statistics import noise_statistics
+from diffusers_ext.golden_noise.redenoise import guided_prediction, redenoise_sequence
+from diffusers_ext.planning.settings import GoldenNoisePlanSettings
 from diffusers_ext.planning.tracing import tensor_bytes
+from diffusers_ext.planning.work import Job, Precision, Work, inference_work
 
 DENOISERS = ("unet", "transformer")
+TIMESTEP = 500
 
 
 @dataclass(frozen=True)
 class Component:
-    """One model of a pipeline: its class in diffusers or transformers, and what its config says.
-
-    The class's own defaults fill in the rest.
-    """
+    """One model of a pipeline: its class, and what its config says besides the class's own defaults."""
 
     class_name: str
     config: Mapping[str, Any]
@@ -65,28 +70,21 @@ class Component:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The components of a pipeline that have weights.
+    """The components of a pipeline that have weights."""
 
-    Attributes:
-        name: as it is published, or the folder.
-        pipeline: class name.
-        components: by name, in the order of the pipeline.
-        stored_dtype: of the published weights; `None` for a folder, which is there already.
-    """
-
-    name: str
-    pipeline: str
-    components: Mapping[str, Component]
-    stored_dtype: torch.dtype | None = None
+    name: str  # as it is published, or the folder
+    pipeline: str  # class name
+    components: Mapping[str, Component]  # in the order of the pipeline
+    stored_dtype: torch.dtype | None = None  # of published weights; `None` for a folder, which is there already
 
     @property
     def denoiser(self) -> str:
-        """`"unet"` or `"transformer"`."""
+        """Name of the UNet or transformer."""
         return next(name for name in DENOISERS if name in self.components)
 
     @property
     def text_encoders(self) -> list[str]:
-        """Names of those that there are, in order."""
+        """Their names, in order."""
         return [name for name in self.components if name.startswith("text_encoder")]
 
     @property
@@ -112,13 +110,7 @@ def module_bytes(module: torch.nn.Module) -> int:
 def read_base_model(model: str | os.PathLike) -> BaseModel:
     """A published base model by its name, or a pipeline in a local folder.
 
-    Nothing is fetched, and of a folder only configs are read.
-
-    Args:
-        model: such as `"SDXL"`, `"stabilityai/stable-diffusion-xl-base-1.0"` or `"CogVideoX-5b"`, or a folder.
-
-    Raises:
-        ValueError: neither, or a folder of a pipeline that is not known here.
+    Nothing is fetched, and of a folder only configs are read. Raises `ValueError` where `model` is neither.
     """
     if Path(model).is_dir():
         return read_folder(Path(model))
@@ -137,11 +129,7 @@ def read_base_model(model: str | os.PathLike) -> BaseModel:
 
 
 def read_folder(folder: Path) -> BaseModel:
-    """The pipeline in a local folder, of which only configs are read.
-
-    Raises:
-        ValueError: no pipeline, or one without a denoiser.
-    """
+    """The pipeline in a local folder; `ValueError` where there is none, or one without a denoiser."""
     index = _read_json(folder / "model_index.json")
     components = {}
     for name, entry in index.items():
@@ -193,3 +181,180 @@ def _model_class(name: str) -> type[torch.nn.Module] | None:
         if isinstance(found, type) and issubclass(found, torch.nn.Module):
             return found
     return None
+
+
+class TextShape(NamedTuple):
+    """One prompt as the denoiser reads it."""
+
+    tokens: int
+    width: int
+    pooled: int | None
+    second: tuple[int, int] | None  # tokens and width of a second text (Hunyuan-DiT)
+    masked: bool
+
+
+class ImageShapes:
+    """Shapes of a base model at one `resolution`, pixels of a side; the model's own when `None`.
+
+    Attributes:
+        latents: `(channels, height, width)`, unpacked also for Flux.
+        text: of one prompt.
+
+    Raises:
+        ValueError: a pipeline that golden noise is not known for, or a size that it cannot draw.
+    """
+
+    def __init__(self, base: BaseModel, resolution: int | None = None) -> None:
+        families = {family.pipelines[0]: family for family in families_of("golden_noise")}
+        if base.pipeline not in families:
+            raise ValueError(
+                f"`model` must be a pipeline of {sorted(families)}, got {base.pipeline or 'none'} in {base.name}."
+            )
+        self.base, self.family = base, families[base.pipeline]
+        self.config = base.component(base.denoiser).whole_config()
+        scale = 2 ** (len(base.component("vae").whole_config().block_out_channels) - 1)
+        own = self.family.sample_size(self.config) * scale
+        self.resolution = own if resolution is None else resolution
+        multiple = scale * self.family.patch(self.config)
+        if self.resolution < 1 or self.resolution % multiple:
+            raise ValueError(f"`resolution` must be a multiple of {multiple} for {base.name}, got {self.resolution}.")
+        side = self.resolution // scale
+        self.latents = (self.family.latent_channels(self.config), side, side)
+        self.text = self._text()
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether the denoiser takes the guidance scale as an input, so that one call is enough."""
+        return self.family.embedded_guidance(self.config)
+
+    def encoder_tokens(self, name: str) -> int:
+        """How many tokens a text encoder reads."""
+        component = self.base.component(name)
+        if component.class_name.startswith("T5"):
+            return self.family.t5_tokens
+        own = self.config.get("text_len")  # of Hunyuan-DiT's BERT
+        return own or component.whole_config().max_position_embeddings
+
+    def conditioning(self, rows: int, device: torch.device, dtype: torch.dtype) -> TextConditioning:
+        """Prompts without content, with their negative ones where the model takes any."""
+        shape = self.text
+        made = {"prompt_embeds": torch.randn(rows, shape.tokens, shape.width, dtype=dtype)}
+        if shape.pooled is not None:
+            made["pooled_prompt_embeds"] = torch.randn(rows, shape.pooled, dtype=dtype)
+        if shape.second is not None:
+            made["prompt_embeds_2"] = torch.randn(rows, *shape.second, dtype=dtype)
+            made["attention_mask_2"] = torch.ones(rows, shape.second[0], dtype=torch.long)
+        if shape.masked:
+            made["attention_mask"] = torch.ones(rows, shape.tokens, dtype=torch.long)
+        if not self.embedded_guidance:
+            made |= {f"negative_{name}": tensor.clone() for name, tensor in made.items()}
+        return TextConditioning(**made).to(device)
+
+    def pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
+        """The pipeline on the meta device with its denoiser and its VAE, in float32, alone."""
+        dtypes = {self.base.denoiser: dtype, "vae": torch.float32}
+        parts: dict[str, Any] = {name: self.base.component(name).build(dtypes[name]) for name in dtypes}
+        pipeline_class = getattr(diffusers, self.base.pipeline)
+        if "requires_safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
+            parts["requires_safety_checker"] = False
+        parts["scheduler"] = (
+            diffusers.FlowMatchEulerDiscreteScheduler()
+            if self.family.flow_matching
+            else diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+        )
+        needed, _ = pipeline_class._get_signature_keys(pipeline_class)
+        return pipeline_class(**{**dict.fromkeys(needed), **parts})
+
+    def _text(self) -> TextShape:
+        config, family = self.config, self.family
+        shapes = family.text_shapes(config)
+        tokens, width = shapes["prompt_embeds"]
+        if tokens is None:
+            present = self.base.text_encoders
+            read = (n if n in present else present[-1] for n in family.token_encoders)
+            tokens = sum(map(self.encoder_tokens, read))
+        second = shapes.get("prompt_embeds_2")
+        masked = "attention_mask" in family.text_fields
+        return TextShape(tokens, width, family.pooled_width(config), second, masked)
+
+
+def encode_prompts_work(shapes: ImageShapes, rows: int, times: float, precision: Precision) -> Work:
+    """All text encoders read `rows` prompts, as `encode_prompt` lets them."""
+    names, hidden = shapes.base.text_encoders, shapes.family.reads_hidden_states
+    sizes = [(rows, shapes.encoder_tokens(name)) for name in names]
+
+    def build() -> torch.nn.Module:
+        return torch.nn.ModuleList(shapes.base.component(name).build(precision.dtype) for name in names)
+
+    def begin(encoders: torch.nn.Module, device: torch.device) -> Callable[[], object]:
+        return lambda: [
+            encoder(torch.zeros(size, dtype=torch.long, device=device), output_hidden_states=hidden)
+            for encoder, size in zip(encoders, sizes, strict=True)
+        ]
+
+    return inference_work("text encoders' activations", times, build, begin)
+
+
+def denoiser_work(
+    shapes: ImageShapes,
+    times: float,
+    precision: Precision,
+    begin: Callable[[DiffusionPipeline, torch.device], Callable[[], object]],
+    kept_name: str | None = None,
+) -> Work:
+    """Calls of the denoiser in its pipeline, without gradients; as `inference_work`."""
+
+    def make() -> Job:
+        pipeline = shapes.pipeline(precision.dtype)
+        modules = [getattr(pipeline, shapes.base.denoiser), pipeline.vae]
+        return Job(modules, lambda device: torch.no_grad()(begin(pipeline, device)))
+
+    return Work("denoiser's activations", times, make, kept_name)
+
+
+def guided_work(shapes: ImageShapes, rows: int, guidance_scale: float, times: float, precision: Precision) -> Work:
+    """A step of drawing `rows` pictures; guidance doubles them inside."""
+
+    def begin(pipeline: DiffusionPipeline, device: torch.device) -> Callable[[], object]:
+        latents = torch.randn(rows, *shapes.latents, device=device)
+        text = shapes.conditioning(rows, device, precision.dtype)
+        predict = partial(guided_prediction, pipeline, latents, TIMESTEP, text, guidance_scale)
+        return lambda: latents + 0.1 * predict()
+
+    return denoiser_work(shapes, times, precision, begin)
+
+
+def redenoise_work(
+    shapes: ImageShapes, setting: GoldenNoisePlanSettings, rows: int, times: float, precision: Precision
+) -> Work:
+    """Golden noises of `rows` pairs, and what is noted of them."""
+
+    def begin(pipeline: DiffusionPipeline, device: torch.device) -> Callable[[], object]:
+        text = shapes.conditioning(rows, device, precision.dtype)
+
+        def repeat() -> None:
+            source = torch.randn(rows, *shapes.latents)
+            states = redenoise_sequence(
+                pipeline, source.to(device), text, repeats=setting.num_steps, w1=setting.w1, w2=setting.w2
+            )
+            deltas = states.cpu() - source[:, None]
+            noise_statistics(source + deltas.half()[:, -1].float())
+
+        return repeat
+
+    return denoiser_work(shapes, times, precision, begin)
+
+
+def vae_work(shapes: ImageShapes, rows: int, times: float, dtype: torch.dtype, *, decodes: bool) -> Work:
+    """The VAE turns latents of `rows` pictures into pixels at once, or pixels into latents."""
+    pixels = (3, shapes.resolution, shapes.resolution)
+
+    def begin(vae: torch.nn.Module, device: torch.device) -> Callable[[], object]:
+        size = (rows, *(shapes.latents if decodes else pixels))
+        given = torch.randn(size, dtype=dtype, device=device)
+        if decodes:
+            return lambda: vae.decode(given, return_dict=False)[0]
+        return lambda: vae.encode(given, return_dict=False)[0].mean
+
+    name = f"VAE's {'decoding' if decodes else 'encoding'}"
+    return inference_work(name, times, partial(shapes.base.component("vae").build, dtype), begin)

@@ -24,18 +24,18 @@ from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 from diffusers_ext.nullspace.step import Condition, DreamBoothLoss, SoftLoss
-from diffusers_ext.planning.gpus import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
-from diffusers_ext.planning.images import (
+from diffusers_ext.planning.models import (
     TIMESTEP,
+    BaseModel,
     ImageShapes,
     denoiser_work,
     encode_prompts_work,
     guided_work,
+    module_bytes,
     vae_work,
 )
-from diffusers_ext.planning.models import BaseModel, module_bytes
 from diffusers_ext.planning.settings import NullSpacePlanSettings
-from diffusers_ext.planning.tracing import tensor_bytes
+from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes, tensor_bytes
 from diffusers_ext.planning.work import (
     OPTIMIZER,
     WEIGHT_DTYPES,
@@ -54,11 +54,7 @@ _TRAINED, _STATISTICS = "weights that train", "statistics"
 
 
 def draft_nullspace(base: BaseModel, setting: NullSpacePlanSettings, *, as_on_gpu: bool = True) -> Draft:
-    """The phases of a null-space DreamBooth of Stable Diffusion or SDXL.
-
-    Raises:
-        ValueError: another pipeline, or a setting that the model cannot take.
-    """
+    """The phases of a null-space DreamBooth; `ValueError` for a pipeline or a setting that it cannot take."""
     setting.features = check_features(setting.features)
     shapes = ImageShapes(base, setting.resolution)
     if "nullspace" not in shapes.family.tools:
@@ -77,17 +73,11 @@ def draft_nullspace(base: BaseModel, setting: NullSpacePlanSettings, *, as_on_gp
 
 
 class Covered(NamedTuple):
-    """The Linears whose inputs are counted.
+    """The Linears whose inputs are counted."""
 
-    Attributes:
-        sources: `{dotted name: key of its matrix}`.
-        widths: `{key: width}`.
-        readers: `{key: dotted name}` of those that are read along denoising runs.
-    """
-
-    sources: dict[str, str]
-    widths: dict[str, int]
-    readers: dict[str, str]
+    sources: dict[str, str]  # {dotted name: key of its matrix}
+    widths: dict[str, int]  # {key: width}
+    readers: dict[str, str]  # {key: dotted name} of those that are read along denoising runs
 
     @property
     def bytes(self) -> int:

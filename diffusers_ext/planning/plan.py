@@ -1,9 +1,10 @@
-"""How to train an eraser within the memory of a given GPU."""
+"""What a run takes before it is run, as facts and as text, and how to train an eraser within the memory of a GPU."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -12,23 +13,18 @@ import torch
 from diffusers_ext.core.settings import Settings, with_new_names
 from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.golden_noise import draft_golden_noise
-from diffusers_ext.planning.gpus import Gpu, find_gpu
-from diffusers_ext.planning.models import read_base_model
-from diffusers_ext.planning.nullspace import draft_nullspace
-from diffusers_ext.planning.settings import EraserPlanSettings, GoldenNoisePlanSettings, NullSpacePlanSettings
-from diffusers_ext.planning.table import plan_text
-from diffusers_ext.planning.work import (
+from diffusers_ext.planning.gpus import (
     BANDWIDTH_UTILIZATION,
     LAUNCH_SECONDS,
     MATMUL_UTILIZATION,
-    Draft,
-    Phase,
-    Work,
-    WorkTrace,
+    Gpu,
+    find_gpu,
     gpu_seconds,
-    measured_seconds,
-    trace_work,
 )
+from diffusers_ext.planning.models import read_base_model
+from diffusers_ext.planning.nullspace import draft_nullspace
+from diffusers_ext.planning.settings import EraserPlanSettings, GoldenNoisePlanSettings, NullSpacePlanSettings
+from diffusers_ext.planning.work import Draft, Phase, Work, WorkTrace, measured_seconds, trace_work
 
 GIB = 2**30
 HERE = "here"
@@ -44,6 +40,11 @@ _TIME = (
     "eigendecompositions, and the few milliseconds that a training loop adds to a step are not in it."
 )
 
+_LINE = 88
+_SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+_TIMES = ((86400, "d"), (3600, "h"), (60, "min"))
+_TITLES = {"nullspace": "null-space DreamBooth", "golden-noise": "golden noise", "eraser": "eraser"}
+
 
 class PhasePlan(NamedTuple):
     """One phase of a run."""
@@ -55,35 +56,19 @@ class PhasePlan(NamedTuple):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run of a tool takes, before it is run.
-
-    Sizes are bytes, times are seconds of one device.
-
-    Attributes:
-        tool: `"nullspace"`, `"golden-noise"` or `"eraser"`.
-        model: name or folder of the base model.
-        setting: of the run, defaults filled in.
-        parts: memory by what takes it.
-        phases: in the order in which they are run.
-        disk: by what takes it; what is kept on disk or in the host's memory, as the run is told, too.
-        download: of the base model; 0 for a folder.
-        device: what the time is for, and `memory`, if it is known, the memory that it has.
-        memory: bytes of the device; `None` where none was named.
-        reserve: bytes of it that the run cannot have: context of the device, fragmentation.
-        assumptions: what was taken for granted, sentence by sentence.
-    """
+    """What a run of a tool takes, before it is run. Sizes are bytes, times are seconds of one device."""
 
     tool: str
-    model: str
-    setting: Mapping[str, Any]
-    parts: Mapping[str, int]
-    phases: tuple[PhasePlan, ...]
-    disk: Mapping[str, int]
-    download: int
-    device: str | None = None
-    memory: int | None = None
-    reserve: int = GIB
-    assumptions: tuple[str, ...] = ()
+    model: str  # name or folder of the base model
+    setting: Mapping[str, Any]  # of the run, defaults filled in
+    parts: Mapping[str, int]  # memory by what takes it
+    phases: tuple[PhasePlan, ...]  # in the order in which they are run
+    disk: Mapping[str, int]  # by what takes it, also what is kept in the host's memory instead, as the run is told
+    download: int  # of the base model; 0 for a folder
+    device: str | None = None  # what the time is for
+    memory: int | None = None  # of the device; `None` where none was named
+    reserve: int = GIB  # what of it the run cannot have: context of the device, fragmentation
+    assumptions: tuple[str, ...] = ()  # what was taken for granted, sentence by sentence
 
     @property
     def peak(self) -> int:
@@ -151,6 +136,95 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+def size_text(size: int) -> str:
+    """Bytes in the unit that leaves a readable number, such as `"1.50 GiB"`."""
+    for unit, name in _SIZES:
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} B"
+
+
+def time_text(seconds: float | None) -> str:
+    """Seconds in the unit that leaves a readable number; a dash for `None`."""
+    if seconds is None:
+        return "-"
+    for unit, name in _TIMES:
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1000 * seconds:.2f} ms"
+
+
+def plan_text(facts: Mapping[str, Any]) -> str:
+    """The whole plan, of `RunPlan.to_dict`: aligned columns, units that fit the numbers."""
+    phases = [
+        [
+            phase["name"],
+            size_text(phase["peak"]) + (" *" if phase["name"] == facts["worst_phase"] else "  "),
+            time_text(phase["seconds"]),
+        ]
+        for phase in facts["phases"]
+    ]
+    phases.append(["all phases", size_text(facts["peak"]) + "  ", time_text(facts["seconds"])])
+    disk = {**facts["disk"], "written by the run": facts["disk_total"]}
+    disk["download of the base model"] = facts["download"]
+    blocks = [
+        _headline(facts),
+        _verdict(facts),
+        _setting(facts["setting"]),
+        _columns(["memory by part", ""], [[k, size_text(v)] for k, v in facts["parts"].items()]),
+        _columns(["phase", "peak memory  ", "time"], phases),
+        _columns(["disk", ""], [[k, size_text(v)] for k, v in disk.items()]),
+        _assumptions(facts["assumptions"]),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _headline(facts: Mapping[str, Any]) -> str:
+    where = "" if facts["device"] is None else f" on {facts['device']}"
+    return f"Plan: {_TITLES[facts['tool']]} with {facts['model']}{where}"
+
+
+def _verdict(facts: Mapping[str, Any]) -> str:
+    peak = f"peak {size_text(facts['peak'])} while {facts['worst_phase']}"
+    if facts["fits"] is None:
+        return f"Name a GPU or its memory to see whether it fits: {peak}."
+    room = f"{size_text(facts['memory'])}, {size_text(facts['reserve'])} of it in reserve"
+    if facts["fits"]:
+        return f"Fits: {peak}, of {room}."
+    return f"Does not fit: {peak}, {size_text(facts['missing'])} more than there is ({room})."
+
+
+def _setting(setting: Mapping[str, Any]) -> str:
+    given = [f"{name} {_value(value)}" for name, value in setting.items() if value is not None]
+    return textwrap.fill("Setting: " + ", ".join(given), _LINE, break_on_hyphens=False)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} {_value(v)}" for k, v in value.items()) + "}"
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines with the first column to the left and the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _assumptions(sentences: Sequence[str]) -> str:
+    if not sentences:
+        return ""
+    lines = [textwrap.fill(sentence, _LINE, initial_indent="- ", subsequent_indent="  ") for sentence in sentences]
+    return "\n".join(["Assumed, not measured:", *lines])
+
+
 def plan_run(
     tool: str,
     model: str | os.PathLike,
@@ -191,11 +265,7 @@ def plan_run(
 
 
 def setting_names(tool: str) -> list[str]:
-    """What `plan_run` takes as the setting of a tool.
-
-    Raises:
-        ValueError: no such tool.
-    """
+    """What `plan_run` takes as the setting of a tool."""
     if tool not in _DRAFTS:
         raise ValueError(f"`tool` must be one of {TOOLS}, got {tool!r}.")
     return [field.name for field in fields(_DRAFTS[tool][1])]
@@ -309,15 +379,7 @@ def recommend_eraser_training(model: str | os.PathLike, memory_gib: float, **set
 
     Clips stay as asked for as long as anything fits: first without gradient checkpointing, then with it, then with
     target and preserved rows in turn, then with a small rank; after that clips get shorter. Where it fits with room,
-    rows are doubled.
-
-    Args:
-        model: as for `plan_run`.
-        memory_gib: of the GPU.
-        setting: what is wanted; checkpointing and rows are chosen here.
-
-    Raises:
-        ValueError: no memory beyond the reserve, or a setting that the model cannot take.
+    rows are doubled. Checkpointing and rows of `setting` are chosen here; otherwise as `plan_run`.
     """
     reserve_gib = RunPlan.reserve / GIB
     if memory_gib <= reserve_gib:

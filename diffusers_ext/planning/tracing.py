@@ -1,10 +1,13 @@
-"""What a computation costs from the shapes of its tensors: memory, operations and bytes moved."""
+"""What shapes of tensors tell: memory, operations and bytes moved of a computation, and sizes of files."""
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +18,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+
+# Report and configs of a result: settings, history, sampled weights that tell models apart.
+REPORT_BYTES = 8 * 1024
+# What a checkpoint holds besides tensors: random states, schedule, and the facts of its run.
+_CHECKPOINT_TEXT_BYTES = 36 * 1024
+_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @contextmanager
@@ -42,17 +51,10 @@ def _float32_norm(module: torch.nn.LayerNorm | torch.nn.GroupNorm, features: tor
 
 
 class MemoryTrace(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive among those created while it is on.
+    """Counts the bytes of tensors created while it is on: `live` now, and at once at the `peak`.
 
     Workspaces inside of kernels and the rounding of allocators are not seen. Under `fake_tensors` the same is counted
-    without any memory.
-
-    Args:
-        known: tensors that exist already; neither they nor their views count.
-
-    Attributes:
-        live: bytes alive now.
-        peak: the most bytes alive at once.
+    without any memory. Tensors that are `known`, and their views, do not count.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
@@ -69,7 +71,6 @@ class MemoryTrace(TorchDispatchMode):
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run one operation and count the storages that it makes."""
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -97,13 +98,8 @@ def fake_tensors() -> FakeTensorMode:
 def fill_with_fake_tensors(module: torch.nn.Module) -> None:
     """Give a module from the meta device fake CPU tensors; call it under `fake_tensors`.
 
-    The meta device itself takes other paths through attention than a device with data does.
-
-    Args:
-        module: with all parameters and buffers on the meta device; changed in place.
-
-    Raises:
-        ValueError: some have data.
+    The meta device itself takes other paths through attention than a device with data does. Raises `ValueError` where
+    a parameter or buffer has data.
     """
     tensors = (*module.named_parameters(), *module.named_buffers())
     real = [name for name, tensor in tensors if not tensor.is_meta]
@@ -157,12 +153,6 @@ class OperationTrace(MemoryTrace):
 
     Views are no kernels. The counts are those of `torch.utils.flop_counter`. A tensor without data that is read as a
     number is 1, or true.
-
-    Args:
-        known: as for `MemoryTrace`.
-
-    Attributes:
-        operations: how often each was run.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
@@ -186,7 +176,6 @@ class OperationTrace(MemoryTrace):
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run one operation and count what it makes and moves."""
         kwargs = kwargs or {}
         if function is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1
@@ -207,3 +196,39 @@ class OperationTrace(MemoryTrace):
         dtype = dtypes[0] if dtypes else read[0].dtype
         convolution = "convolution" in str(function)
         self.operations[Operation(flops, moved, dtype, convolution)] += 1
+
+
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> int:
+    """Size of a safetensors file: its header, which names every tensor and has the `metadata`, and the data."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name, tensor in tensors.items():
+        stop = start + tensor_bytes([tensor])
+        dtype = _SAFETENSORS_DTYPES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    length = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + 8 * math.ceil(length / 8) + start
+
+
+def optimizer_bytes(trained: Iterable[torch.Tensor]) -> int:
+    """Size of the file with AdamW's state: both moments, and what the format adds to each."""
+    trained = list(trained)
+    if not trained:
+        return 0
+    stand_ins = [torch.nn.Parameter(torch.zeros(1)) for _ in trained]
+    optimizer = torch.optim.AdamW(stand_ins)
+    for stand_in in stand_ins:
+        stand_in.grad = torch.zeros(1)
+    optimizer.step()
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    return buffer.getbuffer().nbytes + 2 * tensor_bytes(trained)
+
+
+def checkpoint_bytes(kept: Iterable[torch.Tensor], trained: Iterable[torch.Tensor], *, ema: bool = False) -> int:
+    """Size of a checkpoint folder: `kept` weights, the optimizer's state of `trained` ones, with `ema` averages."""
+    weights, trained = list(kept), list(trained)
+    named = {f"{index:0>60}": tensor for index, tensor in enumerate(weights)}
+    size = safetensors_bytes(named) + optimizer_bytes(trained) + _CHECKPOINT_TEXT_BYTES
+    return size + (tensor_bytes(weights) if ema else 0)

@@ -7,15 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
 
-from diffusers_ext.planning.gpus import Gpu
-from diffusers_ext.planning.models import BaseModel
 from diffusers_ext.planning.tracing import (
     Operation,
     OperationTrace,
@@ -24,11 +22,11 @@ from diffusers_ext.planning.tracing import (
     gpu_autocast,
 )
 
+if TYPE_CHECKING:
+    from diffusers_ext.planning.models import BaseModel
+
 OPTIMIZER = "optimizer"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Of a GPU's published rates; what eager PyTorch reaches in models of this kind, by and large.
-MATMUL_UTILIZATION, BANDWIDTH_UTILIZATION = 0.5, 0.75
-LAUNCH_SECONDS = 5e-6
 _TRACED_LAYERS = (2, 3)
 _LEAST_REPEATS, _MOST_REPEATS, _TIMED_SECONDS = 3, 25, 1.0
 _WEIGHT_SPREAD, _MAX_GRAD_NORM = 0.02, 1.0
@@ -38,15 +36,10 @@ Update = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Precision:
-    """How models are run in mixed precision.
+    """How models are run in mixed precision."""
 
-    Attributes:
-        dtype: of frozen weights and of autocast; float32 is no autocast.
-        as_on_gpu: shapes without data are traced as a GPU would run them.
-    """
-
-    dtype: torch.dtype
-    as_on_gpu: bool = True
+    dtype: torch.dtype  # of frozen weights and of autocast; float32 is no autocast
+    as_on_gpu: bool = True  # shapes without data are traced as a GPU would run them
 
     @contextmanager
     def autocast(self, model: torch.nn.Module) -> Iterator[None]:
@@ -74,37 +67,23 @@ class Precision:
 
 
 class Job(NamedTuple):
-    """Models without data, and how to begin once they have some.
+    """Models without data, and how to begin once they have some."""
 
-    Attributes:
-        modules: on the meta device.
-        begin: makes inputs (and an optimizer) on a device; returns what is repeated.
-    """
-
-    modules: Sequence[torch.nn.Module]
-    begin: Callable[[torch.device], Callable[[], object]]
+    modules: Sequence[torch.nn.Module]  # on the meta device
+    begin: Callable[[torch.device], Callable[[], object]]  # makes inputs and an optimizer; returns what is repeated
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step of a phase.
+    """One step of a phase."""
 
-    Attributes:
-        name: of what its memory is used for.
-        times: how often it is done in a run.
-        make: a new job; takes `num_layers` of the model where there are `layers`.
-        kept_name: of what stays between two repetitions and after them, as an optimizer's state does; where there is
-            nothing worth a name, it counts as `name`.
-        layers: blocks of the job's model where it is traced with fewer; everything is linear in them.
-        apart: bytes of its memory that other names stand for.
-    """
-
-    name: str
-    times: float
-    make: Callable[..., Job]
+    name: str  # of what its memory is used for
+    times: float  # how often it is done in a run
+    make: Callable[..., Job]  # takes `num_layers` of the model where there are `layers`
+    # Of what stays between two repetitions and after them, as an optimizer's state does; it counts as `name` without.
     kept_name: str | None = None
-    layers: int | None = None
-    apart: int = 0
+    layers: int | None = None  # blocks of a model that is traced with fewer; everything is linear in them
+    apart: int = 0  # bytes of its memory that other names stand for
 
 
 def inference_work(
@@ -137,10 +116,7 @@ def training_works(
 
     Args:
         work: an optimizer step, whose `make` gives the model as it trains.
-        batches: of a step.
-        precision: of the model's calls.
         begin: `begin(model, device)` gives the loss of one batch.
-        weight_decay: of AdamW.
         ema: averaged weights follow.
         update: `update(optimizer, device)` gives the context of the optimizer's steps.
     """
@@ -186,19 +162,12 @@ def _make_state(optimizer: torch.optim.Optimizer, keep_gradients: bool) -> None:
 
 
 class Phase(NamedTuple):
-    """One phase of a run.
-
-    Attributes:
-        name: of the phase.
-        resident: names of the parts that are in memory all the time.
-        works: what is done in it, one after the other.
-        untimed: what is done besides, in the memory and not in the time.
-    """
+    """One phase of a run."""
 
     name: str
-    resident: Sequence[str]
-    works: Sequence[Work]
-    untimed: Sequence[Work] = ()
+    resident: Sequence[str]  # names of the parts that are in memory all the time
+    works: Sequence[Work]  # one after the other
+    untimed: Sequence[Work] = ()  # what is done besides, in the memory and not in the time
 
     @property
     def traced(self) -> list[Work]:
@@ -208,23 +177,15 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Draft:
-    """A run whose phases are known and whose works are still to be traced.
-
-    Attributes:
-        tool, model, setting: as in `RunPlan`.
-        parts: bytes of what needs no trace, by name.
-        phases: in order.
-        disk: bytes by what takes them.
-        assumptions: of this run.
-    """
+    """A run whose phases are known and whose works are still to be traced; otherwise as `RunPlan`."""
 
     tool: str
     model: BaseModel
     setting: Mapping[str, Any]
-    parts: Mapping[str, int]
+    parts: Mapping[str, int]  # of what needs no trace
     phases: Sequence[Phase]
     disk: Mapping[str, int]
-    assumptions: Sequence[str] = field(default_factory=tuple)
+    assumptions: Sequence[str] = ()
 
 
 class WorkTrace(NamedTuple):
@@ -267,27 +228,8 @@ def _trace(job: Job) -> WorkTrace:
     return WorkTrace(kept, trace.peak - kept, trace.operations)
 
 
-def gpu_seconds(operations: Counter[Operation], gpu: Gpu) -> float:
-    """Time of operations on a GPU: each takes what its arithmetic or its traffic takes, or a launch."""
-    bandwidth = 1e9 * gpu.bandwidth * BANDWIDTH_UTILIZATION
-    return sum(
-        count
-        * max(
-            operation.flops / (gpu.flops(operation.dtype, operation.convolution) * MATMUL_UTILIZATION),
-            operation.bytes / bandwidth,
-            LAUNCH_SECONDS,
-        )
-        for operation, count in operations.items()
-    )
-
-
 def measured_seconds(work: Work, device: torch.device) -> float:
-    """Median time of one repetition with random weights, after one that is not counted.
-
-    Args:
-        work: small enough for the device.
-        device: that is at hand.
-    """
+    """Median time of one repetition of `work` on `device` with random weights, after one that is not counted."""
     modules, begin = work.make()
     generator = torch.Generator(device).manual_seed(0)
     for module in modules:
@@ -298,18 +240,13 @@ def measured_seconds(work: Work, device: torch.device) -> float:
             else:
                 tensor.data.zero_()
     repeat = begin(device)
-    _seconds(repeat, device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    repeat()
     times: list[float] = []
     while len(times) < _LEAST_REPEATS or (len(times) < _MOST_REPEATS and sum(times) < _TIMED_SECONDS):
-        times.append(_seconds(repeat, device))
+        wait()
+        began = time.perf_counter()
+        repeat()
+        wait()
+        times.append(time.perf_counter() - began)
     return statistics.median(times)
-
-
-def _seconds(repeat: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    repeat()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began

@@ -5,8 +5,8 @@ import io
 import torch
 from safetensors.torch import save
 
-from diffusers_ext.planning.gpus import checkpoint_bytes, optimizer_bytes, safetensors_bytes
 from diffusers_ext.planning.settings import PlannedRun
+from diffusers_ext.planning.tracing import checkpoint_bytes, optimizer_bytes, safetensors_bytes
 
 
 def test_safetensors_to_the_byte():

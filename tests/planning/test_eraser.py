@@ -12,11 +12,11 @@ from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.planning import plan_run
 from diffusers_ext.planning.eraser import draft_eraser
-from diffusers_ext.planning.gpus import find_gpu
+from diffusers_ext.planning.gpus import find_gpu, gpu_seconds
 from diffusers_ext.planning.models import read_folder
 from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.planning.tracing import MemoryTrace
-from diffusers_ext.planning.work import gpu_seconds, trace_work
+from diffusers_ext.planning.work import trace_work
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.run import EraserData, add_eraser, make_step
 from tests.planning.real_jobs import measured_peak

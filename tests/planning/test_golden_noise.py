@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from diffusers_ext.planning.golden_noise import GoldenNoiseRun
-from diffusers_ext.planning.images import ImageShapes
-from diffusers_ext.planning.models import read_base_model
+from diffusers_ext.planning.models import ImageShapes, read_base_model
 from diffusers_ext.planning.settings import GoldenNoisePlanSettings
 from diffusers_ext.planning.work import trace_work
 from examples.digits.check_model import MODEL_DIR

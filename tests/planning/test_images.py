@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from diffusers_ext.golden_noise.redenoise import encode_prompts
-from diffusers_ext.planning.images import ImageShapes, encode_prompts_work, guided_work, redenoise_work, vae_work
-from diffusers_ext.planning.models import read_base_model
+from diffusers_ext.planning.models import (
+    ImageShapes,
+    encode_prompts_work,
+    guided_work,
+    read_base_model,
+    redenoise_work,
+    vae_work,
+)
 from diffusers_ext.planning.settings import GoldenNoisePlanSettings
 from diffusers_ext.planning.work import Precision, trace_work
 from tests.planning.real_jobs import measured_peak

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from diffusers_ext.nullspace.statistics import TEXT
-from diffusers_ext.planning.images import ImageShapes
-from diffusers_ext.planning.models import read_base_model
+from diffusers_ext.planning.models import ImageShapes, read_base_model
 from diffusers_ext.planning.nullspace import NullSpaceRun
 from diffusers_ext.planning.settings import NullSpacePlanSettings
 from diffusers_ext.planning.work import trace_work

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_ext.planning.plan import GIB, PhasePlan, RunPlan
-from diffusers_ext.planning.table import size_text, time_text
+from diffusers_ext.planning.plan import GIB, PhasePlan, RunPlan, size_text, time_text
 
 
 def plan(**changes):

@@ -1,25 +1,9 @@
 from __future__ import annotations
 
-from collections import Counter
-
-import pytest
 import torch
 
-from diffusers_ext.planning.gpus import Gpu
 from diffusers_ext.planning.tracing import Operation
-from diffusers_ext.planning.work import (
-    BANDWIDTH_UTILIZATION,
-    LAUNCH_SECONDS,
-    MATMUL_UTILIZATION,
-    Job,
-    Precision,
-    Work,
-    gpu_seconds,
-    measured_seconds,
-    trace_work,
-)
-
-CARD = Gpu("test", 8, half_tflops=100.0, float32_tflops=10.0, bandwidth=100.0)
+from diffusers_ext.planning.work import Job, Precision, Work, measured_seconds, trace_work
 
 
 def linear_work(layers=None, rows=4):
@@ -51,15 +35,6 @@ def test_operations_of_many_blocks_are_extrapolated_to_the_number():
     deep, whole = linear_work(layers=12), linear_work(layers=12)
     whole = Work(whole.name, 1, lambda: deep.make(num_layers=12))
     assert trace_work(deep).operations == trace_work(whole).operations
-
-
-def test_time_on_a_card_is_the_longest_of_arithmetic_traffic_and_launch():
-    flops = Operation(10**12, 8, torch.float16)
-    traffic = Operation(0, 10**9, torch.float32)
-    launch = Operation(0, 8, torch.float32)
-    seconds = gpu_seconds(Counter({flops: 2, traffic: 3, launch: 4}), CARD)
-    expected = 2 * 0.01 / MATMUL_UTILIZATION + 3 * 0.01 / BANDWIDTH_UTILIZATION
-    assert seconds == pytest.approx(expected + 4 * LAUNCH_SECONDS)
 
 
 def test_work_is_timed_with_random_weights():
