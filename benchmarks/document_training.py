@@ -14,8 +14,8 @@ from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_l
 from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.concepts import concept_token_mask
+from diffusers_ext.families import find_family
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
-from diffusers_ext.families.registry import find_family
 from diffusers_ext.training.eraser.run import add_eraser
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES

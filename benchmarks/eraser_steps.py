@@ -13,8 +13,8 @@ from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_l
 from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.families import find_family
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
-from diffusers_ext.families.registry import find_family
 from diffusers_ext.training.eraser.data import ClipSize, EraserData
 from diffusers_ext.training.eraser.run import add_eraser, make_step
 from examples.moving_digits.check_model import load_pipeline

@@ -18,7 +18,7 @@ from diffusers_ext.eraser.formats import FILE_NAMES, FORMATS, read_eraser
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from diffusers_ext.evaluation.forgetting import ForgettingReport
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
-from diffusers_ext.families.registry import FAMILIES
+from diffusers_ext.families import FAMILIES
 from diffusers_ext.golden_noise.card import GOLDEN_PIPELINES, network_card
 from diffusers_ext.golden_noise.networks.base import NETWORK_MODULES, load_noise_model
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs

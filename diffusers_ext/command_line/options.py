@@ -147,8 +147,8 @@ def chosen_device(args: argparse.Namespace) -> torch.device:
 
 def check_pipeline_class(args: argparse.Namespace, tool: str | None = None) -> dict[str, Any]:
     """The base model's `model_index.json`, read before any weights; of a family that a `tool` works with."""
+    from diffusers_ext.families import families_of
     from diffusers_ext.families.base_source import read_base_config, refuse_single_file
-    from diffusers_ext.families.registry import families_of
 
     source = args.pretrained_model_name_or_path
     classes = [family.pipelines[0] for family in families_of(tool)] if tool else []

@@ -18,8 +18,8 @@ from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import VelocityRows, teacher_velocities
 from diffusers_ext.eraser.teacher.runs import calibrate_heads
 from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT
+from diffusers_ext.families import find_family
 from diffusers_ext.families.family import Velocity
-from diffusers_ext.families.registry import find_family
 
 logger = logging.getLogger(__name__)
 

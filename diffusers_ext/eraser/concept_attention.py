@@ -13,7 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.eraser.adapter.outputs import unwrapped_transformer
-from diffusers_ext.families.registry import denoisers_of, find_family
+from diffusers_ext.families import denoisers_of, find_family
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 

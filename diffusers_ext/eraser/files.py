@@ -36,8 +36,8 @@ from diffusers_ext.eraser.formats import (
     read_eraser,
     write_eraser_files,
 )
+from diffusers_ext.families import denoisers_of, find_family
 from diffusers_ext.families.cogvideox import CogVideoX
-from diffusers_ext.families.registry import denoisers_of, find_family
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import push_folder, split_arguments
 

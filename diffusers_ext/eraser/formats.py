@@ -25,9 +25,9 @@ from diffusers_ext.core.sources import check_download_arguments, files_on_hub, r
 from diffusers_ext.core.tensor_files import CONFIG_KEY, FLOATING, config_digest, read_pickled_tensors, read_tensors
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.families import families_of
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import import_class
-from diffusers_ext.families.registry import families_of
 
 # The file of the config and the file of the weights, by format.
 FORMATS = {"peft": (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), "legacy": ("eraser_config.json", "eraser_weights.pt")}

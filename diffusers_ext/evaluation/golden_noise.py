@@ -34,7 +34,7 @@ from diffusers_ext.evaluation.rendering import (
     unit_noise,
     without_noise_model,
 )
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence

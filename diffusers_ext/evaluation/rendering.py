@@ -19,7 +19,7 @@ from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.seeds import stream_seed
 from diffusers_ext.eraser.batch import prompt_length
-from diffusers_ext.families.registry import find_family
+from diffusers_ext.families import find_family
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import TOOL
 

@@ -1,6 +1,75 @@
-"""Base-model families: one file each says all that the tools must know of it."""
+"""Base-model families: one file each says all that the tools must know of it; here, which one a model belongs to."""
 
-from diffusers_ext.families.family import Family
-from diffusers_ext.families.registry import FAMILIES, find_family, match_family
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers_ext.families.cogvideox import CogVideoX
+from diffusers_ext.families.family import Family, import_class
+from diffusers_ext.families.flux import Flux
+from diffusers_ext.families.hunyuan_dit import HunyuanDiT
+from diffusers_ext.families.sd3 import SD3
+from diffusers_ext.families.sdxl import SDXL
+from diffusers_ext.families.stable_diffusion import StableDiffusion
 
 __all__ = ["FAMILIES", "Family", "find_family", "match_family"]
+
+FAMILIES: list[Family] = [StableDiffusion(), SDXL(), HunyuanDiT(), SD3(), Flux(), CogVideoX()]
+
+
+def families_of(tool: str | None) -> list[Family]:
+    """Those that a tool works with; all when `None`."""
+    return [family for family in FAMILIES if tool is None or tool in family.tools]
+
+
+def denoisers_of(tool: str) -> str:
+    """Names of the denoiser classes that a tool works with, for an error."""
+    return " or ".join(dict.fromkeys(_bare(f.denoiser_class) for f in families_of(tool)))
+
+
+def titles_of(tool: str) -> str:
+    """Names of the families that a tool works with, for an error."""
+    return " or ".join(family.title for family in families_of(tool))
+
+
+def match_family(model: Any, tool: str | None = None) -> Family | None:
+    """The family of a pipeline or a denoiser, or of a class or class name; `None` for another.
+
+    Of several, that of the nearest base class; models of one class that families share get the first.
+
+    Args:
+        model: object, class or name.
+        tool: consider only families that this tool works with.
+    """
+    if isinstance(model, str):
+        return next((f for f in families_of(tool) if model in map(_bare, _names(f))), None)
+    kind = model if isinstance(model, type) else type(model)
+    for parent in kind.__mro__:
+        for family in families_of(tool):
+            for name in _names(family):
+                # By the name first: a class that exists has been imported already.
+                if _bare(name) == parent.__name__ and import_class(name) is parent:
+                    return family
+    return None
+
+
+def find_family(pipeline: Any, tool: str | None = None) -> Family:
+    """As `match_family`; `ValueError` for a pipeline of another family."""
+    family = match_family(pipeline, tool)
+    if family is None:
+        supported = ", ".join(_bare(name) for f in families_of(tool) for name in f.pipelines[:1])
+        found = pipeline if isinstance(pipeline, str) else _kind(pipeline)
+        raise ValueError(f"`pipeline` must be one of {supported} or derived from one, got a {found}.")
+    return family
+
+
+def _names(family: Family) -> list[str]:
+    return [*family.pipelines, family.denoiser_class]
+
+
+def _bare(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _kind(model: Any) -> str:
+    return (model if isinstance(model, type) else type(model)).__name__

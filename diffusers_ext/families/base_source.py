@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ext.core.sources import not_found
-from diffusers_ext.families.registry import FAMILIES
+from diffusers_ext.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch

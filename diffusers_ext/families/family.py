@@ -1,4 +1,4 @@
-"""The class that a base-model family fills in: all that a tool must know of its models, and what it gives of prompts."""
+"""The class that a base-model family fills in: all that a tool must know of its models and their text."""
 
 from __future__ import annotations
 
@@ -73,9 +73,10 @@ class TextConditioning:
             index = list(index)
         return TextConditioning(**{name: x[index] for name, x in self.tensors().items()})
 
-    def to(self, device: torch.device | str) -> TextConditioning:
-        """The same on another device."""
-        return TextConditioning(**{name: x.to(device) for name, x in self.tensors().items()})
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditioning:
+        """The same on another device, and with embeddings of another dtype; masks keep theirs."""
+        found = self.tensors().items()
+        return TextConditioning(**{name: x.to(device, None if "mask" in name else dtype) for name, x in found})
 
 
 class TokenGrid(NamedTuple):

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import Family
+from diffusers_ext.families.family import Family, TextConditioning
 from diffusers_ext.families.published import BERT_L, MT5_XL, SDXL_VAE, Published
-from diffusers_ext.families.text_conditioning import TextConditioning
 
 if TYPE_CHECKING:
     from diffusers import HunyuanDiTPipeline

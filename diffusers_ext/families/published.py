@@ -37,36 +37,28 @@ VAE_16: Component = (
     "AutoencoderKL",
     {**_VAE_BLOCKS, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
 )
-_CLIP_L_CONFIG: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "projection_dim": 768,
-}
+
+
+def encoder_sizes(width: int, num_heads: int, num_layers: int) -> dict[str, Any]:
+    """Of a CLIP or BERT, whose inner layers are four times as wide."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": num_layers,
+    }
+
+
+_CLIP_L_CONFIG = {**encoder_sizes(768, 12, 12), "projection_dim": 768}
 CLIP_L: Component = ("CLIPTextModel", _CLIP_L_CONFIG)
 CLIP_L_PROJECTION: Component = ("CLIPTextModelWithProjection", _CLIP_L_CONFIG)
 CLIP_BIG_G: Component = (
     "CLIPTextModelWithProjection",
-    {
-        "hidden_act": "gelu",
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_attention_heads": 20,
-        "num_hidden_layers": 32,
-        "projection_dim": 1280,
-    },
+    {**encoder_sizes(1280, 20, 32), "hidden_act": "gelu", "projection_dim": 1280},
 )
 OPEN_CLIP_H: Component = (
     "CLIPTextModel",
-    {
-        "hidden_act": "gelu",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 23,
-        "projection_dim": 512,
-    },
+    {**encoder_sizes(1024, 16, 23), "hidden_act": "gelu", "projection_dim": 512},
 )
 _T5_XXL_CONFIG: dict[str, Any] = {
     "d_model": 4096,
@@ -82,27 +74,12 @@ MT5_XL: Component = (
     "T5EncoderModel",
     {**_T5_XXL_CONFIG, "d_model": 2048, "d_ff": 5120, "num_heads": 32, "vocab_size": 250112},
 )
-BERT_L: Component = (
-    "BertModel",
-    {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "vocab_size": 47020,
-    },
-)
+BERT_L: Component = ("BertModel", {**encoder_sizes(1024, 16, 24), "vocab_size": 47020})
 SAFETY_CHECKER: Component = (
     "StableDiffusionSafetyChecker",
     {
         "projection_dim": 768,
         "text_config": {"hidden_size": 768},
-        "vision_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 24,
-            "patch_size": 14,
-        },
+        "vision_config": {**encoder_sizes(1024, 16, 24), "patch_size": 14},
     },
 )

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import Family
+from diffusers_ext.families.family import Family, TextConditioning
 from diffusers_ext.families.published import CLIP_BIG_G, CLIP_L_PROJECTION, T5_XXL, VAE_16, Published
-from diffusers_ext.families.text_conditioning import TextConditioning
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import Family, refuse_negative_prompts
+from diffusers_ext.families.family import Family, TextConditioning, refuse_negative_prompts
 from diffusers_ext.families.published import CLIP_L, OPEN_CLIP_H, SAFETY_CHECKER, VAE, Component, Published
-from diffusers_ext.families.text_conditioning import TextConditioning
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

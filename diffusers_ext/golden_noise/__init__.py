@@ -1,6 +1,6 @@
 """Noise that suits the prompt: targets, networks that predict them, pipelines that use them."""
 
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet

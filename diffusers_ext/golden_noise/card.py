@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.text_files import read_json
-from diffusers_ext.families.registry import FAMILIES
+from diffusers_ext.families import FAMILIES
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import find_on_hub, public_name
 

@@ -22,7 +22,7 @@ from diffusers import (
 
 from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_pipeline
 from diffusers_ext.core.settings import check_keywords
-from diffusers_ext.families.registry import find_family
+from diffusers_ext.families import find_family
 from diffusers_ext.golden_noise.card import pipeline_card
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel

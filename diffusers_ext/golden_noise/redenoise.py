@@ -21,10 +21,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import eval_mode
 from diffusers_ext.core.seeds import check_diffusion_levels, check_prediction_type
-from diffusers_ext.families.family import Family
+from diffusers_ext.families import find_family
+from diffusers_ext.families.family import Family, TextConditioning
 from diffusers_ext.families.predictions import Level, diffusion_level, step_factors
-from diffusers_ext.families.registry import find_family
-from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 
 TOOL = "golden_noise"

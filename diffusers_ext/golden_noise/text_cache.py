@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 
 logger = logging.getLogger(__name__)

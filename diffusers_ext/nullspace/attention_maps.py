@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import quiet_run
-from diffusers_ext.families.registry import denoisers_of, match_family
+from diffusers_ext.families import denoisers_of, match_family
 from diffusers_ext.nullspace.npy_tree import safe_name
 from diffusers_ext.nullspace.plots import finish_figure, new_figure
 from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts

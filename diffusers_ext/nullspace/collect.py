@@ -19,7 +19,7 @@ from diffusers_ext.core.capture import capture, refuse_fused
 from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints, plain_class_name
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.families.registry import match_family
+from diffusers_ext.families import match_family
 from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts, sub_phrases, unique
 from diffusers_ext.nullspace.slots import check_features, find_linears, split_linear_name
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics

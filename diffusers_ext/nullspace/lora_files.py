@@ -25,7 +25,7 @@ from safetensors.torch import save
 from diffusers_ext.core.artifacts import sealed, tensors_offset, write_atomically
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME, refuse_checkpoint
 from diffusers_ext.core.tensor_files import DIGEST_KEY, open_tensors, read_tensors
-from diffusers_ext.families.registry import FAMILIES
+from diffusers_ext.families import FAMILIES
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import make_card
 from diffusers_ext.hub.push import push_folder

@@ -9,8 +9,8 @@ import torch
 
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.settings import did_you_mean
+from diffusers_ext.families import match_family
 from diffusers_ext.families.family import Family
-from diffusers_ext.families.registry import match_family
 
 FEATURES = Family.features
 SLOT_PATHS = {slot: path for _, slot, path in FEATURES.values()}

@@ -18,8 +18,8 @@ from diffusers_ext.eraser.batch import EraserText, RowMaker
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.step import EraserStep
+from diffusers_ext.families import match_family, titles_of
 from diffusers_ext.families.family import Family, Velocity
-from diffusers_ext.families.registry import match_family, titles_of
 from diffusers_ext.planning.models import BaseModel
 from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes

@@ -12,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import CLIPConfig, CLIPModel
 
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
+from diffusers_ext.families.published import encoder_sizes
 from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet
@@ -240,10 +241,8 @@ class GoldenNoiseRun:
 def _reward_model(reward: str) -> CLIPModel:
     config = vit_h_14_config()
     if reward == "clip_score":  # ViT-L-14
-        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-        vision |= {"num_attention_heads": 16, "patch_size": 14}
-        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+        vision = {**encoder_sizes(1024, 16, 24), "patch_size": 14}
+        config = CLIPConfig(text_config=encoder_sizes(768, 12, 12), vision_config=vision, projection_dim=768)
     with torch.device("meta"):
         return CLIPModel(config).requires_grad_(False).eval()
 

@@ -19,9 +19,9 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 
 from diffusers_ext.core.settings import did_you_mean
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.families import FAMILIES, families_of
 from diffusers_ext.families.base_source import is_single_file
-from diffusers_ext.families.registry import FAMILIES, families_of
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.redenoise import guided_prediction, redenoise_sequence
 from diffusers_ext.planning.settings import GoldenNoisePlanSettings
@@ -331,6 +331,8 @@ def redenoise_work(
 
     def begin(pipeline: DiffusionPipeline, device: torch.device) -> Callable[[], object]:
         text = shapes.conditioning(rows, device, precision.dtype)
+        # It is copied on the way, which a scheduler with data is not where tensors have none.
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
 
         def repeat() -> None:
             source = torch.randn(rows, *shapes.latents)

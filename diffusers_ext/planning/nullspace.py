@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.families.registry import titles_of
+from diffusers_ext.families import titles_of
 from diffusers_ext.golden_noise.redenoise import guided_prediction
 from diffusers_ext.nullspace.collect import shared_inputs, text_only
 from diffusers_ext.nullspace.lora import lora_linears

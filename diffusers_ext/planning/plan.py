@@ -6,6 +6,7 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,10 @@ _TIME = (
     "Time is that of computing alone on one device: loading, downloads, reading and writing of files, "
     "eigendecompositions, and the few milliseconds that a training loop adds to a step are not in it."
 )
+_FACTS = (
+    "tool model setting device memory reserve fits missing peak worst_phase parts phases seconds disk disk_total "
+    "download assumptions"
+).split()
 
 _LINE = 88
 _SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -103,25 +108,8 @@ class RunPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        return {
-            "tool": self.tool,
-            "model": self.model,
-            "setting": {name: _plain(value) for name, value in self.setting.items()},
-            "device": self.device,
-            "memory": self.memory,
-            "reserve": self.reserve,
-            "fits": self.fits,
-            "missing": self.missing,
-            "peak": self.peak,
-            "worst_phase": self.worst_phase,
-            "parts": dict(self.parts),
-            "phases": [phase._asdict() for phase in self.phases],
-            "seconds": self.seconds,
-            "disk": dict(self.disk),
-            "disk_total": self.disk_total,
-            "download": self.download,
-            "assumptions": list(self.assumptions),
-        }
+        facts = {name: _plain(getattr(self, name)) for name in _FACTS}
+        return {**facts, "phases": [phase._asdict() for phase in self.phases]}
 
     def table(self) -> str:
         """Everything, as people read it."""
@@ -165,23 +153,21 @@ def plan_text(facts: Mapping[str, Any]) -> str:
         for phase in facts["phases"]
     ]
     phases.append(["all phases", size_text(facts["peak"]) + "  ", time_text(facts["seconds"])])
+    where = "" if facts["device"] is None else f" on {facts['device']}"
     disk = {**facts["disk"], "written by the run": facts["disk_total"]}
     disk["download of the base model"] = facts["download"]
     blocks = [
-        _headline(facts),
+        f"Plan: {_TITLES[facts['tool']]} with {facts['model']}{where}",
         _verdict(facts),
         _setting(facts["setting"]),
         _columns(["memory by part", ""], [[k, size_text(v)] for k, v in facts["parts"].items()]),
         _columns(["phase", "peak memory  ", "time"], phases),
         _columns(["disk", ""], [[k, size_text(v)] for k, v in disk.items()]),
-        _assumptions(facts["assumptions"]),
     ]
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _headline(facts: Mapping[str, Any]) -> str:
-    where = "" if facts["device"] is None else f" on {facts['device']}"
-    return f"Plan: {_TITLES[facts['tool']]} with {facts['model']}{where}"
+    if facts["assumptions"]:
+        fill = partial(textwrap.fill, width=_LINE, initial_indent="- ", subsequent_indent="  ")
+        blocks.append("\n".join(["Assumed, not measured:", *map(fill, facts["assumptions"])]))
+    return "\n\n".join(blocks)
 
 
 def _verdict(facts: Mapping[str, Any]) -> str:
@@ -216,13 +202,6 @@ def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
-
-
-def _assumptions(sentences: Sequence[str]) -> str:
-    if not sentences:
-        return ""
-    lines = [textwrap.fill(sentence, _LINE, initial_indent="- ", subsequent_indent="  ") for sentence in sentences]
-    return "\n".join(["Assumed, not measured:", *lines])
 
 
 def plan_run(
@@ -260,8 +239,7 @@ def plan_run(
         )
     target = _find_target(gpu, memory_gib)
     base = read_base_model(model)
-    made = draft(base, settings_class(**setting), as_on_gpu=target.as_on_gpu)
-    return _finish(made, target, exact)
+    return _finish(draft(base, settings_class(**setting), as_on_gpu=target.as_on_gpu), target, exact)
 
 
 def setting_names(tool: str) -> list[str]:
@@ -343,13 +321,12 @@ def _peak(phase: Phase, parts: Mapping[str, int], traces: Mapping[int, WorkTrace
 
 
 def _seconds(phase: Phase, traces: Mapping[int, WorkTrace], target: _Target) -> float:
-    total = 0.0
-    for work in (work for work in phase.works if work.times):
-        if target.gpu is not None:
-            total += work.times * gpu_seconds(traces[id(work)].operations, target.gpu)
-        else:
-            total += work.times * measured_seconds(work, target.device)
-    return total
+    def once(work: Work) -> float:
+        if target.gpu is None:
+            return measured_seconds(work, target.device)
+        return gpu_seconds(traces[id(work)].operations, target.gpu)
+
+    return sum(work.times * once(work) for work in phase.works if work.times)
 
 
 def _time_assumptions(target: _Target, timed: bool) -> list[str]:
@@ -395,8 +372,7 @@ def recommend_eraser_training(model: str | os.PathLike, memory_gib: float, **set
 
 def _frugal(model: str | os.PathLike, memory_gib: float, setting: dict[str, Any]) -> Iterator[RunPlan]:
     """Plans with everything that saves memory, from the clips asked for to the shortest."""
-    saving = {"target_rows": 1, "preserved_rows": 1, "separate_passes": True}
-    saving["gradient_checkpointing"] = True
+    saving = {"target_rows": 1, "preserved_rows": 1, "separate_passes": True, "gradient_checkpointing": True}
     plan = plan_run("eraser", model, memory_gib=memory_gib, **{**setting, **saving})
     yield plan
     asked, rank = plan.setting["num_frames"], plan.setting["rank"]
@@ -414,8 +390,7 @@ def _least_frugal(model: str | os.PathLike, memory_gib: float, setting: dict[str
         found, rows = None, 1
         while rows <= _MOST_ROWS:
             more = {"target_rows": rows, "preserved_rows": rows, "separate_passes": False}
-            more["gradient_checkpointing"] = checkpointing
-            options = {**setting, **size, **more}
+            options = {**setting, **size, **more, "gradient_checkpointing": checkpointing}
             plan = plan_run("eraser", model, memory_gib=memory_gib, **options)
             if not plan.fits:
                 break

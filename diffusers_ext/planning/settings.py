@@ -63,7 +63,7 @@ class PlannedRun(Settings):
 class EraserPlanSettings(PlannedRun):
     """How an eraser is trained."""
 
-    rank: int = setting(128, "inner width of each eraser")
+    rank: int = setting(128, "inner width of each eraser", old_names=("eraser_rank",))
     num_frames: int | None = setting(None, f"of a clip; {WITHOUT_IT}")
     height: int | None = setting(None, f"of a clip; {WITHOUT_IT}")
     width: int | None = setting(None, f"of a clip; {WITHOUT_IT}")
@@ -83,12 +83,16 @@ class EraserPlanSettings(PlannedRun):
     )
     num_target_trajectories: int = setting(16, "clips of the concept that the teacher samples", rule=COUNT)
     num_preserved_trajectories: int = setting(32, "clips of what is kept that it samples", rule=COUNT)
-    points_per_trajectory: int = setting(16, "states kept of each", rule=COUNT)
+    points_per_trajectory: int = setting(16, "states kept of each; 0 keeps all", rule=NOT_NEGATIVE)
     sampling_batch_size: int = setting(1, "clips that the teacher samples at once", rule=COUNT)
     trajectories_dtype: str = setting("fp32", "fp32 or fp16, of the kept states", choices=("fp32", "fp16"))
     num_prompts: int = setting(64, "encoded in all", rule=COUNT)
     text_batch_size: int = setting(8, "prompts encoded at once", rule=COUNT)
     validation: bool = setting(False, "clips are decoded in the course of training")
+
+    def settle(self) -> None:
+        """All states where 0 are asked for, as the training has it."""
+        self.points_per_trajectory = self.points_per_trajectory or self.num_inference_steps
 
     def check(self) -> None:
         """Also that anything trains."""

@@ -27,7 +27,7 @@ from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint, write_atomica
 from diffusers_ext.core.text_files import read_json, read_prompt_texts
 from diffusers_ext.evaluation.judges import load_reward
 from diffusers_ext.evaluation.rendering import image_seed
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.card import pair_set_card
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import PairDataset, source_noise

@@ -8,8 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
 
-from diffusers_ext.families.family import Family, TokenGrid, Velocity
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import Family, TextConditioning, TokenGrid, Velocity
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 
 

@@ -1,4 +1,4 @@
-"""A base model is one file and one line of the registry: all tools run on a made-up one."""
+"""A base model is one file and one entry of the list: all tools run on a made-up one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers_ext.eraser.adapter.model import register_eraser
 from diffusers_ext.eraser.files import load_eraser, save_eraser
 from diffusers_ext.eraser.losses import NegativelyGuidedVelocityLoss
 from diffusers_ext.eraser.teacher.collect import teacher_velocities
-from diffusers_ext.families.registry import FAMILIES, find_family, match_family
+from diffusers_ext.families import FAMILIES, find_family, match_family
 from diffusers_ext.families.sd3 import SD3
 from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_text
 from diffusers_ext.nullspace.collect import collect_statistics

@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from diffusers_ext.core.pipelines import denoiser_of
+from diffusers_ext.families import find_family
 from diffusers_ext.families.family import NetworkSizes
-from diffusers_ext.families.registry import find_family
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.families.registry import find_family
+from diffusers_ext.families import find_family
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline

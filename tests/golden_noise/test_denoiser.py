@@ -7,8 +7,8 @@ import torch
 from diffusers import PixArtAlphaPipeline, UNet2DConditionModel
 
 from diffusers_ext.core.pipelines import denoiser_of
-from diffusers_ext.families.registry import find_family
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families import find_family
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.redenoise import encode_prompts, guided_prediction
 from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS, pipeline_first_step, unit_noise
 from tests.tiny_pipelines import pixart_pipeline

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.losses import (
     PairLoss,
     SequenceLoss,

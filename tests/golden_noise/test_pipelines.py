@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from diffusers_ext.families.registry import find_family
+from diffusers_ext.families import find_family
 from diffusers_ext.golden_noise.pipelines import _GoldenCall
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 from tests.golden_noise.golden_pipelines import (

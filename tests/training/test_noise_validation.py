@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.golden_noise.text_cache import TextCache

@@ -38,6 +38,11 @@ def test_json_can_be_read_back(folder, capsys):
     assert found["setting"]["mixed_precision"] == "bf16"
 
 
+def test_no_points_are_all_of_a_trajectory(folder, capsys):
+    found = [run(folder, "--points_per_trajectory", points).disk for points in ("0", "50")]
+    assert found[0] == found[1]
+
+
 def test_too_small_a_gpu_is_told_by_how_much(folder, capsys):
     run(folder, "--memory_gib", "1.00001")
     assert "Does not fit: peak" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from torch import nn
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, PEFT_TYPE_NAME, EraserConfig, eraser_peft_type
 from diffusers_ext.eraser.adapter.layer import EraserLayer, refuse_merge
-from diffusers_ext.families.registry import families_of, match_family
+from diffusers_ext.families import families_of, match_family
 
 _LEAF = ".to_out.1"
 _METHOD = "save_pretrained"

@@ -13,7 +13,7 @@ from torch import nn
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.restored_state import CallScope, module_eval_mode
 from diffusers_ext.eraser.adapter.layer import EraserLayer, Recorder
-from diffusers_ext.families.registry import match_family
+from diffusers_ext.families import match_family
 
 Reduce = Callable[[str, torch.Tensor], torch.Tensor]
 

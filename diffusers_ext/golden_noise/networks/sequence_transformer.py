@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from diffusers_ext.core.restored_state import module_eval_mode
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, check_channels, check_text
 from diffusers_ext.golden_noise.networks.golden_noise_model import (
     KeysValues,

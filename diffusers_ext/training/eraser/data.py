@@ -26,8 +26,8 @@ from diffusers_ext.eraser.batch import EraserText, prompt_length
 from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
+from diffusers_ext.families import find_family
 from diffusers_ext.families.family import Family, Velocity
-from diffusers_ext.families.registry import find_family
 
 logger = logging.getLogger(__name__)
 

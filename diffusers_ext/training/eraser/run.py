@@ -33,9 +33,9 @@ from diffusers_ext.eraser.batch import RowMaker
 from diffusers_ext.eraser.concepts import check_concept
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
 from diffusers_ext.eraser.step import EraserStep, OnPolicyRollouts
+from diffusers_ext.families import families_of
 from diffusers_ext.families.base_source import refuse_single_file
 from diffusers_ext.families.family import Family, import_class
-from diffusers_ext.families.registry import families_of
 from diffusers_ext.training.eraser.data import ClipSize, EraserData, concept_tokens, make_samples, samples_facts
 from diffusers_ext.training.eraser.prompts import (
     EraserPrompts,

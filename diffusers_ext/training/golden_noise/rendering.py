@@ -21,8 +21,8 @@ from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import ModelSettings, SamplingSettings
 from diffusers_ext.evaluation.golden_noise import NetworkRefiner
 from diffusers_ext.evaluation.rendering import Sampling, Shot, draw_from_noise, latent_shape, to_images, unit_noise
-from diffusers_ext.families.registry import find_family
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families import find_family
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.redenoise import TOOL, encode_prompts
 from diffusers_ext.training.golden_noise.settings import GoldenSampleSettings

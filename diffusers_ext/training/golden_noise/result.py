@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.card import network_card
 from diffusers_ext.golden_noise.losses import (
     ChangeFigures,

@@ -24,7 +24,7 @@ from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import SamplingSettings
 from diffusers_ext.core.text_files import one_line, read_rows, read_text
-from diffusers_ext.families.registry import find_family
+from diffusers_ext.families import find_family
 from diffusers_ext.nullspace.settings import SubjectSettings
 from diffusers_ext.nullspace.step import Condition
 

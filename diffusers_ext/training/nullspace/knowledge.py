@@ -19,8 +19,8 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.families import match_family, titles_of
 from diffusers_ext.families.base_source import check_xformers
-from diffusers_ext.families.registry import match_family, titles_of
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.nullspace.settings import CollectionSettings, KnownModelSettings

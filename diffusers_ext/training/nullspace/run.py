@@ -26,7 +26,7 @@ from diffusers_ext.core.pictures import find_pictures, read_picture
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.seeds import check_min_snr, training_schedule
 from diffusers_ext.documented_names import read_nullbooth_block
-from diffusers_ext.families.registry import find_family
+from diffusers_ext.families import find_family
 from diffusers_ext.nullspace.lora import check_lora_config
 from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.prompts import check_prompt_length

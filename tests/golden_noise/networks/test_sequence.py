@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.noise_statistics import match_energy
 from tests.golden_noise.tiny_sequences import NETWORKS, STEPS, TEXT_DIM, random_network, sequence_and_text, untrained
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS
 
