@@ -109,7 +109,7 @@ class Velocity:
         return self.model.config
 
     def token_grid(self, latent_shape: Sequence[int]) -> TokenGrid:
-        """See `VideoFamily.token_grid`."""
+        """See `Family.token_grid`."""
         raise NotImplementedError
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:

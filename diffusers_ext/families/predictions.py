@@ -43,9 +43,8 @@ def scheduler_level(
 ) -> Level:
     """Levels of `timesteps`, `(batch,)`, in the dtype of `x_t` and to be multiplied with it.
 
-    Args:
-        scheduler: of diffusers; only read. With `flow_matching`, its timesteps are `num_train_timesteps` times sigma,
-            whatever shift its grid has; otherwise it has `alphas_cumprod`, or a `ValueError` is raised.
+    With `flow_matching`, timesteps are `num_train_timesteps` times sigma, whatever shift the scheduler's grid has;
+    without, the scheduler must have `alphas_cumprod`.
     """
     if flow_matching:
         sigma = _like(timesteps.to(x_t) / scheduler.config.num_train_timesteps, x_t)
@@ -75,8 +74,7 @@ def x_0_and_noise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The x_0 and the noise that a model's `output` at `x_t` means.
 
-    Where `x_t` is noise alone, `epsilon` tells nothing of x_0, nor does `sample` of noise where there is none: what is
-    returned is not finite there.
+    Not finite where they cannot be told: x_0 from `epsilon` of noise alone, noise from `sample` where there is none.
     """
     _check_type(prediction_type)
     signal, sigma = level

@@ -20,7 +20,7 @@ from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.step import EraserStep
 from diffusers_ext.families import match_family, titles_of
 from diffusers_ext.families.family import Family, Velocity
-from diffusers_ext.planning.models import BaseModel
+from diffusers_ext.planning.models import BaseModel, vae_work
 from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.work import (
@@ -176,17 +176,11 @@ class EraserRun:
         return inference_work("text encoder's activations", times, build, begin, layers)
 
     def _vae_work(self, times: int, *, decodes: bool = False) -> Work:
-        """One clip in one piece, as without tiling: latents to pixels, or pixels to latents."""
+        """One clip."""
         setting, (frames, channels, height, width) = self.setting, self.latents
         pixels = (1, 3, setting.num_frames, setting.height, setting.width)
-
-        def begin(vae: torch.nn.Module, device: torch.device) -> Callable[[], object]:
-            size = (1, channels, frames, height, width) if decodes else pixels
-            given = torch.randn(size, dtype=self.precision.dtype, device=device)
-            return partial(vae.decode if decodes else vae.encode, given)
-
-        name = f"VAE's {'decoding' if decodes else 'encoding'}"
-        return inference_work(name, times, partial(self.build, "vae"), begin)
+        size = (1, channels, frames, height, width) if decodes else pixels
+        return vae_work(self.base, size, times, self.precision.dtype, decodes=decodes)
 
     def _teacher_work(self, times: int, rows: int, *, reads: bool = False) -> Work:
         """The frozen model is asked for some rows; for masks its attention is read in a third of them."""

@@ -147,7 +147,7 @@ class GoldenNoiseRun:
         calls = batches * setting.num_inference_steps
         works = [
             guided_work(shapes, 2 * rows, setting.guidance_scale, calls, self.precision),
-            vae_work(shapes, 1, 2 * rows * batches, dtype, decodes=True),
+            vae_work(shapes.base, (1, *shapes.latents), 2 * rows * batches, dtype, decodes=True),
         ]
         if setting.reward in REWARDS:
             works.append(_reward_work(setting.reward, 2 * rows, batches))

@@ -347,16 +347,12 @@ def redenoise_work(
     return denoiser_work(shapes, times, precision, begin)
 
 
-def vae_work(shapes: ImageShapes, rows: int, times: float, dtype: torch.dtype, *, decodes: bool) -> Work:
-    """The VAE turns latents of `rows` pictures into pixels at once, or pixels into latents."""
-    pixels = (3, shapes.resolution, shapes.resolution)
+def vae_work(base: BaseModel, size: tuple[int, ...], times: float, dtype: torch.dtype, *, decodes: bool) -> Work:
+    """The VAE turns latents of this size into pixels in one piece, as without tiling, or pixels into latents."""
 
     def begin(vae: torch.nn.Module, device: torch.device) -> Callable[[], object]:
-        size = (rows, *(shapes.latents if decodes else pixels))
         given = torch.randn(size, dtype=dtype, device=device)
-        if decodes:
-            return lambda: vae.decode(given, return_dict=False)[0]
-        return lambda: vae.encode(given, return_dict=False)[0].mean
+        return partial(vae.decode if decodes else vae.encode, given, return_dict=False)
 
     name = f"VAE's {'decoding' if decodes else 'encoding'}"
-    return inference_work(name, times, partial(shapes.base.component("vae").build, dtype), begin)
+    return inference_work(name, times, partial(base.component("vae").build, dtype), begin)

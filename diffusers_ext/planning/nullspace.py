@@ -161,7 +161,8 @@ class NullSpaceRun:
             batch = min(setting.train_batch_size, setting.num_class_images)
             drawn = self._picture_works(setting.num_class_images, batch)
             phases.append(Phase("class pictures", loaded, drawn))
-        encoding = vae_work(shapes, 1, encoded, torch.float32, decodes=False)
+        pixels = (1, 3, shapes.resolution, shapes.resolution)
+        encoding = vae_work(shapes.base, pixels, encoded, torch.float32, decodes=False)
         phases.append(Phase("encoding", loaded, [encoding]))
         phases.append(Phase("training", (*loaded, OPTIMIZER), self.training_works()))
         if setting.num_validation_prompts:
@@ -187,7 +188,7 @@ class NullSpaceRun:
         calls, scale = self.setting.num_inference_steps * count / rows, self.setting.guidance_scale
         return [
             guided_work(self.shapes, rows, scale, calls, self.precision),
-            vae_work(self.shapes, 1, count, torch.float32, decodes=True),
+            vae_work(self.shapes.base, (1, *self.shapes.latents), count, torch.float32, decodes=True),
         ]
 
     def _text_moment_work(self, rows: int, times: float) -> Work:

@@ -33,9 +33,6 @@ def gpu_autocast(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Only for a model that is thrown away: its norms stay so, for gradient checkpointing runs them again in the backward
     pass.
     """
-    if dtype == torch.float32:
-        yield
-        return
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm):
             module.forward = partial(_float32_norm, module)
@@ -48,46 +45,6 @@ def _float32_norm(module: torch.nn.LayerNorm | torch.nn.GroupNorm, features: tor
     if isinstance(module, torch.nn.GroupNorm):
         return functional.group_norm(features.float(), module.num_groups, *affine, module.eps)
     return functional.layer_norm(features.float(), module.normalized_shape, *affine, module.eps)
-
-
-class MemoryTrace(TorchDispatchMode):
-    """Counts the bytes of tensors created while it is on: `live` now, and at once at the `peak`.
-
-    Workspaces inside of kernels and the rounding of allocators are not seen. Under `fake_tensors` the same is counted
-    without any memory. Tensors that are `known`, and their views, do not count.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-        for tensor in known:
-            self._seen[tensor.untyped_storage()] = None
-
-    def __torch_dispatch__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        self._seen[storage] = None
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, size)
-
-    def _forget(self, size: int) -> None:
-        self.live -= size
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -148,21 +105,25 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
-class OperationTrace(MemoryTrace):
-    """Counts kernels besides memory, by what each of them computes and moves.
+class OperationTrace(TorchDispatchMode):
+    """Counts kernels while it is on, by what each of them computes and moves, and the bytes of the tensors they make.
 
-    Views are no kernels. The counts are those of `torch.utils.flop_counter`. A tensor without data that is read as a
-    number is 1, or true.
+    Workspaces inside of kernels and the rounding of allocators are not seen; views are no kernels. Tensors that are
+    `known`, and their views, do not count. Under `fake_tensors` the same is counted without any memory; a tensor
+    without data that is read as a number is 1, or true.
+
+    Attributes:
+        live, peak: bytes alive now, and the most at once.
+        operations: how often each was run, with the counts of `torch.utils.flop_counter`.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__(known)
+        super().__init__()
+        self.live = self.peak = 0
         self.operations: Counter[Operation] = Counter()
-
-    @property
-    def flops(self) -> int:
-        """Of all operations together."""
-        return sum(operation.flops * count for operation, count in self.operations.items())
+        self._seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = None
 
     def reset(self) -> None:
         """Count anew from here on: operations, and the peak above what is alive now."""
@@ -179,19 +140,40 @@ class OperationTrace(MemoryTrace):
         kwargs = kwargs or {}
         if function is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1
-        result = super().__torch_dispatch__(function, types, args, kwargs)
+        result = function(*args, **kwargs)
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for tensor in written:
+            self._count_storage(tensor.untyped_storage())
         if not getattr(function, "is_view", False):
-            self._count_operation(function, args, kwargs, result)
+            self._count_operation(function, args, kwargs, result, written)
         return result
 
-    def _count_operation(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+    def _count_storage(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        self._seen[storage] = None
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
+
+    def _count_operation(
+        self,
+        function: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        result: Any,
+        written: list[torch.Tensor],
+    ) -> None:
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if not read or not written:
             return
         count_flops = _FLOPS.get(getattr(function, "_overloadpacket", None))
         flops = 0 if count_flops is None else int(count_flops(*args, **kwargs, out_val=result))
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written))
+        moved = tensor_bytes([*read, *written])
         dtypes = [tensor.dtype for tensor in read if tensor.is_floating_point()]
         dtype = dtypes[0] if dtypes else read[0].dtype
         convolution = "convolution" in str(function)

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.step import run_separately
-from diffusers_ext.planning.tracing import MemoryTrace
+from diffusers_ext.planning.tracing import OperationTrace
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.prompts import GivenTexts
 from diffusers_ext.training.eraser.run import add_eraser, make_data, make_step, parse_args, resume_facts
@@ -60,7 +60,7 @@ def losses_and_gradients(trained, in_turn, *, batch=None, calls=1, model=None, h
     model = pipeline.transformer if model is None else model
     for number in range(calls):
         pipeline.transformer.zero_grad()
-        with MemoryTrace([*pipeline.transformer.parameters()]) as trace:
+        with OperationTrace([*pipeline.transformer.parameters()]) as trace:
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 losses = step(model, batch, torch.Generator().manual_seed(number))
             losses["loss"].backward()
@@ -175,7 +175,7 @@ def test_any_number_of_passes_takes_the_memory_of_one(count):
     weight, peaks = torch.full((64, 64), 0.01, requires_grad=True), []
     for number in (1, count):
         weight.grad = None
-        with MemoryTrace([weight]) as trace:
+        with OperationTrace([weight]) as trace:
             sum(run_separately(make_passes(weight, [], count=number))).backward()
         peaks.append(trace.peak)
     assert peaks[1] < 1.2 * peaks[0]

@@ -15,7 +15,7 @@ from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.gpus import find_gpu, gpu_seconds
 from diffusers_ext.planning.models import read_folder
 from diffusers_ext.planning.settings import EraserPlanSettings
-from diffusers_ext.planning.tracing import MemoryTrace
+from diffusers_ext.planning.tracing import OperationTrace
 from diffusers_ext.planning.work import trace_work
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.run import EraserData, add_eraser, make_step
@@ -95,7 +95,7 @@ def test_frozen_models_take_what_was_traced(folder, phase, index):
         (vae,), begin = work.make()
         vae.to_empty(device="cpu")
         repeat = begin(torch.device("cpu"))
-        with MemoryTrace([*vae.parameters(), *vae.buffers()]) as real:
+        with OperationTrace([*vae.parameters(), *vae.buffers()]) as real:
             repeat()
         # What is given counts here if anything looks at a part of it.
         assert 0.95 * trace.peak < real.peak < 1.05 * (trace.kept + trace.peak)

@@ -93,8 +93,8 @@ def test_prompts_and_peaks_are_those_of_the_pipeline(tmp_path, family):
         encode_prompts_work(shapes, 2, 1, ON_CPU),
         redenoise_work(shapes, GoldenNoisePlanSettings(num_steps=2), 2, 1, ON_CPU),
         guided_work(shapes, 2, 5.0, 1, ON_CPU),
-        vae_work(shapes, 2, 1, torch.float32, decodes=True),
-        vae_work(shapes, 2, 1, torch.float32, decodes=False),
+        vae_work(shapes.base, (2, *shapes.latents), 1, torch.float32, decodes=True),
+        vae_work(shapes.base, (2, 3, 64, 64), 1, torch.float32, decodes=False),
     ]
     for work in works:
         # In so small a call the workspaces of kernels, which no shape tells, are up to a fifth.
