@@ -193,7 +193,7 @@ def flow_coefficients(
             f"{type(scheduler).__name__}. Put one of the model's configuration there."
         )
     _check_num_steps(num_steps, scheduler.config.num_train_timesteps)
-    grid = copy.deepcopy(scheduler)
+    grid = copy.copy(scheduler)  # which gets new levels, and leaves those of the scheduler as they are
     grid.set_timesteps(num_steps, **family.grid_arguments(scheduler.config, num_steps, image_tokens))
     start, end = grid.sigmas[:2].double().tolist()
     levels = (Level(1 - sigma, sigma) for sigma in (start, end))

@@ -331,8 +331,6 @@ def redenoise_work(
 
     def begin(pipeline: DiffusionPipeline, device: torch.device) -> Callable[[], object]:
         text = shapes.conditioning(rows, device, precision.dtype)
-        # It is copied on the way, which a scheduler with data is not where tensors have none.
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
 
         def repeat() -> None:
             source = torch.randn(rows, *shapes.latents)

@@ -7,9 +7,9 @@ from dataclasses import fields
 import pytest
 
 from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.golden_noise.settings import NoiseSettings, PairSettings
 from diffusers_ext.nullspace.settings import NullSpaceSettings
 from diffusers_ext.planning.settings import EraserPlanSettings, GoldenNoisePlanSettings, NullSpacePlanSettings
+from diffusers_ext.training.golden_noise.settings import NoiseSettings, PairSettings
 
 # Without them accelerate's are taken, which a plan cannot know.
 LAUNCHER = {"mixed_precision", "gradient_accumulation_steps"}
