@@ -24,12 +24,17 @@ from training import evaluate_nullspace
 KNOWN = ("a red seven", "a blue three")
 
 
-@pytest.fixture
-def fresh_accelerator():
+def reset_accelerator() -> None:
     """Accelerate keeps its state in globals, which a second run in one process would inherit."""
-    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """The next run starts with an accelerator of its own."""
+    yield
+    reset_accelerator()
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +62,13 @@ def knowledge(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def subject_line(tmp_path, pictures, knowledge):
-    """Command line of a short training; `None` takes an argument away."""
+@pytest.fixture(scope="session")
+def line_to(pictures, knowledge):
+    """Command line of a short training into a folder; `None` takes an argument away."""
 
-    def line(name: str = "out", **arguments) -> list[str]:
+    def line(output_dir: Path, **arguments) -> list[str]:
         usual = {
-            "output_dir": tmp_path / name,
+            "output_dir": output_dir,
             "instance_data_dir": pictures,
             "instance_prompt": "a white sks",
             "knowledge_prompts": None if "statistics" in arguments else knowledge,
@@ -78,12 +83,17 @@ def subject_line(tmp_path, pictures, knowledge):
 
 
 @pytest.fixture
+def subject_line(tmp_path, line_to):
+    """The same into a folder of the test."""
+    return lambda name="out", **arguments: line_to(tmp_path / name, **arguments)
+
+
+@pytest.fixture
 def teach(subject_line, fresh_accelerator):
     """Run the training script in this process; returns the folder it wrote."""
 
     def run(name: str = "out", **arguments) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerator()
         return main(parse_args(subject_line(name, **arguments)))
 
     return run

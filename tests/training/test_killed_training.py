@@ -8,6 +8,7 @@ import pytest
 
 from diffusers_ext.training.nullspace.run import main, parse_args
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints
+from tests.training.conftest import reset_accelerator
 from tests.training.script_runs import files_below
 
 # Everything that has a state: dropout draws from the global generators, the schedule counts steps.
@@ -84,10 +85,21 @@ def result_of(folder) -> dict:
     return {"report": report, **{name: (folder / name).read_bytes() for name in kept}}
 
 
+WATCHED = {**STATEFUL, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+
+
+@pytest.fixture(scope="module")
+def whole(line_to, tmp_path_factory) -> dict:
+    """What a run leaves that nothing stopped."""
+    reset_accelerator()
+    folder = main(parse_args(line_to(tmp_path_factory.mktemp("whole") / "out", **WATCHED)))
+    reset_accelerator()
+    return result_of(folder)
+
+
 @pytest.mark.parametrize("moment", STOPS)
-def test_killed_while(moment, server, teach, subject_line, tmp_path):
-    run = {**STATEFUL, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
-    expected = teach("whole", **run)
+def test_killed_while(moment, whole, server, teach, subject_line, tmp_path):
+    run = WATCHED
     marker = tmp_path / "stopped"
     patch = PATCH.format(marker=str(marker)) + STOPS[moment]
     server.kill_when(SCRIPT, subject_line("killed", **run), marker.exists, patch)
@@ -95,7 +107,7 @@ def test_killed_while(moment, server, teach, subject_line, tmp_path):
     assert not (killed / "pytorch_lora_weights.safetensors").exists()
     assert any(path.name.startswith(".partial-") for path in killed.iterdir())
     resumed = teach("killed", **run, resume_from_checkpoint="latest")
-    assert result_of(resumed) == result_of(expected)
+    assert result_of(resumed) == whole
     assert [folder.name for folder in list_checkpoints(killed)] == ["checkpoint-10", "checkpoint-12"]
     assert not any(path.name.startswith(".partial-") for path in killed.iterdir())
 
