@@ -152,10 +152,7 @@ class _AttentionRecorder:
 
 
 def attention_probabilities(attention: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Attention of image positions to text tokens, `(positions, tokens)` float32, averaged over heads.
-
-    `query` is `(1, positions, dim)`, `key` `(1, tokens, dim)`; every row of the result sums to 1.
-    """
+    """`(positions, tokens)` float32, the mean over heads, of `(1, positions, dim)` and `(1, tokens, dim)`."""
     query, key = (attention.head_to_batch_dim(part.float()) for part in (query, key))
     return attention.get_attention_scores(query, key).mean(0)
 
@@ -273,19 +270,14 @@ def plot_layer_attention(
     *,
     limit: float | None = None,
 ) -> Figure:
-    """Heat maps of one layer at one timestep: a map per token, the prompts below each other.
+    """Heat maps of one layer at one timestep, by its `position`: a map per token, the prompts below each other.
 
     Above each map stands its token and the token's share of all attention; colours tell how much more or less than
-    this share a position looks at it.
-
-    Args:
-        position: of the timestep among the kept ones.
-        limit: ends of the colour scale, in powers of two; of this picture when `None`.
+    this share a position looks at it, up to `limit` powers of two.
     """
     shown = [one.maps[layer][position : position + 1] for one in maps]
-    contrasts = [_relative_attention(mean) for mean in shown]
-    limit = limit or max(map(_limit, contrasts))
-    height, width = contrasts[0].shape[-2:]
+    limit = limit or max(_limit(_relative_attention(mean)) for mean in shown)
+    height, width = shown[0].shape[-2:]
     tile = (_TILE, round(_TILE * width / height))
     heights = [_PROMPT + -(-len(one.tokens) // _TOKENS) * (_WORD + tile[0] + _LAYER_GAP) for one in maps]
     columns = max(6, *(min(len(one.tokens), _TOKENS) for one in maps)) + 1
@@ -296,8 +288,8 @@ def plot_layer_attention(
     axes = figure.add_axes((*box, size[0] / _PIXELS / total_width, size[1] / _PIXELS / total_height))
     axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
     axes.set_axis_off()
-    for index, (one, mean, contrast) in enumerate(zip(maps, shown, contrasts)):
-        _draw_prompt(axes, one, mean[0].mean((1, 2)), contrast[0], tile, sum(heights[:index]), limit)
+    for index, (one, mean) in enumerate(zip(maps, shown)):
+        _draw_prompt(axes, one, mean, tile, sum(heights[:index]), limit)
     title = f"{layer}, t = {maps[0].timesteps[position]}"
     figure.suptitle(title, x=box[0], y=1 - 0.12 / total_height, ha="left", va="top", fontsize=9)
     length = min(total_height - _TOP - _BOTTOM, 2.5)
@@ -308,20 +300,15 @@ def plot_layer_attention(
 
 
 def _draw_prompt(
-    axes: Axes,
-    one: AttentionMaps,
-    shares: torch.Tensor,
-    contrast: torch.Tensor,
-    tile: tuple[int, int],
-    top: int,
-    limit: float,
+    axes: Axes, one: AttentionMaps, mean: torch.Tensor, tile: tuple[int, int], top: int, limit: float
 ) -> None:
     """A prompt from pixel row `top` on: its text, its picture, and a map per token."""
     plain = {"parse_math": False, "va": "bottom"}  # prompts may hold dollar signs
     words = _shown_words(one)
     text = " ".join(word for word in words if word not in ("[start]", "[end]"))
     axes.text(0, top + _PROMPT - 5, f'"{text[:110]}"', fontsize=8, fontweight="bold", **plain)
-    tiles = F.interpolate(contrast[None], tile, mode="nearest")[0].numpy()
+    tiles = F.interpolate(_relative_attention(mean), tile, mode="nearest")[0].numpy()
+    shares = mean[0].mean((1, 2))
     step = tile[1] + _LAYER_GAP
     first = top + _PROMPT + _WORD
     axes.text(tile[1] / 2, first - 2, "picture", fontsize=7, ha="center", **plain)

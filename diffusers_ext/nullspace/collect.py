@@ -38,11 +38,7 @@ def sampled_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> li
 
 
 class TrajectoryRun:
-    """Second moments along denoising runs, batch by batch, resumable.
-
-    Args:
-        facts: of the statistics to be; the progress folder is tied to them.
-    """
+    """Second moments along denoising runs, batch by batch, resumable from a folder that is tied to `facts`."""
 
     def __init__(
         self,
@@ -133,10 +129,7 @@ def _batches_done(folder: Path) -> int:
 
 
 def shared_inputs(linears: Sequence[str]) -> dict[str, str]:
-    """`{linear: key}` in which Linears that read the same tensor share a key.
-
-    Q, K and V of self-attention read one input, as do K and V of cross-attention.
-    """
+    """`{linear: key}`: Q, K and V of self-attention read one input, as do K and V of cross-attention."""
     sources = {}
     for name in linears:
         layer, slot = split_linear_name(name)
@@ -168,32 +161,22 @@ def collect_statistics(
 
     K and V of cross-attention read the text embeddings alone, so they cost one text-encoder pass and no denoiser call.
     All other features are read along denoising runs of the pipeline itself: its scheduler, its guidance, one generator
-    per prompt (`seed` + index of the prompt). Nothing but the running totals is kept, so memory does not depend on the
-    number of prompts.
+    per prompt (`seed` + index of the prompt). Nothing but the running totals is kept. The pipeline is left as it was.
 
     Args:
-        pipeline: a text-to-image pipeline; it is left as it was.
         prompts: the preserved set. The empty prompt and `negative_prompt` are added; for K and V with the weight of
             all prompts together, because guidance reads them in every picture.
         features: `"q"`, `"k"`, `"v"`, `"out"` of cross-attention; with the prefix `"attn1."` those of self-attention;
             `"ff.in"`, `"ff.out"` of feed-forward layers.
         layers: `"all"`, or indices of transformer blocks in natural order.
-        negative_prompt: what the pipeline will be given for the unconditional branch.
         expand_sub_phrases: for K and V also count each prompt with one word left out.
         include_guidance_prompts: `False` leaves the empty and the negative prompt out, which only the statistics of a
             new subject may do: guidance would amplify what moves there.
         batch_size: prompts per denoising run; text is encoded 16 times as many at once.
-        shard: `(index, count)`: take every `count`-th batch from `index` on. The batches are the same for every count,
-            so parts sum up to the statistics of one process.
+        shard: `(index, count)`: take every `count`-th batch from `index` on, to be merged by `all_reduce`. The batches
+            are the same for every count, so parts sum up to the statistics of one process.
         progress_dir: folder for the running totals of the denoising runs; a killed collection continues from them to
             the same bits.
-
-    Returns:
-        `FeatureStatistics`; with `shard` those of the part, to be merged by `all_reduce`.
-
-    Raises:
-        ValueError: unknown features or layers, no prompts, a prompt longer than the text encoder, no such shard, fused
-            projections, or features that are not finite.
     """
     _check_arguments(negative_prompt, num_inference_steps, batch_size, shard)
     features, prompts = check_features(features), unique(check_prompts(prompts))
@@ -256,10 +239,7 @@ def _check_arguments(negative_prompt: str, num_inference_steps: int, batch_size:
 
 
 def text_only(denoiser: torch.nn.Module, linear: str) -> bool:
-    """Whether a Linear reads the text embeddings alone, at every timestep and for every latent.
-
-    See `Family.reads_text_alone`; all other Linears are counted along trajectories.
-    """
+    """Whether a Linear reads the text embeddings alone; all others are counted along trajectories."""
     family = match_family(denoiser)
     return family is not None and family.reads_text_alone(denoiser, *split_linear_name(linear))
 

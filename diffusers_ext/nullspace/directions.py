@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusers_ext.nullspace.projector import NullSpaceProjector, null_dimensions
+from diffusers_ext.nullspace.projector import NullSpaceProjector, null_dimensions, row_energies
 from diffusers_ext.nullspace.prompts import sub_phrases
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -21,30 +21,19 @@ _EXACT_FLOOR, _ENOUGH, _CUT = 1e-12, 1e-4, 1e-3
 
 @dataclass(frozen=True)
 class DirectionSet:
-    """Directions for one matrix, scaled to unit energy of the new subject.
+    """Directions for one matrix, scaled to unit energy of the new subject."""
 
-    Attributes:
-        vectors: `(rank, dim)` float64, the rows of the LoRA's frozen A; `v C_new v^T = 1`.
-        ratios: `(rank,)` new energy per unit of (regularised) old energy, descending.
-        old_energy: `(rank,)` `v C_old v^T`.
-        instance_share: share of the subject's whole energy that lies in their span.
-    """
-
-    vectors: torch.Tensor
-    ratios: torch.Tensor
-    old_energy: torch.Tensor
-    instance_share: float
+    vectors: torch.Tensor  # (rank, dim) float64, the rows of the LoRA's frozen A; v C_new v^T = 1
+    ratios: torch.Tensor  # (rank,) new energy per unit of (regularised) old energy, descending
+    old_energy: torch.Tensor  # (rank,) v C_old v^T
+    instance_share: float  # of the subject's whole energy, in their span
 
 
 def generalized_directions(c_new: torch.Tensor, c_old: torch.Tensor, rank: int, eps: float) -> DirectionSet:
-    """The top solutions of `C_new v = mu (C_old + eps tr(C_old)/d I) v`.
+    """The top solutions of `C_new v = mu (C_old + eps tr(C_old)/d I) v`, of `(dim, dim)` float64 second moments.
 
-    `mu` is the energy of the new subject per unit of old energy; `eps` is the price of directions that the old set
-    does not use at all, and keeps `v` from exploiting rounding.
-
-    Args:
-        c_new, c_old: `(dim, dim)` float64 second moments.
-        eps: regularisation, relative to the mean old energy per dimension.
+    `mu` is the energy of the new subject per unit of old energy; `eps`, relative to the mean old energy per dimension,
+    is the price of directions that the old set does not use at all, and keeps `v` from exploiting rounding.
     """
     dim = c_old.shape[0]
     if not 1 <= rank <= dim:
@@ -60,21 +49,17 @@ def generalized_directions(c_new: torch.Tensor, c_old: torch.Tensor, rank: int, 
 
 
 def null_directions(c_new: torch.Tensor, c_old: torch.Tensor, basis: torch.Tensor, rank: int) -> DirectionSet:
-    """The directions inside a null basis `Q` with the most energy of the subject.
+    """The directions inside a null basis `Q`, orthonormal columns, with the most energy of the subject.
 
     They are `Q u` with `u` the top eigenvectors of `Q^T C_new Q` (InfLoRA, arXiv 2404.00228).
-
-    Args:
-        c_new, c_old: `(dim, dim)` float64.
-        basis: `(dim, null dimensions)`, orthonormal columns.
     """
     if not 1 <= rank <= basis.shape[1]:
         raise ValueError(f"`rank` must be from 1 to the null dimension {basis.shape[1]}, got {rank}.")
     energies, coordinates = torch.linalg.eigh(basis.T @ c_new @ basis)
     vectors = (basis @ coordinates.flip(1)[:, :rank]).T
     level = torch.finfo(torch.float32).eps * c_old.diagonal().mean()
-    old = ((vectors @ c_old) * vectors).sum(1)
-    return _scaled(vectors, energies.flip(0)[:rank] / (old + level), c_new, c_old)
+    ratios = energies.flip(0)[:rank] / (row_energies(vectors, c_old) + level)
+    return _scaled(vectors, ratios, c_new, c_old)
 
 
 def _scaled(vectors: torch.Tensor, ratios: torch.Tensor, c_new: torch.Tensor, c_old: torch.Tensor) -> DirectionSet:
@@ -89,26 +74,20 @@ def _scaled(vectors: torch.Tensor, ratios: torch.Tensor, c_new: torch.Tensor, c_
         raise ValueError(
             f"`rank` must be at most {used}, the directions that the instance prompts use, got {len(ratios)}."
         )
-    energy = ((vectors @ c_new) * vectors).sum(1)
-    vectors = vectors / energy.sqrt()[:, None]
+    vectors = vectors / row_energies(vectors, c_new).sqrt()[:, None]
     span = torch.linalg.qr(vectors.T).Q
     share = ((span.T @ c_new) * span.T).sum() / c_new.diagonal().sum()
-    old = ((vectors @ c_old) * vectors).sum(1)
-    return DirectionSet(vectors, ratios, old, share.item())
+    return DirectionSet(vectors, ratios, row_energies(vectors, c_old), share.item())
 
 
 @dataclass(frozen=True)
 class NullSpaceDirections:
-    """Directions for every Linear that both statistics cover.
-
-    Attributes:
-        null_space: which one the latter are of, in words; empty where the caller chose it.
-    """
+    """Directions for every Linear that both statistics cover."""
 
     sets: dict[str, DirectionSet]
     sources: dict[str, str]
-    kind: str
-    null_space: str = ""
+    kind: str  # "generalized" or "null"
+    null_space: str = ""  # of null directions, in words; empty where the caller chose it
 
     def vectors(self, linear: str) -> torch.Tensor:
         """The rows of A for one Linear by its dotted name, `(rank, dim)` float64."""
@@ -145,10 +124,6 @@ def null_space_directions(
     Args:
         instance_statistics: of the instance prompts, same features and layers, no sub-phrases.
         projector: cut the directions hard to its null spaces in place of the generalised problem.
-
-    Raises:
-        ValueError: a Linear is covered by one of them only, the models differ, `rank` is too large, an instance prompt
-            is preserved, or holds nothing that the preserved ones lack.
     """
     check_new_subject(statistics, instance_statistics)
     sets: dict[str, DirectionSet] = {}
@@ -160,11 +135,9 @@ def null_space_directions(
         if projector is None:
             sets[key] = generalized_directions(c_new, c_old, rank, eps)
         else:
-            basis = projector.basis_of(linear)
-            sets[key] = null_directions(c_new, c_old, basis, rank)
-    return NullSpaceDirections(
-        sets, dict(statistics.sources), "generalized" if projector is None else "null", null_space
-    )
+            sets[key] = null_directions(c_new, c_old, projector.basis_of(linear), rank)
+    kind = "generalized" if projector is None else "null"
+    return NullSpaceDirections(sets, dict(statistics.sources), kind, null_space)
 
 
 def usual_null_space(

@@ -59,9 +59,6 @@ def read_lora(source: LoraSource) -> StateDict:
 
     Args:
         source: a safetensors file, a folder with `pytorch_lora_weights.safetensors`, or a state dict.
-
-    Raises:
-        ValueError: what is no whole, finite LoRA, or DoRA; the message names the file.
     """
     return read_lora_file(source)[0]
 
@@ -88,14 +85,7 @@ def _load(source: LoraSource) -> tuple[Mapping[str, torch.Tensor], dict[str, str
 
 
 def check_loaded_lora(pipeline: DiffusionPipeline, adapter_name: str | None = None) -> int:
-    """Raise `ValueError` unless a LoRA loaded in the pipeline changes at least one weight.
-
-    Args:
-        adapter_name: which one; `None` asks for any.
-
-    Returns:
-        The number of modules that the LoRA changes.
-    """
+    """The number of modules that a loaded LoRA changes, any one where none is named; `ValueError` where it is 0."""
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     changed = 0
     for module in (module for model in models for module in model.modules()):
@@ -123,9 +113,6 @@ def export_lora(
 
     The metadata of the file that was read (trigger words, base model, author) goes along, under the given `metadata`.
     What depends on the tensors (rank, alpha, hashes) is written anew.
-
-    Raises:
-        ValueError: unknown format, a LoRA without effect, or a key that has no counterpart.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}, got {format!r}.")
@@ -186,19 +173,13 @@ def training_metadata(
     num_pictures: int | None = None,
     caption_counts: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
-    """What is known of a training.
-
-    Args:
-        instance_prompt: the trigger phrase, and the title that managers show.
-        caption_counts: how many pictures had each caption; all the instance prompt by default.
-    """
-    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction_type or "")
+    """What is known of a training; all pictures had the instance prompt where there are no `caption_counts`."""
     frequency = {"instance": dict(caption_counts or {instance_prompt: num_pictures})}
     told = {
-        "modelspec.title": instance_prompt,
+        "modelspec.title": instance_prompt,  # that managers show
         "modelspec.trigger_phrase": instance_prompt,
         "modelspec.resolution": f"{resolution}x{resolution}" if resolution else None,
-        "modelspec.prediction_type": prediction,
+        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction_type or ""),
         "ss_sd_model_name": base_model,
         "ss_resolution": f"({resolution}, {resolution})" if resolution else None,
         "ss_num_train_images": str(num_pictures) if num_pictures else None,
@@ -245,8 +226,7 @@ def _family(lora: Mapping[str, torch.Tensor], kept: Mapping[str, str]) -> dict[s
         return {}
     prediction = kept.get("modelspec.prediction_type")
     if version == "sd_v2" and prediction:
-        kind = "768-v" if prediction == "v" else "512"
-        architecture = f"stable-diffusion-v2-{kind}/lora"
+        architecture = f"stable-diffusion-v2-{'768-v' if prediction == 'v' else '512'}/lora"
     told = {
         "ss_base_model_version": version + ("_v" if prediction == "v" else ""),
         "ss_v2": str(version == "sd_v2"),
@@ -289,10 +269,7 @@ def push_lora(
         hub_arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`.
 
     Returns:
-        Address of the commit, or of the pull request.
-
-    Raises:
-        ValueError: no LoRA, one without effect, or a missing fact. Nothing has been uploaded then.
+        Address of the commit, or of the pull request. Nothing is uploaded where a fact is missing.
     """
     tensors = read_lora(lora)
     check_lora_effect(tensors)
@@ -351,11 +328,6 @@ def _write_files(
 def measured_drift(drifts: Mapping[str, float], statistics: FeatureStatistics) -> list[Measured]:
     """The figure of `predicted_drift` that a card shows: its mean over the changed layers."""
     mean = float(f"{sum(drifts.values()) / len(drifts):.4g}")
-    return [
-        Measured(
-            f"{len(statistics.facts['prompts'])} preserved prompts",
-            "relative drift of the changed layers' outputs",
-            mean,
-            notes=f"mean over {len(drifts)} linear layers, from the statistics, without pictures",
-        )
-    ]
+    prompts = f"{len(statistics.facts['prompts'])} preserved prompts"
+    notes = f"mean over {len(drifts)} linear layers, from the statistics, without pictures"
+    return [Measured(prompts, "relative drift of the changed layers' outputs", mean, notes=notes)]

@@ -63,7 +63,7 @@ def export_layout(
 
     Args:
         threshold: eigenvalues of `C = E[x x^T]` below this absolute value are null in the projections.
-        run_name: of the new folder, starting with `run_`; `run_<YYYYMMDD_HHMMSS>` when `None`.
+        run_name: of the new folder; `run_<YYYYMMDD_HHMMSS>` when `None`.
         timesteps: write the same pooled matrices under each of them, for readers that look a timestep up; `(0,)` when
             `None`. Disk and time grow with their number.
         step_links: also name the timesteps by their order, `step_000` the first given, as symbolic links.
@@ -105,7 +105,6 @@ def layout_size(widths: dict[str, int], unprojected: Collection[str] = ()) -> in
     """Bytes that one timestep of a tree takes, without its small metadata.
 
     Args:
-        widths: `{Linear: in_features}`.
         unprojected: Linears whose matrices have no null dimensions, hence no projection.
     """
     return sum((1 if linear in unprojected else 2) * (width * width * 4 + 128) for linear, width in widths.items())
@@ -191,12 +190,6 @@ def load_layout(
         directory: a run, or a folder with a single `run_*` in it.
         denoiser: gives the layers' dotted names where the tree lacks them, and widths to check.
         allow_centred: take centred covariances as they are; they do not keep the mean input.
-
-    Returns:
-        `FeatureStatistics`, with the `facts` of the export where the tree holds them.
-
-    Raises:
-        ValueError: no run or several, a broken or missing file, or matrices that are not of the denoiser's inputs.
     """
     run = _find_run(Path(directory))
     files = find_files(run)
@@ -354,8 +347,7 @@ def find_linear(file: MatrixFile, metadata: dict[str, Any], modules: dict[str, t
     width, dim = modules[linear].in_features, metadata["feature_dim"]
     if dim != width:
         raise ValueError(
-            f"{file.path} must be of the inputs of {linear} (width {width}), got width {dim}. "
-            "Output features, often per head, lie on the other side of the weight and give no "
-            "guarantee. Collect with `collect_statistics`."
+            f"{file.path} must be of the inputs of {linear} (width {width}), got width {dim}. Output features, often "
+            "per head, lie on the other side of the weight and give no guarantee. Collect with `collect_statistics`."
         )
     return linear

@@ -8,6 +8,7 @@ damps all of them smoothly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ def null_dimensions(
         values: `(dim,)` eigenvalues, ascending, not negative.
         energy: largest share of the trace that may be left unprotected; 0 keeps the numerical null space.
         threshold: eigenvalues below this absolute value of `C = E[x x^T]`.
-        percentile: this percentage of the dimensions.
+        percentile: of the dimensions.
+        floor: shares of the largest eigenvalue up to this are numerically zero.
     """
     criteria = {"energy": energy, "rank": rank, "threshold": threshold, "percentile": percentile}
     given = [name for name, value in criteria.items() if value is not None]
@@ -69,15 +71,32 @@ def null_dimensions(
 def damped_projection(spectrum: Spectrum, damping: float) -> torch.Tensor:
     """`P = l (C + l I)^-1` with `l = damping * tr(C) / dim`: 1 on null directions, near 0 on used ones.
 
-    `(dim, dim)` float64, symmetric.
-
-    Args:
-        damping: positive; the smaller, the nearer to a hard null-space projector.
+    The smaller the damping, the nearer to a hard null-space projector. `(dim, dim)` float64, symmetric.
     """
-    if not 0 < damping < float("inf"):
+    if not 0 < damping < math.inf:
         raise ValueError(f"`damping` must be positive, got {damping}.")
     level = damping * spectrum.values.mean()
     return (spectrum.vectors * (level / (spectrum.values + level))) @ spectrum.vectors.T
+
+
+def subject_projection(c_new: torch.Tensor, c_old: torch.Tensor, strictness: float, eps: float = 1e-4) -> torch.Tensor:
+    """`P` of the update `D P` nearest to `D` on new inputs that is small on old ones, `(dim, dim)` float64.
+
+    It minimises `E_new |(D' - D) x|^2 + s E_old |D' x|^2` over `D'`, whose solution is `D' = D P`, `P = C_new (C_new +
+    s (C_old + eps tr(C_old)/d I))^-1`: ridge regression with the old second moment as its penalty. Unlike an
+    orthogonal projector it need not be symmetric: what the subject shares with old inputs is replaced by what only the
+    subject has.
+
+    Args:
+        strictness: `s`; 0 changes nothing on the subject, more leaves less on what is preserved.
+        eps: price of directions that neither set uses, so that rounding in them counts for nothing.
+    """
+    if not 0 < strictness < math.inf:
+        raise ValueError(f"`strictness` must be positive, got {strictness}.")
+    level = eps * c_old.diagonal().mean()
+    old = c_old + level * torch.eye(len(c_old), dtype=c_old.dtype, device=c_old.device)
+    # C_new (C_new + s C_old)^-1 is the transpose of a solution, as both are symmetric.
+    return torch.linalg.solve(c_new + strictness * old, c_new).T
 
 
 class NullSpaceProjector:
@@ -85,8 +104,7 @@ class NullSpaceProjector:
 
     Args:
         projections: `{key: (dim, dim) float64}`, one per distinct matrix.
-        bases: `{key: (dim, null dimensions)}` orthonormal columns; empty for a damped projector.
-        cuts: `{key: Cut}`; empty for a damped projector.
+        bases: `{key: (dim, null dimensions)}` orthonormal columns; empty, as `cuts`, for a damped projector.
     """
 
     def __init__(
@@ -109,30 +127,17 @@ class NullSpaceProjector:
         percentile: float | None = None,
         damping: float | None = None,
     ) -> NullSpaceProjector:
-        """Build the projectors by exactly one criterion.
-
-        Args:
-            damping: as in `damped_projection`; for statistics without a null space.
-
-        Raises:
-            ValueError: no or several criteria, or a matrix without any null direction.
-        """
+        """Projectors by one criterion of `null_dimensions`, or `damping` (see `damped_projection`) without any."""
+        criteria = {"energy": energy, "rank": rank, "threshold": threshold, "percentile": percentile}
+        if damping is not None and any(value is not None for value in criteria.values()):
+            raise ValueError("`damping` must be given alone, got another criterion with it.")
         projections, bases, cuts = {}, {}, {}
         for key in sorted(statistics.moments, key=natural_key):
             spectrum = statistics.spectrum(key)
             if damping is not None:
-                if any(value is not None for value in (energy, rank, threshold, percentile)):
-                    raise ValueError("`damping` must be given alone, got another criterion with it.")
                 projections[key] = damped_projection(spectrum, damping)
                 continue
-            count = null_dimensions(
-                spectrum.values,
-                energy=energy,
-                rank=rank,
-                threshold=threshold,
-                percentile=percentile,
-                floor=statistics.moments[key].floor,
-            )
+            count = null_dimensions(spectrum.values, **criteria, floor=statistics.moments[key].floor)
             if count == 0:
                 raise ValueError(
                     f"The null space of {key!r} must have at least one dimension, got none of "
@@ -163,22 +168,20 @@ class NullSpaceProjector:
         return self.basis_of(linear_name(layer, slot))
 
     def basis_of(self, linear: str) -> torch.Tensor:
-        """Orthonormal null basis of one Linear by its dotted name."""
+        """`basis` by a dotted name."""
         key = self._key(linear)
         if key not in self._bases:
             raise ValueError("`basis` must not be asked of a damped projector: it has no null space.")
         return self._bases[key]
 
     def project(self, delta: torch.Tensor, layer: str, slot: str) -> torch.Tensor:
-        """`D P` for an update `D` of one Linear's weight.
-
-        Args:
-            delta: `(out_features, in_features)`.
-
-        Returns:
-            Same shape and dtype; computed in float64.
-        """
+        """`D P` for an update `D` of one Linear's weight, computed in float64, of the same dtype."""
         return project_rows(delta, self.projection(linear_name(layer, slot)))
+
+
+def row_energies(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """`v C v^T` of each row `v`."""
+    return ((rows @ moment) * rows).sum(1)
 
 
 def project_rows(delta: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
@@ -203,13 +206,9 @@ class ProjectedUpdate:
     Use as a context manager, or call `remove()`.
 
     Args:
-        optimizer: any torch optimizer (an accelerate one is unwrapped); steps that a gradient scaler skips are seen as
-            skipped.
-        projections: `{parameter: (in_features, in_features) P}`. Every parameter that the optimizer trains must be in
-            it: one that is not would drift freely.
-
-    Raises:
-        ValueError: an unconstrained parameter, a parameter that is not a matrix, a wrong width, or weight decay.
+        optimizer: any torch optimizer, or accelerate's; steps that a gradient scaler skips are seen as skipped.
+        projections: `{parameter: (in_features, in_features) P}` of every parameter that the optimizer trains: one
+            without would drift freely.
     """
 
     def __init__(
@@ -218,7 +217,6 @@ class ProjectedUpdate:
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self._projections = dict(projections)
         self._check(optimizer)
-        self._optimizer = optimizer
         self._before: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._remember),
@@ -242,9 +240,8 @@ class ProjectedUpdate:
                     )
                 if parameter.ndim != 2 or projection.shape != (shape[1], shape[1]):
                     raise ValueError(
-                        f"A projected parameter must be a whole matrix with rows of width "
-                        f"{projection.shape[0]}, got shape {shape}. Biases and sharded weights "
-                        "(FSDP, DeepSpeed ZeRO-3) cannot be projected."
+                        f"A projected parameter must be a whole matrix with rows of width {projection.shape[0]}, got "
+                        f"shape {shape}. Biases and sharded weights (FSDP, DeepSpeed ZeRO-3) cannot be projected."
                     )
                 if parameter.dtype not in (torch.float32, torch.float64):
                     raise ValueError(

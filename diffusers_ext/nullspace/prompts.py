@@ -10,14 +10,10 @@ from diffusers_ext.core.text_files import read_prompt_texts
 
 
 def read_prompts_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:
-    """Prompts of a text file, one a line without blank lines and `#` lines, or of a table.
+    """Prompts of a text file, one a line without blank lines and `#` lines, or of a table's column.
 
     Args:
         path: `.txt` or without an ending, or a table: `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`.
-        column: of a table, in which `#` is a character like any other.
-
-    Raises:
-        ValueError: no such file or column, another format, a broken row, or no prompt.
     """
     return read_prompt_texts(path, column, argument="path", comments=True)
 
@@ -64,7 +60,6 @@ def check_prompt_length(pipeline: Any, prompts: Sequence[str]) -> None:
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > tokenizer.model_max_length:
             raise ValueError(
-                f"Every prompt must fit the {name} ({tokenizer.model_max_length} tokens), got "
-                f"{lengths[longest]} tokens in {prompts[longest]!r}. Shorten it: what is cut off would "
-                "not be preserved."
+                f"Every prompt must fit the {name} ({tokenizer.model_max_length} tokens), got {lengths[longest]} "
+                f"tokens in {prompts[longest]!r}. Shorten it: what is cut off would not be preserved."
             )

@@ -99,7 +99,8 @@ class StatisticsSettings(Settings, title="statistics"):
     def settle(self) -> None:
         """Timesteps as numbers."""
         super().settle()
-        self.layout_timesteps = read_timesteps(self.layout_timesteps)
+        if self.layout_timesteps is not None:
+            self.layout_timesteps = read_timesteps(self.layout_timesteps)
 
 
 @dataclass(kw_only=True)
@@ -195,31 +196,29 @@ class CollectionSettings(KnownModelSettings, StatisticsSettings, RunSettings):
 
     def settle(self) -> None:
         """Features in one order."""
-        from diffusers_ext.nullspace.slots import FEATURES, check_features
+        from diffusers_ext.nullspace.slots import check_features
 
         super().settle()
-        chosen = check_features(self.features)
-        self.features = [feature for feature in FEATURES if feature in chosen]
+        self.features = list(check_features(self.features))
 
 
 def read_layers(value: str | Sequence[int | str], name: str = "cross_attention_layers") -> str | list[int]:
     """The layers of a flag as `"all"` or a list of indices."""
+    return _all_or_numbers(value, name, "indices")
+
+
+def read_timesteps(value: str | Sequence[int | str]) -> str | list[int]:
+    """`--layout_timesteps` as `"all"`, or different numbers that are not negative."""
+    timesteps = _all_or_numbers(value, "layout_timesteps", "numbers")
+    if timesteps != "all" and (min(timesteps) < 0 or len(set(timesteps)) < len(timesteps)):
+        raise ValueError(f"`layout_timesteps` must be different and not negative, got {timesteps}.")
+    return timesteps
+
+
+def _all_or_numbers(value: str | Sequence[int | str], name: str, numbers: str) -> str | list[int]:
     if value == "all" or list(value) == ["all"]:
         return "all"
     try:
-        return [int(index) for index in value]
+        return [int(number) for number in value]
     except ValueError as error:
-        raise ValueError(f"`{name}` must be 'all' or indices, got {value}.") from error
-
-
-def read_timesteps(value: str | Sequence[int | str] | None) -> str | list[int] | None:
-    """`--layout_timesteps` as `"all"`, or different numbers that are not negative; `None` as it is."""
-    if value is None or value == "all" or list(value) == ["all"]:
-        return value if value is None else "all"
-    try:
-        timesteps = [int(timestep) for timestep in value]
-    except ValueError as error:
-        raise ValueError(f"`layout_timesteps` must be 'all' or numbers, got {value}.") from error
-    if min(timesteps) < 0 or len(set(timesteps)) < len(timesteps):
-        raise ValueError(f"`layout_timesteps` must be different and not negative, got {timesteps}.")
-    return timesteps
+        raise ValueError(f"`{name}` must be 'all' or {numbers}, got {value}.") from error

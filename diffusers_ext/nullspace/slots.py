@@ -45,23 +45,15 @@ def check_features(features: Sequence[str]) -> tuple[str, ...]:
 def find_linears(
     denoiser: torch.nn.Module, features: Sequence[str], layers: str | Sequence[int] = "all"
 ) -> dict[str, torch.nn.Module]:
-    """The Linears whose inputs are counted.
+    """The Linears whose inputs are counted: `{dotted name: Linear or PEFT layer}`, in natural order.
 
     Args:
-        denoiser: UNet or transformer.
         features: names of `FEATURES`.
         layers: `"all"`, or indices of transformer blocks with cross-attention, in natural order.
-
-    Returns:
-        `{dotted name: Linear}` (a PEFT layer where a LoRA is loaded), in natural order.
-
-    Raises:
-        ValueError: an index out of range, or a feature that no layer of the model has.
     """
     modules, family = dict(denoiser.named_modules()), match_family(denoiser) or Family
     end = f".{family.text_attention}"
-    blocks = [name.removesuffix(end) for name in modules if name.endswith(end)]
-    blocks = sorted(blocks, key=natural_key)
+    blocks = sorted((name.removesuffix(end) for name in modules if name.endswith(end)), key=natural_key)
     if not blocks:
         raise ValueError(
             f"`denoiser` must have cross-attention layers named `{family.text_attention}`, got "

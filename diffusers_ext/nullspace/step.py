@@ -19,15 +19,10 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 @dataclass(frozen=True)
 class Condition:
-    """What the UNet is told for one prompt, or for several.
+    """What the UNet is told for one prompt, or for several."""
 
-    Attributes:
-        prompt_embeds: `(prompts, tokens, width)`.
-        added: SDXL's pooled embeddings and sizes, a row a prompt; empty for Stable Diffusion.
-    """
-
-    prompt_embeds: torch.Tensor
-    added: dict[str, torch.Tensor]
+    prompt_embeds: torch.Tensor  # (prompts, tokens, width)
+    added: dict[str, torch.Tensor]  # SDXL's pooled embeddings and sizes, a row a prompt; empty for Stable Diffusion
 
     def rows(self, index: torch.Tensor) -> Condition:
         """The condition of each sample of a batch, by the index of its prompt."""
@@ -37,23 +32,19 @@ class Condition:
 
 @dataclass(frozen=True)
 class DreamBoothLoss:
-    """The denoising loss on the subject's pictures, with prior preservation on request.
+    """The denoising loss on the subject's pictures, with prior preservation where there are pictures of the class.
 
     Args:
-        scheduler: training noise schedule, as `training_schedule` makes it.
         instance: condition of the instance prompt; of all prompts of the pictures where the batches have an index
             beside mean and standard deviation, as `with_prompts` gives them.
-        class_latents, class_condition: pictures and prompt of the class; `None` without prior preservation.
-        prior_loss_weight: weight of the class pictures' loss.
-        snr_gamma: Min-SNR weighting (arXiv 2303.09556) when given.
     """
 
-    scheduler: Any
+    scheduler: Any  # as `training_schedule` makes it
     instance: Condition
     class_latents: TensorDataset | None = None
     class_condition: Condition | None = None
     prior_loss_weight: float = 1.0
-    snr_gamma: float | None = None
+    snr_gamma: float | None = None  # Min-SNR weighting (arXiv 2303.09556) when given
 
     def __post_init__(self) -> None:
         check_prediction_type(self.scheduler)
