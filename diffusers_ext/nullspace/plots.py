@@ -135,12 +135,7 @@ def plot_covariance_statistics(
 
 
 def _draw_counts(
-    axes: Axes,
-    rows: Sequence[float],
-    counts: Sequence[int],
-    spectra: Sequence[torch.Tensor],
-    height: float,
-    **bar: Any,
+    axes: Axes, rows: Sequence[float], counts: Sequence[int], spectra: Sequence[torch.Tensor], **bar: Any
 ) -> None:
     """Bars of so many of the dimensions, in % of them."""
     shares = [100 * count / len(values) for count, values in zip(counts, spectra)]
