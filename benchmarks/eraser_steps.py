@@ -10,9 +10,9 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
 from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_loss, noised_randomness
-from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.families import find_family
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.training.eraser.data import ClipSize, EraserData

@@ -16,7 +16,7 @@ from diffusers_ext.eraser.concept_masks import weighted_attention_mask
 from diffusers_ext.eraser.losses import negative_velocity
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import VelocityRows, teacher_velocities
-from diffusers_ext.eraser.teacher.runs import calibrate_heads
+from diffusers_ext.eraser.teacher.runs import EraserText, calibrate_heads
 from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT
 from diffusers_ext.families import find_family
 from diffusers_ext.families.family import Velocity
@@ -63,15 +63,6 @@ def encode_video_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], *,
             "bfloat16 or float32."
         )
     return embeds if len(unique) == len(prompts) else embeds[[rows[prompt] for prompt in prompts]]
-
-
-class EraserText(NamedTuple):
-    """Embeddings of all prompts, each `(prompts, text, dim)`; the empty prompt's is `(text, dim)`."""
-
-    target: torch.Tensor
-    anchor: torch.Tensor
-    preserved: torch.Tensor
-    empty: torch.Tensor
 
 
 class Rows(NamedTuple):
@@ -267,17 +258,8 @@ class RowMaker:
 
     def _heads(self, latent_shape: Sequence[int]) -> torch.Tensor:
         if self._head_weights is None:
-            self._head_weights = calibrate_heads(
-                self.velocity,
-                self.scheduler,
-                self.text.target,
-                self.text.anchor,
-                self.text.empty,
-                self.token_mask,
-                latent_shape=latent_shape,
-                show_progress=False,
-                **self.recipe.sampling,
-            )
+            given = (self.text, self.token_mask, self.recipe, latent_shape)
+            self._head_weights = calibrate_heads(self.velocity, self.scheduler, *given, show_progress=False)
         return self._head_weights
 
     def _take(self, embeds: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:

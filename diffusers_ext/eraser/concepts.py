@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.adapter.outputs import frozen_teacher
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.runs import teacher_trajectory
 from diffusers_ext.families.family import Velocity
 
@@ -269,11 +270,8 @@ def anchor_distances(
     target_embeds: torch.Tensor,
     candidate_embeds: torch.Tensor,
     empty_embed: torch.Tensor,
-    *,
+    recipe: EraserTraining,
     latent_shape: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-    seed: int = 0,
 ) -> torch.Tensor:
     """How far each candidate's velocities lie from the concept's, along runs towards the concept.
 
@@ -288,7 +286,7 @@ def anchor_distances(
             f"`candidate_embeds` must be (candidates, {', '.join(map(str, target_embeds.shape))}) with "
             f"at least one candidate, got {tuple(candidate_embeds.shape)}."
         )
-    generators = [stream_generator(seed, "anchor", index) for index in range(len(target_embeds))]
+    generators = [stream_generator(recipe.seed, "anchor", index) for index in range(len(target_embeds))]
     noises = [torch.randn(*latent_shape, generator=generator) for generator in generators]
     points = teacher_trajectory(
         velocity,
@@ -296,8 +294,8 @@ def anchor_distances(
         torch.stack(noises).to(target_embeds.device, target_embeds.dtype),
         target_embeds,
         empty_embed.expand_as(target_embeds),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.sampling_guidance_scale,
         generators=generators,
     )
     total, steps = torch.zeros(len(candidate_embeds)), 0

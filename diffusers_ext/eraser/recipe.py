@@ -135,15 +135,6 @@ class EraserTraining(LatentsRecipe, title="eraser"):
             )
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """Arguments of the teacher's sampling, by their names there."""
-        return {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.sampling_guidance_scale,
-            "seed": self.seed,
-        }
-
-    @property
     def weighs_rows(self) -> bool:
         """Whether some rows count more than others."""
         whole = (self.min_timestep, self.max_timestep) == (0, _TRAIN_TIMESTEPS - 1)

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.eraser.adapter.outputs import eraser_outputs
 from diffusers_ext.eraser.attack import AdversarialPrompts
-from diffusers_ext.eraser.batch import EraserText, RowMaker, Rows, States
+from diffusers_ext.eraser.batch import RowMaker, Rows, States
 from diffusers_ext.eraser.losses import T2VUnlearningLoss, velocity_distance
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.families.family import Velocity
 
 

@@ -14,10 +14,11 @@ from peft import inject_adapter_in_model
 from torch.utils._python_dispatch import _disable_current_modes
 
 from diffusers_ext.eraser.adapter.config import EraserConfig, check_rank, eraser_size, transformer_width
-from diffusers_ext.eraser.batch import EraserText, RowMaker
+from diffusers_ext.eraser.batch import RowMaker
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.step import EraserStep
+from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.families import match_family, titles_of
 from diffusers_ext.families.family import Family, Velocity
 from diffusers_ext.planning.models import BaseModel, vae_work

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import CogVideoXPipeline
 
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
+from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.eraser.teacher.store import TeacherSamples
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.prompts import PROMPT_LENGTH
@@ -22,7 +25,7 @@ PRESERVED = ["a red two moving up", "a green three moving down", "a blue nine mo
 
 
 class Texts(NamedTuple):
-    """In the order of `collect_teacher_samples`."""
+    """As `EraserText`, but for the empty prompt, which is `(1, text, dim)`."""
 
     target: torch.Tensor
     anchor: torch.Tensor
@@ -42,20 +45,34 @@ def tiny_teacher() -> tuple[CogVideoXPipeline, CogVideoXVelocity, Texts]:
     return pipeline, CogVideoXVelocity.from_pipeline(pipeline, *SIZE), texts
 
 
+_SETTINGS = {
+    "num_target": "num_target_trajectories",
+    "num_preserved": "num_preserved_trajectories",
+    "guidance_scale": "sampling_guidance_scale",
+    "batch_size": "sampling_batch_size",
+}
+
+
+def make_recipe(**changes: Any) -> EraserTraining:
+    """Three target and four preserved runs of four steps, two at once; a count of 0 leaves a part out."""
+    recipe = EraserTraining(
+        num_target_trajectories=3,
+        num_preserved_trajectories=4,
+        num_inference_steps=STEPS,
+        sampling_guidance_scale=GUIDANCE,
+        sampling_batch_size=2,
+    )
+    for name, value in changes.items():
+        setattr(recipe, _SETTINGS.get(name, name), value)
+    return recipe
+
+
 def collect(velocity: CogVideoXVelocity, pipeline: CogVideoXPipeline, texts: Texts, **changes: Any) -> TeacherSamples:
-    """Three target and four preserved runs of four steps, two at once."""
-    settings = {
-        "latent_shape": SHAPE,
-        "num_target": 3,
-        "num_preserved": 4,
-        "num_inference_steps": STEPS,
-        "guidance_scale": GUIDANCE,
-        "batch_size": 2,
-        "show_progress": False,
-    }
-    texts = {f"{name}_embeds": value for name, value in texts._asdict().items()}
-    texts["empty_embed"] = texts.pop("empty_embeds")
-    return collect_teacher_samples(velocity, pipeline.scheduler, **{**texts, **settings, **changes})
+    """Samples of `make_recipe`, whose settings may be among the changes."""
+    known = {*_SETTINGS, *(one.name for one in fields(EraserTraining))}
+    recipe = make_recipe(**{name: changes.pop(name) for name in known & set(changes)})
+    text = EraserText(*texts[:3], texts.empty[0])
+    return collect_teacher_samples(velocity, pipeline.scheduler, text, recipe, SHAPE, show_progress=False, **changes)
 
 
 class CountedVelocity(CogVideoXVelocity):

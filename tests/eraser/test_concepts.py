@@ -21,6 +21,7 @@ from diffusers_ext.eraser.concepts import (
     share_a_word,
     word_embeddings,
 )
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.digits.prompts import COLORS, DIGITS
 from examples.moving_digits.check_model import MODEL_DIR
@@ -332,8 +333,8 @@ def distances(pipeline, target, candidates, **settings):
         target,
         candidates,
         torch.zeros(12, TEXT_WIDTH),
-        latent_shape=SHAPE,
-        **{"num_inference_steps": 3, "guidance_scale": 2.0, **settings},
+        EraserTraining(num_inference_steps=3, sampling_guidance_scale=2.0, **settings),
+        SHAPE,
     )
 
 

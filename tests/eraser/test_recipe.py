@@ -24,6 +24,9 @@ def test_rows_are_weighed_only_where_they_differ(values, weighs):
     ("values", "message"),
     [
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
+        ({"num_target_trajectories": 0}, "`num_target_trajectories` must be at least 1, got 0"),
+        ({"points_per_trajectory": 0}, "`points_per_trajectory` must be at least 1, got 0"),
+        ({"sampling_batch_size": 0}, "`sampling_batch_size` must be at least 1, got 0"),
         ({"max_train_steps": 0}, "`max_train_steps` must be at least 1"),
         ({"negative_guidance": -1.0}, "`negative_guidance` must be at least 0"),
         ({"preservation_weight": math.nan}, "`preservation_weight` must be at least 0 and finite"),

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.measured_memory import peak_bytes
 from diffusers_ext.eraser.adapter.config import eraser_size
-from diffusers_ext.eraser.batch import EraserText
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.planning import plan_run
 from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.gpus import find_gpu, gpu_seconds

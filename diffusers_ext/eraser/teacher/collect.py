@@ -13,7 +13,9 @@ from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, frozen_teacher, unwrapped_transformer
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.runs import (
+    EraserText,
     SamplePart,
     TeacherRuns,
     calibrate_heads,
@@ -118,22 +120,11 @@ MASK_KIND = "weighted heads x velocities"
 def collect_teacher_samples(
     velocity: Velocity,
     scheduler: SchedulerMixin,
-    target_embeds: torch.Tensor,
-    anchor_embeds: torch.Tensor,
-    preserved_embeds: torch.Tensor,
-    empty_embed: torch.Tensor,
-    *,
+    text: EraserText,
+    recipe: EraserTraining,
     latent_shape: Sequence[int],
-    num_target: int,
-    num_preserved: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    empty_share: float = 0.2,
-    points_per_trajectory: int | None = None,
-    seed: int = 0,
-    batch_size: int = 1,
+    *,
     token_mask: torch.Tensor | None = None,
-    mask_threshold: float | None = None,
     directory: str | os.PathLike | None = None,
     facts: dict[str, Any] | None = None,
     storage_dtype: torch.dtype = torch.float32,
@@ -144,20 +135,14 @@ def collect_teacher_samples(
     """Let the frozen model sample clips of the prompts, and keep points of these runs.
 
     A point is what the model reads on its way (no noised data is needed), with its velocities of the prompt and of its
-    anchor. Each run has its own generator on the CPU, so that it depends on `seed` and its number alone, whatever the
-    batch (up to rounding).
+    anchor. Each run has its own generator on the CPU, so that it depends on the recipe's seed and its number alone,
+    whatever the batch (up to rounding). A pass has up to three times as many rows as runs.
 
     Args:
         scheduler: samples; a copy is used. DDIM and DPM of CogVideoX, and any other that steps in the same way.
-        target_embeds, preserved_embeds: `(prompts, text, dim)`, of the dtype of the latents.
-        anchor_embeds: row by row what a target prompt becomes.
-        empty_embed: `(text, dim)` or `(1, text, dim)`; the empty prompt is also the negative prompt of the guidance.
-        num_target, num_preserved: runs of each part.
-        empty_share: of the preserved points, kept with the velocity of the empty prompt.
-        points_per_trajectory: kept of each run; all when `None`, or where a run has no more.
-        batch_size: runs at once; a pass has up to three times as many rows.
+        text: its dtype is that of the latents.
         token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks, of the heads that
-            `calibrate_heads` finds and of the velocities (`weighted_attention_mask`), hard with `mask_threshold`.
+            `calibrate_heads` finds and of the velocities (`weighted_attention_mask`).
         directory: where the samples are kept, one file a run; what is there is not made again.
         facts: JSON-able, how the embeddings were made: model, prompts, adapters, ... Needed with a `directory`, whose
             own facts must be the same.
@@ -165,43 +150,48 @@ def collect_teacher_samples(
         process: `(index, count)` of the processes that share a `directory`; `wait_for_everyone` is called when this
             one has made its share.
     """
-    empty_embed = empty_embed.reshape(-1, *target_embeds.shape[-2:])
-    _check_embeds(target_embeds, anchor_embeds, preserved_embeds, empty_embed, token_mask)
-    counts = {"target": num_target, "preserved": num_preserved}
-    _check_numbers(counts, len(preserved_embeds), batch_size, empty_share)
+    counts = {"target": recipe.num_target_trajectories, "preserved": recipe.num_preserved_trajectories}
+    if counts["preserved"] and not len(text.preserved):
+        raise ValueError(
+            f"`preserved_embeds` must hold a prompt for {counts['preserved']} runs, got none. Set "
+            "`num_preserved` to 0 to do without."
+        )
     check_predicts_velocity(scheduler)
-    num_steps = count_steps(scheduler, num_inference_steps)
-    points_per_trajectory = _points_of(points_per_trajectory, num_steps)
-    options = {"points_per_trajectory": points_per_trajectory, "seed": seed}
+    num_steps, points = count_steps(scheduler, recipe.num_inference_steps), recipe.points_per_trajectory
+    if points is not None and points > num_steps:
+        logger.info("All %d points of every run are kept: `points_per_trajectory` is %d.", num_steps, points)
+        points = num_steps
+    options = {"points_per_trajectory": points, "seed": recipe.seed}
     parts = []
     for name, prompts, others, tokens, share in (
-        ("target", target_embeds, anchor_embeds, token_mask, 0.0),
-        ("preserved", preserved_embeds, empty_embed.expand_as(preserved_embeds), None, empty_share),
+        ("target", text.target, text.anchor, token_mask, 0.0),
+        ("preserved", text.preserved, text.empty.expand_as(text.preserved), None, recipe.empty_share),
     ):
-        runs_of_part = (name, counts[name], len(prompts), num_steps)
-        plans = plan_trajectories(*runs_of_part, empty_share=share, **options)
+        plans = plan_trajectories(name, counts[name], len(prompts), num_steps, empty_share=share, **options)
         parts.append(SamplePart(name, prompts, others, tokens, plans))
-    sampling = {
-        "latent_shape": tuple(latent_shape),
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-    }
     if directory is not None:
-        settings = sampling | {"mask_threshold": mask_threshold} | options
-        settings |= {f"num_{name}": count for name, count in counts.items()}
-        settings |= {"empty_share": empty_share, "masks": token_mask is not None and MASK_KIND}
+        settings = {
+            "latent_shape": tuple(latent_shape),
+            "num_inference_steps": recipe.num_inference_steps,
+            "guidance_scale": recipe.sampling_guidance_scale,
+            "mask_threshold": recipe.mask_threshold,
+            **options,
+            **{f"num_{name}": count for name, count in counts.items()},
+            "empty_share": recipe.empty_share,
+            "masks": token_mask is not None and MASK_KIND,
+        }
         kept = TeacherFiles(directory, scheduler, velocity.model, settings, facts, storage_dtype)
     elif process != (0, 1):
         raise ValueError("`directory` must be given where processes share the runs, got None.")
     else:
         kept = TeacherMemory(storage_dtype)
-    runs = TeacherRuns(velocity, scheduler, empty_embed[0], sampling, mask_threshold)
+    runs = TeacherRuns(velocity, scheduler, text.empty, recipe, latent_shape)
     for part in parts:
         if part.token_mask is not None and part.plans:
-            texts = (part.prompts, part.others, runs.empty_embed, part.token_mask)
-            make = partial(calibrate_heads, velocity, scheduler, *texts, **sampling, seed=seed)
-            part = part._replace(head_weights=kept.head_weights(partial(make, show_progress=show_progress)))
-        _make_part(part, runs, kept, batch_size, process, show_progress)
+            given = (velocity, scheduler, text, token_mask, recipe, latent_shape)
+            make = partial(calibrate_heads, *given, show_progress=show_progress)
+            part = part._replace(head_weights=kept.head_weights(make))
+        _make_part(part, runs, kept, process, show_progress)
     if wait_for_everyone is not None:
         wait_for_everyone()
     return kept.samples()
@@ -211,67 +201,14 @@ def _make_part(
     part: SamplePart,
     runs: TeacherRuns,
     kept: TeacherFiles | TeacherMemory,
-    batch_size: int,
     process: tuple[int, int],
     show_progress: bool,
 ) -> None:
     """The runs of this process that are not there yet, batch by batch."""
-    batches = [part.plans[start : start + batch_size] for start in range(0, len(part.plans), batch_size)]
+    size = runs.recipe.sampling_batch_size
+    batches = [part.plans[start : start + size] for start in range(0, len(part.plans), size)]
     for batch in tqdm(batches[process[0] :: process[1]], desc=f"{part.name} runs", disable=not show_progress):
         # Whole batches: among other rows a row may round differently.
         if not all(kept.has(part.name, plan.index) for plan in batch):
             for plan, rows in zip(batch, runs.make(part, batch), strict=True):
                 kept.write(part.name, plan.index, rows)
-
-
-def _check_embeds(
-    target: torch.Tensor,
-    anchor: torch.Tensor,
-    preserved: torch.Tensor,
-    empty: torch.Tensor,
-    token_mask: torch.Tensor | None,
-) -> None:
-    if target.ndim != 3 or not len(target):
-        raise ValueError(f"`target_embeds` must be (prompts, text, dim) with a prompt, got {tuple(target.shape)}.")
-    shape = tuple(target.shape)
-    for name, found, wanted in (
-        ("anchor_embeds", anchor, shape),
-        ("preserved_embeds", preserved, (len(preserved), *shape[1:])),
-        ("empty_embed", empty, (1, *shape[1:])),
-    ):
-        if tuple(found.shape) != wanted or found.dtype != target.dtype:
-            raise ValueError(
-                f"`{name}` must be {wanted} of {target.dtype}, got {tuple(found.shape)} of {found.dtype}."
-            )
-    if token_mask is not None and tuple(token_mask.shape) != shape[:2]:
-        raise ValueError(f"`token_mask` must be {shape[:2]}, got {tuple(token_mask.shape)}.")
-
-
-def _check_numbers(counts: dict[str, int], num_prompts: int, batch_size: int, empty_share: float) -> None:
-    for name, count in counts.items():
-        if count < 0:
-            raise ValueError(f"`num_{name}` must be at least 0, got {count}.")
-    if not any(counts.values()):
-        raise ValueError("`num_target` or `num_preserved` must be above 0, got 0 of both.")
-    if counts["preserved"] and not num_prompts:
-        raise ValueError(
-            f"`preserved_embeds` must hold a prompt for {counts['preserved']} runs, got none. Set "
-            "`num_preserved` to 0 to do without."
-        )
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if not 0 <= empty_share <= 1:
-        raise ValueError(f"`empty_share` must be in [0, 1], got {empty_share}.")
-
-
-def _points_of(points_per_trajectory: int | None, num_steps: int) -> int | None:
-    """How many points a run of so many steps gives."""
-    if points_per_trajectory is None:
-        return None
-    if points_per_trajectory < 1:
-        raise ValueError(f"`points_per_trajectory` must be at least 1, got {points_per_trajectory}. `None` keeps all.")
-    if points_per_trajectory > num_steps:
-        logger.info(
-            "All %d points of every run are kept: `points_per_trajectory` is %d.", num_steps, points_per_trajectory
-        )
-    return min(points_per_trajectory, num_steps)

@@ -16,10 +16,20 @@ from diffusers_ext.core.seeds import check_diffusion_levels, stream_generator, s
 from diffusers_ext.eraser.adapter.outputs import frozen_teacher
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.concept_masks import concept_head_weights, weighted_attention_mask
+from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT, Row
 from diffusers_ext.families.family import Velocity
 
 _NUM_RUNS, _MOST_STEPS = 8, 4  # for the heads
+
+
+class EraserText(NamedTuple):
+    """Embeddings of all prompts, each `(prompts, text, dim)`; the empty prompt's is `(text, dim)`."""
+
+    target: torch.Tensor
+    anchor: torch.Tensor
+    preserved: torch.Tensor
+    empty: torch.Tensor
 
 
 class AttentionRequest(NamedTuple):
@@ -229,7 +239,6 @@ def _from_noise(
     prompt_embeds: torch.Tensor,
     empty_embed: torch.Tensor,
     generators: list[torch.Generator],
-    *,
     latent_shape: Sequence[int],
     **options: Any,
 ) -> Iterator[TrajectoryPoint]:
@@ -243,29 +252,24 @@ def _from_noise(
 def calibrate_heads(
     velocity: Velocity,
     scheduler: SchedulerMixin,
-    target_embeds: torch.Tensor,
-    anchor_embeds: torch.Tensor,
-    empty_embed: torch.Tensor,
+    text: EraserText,
     token_mask: torch.Tensor,
-    *,
+    recipe: EraserTraining,
     latent_shape: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-    seed: int = 0,
+    *,
     show_progress: bool = True,
 ) -> torch.Tensor:
-    """`concept_head_weights` at all points of a few short runs, of prompts that name the concept.
+    """`concept_head_weights` at all points of a few runs of at most 4 steps, of prompts that name the concept.
 
-    Everything is drawn from `seed`, and clips go through the model one by one, so that the weights, `(layers, heads)`
-    float32 on the CPU, are the same whatever the batch of what they are used for. Arguments are as in
-    `collect_teacher_samples`; a run has at most 4 of the `num_inference_steps`.
+    Everything is drawn from the recipe's seed, and clips go through the model one by one, so that the weights,
+    `(layers, heads)` float32 on the CPU, are the same whatever the batch of what they are used for.
     """
     named = token_mask.any(dim=1).nonzero().flatten().tolist()
     if not named:
         raise ValueError("`token_mask` must mark the concept in some prompt, got none that has it.")
-    device, steps = velocity.model.device, min(num_inference_steps, _MOST_STEPS)
+    device, steps = velocity.model.device, min(recipe.num_inference_steps, _MOST_STEPS)
     num_steps = count_steps(scheduler, steps)
-    options = {"points_per_trajectory": None, "empty_share": 0.0, "seed": seed}
+    options = {"points_per_trajectory": None, "empty_share": 0.0, "seed": recipe.seed}
     plans = plan_trajectories("heads", _NUM_RUNS, len(named), num_steps, **options)
     x_t, t, prompts = [], [], []
     for plan in tqdm(plans, desc="runs for the heads", disable=not show_progress):
@@ -273,18 +277,18 @@ def calibrate_heads(
         points = _from_noise(
             velocity,
             scheduler,
-            target_embeds[[prompt]].to(device),
-            empty_embed,
+            text.target[[prompt]].to(device),
+            text.empty,
             [generator],
-            latent_shape=latent_shape,
+            latent_shape,
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            guidance_scale=recipe.sampling_guidance_scale,
         )
         for point in points:
             x_t.append(point.x_t)
             t.append(point.t)
             prompts.append(prompt)
-    texts = (embeds[prompts].to(device) for embeds in (target_embeds, anchor_embeds))
+    texts = (embeds[prompts].to(device) for embeds in (text.target, text.anchor))
     states = (torch.cat(x_t), torch.cat(t), *texts, token_mask.cpu()[prompts])
     with frozen_teacher(velocity.model):
         return concept_head_weights(velocity, *states, batch_size=1).cpu()
@@ -302,23 +306,18 @@ class SamplePart(NamedTuple):
 
 
 class TeacherRuns:
-    """Makes batches of runs.
-
-    `empty_embed` `(text, dim)` is the negative prompt of the guidance; `sampling` has the `latent_shape`,
-    `num_inference_steps` and `guidance_scale` of all runs.
-    """
+    """Makes batches of runs, guided away from the empty prompt, as the recipe says."""
 
     def __init__(
         self,
         velocity: Velocity,
         scheduler: SchedulerMixin,
         empty_embed: torch.Tensor,
-        sampling: dict[str, Any],
-        mask_threshold: float | None,
+        recipe: EraserTraining,
+        latent_shape: Sequence[int],
     ) -> None:
-        self.velocity, self.scheduler = velocity, scheduler
-        self.sampling, self.mask_threshold = sampling, mask_threshold
-        self.device = velocity.model.device
+        self.velocity, self.scheduler, self.recipe = velocity, scheduler, recipe
+        self.latent_shape, self.device = latent_shape, velocity.model.device
         self.empty_embed = empty_embed.to(self.device)
 
     def make(self, part: SamplePart, plans: Sequence[TrajectoryPlan]) -> list[Row]:
@@ -337,7 +336,9 @@ class TeacherRuns:
             prompts,
             self.empty_embed,
             generators,
-            **self.sampling,
+            self.latent_shape,
+            num_inference_steps=self.recipe.num_inference_steps,
+            guidance_scale=self.recipe.sampling_guidance_scale,
             extra_prompt_embeds=extra,
             extra_at=other_at,
             attention=attention,
@@ -349,7 +350,7 @@ class TeacherRuns:
             if point.attention is not None:
                 grid = self.velocity.token_grid(point.x_t.shape)
                 found = (point.attention, point.velocity, others, attention.token_mask, grid, point.negative)
-                masks = weighted_attention_mask(*found, threshold=self.mask_threshold)
+                masks = weighted_attention_mask(*found, threshold=self.recipe.mask_threshold)
             for i in kept[step].nonzero().flatten().tolist():
                 row = {"x_t": point.x_t[i], "t": point.t[i], "prompt": torch.tensor(plans[i].prompt)}
                 if part.name == "target":
@@ -366,13 +367,13 @@ class TeacherRuns:
         self, part: str, plans: Sequence[TrajectoryPlan], others: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(steps, batch)` bool: points that are kept, and those where the other prompt has to be run."""
-        num_steps = count_steps(self.scheduler, self.sampling["num_inference_steps"])
+        num_steps = count_steps(self.scheduler, self.recipe.num_inference_steps)
         kept = torch.zeros(num_steps, len(plans), dtype=torch.bool)
         other_at = torch.zeros_like(kept)
         for i, plan in enumerate(plans):
             kept[list(plan.steps), i] = True
             # The guidance runs the empty prompt in any case.
-            if self.sampling["guidance_scale"] <= 1 or not torch.equal(others[i], self.empty_embed):
+            if self.recipe.sampling_guidance_scale <= 1 or not torch.equal(others[i], self.empty_embed):
                 needed = plan.empty if part == "preserved" else (True,) * len(plan.steps)
                 other_at[list(plan.steps), i] = torch.tensor(needed)
         return kept, other_at

@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.pictures import FoundFiles, is_hidden, read_picture, rgb_picture, why_no_picture
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
-from diffusers_ext.eraser.batch import EraserText, prompt_length
+from diffusers_ext.eraser.batch import prompt_length
 from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
+from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.families import find_family
 from diffusers_ext.families.family import Family, Velocity
 
@@ -255,19 +256,7 @@ def make_samples(
             raise ValueError("`video_dir` must be given for `latents_source` 'video', got None.")
         return VideoSource(pipeline, video_dir, size, seed=recipe.seed)
     return collect_teacher_samples(
-        size.velocity(pipeline),
-        pipeline.scheduler,
-        *text,
-        latent_shape=shape,
-        num_target=recipe.num_target_trajectories,
-        num_preserved=recipe.num_preserved_trajectories,
-        empty_share=recipe.empty_share,
-        points_per_trajectory=recipe.points_per_trajectory,
-        **recipe.sampling,
-        batch_size=recipe.sampling_batch_size,
-        token_mask=token_mask,
-        mask_threshold=recipe.mask_threshold,
-        **collection,
+        size.velocity(pipeline), pipeline.scheduler, text, recipe, shape, token_mask=token_mask, **collection
     )
 
 

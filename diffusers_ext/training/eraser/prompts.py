@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.eraser.batch import EraserText, encode_video_prompts, prompt_length
+from diffusers_ext.eraser.batch import encode_video_prompts, prompt_length
 from diffusers_ext.eraser.concepts import (
     Neighbour,
     anchor_distances,
@@ -24,6 +24,7 @@ from diffusers_ext.eraser.concepts import (
     replace_concept,
 )
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
+from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.nullspace.prompts import check_prompts, read_prompts_file, unique
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.run.base_model import load_text_pipeline
@@ -269,8 +270,8 @@ def rank_anchors(
         target_embeds,
         torch.stack(list(anchors.values())),
         empty_embed,
-        latent_shape=size.latent_shape(pipeline),
-        **recipe.sampling,
+        recipe,
+        size.latent_shape(pipeline),
     ).tolist()
     return dict(sorted(zip(anchors, distances, strict=True), key=lambda pair: pair[1]))
 

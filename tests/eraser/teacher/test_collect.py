@@ -232,26 +232,14 @@ def test_an_eraser_is_off_in_the_teacher_and_on_again_afterwards(teacher, sample
         assert not torch.allclose(velocity(*inputs), before, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_target": -1}, "`num_target` must be at least 0, got -1"),
-        ({"num_target": 0, "num_preserved": 0}, "must be above 0, got 0 of both"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"empty_share": 1.5}, r"`empty_share` must be in \[0, 1\], got 1.5"),
-        ({"points_per_trajectory": 0}, "`points_per_trajectory` must be at least 1, got 0"),
-        ({"process": (0, 2)}, "`directory` must be given where processes share"),
-        ({"token_mask": torch.zeros(2, 5, dtype=torch.bool)}, r"`token_mask` must be \(2, 12\)"),
-        ({"anchor_embeds": torch.zeros(1, 12, 16)}, r"`anchor_embeds` must be \(2, 12, 16\) of"),
-        ({"empty_embed": torch.zeros(12, 16).half()}, r"of torch.float32, got .* of torch.float16"),
-        ({"target_embeds": torch.zeros(0, 12, 16)}, "with a prompt, got"),
-        ({"preserved_embeds": torch.zeros(0, 12, 16)}, "must hold a prompt for 4 runs, got none"),
-    ],
-)
-def test_bad_input_is_refused(teacher, changes, message):
+def test_bad_input_is_refused(teacher):
     pipeline, velocity, texts = teacher
-    with pytest.raises(ValueError, match=message):
-        collect(velocity, pipeline, texts, **changes)
+    with pytest.raises(ValueError, match="`directory` must be given where processes share"):
+        collect(velocity, pipeline, texts, process=(0, 2))
+    with pytest.raises(ValueError, match="must hold a prompt for 4 runs, got none"):
+        collect(velocity, pipeline, texts._replace(preserved=torch.zeros(0, 12, 16)))
+    with pytest.raises(ValueError, match="`latents` must be .*, with one row of embeddings of one shape each"):
+        collect(velocity, pipeline, texts._replace(anchor=torch.zeros(2, 12, 8)))
 
 
 def test_velocities_that_are_not_finite_are_refused():

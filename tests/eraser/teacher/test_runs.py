@@ -13,13 +13,14 @@ from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.concept_masks import concept_head_weights
 from diffusers_ext.eraser.teacher.runs import (
     AttentionRequest,
+    EraserText,
     calibrate_heads,
     count_steps,
     plan_trajectories,
     teacher_trajectory,
 )
 from examples.moving_digits.prompts import PROMPT_LENGTH
-from tests.eraser.teacher_runs import SHAPE, SIZE, TARGET, CountedVelocity, tiny_teacher
+from tests.eraser.teacher_runs import SHAPE, SIZE, TARGET, CountedVelocity, make_recipe, tiny_teacher
 from tests.tiny_erasers import add_random_eraser
 
 
@@ -223,9 +224,9 @@ def test_runs_of_other_seeds_and_parts_share_no_noise():
 
 def calibrate(teacher, velocity, tokens, **changes):
     pipeline, _, texts = teacher
-    options = {"latent_shape": SHAPE, "num_inference_steps": 2, "guidance_scale": 3.0}
-    given = (texts.target, texts.anchor, texts.empty[0], tokens)
-    return calibrate_heads(velocity, pipeline.scheduler, *given, **options | changes, show_progress=False)
+    recipe = make_recipe(**{"num_inference_steps": 2, **changes})
+    text = EraserText(*texts[:3], texts.empty[0])
+    return calibrate_heads(velocity, pipeline.scheduler, text, tokens, recipe, SHAPE, show_progress=False)
 
 
 def second_prompt():
