@@ -278,8 +278,7 @@ def evaluate_erasure(
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: prompts, scales or erasers that are missing, clips that are not finite or all blank, or a judge
-            that does not say one thing per clip.
+        ValueError: prompts, scales or erasers are missing, or clips are not finite or all blank.
     """
     settings: dict[str, Any] = {
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,

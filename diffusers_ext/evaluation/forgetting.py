@@ -288,8 +288,7 @@ def evaluate_forgetting(
         sheet_prompts: prompts per group whose first two pairs the report keeps.
 
     Raises:
-        ValueError: no prompts, a prompt both preserved and held out, a figure without what it needs, pipelines that
-            cannot be compared, pictures that are not finite, or a judge that does not give one bool per picture.
+        ValueError: prompts are missing or in two groups, pipelines cannot be compared, or pictures are not finite.
     """
     groups = _check_groups(prompts, held_out_prompts, subject_prompts)
     check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)

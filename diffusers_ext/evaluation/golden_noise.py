@@ -310,9 +310,7 @@ def evaluate_golden_noise(
         images_dir: folder to write every picture to, `<side>/<row of the report>_seed_<seed>.png`.
 
     Raises:
-        ValueError: no prompts, no network, numbers out of range, pictures, noise or scores that are not finite, or a
-            network for other latents or text.
-        TypeError: a reward or `refine` of another kind.
+        ValueError: prompts or networks are missing or do not fit, or pictures, noise or scores are not finite.
     """
     check_counts(num_images_per_prompt=num_images_per_prompt, best_of=best_of, batch_size=batch_size)
     prompts, labelled = unique(check_prompts(prompts)), label_rewards(rewards)

@@ -183,9 +183,7 @@ class DetectorSettings(Settings, title="detector"):
 
     judge: str = required("clip, nudenet or module:attribute")
     concept_aspect: str | None = setting(None, "the judge's verdict about the erased concept")
-    judge_frames: int | None = setting(
-        None, "of a clip; 8 for clip, all for nudenet", rule=COUNT
-    )  # fmt: skip
+    judge_frames: int | None = setting(None, "of a clip; 8 for clip, all for nudenet", rule=COUNT)
     target_concept: str | None = setting(None, "of --judge clip, one of its classes")
     classes: list[str] | None = setting(None, "of --judge clip: words")
     class_template: str = setting("a photo of {}", "of --judge clip")
