@@ -47,6 +47,17 @@ def noises(model, tmp_path_factory):
     return write_noises(tmp_path_factory.mktemp("noises") / "set", 1 if model == "npnet" else 2)
 
 
+@pytest.fixture(scope="module")
+def run(model) -> dict:
+    """What one whole training and the killed ones have in common."""
+    return {**STATEFUL, **DROPOUT[model], "checkpointing_steps": 3, "checkpoints_total_limit": 2}
+
+
+@pytest.fixture(scope="module")
+def expected(model, noises, run, tmp_path_factory) -> dict:
+    return result_of(train(model, noises, tmp_path_factory.mktemp("whole") / "out", **run))
+
+
 def result_of(folder) -> dict:
     """All that a training leaves, without what differs between two runs of one command."""
     report = json.loads((folder / "training_report.json").read_text())
@@ -57,9 +68,7 @@ def result_of(folder) -> dict:
 
 
 @pytest.mark.parametrize("moment", ["between two steps", "the result is half written"])
-def test_killed_while(moment, model, noises, server, tmp_path):
-    run = {**STATEFUL, **DROPOUT[model], "checkpointing_steps": 3, "checkpoints_total_limit": 2}
-    expected = train(model, noises, tmp_path / "whole", **run)
+def test_killed_while(moment, model, noises, run, expected, server, tmp_path):
     killed, marker = tmp_path / "killed", tmp_path / "marker"
     half = moment == "the result is half written"
     patch = HALF_RESULT.format(marker=str(marker)) if half else ""
@@ -69,7 +78,7 @@ def test_killed_while(moment, model, noises, server, tmp_path):
     assert not (killed / "config.json").exists()
     resumed = train(model, noises, killed, **run, resume_from_checkpoint="latest")
     result = result_of(resumed)
-    assert result == result_of(expected)
+    assert result == expected
     assert [entry["step"] for entry in result["report"]["validation"]] == [2, 4, 6, 8]
     assert [folder.name for folder in list_checkpoints(killed)] == ["checkpoint-3", "checkpoint-6"]
 
