@@ -217,7 +217,6 @@ def _pairs_origin(made: Mapping[str, Any], label: str, reward: str | None) -> st
             "others are among the rejected."
         )
     return (
-        f"Re-denoised with {label} from {drawn} for each of {prompts} prompts: a step down with "
-        f"guidance {made['w1']:g} and up with guidance {made['w2']:g}, of {made['redenoise_steps']} "
-        f"steps. {kept}"
+        f"Re-denoised with {label} from {drawn} for each of {prompts} prompts: a step down with guidance "
+        f"{made['w1']:g} and up with guidance {made['w2']:g}, of {made['redenoise_steps']} steps. {kept}"
     )

@@ -96,9 +96,8 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         if noise_model is not None:
             if not isinstance(noise_model, GoldenNoiseNetwork):
                 raise TypeError(
-                    "`noise_model` must be a golden-noise network, got a "
-                    f"{type(noise_model).__name__}. Use `load_noise_model` for a folder or Hub "
-                    "name."
+                    f"`noise_model` must be a golden-noise network, got a {type(noise_model).__name__}. Use "
+                    "`load_noise_model` for a folder or Hub name."
                 )
             self._check_sizes(noise_model)
         self.register_modules(noise_model=noise_model)

@@ -321,9 +321,8 @@ def check_contents(paths: list[Path], model: Mapping[str, torch.Tensor], config:
         _check_floating(tensors, model, path)
         if metadata.get(CONFIG_KEY, _digest(config)) != _digest(config):
             raise ValueError(
-                f"{path} must stand beside the config that it was saved with, got another: the digest "
-                f"in its metadata does not fit. {REMEDY} Settings are changed by keywords of "
-                "`from_pretrained`, not in config.json."
+                f"{path} must stand beside the config that it was saved with, got another: the digest in its metadata "
+                f"does not fit. {REMEDY} Settings are changed by keywords of `from_pretrained`, not in config.json."
             )
 
 

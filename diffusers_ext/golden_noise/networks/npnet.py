@@ -223,9 +223,8 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
             )
         if prompt_embeds.shape[1] < config.text_length or len(prompt_embeds) != len(noise):
             raise ValueError(
-                f"`prompt_embeds` must hold {config.text_length} tokens or more for each of the "
-                f"{len(noise)} noises, got {tuple(prompt_embeds.shape)}. Encode the prompt padded to "
-                f"{config.text_length} tokens."
+                f"`prompt_embeds` must hold {config.text_length} tokens or more for each of the {len(noise)} noises, "
+                f"got {tuple(prompt_embeds.shape)}. Encode the prompt padded to {config.text_length} tokens."
             )
 
     def forward(self, noise: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
