@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,9 +184,7 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         sample_size: latent pixels a side at the size trained at; it sets the finest position wave.
     """
 
-    config_name = "config.json"
-
-    _counted: ClassVar[tuple[str, ...]] = ("num_layers",)
+    _counted = ("num_layers",)
 
     @register_to_config
     def __init__(

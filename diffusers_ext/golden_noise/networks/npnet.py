@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar
 
 import torch
 from diffusers import ModelMixin
@@ -131,7 +130,7 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         cross_attention: the Swin branch's output attends to the text-scaled noise.
     """
 
-    _counted: ClassVar[tuple[str, ...]] = ("swin_depths",)
+    _counted = ("swin_depths",)
 
     @register_to_config
     def __init__(

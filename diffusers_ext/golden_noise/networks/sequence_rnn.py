@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,9 +125,7 @@ class NoiseSequenceRNN(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         pooled_text: read pooled text embeddings `(batch, dim)` instead of one embedding a token.
     """
 
-    _counted: ClassVar[tuple[str, ...]] = (
-        "cnn_num_blocks", "gru_num_layers", "num_attention_layers", "num_text_layers",
-    )  # fmt: skip
+    _counted = ("cnn_num_blocks", "gru_num_layers", "num_attention_layers", "num_text_layers")
 
     @register_to_config
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -219,7 +219,7 @@ class NoiseSequenceTransformer(NoiseSequenceNetwork, ModelMixin, ConfigMixin):
         predict_residual: predict the change of a state instead of the next state.
     """
 
-    _counted: ClassVar[tuple[str, ...]] = ("num_encoder_layers", "num_decoder_layers")
+    _counted = ("num_encoder_layers", "num_decoder_layers")
 
     @register_to_config
     def __init__(
