@@ -19,6 +19,7 @@ STATEFUL = {
     "validation_steps": 2,
     "use_ema": True,
 }
+STOPPED = {"checkpointing_steps": 4, "use_ema": True}
 DROPOUT = {"npnet": {"svd_dropout": True, "nt_dropout": True}, "rnn": {"dropout": 0.2}}
 SCRIPTS = {"npnet": "train_npnet", "rnn": "train_noise_sequence"}
 HALF_RESULT = """
@@ -58,6 +59,12 @@ def expected(model, noises, run, tmp_path_factory) -> dict:
     return result_of(train(model, noises, tmp_path_factory.mktemp("whole") / "out", **run))
 
 
+@pytest.fixture(scope="module")
+def stopped(model, noises, tmp_path_factory):
+    """A run to go on with; those that are refused leave it as it is."""
+    return train(model, noises, tmp_path_factory.mktemp("stopped") / "out", **STOPPED)
+
+
 def result_of(folder) -> dict:
     """All that a training leaves, without what differs between two runs of one command."""
     report = json.loads((folder / "training_report.json").read_text())
@@ -91,13 +98,11 @@ def test_killed_while(moment, model, noises, run, expected, server, tmp_path):
         ({"max_train_steps": 2}, "`max_train_steps` must be at least the 4 steps"),
     ],
 )
-def test_another_run_is_refused_before_the_text_is_encoded(changed, message, model, noises, tmp_path, monkeypatch):
-    run = {"checkpointing_steps": 4, "use_ema": True}
-    train(model, noises, tmp_path / "out", **run)
+def test_another_run_is_refused_before_the_text_is_encoded(changed, message, model, noises, stopped, monkeypatch):
     monkeypatch.setattr("diffusers_ext.training.noise.load_text_pipeline", None)
-    arguments = {**run, "resume_from_checkpoint": "latest", **changed}
+    arguments = {**STOPPED, "resume_from_checkpoint": "latest", **changed}
     with pytest.raises(ValueError, match=message):
-        train(model, noises, tmp_path / "out", **arguments)
+        train(model, noises, stopped, **arguments)
 
 
 def test_another_structure_is_refused(model, noises, tmp_path):
