@@ -60,6 +60,7 @@ def test_null_dimensions_show_dimensions_and_their_share(tmp_path, statistics):
     figure = plot_null_dimensions(statistics, tmp_path / "null.png", energy=(0.0, 1e-2))
     (axes,) = figure.axes
     assert len(axes.patches) == 2 * 15
+    assert all(patch.get_height() == pytest.approx(0.4) for patch in axes.patches)  # two bars and a gap a row
     texts = [text.get_text() for text in axes.texts]
     labels = [tick.get_text() for tick in axes.get_yticklabels()]
     row = labels.index("text (14 Linears)")

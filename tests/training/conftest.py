@@ -66,7 +66,7 @@ def knowledge(tmp_path_factory) -> Path:
 def line_to(pictures, knowledge):
     """Command line of a short training into a folder; `None` takes an argument away."""
 
-    def line(output_dir: Path, **arguments) -> list[str]:
+    def line(output_dir: Path, /, **arguments) -> list[str]:
         usual = {
             "output_dir": output_dir,
             "instance_data_dir": pictures,
