@@ -1,0 +1,41 @@
+"""A concept in a prompt: where its words stand, and other words in their place."""
+
+from __future__ import annotations
+
+import re
+
+
+def concept_spans(prompt: str, concept: str) -> list[tuple[int, int]]:
+    """(start, end) of each occurrence of a concept as whole words, in any case and with blanks of any kind."""
+    words = concept.split()
+    if not words:
+        raise ValueError(f"`concept` must be a word or a few words, got {concept!r}.")
+    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
+    return [match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE)]
+
+
+def contains_concept(prompt: str, concept: str) -> bool:
+    """Whether a prompt names a concept as whole words, in any case."""
+    return bool(concept_spans(prompt, concept))
+
+
+def replace_concept(prompt: str, concept: str, replacement: str) -> str:
+    """The prompt with each occurrence of a concept replaced, and nothing else touched.
+
+    A capital letter that only the prompt gives the concept goes over to the replacement; articles stay as they are.
+    """
+    spans = concept_spans(prompt, concept)
+    if not spans:
+        raise ValueError(
+            f"`prompt` must contain {concept!r} as a whole word, got {prompt!r}. Write it in this "
+            "form into the prompt, or name the form that the prompt uses."
+        )
+    if not replacement.strip() or contains_concept(replacement, concept):
+        raise ValueError(f"`replacement` must be words without {concept!r} among them, got {replacement!r}.")
+    pieces, end = [], 0
+    for start, next_end in spans:
+        capital = prompt[start].isupper() and not concept.lstrip()[0].isupper()
+        text = replacement[0].upper() + replacement[1:] if capital else replacement
+        pieces += [prompt[end:start], text]
+        end = next_end
+    return "".join(pieces) + prompt[end:]

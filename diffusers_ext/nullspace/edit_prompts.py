@@ -1,0 +1,172 @@
+"""The prompts of an edit of knowledge, and which token of the one stands where which of the other does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.core.concept_words import concept_spans, contains_concept
+from diffusers_ext.families.registry import match_family
+from diffusers_ext.nullspace.prompts import check_prompts, sub_phrases, unique
+
+TEMPLATES = ("{}", "a {}", "the {}", "a photo of a {}", "a picture of a {}", "a drawing of a {}", "an image of the {}")
+Weights = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ConceptEdit:
+    """One concept, and what the model is to read in its place.
+
+    Args:
+        target: the concept, as it stands in prompts.
+        anchor: the words in its place; `""` makes the whole prompt empty; `{words: weight}` reads as their weighted
+            mixture, with weights that sum to 1. It may hold the target ("seven" as "green seven").
+        prompts: prompts with the target. When given, they are all that is edited; otherwise `TEMPLATES`, and the
+            preserved prompts that name the target with their sub-phrases.
+    """
+
+    target: str
+    anchor: str | Weights
+    prompts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.target.strip():
+            raise ValueError(f"`target` must be a word or a few words, got {self.target!r}.")
+        if abs(sum(self.weights.values()) - 1) > 1e-6:
+            raise ValueError(f"`anchor` must have weights that sum to 1, got {dict(self.weights)}.")
+        for anchor in self.weights:
+            if anchor.split() == self.target.split():
+                raise ValueError(f"`anchor` must differ from `target`, got {anchor!r} for both.")
+        for prompt in self.prompts:
+            if not contains_concept(prompt, self.target):
+                raise ValueError(f"`prompts` must name the target {self.target!r}, got {prompt!r}.")
+
+    @property
+    def weights(self) -> Weights:
+        """`{words: weight}` of what takes the place of the target."""
+        return {self.anchor: 1.0} if isinstance(self.anchor, str) else self.anchor
+
+
+@dataclass(frozen=True)
+class EditPrompts:
+    """The prompts of one edit: `targets[i]` is to be read as `anchors[words][i]`, weighted."""
+
+    edit: ConceptEdit
+    targets: list[str]
+    anchors: dict[str, list[str]]
+
+
+def split_prompts(
+    edits: Sequence[ConceptEdit], preserve: Sequence[str], expand_sub_phrases: bool
+) -> tuple[list[EditPrompts], list[str]]:
+    """The prompts of every edit, and those that are preserved.
+
+    Preserved prompts that name the target of an edit without prompts of its own are edited, not preserved.
+
+    Raises:
+        ValueError: no prompt is left to preserve.
+    """
+    taken = {edit.target: [] for edit in edits if not edit.prompts}
+    kept = []
+    for prompt in check_prompts(preserve, "preserve"):
+        named = [target for target in taken if contains_concept(prompt, target)]
+        for target in named:
+            taken[target].append(prompt)
+        if not named:
+            kept.append(prompt)
+    own = {prompt for edit in edits for prompt in edit.prompts}
+    kept = [prompt for prompt in kept if prompt not in own]
+    if not kept:
+        raise ValueError("`preserve` must hold a prompt that names no target, got none: nothing would be preserved.")
+    made = []
+    for edit in edits:
+        found = list(edit.prompts)
+        if not found:
+            found = taken[edit.target]
+            if expand_sub_phrases:
+                found = [p for p in sub_phrases(found) if contains_concept(p, edit.target)]
+            found = unique([*found, *(template.format(edit.target) for template in TEMPLATES)])
+        made.append(
+            EditPrompts(
+                edit, found, {words: [_replaced(p, edit.target, words) for p in found] for words in edit.weights}
+            )
+        )
+    return made, unique(sub_phrases(kept) if expand_sub_phrases else kept)
+
+
+def _replaced(prompt: str, target: str, words: str) -> str:
+    if not words:
+        return ""
+    pieces, end = [], 0
+    for start, stop in concept_spans(prompt, target):
+        pieces += [prompt[end:start], words]
+        end = stop
+    return "".join(pieces) + prompt[end:]
+
+
+def aligned(target_ids: Sequence[int], anchor_ids: Sequence[int], length: int) -> torch.Tensor:
+    """Position in the anchor's prompt for each of the `length` positions of the target's.
+
+    What both prompts begin and end with stands where it stands; between, the last tokens go together, because a causal
+    encoder gathers a phrase in its last token, and surplus tokens of the target get the first of the anchor's. Padding
+    follows the end.
+
+    Args:
+        target_ids, anchor_ids: without padding.
+    """
+    shorter = min(len(target_ids), len(anchor_ids))
+    prefix = next((i for i in range(shorter) if target_ids[i] != anchor_ids[i]), shorter)
+    most = shorter - prefix
+    suffix = next((i for i in range(most) if target_ids[-1 - i] != anchor_ids[-1 - i]), most)
+    positions = torch.arange(length)
+    shift = len(anchor_ids) - len(target_ids)
+    inside = (positions >= prefix) & (positions < len(target_ids) - suffix)
+    moved = positions + shift
+    moved[inside] = moved[inside].clamp_min(min(prefix, len(anchor_ids) - 1))
+    moved[positions < prefix] = positions[positions < prefix]
+    return moved.clamp(0, length - 1)
+
+
+def token_alignment(
+    pipeline: DiffusionPipeline, targets: Sequence[str], anchors: Sequence[str], length: int
+) -> torch.Tensor:
+    """`aligned` for pairs of prompts over all tokens of a text, `(prompts, length)`.
+
+    The tokens of several encoders may follow each other, as the family says.
+
+    Raises:
+        ValueError: prompts of different lengths, in a text whose tokens no tokenizer of the pipeline tells.
+    """
+    if length == 1:  # pooled
+        return torch.zeros(len(targets), 1, dtype=torch.long)
+    tokenizers = _tokenizers(pipeline)
+    pairs = [[(_ids(t, a), _ids(t, b)) for a, b in zip(targets, anchors)] for t in tokenizers]
+    if all(len(a) == len(b) for pair in pairs for a, b in pair):
+        return torch.arange(length).expand(len(targets), length)
+    lengths = [min(tokenizer.model_max_length, length) for tokenizer in tokenizers[:-1]]
+    lengths.append(length - sum(lengths))
+    if lengths[-1] < max(len(ids) for pair in pairs[-1] for ids in pair):
+        raise ValueError(
+            f"`anchor` must have as many tokens as `target` for {type(pipeline).__name__}, whose text of {length} "
+            f"tokens is not that of its tokenizers, got {anchors[0]!r} for {targets[0]!r}."
+        )
+    rows, first = [], 0
+    for pair, part in zip(pairs, lengths):
+        rows.append(torch.stack([aligned(a, b, part) for a, b in pair]) + first)
+        first += part
+    return torch.cat(rows, dim=1)
+
+
+def _tokenizers(pipeline: DiffusionPipeline) -> list[Any]:
+    """Of the encoders whose tokens the denoiser reads, in order."""
+    family = match_family(pipeline)
+    encoders = ("text_encoder",) if family is None else family.token_encoders
+    return [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in encoders]
+
+
+def _ids(tokenizer: Any, prompt: str) -> list[int]:
+    return tokenizer(prompt, truncation=True).input_ids

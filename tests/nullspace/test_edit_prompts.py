@@ -1,0 +1,73 @@
+"""Prompts of an edit, and the places of their tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_ext.nullspace.edit_prompts import TEMPLATES, ConceptEdit, aligned, split_prompts, token_alignment
+from tests.tiny_image_pipelines import tiny_sd3_pipeline
+
+
+def test_preserved_prompts_that_name_the_target_are_edited():
+    edits, preserved = split_prompts([ConceptEdit("three", "nine")], ["a red three", "a red nine"], True)
+    assert edits[0].targets[:3] == ["a red three", "red three", "a three"]
+    assert edits[0].anchors["nine"][:3] == ["a red nine", "red nine", "a nine"]
+    assert edits[0].targets[3:] == [t.format("three") for t in TEMPLATES if t != "a {}"]
+    assert preserved == ["a red nine", "red nine", "a nine", "a red"]
+
+
+def test_own_prompts_leave_the_others_preserved():
+    edit = ConceptEdit("seven", "green seven", prompts=["the digit seven"])
+    edits, preserved = split_prompts([edit], ["a red seven", "the digit seven"], False)
+    assert (edits[0].targets, edits[0].anchors) == (["the digit seven"], {"green seven": ["the digit green seven"]})
+    assert preserved == ["a red seven"]
+
+
+def test_an_empty_anchor_empties_the_prompt():
+    (edit,), _ = split_prompts([ConceptEdit("three", "", prompts=["a red three"])], ["a nine"], True)
+    assert edit.anchors == {"": [""]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((" ", "nine"), "`target` must be a word"),
+        (("three", "three"), "`anchor` must differ from `target`"),
+        (("three", {"nine": 0.5, "one": 0.6}), "`anchor` must have weights that sum to 1"),
+        (("three", "nine", ["a red one"]), "`prompts` must name the target 'three'"),
+    ],
+)
+def test_edits_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ConceptEdit(*arguments)
+
+
+def test_nothing_left_to_preserve_is_refused():
+    with pytest.raises(ValueError, match="`preserve` must hold a prompt that names no target"):
+        split_prompts([ConceptEdit("three", "nine")], ["a red three"], True)
+
+
+@pytest.mark.parametrize(
+    ("target", "anchor", "places"),
+    [
+        ([0, 5, 7, 9], [0, 5, 8, 9], [0, 1, 2, 3, 4, 5]),
+        ([0, 7, 9], [0, 4, 8, 9], [0, 2, 3, 4, 5, 5]),  # the phrase's last token, then its end and padding
+        ([0, 4, 7, 9], [0, 8, 9], [0, 1, 1, 2, 3, 4]),
+        ([0, 7, 9], [0, 9], [0, 1, 1, 2, 3, 4]),
+    ],
+)
+def test_tokens_between_common_ends_are_aligned_by_the_last(target, anchor, places):
+    assert aligned(target, anchor, 6).tolist() == places
+
+
+def test_encoders_whose_tokens_follow_each_other_are_aligned_one_by_one():
+    pipeline = tiny_sd3_pipeline()
+    places = token_alignment(pipeline, ["a red three"], ["a red blue nine"], 16 + 256)
+    assert places[0, :6].tolist() == [0, 1, 2, 4, 5, 6]
+    first = len(pipeline.tokenizer_3("a red three").input_ids) - 2
+    assert places[0, 16 + first] == 16 + first + 1
+
+
+def test_pooled_text_has_one_place():
+    assert torch.equal(token_alignment(tiny_sd3_pipeline(), ["a three"], ["a red nine"], 1), torch.zeros(1, 1).long())

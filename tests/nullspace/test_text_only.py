@@ -1,0 +1,72 @@
+"""Linears that read text alone, found in real classes of every kind of text entry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_ext.core.pipelines import denoiser_of
+from diffusers_ext.nullspace.text_only import denoiser_arguments, digest, text_only_linears
+from tests.tiny_digits import random_digits_pipeline
+from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
+from tests.tiny_pipelines import sdxl_pipeline
+
+PROMPTS = ("a red three", "a blue nine")
+
+
+@pytest.mark.parametrize("build", [random_digits_pipeline, sdxl_pipeline])
+def test_keys_and_values_of_a_unet_read_the_token_embeddings(build):
+    pipeline = build()
+    names = [name for name, _ in pipeline.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    found = text_only_linears(pipeline, prompts=PROMPTS)
+    # The pooled text of SDXL enters together with the picture's size.
+    assert sorted(found) == sorted(names)
+    assert set(found.values()) == {"text"}
+
+
+@pytest.mark.parametrize("build", [tiny_sd3_pipeline, tiny_flux_pipeline])
+def test_joint_transformers_read_text_alone_before_their_blocks(build):
+    embedder = "time_text_embed.text_embedder"
+    assert text_only_linears(build(), prompts=PROMPTS) == {
+        "context_embedder": "text",
+        f"{embedder}.linear_1": "pooled_projections",
+        f"{embedder}.linear_2": f"{embedder}.linear_2",
+    }
+
+
+def test_what_text_only_layers_give_is_text_as_well():
+    found = text_only_linears(tiny_hunyuan_dit_pipeline(), prompts=PROMPTS)
+    keys = {name for name in found if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert len(keys) == 8
+    assert {found[name] for name in keys} == {"blocks.0.attn2.to_k"}
+    assert found["text_embedder.linear_1"] == "encoder_hidden_states_t5"
+
+
+def test_probing_leaves_the_pipeline_as_it_was():
+    pipeline = random_digits_pipeline()
+    scheduler, state = pipeline.scheduler, {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    text_only_linears(pipeline, prompts=PROMPTS)
+    assert pipeline.scheduler is scheduler
+    assert all(torch.equal(state[name], value) for name, value in pipeline.unet.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in pipeline.unet.modules())
+
+
+def test_the_arguments_of_the_denoiser_are_those_of_its_pipeline():
+    pipeline = random_digits_pipeline()
+    handed = denoiser_arguments(pipeline, ["a red three", "a blue nine"])
+    wanted = pipeline.encode_prompt(["a red three", "a blue nine"], "cpu", 1, False)[0]
+    assert torch.equal(handed["encoder_hidden_states"], wanted)
+    assert not denoiser_of(pipeline)._forward_pre_hooks
+
+
+@pytest.mark.parametrize("prompts", [("a red three",), ("a red three", "a red three")])
+def test_prompts_that_are_not_two_are_refused(prompts):
+    with pytest.raises(ValueError, match="`prompts` must be"):
+        text_only_linears(random_digits_pipeline(), prompts=prompts)
+
+
+def test_a_digest_tells_bits_and_dtypes_apart_but_no_shapes():
+    x = torch.tensor([0.0, 1.0])
+    assert len({digest(tensor) for tensor in (x, -x, x.half(), x.bfloat16())}) == 4
+    assert digest(x[None]) == digest(x)
+    assert digest(torch.zeros(2)) == digest(x[:1].expand(2))
