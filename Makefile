@@ -41,6 +41,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/forgetting_on_digits.py
 	$(BIN)/python benchmarks/debleeding_on_digits.py
+	$(BIN)/python benchmarks/editing_on_digits.py
 	$(BIN)/python benchmarks/cost_of_statistics.py
 	$(BIN)/python benchmarks/real_sizes.py
 	$(BIN)/python benchmarks/golden_noise_on_digits.py

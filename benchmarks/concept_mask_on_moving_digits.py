@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
+from diffusers_ext.core.concept_words import replace_concept
 from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.concept_masks import concept_head_weights, concept_mask
-from diffusers_ext.eraser.concepts import concept_token_mask, replace_concept
+from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from examples.moving_digits.check_model import load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels

@@ -14,7 +14,8 @@ _SOURCES = by_name(
         ),
         "diffusers_ext.eraser.concept_attention": "concept_attention",
         "diffusers_ext.eraser.concept_masks": ("concept_head_weights concept_mask normalize_attention velocity_mask"),
-        "diffusers_ext.eraser.concepts": ("concept_token_mask contains_concept replace_concept neighbouring_concepts"),
+        "diffusers_ext.core.concept_words": "contains_concept replace_concept",
+        "diffusers_ext.eraser.concepts": "concept_token_mask neighbouring_concepts",
         "diffusers_ext.eraser.files": "load_eraser convert_eraser save_eraser",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss T2VUnlearningLoss"

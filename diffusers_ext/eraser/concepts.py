@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffusers_ext.core.concept_words import concept_spans, contains_concept, replace_concept  # noqa: F401
+from diffusers_ext.core.concept_words import concept_spans
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.adapter.outputs import frozen_teacher

@@ -8,6 +8,8 @@ _SOURCES = by_name(
     {
         "diffusers_ext.nullspace.collect": "collect_statistics",
         "diffusers_ext.nullspace.directions": "NullSpaceDirections null_space_directions",
+        "diffusers_ext.nullspace.edit": "edit_concept",
+        "diffusers_ext.nullspace.edit_prompts": "ConceptEdit",
         "diffusers_ext.nullspace.lora": (
             "add_null_space_lora debleed_lora predicted_drift preservation_penalty preserved_energy save_lora"
         ),
@@ -15,6 +17,7 @@ _SOURCES = by_name(
         "diffusers_ext.nullspace.pipeline": "NullSpaceDreamBoothPipeline NullSpaceDreamBoothXLPipeline",
         "diffusers_ext.nullspace.projector": "NullSpaceProjector ProjectedUpdate",
         "diffusers_ext.nullspace.statistics": "FeatureStatistics",
+        "diffusers_ext.nullspace.text_only": "text_only_linears",
     }
 )
 __all__ = sorted(_SOURCES)

@@ -13,28 +13,42 @@ alone, so that one matrix serves all Linears that read the same tensor.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from diffusers_ext.core.capture import capture
+from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.pipelines import denoiser_of
-from diffusers_ext.core.restored_state import CallScope, quiet_run
+from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.nullspace.edit_prompts import ConceptEdit, EditPrompts, split_prompts, token_alignment
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
+from diffusers_ext.nullspace.edit_prompts import (
+    ConceptEdit,
+    EditPrompts,
+    replaced,
+    split_prompts,
+    stand_ins,
+    token_alignment,
+)
+from diffusers_ext.nullspace.lora_files import KOHYA_NAME, export_lora
+from diffusers_ext.nullspace.lora_formats import has_kohya_names
 from diffusers_ext.nullspace.projector import null_dimensions
-from diffusers_ext.nullspace.statistics import TEXT
-from diffusers_ext.nullspace.text_only import TOKENS, denoiser_arguments, smallest_call, text_only_linears
+from diffusers_ext.nullspace.text_only import TextReader, text_only_linears
 
 logger = logging.getLogger(__name__)
 StateDict = dict[str, torch.Tensor]
+REPORT_NAME = "edit_report.json"
 _MOST_MOVED = 5
 # Of a token's energy: two prompts nearer than this are one to the model.
 _SAME = 1e-10
@@ -85,42 +99,6 @@ def low_rank(matrix: torch.Tensor, c1: torch.Tensor, kept: float) -> tuple[torch
     return left, left.T @ matrix, shares[rank - 1].item()
 
 
-class TextReader:
-    """What the text-only Linears of a pipeline read for prompts.
-
-    Args:
-        sources: as of `text_only_linears`.
-        call_arguments: for the pipeline's call.
-    """
-
-    def __init__(self, pipeline: DiffusionPipeline, sources: Mapping[str, str], batch_size: int, call_arguments: Any):
-        self.pipeline, self.batch_size, self.call_arguments = pipeline, batch_size, call_arguments
-        self.readers = {source: name for name, source in reversed(sources.items())}
-        self.handed = {source for source in self.readers if source not in sources}
-
-    def batches(self, prompts: Sequence[str], wanted: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """`{source: (batch, tokens, width)}` float64, batch by batch; pooled text has one token."""
-        for start in range(0, len(prompts), self.batch_size):
-            found = self._read(list(prompts[start : start + self.batch_size]), wanted)
-            yield {name: (x[:, None] if x.ndim == 2 else x).double() for name, x in found.items()}
-
-    def all(self, prompts: Sequence[str], source: str) -> torch.Tensor:
-        """`(prompts, tokens, width)` float64."""
-        return torch.cat([found[source] for found in self.batches(prompts, [source])])
-
-    def _read(self, prompts: list[str], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
-        if self.handed.issuperset(wanted):
-            handed = denoiser_arguments(self.pipeline, prompts, **self.call_arguments)
-            return {source: handed[TOKENS if source == TEXT else source] for source in wanted}
-        found: dict[str, torch.Tensor] = {}
-        denoiser = denoiser_of(self.pipeline)
-        targets = {source: denoiser.get_submodule(self.readers[source]) for source in wanted}
-        generators = [torch.Generator().manual_seed(0) for _ in prompts]
-        with quiet_run(self.pipeline), capture(denoiser, targets, found.__setitem__):
-            self.pipeline(prompt=prompts, generator=generators, **smallest_call(self.pipeline, self.call_arguments))
-        return found
-
-
 @dataclass(frozen=True)
 class EditReport:
     """What an edit will do, computed from the text and the weights alone.
@@ -148,11 +126,37 @@ class EditedConcepts:
     report: EditReport
     edits: tuple[ConceptEdit, ...]
 
+    @property
+    def told(self) -> dict[str, str]:
+        """What is edited, in words: target to anchor."""
+        return {
+            edit.target: " + ".join(f"{weight:g} {words}" for words, weight in edit.weights.items())
+            if len(edit.weights) > 1
+            else next(iter(edit.weights))
+            for edit in self.edits
+        }
+
+    def save(self, output_dir: str | os.PathLike, *, base_model: str = "") -> Path:
+        """Write the LoRA for diffusers, for ComfyUI, A1111 and kohya where it is a UNet's, and the report.
+
+        Returns:
+            The folder with `pytorch_lora_weights.safetensors`, `comfyui_a1111_kohya.safetensors`, `edit_report.json`.
+        """
+        folder = Path(output_dir)
+        title = ", ".join(f"{target} -> {anchor or 'nothing'}" for target, anchor in self.told.items())
+        metadata = {"modelspec.title": title, **({"ss_sd_model_name": base_model} if base_model else {})}
+        export_lora(self.lora, "diffusers", folder / LORA_WEIGHT_NAME, metadata=metadata)
+        if has_kohya_names(self.lora):
+            export_lora(self.lora, "kohya", folder / KOHYA_NAME, metadata=metadata)
+        report = {"edits": self.told, **dataclasses.asdict(self.report)}
+        write_atomically(folder / REPORT_NAME, json.dumps(report, indent=2) + "\n")
+        return folder
+
 
 @torch.no_grad()
 def edit_concept(
     pipeline: DiffusionPipeline,
-    edits: Mapping[str, str | Mapping[str, float]] | Sequence[ConceptEdit],
+    edits: Mapping[str, str | Mapping[str, float] | None] | Sequence[ConceptEdit],
     preserve: Sequence[str],
     *,
     negative_prompt: str = "",
@@ -171,7 +175,7 @@ def edit_concept(
 
     Args:
         pipeline: of any family whose denoiser has Linears that read text alone (`text_only_linears`).
-        edits: `{target: anchor}`, or `ConceptEdit`s.
+        edits: `{target: anchor}`, or `ConceptEdit`s; an anchor of `None` is found (`nearest_anchor`).
         preserve: prompts to keep. The empty prompt and `negative_prompt` weigh as much as all of them, because
             guidance reads them in every picture. Those that name a target are edited (see `ConceptEdit`).
         preserve_weight, eps, hard: see `edit_matrix`.
@@ -194,9 +198,16 @@ def edit_concept(
     denoiser = denoiser_of(pipeline)
     if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
         raise ValueError("`pipeline` must carry no LoRA while it is edited, got one. Fuse or unload it first.")
-    prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
     sources = text_only_linears(pipeline, **call_arguments)
     reader = TextReader(pipeline, sources, batch_size, call_arguments)
+    prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
+    edits = [
+        e
+        if e.anchor is not None
+        else dataclasses.replace(e, anchor=nearest_anchor(reader, e.target, p.targets, preserve))
+        for e, p in zip(edits, prompts)
+    ]
+    prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
     prefix = next(name for name, module in pipeline.components.items() if module is denoiser)
     lora: StateDict = {}
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -204,7 +215,7 @@ def edit_concept(
     whole = [prompt for prompt in preserve if prompt in set(preserved)]  # without their sub-phrases
     moved = torch.zeros(2, len(whole), dtype=torch.float64)
     for source in dict.fromkeys(sources.values()):
-        d_c, c1, c2 = _target_moments(pipeline, denoiser, reader, prompts, source, updates)
+        d_c, c1, c2 = _target_moments(denoiser, reader, prompts, source, updates)
         c0 = _preserved_moment(reader, preserved, negative_prompt, source)
         matrix = edit_matrix(d_c, c1, c0, preserve_weight=preserve_weight, eps=eps, hard=hard)
         left, a, share = low_rank(matrix, c1, kept)
@@ -225,8 +236,41 @@ def edit_concept(
     return EditedConcepts(lora, report, tuple(edits))
 
 
+def nearest_anchor(reader: TextReader, target: str, prompts: Sequence[str], preserve: Sequence[str]) -> str:
+    """The concept of the preserved prompts that the model reads most like the target.
+
+    It is the one of `stand_ins` with the least `E|W (k2 - k1)|^2`, over the Linears that read the tokens as they come.
+
+    Raises:
+        ValueError: no preserved prompt differs from one that names the target in its words alone.
+    """
+    candidates = stand_ins(target, preserve)
+    if not candidates:
+        raise ValueError(
+            f"`anchor` must be given for {target!r}, got None, and no preserved prompt has other words in its place."
+        )
+    denoiser = denoiser_of(reader.pipeline)
+    source = next(iter(reader.readers))
+    weight = read_weight(denoiser.get_submodule(reader.readers[source]))
+    prompts = list(prompts)[: reader.batch_size]
+    k1 = reader.all(prompts, source)
+    distances = {}
+    for words in candidates:
+        k2 = _in_places(reader, prompts, replaced(prompts, target, words), source)
+        distances[words] = ((k2 - k1) @ weight.T).square().mean().item()
+    chosen = min(distances, key=distances.get)
+    logger.info("Anchor of %r: %r, of %d concepts.", target, chosen, len(candidates))
+    return chosen
+
+
+def _in_places(reader: TextReader, targets: Sequence[str], anchors: Sequence[str], source: str) -> torch.Tensor:
+    """What is read for the anchors' prompts, each token in the place of the target's that it stands for."""
+    read = reader.all(anchors, source)
+    places = token_alignment(reader.pipeline, targets, anchors, read.shape[1]).to(read.device)
+    return read.gather(1, places[..., None].expand(-1, -1, read.shape[-1]))
+
+
 def _target_moments(
-    pipeline: DiffusionPipeline,
     denoiser: torch.nn.Module,
     reader: TextReader,
     edits: Sequence[EditPrompts],
@@ -243,9 +287,7 @@ def _target_moments(
             k1 = reader.all(edit.targets, source)
         k2 = torch.zeros_like(k1)
         for words, weight in edit.edit.weights.items():
-            read = reader.all(edit.anchors[words], source)
-            places = token_alignment(pipeline, edit.targets, edit.anchors[words], read.shape[1]).to(read.device)
-            k2 += weight * read.gather(1, places[..., None].expand(-1, -1, read.shape[-1]))
+            k2 += weight * _in_places(reader, edit.targets, edit.anchors[words], source)
         change, rows = (k2 - k1).flatten(0, 1), k1.flatten(0, 1)
         if change.square().sum() <= _SAME * rows.square().sum() and not updates:
             raise ValueError(

@@ -23,20 +23,21 @@ class ConceptEdit:
 
     Args:
         target: the concept, as it stands in prompts.
-        anchor: the words in its place; `""` makes the whole prompt empty; `{words: weight}` reads as their weighted
+        anchor: the words in its place; `None` for those that preserved prompts have in its place and the model reads
+            most alike; `""` makes the whole prompt empty; `{words: weight}` reads as their weighted
             mixture, with weights that sum to 1. It may hold the target ("seven" as "green seven").
         prompts: prompts with the target. When given, they are all that is edited; otherwise `TEMPLATES`, and the
             preserved prompts that name the target with their sub-phrases.
     """
 
     target: str
-    anchor: str | Weights
+    anchor: str | Weights | None = None
     prompts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.target.strip():
             raise ValueError(f"`target` must be a word or a few words, got {self.target!r}.")
-        if abs(sum(self.weights.values()) - 1) > 1e-6:
+        if self.anchor is not None and abs(sum(self.weights.values()) - 1) > 1e-6:
             raise ValueError(f"`anchor` must have weights that sum to 1, got {dict(self.weights)}.")
         for anchor in self.weights:
             if anchor.split() == self.target.split():
@@ -47,7 +48,9 @@ class ConceptEdit:
 
     @property
     def weights(self) -> Weights:
-        """`{words: weight}` of what takes the place of the target."""
+        """`{words: weight}` of what takes the place of the target; empty while that is to be found."""
+        if self.anchor is None:
+            return {}
         return {self.anchor: 1.0} if isinstance(self.anchor, str) else self.anchor
 
 
@@ -58,6 +61,23 @@ class EditPrompts:
     edit: ConceptEdit
     targets: list[str]
     anchors: dict[str, list[str]]
+
+
+def stand_ins(target: str, preserve: Sequence[str]) -> list[str]:
+    """What stands in preserved prompts where others name the target, e.g. "nine" in "a red nine" for "a red three"."""
+    found = []
+    for prompt in preserve:
+        for start, end in concept_spans(prompt, target):
+            before, after = prompt[:start], prompt[end:]
+            for other in preserve:
+                words = other[len(before) : len(other) - len(after)]
+                if (
+                    other == before + words + after
+                    and words.strip() == words != ""
+                    and not contains_concept(words, target)
+                ):
+                    found.append(words)
+    return unique(found)
 
 
 def split_prompts(
@@ -90,22 +110,20 @@ def split_prompts(
             if expand_sub_phrases:
                 found = [p for p in sub_phrases(found) if contains_concept(p, edit.target)]
             found = unique([*found, *(template.format(edit.target) for template in TEMPLATES)])
-        made.append(
-            EditPrompts(
-                edit, found, {words: [_replaced(p, edit.target, words) for p in found] for words in edit.weights}
-            )
-        )
+        made.append(EditPrompts(edit, found, {w: replaced(found, edit.target, w) for w in edit.weights}))
     return made, unique(sub_phrases(kept) if expand_sub_phrases else kept)
 
 
-def _replaced(prompt: str, target: str, words: str) -> str:
-    if not words:
-        return ""
-    pieces, end = [], 0
-    for start, stop in concept_spans(prompt, target):
-        pieces += [prompt[end:start], words]
-        end = stop
-    return "".join(pieces) + prompt[end:]
+def replaced(prompts: Sequence[str], target: str, words: str) -> list[str]:
+    """The prompts with other words for the target; empty prompts for none."""
+    result = []
+    for prompt in prompts:
+        pieces, end = [], 0
+        for start, stop in concept_spans(prompt, target):
+            pieces += [prompt[end:start], words]
+            end = stop
+        result.append("".join(pieces) + prompt[end:] if words else "")
+    return result
 
 
 def aligned(target_ids: Sequence[int], anchor_ids: Sequence[int], length: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,6 +125,42 @@ def denoiser_arguments(
     finally:
         hook.remove()
     return handed
+
+
+class TextReader:
+    """What the text-only Linears of a pipeline read for prompts.
+
+    Args:
+        sources: as of `text_only_linears`.
+        call_arguments: for the pipeline's call.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, sources: Mapping[str, str], batch_size: int, call_arguments: Any):
+        self.pipeline, self.batch_size, self.call_arguments = pipeline, batch_size, call_arguments
+        self.readers = {source: name for name, source in reversed(sources.items())}
+        self.handed = {source for source in self.readers if source not in sources}
+
+    def batches(self, prompts: Sequence[str], wanted: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """`{source: (batch, tokens, width)}` float64, batch by batch; pooled text has one token."""
+        for start in range(0, len(prompts), self.batch_size):
+            found = self._read(list(prompts[start : start + self.batch_size]), wanted)
+            yield {name: (x[:, None] if x.ndim == 2 else x).double() for name, x in found.items()}
+
+    def all(self, prompts: Sequence[str], source: str) -> torch.Tensor:
+        """`(prompts, tokens, width)` float64."""
+        return torch.cat([found[source] for found in self.batches(prompts, [source])])
+
+    def _read(self, prompts: list[str], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+        if self.handed.issuperset(wanted):
+            handed = denoiser_arguments(self.pipeline, prompts, **self.call_arguments)
+            return {source: handed[TOKENS if source == TEXT else source] for source in wanted}
+        found: dict[str, torch.Tensor] = {}
+        denoiser = denoiser_of(self.pipeline)
+        targets = {source: denoiser.get_submodule(self.readers[source]) for source in wanted}
+        generators = [torch.Generator().manual_seed(0) for _ in prompts]
+        with quiet_run(self.pipeline), capture(denoiser, targets, found.__setitem__):
+            self.pipeline(prompt=prompts, generator=generators, **smallest_call(self.pipeline, self.call_arguments))
+        return found
 
 
 def digest(tensor: torch.Tensor) -> str:

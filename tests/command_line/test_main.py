@@ -53,7 +53,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 def test_the_commands_are_those_that_the_project_promises():
     assert {command.name.split()[0] for command in COMMANDS} == {
-        "plan", "collect", "debleed", "evaluate", "convert", "push",
+        "plan", "collect", "debleed", "edit", "evaluate", "convert", "push",
     }  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def test_version(run):
         (["convert"], "required: WHAT"),
         (["collect"], "the following arguments are required: .*--output_dir"),
         (["plan", "eraser", "--pretrained", "x"], "required: --pretrained_model_name_or_path"),
-        (["debleed", "x", "--statistics", "y", "--output_path", "z", "--rank", "1",
+        (["debleed", "edit", "x", "--statistics", "y", "--output_path", "z", "--rank", "1",
           "--energy", "0.1"], "--energy: not allowed with argument --rank"),
     ],
 )  # fmt: skip

@@ -12,12 +12,9 @@ from diffusers_ext.eraser.concepts import (
     base_forms,
     centred_cosines,
     check_concept,
-    concept_spans,
     concept_token_mask,
     concrete_words,
-    contains_concept,
     neighbouring_concepts,
-    replace_concept,
     share_a_word,
     word_embeddings,
 )
@@ -37,52 +34,6 @@ def marked(prompt: str, concept: str, length: int = PROMPT_LENGTH) -> list[str]:
     mask = concept_token_mask(TOKENIZER, [prompt], concept, length)[0]
     ids = TOKENIZER(prompt, padding="max_length", max_length=length, truncation=True).input_ids
     return [token for token, on in zip(TOKENIZER.convert_ids_to_tokens(ids), mask) if on]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "concept", "found"),
-    [
-        ("a red seven", "seven", ["seven"]),
-        ("Seven. (SEVEN) seven's", "seven", ["Seven", "SEVEN", "seven"]),
-        ("a panda  Bear runs", " panda bear ", ["panda  Bear"]),
-        ("a scarf, a carpet, cars and a car", "car", ["car"]),
-        ("C++, not C+", "c++", ["C++"]),
-        ("a red eight", "seven", []),
-        ("", "seven", []),
-    ],
-)
-def test_whole_words_in_any_case(prompt, concept, found):
-    assert [prompt[start:end] for start, end in concept_spans(prompt, concept)] == found
-    assert contains_concept(prompt, concept) == bool(found)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "concept", "other", "expected"),
-    [
-        ("a red seven moving, seven!", "seven", "digit", "a red digit moving, digit!"),
-        ("Seven goes up", "seven", "digit", "Digit goes up"),
-        ("by Van Gogh", "Van Gogh", "a painter", "by a painter"),
-        ("a van  gogh", "Van Gogh", "painter", "a painter"),
-        ("a panda in panda land", "panda", "bear", "a bear in bear land"),
-        ("a car on a scarf", "car", r"\1 \g<0>", r"a \1 \g<0> on a scarf"),
-    ],
-)
-def test_only_the_concept_is_replaced(prompt, concept, other, expected):
-    assert replace_concept(prompt, concept, other) == expected
-
-
-@pytest.mark.parametrize(
-    ("prompt", "concept", "other", "message"),
-    [
-        ("two sevens", "seven", "digit", "must contain 'seven' as a whole word, got 'two sevens'"),
-        ("a seven", "seven", " ", "must be words without 'seven' among them, got ' '"),
-        ("a seven", "seven", "no Seven", "among them, got 'no Seven'"),
-        ("a seven", "  ", "digit", "`concept` must be a word or a few words, got '  '"),
-    ],
-)
-def test_replacements_that_mean_nothing(prompt, concept, other, message):
-    with pytest.raises(ValueError, match=message):
-        replace_concept(prompt, concept, other)
 
 
 def test_the_tokens_of_the_concept_are_marked(subtests):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffusers_ext.eraser.concepts import contains_concept
+from diffusers_ext.core.concept_words import contains_concept
 from examples.digits.prompts import COLORS, DIGITS, HELD_OUT_PAIRS
 from examples.moving_digits.erasers import evaluation_groups, others_of, training_prompts
 from examples.moving_digits.prompts import (

@@ -15,14 +15,9 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.concept_words import contains_concept, replace_concept
 from diffusers_ext.eraser.batch import encode_video_prompts, prompt_length
-from diffusers_ext.eraser.concepts import (
-    Neighbour,
-    anchor_distances,
-    contains_concept,
-    neighbouring_concepts,
-    replace_concept,
-)
+from diffusers_ext.eraser.concepts import Neighbour, anchor_distances, neighbouring_concepts
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
 from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.nullspace.prompts import check_prompts, read_prompts_file, unique

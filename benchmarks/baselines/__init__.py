@@ -1,0 +1,1 @@
+"""Small re-implementations of published methods, to stand in the same tables."""

@@ -1,0 +1,43 @@
+"""Unified Concept Editing (Gandikota et al. 2023, arXiv 2308.14761), equation 7, for one concept in another's place.
+
+    W' = (sum_E W c*_i c_i^T + lambda W + sum_P W c_j c_j^T) (sum_E c_i c_i^T + lambda I + sum_P c_j c_j^T)^-1
+
+E are the tokens of the concept's own name from its last word to the end of the text, `c*` those of the other's, P
+those of the names to preserve, all without templates; lambda is 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffusers_ext.nullspace.text_only import denoiser_arguments, text_only_linears
+
+
+@torch.no_grad()
+def unified_concept_edit(
+    pipeline: StableDiffusionPipeline, edits: Mapping[str, str], preserve: Sequence[str], weight: float = 0.5
+) -> dict[str, torch.Tensor]:
+    """The edit of a UNet's K and V as a LoRA of full rank, keys as in `read_lora`."""
+
+    def tokens(name: str) -> torch.Tensor:
+        embeddings = denoiser_arguments(pipeline, [name])["encoder_hidden_states"][0].double()
+        last = len(pipeline.tokenizer(name).input_ids) - 2
+        return embeddings[last:]
+
+    sources = text_only_linears(pipeline)
+    change, seen = 0.0, 0.0
+    for target, anchor in edits.items():
+        old, new = tokens(target), tokens(anchor)
+        length = min(len(old), len(new))
+        old, new = old[:length], new[:length]
+        change, seen = change + (new - old).T @ old, seen + old.T @ old
+    kept = torch.cat([tokens(name) for name in preserve])
+    matrix = torch.linalg.solve(seen + weight * torch.eye(len(seen), dtype=seen.dtype) + kept.T @ kept, change.T).T
+    lora = {}
+    for name in sources:
+        down = pipeline.unet.get_submodule(name).weight.double()
+        lora[f"unet.{name}.lora_A.weight"], lora[f"unet.{name}.lora_B.weight"] = matrix.float(), down.float()
+    return lora
