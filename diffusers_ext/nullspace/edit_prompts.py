@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.concept_words import concept_spans, contains_concept
-from diffusers_ext.families.registry import match_family
+from diffusers_ext.families import match_family
 from diffusers_ext.nullspace.prompts import check_prompts, sub_phrases, unique
 
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of a {}", "a picture of a {}", "a drawing of a {}", "an image of the {}")

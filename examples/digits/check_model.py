@@ -38,6 +38,7 @@ def draw(
     num_inference_steps: int = 20,
     guidance_scale: float = 3.0,
     batch_size: int = 50,
+    negative_prompt: str | None = None,
     description: str = "draw",
 ) -> list[Image.Image]:
     """One picture per prompt; picture `i` has seed `seed + i` at any batch size."""
@@ -47,6 +48,7 @@ def draw(
         seeds = range(seed + start, seed + start + len(batch))
         images += pipeline(
             batch,
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
