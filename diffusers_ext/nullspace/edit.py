@@ -236,15 +236,17 @@ def edit_concept(
     return EditedConcepts(lora, report, tuple(edits))
 
 
-def nearest_anchor(reader: TextReader, target: str, prompts: Sequence[str], preserve: Sequence[str]) -> str:
+def nearest_anchor(
+    reader: TextReader, target: str, prompts: Sequence[str], preserve: Sequence[str], remaining: Sequence[str]
+) -> str:
     """The concept of the preserved prompts that the model reads most like the target.
 
-    It is the one of `stand_ins` with the least `E|W (k2 - k1)|^2`, over the Linears that read the tokens as they come.
+    It is the one of `stand_ins` among the remaining prompts, which name no target of any edit, with the least `E|W (k2 - k1)|^2`, over the Linears that read the tokens as they come.
 
     Raises:
         ValueError: no preserved prompt differs from one that names the target in its words alone.
     """
-    candidates = stand_ins(target, preserve)
+    candidates = stand_ins(target, preserve, remaining)
     if not candidates:
         raise ValueError(
             f"`anchor` must be given for {target!r}, got None, and no preserved prompt has other words in its place."

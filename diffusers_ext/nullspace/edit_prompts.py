@@ -63,13 +63,13 @@ class EditPrompts:
     anchors: dict[str, list[str]]
 
 
-def stand_ins(target: str, preserve: Sequence[str]) -> list[str]:
-    """What stands in preserved prompts where others name the target, e.g. "nine" in "a red nine" for "a red three"."""
+def stand_ins(target: str, preserve: Sequence[str], others: Sequence[str]) -> list[str]:
+    """What stands in `others` where preserved prompts name the target: "nine" in "a red nine" for "a red three"."""
     found = []
     for prompt in preserve:
         for start, end in concept_spans(prompt, target):
             before, after = prompt[:start], prompt[end:]
-            for other in preserve:
+            for other in others:
                 words = other[len(before) : len(other) - len(after)]
                 if (
                     other == before + words + after
