@@ -201,12 +201,12 @@ def edit_concept(
     sources = text_only_linears(pipeline, **call_arguments)
     reader = TextReader(pipeline, sources, batch_size, call_arguments)
     prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
-    edits = [
-        e
-        if e.anchor is not None
-        else dataclasses.replace(e, anchor=nearest_anchor(reader, e.target, p.targets, preserve))
-        for e, p in zip(edits, prompts)
-    ]
+    remaining = [prompt for prompt in preserve if not any(contains_concept(prompt, edit.target) for edit in edits)]
+    edits = list(edits)
+    for index, (edit, found) in enumerate(zip(edits, prompts)):
+        if edit.anchor is None:
+            anchor = nearest_anchor(reader, edit.target, found.targets, preserve, remaining)
+            edits[index] = dataclasses.replace(edit, anchor=anchor)
     prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
     prefix = next(name for name, module in pipeline.components.items() if module is denoiser)
     lora: StateDict = {}
@@ -241,7 +241,8 @@ def nearest_anchor(
 ) -> str:
     """The concept of the preserved prompts that the model reads most like the target.
 
-    It is the one of `stand_ins` among the remaining prompts, which name no target of any edit, with the least `E|W (k2 - k1)|^2`, over the Linears that read the tokens as they come.
+    It is the one of `stand_ins` among the remaining prompts, which name no target of any edit, with the least
+    `E|W (k2 - k1)|^2`, by the first Linear that reads text.
 
     Raises:
         ValueError: no preserved prompt differs from one that names the target in its words alone.
