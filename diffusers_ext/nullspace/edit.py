@@ -29,6 +29,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.concept_words import contains_concept
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.core.second_moment import SecondMoment
