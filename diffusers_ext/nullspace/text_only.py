@@ -135,7 +135,9 @@ class TextReader:
         call_arguments: for the pipeline's call.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, sources: Mapping[str, str], batch_size: int, call_arguments: Any):
+    def __init__(
+        self, pipeline: DiffusionPipeline, sources: Mapping[str, str], batch_size: int, call_arguments: Any
+    ) -> None:
         self.pipeline, self.batch_size, self.call_arguments = pipeline, batch_size, call_arguments
         self.readers = {source: name for name, source in reversed(sources.items())}
         self.handed = {source for source in self.readers if source not in sources}
