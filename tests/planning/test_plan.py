@@ -31,10 +31,6 @@ def test_memory_and_files_of_a_real_run_are_as_planned(tmp_path, make, fresh_acc
     assert plan.fits is False
     assert plan.seconds is None
     measured = max(peak_bytes(script) for script in run.scripts.values())
-    if measured < 0.85 * plan.peak:
-        # A profiler on a busy machine misses allocations now and then, and never adds any.
-        again = make(tmp_path / "again", steps=2, sampling_steps=4)
-        measured = max(measured, *(peak_bytes(script) for script in again.scripts.values()))
     assert plan.peak == pytest.approx(measured, rel=0.15)
     written = plan.disk_total - plan.disk.get(IN_MEMORY, 0)
     assert written == pytest.approx(run.written, rel=0.15)
