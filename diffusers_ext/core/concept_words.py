@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 
 
-def concept_spans(prompt: str, concept: str) -> list[tuple[int, int]]:
-    """(start, end) of each occurrence of a concept as whole words, in any case and with blanks of any kind."""
+def concept_pattern(concept: str) -> re.Pattern[str]:
+    """Finds a concept as whole words, in any case and with blanks of any kind."""
     words = concept.split()
     if not words:
         raise ValueError(f"`concept` must be a word or a few words, got {concept!r}.")
-    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
-    return [match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE)]
+    return re.compile(r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)", re.IGNORECASE)
+
+
+def concept_spans(prompt: str, concept: str) -> list[tuple[int, int]]:
+    """(start, end) of each occurrence of a concept (`concept_pattern`)."""
+    return [match.span() for match in concept_pattern(concept).finditer(prompt)]
 
 
 def contains_concept(prompt: str, concept: str) -> bool:
@@ -24,18 +28,16 @@ def replace_concept(prompt: str, concept: str, replacement: str) -> str:
 
     A capital letter that only the prompt gives the concept goes over to the replacement; articles stay as they are.
     """
-    spans = concept_spans(prompt, concept)
-    if not spans:
+    if not contains_concept(prompt, concept):
         raise ValueError(
             f"`prompt` must contain {concept!r} as a whole word, got {prompt!r}. Write it in this "
             "form into the prompt, or name the form that the prompt uses."
         )
     if not replacement.strip() or contains_concept(replacement, concept):
         raise ValueError(f"`replacement` must be words without {concept!r} among them, got {replacement!r}.")
-    pieces, end = [], 0
-    for start, next_end in spans:
-        capital = prompt[start].isupper() and not concept.lstrip()[0].isupper()
-        text = replacement[0].upper() + replacement[1:] if capital else replacement
-        pieces += [prompt[end:start], text]
-        end = next_end
-    return "".join(pieces) + prompt[end:]
+
+    def other(match: re.Match[str]) -> str:
+        capital = match[0][0].isupper() and not concept.lstrip()[0].isupper()
+        return replacement[0].upper() + replacement[1:] if capital else replacement
+
+    return concept_pattern(concept).sub(other, prompt)

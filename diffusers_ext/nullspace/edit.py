@@ -45,6 +45,7 @@ from diffusers_ext.nullspace.edit_prompts import (
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, export_lora
 from diffusers_ext.nullspace.lora_formats import has_kohya_names
 from diffusers_ext.nullspace.projector import null_dimensions
+from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.text_only import TextReader, text_only_linears
 
 logger = logging.getLogger(__name__)
@@ -130,12 +131,7 @@ class EditedConcepts:
     @property
     def told(self) -> dict[str, str]:
         """What is edited, in words: target to anchor."""
-        return {
-            edit.target: " + ".join(f"{weight:g} {words}" for words, weight in edit.weights.items())
-            if len(edit.weights) > 1
-            else next(iter(edit.weights))
-            for edit in self.edits
-        }
+        return {edit.target: edit.told for edit in self.edits}
 
     def save(self, output_dir: str | os.PathLike, *, base_model: str = "") -> Path:
         """Write the LoRA for diffusers, for ComfyUI, A1111 and kohya where it is a UNet's, and the report.
@@ -213,7 +209,8 @@ def edit_concept(
     lora: StateDict = {}
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     rows: list[dict[str, Any]] = []
-    whole = [prompt for prompt in preserve if prompt in set(preserved)]  # without their sub-phrases
+    with_sub_phrases = set(preserved)
+    whole = [prompt for prompt in preserve if prompt in with_sub_phrases]
     moved = torch.zeros(2, len(whole), dtype=torch.float64)
     for source in dict.fromkeys(sources.values()):
         d_c, c1, c2 = _target_moments(denoiser, reader, prompts, source, updates)
@@ -307,10 +304,9 @@ def _target_moments(
 def _preserved_moment(reader: TextReader, preserved: Sequence[str], negative_prompt: str, source: str) -> torch.Tensor:
     """`C0`: half of it the preserved prompts, half the unconditional ones."""
     halves = []
-    for prompts in (preserved, list(dict.fromkeys(["", negative_prompt]))):
+    for prompts in (preserved, unique(["", negative_prompt])):
         moment = None
-        for found in reader.batches(prompts, [source]):
-            rows = found[source]
+        for rows in reader.batches(prompts, source):
             moment = moment or SecondMoment(rows.shape[-1], rows.device, torch.float64)
             moment.update(rows)
         moment.check_finite(source)
@@ -323,8 +319,8 @@ def _energies(
 ) -> torch.Tensor:
     """`|W M k|^2` and `|W k|^2` of every prompt, `(2, prompts)`, summed over tokens and Linears."""
     both = torch.stack([matrix.T @ metric @ matrix, metric])
-    rows = (found[source] for found in reader.batches(prompts, [source]))
-    return torch.cat([torch.einsum("btd,mde,bte->mb", k, both, k) for k in rows], dim=1).cpu()
+    batches = reader.batches(prompts, source)
+    return torch.cat([torch.einsum("btd,mde,bte->mb", k, both, k) for k in batches], dim=1).cpu()
 
 
 def _layer_report(

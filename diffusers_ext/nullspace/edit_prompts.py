@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.concept_words import concept_spans, contains_concept
+from diffusers_ext.core.concept_words import concept_pattern, concept_spans, contains_concept
 from diffusers_ext.families import match_family
 from diffusers_ext.nullspace.prompts import check_prompts, sub_phrases, unique
 
@@ -47,6 +47,13 @@ class ConceptEdit:
                 raise ValueError(f"`prompts` must name the target {self.target!r}, got {prompt!r}.")
 
     @property
+    def told(self) -> str:
+        """The anchor in words."""
+        if len(self.weights) == 1:
+            return next(iter(self.weights))
+        return " + ".join(f"{weight:g} {words}" for words, weight in self.weights.items())
+
+    @property
     def weights(self) -> Weights:
         """`{words: weight}` of what takes the place of the target; empty while that is to be found."""
         if self.anchor is None:
@@ -71,13 +78,9 @@ def stand_ins(target: str, preserve: Sequence[str], others: Sequence[str]) -> li
             before, after = prompt[:start], prompt[end:]
             for other in others:
                 words = other[len(before) : len(other) - len(after)]
-                if (
-                    other == before + words + after
-                    and words.strip() == words != ""
-                    and not contains_concept(words, target)
-                ):
+                if words and words == words.strip() and other == before + words + after:
                     found.append(words)
-    return unique(found)
+    return [words for words in unique(found) if not contains_concept(words, target)]
 
 
 def split_prompts(
@@ -116,14 +119,8 @@ def split_prompts(
 
 def replaced(prompts: Sequence[str], target: str, words: str) -> list[str]:
     """The prompts with other words for the target; empty prompts for none."""
-    result = []
-    for prompt in prompts:
-        pieces, end = [], 0
-        for start, stop in concept_spans(prompt, target):
-            pieces += [prompt[end:start], words]
-            end = stop
-        result.append("".join(pieces) + prompt[end:] if words else "")
-    return result
+    pattern = concept_pattern(target)
+    return [pattern.sub(lambda _: words, prompt) if words else "" for prompt in prompts]
 
 
 def aligned(target_ids: Sequence[int], anchor_ids: Sequence[int], length: int) -> torch.Tensor:

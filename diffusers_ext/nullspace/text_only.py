@@ -99,6 +99,12 @@ def smallest_call(pipeline: DiffusionPipeline, call_arguments: Mapping[str, Any]
     return {**{name: value for name, value in usual.items() if name in known}, **call_arguments}
 
 
+def _call_once(pipeline: DiffusionPipeline, prompts: Sequence[str], call_arguments: Mapping[str, Any]) -> None:
+    generators = [torch.Generator().manual_seed(0) for _ in prompts]
+    with quiet_run(pipeline):
+        pipeline(prompt=list(prompts), generator=generators, **smallest_call(pipeline, call_arguments))
+
+
 def denoiser_arguments(
     pipeline: DiffusionPipeline, prompts: Sequence[str], **call_arguments: Any
 ) -> dict[str, torch.Tensor]:
@@ -114,12 +120,7 @@ def denoiser_arguments(
 
     hook = denoiser_of(pipeline).register_forward_pre_hook(read, with_kwargs=True)
     try:
-        with quiet_run(pipeline):
-            pipeline(
-                prompt=list(prompts),
-                generator=[torch.Generator().manual_seed(0) for _ in prompts],
-                **smallest_call(pipeline, call_arguments),
-            )
+        _call_once(pipeline, prompts, call_arguments)
     except _Read:
         pipeline.maybe_free_model_hooks()
     finally:
@@ -142,27 +143,26 @@ class TextReader:
         self.readers = {source: name for name, source in reversed(sources.items())}
         self.handed = {source for source in self.readers if source not in sources}
 
-    def batches(self, prompts: Sequence[str], wanted: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """`{source: (batch, tokens, width)}` float64, batch by batch; pooled text has one token."""
+    def batches(self, prompts: Sequence[str], source: str) -> Iterator[torch.Tensor]:
+        """`(batch, tokens, width)` float64, batch by batch; pooled text has one token."""
         for start in range(0, len(prompts), self.batch_size):
-            found = self._read(list(prompts[start : start + self.batch_size]), wanted)
-            yield {name: (x[:, None] if x.ndim == 2 else x).double() for name, x in found.items()}
+            read = self._read(prompts[start : start + self.batch_size], source)
+            yield (read[:, None] if read.ndim == 2 else read).double()
 
     def all(self, prompts: Sequence[str], source: str) -> torch.Tensor:
         """`(prompts, tokens, width)` float64."""
-        return torch.cat([found[source] for found in self.batches(prompts, [source])])
+        return torch.cat(list(self.batches(prompts, source)))
 
-    def _read(self, prompts: list[str], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
-        if self.handed.issuperset(wanted):
+    def _read(self, prompts: Sequence[str], source: str) -> torch.Tensor:
+        if source in self.handed:
             handed = denoiser_arguments(self.pipeline, prompts, **self.call_arguments)
-            return {source: handed[TOKENS if source == TEXT else source] for source in wanted}
+            return handed[TOKENS if source == TEXT else source]
         found: dict[str, torch.Tensor] = {}
         denoiser = denoiser_of(self.pipeline)
-        targets = {source: denoiser.get_submodule(self.readers[source]) for source in wanted}
-        generators = [torch.Generator().manual_seed(0) for _ in prompts]
-        with quiet_run(self.pipeline), capture(denoiser, targets, found.__setitem__):
-            self.pipeline(prompt=prompts, generator=generators, **smallest_call(self.pipeline, self.call_arguments))
-        return found
+        targets = {source: denoiser.get_submodule(self.readers[source])}
+        with capture(denoiser, targets, found.__setitem__):
+            _call_once(self.pipeline, prompts, self.call_arguments)
+        return found[source]
 
 
 def digest(tensor: torch.Tensor) -> str:
