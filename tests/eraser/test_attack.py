@@ -12,12 +12,10 @@ from diffusers_ext.eraser.attack import insert_embeddings, learn_revival_embeddi
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.evaluation.rendering import render_clips
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
-from diffusers_ext.training.eraser.data import ClipSize
-from diffusers_ext.training.eraser.run import add_eraser, make_data, make_step
+from diffusers_ext.training.eraser.run import make_step
 from tests.eraser.erased_models import erased_pipeline, random_rows
 from tests.evaluation.erased_model_states import unchanged
-from tests.tiny_cogvideox import tiny_video_pipeline
-from tests.training.eraser_runs import fill_eraser, tiny_prompts
+from tests.training.eraser_runs import tiny_training
 
 CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 1}
 
@@ -164,16 +162,11 @@ RECIPE = EraserTraining(
     num_adversarial_embeddings=5,
     num_adversarial_sets=2,
 )
-SIZE = ClipSize(9, 16, 16)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    pipeline = tiny_video_pipeline()
-    data = make_data(pipeline, tiny_prompts(), RECIPE, SIZE, concept="seven")
-    parameters = add_eraser(pipeline.transformer, RECIPE)
-    fill_eraser(parameters)
-    return pipeline, data, parameters
+    return tiny_training(RECIPE)
 
 
 def make(trained, **changes):

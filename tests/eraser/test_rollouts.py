@@ -8,10 +8,8 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.training.eraser.data import ClipSize
-from diffusers_ext.training.eraser.run import add_eraser, make_data, make_step
-from tests.tiny_cogvideox import tiny_video_pipeline
-from tests.training.eraser_runs import fill_eraser, tiny_prompts
+from diffusers_ext.training.eraser.run import make_step
+from tests.training.eraser_runs import tiny_training
 
 RECIPE = EraserTraining(
     rank=4,
@@ -23,15 +21,11 @@ RECIPE = EraserTraining(
     on_policy_share=0.5,
     on_policy_every=2,
 )
-SIZE = ClipSize(9, 16, 16)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    pipeline = tiny_video_pipeline()
-    data = make_data(pipeline, tiny_prompts(), RECIPE, SIZE, concept="seven")
-    fill_eraser(add_eraser(pipeline.transformer, RECIPE))
-    return pipeline, data
+    return tiny_training(RECIPE)[:2]
 
 
 def make(trained, **changes):

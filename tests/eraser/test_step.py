@@ -8,10 +8,8 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.eraser.batch import States, rows_of_each_kind
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.training.eraser.data import ClipSize
-from diffusers_ext.training.eraser.run import add_eraser, make_data, make_step
-from tests.tiny_cogvideox import tiny_video_pipeline
-from tests.training.eraser_runs import fill_eraser, tiny_prompts
+from diffusers_ext.training.eraser.run import make_step
+from tests.training.eraser_runs import tiny_training
 
 RECIPE = EraserTraining(
     rank=4,
@@ -22,18 +20,12 @@ RECIPE = EraserTraining(
     localization_weight=0.5,
     empty_share=0.5,
 )
-SIZE = ClipSize(9, 16, 16)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """A pipeline with a random eraser, and the samples of the model before it."""
-    pipeline = tiny_video_pipeline()
-    data = make_data(pipeline, tiny_prompts(), RECIPE, SIZE, concept="seven")
-    parameters = add_eraser(pipeline.transformer, RECIPE)
-    fill_eraser(parameters)
-    return pipeline, data, parameters
+    return tiny_training(RECIPE)
 
 
 def make(trained, **changes):

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import CogVideoXPipeline
 
+from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.training.eraser.data import ClipSize, EraserData
 from diffusers_ext.training.eraser.prompts import EraserPrompts, make_eraser_prompts
-from diffusers_ext.training.eraser.run import main, parse_args
+from diffusers_ext.training.eraser.run import add_eraser, main, make_data, parse_args
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.script_runs import command_line
 
@@ -64,6 +67,15 @@ def fill_eraser(parameters: list[torch.nn.Parameter], seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def tiny_training(recipe: EraserTraining) -> tuple[CogVideoXPipeline, EraserData, list[torch.nn.Parameter]]:
+    """A tiny pipeline with a random eraser, and the samples of the model before it."""
+    pipeline = tiny_video_pipeline()
+    data = make_data(pipeline, tiny_prompts(), recipe, ClipSize(9, 16, 16), concept="seven")
+    parameters = add_eraser(pipeline.transformer, recipe)
+    fill_eraser(parameters)
+    return pipeline, data, parameters
 
 
 def read_report(folder: Path) -> dict[str, Any]:
