@@ -1,15 +1,4 @@
-"""Edit what a model knows in closed form: no training, an ordinary LoRA in seconds.
-
-A Linear that reads text alone is to give for the target's tokens `k1` what it gives for the anchor's tokens `k2` in
-their places, and to keep its outputs for the preserved tokens `k0`:
-
-    min_D  E|D k1 - W (k2 - k1)|^2 + lambda E|D k0|^2 + eps tr(C1)/d |D|^2
-    D = W M,  M = dC (C1 + lambda C0 + eps tr(C1)/d I)^-1,  dC = E[(k2 - k1) k1^T],  Ci = E[ki ki^T]
-
-(the normal equations; AlphaEdit, arXiv 2410.02355, solves the same problem inside the null space of C0, which is
-`hard=True`; UCE, arXiv 2308.14761, with the anchors of Stable Diffusion's cross-attention). M depends on the text
-alone, so that one matrix serves all Linears that read the same tensor.
-"""
+"""Edit what a model knows in closed form (`edit_equations`): no training, an ordinary LoRA in seconds."""
 
 from __future__ import annotations
 
@@ -18,8 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,74 +19,26 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.concept_words import contains_concept
 from diffusers_ext.core.pipelines import denoiser_of
-from diffusers_ext.core.restored_state import CallScope
-from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME
-from diffusers_ext.nullspace.edit_prompts import (
-    ConceptEdit,
-    EditPrompts,
-    replaced,
-    split_prompts,
-    stand_ins,
-    token_alignment,
+from diffusers_ext.nullspace.edit_equations import (
+    edit_matrix,
+    in_places,
+    layer_report,
+    low_rank,
+    moved_energies,
+    preserved_moment,
+    read_weight,
+    target_moments,
 )
+from diffusers_ext.nullspace.edit_prompts import ConceptEdit, replaced, split_prompts, stand_ins
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, export_lora
 from diffusers_ext.nullspace.lora_formats import has_kohya_names
-from diffusers_ext.nullspace.projector import null_dimensions
-from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.text_only import TextReader, text_only_linears
 
 logger = logging.getLogger(__name__)
 StateDict = dict[str, torch.Tensor]
 REPORT_NAME = "edit_report.json"
 _MOST_MOVED = 5
-# Of a token's energy: two prompts nearer than this are one to the model.
-_SAME = 1e-10
-
-
-def edit_matrix(
-    d_c: torch.Tensor, c1: torch.Tensor, c0: torch.Tensor, *, preserve_weight: float, eps: float, hard: bool = False
-) -> torch.Tensor:
-    """`M` of the module's equations, `(dim, dim)`; the update of a Linear is `W M`.
-
-    Args:
-        d_c, c1, c0: `(dim, dim)` float64.
-        preserve_weight: lambda.
-        hard: `M` is zero on all that `c0` has seen; lambda then plays no part.
-
-    Raises:
-        ValueError: `hard`, and `c0` leaves no direction free.
-    """
-    dim = len(c1)
-    ridge = eps * c1.diagonal().mean() * torch.eye(dim, dtype=c1.dtype, device=c1.device)
-    if not hard:
-        return torch.linalg.solve(c1 + preserve_weight * c0 + ridge, d_c.T).T
-    values, vectors = torch.linalg.eigh(c0)
-    free = null_dimensions(values, energy=0, floor=1e-12)
-    if not free:
-        raise ValueError(
-            f"`preserve` must leave directions free for `hard=True`, got prompts that fill all {dim}. Preserve fewer, "
-            "leave their sub-phrases out, or edit with `hard=False`."
-        )
-    basis = vectors[:, :free]
-    return torch.linalg.solve(basis.T @ (c1 + ridge) @ basis, (d_c @ basis).T).T @ basis.T
-
-
-def low_rank(matrix: torch.Tensor, c1: torch.Tensor, kept: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`M ~ U A` of the smallest rank that keeps a share of what `M` does to the target's tokens.
-
-    `U` holds the leading left singular vectors of `M C1^(1/2)` and `A = U^T M`, so that the rows of A lie where those
-    of M lie.
-
-    Returns:
-        `(dim, rank)`, `(rank, dim)`, and the share of `tr(M C1 M^T)` that is kept.
-    """
-    energies, vectors = torch.linalg.eigh(matrix @ c1 @ matrix.T)
-    energies, vectors = energies.flip(0).clamp_min(0), vectors.flip(1)
-    shares = energies.cumsum(0) / energies.sum()
-    rank = min(int((shares < kept).sum()) + 1, len(shares))  # the last share may be rounded to below 1
-    left = vectors[:, :rank]
-    return left, left.T @ matrix, shares[rank - 1].item()
 
 
 @dataclass(frozen=True)
@@ -213,19 +153,19 @@ def edit_concept(
     whole = [prompt for prompt in preserve if prompt in with_sub_phrases]
     moved = torch.zeros(2, len(whole), dtype=torch.float64)
     for source in dict.fromkeys(sources.values()):
-        d_c, c1, c2 = _target_moments(denoiser, reader, prompts, source, updates)
-        c0 = _preserved_moment(reader, preserved, negative_prompt, source)
+        d_c, c1, c2 = target_moments(denoiser, reader, prompts, source, updates)
+        c0 = preserved_moment(reader, preserved, negative_prompt, source)
         matrix = edit_matrix(d_c, c1, c0, preserve_weight=preserve_weight, eps=eps, hard=hard)
         left, a, share = low_rank(matrix, c1, kept)
         weights = {name: read_weight(denoiser.get_submodule(name)) for name in sources if sources[name] == source}
         metric = sum(weight.T @ weight for weight in weights.values())
-        moved += _energies(reader, whole, source, left @ a, metric)
+        moved += moved_energies(reader, whole, source, left @ a, metric)
         for name, weight in weights.items():
             b = weight @ left
             lora[f"{prefix}.{name}.lora_A.weight"], lora[f"{prefix}.{name}.lora_B.weight"] = a.float(), b.float()
             updates[name] = a, b
             rows.append({"linear": name, "source": source, "rank": len(a), "kept": share})
-            rows[-1] |= _layer_report(weight, left @ a, d_c, c1, c2, c0)
+            rows[-1] |= layer_report(weight, left @ a, d_c, c1, c2, c0)
     drifts = dict(zip(whole, (moved[0] / moved[1]).tolist()))
     most = dict(sorted(drifts.items(), key=lambda item: -item[1])[:_MOST_MOVED])
     count = sum(len(edit.targets) for edit in prompts)
@@ -257,111 +197,8 @@ def nearest_anchor(
     k1 = reader.all(prompts, source)
     distances = {}
     for words in candidates:
-        k2 = _in_places(reader, prompts, replaced(prompts, target, words), source)
+        k2 = in_places(reader, prompts, replaced(prompts, target, words), source)
         distances[words] = ((k2 - k1) @ weight.T).square().mean().item()
     chosen = min(distances, key=distances.get)
     logger.info("Anchor of %r: %r, of %d concepts.", target, chosen, len(candidates))
     return chosen
-
-
-def _in_places(reader: TextReader, targets: Sequence[str], anchors: Sequence[str], source: str) -> torch.Tensor:
-    """What is read for the anchors' prompts, each token in the place of the target's that it stands for."""
-    read = reader.all(anchors, source)
-    places = token_alignment(reader.pipeline, targets, anchors, read.shape[1]).to(read.device)
-    return read.gather(1, places[..., None].expand(-1, -1, read.shape[-1]))
-
-
-def _target_moments(
-    denoiser: torch.nn.Module,
-    reader: TextReader,
-    edits: Sequence[EditPrompts],
-    source: str,
-    updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`dC`, `C1` and `E[(k2 - k1) (k2 - k1)^T]`, summed over the edits.
-
-    Targets are read with the updates of earlier Linears in place, so that deeper ones correct what is left.
-    """
-    total: list[torch.Tensor] = []
-    for edit in edits:
-        with added_updates(denoiser, updates):
-            k1 = reader.all(edit.targets, source)
-        k2 = torch.zeros_like(k1)
-        for words, weight in edit.edit.weights.items():
-            k2 += weight * _in_places(reader, edit.targets, edit.anchors[words], source)
-        change, rows = (k2 - k1).flatten(0, 1), k1.flatten(0, 1)
-        if change.square().sum() <= _SAME * rows.square().sum() and not updates:
-            raise ValueError(
-                f"`anchor` must be read otherwise than `target`, got {edit.edit.anchor!r} for {edit.edit.target!r}, "
-                "whose tokens are the same."
-            )
-        parts = torch.stack([change.T @ rows, rows.T @ rows, change.T @ change]) / len(rows)
-        total.append(parts)
-    d_c, c1, c2 = torch.stack(total).sum(0)
-    return d_c, c1, c2
-
-
-def _preserved_moment(reader: TextReader, preserved: Sequence[str], negative_prompt: str, source: str) -> torch.Tensor:
-    """`C0`: half of it the preserved prompts, half the unconditional ones."""
-    halves = []
-    for prompts in (preserved, unique(["", negative_prompt])):
-        moment = None
-        for rows in reader.batches(prompts, source):
-            moment = moment or SecondMoment(rows.shape[-1], rows.device, torch.float64)
-            moment.update(rows)
-        moment.check_finite(source)
-        halves.append(moment.mean)
-    return (halves[0] + halves[1]) / 2
-
-
-def _energies(
-    reader: TextReader, prompts: Sequence[str], source: str, matrix: torch.Tensor, metric: torch.Tensor
-) -> torch.Tensor:
-    """`|W M k|^2` and `|W k|^2` of every prompt, `(2, prompts)`, summed over tokens and Linears."""
-    both = torch.stack([matrix.T @ metric @ matrix, metric])
-    batches = reader.batches(prompts, source)
-    return torch.cat([torch.einsum("btd,mde,bte->mb", k, both, k) for k in batches], dim=1).cpu()
-
-
-def _layer_report(
-    weight: torch.Tensor, matrix: torch.Tensor, d_c: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c0: torch.Tensor
-) -> dict[str, float]:
-    # E (M k1 - (k2 - k1)) (..)^T = M C1 M^T - dC M^T - M dC^T + E (k2 - k1) (k2 - k1)^T
-    cross = d_c @ matrix.T
-    left = matrix @ c1 @ matrix.T - cross - cross.T + c2
-
-    def energy(moment: torch.Tensor) -> float:
-        return ((weight @ moment) * weight).sum().item()
-
-    return {"achieved": 1 - energy(left) / energy(c2), "drift": energy(matrix @ c0 @ matrix.T) / energy(c0)}
-
-
-def read_weight(linear: torch.nn.Module) -> torch.Tensor:
-    """The weight of a Linear in float64, `(out_features, in_features)`; of a quantised one by what it computes."""
-    weight = linear.weight
-    if weight.is_floating_point() and weight.shape == (linear.out_features, linear.in_features):
-        return weight.double()
-    unit = torch.eye(
-        linear.in_features, device=weight.device, dtype=getattr(linear, "compute_dtype", None) or torch.float32
-    )
-    outputs = linear(unit)
-    return (outputs - linear(torch.zeros_like(unit[:1]))).double().T
-
-
-@contextmanager
-def added_updates(
-    denoiser: torch.nn.Module, updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-) -> Iterator[None]:
-    """Let Linears compute `W x + B A x` in calls of this thread; no weight is touched.
-
-    Args:
-        updates: `{dotted name: (A, B)}`.
-    """
-    with CallScope() as scope, ExitStack() as hooks:
-        for name, (a, b) in updates.items():
-
-            def add(_: torch.nn.Module, args: tuple, output: torch.Tensor, a: Any = a, b: Any = b) -> torch.Tensor:
-                return output + (args[0].to(a) @ a.T @ b.T).to(output) if scope.covers_this_call() else output
-
-            hooks.callback(denoiser.get_submodule(name).register_forward_hook(add).remove)
-        yield

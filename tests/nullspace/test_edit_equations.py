@@ -1,0 +1,80 @@
+"""The equations of an edit in closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_ext.core.pipelines import denoiser_of
+from diffusers_ext.nullspace.edit_equations import added_updates, edit_matrix, low_rank, read_weight
+from tests.tiny_digits import random_digits_pipeline
+
+
+def moments(seed: int = 0, dim: int = 6, free: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    k0, k1, k2 = torch.randn(3, 40, dim, generator=generator, dtype=torch.float64)
+    k0[:, dim - free :] = 0
+    return k0, k1, k2, (k2 - k1).T @ k1 / 40, k1.T @ k1 / 40, k0.T @ k0 / 40
+
+
+def test_the_matrix_minimises_its_objective():
+    k0, k1, k2, d_c, c1, c0 = moments()
+    weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def objective(delta: torch.Tensor) -> torch.Tensor:
+        edit = (k1 @ delta.T - (k2 - k1) @ weight.T).square().sum() / 40
+        kept = (k0 @ delta.T).square().sum() / 40
+        return edit + 2 * kept + 1e-3 * c1.diagonal().mean() * delta.square().sum()
+
+    delta = (weight @ edit_matrix(d_c, c1, c0, preserve_weight=2, eps=1e-3)).requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(delta), delta)
+    assert gradient.abs().max() < 1e-12
+
+
+def test_a_hard_edit_is_zero_on_what_is_preserved():
+    k0, k1, k2, d_c, c1, c0 = moments(free=2)
+    matrix = edit_matrix(d_c, c1, c0, preserve_weight=1, eps=1e-6, hard=True)
+    assert (k0 @ matrix.T).abs().max() < 1e-12
+    assert (k1 @ matrix.T).norm() > 0.1 * (k2 - k1).norm()
+    with pytest.raises(ValueError, match="`preserve` must leave directions free"):
+        edit_matrix(*moments()[3:], preserve_weight=1, eps=1e-6, hard=True)
+
+
+def test_the_smallest_rank_that_keeps_the_share_is_taken():
+    *_, d_c, c1, c0 = moments()
+    matrix = edit_matrix(d_c, c1, c0, preserve_weight=1, eps=1e-4)
+    left, a, share = low_rank(matrix, c1, 1.0)
+    assert torch.allclose(left @ a, matrix)
+    assert share == pytest.approx(1)
+    left, a, share = low_rank(matrix, c1, 0.9)
+    lost = matrix - left @ a
+    assert 1 - torch.trace(lost @ c1 @ lost.T) / torch.trace(matrix @ c1 @ matrix.T) == pytest.approx(share)
+    assert share >= 0.9
+    assert low_rank(matrix, c1, share - 1e-9)[1].shape == a.shape
+
+
+def test_added_updates_act_inside_and_leave_nothing():
+    pipeline = random_digits_pipeline()
+    unet = denoiser_of(pipeline)
+    name = next(n for n, _ in unet.named_modules() if n.endswith("attn2.to_k"))
+    linear, x = unet.get_submodule(name), torch.randn(2, 128)
+    a, b = torch.randn(1, 128, dtype=torch.float64), torch.randn(linear.out_features, 1, dtype=torch.float64)
+    before = linear(x)
+    with added_updates(unet, {name: (a, b)}):
+        assert torch.allclose(linear(x), before + x @ (b @ a).float().T, atol=1e-4)
+    assert torch.equal(linear(x), before)
+    with pytest.raises(RuntimeError, match="shapes"), added_updates(unet, {name: (a, b)}):
+        linear(x[:, 1:])
+    assert torch.equal(linear(x), before)
+
+
+def test_a_weight_that_cannot_be_read_is_told_by_what_it_computes():
+    linear = torch.nn.Linear(3, 2)
+    packed = torch.nn.Linear(3, 2)
+    packed.load_state_dict(linear.state_dict())
+    packed.in_features, packed.weight = (
+        3,
+        torch.nn.Parameter(torch.zeros(6, 1, dtype=torch.uint8), requires_grad=False),
+    )
+    packed.forward = linear.forward
+    assert torch.allclose(read_weight(packed), linear.weight.double(), atol=1e-6)
