@@ -25,12 +25,19 @@ from diffusers_ext.nullspace.edit_equations import (
     in_places,
     layer_report,
     low_rank,
-    moved_energies,
     preserved_moment,
     read_weight,
     target_moments,
 )
-from diffusers_ext.nullspace.edit_prompts import ConceptEdit, replaced, split_prompts, stand_ins
+from diffusers_ext.nullspace.edit_prompts import (
+    ConceptEdit,
+    EditPrompts,
+    check_read_apart,
+    replaced,
+    split_prompts,
+    stand_ins,
+)
+from diffusers_ext.nullspace.edit_report import EditForecast, EditReport, edit_warnings
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, export_lora
 from diffusers_ext.nullspace.lora_formats import has_kohya_names
 from diffusers_ext.nullspace.text_only import TextReader, text_only_linears
@@ -38,26 +45,6 @@ from diffusers_ext.nullspace.text_only import TextReader, text_only_linears
 logger = logging.getLogger(__name__)
 StateDict = dict[str, torch.Tensor]
 REPORT_NAME = "edit_report.json"
-_MOST_MOVED = 5
-
-
-@dataclass(frozen=True)
-class EditReport:
-    """What an edit will do, computed from the text and the weights alone.
-
-    Attributes:
-        layers: one row per Linear: `linear`, `source`, `rank`, `achieved` (share of `E|W (k2 - k1)|^2` that the update
-            makes up), `drift` (`tr(D C0 D^T) / tr(W C0 W^T)`).
-        most_moved: the preserved prompts whose tokens move most, with their drift, the most first.
-        edited_prompts, preserved_prompts: how many.
-        seconds: of the whole computation.
-    """
-
-    layers: list[dict[str, Any]]
-    most_moved: dict[str, float]
-    edited_prompts: int
-    preserved_prompts: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -138,40 +125,49 @@ def edit_concept(
     sources = text_only_linears(pipeline, **call_arguments)
     reader = TextReader(pipeline, sources, batch_size, call_arguments)
     prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
-    remaining = [prompt for prompt in preserve if not any(contains_concept(prompt, edit.target) for edit in edits)]
-    edits = list(edits)
-    for index, (edit, found) in enumerate(zip(edits, prompts)):
-        if edit.anchor is None:
-            anchor = nearest_anchor(reader, edit.target, found.targets, preserve, remaining)
-            edits[index] = dataclasses.replace(edit, anchor=anchor)
-    prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
+    prompts = _with_anchors(reader, prompts, preserve)
+    check_read_apart(pipeline, prompts, preserved)
     prefix = next(name for name, module in pipeline.components.items() if module is denoiser)
     lora: StateDict = {}
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     rows: list[dict[str, Any]] = []
-    with_sub_phrases = set(preserved)
-    whole = [prompt for prompt in preserve if prompt in with_sub_phrases]
-    moved = torch.zeros(2, len(whole), dtype=torch.float64)
+    kept_whole = set(preserved)
+    forecast = EditForecast(reader, prompts, [prompt for prompt in preserve if prompt in kept_whole])
     for source in dict.fromkeys(sources.values()):
         d_c, c1, c2 = target_moments(denoiser, reader, prompts, source, updates)
         c0 = preserved_moment(reader, preserved, negative_prompt, source)
-        matrix = edit_matrix(d_c, c1, c0, preserve_weight=preserve_weight, eps=eps, hard=hard)
+        matrix = edit_matrix(d_c, c1, c0, preserve_weight=preserve_weight, eps=eps, hard=hard, edits=len(edits))
         left, a, share = low_rank(matrix, c1, kept)
         weights = {name: read_weight(denoiser.get_submodule(name)) for name in sources if sources[name] == source}
         metric = sum(weight.T @ weight for weight in weights.values())
-        moved += moved_energies(reader, whole, source, left @ a, metric)
+        forecast.add(source, left @ a, metric)
         for name, weight in weights.items():
             b = weight @ left
             lora[f"{prefix}.{name}.lora_A.weight"], lora[f"{prefix}.{name}.lora_B.weight"] = a.float(), b.float()
             updates[name] = a, b
             rows.append({"linear": name, "source": source, "rank": len(a), "kept": share})
             rows[-1] |= layer_report(weight, left @ a, d_c, c1, c2, c0)
-    drifts = dict(zip(whole, (moved[0] / moved[1]).tolist()))
-    most = dict(sorted(drifts.items(), key=lambda item: -item[1])[:_MOST_MOVED])
+    concepts = forecast.concepts()
+    warnings = edit_warnings(concepts)
+    for warning in warnings:
+        logger.warning(warning)
     count = sum(len(edit.targets) for edit in prompts)
-    report = EditReport(rows, most, count, len(preserved), time.perf_counter() - started)
-    logger.info("Edited %d prompts in %.1f s; of the preserved ones %s move most.", count, report.seconds, most)
-    return EditedConcepts(lora, report, tuple(edits))
+    seconds = time.perf_counter() - started
+    report = EditReport(rows, concepts, forecast.most_moved, count, len(preserved), warnings, seconds)
+    return EditedConcepts(lora, report, tuple(found.edit for found in prompts))
+
+
+def _with_anchors(reader: TextReader, prompts: Sequence[EditPrompts], preserve: Sequence[str]) -> list[EditPrompts]:
+    """The edits with the anchors found that are not given."""
+    targets = [found.edit.target for found in prompts]
+    remaining = [prompt for prompt in preserve if not any(contains_concept(prompt, target) for target in targets)]
+    chosen = []
+    for found in prompts:
+        if found.edit.anchor is None:
+            anchor = nearest_anchor(reader, found.edit.target, found.targets, preserve, remaining)
+            found = dataclasses.replace(found, edit=dataclasses.replace(found.edit, anchor=anchor))
+        chosen.append(found)
+    return chosen
 
 
 def nearest_anchor(

@@ -31,7 +31,14 @@ _SAME = 1e-10
 
 
 def edit_matrix(
-    d_c: torch.Tensor, c1: torch.Tensor, c0: torch.Tensor, *, preserve_weight: float, eps: float, hard: bool = False
+    d_c: torch.Tensor,
+    c1: torch.Tensor,
+    c0: torch.Tensor,
+    *,
+    preserve_weight: float,
+    eps: float,
+    hard: bool = False,
+    edits: int = 1,
 ) -> torch.Tensor:
     """`M` of the module's equations, `(dim, dim)`; the update of a Linear is `W M`.
 
@@ -39,20 +46,23 @@ def edit_matrix(
         d_c, c1, c0: `(dim, dim)` float64.
         preserve_weight: lambda.
         hard: `M` is zero on all that `c0` has seen; lambda then plays no part.
+        edits: how many share the directions that there are.
 
     Raises:
-        ValueError: `hard`, and `c0` leaves no direction free.
+        ValueError: fewer directions than edits; `hard`, and `c0` leaves fewer free.
     """
     dim = len(c1)
+    if edits > dim:
+        raise ValueError(f"`edits` must be at most as many as the text has directions, {dim}, got {edits}.")
     ridge = eps * c1.diagonal().mean() * torch.eye(dim, dtype=c1.dtype, device=c1.device)
     if not hard:
         return torch.linalg.solve(c1 + preserve_weight * c0 + ridge, d_c.T).T
     values, vectors = torch.linalg.eigh(c0)
     free = null_dimensions(values, energy=0, floor=1e-12)
-    if not free:
+    if free < edits:
         raise ValueError(
-            f"`preserve` must leave directions free for `hard=True`, got prompts that fill all {dim}. Preserve fewer, "
-            "leave their sub-phrases out, or edit with `hard=False`."
+            f"`preserve` must leave directions free for `hard=True`, one for each of {edits} edits, got prompts that "
+            f"leave {free} of {dim}. Preserve fewer, leave their sub-phrases out, or edit with `hard=False`."
         )
     basis = vectors[:, :free]
     return torch.linalg.solve(basis.T @ (c1 + ridge) @ basis, (d_c @ basis).T).T @ basis.T
@@ -123,15 +133,6 @@ def preserved_moment(reader: TextReader, preserved: Sequence[str], negative_prom
         moment.check_finite(source)
         halves.append(moment.mean)
     return (halves[0] + halves[1]) / 2
-
-
-def moved_energies(
-    reader: TextReader, prompts: Sequence[str], source: str, matrix: torch.Tensor, metric: torch.Tensor
-) -> torch.Tensor:
-    """`|W M k|^2` and `|W k|^2` of every prompt, `(2, prompts)`, summed over tokens and Linears."""
-    both = torch.stack([matrix.T @ metric @ matrix, metric])
-    batches = reader.batches(prompts, source)
-    return torch.cat([torch.einsum("btd,mde,bte->mb", k, both, k) for k in batches], dim=1).cpu()
 
 
 def layer_report(

@@ -63,11 +63,20 @@ class ConceptEdit:
 
 @dataclass(frozen=True)
 class EditPrompts:
-    """The prompts of one edit: `targets[i]` is to be read as `anchors[words][i]`, weighted."""
+    """The prompts of one edit: `targets[i]` is to be read as `anchors[words][i]`, weighted.
+
+    Attributes:
+        named: preserved prompts that name the target; they are edited, unless the edit has prompts of its own.
+    """
 
     edit: ConceptEdit
     targets: list[str]
-    anchors: dict[str, list[str]]
+    named: list[str]
+
+    @property
+    def anchors(self) -> dict[str, list[str]]:
+        """`{words: prompts}`, in the order of the targets."""
+        return {words: replaced(self.targets, self.edit.target, words) for words in self.edit.weights}
 
 
 def stand_ins(target: str, preserve: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -91,30 +100,45 @@ def split_prompts(
     Preserved prompts that name the target of an edit without prompts of its own are edited, not preserved.
 
     Raises:
-        ValueError: no prompt is left to preserve.
+        ValueError: two edits of one target; no prompt is left to preserve.
     """
-    taken = {edit.target: [] for edit in edits if not edit.prompts}
-    kept = []
-    for prompt in check_prompts(preserve, "preserve"):
-        named = [target for target in taken if contains_concept(prompt, target)]
-        for target in named:
-            taken[target].append(prompt)
-        if not named:
-            kept.append(prompt)
-    own = {prompt for edit in edits for prompt in edit.prompts}
-    kept = [prompt for prompt in kept if prompt not in own]
+    names = [edit.target.casefold().split() for edit in edits]
+    for index, edit in enumerate(edits):
+        if names[index] in names[:index]:
+            raise ValueError(f"`edits` must name each target once, got {edit.target!r} again.")
+    given = check_prompts(preserve, "preserve")
+    named = {edit.target: [prompt for prompt in given if contains_concept(prompt, edit.target)] for edit in edits}
+    edited = {prompt for edit in edits for prompt in edit.prompts or named[edit.target]}
+    kept = [prompt for prompt in given if prompt not in edited]
     if not kept:
         raise ValueError("`preserve` must hold a prompt that names no target, got none: nothing would be preserved.")
     made = []
     for edit in edits:
         found = list(edit.prompts)
         if not found:
-            found = taken[edit.target]
+            found = named[edit.target]
             if expand_sub_phrases:
                 found = [p for p in sub_phrases(found) if contains_concept(p, edit.target)]
             found = unique([*found, *(template.format(edit.target) for template in TEMPLATES)])
-        made.append(EditPrompts(edit, found, {w: replaced(found, edit.target, w) for w in edit.weights}))
+        made.append(EditPrompts(edit, found, named[edit.target]))
     return made, unique(sub_phrases(kept) if expand_sub_phrases else kept)
+
+
+def check_read_apart(pipeline: DiffusionPipeline, edits: Sequence[EditPrompts], preserved: Sequence[str]) -> None:
+    """Raise `ValueError` where a preserved prompt has the very tokens of an edited one: it cannot be both."""
+    tokenizers = _tokenizers(pipeline)
+
+    def tokens(prompt: str) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(_ids(tokenizer, prompt)) for tokenizer in tokenizers)
+
+    edited = {tokens(prompt): (edit.edit.target, prompt) for edit in edits for prompt in edit.targets}
+    for prompt in preserved:
+        target, same = edited.get(tokens(prompt), (None, None))
+        if same is not None:
+            raise ValueError(
+                f"`preserve` must hold no prompt that the model reads as one with the target {target!r}, got "
+                f"{prompt!r}, whose tokens are those of {same!r}. Take it out, or shorten what is cut off."
+            )
 
 
 def replaced(prompts: Sequence[str], target: str, words: str) -> list[str]:

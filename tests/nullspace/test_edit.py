@@ -82,6 +82,21 @@ def test_bad_input_is_refused(arguments, message):
         edit_concept(random_digits_pipeline(), preserve=["a one"], **arguments)
 
 
+def test_chained_edits_are_made_at_once():
+    """What stands for "three" is the "nine" of the model as it was, though "nine" is edited, too."""
+    pipeline = random_digits_pipeline()
+    edits = [ConceptEdit("three", "nine", prompts=["a three"]), ConceptEdit("nine", "one", prompts=["a nine"])]
+    result = edit_concept(pipeline, edits, ["red"], preserve_weight=1e-3, eps=1e-8, kept=1.0)
+    prompts = ["a three", "a nine", "a one"]
+    k = dict(zip(prompts, denoiser_arguments(pipeline, prompts)["encoder_hidden_states"]))
+    name = result.report.layers[0]["linear"]
+    weight = pipeline.unet.get_submodule(name).weight
+    edited = weight + result.lora[f"unet.{name}.lora_B.weight"] @ result.lora[f"unet.{name}.lora_A.weight"]
+    for target, anchor in (("a three", "a nine"), ("a nine", "a one")):
+        way = k[anchor] @ weight.T - k[target] @ weight.T
+        assert (k[target] @ edited.T - k[anchor] @ weight.T).norm() < 0.1 * way.norm()
+
+
 def test_a_pipeline_with_a_lora_is_refused():
     pipeline = random_digits_pipeline()
     pipeline.load_lora_weights(edit_concept(pipeline, {"three": "nine"}, ["a one"]).lora)

@@ -40,6 +40,14 @@ def test_a_hard_edit_is_zero_on_what_is_preserved():
         edit_matrix(*moments()[3:], preserve_weight=1, eps=1e-6, hard=True)
 
 
+def test_more_edits_than_directions_are_refused():
+    edit_matrix(*moments(free=2)[3:], preserve_weight=1, eps=1e-6, hard=True, edits=2)
+    with pytest.raises(ValueError, match="one for each of 3 edits, got prompts that leave 2 of 6"):
+        edit_matrix(*moments(free=2)[3:], preserve_weight=1, eps=1e-6, hard=True, edits=3)
+    with pytest.raises(ValueError, match="`edits` must be at most as many as the text has directions, 6, got 7"):
+        edit_matrix(*moments()[3:], preserve_weight=1, eps=1e-6, edits=7)
+
+
 def test_the_smallest_rank_that_keeps_the_share_is_taken():
     *_, d_c, c1, c0 = moments()
     matrix = edit_matrix(d_c, c1, c0, preserve_weight=1, eps=1e-4)

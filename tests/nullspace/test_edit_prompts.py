@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ext.nullspace.edit_prompts import TEMPLATES, ConceptEdit, aligned, split_prompts, token_alignment
+from diffusers_ext.nullspace.edit_prompts import (
+    TEMPLATES,
+    ConceptEdit,
+    aligned,
+    check_read_apart,
+    split_prompts,
+    token_alignment,
+)
+from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 
 
@@ -46,6 +54,20 @@ def test_edits_that_make_no_sense_are_refused(arguments, message):
 def test_nothing_left_to_preserve_is_refused():
     with pytest.raises(ValueError, match="`preserve` must hold a prompt that names no target"):
         split_prompts([ConceptEdit("three", "nine")], ["a red three"], True)
+
+
+def test_two_edits_of_one_target_are_refused():
+    with pytest.raises(ValueError, match="`edits` must name each target once, got 'Three' again"):
+        split_prompts([ConceptEdit("three", "nine"), ConceptEdit("Three", "one")], ["a nine"], True)
+
+
+def test_a_preserved_prompt_that_reads_as_an_edited_one_is_refused():
+    edits, preserved = split_prompts([ConceptEdit("three", "nine")], ["a  three", "a one", "THREE ."], False)
+    check_read_apart(random_digits_pipeline(), edits, preserved)
+    long = "a red " * 8
+    edits, preserved = split_prompts([ConceptEdit("three", "nine")], [f"{long}three", f"{long}one"], False)
+    with pytest.raises(ValueError, match="`preserve` must hold no prompt that the model reads as one with the target"):
+        check_read_apart(random_digits_pipeline(), edits, preserved)
 
 
 @pytest.mark.parametrize(
