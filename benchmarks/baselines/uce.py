@@ -17,24 +17,25 @@ from diffusers_ext.nullspace.text_only import denoiser_arguments, text_only_line
 
 
 @torch.no_grad()
+def concept_tokens(pipeline: StableDiffusionPipeline, name: str) -> torch.Tensor:
+    """What the denoiser reads for a name, from its last word to the end of the text, `(tokens, width)` float64."""
+    embeddings = denoiser_arguments(pipeline, [name])["encoder_hidden_states"][0].double()
+    return embeddings[len(pipeline.tokenizer(name).input_ids) - 2 :]
+
+
+@torch.no_grad()
 def unified_concept_edit(
     pipeline: StableDiffusionPipeline, edits: Mapping[str, str], preserve: Sequence[str], weight: float = 0.5
 ) -> dict[str, torch.Tensor]:
     """The edit of a UNet's K and V as a LoRA of full rank, keys as in `read_lora`."""
-
-    def tokens(name: str) -> torch.Tensor:
-        embeddings = denoiser_arguments(pipeline, [name])["encoder_hidden_states"][0].double()
-        last = len(pipeline.tokenizer(name).input_ids) - 2
-        return embeddings[last:]
-
     sources = text_only_linears(pipeline)
     change, seen = 0.0, 0.0
     for target, anchor in edits.items():
-        old, new = tokens(target), tokens(anchor)
+        old, new = concept_tokens(pipeline, target), concept_tokens(pipeline, anchor)
         length = min(len(old), len(new))
         old, new = old[:length], new[:length]
         change, seen = change + (new - old).T @ old, seen + old.T @ old
-    kept = torch.cat([tokens(name) for name in preserve])
+    kept = torch.cat([concept_tokens(pipeline, name) for name in preserve])
     matrix = torch.linalg.solve(seen + weight * torch.eye(len(seen), dtype=seen.dtype) + kept.T @ kept, change.T).T
     lora = {}
     for name in sources:
