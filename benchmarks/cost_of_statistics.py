@@ -100,7 +100,7 @@ def training_steps(null_space: bool, batch_size: int = 8) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     latents = TensorDataset(torch.randn(batch_size, 4, 8, 8), torch.rand(batch_size, 4, 8, 8))
     scheduler = training_schedule(pipeline.scheduler)
-    loss = DreamBoothLoss(scheduler, encode_condition(pipeline, prompt, 32))
+    loss = DreamBoothLoss(scheduler, encode_condition(pipeline, prompt))
     pipeline.unet.train()
 
     def steps() -> None:

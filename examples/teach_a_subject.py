@@ -37,7 +37,7 @@ def main(input_args: list[str] | None = None) -> None:
     size = unet.config.sample_size * pipe.vae_scale_factor
     pictures = list_images(args.instance_data_dir)
     latents = encode_images(pipe, pictures, size, center_crop=True, flip=False)
-    condition = encode_condition(pipe, args.instance_prompt, size)
+    condition = encode_condition(pipe, args.instance_prompt)
     loss = DreamBoothLoss(training_schedule(pipe.scheduler), condition)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.max_train_steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -12,71 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_ext.families.predictions import Level, scheduler_level
 from diffusers_ext.families.published import Published
+from diffusers_ext.families.text_conditioning import TextConditioning
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-# Tensors have no truth value, so two of these are compared by identity.
-@dataclass(frozen=True, eq=False)
-class TextConditioning:
-    """Encoded prompts of a batch; what a family does not have is `None`.
-
-    Negative ones, which guidance leads away from, have the shapes of the others; `ValueError` where they do not.
-    """
-
-    prompt_embeds: torch.Tensor  # (batch, tokens, dim)
-    negative_prompt_embeds: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None  # (batch, tokens), nonzero where a token is read (Hunyuan-DiT)
-    negative_attention_mask: torch.Tensor | None = None
-    pooled_prompt_embeds: torch.Tensor | None = None  # (batch, pooled_dim) (SDXL, SD3, Flux)
-    negative_pooled_prompt_embeds: torch.Tensor | None = None
-    prompt_embeds_2: torch.Tensor | None = None  # (batch, tokens_2, dim_2), the second encoder's (Hunyuan-DiT's T5)
-    negative_prompt_embeds_2: torch.Tensor | None = None
-    attention_mask_2: torch.Tensor | None = None  # (batch, tokens_2)
-    negative_attention_mask_2: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.prompt_embeds.ndim != 3:
-            raise ValueError(f"`prompt_embeds` must be (batch, tokens, dim), got {tuple(self.prompt_embeds.shape)}.")
-        for name, tensor in self.tensors().items():
-            if len(tensor) != len(self):
-                raise ValueError(
-                    f"`{name}` must be a batch of {len(self)} like `prompt_embeds`, got {tuple(tensor.shape)}."
-                )
-            self._check_shape(name, tensor)
-
-    def _check_shape(self, name: str, tensor: torch.Tensor) -> None:
-        wanted_like, shape = name.removeprefix("negative_"), tensor.shape
-        if name.startswith("attention_mask"):
-            wanted_like = name.replace("attention_mask", "prompt_embeds")
-        like = getattr(self, wanted_like)
-        wanted = None if like is None else like.shape[: 2 if "mask" in name else None]
-        if shape != wanted:
-            raise ValueError(f"`{name}` must be {wanted and tuple(wanted)} like `{wanted_like}`, got {tuple(shape)}.")
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The fields that are there, by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def __len__(self) -> int:
-        return len(self.prompt_embeds)
-
-    def __getitem__(self, index: slice | Sequence[int] | torch.Tensor) -> TextConditioning:
-        if isinstance(index, int):
-            raise TypeError(
-                f"`index` must be a slice or a list of indices, got {index}. Use [{index}] in a "
-                "list: a conditioning is always a batch."
-            )
-        if not isinstance(index, (slice, torch.Tensor)):
-            index = list(index)
-        return TextConditioning(**{name: x[index] for name, x in self.tensors().items()})
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditioning:
-        """The same on another device, and with embeddings of another dtype; masks keep theirs."""
-        found = self.tensors().items()
-        return TextConditioning(**{name: x.to(device, None if "mask" in name else dtype) for name, x in found})
 
 
 class TokenGrid(NamedTuple):
@@ -182,6 +120,11 @@ class Family:
     text_attention: ClassVar[str | None] = "attn2"  # module of a block where text enters by cross-attention
     # Linears whose inputs null space counts: {feature: (module of a block, slot, Linear of that module)}.
     features: ClassVar[Mapping[str, tuple[str, str, str]]] = _BLOCK_FEATURES
+    # Ends of the names of Linears in joint attention: keys and values that read the text stream, and all of them.
+    text_stream: ClassVar[tuple[str, ...]] = ("add_k_proj", "add_v_proj")
+    attention_linears: ClassVar[tuple[str, ...]] = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    )  # fmt: skip
     # Module of a block that gives `(video, text)`; an eraser takes the place of the dropout that ends its `to_out`.
     joint_attention: ClassVar[str | None] = None
 
@@ -247,6 +190,18 @@ class Family:
 
     def unpack(self, pipeline: DiffusionPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """The way back from `pack`, of a picture of `height` x `width` pixels."""
+        return latents
+
+    def latent_scale(self, vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Offset and factor, float32, of `from_vae`'s latents: the denoiser's are `(latents - offset) * factor`."""
+        return latent_scale(vae)
+
+    def from_vae(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents of pictures `(batch, channels, height, width)`, arranged as `predict` takes them."""
+        return latents
+
+    def to_vae(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+        """The way back from `from_vae`."""
         return latents
 
     def network_sizes(self, config: Any) -> NetworkSizes:
@@ -358,6 +313,18 @@ class Family:
     ) -> Velocity:
         """The same with conditions without content, anywhere, for shapes to be traced."""
         raise NotImplementedError
+
+
+def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offset and factor, float32 `(1, channels or 1, 1, 1)`: `denoiser's latents = (VAE's - offset) * factor`."""
+    config = vae.config
+    means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if means is None or stds is None:
+        means, stds = [getattr(config, "shift_factor", None) or 0.0], [1.0]
+    offset, spread = (
+        torch.tensor(values, dtype=torch.float32, device=vae.device).view(1, -1, 1, 1) for values in (means, stds)
+    )
+    return offset, getattr(config, "scaling_factor", 1.0) / spread
 
 
 def import_class(name: str) -> type:

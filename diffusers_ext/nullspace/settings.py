@@ -28,6 +28,9 @@ DIRECTIONS = ("generalized", "null", "soft", "plain")
 # Frozen directions have unit energy, so B holds output changes; a plain LoRA's B is far smaller.
 _RATES = {"generalized": 3e-2, "null": 3e-2, "soft": 1e-3, "plain": 1e-3}
 _FULL_RATE = 1e-4
+# How timesteps of flow matching are drawn and weighed, by diffusers' names.
+WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
+GUIDANCE = 3.5  # that FLUX.1-dev is told while it trains, as in diffusers
 
 
 @dataclass(kw_only=True)
@@ -117,6 +120,14 @@ class SubjectSettings(Settings, title="subject"):
     no_center_crop: bool = setting(False, "squeeze in place of cropping")
     random_flip: bool = setting(False, "mirror half of the pictures")
     snr_gamma: float | None = setting(None, "Min-SNR weighting of the loss, usually 5; none without it", rule=POSITIVE)
+    weighting_scheme: str | None = setting(
+        None,
+        "how a flow-matching model draws and weighs timesteps, as in diffusers; logit_normal without it",
+        choices=WEIGHTING_SCHEMES,
+    )
+    guidance_embedding: float | None = setting(
+        None, f"guidance scale that a model is told while it trains which takes it as an input; {GUIDANCE} without it"
+    )
     with_prior_preservation: bool = setting(False, "also train on pictures of the class")
     class_data_dir: str | None = setting(None, "their folder; missing ones are drawn")
     class_prompt: str | None = setting(None, 'e.g. "a photo of a dog"')

@@ -61,6 +61,11 @@ def draft_nullspace(base: BaseModel, setting: NullSpacePlanSettings, *, as_on_gp
         raise ValueError(
             f"`model` must be {titles_of('nullspace')} for null-space DreamBooth, got {base.pipeline} in {base.name}."
         )
+    if shapes.family.flow_matching:
+        raise ValueError(
+            f"`model` must be a diffusion UNet to be planned, got the flow-matching {shapes.family.title} in "
+            f"{base.name}: its training is not traced yet. Train it without a plan."
+        )
     setting.resolution = shapes.resolution
     run = NullSpaceRun(shapes, setting, as_on_gpu)
     notes = []
@@ -226,17 +231,15 @@ class NullSpaceRun:
         """The training's own step over latents without content."""
         setting, shapes, dtype = self.setting, self.shapes, self.precision.dtype
         soft, schedule = setting.directions == "soft", DDPMScheduler()
+        pipeline = shapes.pipeline(dtype)  # asked for sizes alone
 
         def begin(unet: torch.nn.Module, device: torch.device) -> Callable[[], torch.Tensor]:
             def latents() -> list[torch.Tensor]:
                 size = (setting.train_batch_size, *shapes.latents)
                 return [torch.zeros(size, device=device) for _ in range(2)]
 
-            text, added = shapes.conditioning(1, device, dtype), {}
-            if text.pooled_prompt_embeds is not None:
-                ids = torch.zeros(1, 6, dtype=dtype, device=device)
-                added = {"text_embeds": text.pooled_prompt_embeds, "time_ids": ids}
-            condition, prior = Condition(text.prompt_embeds, added), {}
+            text = shapes.conditioning(1, device, dtype).positive()
+            condition, prior = Condition(text, shapes.family, pipeline), {}
             if setting.with_prior_preservation:
                 pictures = TensorDataset(*latents())
                 prior = {"class_latents": pictures, "class_condition": condition}

@@ -92,19 +92,19 @@ def test_bad_captions_stop_before_the_model_is_loaded(folder, subject_line, file
 
 def test_every_sample_has_the_condition_of_its_picture():
     pipeline, prompts = sdxl_pipeline(), ["a", "a b", "a b c"]
-    condition = encode_conditions(pipeline, prompts, 32)
+    condition = encode_conditions(pipeline, prompts)
     for row, prompt in enumerate(prompts):
-        alone = encode_condition(pipeline, prompt, 32)
-        assert torch.equal(condition.prompt_embeds[row], alone.prompt_embeds[0])
-        assert torch.equal(condition.added["text_embeds"][row], alone.added["text_embeds"][0])
+        alone = encode_condition(pipeline, prompt)
+        for name, tensor in condition.text.tensors().items():
+            assert torch.equal(tensor[row], alone.text.tensors()[name][0])
     mirrored = TensorDataset(torch.zeros(4, 4, 8, 8), torch.ones(4, 4, 8, 8))
     dataset = with_prompts(mirrored, ["a b c", "a"], prompts)
     assert dataset.tensors[2].tolist() == [2, 2, 0, 0]
     model, loss = Echo(), DreamBoothLoss(DDPMScheduler(), condition)
     loss(model, list(dataset[1:4]), torch.Generator().manual_seed(0))
-    assert torch.equal(model.seen[0]["embeds"], condition.prompt_embeds[[2, 0, 0]])
+    assert torch.equal(model.seen[0]["embeds"], condition.text.prompt_embeds[[2, 0, 0]])
     added = model.seen[0]["added"]
-    assert torch.equal(added["text_embeds"], condition.added["text_embeds"][[2, 0, 0]])
+    assert torch.equal(added["text_embeds"], condition.text.pooled_prompt_embeds[[2, 0, 0]])
     assert added["time_ids"].shape == (3, 6)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.training.nullspace.data import draw_images, latent_scale, sampling_arguments
+from diffusers_ext.families.family import latent_scale
+from diffusers_ext.training.nullspace.data import draw_images, sampling_arguments
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 

@@ -10,6 +10,9 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from diffusers_ext.core.seeds import check_prediction_type
+from diffusers_ext.families.sdxl import SDXL
+from diffusers_ext.families.stable_diffusion import StableDiffusion
+from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.nullspace.step import Condition, DreamBoothLoss
 from diffusers_ext.training.nullspace.data import (
     encode_condition,
@@ -25,14 +28,16 @@ from tests.tiny_pipelines import sdxl_pipeline
 class Echo(torch.nn.Module):
     """A denoiser whose prediction is a weight times its input."""
 
+    config = SimpleNamespace(time_cond_proj_dim=None)
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(0.5))
         self.seen: list[dict] = []
 
-    def forward(self, sample, timesteps, embeds, added_cond_kwargs=None):
-        self.seen.append({"t": timesteps, "embeds": embeds, "added": added_cond_kwargs})
-        return SimpleNamespace(sample=self.weight * sample)
+    def forward(self, sample, timesteps, encoder_hidden_states, return_dict, added_cond_kwargs=None):
+        self.seen.append({"t": timesteps, "embeds": encoder_hidden_states, "added": added_cond_kwargs})
+        return (self.weight * sample,)
 
 
 @pytest.fixture(scope="module")
@@ -129,25 +134,33 @@ def test_latents_hold_the_picture(pipeline, pictures):
 
 
 def test_conditions_of_both_models(pipeline):
-    condition = encode_condition(pipeline, "a red seven", 32)
-    assert condition.prompt_embeds.shape == (1, 16, 128)
-    assert condition.added == {}
+    condition = encode_condition(pipeline, "a red seven")
+    assert condition.text.prompt_embeds.shape == (1, 16, 128)
+    assert condition.text.pooled_prompt_embeds is None
     xl = sdxl_pipeline()
-    condition = encode_condition(xl, "a red seven", 48)
-    assert condition.prompt_embeds.shape == (1, 16, xl.unet.config.cross_attention_dim)
-    assert condition.added["text_embeds"].shape == (1, 16)
-    assert condition.added["time_ids"].tolist() == [[48, 48, 0, 0, 48, 48]]
-    prediction = xl.unet(
-        torch.randn(2, 4, 8, 8),
-        torch.tensor([1, 2]),
-        condition.prompt_embeds.expand(2, -1, -1),
-        added_cond_kwargs={k: v.expand(2, -1) for k, v in condition.added.items()},
-    ).sample
-    assert prediction.isfinite().all()
+    condition = encode_condition(xl, "a red seven")
+    embeds, pooled = condition.text.prompt_embeds, condition.text.pooled_prompt_embeds
+    assert embeds.shape == (1, 16, xl.unet.config.cross_attention_dim)
+    assert pooled.shape == (1, 16)
+    latents, t = torch.randn(2, 4, 12, 12), torch.tensor([1, 2])
+    added = {"text_embeds": pooled.expand(2, -1), "time_ids": torch.tensor([[48.0, 48, 0, 0, 48, 48]] * 2)}
+    with torch.no_grad():
+        wanted = xl.unet(latents, t, embeds.expand(2, -1, -1), added_cond_kwargs=added).sample
+        found = condition.predict(xl.unet, latents, t, condition.of_samples(2, None))
+    assert torch.equal(found, wanted)
+
+
+def condition_of(embeds: torch.Tensor, pooled: torch.Tensor | None = None) -> Condition:
+    """For `Echo`, which reads all it is told."""
+    config = SimpleNamespace(time_cond_proj_dim=None)
+    ids = lambda size, crop, target, dtype, width: torch.tensor([[*size, *crop, *target]], dtype=dtype)
+    pipeline = SimpleNamespace(unet=SimpleNamespace(config=config), vae_scale_factor=4, _get_add_time_ids=ids)
+    family = StableDiffusion() if pooled is None else SDXL()
+    return Condition(TextConditioning(embeds, pooled_prompt_embeds=pooled), family, pipeline)
 
 
 def make_loss(kind: str = "epsilon", **arguments) -> DreamBoothLoss:
-    condition = Condition(torch.ones(1, 3, 2), {"text_embeds": torch.zeros(1, 2)})
+    condition = condition_of(torch.ones(1, 3, 2), torch.zeros(1, 2))
     return DreamBoothLoss(DDPMScheduler(prediction_type=kind), condition, **arguments)
 
 
@@ -197,7 +210,7 @@ def test_randomness_comes_from_the_generator_alone():
 
 def test_prior_preservation_adds_the_class():
     class_latents = TensorDataset(*batch(5, seed=1))
-    class_condition = Condition(torch.zeros(1, 3, 2), {})
+    class_condition = condition_of(torch.zeros(1, 3, 2))
     loss = make_loss(class_latents=class_latents, class_condition=class_condition, prior_loss_weight=0.25)
     model = Echo()
     found = loss(model, batch(), torch.Generator().manual_seed(3))
@@ -211,13 +224,13 @@ def test_prior_preservation_adds_the_class():
 @pytest.mark.parametrize("kind", ["sample", "flow"])
 def test_other_predictions_are_refused(kind):
     scheduler = DDPMScheduler(prediction_type=kind)
-    for check in (check_prediction_type, lambda s: DreamBoothLoss(s, Condition(None, {}))):
+    for check in (check_prediction_type, lambda s: DreamBoothLoss(s, None)):
         with pytest.raises(ValueError, match=f"'epsilon' or 'v_prediction', got '{kind}'"):
             check(scheduler)
 
 
 def test_a_scheduler_of_another_kind_is_refused():
-    for check in (check_prediction_type, lambda s: DreamBoothLoss(s, Condition(None, {}))):
+    for check in (check_prediction_type, lambda s: DreamBoothLoss(s, None)):
         with pytest.raises(ValueError, match="scheduler"):
             check(EDMEulerScheduler())
 
@@ -225,7 +238,7 @@ def test_a_scheduler_of_another_kind_is_refused():
 def test_min_snr_at_noise_alone():
     def weighted(kind):
         scheduler = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
-        condition = Condition(torch.ones(1, 3, 2), {})
+        condition = condition_of(torch.ones(1, 3, 2))
         loss = DreamBoothLoss(scheduler, condition, snr_gamma=5.0)
         generator = torch.Generator().manual_seed(0)
         return loss(Echo(), batch(64), generator)["loss"]

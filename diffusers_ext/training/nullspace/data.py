@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -25,8 +26,9 @@ from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import SamplingSettings
 from diffusers_ext.core.text_files import one_line, read_rows, read_text
 from diffusers_ext.families import find_family
+from diffusers_ext.families.text_conditioning import stack_texts
 from diffusers_ext.nullspace.settings import SubjectSettings
-from diffusers_ext.nullspace.step import Condition
+from diffusers_ext.nullspace.step import GUIDANCE, Condition
 
 logger = get_logger(__name__)
 
@@ -148,21 +150,9 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offset and factor, float32 `(1, channels or 1, 1, 1)`: `denoiser's latents = (VAE's - offset) * factor`."""
-    config = vae.config
-    means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if means is None or stds is None:
-        means, stds = [getattr(config, "shift_factor", None) or 0.0], [1.0]
-    offset, spread = (
-        torch.tensor(values, dtype=torch.float32, device=vae.device).view(1, -1, 1, 1) for values in (means, stds)
-    )
-    return offset, config.scaling_factor / spread
-
-
 def own_resolution(pipeline: DiffusionPipeline) -> int | None:
     """Pixels a side of the pictures that a model was made for; `None` where they are not square."""
-    size = denoiser_of(pipeline).config.sample_size
+    size = find_family(pipeline, "nullspace").sample_size(denoiser_of(pipeline).config)
     sides = {size} if isinstance(size, int) else set(size or ())
     return sides.pop() * pipeline.vae_scale_factor if len(sides) == 1 else None
 
@@ -186,8 +176,8 @@ def draw_images(
     A picture depends on its prompt and its seed, not on the others (up to rounding). `run` are further arguments of
     the pipeline's call, as of `sampling_arguments`.
     """
-    vae = pipeline.vae
-    offset, factor = latent_scale(vae)
+    vae, family = pipeline.vae, find_family(pipeline, "nullspace")
+    offset, factor = family.latent_scale(vae)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if run.get("negative_prompt") is not None:
         run["negative_prompt"] = [run["negative_prompt"]] * len(generators)
@@ -195,7 +185,8 @@ def draw_images(
         latents = pipeline(
             list(prompts), height=resolution, width=resolution, generator=generators, output_type="latent", **run
         ).images
-        latents = (latents.float() / factor + offset).to(vae.dtype)
+        latents = family.unpack(pipeline, latents, resolution, resolution)
+        latents = family.to_vae(pipeline, latents.float() / factor + offset).to(vae.dtype)
         with torch.autocast(latents.device.type, enabled=False):  # VAEs overflow in float16
             pixels = torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
     return pipeline.image_processor.postprocess(pixels, output_type="pil")
@@ -228,15 +219,15 @@ def encode_images(
 
     Each is `(channels, height, width)` float32; with `flip` there are twice as many.
     """
-    vae = pipeline.vae
-    offset, factor = latent_scale(vae)
+    vae, family = pipeline.vae, find_family(pipeline, "nullspace")
+    offset, factor = family.latent_scale(vae)
     means, stds = [], []
     for path in paths:
         pixels = load_image(path, resolution, center_crop)
         for view in [pixels, pixels.flip(-1)] if flip else [pixels]:
             posterior = vae.encode(view[None].to(vae.device, vae.dtype)).latent_dist
-            means.append((posterior.mean.float() - offset) * factor)
-            stds.append(posterior.std.float() * factor)
+            means.append((family.from_vae(pipeline, posterior.mean.float()) - offset) * factor)
+            stds.append(family.from_vae(pipeline, posterior.std.float()) * factor)
     return TensorDataset(torch.cat(means), torch.cat(stds))
 
 
@@ -250,23 +241,18 @@ def with_prompts(dataset: TensorDataset, of_pictures: Sequence[str], prompts: Se
 
 
 @torch.no_grad()
-def encode_condition(pipeline: DiffusionPipeline, prompt: str, resolution: int) -> Condition:
-    """Encode one prompt once; the text encoder is frozen."""
-    encoded = pipeline.encode_prompt(
-        prompt=prompt, device=pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
+def encode_condition(pipeline: DiffusionPipeline, prompt: str, guidance_scale: float = GUIDANCE) -> Condition:
+    """Encode one prompt once; the text encoder is frozen. `guidance_scale` is as of `Condition`."""
     family = find_family(pipeline, "nullspace")
-    place = family.text_outputs.get("pooled_prompt_embeds")
-    pooled = None if place is None else encoded[place]
-    size, dtype = (resolution, resolution), encoded[0].dtype
-    return Condition(encoded[0], family.added_conditions(pipeline, pooled, *size, dtype))
+    return Condition(family.encode(pipeline, [prompt], None).positive(), family, pipeline, guidance_scale)
 
 
-def encode_conditions(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> Condition:
+def encode_conditions(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], guidance_scale: float = GUIDANCE
+) -> Condition:
     """Encode prompts, each as `encode_condition` does it alone, into the rows of one condition."""
-    each = [encode_condition(pipeline, prompt, resolution) for prompt in prompts]
-    added = {name: torch.cat([one.added[name] for one in each]) for name in each[0].added}
-    return Condition(torch.cat([one.prompt_embeds for one in each]), added)
+    each = [encode_condition(pipeline, prompt, guidance_scale) for prompt in prompts]
+    return dataclasses.replace(each[0], text=stack_texts([one.text for one in each]))
 
 
 def make_class_images(

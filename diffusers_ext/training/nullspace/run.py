@@ -24,7 +24,7 @@ from peft import LoraConfig
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint
 from diffusers_ext.core.pictures import find_pictures, read_picture
 from diffusers_ext.core.pipelines import denoiser_of
-from diffusers_ext.core.seeds import check_min_snr, training_schedule
+from diffusers_ext.core.seeds import check_min_snr
 from diffusers_ext.documented_names import read_nullbooth_block
 from diffusers_ext.families import find_family
 from diffusers_ext.nullspace.lora import check_lora_config
@@ -58,6 +58,7 @@ from diffusers_ext.training.nullspace.subject import (
     subject_card,
     subject_facts,
     subject_words,
+    training_schedule_of,
 )
 from diffusers_ext.training.run.loop import TrainingLoop
 from diffusers_ext.training.run.script import (
@@ -99,7 +100,7 @@ def check_knowledge(settings: NullSpaceSettings) -> None:
 def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> None:
     """Raise `ValueError` for arguments that do not fit the loaded model; settles `--resolution`."""
     settle_resolution(settings, pipeline)
-    check_min_snr(training_schedule(pipeline.scheduler), settings.snr_gamma)
+    check_schedule(settings, pipeline)
     prompts = [*subject_prompts(settings), settings.negative_prompt, *settings.validation_prompt]
     if settings.with_prior_preservation:
         prompts.append(settings.class_prompt)
@@ -112,6 +113,30 @@ def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline
     check_prompt_length(pipeline, prompts)
 
 
+def check_schedule(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> None:
+    """Raise `ValueError` for settings of a schedule that the model does not have."""
+    family = find_family(pipeline, "nullspace")
+    schedule, name = training_schedule_of(settings, pipeline), type(denoiser_of(pipeline)).__name__
+    if not family.embedded_guidance(denoiser_of(pipeline).config) and settings.guidance_embedding is not None:
+        raise ValueError(
+            f"`guidance_embedding` must be left out for a {name} that takes no guidance scale, got "
+            f"{settings.guidance_embedding}."
+        )
+    if family.flow_matching:
+        if settings.snr_gamma is not None:
+            raise ValueError(
+                f"`snr_gamma` must be left out for the flow-matching {name}, got {settings.snr_gamma}: levels of "
+                "noise are weighed by `--weighting_scheme`."
+            )
+        return
+    if settings.weighting_scheme is not None:
+        raise ValueError(
+            f"`weighting_scheme` must be left out for {family.title}, which is no flow-matching model, got "
+            f"{settings.weighting_scheme!r}."
+        )
+    check_min_snr(schedule, settings.snr_gamma)
+
+
 def settle_resolution(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> None:
     """Make `--resolution` the model's own where it is not given; warn where it is another."""
     own = own_resolution(pipeline)
@@ -119,7 +144,11 @@ def settle_resolution(settings: NullSpaceSettings, pipeline: DiffusionPipeline) 
         if own is None:
             raise ValueError("`resolution` must be given for a model without a square size of its own, got None.")
         settings.resolution = own
-    elif own is not None and settings.resolution != own:
+    family = find_family(pipeline, "nullspace")
+    multiple = pipeline.vae_scale_factor * family.patch(denoiser_of(pipeline).config)
+    if family.flow_matching and settings.resolution % multiple:
+        raise ValueError(f"`resolution` must be a multiple of {multiple} for this model, got {settings.resolution}.")
+    if own is not None and settings.resolution != own:
         logger.warning(
             f"--resolution is {settings.resolution}, the model's own is {own}: pictures of another size "
             "take another time to train on and may be drawn worse. Leave the flag out for the "
@@ -138,6 +167,9 @@ def subject_settings(settings: NullSpaceSettings) -> dict[str, Any]:
     facts = {name: getattr(settings, name) for name in names}
     if settings.resolution is None:  # the model's own, which is not known before it is loaded
         del facts["resolution"]
+    for name in ("weighting_scheme", "guidance_embedding"):  # left out where they are not given, as before they were
+        if getattr(settings, name) is not None:
+            facts[name] = getattr(settings, name)
     if settings.with_prior_preservation:
         facts.update(class_prompt=settings.class_prompt, prior_loss_weight=settings.prior_loss_weight)
     if settings.directions == "plain":

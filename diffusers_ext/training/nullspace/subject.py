@@ -15,16 +15,16 @@ from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.pipelines import denoiser_of, plain_class_name
-from diffusers_ext.core.seeds import training_schedule
+from diffusers_ext.families import find_family
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, predicted_drift, save_lora
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME, measured_drift, training_metadata
 from diffusers_ext.nullspace.projector import NullSpaceProjector
-from diffusers_ext.nullspace.settings import NullSpaceSettings, read_layers
+from diffusers_ext.nullspace.settings import GUIDANCE, WEIGHTING_SCHEMES, NullSpaceSettings, read_layers
 from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.nullspace.step import DreamBoothLoss, SoftLoss
+from diffusers_ext.nullspace.step import DreamBoothLoss, SoftLoss, schedule_of
 from diffusers_ext.training.nullspace.data import (
     encode_condition,
     encode_conditions,
@@ -137,6 +137,17 @@ def keep_rule(settings: NullSpaceSettings) -> KeepRule:
     return is_trainable if settings.full_finetune else lambda name, _: "lora_" in name
 
 
+def training_schedule_of(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> Any:
+    """The schedule of the training at its resolution, of which flow matching has settings."""
+    return schedule_of(
+        pipeline,
+        find_family(pipeline, "nullspace"),
+        settings.resolution,
+        num_inference_steps=settings.num_inference_steps,
+        weighting_scheme=settings.weighting_scheme or WEIGHTING_SCHEMES[0],
+    )
+
+
 def make_loss(
     settings: NullSpaceSettings,
     pipeline: DiffusionPipeline,
@@ -144,7 +155,8 @@ def make_loss(
     statistics: FeatureStatistics | None,
 ) -> Callable:
     """The denoising loss; class pictures are drawn first where they are missing."""
-    instance = encode_conditions(pipeline, subject_prompts(settings), settings.resolution)
+    guidance = GUIDANCE if settings.guidance_embedding is None else settings.guidance_embedding
+    instance = encode_conditions(pipeline, subject_prompts(settings), guidance)
     latents = condition = None
     if settings.with_prior_preservation:
         # Under autocast, because weights that train are in float32 and the others may not be.
@@ -161,8 +173,8 @@ def make_loss(
             )
         crop = not settings.no_center_crop
         latents = encode_images(pipeline, paths, settings.resolution, center_crop=crop, flip=False)
-        condition = encode_condition(pipeline, settings.class_prompt, settings.resolution)
-    scheduler = training_schedule(pipeline.scheduler)
+        condition = encode_condition(pipeline, settings.class_prompt, guidance)
+    scheduler = training_schedule_of(settings, pipeline)
     loss = DreamBoothLoss(scheduler, instance, latents, condition, settings.prior_loss_weight, settings.snr_gamma)
     if settings.directions != "soft" or settings.full_finetune:
         return loss
