@@ -28,8 +28,10 @@ from transformers import (
 from examples.digits.prompts import make_tokenizer
 
 
-def tiny_hunyuan_dit_pipeline(seed: int = 0, *, image_conditions: bool = True) -> HunyuanDiTPipeline:
-    """77 tokens of 8-wide BERT text and 256 of T5, v-prediction, latents of 4 channels.
+def tiny_hunyuan_dit_pipeline(
+    seed: int = 0, *, image_conditions: bool = True, text_width: int = 8
+) -> HunyuanDiTPipeline:
+    """77 tokens of BERT text and 256 of T5, v-prediction, latents of 4 channels.
 
     Call it with 64 x 64 pixels and `use_resolution_binning=False`: the pipeline divides by 8. `image_conditions=False`
     is version 1.2 of the model, which sees no size and no style.
@@ -38,7 +40,7 @@ def tiny_hunyuan_dit_pipeline(seed: int = 0, *, image_conditions: bool = True) -
     torch.manual_seed(seed)
     bert = BertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=8,
+        hidden_size=text_width,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=16,
@@ -52,8 +54,8 @@ def tiny_hunyuan_dit_pipeline(seed: int = 0, *, image_conditions: bool = True) -
         patch_size=2,
         sample_size=8,
         num_layers=4,
-        cross_attention_dim=8,
-        cross_attention_dim_t5=8,
+        cross_attention_dim=text_width,
+        cross_attention_dim_t5=text_width,
         pooled_projection_dim=4,
         use_style_cond_and_image_meta_size=image_conditions,
     )
@@ -73,15 +75,15 @@ def tiny_hunyuan_dit_pipeline(seed: int = 0, *, image_conditions: bool = True) -
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        text_encoder_2=_t5(tokenizer, width=8),
+        text_encoder_2=_t5(tokenizer, width=text_width),
         tokenizer_2=tokenizer,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
-    """16 tokens of two CLIP encoders and 256 of T5, all 32 wide; 16 channels, 32 x 32 pixels."""
+def tiny_sd3_pipeline(seed: int = 0, *, text_width: int = 32) -> StableDiffusion3Pipeline:
+    """16 tokens of two CLIP encoders, 32 wide, and 256 of T5; 16 channels, 32 x 32 pixels."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
@@ -92,7 +94,7 @@ def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=32,
+        joint_attention_dim=text_width,
         caption_projection_dim=16,
         pooled_projection_dim=16,
         pos_embed_max_size=16,
@@ -106,7 +108,7 @@ def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
         tokenizer,
         encoders[1],
         tokenizer,
-        _t5(tokenizer, width=32),
+        _t5(tokenizer, width=text_width),
         tokenizer,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -7,6 +7,7 @@ from typing import Any
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.families.flux import Flux
+from diffusers_ext.families.flux2 import Flux2
 from diffusers_ext.families.hunyuan_dit import HunyuanDiT
 from diffusers_ext.families.sd3 import SD3
 from diffusers_ext.families.sdxl import SDXL
@@ -14,7 +15,7 @@ from diffusers_ext.families.stable_diffusion import StableDiffusion
 
 __all__ = ["FAMILIES", "Family", "find_family", "match_family"]
 
-FAMILIES: list[Family] = [StableDiffusion(), SDXL(), HunyuanDiT(), SD3(), Flux(), CogVideoX()]
+FAMILIES: list[Family] = [StableDiffusion(), SDXL(), HunyuanDiT(), SD3(), Flux(), Flux2(), CogVideoX()]
 
 
 def families_of(tool: str | None) -> list[Family]:

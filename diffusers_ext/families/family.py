@@ -115,6 +115,10 @@ class Family:
     # Where `encode_prompt` returns what a golden-noise network reads: {argument of `refine`: place}.
     text_outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
     call_arguments: ClassVar[Mapping[str, Any]] = {}  # that make the pipeline take latents of any size as they are
+    # Of the call that asks the denoiser once a step and for as little as it can, where defaults and guidance 1 do not.
+    smallest_call: ClassVar[Mapping[str, Any]] = {}
+    # Components between the text encoder and the denoiser, that read text alone and take LoRAs.
+    text_components: ClassVar[tuple[str, ...]] = ()
     rounds_size: ClassVar[bool] = False  # the pipeline draws the next smaller size where patches do not tile latents
     blocks: ClassVar[str] = "transformer_blocks"  # list in the denoiser
     text_attention: ClassVar[str | None] = "attn2"  # module of a block where text enters by cross-attention
@@ -137,6 +141,11 @@ class Family:
             ValueError: negative prompts for a model that takes none.
         """
         raise NotImplementedError
+
+    def token_ids(self, pipeline: DiffusionPipeline, prompt: str) -> list[list[int]]:
+        """Of the text that the denoiser reads for a prompt, without padding: a list for each of `token_encoders`."""
+        tokenizers = [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in self.token_encoders]
+        return [tokenizer(prompt, truncation=True).input_ids for tokenizer in tokenizers]
 
     def text_shapes(self, config: Any) -> dict[str, tuple[int | None, ...]]:
         """What follows the batch in the shapes of the text; `None` for any length."""
@@ -191,6 +200,10 @@ class Family:
     def unpack(self, pipeline: DiffusionPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """The way back from `pack`, of a picture of `height` x `width` pixels."""
         return latents
+
+    def drawn(self, pipeline: DiffusionPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the pipeline's call returns with `output_type="latent"`, unpacked."""
+        return self.unpack(pipeline, latents, height, width)
 
     def latent_scale(self, vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Offset and factor, float32, of `from_vae`'s latents: the denoiser's are `(latents - offset) * factor`."""

@@ -39,6 +39,9 @@ VAE_16: Component = (
 )
 
 
+FLUX2_VAE: Component = ("AutoencoderKLFlux2", {})
+
+
 def encoder_sizes(width: int, num_heads: int, num_layers: int) -> dict[str, Any]:
     """Of a CLIP or BERT, whose inner layers are four times as wide."""
     return {
@@ -74,6 +77,17 @@ MT5_XL: Component = (
     "T5EncoderModel",
     {**_T5_XXL_CONFIG, "d_model": 2048, "d_ff": 5120, "num_heads": 32, "vocab_size": 250112},
 )
+_QWEN3: dict[str, Any] = {
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+QWEN3_4B: Component = (
+    "Qwen3ForCausalLM",
+    {**_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+)
+QWEN3_8B: Component = ("Qwen3ForCausalLM", {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288})
 BERT_L: Component = ("BertModel", {**encoder_sizes(1024, 16, 24), "vocab_size": 47020})
 SAFETY_CHECKER: Component = (
     "StableDiffusionSafetyChecker",

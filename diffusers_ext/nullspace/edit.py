@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.concept_words import contains_concept
-from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.edit_equations import (
     edit_matrix,
@@ -40,7 +39,8 @@ from diffusers_ext.nullspace.edit_prompts import (
 from diffusers_ext.nullspace.edit_report import EditForecast, EditReport, edit_warnings
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, export_lora
 from diffusers_ext.nullspace.lora_formats import has_kohya_names
-from diffusers_ext.nullspace.text_only import TextReader, text_only_linears
+from diffusers_ext.nullspace.statistics import TEXT
+from diffusers_ext.nullspace.text_only import TextReader, lora_name, text_only_linears, text_readers
 
 logger = logging.getLogger(__name__)
 StateDict = dict[str, torch.Tensor]
@@ -119,31 +119,31 @@ def edit_concept(
         edits = [ConceptEdit(target, anchor) for target, anchor in edits.items()]
     if not edits:
         raise ValueError("`edits` must hold at least one target and its anchor, got none.")
-    denoiser = denoiser_of(pipeline)
-    if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
+    root = text_readers(pipeline)
+    if any(isinstance(module, BaseTunerLayer) for module in root.modules()):
         raise ValueError("`pipeline` must carry no LoRA while it is edited, got one. Fuse or unload it first.")
     sources = text_only_linears(pipeline, **call_arguments)
     reader = TextReader(pipeline, sources, batch_size, call_arguments)
     prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
     prompts = _with_anchors(reader, prompts, preserve)
     check_read_apart(pipeline, prompts, preserved)
-    prefix = next(name for name, module in pipeline.components.items() if module is denoiser)
     lora: StateDict = {}
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     rows: list[dict[str, Any]] = []
     kept_whole = set(preserved)
     forecast = EditForecast(reader, prompts, [prompt for prompt in preserve if prompt in kept_whole])
     for source in dict.fromkeys(sources.values()):
-        d_c, c1, c2 = target_moments(denoiser, reader, prompts, source, updates)
+        d_c, c1, c2 = target_moments(root, reader, prompts, source, updates)
         c0 = preserved_moment(reader, preserved, negative_prompt, source)
         matrix = edit_matrix(d_c, c1, c0, preserve_weight=preserve_weight, eps=eps, hard=hard, edits=len(edits))
         left, a, share = low_rank(matrix, c1, kept)
-        weights = {name: read_weight(denoiser.get_submodule(name)) for name in sources if sources[name] == source}
+        weights = {name: read_weight(root.get_submodule(name)) for name in sources if sources[name] == source}
         metric = sum(weight.T @ weight for weight in weights.values())
         forecast.add(source, left @ a, metric)
         for name, weight in weights.items():
             b = weight @ left
-            lora[f"{prefix}.{name}.lora_A.weight"], lora[f"{prefix}.{name}.lora_B.weight"] = a.float(), b.float()
+            key = lora_name(pipeline, name)
+            lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"] = a.float(), b.float()
             updates[name] = a, b
             rows.append({"linear": name, "source": source, "rank": len(a), "kept": share})
             rows[-1] |= layer_report(weight, left @ a, d_c, c1, c2, c0)
@@ -186,14 +186,13 @@ def nearest_anchor(
         raise ValueError(
             f"`anchor` must be given for {target!r}, got None, and no preserved prompt has other words in its place."
         )
-    denoiser = denoiser_of(reader.pipeline)
-    source = next(iter(reader.readers))
-    weight = read_weight(denoiser.get_submodule(reader.readers[source]))
+    source = TEXT if TEXT in reader.readers else next(iter(reader.readers))
+    weight = read_weight(text_readers(reader.pipeline).get_submodule(reader.readers[source]))
     prompts = list(prompts)[: reader.batch_size]
     k1 = reader.all(prompts, source)
     distances = {}
     for words in candidates:
-        k2 = in_places(reader, prompts, replaced(prompts, target, words), source)
+        k2 = in_places(reader, prompts, replaced(prompts, target, words), source, k1.shape[1])
         distances[words] = ((k2 - k1) @ weight.T).square().mean().item()
     chosen = min(distances, key=distances.get)
     logger.info("Anchor of %r: %r, of %d concepts.", target, chosen, len(candidates))

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.core.second_moment import SecondMoment
@@ -85,10 +86,19 @@ def low_rank(matrix: torch.Tensor, c1: torch.Tensor, kept: float) -> tuple[torch
     return left, left.T @ matrix, shares[rank - 1].item()
 
 
-def in_places(reader: TextReader, targets: Sequence[str], anchors: Sequence[str], source: str) -> torch.Tensor:
-    """What is read for the anchors' prompts, each token in the place of the target's that it stands for."""
+def in_places(
+    reader: TextReader, targets: Sequence[str], anchors: Sequence[str], source: str, length: int
+) -> torch.Tensor:
+    """What is read for the anchors' prompts, each token in the place of the target's that it stands for.
+
+    Args:
+        length: of what is read for the targets.
+    """
     read = reader.all(anchors, source)
-    places = token_alignment(reader.pipeline, targets, anchors, read.shape[1]).to(read.device)
+    # Texts that are as long as their prompts end in zeros, at least one of them.
+    longest = max(length, read.shape[1]) + reader.varies if length > 1 else 1
+    read = functional.pad(read, (0, 0, 0, longest - read.shape[1]))
+    places = token_alignment(reader.pipeline, targets, anchors, longest)[:, :length].to(read.device)
     return read.gather(1, places[..., None].expand(-1, -1, read.shape[-1]))
 
 
@@ -109,7 +119,7 @@ def target_moments(
             k1 = reader.all(edit.targets, source)
         k2 = torch.zeros_like(k1)
         for words, weight in edit.edit.weights.items():
-            k2 += weight * in_places(reader, edit.targets, edit.anchors[words], source)
+            k2 += weight * in_places(reader, edit.targets, edit.anchors[words], source, k1.shape[1])
         change, rows = (k2 - k1).flatten(0, 1), k1.flatten(0, 1)
         if change.square().sum() <= _SAME * rows.square().sum() and not updates:
             raise ValueError(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.concept_words import concept_pattern, concept_spans, contains_concept
-from diffusers_ext.families import match_family
+from diffusers_ext.families import Family, match_family
 from diffusers_ext.nullspace.prompts import check_prompts, sub_phrases, unique
 
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of a {}", "a picture of a {}", "a drawing of a {}", "an image of the {}")
@@ -126,10 +125,10 @@ def split_prompts(
 
 def check_read_apart(pipeline: DiffusionPipeline, edits: Sequence[EditPrompts], preserved: Sequence[str]) -> None:
     """Raise `ValueError` where a preserved prompt has the very tokens of an edited one: it cannot be both."""
-    tokenizers = _tokenizers(pipeline)
+    family = match_family(pipeline) or Family()
 
     def tokens(prompt: str) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(_ids(tokenizer, prompt)) for tokenizer in tokenizers)
+        return tuple(map(tuple, family.token_ids(pipeline, prompt)))
 
     edited = {tokens(prompt): (edit.edit.target, prompt) for edit in edits for prompt in edit.targets}
     for prompt in preserved:
@@ -182,11 +181,13 @@ def token_alignment(
     """
     if length == 1:  # pooled
         return torch.zeros(len(targets), 1, dtype=torch.long)
-    tokenizers = _tokenizers(pipeline)
-    pairs = [[(_ids(t, a), _ids(t, b)) for a, b in zip(targets, anchors)] for t in tokenizers]
+    family = match_family(pipeline) or Family()
+    targets_ids, anchors_ids = ([family.token_ids(pipeline, p) for p in prompts] for prompts in (targets, anchors))
+    pairs = [list(zip(*encoder)) for encoder in zip(zip(*targets_ids), zip(*anchors_ids))]
     if all(len(a) == len(b) for pair in pairs for a, b in pair):
         return torch.arange(length).expand(len(targets), length)
-    lengths = [min(tokenizer.model_max_length, length) for tokenizer in tokenizers[:-1]]
+    names = [name.replace("text_encoder", "tokenizer") for name in family.token_encoders[:-1]]
+    lengths = [min(getattr(pipeline, name).model_max_length, length) for name in names]
     lengths.append(length - sum(lengths))
     if lengths[-1] < max(len(ids) for pair in pairs[-1] for ids in pair):
         raise ValueError(
@@ -198,14 +199,3 @@ def token_alignment(
         rows.append(torch.stack([aligned(a, b, part) for a, b in pair]) + first)
         first += part
     return torch.cat(rows, dim=1)
-
-
-def _tokenizers(pipeline: DiffusionPipeline) -> list[Any]:
-    """Of the encoders whose tokens the denoiser reads, in order."""
-    family = match_family(pipeline)
-    encoders = ("text_encoder",) if family is None else family.token_encoders
-    return [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in encoders]
-
-
-def _ids(tokenizer: Any, prompt: str) -> list[int]:
-    return tokenizer(prompt, truncation=True).input_ids

@@ -120,7 +120,9 @@ class EditForecast:
             k = self.reader.all(batch, source)
             change = -k
             for anchor, weight in edit.edit.weights.items():
-                change = change + weight * in_places(self.reader, batch, replaced(batch, words, anchor), source)
+                change = change + weight * in_places(
+                    self.reader, batch, replaced(batch, words, anchor), source, k.shape[1]
+                )
             yield k, change
 
     @property

@@ -30,6 +30,8 @@ COUNTS = {
     "SD3": {"transformer": 2_028_328_000, "text_encoder_3": 4_762_310_656},
     "FLUX.1-dev": {"transformer": 11_901_408_320, "vae": 83_819_683},
     "FLUX.1-schnell": {"transformer": 11_891_178_560},
+    "FLUX.2-klein-4B": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
+    "FLUX.2-klein-9B": {"transformer": 9_078_581_248, "text_encoder": 8_190_735_360},
     "Hunyuan-DiT": {"transformer": 1_516_534_048},
     "CogVideoX-2b": {"transformer": 1_693_783_872},
     "CogVideoX-5b": {"transformer": 5_570_283_072},

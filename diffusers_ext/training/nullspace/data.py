@@ -185,7 +185,7 @@ def draw_images(
         latents = pipeline(
             list(prompts), height=resolution, width=resolution, generator=generators, output_type="latent", **run
         ).images
-        latents = family.unpack(pipeline, latents, resolution, resolution)
+        latents = family.drawn(pipeline, latents, resolution, resolution)
         latents = family.to_vae(pipeline, latents.float() / factor + offset).to(vae.dtype)
         with torch.autocast(latents.device.type, enabled=False):  # VAEs overflow in float16
             pixels = torch.cat([vae.decode(latent).sample for latent in latents.split(1)])

@@ -1,0 +1,125 @@
+"""FLUX.2 klein: flow matching over patched latents, with the text of three layers of Qwen3."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from diffusers_ext.families.family import Family, TextConditioning
+from diffusers_ext.families.published import FLUX2_VAE, QWEN3_4B, QWEN3_8B, Component, Published
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, Flux2KleinPipeline
+
+
+def _klein(num_layers: int, num_single_layers: int, num_heads: int, encoder: Component) -> dict[str, Component]:
+    transformer = {
+        "num_layers": num_layers,
+        "num_single_layers": num_single_layers,
+        "num_attention_heads": num_heads,
+        "joint_attention_dim": 3 * encoder[1]["hidden_size"],
+        "guidance_embeds": False,
+    }
+    return {"vae": FLUX2_VAE, "text_encoder": encoder, "transformer": ("Flux2Transformer2DModel", transformer)}
+
+
+class Flux2(Family):
+    """FLUX.2 klein, base and distilled.
+
+    Its latents are patched: 2 x 2 of the VAE's are one of four times the channels, normalised by the batch statistics
+    that the VAE carries. One of them is one token. Its LoRAs have the prefix `transformer`, in diffusers and ComfyUI.
+    """
+
+    name = "flux2"
+    title = "FLUX.2"
+    pipelines = ("Flux2KleinPipeline",)
+    denoiser_class = "Flux2Transformer2DModel"
+    vae_class = "AutoencoderKLFlux2"
+    flow_matching = True
+    rounds_size = True
+    published = (
+        Published(
+            "black-forest-labs/FLUX.2-klein-base-4B", "FLUX.2-klein-4B", _klein(5, 20, 24, QWEN3_4B), torch.bfloat16
+        ),
+        Published(
+            "black-forest-labs/FLUX.2-klein-base-9B", "FLUX.2-klein-9B", _klein(8, 24, 32, QWEN3_8B), torch.bfloat16
+        ),
+    )
+
+    def encode(
+        self, pipeline: Flux2KleinPipeline, prompts: list[str], negatives: list[str] | None
+    ) -> TextConditioning:
+        embeds, negative = (
+            pipeline.encode_prompt(prompt=texts)[0] for texts in (prompts, negatives or [""] * len(prompts))
+        )
+        return TextConditioning(embeds, negative)
+
+    def token_ids(self, pipeline: DiffusionPipeline, prompt: str) -> list[list[int]]:
+        """Of the prompt as a user's message."""
+        text = pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return [pipeline.tokenizer(text, truncation=True).input_ids]
+
+    def text_width(self, config: Any) -> int:
+        return config.joint_attention_dim
+
+    def patch(self, config: Any) -> int:
+        """Latents are patched already."""
+        return 1
+
+    def sample_size(self, config: Any) -> int:
+        """The config says nothing of it; 1024 pixels."""
+        return 64
+
+    def latent_scale(self, vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the statistics that the VAE carries, for patched latents."""
+        mean, var = (x.float().view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
+        return mean, (var + vae.config.batch_norm_eps).rsqrt()
+
+    def from_vae(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+        """2 x 2 latent pixels as one of four times the channels."""
+        return functional.pixel_unshuffle(latents, 2)
+
+    def to_vae(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+        return functional.pixel_shuffle(latents, 2)
+
+    def drawn(self, pipeline: Flux2KleinPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """The pipeline returns latents of the VAE."""
+        offset, factor = self.latent_scale(pipeline.vae)
+        return (self.from_vae(pipeline, latents.float()) - offset) * factor
+
+    def embedded_guidance(self, config: Any) -> bool:
+        return bool(config.guidance_embeds)
+
+    def predict(
+        self,
+        pipeline: Flux2KleinPipeline,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: TextConditioning,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        batch, device = len(latents), latents.device
+        guidance = None
+        if self.embedded_guidance(pipeline.transformer.config):
+            guidance = torch.full((batch,), guidance_scale, device=device)
+        prediction = pipeline.transformer(
+            hidden_states=pipeline._pack_latents(latents),
+            timestep=timestep.expand(batch).to(latents.dtype) / 1000,
+            guidance=guidance,
+            encoder_hidden_states=text.prompt_embeds,
+            txt_ids=pipeline._prepare_text_ids(text.prompt_embeds).to(device),
+            img_ids=pipeline._prepare_latent_ids(latents).to(device),
+            return_dict=False,
+        )[0]
+        return prediction.transpose(1, 2).reshape(latents.shape)
+
+    def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
+        """Levels and shift are the pipeline's own."""
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        sigmas = [1 - i / num_steps for i in range(num_steps)]
+        return {"mu": compute_empirical_mu(image_tokens, num_steps), "sigmas": sigmas}

@@ -1,0 +1,94 @@
+"""Preserved prompts keep their outputs under a hard edit: in every family, in stock diffusers, loaded and fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.nullspace.edit import EditedConcepts, edit_concept
+from diffusers_ext.nullspace.edit_prompts import ConceptEdit
+from diffusers_ext.nullspace.text_only import text_readers
+from tests.tiny_current_pipelines import tiny_flux2_pipeline
+from tests.tiny_digits import random_digits_pipeline
+from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
+from tests.tiny_pipelines import sdxl_pipeline
+
+PROMPTS = ["a nine", "", "a three"]  # two preserved ones, and the edited one
+
+
+class Setting(NamedTuple):
+    """A family's tiny pipeline, and what its calls need besides prompts and sizes."""
+
+    build: Callable[[], DiffusionPipeline]
+    call: dict[str, Any]
+
+
+def hunyuan_dit_pipeline() -> DiffusionPipeline:
+    """With encoders that know no positions: the padding of its 77 and 256 tokens is one vector, and fills no space."""
+    pipeline = tiny_hunyuan_dit_pipeline(text_width=32)
+    torch.nn.init.zeros_(pipeline.text_encoder.embeddings.position_embeddings.weight)
+    for module in pipeline.text_encoder_2.modules():
+        if hasattr(module, "relative_attention_bias"):
+            torch.nn.init.zeros_(module.relative_attention_bias.weight)
+    return pipeline
+
+
+FAMILIES = {
+    "sd": Setting(random_digits_pipeline, {}),
+    "sdxl": Setting(sdxl_pipeline, {}),
+    "sd3": Setting(lambda: tiny_sd3_pipeline(text_width=96), {"max_sequence_length": 16}),
+    # "hunyuan_dit": Setting(hunyuan_dit_pipeline, {"use_resolution_binning": False}),
+    "flux": Setting(tiny_flux_pipeline, {}),
+    "flux2": Setting(tiny_flux2_pipeline, {"max_sequence_length": 16}),
+}
+
+
+def edited(name: str) -> EditedConcepts:
+    setting = FAMILIES[name]
+    edit = ConceptEdit("three", "nine", prompts=["a three"])
+    return edit_concept(setting.build(), [edit], ["a nine"], hard=True, expand_sub_phrases=False, **setting.call)
+
+
+def outputs(pipeline: DiffusionPipeline, call: dict[str, Any]) -> list[torch.Tensor]:
+    """Of every prompt, at two latents of two sizes, each after steps at two timesteps."""
+    found = []
+    for seed, width in ((0, 32), (1, 64)):
+        generators = [torch.Generator().manual_seed(seed) for _ in PROMPTS]
+        size = {"height": 32, "width": width, "num_inference_steps": 2, "output_type": "latent"}
+        found.append(pipeline(prompt=PROMPTS, generator=generators, **{**size, **call}, return_dict=False)[0])
+    return found
+
+
+def moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
+    """The relative change of each prompt's outputs, the largest of all runs."""
+    ratios = [(b - a).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1) for a, b in zip(before, after)]
+    return torch.stack(ratios).amax(0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_edit_leaves_preserved_prompts_alone_in_stock_diffusers(name, tmp_path):
+    call = FAMILIES[name].call
+    edited(name).save(tmp_path)
+    pipeline = FAMILIES[name].build()
+    modules = text_readers(pipeline)
+    state = {key: value.clone() for key, value in modules.state_dict().items()}
+    before = outputs(pipeline, call)
+
+    def check() -> None:
+        ratios = moved(before, outputs(pipeline, call))
+        assert ratios[:2].max() < 1e-5, ratios
+        assert ratios[2] > 1e-4, ratios
+
+    pipeline.load_lora_weights(tmp_path)
+    check()
+    pipeline.unload_lora_weights()
+    assert modules.state_dict().keys() == state.keys()
+    assert all(torch.equal(state[key], value) for key, value in modules.state_dict().items())
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.fuse_lora(components=pipeline._lora_loadable_modules)
+    pipeline.unload_lora_weights()
+    check()
