@@ -44,6 +44,9 @@ def _add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--statistics_batch_size", type=int, default=4)
     group.add_argument("--progress_dir", help="folder for running totals: the same call goes on after a stop")
     group.add_argument("--compress", type=float, help="keep this share of the energy, e.g. 0.999")
+    group.add_argument(
+        "--store_spectra", action="store_true", help="also eigendecompositions, for whoever loads them; twice the size"
+    )
     group.add_argument("--export_layout", help="folder: also as a tree of npy files")
     group = parser.add_argument_group("hub")
     group.add_argument("--push_to_hub", action="store_true")
@@ -76,6 +79,8 @@ def _run_collect(args: argparse.Namespace) -> Outcome:
         statistics.export_layout(args.export_layout, show_progress=not args.quiet)
     if args.compress is not None:
         statistics = statistics.compress(args.compress)
+    if args.store_spectra:
+        statistics.store_spectra()
     with staged_output(args.output_dir, last=("config.json",)) as folder:
         statistics.save_pretrained(folder)
     rows = statistics.report()

@@ -85,6 +85,9 @@ class StatisticsSettings(Settings, title="statistics"):
         "keep this share of the energy, e.g. 0.999",
         rule=Rule("a share of the energy in (0, 1]", lambda value: 0 < value <= 1),
     )
+    store_spectra: bool = setting(
+        False, "also write eigendecompositions, which whoever loads them need not compute; twice the size"
+    )
     export_layout: bool = setting(False, "also as a tree of npy files", with_no=True)
     layout_timesteps: str | list[int] | None = setting(
         None, "of the tree: all (that the run visits), or numbers; 0 without it", several=True

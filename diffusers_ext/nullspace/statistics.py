@@ -2,158 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from diffusers_ext.core.artifacts import Artifact, same_fingerprint
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints
-from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
-from diffusers_ext.core.tensor_files import FLOATING
+from diffusers_ext.core.second_moment import LowRankMoment
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.slots import check_widths, linear_name, split_linear_name
-
-Moment = SecondMoment | LowRankMoment
-# Of eigenvectors in float32, k of which are as far from orthonormal as their rounding adds up to.
-_ORTHONORMAL = 1e-3
-_ROUNDING = 1e-5  # of float32, as a share of the largest diagonal entry, and of it times the width
-
-
-def store_moments(moments: Mapping[str, Moment]) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
-    """The config's part `moments`, and the tensors on the CPU."""
-    tensors: dict[str, torch.Tensor] = {}
-    kinds: dict[str, dict[str, Any]] = {}
-    for key, moment in moments.items():
-        if isinstance(moment, LowRankMoment):
-            tensors[f"{key}.vectors"], tensors[f"{key}.values"] = moment.vectors, moment.values
-            kinds[key] = {"count": moment.count, "rest": moment.rest}
-        else:
-            tensors[f"{key}.total"] = moment.total
-            kinds[key] = {"count": moment.count, "floor": moment.floor}
-    return kinds, {name: tensor.cpu() for name, tensor in tensors.items()}
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless the config of statistics has its three parts, each of its form."""
-    wanted = {"moments", "sources", "facts"}
-    missing, surplus = sorted(wanted - config.keys()), sorted(config.keys() - wanted)
-    if missing or surplus:
-        raise ValueError(
-            f"The config of statistics must hold {sorted(wanted)}, got {missing} missing and {surplus} that are "
-            "unknown."
-        )
-    for name in ("moments", "sources", "facts"):
-        if not isinstance(config[name], dict):
-            raise ValueError(f"`{name}` must be an object, got {type(config[name]).__name__} in the config.")
-    for linear, key in config["sources"].items():
-        split_linear_name(linear)
-        if not isinstance(key, str) or key not in config["moments"]:
-            raise ValueError(f"`sources` must point at given moments, got {key!r} of {linear!r}.")
-    facts = config["facts"]
-    for name, kind in (("models", dict), ("prompts", list), ("settings", dict)):
-        if not isinstance(facts.get(name, kind()), kind):
-            raise ValueError(f"`facts.{name}` must be a {kind.__name__}, got {facts[name]!r:.80}.")
-    strange = [prompt for prompt in facts.get("prompts", ()) if not isinstance(prompt, str)]
-    if strange:
-        raise ValueError(f"`facts.prompts` must be strings, got {strange[0]!r:.80}.")
-    for name, found in facts.get("models", {}).items():
-        probe = found.get("probe") if isinstance(found, dict) else None
-        is_probe = isinstance(probe, list) and all(map(_is_number, probe))
-        if not is_probe or not isinstance(found.get("architecture"), str):
-            raise ValueError(
-                f"`facts.models.{name}` must be a fingerprint, an architecture and a probe of "
-                f"numbers, got {found!r:.80}."
-            )
-
-
-def restore_moments(kinds: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Moment]:
-    """The moments of `store_moments`; raises `ValueError` for those that are no second moments."""
-    names: set[str] = set()
-    for key, kind in kinds.items():
-        _check_kind(key, kind)
-        names |= {f"{key}.vectors", f"{key}.values"} if "rest" in kind else {f"{key}.total"}
-    if names != tensors.keys():
-        missing, surplus = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
-        raise ValueError(
-            f"Statistics must hold the tensors of their config, got {missing[:3]} missing and "
-            f"{surplus[:3]} that are unknown: their config was altered. Download or write them again."
-        )
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATING:
-            raise ValueError(f"{name!r} must be of a floating dtype, got {tensor.dtype}.")
-    moments: dict[str, Moment] = {}
-    for key, kind in kinds.items():
-        if "rest" in kind:
-            vectors, values = tensors[f"{key}.vectors"], tensors[f"{key}.values"]
-            _check_eigenvectors(key, vectors, values)
-            moments[key] = LowRankMoment(vectors, values, kind["rest"], kind["count"])
-        else:
-            total = tensors[f"{key}.total"]
-            _check_positive(key, total)
-            moments[key] = SecondMoment.from_total(total, kind["count"], kind["floor"])
-    return moments
-
-
-def _check_kind(key: str, kind: Any) -> None:
-    names = set(kind) if isinstance(kind, dict) else None
-    if names not in ({"count", "rest"}, {"count", "floor"}):
-        raise ValueError(f"`moments.{key}` must hold `count`, and `floor` or `rest`, got {kind!r:.80}.")
-    count = kind["count"]
-    if type(count) is not int or not 0 < count < 2**63:
-        raise ValueError(f"`moments.{key}.count` must be a positive integer, got {count!r}.")
-    other, most, words = ("floor", 1.0, " to below 1") if "floor" in kind else ("rest", math.inf, "")
-    if not _is_number(kind[other]) or not 0 <= kind[other] < most:
-        raise ValueError(f"`moments.{key}.{other}` must be a number from 0{words}, got {kind[other]!r}.")
-
-
-def _check_eigenvectors(key: str, vectors: torch.Tensor, values: torch.Tensor) -> None:
-    if vectors.ndim != 2 or values.shape != vectors.shape[1:] or not 0 < len(values) <= len(vectors):
-        raise ValueError(
-            f"{key!r} must have eigenvectors (dim, k) and k eigenvalues, got {tuple(vectors.shape)} "
-            f"and {tuple(values.shape)}."
-        )
-    if (values < 0).any():
-        raise ValueError(f"{key!r} must have no negative eigenvalue, got {values.min().item():.3g}.")
-    product = vectors.double().T @ vectors.double()
-    error = (product - torch.eye(len(values), dtype=torch.float64)).abs().max().item()
-    if error > _ORTHONORMAL:
-        raise ValueError(f"{key!r} must have orthonormal eigenvectors, got an error of {error:.3g}.")
-
-
-def _check_positive(key: str, total: torch.Tensor) -> None:
-    if total.ndim != 2 or total.shape[0] != total.shape[1] or not total.numel():
-        raise ValueError(f"{key!r} must be a square matrix, got the shape {tuple(total.shape)}.")
-    total = total.double()
-    largest = total.diagonal().max().item()
-    if not total.any():
-        return  # of inputs that were all zero
-    if largest <= 0 or (total - total.T).abs().max().item() > _ROUNDING * largest:
-        raise ValueError(f"{key!r} must be a symmetric matrix of squares, got one that is not.")
-    # Cheaper than eigenvalues by far: a factor exists exactly where no eigenvalue is below the margin.
-    margin = _ROUNDING * len(total) * largest
-    shifted = total + margin * torch.eye(len(total), dtype=torch.float64)
-    if torch.linalg.cholesky_ex(shifted).info.item():
-        raise ValueError(f"{key!r} must have no negative eigenvalue, got one below {-margin:.3g}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
+from diffusers_ext.nullspace.stored_moments import (
+    ROUNDING,
+    Moment,
+    Spectrum,
+    check_config,
+    check_spectrum,
+    restore_moments,
+    store_moments,
+    store_spectra,
+    take_spectra,
+)
 
 TEXT = "text"  # key of the one matrix that all cross-attention K and V share
-
-
-class Spectrum(NamedTuple):
-    """Eigendecomposition of one second moment, eigenvalues ascending."""
-
-    values: torch.Tensor  # (dim,) float64, not negative
-    vectors: torch.Tensor  # (dim, dim) float64, one eigenvector per column
 
 
 class FeatureStatistics(Artifact):
@@ -176,6 +51,7 @@ class FeatureStatistics(Artifact):
             raise ValueError(f"`sources` must point at given moments, got unknown keys {missing}.")
         self.moments, self.sources, self.facts = moments, sources, facts
         self._spectra: dict[str, Spectrum] = {}
+        self._stores_spectra = False
 
     @property
     def linears(self) -> list[str]:
@@ -212,6 +88,21 @@ class FeatureStatistics(Artifact):
             self._spectra[key] = Spectrum(values.clamp_min(0), vectors)
         return self._spectra[key]
 
+    def store_spectra(self) -> FeatureStatistics:
+        """Compute the eigendecomposition of every matrix now, and save them with the statistics.
+
+        Whoever loads these has them at once; the file grows to twice its size. Statistics that change afterwards
+        (`merge`, `all_reduce`) forget them.
+        """
+        for key in self.moments:
+            self.spectrum(key)
+        self._stores_spectra = True
+        return self
+
+    def _forget_spectra(self) -> None:
+        self._spectra.clear()
+        self._stores_spectra = False
+
     def merge(self, other: FeatureStatistics, times: int = 1) -> FeatureStatistics:
         """Add the statistics of further prompts, collected on the same model with the same settings.
 
@@ -233,14 +124,14 @@ class FeatureStatistics(Artifact):
         for key, moment in self.moments.items():
             moment.merge(other.moments[key].repeated(times))
         self.facts["prompts"] = unique(self.facts["prompts"] + other.facts["prompts"])
-        self._spectra.clear()
+        self._forget_spectra()
         return self
 
     def all_reduce(self) -> FeatureStatistics:
         """Sum over processes, each of which has seen its own part of the prompts."""
         for moment in self.moments.values():
             moment.all_reduce()
-        self._spectra.clear()
+        self._forget_spectra()
         return self
 
     def compress(self, energy: float = 0.999) -> FeatureStatistics:
@@ -315,13 +206,22 @@ class FeatureStatistics(Artifact):
 
     def _to_artifact(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         kinds, tensors = store_moments(self.moments)
-        return {"moments": kinds, "sources": self.sources, "facts": self.facts}, tensors
+        config = {"moments": kinds, "sources": self.sources, "facts": self.facts}
+        if self._stores_spectra:
+            config["spectra"] = sorted(self._spectra, key=natural_key)
+            tensors |= store_spectra(self._spectra)
+        return config, tensors
 
     @classmethod
     def _from_artifact(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> FeatureStatistics:
         check_config(config)
+        spectra = take_spectra(config.get("spectra", []), tensors)
         moments = restore_moments(config["moments"], tensors)
-        return cls(moments, config["sources"], config["facts"])
+        for key, spectrum in spectra.items():
+            check_spectrum(key, spectrum, moments[key])
+        statistics = cls(moments, config["sources"], config["facts"])
+        statistics._spectra, statistics._stores_spectra = spectra, bool(spectra)
+        return statistics
 
 
 def _check_moment(key: str, moment: Moment) -> dict[str, Any]:
@@ -332,11 +232,11 @@ def _check_moment(key: str, moment: Moment) -> dict[str, Any]:
     if not torch.isfinite(matrix).all():
         raise ValueError(f"`{key}` must be finite, got a matrix that is not.")
     largest = matrix.diagonal().max()
-    if (matrix - matrix.T).abs().max() > _ROUNDING * largest:
+    if (matrix - matrix.T).abs().max() > ROUNDING * largest:
         raise ValueError(f"`{key}` must be a symmetric matrix, got one that is not.")
     values = torch.linalg.eigvalsh(matrix)
     lowest = values[0].item()
-    if lowest < -_ROUNDING * moment.dim * largest:
+    if lowest < -ROUNDING * moment.dim * largest:
         raise ValueError(f"`{key}` must have no negative eigenvalue, got {lowest:.3g}.")
     sizes = values.abs()  # the singular values of a symmetric matrix
     condition_number = (sizes.max() / sizes.min()).item() if sizes.max() > 0 else float("inf")
@@ -379,7 +279,7 @@ def statistics_card(
         num_prompts=num_prompts,
         example_prompts=list(example_prompts or prompts[:5]),
         layers=len(statistics.layers),
-        megabytes=sum(tensor.nbytes for tensor in store_moments(statistics.moments)[1].values()) / 1e6,
+        megabytes=sum(tensor.nbytes for tensor in statistics._to_artifact()[1].values()) / 1e6,
         **common,
     )
 

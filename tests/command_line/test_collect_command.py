@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from diffusers_ext.core.capture import natural_key
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.command_line.conftest import PROMPTS
@@ -42,6 +45,7 @@ def test_options_reach_the_collection(collect, tmp_path):
         negative_prompt="blurry",
         progress_dir=tmp_path / "progress",
         compress=0.9,
+        store_spectra=True,
         export_layout=tmp_path / "layout",
         quiet=True,
     )
@@ -53,6 +57,7 @@ def test_options_reach_the_collection(collect, tmp_path):
     assert settings["run"]["num_inference_steps"] == 2
     assert (settings["batch_size"], settings["negative_prompt"]) == (1, "blurry")
     assert found.facts["compressed_energy"] == 0.9
+    assert json.loads((tmp_path / "out/config.json").read_text())["spectra"] == sorted(found.moments, key=natural_key)
     assert list((tmp_path / "progress").rglob("batches-*"))
     assert list((tmp_path / "layout").rglob("q_covariance.npy"))
     assert "99.9 % of the energy in" in ran.out

@@ -3,8 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_ext.nullspace import directions as directions_module
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.directions import generalized_directions, null_directions, null_space_directions
+from diffusers_ext.nullspace.directions import (
+    generalized_directions,
+    leading_eigenpairs,
+    null_directions,
+    null_space_directions,
+)
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 from tests.nullspace.conftest import FEW_PROMPTS
@@ -168,3 +174,63 @@ def test_pure_functions_agree_with_a_diagonal_example():
     found = null_directions(c_new, c_old, basis, 1)
     torch.testing.assert_close(found.vectors.abs(), torch.tensor([[0, 0, 1 / 3]]).double())
     assert found.instance_share == pytest.approx(9 / 14)
+
+
+def wide_moment(decay: float, seed: int, dim: int = 520) -> torch.Tensor:
+    """A second moment whose eigenvalues fall by `decay` orders of magnitude, none of them alone."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
+    return (basis * torch.logspace(0, -decay, dim, dtype=torch.float64)) @ basis.T
+
+
+def angle_between(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Sine of the largest angle between the spans of columns."""
+    first, second = torch.linalg.qr(first).Q, torch.linalg.qr(second).Q
+    return torch.linalg.matrix_norm(first - second @ (second.T @ first), 2).item()
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_few_eigenvectors_of_a_wide_matrix_are_within_their_bound(count, monkeypatch):
+    matrix = wide_moment(15, 0)
+    values, vectors = torch.linalg.eigh(matrix)
+    whole = torch.linalg.eigh
+    small = lambda inner: whole(inner) if len(inner) < 520 else pytest.fail("decomposed as a whole")  # noqa: E731
+    monkeypatch.setattr(torch.linalg, "eigh", small)
+    found = leading_eigenpairs(matrix, count)
+    torch.testing.assert_close(found.values, values.flip(0)[:count], rtol=1e-10, atol=0)
+    assert 0 < found.angle <= 1e-8
+    assert angle_between(found.vectors, vectors.flip(1)[:, :count]) <= found.angle + 1e-13 / (values[-1] - values[-2])
+
+
+def test_eigenvalues_that_cannot_be_told_apart_are_computed_as_a_whole():
+    matrix = wide_moment(6, 0)
+    values, vectors = torch.linalg.eigh(matrix)
+    values[-8:] = values[-8]  # the first three of eight equal ones
+    matrix = (vectors * values) @ vectors.T
+    found = leading_eigenpairs((matrix + matrix.T) / 2, 3)
+    assert found.angle == 0
+    assert torch.equal(found.values, torch.linalg.eigh((matrix + matrix.T) / 2).eigenvalues.flip(0)[:3])
+
+
+def test_directions_of_wide_matrices_are_those_of_the_whole_decomposition(monkeypatch):
+    c_old, c_new = wide_moment(3, 1), wide_moment(15, 2)
+    basis = torch.linalg.eigh(c_old).eigenvectors  # of a null space wide enough
+    for find in (
+        lambda: generalized_directions(c_new, c_old, 2, EPS),
+        lambda: null_directions(c_new, c_old, basis, 2),
+    ):
+        few = find()
+        with monkeypatch.context() as patched:
+            patched.setattr(directions_module, "_WIDE", 1000)
+            whole = find()
+        assert 0 < few.angle <= 1e-8
+        assert whole.angle == 0
+        torch.testing.assert_close(few.ratios, whole.ratios, rtol=1e-8, atol=0)
+        assert angle_between(few.vectors.T, whole.vectors.T) < 1e-7
+        torch.testing.assert_close(few.old_energy, whole.old_energy, rtol=1e-6, atol=0)
+
+
+def test_the_report_names_the_angle_where_there_is_one():
+    found = generalized_directions(wide_moment(15, 2), wide_moment(3, 1), 1, EPS)
+    row = directions_module.NullSpaceDirections({TEXT: found}, {"a": TEXT}, "generalized").report()[0]
+    assert row["largest_angle"] == found.angle > 0

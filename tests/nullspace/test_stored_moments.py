@@ -136,3 +136,62 @@ def test_rounding_and_inputs_of_zeros_pass(tmp_path):
     for total in (lean - 1e-7 * torch.eye(4), torch.zeros(4, 4)):
         alter(saved(tmp_path), None, lambda tensors, total=total: tensors.update({"text.total": total}))
         assert torch.equal(FeatureStatistics.from_pretrained(tmp_path).moments["text"].total, total.double())
+
+
+def with_spectra(folder: Path) -> Path:
+    FeatureStatistics.from_pretrained(saved(folder)).store_spectra().save_pretrained(folder)
+    return folder
+
+
+def test_spectra_are_stored_on_request_and_not_computed_again(tmp_path, monkeypatch):
+    plain = FeatureStatistics.from_pretrained(saved(tmp_path / "plain"))
+    expected = plain.spectrum("text")
+    plain.save_pretrained(tmp_path / "used")
+    assert (tmp_path / "used/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
+    with_spectra(tmp_path / "stored")
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("computed again"))
+    loaded = FeatureStatistics.from_pretrained(tmp_path / "stored")
+    assert all(map(torch.equal, loaded.spectrum("text"), expected))
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/config.json").read_bytes() == (tmp_path / "stored/config.json").read_bytes()
+
+
+@pytest.mark.parametrize("change", [lambda one, other: one.merge(other), lambda one, _: one.all_reduce()])
+def test_statistics_that_change_forget_their_spectra(tmp_path, change):
+    one = FeatureStatistics.from_pretrained(with_spectra(tmp_path / "one"))
+    change(one, FeatureStatistics.from_pretrained(saved(tmp_path / "other")))
+    one.save_pretrained(tmp_path / "changed")
+    assert "spectra" not in json.loads((tmp_path / "changed/config.json").read_text())
+    loaded = FeatureStatistics.from_pretrained(tmp_path / "changed")
+    values, vectors = loaded.spectrum("text")
+    torch.testing.assert_close((vectors * values) @ vectors.T, one.moments["text"].mean)
+
+
+def scaled(name: str, factor: float):
+    return lambda tensors: tensors[name].mul_(factor)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (scaled("text.eigenvalues", 1.001), "must have the eigendecomposition of its second moment, got one that"),
+        (scaled("text.eigenvectors", 1.001), "must have the eigendecomposition of its second moment"),
+        (scaled("text.eigenvalues", -1), "must have ascending eigenvalues from 0"),
+        (lambda t: t.pop("text.eigenvalues"), r"got \['text.eigenvalues'\] missing"),
+        (lambda t: t.update({"text.eigenvalues": torch.ones(3, dtype=torch.float64)}), "must have 4 eigenvalues and"),
+        (lambda t: t.update({"text.eigenvectors": t["text.eigenvectors"].float()}), "in float64, got"),
+    ],
+)
+def test_spectra_of_something_else_are_refused(tmp_path, change, message):
+    folder = with_spectra(tmp_path)
+    alter(folder, change_tensors=change)
+    with pytest.raises(ValueError, match=message):
+        FeatureStatistics.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", ["text", ["none"], [["text"]], 3])
+def test_names_of_spectra_are_those_of_moments(tmp_path, value):
+    folder = with_spectra(tmp_path)
+    alter(folder, at("spectra", value=value))
+    with pytest.raises(ValueError, match="`spectra` must be a list of keys of moments, got"):
+        FeatureStatistics.from_pretrained(folder)

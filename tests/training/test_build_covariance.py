@@ -118,6 +118,12 @@ def test_compressed_statistics(build):
     assert load(folder).facts["compressed_energy"] == 0.99
 
 
+def test_stored_spectra(build, monkeypatch):
+    statistics = load(build(store_spectra=True))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("computed again"))
+    assert statistics.spectrum("text").values[-1] > 0
+
+
 def test_reduced_precision_with_attention_maps(build):
     folder = build(features=["q", "v"], mixed_precision="bf16", visual_attention_map=True, num_attention_maps=1)
     load(folder).check_pipeline(load_pipeline())

@@ -255,6 +255,8 @@ def main(settings: CollectionSettings) -> Path:
         facts["seconds"] = time.perf_counter() - began
         if settings.compress is not None:
             statistics = statistics.compress(settings.compress)
+        if settings.store_spectra:
+            statistics.store_spectra()
         if accelerator.is_main_process:
             with staged_output(settings.output_dir, last=(CONFIG_NAME,)) as folder:
                 write_statistics(settings, statistics, facts, folder)
