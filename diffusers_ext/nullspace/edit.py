@@ -21,6 +21,7 @@ from diffusers_ext.core.concept_words import contains_concept
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.edit_equations import (
     edit_matrix,
+    effect_moments,
     in_places,
     layer_report,
     low_rank,
@@ -137,16 +138,19 @@ def edit_concept(
         c0 = preserved_moment(reader, preserved, negative_prompt, source)
         matrix = edit_matrix(d_c, c1, c0, preserve_weight=preserve_weight, eps=eps, hard=hard, edits=len(edits))
         left, a, share = low_rank(matrix, c1, kept)
-        weights = {name: read_weight(root.get_submodule(name)) for name in sources if sources[name] == source}
-        metric = sum(weight.T @ weight for weight in weights.values())
-        forecast.add(source, left @ a, metric)
-        for name, weight in weights.items():
+        missed, moved = effect_moments(left, a, d_c, c1, c2, c0)
+        metric = torch.zeros_like(c1)
+        for name in (name for name in sources if sources[name] == source):
+            weight = read_weight(root.get_submodule(name))
+            own = weight.T @ weight
+            metric += own
             b = weight @ left
             key = lora_name(pipeline, name)
             lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"] = a.float(), b.float()
             updates[name] = a, b
             rows.append({"linear": name, "source": source, "rank": len(a), "kept": share})
-            rows[-1] |= layer_report(weight, left @ a, d_c, c1, c2, c0)
+            rows[-1] |= layer_report(own, missed, moved, c2, c0)
+        forecast.add(source, left, a, metric)
     concepts = forecast.concepts()
     warnings = edit_warnings(concepts)
     for warning in warnings:

@@ -29,6 +29,8 @@ from diffusers_ext.nullspace.text_only import TextReader
 
 # Of a token's energy: two prompts nearer than this are one to the model.
 _SAME = 1e-10
+# Widths from which `low_rank` looks for few directions, and how many at once.
+_WIDE, _BLOCK = 512, 32
 
 
 def edit_matrix(
@@ -78,12 +80,44 @@ def low_rank(matrix: torch.Tensor, c1: torch.Tensor, kept: float) -> tuple[torch
     Returns:
         `(dim, rank)`, `(rank, dim)`, and the share of `tr(M C1 M^T)` that is kept.
     """
+    if len(matrix) >= _WIDE:
+        found = _krylov_rank(matrix, c1, kept)
+        if found is not None:
+            return found
     energies, vectors = torch.linalg.eigh(matrix @ c1 @ matrix.T)
     energies, vectors = energies.flip(0).clamp_min(0), vectors.flip(1)
     shares = energies.cumsum(0) / energies.sum()
     rank = min(int((shares < kept).sum()) + 1, len(shares))  # the last share may be rounded to below 1
     left = vectors[:, :rank]
     return left, left.T @ matrix, shares[rank - 1].item()
+
+
+def _krylov_rank(
+    matrix: torch.Tensor, c1: torch.Tensor, kept: float
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """`low_rank` without a whole decomposition; `None` where more than a quarter of the directions are needed.
+
+    Ritz values of a Krylov space are at most the eigenvalues, so that the share they tell is never more than what is
+    kept; the rank may be larger than the smallest by what they still lack.
+    """
+    seen = matrix @ c1
+    total = (seen * matrix).sum()
+    generator = torch.Generator().manual_seed(len(matrix))
+    block = torch.randn(_BLOCK, len(matrix), dtype=matrix.dtype, generator=generator).to(matrix.device)
+    basis, image = block[:0], block[:0]
+    while len(basis) + _BLOCK <= len(matrix) // 4:
+        for _ in range(2):  # once leaves what rounding brings back
+            block = torch.linalg.qr((block - (block @ basis.T) @ basis).T).Q.T.contiguous()
+        block, basis = block @ matrix @ seen.T, torch.cat([basis, block])
+        image = torch.cat([image, block])
+        inner = basis @ image.T
+        energies, coordinates = torch.linalg.eigh((inner + inner.T) / 2)
+        shares = energies.flip(0).cumsum(0) / total
+        if shares[-1] >= kept:
+            rank = int((shares < kept).sum()) + 1
+            left = (coordinates.T.flip(0)[:rank] @ basis).T
+            return left, left.T @ matrix, shares[rank - 1].item()
+    return None
 
 
 def in_places(
@@ -145,18 +179,30 @@ def preserved_moment(reader: TextReader, preserved: Sequence[str], negative_prom
     return (halves[0] + halves[1]) / 2
 
 
+def effect_moments(
+    left: torch.Tensor, a: torch.Tensor, d_c: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c0: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`E (M k1 - (k2 - k1)) (..)^T`, what an edit `M = left a` misses, and `E M k0 (M k0)^T`, what it moves."""
+    # M C1 M^T - dC M^T - M dC^T + E (k2 - k1) (k2 - k1)^T
+    cross = d_c @ a.T @ left.T
+    missed = left @ (a @ c1 @ a.T) @ left.T - cross - cross.T + c2
+    return missed, left @ (a @ c0 @ a.T) @ left.T
+
+
 def layer_report(
-    weight: torch.Tensor, matrix: torch.Tensor, d_c: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c0: torch.Tensor
+    metric: torch.Tensor, missed: torch.Tensor, moved: torch.Tensor, c2: torch.Tensor, c0: torch.Tensor
 ) -> dict[str, float]:
-    """Of one Linear: the share of the edit that the update makes up, and its drift on what is preserved."""
-    # E (M k1 - (k2 - k1)) (..)^T = M C1 M^T - dC M^T - M dC^T + E (k2 - k1) (k2 - k1)^T
-    cross = d_c @ matrix.T
-    left = matrix @ c1 @ matrix.T - cross - cross.T + c2
+    """Of one Linear: the share of the edit that the update makes up, and its drift on what is preserved.
+
+    Args:
+        metric: `W^T W` of its weight.
+        missed, moved: of `effect_moments`.
+    """
 
     def energy(moment: torch.Tensor) -> float:
-        return ((weight @ moment) * weight).sum().item()
+        return (metric * moment).sum().item()
 
-    return {"achieved": 1 - energy(left) / energy(c2), "drift": energy(matrix @ c0 @ matrix.T) / energy(c0)}
+    return {"achieved": 1 - energy(missed) / energy(c2), "drift": energy(moved) / energy(c0)}
 
 
 def read_weight(linear: torch.nn.Module) -> torch.Tensor:

@@ -96,19 +96,22 @@ class EditForecast:
         self._moved_along = [torch.zeros(2, len(found), dtype=torch.float64) for found in self.neighbours]
         self._moved = torch.zeros(2, len(self.preserved), dtype=torch.float64)
 
-    def add(self, source: str, matrix: torch.Tensor, metric: torch.Tensor) -> None:
-        """Count a source: its `M`, and the sum of `W^T W` over the Linears that read it."""
-        both = torch.stack([matrix.T @ metric @ matrix, metric])
-        batches = self.reader.batches(self.preserved, source)
-        self._moved += torch.cat([torch.einsum("btd,mde,bte->mb", k, both, k) for k in batches], dim=1).cpu()
+    def add(self, source: str, left: torch.Tensor, a: torch.Tensor, metric: torch.Tensor) -> None:
+        """Count a source: its `M = left a`, and the sum of `W^T W` over the Linears that read it."""
+        inner = left.T @ metric @ left
+        for start, k in zip(
+            range(0, len(self.preserved), self.reader.batch_size), self.reader.batches(self.preserved, source)
+        ):
+            for row, x, weights in ((0, k @ a.T, inner), (1, k, metric)):
+                self._moved[row, start : start + len(k)] += ((x @ weights) * x).sum((1, 2)).cpu()
         if source not in self.reader.handed and any(missed[1] for missed in self._missed):
             return
         for edit, found, missed, along in zip(self.edits, self.neighbours, self._missed, self._moved_along):
             for k, change in self._changes(edit, edit.edit.target, edit.targets, source):
-                missed += _energies(k @ matrix.T - change, change, metric)
+                missed += _energies(k @ a.T @ left.T - change, change, metric)
             for index, (words, prompts) in enumerate(found):
                 for k, change in self._changes(edit, words, prompts, source):
-                    along[:, index] += _energies(k @ matrix.T, change, metric)
+                    along[:, index] += _energies(k @ a.T @ left.T, change, metric)
 
     def _changes(
         self, edit: EditPrompts, words: str, prompts: Sequence[str], source: str

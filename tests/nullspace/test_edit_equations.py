@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from diffusers_ext.core.pipelines import denoiser_of
-from diffusers_ext.nullspace.edit_equations import added_updates, edit_matrix, low_rank, read_weight
+from diffusers_ext.nullspace import edit_equations
+from diffusers_ext.nullspace.edit_equations import (
+    added_updates,
+    edit_matrix,
+    effect_moments,
+    layer_report,
+    low_rank,
+    read_weight,
+)
 from tests.tiny_digits import random_digits_pipeline
 
 
@@ -59,6 +67,45 @@ def test_the_smallest_rank_that_keeps_the_share_is_taken():
     assert 1 - torch.trace(lost @ c1 @ lost.T) / torch.trace(matrix @ c1 @ matrix.T) == pytest.approx(share)
     assert share >= 0.9
     assert low_rank(matrix, c1, share - 1e-9)[1].shape == a.shape
+
+
+@pytest.mark.parametrize("kept", [0.9, 0.9999])
+def test_few_directions_of_a_wide_edit_are_those_of_the_whole_decomposition(kept, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    u, v, k1 = torch.randn(3, 60, 520, generator=generator, dtype=torch.float64)
+    matrix, c1 = (u.T * torch.logspace(0, -3, 60, dtype=torch.float64)) @ v, k1.T @ k1 / 60
+    whole = torch.linalg.eigh
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.linalg, "eigh", lambda x: whole(x) if len(x) < 520 else pytest.fail("as a whole"))
+        left, a, share = low_rank(matrix, c1, kept)
+    lost = matrix - left @ a
+    assert 1 - torch.trace(lost @ c1 @ lost.T) / torch.trace(matrix @ c1 @ matrix.T) == pytest.approx(share, abs=1e-9)
+    assert share >= kept
+    monkeypatch.setattr(edit_equations, "_WIDE", 1000)
+    assert low_rank(matrix, c1, kept)[1].shape == a.shape
+    assert torch.allclose(left.T @ left, torch.eye(len(a), dtype=torch.float64))
+
+
+def test_a_wide_edit_of_many_directions_is_decomposed_as_a_whole():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(520, 520, generator=generator, dtype=torch.float64)
+    left, a, share = low_rank(matrix, torch.eye(520, dtype=torch.float64), 1.0)
+    assert len(a) > 500
+    assert share == pytest.approx(1)
+
+
+def test_the_report_of_a_layer_is_that_of_its_outputs():
+    k0, k1, k2, d_c, c1, c0 = moments()
+    change = k2 - k1
+    weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    left, a, _ = low_rank(edit_matrix(d_c, c1, c0, preserve_weight=1, eps=1e-4), c1, 0.9)
+    c2 = change.T @ change / 40
+    found = layer_report(weight.T @ weight, *effect_moments(left, a, d_c, c1, c2, c0), c2, c0)
+    delta = weight @ left @ a
+    missed = (k1 @ delta.T - change @ weight.T).square().sum() / (change @ weight.T).square().sum()
+    assert found["achieved"] == pytest.approx(1 - missed.item())
+    drift = (k0 @ delta.T).square().sum() / (k0 @ weight.T).square().sum()
+    assert found["drift"] == pytest.approx(drift.item())
 
 
 def test_added_updates_act_inside_and_leave_nothing():
