@@ -25,7 +25,7 @@ class Flux(Family):
     name = "flux"
     title = "Flux"
     pipelines = ("FluxPipeline",)
-    tools = frozenset({"golden_noise"})
+    tools = frozenset({"nullspace", "golden_noise"})
     golden_pipeline = "GoldenNoiseFluxPipeline"
     denoiser_class = "FluxTransformer2DModel"
     flow_matching = True

@@ -30,7 +30,7 @@ class SD3(Family):
     name = "sd3"
     title = "SD3"
     pipelines = ("StableDiffusion3Pipeline",)
-    tools = frozenset({"golden_noise"})
+    tools = frozenset({"nullspace", "golden_noise"})
     golden_pipeline = "GoldenNoiseSD3Pipeline"
     denoiser_class = "SD3Transformer2DModel"
     flow_matching = True

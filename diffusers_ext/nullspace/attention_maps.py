@@ -74,7 +74,8 @@ def attention_maps(
         steps: which of the scheduler's timesteps to keep, from 0; `"all"`, or five spread evenly when `None`.
     """
     denoiser = denoiser_of(pipeline)
-    if match_family(denoiser, "nullspace") is None:
+    family = match_family(denoiser, "nullspace")
+    if family is None or family.flow_matching:
         raise TypeError(f"`pipeline` must have a {denoisers_of('nullspace')}, got {type(denoiser)}.")
     check_prompt_length(pipeline, check_prompts([prompt], "prompt"))
     linears = find_linears(denoiser, ("q", "k"), layers)

@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -21,11 +22,13 @@ from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.families import match_family
 from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts, sub_phrases, unique
+from diffusers_ext.nullspace.scope import check_no_features, scoped_linears, settle_scope, text_moments
 from diffusers_ext.nullspace.slots import check_features, find_linears, split_linear_name
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
 
 logger = logging.getLogger(__name__)
 
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _SAVE_EVERY = 8  # batches between two writes of the running totals
 _PROGRESS_PREFIX = "batches-"
 
@@ -38,12 +41,17 @@ def sampled_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> li
 
 
 class TrajectoryRun:
-    """Second moments along denoising runs, batch by batch, resumable from a folder that is tied to `facts`."""
+    """Second moments along denoising runs, batch by batch, resumable from a folder that is tied to `facts`.
+
+    Args:
+        sources: `{linear: key}`; Linears of one key read the same tensor.
+    """
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
         linears: dict[str, torch.nn.Module],
+        sources: dict[str, str],
         facts: dict[str, Any],
         shard: tuple[int, int],
         progress_dir: str | os.PathLike | None,
@@ -52,11 +60,11 @@ class TrajectoryRun:
         self.pipeline, self.linears, self.facts, self.shard = pipeline, linears, facts, shard
         self.folder = None if progress_dir is None else Path(progress_dir, f"part-{shard[0]}-of-{shard[1]}")
         self.show_progress = show_progress
-        self.sources = shared_inputs(list(linears))
+        self.sources = sources
         self.moments: dict[str, SecondMoment] = {}
 
-    def collect(self, prompts: list[str]) -> tuple[dict[str, SecondMoment], dict[str, str]]:
-        """Run all of this shard's batches; returns the moments and `{linear: key}`."""
+    def collect(self, prompts: list[str]) -> dict[str, SecondMoment]:
+        """Run all of this shard's batches; returns the moments."""
         settings = self.facts["settings"]
         size = settings["batch_size"]
         batches = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
@@ -76,7 +84,7 @@ class TrajectoryRun:
         for key, module in targets.items():
             if key not in self.moments:
                 self.moments[key] = SecondMoment(module.in_features, module.weight.device)
-        return self.moments, self.sources
+        return self.moments
 
     def _count(self, key: str, features: torch.Tensor) -> None:
         if key not in self.moments:
@@ -84,7 +92,7 @@ class TrajectoryRun:
         self.moments[key].update(features)
 
     def _denoise(self, prompts: list[str], indices: list[int], settings: dict[str, Any]) -> None:
-        run = dict(settings["run"])
+        run = {name: value for name, value in settings["run"].items() if name != "runs_per_prompt"}
         seed = run.pop("seed")
         generators = [torch.Generator().manual_seed(seed + index) for index in indices]
         if settings["negative_prompt"]:
@@ -142,6 +150,7 @@ def collect_statistics(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     *,
+    scope: str | None = None,
     features: Sequence[str] = ("k", "v"),
     layers: str | Sequence[int] = "all",
     negative_prompt: str = "",
@@ -153,6 +162,7 @@ def collect_statistics(
     width: int | None = None,
     batch_size: int = 4,
     seed: int = 0,
+    runs_per_prompt: int = 1,
     shard: tuple[int, int] = (0, 1),
     progress_dir: str | os.PathLike | None = None,
     show_progress: bool = True,
@@ -166,34 +176,32 @@ def collect_statistics(
     Args:
         prompts: the preserved set. The empty prompt and `negative_prompt` are added; for K and V with the weight of
             all prompts together, because guidance reads them in every picture.
+        scope: of a joint-attention model, as of `scoped_linears`; `features` and `layers` are a UNet's.
         features: `"q"`, `"k"`, `"v"`, `"out"` of cross-attention; with the prefix `"attn1."` those of self-attention;
             `"ff.in"`, `"ff.out"` of feed-forward layers.
         layers: `"all"`, or indices of transformer blocks in natural order.
         expand_sub_phrases: for K and V also count each prompt with one word left out.
         include_guidance_prompts: `False` leaves the empty and the negative prompt out, which only the statistics of a
             new subject may do: guidance would amplify what moves there.
+        runs_per_prompt: with other noise each; what a few prompts read is else too much that of single pictures.
         batch_size: prompts per denoising run; text is encoded 16 times as many at once.
         shard: `(index, count)`: take every `count`-th batch from `index` on, to be merged by `all_reduce`. The batches
             are the same for every count, so parts sum up to the statistics of one process.
         progress_dir: folder for the running totals of the denoising runs; a killed collection continues from them to
             the same bits.
     """
-    _check_arguments(negative_prompt, num_inference_steps, batch_size, shard)
-    features, prompts = check_features(features), unique(check_prompts(prompts))
-    denoiser = denoiser_of(pipeline)
-    linears = find_linears(denoiser, features, layers)
-    refuse_fused(denoiser, linears)
+    _check_arguments(negative_prompt, num_inference_steps, batch_size, runs_per_prompt, shard)
+    prompts = unique(check_prompts(prompts))
     check_prompt_length(pipeline, [*prompts, negative_prompt])
+    chosen = _chosen_linears(pipeline, scope, features, layers)
     guided = unique(["", negative_prompt]) if include_guidance_prompts else []
-    rest = {name: module for name, module in linears.items() if not text_only(denoiser, name)}
     settings: dict[str, Any] = {
-        "features": list(features),
-        "layers": layers if layers == "all" else sorted({int(index) for index in layers}),
+        **chosen.told,
         "expand_sub_phrases": expand_sub_phrases,
         "include_guidance_prompts": include_guidance_prompts,
         "negative_prompt": negative_prompt,
     }
-    if rest:
+    if chosen.runs:
         own = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
         settings["scheduler"] = {"class": type(pipeline.scheduler).__name__, **own}
         settings["batch_size"] = batch_size
@@ -204,34 +212,83 @@ def collect_statistics(
             "width": width,
             "seed": seed,
         }
-    encoders = [n for n in ("text_encoder", "text_encoder_2") if getattr(pipeline, n, None)]
+        if runs_per_prompt != 1:  # left out as before there were more
+            settings["run"]["runs_per_prompt"] = runs_per_prompt
+    measured = [n for n in _ENCODERS if getattr(pipeline, n, None)]
+    if chosen.runs or "scope" in chosen.told:
+        measured.append("denoiser")
     facts = {
         "base_model": str(pipeline.config.get("_name_or_path") or ""),
         "pipeline": plain_class_name(pipeline),
-        "models": model_fingerprints(pipeline, encoders + (["denoiser"] if rest else [])),
+        "models": model_fingerprints(pipeline, measured),
         "prompts": prompts,
         "settings": settings,
     }
     # As they will be when read back; a scheduler's trained betas may be an array.
     facts = json.loads(json.dumps(facts, default=str))
     moments: dict[str, SecondMoment] = {}
-    sources = {name: TEXT for name in linears if name not in rest}
-    if sources:
+    if chosen.text:
         texts = sub_phrases(prompts) if expand_sub_phrases else prompts
-        moments[TEXT] = text_moment(pipeline, texts, batch_size=16 * batch_size, shard=shard)
-        if guided and shard[0] == 0:
-            # Every picture reads the unconditional prompt once, as often as all others together.
-            moments[TEXT].merge(text_moment(pipeline, guided).repeated(len(prompts)))
-    if rest:
-        run = TrajectoryRun(pipeline, rest, facts, shard, progress_dir, show_progress)
-        along_runs, read_by = run.collect(unique([*prompts, *guided]))
-        moments, sources = moments | along_runs, sources | read_by
-    return FeatureStatistics(moments, sources, facts)
+        # Every picture reads the unconditional prompt once, as often as all others together.
+        both, size = (texts, guided, len(prompts)), 16 * batch_size
+        moments = chosen.read_text(pipeline, *both, batch_size=size, shard=shard)
+    if chosen.runs:
+        linears = {name: denoiser_of(pipeline).get_submodule(name) for name in chosen.runs}
+        run = TrajectoryRun(pipeline, linears, chosen.runs, facts, shard, progress_dir, show_progress)
+        moments |= run.collect(unique([*prompts, *guided]) * runs_per_prompt)
+    return FeatureStatistics(moments, {**chosen.text, **chosen.runs}, facts)
 
 
-def _check_arguments(negative_prompt: str, num_inference_steps: int, batch_size: int, shard: tuple[int, int]) -> None:
+class _Chosen(NamedTuple):
+    """The Linears to be measured, and what the facts tell of the choice."""
+
+    text: dict[str, str]  # {linear: source}
+    runs: dict[str, str]  # {linear: key}
+    told: dict[str, Any]
+    read_text: Callable[..., dict[str, SecondMoment]]
+
+
+def _chosen_linears(
+    pipeline: DiffusionPipeline, scope: str | None, features: Sequence[str], layers: str | Sequence[int]
+) -> _Chosen:
+    denoiser = denoiser_of(pipeline)
+    scope = settle_scope(denoiser, scope)
+    if scope is not None:
+        check_no_features(features, layers)
+        found = scoped_linears(pipeline, scope)
+        return _Chosen(found.text, found.runs, {"scope": scope}, partial(text_moments, sources=found.text))
+    features = check_features(features)
+    linears = find_linears(denoiser, features, layers)
+    refuse_fused(denoiser, linears)
+    text = {name: TEXT for name in linears if text_only(denoiser, name)}
+    told = {
+        "features": list(features),
+        "layers": layers if layers == "all" else sorted({int(index) for index in layers}),
+    }
+    return _Chosen(text, shared_inputs([name for name in linears if name not in text]), told, _embeddings_moment)
+
+
+def _embeddings_moment(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    guided: Sequence[str],
+    times: int,
+    *,
+    batch_size: int,
+    shard: tuple[int, int],
+) -> dict[str, SecondMoment]:
+    moment = text_moment(pipeline, prompts, batch_size=batch_size, shard=shard)
+    if guided and shard[0] == 0:
+        moment.merge(text_moment(pipeline, guided).repeated(times))
+    return {TEXT: moment}
+
+
+def _check_arguments(
+    negative_prompt: str, num_inference_steps: int, batch_size: int, runs_per_prompt: int, shard: tuple[int, int]
+) -> None:
     check_prompts([negative_prompt], "negative_prompt")
-    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+    counts = {"num_inference_steps": num_inference_steps, "batch_size": batch_size, "runs_per_prompt": runs_per_prompt}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if not 0 <= shard[0] < shard[1]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from peft.utils import get_peft_model_state_dict
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.pipelines import plain_class
+from diffusers_ext.families import match_family
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import (
     NullSpaceDirections,
@@ -33,6 +35,7 @@ from diffusers_ext.nullspace.lora_files import (
     LoraSource,
     StateDict,
     add_kohya_file,
+    add_metadata,
     check_lora_effect,
     check_output_path,
     read_lora,
@@ -47,6 +50,7 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 _FREE = {"lora_dropout", "exclude_modules", "init_lora_weights"}
 _SET_LATER = {"r", "lora_alpha", "use_rslora", "target_modules"}
 _DENOISERS = ("unet", "transformer")
+_INSTANCE_RUNS = 16  # of a joint model, whose text depends on the picture
 DIRECTION_KINDS = ("generalized", "null", "soft")
 logger = logging.getLogger(__name__)
 
@@ -79,21 +83,26 @@ def instance_statistics_like(
 ) -> FeatureStatistics:
     """Statistics of the instance prompts alone, for the same features, layers and runs as `statistics`."""
     settings = statistics.facts["settings"]
-    if "features" not in settings:
+    if "features" not in settings and "scope" not in settings:
         raise ValueError(
             "`statistics` must tell how they were collected, got imported ones that do not. Pass "
             "`instance_statistics`."
         )
+    instance_prompts, run = check_prompts(instance_prompts, "instance_prompts"), dict(settings.get("run", {}))
+    if "scope" in settings:
+        chosen = {"scope": settings["scope"]}
+        run |= {"runs_per_prompt": math.ceil(_INSTANCE_RUNS / len(instance_prompts))} if run else {}
+    else:
+        chosen = {name: settings[name] for name in ("features", "layers")}
     return collect_statistics(
         pipeline,
-        check_prompts(instance_prompts, "instance_prompts"),
-        features=settings["features"],
-        layers=settings["layers"],
+        instance_prompts,
         negative_prompt=settings["negative_prompt"],
         expand_sub_phrases=False,
         include_guidance_prompts=False,
         show_progress=False,
-        **settings.get("run", {}),
+        **chosen,
+        **run,
     )
 
 
@@ -229,10 +238,11 @@ def save_lora(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the LoRA twice: once for diffusers, once for ComfyUI, A1111 and kindred programs.
+    """Write the LoRA for diffusers, and that of a UNet again for ComfyUI, A1111 and kindred programs.
 
     `pytorch_lora_weights.safetensors` is diffusers' own, by `save_lora_weights`; `comfyui_a1111_kohya.safetensors`,
-    which is returned, has the names that the other programs know. Equal LoRAs are equal files.
+    which is returned, has the names that the other programs know. A transformer's LoRA has one name everywhere, and
+    its one file is returned. Equal LoRAs are equal files.
     """
     layers = lora_linears(unet, adapter_name)
     for name, layer in layers:
@@ -242,13 +252,17 @@ def save_lora(
             )
     if not any(layer.lora_B[adapter_name].weight.any() for _, layer in layers):
         raise ValueError("A saved LoRA must have an effect, got all B matrices zero. Train it first.")
+    family = match_family(unet)
+    part = "unet" if family is None else family.denoiser
     # That of our own pipelines would write the second file without this metadata.
     plain_class(pipeline_class).save_lora_weights(
         save_directory=str(directory),
-        unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=adapter_name),
-        unet_lora_adapter_metadata=unet.peft_config[adapter_name].to_dict(),
+        **{
+            f"{part}_lora_layers": get_peft_model_state_dict(unet, adapter_name=adapter_name),
+            f"{part}_lora_adapter_metadata": unet.peft_config[adapter_name].to_dict(),
+        },
     )
-    return add_kohya_file(directory, metadata)
+    return add_kohya_file(directory, metadata) if part == "unet" else add_metadata(directory, metadata)
 
 
 def subject_projections(

@@ -136,10 +136,17 @@ def add_kohya_file(folder: str | os.PathLike, metadata: Mapping[str, str] | None
     source, target = Path(folder, LORA_WEIGHT_NAME), Path(folder, KOHYA_NAME)
     metadata = {"modelspec.title": "LoRA", **(metadata or {})}
     export_lora(source, "kohya", target, metadata=metadata)
+    add_metadata(folder, metadata)
+    return target
+
+
+def add_metadata(folder: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write the metadata into the `pytorch_lora_weights.safetensors` of a folder, over what it has there."""
+    source = Path(folder, LORA_WEIGHT_NAME)
     tensors, found = read_tensors(source)
     found.pop(DIGEST_KEY, None)
-    write_lora(tensors, source, {**found, **metadata})
-    return target
+    write_lora(tensors, source, {**found, "modelspec.title": "LoRA", **(metadata or {})})
+    return source
 
 
 def check_output_path(output_path: str | os.PathLike | None) -> None:

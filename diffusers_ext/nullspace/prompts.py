@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffusers_ext.core.text_files import read_prompt_texts
+from diffusers_ext.families import match_family
 
 
 def read_prompts_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:
@@ -48,8 +49,15 @@ def check_prompts(prompts: Sequence[str], name: str = "prompts") -> list[str]:
 
 
 def check_prompt_length(pipeline: Any, prompts: Sequence[str]) -> None:
-    """Raise `ValueError` for a prompt that any of the pipeline's tokenizers would cut off."""
-    for name in ("tokenizer", "tokenizer_2"):
+    """Raise `ValueError` for a prompt that the pipeline's tokenizers would cut off.
+
+    Of a joint model the last one counts, which reads long prompts; CLIP beside it is meant to see their beginning.
+    """
+    family = match_family(pipeline)
+    names = ["tokenizer", "tokenizer_2"]
+    if family is not None and family.flow_matching:
+        names = [family.token_encoders[-1].replace("text_encoder", "tokenizer")]
+    for name in names:
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is None:
             continue

@@ -30,6 +30,7 @@ _RATES = {"generalized": 3e-2, "null": 3e-2, "soft": 1e-3, "plain": 1e-3}
 _FULL_RATE = 1e-4
 # How timesteps of flow matching are drawn and weighed, by diffusers' names.
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
+SCOPES = ("text_stream", "text_only", "all")
 GUIDANCE = 3.5  # that FLUX.1-dev is told while it trains, as in diffusers
 
 
@@ -49,6 +50,12 @@ class KnowledgeSettings(Settings, title="knowledge"):
     knowledge_prompts: str | None = setting(None, "text file, one prompt a line, # comments")
     other_instance_prompts: list[str] = setting(
         [], "of other subjects, to be kept free; may be repeated", repeated=True
+    )
+    scope: str | None = setting(
+        None,
+        "of a joint-attention model, what trains: text-only layers and the text stream's keys and values, text-only "
+        f"layers alone (exact), or all attention; {SCOPES[0]} without it",
+        choices=SCOPES,
     )
     features: list[str] = setting(["k", "v"], "inputs of which projections: k v q out")
     cross_attention_layers: str | list[int] = setting("all", "all, or indices", several=True)

@@ -31,6 +31,12 @@ def split_linear_name(name: str) -> tuple[str, str]:
     raise ValueError(f"`name` must end in one of {sorted(SLOT_PATHS.values())}, got {name!r}.")
 
 
+def layer_of(linear: str) -> str:
+    """The layer that a Linear is part of, by their dotted names; a Linear of no slot is one by itself."""
+    found = next((path for path in SLOT_PATHS.values() if linear.endswith("." + path)), None)
+    return linear if found is None else linear.removesuffix("." + found)
+
+
 def check_features(features: Sequence[str]) -> tuple[str, ...]:
     """The features in one order, whatever order was asked; raises `ValueError` for an unknown name."""
     features = (features,) if isinstance(features, str) else tuple(features)

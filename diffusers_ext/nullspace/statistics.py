@@ -15,7 +15,7 @@ from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints
 from diffusers_ext.core.second_moment import LowRankMoment
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.nullspace.prompts import unique
-from diffusers_ext.nullspace.slots import check_widths, linear_name, split_linear_name
+from diffusers_ext.nullspace.slots import check_widths, layer_of, linear_name
 from diffusers_ext.nullspace.stored_moments import (
     ROUNDING,
     Moment,
@@ -61,7 +61,7 @@ class FeatureStatistics(Artifact):
     @property
     def layers(self) -> list[str]:
         """Attention and feed-forward layers that have a statistic, in natural order."""
-        return unique([split_linear_name(name)[0] for name in self.linears])
+        return unique([layer_of(name) for name in self.linears])
 
     @property
     def widths(self) -> dict[str, int]:

@@ -10,7 +10,6 @@ import torch
 
 from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment
 from diffusers_ext.core.tensor_files import FLOATING
-from diffusers_ext.nullspace.slots import split_linear_name
 
 Moment = SecondMoment | LowRankMoment
 # Of eigenvectors in float32, k of which are as far from orthonormal as their rounding adds up to.
@@ -63,7 +62,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     ):
         raise ValueError(f"`spectra` must be a list of keys of moments, got {spectra!r:.80}.")
     for linear, key in config["sources"].items():
-        split_linear_name(linear)
+        if not linear.replace(".", "").isidentifier():
+            raise ValueError(f"`sources` must hold dotted names of Linears, got {linear!r:.80}.")
         if not isinstance(key, str) or key not in config["moments"]:
             raise ValueError(f"`sources` must point at given moments, got {key!r} of {linear!r}.")
     facts = config["facts"]

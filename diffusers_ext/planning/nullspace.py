@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.families import titles_of
+from diffusers_ext.families import families_of
 from diffusers_ext.golden_noise.redenoise import guided_prediction
 from diffusers_ext.nullspace.collect import shared_inputs, text_only
 from diffusers_ext.nullspace.lora import lora_linears
@@ -57,14 +57,11 @@ def draft_nullspace(base: BaseModel, setting: NullSpacePlanSettings, *, as_on_gp
     """The phases of a null-space DreamBooth; `ValueError` for a pipeline or a setting that it cannot take."""
     setting.features = check_features(setting.features)
     shapes = ImageShapes(base, setting.resolution)
-    if "nullspace" not in shapes.family.tools:
+    if "nullspace" not in shapes.family.tools or shapes.family.flow_matching:
+        known = " or ".join(family.title for family in families_of("nullspace") if not family.flow_matching)
         raise ValueError(
-            f"`model` must be {titles_of('nullspace')} for null-space DreamBooth, got {base.pipeline} in {base.name}."
-        )
-    if shapes.family.flow_matching:
-        raise ValueError(
-            f"`model` must be a diffusion UNet to be planned, got the flow-matching {shapes.family.title} in "
-            f"{base.name}: its training is not traced yet. Train it without a plan."
+            f"`model` must be {known} to plan null-space DreamBooth, got {base.pipeline} in {base.name}. "
+            "A training of a flow-matching model is not traced."
         )
     setting.resolution = shapes.resolution
     run = NullSpaceRun(shapes, setting, as_on_gpu)

@@ -69,7 +69,7 @@ def test_untouched_ones_are_read_also_without_the_newer_checksum(tmp_path, compr
         (at("facts", value=None), "`facts` must be an object, got NoneType"),
         (at("sources", value=""), "`sources` must be an object, got str"),
         (at("sources", LINEAR, value=["text"]), "`sources` must point at given moments"),
-        (at("sources", value={"a.b": "text"}), "must end in one of"),
+        (at("sources", value={"a b": "text"}), "must hold dotted names of Linears, got 'a b'"),
         (at("more", value=1), r"\['more'\] that are unknown"),
         (at("facts", "prompts", value="p"), "`facts.prompts` must be a list"),
         (at("facts", "prompts", value=["p", 3]), "`facts.prompts` must be strings, got 3"),

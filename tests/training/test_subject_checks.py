@@ -197,7 +197,7 @@ def test_the_resolution_is_the_models_own_unless_given(subject_line, fresh_accel
 def test_other_pipelines_and_predictions(fails, tmp_path):
     pixart_pipeline().save_pretrained(tmp_path / "pixart")
     path = {"pretrained_model_name_or_path": tmp_path / "pixart"}
-    fails("must be a Stable Diffusion or SDXL pipeline, got PixArt", **path)
+    fails("must be a Stable Diffusion or SDXL or .* pipeline, got PixArt", **path)
     pipeline = load_pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="sample")
     pipeline.save_pretrained(tmp_path / "sample")
@@ -230,7 +230,8 @@ def test_a_diverging_run_leaves_its_last_checkpoint_and_no_result(teach, tmp_pat
 
 
 def test_every_setting_that_decides_what_comes_out_is_compared_on_resume(subject_line):
-    args = parse_args(subject_line(**PRIOR))
+    flow = {"scope": "all", "weighting_scheme": "mode", "guidance_embedding": 2.0}  # compared where they are given
+    args = parse_args(subject_line(**PRIOR, **flow))
     decided = subject_settings(args)
     elsewhere = {
         "config", "pretrained_model_name_or_path", "single_file_config", "revision", "variant", "output_dir",

@@ -25,7 +25,7 @@ from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import SamplingSettings
 from diffusers_ext.core.text_files import one_line, read_rows, read_text
-from diffusers_ext.families import find_family
+from diffusers_ext.families import Family, find_family, match_family
 from diffusers_ext.families.text_conditioning import stack_texts
 from diffusers_ext.nullspace.settings import SubjectSettings
 from diffusers_ext.nullspace.step import GUIDANCE, Condition
@@ -152,7 +152,8 @@ def _words(text: str) -> set[str]:
 
 def own_resolution(pipeline: DiffusionPipeline) -> int | None:
     """Pixels a side of the pictures that a model was made for; `None` where they are not square."""
-    size = find_family(pipeline, "nullspace").sample_size(denoiser_of(pipeline).config)
+    family = match_family(pipeline, "nullspace") or Family()
+    size = family.sample_size(denoiser_of(pipeline).config)
     sides = {size} if isinstance(size, int) else set(size or ())
     return sides.pop() * pipeline.vae_scale_factor if len(sides) == 1 else None
 
@@ -169,21 +170,23 @@ def sampling_arguments(settings: SamplingSettings) -> dict[str, Any]:
 
 @torch.no_grad()
 def draw_images(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], resolution: int, **run: Any
+    pipeline: DiffusionPipeline, prompts: Sequence[str] | None, seeds: Sequence[int], resolution: int, **run: Any
 ) -> list[Image.Image]:
     """One picture per prompt, unfiltered and in eval mode; the pipeline is left as it was.
 
     A picture depends on its prompt and its seed, not on the others (up to rounding). `run` are further arguments of
-    the pipeline's call, as of `sampling_arguments`.
+    the pipeline's call, as of `sampling_arguments`, and the embeddings of prompts that are encoded.
     """
     vae, family = pipeline.vae, find_family(pipeline, "nullspace")
     offset, factor = family.latent_scale(vae)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    if run.get("negative_prompt") is not None:
-        run["negative_prompt"] = [run["negative_prompt"]] * len(generators)
+    negative = run.pop("negative_prompt", None)
+    if negative is not None:  # some pipelines know no such argument
+        run["negative_prompt"] = [negative] * len(generators)
+    asked = None if prompts is None else list(prompts)
     with quiet_run(pipeline):
         latents = pipeline(
-            list(prompts), height=resolution, width=resolution, generator=generators, output_type="latent", **run
+            asked, height=resolution, width=resolution, generator=generators, output_type="latent", **run
         ).images
         latents = family.drawn(pipeline, latents, resolution, resolution)
         latents = family.to_vae(pipeline, latents.float() / factor + offset).to(vae.dtype)

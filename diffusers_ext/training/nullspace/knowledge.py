@@ -23,6 +23,7 @@ from diffusers_ext.families import match_family, titles_of
 from diffusers_ext.families.base_source import check_xformers
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.prompts import read_prompts_file
+from diffusers_ext.nullspace.scope import settle_scope
 from diffusers_ext.nullspace.settings import CollectionSettings, KnownModelSettings
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -86,18 +87,23 @@ def collect(
         reserved = collect(settings, pipeline, accelerator, others, reserved_dir)
         return statistics.merge(reserved, times=len(knowledge))
     features, layers = check_features(settings.features), settings.cross_attention_layers
-    find_linears(denoiser_of(pipeline), features, layers)  # a wrong layer index stops here
+    scope = settle_scope(denoiser_of(pipeline), settings.scope)
+    if scope is None:
+        find_linears(denoiser_of(pipeline), features, layers)  # a wrong layer index stops here
+    # A UNet's statistics are of the size that it draws by itself, whatever it is trained at.
+    size = None if scope is None else getattr(settings, "resolution", None)
     statistics = collect_statistics(
         pipeline,
         prompts,
+        scope=scope,
         features=features,
         layers=layers,
         negative_prompt=settings.negative_prompt,
         expand_sub_phrases=not settings.no_sub_phrases,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        height=getattr(settings, "height", None),
-        width=getattr(settings, "width", None),
+        height=getattr(settings, "height", size),
+        width=getattr(settings, "width", size),
         batch_size=settings.statistics_batch_size,
         seed=settings.seed,
         shard=(accelerator.process_index, accelerator.num_processes),
@@ -130,7 +136,10 @@ def load_or_collect(
     if not settings.other_instance_prompts:
         return statistics
     extra = copy(settings)
-    extra.features, extra.cross_attention_layers = measured["features"], measured["layers"]
+    if "scope" in measured:
+        extra.scope = measured["scope"]
+    else:
+        extra.features, extra.cross_attention_layers = measured["features"], measured["layers"]
     extra.negative_prompt = measured["negative_prompt"]
     extra.no_sub_phrases = not measured["expand_sub_phrases"]
     extra.statistics_batch_size = measured.get("batch_size", settings.statistics_batch_size)
@@ -143,9 +152,14 @@ def load_or_collect(
 def _check_asked(settings: KnownModelSettings, measured: dict[str, Any]) -> None:
     """Raise `ValueError` where the command line asks for other statistics than the given ones."""
     layers, negative = settings.cross_attention_layers, settings.negative_prompt
-    if layers != "all" and sorted(set(layers)) != measured["layers"]:
+    if settings.scope not in (None, measured.get("scope")):
         raise ValueError(
-            f"`cross_attention_layers` must be those of `--statistics`, {measured['layers']}, got "
+            f"`scope` must be that of `--statistics`, {measured.get('scope')!r}, got {settings.scope!r}. Leave it "
+            "out, or collect statistics of this scope."
+        )
+    if layers != "all" and sorted(set(layers)) != measured.get("layers"):
+        raise ValueError(
+            f"`cross_attention_layers` must be those of `--statistics`, {measured.get('layers')}, got "
             f"{layers}. Leave it out, or collect statistics of these layers."
         )
     if negative and negative != measured["negative_prompt"]:
@@ -163,9 +177,10 @@ def collection_facts(settings: CollectionSettings, prompts: list[str], num_proce
         "guidance_scale", "statistics_batch_size", "seed",
     )  # fmt: skip
     facts = {name: getattr(settings, name) for name in names}
-    # Left out without one, as in progress that was written before there was this setting.
-    if settings.single_file_config is not None:
-        facts["single_file_config"] = settings.single_file_config
+    # Left out without one, as in progress that was written before there were these settings.
+    for name in ("single_file_config", "scope"):
+        if getattr(settings, name) is not None:
+            facts[name] = getattr(settings, name)
     facts["knowledge_prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     facts["num_processes"] = num_processes
     return json.loads(json.dumps(facts))

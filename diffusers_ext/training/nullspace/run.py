@@ -1,4 +1,4 @@
-"""Teach a Stable Diffusion or SDXL model a new subject without forgetting what it knows.
+"""Teach a text-to-image model a new subject without forgetting what it knows.
 
     accelerate launch training/train_nullspace_dreambooth.py \\
         --pretrained_model_name_or_path examples/digits/model \\
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import free_memory
 from diffusers.utils import make_image_grid
 from peft import LoraConfig
 
@@ -26,10 +28,11 @@ from diffusers_ext.core.pictures import find_pictures, read_picture
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.seeds import check_min_snr
 from diffusers_ext.documented_names import read_nullbooth_block
-from diffusers_ext.families import find_family
+from diffusers_ext.families import find_family, match_family
 from diffusers_ext.nullspace.lora import check_lora_config
 from diffusers_ext.nullspace.projector import ProjectedUpdate
 from diffusers_ext.nullspace.prompts import check_prompt_length
+from diffusers_ext.nullspace.scope import check_no_features, settle_scope
 from diffusers_ext.nullspace.settings import NullSpaceSettings
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -106,7 +109,9 @@ def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline
         prompts.append(settings.class_prompt)
     if settings.directions != "plain":
         prompts += settings.other_instance_prompts
-    if settings.directions == "plain" or settings.statistics is None:
+    if settle_scope(denoiser_of(pipeline), settings.scope) is not None:
+        check_no_features(settings.features, settings.cross_attention_layers)
+    elif settings.directions == "plain" or settings.statistics is None:
         find_linears(denoiser_of(pipeline), settings.features, settings.cross_attention_layers)
     if settings.directions != "plain" and settings.statistics is None:
         prompts += read_knowledge(settings)
@@ -144,10 +149,13 @@ def settle_resolution(settings: NullSpaceSettings, pipeline: DiffusionPipeline) 
         if own is None:
             raise ValueError("`resolution` must be given for a model without a square size of its own, got None.")
         settings.resolution = own
-    family = find_family(pipeline, "nullspace")
-    multiple = pipeline.vae_scale_factor * family.patch(denoiser_of(pipeline).config)
-    if family.flow_matching and settings.resolution % multiple:
-        raise ValueError(f"`resolution` must be a multiple of {multiple} for this model, got {settings.resolution}.")
+    family = match_family(pipeline, "nullspace")
+    if family is not None and family.flow_matching:
+        multiple = pipeline.vae_scale_factor * family.patch(denoiser_of(pipeline).config)
+        if settings.resolution % multiple:
+            raise ValueError(
+                f"`resolution` must be a multiple of {multiple} for this model, got {settings.resolution}."
+            )
     if own is not None and settings.resolution != own:
         logger.warning(
             f"--resolution is {settings.resolution}, the model's own is {own}: pictures of another size "
@@ -167,7 +175,11 @@ def subject_settings(settings: NullSpaceSettings) -> dict[str, Any]:
     facts = {name: getattr(settings, name) for name in names}
     if settings.resolution is None:  # the model's own, which is not known before it is loaded
         del facts["resolution"]
-    for name in ("weighting_scheme", "guidance_embedding"):  # left out where they are not given, as before they were
+    for name in (
+        "weighting_scheme",
+        "guidance_embedding",
+        "scope",
+    ):  # left out where they are not given, as before they were
         if getattr(settings, name) is not None:
             facts[name] = getattr(settings, name)
     if settings.with_prior_preservation:
@@ -184,6 +196,19 @@ class Validation:
     def __init__(self, settings: NullSpaceSettings, pipeline: DiffusionPipeline, accelerator: Accelerator) -> None:
         self.settings, self.pipeline, self.accelerator = settings, pipeline, accelerator
         self.files: list[Path] = []
+        self.texts: list[dict[str, torch.Tensor]] = []
+
+    def free_encoders(self) -> None:
+        """Encode the prompts now, and let the text encoders of the pipeline go."""
+        settings, pipeline = self.settings, self.pipeline
+        family, count = find_family(pipeline, "nullspace"), settings.num_validation_images
+        negatives = [settings.negative_prompt] if settings.negative_prompt else None
+        with torch.no_grad():
+            for prompt in settings.validation_prompt:
+                self.texts.append(family.text_arguments(family.encode(pipeline, [prompt], negatives).expand(count)))
+        for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
+            setattr(pipeline, name, None)
+        free_memory()
 
     def draw(self, step: int) -> None:
         """Draw and save the pictures of one step; the model's mode comes back afterwards."""
@@ -195,9 +220,11 @@ class Validation:
         seeds = range(settings.seed, settings.seed + count)
         self.files = []
         for index, prompt in enumerate(settings.validation_prompt):
-            images = draw_images(
-                self.pipeline, [prompt] * count, seeds, settings.resolution, **sampling_arguments(settings)
-            )
+            run = sampling_arguments(settings)
+            if self.texts:
+                run |= {"negative_prompt": None, **self.texts[index]}
+            prompts = None if self.texts else [prompt] * count
+            images = draw_images(self.pipeline, prompts, seeds, settings.resolution, **run)
             self.files.append(folder / f"step-{step:06d}-prompt-{index}.png")
             make_image_grid(images, rows=1, cols=count).save(self.files[-1])
             for tracker in self.accelerator.trackers:
@@ -287,12 +314,15 @@ def main(settings: NullSpaceSettings) -> Path:
         logger.info(directions_words(prepared.report))
     validation = Validation(settings, pipeline, accelerator)
     loop = build_loop(settings, accelerator, pipeline, statistics, validation)
+    family = find_family(pipeline, "nullspace")
+    if family.flow_matching and not settings.full_finetune:
+        validation.free_encoders()  # which are larger than what they encode for, and are done
     make_output_dir(settings, accelerator)
     start_trackers(accelerator, settings, "nullspace-dreambooth")
     constrained = bool(prepared.projections)
     with ProjectedUpdate(loop.optimizer, prepared.projections) if constrained else nullcontext():
         trained = loop.run()
-    setattr(pipeline, find_family(pipeline, "nullspace").denoiser, trained.eval())
+    setattr(pipeline, family.denoiser, trained.eval())
     if accelerator.is_main_process:
         report = {
             "arguments": reported_arguments(settings),

@@ -21,6 +21,7 @@ from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, predicted_drift, save_lora
 from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME, measured_drift, training_metadata
 from diffusers_ext.nullspace.projector import NullSpaceProjector
+from diffusers_ext.nullspace.scope import check_no_features, scoped_linears, settle_scope
 from diffusers_ext.nullspace.settings import GUIDANCE, WEIGHTING_SCHEMES, NullSpaceSettings, read_layers
 from diffusers_ext.nullspace.slots import check_widths, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -77,9 +78,8 @@ def add_lora(
         r=settings.rank, lora_alpha=settings.rank, lora_dropout=settings.lora_dropout, init_lora_weights="gaussian"
     )
     if statistics is None:
-        layers = read_layers(settings.cross_attention_layers)
         # A list, because the order of a set of strings differs from process to process.
-        config.target_modules = list(find_linears(denoiser, settings.features, layers))
+        config.target_modules = unconstrained_linears(settings, pipeline)
         denoiser.add_adapter(config)
         for _, layer in lora_linears(denoiser):
             layer.lora_A.float()
@@ -99,6 +99,16 @@ def add_lora(
         lora_config=config,
     )
     return [] if chosen is None else chosen.report()
+
+
+def unconstrained_linears(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> list[str]:
+    """The Linears of a plain LoRA, by the settings of a constrained one."""
+    denoiser, layers = denoiser_of(pipeline), read_layers(settings.cross_attention_layers)
+    scope = settle_scope(denoiser, settings.scope)
+    if scope is None:
+        return list(find_linears(denoiser, settings.features, layers))
+    check_no_features(settings.features, layers)
+    return scoped_linears(pipeline, scope).names
 
 
 def free_constrained_weights(
@@ -199,9 +209,12 @@ def save_result(
 
 
 def files_for_programs(settings: NullSpaceSettings) -> str:
-    """Which of the two files of a LoRA is for what, in one sentence."""
+    """Which of the files of a LoRA is for what, in one sentence."""
+    file = Path(settings.output_dir, LORA_WEIGHT_NAME)
+    if not Path(settings.output_dir, KOHYA_NAME).is_file():
+        return f"{file} is for diffusers and for ComfyUI: its names are those of the model's transformer."
     return (
-        f"{Path(settings.output_dir, LORA_WEIGHT_NAME)} is for diffusers; {KOHYA_NAME} beside it is the same "
+        f"{file} is for diffusers; {KOHYA_NAME} beside it is the same "
         "LoRA for ComfyUI and A1111, which do not know the names in the first."
     )
 
@@ -258,10 +271,11 @@ def subject_card(
     Raises `ValueError` where a fact is not known, such as the licence.
     """
     drifts = (report or {}).get("predicted_drift")
+    has_names = not find_family(pipeline, "nullspace").flow_matching
     return make_card(
         "subject_pipeline" if settings.full_finetune else "null_space_lora",
         **subject_facts(settings, pipeline, statistics, pictures),
-        **({} if settings.full_finetune else {"rank": settings.rank, "kohya_file": KOHYA_NAME}),
+        **({} if settings.full_finetune else {"rank": settings.rank, "kohya_file": KOHYA_NAME * has_names}),
         results=measured_drift(drifts, statistics) if drifts else (),
         statistics=statistics is not None,
         **card_arguments(settings),

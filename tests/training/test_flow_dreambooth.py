@@ -1,0 +1,121 @@
+"""DreamBooth of flow-matching models from the command line, whose LoRAs stock diffusers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_ext.nullspace.lora_files import check_loaded_lora
+from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.training.nullspace.run import check_against_model, main, parse_args
+from tests.tiny_digits import random_digits_pipeline
+from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_sd3_pipeline
+from tests.training.conftest import reset_accelerator
+
+LORA = "pytorch_lora_weights.safetensors"
+BUILD = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Path:
+    """Folders of the tiny models, that of Flux in half precision."""
+    folder = tmp_path_factory.mktemp("bases")
+    for name, build in BUILD.items():
+        build().to(torch.float16 if name == "flux" else torch.float32).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd3_run(bases, line_to, tmp_path_factory) -> Path:
+    """A training of SD3 with all that is usual."""
+    reset_accelerator()
+    run = {"pretrained_model_name_or_path": bases / "sd3", "max_train_steps": 3, "checkpointing_steps": 2}
+    folder = tmp_path_factory.mktemp("sd3") / "out"
+    main(parse_args(line_to(folder, **run, guidance_scale=2.0)))
+    reset_accelerator()
+    return folder
+
+
+def with_lora(name: str, folder: Path):
+    """As anybody loads it, without this package."""
+    pipeline = BUILD[name]()
+    pipeline.load_lora_weights(str(folder))
+    return pipeline
+
+
+def drawn(pipeline, prompt: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(
+        prompt, height=32, width=32, num_inference_steps=2, generator=generator, output_type="latent"
+    ).images
+
+
+def test_sd3_learns_in_its_text_stream(sd3_run):
+    tuned = with_lora("sd3", sd3_run)
+    assert check_loaded_lora(tuned) == 5
+    assert (drawn(tuned, "a white sks") - drawn(BUILD["sd3"](), "a white sks")).norm() > 1e-3
+    report = json.loads((sd3_run / "training_report.json").read_text())
+    assert report["arguments"]["scope"] is None
+    assert {row["matrix"] for row in report["directions"]} == {
+        "text", "transformer_blocks.0.attn.add_k_proj", "transformer_blocks.1.attn.add_k_proj",
+    }  # fmt: skip
+    assert len(report["predicted_drift"]) == 5
+    assert not (sd3_run / "comfyui_a1111_kohya.safetensors").exists()
+    statistics = FeatureStatistics.from_pretrained(sd3_run / "statistics")
+    run = statistics.facts["settings"]["run"]
+    assert (run["height"], run["guidance_scale"]) == (32, 2.0)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(bases, teach, sd3_run):
+    run = {
+        "pretrained_model_name_or_path": bases / "sd3",
+        "checkpointing_steps": 2,
+        "statistics": sd3_run / "statistics",
+    }
+    teach(**run, max_train_steps=2)
+    resumed = teach(**run, max_train_steps=3, resume_from_checkpoint="latest", overwrite_output_dir=True)
+    first, second = load_file(sd3_run / LORA), load_file(resumed / LORA)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_flux_in_half_precision_with_all_its_attention(bases, teach):
+    folder = teach(
+        pretrained_model_name_or_path=bases / "flux",
+        scope="all",
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        validation_prompt="a white sks",
+        num_validation_images=1,
+        max_train_steps=2,
+        weighting_scheme="none",
+        guidance_embedding=1.0,
+    )
+    tuned = with_lora("flux", folder)
+    assert check_loaded_lora(tuned) == 12
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / LORA).values())
+    assert (drawn(tuned, "a white sks") - drawn(BUILD["flux"](), "a white sks")).norm() > 1e-3
+    assert len(list((folder / "validation").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("sd3", {"features": "q"}, "`features` must be left out for a joint-attention model"),
+        ("sd3", {"cross_attention_layers": 0}, "`layers` must be left out for a joint-attention model"),
+        ("sd3", {"snr_gamma": 5.0}, "`snr_gamma` must be left out for the flow-matching SD3Transformer2DModel"),
+        ("sd3", {"guidance_embedding": 2.0}, "`guidance_embedding` must be left out for a SD3Transformer2DModel"),
+        ("flux", {"resolution": 40}, "`resolution` must be a multiple of 16 for this model, got 40"),
+        ("digits", {"scope": "all"}, "`scope` must be left out for a UNet2DConditionModel, got 'all'"),
+        ("digits", {"weighting_scheme": "none"}, "`weighting_scheme` must be left out for Stable Diffusion"),
+    ],
+)
+def test_what_a_model_does_not_have_is_refused(subject_line, name, arguments, message):
+    pipeline = BUILD[name]() if name in BUILD else random_digits_pipeline()
+    if name == "flux":
+        pipeline.vae_scale_factor = 8  # as that of the published model
+    with pytest.raises(ValueError, match=message):
+        check_against_model(parse_args(subject_line(**arguments)), pipeline)
