@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2Tokenizer, Qwen3Config
+from transformers import (
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from examples.digits.prompts import COLORS, DIGITS
 
@@ -12,15 +20,21 @@ _CHAT = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Of prompts, and of the template of Qwen-Image, which so has the 34 tokens that the pipeline drops.
+_WORDS = (
+    "a", "the", "of", "photo", "image", "by", "detailing", "color", "shape", "size", "texture", "quantity", "text",
+    "spatial", "relationships", "objects", "and", "background",
+)  # fmt: skip
+
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """With Qwen's chat marks; a word of the digits' prompts is one token, other words are spelled in bytes."""
-    words = ("a", "the", "of", "photo", *COLORS, *DIGITS)
+    words = (*_WORDS, *COLORS, *DIGITS)
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(alphabet)}
     merges: list[tuple[str, str]] = []
     # Byte-pair merges build each word letter by letter.
-    for word in ("user", "assistant", "system", *(f"Ġ{word}" for word in words)):
+    for word in ("user", "assistant", "system", "Describe", *(f"Ġ{word}" for word in words)):
         for end in range(1, len(word)):
             merge = (word[:end], word[end])
             if merge not in merges:
@@ -49,3 +63,28 @@ def qwen3_config(tokenizer: Qwen2Tokenizer, width: int, num_layers: int) -> Qwen
         head_dim=8,
         max_position_embeddings=512,
     )
+
+
+def qwen_vl(tokenizer: Qwen2Tokenizer, width: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Two layers of two heads of 8; its eyes are as small as they can be."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [width // 16, width // 16, width // 8],
+        },
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def umt5(tokenizer: CLIPTokenizer, width: int) -> UMT5EncoderModel:
+    """One layer of two heads of 4."""
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return UMT5EncoderModel(config).eval()

@@ -9,13 +9,27 @@ from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.families.flux import Flux
 from diffusers_ext.families.flux2 import Flux2
 from diffusers_ext.families.hunyuan_dit import HunyuanDiT
+from diffusers_ext.families.qwen_image import QwenImage
 from diffusers_ext.families.sd3 import SD3
 from diffusers_ext.families.sdxl import SDXL
 from diffusers_ext.families.stable_diffusion import StableDiffusion
+from diffusers_ext.families.wan import Wan
+from diffusers_ext.families.z_image import ZImage
 
 __all__ = ["FAMILIES", "Family", "find_family", "match_family"]
 
-FAMILIES: list[Family] = [StableDiffusion(), SDXL(), HunyuanDiT(), SD3(), Flux(), Flux2(), CogVideoX()]
+FAMILIES: list[Family] = [
+    StableDiffusion(),
+    SDXL(),
+    HunyuanDiT(),
+    SD3(),
+    Flux(),
+    Flux2(),
+    QwenImage(),
+    ZImage(),
+    Wan(),
+    CogVideoX(),
+]
 
 
 def families_of(tool: str | None) -> list[Family]:

@@ -105,6 +105,7 @@ class Family:
     denoiser: ClassVar[str] = "transformer"  # component of the pipeline, and the key prefix of its LoRAs
     denoiser_class: ClassVar[str]
     vae_class: ClassVar[str] = "AutoencoderKL"
+    video_vae: ClassVar[bool] = False  # to which a picture is a clip of one frame
     # The model predicts `noise - x_0` on straight paths; otherwise what its scheduler's `prediction_type` says, at the
     # levels of `alphas_cumprod`. `predictions.py` converts them.
     flow_matching: ClassVar[bool] = False
@@ -211,11 +212,11 @@ class Family:
 
     def from_vae(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's latents of pictures `(batch, channels, height, width)`, arranged as `predict` takes them."""
-        return latents
+        return latents[:, :, 0] if self.video_vae else latents
 
     def to_vae(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         """The way back from `from_vae`."""
-        return latents
+        return latents.unsqueeze(2) if self.video_vae else latents
 
     def network_sizes(self, config: Any) -> NetworkSizes:
         """What a golden-noise network for this denoiser must be made for."""

@@ -97,6 +97,14 @@ def stack_texts(texts: Sequence[TextConditioning]) -> TextConditioning:
     return TextConditioning(**joined)
 
 
+def with_negatives(positive: TextConditioning, negative: TextConditioning) -> TextConditioning:
+    """Two texts as one with negative prompts, padded as by `stack_texts`."""
+    both, count = stack_texts([positive, negative]).tensors(), len(positive)
+    return TextConditioning(
+        **{name: x[:count] for name, x in both.items()}, **{f"negative_{name}": x[count:] for name, x in both.items()}
+    )
+
+
 def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
     padding = tensor.new_zeros(len(tensor), length - tensor.shape[1], *tensor.shape[2:])
     return torch.cat([tensor, padding], dim=1)

@@ -12,7 +12,12 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.nullspace.edit import EditedConcepts, edit_concept
 from diffusers_ext.nullspace.edit_prompts import ConceptEdit
 from diffusers_ext.nullspace.text_only import text_readers
-from tests.tiny_current_pipelines import tiny_flux2_pipeline
+from tests.tiny_current_pipelines import (
+    tiny_flux2_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
@@ -21,10 +26,11 @@ PROMPTS = ["a nine", "", "a three"]  # two preserved ones, and the edited one
 
 
 class Setting(NamedTuple):
-    """A family's tiny pipeline, and what its calls need besides prompts and sizes."""
+    """A family's tiny pipeline, and what its calls need besides prompts and sizes, all of them or those that draw."""
 
     build: Callable[[], DiffusionPipeline]
     call: dict[str, Any]
+    draw: dict[str, Any] = {}
 
 
 def hunyuan_dit_pipeline() -> DiffusionPipeline:
@@ -44,6 +50,9 @@ FAMILIES = {
     # "hunyuan_dit": Setting(hunyuan_dit_pipeline, {"use_resolution_binning": False}),
     "flux": Setting(tiny_flux_pipeline, {}),
     "flux2": Setting(tiny_flux2_pipeline, {"max_sequence_length": 16}),
+    "qwen_image": Setting(tiny_qwen_image_pipeline, {}, {"negative_prompt": ["", "", ""]}),
+    "z_image": Setting(tiny_z_image_pipeline, {}),
+    "wan": Setting(tiny_wan_pipeline, {"num_frames": 5}),
 }
 
 
@@ -59,7 +68,9 @@ def outputs(pipeline: DiffusionPipeline, call: dict[str, Any]) -> list[torch.Ten
     for seed, width in ((0, 32), (1, 64)):
         generators = [torch.Generator().manual_seed(seed) for _ in PROMPTS]
         size = {"height": 32, "width": width, "num_inference_steps": 2, "output_type": "latent"}
-        found.append(pipeline(prompt=PROMPTS, generator=generators, **{**size, **call}, return_dict=False)[0])
+        # A copy, because Z-Image's pipeline writes its chat template into the list.
+        run = {"prompt": list(PROMPTS), "generator": generators, **size, **call}
+        found.append(pipeline(**run, return_dict=False)[0])
     return found
 
 
@@ -71,7 +82,7 @@ def moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_saved_edit_leaves_preserved_prompts_alone_in_stock_diffusers(name, tmp_path):
-    call = FAMILIES[name].call
+    call = {**FAMILIES[name].call, **FAMILIES[name].draw}
     edited(name).save(tmp_path)
     pipeline = FAMILIES[name].build()
     modules = text_readers(pipeline)

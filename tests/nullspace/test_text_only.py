@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from diffusers_ext.core.pipelines import denoiser_of
-from diffusers_ext.nullspace.text_only import denoiser_arguments, digest, text_only_linears
+from diffusers_ext.nullspace.text_only import TextReader, denoiser_arguments, digest, text_only_linears
+from tests.tiny_current_pipelines import (
+    tiny_flux2_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
@@ -32,6 +38,50 @@ def test_joint_transformers_read_text_alone_before_their_blocks(build):
         f"{embedder}.linear_1": "pooled_projections",
         f"{embedder}.linear_2": f"{embedder}.linear_2",
     }
+
+
+REFINER = (
+    *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"feed_forward.{name}" for name in ("w1", "w3", "w2")),
+)
+EMBEDDER = "condition_embedder.text_embedder"
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [
+        (tiny_flux2_pipeline, {"context_embedder": "text"}),
+        (tiny_qwen_image_pipeline, {"txt_in": "txt_in"}),
+        (tiny_z_image_pipeline, dict.fromkeys(["cap_embedder.1", *(f"context_refiner.0.{name}" for name in REFINER)])),
+        (
+            tiny_wan_pipeline,
+            {
+                f"{EMBEDDER}.linear_1": "text",
+                f"{EMBEDDER}.linear_2": f"{EMBEDDER}.linear_2",
+                **{f"blocks.{i}.attn2.to_{x}": "blocks.0.attn2.to_k" for i in range(2) for x in "kv"},
+            },
+        ),
+    ],
+)
+def test_todays_models_read_text_alone_in_the_order_in_which_they_run(build, found):
+    linears = text_only_linears(build(), prompts=PROMPTS)
+    assert list(linears) == list(found)
+    # The refiner's sources are the Linears that first read them.
+    assert all(source is None or linears[name] == source for name, source in found.items())
+
+
+@pytest.mark.parametrize("build", [tiny_qwen_image_pipeline, tiny_z_image_pipeline])
+def test_texts_as_long_as_their_prompts_are_read_one_by_one(build):
+    pipeline = build()
+    sources = text_only_linears(pipeline, prompts=PROMPTS)
+    reader, first = TextReader(pipeline, sources, 8, {}), next(iter(sources.values()))
+    assert reader.varies
+    prompts = ["a nine", "a photo of the red nine"]
+    alone = [reader.all([prompt], first) for prompt in prompts]
+    both = reader.all(prompts, first)
+    for index, read in enumerate(alone):
+        assert torch.equal(both[index, : read.shape[1]], read[0])
+        assert not both[index, read.shape[1] :].any()
 
 
 def test_what_text_only_layers_give_is_text_as_well():

@@ -192,6 +192,7 @@ def draw_images(
         latents = family.to_vae(pipeline, latents.float() / factor + offset).to(vae.dtype)
         with torch.autocast(latents.device.type, enabled=False):  # VAEs overflow in float16
             pixels = torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
+        pixels = pixels[:, :, 0] if family.video_vae else pixels
     return pipeline.image_processor.postprocess(pixels, output_type="pil")
 
 
@@ -228,7 +229,8 @@ def encode_images(
     for path in paths:
         pixels = load_image(path, resolution, center_crop)
         for view in [pixels, pixels.flip(-1)] if flip else [pixels]:
-            posterior = vae.encode(view[None].to(vae.device, vae.dtype)).latent_dist
+            picture = view[None, :, None] if family.video_vae else view[None]
+            posterior = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist
             means.append((family.from_vae(pipeline, posterior.mean.float()) - offset) * factor)
             stds.append(family.from_vae(pipeline, posterior.std.float()) * factor)
     return TensorDataset(torch.cat(means), torch.cat(stds))

@@ -1,0 +1,103 @@
+"""Qwen-Image: flow matching over packed latents of a video VAE, with the text of Qwen2.5-VL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusers_ext.families.family import Family
+from diffusers_ext.families.text_conditioning import TextConditioning, with_negatives
+
+if TYPE_CHECKING:
+    from diffusers import QwenImagePipeline
+
+
+class QwenImage(Family):
+    """Qwen-Image; 2 x 2 latent pixels are one token, and a text is as long as its prompt.
+
+    Its LoRAs have the prefix `transformer`, in diffusers and ComfyUI.
+    """
+
+    name = "qwen_image"
+    title = "Qwen-Image"
+    pipelines = ("QwenImagePipeline",)
+    denoiser_class = "QwenImageTransformer2DModel"
+    vae_class = "AutoencoderKLQwenImage"
+    video_vae = True
+    flow_matching = True
+    rounds_size = True
+    text_fields = ("prompt_embeds", "attention_mask")
+    smallest_call = {"guidance_scale": None}  # which only a distilled model takes
+
+    def encode(self, pipeline: QwenImagePipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
+        """The pipeline is not guided without a negative prompt; the empty one stands for it."""
+        texts = []
+        for of in (prompts, negatives or [""] * len(prompts)):
+            embeds, mask = pipeline.encode_prompt(prompt=of)
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+            texts.append(TextConditioning(embeds, attention_mask=mask))
+        return with_negatives(*texts)
+
+    def token_ids(self, pipeline: QwenImagePipeline, prompt: str) -> list[list[int]]:
+        """The beginning of the template is dropped."""
+        ids = pipeline.tokenizer(pipeline.prompt_template_encode.format(prompt), truncation=True).input_ids
+        return [ids[pipeline.prompt_template_encode_start_idx :]]
+
+    def text_width(self, config: Any) -> int:
+        return config.joint_attention_dim
+
+    def text_arguments(self, text: TextConditioning) -> dict[str, torch.Tensor]:
+        """Masks have names of their own."""
+        return {name.replace("attention_mask", "prompt_embeds_mask"): x for name, x in text.tensors().items()}
+
+    def latent_channels(self, config: Any) -> int:
+        return int(config.in_channels) // 4
+
+    def patch(self, config: Any) -> int:
+        """The packing's; latents are packed already where the config's counts."""
+        return 2
+
+    def sample_size(self, config: Any) -> int:
+        """The config says nothing of it."""
+        return 128
+
+    def pack(self, pipeline: QwenImagePipeline, latents: torch.Tensor) -> torch.Tensor:
+        return pipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(self, pipeline: QwenImagePipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)[:, :, 0]
+
+    def embedded_guidance(self, config: Any) -> bool:
+        return bool(config.guidance_embeds)
+
+    def predict(
+        self,
+        pipeline: QwenImagePipeline,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: TextConditioning,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        batch, _, height, width = latents.shape
+        guidance = None
+        if self.embedded_guidance(pipeline.transformer.config):
+            guidance = torch.full((batch,), guidance_scale, device=latents.device, dtype=torch.float32)
+        length = int(text.attention_mask.sum(1).max())
+        mask = text.attention_mask[:, :length]
+        prediction = pipeline.transformer(
+            hidden_states=self.pack(pipeline, latents),
+            timestep=timestep.expand(batch).to(latents.dtype) / 1000,
+            guidance=guidance,
+            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states=text.prompt_embeds[:, :length],
+            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            return_dict=False,
+        )[0]
+        factor = pipeline.vae_scale_factor
+        return self.unpack(pipeline, prediction, height * factor, width * factor)
+
+    def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
+        """The levels are the pipeline's own."""
+        sigmas = [1 - i / num_steps for i in range(num_steps)]
+        return {**super().grid_arguments(config, num_steps, image_tokens), "sigmas": sigmas}

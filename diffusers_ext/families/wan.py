@@ -1,0 +1,86 @@
+"""Wan: flow matching over clips, with cross-attention to UMT5's tokens; a picture is a clip of one frame."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusers_ext.families.family import Family
+from diffusers_ext.families.text_conditioning import TextConditioning
+
+if TYPE_CHECKING:
+    from diffusers import WanPipeline
+
+
+class Wan(Family):
+    """Wan 2.1, and the first of the two transformers of 2.2; here it draws and learns pictures.
+
+    Its LoRAs have the prefix `transformer` in diffusers.
+    """
+
+    name = "wan"
+    title = "Wan"
+    pipelines = ("WanPipeline",)
+    denoiser_class = "WanTransformer3DModel"
+    vae_class = "AutoencoderKLWan"
+    video_vae = True
+    flow_matching = True
+    t5_tokens = 512
+    smallest_call = {"num_frames": 1}
+    call_arguments = {"num_frames": 1}
+    blocks = "blocks"
+    text_stream = ()
+    attention_linears = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def encode(self, pipeline: WanPipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
+        embeds, negative = pipeline.encode_prompt(
+            prompt=prompts, negative_prompt=negatives or [""] * len(prompts), max_sequence_length=self.t5_tokens
+        )
+        return TextConditioning(embeds, negative)
+
+    def token_ids(self, pipeline: WanPipeline, prompt: str) -> list[list[int]]:
+        """Of the prompt as the pipeline cleans it."""
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        return super().token_ids(pipeline, prompt_clean(prompt))
+
+    def text_width(self, config: Any) -> int:
+        return config.text_dim
+
+    def patch(self, config: Any) -> int:
+        return config.patch_size[-1]
+
+    def sample_size(self, config: Any) -> tuple[int, int]:
+        """The pipeline's 480 x 832 pixels."""
+        return 60, 104
+
+    def pack(self, pipeline: WanPipeline, latents: torch.Tensor) -> torch.Tensor:
+        return latents.unsqueeze(2)
+
+    def unpack(self, pipeline: WanPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return latents[:, :, 0]
+
+    def predict(
+        self,
+        pipeline: WanPipeline,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: TextConditioning,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        timestep = timestep.expand(len(latents))
+        if pipeline.config.expand_timesteps:  # Wan 2.2 5B has one for every token
+            tokens = latents[0, 0].numel() // self.patch(pipeline.transformer.config) ** 2
+            timestep = timestep[:, None].expand(-1, tokens)
+        prediction = pipeline.transformer(
+            hidden_states=self.pack(pipeline, latents),
+            timestep=timestep,
+            encoder_hidden_states=text.prompt_embeds.to(latents.dtype),
+            return_dict=False,
+        )[0]
+        return prediction[:, :, 0]
+
+    def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
+        """The pipeline gives a number of steps alone."""
+        return {}

@@ -1,0 +1,91 @@
+"""Z-Image: one stream of picture and text, with the text of Qwen3 through a context refiner of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from diffusers_ext.families.family import Family
+from diffusers_ext.families.text_conditioning import TextConditioning
+
+if TYPE_CHECKING:
+    from diffusers import ZImagePipeline
+
+
+class ZImage(Family):
+    """Z-Image, base and Turbo; a text is as long as its prompt, and the denoiser takes lists.
+
+    Its LoRAs have the prefix `transformer` in diffusers.
+    """
+
+    name = "z_image"
+    title = "Z-Image"
+    pipelines = ("ZImagePipeline",)
+    denoiser_class = "ZImageTransformer2DModel"
+    flow_matching = True
+    text_fields = ("prompt_embeds", "attention_mask")
+    smallest_call = {"guidance_scale": 0.0}  # at which it is not guided
+    blocks = "layers"
+    text_stream = ()
+    attention_linears = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def encode(self, pipeline: ZImagePipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
+        embeds, negative = pipeline.encode_prompt(
+            prompt=list(prompts), negative_prompt=None if negatives is None else list(negatives)
+        )
+        joined, count = pad_sequence([*embeds, *negative], batch_first=True), len(embeds)
+        lengths = torch.tensor([len(x) for x in [*embeds, *negative]], device=joined.device)
+        mask = (torch.arange(joined.shape[1], device=joined.device) < lengths[:, None]).long()
+        return TextConditioning(joined[:count], joined[count:], mask[:count], mask[count:])
+
+    def token_ids(self, pipeline: ZImagePipeline, prompt: str) -> list[list[int]]:
+        """Of the prompt as a user's message."""
+        text = pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return [pipeline.tokenizer(text, truncation=True).input_ids]
+
+    def text_width(self, config: Any) -> int:
+        return config.cap_feat_dim
+
+    def text_arguments(self, text: TextConditioning) -> dict[str, list[torch.Tensor]]:
+        """Lists of what the masks leave."""
+        found = {"prompt_embeds": _texts(text.prompt_embeds, text.attention_mask)}
+        if text.negative_prompt_embeds is not None:
+            found["negative_prompt_embeds"] = _texts(text.negative_prompt_embeds, text.negative_attention_mask)
+        return found
+
+    def patch(self, config: Any) -> int:
+        return config.all_patch_size[0]
+
+    def sample_size(self, config: Any) -> int:
+        """The config says nothing of it."""
+        return 128
+
+    def predict(
+        self,
+        pipeline: ZImagePipeline,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: TextConditioning,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """The model counts time from noise to picture, and its velocity points there."""
+        predictions = pipeline.transformer(
+            list(latents.unsqueeze(2).unbind(0)),
+            (1000 - timestep.expand(len(latents))) / 1000,
+            _texts(text.prompt_embeds, text.attention_mask),
+            return_dict=False,
+        )[0]
+        return -torch.stack(list(predictions)).squeeze(2)
+
+    def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
+        """The levels are the pipeline's own."""
+        sigmas = [1 - i / num_steps for i in range(num_steps)]
+        return {**super().grid_arguments(config, num_steps, image_tokens), "sigmas": sigmas}
+
+
+def _texts(embeds: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    return [row[read.bool()] for row, read in zip(embeds, mask)]
