@@ -27,7 +27,7 @@ from benchmarks.machine import table, write_results
 from diffusers_ext.nullspace.edit import edit_concept
 from examples.digits.check_model import draw, load_pipeline
 from examples.digits.judge import DigitsJudge
-from examples.digits.prompts import TEMPLATES, TRAINING_PAIRS, prompt_pairs
+from examples.digits.prompts import DIGITS, TEMPLATES, TRAINING_PAIRS, prompt_pairs
 from examples.digits.subjects import knowledge_prompts
 
 EDITS = {"three": "six", "seven": "four", "eight": "nine", "one": "two", "five": "seven", "zero": "nine"}
@@ -55,7 +55,9 @@ def run_edit(target: str, count: int) -> list[dict[str, Any]]:
         pipeline.load_lora_weights(edit.lora)
         (said,) = edit.report.concepts
         near = (
-            {digit: share_read(pipeline, judge, digit, count) for digit in said["neighbours"]} if weight <= 1 else {}
+            {digit: share_read(pipeline, judge, digit, count) for digit in said["neighbours"] if digit in DIGITS}
+            if weight <= 1
+            else {}
         )
         still = share_read(pipeline, judge, target, count)
         pipeline.unload_lora_weights()

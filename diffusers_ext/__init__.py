@@ -32,6 +32,7 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss T2VUnlearningLoss"
         ),
+        "diffusers_ext.evaluation.editing": "evaluate_edit EditingReport",
         "diffusers_ext.evaluation.erasure": "evaluate_erasure",
         "diffusers_ext.evaluation.erasure_report": "ErasureReport",
         "diffusers_ext.evaluation.forgetting": "evaluate_forgetting ForgettingReport",

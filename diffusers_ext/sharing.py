@@ -26,6 +26,8 @@ from diffusers_ext.golden_noise.pairs.shards import CLASS_NAME as PAIRS
 from diffusers_ext.hub import Measured
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import path_inside, push_folder, split_arguments
+from diffusers_ext.nullspace.edit import REPORT_NAME as EDIT_REPORT_NAME
+from diffusers_ext.nullspace.edit import push_edit
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, measured_drift, push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -79,6 +81,7 @@ def _recognise(source: Path) -> Callable[..., str]:
     if source.is_file() and source.suffix == ".safetensors":
         return _push_lora
     for names, push in (
+        ([EDIT_REPORT_NAME], _push_edit),
         ([LORA_WEIGHT_NAME], _push_lora),
         ([names[0] for names in FORMATS.values()], _push_eraser),
         ([_INDEX, f"pipeline/{_INDEX}"], _push_pipeline),
@@ -105,6 +108,10 @@ def _push_lora(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str,
         facts["statistics"] = _own_statistics(folder)
     facts["widget"] = [(prompt, folder / file) for prompt, file in facts.get("widget", ())]
     return push_lora(source, repo_id, **facts, **hub)
+
+
+def _push_edit(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:
+    return push_edit(source, repo_id, **facts, **hub)
 
 
 def _push_eraser(source: Path, repo_id: str, facts: dict[str, Any], hub: dict[str, Any]) -> str:

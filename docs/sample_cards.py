@@ -36,6 +36,13 @@ FACTS: dict[str, dict[str, Any]] = {
         "rank": 1,
         "statistics": True,
     },
+    "knowledge_edit": {
+        "targets": ["lawn mower", "in the style of Kelly"],
+        "anchors": ["bicycle", ""],
+        "pipeline": "StableDiffusionXLPipeline",
+        "kohya_file": "comfyui_a1111_kohya.safetensors",
+        "rank": 24,
+    },
     "subject_pipeline": {
         "instance_prompt": "a photo of sks dog",
         "pipeline": "StableDiffusionXLPipeline",
@@ -98,6 +105,17 @@ _REFINED: dict[str, Any] = {
 # What the cards of a kind tell besides its own facts.
 _COMMON: dict[str, dict[str, Any]] = {
     "null_space_lora": _SUBJECT,
+    "knowledge_edit": {
+        **_SUBJECT,
+        "trained_on": "Nothing was trained: solved for in 41.0 s from the weights and what they read for 112 prompts "
+        "to edit and 2,400 to keep.",
+        "settings": {"preserve_weight": 1.0, "eps": 1e-4, "hard": "False"},
+        "results": [
+            Measured("400 preserved prompts", "predicted drift of a layer's outputs, the worst", 0.004),
+            Measured("100 prompts with a target", "target read", 0.02, notes="0.97 without it"),
+        ],
+        "widget": [],
+    },
     "subject_pipeline": _SUBJECT,
     "feature_statistics": {
         **_SUBJECT,

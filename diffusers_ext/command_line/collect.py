@@ -11,8 +11,11 @@ from diffusers_ext.command_line.options import (
     Command,
     Outcome,
     add_base_model_arguments,
+    add_hub_arguments,
     check_drawing_arguments,
+    check_hub_arguments,
     check_values,
+    hub_arguments,
     load_base_pipeline,
 )
 
@@ -48,18 +51,11 @@ def _add_collect_arguments(parser: argparse.ArgumentParser) -> None:
         "--store_spectra", action="store_true", help="also eigendecompositions, for whoever loads them; twice the size"
     )
     group.add_argument("--export_layout", help="folder: also as a tree of npy files")
-    group = parser.add_argument_group("hub")
-    group.add_argument("--push_to_hub", action="store_true")
-    group.add_argument("--hub_model_id", help="repository; the output folder's name without it")
-    group.add_argument("--hub_token", help="taken from the login without it")
-    group.add_argument("--hub_private_repo", action="store_true", default=None)
-    group.add_argument("--base_model", help="Hub name of the base model, where it is a folder")
-    group.add_argument("--license", help="of the statistics; the base model's own without it")
+    add_hub_arguments(parser, "statistics")
 
 
 def _run_collect(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.result_folder import staged_output
-    from diffusers_ext.hub.kinds import find_licence
     from diffusers_ext.nullspace.prompts import read_prompts_file
     from diffusers_ext.nullspace.settings import read_layers
 
@@ -68,9 +64,7 @@ def _run_collect(args: argparse.Namespace) -> Outcome:
     check_values(args, ["compress"], "a share of the energy in (0, 1]", lambda v: 0 < v <= 1)
     layers = read_layers(args.cross_attention_layers)
     prompts = read_prompts_file(args.knowledge_prompts)
-    if args.push_to_hub:  # what would stop the upload, before the work
-        base = args.base_model or args.pretrained_model_name_or_path
-        find_licence(base, args.license, token=args.hub_token)
+    check_hub_arguments(args)
     pipeline = load_base_pipeline(args)
     began = time.perf_counter()
     statistics = _collect(args, pipeline, prompts, layers)
@@ -98,13 +92,7 @@ def _run_collect(args: argparse.Namespace) -> Outcome:
     ]
     lines.append(f"Wrote {args.output_dir} after {seconds:.1f} s.")
     if args.push_to_hub:
-        facts["url"] = statistics.push_to_hub(
-            args.hub_model_id or Path(args.output_dir).resolve().name,
-            private=args.hub_private_repo,
-            token=args.hub_token,
-            base_model=args.base_model,
-            license=args.license,
-        )
+        facts["url"] = statistics.push_to_hub(**hub_arguments(args))
         lines.append(f"Pushed: {facts['url']}")
     return Outcome(facts, "\n".join(lines))
 

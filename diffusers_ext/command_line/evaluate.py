@@ -124,7 +124,7 @@ class Evaluation:
         return report
 
 
-def _name(report: SavedReport, settings: Settings, *names: str) -> None:
+def name_subject(report: SavedReport, settings: Settings, *names: str) -> None:
     """Let a report say of what it is."""
     report.settings.update({name: getattr(settings, name) for name in names})
 
@@ -140,7 +140,7 @@ def compare_loras(settings: ForgettingSettings, show_progress: bool = True) -> F
     pipeline = load_base_pipeline(settings)
     if settings.enable_xformers_memory_efficient_attention:
         pipeline.unet.enable_xformers_memory_efficient_attention()
-    _load_loras(pipeline, settings.lora, files)
+    load_loras(pipeline, settings.lora, files)
     asked |= load_features(settings, chosen_device(settings))
     if settings.pixel_features:
         asked["features"] = PixelFeatures()
@@ -153,7 +153,7 @@ def compare_loras(settings: ForgettingSettings, show_progress: bool = True) -> F
         **asked,
         **picture_arguments(settings),
     )
-    _name(report, settings, "pretrained_model_name_or_path", "lora", "judge", "subject_judge", "dino", "clip")
+    name_subject(report, settings, "pretrained_model_name_or_path", "lora", "judge", "subject_judge", "dino", "clip")
     with staged_output(settings.output_dir) as folder:
         report.save(folder)
     return report
@@ -179,8 +179,8 @@ def _read_files(settings: ForgettingSettings) -> dict[str, Any]:
     return found
 
 
-def _load_loras(pipeline: DiffusionPipeline, sources: list[str], files: list[Path]) -> None:
-    """All LoRAs at once, each at scale 1; raises `ValueError` for one without effect."""
+def load_loras(pipeline: DiffusionPipeline, sources: list[str], files: list[Path], argument: str = "lora") -> None:
+    """All LoRAs at once, each at scale 1; raises `ValueError` for one without effect, by the name of the argument."""
     from diffusers_ext.nullspace.lora_files import check_loaded_lora
 
     names = [f"lora_{index}" for index in range(len(files))]
@@ -192,7 +192,7 @@ def _load_loras(pipeline: DiffusionPipeline, sources: list[str], files: list[Pat
                 pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
             check_loaded_lora(pipeline, name)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(f"`lora` must be a LoRA for this model, got {source}. {error}") from error
+            raise ValueError(f"`{argument}` must be a LoRA for this model, got {source}. {error}") from error
     pipeline.set_adapters(names)
 
 
@@ -219,7 +219,7 @@ def compare_noise(settings: GoldenNoiseEvaluationSettings, show_progress: bool =
             show_progress=show_progress,
             **picture_arguments(settings),
         )
-        _name(report, settings, "pretrained_model_name_or_path", "revision", "noise_model", "prompt_file")
+        name_subject(report, settings, "pretrained_model_name_or_path", "revision", "noise_model", "prompt_file")
         report.save(folder)
     return report
 
@@ -275,7 +275,7 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
         show_progress=show_progress,
         **{name: getattr(settings, name) for name in same},
     )
-    _name(report, settings, "pretrained_model_name_or_path", "revision", "eraser", "evaluation_prompts")
+    name_subject(report, settings, "pretrained_model_name_or_path", "revision", "eraser", "evaluation_prompts")
     with staged_output(settings.output_dir) as folder:
         report.save(folder, settings.clip_format, settings.fps)
     return report

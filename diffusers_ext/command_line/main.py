@@ -19,7 +19,7 @@ import diffusers_ext
 from diffusers_ext.command_line.collect import COLLECT
 from diffusers_ext.command_line.convert import CONVERSIONS
 from diffusers_ext.command_line.debleed import DEBLEED
-from diffusers_ext.command_line.edit import EDIT
+from diffusers_ext.command_line.edit import EDIT, EVALUATE_EDIT
 from diffusers_ext.command_line.evaluate import EVALUATE_ERASURE, EVALUATE_FORGETTING, EVALUATE_GOLDEN_NOISE
 from diffusers_ext.command_line.options import (
     DOES_NOT_FIT,
@@ -88,7 +88,7 @@ def _no_bars() -> Iterator[None]:
         yield
 
 
-EVALUATIONS = (EVALUATE_FORGETTING, EVALUATE_GOLDEN_NOISE, EVALUATE_ERASURE)
+EVALUATIONS = (EVALUATE_FORGETTING, EVALUATE_GOLDEN_NOISE, EVALUATE_ERASURE, EVALUATE_EDIT)
 COMMANDS = (*PLANS, COLLECT, DEBLEED, EDIT, *EVALUATIONS, *CONVERSIONS, PUSH)
 _GROUPS = {
     "plan": "say what memory, disk and time a run takes, before it",

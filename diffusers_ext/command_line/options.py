@@ -107,6 +107,36 @@ def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = T
     group.add_argument("--seed", type=int, default=0, help="of everything random")
 
 
+def add_hub_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Whether and how the result, `what` in words, is uploaded."""
+    group = parser.add_argument_group("hub")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the result with a card")
+    group.add_argument("--hub_model_id", help="repository; the output folder's name without it")
+    group.add_argument("--hub_token", help="taken from the login without it")
+    group.add_argument("--hub_private_repo", action="store_true", default=None, help="if the repository is new")
+    group.add_argument("--base_model", help="Hub name of the base model, where it is a folder")
+    group.add_argument("--license", help=f"of the {what}; the base model's own without it")
+
+
+def check_hub_arguments(args: argparse.Namespace) -> None:
+    """What would stop the upload, before the work."""
+    from diffusers_ext.hub.kinds import find_licence
+
+    if args.push_to_hub:
+        find_licence(args.base_model or args.pretrained_model_name_or_path, args.license, token=args.hub_token)
+
+
+def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Of an upload to `--hub_model_id`, as methods `push_to_hub` take them."""
+    return {
+        "repo_id": args.hub_model_id or Path(args.output_dir).resolve().name,
+        "private": args.hub_private_repo,
+        "token": args.hub_token,
+        "base_model": args.base_model,
+        "license": args.license,
+    }
+
+
 def check_values(args: argparse.Namespace, names: Sequence[str], rule: str, holds: Callable[[Any], bool]) -> None:
     """Raise `ValueError` where a given argument breaks a rule; `None` is not given."""
     for name in names:

@@ -183,9 +183,9 @@ class PairedFigures:
                     columns[f"subject_similarity_{side}"] = similarity.tolist()
         for side in SIDES:
             if self.judge is not None:
-                columns[f"accuracy_{side}"] = _one_per_image(self.judge, images[side], prompts, "judge", "bool")
+                columns[f"accuracy_{side}"] = one_per_image(self.judge, images[side], prompts, "judge", "bool")
             if self.scorer is not None:
-                columns[f"score_{side}"] = _one_per_image(self.scorer, images[side], prompts, "scorer", "number")
+                columns[f"score_{side}"] = one_per_image(self.scorer, images[side], prompts, "scorer", "number")
         first = sum(map(len, self._places.values()))
         for row, shot in enumerate(shots):
             self._places.setdefault(shot.prompt, []).append(first + row)
@@ -223,9 +223,10 @@ class PairedFigures:
         return rows
 
 
-def _one_per_image(
+def one_per_image(
     instrument: Judge | Scorer, images: list[Image.Image], prompts: list[str], name: str, kind: str
 ) -> list[float]:
+    """Ask an instrument about pictures, and check what it gave."""
     values = instrument(images, prompts)
     found = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     right_kind = found.dtype == bool if kind == "bool" else np.issubdtype(found.dtype, np.number)
@@ -322,7 +323,7 @@ def evaluate_forgetting(
     }
     shots = {group: shots_of(groups[group], num_images_per_prompt, seed) for group in groups}
     with paired_drawing(base, tuned, sampling) as sides:
-        drift_floor, second = _measure_all(
+        drift_floor, second = measure_pairs(
             *sides, shots, figures, seed if distribution else None, batch_size, show_progress
         )
     rows = [row for group in groups for row in figures[group].rows()]
@@ -338,7 +339,7 @@ def evaluate_forgetting(
     )
 
 
-def _measure_all(
+def measure_pairs(
     draw_base: Draw,
     draw_tuned: Draw,
     shots: dict[str, list[Shot]],

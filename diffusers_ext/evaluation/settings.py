@@ -77,6 +77,26 @@ class ForgettingSettings(EvaluatedModelSettings, PictureSettings, ComparedLoraSe
 
 
 @dataclass(kw_only=True)
+class ComparedEditSettings(Settings, title="evaluation"):
+    """Which edit of knowledge, on which prompts, and by what pictures are judged."""
+
+    edit: str = required("folder of `diffusers-ext edit`, or Hub name")
+    preserve: str | None = setting(None, "prompts to keep, as a file; those that the edit kept without it")
+    unseen_prompts: str | None = setting(None, "in words that the edit does not know; usual templates without it")
+    max_prompts: int | None = setting(None, "of each group, evenly chosen; all without it", rule=COUNT)
+    judge: str | None = setting(None, "module:attribute, imported; says whether a picture shows its prompt")
+    dino: str | None = setting(None, "DINOv2 for features: folder or Hub name")
+    clip: str | None = setting(None, "CLIP for scores, which judge where there is no judge, and for features")
+
+
+@dataclass(kw_only=True)
+class EditingSettings(EvaluatedModelSettings, PictureSettings, ComparedEditSettings):
+    """How a model with an edit of its knowledge is compared to itself without it."""
+
+    sheet_prompts: int = as_in(PictureSettings, "sheet_prompts", default=4, help="rows of the picture sheet a group")
+
+
+@dataclass(kw_only=True)
 class ComparedNoiseSettings(Settings, title="evaluation"):
     """Which networks, on which prompts and by which rewards."""
 

@@ -122,7 +122,7 @@ _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
         ("num_pairs num_rejected num_steps", (Integral, "a whole number")),
         ("megabytes", (Real, "a number")),
         ("statistics any_size", (bool, "True or False")),
-        ("example_prompts preserved_concepts latent_shape", ((list, tuple), "a list")),
+        ("example_prompts preserved_concepts latent_shape targets anchors", ((list, tuple), "a list")),
     )
     for name in names.split()
 }
@@ -189,6 +189,12 @@ KINDS: dict[str, Kind] = {
         tags=("diffusers", "diffusers-training", "lora", "dreambooth", "template:sd-lora"),
         facts=("instance_prompt", "pipeline", "directions", "rank", "statistics", "kohya_file"),
         papers=_NULL_SPACE_PAPERS,
+        may_be_empty=("kohya_file",),
+    ),
+    "knowledge_edit": Kind(
+        tags=("diffusers", "lora", "template:sd-lora", "knowledge-editing"),
+        facts=("targets", "anchors", "pipeline", "rank", "kohya_file"),
+        papers=("alphaedit", "uce"),
         may_be_empty=("kohya_file",),
     ),
     "subject_pipeline": Kind(

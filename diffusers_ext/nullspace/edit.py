@@ -6,9 +6,11 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.concept_words import contains_concept
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME
+from diffusers_ext.core.text_files import read_json
+from diffusers_ext.hub import Licence, Measured
+from diffusers_ext.hub.card import Card, make_card
+from diffusers_ext.hub.push import path_inside, push_folder, split_arguments
 from diffusers_ext.nullspace.edit_equations import (
     edit_matrix,
     effect_moments,
@@ -38,8 +44,8 @@ from diffusers_ext.nullspace.edit_prompts import (
     stand_ins,
 )
 from diffusers_ext.nullspace.edit_report import EditForecast, EditReport, edit_warnings
-from diffusers_ext.nullspace.lora_files import KOHYA_NAME, export_lora
-from diffusers_ext.nullspace.lora_formats import has_kohya_names
+from diffusers_ext.nullspace.lora_files import KOHYA_NAME, export_lora, read_lora
+from diffusers_ext.nullspace.lora_formats import check_lora_effect, has_kohya_names
 from diffusers_ext.nullspace.statistics import TEXT
 from diffusers_ext.nullspace.text_only import TextReader, lora_name, text_only_linears, text_readers
 
@@ -50,11 +56,16 @@ REPORT_NAME = "edit_report.json"
 
 @dataclass(frozen=True)
 class EditedConcepts:
-    """The result of `edit_concept`: a LoRA of scale 1, keys as in `read_lora`, and its report."""
+    """The result of `edit_concept`: a LoRA of scale 1, keys as in `read_lora`, and its report.
+
+    Attributes:
+        facts: `pipeline`, its class; `settings`, how it was solved for; `preserve`, the prompts to keep.
+    """
 
     lora: StateDict
     report: EditReport
     edits: tuple[ConceptEdit, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def told(self) -> dict[str, str]:
@@ -73,9 +84,104 @@ class EditedConcepts:
         export_lora(self.lora, "diffusers", folder / LORA_WEIGHT_NAME, metadata=metadata)
         if has_kohya_names(self.lora):
             export_lora(self.lora, "kohya", folder / KOHYA_NAME, metadata=metadata)
-        report = {"edits": self.told, **dataclasses.asdict(self.report)}
+        report = {"edits": self.told, **dataclasses.asdict(self.report), **self.facts, "base_model": base_model}
         write_atomically(folder / REPORT_NAME, json.dumps(report, indent=2) + "\n")
         return folder
+
+    def push_to_hub(self, repo_id: str, *, base_model: str, **arguments: Any) -> str:
+        """Upload what `save` writes with a model card, as `push_edit` does; returns the address of the commit."""
+        with tempfile.TemporaryDirectory() as folder:
+            return push_edit(self.save(folder, base_model=base_model), repo_id, **arguments)
+
+
+def read_edit(folder: str | os.PathLike) -> tuple[list[ConceptEdit], list[str], dict[str, Any]]:
+    """The edits of a folder that `EditedConcepts.save` wrote, the prompts that they keep, and the whole report."""
+    path = Path(folder, REPORT_NAME)
+    if not path.is_file():
+        raise ValueError(f"`edit` must be a folder with {REPORT_NAME}, got {folder} without it.")
+    report = read_json(path)
+    missing = sorted({"concepts", "preserve", "pipeline", "settings"} - report.keys())
+    if missing:
+        raise ValueError(f"{path} must tell {missing}, got a report without. Make the edit anew.")
+    return [ConceptEdit(row["target"], row["weights"]) for row in report["concepts"]], report["preserve"], report
+
+
+def edit_card(
+    folder: str | os.PathLike,
+    *,
+    base_model: str | None = None,
+    license: str | Licence | None = None,
+    trained_on: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    results: Sequence[Measured] = (),
+    widget: Sequence[tuple[str, str]] = (),
+    token: str | None = None,
+    **facts: Any,
+) -> Callable[..., Card]:
+    """The card of an edit in a folder, but for the name of its repository; arguments as of `push_edit`."""
+    edits, preserve, report = read_edit(folder)
+    lora = read_lora(folder)
+    check_lora_effect(lora)
+    drift = max(row["drift"] for row in report["layers"])
+    told = [Measured(f"{len(preserve)} preserved prompts", "predicted drift of a layer's outputs, the worst", drift)]
+    for row in report["concepts"]:
+        name = f"share of the edit of {row['target']!r} that is achieved"
+        told.append(Measured(f"{row['prompts']} edited prompts", "share achieved", row["achieved"], name=name))
+    return make_card(
+        "knowledge_edit",
+        base_model=base_model or report.get("base_model") or None,
+        license=license,
+        trained_on=trained_on
+        or f"Nothing was trained: solved for in {report['seconds']:.1f} s from the weights and "
+        f"what they read for {report['edited_prompts']} prompts to edit and {report['preserved_prompts']} to keep.",
+        settings=settings or report["settings"],
+        results=[*told, *results],
+        widget=widget,
+        token=token,
+        targets=[edit.target for edit in edits],
+        anchors=[edit.told for edit in edits],
+        rank=max(row["rank"] for row in report["layers"]),
+        kohya_file=KOHYA_NAME if has_kohya_names(lora) else "",
+        **{"pipeline": report["pipeline"], **facts},
+    )
+
+
+def push_edit(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    license: str | Licence | None = None,
+    results: Sequence[Measured] = (),
+    widget: Sequence[tuple[str, str | os.PathLike]] = (),
+    **arguments: Any,
+) -> str:
+    """Upload the LoRA and the report that `EditedConcepts.save` wrote, with a model card.
+
+    Args:
+        folder: with `edit_report.json`.
+        base_model: Hub name, where the report does not name it.
+        license: as of the base model when `None`.
+        results: what was measured, besides what the report predicts, such as by `evaluate_edit`.
+        widget: (prompt, local picture) to show; uploaded to `pictures/`.
+        arguments: `private`, `token`, `revision`, `create_pr`, `commit_message`, `subfolder`; and `trained_on`,
+            `settings`.
+
+    Returns:
+        Address of the commit, or of the pull request. Nothing is uploaded where a fact is missing.
+    """
+    hub, facts = split_arguments(arguments)
+    shown = [(prompt, f"pictures/{index}{Path(path).suffix}") for index, (prompt, path) in enumerate(widget)]
+    facts |= {"base_model": base_model, "license": license, "results": results, "widget": shown}
+    card = edit_card(folder, token=hub.get("token"), **facts)
+    with tempfile.TemporaryDirectory() as upload:
+        for name in (LORA_WEIGHT_NAME, KOHYA_NAME, REPORT_NAME):
+            if Path(folder, name).is_file():
+                shutil.copyfile(path_inside(folder, name), Path(upload, name))
+        for (_, path), (_, name) in zip(widget, shown):
+            Path(upload, name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, Path(upload, name))
+        return push_folder(upload, repo_id, card, **hub)
 
 
 @torch.no_grad()
@@ -128,6 +234,7 @@ def edit_concept(
     prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
     prompts = _with_anchors(reader, prompts, preserve)
     check_read_apart(pipeline, prompts, preserved)
+    settings: dict[str, Any] = {"preserve_weight": preserve_weight, "eps": eps, "hard": hard}
     lora: StateDict = {}
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     rows: list[dict[str, Any]] = []
@@ -136,7 +243,7 @@ def edit_concept(
     for source in dict.fromkeys(sources.values()):
         d_c, c1, c2 = target_moments(root, reader, prompts, source, updates)
         c0 = preserved_moment(reader, preserved, negative_prompt, source)
-        matrix = edit_matrix(d_c, c1, c0, preserve_weight=preserve_weight, eps=eps, hard=hard, edits=len(edits))
+        matrix = edit_matrix(d_c, c1, c0, edits=len(edits), **settings)
         left, a, share = low_rank(matrix, c1, kept)
         missed, moved = effect_moments(left, a, d_c, c1, c2, c0)
         metric = torch.zeros_like(c1)
@@ -158,7 +265,9 @@ def edit_concept(
     count = sum(len(edit.targets) for edit in prompts)
     seconds = time.perf_counter() - started
     report = EditReport(rows, concepts, forecast.most_moved, count, len(preserved), warnings, seconds)
-    return EditedConcepts(lora, report, tuple(found.edit for found in prompts))
+    settings |= {"kept": kept, "expand_sub_phrases": expand_sub_phrases, "negative_prompt": negative_prompt}
+    facts = {"pipeline": type(pipeline).__name__, "preserve": list(preserve), "settings": settings}
+    return EditedConcepts(lora, report, tuple(found.edit for found in prompts), facts)
 
 
 def _with_anchors(reader: TextReader, prompts: Sequence[EditPrompts], preserve: Sequence[str]) -> list[EditPrompts]:

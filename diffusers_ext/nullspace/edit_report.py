@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_ext.core.concept_words import concept_spans
+from diffusers_ext.core.concept_words import concept_spans, contains_concept
 from diffusers_ext.nullspace.edit_equations import in_places
 from diffusers_ext.nullspace.edit_prompts import EditPrompts, replaced
 from diffusers_ext.nullspace.text_only import TextReader
@@ -27,9 +27,10 @@ class EditReport:
     Attributes:
         layers: one row per Linear: `linear`, `source`, `rank`, `achieved` (share of `E|W (k2 - k1)|^2` that the update
             makes up), `drift` (`tr(D C0 D^T) / tr(W C0 W^T)`).
-        concepts: one row per edit: `target`, `anchor`, `prompts` (how many are edited), `named` (preserved prompts
-            that name the target; they are edited, too, unless it has `own_prompts`), `achieved`, and
-            `neighbours`, `{words: share}` of the preserved concepts that move most with it (`EditForecast`).
+        concepts: one row per edit: `target`, `anchor`, `weights` (of the anchor's words), `prompts` (how many are
+            edited), `named` (preserved prompts that name the target; they are edited, too, unless it has
+            `own_prompts`), `achieved`, and `neighbours`, `{words: share}` of the preserved concepts that move most
+            with it (`EditForecast`).
         most_moved: the preserved prompts whose tokens move most, with their drift, the most first.
         edited_prompts, preserved_prompts: how many.
         warnings: what of this is likely to be unwanted, in words.
@@ -55,7 +56,7 @@ class Neighbour(NamedTuple):
 def neighbours(edit: EditPrompts, preserved: Sequence[str]) -> list[Neighbour]:
     """The concepts of preserved prompts that differ from an edited one in one place alone, but for the anchor itself.
 
-    Of a prompt that differs from several the fewest words count.
+    Of a prompt that differs from several the fewest words count, and words with a shorter concept in them count as it.
     """
     frames = {
         (prompt[:start], prompt[end:])
@@ -69,10 +70,14 @@ def neighbours(edit: EditPrompts, preserved: Sequence[str]) -> list[Neighbour]:
             for before, after in frames
             if prompt.startswith(before) and prompt.endswith(after) and len(before) + len(after) < len(prompt)
         ]
-        words = [one for one in words if one == one.strip() and one not in edit.edit.weights]
-        if words:
-            found.setdefault(min(words, key=len), []).append(prompt)
-    return [Neighbour(words, prompts[:_PROMPTS_PER_NEIGHBOUR]) for words, prompts in found.items()]
+        nearest = min((one for one in words if one == one.strip()), key=len, default=None)
+        if nearest is not None and nearest not in edit.edit.weights:
+            found.setdefault(nearest, []).append(prompt)
+    merged: dict[str, list[str]] = {}
+    for words in sorted(found, key=len):
+        name = next((shorter for shorter in merged if contains_concept(words, shorter)), words)
+        merged.setdefault(name, []).extend(found[words])
+    return [Neighbour(words, prompts[:_PROMPTS_PER_NEIGHBOUR]) for words, prompts in merged.items()]
 
 
 class EditForecast:
@@ -144,6 +149,7 @@ class EditForecast:
                 {
                     "target": edit.edit.target,
                     "anchor": edit.edit.told,
+                    "weights": dict(edit.edit.weights),
                     "prompts": len(edit.targets),
                     "named": edit.named,
                     "own_prompts": bool(edit.edit.prompts),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffusers_ext.nullspace.edit import edit_concept
@@ -54,6 +55,75 @@ def test_an_anchor_is_found_among_the_preserved_concepts(edit, tmp_path):
     path.write_text("a red three\na red nine\na blue one\n")
     ran = edit("three", preserve=path, json=True)
     assert ran.facts["edits"] == {"three": "nine"}
+
+
+def test_a_dry_run_tells_and_writes_nothing(edit, tmp_path):
+    ran = edit("three=nine", dry_run=True)
+    assert ran.code == 0
+    assert "three is read as nine." in ran.out
+    assert ran.out.endswith("Wrote nothing.\n")
+    assert not (tmp_path / "edit").exists()
+
+
+def test_a_mixture_and_a_table_of_prompts(edit, tmp_path):
+    table = tmp_path / "known.csv"
+    table.write_text("prompt,source\na red three,me\na red one,me\n")
+    ran = edit("three=0.25 nine + 0.75 one", preserve=table, json=True)
+    assert ran.facts["edits"] == {"three": "0.25 nine + 0.75 one"}
+    (row,) = ran.facts["concepts"]
+    assert (row["weights"], row["named"]) == ({"nine": 0.25, "one": 0.75}, ["a red three"])
+
+
+def test_warnings_come_by_name_before_the_files(edit):
+    ran = edit("eight=nine", preserve_weight=1e-6)
+    assert ran.code == 0
+    for warning in ("No preserved prompt names 'eight'", "Preserved concepts lie too near 'eight'"):
+        assert warning in ran.err
+        assert warning in ran.out
+
+
+def test_an_edit_is_pushed_with_its_card_and_again_from_its_folder(edit, run, hub, digits, tmp_path):
+    facts = {"base_model": "tester/base", "license": "mit"}
+    ran = edit("three=nine", push_to_hub=True, hub_model_id="tester/no-three", json=True, **facts)
+    assert ran.facts["url"].startswith(hub.endpoint)
+    files = hub.files("tester/no-three")
+    names = {"README.md", "comfyui_a1111_kohya.safetensors", "edit_report.json", "pytorch_lora_weights.safetensors"}
+    assert set(files) == names
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.license) == ("tester/base", "mit")
+    assert "| three | nine |" in card.text
+    figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert figures["share of the edit of 'three' that is achieved"] == ran.facts["concepts"][0]["achieved"]
+    pipeline = StableDiffusionPipeline.from_pretrained(digits)
+    pipeline.load_lora_weights("tester/no-three", weight_name="pytorch_lora_weights.safetensors")
+    assert run("push", tmp_path / "edit", "tester/again", "--license", "mit").code == 0
+    assert hub.files("tester/again")["edit_report.json"] == (tmp_path / "edit" / "edit_report.json").read_bytes()
+
+
+def test_a_missing_licence_stops_an_upload_before_the_work(edit, hub, tmp_path):
+    ran = edit("three=nine", push_to_hub=True)
+    assert ran.code == 1
+    assert "`--license` must be given" in ran.err
+    assert not (tmp_path / "edit").exists()
+    assert not hub.repos
+
+
+def test_an_edit_is_evaluated_from_its_folder(edit, run, digits, tmp_path):
+    assert edit("three=nine").code == 0
+    usual = {"pretrained_model_name_or_path": digits, "edit": tmp_path / "edit", "output_dir": tmp_path / "eval"}
+    quick = {"num_inference_steps": 2, "num_images_per_prompt": 1, "max_prompts": 2, "device": "cpu"}
+    unseen = tmp_path / "unseen.txt"
+    unseen.write_text("a drawing of a three in red\na drawing of a one in red\n")
+    judge = "examples.digits.judge:DigitsJudge"
+    ran = run("evaluate", "edit", json=True, unseen_prompts=unseen, judge=judge, **usual, **quick)
+    assert ran.code == 0
+    assert ran.facts["files"] == ["report.json", "sheet.png", "table.md"]
+    assert set(ran.facts["summary"]) == {"target", "unseen", "preserved", "unseen_others"}
+    assert ran.facts["summary"]["unseen"]["prompts"] == 1
+    assert "target_read_tuned" in ran.facts["summary"]["target"]
+    (tmp_path / "edit" / "edit_report.json").unlink()
+    ran = run("evaluate", "edit", overwrite_output_dir=True, **usual, **quick)
+    assert (ran.code, "must hold edit_report.json" in ran.err) == (1, True)
 
 
 @pytest.mark.parametrize(

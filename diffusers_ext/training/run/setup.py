@@ -20,7 +20,12 @@ from torch.utils.data import Dataset
 
 from diffusers_ext.core.settings import PRECISIONS, ModelSettings, RunSettings, TrainingRunSettings, named_values
 from diffusers_ext.eraser.recipe import EraserSettings
-from diffusers_ext.evaluation.settings import ErasureSettings, ForgettingSettings, GoldenNoiseEvaluationSettings
+from diffusers_ext.evaluation.settings import (
+    EditingSettings,
+    ErasureSettings,
+    ForgettingSettings,
+    GoldenNoiseEvaluationSettings,
+)
 from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.golden_noise.settings import (
     GoldenSampleSettings,
@@ -38,7 +43,7 @@ from diffusers_ext.training.run.checkpoints import Checkpoints, KeepRule, Statef
 from diffusers_ext.training.run.loop import LoopSettings, LossFunction, TrainingLoop, check_steps_left
 from diffusers_ext.training.run.script import check_output_dir, clear_output_dir
 
-NULL_SPACE_RUNS = (NullSpaceSettings, CollectionSettings, ForgettingSettings)
+NULL_SPACE_RUNS = (NullSpaceSettings, CollectionSettings, ForgettingSettings, EditingSettings)
 GOLDEN_NOISE_RUNS = (
     PairSettings,
     PairNetworkSettings,
