@@ -1,4 +1,4 @@
-"""What projecting a finished LoRA leaves of its subject, and mends of what it had ruined.
+"""What projecting a finished LoRA leaves of its subject, and mends of what it had ruined; against PEFT's own way.
 
 python benchmarks/debleeding_on_digits.py --seeds 3
 """
@@ -15,8 +15,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
+from benchmarks.baselines.intruders import reduce_intruders
 from benchmarks.machine import table, write_results
 from diffusers_ext import FeatureStatistics, collect_statistics, debleed_lora
+from diffusers_ext.nullspace.lora_files import write_lora
 from examples.digits.check_model import draw, load_pipeline
 from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import HELD_OUT_PAIRS, HELD_OUT_TEMPLATE, TEMPLATES, TRAINING_PAIRS, prompt_pairs
@@ -32,6 +34,7 @@ from examples.digits.subjects import (
 GLYPH = "triangle"
 DAMPINGS = (1e-3, 10.0, 100.0)
 STRICTNESSES = (1.0, 3.0, 10.0, 30.0, 100.0)
+MITIGATIONS = (0.75, 0.5, 0.25, 0.0)  # of PEFT's intruder dimensions; 0.75 is its default
 GROUPS = {
     "known": prompt_pairs(TEMPLATES[0], TRAINING_PAIRS),
     "held_out": prompt_pairs(TEMPLATES[0], HELD_OUT_PAIRS) + prompt_pairs(HELD_OUT_TEMPLATE, TRAINING_PAIRS),
@@ -63,6 +66,10 @@ def measure_seed(
         projected = folder / f"{name} {seed}" / "pytorch_lora_weights.safetensors"
         debleed_lora(lora, statistics, output_path=projected, **way)
         figures[name] = examine(projected.parent, seed, judge)
+    for value in MITIGATIONS:
+        reduced = folder / f"intruders {value:g} {seed}" / "pytorch_lora_weights.safetensors"
+        write_lora(reduce_intruders(load_pipeline(), lora, value), reduced)
+        figures[f"PEFT's reduce_intruder_dimension {value:g}"] = examine(reduced.parent, seed, judge)
     return figures
 
 

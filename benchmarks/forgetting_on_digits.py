@@ -1,4 +1,4 @@
-"""What the digits model keeps after learning a glyph: plain LoRA against null-space LoRA, five seeds.
+"""What the digits model keeps after learning a glyph: plain LoRA and others against null-space LoRA, five seeds.
 
 python benchmarks/forgetting_on_digits.py --seeds 5
 """
@@ -22,8 +22,10 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
+from benchmarks.baselines.finetuning import ADAPTERS, drawn_latents, finetune
 from benchmarks.machine import table, write_results
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
+from diffusers_ext.training.nullspace.data import encode_conditions, encode_images, list_images
 from examples.digits.check_model import load_pipeline
 from examples.digits.judge import DigitsJudge
 from examples.digits.subjects import (
@@ -36,9 +38,18 @@ from examples.digits.subjects import (
     knowledge_prompts,
     load_with_loras,
     train_subject,
+    write_subject,
 )
 
 PLAIN_RATES = ("1e-3", "3e-3", "1e-2")
+# Each of the others learns at three rates on the first seed, and at the best of them on the rest.
+OTHER_RATES = {
+    "prior preservation": PLAIN_RATES,
+    "output preservation (DOP)": PLAIN_RATES,
+    "MiCA": ("1e-2", "3e-2", "1e-1"),
+    "OFT": ("3e-4", "1e-3", "3e-3"),
+    "OSF": ("3e-4", "1e-3", "3e-3"),
+}
 GLYPHS = tuple(INSTANCE_PROMPTS)
 Figures = dict[str, Any]
 
@@ -50,9 +61,8 @@ class Examiner:
         self.base, self.pictures = load_pipeline(), pictures
         self.judge, self.glyph_judge = DigitsJudge(), DigitsJudge(glyphs=True)
 
-    def examine(self, loras: list[Path], glyphs: list[str], seed: int) -> Figures:
+    def examine(self, tuned: StableDiffusionPipeline, glyphs: list[str], seed: int) -> Figures:
         """Glyph shares, reading shares of base and tuned, and pixel drift."""
-        tuned = load_with_loras(loras)
         shares = {glyph: self._glyph(tuned, glyph, seed) for glyph in glyphs}
         report = evaluate_forgetting(
             self.base,
@@ -82,17 +92,36 @@ def run_seed(seed: int, folder: Path, pictures: int) -> dict[str, Figures]:
     for rate in PLAIN_RATES:
         flags = (*PLAIN_FLAGS, "--learning_rate", rate)
         lora = train_subject(folder, f"plain_{rate}_{seed}", glyph, flags, seed=seed)
-        results[f"plain {rate}"] = examiner.examine([lora], [glyph], seed)
+        results[f"plain {rate}"] = examiner.examine(load_with_loras([lora]), [glyph], seed)
     lora = train_subject(folder, f"null_space_{seed}", glyph, NULL_SPACE_FLAGS, seed=seed)
-    results["null-space"] = examiner.examine([lora], [glyph], seed)
+    results["null-space"] = examiner.examine(load_with_loras([lora]), [glyph], seed)
     loras = []
     for name in GLYPHS:
         others = [prompt for other, prompt in INSTANCE_PROMPTS.items() if other != name]
         reserved = [text for prompt in others for text in ("--other_instance_prompts", prompt)]
         flags = (*NULL_SPACE_FLAGS, *reserved)
         loras.append(train_subject(folder, f"{name}_{seed}", name, flags, seed=seed))
-    results["three null-space"] = examiner.examine(loras, list(GLYPHS), seed)
+    results["three null-space"] = examiner.examine(load_with_loras(loras), list(GLYPHS), seed)
     return results
+
+
+def run_other(method: str, rate: str, seed: int, folder: Path, pictures: int) -> Figures:
+    """Train by one of the other methods, on the glyph of the seed, and measure."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    glyph, name = GLYPHS[seed % len(GLYPHS)], f"{method}_{rate}_{seed}"
+    if method == "prior preservation":
+        prior = ("--with_prior_preservation", "--class_prompt", "a photo of a digit", "--num_inference_steps", "20")
+        flags = (*PLAIN_FLAGS, "--learning_rate", rate, *prior, "--class_data_dir", str(folder / f"{name}_class"))
+        tuned = load_with_loras([train_subject(folder, name, glyph, flags, seed=seed)])
+    else:
+        tuned, preserved, known = load_pipeline(), None, knowledge_prompts()
+        subject = list_images(write_subject(folder / f"{name}_pictures", glyph, seed=seed + 1))
+        images = encode_images(tuned, subject, 32, center_crop=True, flip=False)
+        if method not in ADAPTERS:
+            preserved = drawn_latents(tuned, known, 90_000 + seed), encode_conditions(tuned, known)
+        adapter = ADAPTERS["LoRA" if preserved else method]()
+        finetune(tuned, adapter, images, INSTANCE_PROMPTS[glyph], float(rate), preserved=preserved, seed=seed)
+    return Examiner(pictures).examine(tuned, [glyph], seed)
 
 
 def figures_of(result: Figures) -> dict[str, float]:
@@ -108,10 +137,47 @@ def figures_of(result: Figures) -> dict[str, float]:
     }
 
 
+def merit(figures: dict[str, float]) -> tuple[float, float]:
+    """What decides between rates: the glyph share; among equals the least drift."""
+    return figures["glyph"], -figures["drift"]
+
+
 def best_plain(results: dict[str, Figures]) -> Figures:
-    """The plain run with the best glyph share; among equals the one that drifts least."""
-    plain = [figures_of(results[f"plain {rate}"]) for rate in PLAIN_RATES]
-    return max(plain, key=lambda figures: (figures["glyph"], -figures["drift"]))
+    """The plain run of the best rate."""
+    return max((figures_of(results[f"plain {rate}"]) for rate in PLAIN_RATES), key=merit)
+
+
+def run_others(pool: ProcessPoolExecutor, seeds: int, folder: Path, pictures: int) -> dict[str, dict[str, Any]]:
+    """`{method: a run per seed}`, with the rate that the first seed has found best."""
+
+    def start(method: str, rate: str, seed: int) -> Any:
+        return pool.submit(run_other, method, rate, seed, folder / f"{method}_{rate}_{seed}", pictures)
+
+    first = {(method, rate): start(method, rate, 0) for method, rates in OTHER_RATES.items() for rate in rates}
+    runs, rest = {}, {}
+    for method, rates in OTHER_RATES.items():
+        tried = {rate: figures_of(first[method, rate].result()) for rate in rates}
+        best = max(tried, key=lambda rate: merit(tried[rate]))
+        rest[method] = [start(method, best, seed) for seed in range(1, seeds)]
+        runs[method] = {"rate": best, "tried": tried, "runs": [tried[best]]}
+    for method, waiting in rest.items():
+        runs[method]["runs"] += [figures_of(run.result()) for run in waiting]
+    return runs
+
+
+def table_of_others(others: dict[str, dict[str, Any]], summary: dict[str, Figures]) -> str:
+    """A row per method, the null-space LoRA's last; the rate of each was chosen on the first seed."""
+    labels = ("method", "rate, best of 3 on the first seed", "new glyph", "old digits", "held-out", "drift")
+    keys = ("glyph", "preserved", "held_out", "drift")
+    rows = []
+    for method, run in others.items():
+        values = {key: [figures[key] for figures in run["runs"]] for key in keys}
+        worst = {key: (max if key == "drift" else min)(found) for key, found in values.items()}
+        rows.append([method, run["rate"], *(f"{np.mean(values[key]):.4f} ({worst[key]:.4f})" for key in keys)])
+    ours = summary["null-space LoRA"]
+    cells = (f"{ours[k]['mean']:.4f} ({(max if k == 'drift' else min)(ours[k]['runs']):.4f})" for k in keys)
+    rows.append(["**null-space LoRA**", NULL_SPACE_FLAGS[-1], *cells])
+    return table(list(labels), rows)
 
 
 def summarize(seeds: list[dict[str, Figures]]) -> tuple[dict[str, Figures], str]:
@@ -156,10 +222,12 @@ def main(input_args: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, pool:
         work = [Path(folder, str(seed)) for seed in range(args.seeds)]
         results = pool.map(run_seed, range(args.seeds), work, [args.pictures] * args.seeds)
+        others = run_others(pool, args.seeds, Path(folder, "others"), args.pictures)
         seeds = list(tqdm(results, total=args.seeds, desc="seeds"))
     summary, text = summarize(seeds)
+    text += "\n\n" + table_of_others(others, summary)
     flags = {"common": COMMON_FLAGS, "null-space": NULL_SPACE_FLAGS, "plain": PLAIN_FLAGS}
-    write_results(args.name, {"flags": flags, "summary": summary, "seeds": seeds}, text)
+    write_results(args.name, {"flags": flags, "summary": summary, "seeds": seeds, "others": others}, text)
     print(text)
 
 
