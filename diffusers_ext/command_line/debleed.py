@@ -68,7 +68,7 @@ def _add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_debleed(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.sources import lora_file
-    from diffusers_ext.nullspace.lora import debleed_lora, preserved_energy, uncovered_modules
+    from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
     from diffusers_ext.nullspace.lora_files import check_output_path, export_lora, kept_metadata, read_lora_file
     from diffusers_ext.nullspace.statistics import FeatureStatistics
 

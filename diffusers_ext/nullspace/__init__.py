@@ -7,12 +7,11 @@ from diffusers_ext.core.settings import by_name, imported_name
 _SOURCES = by_name(
     {
         "diffusers_ext.nullspace.collect": "collect_statistics",
+        "diffusers_ext.nullspace.debleed": "debleed_lora preserved_energy",
         "diffusers_ext.nullspace.directions": "NullSpaceDirections null_space_directions",
         "diffusers_ext.nullspace.edit": "edit_concept",
         "diffusers_ext.nullspace.edit_prompts": "ConceptEdit",
-        "diffusers_ext.nullspace.lora": (
-            "add_null_space_lora debleed_lora predicted_drift preservation_penalty preserved_energy save_lora"
-        ),
+        "diffusers_ext.nullspace.lora": ("add_null_space_lora predicted_drift preservation_penalty save_lora"),
         "diffusers_ext.nullspace.lora_files": "check_loaded_lora export_lora push_lora",
         "diffusers_ext.nullspace.pipeline": "NullSpaceDreamBoothPipeline NullSpaceDreamBoothXLPipeline",
         "diffusers_ext.nullspace.projector": "NullSpaceProjector ProjectedUpdate",

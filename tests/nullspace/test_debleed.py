@@ -8,13 +8,8 @@ from diffusers import StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_ext import collect_statistics
-from diffusers_ext.nullspace.lora import (
-    debleed_lora,
-    instance_statistics_like,
-    predicted_drift,
-    preserved_energy,
-    subject_projections,
-)
+from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, subject_projections
+from diffusers_ext.nullspace.lora import instance_statistics_like, predicted_drift
 from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
 from diffusers_ext.nullspace.projector import NullSpaceProjector, subject_projection
