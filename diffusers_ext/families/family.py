@@ -206,6 +206,10 @@ class Family:
         """What the pipeline's call returns with `output_type="latent"`, unpacked."""
         return self.unpack(pipeline, latents, height, width)
 
+    def pixels_per_latent(self, pipeline: DiffusionPipeline) -> int:
+        """Pixels of a side that make one latent pixel of `predict`."""
+        return pipeline.vae_scale_factor
+
     def latent_scale(self, vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Offset and factor, float32, of `from_vae`'s latents: the denoiser's are `(latents - offset) * factor`."""
         return latent_scale(vae)

@@ -37,7 +37,10 @@ class Flux2(Family):
     pipelines = ("Flux2KleinPipeline",)
     denoiser_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
+    tools = frozenset({"nullspace"})
     flow_matching = True
+    # Single blocks have one Linear for queries, keys, values and what their feed-forward reads.
+    attention_linears = (*Family.attention_linears, "to_qkv_mlp_proj", "to_out")
     rounds_size = True
     published = (
         Published(
@@ -73,6 +76,9 @@ class Flux2(Family):
     def sample_size(self, config: Any) -> int:
         """The config says nothing of it; 1024 pixels."""
         return 64
+
+    def pixels_per_latent(self, pipeline: DiffusionPipeline) -> int:
+        return 2 * pipeline.vae_scale_factor
 
     def latent_scale(self, vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the statistics that the VAE carries, for patched latents."""

@@ -26,6 +26,10 @@ _SURPLUS, _BLOCKS, _ANGLE = 12, 4, 1e-8
 _EXACT_FLOOR, _ENOUGH, _CUT = 1e-12, 1e-4, 1e-3
 
 
+class NothingNew(ValueError):
+    """What the subject reads is what is preserved."""
+
+
 @dataclass(frozen=True)
 class DirectionSet:
     """Directions for one matrix, scaled to unit energy of the new subject."""
@@ -137,7 +141,7 @@ def _scaled(
     vectors: torch.Tensor, ratios: torch.Tensor, c_new: torch.Tensor, c_old: torch.Tensor, angle: float = 0.0
 ) -> DirectionSet:
     if not ratios[0] > _SMALLEST_RATIO:
-        raise ValueError(
+        raise NothingNew(
             "The instance prompt must have directions that the preserved prompts do not use, got at "
             f"most {ratios[0].item():.3g} times their energy. Use a rarer token in the instance prompt, "
             "take it out of the preserved prompts, or preserve fewer of them."
@@ -198,20 +202,35 @@ def null_space_directions(
     Args:
         instance_statistics: of the instance prompts, same features and layers, no sub-phrases.
         projector: cut the directions hard to its null spaces in place of the generalised problem.
+
+    Returns:
+        Directions of all Linears of a UNet. Of a joint model, some of whose layers hardly read text, of those that
+        have any; the others are left alone, and named in the log.
     """
     check_new_subject(statistics, instance_statistics)
     sets: dict[str, DirectionSet] = {}
+    left: dict[str, NothingNew] = {}
     for linear, key in statistics.sources.items():
-        if key in sets:
+        if key in sets or key in left:
             continue
         c_old = statistics.moments[key].mean
         c_new = instance_statistics.moments[instance_statistics.key(linear)].mean.to(c_old.device)
-        if projector is None:
-            sets[key] = generalized_directions(c_new, c_old, rank, eps)
-        else:
-            sets[key] = null_directions(c_new, c_old, projector.basis_of(linear), rank)
+        try:
+            if projector is None:
+                sets[key] = generalized_directions(c_new, c_old, rank, eps)
+            else:
+                sets[key] = null_directions(c_new, c_old, projector.basis_of(linear), rank)
+        except NothingNew as error:
+            if "scope" not in statistics.facts["settings"]:
+                raise
+            left[key] = error
+    if not sets:
+        raise next(iter(left.values()))
+    if left:
+        logger.warning("%d of %d matrices read nothing new and are left alone: %s.", len(left), len(sets), [*left])
     kind = "generalized" if projector is None else "null"
-    return NullSpaceDirections(sets, dict(statistics.sources), kind, null_space)
+    sources = {linear: key for linear, key in statistics.sources.items() if key in sets}
+    return NullSpaceDirections(sets, sources, kind, null_space)
 
 
 def usual_null_space(

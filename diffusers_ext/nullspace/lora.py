@@ -151,7 +151,7 @@ def add_null_space_lora(
         )
     config.r, config.lora_alpha, config.use_rslora = rank, rank, False
     # A list, because the order of a set of strings differs from process to process.
-    config.target_modules = statistics.linears
+    config.target_modules = [name for name in statistics.linears if chosen is None or name in chosen.sources]
     unet.add_adapter(config, adapter_name=adapter_name)
     for name, layer in lora_linears(unet, adapter_name):
         a, b = layer.lora_A[adapter_name].float(), layer.lora_B[adapter_name].float()

@@ -104,7 +104,7 @@ def schedule_of(pipeline: DiffusionPipeline, family: Family, resolution: int, **
     """How a pipeline's model is trained on pictures of a size; `flow` is as of `flow_schedule`."""
     if not family.flow_matching:
         return training_schedule(pipeline.scheduler)
-    side = resolution // (pipeline.vae_scale_factor * family.patch(getattr(pipeline, family.denoiser).config))
+    side = resolution // (family.pixels_per_latent(pipeline) * family.patch(getattr(pipeline, family.denoiser).config))
     return flow_schedule(family, pipeline.scheduler, side * side, **flow)
 
 

@@ -10,6 +10,7 @@ from transformers import T5Config, T5EncoderModel
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.nullspace.collect import collect_statistics
+from diffusers_ext.nullspace.directions import null_space_directions
 from diffusers_ext.nullspace.lora import add_null_space_lora, predicted_drift, save_lora
 from diffusers_ext.nullspace.scope import scoped_linears, settle_scope, shared_reads
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -63,6 +64,19 @@ def test_a_unet_has_no_scope(flux):
         collect_statistics(flux, [KNOWN], features=["q"])
     with pytest.raises(ValueError, match="`runs_per_prompt` must be at least 1, got 0"):
         collect_statistics(flux, [KNOWN], runs_per_prompt=0)
+
+
+def test_layers_that_read_nothing_new_are_left_alone(sd3, caplog):
+    old = collect_statistics(sd3, [KNOWN], **RUN)
+    new = collect_statistics(sd3, [SUBJECT], include_guidance_prompts=False, **RUN)
+    key = "transformer_blocks.1.attn.add_k_proj"
+    new.moments[key] = old.moments[key]
+    directions = null_space_directions(old, new, 1)
+    assert "1 of 2 matrices read nothing new and are left alone" in caplog.text
+    assert key not in directions.sources
+    assert len(directions.sources) == 3
+    with pytest.raises(ValueError, match="must have directions that the preserved prompts do not use"):
+        null_space_directions(old, FeatureStatistics(old.moments, old.sources, new.facts), 1)
 
 
 def test_statistics_are_of_what_the_linears_read(sd3, tmp_path):

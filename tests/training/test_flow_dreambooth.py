@@ -12,20 +12,21 @@ from safetensors.torch import load_file
 from diffusers_ext.nullspace.lora_files import check_loaded_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace.run import check_against_model, main, parse_args
+from tests.tiny_current_pipelines import tiny_flux2_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_sd3_pipeline
 from tests.training.conftest import reset_accelerator
 
 LORA = "pytorch_lora_weights.safetensors"
-BUILD = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline}
+BUILD = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline, "flux2": tiny_flux2_pipeline}
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> Path:
-    """Folders of the tiny models, that of Flux in half precision."""
+    """Folders of the tiny models, all but one in half precision."""
     folder = tmp_path_factory.mktemp("bases")
     for name, build in BUILD.items():
-        build().to(torch.float16 if name == "flux" else torch.float32).save_pretrained(folder / name)
+        build().to(torch.float32 if name == "sd3" else torch.float16).save_pretrained(folder / name)
     return folder
 
 
@@ -50,7 +51,7 @@ def with_lora(name: str, folder: Path):
 def drawn(pipeline, prompt: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return pipeline(
-        prompt, height=32, width=32, num_inference_steps=2, generator=generator, output_type="latent"
+        prompt=prompt, height=32, width=32, num_inference_steps=2, generator=generator, output_type="latent"
     ).images
 
 
@@ -98,6 +99,23 @@ def test_flux_in_half_precision_with_all_its_attention(bases, teach):
     assert check_loaded_lora(tuned) == 12
     assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / LORA).values())
     assert (drawn(tuned, "a white sks") - drawn(BUILD["flux"](), "a white sks")).norm() > 1e-3
+    assert len(list((folder / "validation").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(("name", "linears"), [("flux2", 3)])
+def test_other_families_learn_in_their_text_stream(bases, teach, name, linears):
+    folder = teach(
+        pretrained_model_name_or_path=bases / name,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        validation_prompt="a white sks",
+        num_validation_images=1,
+        max_train_steps=2,
+        num_inference_steps=2,
+    )
+    tuned = with_lora(name, folder)
+    assert check_loaded_lora(tuned) == linears
+    assert (drawn(tuned, "a white sks") - drawn(BUILD[name](), "a white sks")).norm() > 1e-3
     assert len(list((folder / "validation").glob("*.png"))) == 1
 
 

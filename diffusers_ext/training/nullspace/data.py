@@ -155,7 +155,7 @@ def own_resolution(pipeline: DiffusionPipeline) -> int | None:
     family = match_family(pipeline, "nullspace") or Family()
     size = family.sample_size(denoiser_of(pipeline).config)
     sides = {size} if isinstance(size, int) else set(size or ())
-    return sides.pop() * pipeline.vae_scale_factor if len(sides) == 1 else None
+    return sides.pop() * family.pixels_per_latent(pipeline) if len(sides) == 1 else None
 
 
 def sampling_arguments(settings: SamplingSettings) -> dict[str, Any]:
@@ -183,10 +183,11 @@ def draw_images(
     negative = run.pop("negative_prompt", None)
     if negative is not None:  # some pipelines know no such argument
         run["negative_prompt"] = [negative] * len(generators)
-    asked = None if prompts is None else list(prompts)
+    if prompts is not None:
+        run["prompt"] = list(prompts)
     with quiet_run(pipeline):
         latents = pipeline(
-            asked, height=resolution, width=resolution, generator=generators, output_type="latent", **run
+            height=resolution, width=resolution, generator=generators, output_type="latent", **run
         ).images
         latents = family.drawn(pipeline, latents, resolution, resolution)
         latents = family.to_vae(pipeline, latents.float() / factor + offset).to(vae.dtype)

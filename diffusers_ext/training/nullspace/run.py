@@ -151,7 +151,7 @@ def settle_resolution(settings: NullSpaceSettings, pipeline: DiffusionPipeline) 
         settings.resolution = own
     family = match_family(pipeline, "nullspace")
     if family is not None and family.flow_matching:
-        multiple = pipeline.vae_scale_factor * family.patch(denoiser_of(pipeline).config)
+        multiple = family.pixels_per_latent(pipeline) * family.patch(denoiser_of(pipeline).config)
         if settings.resolution % multiple:
             raise ValueError(
                 f"`resolution` must be a multiple of {multiple} for this model, got {settings.resolution}."
