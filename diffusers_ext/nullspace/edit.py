@@ -232,7 +232,7 @@ def edit_concept(
     sources = text_only_linears(pipeline, **call_arguments)
     reader = TextReader(pipeline, sources, batch_size, call_arguments)
     prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
-    prompts = _with_anchors(reader, prompts, preserve)
+    prompts = with_anchors(reader, prompts, preserve)
     check_read_apart(pipeline, prompts, preserved)
     settings: dict[str, Any] = {"preserve_weight": preserve_weight, "eps": eps, "hard": hard}
     lora: StateDict = {}
@@ -270,8 +270,8 @@ def edit_concept(
     return EditedConcepts(lora, report, tuple(found.edit for found in prompts), facts)
 
 
-def _with_anchors(reader: TextReader, prompts: Sequence[EditPrompts], preserve: Sequence[str]) -> list[EditPrompts]:
-    """The edits with the anchors found that are not given."""
+def with_anchors(reader: TextReader, prompts: Sequence[EditPrompts], preserve: Sequence[str]) -> list[EditPrompts]:
+    """The edits of `split_prompts` with the anchors found that are not given (`nearest_anchor`)."""
     targets = [found.edit.target for found in prompts]
     remaining = [prompt for prompt in preserve if not any(contains_concept(prompt, target) for target in targets)]
     chosen = []

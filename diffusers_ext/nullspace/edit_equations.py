@@ -206,15 +206,25 @@ def layer_report(
 
 
 def read_weight(linear: torch.nn.Module) -> torch.Tensor:
-    """The weight of a Linear in float64, `(out_features, in_features)`; of a quantised one by what it computes."""
-    weight = linear.weight
-    if weight.is_floating_point() and weight.shape == (linear.out_features, linear.in_features):
+    """The weight of a Linear in float64, `(out_features, in_features)`; of a quantised one by what it computes.
+
+    Raises:
+        ValueError: it computes something that is no weight.
+    """
+    weight, shape = linear.weight, (linear.out_features, linear.in_features)
+    plain = type(weight.data) is torch.Tensor  # no subclass that only stands for a weight
+    if plain and weight.is_floating_point() and weight.shape == shape:
         return weight.double()
-    unit = torch.eye(
-        linear.in_features, device=weight.device, dtype=getattr(linear, "compute_dtype", None) or torch.float32
-    )
-    outputs = linear(unit)
-    return (outputs - linear(torch.zeros_like(unit[:1]))).double().T
+    dtype = getattr(linear, "compute_dtype", None) or (weight.dtype if weight.is_floating_point() else torch.float32)
+    unit = torch.eye(linear.in_features, device=weight.device, dtype=dtype)
+    found = (linear(unit) - linear(torch.zeros_like(unit[:1]))).double().T
+    if found.shape != shape or not torch.isfinite(found).all():
+        raise ValueError(
+            f"`pipeline` must have Linears whose weights can be read, got a {type(linear).__name__} that computes "
+            f"{tuple(found.shape)} numbers, not all of them finite, for {shape}. Edit the base in bf16: the LoRA "
+            "loads into the quantised one."
+        )
+    return found
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from diffusers_ext.nullspace.statistics import TEXT
 _PROMPTS = ("a photo of a cat", "two red boats on a lake")
 # The tokens of the text, under the names that denoisers of diffusers give them.
 TOKENS = "encoder_hidden_states"
+_KEPT_BYTES = 2**30  # of texts that a reader keeps in the host's memory
 
 
 class _Read(Exception):
@@ -186,6 +187,8 @@ class TextReader:
         self, pipeline: DiffusionPipeline, sources: Mapping[str, str], batch_size: int, call_arguments: Any
     ) -> None:
         self.pipeline, self.call_arguments = pipeline, call_arguments
+        self._kept: dict[tuple[str, str], torch.Tensor] = {}
+        self._room = _KEPT_BYTES
         self.readers: dict[str, str] = {}
         for name, source in sources.items():
             self.readers.setdefault(source, name)
@@ -210,10 +213,25 @@ class TextReader:
         longest = max(x.shape[1] for x in read)
         return torch.cat([functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in read])
 
+    def _handed(self, prompts: Sequence[str], source: str) -> torch.Tensor:
+        """What the denoiser is handed, which no update changes: a prompt is encoded once, while there is room."""
+        missing = list(dict.fromkeys(prompt for prompt in prompts if (prompt, source) not in self._kept))
+        found: dict[tuple[str, str], torch.Tensor] = {}
+        if missing:
+            handed = denoiser_arguments(self.pipeline, missing, **self.call_arguments)
+            for name in self.handed:
+                rows = handed[TOKENS if name == TEXT else name]
+                self._device = rows.device
+                found |= {(prompt, name): row for prompt, row in zip(missing, rows.cpu(), strict=True)}
+            self._room -= sum(row.nbytes for row in found.values())
+            if self._room >= 0:
+                self._kept |= found
+        rows = [found[key] if (key := (prompt, source)) in found else self._kept[key] for prompt in prompts]
+        return torch.stack(rows).to(self._device)
+
     def _read(self, prompts: Sequence[str], source: str) -> torch.Tensor:
         if source in self.handed:
-            handed = denoiser_arguments(self.pipeline, prompts, **self.call_arguments)
-            return handed[TOKENS if source == TEXT else source]
+            return self._handed(prompts, source)
         found: list[torch.Tensor] = []
 
         def take(_: str, features: torch.Tensor) -> None:

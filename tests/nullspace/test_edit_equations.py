@@ -7,6 +7,7 @@ import torch
 
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.nullspace import edit_equations
+from diffusers_ext.nullspace.edit import edit_concept
 from diffusers_ext.nullspace.edit_equations import (
     added_updates,
     edit_matrix,
@@ -15,6 +16,7 @@ from diffusers_ext.nullspace.edit_equations import (
     low_rank,
     read_weight,
 )
+from diffusers_ext.nullspace.text_only import text_only_linears
 from tests.tiny_digits import random_digits_pipeline
 
 
@@ -123,13 +125,48 @@ def test_added_updates_act_inside_and_leave_nothing():
     assert torch.equal(linear(x), before)
 
 
+class Linear4bit(torch.nn.Linear):
+    """Laid out as that of bitsandbytes: two numbers of 4 bits a byte in a column, one scale for 64 of them."""
+
+    compute_dtype = torch.bfloat16
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        blocks = linear.weight.detach().reshape(-1, 8)
+        self.scales = blocks.abs().amax(1, keepdim=True) / 7
+        levels = ((blocks / self.scales).round() + 8).to(torch.uint8).reshape(-1, 2)
+        packed = (levels[:, :1] << 4) | levels[:, 1:]
+        self.weight, self.bias = torch.nn.Parameter(packed, requires_grad=False), linear.bias
+
+    def dequantised(self) -> torch.Tensor:
+        levels = torch.cat([self.weight >> 4, self.weight & 15], 1).reshape(-1, 8).float() - 8
+        return (levels * self.scales).reshape(self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (y if y is None else y.to(self.compute_dtype) for y in (self.dequantised(), self.bias))
+        return torch.nn.functional.linear(x.to(self.compute_dtype), weight, bias).to(x)
+
+
 def test_a_weight_that_cannot_be_read_is_told_by_what_it_computes():
-    linear = torch.nn.Linear(3, 2)
-    packed = torch.nn.Linear(3, 2)
-    packed.load_state_dict(linear.state_dict())
-    packed.in_features, packed.weight = (
-        3,
-        torch.nn.Parameter(torch.zeros(6, 1, dtype=torch.uint8), requires_grad=False),
-    )
-    packed.forward = linear.forward
-    assert torch.allclose(read_weight(packed), linear.weight.double(), atol=1e-6)
+    linear = torch.nn.Linear(24, 16)
+    packed = Linear4bit(linear)
+    assert packed.weight.shape == (24 * 16 // 2, 1)
+    expected = packed.dequantised().bfloat16().double()
+    assert torch.allclose(read_weight(packed), expected, atol=1e-2)
+    packed.bias = None
+    assert torch.equal(read_weight(packed), expected)
+    packed.scales = packed.scales * torch.nan
+    with pytest.raises(ValueError, match="must have Linears whose weights can be read, got a Linear4bit"):
+        read_weight(packed)
+
+
+def test_a_quantised_base_is_edited_as_the_weights_that_it_computes_with():
+    quantised, plain = random_digits_pipeline(), random_digits_pipeline()
+    for name in text_only_linears(plain):
+        packed = Linear4bit(plain.unet.get_submodule(name))
+        plain.unet.get_submodule(name).weight.data = packed.dequantised().bfloat16().float()
+        quantised.unet.set_submodule(name, packed)
+    edits = [edit_concept(pipeline, {"three": "nine"}, ["a red one"]) for pipeline in (quantised, plain)]
+    assert [row["linear"] for row in edits[0].report.layers] == [row["linear"] for row in edits[1].report.layers]
+    for key, tensor in edits[1].lora.items():
+        assert torch.allclose(edits[0].lora[key], tensor, atol=1e-5)
