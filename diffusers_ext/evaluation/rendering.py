@@ -19,7 +19,7 @@ from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.seeds import stream_seed
 from diffusers_ext.eraser.batch import prompt_length
-from diffusers_ext.families import find_family
+from diffusers_ext.families import find_family, match_family
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import TOOL
 
@@ -127,6 +127,10 @@ def draw(
     """
     prompts = [shot.prompt for shot in shots]
     arguments = {name: value for name, value in vars(sampling).items() if value is not None}
+    family = match_family(pipeline)
+    if family is not None and family.flow_matching:
+        config = denoiser_of(pipeline).config
+        arguments |= {**family.call_arguments, **family.guidance_arguments(config, arguments.pop("guidance_scale"))}
     arguments.update(further)
     if sampling.negative_prompt is not None:
         arguments["negative_prompt"] = [sampling.negative_prompt] * len(shots)
@@ -137,7 +141,8 @@ def draw(
             # A sampler's later noise must not repeat the starting noise of the same seed.
             torch.randn(latent.shape, generator=generator)
     output = pipeline(prompt=prompts, generator=generators, output_type="pt", **arguments)
-    pixels = output.images.float().cpu()
+    pixels = output.images if hasattr(output, "images") else output.frames[:, 0]  # a clip of one frame
+    pixels = pixels.float().cpu()
     broken = ~torch.isfinite(pixels).flatten(1).all(1)
     if broken.any():
         prompt = prompts[int(broken.nonzero()[0])]

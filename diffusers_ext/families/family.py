@@ -259,6 +259,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def guidance_arguments(self, config: Any, guidance_scale: float) -> dict[str, Any]:
+        """What guides the pipeline's call at a scale."""
+        return {"guidance_scale": guidance_scale}
+
     def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
         """What the pipeline passes to `set_timesteps` of a flow-matching scheduler with this `config`.
 

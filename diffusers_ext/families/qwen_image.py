@@ -25,6 +25,7 @@ class QwenImage(Family):
     denoiser_class = "QwenImageTransformer2DModel"
     vae_class = "AutoencoderKLQwenImage"
     video_vae = True
+    tools = frozenset({"nullspace"})
     flow_matching = True
     rounds_size = True
     text_fields = ("prompt_embeds", "attention_mask")
@@ -96,6 +97,12 @@ class QwenImage(Family):
         )[0]
         factor = pipeline.vae_scale_factor
         return self.unpack(pipeline, prediction, height * factor, width * factor)
+
+    def guidance_arguments(self, config: Any, guidance_scale: float) -> dict[str, Any]:
+        """Without a negative prompt the pipeline is not guided."""
+        if self.embedded_guidance(config):
+            return {"guidance_scale": guidance_scale}
+        return {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
 
     def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
         """The levels are the pipeline's own."""

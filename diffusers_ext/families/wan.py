@@ -25,6 +25,7 @@ class Wan(Family):
     denoiser_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
     video_vae = True
+    tools = frozenset({"nullspace"})
     flow_matching = True
     t5_tokens = 512
     smallest_call = {"num_frames": 1}
@@ -54,6 +55,9 @@ class Wan(Family):
     def sample_size(self, config: Any) -> tuple[int, int]:
         """The pipeline's 480 x 832 pixels."""
         return 60, 104
+
+    def pixels_per_latent(self, pipeline: WanPipeline) -> int:
+        return pipeline.vae_scale_factor_spatial
 
     def pack(self, pipeline: WanPipeline, latents: torch.Tensor) -> torch.Tensor:
         return latents.unsqueeze(2)

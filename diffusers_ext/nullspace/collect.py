@@ -20,7 +20,7 @@ from diffusers_ext.core.capture import capture, refuse_fused
 from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints, plain_class_name
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.families import match_family
+from diffusers_ext.families import Family, match_family
 from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts, sub_phrases, unique
 from diffusers_ext.nullspace.scope import check_no_features, scoped_linears, settle_scope, text_moments
 from diffusers_ext.nullspace.slots import check_features, find_linears, split_linear_name
@@ -93,9 +93,11 @@ class TrajectoryRun:
 
     def _denoise(self, prompts: list[str], indices: list[int], settings: dict[str, Any]) -> None:
         run = {name: value for name, value in settings["run"].items() if name != "runs_per_prompt"}
-        seed = run.pop("seed")
+        seed, denoiser = run.pop("seed"), denoiser_of(self.pipeline)
+        family = match_family(denoiser) or Family()
+        run |= {**family.call_arguments, **family.guidance_arguments(denoiser.config, run.pop("guidance_scale"))}
         generators = [torch.Generator().manual_seed(seed + index) for index in indices]
-        if settings["negative_prompt"]:
+        if settings["negative_prompt"] or "negative_prompt" in run:
             # Left to its default otherwise: SDXL reads zeros in place of an empty prompt.
             run["negative_prompt"] = [settings["negative_prompt"]] * len(prompts)
         self.pipeline(prompt=prompts, generator=generators, output_type="latent", **run)

@@ -9,16 +9,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_ext.evaluation.forgetting import evaluate_forgetting
+from diffusers_ext.families import find_family
+from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
 from diffusers_ext.nullspace.lora_files import check_loaded_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace.run import check_against_model, main, parse_args
-from tests.tiny_current_pipelines import tiny_flux2_pipeline
+from tests.tiny_current_pipelines import (
+    tiny_flux2_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_sd3_pipeline
-from tests.training.conftest import reset_accelerator
+from tests.training.conftest import KNOWN, reset_accelerator
 
 LORA = "pytorch_lora_weights.safetensors"
-BUILD = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline, "flux2": tiny_flux2_pipeline}
+BUILD = {
+    "sd3": tiny_sd3_pipeline,
+    "flux": tiny_flux_pipeline,
+    "flux2": tiny_flux2_pipeline,
+    "qwen_image": tiny_qwen_image_pipeline,
+    "z_image": tiny_z_image_pipeline,
+    "wan": tiny_wan_pipeline,
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +64,9 @@ def with_lora(name: str, folder: Path):
 
 
 def drawn(pipeline, prompt: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return pipeline(
-        prompt=prompt, height=32, width=32, num_inference_steps=2, generator=generator, output_type="latent"
-    ).images
+    run = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent", "return_dict": False}
+    run |= find_family(pipeline).call_arguments
+    return pipeline(prompt=prompt, generator=torch.Generator().manual_seed(0), **run)[0]
 
 
 def test_sd3_learns_in_its_text_stream(sd3_run):
@@ -102,7 +116,7 @@ def test_flux_in_half_precision_with_all_its_attention(bases, teach):
     assert len(list((folder / "validation").glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize(("name", "linears"), [("flux2", 3)])
+@pytest.mark.parametrize(("name", "linears"), [("flux2", 3), ("qwen_image", 5), ("z_image", 8), ("wan", 6)])
 def test_other_families_learn_in_their_text_stream(bases, teach, name, linears):
     folder = teach(
         pretrained_model_name_or_path=bases / name,
@@ -117,6 +131,22 @@ def test_other_families_learn_in_their_text_stream(bases, teach, name, linears):
     assert check_loaded_lora(tuned) == linears
     assert (drawn(tuned, "a white sks") - drawn(BUILD[name](), "a white sks")).norm() > 1e-3
     assert len(list((folder / "validation").glob("*.png"))) == 1
+    run = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 2.0, "num_images_per_prompt": 1}
+    report = evaluate_forgetting(tuned, None, [KNOWN[0]], subject_prompts=["a white sks"], **run)
+    assert report.summary["subject"]["pixel_drift"] > 0
+    assert report.drift_floor == 0
+
+
+def test_a_lora_of_a_transformer_is_cleaned_and_reported(bases, sd3_run):
+    pipeline, statistics = BUILD["sd3"](), FeatureStatistics.from_pretrained(sd3_run / "statistics")
+    lora = {name: torch.randn_like(tensor) for name, tensor in load_file(sd3_run / LORA).items()}
+    assert uncovered_modules(lora, statistics) == []
+    cleaned = debleed_lora(lora, statistics, instance_prompts=["a white sks"], pipeline=pipeline)
+    before, after = preserved_energy(lora, statistics), preserved_energy(cleaned, statistics)
+    assert before.keys() == set(statistics.linears)
+    assert all(after[name] < 0.5 * before[name] for name in before)
+    pipeline.load_lora_weights(cleaned)
+    assert check_loaded_lora(pipeline) == 5
 
 
 @pytest.mark.parametrize(

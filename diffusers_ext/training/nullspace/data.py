@@ -180,21 +180,27 @@ def draw_images(
     vae, family = pipeline.vae, find_family(pipeline, "nullspace")
     offset, factor = family.latent_scale(vae)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    negative = run.pop("negative_prompt", None)
-    if negative is not None:  # some pipelines know no such argument
-        run["negative_prompt"] = [negative] * len(generators)
-    if prompts is not None:
+    config, negative = denoiser_of(pipeline).config, run.pop("negative_prompt", None)
+    guided = family.guidance_arguments(config, run.pop("guidance_scale")) if "guidance_scale" in run else {}
+    run = {**family.call_arguments, **guided, **run}
+    if prompts is None:
+        run.pop("negative_prompt", None)  # its embeddings are given
+    else:
+        negative = run.get("negative_prompt") if negative is None else negative
+        # Some pipelines know no such argument.
+        run |= {} if negative is None else {"negative_prompt": [negative] * len(generators)}
         run["prompt"] = list(prompts)
     with quiet_run(pipeline):
         latents = pipeline(
-            height=resolution, width=resolution, generator=generators, output_type="latent", **run
-        ).images
+            height=resolution, width=resolution, generator=generators, output_type="latent", return_dict=False, **run
+        )[0]
         latents = family.drawn(pipeline, latents, resolution, resolution)
         latents = family.to_vae(pipeline, latents.float() / factor + offset).to(vae.dtype)
         with torch.autocast(latents.device.type, enabled=False):  # VAEs overflow in float16
             pixels = torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
         pixels = pixels[:, :, 0] if family.video_vae else pixels
-    return pipeline.image_processor.postprocess(pixels, output_type="pil")
+    processor = getattr(pipeline, "image_processor", None) or pipeline.video_processor
+    return processor.postprocess(pixels, output_type="pil")
 
 
 def list_images(folder: str | Path, name: str = "instance_data_dir") -> list[Path]:
