@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ext.command_line.options import Command, Outcome, add_base_model_arguments, load_base_pipeline
@@ -46,6 +46,11 @@ def _add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what to do with modules that the statistics do not cover",
     )
+    group.add_argument(
+        "--text_encoders",
+        action="store_true",
+        help="also project what the LoRA changes in text encoders; the base model reads the statistics' prompts again",
+    )
     group = parser.add_argument_group("what to keep of the LoRA")
     group.add_argument("--instance_prompt", action="append", default=[], help="asks for its subject; may be repeated")
     group.add_argument("--strictness", type=float, help="more protects more and keeps less of it; 10 without it")
@@ -68,7 +73,13 @@ def _add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_debleed(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.sources import lora_file
-    from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
+    from diffusers_ext.nullspace.debleed import (
+        debleed_lora,
+        preserved_energy,
+        relative_drift,
+        uncovered_modules,
+        with_text_encoders,
+    )
     from diffusers_ext.nullspace.lora_files import check_output_path, export_lora, kept_metadata, read_lora_file
     from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -78,16 +89,14 @@ def _run_debleed(args: argparse.Namespace) -> Outcome:
     )
     lora, metadata = read_lora_file(lora_file(args.lora, args.weight_name))
     criterion = _criterion(args)
-    subject: dict[str, Any] = {}
-    if args.instance_prompt:
-        subject = {
-            "instance_prompts": args.instance_prompt,
-            "pipeline": _base_pipeline(args, statistics.facts.get("base_model")),
-        }
-    left_out = uncovered_modules(lora, statistics)
+    subject: dict[str, Any] = {"instance_prompts": args.instance_prompt, "text_encoders": args.text_encoders}
+    if args.instance_prompt or args.text_encoders:
+        subject["pipeline"] = _base_pipeline(args, statistics.facts.get("base_model"))
+    projected_by = with_text_encoders(statistics, subject["pipeline"], lora) if args.text_encoders else statistics
+    left_out = uncovered_modules(lora, projected_by)
     projected = debleed_lora(lora, statistics, uncovered=args.uncovered, **subject, **criterion)
     export_lora(projected, args.format, args.output_path, metadata=kept_metadata(metadata))
-    before, after = (preserved_energy(tensors, statistics) for tensors in (lora, projected))
+    before, after = (preserved_energy(tensors, projected_by) for tensors in (lora, projected))
     left = {name: after.get(name, 0.0) / energy for name, energy in before.items() if energy > 0}
     share = sum(after.values()) / sum(before.values()) if left else None
     facts: dict[str, Any] = {
@@ -102,11 +111,24 @@ def _run_debleed(args: argparse.Namespace) -> Outcome:
         "drift_left_by_module": left,
     }
     words = [debleed_verdict(len(before), left, share, left_out, args.uncovered)]
+    if args.text_encoders:
+        drifts = [relative_drift(tensors, projected_by, subject["pipeline"]) for tensors in (lora, projected)]
+        facts["predicted_drift"] = {name: [drift, drifts[1].get(name, 0.0)] for name, drift in drifts[0].items()}
+        words.append(text_encoder_words(facts["predicted_drift"]))
     if args.measure:
         pipeline = subject.get("pipeline")
         facts["measured_drift"] = measured = _measure(args, pipeline, statistics, lora, projected)
         words.append(_MEASURED.format(**measured))
     return Outcome(facts, "\n".join([*words, f"Wrote {args.output_path}"]))
+
+
+def text_encoder_words(drifts: Mapping[str, Sequence[float]]) -> str:
+    """Of the modules in text encoders among `{name: predicted drift before and after}`, one line each."""
+    told = {name: pair for name, pair in drifts.items() if name.startswith("text_encoder")}
+    if not told:
+        return "The LoRA changes no text encoder."
+    lines = [f"  {name}: {before:.3g} -> {after:.3g}" for name, (before, after) in told.items()]
+    return "\n".join(["Predicted drift of what text encoders give for preserved prompts:", *lines])
 
 
 def _criterion(args: argparse.Namespace) -> dict[str, float]:
@@ -209,7 +231,7 @@ def debleed_verdict(
         "--measure, collect more --features, or pass --uncovered drop."
     )
     if any(component.startswith("text_encoder") for component in counts):
-        told += " A text encoder that changes also changes what the projected modules read."
+        told += " A text encoder that changes also changes what the projected modules read; pass --text_encoders."
     return told
 
 

@@ -1,4 +1,8 @@
-"""Take out of a LoRA that is there what acts on preserved inputs, and tell how much of it does."""
+"""Take out of a LoRA that is there what acts on preserved inputs, and tell how much of it does.
+
+The Linears of a text encoder read text alone, so all that is said of a denoiser's (`text_only`) holds for them: an
+update that is zero on what they read for a prompt leaves the prompt's embeddings as they were.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.core.capture import capture
+from diffusers_ext.core.pipelines import denoiser_of
+from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.nullspace.directions import check_new_subject
+from diffusers_ext.nullspace.edit_equations import read_weight
 from diffusers_ext.nullspace.lora import instance_statistics_like
 from diffusers_ext.nullspace.lora_files import (
     LoraSource,
@@ -19,9 +27,13 @@ from diffusers_ext.nullspace.lora_files import (
     write_lora,
 )
 from diffusers_ext.nullspace.projector import NullSpaceProjector, project_rows, subject_projection
+from diffusers_ext.nullspace.prompts import sub_phrases, unique
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.nullspace.text_only import denoiser_arguments
 
 _DENOISERS = ("unet", "transformer")
+# Linears of CLIP and T5 that read one tensor, by the ends of their names.
+_ONE_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"q", "k", "v"}, {"wi_0", "wi_1"})
 
 
 def subject_projections(
@@ -40,11 +52,98 @@ def subject_projections(
     return projections
 
 
+def with_text_encoders(
+    statistics: FeatureStatistics, pipeline: DiffusionPipeline, lora: LoraSource, *, batch_size: int = 64
+) -> FeatureStatistics:
+    """The same statistics with those of the text encoders' Linears that a LoRA changes, for `debleed_lora`.
+
+    The prompts of the statistics are read once more, with their sub-phrases and guidance prompts as they were
+    collected. The result is for use, not for a file: names of text encoders begin with their component.
+
+    Args:
+        pipeline: the base model of the statistics, without the LoRA.
+
+    Raises:
+        ValueError: statistics of another model or without prompts; a module that the text encoders do not have.
+    """
+    statistics.check_pipeline(pipeline)
+    prompts, settings = statistics.facts["prompts"], statistics.facts["settings"]
+    if not prompts:
+        raise ValueError("`statistics` must name their prompts to read them by the text encoders, got none.")
+    linears = _text_encoder_linears(pipeline, _modules(read_lora(lora)))
+    texts = sub_phrases(prompts) if settings.get("expand_sub_phrases") else prompts
+    moments = _text_encoder_moments(pipeline, linears, texts, batch_size)
+    if settings.get("include_guidance_prompts", True):
+        guided = unique(["", settings.get("negative_prompt", "")])
+        for key, moment in _text_encoder_moments(pipeline, linears, guided, batch_size).items():
+            moments[key].merge(moment.repeated(len(prompts)))
+    sources = {**statistics.sources, **{name: _input_name(name) for name in linears}}
+    return FeatureStatistics({**statistics.moments, **moments}, sources, statistics.facts)
+
+
+def _text_encoder_linears(pipeline: DiffusionPipeline, modules: Sequence[str]) -> dict[str, torch.nn.Module]:
+    """The text encoders' Linears that a LoRA's modules name, by these names."""
+    found: dict[str, torch.nn.Module] = {}
+    for module in modules:
+        component, _, name = module.partition(".")
+        if component in _DENOISERS:
+            continue
+        inside = dict(getattr(pipeline, component, None).named_modules()) if getattr(pipeline, component, None) else {}
+        # CLIP without a projection has lost the first part of its names in transformers 5; files have it.
+        linear = inside.get(name, inside.get(name.removeprefix("text_model.")))
+        if linear is None or not hasattr(linear, "in_features"):
+            raise ValueError(
+                f"`lora` must change Linears that the base model has, got {module!r}, which "
+                f"{type(pipeline).__name__} lacks."
+            )
+        found[module] = linear
+    return found
+
+
+def _input_name(linear: str) -> str:
+    """Key of the moment of a text encoder's Linear."""
+    layer, _, leaf = linear.rpartition(".")
+    one = next((names for names in _ONE_INPUT if leaf in names), {leaf})
+    return f"{layer}.{'|'.join(sorted(one))}"
+
+
+def _text_encoder_moments(
+    pipeline: DiffusionPipeline, linears: Mapping[str, torch.nn.Module], prompts: Sequence[str], batch_size: int
+) -> dict[str, SecondMoment]:
+    """Second moments of what the Linears read for prompts, at all positions of tokens, in float64."""
+    readers = {_input_name(name): linear for name, linear in reversed(linears.items())}
+    moments = {
+        key: SecondMoment(linear.in_features, linear.weight.device, torch.float64) for key, linear in readers.items()
+    }
+    if not readers:
+        return moments
+    with capture(denoiser_of(pipeline), readers, lambda key, features: moments[key].update(features)):
+        for start in range(0, len(prompts), batch_size):
+            denoiser_arguments(pipeline, prompts[start : start + batch_size])
+    for key, moment in moments.items():
+        moment.check_finite(key)
+    return moments
+
+
+def relative_drift(lora: LoraSource, statistics: FeatureStatistics, pipeline: DiffusionPipeline) -> dict[str, float]:
+    """`tr(D C D^T) / tr(W C W^T)` of each covered Linear: how much of its outputs on preserved inputs a LoRA moves."""
+    denoiser, found = denoiser_of(pipeline), {}
+    encoders = _text_encoder_linears(
+        pipeline, [name for name in statistics.sources if name.startswith("text_encoder")]
+    )
+    for name, energy in preserved_energy(lora, statistics).items():
+        weight = read_weight(encoders[name] if name in encoders else denoiser.get_submodule(name))
+        moment = statistics.moments[statistics.key(name)].mean.to(weight)
+        found[name] = energy / ((weight @ moment) * weight).sum().item()
+    return found
+
+
 def debleed_lora(
     lora: LoraSource,
     statistics: FeatureStatistics,
     *,
     instance_prompts: Sequence[str] = (),
+    text_encoders: bool = False,
     pipeline: DiffusionPipeline | None = None,
     instance_statistics: FeatureStatistics | None = None,
     strictness: float = 10.0,
@@ -60,7 +159,9 @@ def debleed_lora(
 
     Args:
         lora: as in `read_lora`, for the model that `statistics` were collected on.
-        pipeline: the base model, to read `instance_prompts` with.
+        text_encoders: also project what the LoRA changes in text encoders, which are read with the prompts of the
+            statistics (`with_text_encoders`); they have no statistic otherwise.
+        pipeline: the base model, to read prompts with.
         strictness: of `subject_projection`; more protects more and keeps less of the subject.
         projector: in place of instance prompts and of `criterion`.
         uncovered: what to do with modules that have no statistic: `"error"`, `"keep"`, `"drop"`.
@@ -83,6 +184,12 @@ def debleed_lora(
         if pipeline is None:
             raise ValueError("`pipeline` must be given to read `instance_prompts`, got None.")
         instance_statistics = instance_statistics_like(pipeline, statistics, instance_prompts)
+    if text_encoders:
+        if pipeline is None:
+            raise ValueError("`pipeline` must be given with `text_encoders`, got None.")
+        statistics = with_text_encoders(statistics, pipeline, lora)
+        if instance_statistics is not None:
+            instance_statistics = with_text_encoders(instance_statistics, pipeline, lora)
     if instance_statistics is not None:
         projections = subject_projections(statistics, instance_statistics, strictness)
     else:
@@ -118,10 +225,10 @@ def _projected(
     return result, missing
 
 
-def _linear(module: str) -> str | None:
-    """Dotted name in the denoiser of a module with its component; `None` for one of a text encoder."""
+def _linear(module: str) -> str:
+    """The name in statistics of a module with its component: that in the denoiser, the whole of a text encoder's."""
     component, _, name = module.partition(".")
-    return name if component in _DENOISERS else None
+    return name if component in _DENOISERS else module
 
 
 def _modules(lora: StateDict) -> list[str]:
@@ -132,8 +239,8 @@ def _modules(lora: StateDict) -> list[str]:
 def uncovered_modules(lora: LoraSource, statistics: FeatureStatistics) -> list[str]:
     """Modules of a LoRA that no statistic covers, with their component: nothing is known of what they do.
 
-    Every module of a text encoder is among them: one that changes also changes what the covered modules read, which
-    then is not what was measured.
+    Every module of a text encoder is among them, unless statistics are `with_text_encoders`: one that changes also
+    changes what the covered modules read, which then is not what was measured.
     """
     return [module for module in _modules(read_lora(lora)) if _linear(module) not in statistics.sources]
 

@@ -18,7 +18,7 @@ import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from diffusers.utils.state_dict_utils import StateDictType, convert_state_dict_to_kohya
 from peft.utils.other import get_pattern_key
 
 from diffusers_ext.core.tensor_files import FLOATING, check_tensors
@@ -159,7 +159,9 @@ def read_kohya_lora(raw: Mapping[str, torch.Tensor], where: str = "`raw`") -> di
     renamed, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(folded, unet_config=_SDXL)
     unet = {key: tensor for key, tensor in renamed.items() if key.startswith("unet.")}
     text = {key: tensor for key, tensor in renamed.items() if key not in unet}
-    lora = convert_unet_state_dict_to_peft(unet) | (convert_state_dict_to_peft(text) if text else {})
+    # By its name, because diffusers guesses it from the presence of `out_proj`.
+    text = convert_state_dict_to_peft(text, original_type=StateDictType.DIFFUSERS_OLD) if text else {}
+    lora = convert_unet_state_dict_to_peft(unet) | text
     if len(lora) != 2 * len(modules):
         raise ValueError(
             f"{where}: every module of the LoRA must have a name in diffusers, got {len(lora) // 2} of {len(modules)}."

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -56,6 +57,25 @@ def test_the_subject_is_kept(debleed, lora, statistics, digits, tmp_path):
     assert ran.code == 1
     assert "`--damping` must not be given with `--instance_prompt`" in ran.err
     assert "`--instance_prompt` must be given with `--strictness`" in debleed(strictness=3).err
+
+
+def test_text_encoders_are_projected_and_listed_on_request(debleed, lora, digits, tmp_path):
+    module = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    sizes = {"A": (2, 128), "B": (128, 2)}
+    tensors = {f"{module}.lora_{part}.weight": torch.ones(size) / 8 for part, size in sizes.items()}
+    save_file({**read_lora(lora), **tensors}, tmp_path / "both.safetensors")
+    model = {"pretrained_model_name_or_path": digits, "device": "cpu"}
+    assert "got none for 1, the first is 'text_encoder" in debleed(tmp_path / "both.safetensors", **model).err
+    ran = debleed(tmp_path / "both.safetensors", text_encoders=True, json=True, **model)
+    assert (ran.facts["modules"], ran.facts["covered_modules"], ran.facts["uncovered_modules"]) == (15, 15, [])
+    drifts = ran.facts["predicted_drift"]
+    assert len(drifts) == 15
+    assert 0 <= drifts[module][1] < drifts[module][0] / 10
+    written = load_file(tmp_path / "quiet.safetensors")
+    assert not written[f"{module}.lora_A.weight"].equal(tensors[f"{module}.lora_A.weight"])
+    said = debleed(tmp_path / "both.safetensors", text_encoders=True, **model).out
+    assert f"  {module}: {drifts[module][0]:.3g} -> {drifts[module][1]:.3g}" in said
+    assert "The LoRA changes no text encoder." in debleed(text_encoders=True, **model).out
 
 
 def test_what_is_said_and_another_criterion(debleed, lora, tmp_path):

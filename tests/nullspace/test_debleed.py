@@ -6,16 +6,28 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from diffusers_ext import collect_statistics
-from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, subject_projections
+from diffusers_ext.core.capture import capture
+from diffusers_ext.nullspace.collect import encode_text
+from diffusers_ext.nullspace.debleed import (
+    debleed_lora,
+    preserved_energy,
+    relative_drift,
+    subject_projections,
+    uncovered_modules,
+    with_text_encoders,
+)
 from diffusers_ext.nullspace.lora import instance_statistics_like, predicted_drift
-from diffusers_ext.nullspace.lora_files import read_lora
+from diffusers_ext.nullspace.lora_files import export_lora, read_lora
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
 from diffusers_ext.nullspace.projector import NullSpaceProjector, subject_projection
+from diffusers_ext.nullspace.prompts import sub_phrases
 from tests.nullspace.conftest import FEW_PROMPTS
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
+from tests.tiny_pipelines import sdxl_pipeline
 
 
 def save_random_lora(folder: Path, targets: tuple[str, ...]) -> Path:
@@ -234,3 +246,110 @@ def test_bad_input(few_statistics, tmp_path):
     fewer = collect_statistics(pipeline, SUBJECT, features="k", show_progress=False)
     with pytest.raises(ValueError, match="Both statistics must cover the same Linears"):
         subject_projections(few_statistics, fewer, 10.0)
+
+
+CLIP = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+
+
+def text_encoder_lora(pipeline, components: tuple[str, ...], linears: tuple[str, ...] = CLIP) -> dict:
+    """A LoRA of rank 2, as `read_lora` names it, on Linears of both layers of CLIP encoders and on K of the UNet."""
+    generator = torch.Generator().manual_seed(0)
+    lora = {}
+    names = {
+        f"{part}.text_model.{name.removeprefix('text_model.')}": module
+        for part in components
+        for name, module in getattr(pipeline, part).named_modules()
+        if name.endswith(linears)
+    }
+    names |= {f"unet.{name}": module for name, module in pipeline.unet.named_modules() if name.endswith("attn2.to_k")}
+    for name, linear in names.items():
+        lora[f"{name}.lora_A.weight"] = torch.randn(2, linear.in_features, generator=generator) / 4
+        lora[f"{name}.lora_B.weight"] = torch.randn(linear.out_features, 2, generator=generator) / 4
+    return lora
+
+
+@pytest.mark.parametrize("names", ["diffusers", "kohya"])
+@pytest.mark.parametrize(
+    ("build", "components", "linears"),
+    [
+        (random_digits_pipeline, ("text_encoder",), CLIP),
+        (sdxl_pipeline, ("text_encoder", "text_encoder_2"), ("q_proj", "fc2")),  # others: two prompts fill them
+    ],
+)
+def test_loras_of_text_encoders_keep_the_embeddings_of_preserved_prompts(tmp_path, build, components, linears, names):
+    pipeline, preserved = build(), FEW_PROMPTS[:1]
+    statistics = collect_statistics(pipeline, preserved, expand_sub_phrases=False)
+    lora = text_encoder_lora(pipeline, components, linears)
+    path = tmp_path / "lora.safetensors"
+    export_lora(lora, names, path)
+    assert any(key.startswith(("lora_te1_" if len(components) > 1 else "lora_te_",)) for key in load_file(path)) == (
+        names == "kohya"
+    )
+    with pytest.raises(ValueError, match="`statistics` must cover every module of the LoRA"):
+        debleed_lora(path, statistics, energy=0)
+    quiet = debleed_lora(path, statistics, pipeline=pipeline, text_encoders=True, energy=0)
+    assert quiet.keys() == lora.keys()
+    kept, other = [*preserved, ""], ["a photo of sks"]
+    base = encode_text(pipeline, kept), encode_text(pipeline, other)
+    moved = []
+    for tensors in (lora, quiet):
+        adapted = build()
+        adapted.load_lora_weights(dict(tensors))
+        moved.append([(encode_text(adapted, p) - b).abs().max() / b.abs().max() for p, b in zip((kept, other), base)])
+    assert moved[0][0] > 1e-2
+    assert moved[1][0] < 1e-5
+    assert moved[1][1] > 1e-3
+
+
+def test_drift_of_text_encoders_is_told_and_falls():
+    pipeline = random_digits_pipeline()
+    statistics = collect_statistics(pipeline, FEW_PROMPTS)
+    lora = text_encoder_lora(pipeline, ("text_encoder",))
+    known = with_text_encoders(statistics, pipeline, lora)
+    assert uncovered_modules(lora, known) == []
+    assert uncovered_modules(lora, statistics) == [n for n in known.sources if n.startswith("text_encoder")]
+    first = "text_encoder.text_model.encoder.layers.0"
+    assert known.key(f"{first}.self_attn.q_proj") == known.key(f"{first}.self_attn.v_proj")
+    assert len(known.moments) == 1 + 2 * 4
+    seen = []
+    with capture(pipeline.text_encoder, "*layers.0.mlp.fc2", lambda _, x: seen.append(x.flatten(0, 1).double())):
+        texts = sub_phrases(FEW_PROMPTS)
+        encode_text(pipeline, [*texts, *[""] * len(FEW_PROMPTS)])
+    rows = torch.cat(seen)
+    torch.testing.assert_close(known.moments[f"{first}.mlp.fc2"].mean, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-9)
+    quiet = debleed_lora(lora, statistics, pipeline=pipeline, text_encoders=True, damping=1e-3)
+    before, after = (relative_drift(tensors, known, pipeline) for tensors in (lora, quiet))
+    assert before.keys() == after.keys() == {*known.linears} & before.keys()
+    assert all(after[name] < before[name] / 3 for name in before)
+    weight = pipeline.text_encoder.get_submodule("encoder.layers.0.mlp.fc2").weight.double()
+    delta = lora[f"{first}.mlp.fc2.lora_B.weight"].double() @ lora[f"{first}.mlp.fc2.lora_A.weight"].double()
+    expected = (rows @ delta.T).square().sum() / (rows @ weight.T).square().sum()
+    assert before[f"{first}.mlp.fc2"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_subject_is_kept_in_text_encoders_too():
+    pipeline = random_digits_pipeline()
+    statistics = collect_statistics(pipeline, FEW_PROMPTS, expand_sub_phrases=False)
+    lora = text_encoder_lora(pipeline, ("text_encoder",))
+    ways = {"pipeline": pipeline, "text_encoders": True}
+    kept = debleed_lora(lora, statistics, instance_prompts=["a photo of sks"], **ways)
+    cut = debleed_lora(lora, statistics, energy=0, **ways)
+    known = with_text_encoders(statistics, pipeline, lora)
+    subject = with_text_encoders(instance_statistics_like(pipeline, statistics, ["a photo of sks"]), pipeline, lora)
+    energies = [sum(preserved_energy(tensors, known).values()) for tensors in (lora, kept)]
+    assert energies[1] < 0.05 * energies[0]
+    on_subject = [sum(preserved_energy(tensors, subject).values()) for tensors in (lora, kept, cut)]
+    assert 0.3 * on_subject[0] < on_subject[1]
+    assert on_subject[2] < on_subject[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("text_encoder.nothing", "must change Linears that the base model has"), ("text_encoder_3.a", "lacks")],
+)
+def test_modules_that_text_encoders_lack_are_refused(few_statistics, digits, name, message):
+    lora = {f"{name}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    with pytest.raises(ValueError, match=message):
+        debleed_lora(lora, few_statistics, pipeline=digits, text_encoders=True, energy=0)
+    with pytest.raises(ValueError, match="`pipeline` must be given with `text_encoders`, got None"):
+        debleed_lora(lora, few_statistics, text_encoders=True, energy=0)
