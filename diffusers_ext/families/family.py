@@ -148,6 +148,10 @@ class Family:
         tokenizers = [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in self.token_encoders]
         return [tokenizer(prompt, truncation=True).input_ids for tokenizer in tokenizers]
 
+    def text_call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """Keywords of the pipeline's call and of `encode_prompt` where its text encoder is none of the defaults'."""
+        return {}
+
     def text_shapes(self, config: Any) -> dict[str, tuple[int | None, ...]]:
         """What follows the batch in the shapes of the text; `None` for any length."""
         shapes: dict[str, tuple[int | None, ...]] = {"prompt_embeds": (None, self.text_width(config))}

@@ -13,6 +13,9 @@ from diffusers_ext.families.published import FLUX2_VAE, QWEN3_4B, QWEN3_8B, Comp
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, Flux2KleinPipeline
 
+# What the pipeline's call reads by default.
+_LONGEST, _DEEPEST = 512, 27
+
 
 def _klein(num_layers: int, num_single_layers: int, num_heads: int, encoder: Component) -> dict[str, Component]:
     transformer = {
@@ -54,10 +57,24 @@ class Flux2(Family):
     def encode(
         self, pipeline: Flux2KleinPipeline, prompts: list[str], negatives: list[str] | None
     ) -> TextConditioning:
+        call = self.text_call(pipeline)
         embeds, negative = (
-            pipeline.encode_prompt(prompt=texts)[0] for texts in (prompts, negatives or [""] * len(prompts))
+            pipeline.encode_prompt(prompt=texts, **call)[0] for texts in (prompts, negatives or [""] * len(prompts))
         )
         return TextConditioning(embeds, negative)
+
+    def text_call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """Length and layers of a text encoder that knows fewer than Qwen3's 512 tokens and 27 layers.
+
+        Layers end equal parts of it, as many as the transformer reads side by side.
+        """
+        encoder, longest = pipeline.text_encoder.config, pipeline.tokenizer.model_max_length
+        call: dict[str, Any] = {} if longest >= _LONGEST else {"max_sequence_length": longest}
+        if encoder.num_hidden_layers < _DEEPEST:
+            parts = self.text_width(pipeline.transformer.config) // encoder.hidden_size
+            ends = (encoder.num_hidden_layers * (part + 1) // parts for part in range(parts))
+            call["text_encoder_out_layers"] = tuple(ends)
+        return call
 
     def token_ids(self, pipeline: DiffusionPipeline, prompt: str) -> list[list[int]]:
         """Of the prompt as a user's message."""

@@ -100,7 +100,9 @@ class TrajectoryRun:
         if settings["negative_prompt"] or "negative_prompt" in run:
             # Left to its default otherwise: SDXL reads zeros in place of an empty prompt.
             run["negative_prompt"] = [settings["negative_prompt"]] * len(prompts)
-        self.pipeline(prompt=prompts, generator=generators, output_type="latent", **run)
+        family = match_family(self.pipeline)
+        call = {} if family is None else family.text_call(self.pipeline)
+        self.pipeline(prompt=prompts, generator=generators, output_type="latent", **call, **run)
         for key, moment in self.moments.items():
             moment.check_finite(key)
 

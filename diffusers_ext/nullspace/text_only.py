@@ -127,7 +127,7 @@ def smallest_call(pipeline: DiffusionPipeline, call_arguments: Mapping[str, Any]
     family = match_family(pipeline)
     return {
         **{name: value for name, value in usual.items() if name in known},
-        **(family.smallest_call if family else {}),
+        **({**family.smallest_call, **family.text_call(pipeline)} if family else {}),
         **call_arguments,
     }
 

@@ -146,3 +146,14 @@ def test_a_text_of_a_chat_is_aligned_past_its_template():
     word = ids.index(pipeline.tokenizer(" three").input_ids[0])
     assert places[:word] == list(range(word))
     assert places[word:-1] == list(range(word + 1, handed.shape[1]))
+
+
+def test_flux2_reads_a_smaller_text_encoder_to_its_end():
+    pipeline = tiny_flux2_pipeline()
+    family = find_family(pipeline)
+    assert family.text_call(pipeline) == {}
+    pipeline.text_encoder.config.num_hidden_layers, pipeline.tokenizer.model_max_length = 6, 24
+    assert family.text_call(pipeline) == {"max_sequence_length": 24, "text_encoder_out_layers": (2, 4, 6)}
+    assert family.encode(pipeline, list(PROMPTS), None).prompt_embeds.shape == (2, 24, 96)
+    handed = denoiser_arguments(pipeline, list(PROMPTS))["encoder_hidden_states"]
+    assert handed.shape == (2, 24, 96)
