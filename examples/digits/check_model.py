@@ -1,6 +1,7 @@
-"""Ask the bundled digits model for every kind of prompt and let the judge read the answers.
+"""Ask a bundled digits model for every kind of prompt and let the judge read the answers.
 
 python examples/digits/check_model.py --output_dir outputs/digits_check
+python examples/digits/check_model.py --model examples/digits_flux2/model --output_dir outputs/digits_flux2_check
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -19,19 +21,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, o
 
 from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import HELD_OUT_PAIRS, HELD_OUT_TEMPLATE, TEMPLATES, TRAINING_PAIRS, prompt_pairs
+from examples.digits_flux2.pipeline import DigitsFlux2Pipeline
 
 MODEL_DIR = Path(__file__).parent / "model"
 
 
-def load_pipeline(path: str | Path = MODEL_DIR) -> StableDiffusionPipeline:
-    """The bundled model in float32, without its progress bar."""
-    pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
+def load_pipeline(path: str | Path = MODEL_DIR) -> StableDiffusionPipeline | DigitsFlux2Pipeline:
+    """A bundled model in float32, without its progress bar."""
+    kind = DiffusionPipeline.load_config(path)["_class_name"]
+    pipeline_class = {"Flux2KleinPipeline": DigitsFlux2Pipeline}.get(kind, StableDiffusionPipeline)
+    pipeline = pipeline_class.from_pretrained(path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def draw(
-    pipeline: StableDiffusionPipeline,
+    pipeline: StableDiffusionPipeline | DigitsFlux2Pipeline,
     prompts: list[str],
     *,
     seed: int,
@@ -47,13 +52,24 @@ def draw(
         batch = prompts[start : start + batch_size]
         seeds = range(seed + start, seed + start + len(batch))
         images += pipeline(
-            batch,
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
+            prompt=batch,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
+            **_negative(pipeline, negative_prompt, len(batch)),
         ).images
     return images
+
+
+def _negative(
+    pipeline: StableDiffusionPipeline | DigitsFlux2Pipeline, prompt: str | None, count: int
+) -> dict[str, Any]:
+    """Arguments of the call; FLUX.2 takes negative prompts encoded."""
+    if prompt is None:
+        return {}
+    if isinstance(pipeline, DigitsFlux2Pipeline):
+        return {"negative_prompt_embeds": pipeline.encode_prompt([prompt] * count)[0]}
+    return {"negative_prompt": [prompt] * count}
 
 
 def make_sheet(images: list[Image.Image], columns: int, zoom: int = 2) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
@@ -23,12 +24,29 @@ from examples.digits.prompts import (
     TRAINING_PAIRS,
     prompt_pairs,
 )
+from examples.digits_flux2.pipeline import DigitsFlux2Pipeline
 
 INSTANCE_PROMPTS = {glyph: f"a photo of the digit {token}" for glyph, token in zip(GLYPHS, RARE_TOKENS, strict=True)}
 # Same steps, batch and schedule for both, so that only the method differs.
 COMMON_FLAGS = ("--max_train_steps", "1000", "--train_batch_size", "8", "--lr_scheduler", "cosine")
 NULL_SPACE_FLAGS = ("--directions", "generalized", "--rank", "1", "--learning_rate", "1e-1")
 PLAIN_FLAGS = ("--directions", "plain", "--rank", "8")
+
+
+class SubjectFlags(NamedTuple):
+    """How a model is taught a glyph: what both methods share, and what is a method's own."""
+
+    common: tuple[str, ...] = COMMON_FLAGS
+    null_space: tuple[str, ...] = NULL_SPACE_FLAGS
+    plain: tuple[str, ...] = PLAIN_FLAGS
+
+
+DIGITS_FLAGS = SubjectFlags()
+FLUX2_FLAGS = SubjectFlags(
+    ("--max_train_steps", "400", "--train_batch_size", "8", "--lr_scheduler", "cosine"),
+    ("--directions", "generalized", "--rank", "1", "--learning_rate", "1e-2"),
+    ("--directions", "plain", "--rank", "8", "--scope", "all"),
+)
 
 
 def knowledge_prompts() -> list[str]:
@@ -61,14 +79,23 @@ def write_knowledge(path: str | Path) -> Path:
     return Path(path)
 
 
-def train_subject(work_dir: str | Path, name: str, glyph: str, flags: Sequence[str], *, seed: int = 0) -> Path:
-    """Train a glyph by the training script; returns the folder with its LoRA."""
+def train_subject(
+    work_dir: str | Path,
+    name: str,
+    glyph: str,
+    flags: Sequence[str],
+    *,
+    seed: int = 0,
+    model: str | Path = MODEL_DIR,
+    common: Sequence[str] = COMMON_FLAGS,
+) -> Path:
+    """Train a glyph by the training script, with `common` and `flags`; returns the folder with its LoRA."""
     work_dir = Path(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     pictures = write_subject(work_dir / f"pictures_{glyph}_{seed}", glyph, seed=seed + 1)
     knowledge = write_knowledge(work_dir / "knowledge.txt")
     arguments = {
-        "pretrained_model_name_or_path": MODEL_DIR,
+        "pretrained_model_name_or_path": model,
         "instance_data_dir": pictures,
         "instance_prompt": INSTANCE_PROMPTS[glyph],
         "knowledge_prompts": knowledge,
@@ -77,12 +104,14 @@ def train_subject(work_dir: str | Path, name: str, glyph: str, flags: Sequence[s
         "output_dir": work_dir / name,
     }
     command = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-    return main(parse_args([*command, *COMMON_FLAGS, *flags]))
+    return main(parse_args([*command, *common, *flags]))
 
 
-def load_with_loras(folders: Sequence[str | Path]) -> StableDiffusionPipeline:
-    """The digits model with LoRAs loaded by stock diffusers, all active at once."""
-    pipeline = load_pipeline()
+def load_with_loras(
+    folders: Sequence[str | Path], model: str | Path = MODEL_DIR
+) -> StableDiffusionPipeline | DigitsFlux2Pipeline:
+    """A digits model with LoRAs loaded by stock diffusers, all active at once."""
+    pipeline = load_pipeline(model)
     names = [f"subject_{index}" for index in range(len(folders))]
     for name, folder in zip(names, folders, strict=True):
         pipeline.load_lora_weights(str(folder), adapter_name=name)
@@ -92,7 +121,7 @@ def load_with_loras(folders: Sequence[str | Path]) -> StableDiffusionPipeline:
 
 
 def glyph_share(
-    pipeline: StableDiffusionPipeline, glyph: str, judge: DigitsJudge, *, count: int, seed: int
+    pipeline: StableDiffusionPipeline | DigitsFlux2Pipeline, glyph: str, judge: DigitsJudge, *, count: int, seed: int
 ) -> tuple[float, list[Image.Image]]:
     """Share of `count` pictures of the instance prompt that read as the glyph, and the pictures."""
     prompts = [INSTANCE_PROMPTS[glyph]] * count

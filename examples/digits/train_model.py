@@ -1,6 +1,9 @@
-"""Train the bundled digits model: an autoencoder, then a denoiser with its text encoder. About 20 minutes on 2 cores.
+"""Train a bundled digits model, in half an hour at most on 2 cores.
+
+Stable Diffusion is an autoencoder, then a UNet with its text encoder; FLUX.2 is a transformer on those of the former.
 
 python examples/digits/train_model.py --output_dir examples/digits/model
+python examples/digits/train_model.py --architecture flux2 --output_dir examples/digits_flux2/model
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, Flux2KleinPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset, TensorDataset
@@ -24,10 +28,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
 
+from diffusers_ext.training.run.checkpoints import Checkpoints
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.arguments import save_in_half_precision
+from examples.digits.check_model import MODEL_DIR, load_pipeline
 from examples.digits.pictures import IMAGE_SIZE, real_digits, tint
 from examples.digits.prompts import COLORS, DIGITS, PROMPT_LENGTH, TEMPLATES, TRAINING_PAIRS, make_tokenizer
+from examples.digits_flux2.networks import TextToVelocity, build_pipeline, normalized_patches
+from examples.digits_flux2.pipeline import MODEL_DIR as FLUX2_DIR
 
 TEXT_WIDTH = 128
 SHIFTS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-2, 0, 2))
@@ -158,14 +166,26 @@ def encode_all(vae: AutoencoderKL, digits: TintedDigits) -> tuple[torch.Tensor, 
 
 
 class TextToNoise(torch.nn.Module):
-    """Text encoder and UNet as one trainable module."""
+    """The loss of text encoder and UNet, which train as one module."""
 
-    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+    learning_rate = 1.5e-3
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
+        self._tokenizer, self._scheduler = tokenizer, build_scheduler()
 
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.unet(latents, timesteps, self.text_encoder(input_ids)[0]).sample
+    def draw_times(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Timesteps `(count,)`."""
+        return torch.randint(1000, (count,), generator=generator)
+
+    def forward(
+        self, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, prompts: list[str]
+    ) -> torch.Tensor:
+        """Mean squared error of the noise predicted in latents from their prompts."""
+        tokens = self._tokenizer(prompts, padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt")
+        text = self.text_encoder(tokens.input_ids.to(clean.device))[0]
+        return F.mse_loss(self.unet(self._scheduler.add_noise(clean, noise, times), times, text).sample, noise)
 
 
 def write_prompts(entries: torch.Tensor, digits: TintedDigits, generator: torch.Generator) -> list[str]:
@@ -182,69 +202,113 @@ def write_prompts(entries: torch.Tensor, digits: TintedDigits, generator: torch.
 
 
 def train_denoiser(
-    accelerator: Accelerator, digits: TintedDigits, latents: torch.Tensor, steps: int, seed: int
-) -> tuple[TextToNoise, CLIPTokenizer, list[dict[str, float]]]:
-    """Predict the noise in latents from a prompt; the averaged weights are returned."""
-    tokenizer, scheduler = make_tokenizer(), build_scheduler()
+    accelerator: Accelerator,
+    digits: TintedDigits,
+    latents: torch.Tensor,
+    model: TextToNoise | TextToVelocity,
+    args: argparse.Namespace,
+) -> list[dict[str, float]]:
+    """Let a model, which is its own loss, draw latents from prompts; it gets the averaged weights. Returns the log."""
 
     def loss_function(model: torch.nn.Module, batch: list, generator: torch.Generator) -> dict[str, torch.Tensor]:
         index, entries = batch
         clean = latents[index, torch.randint(len(SHIFTS), index.shape, generator=generator)]
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        timesteps = torch.randint(1000, index.shape, generator=generator).to(clean.device)
-        prompts = write_prompts(entries, digits, generator)
-        tokens = tokenizer(prompts, padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt").input_ids
-        prediction = model(scheduler.add_noise(clean, noise, timesteps), timesteps, tokens.to(clean.device))
-        return {"loss": F.mse_loss(prediction, noise)}
+        times = accelerator.unwrap_model(model).draw_times(len(index), generator).to(clean.device)
+        return {"loss": model(clean, noise, times, write_prompts(entries, digits, generator))}
 
-    model = TextToNoise(build_text_encoder(tokenizer), build_unet()).to(accelerator.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=1e-3)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
-    ema = EMAModel(model.parameters(), decay=0.998)
+    model.to(accelerator.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=model.learning_rate, weight_decay=1e-3)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 100, args.max_train_steps)
+    ema = EMAModel(trained, decay=0.998)
     dataset = TensorDataset(torch.arange(len(digits)), torch.tensor(digits.entries))
-    settings = LoopSettings(steps, train_batch_size=64, seed=seed, logging_steps=50, description="denoiser")
-    loop = TrainingLoop(accelerator, model, optimizer, dataset, loss_function, settings, schedule, ema=ema)
-    model = loop.run().eval()
-    ema.copy_to(model.parameters())
-    return model, tokenizer, loop.history
+    settings = LoopSettings(
+        args.max_train_steps, train_batch_size=64, seed=args.seed, logging_steps=50, description="denoiser"
+    )
+    facts = {"architecture": args.architecture, "seed": args.seed, "max_train_steps": args.max_train_steps}
+    checkpoints = Checkpoints(
+        accelerator, args.output_dir.parent / "checkpoints", facts, args.checkpointing_steps, total_limit=1
+    )
+    loop = TrainingLoop(
+        accelerator, model, optimizer, dataset, loss_function, settings, schedule, checkpoints=checkpoints,
+        resume_from_checkpoint=args.resume_from_checkpoint, ema=ema,
+    )  # fmt: skip
+    loop.run().eval()
+    ema.copy_to(trained)
+    return loop.history
+
+
+def train_stable_diffusion(
+    accelerator: Accelerator, digits: TintedDigits, args: argparse.Namespace
+) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
+    """Train an autoencoder, then a UNet with its text encoder; returns the log, too."""
+    began = time.perf_counter()
+    vae = train_vae(accelerator, digits, args.vae_steps, args.seed)
+    vae_seconds = time.perf_counter() - began
+    latents, scaling_factor = encode_all(vae, digits)
+    vae.register_to_config(scaling_factor=scaling_factor)
+    tokenizer = make_tokenizer()
+    model = TextToNoise(build_text_encoder(tokenizer), build_unet(), tokenizer)
+    history = train_denoiser(accelerator, digits, latents, model, args)
+    pipeline = StableDiffusionPipeline(
+        vae, model.text_encoder, tokenizer, model.unet, build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return pipeline, {"seconds": {"autoencoder": round(vae_seconds)}, "denoiser": history}
+
+
+def train_flux2(
+    accelerator: Accelerator, digits: TintedDigits, args: argparse.Namespace
+) -> tuple[Flux2KleinPipeline, dict[str, Any]]:
+    """Train a FLUX.2 transformer on the autoencoder and the text encoder of `args.base`; returns the log, too."""
+    pipeline = build_pipeline(load_pipeline(args.base).to(accelerator.device))
+    latents, scaling_factor = encode_all(pipeline.vae, digits)
+    patches = normalized_patches(pipeline, latents / scaling_factor)
+    history = train_denoiser(accelerator, digits, patches, TextToVelocity(pipeline), args)
+    # Saved as what it is to everyone else: a stock pipeline.
+    return Flux2KleinPipeline(**pipeline.components), {"seconds": {}, "denoiser": history}
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--vae_steps", type=int, default=1500)
-    parser.add_argument("--max_train_steps", type=int, default=3500)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="stable_diffusion")
+    parser.add_argument("--output_dir", type=Path, help="[the bundled folder of the architecture]")
+    parser.add_argument("--vae_steps", type=int, default=1500, help="of Stable Diffusion's autoencoder")
+    parser.add_argument("--base", default=MODEL_DIR, help="whose autoencoder and text encoder FLUX.2 gets")
+    parser.add_argument("--max_train_steps", type=int, help="[3500; 2500 for FLUX.2]")
+    parser.add_argument("--checkpointing_steps", type=int, help="of the denoiser")
+    parser.add_argument("--resume_from_checkpoint", help="`latest` or a folder")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    folder, steps, _ = ARCHITECTURES[args.architecture]
+    args.output_dir, args.max_train_steps = args.output_dir or folder, args.max_train_steps or steps
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train both parts and save the pipeline in float16, with the log beside it."""
+    """Train all parts and save the pipeline in float16, with the log beside it."""
     began = time.perf_counter()
     accelerator = Accelerator()
     set_seed(args.seed)
-    digits = TintedDigits()
-    vae = train_vae(accelerator, digits, args.vae_steps, args.seed)
-    vae_seconds = time.perf_counter() - began
-    latents, scaling_factor = encode_all(vae, digits)
-    vae.register_to_config(scaling_factor=scaling_factor)
-    model, tokenizer, history = train_denoiser(accelerator, digits, latents, args.max_train_steps, args.seed)
-    pipeline = StableDiffusionPipeline(
-        vae, model.text_encoder, tokenizer, model.unet, build_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    pipeline, log = ARCHITECTURES[args.architecture][2](accelerator, TintedDigits(), args)
     save_in_half_precision(pipeline, args.output_dir)
+    log["seconds"] |= {"all": round(time.perf_counter() - began), "processor": round(time.process_time())}
     log = {
-        "seconds": {"autoencoder": round(vae_seconds), "all": round(time.perf_counter() - began)},
+        **log,
         "device": str(accelerator.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "arguments": {name: str(value) for name, value in vars(args).items() if name != "output_dir"},
-        "denoiser": history,
+        "arguments": {name: str(value) for name, value in vars(args).items() if isinstance(value, int | str)},
     }
     (args.output_dir.parent / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")
 
+
+ARCHITECTURES = {
+    "stable_diffusion": (MODEL_DIR, 3500, train_stable_diffusion),
+    "flux2": (FLUX2_DIR, 2500, train_flux2),
+}
 
 if __name__ == "__main__":
     main(parse_args())
