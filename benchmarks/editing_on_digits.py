@@ -1,6 +1,7 @@
 """Concepts of the digits model edited in closed form, against UCE, SPEED, ESD-x and a negative prompt.
 
 python benchmarks/editing_on_digits.py --seeds 5
+python benchmarks/editing_on_digits.py --model examples/digits_flux2/model
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.baselines.speed import speed
 from benchmarks.baselines.uce import unified_concept_edit
 from benchmarks.machine import table, write_results
 from diffusers_ext.nullspace.edit import edit_concept
-from examples.digits.check_model import draw, load_pipeline
+from examples.digits.check_model import MODEL_DIR, draw, load_pipeline
 from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import (
     COLORS,
@@ -57,6 +58,7 @@ class Case(NamedTuple):
 
 
 CLOSED_FORMS = ("edit", "uce", "speed")
+METHODS = (*CLOSED_FORMS, "uce of prompts", "negative prompt", "esd")
 COLORS_EDITED = ("red", "blue")
 SOME_DIGITS = ("three", "seven", "eight")
 CASES = [
@@ -70,10 +72,10 @@ CASES = [
 ESD_RATE = 1e-4
 
 
-def cases_of(seed: int) -> list[Case]:
+def cases_of(seed: int, methods: Sequence[str]) -> list[Case]:
     """All cases of a seed; ESD-x trains for minutes, so it erases one digit a seed."""
     digit = DIGITS[(3 + 2 * seed) % len(DIGITS)]
-    return [*CASES, Case(digit, (digit,), "esd")]
+    return [case for case in (*CASES, Case(digit, (digit,), "esd")) if case.method in methods]
 
 
 def groups(targets: Sequence[str], seed: int, count: int) -> dict[str, list[str]]:
@@ -91,8 +93,8 @@ def groups(targets: Sequence[str], seed: int, count: int) -> dict[str, list[str]
 class Examiner:
     """Draws a seed's prompts with the base model once, and compares edited models with it."""
 
-    def __init__(self, seed: int, count: int) -> None:
-        self.judge, self.seed, self.count = DigitsJudge(), seed, count
+    def __init__(self, seed: int, count: int, model: str) -> None:
+        self.judge, self.seed, self.count, self.model = DigitsJudge(), seed, count, model
         self._base: dict[tuple[str, ...], dict[str, list[Image.Image]]] = {}
 
     def _draw(self, pipeline: Any, targets: tuple[str, ...], **call: Any) -> dict[str, list[Image.Image]]:
@@ -107,7 +109,7 @@ class Examiner:
         absolute difference from the base model's pictures of the same seeds.
         """
         if targets not in self._base:
-            self._base[targets] = self._draw(load_pipeline(), targets)
+            self._base[targets] = self._draw(load_pipeline(self.model), targets)
         base, edited = self._base[targets], self._draw(pipeline, targets, **call)
         sides = [self._shares(pictures, targets) for pictures in (base, edited)]
         for name in ("others known", "others unseen"):
@@ -175,13 +177,13 @@ def edit(pipeline: Any, case: Case, anchors: Mapping[str, str]) -> tuple[float, 
     return time.process_time() - started, told
 
 
-def run_seed(seed: int, count: int) -> list[dict[str, Any]]:
+def run_seed(seed: int, count: int, model: str, methods: Sequence[str]) -> list[dict[str, Any]]:
     """All cases of one seed, and the base model on the same prompts."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    examiner, rows = Examiner(seed, count), []
+    examiner, rows = Examiner(seed, count, model), []
     anchors: dict[str, dict[str, str]] = {}
-    for case in cases_of(seed):
-        pipeline = load_pipeline()
+    for case in cases_of(seed, methods):
+        pipeline = load_pipeline(model)
         seconds, told = edit(pipeline, case, anchors.get(case.name, dict.fromkeys(case.targets, "")))
         if case.method == "edit":
             anchors[case.name] = told
@@ -230,11 +232,12 @@ def summarize(seeds: list[list[dict[str, Any]]]) -> str:
     rows = []
     for situation, (cases, methods) in SITUATIONS.items():
         rows.append(line(f"{situation}: base", of("edit", cases), "base"))
-        rows += [line(f"{situation}: {LABELS.get(m, m)}", of(m, cases)) for m in methods]
+        rows += [line(f"{situation}: {LABELS.get(m, m)}", of(m, cases)) for m in methods if of(m, cases)]
     trained = [row for row in runs if row["method"] == "esd"]
     erased = [(seed, row["case"]) for seed, found in enumerate(seeds) for row in found if row["method"] == "esd"]
     same = [row for seed, case in erased for row in seeds[seed] if row["method"] == "edit" and row["case"] == case]
-    rows += [line("a digit a seed: ESD-x, 1000 steps", trained), line("a digit a seed: **edit_concept**", same)]
+    if trained:
+        rows += [line("a digit a seed: ESD-x, 1000 steps", trained), line("a digit a seed: **edit_concept**", same)]
     for digit in DIGITS:
         anchor = next(row["anchors"][digit] for row in runs if row["case"] == digit)
         rows.append(line(f"{digit} -> {anchor}", of("edit", (digit,))))
@@ -250,13 +253,22 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=50, help="per group of prompts")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--model", default=str(MODEL_DIR), help="a folder of the digits")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="[all; SPEED and ESD-x are those of UNets]")
     args = parser.parse_args(input_args)
+    is_unet = (Path(args.model) / "unet").is_dir()
+    methods = args.methods or [method for method in METHODS if is_unet or method not in ("speed", "esd")]
+    if "edit" not in methods:
+        raise ValueError(f"`--methods` must hold edit, whose anchors all of them take, got {methods}.")
     pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
     with pool:
-        results = pool.map(run_seed, range(args.seeds), [args.pictures] * args.seeds)
+        settings = ([value] * args.seeds for value in (args.pictures, args.model, methods))
+        results = pool.map(run_seed, range(args.seeds), *settings)
         seeds = list(tqdm(results, total=args.seeds, desc="seeds"))
     text = summarize(seeds)
-    write_results("editing_on_digits", {"pictures": args.pictures, "seeds": seeds}, text)
+    write_results(
+        f"editing_on_{Path(args.model).resolve().parent.name}", {"pictures": args.pictures, "seeds": seeds}, text
+    )
     print(text)
 
 

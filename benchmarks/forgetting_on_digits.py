@@ -1,6 +1,7 @@
 """What the digits model keeps after learning a glyph: plain LoRA and others against null-space LoRA, five seeds.
 
 python benchmarks/forgetting_on_digits.py --seeds 5
+python benchmarks/forgetting_on_digits.py --model examples/digits_flux2/model
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
@@ -26,13 +27,15 @@ from benchmarks.baselines.finetuning import ADAPTERS, drawn_latents, finetune
 from benchmarks.machine import table, write_results
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 from diffusers_ext.training.nullspace.data import encode_conditions, encode_images, list_images
-from examples.digits.check_model import load_pipeline
+from examples.digits.check_model import MODEL_DIR, load_pipeline
 from examples.digits.judge import DigitsJudge
 from examples.digits.subjects import (
-    COMMON_FLAGS,
+    DIGITS_FLAGS,
+    FLUX2_FLAGS,
     INSTANCE_PROMPTS,
     NULL_SPACE_FLAGS,
     PLAIN_FLAGS,
+    SubjectFlags,
     glyph_share,
     held_out_prompts,
     knowledge_prompts,
@@ -57,11 +60,11 @@ Figures = dict[str, Any]
 class Examiner:
     """Measures LoRAs on the digits model: new glyphs, preserved and held-out prompts."""
 
-    def __init__(self, pictures: int) -> None:
-        self.base, self.pictures = load_pipeline(), pictures
+    def __init__(self, pictures: int, model: str = str(MODEL_DIR)) -> None:
+        self.base, self.pictures = load_pipeline(model), pictures
         self.judge, self.glyph_judge = DigitsJudge(), DigitsJudge(glyphs=True)
 
-    def examine(self, tuned: StableDiffusionPipeline, glyphs: list[str], seed: int) -> Figures:
+    def examine(self, tuned: DiffusionPipeline, glyphs: list[str], seed: int) -> Figures:
         """Glyph shares, reading shares of base and tuned, and pixel drift."""
         shares = {glyph: self._glyph(tuned, glyph, seed) for glyph in glyphs}
         report = evaluate_forgetting(
@@ -78,30 +81,40 @@ class Examiner:
         )
         return {"glyphs": shares, "groups": report.summary}
 
-    def _glyph(self, tuned: StableDiffusionPipeline, glyph: str, seed: int) -> float:
+    def _glyph(self, tuned: DiffusionPipeline, glyph: str, seed: int) -> float:
         first = 50_000 + 1_000 * seed
         return glyph_share(tuned, glyph, self.glyph_judge, count=self.pictures, seed=first)[0]
 
 
-def run_seed(seed: int, folder: Path, pictures: int) -> dict[str, Figures]:
+def flags_of(model: str) -> SubjectFlags:
+    """How the benchmark teaches a model."""
+    return DIGITS_FLAGS if (Path(model) / "unet").is_dir() else FLUX2_FLAGS
+
+
+def run_seed(seed: int, folder: Path, pictures: int, model: str) -> dict[str, Figures]:
     """All trainings and measurements of one seed; the glyph of the single runs goes round."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    examiner = Examiner(pictures)
+    examiner, flags = Examiner(pictures, model), flags_of(model)
     glyph = GLYPHS[seed % len(GLYPHS)]
     results = {}
+
+    def train(name: str, glyph: str, own: tuple[str, ...]) -> Path:
+        name = f"{name}_{seed}"
+        return train_subject(folder, name, glyph, own, seed=seed, model=model, common=flags.common)
+
+    def examine(loras: list[Path], glyphs: list[str]) -> Figures:
+        return examiner.examine(load_with_loras(loras, model), glyphs, seed)
+
     for rate in PLAIN_RATES:
-        flags = (*PLAIN_FLAGS, "--learning_rate", rate)
-        lora = train_subject(folder, f"plain_{rate}_{seed}", glyph, flags, seed=seed)
-        results[f"plain {rate}"] = examiner.examine(load_with_loras([lora]), [glyph], seed)
-    lora = train_subject(folder, f"null_space_{seed}", glyph, NULL_SPACE_FLAGS, seed=seed)
-    results["null-space"] = examiner.examine(load_with_loras([lora]), [glyph], seed)
+        lora = train(f"plain_{rate}", glyph, (*flags.plain, "--learning_rate", rate))
+        results[f"plain {rate}"] = examine([lora], [glyph])
+    results["null-space"] = examine([train("null_space", glyph, flags.null_space)], [glyph])
     loras = []
     for name in GLYPHS:
         others = [prompt for other, prompt in INSTANCE_PROMPTS.items() if other != name]
         reserved = [text for prompt in others for text in ("--other_instance_prompts", prompt)]
-        flags = (*NULL_SPACE_FLAGS, *reserved)
-        loras.append(train_subject(folder, f"{name}_{seed}", name, flags, seed=seed))
-    results["three null-space"] = examiner.examine(load_with_loras(loras), list(GLYPHS), seed)
+        loras.append(train(name, name, (*flags.null_space, *reserved)))
+    results["three null-space"] = examine(loras, list(GLYPHS))
     return results
 
 
@@ -214,20 +227,29 @@ def main(input_args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=100, help="per new glyph")
-    parser.add_argument("--name", default="forgetting_on_digits")
+    parser.add_argument("--model", default=str(MODEL_DIR), help="a folder of the digits")
+    parser.add_argument("--name", help="[forgetting_on_ and the model's]")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(input_args)
+    is_unet = flags_of(args.model) is DIGITS_FLAGS
     threads = max(1, (os.cpu_count() or 1) // args.processes)
     pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
     with tempfile.TemporaryDirectory() as folder, pool:
         work = [Path(folder, str(seed)) for seed in range(args.seeds)]
-        results = pool.map(run_seed, range(args.seeds), work, [args.pictures] * args.seeds)
-        others = run_others(pool, args.seeds, Path(folder, "others"), args.pictures)
+        settings = ([value] * args.seeds for value in (args.pictures, args.model))
+        results = pool.map(run_seed, range(args.seeds), work, *settings)
+        # The other methods are those of UNets.
+        others = run_others(pool, args.seeds, Path(folder, "others"), args.pictures) if is_unet else {}
         seeds = list(tqdm(results, total=args.seeds, desc="seeds"))
     summary, text = summarize(seeds)
-    text += "\n\n" + table_of_others(others, summary)
-    flags = {"common": COMMON_FLAGS, "null-space": NULL_SPACE_FLAGS, "plain": PLAIN_FLAGS}
-    write_results(args.name, {"flags": flags, "summary": summary, "seeds": seeds, "others": others}, text)
+    if others:
+        text += "\n\n" + table_of_others(others, summary)
+    flags = flags_of(args.model)._asdict()
+    write_results(
+        args.name or f"forgetting_on_{Path(args.model).resolve().parent.name}",
+        {"flags": flags, "summary": summary, "seeds": seeds, "others": others},
+        text,
+    )
     print(text)
 
 

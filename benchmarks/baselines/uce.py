@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
+from diffusers_ext.core.pipelines import denoiser_of
+from diffusers_ext.families import find_family
 from diffusers_ext.nullspace.text_only import denoiser_arguments, text_only_linears
 
 
 @torch.no_grad()
-def concept_tokens(pipeline: StableDiffusionPipeline, name: str) -> torch.Tensor:
+def concept_tokens(pipeline: DiffusionPipeline, name: str) -> torch.Tensor:
     """What the denoiser reads for a name, from its last word to the end of the text, `(tokens, width)` float64."""
     embeddings = denoiser_arguments(pipeline, [name])["encoder_hidden_states"][0].double()
     return embeddings[len(pipeline.tokenizer(name).input_ids) - 2 :]
@@ -25,9 +27,9 @@ def concept_tokens(pipeline: StableDiffusionPipeline, name: str) -> torch.Tensor
 
 @torch.no_grad()
 def unified_concept_edit(
-    pipeline: StableDiffusionPipeline, edits: Mapping[str, str], preserve: Sequence[str], weight: float = 0.5
+    pipeline: DiffusionPipeline, edits: Mapping[str, str], preserve: Sequence[str], weight: float = 0.5
 ) -> dict[str, torch.Tensor]:
-    """The edit of a UNet's K and V as a LoRA of full rank, keys as in `read_lora`."""
+    """The edit of what reads text alone, a UNet's K and V, as a LoRA of full rank, keys as in `read_lora`."""
     sources = text_only_linears(pipeline)
     change, seen = 0.0, 0.0
     for target, anchor in edits.items():
@@ -37,8 +39,8 @@ def unified_concept_edit(
         change, seen = change + (new - old).T @ old, seen + old.T @ old
     kept = torch.cat([concept_tokens(pipeline, name) for name in preserve])
     matrix = torch.linalg.solve(seen + weight * torch.eye(len(seen), dtype=seen.dtype) + kept.T @ kept, change.T).T
-    lora = {}
+    lora, prefix = {}, find_family(pipeline).denoiser
     for name in sources:
-        down = pipeline.unet.get_submodule(name).weight.double()
-        lora[f"unet.{name}.lora_A.weight"], lora[f"unet.{name}.lora_B.weight"] = matrix.float(), down.float()
+        down = denoiser_of(pipeline).get_submodule(name).weight.double()
+        lora[f"{prefix}.{name}.lora_A.weight"], lora[f"{prefix}.{name}.lora_B.weight"] = matrix.float(), down.float()
     return lora
