@@ -1,4 +1,4 @@
-"""Tiny random pipelines of today's families, real diffusers classes: FLUX.2 klein, Qwen-Image, Z-Image, Wan."""
+"""Tiny random pipelines of today's families, real diffusers classes: FLUX.2 klein, Qwen-Image, Z-Image, Wan, LTX-2."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     WanPipeline,
@@ -18,10 +22,12 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from examples.digits.prompts import make_tokenizer
-from tests.tiny_text_encoders import qwen3_config, qwen_tokenizer, qwen_vl, umt5
+from tests.tiny_text_encoders import gemma, gemma_tokenizer, qwen3_config, qwen_tokenizer, qwen_vl, umt5
 
 
 def tiny_flux2_pipeline(seed: int = 0) -> Flux2KleinPipeline:
@@ -167,3 +173,88 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_ltx2_pipeline(seed: int = 0) -> LTX2Pipeline:
+    """Text of 3 x 48, connectors of 48 with 8 registers; clips of 32 x 32 pixels are 16 x 16 latents of 4 channels.
+
+    Connectors and attention are wider than two texts of 16 tokens, which registers fill, so that directions are left.
+    """
+    tokenizer = gemma_tokenizer()
+    torch.manual_seed(seed)
+    text_encoder = gemma(tokenizer, 48)
+    streams = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "cross_attention_dim": 48,
+        "in_channels": 4,
+        "out_channels": 4,
+    }
+    transformer = LTX2VideoTransformer3DModel(
+        **streams,
+        **{f"audio_{name}": value for name, value in streams.items()},
+        num_layers=1,
+        caption_channels=48,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    connector = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 1, "num_learnable_registers": 8}
+    connectors = LTX2TextConnectors(
+        caption_channels=48,
+        text_proj_in_factor=3,
+        **{f"{stream}_connector_{name}": value for stream in ("video", "audio") for name, value in connector.items()},
+        connector_rope_base_seq_len=32,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    pipeline = LTX2Pipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        *_ltx2_vaes(),
+        text_encoder,
+        tokenizer,
+        connectors.eval(),
+        transformer.eval(),
+        LTX2Vocoder(
+            in_channels=16,
+            hidden_channels=8,
+            out_channels=2,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3, 5]],
+            output_sampling_rate=16000,
+        ).eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _ltx2_vaes() -> tuple[AutoencoderKLLTX2Video, AutoencoderKLLTX2Audio]:
+    video = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        timestep_conditioning=False,
+        patch_size=1,
+    )
+    audio = AutoencoderKLLTX2Audio(
+        base_channels=4,
+        output_channels=2,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        attn_resolutions=None,
+        in_channels=2,
+        resolution=32,
+        latent_channels=2,
+        mid_block_add_attention=False,
+        mel_bins=8,
+    )
+    return video.eval(), audio.eval()

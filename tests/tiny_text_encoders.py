@@ -5,6 +5,9 @@ from __future__ import annotations
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -88,3 +91,42 @@ def umt5(tokenizer: CLIPTokenizer, width: int) -> UMT5EncoderModel:
     """One layer of two heads of 4."""
     config = UMT5Config(vocab_size=len(tokenizer), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     return UMT5EncoderModel(config).eval()
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """A word of the digits' prompts is one token, with the mark of the space before it or without; no other words."""
+    words = [start + word for word in ("a", "the", "of", "photo", *COLORS, *DIGITS) for start in ("", "▁")]
+    vocabulary = {mark: index for index, mark in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"))}
+    merges: list[tuple[str, str]] = []
+    # Longer words first, because a merge of a short one ("r e" of "red") would cut a longer one ("three") in two.
+    for word in sorted(words, key=lambda word: (-len(word), word)):
+        for end in range(len(word)):
+            for token in (word[end], word[: end + 1]):
+                vocabulary.setdefault(token, len(vocabulary))
+            if end and (word[:end], word[end]) not in merges:
+                merges.append((word[:end], word[end]))
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, model_max_length=1024, add_bos_token=True)
+
+
+def gemma(tokenizer: GemmaTokenizer, width: int) -> Gemma3ForConditionalGeneration:
+    """Two layers of two heads of 8; its eyes are as small as they can be."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 32,
+    }
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    return Gemma3ForConditionalGeneration(config).eval()

@@ -9,6 +9,7 @@ from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.families.flux import Flux
 from diffusers_ext.families.flux2 import Flux2
 from diffusers_ext.families.hunyuan_dit import HunyuanDiT
+from diffusers_ext.families.ltx2 import LTX2
 from diffusers_ext.families.qwen_image import QwenImage
 from diffusers_ext.families.sd3 import SD3
 from diffusers_ext.families.sdxl import SDXL
@@ -28,6 +29,7 @@ FAMILIES: list[Family] = [
     QwenImage(),
     ZImage(),
     Wan(),
+    LTX2(),
     CogVideoX(),
 ]
 

@@ -188,7 +188,8 @@ class TextReader:
     ) -> None:
         self.pipeline, self.call_arguments = pipeline, call_arguments
         self._kept: dict[tuple[str, str], torch.Tensor] = {}
-        self._room = _KEPT_BYTES
+        # Updates of what stands before the denoiser change what that is handed.
+        self._room = _KEPT_BYTES if text_readers(pipeline) is denoiser_of(pipeline) else 0
         self.readers: dict[str, str] = {}
         for name, source in sources.items():
             self.readers.setdefault(source, name)
@@ -205,7 +206,7 @@ class TextReader:
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
             read = self._read(batch, source)
-            yield read.reshape(len(batch), -1, read.shape[-1]).double()
+            yield _from_its_begin(read.reshape(len(batch), -1, read.shape[-1]).double())
 
     def all(self, prompts: Sequence[str], source: str) -> torch.Tensor:
         """`(prompts, tokens, width)` float64; shorter texts end in zeros."""
@@ -214,7 +215,7 @@ class TextReader:
         return torch.cat([functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in read])
 
     def _handed(self, prompts: Sequence[str], source: str) -> torch.Tensor:
-        """What the denoiser is handed, which no update changes: a prompt is encoded once, while there is room."""
+        """What the denoiser is handed: a prompt is encoded once, while there is room."""
         missing = list(dict.fromkeys(prompt for prompt in prompts if (prompt, source) not in self._kept))
         found: dict[tuple[str, str], torch.Tensor] = {}
         if missing:
@@ -242,6 +243,13 @@ class TextReader:
         with capture(root, {source: root.get_submodule(self.readers[source])}, take):
             _run_until_read(self.pipeline, prompts, self.call_arguments)
         return found[0]
+
+
+def _from_its_begin(texts: torch.Tensor) -> torch.Tensor:
+    """Zeros that a text begins with, which is padding on the left (LTX-2), at its end."""
+    filled = texts.any(-1)
+    places = torch.arange(texts.shape[1], device=texts.device) + filled.int().argmax(1)[:, None]
+    return texts.gather(1, (places % texts.shape[1])[..., None].expand_as(texts))
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -6,9 +6,19 @@ import pytest
 import torch
 
 from diffusers_ext.core.pipelines import denoiser_of
-from diffusers_ext.nullspace.text_only import TextReader, denoiser_arguments, digest, text_only_linears
+from diffusers_ext.families import find_family
+from diffusers_ext.nullspace.edit_equations import added_updates
+from diffusers_ext.nullspace.text_only import (
+    TextReader,
+    denoiser_arguments,
+    digest,
+    lora_name,
+    text_only_linears,
+    text_readers,
+)
 from tests.tiny_current_pipelines import (
     tiny_flux2_pipeline,
+    tiny_ltx2_pipeline,
     tiny_qwen_image_pipeline,
     tiny_wan_pipeline,
     tiny_z_image_pipeline,
@@ -68,6 +78,27 @@ def test_todays_models_read_text_alone_in_the_order_in_which_they_run(build, fou
     assert list(linears) == list(found)
     # The refiner's sources are the Linears that first read them.
     assert all(source is None or linears[name] == source for name, source in found.items())
+
+
+def test_connectors_before_the_denoiser_are_read_and_named_as_their_component():
+    call = {"max_sequence_length": 16, "height": 32, "width": 32, "num_frames": 1}
+    pipeline = tiny_ltx2_pipeline()
+    linears = text_only_linears(pipeline, prompts=PROMPTS, **call)
+    first, *_, last = linears
+    assert (first, last) == ("connectors.text_proj_in", "transformer_blocks.0.audio_attn2.to_v")
+    assert linears["caption_projection.linear_1"] == "text"
+    assert linears["audio_caption_projection.linear_1"] == "audio_encoder_hidden_states"
+    assert [lora_name(pipeline, name) for name in (first, last)] == [first, f"transformer.{last}"]
+    # The text encoder is padded on the left; its tokens are read from where they begin.
+    reader = TextReader(pipeline, linears, 8, call)
+    read = reader.all(["a three", "a red three"], first)
+    (short,), (long,) = (find_family(pipeline).token_ids(pipeline, prompt) for prompt in ("a three", "a red three"))
+    assert read.any(-1).sum(1).tolist() == [len(short), len(long)]
+    assert read[:, 0].any()
+    # Updates of the connectors reach what the denoiser is handed.
+    before, a = reader.all(["a three"], "text"), torch.ones(1, 144, dtype=torch.float64)
+    with added_updates(text_readers(pipeline), {first: (a, torch.ones(48, 1, dtype=torch.float64))}):
+        assert not torch.allclose(reader.all(["a three"], "text"), before)
 
 
 @pytest.mark.parametrize("build", [tiny_qwen_image_pipeline, tiny_z_image_pipeline])
