@@ -9,7 +9,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from diffusers_ext.command_line.options import DOES_NOT_FIT, DONE, Command, Outcome
 from diffusers_ext.core.settings import Settings, declaration
-from diffusers_ext.planning.settings import EraserPlanSettings, GoldenNoisePlanSettings, NullSpacePlanSettings
+from diffusers_ext.planning.settings import (
+    EditPlanSettings,
+    EraserPlanSettings,
+    GoldenNoisePlanSettings,
+    NullSpacePlanSettings,
+)
 
 _DESCRIPTION = (
     "Nothing is downloaded: the run is gone through over tensors that have shapes and no data. What is "
@@ -88,6 +93,12 @@ PLANS = (
         "memory, disk and time of null-space DreamBooth",
         NullSpacePlanSettings,
         'plan nullspace --pretrained_model_name_or_path SD1.5 --gpu "RTX 3060" --mixed_precision fp16',
+    ),
+    _command(
+        "edit",
+        "memory, disk and time of an edit of knowledge",
+        EditPlanSettings,
+        "plan edit --pretrained_model_name_or_path SDXL --gpu here --mixed_precision bf16",
     ),
     _command(
         "golden-noise",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_ext.core.settings import Settings, with_new_names
+from diffusers_ext.planning.edit import EditPlanSettings, draft_edit
 from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.golden_noise import draft_golden_noise
 from diffusers_ext.planning.gpus import (
@@ -33,6 +34,7 @@ _DRAFTS: dict[str, tuple[Callable[..., Draft], type[Settings]]] = {
     "nullspace": (draft_nullspace, NullSpacePlanSettings),
     "golden-noise": (draft_golden_noise, GoldenNoisePlanSettings),
     "eraser": (draft_eraser, EraserPlanSettings),
+    "edit": (draft_edit, EditPlanSettings),
 }
 TOOLS = tuple(_DRAFTS)
 _MEMORY = "Peaks are of tensors; workspaces inside of kernels are left to the reserve."
@@ -44,11 +46,10 @@ _FACTS = (
     "tool model setting device memory reserve fits missing peak worst_phase parts phases seconds disk disk_total "
     "download assumptions"
 ).split()
-
 _LINE = 88
 _SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _TIMES = ((86400, "d"), (3600, "h"), (60, "min"))
-_TITLES = {"nullspace": "null-space DreamBooth", "golden-noise": "golden noise", "eraser": "eraser"}
+_TITLES = {"nullspace": "null-space DreamBooth", "golden-noise": "golden noise", "eraser": "eraser", "edit": "edit"}
 
 
 class PhasePlan(NamedTuple):
@@ -218,7 +219,7 @@ def plan_run(
     Shapes alone are looked at; nothing is downloaded, and of a folder only configs are read.
 
     Args:
-        tool: `"nullspace"`, `"golden-noise"` or `"eraser"`.
+        tool: `"nullspace"`, `"golden-noise"`, `"eraser"` or `"edit"`.
         model: a published base model such as `"SDXL"` or `"zai-org/CogVideoX-5b"`, or the folder of a pipeline.
         gpu: a card such as `"RTX 4090"`, whose published figures give the time; `"here"` times one repetition of each
             step on the device at hand, with random weights. No time when `None`.
@@ -347,8 +348,7 @@ def _time_assumptions(target: _Target, timed: bool) -> list[str]:
     return []
 
 
-_SMALL_RANK, _MOST_ROWS = 32, 8
-_FEWER_FRAMES = (81, 49, 33, 17, 9)
+_SMALL_RANK, _MOST_ROWS, _FEWER_FRAMES = 32, 8, (81, 49, 33, 17, 9)
 
 
 def recommend_eraser_training(model: str | os.PathLike, memory_gib: float, **setting: Any) -> RunPlan:

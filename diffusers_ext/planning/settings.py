@@ -146,6 +146,27 @@ class NullSpacePlanSettings(PlannedRun):
 
 
 @dataclass(kw_only=True)
+class EditPlanSettings(Settings):
+    """How much of a model's knowledge is edited, in one call."""
+
+    num_edits: int = setting(1, "concepts", rule=COUNT)
+    num_edited_prompts: int = setting(30, "prompts of each: templates, and preserved ones that name it", rule=COUNT)
+    num_preserved_prompts: int = as_in(NullSpacePlanSettings, "num_knowledge_prompts", default=100)
+    words_per_prompt: int = as_in(NullSpacePlanSettings, "words_per_prompt", default=6)
+    no_sub_phrases: bool = as_in(NullSpacePlanSettings, "no_sub_phrases", default=False)
+    batch_size: int = setting(64, "prompts read at once", rule=COUNT)
+    rank: int = setting(32, "of the update, which an edit finds by itself", rule=COUNT)
+    hard: bool = setting(False, "change nothing at all for the preserved prompts")
+    mixed_precision: str = as_in(ModelSettings, "mixed_precision", default="no", help="no, fp16 or bf16")
+
+    @property
+    def num_texts(self) -> int:
+        """Prompts that are encoded: targets and anchors, preserved ones with their parts, the empty one."""
+        phrases = 1 if self.no_sub_phrases else 1 + self.words_per_prompt
+        return 2 * self.num_edits * self.num_edited_prompts + self.num_preserved_prompts * phrases + 1
+
+
+@dataclass(kw_only=True)
 class GoldenNoisePlanSettings(PlannedRun):
     """How pairs are made and a network is trained on them.
 
