@@ -32,7 +32,7 @@ class Flux2(Family):
     """FLUX.2 klein, base and distilled.
 
     Its latents are patched: 2 x 2 of the VAE's are one of four times the channels, normalised by the batch statistics
-    that the VAE carries. One of them is one token. Its LoRAs have the prefix `transformer`, in diffusers and ComfyUI.
+    that the VAE carries. One of them is one token. Its LoRAs have the prefix `transformer` in diffusers.
     """
 
     name = "flux2"
