@@ -42,6 +42,7 @@ bench: setup
 	$(BIN)/python benchmarks/forgetting_on_digits.py
 	$(BIN)/python benchmarks/debleeding_on_digits.py
 	$(BIN)/python benchmarks/editing_on_digits.py
+	$(BIN)/python benchmarks/near_concepts_on_digits.py
 	$(BIN)/python benchmarks/strength_of_edits_on_digits.py
 	$(BIN)/python benchmarks/cost_of_statistics.py
 	$(BIN)/python benchmarks/real_sizes.py
