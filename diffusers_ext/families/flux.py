@@ -27,6 +27,7 @@ class Flux(Family):
     pipelines = ("FluxPipeline",)
     tools = frozenset({"nullspace", "golden_noise"})
     golden_pipeline = "GoldenNoiseFluxPipeline"
+    nullspace_pipeline = "NullSpaceDreamBoothFluxPipeline"
     denoiser_class = "FluxTransformer2DModel"
     flow_matching = True
     token_encoders = ("text_encoder_2",)

@@ -41,6 +41,7 @@ class Flux2(Family):
     denoiser_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
     tools = frozenset({"nullspace"})
+    nullspace_pipeline = "NullSpaceDreamBoothFlux2KleinPipeline"
     flow_matching = True
     # Single blocks have one Linear for queries, keys, values and what their feed-forward reads.
     attention_linears = (*Family.attention_linears, "to_qkv_mlp_proj", "to_out")

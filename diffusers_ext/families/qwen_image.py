@@ -26,6 +26,7 @@ class QwenImage(Family):
     vae_class = "AutoencoderKLQwenImage"
     video_vae = True
     tools = frozenset({"nullspace"})
+    nullspace_pipeline = "NullSpaceDreamBoothQwenImagePipeline"
     flow_matching = True
     rounds_size = True
     text_fields = ("prompt_embeds", "attention_mask")

@@ -32,6 +32,7 @@ class SD3(Family):
     pipelines = ("StableDiffusion3Pipeline",)
     tools = frozenset({"nullspace", "golden_noise"})
     golden_pipeline = "GoldenNoiseSD3Pipeline"
+    nullspace_pipeline = "NullSpaceDreamBoothSD3Pipeline"
     denoiser_class = "SD3Transformer2DModel"
     flow_matching = True
     token_encoders = ("text_encoder", "text_encoder_3")  # CLIP's tokens come before T5's

@@ -26,6 +26,7 @@ class Wan(Family):
     vae_class = "AutoencoderKLWan"
     video_vae = True
     tools = frozenset({"nullspace"})
+    nullspace_pipeline = "NullSpaceDreamBoothWanPipeline"
     flow_matching = True
     t5_tokens = 512
     smallest_call = {"num_frames": 1}

@@ -25,6 +25,7 @@ class ZImage(Family):
     pipelines = ("ZImagePipeline",)
     denoiser_class = "ZImageTransformer2DModel"
     tools = frozenset({"nullspace"})
+    nullspace_pipeline = "NullSpaceDreamBoothZImagePipeline"
     flow_matching = True
     text_fields = ("prompt_embeds", "attention_mask")
     smallest_call = {"guidance_scale": 0.0}  # at which it is not guided

@@ -1,4 +1,4 @@
-"""Stable Diffusion and SDXL pipelines that carry the statistics a null-space LoRA was trained under."""
+"""Pipelines of diffusers that carry the statistics a null-space LoRA was trained under."""
 
 from __future__ import annotations
 
@@ -6,16 +6,30 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    WanPipeline,
+    ZImagePipeline,
+)
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusers_ext.core.attention_processors import ProjectAttnProcessor, use_processors
-from diffusers_ext.core.pipelines import add_component, plain_class_name
+from diffusers_ext.core.pipelines import add_component, denoiser_of, plain_class_name
+from diffusers_ext.core.restored_state import CallScope
+from diffusers_ext.families import match_family
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import PushWithCard
 from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, add_kohya_file, check_loaded_lora
@@ -26,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class NullSpaceMixin(PushWithCard):
-    """What both pipelines add: a `statistics` component, checked LoRAs, preservation at run time.
+    """What all of them add: a `statistics` component, checked LoRAs, preservation at run time.
 
     The facts for the model card of an upload are the arguments of `subject_pipeline_card`.
     """
@@ -84,12 +98,13 @@ class NullSpaceMixin(PushWithCard):
     def save_lora_weights(cls, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
         """As in diffusers, and `comfyui_a1111_kohya.safetensors` beside it, whose names ComfyUI and A1111 know.
 
-        Under a `weight_name` of one's own, or as a pickle, there is no second file.
+        A transformer's LoRA has one name everywhere, and one file. Under a `weight_name` of one's own, or as a pickle,
+        there is no second file.
         """
         save = super().save_lora_weights
         save(save_directory, *args, **kwargs)
         given = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
-        usual = given.get("weight_name") in (None, LORA_WEIGHT_NAME)
+        usual = given.get("weight_name") in (None, LORA_WEIGHT_NAME) and not match_family(cls).flow_matching
         if usual and given.get("safe_serialization", True) and given.get("is_main_process", True):
             add_kohya_file(save_directory)
 
@@ -98,6 +113,8 @@ class NullSpaceMixin(PushWithCard):
         self, strength: float = 1.0, *, projector: NullSpaceProjector | None = None, **criterion: float
     ) -> Iterator[ProjectAttnProcessor]:
         """Project whatever LoRA is loaded away from the preserved prompts, while the context is open.
+
+        Of a transformer, the LoRAs that are loaded when it is opened.
 
         Args:
             strength: 0 is the LoRA as it is, 1 fully projected; settable on the yielded processor.
@@ -108,16 +125,39 @@ class NullSpaceMixin(PushWithCard):
                 raise ValueError("`statistics` must be loaded to preserve them, got none.")
             criterion = criterion or {"damping": 1e-3}
             projector = NullSpaceProjector.from_statistics(self.statistics, **criterion)
-        _warn_of_uncovered(self.unet, projector)
+        denoiser, everywhere = denoiser_of(self), match_family(self).flow_matching
+        _warn_of_uncovered(denoiser, projector, everywhere)
         processor = ProjectAttnProcessor(strength=strength, projector=projector.projections())
-        with use_processors(self.unet, processor):
+        with _project_loras(denoiser, processor) if everywhere else use_processors(denoiser, processor):
             yield processor
 
 
-def _warn_of_uncovered(unet: torch.nn.Module, projector: NullSpaceProjector) -> None:
-    adapted = [name for name, part in unet.named_modules() if isinstance(part, BaseTunerLayer)]
-    in_attention = [name.removesuffix("processor") for name in unet.attn_processors]
-    left = [name for name in adapted if name not in projector.sources or not name.startswith(tuple(in_attention))]
+@contextmanager
+def _project_loras(denoiser: torch.nn.Module, processor: ProjectAttnProcessor) -> Iterator[None]:
+    """What the processor does in attention layers, for the LoRA of any Linear."""
+    with CallScope() as scope, ExitStack() as hooks:
+        for name, layer in denoiser.named_modules():
+            if isinstance(layer, LoraLinear) and name in processor.projections:
+                for a in layer.lora_A.values():
+                    project = partial(_project_input, processor, name, scope)
+                    hooks.callback(a.register_forward_pre_hook(project).remove)
+        yield
+
+
+def _project_input(
+    processor: ProjectAttnProcessor, name: str, scope: CallScope, _: torch.nn.Module, args: tuple
+) -> tuple | None:
+    if not processor.strength or not scope.covers_this_call():
+        return None
+    features = args[0]
+    projected = features @ processor.projections[name].to(features)
+    return (features + processor.strength * (projected - features),)
+
+
+def _warn_of_uncovered(denoiser: torch.nn.Module, projector: NullSpaceProjector, everywhere: bool) -> None:
+    adapted = [name for name, part in denoiser.named_modules() if isinstance(part, BaseTunerLayer)]
+    within = ("",) if everywhere else tuple(name.removesuffix("processor") for name in denoiser.attn_processors)
+    left = [name for name in adapted if name not in projector.sources or not name.startswith(within)]
     if left:
         logger.warning(
             "%d modules of the loaded LoRAs are not projected, because the statistics do not cover "
@@ -137,6 +177,30 @@ class NullSpaceDreamBoothPipeline(NullSpaceMixin, StableDiffusionPipeline):
 
 class NullSpaceDreamBoothXLPipeline(NullSpaceMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
+
+
+class NullSpaceDreamBoothSD3Pipeline(NullSpaceMixin, StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
+
+
+class NullSpaceDreamBoothFluxPipeline(NullSpaceMixin, FluxPipeline):
+    """`FluxPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
+
+
+class NullSpaceDreamBoothFlux2KleinPipeline(NullSpaceMixin, Flux2KleinPipeline):
+    """`Flux2KleinPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
+
+
+class NullSpaceDreamBoothQwenImagePipeline(NullSpaceMixin, QwenImagePipeline):
+    """`QwenImagePipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
+
+
+class NullSpaceDreamBoothZImagePipeline(NullSpaceMixin, ZImagePipeline):
+    """`ZImagePipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
+
+
+class NullSpaceDreamBoothWanPipeline(NullSpaceMixin, WanPipeline):
+    """`WanPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
 
 
 def subject_pipeline_card(

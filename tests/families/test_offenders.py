@@ -35,7 +35,19 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         },
         _SUBCLASSES,
     ),
-    "diffusers_ext/nullspace/pipeline.py": ({"StableDiffusionPipeline", "StableDiffusionXLPipeline"}, _SUBCLASSES),
+    "diffusers_ext/nullspace/pipeline.py": (
+        {
+            "Flux2KleinPipeline",
+            "FluxPipeline",
+            "QwenImagePipeline",
+            "StableDiffusion3Pipeline",
+            "StableDiffusionPipeline",
+            "StableDiffusionXLPipeline",
+            "WanPipeline",
+            "ZImagePipeline",
+        },
+        _SUBCLASSES,
+    ),
 }
 
 
