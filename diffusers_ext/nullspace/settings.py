@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from diffusers_ext.core.settings import (
@@ -28,6 +29,12 @@ DIRECTIONS = ("generalized", "null", "soft", "plain")
 # Frozen directions have unit energy, so B holds output changes; a plain LoRA's B is far smaller.
 _RATES = {"generalized": 3e-2, "null": 3e-2, "soft": 1e-3, "plain": 1e-3}
 _FULL_RATE = 1e-4
+# {name: (package, class)}; AdamW is torch's own.
+OPTIMIZERS = {
+    "adamw": ("torch", "optim.AdamW"),
+    "adamw_8bit": ("bitsandbytes", "optim.AdamW8bit"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+}
 # How timesteps of flow matching are drawn and weighed, by diffusers' names.
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 SCOPES = ("text_stream", "text_only", "all")
@@ -169,6 +176,11 @@ class DirectionSettings(Settings, title="null space"):
     preservation_weight: float = setting(
         100.0, "how much soft directions pay for moving what is known", rule=NOT_NEGATIVE
     )
+    optimizer: str = setting(
+        "adamw",
+        "of what trains; adamw_8bit needs bitsandbytes, prodigy prodigyopt, which finds its rate itself",
+        choices=tuple(OPTIMIZERS),
+    )
     lora_dropout: float = setting(0.0, "share of the LoRA's input that is zeroed", rule=BELOW_ONE)
     lora_bias: str = setting("none", "only none: a bias breaks preservation")
     use_dora: bool = setting(False, "refused: it breaks preservation")
@@ -194,10 +206,18 @@ class NullSpaceSettings(
         super().settle()
         if self.learning_rate is None:
             self.learning_rate = _FULL_RATE if self.full_finetune else _RATES[self.directions]
+            if self.optimizer == "prodigy":
+                self.learning_rate = 1.0  # a factor of the rate that it finds
 
     def check(self) -> None:
         """Also what full fine-tuning allows."""
         super().check()
+        package, _ = OPTIMIZERS[self.optimizer]
+        if find_spec(package) is None:
+            raise ValueError(
+                f"`optimizer` must have its package {package}, got {self.optimizer!r} without it. Install it "
+                f"(`pip install {package}`), or leave the flag out."
+            )
         if self.full_finetune and self.directions == "plain":
             raise ValueError("`--full_finetune` must be constrained, got `--directions plain`.")
         if self.full_finetune and self.adam_weight_decay:

@@ -13,8 +13,10 @@ from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 from diffusers_ext.families import find_family
 from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
 from diffusers_ext.nullspace.lora_files import check_loaded_lora
+from diffusers_ext.nullspace.settings import OPTIMIZERS
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace.run import check_against_model, main, parse_args
+from diffusers_ext.training.run.setup import make_optimizer
 from tests.tiny_current_pipelines import (
     tiny_flux2_pipeline,
     tiny_qwen_image_pipeline,
@@ -147,6 +149,19 @@ def test_a_lora_of_a_transformer_is_cleaned_and_reported(bases, sd3_run):
     assert all(after[name] < 0.5 * before[name] for name in before)
     pipeline.load_lora_weights(cleaned)
     assert check_loaded_lora(pipeline) == 5
+
+
+def test_optimizers_by_name(subject_line, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "prodigy", ("nowhere", "Prodigy"))
+    with pytest.raises(ValueError, match="`optimizer` must have its package nowhere, got 'prodigy' without it"):
+        parse_args(subject_line(optimizer="prodigy"))
+    monkeypatch.setitem(OPTIMIZERS, "prodigy", ("torch", "optim.RAdam"))
+    settings = parse_args(subject_line(optimizer="prodigy"))
+    assert settings.learning_rate == 1.0
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    optimizer = make_optimizer(settings, weights, None)
+    assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.RAdam, 1.0)
+    assert type(make_optimizer(parse_args(subject_line()), weights, None)) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize(

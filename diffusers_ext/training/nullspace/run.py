@@ -182,6 +182,8 @@ def subject_settings(settings: NullSpaceSettings) -> dict[str, Any]:
     ):  # left out where they are not given, as before they were
         if getattr(settings, name) is not None:
             facts[name] = getattr(settings, name)
+    if settings.optimizer != "adamw":
+        facts["optimizer"] = settings.optimizer
     if settings.with_prior_preservation:
         facts.update(class_prompt=settings.class_prompt, prior_loss_weight=settings.prior_loss_weight)
     if settings.directions == "plain":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +27,7 @@ from diffusers_ext.evaluation.settings import (
     ForgettingSettings,
     GoldenNoiseEvaluationSettings,
 )
-from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
+from diffusers_ext.nullspace.settings import OPTIMIZERS, CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.golden_noise.settings import (
     GoldenSampleSettings,
     PairNetworkSettings,
@@ -156,11 +157,12 @@ def start_trackers(accelerator: Accelerator, settings: TrainingRunSettings, name
 def make_optimizer(
     settings: TrainingRunSettings, parameters: Iterable[torch.nn.Parameter], accelerator: Accelerator
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameters` with the command line's settings."""
+    """The optimizer of `parameters` with the command line's settings; AdamW where these name none."""
     rate = settings.learning_rate
     if settings.scale_lr:
         rate *= settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    return torch.optim.AdamW(
+    package, name = OPTIMIZERS[getattr(settings, "optimizer", "adamw")]
+    return pkgutil.resolve_name(f"{package}:{name}")(
         parameters,
         lr=rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
