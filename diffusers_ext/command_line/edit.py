@@ -49,7 +49,7 @@ def _add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preserve_weight", type=float, default=1.0, help="more keeps more of the preserved prompts")
     group.add_argument("--eps", type=float, default=1e-4, help="price of large weights")
     group.add_argument("--hard", action="store_true", help="exact: change nothing at all for the preserved prompts")
-    group.add_argument("--kept", type=float, default=0.9999, help="share of the edit that the rank keeps")
+    group.add_argument("--kept", type=float, default=0.999, help="share of the edit that the rank keeps")
     group.add_argument("--no_sub_phrases", action="store_true", help="preserve the prompts as they are, and no parts")
     group.add_argument("--negative_prompt", default="", help="that pictures will be drawn with")
     add_base_model_arguments(parser)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,11 +27,10 @@ from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import path_inside, push_folder, split_arguments
 from diffusers_ext.nullspace.edit_equations import (
-    edit_matrix,
+    edit_factors,
     effect_moments,
     in_places,
     layer_report,
-    low_rank,
     preserved_moment,
     read_weight,
     target_moments,
@@ -52,6 +52,8 @@ from diffusers_ext.nullspace.text_only import TextReader, lora_name, text_only_l
 logger = logging.getLogger(__name__)
 StateDict = dict[str, torch.Tensor]
 REPORT_NAME = "edit_report.json"
+# Of the median distance of concepts; the nearest of digits and colours lie at a third of it and more.
+_ONE_CONCEPT = 0.25
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def edit_concept(
     preserve_weight: float = 1.0,
     eps: float = 1e-4,
     hard: bool = False,
-    kept: float = 0.9999,
+    kept: float = 0.999,
     expand_sub_phrases: bool = True,
     batch_size: int = 64,
     **call_arguments: Any,
@@ -209,7 +211,7 @@ def edit_concept(
         edits: `{target: anchor}`, or `ConceptEdit`s; an anchor of `None` is found (`nearest_anchor`).
         preserve: prompts to keep. The empty prompt and `negative_prompt` weigh as much as all of them, because
             guidance reads them in every picture. Those that name a target are edited (see `ConceptEdit`).
-        preserve_weight, eps, hard: see `edit_matrix`.
+        preserve_weight, eps, hard: see `edit_factors`.
         kept: share of the update's effect on the targets that its rank keeps.
         expand_sub_phrases: also preserve every prompt with one word left out.
         batch_size: prompts read at once.
@@ -243,8 +245,7 @@ def edit_concept(
     for source in dict.fromkeys(sources.values()):
         d_c, c1, c2 = target_moments(root, reader, prompts, source, updates)
         c0 = preserved_moment(reader, preserved, negative_prompt, source)
-        matrix = edit_matrix(d_c, c1, c0, edits=len(edits), **settings)
-        left, a, share = low_rank(matrix, c1, kept)
+        left, a, share = edit_factors(d_c, c1, c0, kept=kept, edits=len(edits), **settings)
         missed, moved = effect_moments(left, a, d_c, c1, c2, c0)
         metric = torch.zeros_like(c1)
         for name in (name for name in sources if sources[name] == source):
@@ -289,7 +290,8 @@ def nearest_anchor(
     """The concept of the preserved prompts that the model reads most like the target.
 
     It is the one of `stand_ins` among the remaining prompts, which name no target of any edit, with the least
-    `E|W (k2 - k1)|^2`, by the first Linear that reads text.
+    `E|W (k2 - k1)|^2`, by the first Linear that reads text. Concepts far nearer than half of them do not count: to the
+    model they are the target already, as one that an earlier edit made it read so.
 
     Raises:
         ValueError: no preserved prompt differs from one that names the target in its words alone.
@@ -307,6 +309,8 @@ def nearest_anchor(
     for words in candidates:
         k2 = in_places(reader, prompts, replaced(prompts, target, words), source, k1.shape[1])
         distances[words] = ((k2 - k1) @ weight.T).square().mean().item()
-    chosen = min(distances, key=distances.get)
+    usual = median(distances.values())
+    others = {words: distance for words, distance in distances.items() if distance > _ONE_CONCEPT * usual}
+    chosen = min(others or distances, key=distances.get)
     logger.info("Anchor of %r: %r, of %d concepts.", target, chosen, len(candidates))
     return chosen

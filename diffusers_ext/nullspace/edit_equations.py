@@ -9,6 +9,10 @@ their places, and to keep its outputs for the preserved tokens `k0`:
 (the normal equations; AlphaEdit, arXiv 2410.02355, solves the same problem inside the null space of C0, which is
 `hard=True`; UCE, arXiv 2308.14761, with the anchors of Stable Diffusion's cross-attention). M depends on the text
 alone, so that one matrix serves all Linears that read the same tensor.
+
+It is solved twice. A large lambda finds the directions that tell a target from what is preserved, often one an edit,
+but leaves D too small; a least-squares fit at the lambda that is asked for gives it its size within them. The lambda
+of the directions is the largest that lets them do most of what the plain solution does to the targets.
 """
 
 from __future__ import annotations
@@ -31,6 +35,10 @@ from diffusers_ext.nullspace.text_only import TextReader
 _SAME = 1e-10
 # Widths from which `low_rank` looks for few directions, and how many at once.
 _WIDE, _BLOCK = 512, 32
+# By how much lambda is larger where directions are chosen: less takes directions that other words share.
+_DIRECTION_WEIGHTS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
+# Of the plain solution's effect; less leaves concepts that stand in several places of a prompt, such as colours.
+_ENOUGH = 0.8
 
 
 def edit_matrix(
@@ -118,6 +126,46 @@ def _krylov_rank(
             left = (coordinates.T.flip(0)[:rank] @ basis).T
             return left, left.T @ matrix, shares[rank - 1].item()
     return None
+
+
+def edit_factors(
+    d_c: torch.Tensor,
+    c1: torch.Tensor,
+    c0: torch.Tensor,
+    *,
+    preserve_weight: float,
+    eps: float,
+    kept: float,
+    hard: bool = False,
+    edits: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`M = B A` in the directions that tell the targets from what is preserved, and of the size that is asked for.
+
+    Args:
+        kept: share of what the update does to the targets that its directions keep.
+
+    Returns:
+        `B`, `(dim, rank)`; `A`, `(rank, dim)`, of orthonormal rows unless `hard`; and the share that is kept.
+    """
+    solve = {"eps": eps, "hard": hard, "edits": edits}
+    plain = edit_matrix(d_c, c1, c0, preserve_weight=preserve_weight, **solve)
+    if hard:
+        return low_rank(plain, c1, kept)
+    ridge = eps * c1.diagonal().mean()
+    for weight in _DIRECTION_WEIGHTS:
+        matrix = edit_matrix(d_c, c1, c0, preserve_weight=weight * preserve_weight, **solve)
+        _, a, share = low_rank(matrix, c1, kept)
+        a = torch.linalg.qr(a.T).Q.T
+        inner = a @ (c1 + preserve_weight * c0) @ a.T
+        b = torch.linalg.solve(inner + ridge * torch.eye(len(a)).to(inner), a @ d_c.T).T
+        if _gain(b @ a, d_c, c1) >= _ENOUGH * _gain(plain, d_c, c1):
+            break
+    return b, a, share
+
+
+def _gain(matrix: torch.Tensor, d_c: torch.Tensor, c1: torch.Tensor) -> float:
+    """`E|k2 - k1|^2 - E|M k1 - (k2 - k1)|^2`."""
+    return (2 * (d_c * matrix).sum() - ((matrix @ c1) * matrix).sum()).item()
 
 
 def in_places(

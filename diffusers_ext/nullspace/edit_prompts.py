@@ -79,7 +79,10 @@ class EditPrompts:
 
 
 def stand_ins(target: str, preserve: Sequence[str], others: Sequence[str]) -> list[str]:
-    """What stands in `others` where preserved prompts name the target: "nine" in "a red nine" for "a red three"."""
+    """What stands in `others` where preserved prompts name the target: "nine" in "a red nine" for "a red three".
+
+    Of "red" and "photo of the red digit", for "yellow" in another template, only the first is a concept.
+    """
     found = []
     for prompt in preserve:
         for start, end in concept_spans(prompt, target):
@@ -88,7 +91,8 @@ def stand_ins(target: str, preserve: Sequence[str], others: Sequence[str]) -> li
                 words = other[len(before) : len(other) - len(after)]
                 if words and words == words.strip() and other == before + words + after:
                     found.append(words)
-    return [words for words in unique(found) if not contains_concept(words, target)]
+    found = [words for words in unique(found) if not contains_concept(words, target)]
+    return [words for words in found if not any(contains_concept(words, other) for other in found if other != words)]
 
 
 def split_prompts(

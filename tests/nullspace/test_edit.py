@@ -97,6 +97,17 @@ def test_chained_edits_are_made_at_once():
         assert (k[target] @ edited.T - k[anchor] @ weight.T).norm() < 0.1 * way.norm()
 
 
+def test_what_an_earlier_edit_made_alike_is_no_anchor():
+    pipeline = random_digits_pipeline()
+    first = edit_concept(pipeline, {"three": "nine"}, ["a red three", "a red one"], preserve_weight=1e-3)
+    pipeline.load_lora_weights(first.lora)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    preserve = ["a red nine", "a red three", "a red one", "a red two", "a blue one"]
+    (second,) = edit_concept(pipeline, {"nine": None}, preserve).edits
+    assert second.anchor in ("one", "two")
+
+
 def test_a_pipeline_with_a_lora_is_refused():
     pipeline = random_digits_pipeline()
     pipeline.load_lora_weights(edit_concept(pipeline, {"three": "nine"}, ["a one"]).lora)

@@ -10,6 +10,7 @@ from diffusers_ext.nullspace import edit_equations
 from diffusers_ext.nullspace.edit import edit_concept
 from diffusers_ext.nullspace.edit_equations import (
     added_updates,
+    edit_factors,
     edit_matrix,
     effect_moments,
     layer_report,
@@ -108,6 +109,29 @@ def test_the_report_of_a_layer_is_that_of_its_outputs():
     assert found["achieved"] == pytest.approx(1 - missed.item())
     drift = (k0 @ delta.T).square().sum() / (k0 @ weight.T).square().sum()
     assert found["drift"] == pytest.approx(drift.item())
+
+
+def test_a_targets_own_direction_takes_the_whole_edit():
+    generator = torch.Generator().manual_seed(3)
+    k0 = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    k0[:, 0] *= 1e-3  # what is preserved hardly uses the first direction
+    k1 = k0[:40] + torch.eye(6, dtype=torch.float64)[0]
+    change = torch.randn(6, generator=generator, dtype=torch.float64).expand(40, 6)
+    d_c, c1, c0 = change.T @ k1 / 40, k1.T @ k1 / 40, k0.T @ k0 / 200
+    solve = {"preserve_weight": 1.0, "eps": 1e-6}
+    b, a, share = edit_factors(d_c, c1, c0, kept=0.999, **solve)
+    assert len(a) == 1
+    assert share >= 0.999
+    assert abs(a[0, 0]) > 0.9999
+
+    def missed(matrix: torch.Tensor) -> float:
+        return ((k1 @ matrix.T - change).square().sum() / change.square().sum()).item()
+
+    drift, of_one_solve = ((k0 @ m.T).square().mean() for m in (b @ a, edit_matrix(d_c, c1, c0, **solve)))
+    assert missed(b @ a) < 1e-3
+    assert drift < of_one_solve
+    far = edit_matrix(d_c, c1, c0, **{**solve, "preserve_weight": 1e6})
+    assert missed(far) > 10 * missed(b @ a)  # its size is what the second solve gives back
 
 
 def test_added_updates_act_inside_and_leave_nothing():

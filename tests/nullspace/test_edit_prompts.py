@@ -11,6 +11,7 @@ from diffusers_ext.nullspace.edit_prompts import (
     aligned,
     check_read_apart,
     split_prompts,
+    stand_ins,
     token_alignment,
 )
 from tests.tiny_digits import random_digits_pipeline
@@ -93,3 +94,9 @@ def test_encoders_whose_tokens_follow_each_other_are_aligned_one_by_one():
 
 def test_pooled_text_has_one_place():
     assert torch.equal(token_alignment(tiny_sd3_pipeline(), ["a three"], ["a red nine"], 1), torch.zeros(1, 1).long())
+
+
+def test_a_stand_in_holds_no_other_one():
+    preserve = ["a red seven"]
+    assert stand_ins("red", preserve, ["a blue seven", "a photo of the blue digit seven"]) == ["blue"]
+    assert stand_ins("seven", preserve, ["a red nine"]) == ["nine"]

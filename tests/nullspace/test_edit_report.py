@@ -66,7 +66,7 @@ def test_each_edit_tells_what_it_is_made_of(edited):
 
 def test_a_neighbour_that_goes_along_is_warned_of_by_name(caplog):
     with caplog.at_level(logging.WARNING, "diffusers_ext"):
-        edit = edit_concept(random_digits_pipeline(), {"three": "nine"}, PRESERVED, preserve_weight=1e-6)
+        edit = edit_concept(random_digits_pipeline(), {"three": "nine"}, PRESERVED, preserve_weight=1e-9)
     share = edit.report.concepts[0]["neighbours"]["one"]
     assert share > 0.15
     (warning,) = edit.report.warnings
