@@ -8,7 +8,7 @@ from math import ceil
 
 import torch
 
-from diffusers_ext.nullspace.edit_equations import edit_matrix, effect_moments, layer_report, low_rank
+from diffusers_ext.nullspace.edit_equations import edit_factors, effect_moments, layer_report
 from diffusers_ext.planning.models import BaseModel, ImageShapes, encode_prompts_work, guided_work
 from diffusers_ext.planning.settings import EditPlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES
@@ -98,11 +98,12 @@ class EditRun:
             c1, c2, c0 = (x @ x.T / width for x in torch.randn(3, width, width, **wide))
             if hard:  # what is preserved leaves half of all directions
                 c0[width // 2 :], c0[:, width // 2 :] = 0, 0
+            else:  # targets are told apart at the first attempt
+                c0 *= 1e-6
             d_c = torch.randn(width, rank, **wide) @ torch.randn(rank, width, **wide) / width
 
             def repeat() -> None:
-                matrix = edit_matrix(d_c, c1, c0, preserve_weight=1.0, eps=1e-4, hard=hard)
-                left, a, _ = low_rank(matrix, c1, 0.9999)
+                left, a, _ = edit_factors(d_c, c1, c0, preserve_weight=1.0, eps=1e-4, kept=0.999, hard=hard)
                 missed, moved = effect_moments(left, a, d_c, c1, c2, c0)
                 metric = torch.zeros_like(c1)
                 for linear in linears:
