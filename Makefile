@@ -40,9 +40,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/forgetting_on_digits.py
+	$(BIN)/python benchmarks/forgetting_on_digits.py --model examples/digits_flux2/model
 	$(BIN)/python benchmarks/debleeding_on_digits.py
 	$(BIN)/python benchmarks/editing_on_digits.py
 	$(BIN)/python benchmarks/near_concepts_on_digits.py
+	$(BIN)/python benchmarks/editing_on_digits.py --model examples/digits_flux2/model
 	$(BIN)/python benchmarks/strength_of_edits_on_digits.py
 	$(BIN)/python benchmarks/cost_of_statistics.py
 	$(BIN)/python benchmarks/real_sizes.py
