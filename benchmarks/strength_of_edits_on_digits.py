@@ -25,7 +25,7 @@ from benchmarks.baselines.uce import unified_concept_edit
 from benchmarks.editing_on_digits import LABELS, SOME_DIGITS, Examiner, names_of
 from benchmarks.machine import table, write_results
 from diffusers_ext.nullspace.edit import edit_concept
-from examples.digits.check_model import load_pipeline
+from examples.digits.check_model import MODEL_DIR, load_pipeline
 from examples.digits.subjects import knowledge_prompts
 
 # The stronger, the more is kept, except for SPEED's, below which energies count as free.
@@ -40,7 +40,7 @@ Row = dict[str, Any]
 def run_seed(seed: int, count: int) -> list[Row]:
     """Every setting of every method on three digits."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    examiner, rows, known = Examiner(seed, count), [], knowledge_prompts()
+    examiner, rows, known = Examiner(seed, count, str(MODEL_DIR)), [], knowledge_prompts()
     for digit in SOME_DIGITS:
         anchors = edit_concept(load_pipeline(), {digit: None}, known).told
         for method, (_, values) in DIALS.items():
