@@ -125,3 +125,12 @@ def test_hunyuan_dit_which_diffusers_loads_no_lora_into_takes_the_saved_edit_in_
             )
             linear.weight.data += lora[key.replace("lora_A", "lora_B")] @ a
     assert_exact(before, outputs(pipeline, setting.call))
+
+
+@pytest.mark.parametrize("name", ["flux2", "qwen_image"])
+def test_an_anchor_of_more_tokens_is_reached_in_texts_of_any_length(name):
+    setting = FAMILIES[name]
+    edit = ConceptEdit("three", "red nine", prompts=["a three", "a photo of the three"])
+    how = {"preserve_weight": 1e-4, "eps": 1e-8, "kept": 1.0, "expand_sub_phrases": False}
+    first = edit_concept(setting.build(), [edit], ["a blue one"], **how, **setting.call).report.layers[0]
+    assert first["achieved"] > 0.95, first
