@@ -45,6 +45,9 @@ def _add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--height", type=int, help="the model's own without it")
     group.add_argument("--width", type=int, help="the model's own without it")
     group.add_argument("--statistics_batch_size", type=int, default=4)
+    group.add_argument(
+        "--token_share", type=float, default=1.0, help="of the tokens of denoising runs, read at random; 1 reads all"
+    )
     group.add_argument("--progress_dir", help="folder for running totals: the same call goes on after a stop")
     group.add_argument("--compress", type=float, help="keep this share of the energy, e.g. 0.999")
     group.add_argument(
@@ -103,7 +106,16 @@ def _collect(
     """Statistics of the knowledge and of other subjects, each of which weighs as much as all knowledge."""
     from diffusers_ext.nullspace.collect import collect_statistics
 
-    names = ("features", "negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "seed")
+    names = (
+        "features",
+        "negative_prompt",
+        "num_inference_steps",
+        "guidance_scale",
+        "height",
+        "width",
+        "seed",
+        "token_share",
+    )
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"layers": layers, "expand_sub_phrases": not args.no_sub_phrases}
     options |= {"batch_size": args.statistics_batch_size, "show_progress": not args.quiet}

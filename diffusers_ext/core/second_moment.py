@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +39,33 @@ def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Te
         return rows.T @ rows
 
 
+class SampledGram(NamedTuple):
+    """An unbiased estimate of `X^T X` from some of its rows."""
+
+    gram: torch.Tensor  # (dim, dim) float32
+    variance: float  # estimate of `E|gram - X^T X|_F^2`
+
+
+def sampled_gram(features: torch.Tensor, share: float, generator: torch.Generator) -> SampledGram:
+    """`X^T X` estimated from a share of the rows of features `(..., dim)`, drawn without replacement.
+
+    `(N/m) sum_i x_i x_i^T` over `m = max(2, ceil(share N))` of `N` rows has the mean `X^T X` and the squared error
+    `N^2 (1 - m/N) S^2 / m`, `S^2 = sum_i |x_i x_i^T - mean|_F^2 / (m - 1)` (Cochran: "Sampling Techniques", 2.3-2.5).
+    Its eigenspaces are within `|error|_2 / gap` of the exact ones (Davis, Kahan 1970).
+    """
+    rows = features.reshape(-1, features.shape[-1])
+    total = len(rows)
+    drawn = min(total, max(2, math.ceil(share * total)))
+    chosen = rows[torch.randperm(total, generator=generator)[:drawn].to(rows.device)].float()
+    product = gram(chosen)
+    if drawn == total:
+        return SampledGram(product, 0.0)
+    energies = chosen.double().square().sum(1)
+    spread = (energies.square().sum() - product.double().square().sum() / drawn) / (drawn - 1)
+    variance = total**2 * (1 - drawn / total) * spread.clamp_min(0) / drawn
+    return SampledGram(product * (total / drawn), variance.item())
+
+
 class SecondMoment:
     """The uncentred second moment of a stream of vectors, `C = (1/n) sum_i x_i x_i^T` over all vectors seen.
 
@@ -49,6 +78,7 @@ class SecondMoment:
     Attributes:
         total: `(dim, dim)` float64, `sum x x^T`.
         floor: eigenvalues below this share of the largest are rounding of the Gram matrices.
+        variance: estimate of the squared error of `total`, where rows were drawn; 0 where all were read.
     """
 
     def __init__(
@@ -58,6 +88,7 @@ class SecondMoment:
             raise ValueError(f"`dim` must be at least 1, got {dim}.")
         self.total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self.count = 0
+        self.variance = 0.0
         self.compute_dtype = compute_dtype
         # Float64 sums of float32 features: their rounding has the energy (2^-24)^2, with a margin. A
         # float32 Gram matrix errs by up to 5e-7 of its largest eigenvalue.
@@ -87,6 +118,20 @@ class SecondMoment:
         self.count += features.numel() // self.dim
         return self
 
+    @torch.no_grad()
+    def sample(self, features: torch.Tensor, share: float, generator: torch.Generator) -> SecondMoment:
+        """Add vectors `(..., dim)` by `sampled_gram`: all are counted, a share of them is read."""
+        estimate = sampled_gram(features, share, generator)
+        self.total += estimate.gram.to(self.total.device)
+        self.variance += estimate.variance
+        self.count += features.numel() // self.dim
+        return self
+
+    @property
+    def sampling_error(self) -> float:
+        """Relative error of the matrix by sampling, `sqrt(variance) / |total|_F`."""
+        return math.sqrt(self.variance) / self.total.norm().item() if self.variance else 0.0
+
     def merge(self, other: SecondMoment) -> SecondMoment:
         """Add another stream's totals; exact up to the rounding of one float64 addition."""
         if other.dim != self.dim:
@@ -94,11 +139,14 @@ class SecondMoment:
         self.total += other.total.to(self.total.device)
         self.count += other.count
         self.floor = max(self.floor, other.floor)
+        self.variance += other.variance
         return self
 
     def repeated(self, times: int) -> SecondMoment:
         """A copy as of the same stream seen `times` times."""
-        return SecondMoment.from_total(self.total * times, self.count * times, self.floor)
+        copy = SecondMoment.from_total(self.total * times, self.count * times, self.floor)
+        copy.variance = self.variance * times**2
+        return copy
 
     def all_reduce(self) -> SecondMoment:
         """Sum over the processes of `torch.distributed`; does nothing in a single process."""
@@ -107,6 +155,9 @@ class SecondMoment:
             torch.distributed.all_reduce(self.total)
             torch.distributed.all_reduce(count)
             self.count = int(count)
+            variance = torch.tensor(self.variance, dtype=torch.float64, device=self.total.device)
+            torch.distributed.all_reduce(variance)
+            self.variance = variance.item()
         return self
 
     def check_finite(self, name: str = "features") -> None:

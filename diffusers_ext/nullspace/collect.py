@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _SAVE_EVERY = 8  # batches between two writes of the running totals
+_OWN = ("runs_per_prompt", "token_share")  # of a run's settings, not the pipeline's
+_DRAWN_PER_DIMENSION = 4
 _PROGRESS_PREFIX = "batches-"
 
 
@@ -62,6 +66,8 @@ class TrajectoryRun:
         self.show_progress = show_progress
         self.sources = sources
         self.moments: dict[str, SecondMoment] = {}
+        self.share = facts["settings"]["run"].get("token_share", 1)
+        self._first, self._calls = 0, Counter()  # of the batch that runs
 
     def collect(self, prompts: list[str]) -> dict[str, SecondMoment]:
         """Run all of this shard's batches; returns the moments."""
@@ -77,7 +83,10 @@ class TrajectoryRun:
         denoiser = denoiser_of(self.pipeline)
         with quiet_run(self.pipeline), capture(denoiser, targets, self._count):
             for index, batch in enumerate(bar, start=done + 1):
+                self._first, self._calls = batch[0], Counter()
                 self._denoise([prompts[i] for i in batch], batch, settings)
+                if index == 1:
+                    self._check_share(len(batches))
                 if self.folder is not None and (index % _SAVE_EVERY == 0 or index == len(mine)):
                     self._save_progress(index)
         # A process without any batch still takes part in the all-reduce, with zeros.
@@ -89,10 +98,28 @@ class TrajectoryRun:
     def _count(self, key: str, features: torch.Tensor) -> None:
         if key not in self.moments:
             self.moments[key] = SecondMoment(features.shape[-1], features.device)
-        self.moments[key].update(features)
+        if self.share == 1:
+            self.moments[key].update(features)
+            return
+        # By batch and call, so that neither shards nor a new start change what is drawn.
+        self._calls[key] += 1
+        name = f"{self.facts['settings']['run']['seed']} {self._first} {self._calls[key]} {key}"
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+        self.moments[key].sample(features, self.share, torch.Generator().manual_seed(seed))
+
+    def _check_share(self, batches: int) -> None:
+        """Raise `ValueError` where too few tokens would be drawn to fill a matrix: its null space would be false."""
+        for key, moment in self.moments.items():
+            drawn = self.share * moment.count * batches
+            if self.share < 1 and drawn < _DRAWN_PER_DIMENSION * moment.dim:
+                raise ValueError(
+                    f"`token_share` must leave at least {_DRAWN_PER_DIMENSION} tokens for each of the {moment.dim} "
+                    f"dimensions of {key!r}, got {self.share}, which leaves about {drawn:.0f}. Read more of them, or "
+                    "take more prompts or steps."
+                )
 
     def _denoise(self, prompts: list[str], indices: list[int], settings: dict[str, Any]) -> None:
-        run = {name: value for name, value in settings["run"].items() if name != "runs_per_prompt"}
+        run = {name: value for name, value in settings["run"].items() if name not in _OWN}
         seed, denoiser = run.pop("seed"), denoiser_of(self.pipeline)
         family = match_family(denoiser) or Family()
         run |= {**family.call_arguments, **family.guidance_arguments(denoiser.config, run.pop("guidance_scale"))}
@@ -167,6 +194,7 @@ def collect_statistics(
     batch_size: int = 4,
     seed: int = 0,
     runs_per_prompt: int = 1,
+    token_share: float = 1.0,
     shard: tuple[int, int] = (0, 1),
     progress_dir: str | os.PathLike | None = None,
     show_progress: bool = True,
@@ -188,13 +216,15 @@ def collect_statistics(
         include_guidance_prompts: `False` leaves the empty and the negative prompt out, which only the statistics of a
             new subject may do: guidance would amplify what moves there.
         runs_per_prompt: with other noise each; what a few prompts read is else too much that of single pictures.
+        token_share: of the tokens along denoising runs, that is read: drawn at random, without bias, the error in
+            `report`. On a GPU Gram matrices are float32, beside tensor cores a great part of the time.
         batch_size: prompts per denoising run; text is encoded 16 times as many at once.
         shard: `(index, count)`: take every `count`-th batch from `index` on, to be merged by `all_reduce`. The batches
             are the same for every count, so parts sum up to the statistics of one process.
         progress_dir: folder for the running totals of the denoising runs; a killed collection continues from them to
             the same bits.
     """
-    _check_arguments(negative_prompt, num_inference_steps, batch_size, runs_per_prompt, shard)
+    _check_arguments(negative_prompt, num_inference_steps, batch_size, runs_per_prompt, token_share, shard)
     prompts = unique(check_prompts(prompts))
     check_prompt_length(pipeline, [*prompts, negative_prompt])
     chosen = _chosen_linears(pipeline, scope, features, layers)
@@ -216,8 +246,8 @@ def collect_statistics(
             "width": width,
             "seed": seed,
         }
-        if runs_per_prompt != 1:  # left out as before there were more
-            settings["run"]["runs_per_prompt"] = runs_per_prompt
+        more = {"runs_per_prompt": runs_per_prompt, "token_share": token_share}
+        settings["run"] |= {name: value for name, value in more.items() if value != 1}  # as before there were these
     measured = [n for n in _ENCODERS if getattr(pipeline, n, None)]
     if chosen.runs or "scope" in chosen.told:
         measured.append("denoiser")
@@ -288,13 +318,20 @@ def _embeddings_moment(
 
 
 def _check_arguments(
-    negative_prompt: str, num_inference_steps: int, batch_size: int, runs_per_prompt: int, shard: tuple[int, int]
+    negative_prompt: str,
+    num_inference_steps: int,
+    batch_size: int,
+    runs_per_prompt: int,
+    token_share: float,
+    shard: tuple[int, int],
 ) -> None:
     check_prompts([negative_prompt], "negative_prompt")
     counts = {"num_inference_steps": num_inference_steps, "batch_size": batch_size, "runs_per_prompt": runs_per_prompt}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if not 0 < token_share <= 1:
+        raise ValueError(f"`token_share` must be above 0 and at most 1, got {token_share}.")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"`shard` must be an index below a count, got {tuple(shard)}.")
 

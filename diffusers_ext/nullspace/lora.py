@@ -70,6 +70,7 @@ def instance_statistics_like(
             "`instance_statistics`."
         )
     instance_prompts, run = check_prompts(instance_prompts, "instance_prompts"), dict(settings.get("run", {}))
+    run.pop("token_share", None)  # a subject has few tokens
     if "scope" in settings:
         chosen = {"scope": settings["scope"]}
         run |= {"runs_per_prompt": math.ceil(_INSTANCE_RUNS / len(instance_prompts))} if run else {}

@@ -186,6 +186,7 @@ class FeatureStatistics(Artifact):
             "largest_share": share[0].item(),
             "dims_99": int((share < 0.99).sum()) + 1,
             "dims_99.9": int((share < 0.999).sum()) + 1,
+            **({"sampling_error": moment.sampling_error} if getattr(moment, "variance", 0) else {}),
         }
 
     def export_layout(self, directory: str | os.PathLike, **arguments: Any) -> Path:

@@ -38,6 +38,8 @@ def store_moments(moments: Mapping[str, Moment]) -> tuple[dict[str, dict[str, An
         else:
             tensors[f"{key}.total"] = moment.total
             kinds[key] = {"count": moment.count, "floor": moment.floor}
+            if moment.variance:
+                kinds[key]["variance"] = moment.variance
     return kinds, {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
@@ -108,12 +110,13 @@ def restore_moments(kinds: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
             total = tensors[f"{key}.total"]
             _check_positive(key, total)
             moments[key] = SecondMoment.from_total(total, kind["count"], kind["floor"])
+            moments[key].variance = float(kind.get("variance", 0.0))
     return moments
 
 
 def _check_kind(key: str, kind: Any) -> None:
     names = set(kind) if isinstance(kind, dict) else None
-    if names not in ({"count", "rest"}, {"count", "floor"}):
+    if names not in ({"count", "rest"}, {"count", "floor"}, {"count", "floor", "variance"}):
         raise ValueError(f"`moments.{key}` must hold `count`, and `floor` or `rest`, got {kind!r:.80}.")
     count = kind["count"]
     if type(count) is not int or not 0 < count < 2**63:
@@ -121,6 +124,8 @@ def _check_kind(key: str, kind: Any) -> None:
     other, most, words = ("floor", 1.0, " to below 1") if "floor" in kind else ("rest", math.inf, "")
     if not _is_number(kind[other]) or not 0 <= kind[other] < most:
         raise ValueError(f"`moments.{key}.{other}` must be a number from 0{words}, got {kind[other]!r}.")
+    if not _is_number(kind.get("variance", 0)) or kind.get("variance", 0) < 0:
+        raise ValueError(f"`moments.{key}.variance` must be a number from 0, got {kind['variance']!r}.")
 
 
 def _check_eigenvectors(key: str, vectors: torch.Tensor, values: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment, exact_float32_matmul, gram
+from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment, exact_float32_matmul, gram, sampled_gram
 
 ROOT = Path(__file__).parents[2]
 # One process of two: it sees its own rows of a fixed stream and prints the reduced moment's error.
@@ -201,3 +201,32 @@ def test_exact_products_of_threads_that_overlap_leave_the_precision_as_it_was():
     finally:
         second.__exit__(None, None, None)
     assert [setting.fp32_precision for setting in settings] == before
+
+
+def test_sampled_grams_are_unbiased_and_know_their_error():
+    features = stream(2, 32, 6) * torch.logspace(0, -1, 6) + 0.5
+    exact = gram(features).double()
+    drawn = [sampled_gram(features, 0.25, torch.Generator().manual_seed(seed)) for seed in range(400)]
+    grams = torch.stack([one.gram.double() for one in drawn])
+    errors = (grams - exact).square().sum((1, 2))
+    # The mean of 400 has an error of a 400th of the squared one of each.
+    assert (grams.mean(0) - exact).square().sum() < 3 * errors.mean() / 400
+    assert sum(one.variance for one in drawn) / 400 == pytest.approx(errors.mean().item(), rel=0.1)
+    assert errors.mean() > 0
+    whole = sampled_gram(features, 1.0, torch.Generator())
+    assert whole.variance == 0
+    torch.testing.assert_close(whole.gram.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_sampled_moments_tell_their_error_through_sums():
+    features = stream(8, 100, 6)
+    moments = [SecondMoment(6), SecondMoment(6)]
+    for seed, batch in enumerate(features):
+        moments[seed % 2].sample(batch, 0.25, torch.Generator().manual_seed(seed))
+    both = moments[0].variance + moments[1].variance
+    merged = moments[0].merge(moments[1])
+    assert (merged.count, merged.variance) == (800, both)
+    error = (merged.mean - dense(features)).norm() / dense(features).norm()
+    assert error < 2 * merged.sampling_error < 0.5
+    assert merged.repeated(3).sampling_error == pytest.approx(merged.sampling_error)
+    assert SecondMoment(6).update(features).sampling_error == 0

@@ -57,6 +57,44 @@ class Interrupter:
         monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
 
 
+def test_a_share_of_the_tokens_gives_the_statistics_within_the_error_that_is_told(pipeline, tmp_path, monkeypatch):
+    arguments = {"layers": [0], "num_inference_steps": 4}
+    exact = small_run(pipeline, **arguments)
+    arguments["token_share"] = 0.5
+    sampled = small_run(pipeline, **arguments)
+    assert sampled.facts["settings"]["run"]["token_share"] == 0.5
+    assert "token_share" not in exact.facts["settings"]["run"]
+    told = {row["matrix"]: row["sampling_error"] for row in sampled.report()}
+    for key, moment in sampled.moments.items():
+        assert moment.count == exact.moments[key].count
+        error = (moment.mean - exact.moments[key].mean).norm() / exact.moments[key].mean.norm()
+        assert 0 < error < 3 * told[key] < 0.5
+    parts = [small_run(pipeline, shard=(index, 2), **arguments) for index in range(2)]
+    parts[0].merge(parts[1])
+    for key, moment in sampled.moments.items():
+        torch.testing.assert_close(parts[0].moments[key].total, moment.total, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(trajectories, "_SAVE_EVERY", 2)
+    with monkeypatch.context() as patched:
+        Interrupter(patched, fail_at=4)
+        with pytest.raises(KeyboardInterrupt):
+            small_run(pipeline, progress_dir=tmp_path, **arguments)
+    again = small_run(pipeline, progress_dir=tmp_path, **arguments)
+    assert_same_totals(again, sampled)
+    assert all(again.moments[key].variance == pytest.approx(m.variance) for key, m in sampled.moments.items())
+    again.save_pretrained(tmp_path / "saved")
+    assert FeatureStatistics.from_pretrained(tmp_path / "saved").report() == again.report()
+
+
+def test_a_share_that_leaves_too_few_tokens_is_refused_after_one_batch(pipeline, monkeypatch):
+    calls = Interrupter(monkeypatch)
+    with pytest.raises(ValueError, match=r"`token_share` must leave at least 4 tokens for each of the \d+ dimensions"):
+        small_run(pipeline, token_share=0.01)
+    assert calls.calls == 1
+    for share in (0, 1.5):
+        with pytest.raises(ValueError, match="`token_share` must be above 0 and at most 1, got"):
+            small_run(pipeline, token_share=share)
+
+
 @pytest.mark.parametrize("build", [random_digits_pipeline, sdxl_pipeline])
 @pytest.mark.parametrize("negative", ["", "a white nine"])
 def test_features_equal_a_dense_recomputation_of_a_real_run(build, negative):
