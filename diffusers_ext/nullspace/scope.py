@@ -19,7 +19,7 @@ from diffusers_ext.core.capture import capture, natural_key
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.families import match_family
+from diffusers_ext.families import Family, match_family
 from diffusers_ext.nullspace.settings import SCOPES
 from diffusers_ext.nullspace.text_only import TextReader, digest, smallest_call, text_only_linears
 
@@ -39,7 +39,7 @@ class ScopedLinears(NamedTuple):
 
 
 def settle_scope(denoiser: torch.nn.Module, scope: str | None) -> str | None:
-    """The scope of a joint model, `text_stream` where none is given; `None` for a UNet.
+    """The scope of a joint model, `text_stream` where none is given; `None` for a UNet, or features of its own.
 
     Raises:
         ValueError: a scope for a UNet, or an unknown one.
@@ -54,6 +54,8 @@ def settle_scope(denoiser: torch.nn.Module, scope: str | None) -> str | None:
         return None
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"`scope` must be one of {list(SCOPES)}, got {scope!r}.")
+    if scope is None and family.features is not Family.features:  # it names Linears of its own
+        return None
     return scope or SCOPES[0]
 
 
