@@ -48,6 +48,7 @@ bench: setup
 	$(BIN)/python benchmarks/strength_of_edits_on_digits.py
 	$(BIN)/python benchmarks/cost_of_statistics.py
 	$(BIN)/python benchmarks/real_sizes.py
+	$(BIN)/python benchmarks/editing_real_sizes.py
 	$(BIN)/python benchmarks/golden_noise_on_digits.py
 	$(BIN)/python benchmarks/cost_of_golden_noise.py
 	$(BIN)/python benchmarks/cost_of_npnet.py

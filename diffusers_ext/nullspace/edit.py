@@ -247,17 +247,19 @@ def edit_concept(
         c0 = preserved_moment(reader, preserved, negative_prompt, source)
         left, a, share = edit_factors(d_c, c1, c0, kept=kept, edits=len(edits), **settings)
         missed, moved = effect_moments(left, a, d_c, c1, c2, c0)
+        # What is only reported is computed at the weights' own precision: half of the time at SDXL's size.
+        told = [moment.float() for moment in (missed, moved, c2, c0)]
         metric = torch.zeros_like(c1)
         for name in (name for name in sources if sources[name] == source):
             weight = read_weight(root.get_submodule(name))
-            own = weight.T @ weight
+            own = weight.float().T @ weight.float()
             metric += own
             b = weight @ left
             key = lora_name(pipeline, name)
             lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"] = a.float(), b.float()
             updates[name] = a, b
             rows.append({"linear": name, "source": source, "rank": len(a), "kept": share})
-            rows[-1] |= layer_report(own, missed, moved, c2, c0)
+            rows[-1] |= layer_report(own, *told)
         forecast.add(source, left, a, metric)
     concepts = forecast.concepts()
     warnings = edit_warnings(concepts)

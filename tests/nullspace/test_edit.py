@@ -14,28 +14,7 @@ from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import DIGITS, HELD_OUT_TEMPLATE
 from examples.digits.subjects import knowledge_prompts
 from tests.tiny_digits import random_digits_pipeline
-from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_sd3_pipeline
-from tests.tiny_pipelines import sdxl_pipeline
-
-
-@pytest.mark.parametrize("build", [random_digits_pipeline, sdxl_pipeline, tiny_flux_pipeline])
-def test_preserved_prompts_keep_their_outputs_under_a_hard_edit(build, tmp_path):
-    pipeline = build()
-    edits = [ConceptEdit("three", "nine", prompts=["a three"])]
-    result = edit_concept(pipeline, edits, ["a nine"], hard=True, expand_sub_phrases=False)
-    steps = {"num_inference_steps": 2, "output_type": "latent", "height": 32, "width": 32}
-
-    def latents(prompt: str) -> torch.Tensor:
-        return pipeline(prompt, generator=torch.Generator().manual_seed(0), **steps).images
-
-    before = {prompt: latents(prompt) for prompt in ("a nine", "", "a three")}
-    pipeline.load_lora_weights(result.lora)
-    for fused in (False, True):
-        if fused:
-            pipeline.fuse_lora()
-        moved = {p: ((latents(p) - x).norm() / x.norm()).item() for p, x in before.items()}
-        assert max(moved["a nine"], moved[""]) < 1e-5
-        assert moved["a three"] > 1e-4
+from tests.tiny_image_pipelines import tiny_sd3_pipeline
 
 
 def test_the_target_reads_as_its_anchor():
