@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.capture import capture
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import quiet_run
-from diffusers_ext.families import denoisers_of, match_family
+from diffusers_ext.families import match_family
 from diffusers_ext.nullspace.npy_tree import safe_name
 from diffusers_ext.nullspace.plots import finish_figure, new_figure
 from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts
@@ -76,7 +76,7 @@ def attention_maps(
     denoiser = denoiser_of(pipeline)
     family = match_family(denoiser, "nullspace")
     if family is None or family.flow_matching:
-        raise TypeError(f"`pipeline` must have a {denoisers_of('nullspace')}, got {type(denoiser)}.")
+        raise TypeError(f"`pipeline` must have a UNet2DConditionModel, got {type(denoiser)}.")
     check_prompt_length(pipeline, check_prompts([prompt], "prompt"))
     linears = find_linears(denoiser, ("q", "k"), layers)
     recorder = _AttentionRecorder(pipeline, prompt, _choose_steps(pipeline.scheduler, num_inference_steps, steps))
