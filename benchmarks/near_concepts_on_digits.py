@@ -33,7 +33,7 @@ from examples.digits.subjects import knowledge_prompts
 EDITS = {"three": "six", "seven": "four", "eight": "nine", "one": "two", "five": "seven", "zero": "nine"}
 WEIGHTS = (1e-5, 1e-3, 1e-2, 1.0, 100.0, 1e3, 1e4, 1e5)
 BINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, np.inf)
-ACHIEVED_BINS = (-np.inf, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.01)
+ACHIEVED_BINS = (-np.inf, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.01)
 
 
 def share_read(pipeline: Any, judge: DigitsJudge, digit: str, count: int) -> float:

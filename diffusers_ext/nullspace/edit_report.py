@@ -15,7 +15,7 @@ from diffusers_ext.nullspace.text_only import TextReader
 
 # From what share on a neighbour is warned of, and below what achieved share an edit is: measured by
 # `benchmarks/near_concepts_on_digits.py`.
-NEAR, ACHIEVED = 0.15, 0.9
+NEAR, ACHIEVED = 0.15, 0.8
 _MOST_MOVED = 5
 _PROMPTS_PER_NEIGHBOUR = 4
 

@@ -201,6 +201,10 @@ class NullSpaceSettings(
 ):  # fmt: skip
     """How a subject is taught in the null space of what a model knows."""
 
+    # With fewer or smaller steps the digits model reads new glyphs in nine pictures of ten only.
+    max_train_steps: int | None = as_in(TrainingRunSettings, "max_train_steps", default=1000)
+    train_batch_size: int | None = as_in(TrainingRunSettings, "train_batch_size", default=8)
+
     def settle(self) -> None:
         """Also the learning rate of these directions."""
         super().settle()
