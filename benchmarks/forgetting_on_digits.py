@@ -98,9 +98,9 @@ def run_seed(seed: int, folder: Path, pictures: int, model: str) -> dict[str, Fi
     glyph = GLYPHS[seed % len(GLYPHS)]
     results = {}
 
-    def train(name: str, glyph: str, own: tuple[str, ...]) -> Path:
+    def train(name: str, glyph: str, own: tuple[str, ...], common: tuple[str, ...] = flags.common) -> Path:
         name = f"{name}_{seed}"
-        return train_subject(folder, name, glyph, own, seed=seed, model=model, common=flags.common)
+        return train_subject(folder, name, glyph, own, seed=seed, model=model, common=common)
 
     def examine(loras: list[Path], glyphs: list[str]) -> Figures:
         return examiner.examine(load_with_loras(loras, model), glyphs, seed)
@@ -109,6 +109,7 @@ def run_seed(seed: int, folder: Path, pictures: int, model: str) -> dict[str, Fi
         lora = train(f"plain_{rate}", glyph, (*flags.plain, "--learning_rate", rate))
         results[f"plain {rate}"] = examine([lora], [glyph])
     results["null-space"] = examine([train("null_space", glyph, flags.null_space)], [glyph])
+    results["defaults"] = examine([train("defaults", glyph, (), common=())], [glyph])
     loras = []
     for name in GLYPHS:
         others = [prompt for other, prompt in INSTANCE_PROMPTS.items() if other != name]
@@ -198,6 +199,7 @@ def summarize(seeds: list[dict[str, Figures]]) -> tuple[dict[str, Figures], str]
     columns = {
         "plain LoRA (best of 3 rates)": [best_plain(results) for results in seeds],
         "null-space LoRA": [figures_of(results["null-space"]) for results in seeds],
+        "null-space LoRA, the script's defaults": [figures_of(results["defaults"]) for results in seeds],
         "three null-space LoRAs at once": [figures_of(r["three null-space"]) for r in seeds],
     }
     summary = {
