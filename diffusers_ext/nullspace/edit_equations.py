@@ -152,20 +152,17 @@ def edit_factors(
     if hard:
         return low_rank(plain, c1, kept)
     ridge = eps * c1.diagonal().mean()
+    # Gains are E|k2 - k1|^2 - E|M k1 - (k2 - k1)|^2 = 2 tr(dC M^T) - tr(M C1 M^T).
+    enough = _ENOUGH * (2 * (d_c * plain).sum() - ((plain @ c1) * plain).sum())
     for weight in _DIRECTION_WEIGHTS:
         matrix = edit_matrix(d_c, c1, c0, preserve_weight=weight * preserve_weight, **solve)
         _, a, share = low_rank(matrix, c1, kept)
         a = torch.linalg.qr(a.T).Q.T
-        inner = a @ (c1 + preserve_weight * c0) @ a.T
-        b = torch.linalg.solve(inner + ridge * torch.eye(len(a)).to(inner), a @ d_c.T).T
-        if _gain(b @ a, d_c, c1) >= _ENOUGH * _gain(plain, d_c, c1):
+        inner, held, wanted = a @ c1 @ a.T, a @ c0 @ a.T, a @ d_c.T
+        b = torch.linalg.solve(inner + preserve_weight * held + ridge * torch.eye(len(a)).to(inner), wanted).T
+        if 2 * (wanted * b.T).sum() - ((b @ inner) * b).sum() >= enough:
             break
     return b, a, share
-
-
-def _gain(matrix: torch.Tensor, d_c: torch.Tensor, c1: torch.Tensor) -> float:
-    """`E|k2 - k1|^2 - E|M k1 - (k2 - k1)|^2`."""
-    return (2 * (d_c * matrix).sum() - ((matrix @ c1) * matrix).sum()).item()
 
 
 def in_places(
