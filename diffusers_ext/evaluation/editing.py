@@ -26,7 +26,7 @@ from diffusers_ext.evaluation.forgetting import (
 )
 from diffusers_ext.evaluation.rendering import Sampling, Shot, check_counts, paired_drawing, shots_of, to_images
 from diffusers_ext.evaluation.report_files import SheetRow, sheet_of_sides, spoken
-from diffusers_ext.nullspace.edit_prompts import ConceptEdit, replaced, split_prompts
+from diffusers_ext.nullspace.edit_prompts import ConceptEdit, anchor_mixture, replaced, split_prompts
 from diffusers_ext.nullspace.edit_report import neighbours
 from diffusers_ext.nullspace.prompts import check_prompts, unique
 
@@ -93,11 +93,7 @@ class EditedFigures(PairedFigures):
 
 def anchor_prompts(prompt: str, edits: Sequence[ConceptEdit]) -> list[str]:
     """What a prompt is read as, all its targets replaced: a prompt for each of an anchor's words, none where empty."""
-    found = [prompt]
-    for edit in edits:
-        if contains_concept(prompt, edit.target):
-            found = [replaced([one], edit.target, words)[0] for one in found for words in edit.weights if words]
-    return found
+    return [found for found in anchor_mixture(prompt, edits) if found]
 
 
 def contrast_judge(scorer: Scorer, edits: Sequence[ConceptEdit]) -> Judge:

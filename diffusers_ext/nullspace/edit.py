@@ -283,7 +283,8 @@ def with_anchors(reader: TextReader, prompts: Sequence[EditPrompts], preserve: S
             anchor = nearest_anchor(reader, found.edit.target, found.targets, preserve, remaining)
             found = dataclasses.replace(found, edit=dataclasses.replace(found.edit, anchor=anchor))
         chosen.append(found)
-    return chosen
+    edits = [found.edit for found in chosen]
+    return [dataclasses.replace(found, others=[edit for edit in edits if edit is not found.edit]) for found in chosen]
 
 
 def nearest_anchor(

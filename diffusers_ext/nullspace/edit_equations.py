@@ -197,8 +197,8 @@ def target_moments(
         with added_updates(denoiser, updates):
             k1 = reader.all(edit.targets, source)
         k2 = torch.zeros_like(k1)
-        for words, weight in edit.edit.weights.items():
-            k2 += weight * in_places(reader, edit.targets, edit.anchors[words], source, k1.shape[1])
+        for anchors, weights in edit.anchors:
+            k2 += weights.to(k1) * in_places(reader, edit.targets, anchors, source, k1.shape[1])
         change, rows = (k2 - k1).flatten(0, 1), k1.flatten(0, 1)
         if change.square().sum() <= _SAME * rows.square().sum() and not updates:
             raise ValueError(

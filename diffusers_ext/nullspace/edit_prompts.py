@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,20 +65,52 @@ class ConceptEdit:
 
 @dataclass(frozen=True)
 class EditPrompts:
-    """The prompts of one edit: `targets[i]` is to be read as `anchors[words][i]`, weighted.
+    """The prompts of one edit.
 
     Attributes:
         named: preserved prompts that name the target; they are edited, unless the edit has prompts of its own.
+        others: the other edits of the call, whose targets are replaced with this one's where a prompt names several.
     """
 
     edit: ConceptEdit
     targets: list[str]
     named: list[str]
+    others: Sequence[ConceptEdit] = ()
 
     @property
-    def anchors(self) -> dict[str, list[str]]:
-        """`{words: prompts}`, in the order of the targets."""
-        return {words: replaced(self.targets, self.edit.target, words) for words in self.edit.weights}
+    def anchors(self) -> list[tuple[list[str], torch.Tensor]]:
+        """What the targets are to be read as: prompts in their order and weights `(prompts, 1, 1)`, to be summed."""
+        read = []
+        for prompt in self.targets:
+            others = [edit for edit in self.others if not edit.prompts or prompt in edit.prompts]
+            read.append(list(anchor_mixture(prompt, [self.edit, *others]).items()))
+        columns = itertools.zip_longest(*read)
+        return [
+            (
+                [prompt if one is None else one[0] for prompt, one in zip(self.targets, column)],
+                torch.tensor([0.0 if one is None else one[1] for one in column], dtype=torch.float64)[:, None, None],
+            )
+            for column in columns
+        ]
+
+
+def anchor_mixture(prompt: str, edits: Sequence[ConceptEdit]) -> dict[str, float]:
+    """`{prompt: weight}` of what a prompt is read as: every target that it names is replaced, all at once.
+
+    One by one, the anchor of the first might be the target of the next. Of targets that hold one another the longer
+    one is meant, and an empty anchor empties the whole prompt.
+    """
+    named = [edit for edit in edits if contains_concept(prompt, edit.target)]
+    by_length = sorted(range(len(named)), key=lambda index: -len(named[index].target))
+    pattern = "|".join(f"({concept_pattern(named[index].target).pattern})" for index in by_length)
+    found: dict[str, float] = {}
+    for chosen in itertools.product(*(edit.weights.items() for edit in named)):
+        text = prompt if all(words for words, _ in chosen) else ""
+        if named and text:
+            words = [chosen[index][0] for index in by_length]
+            text = re.sub(pattern, lambda match, words=words: words[match.lastindex - 1], text, flags=re.IGNORECASE)
+        found[text] = found.get(text, 0.0) + math.prod(weight for _, weight in chosen)
+    return found
 
 
 def stand_ins(target: str, preserve: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -112,25 +112,25 @@ class EditForecast:
         if source not in self.reader.handed and any(missed[1] for missed in self._missed):
             return
         for edit, found, missed, along in zip(self.edits, self.neighbours, self._missed, self._moved_along):
-            for k, change in self._changes(edit, edit.edit.target, edit.targets, source):
+            for k, change in self._changes(edit.targets, edit.anchors, source):
                 missed += _energies(k @ a.T @ left.T - change, change, metric)
             for index, (words, prompts) in enumerate(found):
-                for k, change in self._changes(edit, words, prompts, source):
+                anchors = [(replaced(prompts, words, anchor), weight) for anchor, weight in edit.edit.weights.items()]
+                for k, change in self._changes(prompts, anchors, source):
                     along[:, index] += _energies(k @ a.T @ left.T, change, metric)
 
     def _changes(
-        self, edit: EditPrompts, words: str, prompts: Sequence[str], source: str
+        self, prompts: Sequence[str], anchors: Sequence[tuple[list[str], torch.Tensor | float]], source: str
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What is read for prompts, and what is missing to what is read with the edit's anchor for some words."""
+        """What is read for prompts, and what is missing to what is read for mixtures of others in their places."""
         size = self.reader.batch_size
         for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            k = self.reader.all(batch, source)
+            now = slice(start, start + size)
+            k = self.reader.all(prompts[now], source)
             change = -k
-            for anchor, weight in edit.edit.weights.items():
-                change = change + weight * in_places(
-                    self.reader, batch, replaced(batch, words, anchor), source, k.shape[1]
-                )
+            for words, weight in anchors:
+                weight = weight[now].to(k) if isinstance(weight, torch.Tensor) else weight
+                change = change + weight * in_places(self.reader, prompts[now], words[now], source, k.shape[1])
             yield k, change
 
     @property

@@ -76,6 +76,18 @@ def test_chained_edits_are_made_at_once():
         assert (k[target] @ edited.T - k[anchor] @ weight.T).norm() < 0.1 * way.norm()
 
 
+def test_a_prompt_that_names_two_targets_is_read_with_both_anchors():
+    pipeline, both = random_digits_pipeline(), ["three of five", "nine of six"]
+    edits = [ConceptEdit("three", "nine", prompts=both[:1]), ConceptEdit("five", "six", prompts=both[:1])]
+    result = edit_concept(pipeline, edits, ["red"], preserve_weight=1e-3, eps=1e-8, kept=1.0)
+    target, anchor = denoiser_arguments(pipeline, both)["encoder_hidden_states"]
+    name = result.report.layers[0]["linear"]
+    weight = pipeline.unet.get_submodule(name).weight
+    edited = weight + result.lora[f"unet.{name}.lora_B.weight"] @ result.lora[f"unet.{name}.lora_A.weight"]
+    assert (target @ edited.T - anchor @ weight.T).norm() < 0.1 * ((anchor - target) @ weight.T).norm()
+    assert all(row["achieved"] > 0.98 for row in result.report.concepts)
+
+
 def test_what_an_earlier_edit_made_alike_is_no_anchor():
     pipeline = random_digits_pipeline()
     first = edit_concept(pipeline, {"three": "nine"}, ["a red three", "a red one"], preserve_weight=1e-3)

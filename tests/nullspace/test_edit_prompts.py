@@ -8,7 +8,9 @@ import torch
 from diffusers_ext.nullspace.edit_prompts import (
     TEMPLATES,
     ConceptEdit,
+    EditPrompts,
     aligned,
+    anchor_mixture,
     check_read_apart,
     split_prompts,
     stand_ins,
@@ -21,7 +23,9 @@ from tests.tiny_image_pipelines import tiny_sd3_pipeline
 def test_preserved_prompts_that_name_the_target_are_edited():
     edits, preserved = split_prompts([ConceptEdit("three", "nine")], ["a red three", "a red nine"], True)
     assert edits[0].targets[:3] == ["a red three", "red three", "a three"]
-    assert edits[0].anchors["nine"][:3] == ["a red nine", "red nine", "a nine"]
+    ((anchors, weights),) = edits[0].anchors
+    assert anchors[:3] == ["a red nine", "red nine", "a nine"]
+    assert weights.flatten().tolist() == [1.0] * len(anchors)
     assert edits[0].targets[3:] == [t.format("three") for t in TEMPLATES if t != "a {}"]
     assert preserved == ["a red nine", "red nine", "a nine", "a red"]
 
@@ -29,13 +33,49 @@ def test_preserved_prompts_that_name_the_target_are_edited():
 def test_own_prompts_leave_the_others_preserved():
     edit = ConceptEdit("seven", "green seven", prompts=["the digit seven"])
     edits, preserved = split_prompts([edit], ["a red seven", "the digit seven"], False)
-    assert (edits[0].targets, edits[0].anchors) == (["the digit seven"], {"green seven": ["the digit green seven"]})
+    assert edits[0].targets == ["the digit seven"]
+    assert [anchors for anchors, _ in edits[0].anchors] == [["the digit green seven"]]
     assert preserved == ["a red seven"]
 
 
 def test_an_empty_anchor_empties_the_prompt():
     (edit,), _ = split_prompts([ConceptEdit("three", "", prompts=["a red three"])], ["a nine"], True)
-    assert edit.anchors == {"": [""]}
+    assert [anchors for anchors, _ in edit.anchors] == [[""]]
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        ({"three": "nine", "Five": "six"}, {"a photo of nine and six": 1}),
+        ({"three": "five", "five": "three"}, {"a photo of five and three": 1}),
+        ({"three": "nine", "three and five": "two"}, {"a photo of two": 1}),
+        ({"three": "green three", "five": ""}, {"": 1}),
+        (
+            {"three": {"nine": 0.5, "one": 0.5}, "five": {"six": 0.25, "one": 0.75}},
+            {
+                "a photo of nine and six": 0.125,
+                "a photo of nine and one": 0.375,
+                "a photo of one and six": 0.125,
+                "a photo of one and one": 0.375,
+            },
+        ),
+        ({"red": "blue"}, {"a photo of three and five": 1}),
+    ],
+)
+def test_all_targets_of_a_prompt_are_replaced_at_once(edits, expected):
+    found = anchor_mixture("a photo of three and five", [ConceptEdit(*edit) for edit in edits.items()])
+    assert found == expected
+
+
+def test_prompts_of_one_edit_tell_the_others_but_for_what_these_leave_alone():
+    three, five = ConceptEdit("three", {"nine": 0.5, "one": 0.5}, prompts=["three", "three and five"]), "five"
+    for own, anchors in (((), ["nine", "nine and six"]), (["a five"], ["nine", "nine and five"])):
+        found = EditPrompts(three, list(three.prompts), [], [ConceptEdit(five, "six", own)]).anchors
+        assert [prompts for prompts, _ in found] == [anchors, [text.replace("nine", "one") for text in anchors]]
+        assert all(weights.flatten().tolist() == [0.5, 0.5] for _, weights in found)
+    mixed = EditPrompts(three, list(three.prompts), [], [ConceptEdit(five, {"six": 0.5, "two": 0.5})]).anchors
+    assert [prompts[1] for prompts, _ in mixed] == ["nine and six", "nine and two", "one and six", "one and two"]
+    assert torch.cat([weights for _, weights in mixed], 1)[..., 0].tolist() == [[0.5, 0.5, 0, 0], [0.25] * 4]
 
 
 @pytest.mark.parametrize(
