@@ -32,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Use 'content=:DeprecationWarning")
     # How diffusers asks it for a config.
     config.addinivalue_line("filterwarnings", "ignore:The `local_dir_use_symlinks`:UserWarning")
+    # Of which diffusers makes Chroma's transformer itself.
+    config.addinivalue_line("filterwarnings", "ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 
 
 # Folders with tests that start processes or train; the first takes longest.

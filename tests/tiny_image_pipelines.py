@@ -1,10 +1,12 @@
-"""Tiny random Hunyuan-DiT, SD3 and Flux pipelines of real diffusers classes, latents of 8 x 8."""
+"""Tiny random Hunyuan-DiT, SD3, Flux and Chroma pipelines of real diffusers classes, latents of 8 x 8."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -139,6 +141,33 @@ def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = True) -> FluxPi
         CLIPTextModel(_clip(tokenizer)).eval(),
         tokenizer,
         _t5(tokenizer, width=12),
+        tokenizer,
+        transformer.eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_chroma_pipeline(seed: int = 0, *, text_width: int = 32) -> ChromaPipeline:
+    """512 tokens of T5 text; 16 channels (64 packed), 32 x 32 pixels."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    transformer = ChromaTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=text_width,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    pipeline = ChromaPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        _vae(latent_channels=16, levels=3),
+        _t5(tokenizer, width=text_width),
         tokenizer,
         transformer.eval(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers_ext.families.chroma import Chroma
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.families.flux import Flux
@@ -26,6 +27,7 @@ FAMILIES: list[Family] = [
     SD3(),
     Flux(),
     Flux2(),
+    Chroma(),
     QwenImage(),
     ZImage(),
     Wan(),

@@ -109,6 +109,7 @@ class Family:
     # The model predicts `noise - x_0` on straight paths; otherwise what its scheduler's `prediction_type` says, at the
     # levels of `alphas_cumprod`. `predictions.py` converts them.
     flow_matching: ClassVar[bool] = False
+    own_levels: ClassVar[bool] = False  # the pipeline hands its scheduler levels of noise, evenly spaced
     text_fields: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of `TextConditioning` that the denoiser reads
     token_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)  # whose tokens it reads, one after the other
     reads_hidden_states: ClassVar[bool] = False  # of its text encoders, by the pipeline
@@ -120,6 +121,7 @@ class Family:
     smallest_call: ClassVar[Mapping[str, Any]] = {}
     # Components between the text encoder and the denoiser, that read text alone and take LoRAs.
     text_components: ClassVar[tuple[str, ...]] = ()
+    checkpointing_fault: ClassVar[str | None] = None  # what diffusers' gradient checkpointing does to its predictions
     rounds_size: ClassVar[bool] = False  # the pipeline draws the next smaller size where patches do not tile latents
     blocks: ClassVar[str] = "transformer_blocks"  # list in the denoiser
     text_attention: ClassVar[str | None] = "attn2"  # module of a block where text enters by cross-attention
@@ -272,14 +274,15 @@ class Family:
 
         A dynamic shift depends on the tokens of a picture.
         """
+        levels = {"sigmas": [1 - i / num_steps for i in range(num_steps)]} if self.own_levels else {}
         if not config.use_dynamic_shifting:
-            return {}
+            return levels
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         shift = calculate_shift(
             image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
         )
-        return {"mu": shift}
+        return {"mu": shift, **levels}
 
     # Attention, and where text enters
 

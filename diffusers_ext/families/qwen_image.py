@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import Family
+from diffusers_ext.families.flux import PackedLatents
 from diffusers_ext.families.text_conditioning import TextConditioning, with_negatives
 
 if TYPE_CHECKING:
     from diffusers import QwenImagePipeline
 
 
-class QwenImage(Family):
-    """Qwen-Image; 2 x 2 latent pixels are one token, and a text is as long as its prompt.
+class QwenImage(PackedLatents):
+    """Qwen-Image; a text is as long as its prompt.
 
     Its LoRAs have the prefix `transformer`, in diffusers and ComfyUI.
     """
@@ -27,8 +27,6 @@ class QwenImage(Family):
     video_vae = True
     tools = frozenset({"nullspace"})
     nullspace_pipeline = "NullSpaceDreamBoothQwenImagePipeline"
-    flow_matching = True
-    rounds_size = True
     text_fields = ("prompt_embeds", "attention_mask")
     smallest_call = {"guidance_scale": None}  # which only a distilled model takes
 
@@ -46,29 +44,9 @@ class QwenImage(Family):
         ids = pipeline.tokenizer(pipeline.prompt_template_encode.format(prompt), truncation=True).input_ids
         return [ids[pipeline.prompt_template_encode_start_idx :]]
 
-    def text_width(self, config: Any) -> int:
-        return config.joint_attention_dim
-
     def text_arguments(self, text: TextConditioning) -> dict[str, torch.Tensor]:
         """Masks have names of their own."""
         return {name.replace("attention_mask", "prompt_embeds_mask"): x for name, x in text.tensors().items()}
-
-    def latent_channels(self, config: Any) -> int:
-        return int(config.in_channels) // 4
-
-    def patch(self, config: Any) -> int:
-        """The packing's; latents are packed already where the config's counts."""
-        return 2
-
-    def sample_size(self, config: Any) -> int:
-        """The config says nothing of it."""
-        return 128
-
-    def pack(self, pipeline: QwenImagePipeline, latents: torch.Tensor) -> torch.Tensor:
-        return pipeline._pack_latents(latents, *latents.shape)
-
-    def unpack(self, pipeline: QwenImagePipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)[:, :, 0]
 
     def embedded_guidance(self, config: Any) -> bool:
         return bool(config.guidance_embeds)
@@ -82,30 +60,21 @@ class QwenImage(Family):
         guidance_scale: float,
     ) -> torch.Tensor:
         batch, _, height, width = latents.shape
-        guidance = None
-        if self.embedded_guidance(pipeline.transformer.config):
-            guidance = torch.full((batch,), guidance_scale, device=latents.device, dtype=torch.float32)
         length = int(text.attention_mask.sum(1).max())
         mask = text.attention_mask[:, :length]
         prediction = pipeline.transformer(
             hidden_states=self.pack(pipeline, latents),
             timestep=timestep.expand(batch).to(latents.dtype) / 1000,
-            guidance=guidance,
+            guidance=self.guidance_input(pipeline.transformer.config, latents, guidance_scale),
             encoder_hidden_states_mask=None if mask.all() else mask,
             encoder_hidden_states=text.prompt_embeds[:, :length],
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
             return_dict=False,
         )[0]
-        factor = pipeline.vae_scale_factor
-        return self.unpack(pipeline, prediction, height * factor, width * factor)
+        return self.unpack_like(pipeline, prediction, latents)
 
     def guidance_arguments(self, config: Any, guidance_scale: float) -> dict[str, Any]:
         """Without a negative prompt the pipeline is not guided."""
         if self.embedded_guidance(config):
             return {"guidance_scale": guidance_scale}
         return {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
-
-    def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
-        """The levels are the pipeline's own."""
-        sigmas = [1 - i / num_steps for i in range(num_steps)]
-        return {**super().grid_arguments(config, num_steps, image_tokens), "sigmas": sigmas}

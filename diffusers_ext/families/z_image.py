@@ -27,6 +27,7 @@ class ZImage(Family):
     tools = frozenset({"nullspace"})
     nullspace_pipeline = "NullSpaceDreamBoothZImagePipeline"
     flow_matching = True
+    own_levels = True
     text_fields = ("prompt_embeds", "attention_mask")
     smallest_call = {"guidance_scale": 0.0}  # at which it is not guided
     blocks = "layers"
@@ -82,11 +83,6 @@ class ZImage(Family):
             return_dict=False,
         )[0]
         return -torch.stack(list(predictions)).squeeze(2)
-
-    def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
-        """The levels are the pipeline's own."""
-        sigmas = [1 - i / num_steps for i in range(num_steps)]
-        return {**super().grid_arguments(config, num_steps, image_tokens), "sigmas": sigmas}
 
 
 def _texts(embeds: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:

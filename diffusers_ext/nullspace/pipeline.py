@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChromaPipeline,
     DiffusionPipeline,
     Flux2KleinPipeline,
     FluxPipeline,
@@ -189,6 +190,10 @@ class NullSpaceDreamBoothFluxPipeline(NullSpaceMixin, FluxPipeline):
 
 class NullSpaceDreamBoothFlux2KleinPipeline(NullSpaceMixin, Flux2KleinPipeline):
     """`Flux2KleinPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
+
+
+class NullSpaceDreamBoothChromaPipeline(NullSpaceMixin, ChromaPipeline):
+    """`ChromaPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
 
 
 class NullSpaceDreamBoothQwenImagePipeline(NullSpaceMixin, QwenImagePipeline):

@@ -20,6 +20,7 @@ from tests.tiny_current_pipelines import (
     tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
+from tests.tiny_image_pipelines import tiny_chroma_pipeline
 
 PROMPTS = ["a red three", "a photo of the blue nine"]
 
@@ -31,10 +32,12 @@ class Setting(NamedTuple):
     latents: tuple[int, ...]
     patch: int
     call: Mapping[str, Any]
+    padding: int = 0  # that the mask keeps
 
 
 FAMILIES = {
     "flux2": Setting(tiny_flux2_pipeline, (16, 8, 8), 1, {}),
+    "chroma": Setting(tiny_chroma_pipeline, (16, 8, 8), 2, {}, padding=1),
     "qwen_image": Setting(tiny_qwen_image_pipeline, (4, 8, 8), 2, {}),
     "z_image": Setting(tiny_z_image_pipeline, (4, 8, 8), 2, {}),
     "wan": Setting(tiny_wan_pipeline, (4, 4, 4), 2, {"guidance_scale": 1.0}),
@@ -121,7 +124,7 @@ def test_text_is_that_of_the_pipeline(name):
     (longer,) = family.token_ids(pipeline, PROMPTS[1])
     assert len(longer) == len(ids) + 3
     if text.attention_mask is not None:
-        assert text.attention_mask.sum(1).tolist() == [len(ids), len(longer)]
+        assert text.attention_mask.sum(1).tolist() == [len(read) + FAMILIES[name].padding for read in (ids, longer)]
 
 
 def test_pictures_become_the_latents_that_flux2_reads():
@@ -157,3 +160,16 @@ def test_flux2_reads_a_smaller_text_encoder_to_its_end():
     assert family.encode(pipeline, list(PROMPTS), None).prompt_embeds.shape == (2, 24, 96)
     handed = denoiser_arguments(pipeline, list(PROMPTS))["encoder_hidden_states"]
     assert handed.shape == (2, 24, 96)
+
+
+def test_checkpointing_changes_what_chroma_predicts_as_is_said():
+    pipeline = tiny_chroma_pipeline()
+    family, transformer = find_family(pipeline), pipeline.transformer
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        text = family.encode(pipeline, list(PROMPTS), None)
+    plain = family.predict(pipeline, latents, torch.tensor(500.0), text, 1.0)
+    transformer.enable_gradient_checkpointing()
+    changed = family.predict(pipeline, latents, torch.tensor(500.0), text, 1.0)
+    assert family.checkpointing_fault
+    assert not torch.allclose(plain, changed)

@@ -21,7 +21,12 @@ from tests.tiny_current_pipelines import (
     tiny_z_image_pipeline,
 )
 from tests.tiny_digits import random_digits_pipeline
-from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
+from tests.tiny_image_pipelines import (
+    tiny_chroma_pipeline,
+    tiny_flux_pipeline,
+    tiny_hunyuan_dit_pipeline,
+    tiny_sd3_pipeline,
+)
 from tests.tiny_pipelines import sdxl_pipeline
 
 PROMPTS = ["a nine", "", "a three"]  # two preserved ones, and the edited one
@@ -53,6 +58,7 @@ FAMILIES = {
     "hunyuan_dit": Setting(hunyuan_dit_pipeline, {"use_resolution_binning": False}),
     "flux": Setting(tiny_flux_pipeline, {}),
     "flux2": Setting(tiny_flux2_pipeline, {"max_sequence_length": 16}),
+    "chroma": Setting(lambda: tiny_chroma_pipeline(text_width=96), {"max_sequence_length": 16}),
     "qwen_image": Setting(tiny_qwen_image_pipeline, {}, {"negative_prompt": ["", "", ""]}),
     "z_image": Setting(tiny_z_image_pipeline, {}),
     "ltx2": Setting(tiny_ltx2_pipeline, {"max_sequence_length": 16, "num_frames": 1, "height": 32, "width": 32}),

@@ -18,12 +18,12 @@ from tests.tiny_current_pipelines import (
     tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
-from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_sd3_pipeline
+from tests.tiny_image_pipelines import tiny_chroma_pipeline, tiny_flux_pipeline, tiny_sd3_pipeline
 
 KNOWN = "a red seven"
 BUILDS = [
     tiny_sd3_pipeline, tiny_flux_pipeline, tiny_flux2_pipeline, tiny_qwen_image_pipeline, tiny_z_image_pipeline,
-    tiny_wan_pipeline,
+    tiny_wan_pipeline, tiny_chroma_pipeline,
 ]  # fmt: skip
 
 

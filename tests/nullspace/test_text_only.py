@@ -24,7 +24,12 @@ from tests.tiny_current_pipelines import (
     tiny_z_image_pipeline,
 )
 from tests.tiny_digits import random_digits_pipeline
-from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
+from tests.tiny_image_pipelines import (
+    tiny_chroma_pipeline,
+    tiny_flux_pipeline,
+    tiny_hunyuan_dit_pipeline,
+    tiny_sd3_pipeline,
+)
 from tests.tiny_pipelines import sdxl_pipeline
 
 PROMPTS = ("a red three", "a blue nine")
@@ -61,6 +66,7 @@ EMBEDDER = "condition_embedder.text_embedder"
     ("build", "found"),
     [
         (tiny_flux2_pipeline, {"context_embedder": "text"}),
+        (tiny_chroma_pipeline, {"context_embedder": "text"}),
         (tiny_qwen_image_pipeline, {"txt_in": "txt_in"}),
         (tiny_z_image_pipeline, dict.fromkeys(["cap_embedder.1", *(f"context_refiner.0.{name}" for name in REFINER)])),
         (

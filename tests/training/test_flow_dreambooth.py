@@ -24,7 +24,7 @@ from tests.tiny_current_pipelines import (
     tiny_z_image_pipeline,
 )
 from tests.tiny_digits import random_digits_pipeline
-from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_sd3_pipeline
+from tests.tiny_image_pipelines import tiny_chroma_pipeline, tiny_flux_pipeline, tiny_sd3_pipeline
 from tests.training.conftest import KNOWN, reset_accelerator
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -32,6 +32,7 @@ BUILD = {
     "sd3": tiny_sd3_pipeline,
     "flux": tiny_flux_pipeline,
     "flux2": tiny_flux2_pipeline,
+    "chroma": tiny_chroma_pipeline,
     "qwen_image": tiny_qwen_image_pipeline,
     "z_image": tiny_z_image_pipeline,
     "wan": tiny_wan_pipeline,
@@ -118,8 +119,10 @@ def test_flux_in_half_precision_with_all_its_attention(bases, teach):
     assert len(list((folder / "validation").glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize(("name", "linears"), [("flux2", 3), ("qwen_image", 5), ("z_image", 8), ("wan", 6)])
-def test_other_families_learn_in_their_text_stream(bases, teach, name, linears):
+@pytest.mark.parametrize(
+    ("name", "linears"), [("flux2", 3), ("chroma", 3), ("qwen_image", 5), ("z_image", 8), ("wan", 6)]
+)
+def test_other_families_learn_in_their_text_stream(bases, teach, name, linears, caplog):
     folder = teach(
         pretrained_model_name_or_path=bases / name,
         mixed_precision="bf16",
@@ -130,6 +133,8 @@ def test_other_families_learn_in_their_text_stream(bases, teach, name, linears):
         num_inference_steps=2,
     )
     tuned = with_lora(name, folder)
+    warned = [record.message for record in caplog.records if "--gradient_checkpointing of" in record.message]
+    assert len(warned) == (name == "chroma")
     assert check_loaded_lora(tuned) == linears
     assert (drawn(tuned, "a white sks") - drawn(BUILD[name](), "a white sks")).norm() > 1e-3
     assert len(list((folder / "validation").glob("*.png"))) == 1

@@ -104,6 +104,12 @@ def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline
     """Raise `ValueError` for arguments that do not fit the loaded model; settles `--resolution`."""
     settle_resolution(settings, pipeline)
     check_schedule(settings, pipeline)
+    fault = find_family(pipeline, "nullspace").checkpointing_fault
+    if settings.gradient_checkpointing and fault:
+        logger.warning(
+            f"--gradient_checkpointing of a {type(denoiser_of(pipeline)).__name__} {fault} in diffusers: it trains on "
+            "other predictions than it draws with. Train without where memory allows."
+        )
     prompts = [*subject_prompts(settings), settings.negative_prompt, *settings.validation_prompt]
     if settings.with_prior_preservation:
         prompts.append(settings.class_prompt)
