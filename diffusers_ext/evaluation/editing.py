@@ -191,8 +191,7 @@ def evaluate_edit(
     Raises:
         ValueError: no edit, no anchor, no prompts, or a pipeline without an active adapter.
     """
-    if isinstance(edits, Mapping):
-        edits = [ConceptEdit(target, anchor) for target, anchor in edits.items()]
+    edits = ConceptEdit.read(edits)
     missing = [edit.target for edit in edits if edit.anchor is None]
     if missing or not edits:
         raise ValueError(f"`edits` must name what stands for each target, got none for {missing or 'any'}.")

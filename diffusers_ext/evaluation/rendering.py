@@ -130,7 +130,8 @@ def draw(
     family = match_family(pipeline)
     if family is not None and family.flow_matching:
         config = denoiser_of(pipeline).config
-        arguments |= {**family.call_arguments, **family.guidance_arguments(config, arguments.pop("guidance_scale"))}
+        arguments |= {**family.call_arguments, **family.text_call(pipeline)}
+        arguments |= family.guidance_arguments(config, arguments.pop("guidance_scale"))
     arguments.update(further)
     if sampling.negative_prompt is not None:
         arguments["negative_prompt"] = [sampling.negative_prompt] * len(shots)

@@ -26,6 +26,7 @@ from diffusers_ext.hub.kinds import (
     bibtex,
     check_common,
     check_facts,
+    draws_clips,
     find_licence,
     public_name,
     slug,
@@ -88,7 +89,7 @@ def _model_header(
         tags.append("null-space-lora")
     evaluated = [
         EvalResult(
-            task_type=kind.pipeline_tag or "other",
+            task_type=kind.task(facts) or "other",
             dataset_type=slug(result.dataset),
             dataset_name=result.dataset,
             metric_type=slug(result.metric),
@@ -101,7 +102,7 @@ def _model_header(
         base_model=base_model,
         base_model_relation=kind.relation if base_model else None,
         library_name=kind.library_name,
-        pipeline_tag=kind.pipeline_tag,
+        pipeline_tag=kind.task(facts),
         **vars(licence),
         instance_prompt=facts.get("instance_prompt") or None,
         tags=tags,
@@ -187,6 +188,7 @@ def artifact_card(
         widget=widget,
         version=version,
         citations=bibtex(found.papers, version),
+        drawn="clip = pipeline({}).frames[0]" if draws_clips(facts) else "image = pipeline({}).images[0]",
         **facts,
     )
     words = re.sub(r"\n{3,}", "\n\n", words.replace("\r\n", "\n"))

@@ -112,6 +112,8 @@ _NULL_SPACE_PAPERS = ("dreambooth", "alphaedit", "inflora")
 _NETWORKS = ("npnet", "golden_noise_model", "noise_sequence_transformer", "noise_sequence_rnn")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _DIRECTIONS = ("generalized", "null", "soft", "plain")
+# Parts of the names of pipelines that draw clips.
+_DRAW_CLIPS = ("CogVideo", "LTX", "Video", "Wan")
 # Names of classes, which end up in import statements.
 _CLASSES = ("pipeline", "plain_pipeline", "network")
 # All others are words.
@@ -169,7 +171,7 @@ class Kind:
         facts: what a card of this kind must be given besides what every card needs.
         papers: keys of entries in `papers.bib`.
         may_be_empty: those of `facts` that may be `None` or empty words.
-        pipeline_tag: the Hub's task; `None` for what is no model.
+        pipeline_tag: the Hub's task where the pipeline draws pictures (`task`); `None` for what is no model.
         library_name: the library whose loaders read it.
         relation: to the base model; `None` where the Hub knows none.
     """
@@ -182,6 +184,15 @@ class Kind:
     library_name: str | None = "diffusers"
     relation: str | None = "adapter"
     repo_type: Literal["model", "dataset"] = "model"
+
+    def task(self, facts: Mapping[str, Any]) -> str | None:
+        """The Hub's task of an artifact with these facts, by what its pipeline draws."""
+        return "text-to-video" if self.pipeline_tag and draws_clips(facts) else self.pipeline_tag
+
+
+def draws_clips(facts: Mapping[str, Any]) -> bool:
+    """Whether the pipeline among the facts of a card is one of clips, not of pictures."""
+    return any(part in (facts.get("pipeline") or "") for part in _DRAW_CLIPS)
 
 
 KINDS: dict[str, Kind] = {

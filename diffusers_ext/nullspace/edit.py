@@ -224,8 +224,7 @@ def edit_concept(
     started = time.perf_counter()
     if not 0 < kept <= 1:
         raise ValueError(f"`kept` must be above 0 and at most 1, got {kept}.")
-    if isinstance(edits, Mapping):
-        edits = [ConceptEdit(target, anchor) for target, anchor in edits.items()]
+    edits = ConceptEdit.read(edits)
     if not edits:
         raise ValueError("`edits` must hold at least one target and its anchor, got none.")
     root = text_readers(pipeline)

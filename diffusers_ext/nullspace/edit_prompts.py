@@ -48,6 +48,16 @@ class ConceptEdit:
             if not contains_concept(prompt, self.target):
                 raise ValueError(f"`prompts` must name the target {self.target!r}, got {prompt!r}.")
 
+    @classmethod
+    def read(cls, edits: Mapping[str, str | Weights | None] | Sequence[ConceptEdit]) -> list[ConceptEdit]:
+        """Edits as they may be given: `{target: anchor}`, or themselves."""
+        if isinstance(edits, Mapping):
+            return [cls(target, anchor) for target, anchor in edits.items()]
+        found = [] if isinstance(edits, str) else list(edits)
+        if isinstance(edits, str) or not all(isinstance(edit, cls) for edit in found):
+            raise ValueError(f"`edits` must be {{target: anchor}} or `ConceptEdit`s, got {edits!r}.")
+        return found
+
     @property
     def told(self) -> str:
         """The anchor in words."""

@@ -12,8 +12,11 @@ from diffusers import AutoencoderKLFlux2, DiffusionPipeline, Flux2KleinPipeline,
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from diffusers_ext.evaluation.rendering import Sampling, shots_of
+from diffusers_ext.evaluation.rendering import draw as draw_shots
 from diffusers_ext.families import find_family
 from diffusers_ext.nullspace.text_only import text_only_linears
+from diffusers_ext.training.nullspace.data import draw_images
 from examples.digits import train_model
 from examples.digits.check_model import MODEL_DIR as BASE_DIR
 from examples.digits.check_model import draw, load_pipeline
@@ -113,6 +116,14 @@ def test_tools_read_the_stock_pipeline_as_its_text_encoder_asks(stock, pipeline)
     text = family.encode(stock, ["a red three"], None)
     assert torch.equal(text.prompt_embeds, pipeline.encode_prompt("a red three")[0])
     assert text_only_linears(stock) == {"context_embedder": "text"}
+
+
+def test_pictures_of_validation_and_evaluation_are_drawn_by_the_stock_pipeline(stock, pipeline):
+    run, shots = {"num_inference_steps": 2, "guidance_scale": 3.0}, shots_of(["a red three"], 1, 5)
+    ours, theirs = (draw_images(model, ["a red three"], [5], 32, **run) for model in (pipeline, stock))
+    assert np.array_equal(*(np.asarray(pictures[0]) for pictures in (ours, theirs)))
+    sampling = Sampling(**run, height=32, width=32)
+    assert torch.equal(draw_shots(pipeline, shots, sampling), draw_shots(stock, shots, sampling))
 
 
 def test_patches_have_unit_variance_and_the_pipeline_turns_them_back():

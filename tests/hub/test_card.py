@@ -78,6 +78,16 @@ def test_the_header_of_a_model(subtests):
             ]
 
 
+@pytest.mark.parametrize("kind", ["knowledge_edit", "null_space_lora"])
+@pytest.mark.parametrize("pipeline", ["WanPipeline", "LTX2Pipeline"])
+def test_a_lora_of_a_model_of_clips_is_one_of_text_to_video(kind, pipeline):
+    card = card_of(kind, pipeline=pipeline)
+    assert card.data.pipeline_tag == card.data.eval_results[0].task_type == "text-to-video"
+    assert card.text.count(".frames[0]") == 2
+    assert ".images[0]" not in card.text
+    assert card_of(kind).data.pipeline_tag == "text-to-image"
+
+
 def test_the_header_of_a_data_set_says_where_its_tables_are():
     data = card_of("pair_data_set").data.to_dict()
     assert data["configs"][0] == {

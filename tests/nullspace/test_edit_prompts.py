@@ -92,6 +92,14 @@ def test_edits_that_make_no_sense_are_refused(arguments, message):
         ConceptEdit(*arguments)
 
 
+def test_edits_are_read_from_a_mapping_or_as_they_are():
+    edits = [ConceptEdit("three", "nine"), ConceptEdit("red", {"blue": 1.0})]
+    assert ConceptEdit.read(edits) == edits == ConceptEdit.read({"three": "nine", "red": {"blue": 1.0}})
+    for wrong in ("three", ["three"], [("three", "nine")]):
+        with pytest.raises(ValueError, match="`edits` must be {target: anchor} or `ConceptEdit`s, got"):
+            ConceptEdit.read(wrong)
+
+
 def test_nothing_left_to_preserve_is_refused():
     with pytest.raises(ValueError, match="`preserve` must hold a prompt that names no target"):
         split_prompts([ConceptEdit("three", "nine")], ["a red three"], True)

@@ -189,7 +189,7 @@ def draw_images(
         negative = run.get("negative_prompt") if negative is None else negative
         # Some pipelines know no such argument.
         run |= {} if negative is None else {"negative_prompt": [negative] * len(generators)}
-        run["prompt"] = list(prompts)
+        run |= {"prompt": list(prompts), **family.text_call(pipeline)}
     with quiet_run(pipeline):
         latents = pipeline(
             height=resolution, width=resolution, generator=generators, output_type="latent", return_dict=False, **run
