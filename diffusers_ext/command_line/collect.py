@@ -41,7 +41,7 @@ def _add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_sub_phrases", action="store_true", help="only the prompts themselves")
     group.add_argument("--negative_prompt", default="")
     group.add_argument("--num_inference_steps", type=int, default=50)
-    group.add_argument("--guidance_scale", type=float, default=7.5)
+    group.add_argument("--guidance_scale", type=float, help="7.5, or a flow-matching pipeline's own, without it")
     group.add_argument("--height", type=int, help="the model's own without it")
     group.add_argument("--width", type=int, help="the model's own without it")
     group.add_argument("--statistics_batch_size", type=int, default=4)

@@ -165,7 +165,7 @@ def evaluate_edit(
     num_images_per_prompt: int = 4,
     seed: int = 0,
     num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -186,6 +186,7 @@ def evaluate_edit(
         scorer: `scorer(images, prompts)`, one number per picture, e.g. `CLIPFeatures.text_similarity`.
         features: extractor for `feature_drift`.
         max_prompts: of each group, evenly chosen; all when `None`.
+        guidance_scale: without it 7.5, or what the pipeline of a flow-matching model has by itself.
         sheet_prompts: prompts per group whose first two pairs the report keeps.
 
     Raises:
@@ -203,7 +204,7 @@ def evaluate_edit(
     for group in groups:
         named = {"edits": edits, "target_judge": target_judge} if group in (TARGET, UNSEEN) else {"judge": judge}
         figures[group] = EditedFigures(group, sheet_prompts, scorer=scorer, features=features, **named)
-    sampling = Sampling(num_inference_steps, guidance_scale, negative_prompt, height, width)
+    sampling = Sampling(num_inference_steps, guidance_scale, negative_prompt, height, width).settled_for(pipeline)
     shots = {group: shots_of(prompts, num_images_per_prompt, seed) for group, prompts in groups.items()}
     with paired_drawing(pipeline, None, sampling) as sides:
         drift_floor, _ = measure_pairs(*sides, shots, figures, None, batch_size, show_progress)

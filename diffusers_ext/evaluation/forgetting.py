@@ -254,7 +254,7 @@ def evaluate_forgetting(
     num_images_per_prompt: int = 4,
     seed: int = 0,
     num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -283,6 +283,7 @@ def evaluate_forgetting(
             `score`.
         features: extractor for `feature_drift` = (1 - cosine) / 2 and `diversity`, the same between seeds of one
             prompt.
+        guidance_scale: without it 7.5, or what the pipeline of a flow-matching model has by itself.
         distribution: also compare distributions of features, next to the distance of two disjoint seed sets of the
             base model, which is drawn once more for that.
         batch_size: pictures at once; the pictures do not depend on it beyond rounding.
@@ -299,7 +300,7 @@ def evaluate_forgetting(
         raise ValueError("`features` must be given to compare with `subject_images`, got None.")
     if distribution:
         _check_distribution(groups, features, num_images_per_prompt)
-    sampling = Sampling(num_inference_steps, guidance_scale, negative_prompt, height, width)
+    sampling = Sampling(num_inference_steps, guidance_scale, negative_prompt, height, width).settled_for(base)
     subject = None
     if subject_images is not None:
         subject = F.normalize(extract_features(features, check_images(subject_images)), dim=1)

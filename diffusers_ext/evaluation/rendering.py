@@ -19,7 +19,7 @@ from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.seeds import stream_seed
 from diffusers_ext.eraser.batch import prompt_length
-from diffusers_ext.families import find_family, match_family
+from diffusers_ext.families import Family, find_family, match_family
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import TOOL
 
@@ -79,10 +79,16 @@ class Sampling:
     """How pictures are drawn; the arguments of a pipeline's call."""
 
     num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = 7.5
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
+
+    def settled_for(self, pipeline: DiffusionPipeline) -> Sampling:
+        """With the usual guidance of a pipeline where none is given."""
+        if self.guidance_scale is not None:
+            return self
+        return replace(self, guidance_scale=(match_family(pipeline) or Family()).usual_guidance(pipeline))
 
 
 Draw = Callable[[Sequence[Shot]], torch.Tensor]

@@ -19,6 +19,7 @@ from diffusers_ext.core.settings import (
     required,
     setting,
 )
+from diffusers_ext.nullspace.settings import KnownModelSettings
 
 
 @dataclass(kw_only=True)
@@ -63,6 +64,8 @@ class ComparedLoraSettings(Settings, title="evaluation"):
 class ForgettingSettings(EvaluatedModelSettings, PictureSettings, ComparedLoraSettings):
     """How a model with LoRAs is compared to itself without them."""
 
+    guidance_scale: float | None = as_in(KnownModelSettings, "guidance_scale", default=None)
+
     def check(self) -> None:
         """Also whether what is asked for has features."""
         super().check()
@@ -92,6 +95,8 @@ class ComparedEditSettings(Settings, title="evaluation"):
 @dataclass(kw_only=True)
 class EditingSettings(EvaluatedModelSettings, PictureSettings, ComparedEditSettings):
     """How a model with an edit of its knowledge is compared to itself without it."""
+
+    guidance_scale: float | None = as_in(KnownModelSettings, "guidance_scale", default=None)
 
     sheet_prompts: int = as_in(PictureSettings, "sheet_prompts", default=4, help="rows of the picture sheet a group")
 

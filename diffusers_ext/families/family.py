@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -268,6 +269,13 @@ class Family:
     def guidance_arguments(self, config: Any, guidance_scale: float) -> dict[str, Any]:
         """What guides the pipeline's call at a scale."""
         return {"guidance_scale": guidance_scale}
+
+    def usual_guidance(self, pipeline: DiffusionPipeline) -> float:
+        """The scale where none is given: what a flow-matching pipeline's call has by itself."""
+        if not self.flow_matching:
+            return 7.5
+        name = next(iter(self.guidance_arguments(getattr(pipeline, self.denoiser).config, 1.0)))
+        return float(signature(type(pipeline).__call__).parameters[name].default)
 
     def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
         """What the pipeline passes to `set_timesteps` of a flow-matching scheduler with this `config`.

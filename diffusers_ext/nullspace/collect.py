@@ -188,7 +188,7 @@ def collect_statistics(
     expand_sub_phrases: bool = True,
     include_guidance_prompts: bool = True,
     num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 4,
@@ -215,6 +215,7 @@ def collect_statistics(
         expand_sub_phrases: for K and V also count each prompt with one word left out.
         include_guidance_prompts: `False` leaves the empty and the negative prompt out, which only the statistics of a
             new subject may do: guidance would amplify what moves there.
+        guidance_scale: of denoising runs; without it 7.5, or what a flow-matching pipeline's call has by itself.
         runs_per_prompt: with other noise each; what a few prompts read is else too much that of single pictures.
         token_share: of the tokens along denoising runs, that is read: drawn at random, without bias, the error in
             `report`. On a GPU Gram matrices are float32, beside tensor cores a great part of the time.
@@ -228,6 +229,8 @@ def collect_statistics(
     prompts = unique(check_prompts(prompts))
     check_prompt_length(pipeline, [*prompts, negative_prompt])
     chosen = _chosen_linears(pipeline, scope, features, layers)
+    family = match_family(pipeline) or Family()
+    guided_at = family.usual_guidance(pipeline) if guidance_scale is None else guidance_scale
     guided = unique(["", negative_prompt]) if include_guidance_prompts else []
     settings: dict[str, Any] = {
         **chosen.told,
@@ -241,7 +244,7 @@ def collect_statistics(
         settings["batch_size"] = batch_size
         settings["run"] = {
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
+            "guidance_scale": guided_at,
             "height": height,
             "width": width,
             "seed": seed,

@@ -35,3 +35,21 @@ def test_other_layers_are_refused(value):
 )
 def test_the_rate_follows_the_directions(values, rate):
     assert NullSpaceSettings(**GIVEN, **values).learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("values", "joint", "expected"),
+    [
+        ({}, True, (5e-2, "cosine")),
+        ({}, False, (3e-2, "constant")),
+        ({"learning_rate": 3e-2}, True, (3e-2, "constant")),
+        ({"lr_scheduler": "constant"}, True, (3e-2, "constant")),
+        ({"directions": "soft"}, True, (1e-3, "constant")),
+        ({"full_finetune": True}, True, (1e-4, "constant")),
+    ],
+)
+def test_rate_and_schedule_are_the_models_where_neither_is_given(values, joint, expected):
+    settings = NullSpaceSettings(**GIVEN, **values)
+    settings.settle_rate(joint=joint)
+    settings.settle_rate(joint=not joint)  # is settled once
+    assert (settings.learning_rate, settings.lr_scheduler) == expected

@@ -53,6 +53,7 @@ def sd3_run(bases, line_to, tmp_path_factory) -> Path:
     """A training of SD3 with all that is usual."""
     reset_accelerator()
     run = {"pretrained_model_name_or_path": bases / "sd3", "max_train_steps": 3, "checkpointing_steps": 2}
+    run["lr_scheduler"] = "constant"
     folder = tmp_path_factory.mktemp("sd3") / "out"
     main(parse_args(line_to(folder, **run, guidance_scale=2.0)))
     reset_accelerator()
@@ -92,6 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(bases, teach, sd3_run):
     run = {
         "pretrained_model_name_or_path": bases / "sd3",
         "checkpointing_steps": 2,
+        "lr_scheduler": "constant",
         "statistics": sd3_run / "statistics",
     }
     teach(**run, max_train_steps=2)
@@ -120,9 +122,10 @@ def test_flux_in_half_precision_with_all_its_attention(bases, teach):
 
 
 @pytest.mark.parametrize(
-    ("name", "linears"), [("flux2", 3), ("chroma", 3), ("qwen_image", 5), ("z_image", 8), ("wan", 6)]
+    ("name", "linears", "guidance"),
+    [("flux2", 3, 4.0), ("chroma", 3, 5.0), ("qwen_image", 5, 4.0), ("z_image", 8, 5.0), ("wan", 6, 5.0)],
 )
-def test_other_families_learn_in_their_text_stream(bases, teach, name, linears, caplog):
+def test_other_families_learn_in_their_text_stream(bases, teach, name, linears, guidance, caplog):
     folder = teach(
         pretrained_model_name_or_path=bases / name,
         mixed_precision="bf16",
@@ -132,6 +135,8 @@ def test_other_families_learn_in_their_text_stream(bases, teach, name, linears, 
         max_train_steps=2,
         num_inference_steps=2,
     )
+    settled = json.loads((folder / "training_report.json").read_text())["arguments"]
+    assert [settled[key] for key in ("learning_rate", "lr_scheduler", "guidance_scale")] == [5e-2, "cosine", guidance]
     tuned = with_lora(name, folder)
     warned = [record.message for record in caplog.records if "--gradient_checkpointing of" in record.message]
     assert len(warned) == (name == "chroma")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -247,4 +248,4 @@ def test_every_setting_that_decides_what_comes_out_is_compared_on_resume(subject
     # Another way to compute the same attention.
     harmless.add("enable_xformers_memory_efficient_attention")
     compared = decided.keys() | run_facts(args).keys()
-    assert vars(args).keys() - compared == elsewhere | reporting | harmless
+    assert {one.name for one in fields(args)} - compared == elsewhere | reporting | harmless

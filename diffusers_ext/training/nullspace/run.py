@@ -101,8 +101,11 @@ def check_knowledge(settings: NullSpaceSettings) -> None:
 
 
 def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> None:
-    """Raise `ValueError` for arguments that do not fit the loaded model; settles `--resolution`."""
+    """Raise `ValueError` for arguments that do not fit the loaded model; settles what it decides."""
     settle_resolution(settings, pipeline)
+    scope, family = settle_scope(denoiser_of(pipeline), settings.scope), find_family(pipeline, "nullspace")
+    settings.settle_rate(joint=scope is not None)
+    settings.settle_guidance(family.usual_guidance(pipeline))
     check_schedule(settings, pipeline)
     fault = find_family(pipeline, "nullspace").checkpointing_fault
     if settings.gradient_checkpointing and fault:
@@ -115,7 +118,7 @@ def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline
         prompts.append(settings.class_prompt)
     if settings.directions != "plain":
         prompts += settings.other_instance_prompts
-    if settle_scope(denoiser_of(pipeline), settings.scope) is not None:
+    if scope is not None:
         check_no_features(settings.features, settings.cross_attention_layers)
     elif settings.directions == "plain" or settings.statistics is None:
         find_linears(denoiser_of(pipeline), settings.features, settings.cross_attention_layers)
@@ -253,7 +256,11 @@ def check_args(settings: NullSpaceSettings) -> None:
     for path in list_images(settings.instance_data_dir):
         read_picture(path)
     subject_prompts(settings)  # broken captions stop here
-    check_resume(settings, run_facts(settings, **subject_settings(settings)))
+    facts = run_facts(settings, **subject_settings(settings))
+    if settings.rate_is_open:  # the model decides, which is not loaded
+        for name in ("learning_rate", "lr_scheduler"):
+            del facts[name]
+    check_resume(settings, facts)
 
 
 def _hash_files(paths: Sequence[Path]) -> str:

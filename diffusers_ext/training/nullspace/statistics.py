@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.artifacts import CONFIG_NAME, write_atomically
 from diffusers_ext.core.pipelines import denoiser_of, plain_class_name
 from diffusers_ext.documented_names import read_nullbooth_block
+from diffusers_ext.families import find_family
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.nullspace.attention_maps import (
     at_steps,
@@ -243,6 +244,7 @@ def main(settings: CollectionSettings) -> Path:
     if settings.push_to_hub and accelerator.is_main_process:
         check_login(settings)  # a missing login stops the run here, not after it
     pipeline = load_pipeline(settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision])
+    settings.settle_guidance(find_family(pipeline, "nullspace").usual_guidance(pipeline))
     if settings.push_to_hub and accelerator.is_main_process:
         prepare_upload(settings, collection_card(settings, pipeline, prompts))
     if settings.export_layout:
@@ -252,7 +254,7 @@ def main(settings: CollectionSettings) -> Path:
     with collection_progress(settings, facts, accelerator) as progress_dir:
         began = time.perf_counter()
         statistics = collect(settings, pipeline, accelerator, prompts, progress_dir)
-        facts["seconds"] = time.perf_counter() - began
+        facts |= {"guidance_scale": settings.guidance_scale, "seconds": time.perf_counter() - began}
         if settings.compress is not None:
             statistics = statistics.compress(settings.compress)
         if settings.store_spectra:
