@@ -1,10 +1,12 @@
-"""`diffusers-ext debleed`: take out of a LoRA what acts on preserved prompts."""
+"""`diffusers-ext debleed`: take out of a LoRA what acts on preserved prompts; `interference`: of several, tell it."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ext.command_line.options import Command, Outcome, add_base_model_arguments, load_base_pipeline
@@ -37,9 +39,7 @@ def _add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_path", "--output", required=True, help="ends in .safetensors")
     parser.add_argument("--format", choices=["diffusers", "kohya"], default="diffusers")
     group = parser.add_argument_group("what to protect")
-    group.add_argument("--statistics", required=True, help="folder or Hub name, of `collect`")
-    group.add_argument("--statistics_subfolder", help="folder inside that")
-    group.add_argument("--statistics_revision", help="on the Hub")
+    _add_statistics_arguments(group)
     group.add_argument(
         "--uncovered",
         choices=["error", "keep", "drop"],
@@ -71,6 +71,20 @@ def _add_debleed_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_model_arguments(parser, required=False)
 
 
+def _add_statistics_arguments(group: Any) -> None:
+    group.add_argument("--statistics", required=True, help="folder or Hub name, of `collect`")
+    group.add_argument("--statistics_subfolder", help="folder inside that")
+    group.add_argument("--statistics_revision", help="on the Hub")
+
+
+def _load_statistics(args: argparse.Namespace) -> FeatureStatistics:
+    from diffusers_ext.nullspace.statistics import FeatureStatistics
+
+    return FeatureStatistics.from_pretrained(
+        args.statistics, subfolder=args.statistics_subfolder, revision=args.statistics_revision
+    )
+
+
 def _run_debleed(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.sources import lora_file
     from diffusers_ext.nullspace.debleed import (
@@ -81,12 +95,9 @@ def _run_debleed(args: argparse.Namespace) -> Outcome:
         with_text_encoders,
     )
     from diffusers_ext.nullspace.lora_files import check_output_path, export_lora, kept_metadata, read_lora_file
-    from diffusers_ext.nullspace.statistics import FeatureStatistics
 
     check_output_path(args.output_path)
-    statistics = FeatureStatistics.from_pretrained(
-        args.statistics, subfolder=args.statistics_subfolder, revision=args.statistics_revision
-    )
+    statistics = _load_statistics(args)
     lora, metadata = read_lora_file(lora_file(args.lora, args.weight_name))
     criterion = _criterion(args)
     subject: dict[str, Any] = {"instance_prompts": args.instance_prompt, "text_encoders": args.text_encoders}
@@ -249,4 +260,70 @@ DEBLEED = Command(
     _add_debleed_arguments,
     _run_debleed,
     output="output_path",
+)
+
+
+def _add_interference_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("loras", nargs="+", metavar="LORA", help="two or more files, folders or Hub names")
+    group = parser.add_argument_group("what they are for")
+    group.add_argument(
+        "--instance_prompt",
+        action="append",
+        default=[],
+        help="asks for the subject of a LoRA: once for each of them, in their order; the trigger phrases that the "
+        "files name without it",
+    )
+    group.add_argument("--weights", type=float, nargs="+", default=[], help="of the adapters, in their order; 1 each")
+    group = parser.add_argument_group("what is preserved")
+    _add_statistics_arguments(group)
+    group.add_argument("--text_encoders", action="store_true", help="also what LoRAs change in text encoders")
+    add_base_model_arguments(parser, required=False)
+
+
+def _run_interference(args: argparse.Namespace) -> Outcome:
+    from diffusers_ext.core.sources import lora_file
+    from diffusers_ext.nullspace.interference import interference_report
+    from diffusers_ext.nullspace.lora_files import read_lora_file
+
+    names = [Path(source).stem for source in args.loras]
+    for flag, values in (("instance_prompt", args.instance_prompt), ("weights", args.weights)):
+        if values and len(values) != len(names):
+            raise ValueError(f"`{flag}` must be given for each of {len(names)} LoRAs, got {len(values)}.")
+    if len({*names}) < len(names):
+        raise ValueError(f"`loras` must have names of their own, got {names}. Rename a file.")
+    statistics, loras, prompts = _load_statistics(args), {}, {}
+    for index, (name, source) in enumerate(zip(names, args.loras)):
+        loras[name], metadata = read_lora_file(lora_file(source))
+        prompt = args.instance_prompt[index] if args.instance_prompt else metadata.get("modelspec.trigger_phrase")
+        if not prompt:
+            raise ValueError(f"`instance_prompt` must be given, got none, and {source} names no trigger phrase.")
+        prompts[name] = [prompt]
+    pipeline = _base_pipeline(args, statistics.facts.get("base_model"))
+    weights = dict(zip(names, args.weights))
+    report = interference_report(
+        pipeline, loras, statistics, prompts, weights=weights, text_encoders=args.text_encoders
+    )
+    words = [
+        report.to_table(),
+        f"Relative change of what {len(report.linears)} Linears give, told by the statistics; nothing was drawn. The "
+        "share of a subject is that of what its own LoRA moves there.",
+    ]
+    for name, modules in report.uncovered.items():
+        if modules:
+            words.append(f"Not covered: {len(modules)} modules of {name} without a statistic, such as {modules[0]}.")
+    return Outcome({"prompts": prompts, "weights": weights, **asdict(report)}, "\n".join(words))
+
+
+INTERFERENCE = Command(
+    "interference",
+    "say how far LoRAs that are used together disturb each other",
+    "Tell, before a picture is drawn, how far each of several LoRAs moves what the base model reads for the subjects "
+    "of the others and for the preserved prompts, by pairs and all together, and what directions they share.",
+    (
+        'interference dog.safetensors cat.safetensors --instance_prompt "a photo of sks dog" '
+        '--instance_prompt "a photo of zwx cat" --statistics statistics',
+        "interference user/dog user/cat --statistics user/statistics --weights 1 0.7 --json",
+    ),
+    _add_interference_arguments,
+    _run_interference,
 )

@@ -11,6 +11,7 @@ _SOURCES = by_name(
         "diffusers_ext.nullspace.directions": "NullSpaceDirections null_space_directions",
         "diffusers_ext.nullspace.edit": "edit_concept",
         "diffusers_ext.nullspace.edit_prompts": "ConceptEdit",
+        "diffusers_ext.nullspace.interference": "InterferenceReport interference_report",
         "diffusers_ext.nullspace.lora": ("add_null_space_lora predicted_drift preservation_penalty save_lora"),
         "diffusers_ext.nullspace.lora_files": "check_loaded_lora export_lora push_lora",
         "diffusers_ext.nullspace.pipeline": (

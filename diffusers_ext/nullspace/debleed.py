@@ -70,7 +70,7 @@ def with_text_encoders(
     prompts, settings = statistics.facts["prompts"], statistics.facts["settings"]
     if not prompts:
         raise ValueError("`statistics` must name their prompts to read them by the text encoders, got none.")
-    linears = _text_encoder_linears(pipeline, _modules(read_lora(lora)))
+    linears = _text_encoder_linears(pipeline, lora_modules(read_lora(lora)))
     texts = sub_phrases(prompts) if settings.get("expand_sub_phrases") else prompts
     moments = _text_encoder_moments(pipeline, linears, texts, batch_size)
     if settings.get("include_guidance_prompts", True):
@@ -125,14 +125,19 @@ def _text_encoder_moments(
     return moments
 
 
+def measured_linears(pipeline: DiffusionPipeline, names: Sequence[str]) -> dict[str, torch.nn.Module]:
+    """The Linears of a pipeline by their names in statistics."""
+    encoders = _text_encoder_linears(pipeline, [name for name in names if name.startswith("text_encoder")])
+    denoiser = denoiser_of(pipeline)
+    return {name: encoders[name] if name in encoders else denoiser.get_submodule(name) for name in names}
+
+
 def relative_drift(lora: LoraSource, statistics: FeatureStatistics, pipeline: DiffusionPipeline) -> dict[str, float]:
     """`tr(D C D^T) / tr(W C W^T)` of each covered Linear: how much of its outputs on preserved inputs a LoRA moves."""
-    denoiser, found = denoiser_of(pipeline), {}
-    encoders = _text_encoder_linears(
-        pipeline, [name for name in statistics.sources if name.startswith("text_encoder")]
-    )
-    for name, energy in preserved_energy(lora, statistics).items():
-        weight = read_weight(encoders[name] if name in encoders else denoiser.get_submodule(name))
+    energies, found = preserved_energy(lora, statistics), {}
+    linears = measured_linears(pipeline, list(energies))
+    for name, energy in energies.items():
+        weight = read_weight(linears[name])
         moment = statistics.moments[statistics.key(name)].mean.to(weight)
         found[name] = energy / ((weight @ moment) * weight).sum().item()
     return found
@@ -214,7 +219,7 @@ def _projected(
     result: StateDict = {}
     missing = []
     for key, tensor in lora.items():
-        linear = _linear(key.rsplit(".lora_", 1)[0])
+        linear = statistic_name(key.rsplit(".lora_", 1)[0])
         if linear in projections:
             is_a = key.endswith(".lora_A.weight")
             result[key] = project_rows(tensor, projections[linear]) if is_a else tensor
@@ -225,13 +230,14 @@ def _projected(
     return result, missing
 
 
-def _linear(module: str) -> str:
+def statistic_name(module: str) -> str:
     """The name in statistics of a module with its component: that in the denoiser, the whole of a text encoder's."""
     component, _, name = module.partition(".")
     return name if component in _DENOISERS else module
 
 
-def _modules(lora: StateDict) -> list[str]:
+def lora_modules(lora: StateDict) -> list[str]:
+    """The modules that a LoRA changes, with their component."""
     ending = ".lora_A.weight"
     return [key.removesuffix(ending) for key in lora if key.endswith(ending)]
 
@@ -242,7 +248,7 @@ def uncovered_modules(lora: LoraSource, statistics: FeatureStatistics) -> list[s
     Every module of a text encoder is among them, unless statistics are `with_text_encoders`: one that changes also
     changes what the covered modules read, which then is not what was measured.
     """
-    return [module for module in _modules(read_lora(lora)) if _linear(module) not in statistics.sources]
+    return [module for module in lora_modules(read_lora(lora)) if statistic_name(module) not in statistics.sources]
 
 
 def preserved_energy(lora: LoraSource, statistics: FeatureStatistics) -> dict[str, float]:
@@ -252,8 +258,8 @@ def preserved_energy(lora: LoraSource, statistics: FeatureStatistics) -> dict[st
     leaves is the share of the predicted drift.
     """
     tensors, energies = read_lora(lora), {}
-    for module in _modules(tensors):
-        linear = _linear(module)
+    for module in lora_modules(tensors):
+        linear = statistic_name(module)
         if linear in statistics.sources:
             moment = statistics.moments[statistics.key(linear)].mean.double()
             a = tensors[f"{module}.lora_A.weight"].to(moment)

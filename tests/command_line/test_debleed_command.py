@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ext.command_line.debleed import debleed_verdict
 from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy
+from diffusers_ext.nullspace.interference import interference_report
 from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -57,6 +58,33 @@ def test_the_subject_is_kept(debleed, lora, statistics, digits, tmp_path):
     assert ran.code == 1
     assert "`--damping` must not be given with `--instance_prompt`" in ran.err
     assert "`--instance_prompt` must be given with `--strictness`" in debleed(strictness=3).err
+
+
+def test_interference_of_loras_is_that_of_the_library(run, lora, statistics, digits, tmp_path):
+    tensors, prompts = read_lora(lora), ["a photo of sks", "the number nine"]
+    save_file({key: value / 2 for key, value in tensors.items()}, tmp_path / "half.safetensors")
+    save_file(tensors, tmp_path / "dog.safetensors", {"modelspec.trigger_phrase": prompts[0]})
+    files = [tmp_path / "dog.safetensors", tmp_path / "half.safetensors"]
+    model = {"statistics": statistics, "pretrained_model_name_or_path": digits, "device": "cpu"}
+    asked = ["--instance_prompt", prompts[0], "--instance_prompt", prompts[1]]
+    ran = run("interference", *files, *asked, json=True, weights=[1, 4], **model)
+    assert ran.code == 0
+    expected = interference_report(
+        StableDiffusionPipeline.from_pretrained(digits),
+        dict(zip(("dog", "half"), files)),
+        FeatureStatistics.from_pretrained(statistics),
+        {"dog": prompts[:1], "half": prompts[1:]},
+        weights={"half": 4.0},
+    )
+    assert ran.facts["moved"] == expected.moved
+    assert ran.facts["pairs"] == expected.pairs
+    assert expected.pairs[0]["shares"] == pytest.approx({"dog": 1, "half": 1})
+    said = run("interference", *files, *asked, weights=[1, 4], **model).out
+    assert said.startswith(expected.to_table())
+    assert "Not covered" not in said
+    assert "`--instance_prompt` must be given, got none, and" in run("interference", *files, **model).err
+    assert "must be given for each of 2 LoRAs, got 1" in run("interference", *files, *asked[:2], **model).err
+    assert "must have names of their own" in run("interference", files[0], files[0], *asked, **model).err
 
 
 def test_text_encoders_are_projected_and_listed_on_request(debleed, lora, digits, tmp_path):
