@@ -1,4 +1,4 @@
-"""Preserved prompts keep their outputs under a hard edit: in every family, in stock diffusers, loaded and fused."""
+"""Preserved prompts keep their outputs in every family, in stock diffusers: under hard edits and debleeded LoRAs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft.utils import get_peft_model_state_dict
 
+from diffusers_ext.nullspace.collect import collect_statistics
+from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules, with_text_encoders
 from diffusers_ext.nullspace.edit import EditedConcepts, edit_concept
 from diffusers_ext.nullspace.edit_prompts import ConceptEdit
 from diffusers_ext.nullspace.lora_files import read_lora
@@ -27,6 +30,7 @@ from tests.tiny_image_pipelines import (
     tiny_hunyuan_dit_pipeline,
     tiny_sd3_pipeline,
 )
+from tests.tiny_lora import add_random_lora
 from tests.tiny_pipelines import sdxl_pipeline
 
 PROMPTS = ["a nine", "", "a three"]  # two preserved ones, and the edited one
@@ -140,3 +144,62 @@ def test_an_anchor_of_more_tokens_is_reached_in_texts_of_any_length(name):
     how = {"preserve_weight": 1e-4, "eps": 1e-8, "kept": 1.0, "expand_sub_phrases": False}
     first = edit_concept(setting.build(), [edit], ["a blue one"], **how, **setting.call).report.layers[0]
     assert first["achieved"] > 0.95, first
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3", "wan", "z_image"])
+def test_a_lora_that_stock_diffusers_wrote_is_debleeded_for_it(name, tmp_path):
+    setting = FAMILIES[name]
+    trained, pipeline, call = setting.build(), setting.build(), {**setting.call, **setting.draw}
+    statistics = collect_statistics(pipeline, PROMPTS[:1], scope="text_only", expand_sub_phrases=False)
+    add_random_lora(trained.transformer, statistics.linears)
+    trained.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(trained.transformer),
+        transformer_lora_adapter_metadata=trained.transformer.peft_config["default"].to_dict(),
+    )
+    assert uncovered_modules(tmp_path, statistics) == []
+    quiet = tmp_path / "quiet" / "lora.safetensors"
+    debleed_lora(
+        tmp_path, statistics, pipeline=pipeline, instance_prompts=PROMPTS[2:], strictness=1e3, output_path=quiet
+    )
+    energies = [sum(preserved_energy(file, statistics).values()) for file in (tmp_path, quiet)]
+    assert energies[1] < 0.05 * energies[0]
+    before, changes = outputs(pipeline, call), []
+    for file in (tmp_path, quiet):
+        tuned = setting.build()
+        tuned.load_lora_weights(file)
+        changes.append(moved(before, outputs(tuned, call)))
+    assert (changes[1][:2] < 0.5 * changes[0][:2]).all(), changes
+    assert changes[1][2] > changes[1][0], changes
+
+
+def test_a_lora_of_t5_keeps_the_embeddings_of_preserved_prompts():
+    pipeline = tiny_flux_pipeline()
+    t5 = pipeline.text_encoder_2
+    # So that all padding of a prompt is one vector, which leaves room.
+    torch.nn.init.zeros_(t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    generator, lora, linears = torch.Generator().manual_seed(0), {}, {}
+    for name, linear in t5.named_modules():
+        if isinstance(linear, torch.nn.Linear):
+            linears[f"text_encoder_2.{name}"] = linear
+            lora[f"text_encoder_2.{name}.lora_A.weight"] = torch.randn(2, linear.in_features, generator=generator)
+            lora[f"text_encoder_2.{name}.lora_B.weight"] = torch.randn(linear.out_features, 2, generator=generator) / 4
+    statistics = collect_statistics(pipeline, PROMPTS[:1], scope="text_only", expand_sub_phrases=False)
+    known = with_text_encoders(statistics, pipeline, lora)
+    assert uncovered_modules(lora, known) == []
+    ends = {key.removeprefix("text_encoder_2.encoder.block.0.layer.") for key in known.moments if ".block.0." in key}
+    assert {"0.SelfAttention.k|q|v", "0.SelfAttention.o", "1.DenseReluDense.wo"} <= ends
+    quiet = debleed_lora(lora, statistics, pipeline=pipeline, text_encoders=True, energy=0)
+
+    def embeddings() -> torch.Tensor:
+        with torch.no_grad():
+            return pipeline.encode_prompt(PROMPTS, None)[0]
+
+    before, weights = embeddings(), {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    found = []
+    for tensors in (lora, quiet):
+        for name, linear in linears.items():
+            linear.weight.data = weights[name] + tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        found.append(moved([before], [embeddings()]))
+    assert found[0].min() > 1e-2
+    assert_exact([before], [embeddings()])
