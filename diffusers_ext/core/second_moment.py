@@ -11,6 +11,9 @@ import torch
 
 from diffusers_ext.core.restored_state import held_attribute
 
+# Widths whose Gram matrices are computed by halves, and how many columns at once.
+_WIDE, _BLOCK = 1024, 512
+
 
 @contextmanager
 def exact_float32_matmul(device_type: str) -> Iterator[None]:
@@ -33,10 +36,20 @@ def _set_precision(setting: object, name: str, precision: str) -> None:
 
 
 def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """`X^T X` of features `(..., dim)`, computed in `dtype`."""
+    """`X^T X` of features `(..., dim)`, computed in `dtype`; of wide ones the half of it that the other mirrors."""
     rows = features.reshape(-1, features.shape[-1]).to(dtype)
     with exact_float32_matmul(rows.device.type):
-        return rows.T @ rows
+        return _mirrored_product(rows, rows) if rows.shape[-1] >= _WIDE else rows.T @ rows
+
+
+def _mirrored_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`X^T Y`, where it is symmetric."""
+    product = x.new_empty(x.shape[1], x.shape[1])
+    for start in range(0, len(product), _BLOCK):
+        stop = start + _BLOCK
+        product[start:stop, start:] = x[:, start:stop].T @ y[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].T
+    return product
 
 
 class SampledGram(NamedTuple):

@@ -33,7 +33,7 @@ from diffusers_ext.nullspace.edit_equations import (
     layer_report,
     preserved_moment,
     read_weight,
-    target_moments,
+    target_rows,
 )
 from diffusers_ext.nullspace.edit_prompts import (
     ConceptEdit,
@@ -242,13 +242,13 @@ def edit_concept(
     kept_whole = set(preserved)
     forecast = EditForecast(reader, prompts, [prompt for prompt in preserve if prompt in kept_whole])
     for source in dict.fromkeys(sources.values()):
-        d_c, c1, c2 = target_moments(root, reader, prompts, source, updates)
+        targets, c2 = target_rows(root, reader, prompts, source, updates)
         c0 = preserved_moment(reader, preserved, negative_prompt, source)
-        left, a, share = edit_factors(d_c, c1, c0, kept=kept, edits=len(edits), **settings)
-        missed, moved = effect_moments(left, a, d_c, c1, c2, c0)
+        left, a, share = edit_factors(targets, c0, kept=kept, edits=len(edits), **settings)
+        missed, moved = effect_moments(left, a, targets, c2, c0)
         # What is only reported is computed at the weights' own precision: half of the time at SDXL's size.
         told = [moment.float() for moment in (missed, moved, c2, c0)]
-        metric = torch.zeros_like(c1)
+        metric = torch.zeros_like(c0)
         for name in (name for name in sources if sources[name] == source):
             weight = read_weight(root.get_submodule(name))
             own = weight.float().T @ weight.float()

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from diffusers_ext.core.restored_state import CallScope
-from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.core.second_moment import SecondMoment, gram
 from diffusers_ext.nullspace.edit_prompts import EditPrompts, token_alignment
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.prompts import unique
@@ -33,7 +33,7 @@ from diffusers_ext.nullspace.text_only import TextReader
 
 # Of a token's energy: two prompts nearer than this are one to the model.
 _SAME = 1e-10
-# Widths from which `low_rank` looks for few directions, and how many at once.
+# Widths from which `leading_directions` looks for few directions, and how many at once.
 _WIDE, _BLOCK = 512, 32
 # By how much lambda is larger where directions are chosen: less takes directions that other words share.
 _DIRECTION_WEIGHTS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
@@ -41,96 +41,108 @@ _DIRECTION_WEIGHTS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
 _ENOUGH = 0.8
 
 
-def edit_matrix(
-    d_c: torch.Tensor,
-    c1: torch.Tensor,
-    c0: torch.Tensor,
-    *,
-    preserve_weight: float,
-    eps: float,
-    hard: bool = False,
-    edits: int = 1,
-) -> torch.Tensor:
-    """`M` of the module's equations, `(dim, dim)`; the update of a Linear is `W M`.
+class TargetRows(NamedTuple):
+    """The targets' tokens, scaled so that `dC = change^T read`, `C1 = read^T read`; at most as many as directions."""
 
-    Args:
-        d_c, c1, c0: `(dim, dim)` float64.
-        preserve_weight: lambda.
-        hard: `M` is zero on all that `c0` has seen; lambda then plays no part.
-        edits: how many share the directions that there are.
+    change: torch.Tensor  # (tokens, dim), k2 - k1
+    read: torch.Tensor  # (tokens, dim), k1
+
+
+class _Solution(NamedTuple):
+    """`M` by its action: of few tokens it is never formed, `M k1 = change^T K1 A^-1 k1`."""
+
+    factor: torch.Tensor  # L of the Cholesky factorisation A = L L^T
+    half: torch.Tensor  # (dim, tokens), L^-1 K1^T
+    effect: torch.Tensor  # (tokens, dim), what is added for the targets' tokens, K1 M^T
+
+    def rows(self, change: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """`left^T M`."""
+        return torch.linalg.solve_triangular(self.factor.T, self.half @ (change @ left), upper=True).T
+
+    def gain(self, change: torch.Tensor) -> torch.Tensor:
+        """`E|k2 - k1|^2 - E|M k1 - (k2 - k1)|^2`."""
+        return 2 * (change * self.effect).sum() - self.effect.square().sum()
+
+
+def _solution(system: torch.Tensor, change: torch.Tensor, read: torch.Tensor) -> _Solution:
+    """Of `A = system`."""
+    factor = _cholesky(system)
+    half = torch.linalg.solve_triangular(factor, read.T, upper=False)
+    return _Solution(factor, half, gram(half, half.dtype) @ change)
+
+
+def _cholesky(system: torch.Tensor) -> torch.Tensor:
+    """Of a symmetric matrix without negative eigenvalues, but for those of its rounding, which is added to all."""
+    rounding = torch.finfo(system.dtype).eps * system.diagonal().sum()
+    for times in (0, 1, 10, 100):
+        factor, info = torch.linalg.cholesky_ex(_with_ridge(system, times * rounding) if times else system)
+        if info == 0:
+            return factor
+    raise ValueError("`pipeline` must read finite numbers for its prompts, got a system of them that is not.")
+
+
+def _with_ridge(matrix: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    matrix = matrix.clone()
+    matrix.diagonal().add_(ridge)
+    return matrix
+
+
+def free_directions(c0: torch.Tensor, edits: int) -> torch.Tensor:
+    """An orthonormal basis `(dim, free)` of what the preserved tokens never use, for `hard=True`.
 
     Raises:
-        ValueError: fewer directions than edits; `hard`, and `c0` leaves fewer free.
+        ValueError: fewer directions than edits.
     """
-    dim = len(c1)
-    if edits > dim:
-        raise ValueError(f"`edits` must be at most as many as the text has directions, {dim}, got {edits}.")
-    ridge = eps * c1.diagonal().mean() * torch.eye(dim, dtype=c1.dtype, device=c1.device)
-    if not hard:
-        return torch.linalg.solve(c1 + preserve_weight * c0 + ridge, d_c.T).T
     values, vectors = torch.linalg.eigh(c0)
     free = null_dimensions(values, energy=0, floor=1e-12)
     if free < edits:
         raise ValueError(
             f"`preserve` must leave directions free for `hard=True`, one for each of {edits} edits, got prompts that "
-            f"leave {free} of {dim}. Preserve fewer, leave their sub-phrases out, or edit with `hard=False`."
+            f"leave {free} of {len(c0)}. Preserve fewer, leave their sub-phrases out, or edit with `hard=False`."
         )
-    basis = vectors[:, :free]
-    return torch.linalg.solve(basis.T @ (c1 + ridge) @ basis, (d_c @ basis).T).T @ basis.T
+    return vectors[:, :free]
 
 
-def low_rank(matrix: torch.Tensor, c1: torch.Tensor, kept: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`M ~ U A` of the smallest rank that keeps a share of what `M` does to the target's tokens.
-
-    `U` holds the leading left singular vectors of `M C1^(1/2)` and `A = U^T M`, so that the rows of A lie where those
-    of M lie.
-
-    Returns:
-        `(dim, rank)`, `(rank, dim)`, and the share of `tr(M C1 M^T)` that is kept.
-    """
-    if len(matrix) >= _WIDE:
-        found = _krylov_rank(matrix, c1, kept)
+def leading_directions(effect: torch.Tensor, kept: float) -> tuple[torch.Tensor, float]:
+    """The fewest directions that keep a share of the energy of the rows of `effect`, `(dim, rank)`, and that share."""
+    dim = effect.shape[1]
+    if dim >= _WIDE:
+        found = _krylov_directions(effect, kept)
         if found is not None:
             return found
-    energies, vectors = torch.linalg.eigh(matrix @ c1 @ matrix.T)
+    energies, vectors = torch.linalg.eigh(effect.T @ effect)
     energies, vectors = energies.flip(0).clamp_min(0), vectors.flip(1)
     shares = energies.cumsum(0) / energies.sum()
-    rank = min(int((shares < kept).sum()) + 1, len(shares))  # the last share may be rounded to below 1
-    left = vectors[:, :rank]
-    return left, left.T @ matrix, shares[rank - 1].item()
+    rank = min(int((shares < kept).sum()) + 1, dim)  # the last share may be rounded to below 1
+    return vectors[:, :rank], shares[rank - 1].item()
 
 
-def _krylov_rank(
-    matrix: torch.Tensor, c1: torch.Tensor, kept: float
-) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """`low_rank` without a whole decomposition; `None` where more than a quarter of the directions are needed.
+def _krylov_directions(effect: torch.Tensor, kept: float) -> tuple[torch.Tensor, float] | None:
+    """`leading_directions` without a whole decomposition; `None` where more than a quarter of them are needed.
 
     Ritz values of a Krylov space are at most the eigenvalues, so that the share they tell is never more than what is
     kept; the rank may be larger than the smallest by what they still lack.
     """
-    seen = matrix @ c1
-    total = (seen * matrix).sum()
-    generator = torch.Generator().manual_seed(len(matrix))
-    block = torch.randn(_BLOCK, len(matrix), dtype=matrix.dtype, generator=generator).to(matrix.device)
+    dim, total = effect.shape[1], effect.square().sum()
+    generator = torch.Generator().manual_seed(dim)
+    block = torch.randn(_BLOCK, dim, dtype=effect.dtype, generator=generator).to(effect.device)
     basis, image = block[:0], block[:0]
-    while len(basis) + _BLOCK <= len(matrix) // 4:
+    while len(basis) + _BLOCK <= dim // 4:
         for _ in range(2):  # once leaves what rounding brings back
             block = torch.linalg.qr((block - (block @ basis.T) @ basis).T).Q.T.contiguous()
-        block, basis = block @ matrix @ seen.T, torch.cat([basis, block])
+        block, basis = block @ effect.T @ effect, torch.cat([basis, block])
         image = torch.cat([image, block])
         inner = basis @ image.T
         energies, coordinates = torch.linalg.eigh((inner + inner.T) / 2)
         shares = energies.flip(0).cumsum(0) / total
         if shares[-1] >= kept:
             rank = int((shares < kept).sum()) + 1
-            left = (coordinates.T.flip(0)[:rank] @ basis).T
-            return left, left.T @ matrix, shares[rank - 1].item()
+            return (coordinates.T.flip(0)[:rank] @ basis).T, shares[rank - 1].item()
     return None
 
 
 def edit_factors(
-    d_c: torch.Tensor,
-    c1: torch.Tensor,
+    targets: TargetRows,
     c0: torch.Tensor,
     *,
     preserve_weight: float,
@@ -142,24 +154,43 @@ def edit_factors(
     """`M = B A` in the directions that tell the targets from what is preserved, and of the size that is asked for.
 
     Args:
+        c0: `(dim, dim)` float64.
+        preserve_weight: lambda.
         kept: share of what the update does to the targets that its directions keep.
+        hard: `M` is zero on all that `c0` has seen; lambda then plays no part.
+        edits: how many share the directions that there are.
 
     Returns:
         `B`, `(dim, rank)`; `A`, `(rank, dim)`, of orthonormal rows unless `hard`; and the share that is kept.
+
+    Raises:
+        ValueError: fewer directions than edits; `hard`, and `c0` leaves fewer free.
     """
-    solve = {"eps": eps, "hard": hard, "edits": edits}
-    plain = edit_matrix(d_c, c1, c0, preserve_weight=preserve_weight, **solve)
+    change, read = targets
+    dim = read.shape[1]
+    if edits > dim:
+        raise ValueError(f"`edits` must be at most as many as the text has directions, {dim}, got {edits}.")
+    ridge = eps * read.square().sum() / dim
     if hard:
-        return low_rank(plain, c1, kept)
-    ridge = eps * c1.diagonal().mean()
-    # Gains are E|k2 - k1|^2 - E|M k1 - (k2 - k1)|^2 = 2 tr(dC M^T) - tr(M C1 M^T).
-    enough = _ENOUGH * (2 * (d_c * plain).sum() - ((plain @ c1) * plain).sum())
+        basis = free_directions(c0, edits)
+        seen = read @ basis
+        solution = _solution(_with_ridge(gram(seen, seen.dtype), ridge), change, seen)
+        left, share = leading_directions(solution.effect, kept)
+        return left, solution.rows(change, left) @ basis.T, share
+    c1 = gram(read, read.dtype)
+
+    def solved(weight: float) -> _Solution:
+        return _solution(_with_ridge(torch.add(c1, c0, alpha=weight), ridge), change, read)
+
+    plain = solved(preserve_weight)
+    enough = _ENOUGH * plain.gain(change)
     for weight in _DIRECTION_WEIGHTS:
-        matrix = edit_matrix(d_c, c1, c0, preserve_weight=weight * preserve_weight, **solve)
-        _, a, share = low_rank(matrix, c1, kept)
-        a = torch.linalg.qr(a.T).Q.T
-        inner, held, wanted = a @ c1 @ a.T, a @ c0 @ a.T, a @ d_c.T
-        b = torch.linalg.solve(inner + preserve_weight * held + ridge * torch.eye(len(a)).to(inner), wanted).T
+        solution = plain if weight == 1 else solved(weight * preserve_weight)
+        left, share = leading_directions(solution.effect, kept)
+        a = torch.linalg.qr(solution.rows(change, left).T).Q.T
+        read_along = read @ a.T
+        inner, wanted = read_along.T @ read_along, read_along.T @ change
+        b = torch.linalg.solve(_with_ridge(inner + preserve_weight * (a @ c0 @ a.T), ridge), wanted).T
         if 2 * (wanted * b.T).sum() - ((b @ inner) * b).sum() >= enough:
             break
     return b, a, share
@@ -181,34 +212,37 @@ def in_places(
     return read.gather(1, places[..., None].expand(-1, -1, read.shape[-1]))
 
 
-def target_moments(
+def target_rows(
     denoiser: torch.nn.Module,
     reader: TextReader,
     edits: Sequence[EditPrompts],
     source: str,
     updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`dC`, `C1` and `E[(k2 - k1) (k2 - k1)^T]`, summed over the edits.
+) -> tuple[TargetRows, torch.Tensor]:
+    """The targets' tokens, whose moments are summed over the edits, and `E[(k2 - k1) (k2 - k1)^T]`.
 
     Targets are read with the updates of earlier Linears in place, so that deeper ones correct what is left.
     """
-    total: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
     for edit in edits:
         with added_updates(denoiser, updates):
             k1 = reader.all(edit.targets, source)
         k2 = torch.zeros_like(k1)
         for anchors, weights in edit.anchors:
             k2 += weights.to(k1) * in_places(reader, edit.targets, anchors, source, k1.shape[1])
-        change, rows = (k2 - k1).flatten(0, 1), k1.flatten(0, 1)
-        if change.square().sum() <= _SAME * rows.square().sum() and not updates:
+        change, read = (k2 - k1).flatten(0, 1), k1.flatten(0, 1)
+        if change.square().sum() <= _SAME * read.square().sum() and not updates:
             raise ValueError(
                 f"`anchor` must be read otherwise than `target`, got {edit.edit.anchor!r} for {edit.edit.target!r}, "
                 "whose tokens are the same."
             )
-        parts = torch.stack([change.T @ rows, rows.T @ rows, change.T @ change]) / len(rows)
-        total.append(parts)
-    d_c, c1, c2 = torch.stack(total).sum(0)
-    return d_c, c1, c2
+        parts.append(torch.cat([read, change], 1) / len(read) ** 0.5)
+    both = torch.cat(parts)
+    dim = both.shape[1] // 2
+    c2 = gram(both[:, dim:], both.dtype)
+    if len(both) > dim:  # a rotation of the tokens leaves all their moments, and the first ones with all that is read
+        both = torch.linalg.qr(both, mode="r").R[:dim]
+    return TargetRows(both[:, dim:].contiguous(), both[:, :dim].contiguous()), c2
 
 
 def preserved_moment(reader: TextReader, preserved: Sequence[str], negative_prompt: str, source: str) -> torch.Tensor:
@@ -225,12 +259,13 @@ def preserved_moment(reader: TextReader, preserved: Sequence[str], negative_prom
 
 
 def effect_moments(
-    left: torch.Tensor, a: torch.Tensor, d_c: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c0: torch.Tensor
+    left: torch.Tensor, a: torch.Tensor, targets: TargetRows, c2: torch.Tensor, c0: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`E (M k1 - (k2 - k1)) (..)^T`, what an edit `M = left a` misses, and `E M k0 (M k0)^T`, what it moves."""
     # M C1 M^T - dC M^T - M dC^T + E (k2 - k1) (k2 - k1)^T
-    cross = d_c @ a.T @ left.T
-    missed = left @ (a @ c1 @ a.T) @ left.T - cross - cross.T + c2
+    read_along = targets.read @ a.T
+    cross = (targets.change.T @ read_along) @ left.T
+    missed = left @ (read_along.T @ read_along) @ left.T - cross - cross.T + c2
     return missed, left @ (a @ c0 @ a.T) @ left.T
 
 

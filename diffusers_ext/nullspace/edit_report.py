@@ -103,21 +103,25 @@ class EditForecast:
 
     def add(self, source: str, left: torch.Tensor, a: torch.Tensor, metric: torch.Tensor) -> None:
         """Count a source: its `M = left a`, and the sum of `W^T W` over the Linears that read it."""
-        inner = left.T @ metric @ left
+        across = metric @ left
+        inner, told = left.T @ across, metric.float()  # products of all tokens at the weights' own precision
         for start, k in zip(
             range(0, len(self.preserved), self.reader.batch_size), self.reader.batches(self.preserved, source)
         ):
-            for row, x, weights in ((0, k @ a.T, inner), (1, k, metric)):
-                self._moved[row, start : start + len(k)] += ((x @ weights) * x).sum((1, 2)).cpu()
+            x = k @ a.T
+            self._moved[0, start : start + len(k)] += ((x @ inner) * x).sum((1, 2)).cpu()
+            self._moved[1, start : start + len(k)] += ((k.float() @ told) * k).sum((1, 2)).cpu()
         if source not in self.reader.handed and any(missed[1] for missed in self._missed):
             return
         for edit, found, missed, along in zip(self.edits, self.neighbours, self._missed, self._moved_along):
             for k, change in self._changes(edit.targets, edit.anchors, source):
-                missed += _energies(k @ a.T @ left.T - change, change, metric)
+                x, far = k @ a.T, ((change.float() @ told) * change).sum()
+                missed += torch.stack([((x @ inner - 2 * change @ across) * x).sum() + far, far]).cpu()
             for index, (words, prompts) in enumerate(found):
                 anchors = [(replaced(prompts, words, anchor), weight) for anchor, weight in edit.edit.weights.items()]
                 for k, change in self._changes(prompts, anchors, source):
-                    along[:, index] += _energies(k @ a.T @ left.T, change, metric)
+                    x, far = k @ a.T, ((change.float() @ told) * change).sum()
+                    along[:, index] += torch.stack([((x @ inner) * x).sum(), far]).cpu()
 
     def _changes(
         self, prompts: Sequence[str], anchors: Sequence[tuple[list[str], torch.Tensor | float]], source: str
@@ -158,11 +162,6 @@ class EditForecast:
                 }
             )
         return rows
-
-
-def _energies(x: torch.Tensor, change: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
-    """`|W x|^2` and `|W change|^2`."""
-    return torch.stack([((part @ metric) * part).sum() for part in (x, change)]).cpu()
 
 
 def edit_warnings(concepts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ from math import ceil
 
 import torch
 
-from diffusers_ext.nullspace.edit_equations import edit_factors, effect_moments, layer_report
+from diffusers_ext.nullspace.edit_equations import TargetRows, edit_factors, effect_moments, layer_report
 from diffusers_ext.planning.models import BaseModel, ImageShapes, encode_prompts_work, guided_work
 from diffusers_ext.planning.settings import EditPlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES
@@ -95,17 +95,20 @@ class EditRun:
 
         def begin(linears: torch.nn.ModuleList, device: torch.device) -> Callable[[], object]:
             wide = {"dtype": torch.float64, "device": device}
-            c1, c2, c0 = (x @ x.T / width for x in torch.randn(3, width, width, **wide))
+            of_a_prompt = self.shapes.text.tokens if width == self.shapes.text.width else 1
+            tokens = min(width, self.setting.num_edits * self.setting.num_edited_prompts * of_a_prompt)
+            c2, c0 = (x @ x.T / width for x in torch.randn(2, width, width, **wide))
             if hard:  # what is preserved leaves half of all directions
                 c0[width // 2 :], c0[:, width // 2 :] = 0, 0
             else:  # targets are told apart at the first attempt
                 c0 *= 1e-6
-            d_c = torch.randn(width, rank, **wide) @ torch.randn(rank, width, **wide) / width
+            change = torch.randn(tokens, rank, **wide) @ torch.randn(rank, width, **wide) / width
+            targets = TargetRows(change, torch.randn(tokens, width, **wide) / width**0.5)
 
             def repeat() -> None:
-                left, a, _ = edit_factors(d_c, c1, c0, preserve_weight=1.0, eps=1e-4, kept=0.999, hard=hard)
-                missed, moved = effect_moments(left, a, d_c, c1, c2, c0)
-                metric = torch.zeros_like(c1)
+                left, a, _ = edit_factors(targets, c0, preserve_weight=1.0, eps=1e-4, kept=0.999, hard=hard)
+                missed, moved = effect_moments(left, a, targets, c2, c0)
+                metric = torch.zeros_like(c0)
                 for linear in linears:
                     own = linear.weight.double().T @ linear.weight.double()
                     metric += own

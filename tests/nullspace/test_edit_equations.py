@@ -9,102 +9,118 @@ from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.nullspace import edit_equations
 from diffusers_ext.nullspace.edit import edit_concept
 from diffusers_ext.nullspace.edit_equations import (
+    TargetRows,
     added_updates,
     edit_factors,
-    edit_matrix,
     effect_moments,
     layer_report,
-    low_rank,
+    leading_directions,
     read_weight,
 )
 from diffusers_ext.nullspace.text_only import text_only_linears
 from tests.tiny_digits import random_digits_pipeline
 
+SOLVE = {"preserve_weight": 2.0, "eps": 1e-3, "kept": 1.0}
 
-def moments(seed: int = 0, dim: int = 6, free: int = 0) -> tuple[torch.Tensor, ...]:
+
+def tokens(seed: int = 0, dim: int = 6, free: int = 0, count: int = 40) -> tuple[TargetRows, torch.Tensor, ...]:
+    """The targets' rows, `C0` and the preserved tokens."""
     generator = torch.Generator().manual_seed(seed)
     k0, k1, k2 = torch.randn(3, 40, dim, generator=generator, dtype=torch.float64)
     k0[:, dim - free :] = 0
-    return k0, k1, k2, (k2 - k1).T @ k1 / 40, k1.T @ k1 / 40, k0.T @ k0 / 40
+    targets = TargetRows(*(x[:count] / count**0.5 for x in (k2 - k1, k1)))
+    return targets, k0.T @ k0 / 40, k0
 
 
-def test_the_matrix_minimises_its_objective():
-    k0, k1, k2, d_c, c1, c0 = moments()
+@pytest.mark.parametrize("count", [4, 40])  # fewer tokens than directions, and more
+def test_the_update_minimises_its_objective(count):
+    targets, c0, k0 = tokens(count=count)
     weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ridge = 1e-3 * targets.read.square().sum() / 6
 
     def objective(delta: torch.Tensor) -> torch.Tensor:
-        edit = (k1 @ delta.T - (k2 - k1) @ weight.T).square().sum() / 40
-        kept = (k0 @ delta.T).square().sum() / 40
-        return edit + 2 * kept + 1e-3 * c1.diagonal().mean() * delta.square().sum()
+        edit = (targets.read @ delta.T - targets.change @ weight.T).square().sum()
+        return edit + 2 * (k0 @ delta.T).square().sum() / 40 + ridge * delta.square().sum()
 
-    delta = (weight @ edit_matrix(d_c, c1, c0, preserve_weight=2, eps=1e-3)).requires_grad_()
+    b, a, _ = edit_factors(targets, c0, **SOLVE)
+    assert len(a) == min(count, 6)
+    delta = (weight @ b @ a).requires_grad_()
     (gradient,) = torch.autograd.grad(objective(delta), delta)
-    assert gradient.abs().max() < 1e-12
+    assert (gradient @ a.T).abs().max() < 1e-12  # along the directions
+    if count == 40:
+        assert gradient.abs().max() < 1e-12
+        moments = targets.read.T @ targets.read + 2 * c0 + ridge * torch.eye(6)
+        assert torch.allclose(b @ a, targets.change.T @ targets.read @ torch.linalg.inv(moments))
 
 
 def test_a_hard_edit_is_zero_on_what_is_preserved():
-    k0, k1, k2, d_c, c1, c0 = moments(free=2)
-    matrix = edit_matrix(d_c, c1, c0, preserve_weight=1, eps=1e-6, hard=True)
-    assert (k0 @ matrix.T).abs().max() < 1e-12
-    assert (k1 @ matrix.T).norm() > 0.1 * (k2 - k1).norm()
+    targets, c0, k0 = tokens(free=2)
+    b, a, _ = edit_factors(targets, c0, **SOLVE, hard=True)
+    assert (k0 @ a.T).abs().max() < 1e-12
+    assert (targets.read @ a.T @ b.T).norm() > 0.1 * targets.change.norm()
     with pytest.raises(ValueError, match="`preserve` must leave directions free"):
-        edit_matrix(*moments()[3:], preserve_weight=1, eps=1e-6, hard=True)
+        edit_factors(*tokens()[:2], **SOLVE, hard=True)
 
 
 def test_more_edits_than_directions_are_refused():
-    edit_matrix(*moments(free=2)[3:], preserve_weight=1, eps=1e-6, hard=True, edits=2)
+    edit_factors(*tokens(free=2)[:2], **SOLVE, hard=True, edits=2)
     with pytest.raises(ValueError, match="one for each of 3 edits, got prompts that leave 2 of 6"):
-        edit_matrix(*moments(free=2)[3:], preserve_weight=1, eps=1e-6, hard=True, edits=3)
+        edit_factors(*tokens(free=2)[:2], **SOLVE, hard=True, edits=3)
     with pytest.raises(ValueError, match="`edits` must be at most as many as the text has directions, 6, got 7"):
-        edit_matrix(*moments()[3:], preserve_weight=1, eps=1e-6, edits=7)
+        edit_factors(*tokens()[:2], **SOLVE, edits=7)
+
+
+def test_a_system_whose_rounding_is_larger_than_its_ridge_is_solved():
+    targets, _, _ = tokens(count=2)
+    b, a, _ = edit_factors(targets, torch.zeros(6, 6, dtype=torch.float64), **{**SOLVE, "eps": 0.0})
+    assert torch.allclose(targets.read @ a.T @ b.T, targets.change, atol=1e-4)
+    with pytest.raises(ValueError, match="`pipeline` must read finite numbers"):
+        edit_factors(targets, torch.full((6, 6), torch.nan, dtype=torch.float64), **SOLVE)
 
 
 def test_the_smallest_rank_that_keeps_the_share_is_taken():
-    *_, d_c, c1, c0 = moments()
-    matrix = edit_matrix(d_c, c1, c0, preserve_weight=1, eps=1e-4)
-    left, a, share = low_rank(matrix, c1, 1.0)
-    assert torch.allclose(left @ a, matrix)
+    effect = tokens()[0].change
+    left, share = leading_directions(effect, 1.0)
+    assert torch.allclose(effect @ left @ left.T, effect)
     assert share == pytest.approx(1)
-    left, a, share = low_rank(matrix, c1, 0.9)
-    lost = matrix - left @ a
-    assert 1 - torch.trace(lost @ c1 @ lost.T) / torch.trace(matrix @ c1 @ matrix.T) == pytest.approx(share)
+    left, share = leading_directions(effect, 0.9)
+    lost = effect - effect @ left @ left.T
+    assert 1 - lost.square().sum() / effect.square().sum() == pytest.approx(share)
     assert share >= 0.9
-    assert low_rank(matrix, c1, share - 1e-9)[1].shape == a.shape
+    assert leading_directions(effect, share - 1e-9)[0].shape == left.shape
 
 
 @pytest.mark.parametrize("kept", [0.9, 0.9999])
 def test_few_directions_of_a_wide_edit_are_those_of_the_whole_decomposition(kept, monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    u, v, k1 = torch.randn(3, 60, 520, generator=generator, dtype=torch.float64)
-    matrix, c1 = (u.T * torch.logspace(0, -3, 60, dtype=torch.float64)) @ v, k1.T @ k1 / 60
+    u, v = torch.randn(2, 60, 520, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    effect = (u.T * torch.logspace(0, -3, 60, dtype=torch.float64)) @ v
     whole = torch.linalg.eigh
     with monkeypatch.context() as patched:
         patched.setattr(torch.linalg, "eigh", lambda x: whole(x) if len(x) < 520 else pytest.fail("as a whole"))
-        left, a, share = low_rank(matrix, c1, kept)
-    lost = matrix - left @ a
-    assert 1 - torch.trace(lost @ c1 @ lost.T) / torch.trace(matrix @ c1 @ matrix.T) == pytest.approx(share, abs=1e-9)
+        left, share = leading_directions(effect, kept)
+    lost = effect - effect @ left @ left.T
+    assert 1 - lost.square().sum() / effect.square().sum() == pytest.approx(share, abs=1e-9)
     assert share >= kept
     monkeypatch.setattr(edit_equations, "_WIDE", 1000)
-    assert low_rank(matrix, c1, kept)[1].shape == a.shape
-    assert torch.allclose(left.T @ left, torch.eye(len(a), dtype=torch.float64))
+    assert leading_directions(effect, kept)[0].shape == left.shape
+    assert torch.allclose(left.T @ left, torch.eye(left.shape[1], dtype=torch.float64))
 
 
 def test_a_wide_edit_of_many_directions_is_decomposed_as_a_whole():
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(520, 520, generator=generator, dtype=torch.float64)
-    left, a, share = low_rank(matrix, torch.eye(520, dtype=torch.float64), 1.0)
-    assert len(a) > 500
+    effect = torch.randn(520, 520, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, share = leading_directions(effect, 1.0)
+    assert left.shape[1] > 500
     assert share == pytest.approx(1)
 
 
 def test_the_report_of_a_layer_is_that_of_its_outputs():
-    k0, k1, k2, d_c, c1, c0 = moments()
-    change = k2 - k1
+    targets, c0, k0 = tokens()
+    change, k1 = targets
     weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    left, a, _ = low_rank(edit_matrix(d_c, c1, c0, preserve_weight=1, eps=1e-4), c1, 0.9)
-    c2 = change.T @ change / 40
-    found = layer_report(weight.T @ weight, *effect_moments(left, a, d_c, c1, c2, c0), c2, c0)
-    delta = weight @ left @ a
+    b, a, _ = edit_factors(targets, c0, **{**SOLVE, "kept": 0.9})
+    c2 = change.T @ change
+    found = layer_report(weight.T @ weight, *effect_moments(b, a, targets, c2, c0), c2, c0)
+    delta = weight @ b @ a
     missed = (k1 @ delta.T - change @ weight.T).square().sum() / (change @ weight.T).square().sum()
     assert found["achieved"] == pytest.approx(1 - missed.item())
     drift = (k0 @ delta.T).square().sum() / (k0 @ weight.T).square().sum()
@@ -117,9 +133,9 @@ def test_a_targets_own_direction_takes_the_whole_edit():
     k0[:, 0] *= 1e-3  # what is preserved hardly uses the first direction
     k1 = k0[:40] + torch.eye(6, dtype=torch.float64)[0]
     change = torch.randn(6, generator=generator, dtype=torch.float64).expand(40, 6)
-    d_c, c1, c0 = change.T @ k1 / 40, k1.T @ k1 / 40, k0.T @ k0 / 200
+    targets, c0 = TargetRows(change / 40**0.5, k1 / 40**0.5), k0.T @ k0 / 200
     solve = {"preserve_weight": 1.0, "eps": 1e-6}
-    b, a, share = edit_factors(d_c, c1, c0, kept=0.999, **solve)
+    b, a, share = edit_factors(targets, c0, kept=0.999, **solve)
     assert len(a) == 1
     assert share >= 0.999
     assert abs(a[0, 0]) > 0.9999
@@ -127,11 +143,15 @@ def test_a_targets_own_direction_takes_the_whole_edit():
     def missed(matrix: torch.Tensor) -> float:
         return ((k1 @ matrix.T - change).square().sum() / change.square().sum()).item()
 
-    drift, of_one_solve = ((k0 @ m.T).square().mean() for m in (b @ a, edit_matrix(d_c, c1, c0, **solve)))
+    def of_one_solve(weight: float) -> torch.Tensor:
+        moments = targets.read.T @ targets.read + weight * c0
+        ridge = 1e-6 * moments.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+        return targets.change.T @ targets.read @ torch.linalg.inv(moments + ridge)
+
+    drift, of_one = ((k0 @ m.T).square().mean() for m in (b @ a, of_one_solve(1.0)))
     assert missed(b @ a) < 1e-3
-    assert drift < of_one_solve
-    far = edit_matrix(d_c, c1, c0, **{**solve, "preserve_weight": 1e6})
-    assert missed(far) > 10 * missed(b @ a)  # its size is what the second solve gives back
+    assert drift < of_one
+    assert missed(of_one_solve(1e6)) > 10 * missed(b @ a)  # its size is what the second solve gives back
 
 
 def test_added_updates_act_inside_and_leave_nothing():
