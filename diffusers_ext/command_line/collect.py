@@ -122,6 +122,7 @@ def _collect(
     statistics = collect_statistics(pipeline, prompts, progress_dir=args.progress_dir, **options)
     if args.other_instance_prompts:
         folder = args.progress_dir and Path(args.progress_dir, "other_subjects")
+        options["expand_sub_phrases"] = False
         others = collect_statistics(pipeline, args.other_instance_prompts, progress_dir=folder, **options)
         statistics.merge(others, times=len(prompts))
     return statistics

@@ -23,7 +23,7 @@ from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints, plain_
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.families import Family, match_family
-from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts, sub_phrases, unique
+from diffusers_ext.nullspace.prompts import RECOMBINATIONS, check_prompt_length, check_prompts, preserved_texts, unique
 from diffusers_ext.nullspace.scope import check_no_features, scoped_linears, settle_scope, text_moments
 from diffusers_ext.nullspace.slots import check_features, find_linears, split_linear_name
 from diffusers_ext.nullspace.statistics import TEXT, FeatureStatistics
@@ -212,7 +212,8 @@ def collect_statistics(
         features: `"q"`, `"k"`, `"v"`, `"out"` of cross-attention; with the prefix `"attn1."` those of self-attention;
             `"ff.in"`, `"ff.out"` of feed-forward layers.
         layers: `"all"`, or indices of transformer blocks in natural order.
-        expand_sub_phrases: for K and V also count each prompt with one word left out.
+        expand_sub_phrases: for K and V also count each prompt with one word left out, and beginnings of prompts with
+            ends of others (`preserved_texts`).
         include_guidance_prompts: `False` leaves the empty and the negative prompt out, which only the statistics of a
             new subject may do: guidance would amplify what moves there.
         guidance_scale: of denoising runs; without it 7.5, or what a flow-matching pipeline's call has by itself.
@@ -237,6 +238,7 @@ def collect_statistics(
         "expand_sub_phrases": expand_sub_phrases,
         "include_guidance_prompts": include_guidance_prompts,
         "negative_prompt": negative_prompt,
+        **({"recombinations": RECOMBINATIONS} if expand_sub_phrases else {}),
     }
     if chosen.runs:
         own = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
@@ -265,7 +267,7 @@ def collect_statistics(
     facts = json.loads(json.dumps(facts, default=str))
     moments: dict[str, SecondMoment] = {}
     if chosen.text:
-        texts = sub_phrases(prompts) if expand_sub_phrases else prompts
+        texts = preserved_texts(prompts) if expand_sub_phrases else prompts
         # Every picture reads the unconditional prompt once, as often as all others together.
         both, size = (texts, guided, len(prompts)), 16 * batch_size
         moments = chosen.read_text(pipeline, *both, batch_size=size, shard=shard)

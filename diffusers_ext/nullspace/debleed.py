@@ -27,7 +27,7 @@ from diffusers_ext.nullspace.lora_files import (
     write_lora,
 )
 from diffusers_ext.nullspace.projector import NullSpaceProjector, project_rows, subject_projection
-from diffusers_ext.nullspace.prompts import sub_phrases, unique
+from diffusers_ext.nullspace.prompts import preserved_texts, unique
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.nullspace.text_only import denoiser_arguments
 
@@ -71,7 +71,9 @@ def with_text_encoders(
     if not prompts:
         raise ValueError("`statistics` must name their prompts to read them by the text encoders, got none.")
     linears = _text_encoder_linears(pipeline, lora_modules(read_lora(lora)))
-    texts = sub_phrases(prompts) if settings.get("expand_sub_phrases") else prompts
+    # Statistics of earlier versions have sub-phrases alone.
+    recombinations = settings.get("recombinations", 0)
+    texts = preserved_texts(prompts, recombinations) if settings.get("expand_sub_phrases") else prompts
     moments = _text_encoder_moments(pipeline, linears, texts, batch_size)
     if settings.get("include_guidance_prompts", True):
         guided = unique(["", settings.get("negative_prompt", "")])

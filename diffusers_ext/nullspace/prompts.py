@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Sequence
 from typing import Any
 
 from diffusers_ext.core.text_files import read_prompt_texts
 from diffusers_ext.families import match_family
+
+RECOMBINATIONS = 5  # drawn a prompt
 
 
 def read_prompts_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:
@@ -35,6 +38,35 @@ def sub_phrases(prompts: Sequence[str]) -> list[str]:
         words = prompt.split()
         expanded += [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1]
     return unique(expanded)
+
+
+def recombined(prompts: Sequence[str], per_prompt: int = RECOMBINATIONS) -> list[str]:
+    """Beginnings of the prompts with ends of others, at most `per_prompt` for each, without the prompts themselves.
+
+    They carry the preserved set over to sentences that nobody wrote down: "a photo of the red digit seven" and "the
+    number two in blue" also keep "a photo of the two in blue" and "the number seven". None is longer than both of
+    its prompts; the choice is the same for the same prompts.
+    """
+    generator, known = random.Random(0), unique(prompts)
+    words = [prompt.split() for prompt in known]
+    made = []
+    for begins in words:
+        for _ in range(per_prompt):
+            ends = generator.choice(words)
+            head = generator.randint(0, len(begins))
+            tail = generator.randint(0, min(len(ends), max(len(begins), len(ends)) - head))
+            made.append(" ".join(begins[:head] + ends[len(ends) - tail :]))
+    given = {"", *known}
+    return [prompt for prompt in unique(made) if prompt not in given]
+
+
+def preserved_texts(prompts: Sequence[str], recombinations: int = RECOMBINATIONS) -> list[str]:
+    """The texts that a preserved set is measured by: the prompts, their `sub_phrases`, and some `recombined`.
+
+    With recombinations the prompts stand there three times, because the others would else outweigh them.
+    """
+    again = 2 if recombinations else 0
+    return [*unique([*sub_phrases(prompts), *recombined(prompts, recombinations)]), *unique(prompts) * again]
 
 
 def check_prompts(prompts: Sequence[str], name: str = "prompts") -> list[str]:

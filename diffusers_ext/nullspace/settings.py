@@ -68,7 +68,7 @@ class KnowledgeSettings(Settings, title="knowledge"):
     )
     features: list[str] = setting(["k", "v"], "inputs of which projections: k v q out")
     cross_attention_layers: str | list[int] = setting("all", "all, or indices", several=True)
-    no_sub_phrases: bool = setting(False, "preserve the prompts alone, not their parts")
+    no_sub_phrases: bool = setting(False, "preserve the prompts alone, not their parts and recombinations")
     statistics_batch_size: int = setting(4, "prompts at once", rule=COUNT)
     nullspace_threshold: float | None = setting(
         None, "directions of larger eigenvalues are protected; absolute", rule=POSITIVE

@@ -29,6 +29,8 @@ from diffusers_ext.nullspace.stored_moments import (
 )
 
 TEXT = "text"  # key of the one matrix that all cross-attention K and V share
+# Settings that tell which texts were read, not how.
+_WHICH_TEXTS = ("expand_sub_phrases", "recombinations")
 
 
 class FeatureStatistics(Artifact):
@@ -106,6 +108,8 @@ class FeatureStatistics(Artifact):
     def merge(self, other: FeatureStatistics, times: int = 1) -> FeatureStatistics:
         """Add the statistics of further prompts, collected on the same model with the same settings.
 
+        Which texts the prompts imply may differ.
+
         Args:
             times: count them as if seen this often; a few prompts that matter, such as those of other subjects, would
                 else drown among many.
@@ -115,10 +119,12 @@ class FeatureStatistics(Artifact):
         self.check_same_models(other.facts["models"])
         if self.sources != other.sources:
             raise ValueError("`other` must cover the same Linears, got other features or layers.")
-        if self.facts["settings"] != other.facts["settings"]:
-            raise ValueError(
-                f"`other` must be collected with the settings {self.facts['settings']}, got {other.facts['settings']}."
-            )
+        own, others = (
+            {name: value for name, value in facts["settings"].items() if name not in _WHICH_TEXTS}
+            for facts in (self.facts, other.facts)
+        )
+        if own != others:
+            raise ValueError(f"`other` must be collected with the settings {own}, got {others}.")
         if any(isinstance(part, LowRankMoment) for part in (*self.moments.values(), *other.moments.values())):
             raise ValueError("Compressed statistics must not be merged: merge, then compress.")
         for key, moment in self.moments.items():

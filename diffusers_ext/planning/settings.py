@@ -23,6 +23,7 @@ from diffusers_ext.core.settings import (
     as_in,
     setting,
 )
+from diffusers_ext.nullspace.prompts import RECOMBINATIONS
 
 DIRECTIONS = ("generalized", "null", "soft", "plain")
 LATENTS_SOURCES = ("trajectory", "video", "noise")
@@ -115,7 +116,7 @@ class NullSpacePlanSettings(PlannedRun):
     train_batch_size: int = as_in(TrainingSettings, "train_batch_size", default=8, help="pictures of a batch")
     num_knowledge_prompts: int = setting(100, "preserved prompts", rule=COUNT)
     words_per_prompt: int = setting(6, "of each, for the phrases with one word left out", rule=COUNT)
-    no_sub_phrases: bool = setting(False, "leave these out")
+    no_sub_phrases: bool = setting(False, "leave these and the recombinations out")
     statistics_batch_size: int = setting(4, "prompts of a denoising run", rule=COUNT)
     guidance_scale: float = as_in(SamplingSettings, "guidance_scale", default=7.5, rule=None)
     num_instance_images: int = setting(5, "pictures of the subject", rule=COUNT)
@@ -137,7 +138,7 @@ class NullSpacePlanSettings(PlannedRun):
     @property
     def num_texts(self) -> int:
         """Prompts that are encoded for the statistics, the empty one among them."""
-        phrases = 1 if self.no_sub_phrases else 1 + self.words_per_prompt
+        phrases = 1 if self.no_sub_phrases else 1 + self.words_per_prompt + RECOMBINATIONS
         return self.num_knowledge_prompts * phrases + 1
 
     @property

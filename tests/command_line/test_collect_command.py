@@ -64,12 +64,14 @@ def test_options_reach_the_collection(collect, tmp_path):
     assert f"Wrote {tmp_path / 'out'}" in ran.out
 
 
-def test_prompts_of_other_subjects_weigh_as_much_as_all_knowledge(collect, tmp_path):
-    assert collect(other_instance_prompts="a white sks", no_sub_phrases=True).code == 0
+@pytest.mark.parametrize("parts", [True, False])
+def test_other_subjects_weigh_without_their_parts_as_much_as_the_knowledge(collect, tmp_path, parts):
+    flags = {} if parts else {"no_sub_phrases": True}
+    assert collect(other_instance_prompts="a white sks", **flags).code == 0
     found = FeatureStatistics.from_pretrained(tmp_path / "out")
-    base, options = random_digits_pipeline(), {"expand_sub_phrases": False}
-    expected = collect_statistics(base, PROMPTS, **options)
-    expected.merge(collect_statistics(base, ["a white sks"], **options), times=2)
+    base = random_digits_pipeline()
+    expected = collect_statistics(base, PROMPTS, expand_sub_phrases=parts)
+    expected.merge(collect_statistics(base, ["a white sks"], expand_sub_phrases=False), times=2)
     assert found.moments["text"].mean.equal(expected.moments["text"].mean)
 
 

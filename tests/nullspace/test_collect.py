@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 
 from diffusers_ext.nullspace import collect
 from diffusers_ext.nullspace.collect import collect_statistics, text_only
-from diffusers_ext.nullspace.prompts import sub_phrases
+from diffusers_ext.nullspace.prompts import preserved_texts
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.statistics import TEXT
 from tests.tiny_digits import random_digits_pipeline
@@ -54,7 +54,7 @@ def test_keys_and_values_share_one_matrix_of_the_text_alone(build, negative, exp
     )
     assert list(statistics.moments) == [TEXT]
     assert statistics.sources == dict.fromkeys(expected, TEXT)
-    texts = sub_phrases(PROMPTS[:2]) if expand else PROMPTS[:2]
+    texts = preserved_texts(PROMPTS[:2]) if expand else PROMPTS[:2]
     guided = ["", negative] if negative else [""]
     total = dense_total(pipeline, texts) + 2 * dense_total(pipeline, guided)
     moment = statistics.moments[TEXT]
@@ -189,5 +189,6 @@ def test_text_is_encoded_in_large_batches(pipeline, monkeypatch):
     sizes = []
     encode = collect.encode_text
     monkeypatch.setattr(collect, "encode_text", lambda p, batch: sizes.append(len(batch)) or encode(p, batch))
-    collect_statistics(pipeline, [f"{a} {b}" for a in "abcdefghi" for b in "xy"], batch_size=1)
-    assert sizes == [16, 13, 1]  # 18 prompts with their 11 words, and the empty prompt
+    prompts = [f"{a} {b}" for a in "abcdefghi" for b in "xy"]
+    collect_statistics(pipeline, prompts, batch_size=1, expand_sub_phrases=False)
+    assert sizes == [16, 2, 1]  # 18 prompts, and the empty prompt

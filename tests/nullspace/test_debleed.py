@@ -23,7 +23,7 @@ from diffusers_ext.nullspace.lora import instance_statistics_like, predicted_dri
 from diffusers_ext.nullspace.lora_files import export_lora, read_lora
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
 from diffusers_ext.nullspace.projector import NullSpaceProjector, subject_projection
-from diffusers_ext.nullspace.prompts import sub_phrases
+from diffusers_ext.nullspace.prompts import preserved_texts
 from tests.nullspace.conftest import FEW_PROMPTS
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
@@ -313,7 +313,7 @@ def test_drift_of_text_encoders_is_told_and_falls():
     assert len(known.moments) == 1 + 2 * 4
     seen = []
     with capture(pipeline.text_encoder, "*layers.0.mlp.fc2", lambda _, x: seen.append(x.flatten(0, 1).double())):
-        texts = sub_phrases(FEW_PROMPTS)
+        texts = preserved_texts(FEW_PROMPTS)
         encode_text(pipeline, [*texts, *[""] * len(FEW_PROMPTS)])
     rows = torch.cat(seen)
     torch.testing.assert_close(known.moments[f"{first}.mlp.fc2"].mean, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-9)

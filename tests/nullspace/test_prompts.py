@@ -5,7 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusers_ext.nullspace.prompts import check_prompt_length, check_prompts, read_prompts_file, sub_phrases, unique
+from diffusers_ext.nullspace.prompts import (
+    check_prompt_length,
+    check_prompts,
+    preserved_texts,
+    read_prompts_file,
+    recombined,
+    sub_phrases,
+    unique,
+)
 from examples.digits.prompts import make_tokenizer
 from tests.tiny_digits import random_digits_pipeline
 
@@ -42,6 +50,30 @@ def test_empty_prompts_files_are_refused(tmp_path, content, lines):
 def test_sub_phrases_leave_out_one_word_each():
     assert sub_phrases(["a red seven", "seven"]) == ["a red seven", "seven", "red seven", "a seven", "a red"]
     assert sub_phrases(["", "go go"]) == ["", "go go", "go"]
+
+
+def test_recombined_prompts_begin_as_one_and_end_as_another():
+    prompts = ["a photo of the red digit seven", "the number two in blue", "a blue one"]
+    made = recombined(prompts, 500)
+    assert made == recombined([*prompts, prompts[0]], 500) == unique(made)
+    assert {"a photo of the two in blue", "the number seven"} <= {*made}
+    beginnings = {" ".join(p.split()[:i]) for p in prompts for i in range(8)}
+    ends = {" ".join(p.split()[i:]) for p in prompts for i in range(8)}
+    for prompt in made:
+        words = prompt.split()
+        cuts = range(len(words) + 1)
+        assert any(" ".join(words[:i]) in beginnings and " ".join(words[i:]) in ends for i in cuts)
+        assert prompt not in prompts
+        assert 0 < len(words) <= 7
+    assert len(recombined(prompts, 1)) <= 3
+    assert recombined(["dog"]) == recombined(prompts, 0) == []
+
+
+def test_preserved_texts_are_prompts_parts_and_recombinations():
+    prompts = ["a red seven", "the number two"]
+    assert preserved_texts(prompts, 0) == sub_phrases(prompts)
+    assert unique(preserved_texts(prompts)) == unique([*sub_phrases(prompts), *recombined(prompts, 5)])
+    assert [preserved_texts(prompts).count(prompt) for prompt in prompts] == [3, 3]
 
 
 def test_unique_keeps_the_first_order():

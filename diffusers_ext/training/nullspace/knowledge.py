@@ -76,15 +76,17 @@ def collect(
 ) -> FeatureStatistics:
     """Statistics of `prompts` with the command line's settings, over all processes.
 
-    Those among them that belong to other subjects weigh as much as all the rest: a subject's rare token would else
-    look nearly free to the next one.
+    Those among them that belong to other subjects weigh about as much as all the rest, because a subject's rare token
+    would else look nearly free to the next one; their parts are not counted, which would leave the rest too little.
     """
     others = [prompt for prompt in prompts if prompt in settings.other_instance_prompts]
     knowledge = [prompt for prompt in prompts if prompt not in others]
     if knowledge and others:
         statistics = collect(settings, pipeline, accelerator, knowledge, progress_dir)
         reserved_dir = None if progress_dir is None else Path(progress_dir, "other_subjects")
-        reserved = collect(settings, pipeline, accelerator, others, reserved_dir)
+        alone = copy(settings)
+        alone.no_sub_phrases = True
+        reserved = collect(alone, pipeline, accelerator, others, reserved_dir)
         return statistics.merge(reserved, times=len(knowledge))
     features, layers = check_features(settings.features), settings.cross_attention_layers
     scope = settle_scope(denoiser_of(pipeline), settings.scope)
@@ -141,7 +143,7 @@ def load_or_collect(
     else:
         extra.features, extra.cross_attention_layers = measured["features"], measured["layers"]
     extra.negative_prompt = measured["negative_prompt"]
-    extra.no_sub_phrases = not measured["expand_sub_phrases"]
+    extra.no_sub_phrases = True
     extra.statistics_batch_size = measured.get("batch_size", settings.statistics_batch_size)
     for name, value in measured.get("run", {}).items():
         setattr(extra, name, value)
