@@ -2,16 +2,19 @@
 
 python benchmarks/forgetting_on_digits.py --seeds 5
 python benchmarks/forgetting_on_digits.py --model examples/digits_flux2/model
+python benchmarks/forgetting_on_digits.py --work_dir outputs/forgetting  # goes on where it was stopped
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.baselines.finetuning import ADAPTERS, drawn_latents, finetune
 from benchmarks.machine import table, write_results
+from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 from diffusers_ext.training.nullspace.data import encode_conditions, encode_images, list_images
 from examples.digits.check_model import MODEL_DIR, load_pipeline
@@ -91,32 +95,41 @@ def flags_of(model: str) -> SubjectFlags:
     return DIGITS_FLAGS if (Path(model) / "unet").is_dir() else FLUX2_FLAGS
 
 
+def measured_once(folder: Path, measure: Callable[..., Figures], *arguments: Any) -> Figures:
+    """What `measure` finds, from its file where an earlier run wrote one to the folder."""
+    path = folder / "figures.json"
+    if not path.is_file():
+        figures = measure(*arguments)
+        write_atomically(path, json.dumps(figures))
+    return json.loads(path.read_text())
+
+
 def run_seed(seed: int, folder: Path, pictures: int, model: str) -> dict[str, Figures]:
     """All trainings and measurements of one seed; the glyph of the single runs goes round."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     examiner, flags = Examiner(pictures, model), flags_of(model)
     glyph = GLYPHS[seed % len(GLYPHS)]
-    results = {}
 
-    def train(name: str, glyph: str, own: tuple[str, ...], common: tuple[str, ...] = flags.common) -> Path:
-        name = f"{name}_{seed}"
-        return train_subject(folder, name, glyph, own, seed=seed, model=model, common=common)
+    def learn(name: str, own: dict[str, tuple[str, ...]], common: tuple[str, ...] = flags.common) -> Figures:
+        """Figures of the LoRAs of some glyphs at once, by the flags of each."""
+        work = folder / name.replace(" ", "_")
+        loras = [
+            train_subject(work, glyph, glyph, of_glyph, seed=seed, model=model, common=common)
+            for glyph, of_glyph in own.items()
+        ]
+        return examiner.examine(load_with_loras(loras, model), list(own), seed)
 
-    def examine(loras: list[Path], glyphs: list[str]) -> Figures:
-        return examiner.examine(load_with_loras(loras, model), glyphs, seed)
+    def reserved(glyph: str) -> list[str]:
+        others = [prompt for other, prompt in INSTANCE_PROMPTS.items() if other != glyph]
+        return [text for prompt in others for text in ("--other_instance_prompts", prompt)]
 
-    for rate in PLAIN_RATES:
-        lora = train(f"plain_{rate}", glyph, (*flags.plain, "--learning_rate", rate))
-        results[f"plain {rate}"] = examine([lora], [glyph])
-    results["null-space"] = examine([train("null_space", glyph, flags.null_space)], [glyph])
-    results["defaults"] = examine([train("defaults", glyph, (), common=())], [glyph])
-    loras = []
-    for name in GLYPHS:
-        others = [prompt for other, prompt in INSTANCE_PROMPTS.items() if other != name]
-        reserved = [text for prompt in others for text in ("--other_instance_prompts", prompt)]
-        loras.append(train(name, name, (*flags.null_space, *reserved)))
-    results["three null-space"] = examine(loras, list(GLYPHS))
-    return results
+    plain = {f"plain {rate}": (*flags.plain, "--learning_rate", rate) for rate in PLAIN_RATES}
+    columns = {name: (learn, name, {glyph: own}) for name, own in plain.items()}
+    columns["null-space"] = (learn, "null-space", {glyph: flags.null_space})
+    columns["defaults"] = (learn, "defaults", {glyph: ()}, ())
+    three = {name: (*flags.null_space, *reserved(name)) for name in GLYPHS}
+    columns["three null-space"] = (learn, "three null-space", three)
+    return {name: measured_once(folder / name.replace(" ", "_"), *how) for name, how in columns.items()}
 
 
 def run_other(method: str, rate: str, seed: int, folder: Path, pictures: int) -> Figures:
@@ -165,7 +178,8 @@ def run_others(pool: ProcessPoolExecutor, seeds: int, folder: Path, pictures: in
     """`{method: a run per seed}`, with the rate that the first seed has found best."""
 
     def start(method: str, rate: str, seed: int) -> Any:
-        return pool.submit(run_other, method, rate, seed, folder / f"{method}_{rate}_{seed}", pictures)
+        own = folder / f"{method}_{rate}_{seed}"
+        return pool.submit(measured_once, own, run_other, method, rate, seed, own, pictures)
 
     first = {(method, rate): start(method, rate, 0) for method, rates in OTHER_RATES.items() for rate in rates}
     runs, rest = {}, {}
@@ -232,11 +246,13 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--model", default=str(MODEL_DIR), help="a folder of the digits")
     parser.add_argument("--name", help="[forgetting_on_ and the model's]")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work_dir", help="keeps what is finished, of the same settings [a temporary folder]")
     args = parser.parse_args(input_args)
     is_unet = flags_of(args.model) is DIGITS_FLAGS
     threads = max(1, (os.cpu_count() or 1) // args.processes)
     pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
-    with tempfile.TemporaryDirectory() as folder, pool:
+    with tempfile.TemporaryDirectory() as temporary, pool:
+        folder = args.work_dir or temporary
         work = [Path(folder, str(seed)) for seed in range(args.seeds)]
         settings = ([value] * args.seeds for value in (args.pictures, args.model))
         results = pool.map(run_seed, range(args.seeds), work, *settings)

@@ -29,7 +29,9 @@ from examples.digits_flux2.pipeline import DigitsFlux2Pipeline
 INSTANCE_PROMPTS = {glyph: f"a photo of the digit {token}" for glyph, token in zip(GLYPHS, RARE_TOKENS, strict=True)}
 # Same steps, batch and schedule for both, so that only the method differs.
 COMMON_FLAGS = ("--max_train_steps", "1000", "--train_batch_size", "8", "--lr_scheduler", "cosine")
-NULL_SPACE_FLAGS = ("--directions", "generalized", "--rank", "1", "--learning_rate", "1e-1")
+NULL_SPACE_FLAGS = (
+    "--directions", "generalized", "--rank", "1", "--adam_weight_decay", "1e-2", "--learning_rate", "1e-1",
+)  # fmt: skip
 PLAIN_FLAGS = ("--directions", "plain", "--rank", "8")
 
 
@@ -44,7 +46,7 @@ class SubjectFlags(NamedTuple):
 DIGITS_FLAGS = SubjectFlags()
 FLUX2_FLAGS = SubjectFlags(
     ("--max_train_steps", "400", "--train_batch_size", "8", "--lr_scheduler", "cosine"),
-    ("--directions", "generalized", "--rank", "1", "--learning_rate", "1e-2"),
+    ("--directions", "generalized", "--rank", "1", "--learning_rate", "5e-2"),
     ("--directions", "plain", "--rank", "8", "--scope", "all"),
 )
 
