@@ -48,13 +48,13 @@ _SOURCES = by_name(
             "redenoise_text"
         ),
         "diffusers_ext.nullspace": (
-            "ConceptEdit FeatureStatistics InterferenceReport NullSpaceDirections NullSpaceDreamBoothChromaPipeline "
-            "NullSpaceDreamBoothFlux2KleinPipeline NullSpaceDreamBoothFluxPipeline NullSpaceDreamBoothPipeline "
-            "NullSpaceDreamBoothQwenImagePipeline NullSpaceDreamBoothSD3Pipeline NullSpaceDreamBoothWanPipeline "
-            "NullSpaceDreamBoothXLPipeline NullSpaceDreamBoothZImagePipeline NullSpaceProjector ProjectedUpdate "
-            "add_null_space_lora check_loaded_lora collect_statistics debleed_lora edit_concept export_lora "
-            "interference_report null_space_directions predicted_drift preservation_penalty preserved_energy "
-            "push_lora save_lora text_only_linears"
+            "ConceptEdit FeatureStatistics InterferenceReport NullSpaceDirections NullSpaceDreamBoothAuraFlowPipeline "
+            "NullSpaceDreamBoothChromaPipeline NullSpaceDreamBoothFlux2KleinPipeline NullSpaceDreamBoothFluxPipeline "
+            "NullSpaceDreamBoothPipeline NullSpaceDreamBoothQwenImagePipeline NullSpaceDreamBoothSD3Pipeline "
+            "NullSpaceDreamBoothWanPipeline NullSpaceDreamBoothXLPipeline NullSpaceDreamBoothZImagePipeline "
+            "NullSpaceProjector ProjectedUpdate add_null_space_lora check_loaded_lora collect_statistics debleed_lora "
+            "edit_concept export_lora interference_report null_space_directions predicted_drift preservation_penalty "
+            "preserved_energy push_lora save_lora text_only_linears"
         ),
         "diffusers_ext.sharing": "push_artifact",
     }

@@ -1,9 +1,11 @@
-"""Tiny random pipelines of today's families, real diffusers classes: FLUX.2 klein, Qwen-Image, Z-Image, Wan, LTX-2."""
+"""Tiny random pipelines of today's families, real classes: FLUX.2, Qwen-Image, Z-Image, AuraFlow, Wan, LTX-2."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLLTX2Audio,
@@ -139,6 +141,39 @@ def tiny_z_image_pipeline(seed: int = 0) -> ZImagePipeline:
         Qwen3Model(qwen3_config(tokenizer, 32, 2)).eval(),
         tokenizer,
         transformer.eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_auraflow_pipeline(seed: int = 0) -> AuraFlowPipeline:
+    """256 tokens of 32-wide UMT5 text; 4 channels, 32 x 32 pixels are 8 x 8 latents."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pos_embed_max_size=1024,
+    )
+    # Their gates are so small at this width that text would hardly be seen.
+    for block in (*transformer.joint_transformer_blocks, *transformer.single_transformer_blocks):
+        block.norm1.linear.weight.data *= 8
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    pipeline = AuraFlowPipeline(
+        tokenizer, umt5(tokenizer, 32), vae.eval(), transformer.eval(), FlowMatchEulerDiscreteScheduler(shift=1.73)
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -11,7 +11,8 @@ from diffusers_ext.command_line.options import Command, Outcome
 def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="file, folder or Hub name, in either format")
     parser.add_argument("destination", help="file to write, ends in .safetensors")
-    parser.add_argument("--format", choices=["diffusers", "kohya"], required=True)
+    parser.add_argument("--format", choices=["diffusers", "kohya", "comfyui"], required=True)
+    parser.add_argument("--pipeline", help="class of diffusers that loads it, for comfyui of a transformer")
     parser.add_argument("--weight_name", help="of the file in the folder or repository")
 
 
@@ -21,7 +22,7 @@ def _run_lora(args: argparse.Namespace) -> Outcome:
 
     check_output_path(args.destination)
     source = lora_file(args.source, args.weight_name)
-    tensors = export_lora(source, args.format, args.destination)
+    tensors = export_lora(source, args.format, args.destination, pipeline=args.pipeline)
     return _written(args.destination, format=args.format, tensors=len(tensors))
 
 
@@ -87,6 +88,7 @@ CONVERSIONS = (
         "Write a LoRA with other key names. Its scale is folded into the weights.",
         (
             "convert lora user/sks-dog sks_dog.safetensors --format kohya",
+            "convert lora user/sks-dog sks_dog.safetensors --format comfyui --pipeline WanPipeline",
             "convert lora from_comfyui.safetensors for_diffusers.safetensors --format diffusers",
         ),
         _add_lora_arguments,

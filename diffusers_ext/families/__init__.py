@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers_ext.families.auraflow import AuraFlow
 from diffusers_ext.families.chroma import Chroma
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import Family, import_class
@@ -28,6 +29,7 @@ FAMILIES: list[Family] = [
     Flux(),
     Flux2(),
     Chroma(),
+    AuraFlow(),
     QwenImage(),
     ZImage(),
     Wan(),

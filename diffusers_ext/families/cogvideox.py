@@ -69,6 +69,7 @@ class CogVideoX(Family):
     )
     tools = frozenset({"eraser"})
     denoiser_class = "CogVideoXTransformer3DModel"
+    comfyui_names = None
     vae_class = "AutoencoderKLCogVideoX"
     joint_attention = "attn1"
     published = tuple(_published(*model) for model in PUBLISHED_TRANSFORMERS.items())

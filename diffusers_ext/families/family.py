@@ -103,6 +103,9 @@ class Family:
     single_file_prefix: ClassVar[str | None] = None
     # What other programs read in a LoRA's metadata: {width of the text: (version of kohya's scripts, architecture)}.
     lora_versions: ClassVar[Mapping[int, tuple[str, str | None]]] = {}
+    # How ComfyUI calls the modules of a transformer's LoRAs, where not as diffusers: regular expressions, replaced one
+    # by one; `None` where it does not read them or that is not known.
+    comfyui_names: ClassVar[Mapping[str, str] | None] = {}
     denoiser: ClassVar[str] = "transformer"  # component of the pipeline, and the key prefix of its LoRAs
     denoiser_class: ClassVar[str]
     vae_class: ClassVar[str] = "AutoencoderKL"

@@ -33,6 +33,7 @@ class HunyuanDiT(Family):
     tools = frozenset({"golden_noise"})
     golden_pipeline = "GoldenNoiseHunyuanDiTPipeline"
     denoiser_class = "HunyuanDiT2DModel"
+    comfyui_names = None  # where keys and values are one Linear
     text_fields = ("prompt_embeds", "attention_mask", "prompt_embeds_2", "attention_mask_2")
     text_outputs = {"prompt_embeds": 0, "attention_mask": 2}
     # Bins are sizes for pixels; given latents have their size already.

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 class LTX2(Family):
     """LTX-2, of which the tools know the text: it is edited, and neither trained nor drawn from by latents.
 
-    The connectors are a component of the pipeline beside the transformer. Its LoRAs have the prefixes `connectors` and
-    `transformer` in diffusers.
+    The connectors are a component of the pipeline beside the transformer; its LoRAs are of both.
     """
 
     name = "ltx2"
@@ -25,6 +24,15 @@ class LTX2(Family):
     video_vae = True
     flow_matching = True
     text_components = ("connectors",)
+    # There the connectors belong to the transformer, and the projection before them to the text encoder.
+    comfyui_names = {
+        r"^connectors\.text_proj_in$": "text_encoders.text_embedding_projection",
+        r"^connectors\.(video|audio)_text_proj_in$": r"text_encoders.text_embedding_projection.\1_aggregate_embed",
+        r"^connectors\.(video|audio)_connector\.transformer_blocks\.": (
+            r"diffusion_model.\1_embeddings_connector.transformer_1d_blocks."
+        ),
+        r"^transformer\.": "diffusion_model.",
+    }
     # One call a step, of picture and sound.
     smallest_call = {
         "num_frames": 9,

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 
 class QwenImage(PackedLatents):
-    """Qwen-Image; a text is as long as its prompt.
-
-    Its LoRAs have the prefix `transformer`, in diffusers and ComfyUI.
-    """
+    """Qwen-Image; a text is as long as its prompt."""
 
     name = "qwen_image"
     title = "Qwen-Image"

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 
 class Wan(Family):
-    """Wan 2.1, and the first of the two transformers of 2.2; here it draws and learns pictures.
-
-    Its LoRAs have the prefix `transformer` in diffusers.
-    """
+    """Wan 2.1, and the first of the two transformers of 2.2; here it draws and learns pictures."""
 
     name = "wan"
     title = "Wan"
@@ -28,6 +25,23 @@ class Wan(Family):
     tools = frozenset({"nullspace"})
     nullspace_pipeline = "NullSpaceDreamBoothWanPipeline"
     flow_matching = True
+    # The names of Wan's authors.
+    comfyui_names = {
+        r"^transformer\.": "diffusion_model.",
+        r"\.condition_embedder\.(text|time)_embedder\.linear_1$": r".\1_embedding.0",
+        r"\.condition_embedder\.(text|time)_embedder\.linear_2$": r".\1_embedding.2",
+        r"\.condition_embedder\.time_proj$": ".time_projection.1",
+        r"\.condition_embedder\.image_embedder\.ff\.net\.0\.proj$": ".img_emb.proj.1",
+        r"\.condition_embedder\.image_embedder\.ff\.net\.2$": ".img_emb.proj.3",
+        r"^diffusion_model\.proj_out$": "diffusion_model.head.head",
+        r"\.attn1\.": ".self_attn.",
+        r"\.attn2\.": ".cross_attn.",
+        r"\.to_(q|k|v)$": r".\1",
+        r"\.add_(k|v)_proj$": r".\1_img",
+        r"\.to_out\.0$": ".o",
+        r"\.ffn\.net\.0\.proj$": ".ffn.0",
+        r"\.ffn\.net\.2$": ".ffn.2",
+    }
     t5_tokens = 512
     smallest_call = {"num_frames": 1}
     call_arguments = {"num_frames": 1}

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 class ZImage(Family):
-    """Z-Image, base and Turbo; a text is as long as its prompt, and the denoiser takes lists.
-
-    Its LoRAs have the prefix `transformer` in diffusers.
-    """
+    """Z-Image, base and Turbo; a text is as long as its prompt, and the denoiser takes lists."""
 
     name = "z_image"
     title = "Z-Image"

@@ -15,9 +15,10 @@ _SOURCES = by_name(
         "diffusers_ext.nullspace.lora": ("add_null_space_lora predicted_drift preservation_penalty save_lora"),
         "diffusers_ext.nullspace.lora_files": "check_loaded_lora export_lora push_lora",
         "diffusers_ext.nullspace.pipeline": (
-            "NullSpaceDreamBoothChromaPipeline NullSpaceDreamBoothFlux2KleinPipeline NullSpaceDreamBoothFluxPipeline "
-            "NullSpaceDreamBoothPipeline NullSpaceDreamBoothQwenImagePipeline NullSpaceDreamBoothSD3Pipeline "
-            "NullSpaceDreamBoothWanPipeline NullSpaceDreamBoothXLPipeline NullSpaceDreamBoothZImagePipeline"
+            "NullSpaceDreamBoothAuraFlowPipeline NullSpaceDreamBoothChromaPipeline "
+            "NullSpaceDreamBoothFlux2KleinPipeline NullSpaceDreamBoothFluxPipeline NullSpaceDreamBoothPipeline "
+            "NullSpaceDreamBoothQwenImagePipeline NullSpaceDreamBoothSD3Pipeline NullSpaceDreamBoothWanPipeline "
+            "NullSpaceDreamBoothXLPipeline NullSpaceDreamBoothZImagePipeline"
         ),
         "diffusers_ext.nullspace.projector": "NullSpaceProjector ProjectedUpdate",
         "diffusers_ext.nullspace.statistics": "FeatureStatistics",

@@ -23,6 +23,7 @@ from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.concept_words import contains_concept
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.families import match_family
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import path_inside, push_folder, split_arguments
@@ -44,8 +45,8 @@ from diffusers_ext.nullspace.edit_prompts import (
     stand_ins,
 )
 from diffusers_ext.nullspace.edit_report import EditForecast, EditReport, edit_warnings
-from diffusers_ext.nullspace.lora_files import KOHYA_NAME, export_lora, read_lora
-from diffusers_ext.nullspace.lora_formats import check_lora_effect, has_kohya_names
+from diffusers_ext.nullspace.lora_files import COMFYUI_NAME, KOHYA_NAME, export_lora, read_lora, second_file
+from diffusers_ext.nullspace.lora_formats import check_lora_effect
 from diffusers_ext.nullspace.statistics import TEXT
 from diffusers_ext.nullspace.text_only import TextReader, lora_name, text_only_linears, text_readers
 
@@ -75,17 +76,19 @@ class EditedConcepts:
         return {edit.target: edit.told for edit in self.edits}
 
     def save(self, output_dir: str | os.PathLike, *, base_model: str = "") -> Path:
-        """Write the LoRA for diffusers, for ComfyUI, A1111 and kohya where it is a UNet's, and the report.
+        """Write the LoRA for diffusers, again where ComfyUI and A1111 know other names, and the report.
 
         Returns:
-            The folder with `pytorch_lora_weights.safetensors`, `comfyui_a1111_kohya.safetensors`, `edit_report.json`.
+            The folder with `pytorch_lora_weights.safetensors`, `edit_report.json`, and of a UNet
+            `comfyui_a1111_kohya.safetensors`, of some transformers (Wan, LTX-2) `comfyui.safetensors`.
         """
         folder = Path(output_dir)
         title = ", ".join(f"{target} -> {anchor or 'nothing'}" for target, anchor in self.told.items())
         metadata = {"modelspec.title": title, **({"ss_sd_model_name": base_model} if base_model else {})}
         export_lora(self.lora, "diffusers", folder / LORA_WEIGHT_NAME, metadata=metadata)
-        if has_kohya_names(self.lora):
-            export_lora(self.lora, "kohya", folder / KOHYA_NAME, metadata=metadata)
+        pipeline = self.facts.get("pipeline")
+        if other := second_file(self.lora, pipeline and match_family(pipeline)):
+            export_lora(self.lora, "comfyui", folder / other, metadata=metadata, pipeline=pipeline)
         report = {"edits": self.told, **dataclasses.asdict(self.report), **self.facts, "base_model": base_model}
         write_atomically(folder / REPORT_NAME, json.dumps(report, indent=2) + "\n")
         return folder
@@ -143,7 +146,7 @@ def edit_card(
         targets=[edit.target for edit in edits],
         anchors=[edit.told for edit in edits],
         rank=max(row["rank"] for row in report["layers"]),
-        kohya_file=KOHYA_NAME if has_kohya_names(lora) else "",
+        kohya_file=second_file(lora, match_family(report["pipeline"])),
         **{"pipeline": report["pipeline"], **facts},
     )
 
@@ -177,7 +180,7 @@ def push_edit(
     facts |= {"base_model": base_model, "license": license, "results": results, "widget": shown}
     card = edit_card(folder, token=hub.get("token"), **facts)
     with tempfile.TemporaryDirectory() as upload:
-        for name in (LORA_WEIGHT_NAME, KOHYA_NAME, REPORT_NAME):
+        for name in (LORA_WEIGHT_NAME, KOHYA_NAME, COMFYUI_NAME, REPORT_NAME):
             if Path(folder, name).is_file():
                 shutil.copyfile(path_inside(folder, name), Path(upload, name))
         for (_, path), (_, name) in zip(widget, shown):

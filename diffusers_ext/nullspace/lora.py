@@ -22,7 +22,7 @@ from diffusers_ext.core.pipelines import plain_class
 from diffusers_ext.families import match_family
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions, usual_null_space
-from diffusers_ext.nullspace.lora_files import add_kohya_file, add_metadata
+from diffusers_ext.nullspace.lora_files import add_metadata, add_second_file
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.prompts import check_prompts
 from diffusers_ext.nullspace.slots import check_widths
@@ -220,11 +220,11 @@ def save_lora(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the LoRA for diffusers, and that of a UNet again for ComfyUI, A1111 and kindred programs.
+    """Write the LoRA for diffusers, and again where ComfyUI, A1111 and kindred programs know other names.
 
-    `pytorch_lora_weights.safetensors` is diffusers' own, by `save_lora_weights`; `comfyui_a1111_kohya.safetensors`,
-    which is returned, has the names that the other programs know. A transformer's LoRA has one name everywhere, and
-    its one file is returned. Equal LoRAs are equal files.
+    `pytorch_lora_weights.safetensors` is diffusers' own, by `save_lora_weights`; of a UNet
+    `comfyui_a1111_kohya.safetensors` and of some transformers (Wan) `comfyui.safetensors`, which is returned, has the
+    names that the others know. Where these are diffusers', its one file is returned. Equal LoRAs are equal files.
     """
     layers = lora_linears(unet, adapter_name)
     for name, layer in layers:
@@ -244,4 +244,4 @@ def save_lora(
             f"{part}_lora_adapter_metadata": unet.peft_config[adapter_name].to_dict(),
         },
     )
-    return add_kohya_file(directory, metadata) if part == "unet" else add_metadata(directory, metadata)
+    return add_second_file(directory, unet, metadata) or add_metadata(directory, metadata)

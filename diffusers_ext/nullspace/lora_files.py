@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors.torch import save
 from diffusers_ext.core.artifacts import sealed, tensors_offset, write_atomically
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME, refuse_checkpoint
 from diffusers_ext.core.tensor_files import DIGEST_KEY, open_tensors, read_tensors
-from diffusers_ext.families import FAMILIES
+from diffusers_ext.families import FAMILIES, Family, match_family
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import make_card
 from diffusers_ext.hub.push import push_folder
@@ -35,6 +35,7 @@ from diffusers_ext.nullspace.lora_formats import (
     is_kohya_lora,
     read_dotted_lora,
     read_kohya_lora,
+    to_comfyui_lora,
     to_kohya_lora,
 )
 from diffusers_ext.nullspace.statistics import FeatureStatistics
@@ -42,7 +43,9 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 # The file for ComfyUI and A1111. Diffusers looks for its own name first, so this one beside it is never
 # loaded by mistake; a name that depends on no folder keeps equal trainings equal files.
 KOHYA_NAME = "comfyui_a1111_kohya.safetensors"
-FORMATS = ("diffusers", "kohya")
+# The file for ComfyUI of a transformer whose modules it calls otherwise than diffusers.
+COMFYUI_NAME = "comfyui.safetensors"
+FORMATS = ("diffusers", "kohya", "comfyui")
 # Metadata that depend on the tensors, so they are written anew with every file.
 _COMPUTED = ("ss_network_dim", "ss_network_alpha", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 # Of the format; scales are folded into B, so the adapter's settings no longer hold.
@@ -108,23 +111,66 @@ def export_lora(
     output_path: str | os.PathLike | None = None,
     *,
     metadata: Mapping[str, str] | None = None,
+    pipeline: Any = None,
 ) -> StateDict:
-    """Write a LoRA for diffusers, or (`"kohya"`) with the key names of ComfyUI, A1111 and kohya.
+    """Write a LoRA for diffusers, or with other key names: `"kohya"`'s and A1111's of a UNet, or `"comfyui"`'s.
 
     The metadata of the file that was read (trigger words, base model, author) goes along, under the given `metadata`.
     What depends on the tensors (rank, alpha, hashes) is written anew.
+
+    Args:
+        pipeline: that loads the LoRA, its class or the name of one of diffusers, which `"comfyui"` needs.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}, got {format!r}.")
     check_output_path(output_path)
     lora, found = read_lora_file(path)
     check_lora_effect(lora)
-    exported = lora if format == "diffusers" else to_kohya_lora(lora)
+    exported = lora if format == "diffusers" else _renamed(lora, format, pipeline)
     if output_path is not None:
         kept = {**kept_metadata(found), **(metadata or {})}
         kept.setdefault("modelspec.title", Path(output_path).stem)
         write_lora(exported, output_path, lora_metadata(lora, exported, kept))
     return exported
+
+
+def _renamed(lora: StateDict, format: str, pipeline: Any) -> StateDict:
+    """A LoRA in kohya's names, or in those that ComfyUI knows, which are kohya's for a UNet."""
+    if format == "kohya" or has_kohya_names(lora):
+        return to_kohya_lora(lora)
+    family = None if pipeline is None else match_family(pipeline)
+    if family is None or family.comfyui_names is None:
+        raise ValueError(
+            "`pipeline` must tell whose transformer the LoRA is of, one that ComfyUI reads, such as "
+            f"'WanPipeline', got {getattr(pipeline, '__name__', pipeline)!r}."
+        )
+    return to_comfyui_lora(lora, family.comfyui_names)
+
+
+def second_file(lora: Iterable[str], family: Family | None) -> str:
+    """Name of the file that holds a LoRA for other programs, by its keys; empty where they need or know no other."""
+    if has_kohya_names(lora := list(lora)):
+        return KOHYA_NAME
+    names = None if family is None else family.comfyui_names
+    return COMFYUI_NAME if names is not None and set(to_comfyui_lora(dict.fromkeys(lora), names)) != set(lora) else ""
+
+
+def add_second_file(
+    folder: str | os.PathLike, pipeline: Any, metadata: Mapping[str, str] | None = None
+) -> Path | None:
+    """Write the LoRA of a folder once more for other programs, where they know none of its names; see `second_file`.
+
+    Both files get the metadata.
+    """
+    source = Path(folder, LORA_WEIGHT_NAME)
+    with open_tensors(source) as handle:
+        name = second_file(handle.keys(), match_family(pipeline))
+    if not name:
+        return None
+    metadata = {"modelspec.title": "LoRA", **(metadata or {})}
+    export_lora(source, "comfyui", Path(folder, name), metadata=metadata, pipeline=pipeline)
+    add_metadata(folder, metadata)
+    return Path(folder, name)
 
 
 def add_kohya_file(folder: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> Path:
@@ -260,9 +306,9 @@ def push_lora(
 ) -> str:
     """Upload a LoRA as `pytorch_lora_weights.safetensors`, alone or with its statistics.
 
-    Key names of kohya's scripts become those of diffusers, and a second file with kohya's names,
-    `comfyui_a1111_kohya.safetensors`, serves ComfyUI and A1111; a LoRA of a transformer has no names there and goes
-    without. The facts for the card have no defaults.
+    Key names of kohya's scripts become those of diffusers, and a second file serves other programs where they know
+    other names: `comfyui_a1111_kohya.safetensors` of a UNet, `comfyui.safetensors` of a transformer such as Wan's. The
+    facts for the card have no defaults.
 
     Args:
         lora: a `.safetensors` file, or a folder with `pytorch_lora_weights.safetensors`.
@@ -286,7 +332,7 @@ def push_lora(
     missing = [str(path) for _, path in widget if not Path(path).is_file()]
     if missing:
         raise ValueError(f"`widget` must name picture files, got {missing}: no such files.")
-    kohya_file = KOHYA_NAME if has_kohya_names(tensors) else None
+    other = second_file(tensors, None if pipeline is None else match_family(pipeline))
     card = make_card(
         "null_space_lora",
         base_model=base_model,
@@ -301,10 +347,11 @@ def push_lora(
         directions=directions,
         rank=max(a.shape[0] for key, a in tensors.items() if key.endswith(".lora_A.weight")),
         statistics=statistics is not None,
-        kohya_file=kohya_file or "",
+        kohya_file=other,
     )
     with tempfile.TemporaryDirectory() as upload:
-        _write_files(lora, Path(upload), kohya_file, instance_prompt, base_model)
+        told = training_metadata(instance_prompt=instance_prompt, base_model=base_model)
+        _write_files(lora, Path(upload), other, pipeline, told)
         if statistics is not None:
             statistics.save_pretrained(Path(upload, "statistics"))
         for (_, path), name in zip(widget, names):
@@ -314,7 +361,7 @@ def push_lora(
 
 
 def _write_files(
-    lora: str | os.PathLike, folder: Path, kohya_file: str | None, instance_prompt: str | None, base_model: str | None
+    lora: str | os.PathLike, folder: Path, other: str, pipeline: Any, metadata: Mapping[str, str]
 ) -> None:
     """The files of the weights; the one for other programs where it has a name."""
     file = Path(lora, LORA_WEIGHT_NAME) if Path(lora).is_dir() else Path(lora)
@@ -325,11 +372,10 @@ def _write_files(
         export_lora(file, "diffusers", target)
     else:
         shutil.copyfile(file, target)
-    if kohya_file is not None:
-        told = training_metadata(instance_prompt=instance_prompt, base_model=base_model)
+    if other:
         # What the training wrote knows more.
-        told |= kept_metadata(read_lora_file(target)[1])
-        export_lora(target, "kohya", folder / kohya_file, metadata=told)
+        told = {**metadata, **kept_metadata(read_lora_file(target)[1])}
+        export_lora(target, "comfyui", folder / other, metadata=told, pipeline=pipeline)
 
 
 def measured_drift(drifts: Mapping[str, float], statistics: FeatureStatistics) -> list[Measured]:

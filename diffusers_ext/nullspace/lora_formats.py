@@ -42,7 +42,7 @@ _SUFFIX = re.compile(
     r"|(?P<alpha>alpha))$"
 )
 _OLD_SUFFIX = re.compile(r"\.(?P<linear>to_\w+)_lora\.(?P<part>down|up)\.weight$")
-_COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_\d)?")
+_COMPONENT = re.compile(r"(unet|transformer|connectors|text_encoder)(_\d)?")
 _PEFT_WRAPPER = "base_model.model."
 _ORIGINAL_NAMES = ("diffusion_model.", "model.diffusion_model.")
 # First parts of names inside transformers and CLIP text encoders; all others are a UNet's.
@@ -51,6 +51,7 @@ _TRANSFORMER_ROOTS = {
     "context_embedder", "x_embedder",
 }  # fmt: skip
 _TEXT_ROOTS = ("text_model.", "encoder.layers.")
+_T5 = re.compile(r"text_encoder(_(?P<number>\d))?\.(?P<inside>encoder\.block\..+)")
 _FLAT_CLIP = re.compile(r"^encoder\.layers\.")
 _OLD_TEXT_LINEARS = {
     "to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj",
@@ -230,6 +231,23 @@ def has_kohya_names(lora: Iterable[str]) -> bool:
     return all(key.startswith(("unet.", "text_encoder.", "text_encoder_2.")) for key in lora)
 
 
+def to_comfyui_lora(lora: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The same LoRA with the names of modules that ComfyUI knows; itself where it knows those of diffusers.
+
+    Args:
+        names: of the base model, `Family.comfyui_names`.
+    """
+    renamed: dict[str, torch.Tensor] = {}
+    for key, tensor in lora.items():
+        module, ending, part = key.rpartition(".lora_")
+        if found := _T5.fullmatch(module):  # ComfyUI knows T5's by kohya's names alone
+            module = f"lora_te{found['number'] or 1}_{found['inside'].replace('.', '_')}"
+        for pattern, replacement in names.items():
+            module = re.sub(pattern, replacement, module)
+        renamed[module + ending + part] = tensor
+    return renamed
+
+
 def to_kohya_lora(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same LoRA with kohya's names, and one alpha for all modules."""
     exported = convert_state_dict_to_kohya(dict(lora))
@@ -255,7 +273,7 @@ def to_kohya_lora(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class LoraKey(NamedTuple):
     """One key of a LoRA file."""
 
-    component: str  # "unet", "transformer", "text_encoder", "text_encoder_2", ...
+    component: str  # "unet", "transformer", "connectors", "text_encoder", "text_encoder_2", ...
     module: str  # dotted name inside it
     part: str  # "A", "B" or "alpha"
     written: str  # the component's module as the file names it, which is how its metadata do

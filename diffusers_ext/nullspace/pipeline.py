@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
     ChromaPipeline,
     DiffusionPipeline,
     Flux2KleinPipeline,
@@ -33,7 +34,7 @@ from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.families import match_family
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import PushWithCard
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, add_kohya_file, check_loaded_lora
+from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, add_second_file, check_loaded_lora
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
@@ -97,17 +98,17 @@ class NullSpaceMixin(PushWithCard):
 
     @classmethod
     def save_lora_weights(cls, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
-        """As in diffusers, and `comfyui_a1111_kohya.safetensors` beside it, whose names ComfyUI and A1111 know.
+        """As in diffusers, and beside it a file whose names ComfyUI and A1111 know, where these are others.
 
-        A transformer's LoRA has one name everywhere, and one file. Under a `weight_name` of one's own, or as a pickle,
-        there is no second file.
+        It is `comfyui_a1111_kohya.safetensors` of a UNet, `comfyui.safetensors` of some transformers. Under a
+        `weight_name` of one's own, or as a pickle, there is no second file.
         """
         save = super().save_lora_weights
         save(save_directory, *args, **kwargs)
         given = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
-        usual = given.get("weight_name") in (None, LORA_WEIGHT_NAME) and not match_family(cls).flow_matching
+        usual = given.get("weight_name") in (None, LORA_WEIGHT_NAME)
         if usual and given.get("safe_serialization", True) and given.get("is_main_process", True):
-            add_kohya_file(save_directory)
+            add_second_file(save_directory, cls)
 
     @contextmanager
     def preserve(
@@ -194,6 +195,10 @@ class NullSpaceDreamBoothFlux2KleinPipeline(NullSpaceMixin, Flux2KleinPipeline):
 
 class NullSpaceDreamBoothChromaPipeline(NullSpaceMixin, ChromaPipeline):
     """`ChromaPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
+
+
+class NullSpaceDreamBoothAuraFlowPipeline(NullSpaceMixin, AuraFlowPipeline):
+    """`AuraFlowPipeline` with an optional `statistics` component, and what `NullSpaceMixin` adds."""
 
 
 class NullSpaceDreamBoothQwenImagePipeline(NullSpaceMixin, QwenImagePipeline):

@@ -15,6 +15,7 @@ from diffusers_ext.families import find_family
 from diffusers_ext.nullspace.edit_prompts import token_alignment
 from diffusers_ext.nullspace.text_only import denoiser_arguments
 from tests.tiny_current_pipelines import (
+    tiny_auraflow_pipeline,
     tiny_flux2_pipeline,
     tiny_qwen_image_pipeline,
     tiny_wan_pipeline,
@@ -38,6 +39,7 @@ class Setting(NamedTuple):
 FAMILIES = {
     "flux2": Setting(tiny_flux2_pipeline, (16, 8, 8), 1, {}),
     "chroma": Setting(tiny_chroma_pipeline, (16, 8, 8), 2, {}, padding=1),
+    "auraflow": Setting(tiny_auraflow_pipeline, (4, 8, 8), 2, {"guidance_scale": 1.0}),
     "qwen_image": Setting(tiny_qwen_image_pipeline, (4, 8, 8), 2, {}),
     "z_image": Setting(tiny_z_image_pipeline, (4, 8, 8), 2, {}),
     "wan": Setting(tiny_wan_pipeline, (4, 4, 4), 2, {"guidance_scale": 1.0}),

@@ -37,6 +37,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     ),
     "diffusers_ext/nullspace/pipeline.py": (
         {
+            "AuraFlowPipeline",
             "ChromaPipeline",
             "Flux2KleinPipeline",
             "FluxPipeline",

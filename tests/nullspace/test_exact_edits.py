@@ -17,6 +17,7 @@ from diffusers_ext.nullspace.edit_prompts import ConceptEdit
 from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.text_only import text_readers
 from tests.tiny_current_pipelines import (
+    tiny_auraflow_pipeline,
     tiny_flux2_pipeline,
     tiny_ltx2_pipeline,
     tiny_qwen_image_pipeline,
@@ -63,6 +64,7 @@ FAMILIES = {
     "flux": Setting(tiny_flux_pipeline, {}),
     "flux2": Setting(tiny_flux2_pipeline, {"max_sequence_length": 16}),
     "chroma": Setting(lambda: tiny_chroma_pipeline(text_width=96), {"max_sequence_length": 16}),
+    "auraflow": Setting(tiny_auraflow_pipeline, {"max_sequence_length": 16}),
     "qwen_image": Setting(tiny_qwen_image_pipeline, {}, {"negative_prompt": ["", "", ""]}),
     "z_image": Setting(tiny_z_image_pipeline, {}),
     "ltx2": Setting(tiny_ltx2_pipeline, {"max_sequence_length": 16, "num_frames": 1, "height": 32, "width": 32}),
@@ -104,7 +106,9 @@ def assert_exact(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"hunyuan_dit"}))
 def test_a_saved_edit_leaves_preserved_prompts_alone_in_stock_diffusers(name, tmp_path):
     call = {**FAMILIES[name].call, **FAMILIES[name].draw}
-    edited(name).save(tmp_path)
+    edit = edited(name)
+    edit.save(tmp_path)
+    assert read_lora(tmp_path).keys() == edit.lora.keys()
     pipeline = FAMILIES[name].build()
     modules = text_readers(pipeline)
     state = {key: value.clone() for key, value in modules.state_dict().items()}

@@ -13,6 +13,7 @@ from diffusers_ext.families import find_family
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothZImagePipeline
 from tests.tiny_current_pipelines import (
+    tiny_auraflow_pipeline,
     tiny_flux2_pipeline,
     tiny_qwen_image_pipeline,
     tiny_wan_pipeline,
@@ -23,7 +24,7 @@ from tests.tiny_image_pipelines import tiny_chroma_pipeline, tiny_flux_pipeline,
 KNOWN = "a red seven"
 BUILDS = [
     tiny_sd3_pipeline, tiny_flux_pipeline, tiny_flux2_pipeline, tiny_qwen_image_pipeline, tiny_z_image_pipeline,
-    tiny_wan_pipeline, tiny_chroma_pipeline,
+    tiny_wan_pipeline, tiny_chroma_pipeline, tiny_auraflow_pipeline,
 ]  # fmt: skip
 
 

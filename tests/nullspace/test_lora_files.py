@@ -187,7 +187,7 @@ def test_keys_without_a_kohya_counterpart_are_refused(tmp_path):
 
 
 def test_formats_and_paths_are_checked_first(tmp_path):
-    with pytest.raises(ValueError, match=r"`format` must be one of \('diffusers', 'kohya'\), got 'x"):
+    with pytest.raises(ValueError, match=r"`format` must be one of \('diffusers', 'kohya', 'comfyui'\), got 'x"):
         export_lora(tmp_path, "xl")
     with pytest.raises(ValueError, match=f"`output_path` must end in .safetensors, got {tmp_path}"):
         export_lora(plain_lora(), output_path=tmp_path)

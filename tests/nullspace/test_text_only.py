@@ -17,6 +17,7 @@ from diffusers_ext.nullspace.text_only import (
     text_readers,
 )
 from tests.tiny_current_pipelines import (
+    tiny_auraflow_pipeline,
     tiny_flux2_pipeline,
     tiny_ltx2_pipeline,
     tiny_qwen_image_pipeline,
@@ -67,6 +68,7 @@ EMBEDDER = "condition_embedder.text_embedder"
     [
         (tiny_flux2_pipeline, {"context_embedder": "text"}),
         (tiny_chroma_pipeline, {"context_embedder": "text"}),
+        (tiny_auraflow_pipeline, {"context_embedder": "text"}),
         (tiny_qwen_image_pipeline, {"txt_in": "txt_in"}),
         (tiny_z_image_pipeline, dict.fromkeys(["cap_embedder.1", *(f"context_refiner.0.{name}" for name in REFINER)])),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from diffusers_ext.nullspace.lora_files import check_loaded_lora
 from diffusers_ext.nullspace.settings import OPTIMIZERS
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace.run import check_against_model, main, parse_args
+from diffusers_ext.training.nullspace.subject import files_for_programs
 from diffusers_ext.training.run.setup import make_optimizer
 from tests.tiny_current_pipelines import (
+    tiny_auraflow_pipeline,
     tiny_flux2_pipeline,
     tiny_qwen_image_pipeline,
     tiny_wan_pipeline,
@@ -33,6 +36,7 @@ BUILD = {
     "flux": tiny_flux_pipeline,
     "flux2": tiny_flux2_pipeline,
     "chroma": tiny_chroma_pipeline,
+    "auraflow": tiny_auraflow_pipeline,
     "qwen_image": tiny_qwen_image_pipeline,
     "z_image": tiny_z_image_pipeline,
     "wan": tiny_wan_pipeline,
@@ -123,7 +127,14 @@ def test_flux_in_half_precision_with_all_its_attention(bases, teach):
 
 @pytest.mark.parametrize(
     ("name", "linears", "guidance"),
-    [("flux2", 3, 4.0), ("chroma", 3, 5.0), ("qwen_image", 5, 4.0), ("z_image", 8, 5.0), ("wan", 6, 5.0)],
+    [
+        ("flux2", 3, 4.0),
+        ("chroma", 3, 5.0),
+        ("auraflow", 3, 3.5),
+        ("qwen_image", 5, 4.0),
+        ("z_image", 8, 5.0),
+        ("wan", 6, 5.0),
+    ],
 )
 def test_other_families_learn_in_their_text_stream(bases, teach, name, linears, guidance, caplog):
     folder = teach(
@@ -143,6 +154,9 @@ def test_other_families_learn_in_their_text_stream(bases, teach, name, linears, 
     assert check_loaded_lora(tuned) == linears
     assert (drawn(tuned, "a white sks") - drawn(BUILD[name](), "a white sks")).norm() > 1e-3
     assert len(list((folder / "validation").glob("*.png"))) == 1
+    assert (folder / "comfyui.safetensors").exists() == (name == "wan")
+    told = files_for_programs(SimpleNamespace(output_dir=folder))
+    assert ("comfyui.safetensors beside it" if name == "wan" else "is for diffusers and for ComfyUI") in told
     run = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 2.0, "num_images_per_prompt": 1}
     report = evaluate_forgetting(tuned, None, [KNOWN[0]], subject_prompts=["a white sks"], **run)
     assert report.summary["subject"]["pixel_drift"] > 0

@@ -19,7 +19,14 @@ from diffusers_ext.families import find_family
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, predicted_drift, save_lora
-from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME, measured_drift, training_metadata
+from diffusers_ext.nullspace.lora_files import (
+    COMFYUI_NAME,
+    KOHYA_NAME,
+    LORA_WEIGHT_NAME,
+    measured_drift,
+    second_file,
+    training_metadata,
+)
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.scope import check_no_features, scoped_linears, settle_scope
 from diffusers_ext.nullspace.settings import GUIDANCE, WEIGHTING_SCHEMES, NullSpaceSettings, read_layers
@@ -211,12 +218,13 @@ def save_result(
 def files_for_programs(settings: NullSpaceSettings) -> str:
     """Which of the files of a LoRA is for what, in one sentence."""
     file = Path(settings.output_dir, LORA_WEIGHT_NAME)
-    if not Path(settings.output_dir, KOHYA_NAME).is_file():
-        return f"{file} is for diffusers and for ComfyUI: its names are those of the model's transformer."
-    return (
-        f"{file} is for diffusers; {KOHYA_NAME} beside it is the same "
-        "LoRA for ComfyUI and A1111, which do not know the names in the first."
-    )
+    for name, programs in ((KOHYA_NAME, "ComfyUI and A1111, which do"), (COMFYUI_NAME, "ComfyUI, which does")):
+        if Path(settings.output_dir, name).is_file():
+            return (
+                f"{file} is for diffusers; {name} beside it is the same LoRA for {programs} not know the names in the "
+                "first."
+            )
+    return f"{file} is for diffusers and for ComfyUI: its names are those of the model's transformer."
 
 
 def _lora_facts(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> dict[str, str]:
@@ -271,11 +279,12 @@ def subject_card(
     Raises `ValueError` where a fact is not known, such as the licence.
     """
     drifts = (report or {}).get("predicted_drift")
-    has_names = not find_family(pipeline, "nullspace").flow_matching
+    family = find_family(pipeline, "nullspace")
+    other = second_file([f"{family.denoiser}.blocks.lora_A.weight"], family)
     return make_card(
         "subject_pipeline" if settings.full_finetune else "null_space_lora",
         **subject_facts(settings, pipeline, statistics, pictures),
-        **({} if settings.full_finetune else {"rank": settings.rank, "kohya_file": KOHYA_NAME * has_names}),
+        **({} if settings.full_finetune else {"rank": settings.rank, "kohya_file": other}),
         results=measured_drift(drifts, statistics) if drifts else (),
         statistics=statistics is not None,
         **card_arguments(settings),
