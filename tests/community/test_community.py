@@ -1,16 +1,19 @@
 from __future__ import annotations
 
-import ast
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 
-from diffusers_ext.community import custom_pipeline_path
+import diffusers_ext
+from diffusers_ext.community import custom_pipeline_path, custom_pipelines
 from examples.digits.check_model import MODEL_DIR
 from tests.fresh_process import run_python
 from tests.golden_noise.golden_pipelines import golden_pipeline
 from tests.hub_storage import Repository
+from tests.tiny_current_pipelines import tiny_wan_pipeline
+from tests.tiny_image_pipelines import tiny_chroma_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
 NAMES = (
@@ -20,7 +23,15 @@ NAMES = (
     "golden_noise_sd3",
     "golden_noise_xl",
     "nullspace_dreambooth",
+    "nullspace_dreambooth_auraflow",
+    "nullspace_dreambooth_chroma",
+    "nullspace_dreambooth_flux",
+    "nullspace_dreambooth_flux2",
+    "nullspace_dreambooth_qwen_image",
+    "nullspace_dreambooth_sd3",
+    "nullspace_dreambooth_wan",
     "nullspace_dreambooth_xl",
+    "nullspace_dreambooth_z_image",
 )
 LOAD = """
 from diffusers import DiffusionPipeline
@@ -44,19 +55,22 @@ print(json.dumps(result))
 
 
 def test_custom_pipelines_are_the_installed_classes_and_need_trust(tmp_path):
-    sdxl_pipeline().save_pretrained(tmp_path / "sdxl")
-    bases = {"nullspace_dreambooth": MODEL_DIR, "nullspace_dreambooth_xl": tmp_path / "sdxl"}
+    bases = {"nullspace_dreambooth": MODEL_DIR}
+    for name, build in {"xl": sdxl_pipeline, "chroma": tiny_chroma_pipeline, "wan": tiny_wan_pipeline}.items():
+        bases[f"nullspace_dreambooth_{name}"] = tmp_path / name
+        build().save_pretrained(tmp_path / name)
     saved = {"golden_noise": "sd", "golden_noise_xl": "sdxl", "golden_noise_sd3": "sd3"}
     saved |= {"golden_noise_hunyuan_dit": "hunyuan_dit", "golden_noise_flux": "flux"}
     for name, family in saved.items():
         bases[name] = tmp_path / name
         golden_pipeline(family).save_pretrained(bases[name])
-    assert sorted(bases) == sorted(NAMES)
     pairs = [item for name, base in bases.items() for item in (base, custom_pipeline_path(name))]
     result = run_python(LOAD, tmp_path / "home", *pairs)
     assert {name: (found, denoiser) for name, (_, _, found, denoiser) in result.items()} == {
         "NullSpaceDreamBoothPipeline": ([], "UNet2DConditionModel"),
         "NullSpaceDreamBoothXLPipeline": ([], "UNet2DConditionModel"),
+        "NullSpaceDreamBoothChromaPipeline": ([], "ChromaTransformer2DModel"),
+        "NullSpaceDreamBoothWanPipeline": ([], "WanTransformer3DModel"),
         "GoldenNoisePipeline": (["GoldenNoiseModel"], "UNet2DConditionModel"),
         "GoldenNoiseXLPipeline": (["GoldenNoiseModel"], "UNet2DConditionModel"),
         "GoldenNoiseSD3Pipeline": (["GoldenNoiseModel"], "SD3Transformer2DModel"),
@@ -108,13 +122,22 @@ def test_custom_pipelines_from_a_file_and_from_the_hub(hub, hub_process, tmp_pat
         assert same
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_file_offers_one_class(name):
-    path = Path(custom_pipeline_path(name))
-    assert path.is_file()
-    (found,) = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign))
-    (offered,) = ast.literal_eval(found.value)
-    assert offered.endswith("Pipeline")
+def test_every_pipeline_of_the_package_has_a_file_that_offers_it_alone():
+    assert sorted(custom_pipelines()) == list(NAMES)
+    assert set(custom_pipelines().values()) == {name for name in diffusers_ext.__all__ if name.endswith("Pipeline")}
+    for name, offered in custom_pipelines().items():
+        path = Path(custom_pipeline_path(name))
+        found = runpy.run_path(str(path))
+        assert [part for part in found if not part.startswith("__")] == [offered] == found["__all__"]
+        assert found[offered] is getattr(diffusers_ext, offered)
+
+
+def test_a_file_that_was_changed_is_written_anew():
+    path = Path(custom_pipeline_path("golden_noise"))
+    source, written = path.read_text(), path.stat().st_mtime_ns
+    assert Path(custom_pipeline_path("golden_noise")).stat().st_mtime_ns == written
+    path.write_text("broken")
+    assert Path(custom_pipeline_path("golden_noise")).read_text() == source
 
 
 @pytest.mark.parametrize("name", ["nullspace", "__init__", "../nullspace/pipeline"])
