@@ -97,12 +97,14 @@ def _read_anchor(text: str) -> str | dict[str, float]:
 def _forecast(report: EditReport, told: dict[str, str]) -> list[str]:
     """What is known without a picture."""
     rows = report.layers
+    named = {prompt for row in report.concepts if not row["own_prompts"] for prompt in row["named"]}
     return [
         *(f"{target} is read as {anchor or 'the empty prompt'}." for target, anchor in told.items()),
         f"{len(rows)} Linears that read text alone, of ranks up to {max(row['rank'] for row in rows)}, make up "
         f"{100 * min(row['achieved'] for row in rows):.1f} % or more of the edit each; their predicted drift on "
         f"{report.preserved_prompts} preserved prompts is {max(row['drift'] for row in rows):.3g} at most. "
-        f"{report.edited_prompts} prompts are edited. Solved for in {report.seconds:.1f} s. Nothing was drawn.",
+        f"{report.edited_prompts} prompts are edited, {len(named)} of the given ones among them because they name a "
+        f"target. Solved for in {report.seconds:.1f} s. Nothing was drawn.",
         "Preserved prompts that move most: "
         + ", ".join(f"{prompt!r} {drift:.3g}" for prompt, drift in report.most_moved.items()),
         *report.warnings,

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -173,15 +174,28 @@ def split_prompts(
 
 
 def check_read_apart(pipeline: DiffusionPipeline, edits: Sequence[EditPrompts], preserved: Sequence[str]) -> None:
-    """Raise `ValueError` where a preserved prompt has the very tokens of an edited one: it cannot be both."""
+    """Raise `ValueError` where prompts of the same tokens are to be read otherwise: one cannot be both.
+
+    They are a preserved prompt and an edited one, or those of two edits.
+    """
     family = match_family(pipeline) or Family()
 
     def tokens(prompt: str) -> tuple[tuple[int, ...], ...]:
         return tuple(map(tuple, family.token_ids(pipeline, prompt)))
 
-    edited = {tokens(prompt): (edit.edit.target, prompt) for edit in edits for prompt in edit.targets}
+    edited: dict[Any, tuple[str, str, Any]] = {}
+    for edit in edits:
+        anchors = [(list(map(tokens, prompts)), weights.flatten().tolist()) for prompts, weights in edit.anchors]
+        for index, prompt in enumerate(edit.targets):
+            wish = {(prompts[index], weights[index]) for prompts, weights in anchors if weights[index]}
+            target, same, other = edited.setdefault(tokens(prompt), (edit.edit.target, prompt, wish))
+            if wish != other:
+                raise ValueError(
+                    f"`edits` must not ask for two things in one place, got {edit.edit.target!r} and {target!r}, "
+                    f"which the model reads alike: {prompt!r} and {same!r} have the same tokens. Leave one out."
+                )
     for prompt in preserved:
-        target, same = edited.get(tokens(prompt), (None, None))
+        target, same, _ = edited.get(tokens(prompt), (None, None, None))
         if same is not None:
             raise ValueError(
                 f"`preserve` must hold no prompt that the model reads as one with the target {target!r}, got "

@@ -140,6 +140,28 @@ def test_bad_edits_are_refused(edit, words, message):
     assert message in ran.err
 
 
+@pytest.mark.parametrize(
+    ("word", "prompt", "message"),
+    [
+        ("three=THREE", "a one", "`anchor` must be read otherwise than `target`, got 'THREE' for 'three'"),
+        ("caf\u00e9=nine", "a cafe\u0301", "no prompt that the model reads as one with the target 'caf\u00e9'"),
+    ],
+)
+def test_what_cannot_be_edited_ends_before_anything_is_written(edit, tmp_path, word, prompt, message):
+    path = tmp_path / "known.txt"
+    path.write_text(f"{prompt}\na blue one\n", encoding="utf-8")
+    ran = edit(word, preserve=path)
+    assert (ran.code, message in ran.err) == (1, True), ran.err
+    assert not (tmp_path / "edit").exists()
+
+
+def test_edited_prompts_among_those_to_keep_are_counted_before_anything_is_written(edit, tmp_path):
+    path = tmp_path / "known.txt"
+    path.write_text("a red three\nthree and five\na blue one\n")
+    ran = edit("three=nine", "five=six", preserve=path, dry_run=True)
+    assert "2 of the given ones among them because they name a target" in ran.out
+
+
 def test_a_finished_result_is_not_replaced_unasked(edit):
     assert edit("three=nine").code == 0
     ran = edit("three=nine")

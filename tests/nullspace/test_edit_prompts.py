@@ -119,6 +119,16 @@ def test_a_preserved_prompt_that_reads_as_an_edited_one_is_refused():
         check_read_apart(random_digits_pipeline(), edits, preserved)
 
 
+def test_edits_that_want_two_things_of_the_same_tokens_are_refused():
+    edits, preserved = split_prompts(ConceptEdit.read({"caf\u00e9": "nine", "cafe\u0301": "nine"}), ["a one"], False)
+    check_read_apart(random_digits_pipeline(), edits, preserved)  # one wish, spelled twice
+    edits, _ = split_prompts(ConceptEdit.read({"caf\u00e9": "nine", "cafe\u0301": "one"}), ["a one"], False)
+    with pytest.raises(
+        ValueError, match="`edits` must not ask for two things in one place, got 'cafe\u0301' and 'caf"
+    ):
+        check_read_apart(random_digits_pipeline(), edits, preserved)
+
+
 @pytest.mark.parametrize(
     ("target", "anchor", "places"),
     [

@@ -11,6 +11,7 @@ from diffusers_ext.nullspace.edit import EditedConcepts, edit_concept
 from diffusers_ext.nullspace.edit_prompts import ConceptEdit, EditPrompts
 from diffusers_ext.nullspace.edit_report import Neighbour, edit_warnings, neighbours
 from diffusers_ext.nullspace.text_only import denoiser_arguments
+from examples.digits.prompts import COLORS, DIGITS
 from tests.tiny_digits import random_digits_pipeline
 
 
@@ -79,6 +80,22 @@ def test_a_target_that_is_held_fast_is_warned_of():
     edit = edit_concept(random_digits_pipeline(), {"three": "nine"}, PRESERVED, preserve_weight=1e6)
     assert edit.report.concepts[0]["achieved"] < 0.5
     assert "What is preserved holds 'three' fast" in edit.report.warnings[0]
+
+
+def test_more_edits_than_what_is_preserved_leaves_room_for_are_warned_of():
+    """`hard` refuses them; otherwise each is told how much of it is made."""
+    targets = ("zero", "two", "three", "four", "five")
+    edits = dict.fromkeys(targets, "nine")
+    preserve = [f"{article} {color} {digit}" for article in ("a", "the") for color in COLORS for digit in DIGITS[6:]]
+    with pytest.raises(ValueError, match="must leave directions free for `hard=True`, one for each of 5 edits"):
+        edit_concept(random_digits_pipeline(), edits, preserve, hard=True)
+    report = edit_concept(random_digits_pipeline(), edits, preserve, preserve_weight=1e4).report
+    held = [row["target"] for row in report.concepts if row["achieved"] < 0.8]
+    assert held
+    assert [f"What is preserved holds {target!r} fast" in " ".join(report.warnings) for target in held] == [
+        True
+    ] * len(held)
+    assert "make fewer edits at once" in " ".join(report.warnings)
 
 
 @pytest.mark.parametrize(
