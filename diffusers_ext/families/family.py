@@ -118,6 +118,8 @@ class Family:
     token_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)  # whose tokens it reads, one after the other
     reads_hidden_states: ClassVar[bool] = False  # of its text encoders, by the pipeline
     t5_tokens: ClassVar[int] = 256  # that T5 reads where the pipeline's call has the default length
+    longest_text: ClassVar[int] = 512  # that a language model reads by default
+    pads_text: ClassVar[bool] = True  # to one length; else one is as long as its prompt, and alone it needs no mask
     # Where `encode_prompt` returns what a golden-noise network reads: {argument of `refine`: place}.
     text_outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
     call_arguments: ClassVar[Mapping[str, Any]] = {}  # that make the pipeline take latents of any size as they are

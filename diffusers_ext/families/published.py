@@ -77,6 +77,7 @@ MT5_XL: Component = (
     "T5EncoderModel",
     {**_T5_XXL_CONFIG, "d_model": 2048, "d_ff": 5120, "num_heads": 32, "vocab_size": 250112},
 )
+UMT5_XXL: Component = ("UMT5EncoderModel", {**_T5_XXL_CONFIG, "vocab_size": 256384})
 _QWEN3: dict[str, Any] = {
     "num_hidden_layers": 36,
     "num_attention_heads": 32,
@@ -87,7 +88,28 @@ QWEN3_4B: Component = (
     "Qwen3ForCausalLM",
     {**_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
 )
+QWEN3_4B_BODY: Component = ("Qwen3Model", QWEN3_4B[1])
 QWEN3_8B: Component = ("Qwen3ForCausalLM", {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288})
+QWEN25_VL_7B: Component = (
+    "Qwen2_5_VLForConditionalGeneration",
+    {
+        "text_config": {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+        },
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+        },
+    },
+)
 BERT_L: Component = ("BertModel", {**encoder_sizes(1024, 16, 24), "vocab_size": 47020})
 SAFETY_CHECKER: Component = (
     "StableDiffusionSafetyChecker",

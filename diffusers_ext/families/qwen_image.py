@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.families.flux import PackedLatents
+from diffusers_ext.families.published import QWEN25_VL_7B, Published
 from diffusers_ext.families.text_conditioning import TextConditioning, with_negatives
 
 if TYPE_CHECKING:
@@ -25,6 +26,19 @@ class QwenImage(PackedLatents):
     tools = frozenset({"nullspace"})
     nullspace_pipeline = "NullSpaceDreamBoothQwenImagePipeline"
     text_fields = ("prompt_embeds", "attention_mask")
+    pads_text = False
+    published = (
+        Published(
+            "Qwen/Qwen-Image",
+            "Qwen-Image",
+            {
+                "vae": ("AutoencoderKLQwenImage", {}),
+                "text_encoder": QWEN25_VL_7B,
+                "transformer": ("QwenImageTransformer2DModel", {}),
+            },
+            torch.bfloat16,
+        ),
+    )
     smallest_call = {"guidance_scale": None}  # which only a distilled model takes
 
     def encode(self, pipeline: QwenImagePipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
@@ -57,13 +71,15 @@ class QwenImage(PackedLatents):
         guidance_scale: float,
     ) -> torch.Tensor:
         batch, _, height, width = latents.shape
-        length = int(text.attention_mask.sum(1).max())
-        mask = text.attention_mask[:, :length]
+        mask, length = text.attention_mask, text.prompt_embeds.shape[1]
+        if mask is not None:
+            length = int(mask.sum(1).max())
+            mask = None if mask[:, :length].all() else mask[:, :length]
         prediction = pipeline.transformer(
             hidden_states=self.pack(pipeline, latents),
             timestep=timestep.expand(batch).to(latents.dtype) / 1000,
             guidance=self.guidance_input(pipeline.transformer.config, latents, guidance_scale),
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=mask,
             encoder_hidden_states=text.prompt_embeds[:, :length],
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
             return_dict=False,

@@ -7,21 +7,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.families.family import Family, TextConditioning
-from diffusers_ext.families.published import CLIP_BIG_G, CLIP_L_PROJECTION, T5_XXL, VAE_16, Published
+from diffusers_ext.families.published import CLIP_BIG_G, CLIP_L_PROJECTION, T5_XXL, VAE_16, Component, Published
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
 
-_SD3 = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "caption_projection_dim": 1536,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
+def _sd3(num_heads: int, num_layers: int, **more: Any) -> dict[str, Component]:
+    transformer = {
+        "num_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 64 * num_heads,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+        **more,
+    }
+    encoders = {"text_encoder": CLIP_L_PROJECTION, "text_encoder_2": CLIP_BIG_G, "text_encoder_3": T5_XXL}
+    return {"transformer": ("SD3Transformer2DModel", transformer), "vae": VAE_16, **encoders}
+
+
+# Of 3.5.
+_NORMED = {"qk_norm": "rms_norm"}
+_MEDIUM = {**_NORMED, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
 
 
 class SD3(Family):
@@ -40,18 +49,9 @@ class SD3(Family):
     text_fields = ("prompt_embeds", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
     published = (
-        Published(
-            "stabilityai/stable-diffusion-3-medium-diffusers",
-            "SD3",
-            {
-                "transformer": ("SD3Transformer2DModel", _SD3),
-                "vae": VAE_16,
-                "text_encoder": CLIP_L_PROJECTION,
-                "text_encoder_2": CLIP_BIG_G,
-                "text_encoder_3": T5_XXL,
-            },
-            torch.float16,
-        ),
+        Published("stabilityai/stable-diffusion-3-medium-diffusers", "SD3", _sd3(24, 24), torch.float16),
+        Published("stabilityai/stable-diffusion-3.5-medium", "SD3.5-medium", _sd3(24, 24, **_MEDIUM), torch.bfloat16),
+        Published("stabilityai/stable-diffusion-3.5-large", "SD3.5-large", _sd3(38, 38, **_NORMED), torch.bfloat16),
     )
 
     def encode(

@@ -7,10 +7,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.families.family import Family
+from diffusers_ext.families.published import UMT5_XXL, Component, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
+
+
+def _wan(num_heads: int, num_layers: int, ffn_dim: int) -> dict[str, Component]:
+    transformer = {"num_attention_heads": num_heads, "num_layers": num_layers, "ffn_dim": ffn_dim}
+    return {
+        "text_encoder": UMT5_XXL,
+        "vae": ("AutoencoderKLWan", {}),
+        "transformer": ("WanTransformer3DModel", transformer),
+    }
 
 
 class Wan(Family):
@@ -43,6 +53,10 @@ class Wan(Family):
         r"\.ffn\.net\.2$": ".ffn.2",
     }
     t5_tokens = 512
+    published = (
+        Published("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-1.3B", _wan(12, 30, 8960), torch.bfloat16),
+        Published("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan2.1-14B", _wan(40, 40, 13824), torch.bfloat16),
+    )
     smallest_call = {"num_frames": 1}
     call_arguments = {"num_frames": 1}
     blocks = "blocks"

@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from diffusers_ext.families.family import Family
+from diffusers_ext.families.published import QWEN3_4B_BODY, VAE_16, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ class ZImage(Family):
     flow_matching = True
     own_levels = True
     text_fields = ("prompt_embeds", "attention_mask")
+    pads_text = False
+    published = (
+        Published(
+            "Tongyi-MAI/Z-Image-Turbo",
+            "Z-Image-Turbo",
+            {"vae": VAE_16, "text_encoder": QWEN3_4B_BODY, "transformer": ("ZImageTransformer2DModel", {})},
+            torch.bfloat16,
+        ),
+    )
     smallest_call = {"guidance_scale": 0.0}  # at which it is not guided
     blocks = "layers"
     text_stream = ()
@@ -82,5 +92,5 @@ class ZImage(Family):
         return -torch.stack(list(predictions)).squeeze(2)
 
 
-def _texts(embeds: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    return [row[read.bool()] for row, read in zip(embeds, mask)]
+def _texts(embeds: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    return list(embeds) if mask is None else [row[read.bool()] for row, read in zip(embeds, mask)]

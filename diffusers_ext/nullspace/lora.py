@@ -31,7 +31,7 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 # Harmless options, and those that the caller of `check_lora_config` sets by itself.
 _FREE = {"lora_dropout", "exclude_modules", "init_lora_weights"}
 _SET_LATER = {"r", "lora_alpha", "use_rslora", "target_modules"}
-_INSTANCE_RUNS = 16  # of a joint model, whose text depends on the picture
+INSTANCE_RUNS = 16  # of a joint model, whose text depends on the picture
 DIRECTION_KINDS = ("generalized", "null", "soft")
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def instance_statistics_like(
     run.pop("token_share", None)  # a subject has few tokens
     if "scope" in settings:
         chosen = {"scope": settings["scope"]}
-        run |= {"runs_per_prompt": math.ceil(_INSTANCE_RUNS / len(instance_prompts))} if run else {}
+        run |= {"runs_per_prompt": math.ceil(INSTANCE_RUNS / len(instance_prompts))} if run else {}
     else:
         chosen = {name: settings[name] for name in ("features", "layers")}
     return collect_statistics(

@@ -77,12 +77,17 @@ def scoped_linears(pipeline: DiffusionPipeline, scope: str) -> ScopedLinears:
     reader = TextReader(pipeline, sources, 1, {})
     pooled = {source for source in reader.readers if next(reader.batches([_PROMPT], source)).shape[1] == 1}
     text = {name: source for name, source in sources.items() if source not in pooled}
+    runs = [name for name in attention_linears(denoiser, family, scope) if name not in sources]
+    return ScopedLinears(text, shared_reads(pipeline, runs))
+
+
+def attention_linears(denoiser: torch.nn.Module, family: Family, scope: str) -> list[str]:
+    """The Linears of joint attention that a scope names, in natural order."""
     ends = {"text_only": (), "text_stream": family.text_stream, "all": family.attention_linears}[scope]
     # A dot before each: `to_k` is no end of `add_to_k`.
     ends = tuple(f".{end}" for end in ends)
-    runs = [name for name, module in inside.items() if name.endswith(ends) and isinstance(module, torch.nn.Linear)]
-    runs = sorted((name for name in runs if name not in sources), key=natural_key) if ends else []
-    return ScopedLinears(text, shared_reads(pipeline, runs))
+    linears = (name for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear))
+    return sorted((name for name in linears if ends and name.endswith(ends)), key=natural_key)
 
 
 def shared_reads(pipeline: DiffusionPipeline, linears: Sequence[str]) -> dict[str, str]:

@@ -198,28 +198,34 @@ class ImageShapes:
 
     Attributes:
         latents: `(channels, height, width)`, unpacked also for Flux.
+        vae_latents, pixels: of one picture, as the VAE gives and takes them.
         text: of one prompt.
 
     Raises:
-        ValueError: a pipeline that golden noise is not known for, or a size that it cannot draw.
+        ValueError: a pipeline that the `tool` is not known for, or a size that it cannot draw.
     """
 
-    def __init__(self, base: BaseModel, resolution: int | None = None) -> None:
-        families = {family.pipelines[0]: family for family in families_of("golden_noise")}
+    def __init__(self, base: BaseModel, resolution: int | None = None, tool: str = "golden_noise") -> None:
+        families = {family.pipelines[0]: family for family in families_of(tool)}
         if base.pipeline not in families:
             raise ValueError(
                 f"`model` must be a pipeline of {sorted(families)}, got {base.pipeline or 'none'} in {base.name}."
             )
         self.base, self.family = base, families[base.pipeline]
         self.config = base.component(base.denoiser).whole_config()
-        scale = 2 ** (len(base.component("vae").whole_config().block_out_channels) - 1)
-        own = self.family.sample_size(self.config) * scale
-        self.resolution = own if resolution is None else resolution
+        sizes = self._assembled({"vae": base.component("vae").build()})
+        scale, own = self.family.pixels_per_latent(sizes), self.family.sample_size(self.config)
+        if resolution is None and not isinstance(own, int):
+            raise ValueError("`resolution` must be given for a model without a square size of its own, got None.")
+        self.resolution = own * scale if resolution is None else resolution
         multiple = scale * self.family.patch(self.config)
         if self.resolution < 1 or self.resolution % multiple:
             raise ValueError(f"`resolution` must be a multiple of {multiple} for {base.name}, got {self.resolution}.")
         side = self.resolution // scale
         self.latents = (self.family.latent_channels(self.config), side, side)
+        self.vae_latents = tuple(self.family.to_vae(sizes, torch.empty(1, *self.latents, device="meta")).shape)
+        frames = (1,) if self.family.video_vae else ()
+        self.pixels = (1, 3, *frames, self.resolution, self.resolution)
         self.text = self._text()
 
     @property
@@ -230,10 +236,11 @@ class ImageShapes:
     def encoder_tokens(self, name: str) -> int:
         """How many tokens a text encoder reads."""
         component = self.base.component(name)
-        if component.class_name.startswith("T5"):
+        if component.class_name.startswith(("T5", "UMT5")):
             return self.family.t5_tokens
-        own = self.config.get("text_len")  # of Hunyuan-DiT's BERT
-        return own or component.whole_config().max_position_embeddings
+        own = None if self.family.flow_matching else self.config.get("text_len")  # of Hunyuan-DiT's BERT
+        config = component.whole_config()
+        return own or min(getattr(config, "text_config", config).max_position_embeddings, self.family.longest_text)
 
     def conditioning(self, rows: int, device: torch.device, dtype: torch.dtype) -> TextConditioning:
         """Prompts without content, with their negative ones where the model takes any."""
@@ -250,10 +257,27 @@ class ImageShapes:
             made |= {f"negative_{name}": tensor.clone() for name, tensor in made.items()}
         return TextConditioning(**made).to(device)
 
+    def guided(
+        self, pipeline: DiffusionPipeline, latents: torch.Tensor, text: TextConditioning, guidance_scale: float
+    ) -> torch.Tensor:
+        """A step's prediction: in one call where golden noise knows how, otherwise in a call for each side."""
+        if "golden_noise" in self.family.tools:
+            return guided_prediction(pipeline, latents, TIMESTEP, text, guidance_scale)
+        latents, timestep = latents.to(text.prompt_embeds.dtype), torch.full((), TIMESTEP, device=latents.device)
+        found = text.tensors()
+        negative = {name.removeprefix("negative_"): x for name, x in found.items() if name.startswith("negative_")}
+        sides = [text.positive()]
+        if negative and guidance_scale != 1:
+            sides.append(TextConditioning(**negative))
+        outputs = [self.family.predict(pipeline, latents, timestep, side, guidance_scale).float() for side in sides]
+        return outputs[-1] + guidance_scale * (outputs[0] - outputs[-1])
+
     def pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline on the meta device with its denoiser and its VAE, in float32, alone."""
         dtypes = {self.base.denoiser: dtype, "vae": torch.float32}
-        parts: dict[str, Any] = {name: self.base.component(name).build(dtypes[name]) for name in dtypes}
+        return self._assembled({name: self.base.component(name).build(dtypes[name]) for name in dtypes})
+
+    def _assembled(self, parts: dict[str, Any]) -> DiffusionPipeline:
         pipeline_class = getattr(diffusers, self.base.pipeline)
         if "requires_safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
             parts["requires_safety_checker"] = False
@@ -274,7 +298,7 @@ class ImageShapes:
             read = (n if n in present else present[-1] for n in family.token_encoders)
             tokens = sum(map(self.encoder_tokens, read))
         second = shapes.get("prompt_embeds_2")
-        masked = "attention_mask" in family.text_fields
+        masked = "attention_mask" in family.text_fields and family.pads_text
         return TextShape(tokens, width, family.pooled_width(config), second, masked)
 
 
@@ -318,7 +342,7 @@ def guided_work(shapes: ImageShapes, rows: int, guidance_scale: float, times: fl
     def begin(pipeline: DiffusionPipeline, device: torch.device) -> Callable[[], object]:
         latents = torch.randn(rows, *shapes.latents, device=device)
         text = shapes.conditioning(rows, device, precision.dtype)
-        predict = partial(guided_prediction, pipeline, latents, TIMESTEP, text, guidance_scale)
+        predict = partial(shapes.guided, pipeline, latents, text, guidance_scale)
         return lambda: latents + 0.1 * predict()
 
     return denoiser_work(shapes, times, precision, begin)

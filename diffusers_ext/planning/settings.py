@@ -110,6 +110,9 @@ class NullSpacePlanSettings(PlannedRun):
     rank: int = setting(1, "of the LoRA", rule=COUNT)
     features: list[str] = setting(["k", "v"], "q k v out attn1.q ... ff.in ff.out")
     layers: str | list[int] = setting("all", "all, or indices", several=True)
+    scope: str | None = setting(
+        None, "of a joint-attention model: text_stream, which is the default, text_only or all"
+    )
     directions: str = setting("generalized", "generalized, null, soft or plain", choices=DIRECTIONS)
     full_finetune: bool = setting(False, "whole weights in place of a LoRA")
     max_train_steps: int = as_in(PlannedRun, "max_train_steps", default=1000)

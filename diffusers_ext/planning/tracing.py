@@ -58,6 +58,7 @@ def fill_with_fake_tensors(module: torch.nn.Module) -> None:
     The meta device itself takes other paths through attention than a device with data does. Raises `ValueError` where
     a parameter or buffer has data.
     """
+    move_other_tensors(module, torch.device("cpu"))
     tensors = (*module.named_parameters(), *module.named_buffers())
     real = [name for name, tensor in tensors if not tensor.is_meta]
     if real:
@@ -70,6 +71,17 @@ def fill_with_fake_tensors(module: torch.nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+def move_other_tensors(module: torch.nn.Module, device: torch.device) -> None:
+    """Put zeros on a device in the place of a module's tensors that are neither parameters nor buffers.
+
+    Qwen-Image keeps its angles so. Only those on the meta device are replaced.
+    """
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                part.__dict__[name] = torch.zeros(value.shape, dtype=value.dtype, device=device)
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -178,6 +190,45 @@ class OperationTrace(TorchDispatchMode):
         dtype = dtypes[0] if dtypes else read[0].dtype
         convolution = "convolution" in str(function)
         self.operations[Operation(flops, moved, dtype, convolution)] += 1
+
+
+class OriginTrace(TorchDispatchMode):
+    """Notes which of some named tensors every tensor was computed from while it is on; memory that is shared counts.
+
+    It tells without any data what `diffusers_ext.nullspace.text_only` finds with data, from equal inputs.
+
+    Attributes:
+        origins: names by storage.
+    """
+
+    def __init__(self, named: Mapping[str, Iterable[torch.Tensor]]) -> None:
+        super().__init__()
+        self.origins: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        for name, tensors in named.items():
+            for tensor in tensors:
+                self.origins[tensor.untyped_storage()] = frozenset([name])
+
+    def of(self, tensor: torch.Tensor) -> frozenset[str]:
+        """The names that a tensor was computed from."""
+        return self.origins.get(tensor.untyped_storage(), frozenset())
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1
+        result = function(*args, **kwargs)
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        found = frozenset().union(*map(self.of, read))
+        for tensor in tree_leaves(result):
+            if found and isinstance(tensor, torch.Tensor):
+                self.origins[tensor.untyped_storage()] = self.of(tensor) | found
+        return result
 
 
 def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> int:

@@ -20,6 +20,7 @@ from diffusers_ext.planning.tracing import (
     fake_tensors,
     fill_with_fake_tensors,
     gpu_autocast,
+    move_other_tensors,
 )
 
 if TYPE_CHECKING:
@@ -234,6 +235,7 @@ def measured_seconds(work: Work, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(0)
     for module in modules:
         module.to_empty(device=device)
+        move_other_tensors(module, device)
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
                 tensor.data.normal_(std=_WEIGHT_SPREAD, generator=generator)
