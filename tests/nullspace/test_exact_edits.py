@@ -150,7 +150,7 @@ def test_an_anchor_of_more_tokens_is_reached_in_texts_of_any_length(name):
     assert first["achieved"] > 0.95, first
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3", "wan", "z_image"])
+@pytest.mark.parametrize("name", ["auraflow", "chroma", "flux", "flux2", "qwen_image", "sd3", "wan", "z_image"])
 def test_a_lora_that_stock_diffusers_wrote_is_debleeded_for_it(name, tmp_path):
     setting = FAMILIES[name]
     trained, pipeline, call = setting.build(), setting.build(), {**setting.call, **setting.draw}
