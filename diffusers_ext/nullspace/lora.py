@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_ext.core.artifacts import fingerprint
@@ -22,6 +22,7 @@ from diffusers_ext.core.pipelines import plain_class
 from diffusers_ext.families import match_family
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions, usual_null_space
+from diffusers_ext.nullspace.edit_equations import read_weight
 from diffusers_ext.nullspace.lora_files import add_metadata, add_second_file
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.prompts import check_prompts
@@ -162,17 +163,19 @@ def add_null_space_lora(
     return chosen
 
 
-def lora_linears(model: torch.nn.Module, adapter_name: str = "default") -> list[tuple[str, LoraLinear]]:
+def lora_linears(model: torch.nn.Module, adapter_name: str = "default") -> list[tuple[str, LoraLayer]]:
     """The (dotted name, PEFT layer) pairs that carry an adapter, in natural order."""
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, LoraLinear) and adapter_name in module.lora_A
+        if isinstance(module, LoraLayer)  # quantised Linears have layers of their own
+        and isinstance(module.get_base_layer(), torch.nn.Linear)
+        and adapter_name in module.lora_A
     ]
     return sorted(found, key=lambda pair: natural_key(pair[0]))
 
 
-def lora_delta(layer: LoraLinear, adapter_name: str = "default") -> torch.Tensor:
+def lora_delta(layer: LoraLayer, adapter_name: str = "default") -> torch.Tensor:
     """`D = scale B A`, `(out_features, in_features)`, with gradient."""
     a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     return layer.scaling[adapter_name] * (b @ a)
@@ -202,6 +205,8 @@ def _relative_drifts(
     for name, layer in lora_linears(model, adapter_name):
         key = statistics.key(name)
         weight = layer.get_base_layer().weight
+        if type(weight.data) is not torch.Tensor or not weight.is_floating_point():
+            weight = read_weight(layer.get_base_layer())
         if key not in means:
             means[key] = statistics.moments[key].mean.to(weight.device, torch.float32)
         delta, weight = lora_delta(layer, adapter_name), weight.float()

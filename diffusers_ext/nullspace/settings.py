@@ -37,6 +37,11 @@ OPTIMIZERS = {
     "adamw_8bit": ("bitsandbytes", "optim.AdamW8bit"),
     "prodigy": ("prodigyopt", "Prodigy"),
 }
+# {name: (package, keywords of diffusers' config)}, of the denoiser that stays as it is.
+QUANTIZATIONS = {
+    "bnb_4bit": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "bnb_8bit": ("bitsandbytes", {"load_in_8bit": True}),
+}
 # How timesteps of flow matching are drawn and weighed, by diffusers' names.
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 SCOPES = ("text_stream", "text_only", "all")
@@ -98,6 +103,29 @@ class KnownModelSettings(ModelSettings, AttentionSettings, SamplingSettings, Kno
         help="of classifier-free guidance: how far past the prompt; 1 is none; without it 7.5, or what the pipeline "
         "of a flow-matching model has by itself",
     )
+
+    quantization: str | None = setting(
+        None,
+        "of the frozen denoiser's Linears, which LoRAs train on; needs bitsandbytes",
+        choices=tuple(QUANTIZATIONS),
+    )
+
+    def check(self) -> None:
+        """Also what a quantised denoiser needs."""
+        super().check()
+        if self.quantization is None:
+            return
+        package, _ = QUANTIZATIONS[self.quantization]
+        if find_spec(package) is None:
+            raise ValueError(
+                f"`quantization` must have its package {package}, got {self.quantization!r} without it. Install it "
+                f"(`pip install {package}`), or leave the flag out."
+            )
+        if self.pretrained_model_name_or_path.endswith(".safetensors"):
+            raise ValueError(
+                f"`quantization` must be left out with a single file, got {self.quantization!r}. Give the model in "
+                "the layout of diffusers."
+            )
 
     def settle(self) -> None:
         """Also guidance, as of a UNet."""
@@ -267,6 +295,8 @@ class NullSpaceSettings(
             )
         if self.full_finetune and self.directions == "plain":
             raise ValueError("`--full_finetune` must be constrained, got `--directions plain`.")
+        if self.full_finetune and self.quantization:
+            raise ValueError(f"`--full_finetune` must be of a base that is not quantised, got {self.quantization!r}.")
         if self.full_finetune and self.adam_weight_decay:
             raise ValueError(
                 f"`adam_weight_decay` must be 0 with `--full_finetune`, got {self.adam_weight_decay}: "

@@ -14,11 +14,13 @@ from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 from diffusers_ext.families import find_family
 from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
 from diffusers_ext.nullspace.lora_files import check_loaded_lora
-from diffusers_ext.nullspace.settings import OPTIMIZERS
+from diffusers_ext.nullspace.settings import OPTIMIZERS, QUANTIZATIONS
 from diffusers_ext.nullspace.statistics import FeatureStatistics
+from diffusers_ext.training.nullspace import knowledge as knowledge_of_runs
 from diffusers_ext.training.nullspace.run import check_against_model, main, parse_args
 from diffusers_ext.training.nullspace.subject import files_for_programs
 from diffusers_ext.training.run.setup import make_optimizer
+from tests.nullspace.test_edit_equations import Linear4bit
 from tests.tiny_current_pipelines import (
     tiny_auraflow_pipeline,
     tiny_flux2_pipeline,
@@ -173,6 +175,40 @@ def test_a_lora_of_a_transformer_is_cleaned_and_reported(bases, sd3_run):
     assert all(after[name] < 0.5 * before[name] for name in before)
     pipeline.load_lora_weights(cleaned)
     assert check_loaded_lora(pipeline) == 5
+
+
+def test_a_lora_learns_on_a_quantised_base(bases, teach, monkeypatch):
+    monkeypatch.setitem(QUANTIZATIONS, "bnb_8bit", ("torch", {"load_in_8bit": True}))
+    load = knowledge_of_runs.load_frozen
+
+    def load_packed(*args, quantization_config, **kwargs):
+        """As bitsandbytes would lay the weights out."""
+        assert quantization_config.quant_mapping["transformer"].load_in_8bit
+        pipeline = load(*args, **kwargs)
+        for name, linear in list(pipeline.transformer.named_modules()):
+            if type(linear) is torch.nn.Linear and linear.weight.numel() % 8 == 0:
+                pipeline.transformer.set_submodule(name, Linear4bit(linear).requires_grad_(False))
+        return pipeline
+
+    monkeypatch.setattr(knowledge_of_runs, "load_frozen", load_packed)
+    run = {"pretrained_model_name_or_path": bases / "sd3", "quantization": "bnb_8bit", "max_train_steps": 2}
+    folder = teach(**run, mixed_precision="bf16")
+    tuned = with_lora("sd3", folder)
+    assert check_loaded_lora(tuned) == 5
+    assert (drawn(tuned, "a white sks") - drawn(BUILD["sd3"](), "a white sks")).norm() > 1e-3
+    drifts = json.loads((folder / "training_report.json").read_text())["predicted_drift"]
+    assert len(drifts) == 5
+    assert all(0 < drift < 1 for drift in drifts.values())
+
+
+def test_what_a_quantised_base_needs(subject_line, monkeypatch):
+    with pytest.raises(ValueError, match="`quantization` must have its package bitsandbytes, got 'bnb_4bit' without"):
+        parse_args(subject_line(quantization="bnb_4bit"))
+    monkeypatch.setitem(QUANTIZATIONS, "bnb_8bit", ("torch", {}))
+    with pytest.raises(ValueError, match="`--full_finetune` must be of a base that is not quantised, got 'bnb_8bit'"):
+        parse_args(subject_line(quantization="bnb_8bit", full_finetune=True))
+    with pytest.raises(ValueError, match="`quantization` must be left out with a single file, got 'bnb_8bit'"):
+        parse_args(subject_line(quantization="bnb_8bit", pretrained_model_name_or_path="base.safetensors"))
 
 
 def test_optimizers_by_name(subject_line, monkeypatch):

@@ -27,7 +27,7 @@ from diffusers_ext.nullspace.scope import settle_scope
 from diffusers_ext.nullspace.settings import CollectionSettings, KnownModelSettings
 from diffusers_ext.nullspace.slots import check_features, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from diffusers_ext.training.run.base_model import load_frozen
+from diffusers_ext.training.run.base_model import load_frozen, quantization_arguments
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
 
 logger = get_logger(__name__)
@@ -40,7 +40,7 @@ def load_pipeline(settings: KnownModelSettings, device: torch.device, dtype: tor
     with_xformers = getattr(settings, "enable_xformers_memory_efficient_attention", False)
     if with_xformers:
         check_xformers()
-    pipeline = load_frozen(settings, dtype, with_filter=True)
+    pipeline = load_frozen(settings, dtype, with_filter=True, **quantization_arguments(settings, dtype))
     if match_family(pipeline, "nullspace") is None:
         raise ValueError(
             f"`pretrained_model_name_or_path` must be a {titles_of('nullspace')} pipeline, got "
@@ -180,7 +180,7 @@ def collection_facts(settings: CollectionSettings, prompts: list[str], num_proce
     )  # fmt: skip
     facts = {name: getattr(settings, name) for name in names}
     # Left out without one, as in progress that was written before there were these settings.
-    for name in ("single_file_config", "scope"):
+    for name in ("single_file_config", "scope", "quantization"):
         if getattr(settings, name) is not None:
             facts[name] = getattr(settings, name)
     facts["knowledge_prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()

@@ -188,6 +188,7 @@ def subject_settings(settings: NullSpaceSettings) -> dict[str, Any]:
         "weighting_scheme",
         "guidance_embedding",
         "scope",
+        "quantization",
     ):  # left out where they are not given, as before they were
         if getattr(settings, name) is not None:
             facts[name] = getattr(settings, name)

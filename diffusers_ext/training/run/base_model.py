@@ -11,6 +11,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers import PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 from huggingface_hub import snapshot_download
 
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
@@ -23,6 +25,7 @@ from diffusers_ext.families.base_source import (
     load_single_file_unet,
     read_base_config,
 )
+from diffusers_ext.nullspace.settings import QUANTIZATIONS
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,18 @@ def load_frozen(
             component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def quantization_arguments(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """Of `load_frozen`, for a denoiser of `--quantization` that computes in a dtype; none without it."""
+    if settings.quantization is None:
+        return {}
+    _, keywords = QUANTIZATIONS[settings.quantization]
+    keywords = {**keywords, "bnb_4bit_compute_dtype": dtype} if "load_in_4bit" in keywords else keywords
+    name = denoiser_name(read_components(settings), settings.pretrained_model_name_or_path)
+    # By their own names: those at the top ask for the package.
+    mapping = {name: BitsAndBytesConfig(**keywords)}
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
 @dataclass(frozen=True)
