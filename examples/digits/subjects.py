@@ -46,7 +46,7 @@ class SubjectFlags(NamedTuple):
 DIGITS_FLAGS = SubjectFlags()
 FLUX2_FLAGS = SubjectFlags(
     ("--max_train_steps", "400", "--train_batch_size", "8", "--lr_scheduler", "cosine"),
-    ("--directions", "generalized", "--rank", "1", "--learning_rate", "5e-2"),
+    ("--directions", "generalized", "--rank", "1", "--learning_rate", "3e-2"),
     ("--directions", "plain", "--rank", "8", "--scope", "all"),
 )
 
