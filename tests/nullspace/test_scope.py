@@ -12,6 +12,7 @@ from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import null_space_directions
 from diffusers_ext.nullspace.lora import add_null_space_lora, predicted_drift, save_lora
+from diffusers_ext.nullspace.prompts import preserved_texts
 from diffusers_ext.nullspace.scope import scoped_linears, settle_scope, shared_reads
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.tiny_digits import random_digits_pipeline
@@ -100,13 +101,15 @@ def test_statistics_are_of_what_the_linears_read(sd3, tmp_path):
 
 
 def test_the_empty_prompt_weighs_as_guidance_reads_it(sd3, flux):
+    prompts = [KNOWN, "a blue one"]
+
     def texts(pipeline, **arguments):
-        return collect_statistics(pipeline, [KNOWN, "a blue one"], scope="text_only", **arguments).moments["text"]
+        return collect_statistics(pipeline, prompts, scope="text_only", **arguments).moments["text"]
 
     assert texts(sd3, expand_sub_phrases=False).count == 4 * 272
     # FLUX.1-dev is told the guidance scale, and never reads the empty prompt beside another.
     assert texts(flux, expand_sub_phrases=False).count == 3 * 512
-    assert texts(sd3, include_guidance_prompts=False).count == (2 + 2 * 3) * 272
+    assert texts(sd3, include_guidance_prompts=False).count == len(preserved_texts(prompts)) * 272
 
 
 def wide_sd3():
