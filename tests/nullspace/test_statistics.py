@@ -67,6 +67,14 @@ def test_what_is_in_it():
         FeatureStatistics({}, {"a.to_k": "gone"}, {})
 
 
+def test_a_report_takes_eigenvalues_alone_where_no_spectrum_is_there(monkeypatch):
+    statistics, decomposed = made_up(), made_up()
+    decomposed.store_spectra()
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("eigenvectors"))
+    for row, other in zip(statistics.report(), decomposed.report(), strict=True):
+        assert row == pytest.approx(other)
+
+
 def test_spectra_are_of_the_mean_and_follow_a_merge():
     statistics = made_up()
     for _ in range(2):
