@@ -312,7 +312,7 @@ def nearest_anchor(
     k1 = reader.all(prompts, source)
     distances = {}
     for words in candidates:
-        k2 = in_places(reader, prompts, replaced(prompts, target, words), source, k1.shape[1])
+        k2 = in_places(reader, prompts, replaced(prompts, target, words), source, k1)
         distances[words] = ((k2 - k1) @ weight.T).square().mean().item()
     usual = median(distances.values())
     others = {words: distance for words, distance in distances.items() if distance > _ONE_CONCEPT * usual}

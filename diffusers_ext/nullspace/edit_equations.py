@@ -197,18 +197,22 @@ def edit_factors(
 
 
 def in_places(
-    reader: TextReader, targets: Sequence[str], anchors: Sequence[str], source: str, length: int
+    reader: TextReader, targets: Sequence[str], anchors: Sequence[str], source: str, k1: torch.Tensor
 ) -> torch.Tensor:
     """What is read for the anchors' prompts, each token in the place of the target's that it stands for.
 
     Args:
-        length: of what is read for the targets.
+        k1: what is read for the targets, `(prompts, tokens, dim)`.
     """
-    read = reader.all(anchors, source)
+    read, length = reader.all(anchors, source), k1.shape[1]
     # Texts that are as long as their prompts end in zeros, at least one of them.
     longest = max(length, read.shape[1]) + reader.varies if length > 1 else 1
     read = functional.pad(read, (0, 0, 0, longest - read.shape[1]))
     places = token_alignment(reader.pipeline, targets, anchors, longest)[:, :length].to(read.device)
+    if reader.varies and length > 1:
+        # Texts of whole multiples of a length repeat their last token (Z-Image); the others' end stands for theirs.
+        last = read.any(-1).sum(1, keepdim=True) - 1
+        places = torch.where(k1.any(-1), places.minimum(last), longest - 1)
     return read.gather(1, places[..., None].expand(-1, -1, read.shape[-1]))
 
 
@@ -229,14 +233,16 @@ def target_rows(
             k1 = reader.all(edit.targets, source)
         k2 = torch.zeros_like(k1)
         for anchors, weights in edit.anchors:
-            k2 += weights.to(k1) * in_places(reader, edit.targets, anchors, source, k1.shape[1])
+            k2 += weights.to(k1) * in_places(reader, edit.targets, anchors, source, k1)
         change, read = (k2 - k1).flatten(0, 1), k1.flatten(0, 1)
         if change.square().sum() <= _SAME * read.square().sum() and not updates:
             raise ValueError(
                 f"`anchor` must be read otherwise than `target`, got {edit.edit.anchor!r} for {edit.edit.target!r}, "
                 "whose tokens are the same."
             )
-        parts.append(torch.cat([read, change], 1) / len(read) ** 0.5)
+        # Texts that are as long as their prompts end in zeros here, which `C0` does not count either.
+        count = int(read.any(1).sum()) if reader.varies else len(read)
+        parts.append(torch.cat([read, change], 1) / count**0.5)
     both = torch.cat(parts)
     dim = both.shape[1] // 2
     c2 = gram(both[:, dim:], both.dtype)

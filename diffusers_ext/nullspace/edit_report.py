@@ -134,7 +134,7 @@ class EditForecast:
             change = -k
             for words, weight in anchors:
                 weight = weight[now].to(k) if isinstance(weight, torch.Tensor) else weight
-                change = change + weight * in_places(self.reader, prompts[now], words[now], source, k.shape[1])
+                change = change + weight * in_places(self.reader, prompts[now], words[now], source, k)
             yield k, change
 
     @property

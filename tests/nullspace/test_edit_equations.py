@@ -16,8 +16,11 @@ from diffusers_ext.nullspace.edit_equations import (
     layer_report,
     leading_directions,
     read_weight,
+    target_rows,
 )
-from diffusers_ext.nullspace.text_only import text_only_linears
+from diffusers_ext.nullspace.edit_prompts import ConceptEdit, split_prompts
+from diffusers_ext.nullspace.text_only import TextReader, text_only_linears, text_readers
+from tests.tiny_current_pipelines import tiny_qwen_image_pipeline
 from tests.tiny_digits import random_digits_pipeline
 
 SOLVE = {"preserve_weight": 2.0, "eps": 1e-3, "kept": 1.0}
@@ -152,6 +155,19 @@ def test_a_targets_own_direction_takes_the_whole_edit():
     assert missed(b @ a) < 1e-3
     assert drift < of_one
     assert missed(of_one_solve(1e6)) > 10 * missed(b @ a)  # its size is what the second solve gives back
+
+
+def test_padding_counts_as_no_token():
+    pipeline = tiny_qwen_image_pipeline()
+    reader = TextReader(pipeline, text_only_linears(pipeline), 8, {})
+    source, prompts = next(iter(reader.readers)), ["a three", "a photo of the red three"]
+    edits, _ = split_prompts([ConceptEdit("three", "nine", prompts=prompts)], ["a one"], False)
+    targets, c2 = target_rows(text_readers(pipeline), reader, edits, source, {})
+    texts = [reader.all([prompt], source)[0] for prompt in prompts]
+    assert len(texts[0]) < len(texts[1])
+    energy = sum(text.square().sum() for text in texts) / sum(map(len, texts))
+    assert targets.read.square().sum() == pytest.approx(energy)
+    assert targets.change.square().sum() == pytest.approx(c2.trace())
 
 
 def test_added_updates_act_inside_and_leave_nothing():

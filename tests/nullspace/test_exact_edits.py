@@ -141,7 +141,7 @@ def test_hunyuan_dit_which_diffusers_loads_no_lora_into_takes_the_saved_edit_in_
     assert_exact(before, outputs(pipeline, setting.call))
 
 
-@pytest.mark.parametrize("name", ["flux2", "qwen_image"])
+@pytest.mark.parametrize("name", ["flux2", "qwen_image", "z_image"])
 def test_an_anchor_of_more_tokens_is_reached_in_texts_of_any_length(name):
     setting = FAMILIES[name]
     edit = ConceptEdit("three", "red nine", prompts=["a three", "a photo of the three"])
