@@ -7,40 +7,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch.utils.data import TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
-from benchmarks.real_sizes import SDXL, call_inputs
 from benchmarks.timing import Ratio, compare
-from diffusers_ext.core.capture import capture
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.seeds import step_generator, training_schedule
 from diffusers_ext.nullspace.collect import collect_statistics, encode_text, text_moment
 from diffusers_ext.nullspace.lora import add_null_space_lora
 from diffusers_ext.nullspace.slots import find_linears
 from diffusers_ext.nullspace.step import DreamBoothLoss
-from diffusers_ext.planning.gpus import GPUS
 from diffusers_ext.training.nullspace.data import encode_condition
 from examples.digits.check_model import load_pipeline
 from examples.digits.prompts import make_tokenizer
 from examples.digits.subjects import INSTANCE_PROMPTS, knowledge_prompts
 
 FEATURES = ("q", "out")
-TOKEN_SHARES = (1.0, 0.25, 0.0625, 0.03125)
 
 
 def clip_large(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
@@ -89,28 +83,6 @@ def trajectory_cost(pipeline: StableDiffusionPipeline, prompts: list[str], pairs
         collect_statistics(pipeline, asked[1:], features=FEATURES, batch_size=size, show_progress=False, **run)
 
     return compare(collect, denoise, pairs)
-
-
-def counted_time(shares: Sequence[float], gpu: str = "H100") -> dict[float, float]:
-    """Time of SDXL's UNet with q/out statistics against that without, by counted operations at a GPU's peak rates.
-
-    The forward call of two samples in bfloat16 runs on tensor cores, Gram matrices of a share of the tokens in float32
-    beside them.
-    """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL).to(torch.bfloat16).eval()
-    inputs = call_inputs("sdxl", 2, torch.device("meta"), torch.bfloat16)
-    shapes: list[torch.Size] = []
-    targets = find_linears(unet, FEATURES)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(), capture(unet, targets, lambda _, x: shapes.append(x.flatten(0, -2).shape)):
-        unet(**inputs)
-    rates = next(one for one in GPUS if one.name == gpu)
-    forward = counter.get_total_flops() / rates.half_tflops
-    return {
-        share: 1 + sum(2 * math.ceil(share * n) * d * d for n, d in shapes) / rates.float32_tflops / forward
-        for share in shares
-    }
 
 
 def training_steps(null_space: bool, batch_size: int = 8) -> Callable[[], None]:
@@ -190,7 +162,6 @@ def main(input_args: list[str] | None = None) -> None:
         ),
     }
     memory = {count: peak_memory(count) for count in (8, 64, 200)}
-    counted = counted_time(TOKEN_SHARES)
     rows = [
         [name, f"{r.median:.3f}", f"{r.lowest:.3f} to {r.highest:.3f}", f"{limit:.2f}"]
         for name, (r, limit) in ratios.items()
@@ -199,13 +170,7 @@ def main(input_args: list[str] | None = None) -> None:
     sizes = table(
         ["prompts (q/out)", *map(str, memory)], [["peak memory, MiB", *(f"{peak:.0f}" for peak in memory.values())]]
     )
-    shares = table(
-        ["share of tokens read (q/out, SDXL on an H100, counted)", *map(str, counted)],
-        [["ratio of time", *(f"{ratio:.3f}" for ratio in counted.values())]],
-    )
-    sizes = f"{sizes}\n\n{shares}"
     results = {
-        "counted_sdxl_h100": counted,
         "ratios": {name: {**r._asdict(), "limit": limit} for name, (r, limit) in ratios.items()},
         "peak_memory_mib": memory,
     }

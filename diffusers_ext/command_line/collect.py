@@ -48,6 +48,12 @@ def _add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--token_share", type=float, default=1.0, help="of the tokens of denoising runs, read at random; 1 reads all"
     )
+    group.add_argument(
+        "--gram_precision",
+        choices=["float32", "bf16x3"],
+        default="float32",
+        help="of Gram matrices along denoising runs; bf16x3 takes tensor cores",
+    )
     group.add_argument("--progress_dir", help="folder for running totals: the same call goes on after a stop")
     group.add_argument("--compress", type=float, help="keep this share of the energy, e.g. 0.999")
     group.add_argument(
@@ -115,6 +121,7 @@ def _collect(
         "width",
         "seed",
         "token_share",
+        "gram_precision",
     )
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"layers": layers, "expand_sub_phrases": not args.no_sub_phrases}

@@ -11,8 +11,9 @@ import torch
 
 from diffusers_ext.core.restored_state import held_attribute
 
+GRAM_PRECISIONS = ("float32", "bf16x3")
 # Widths whose Gram matrices are computed by halves, and how many columns at once.
-_WIDE, _BLOCK = 1024, 512
+_WIDE, _BLOCK = 1024, 256
 
 
 @contextmanager
@@ -35,21 +36,54 @@ def _set_precision(setting: object, name: str, precision: str) -> None:
         setattr(setting, name, precision)
 
 
-def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """`X^T X` of features `(..., dim)`, computed in `dtype`; of wide ones the half of it that the other mirrors."""
-    rows = features.reshape(-1, features.shape[-1]).to(dtype)
+def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32, precision: str = "float32") -> torch.Tensor:
+    """`X^T X` of features `(..., dim)`, computed in `dtype`; of wide ones the half of it that the other mirrors.
+
+    Args:
+        precision: of `GRAM_PRECISIONS`; `"bf16x3"` is `split_gram`, and leaves `dtype` alone.
+    """
+    rows = features.reshape(-1, features.shape[-1])
+    if precision == "bf16x3":
+        return split_gram(rows)
+    rows = rows.to(dtype)
     with exact_float32_matmul(rows.device.type):
-        return _mirrored_product(rows, rows) if rows.shape[-1] >= _WIDE else rows.T @ rows
+        return _mirrored_product(rows) if rows.shape[-1] >= _WIDE else rows.T @ rows
 
 
-def _mirrored_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`X^T Y`, where it is symmetric."""
-    product = x.new_empty(x.shape[1], x.shape[1])
-    for start in range(0, len(product), _BLOCK):
-        stop = start + _BLOCK
-        product[start:stop, start:] = x[:, start:stop].T @ y[:, start:]
+def split_gram(rows: torch.Tensor) -> torch.Tensor:
+    """`X^T X` in float32 of rows `(tokens, dim)` by products of bfloat16 numbers, which tensor cores sum in float32.
+
+    `X = H + M + r`, H the nearest bfloat16 numbers, M those of what is left, `|r| <= 2^-18 |X|`: `H^T H + H^T M +
+    M^T H` leaves out at most `3 * 2^-18` of `|x_i|^T |x_j|` (Henry, Tang, Heinecke 2019, arXiv 1904.06376).
+    Features that are bfloat16 are H alone, so that one product, half of it mirrored, is all there is.
+    """
+    high = rows.to(torch.bfloat16)
+    product = _mirrored_product(high)
+    if rows.dtype != torch.bfloat16:
+        across = _split_product(high, (rows.float() - high.float()).to(torch.bfloat16))
+        product += across + across.T
+    return product
+
+
+def _mirrored_product(x: torch.Tensor) -> torch.Tensor:
+    """`X^T X`, of bfloat16 in float32."""
+    product = x.new_empty(x.shape[1], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    block = _BLOCK if x.shape[1] >= 2 * _BLOCK else x.shape[1] // 4 or 1
+    for start in range(0, len(product), block):
+        stop = start + block
+        product[start:stop, start:] = _split_product(x[:, start:stop], x[:, start:])
         product[stop:, start:stop] = product[start:stop, stop:].T
     return product
+
+
+def _split_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`X^T Y`, of bfloat16 with sums and result in float32."""
+    if x.dtype != torch.bfloat16:
+        return x.T @ y
+    if x.device.type == "cuda":
+        return torch.mm(x.T, y, out_dtype=torch.float32)
+    with exact_float32_matmul(x.device.type):  # products of bfloat16 numbers are exact in float32
+        return x.float().T @ y.float()
 
 
 class SampledGram(NamedTuple):
@@ -59,7 +93,9 @@ class SampledGram(NamedTuple):
     variance: float  # estimate of `E|gram - X^T X|_F^2`
 
 
-def sampled_gram(features: torch.Tensor, share: float, generator: torch.Generator) -> SampledGram:
+def sampled_gram(
+    features: torch.Tensor, share: float, generator: torch.Generator, precision: str = "float32"
+) -> SampledGram:
     """`X^T X` estimated from a share of the rows of features `(..., dim)`, drawn without replacement.
 
     `(N/m) sum_i x_i x_i^T` over `m = max(2, ceil(share N))` of `N` rows has the mean `X^T X` and the squared error
@@ -69,8 +105,8 @@ def sampled_gram(features: torch.Tensor, share: float, generator: torch.Generato
     rows = features.reshape(-1, features.shape[-1])
     total = len(rows)
     drawn = min(total, max(2, math.ceil(share * total)))
-    chosen = rows[torch.randperm(total, generator=generator)[:drawn].to(rows.device)].float()
-    product = gram(chosen)
+    chosen = rows[torch.randperm(total, generator=generator)[:drawn].to(rows.device)]
+    product = gram(chosen, precision=precision)
     if drawn == total:
         return SampledGram(product, 0.0)
     energies = chosen.double().square().sum(1)
@@ -87,6 +123,7 @@ class SecondMoment:
 
     Args:
         compute_dtype: dtype of one update's Gram matrix; the running total is float64 always.
+        precision: of float32's Gram matrices, as of `gram`.
 
     Attributes:
         total: `(dim, dim)` float64, `sum x x^T`.
@@ -95,17 +132,23 @@ class SecondMoment:
     """
 
     def __init__(
-        self, dim: int, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
+        self,
+        dim: int,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
+        precision: str = "float32",
     ) -> None:
         if dim < 1:
             raise ValueError(f"`dim` must be at least 1, got {dim}.")
         self.total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self.count = 0
         self.variance = 0.0
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.precision = compute_dtype, precision
         # Float64 sums of float32 features: their rounding has the energy (2^-24)^2, with a margin. A
         # float32 Gram matrix errs by up to 5e-7 of its largest eigenvalue.
         self.floor = 1e-12 if compute_dtype == torch.float64 else 1e-6
+        if precision == "bf16x3":
+            self.floor += 3 * 2**-18  # of `split_gram`
 
     @classmethod
     def from_total(cls, total: torch.Tensor, count: int, floor: float | None = None) -> SecondMoment:
@@ -127,14 +170,14 @@ class SecondMoment:
             raise ValueError(
                 f"`features` must have width {self.dim}, got {features.shape[-1]} (shape {tuple(features.shape)})."
             )
-        self.total += gram(features, self.compute_dtype).to(self.total.device)
+        self.total += gram(features, self.compute_dtype, self.precision).to(self.total.device)
         self.count += features.numel() // self.dim
         return self
 
     @torch.no_grad()
     def sample(self, features: torch.Tensor, share: float, generator: torch.Generator) -> SecondMoment:
         """Add vectors `(..., dim)` by `sampled_gram`: all are counted, a share of them is read."""
-        estimate = sampled_gram(features, share, generator)
+        estimate = sampled_gram(features, share, generator, self.precision)
         self.total += estimate.gram.to(self.total.device)
         self.variance += estimate.variance
         self.count += features.numel() // self.dim

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.capture import capture, refuse_fused
 from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints, plain_class_name
 from diffusers_ext.core.restored_state import eval_mode, quiet_run
-from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.core.second_moment import GRAM_PRECISIONS, SecondMoment
 from diffusers_ext.families import Family, match_family
 from diffusers_ext.nullspace.prompts import RECOMBINATIONS, check_prompt_length, check_prompts, preserved_texts, unique
 from diffusers_ext.nullspace.scope import check_no_features, scoped_linears, settle_scope, text_moments
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _SAVE_EVERY = 8  # batches between two writes of the running totals
-_OWN = ("runs_per_prompt", "token_share")  # of a run's settings, not the pipeline's
+_OWN = ("runs_per_prompt", "token_share", "gram_precision")  # of a run's settings, not the pipeline's
 _DRAWN_PER_DIMENSION = 4
 _PROGRESS_PREFIX = "batches-"
 
@@ -66,7 +66,8 @@ class TrajectoryRun:
         self.show_progress = show_progress
         self.sources = sources
         self.moments: dict[str, SecondMoment] = {}
-        self.share = facts["settings"]["run"].get("token_share", 1)
+        run = facts["settings"]["run"]
+        self.share, self.precision = run.get("token_share", 1), run.get("gram_precision", "float32")
         self._first, self._calls = 0, Counter()  # of the batch that runs
 
     def collect(self, prompts: list[str]) -> dict[str, SecondMoment]:
@@ -92,12 +93,15 @@ class TrajectoryRun:
         # A process without any batch still takes part in the all-reduce, with zeros.
         for key, module in targets.items():
             if key not in self.moments:
-                self.moments[key] = SecondMoment(module.in_features, module.weight.device)
+                self.moments[key] = self._moment(module.in_features, module.weight.device)
         return self.moments
+
+    def _moment(self, dim: int, device: torch.device) -> SecondMoment:
+        return SecondMoment(dim, device, precision=self.precision)
 
     def _count(self, key: str, features: torch.Tensor) -> None:
         if key not in self.moments:
-            self.moments[key] = SecondMoment(features.shape[-1], features.device)
+            self.moments[key] = self._moment(features.shape[-1], features.device)
         if self.share == 1:
             self.moments[key].update(features)
             return
@@ -158,7 +162,7 @@ class TrajectoryRun:
             )
         device = denoiser_of(self.pipeline).device
         for key, moment in stored.moments.items():
-            self.moments[key] = SecondMoment(moment.dim, device).merge(moment)
+            self.moments[key] = self._moment(moment.dim, device).merge(moment)
         logger.info("Continuing after %d batches", _batches_done(folder))
         return _batches_done(folder)
 
@@ -195,6 +199,7 @@ def collect_statistics(
     seed: int = 0,
     runs_per_prompt: int = 1,
     token_share: float = 1.0,
+    gram_precision: str = "float32",
     shard: tuple[int, int] = (0, 1),
     progress_dir: str | os.PathLike | None = None,
     show_progress: bool = True,
@@ -220,13 +225,15 @@ def collect_statistics(
         runs_per_prompt: with other noise each; what a few prompts read is else too much that of single pictures.
         token_share: of the tokens along denoising runs, that is read: drawn at random, without bias, the error in
             `report`. On a GPU Gram matrices are float32, beside tensor cores a great part of the time.
+        gram_precision: of the Gram matrices along denoising runs: `"float32"`, which has no tensor cores, or
+            `"bf16x3"`, products of bfloat16 numbers summed in float32 (`split_gram`), which has.
         batch_size: prompts per denoising run; text is encoded 16 times as many at once.
         shard: `(index, count)`: take every `count`-th batch from `index` on, to be merged by `all_reduce`. The batches
             are the same for every count, so parts sum up to the statistics of one process.
         progress_dir: folder for the running totals of the denoising runs; a killed collection continues from them to
             the same bits.
     """
-    _check_arguments(negative_prompt, num_inference_steps, batch_size, runs_per_prompt, token_share, shard)
+    _check(negative_prompt, (num_inference_steps, batch_size, runs_per_prompt), token_share, gram_precision, shard)
     prompts = unique(check_prompts(prompts))
     check_prompt_length(pipeline, [*prompts, negative_prompt])
     chosen = _chosen_linears(pipeline, scope, features, layers)
@@ -251,8 +258,8 @@ def collect_statistics(
             "width": width,
             "seed": seed,
         }
-        more = {"runs_per_prompt": runs_per_prompt, "token_share": token_share}
-        settings["run"] |= {name: value for name, value in more.items() if value != 1}  # as before there were these
+        more = {"runs_per_prompt": runs_per_prompt, "token_share": token_share, "gram_precision": gram_precision}
+        settings["run"] |= {k: v for k, v in more.items() if v not in (1, "float32")}  # as before there were these
     measured = [n for n in _ENCODERS if getattr(pipeline, n, None)]
     if chosen.runs or "scope" in chosen.told:
         measured.append("denoiser")
@@ -322,21 +329,17 @@ def _embeddings_moment(
     return {TEXT: moment}
 
 
-def _check_arguments(
-    negative_prompt: str,
-    num_inference_steps: int,
-    batch_size: int,
-    runs_per_prompt: int,
-    token_share: float,
-    shard: tuple[int, int],
+def _check(
+    negative_prompt: str, counts: tuple[int, int, int], token_share: float, gram_precision: str, shard: tuple[int, int]
 ) -> None:
     check_prompts([negative_prompt], "negative_prompt")
-    counts = {"num_inference_steps": num_inference_steps, "batch_size": batch_size, "runs_per_prompt": runs_per_prompt}
-    for name, value in counts.items():
+    for name, value in zip(("num_inference_steps", "batch_size", "runs_per_prompt"), counts):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if not 0 < token_share <= 1:
         raise ValueError(f"`token_share` must be above 0 and at most 1, got {token_share}.")
+    if gram_precision not in GRAM_PRECISIONS:
+        raise ValueError(f"`gram_precision` must be one of {list(GRAM_PRECISIONS)}, got {gram_precision!r}.")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"`shard` must be an index below a count, got {tuple(shard)}.")
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_ext.core.second_moment import LowRankMoment, SecondMoment, exact_float32_matmul, gram, sampled_gram
+from diffusers_ext.core.second_moment import (
+    LowRankMoment,
+    SecondMoment,
+    exact_float32_matmul,
+    gram,
+    sampled_gram,
+    split_gram,
+)
 
 ROOT = Path(__file__).parents[2]
 # One process of two: it sees its own rows of a fixed stream and prints the reduced moment's error.
@@ -201,6 +208,36 @@ def test_exact_products_of_threads_that_overlap_leave_the_precision_as_it_was():
     finally:
         second.__exit__(None, None, None)
     assert [setting.fp32_precision for setting in settings] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_wide_grams_are_computed_by_halves(dtype):
+    features = stream(40, 1100).to(dtype)
+    product = gram(features, dtype)
+    torch.testing.assert_close(product, features.T @ features)
+
+
+@pytest.mark.parametrize("dim", [24, 1100])
+def test_split_products_err_by_no_more_than_what_they_leave_out(dim):
+    features = stream(300, dim) * torch.logspace(0, -3, dim) + 0.5
+    exact, sizes = features.double().T @ features.double(), features.double().abs()
+    product = split_gram(features)
+    assert product.dtype == torch.float32
+    errors = (product.double() - exact).abs()
+    assert (errors <= (3 * 2**-18 + 1e-6) * (sizes.T @ sizes)).all()
+    assert 0 < torch.linalg.matrix_norm(product - exact, 2) < 1e-6 * torch.linalg.matrix_norm(exact, 2)
+    half = features.bfloat16()
+    torch.testing.assert_close(split_gram(half), gram(half), rtol=1e-6, atol=1e-6)  # of them nothing is left out
+
+
+def test_split_moments_know_their_floor():
+    features = stream(8, 100, 6)
+    moment = SecondMoment(6, precision="bf16x3").update(features)
+    assert moment.floor > SecondMoment(6).floor
+    assert 0 < (moment.mean - dense(features)).norm() < moment.floor * dense(features).norm()
+    sampled = SecondMoment(6, precision="bf16x3").sample(features, 1.0, torch.Generator())
+    assert sampled.variance == 0
+    assert (sampled.mean - dense(features)).norm() < moment.floor * dense(features).norm()
 
 
 def test_sampled_grams_are_unbiased_and_know_their_error():

@@ -9,8 +9,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
+from benchmarks.precision_of_statistics import principal_angle
 from diffusers_ext.nullspace import collect as trajectories
 from diffusers_ext.nullspace.collect import collect_statistics, shared_inputs
+from diffusers_ext.nullspace.directions import generalized_directions
 from diffusers_ext.nullspace.slots import FEATURES, find_linears
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.tiny_digits import random_digits_pipeline
@@ -83,6 +85,22 @@ def test_a_share_of_the_tokens_gives_the_statistics_within_the_error_that_is_tol
     assert all(again.moments[key].variance == pytest.approx(m.variance) for key, m in sampled.moments.items())
     again.save_pretrained(tmp_path / "saved")
     assert FeatureStatistics.from_pretrained(tmp_path / "saved").report() == again.report()
+
+
+def test_split_grams_give_the_statistics_and_tell_so(pipeline):
+    arguments = {"layers": [0], "num_inference_steps": 2}
+    exact, split = small_run(pipeline, **arguments), small_run(pipeline, gram_precision="bf16x3", **arguments)
+    assert split.facts["settings"]["run"]["gram_precision"] == "bf16x3"
+    assert "gram_precision" not in exact.facts["settings"]["run"]
+    for key, moment in split.moments.items():
+        other = exact.moments[key]
+        assert (moment.count, moment.floor > other.floor) == (other.count, True)
+        assert 0 < (moment.mean - other.mean).norm() < 1e-5 * other.mean.norm()
+        new = torch.randn(moment.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        spans = (generalized_directions(torch.outer(new, new), one.mean, 1, 1e-4).vectors for one in (moment, other))
+        assert principal_angle(*spans) < 2  # degrees
+    with pytest.raises(ValueError, match="`gram_precision` must be one of"):
+        small_run(pipeline, gram_precision="float16", **arguments)
 
 
 def test_a_share_that_leaves_too_few_tokens_is_refused_after_one_batch(pipeline, monkeypatch):
