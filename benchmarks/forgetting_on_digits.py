@@ -1,7 +1,7 @@
 """What the digits model keeps after learning a glyph: plain LoRA and others against null-space LoRA, five seeds.
 
 python benchmarks/forgetting_on_digits.py --seeds 5
-python benchmarks/forgetting_on_digits.py --model examples/digits_flux2/model
+python benchmarks/forgetting_on_digits.py --model examples/digits_flux2/model --columns plain null-space
 python benchmarks/forgetting_on_digits.py --work_dir outputs/forgetting  # goes on where it was stopped
 """
 
@@ -58,6 +58,12 @@ OTHER_RATES = {
     "OSF": ("3e-4", "1e-3", "3e-3"),
 }
 GLYPHS = tuple(INSTANCE_PROMPTS)
+COLUMNS = {
+    "plain": "plain LoRA (best of 3 rates)",
+    "null-space": "null-space LoRA",
+    "defaults": "null-space LoRA, the script's defaults",
+    "three": "three null-space LoRAs at once",
+}
 Figures = dict[str, Any]
 
 
@@ -104,7 +110,7 @@ def measured_once(folder: Path, measure: Callable[..., Figures], *arguments: Any
     return json.loads(path.read_text())
 
 
-def run_seed(seed: int, folder: Path, pictures: int, model: str) -> dict[str, Figures]:
+def run_seed(seed: int, folder: Path, pictures: int, model: str, asked: list[str]) -> dict[str, Figures]:
     """All trainings and measurements of one seed; the glyph of the single runs goes round."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     examiner, flags = Examiner(pictures, model), flags_of(model)
@@ -128,8 +134,12 @@ def run_seed(seed: int, folder: Path, pictures: int, model: str) -> dict[str, Fi
     columns["null-space"] = (learn, "null-space", {glyph: flags.null_space})
     columns["defaults"] = (learn, "defaults", {glyph: ()}, ())
     three = {name: (*flags.null_space, *reserved(name)) for name in GLYPHS}
-    columns["three null-space"] = (learn, "three null-space", three)
-    return {name: measured_once(folder / name.replace(" ", "_"), *how) for name, how in columns.items()}
+    columns["three"] = (learn, "three", three)
+    return {
+        name: measured_once(folder / name.replace(" ", "_"), *how)
+        for name, how in columns.items()
+        if name.split()[0] in asked
+    }
 
 
 def run_other(method: str, rate: str, seed: int, folder: Path, pictures: int) -> Figures:
@@ -210,11 +220,10 @@ def table_of_others(others: dict[str, dict[str, Any]], summary: dict[str, Figure
 
 def summarize(seeds: list[dict[str, Figures]]) -> tuple[dict[str, Figures], str]:
     """Mean and worst of every figure over the seeds, and the table."""
+    measured = [name for name in COLUMNS if any(found.split()[0] == name for found in seeds[0])]
     columns = {
-        "plain LoRA (best of 3 rates)": [best_plain(results) for results in seeds],
-        "null-space LoRA": [figures_of(results["null-space"]) for results in seeds],
-        "null-space LoRA, the script's defaults": [figures_of(results["defaults"]) for results in seeds],
-        "three null-space LoRAs at once": [figures_of(r["three null-space"]) for r in seeds],
+        COLUMNS[name]: [best_plain(found) if name == "plain" else figures_of(found[name]) for found in seeds]
+        for name in measured
     }
     summary = {
         name: {
@@ -246,18 +255,21 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--model", default=str(MODEL_DIR), help="a folder of the digits")
     parser.add_argument("--name", help="[forgetting_on_ and the model's]")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--columns", nargs="+", choices=(*COLUMNS, "others"), help="[all; others are those of UNets]")
     parser.add_argument("--work_dir", help="keeps what is finished, of the same settings [a temporary folder]")
     args = parser.parse_args(input_args)
     is_unet = flags_of(args.model) is DIGITS_FLAGS
+    asked = args.columns or [*COLUMNS, *(["others"] if is_unet else [])]
+    if "null-space" not in asked or "others" in asked and not is_unet:
+        raise ValueError(f"`--columns` must hold null-space, and others with a UNet only, got {asked}.")
     threads = max(1, (os.cpu_count() or 1) // args.processes)
     pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
     with tempfile.TemporaryDirectory() as temporary, pool:
         folder = args.work_dir or temporary
         work = [Path(folder, str(seed)) for seed in range(args.seeds)]
-        settings = ([value] * args.seeds for value in (args.pictures, args.model))
+        settings = ([value] * args.seeds for value in (args.pictures, args.model, asked))
         results = pool.map(run_seed, range(args.seeds), work, *settings)
-        # The other methods are those of UNets.
-        others = run_others(pool, args.seeds, Path(folder, "others"), args.pictures) if is_unet else {}
+        others = run_others(pool, args.seeds, Path(folder, "others"), args.pictures) if "others" in asked else {}
         seeds = list(tqdm(results, total=args.seeds, desc="seeds"))
     summary, text = summarize(seeds)
     if others:

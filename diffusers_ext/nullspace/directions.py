@@ -167,8 +167,15 @@ class NullSpaceDirections:
     null_space: str = ""  # of null directions, in words; empty where the caller chose it
 
     def vectors(self, linear: str) -> torch.Tensor:
-        """The rows of A for one Linear by its dotted name, `(rank, dim)` float64."""
-        return self.sets[self.sources[linear]].vectors
+        """The rows of A for one Linear by its dotted name, `(rank, dim)` float64.
+
+        The first has unit energy of the subject. Further generalised ones have the first's old energy: optimizers
+        that normalise gradients step as far along every row, and would move most what is known along the last.
+        """
+        chosen = self.sets[self.sources[linear]]
+        if self.kind != "generalized":
+            return chosen.vectors
+        return chosen.vectors * (chosen.ratios / chosen.ratios[0]).sqrt()[:, None]
 
     def report(self) -> list[dict[str, float | int | str]]:
         """One row per matrix: chosen rank, ratios, old energy per direction, share of the subject."""

@@ -45,8 +45,11 @@ class SubjectFlags(NamedTuple):
 
 DIGITS_FLAGS = SubjectFlags()
 FLUX2_FLAGS = SubjectFlags(
-    ("--max_train_steps", "400", "--train_batch_size", "8", "--lr_scheduler", "cosine"),
-    ("--directions", "generalized", "--rank", "1", "--learning_rate", "3e-2"),
+    COMMON_FLAGS,
+    tuple(
+        "--directions generalized --rank 2 --adam_weight_decay 1e-1 --num_inference_steps 10 "
+        "--learning_rate 1e-2".split()
+    ),
     ("--directions", "plain", "--rank", "8", "--scope", "all"),
 )
 

@@ -57,6 +57,15 @@ def test_they_are_scaled_to_unit_energy_of_the_subject(few_statistics, subject):
         assert 0 < found.instance_share < 1
 
 
+def test_rows_of_a_lora_have_the_old_energy_of_the_first(few_statistics, subject):
+    directions = null_space_directions(few_statistics, subject, 4, EPS)
+    c_old = few_statistics.moments[TEXT].mean
+    c_old = c_old + EPS * c_old.trace() / 128 * torch.eye(128, dtype=torch.float64)
+    rows = directions.vectors(few_statistics.linears[0])
+    assert torch.equal(rows[0], directions.sets[TEXT].vectors[0])
+    torch.testing.assert_close(energies(rows, c_old), energies(rows[:1], c_old).expand(4))
+
+
 def test_null_directions_stay_in_the_basis_with_the_most_energy(few_statistics, subject):
     projector = NullSpaceProjector.from_statistics(few_statistics, energy=0)
     directions = null_space_directions(few_statistics, subject, 3, projector=projector)
