@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,10 @@ class AuraFlow(Family):
     def sample_size(self, config: Any) -> int:
         """The pipeline's 1024 pixels, whatever the config says."""
         return 128
+
+    def longest_side(self, config: Any) -> int:
+        """The config counts the positions of a whole square; past its rim diffusers reads those of other rows."""
+        return math.isqrt(config.pos_embed_max_size)
 
     def predict(
         self,

@@ -206,6 +206,10 @@ class Family:
         """Side of the latents that the pipeline draws by itself, or height and width."""
         return config.sample_size
 
+    def longest_side(self, config: Any) -> int | None:
+        """Tokens of a side that the denoiser has positions for; `None` where it computes them."""
+        return None
+
     def pack(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(batch, channels, height, width)` as the pipeline's call takes them."""
         return latents

@@ -70,6 +70,9 @@ class SD3(Family):
     def pooled_width(self, config: Any) -> int:
         return config.pooled_projection_dim
 
+    def longest_side(self, config: Any) -> int:
+        return config.pos_embed_max_size
+
     def predict(
         self,
         pipeline: StableDiffusion3Pipeline,

@@ -183,6 +183,9 @@ class SubjectSettings(Settings, title="subject"):
         rule=Rule("a multiple of 8", lambda value: value >= 8 and value % 8 == 0),
     )
     no_center_crop: bool = setting(False, "squeeze in place of cropping")
+    aspect_buckets: bool = setting(
+        False, "pictures keep about their aspect ratio, from 1:2 to 2:1, at about the area of the square"
+    )
     random_flip: bool = setting(False, "mirror half of the pictures")
     snr_gamma: float | None = setting(None, "Min-SNR weighting of the loss, usually 5; none without it", rule=POSITIVE)
     weighting_scheme: str | None = setting(

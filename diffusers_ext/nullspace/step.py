@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -100,12 +101,16 @@ def flow_schedule(
     return FlowSchedule(shift * sigmas / (1 + (shift - 1) * sigmas), weighting_scheme)
 
 
-def schedule_of(pipeline: DiffusionPipeline, family: Family, resolution: int, **flow: Any) -> Any:
-    """How a pipeline's model is trained on pictures of a size; `flow` is as of `flow_schedule`."""
+def schedule_of(pipeline: DiffusionPipeline, family: Family, resolution: int | tuple[int, int], **flow: Any) -> Any:
+    """How a pipeline's model is trained on pictures of a size, `(height, width)` or the side of a square.
+
+    `flow` is as of `flow_schedule`.
+    """
     if not family.flow_matching:
         return training_schedule(pipeline.scheduler)
-    side = resolution // (family.pixels_per_latent(pipeline) * family.patch(getattr(pipeline, family.denoiser).config))
-    return flow_schedule(family, pipeline.scheduler, side * side, **flow)
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    token = family.pixels_per_latent(pipeline) * family.patch(getattr(pipeline, family.denoiser).config)
+    return flow_schedule(family, pipeline.scheduler, (height // token) * (width // token), **flow)
 
 
 class _Standing:
@@ -163,6 +168,7 @@ class DreamBoothLoss:
         instance: condition of the instance prompt; of all prompts of the pictures where the batches have an index
             beside mean and standard deviation, as `with_prompts` gives them.
         snr_gamma: Min-SNR weighting (arXiv 2303.09556) when given; it has no meaning for flow matching.
+        by_size: schedules by height and width of latents, in the place of `scheduler` where sizes differ.
     """
 
     scheduler: Any
@@ -171,6 +177,7 @@ class DreamBoothLoss:
     class_condition: Condition | None = None
     prior_loss_weight: float = 1.0
     snr_gamma: float | None = None
+    by_size: Mapping[tuple[int, int], FlowSchedule] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheduler, FlowSchedule):
@@ -210,7 +217,8 @@ class DreamBoothLoss:
 
     def _noised(self, latents: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> Noised:
         if isinstance(self.scheduler, FlowSchedule):
-            return self.scheduler.noised(latents, noise, generator)
+            schedule = self.by_size[latents.shape[2], latents.shape[3]] if self.by_size else self.scheduler
+            return schedule.noised(latents, noise, generator)
         limit = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(limit, (len(latents),), generator=generator).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)

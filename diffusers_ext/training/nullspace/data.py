@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import write_atomically
@@ -150,6 +151,49 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
+def aspect_buckets(resolution: int, multiple: int, longest: int | None = None) -> list[tuple[int, int]]:
+    """Sizes `(height, width)` between 1:2 and 2:1 whose area is about that of a square, and no larger; the square too.
+
+    Other sides are multiples of `multiple` pixels about a sixteenth of `resolution` apart, and none longer than
+    `longest`: at 1024 they are multiples of 64, as SDXL was trained on (arXiv 2307.01952, section 2.3).
+
+    Raises:
+        ValueError: a square that is no multiple, or too small for another size.
+    """
+    if resolution % multiple:
+        raise ValueError(f"`resolution` must be a multiple of {multiple} for this model, got {resolution}.")
+    step = multiple * math.ceil(resolution / (16 * multiple))
+    longest = 2 * resolution if longest is None else longest
+    found = {(resolution, resolution)}
+    for side in range(step, longest + 1, step):
+        other = resolution**2 // side // step * step
+        if max(side, other) <= min(2 * side, 2 * other, longest):
+            found |= {(side, other), (other, side)}
+    if len(found) == 1:
+        raise ValueError(
+            f"`resolution` must have other sizes of its area for `--aspect_buckets`, got {resolution} with sides in "
+            f"steps of {step} up to {longest}. Give another, or leave the flag out."
+        )
+    return sorted(found, key=lambda size: (size[0] / size[1], size))
+
+
+def pictures_by_size(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[Path]]:
+    """The pictures that each size `(height, width)` is nearest to by its aspect ratio; sizes without any left out."""
+    found: dict[tuple[int, int], list[Path]] = {size: [] for size in sizes}
+    for path in paths:
+        width, height = read_picture(path).size
+        far = {size: abs(math.log(size[0] / size[1] * width / height)) for size in sizes}
+        found[min(sizes, key=far.__getitem__)].append(path)
+    return {size: members for size, members in found.items() if members}
+
+
+def own_sizes(settings: SubjectSettings, pipeline: DiffusionPipeline) -> list[tuple[int, int]]:
+    """The sizes of `--aspect_buckets` that a model can be trained on; raises `ValueError` as `aspect_buckets`."""
+    family, config = find_family(pipeline, "nullspace"), denoiser_of(pipeline).config
+    multiple, longest = family.pixels_per_latent(pipeline) * family.patch(config), family.longest_side(config)
+    return aspect_buckets(settings.resolution, multiple, None if longest is None else longest * multiple)
+
+
 def own_resolution(pipeline: DiffusionPipeline) -> int | None:
     """Pixels a side of the pictures that a model was made for; `None` where they are not square."""
     family = match_family(pipeline, "nullspace") or Family()
@@ -208,13 +252,14 @@ def list_images(folder: str | Path, name: str = "instance_data_dir") -> list[Pat
     return list(find_pictures(folder, name).paths)
 
 
-def load_image(path: Path, resolution: int, center_crop: bool = True) -> torch.Tensor:
-    """One picture as `(3, resolution, resolution)` float32 in [-1, 1], as `read_picture` sees it.
+def load_image(path: Path, resolution: int | tuple[int, int], center_crop: bool = True) -> torch.Tensor:
+    """One picture as `(3, height, width)` float32 in [-1, 1], as `read_picture` sees it.
 
-    `center_crop` cuts a square out of the middle; without it the picture is squeezed. Raises `ValueError` for a file
-    that is no picture.
+    `resolution` is `(height, width)` or the side of a square. `center_crop` cuts it out of the middle; without it the
+    picture is squeezed. Raises `ValueError` for a file that is no picture.
     """
-    image, size = read_picture(path), (resolution, resolution)
+    image = read_picture(path)
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution[::-1]
     if center_crop:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     else:
@@ -224,11 +269,12 @@ def load_image(path: Path, resolution: int, center_crop: bool = True) -> torch.T
 
 @torch.no_grad()
 def encode_images(
-    pipeline: DiffusionPipeline, paths: list[Path], resolution: int, *, center_crop: bool, flip: bool
+    pipeline: DiffusionPipeline, paths: list[Path], resolution: int | tuple[int, int], *, center_crop: bool, flip: bool
 ) -> TensorDataset:
     """Means and standard deviations of pictures' latents, scaled for the denoiser.
 
-    Each is `(channels, height, width)` float32; with `flip` there are twice as many.
+    Each is `(channels, height, width)` float32; with `flip` there are twice as many. `resolution` is that of
+    `load_image`.
     """
     vae, family = pipeline.vae, find_family(pipeline, "nullspace")
     offset, factor = family.latent_scale(vae)
@@ -250,6 +296,27 @@ def with_prompts(dataset: TensorDataset, of_pictures: Sequence[str], prompts: Se
     """
     index = torch.tensor([prompts.index(prompt) for prompt in of_pictures])
     return TensorDataset(*dataset.tensors, index.repeat_interleave(len(dataset) // len(index)))
+
+
+def subject_latents(settings: SubjectSettings, pipeline: DiffusionPipeline) -> tuple[Dataset, list[int] | None]:
+    """Latents of the subject's pictures, with indices of their captions among `subject_prompts` where there are some.
+
+    Beside them the bucket of each sample with `--aspect_buckets`, which go one after another; else `None`.
+    """
+    paths, prompts, parts = list_images(settings.instance_data_dir), subject_prompts(settings), []
+    captions = dict(zip(paths, picture_prompts(settings), strict=True)) if caption_facts(settings) else {}
+    found: dict[Any, list[Path]] = {settings.resolution: paths}
+    if settings.aspect_buckets:
+        found = pictures_by_size(paths, own_sizes(settings, pipeline))
+        counts = ", ".join(f"{len(members)} of {width} x {height}" for (height, width), members in found.items())
+        logger.info(f"Pictures by width and height: {counts}.")
+    crop = not settings.no_center_crop
+    for size, members in found.items():
+        latents = encode_images(pipeline, members, size, center_crop=crop, flip=settings.random_flip)
+        parts.append(with_prompts(latents, [captions[path] for path in members], prompts) if captions else latents)
+    if not settings.aspect_buckets:
+        return parts[0], None
+    return ConcatDataset(parts), [bucket for bucket, part in enumerate(parts) for _ in range(len(part))]
 
 
 @torch.no_grad()

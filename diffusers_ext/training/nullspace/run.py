@@ -39,15 +39,14 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace.data import (
     caption_facts,
     draw_images,
-    encode_images,
     list_images,
     own_resolution,
-    picture_prompts,
+    own_sizes,
     sampling_arguments,
+    subject_latents,
     subject_prompts,
     tell_of_captions,
     warn_of_missing_words,
-    with_prompts,
 )
 from diffusers_ext.training.nullspace.knowledge import load_or_collect, load_pipeline, read_knowledge
 from diffusers_ext.training.nullspace.subject import (
@@ -103,6 +102,8 @@ def check_knowledge(settings: NullSpaceSettings) -> None:
 def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> None:
     """Raise `ValueError` for arguments that do not fit the loaded model; settles what it decides."""
     settle_resolution(settings, pipeline)
+    if settings.aspect_buckets:
+        own_sizes(settings, pipeline)
     scope, family = settle_scope(denoiser_of(pipeline), settings.scope), find_family(pipeline, "nullspace")
     settings.settle_rate(joint=scope is not None)
     settings.settle_guidance(family.usual_guidance(pipeline))
@@ -194,6 +195,8 @@ def subject_settings(settings: NullSpaceSettings) -> dict[str, Any]:
             facts[name] = getattr(settings, name)
     if settings.optimizer != "adamw":
         facts["optimizer"] = settings.optimizer
+    if settings.aspect_buckets:
+        facts["aspect_buckets"] = True
     if settings.with_prior_preservation:
         facts.update(class_prompt=settings.class_prompt, prior_loss_weight=settings.prior_loss_weight)
     if settings.directions == "plain":
@@ -280,10 +283,7 @@ def build_loop(
 ) -> TrainingLoop:
     """The loop over a denoiser that `prepare_weights` has made trainable."""
     denoiser, images = denoiser_of(pipeline), list_images(settings.instance_data_dir)
-    crop = not settings.no_center_crop
-    dataset = encode_images(pipeline, images, settings.resolution, center_crop=crop, flip=settings.random_flip)
-    if captions := caption_facts(settings):
-        dataset = with_prompts(dataset, picture_prompts(settings), subject_prompts(settings))
+    dataset, buckets = subject_latents(settings, pipeline)
     loss_function = make_loss(settings, pipeline, accelerator, statistics)
     prior = settings.with_prior_preservation
     facts = run_facts(
@@ -292,7 +292,7 @@ def build_loop(
         pictures=_hash_files(images),
         class_pictures=_hash_files(list_images(settings.class_data_dir)) if prior else None,
         knowledge=None if statistics is None else statistics.facts,
-        **captions,
+        **caption_facts(settings),
         **subject_settings(settings),
     )
     return make_loop(
@@ -305,6 +305,7 @@ def build_loop(
         f"{settings.directions} training",
         validate=validation.draw if settings.validation_prompt else None,
         keep=keep_rule(settings),
+        buckets=buckets,
     )
 
 

@@ -39,6 +39,7 @@ from diffusers_ext.training.nullspace.data import (
     encode_images,
     list_images,
     make_class_images,
+    own_sizes,
     picture_prompts,
     read_captions,
     sampling_arguments,
@@ -154,15 +155,25 @@ def keep_rule(settings: NullSpaceSettings) -> KeepRule:
     return is_trainable if settings.full_finetune else lambda name, _: "lora_" in name
 
 
-def training_schedule_of(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> Any:
-    """The schedule of the training at its resolution, of which flow matching has settings."""
+def training_schedule_of(
+    settings: NullSpaceSettings, pipeline: DiffusionPipeline, size: tuple[int, int] | None = None
+) -> Any:
+    """The schedule of the training at its resolution or another size, of which flow matching has settings."""
     return schedule_of(
         pipeline,
         find_family(pipeline, "nullspace"),
-        settings.resolution,
+        size or settings.resolution,
         num_inference_steps=settings.num_inference_steps,
         weighting_scheme=settings.weighting_scheme or WEIGHTING_SCHEMES[0],
     )
+
+
+def schedules_by_size(settings: NullSpaceSettings, pipeline: DiffusionPipeline) -> dict[tuple[int, int], Any]:
+    """Those of flow matching on the sizes of `--aspect_buckets`, by height and width of latents."""
+    family = find_family(pipeline, "nullspace")
+    sizes = own_sizes(settings, pipeline) if settings.aspect_buckets and family.flow_matching else []
+    pixels = family.pixels_per_latent(pipeline)
+    return {(size[0] // pixels, size[1] // pixels): training_schedule_of(settings, pipeline, size) for size in sizes}
 
 
 def make_loss(
@@ -192,7 +203,8 @@ def make_loss(
         latents = encode_images(pipeline, paths, settings.resolution, center_crop=crop, flip=False)
         condition = encode_condition(pipeline, settings.class_prompt, guidance)
     scheduler = training_schedule_of(settings, pipeline)
-    loss = DreamBoothLoss(scheduler, instance, latents, condition, settings.prior_loss_weight, settings.snr_gamma)
+    options = settings.prior_loss_weight, settings.snr_gamma, schedules_by_size(settings, pipeline)
+    loss = DreamBoothLoss(scheduler, instance, latents, condition, *options)
     if settings.directions != "soft" or settings.full_finetune:
         return loss
     return SoftLoss(loss, statistics, settings.preservation_weight)
@@ -294,7 +306,9 @@ def subject_card(
 def _trained_on(settings: NullSpaceSettings, statistics: FeatureStatistics | None) -> str:
     count = len(list_images(settings.instance_data_dir))
     pictures = "1 picture" if count == 1 else f"{count} pictures"
-    parts = [f"{pictures} of the subject at {settings.resolution} x {settings.resolution} pixels."]
+    area = f"{settings.resolution} x {settings.resolution} pixels"
+    area = f"the area of {area}, near their own aspect ratios" if settings.aspect_buckets else area
+    parts = [f"{pictures} of the subject at {area}."]
     if captions := read_captions(settings.instance_data_dir):
         parts.append(f"{len(captions)} of {count} were trained with captions of their own.")
     if settings.with_prior_preservation:

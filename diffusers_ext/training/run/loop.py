@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from diffusers_ext.core.seeds import epoch_generator, step_generator
+from diffusers_ext.core.seeds import epoch_generator, step_generator, stream_seed
 from diffusers_ext.training.run.checkpoints import Checkpoints
 
 
@@ -54,6 +54,41 @@ class StepBatchSampler:
         while True:
             yield self.batch(micro_step)
             micro_step += 1
+
+
+class BucketBatchSampler(StepBatchSampler):
+    """Such batches of which each holds samples of one bucket, in which alone these can be stacked.
+
+    An epoch is as many batches as there are samples, and so many of a bucket as it has: over an epoch every sample is
+    drawn equally often. In a bucket samples take turns as if it were the whole data set.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[int],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        super().__init__(len(buckets), batch_size, seed, start, process_index, num_processes)
+        self.buckets, self.members = list(buckets), {bucket: [] for bucket in sorted(set(buckets))}
+        for index, bucket in enumerate(buckets):
+            self.members[bucket].append(index)
+        self._inside = {
+            bucket: StepBatchSampler(len(members), batch_size, stream_seed(seed, "bucket", bucket))
+            for bucket, members in self.members.items()
+        }
+
+    def batch(self, micro_step: int) -> list[int]:
+        """The indices of one micro-step for this process."""
+        position = micro_step * self.num_processes + self.process_index
+        bucket = self.buckets[self._sample(position)]
+        epoch, offset = divmod(position, self.length)
+        earlier = sum(self.buckets[index] == bucket for index in self._epoch[1][:offset])
+        members = self.members[bucket]
+        return [members[index] for index in self._inside[bucket].batch(epoch * len(members) + earlier)]
 
 
 logger = get_logger(__name__)
@@ -107,6 +142,7 @@ class TrainingLoop:
         checkpoints: where to save and resume; `None` does neither.
         ema: averaged copy of the model's parameters, stepped after each optimizer step and saved with checkpoints.
         callbacks: `(every, function)` pairs; `function(step)` runs after each `every`-th step and after the last.
+        buckets: that of each sample where a batch must hold samples of one, as of `BucketBatchSampler`.
     """
 
     accelerator: Accelerator
@@ -121,6 +157,7 @@ class TrainingLoop:
     resume_from_checkpoint: str | None = None
     ema: EMAModel | None = None
     callbacks: Sequence[tuple[int, Callable[[int], None]]] = ()
+    buckets: Sequence[int] | None = None
     history: list[dict[str, float]] = field(default_factory=list, init=False)
     seconds: float = field(default=0.0, init=False)
     _began: float = field(default=0.0, init=False)
@@ -156,8 +193,9 @@ class TrainingLoop:
         return step
 
     def _batches(self, start_step: int) -> DataLoader:
-        sampler = StepBatchSampler(
-            len(self.dataset),
+        bucketed = self.buckets is not None
+        sampler = (BucketBatchSampler if bucketed else StepBatchSampler)(
+            self.buckets if bucketed else len(self.dataset),
             self.settings.train_batch_size,
             self.settings.seed,
             start_step * self.settings.gradient_accumulation_steps,

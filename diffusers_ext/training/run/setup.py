@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,7 @@ def make_loop(
     keep: KeepRule = is_trainable,
     parts: Iterable[Stateful] = (),
     ema: EMAModel | None = None,
+    buckets: Sequence[int] | None = None,
 ) -> TrainingLoop:
     """The loop of a script, with its optimizer, schedule and checkpoints.
 
@@ -211,6 +212,7 @@ def make_loop(
         parameters: what trains; all of the model that require a gradient when `None`.
         validate: called with the step every `--validation_steps` and at the end.
         keep, parts: as of `Checkpoints`.
+        buckets: as of `TrainingLoop`.
 
     Raises:
         ValueError: as `check_resume`.
@@ -236,6 +238,7 @@ def make_loop(
         loss_function,
         loop_settings(settings, description),
         make_schedule(settings, optimizer),
+        buckets=buckets,
         checkpoints=checkpoints,
         resume_from_checkpoint=settings.resume_from_checkpoint,
         ema=ema,
