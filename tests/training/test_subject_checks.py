@@ -232,7 +232,7 @@ def test_a_diverging_run_leaves_its_last_checkpoint_and_no_result(teach, tmp_pat
 
 def test_every_setting_that_decides_what_comes_out_is_compared_on_resume(subject_line):
     flow = {"scope": "all", "weighting_scheme": "mode", "guidance_embedding": 2.0}  # compared where they are given
-    args = parse_args(subject_line(**PRIOR, **flow))
+    args = parse_args(subject_line(**PRIOR, **flow, aspect_buckets=True))
     args.optimizer, args.quantization = "prodigy", "bnb_8bit"
     decided = subject_settings(args)
     elsewhere = {
