@@ -83,8 +83,8 @@ def test_bad_requests():
         plan_run("eraser", DIGITS)
     with pytest.raises(ValueError, match="`model` must be a pipeline of .*CogVideoXPipeline"):
         plan_run("golden-noise", MOVING_DIGITS)
-    with pytest.raises(ValueError, match="must be Stable Diffusion or SDXL .* FluxPipeline"):
-        plan_run("nullspace", "FLUX.1-dev")
+    with pytest.raises(ValueError, match="`model` must be a pipeline of .*FluxPipeline.* got HunyuanDiTPipeline"):
+        plan_run("nullspace", "Hunyuan-DiT")
 
 
 @pytest.mark.parametrize(
