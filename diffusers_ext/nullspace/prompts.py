@@ -9,8 +9,7 @@ from typing import Any
 
 from diffusers_ext.core.text_files import read_prompt_texts
 from diffusers_ext.families import match_family
-
-RECOMBINATIONS = 5  # drawn a prompt
+from diffusers_ext.nullspace.settings import RECOMBINATIONS
 
 
 def read_prompts_file(path: str | os.PathLike, column: str = "prompt") -> list[str]:

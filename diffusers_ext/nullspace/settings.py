@@ -45,6 +45,7 @@ QUANTIZATIONS = {
 # How timesteps of flow matching are drawn and weighed, by diffusers' names.
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 SCOPES = ("text_stream", "text_only", "all")
+RECOMBINATIONS = 5  # drawn a preserved prompt
 GUIDANCE = 3.5  # that FLUX.1-dev is told while it trains, as in diffusers
 
 

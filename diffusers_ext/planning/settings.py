@@ -23,7 +23,7 @@ from diffusers_ext.core.settings import (
     as_in,
     setting,
 )
-from diffusers_ext.nullspace.prompts import RECOMBINATIONS
+from diffusers_ext.nullspace.settings import RECOMBINATIONS
 
 DIRECTIONS = ("generalized", "null", "soft", "plain")
 LATENTS_SOURCES = ("trajectory", "video", "noise")

@@ -38,7 +38,7 @@ def models(tmp_path_factory):
 def arguments(models, **changes):
     given = {"pretrained_model_name_or_path": str(models / "whole.safetensors"), "revision": None}
     given |= {"variant": None, "mixed_precision": "no", "device": "cpu"}
-    return SimpleNamespace(**{**given, "single_file_config": str(models / "model"), **changes})
+    return SimpleNamespace(**{**given, "single_file_config": str(models / "model"), "quantization": None, **changes})
 
 
 def picture(pipeline):
