@@ -23,9 +23,8 @@ from diffusers_ext.core.settings import (
     as_in,
     setting,
 )
-from diffusers_ext.nullspace.settings import RECOMBINATIONS
+from diffusers_ext.nullspace.settings import DIRECTIONS, RECOMBINATIONS
 
-DIRECTIONS = ("generalized", "null", "soft", "plain")
 LATENTS_SOURCES = ("trajectory", "video", "noise")
 NETWORKS = ("golden_noise_model", "npnet", "transformer", "rnn")
 SEQUENCE_NETWORKS = ("transformer", "rnn")

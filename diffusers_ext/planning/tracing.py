@@ -117,7 +117,28 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
-class OperationTrace(TorchDispatchMode):
+class _Trace(TorchDispatchMode):
+    """Lets `_ran` see every operation; a tensor without data that is read as a number is 1, or true, unseen."""
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1
+        result = function(*args, **kwargs)
+        self._ran(function, args, kwargs, result)
+        return result
+
+    def _ran(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        raise NotImplementedError
+
+
+class OperationTrace(_Trace):
     """Counts kernels while it is on, by what each of them computes and moves, and the bytes of the tensors they make.
 
     Workspaces inside of kernels and the rounding of allocators are not seen; views are no kernels. Tensors that are
@@ -142,23 +163,12 @@ class OperationTrace(TorchDispatchMode):
         self.operations.clear()
         self.peak = self.live
 
-    def __torch_dispatch__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return True if args[0].dtype == torch.bool else 1
-        result = function(*args, **kwargs)
+    def _ran(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         for tensor in written:
             self._count_storage(tensor.untyped_storage())
         if not getattr(function, "is_view", False):
             self._count_operation(function, args, kwargs, result, written)
-        return result
 
     def _count_storage(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
@@ -192,7 +202,7 @@ class OperationTrace(TorchDispatchMode):
         self.operations[Operation(flops, moved, dtype, convolution)] += 1
 
 
-class OriginTrace(TorchDispatchMode):
+class OriginTrace(_Trace):
     """Notes which of some named tensors every tensor was computed from while it is on; memory that is shared counts.
 
     It tells without any data what `diffusers_ext.nullspace.text_only` finds with data, from equal inputs.
@@ -212,23 +222,12 @@ class OriginTrace(TorchDispatchMode):
         """The names that a tensor was computed from."""
         return self.origins.get(tensor.untyped_storage(), frozenset())
 
-    def __torch_dispatch__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return True if args[0].dtype == torch.bool else 1
-        result = function(*args, **kwargs)
+    def _ran(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         found = frozenset().union(*map(self.of, read))
         for tensor in tree_leaves(result):
             if found and isinstance(tensor, torch.Tensor):
                 self.origins[tensor.untyped_storage()] = self.of(tensor) | found
-        return result
 
 
 def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> int:
