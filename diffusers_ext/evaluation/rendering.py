@@ -88,7 +88,8 @@ class Sampling:
         """With the usual guidance of a pipeline where none is given."""
         if self.guidance_scale is not None:
             return self
-        return replace(self, guidance_scale=(match_family(pipeline) or Family()).usual_guidance(pipeline))
+        family, config = match_family(pipeline) or Family(), denoiser_of(pipeline).config
+        return replace(self, guidance_scale=family.usual_guidance(type(pipeline), config))
 
 
 Draw = Callable[[Sequence[Shot]], torch.Tensor]

@@ -279,12 +279,12 @@ class Family:
         """What guides the pipeline's call at a scale."""
         return {"guidance_scale": guidance_scale}
 
-    def usual_guidance(self, pipeline: DiffusionPipeline) -> float:
-        """The scale where none is given: what a flow-matching pipeline's call has by itself."""
+    def usual_guidance(self, pipeline_class: type[DiffusionPipeline], config: Any) -> float:
+        """The scale where none is given, by the denoiser's config: what a flow-matching call has by itself."""
         if not self.flow_matching:
             return 7.5
-        name = next(iter(self.guidance_arguments(getattr(pipeline, self.denoiser).config, 1.0)))
-        return float(signature(type(pipeline).__call__).parameters[name].default)
+        name = next(iter(self.guidance_arguments(config, 1.0)))
+        return float(signature(pipeline_class.__call__).parameters[name].default)
 
     def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
         """What the pipeline passes to `set_timesteps` of a flow-matching scheduler with this `config`.

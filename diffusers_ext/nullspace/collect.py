@@ -237,8 +237,8 @@ def collect_statistics(
     prompts = unique(check_prompts(prompts))
     check_prompt_length(pipeline, [*prompts, negative_prompt])
     chosen = _chosen_linears(pipeline, scope, features, layers)
-    family = match_family(pipeline) or Family()
-    guided_at = family.usual_guidance(pipeline) if guidance_scale is None else guidance_scale
+    usual = (match_family(pipeline) or Family()).usual_guidance(type(pipeline), denoiser_of(pipeline).config)
+    guided_at = usual if guidance_scale is None else guidance_scale
     guided = unique(["", negative_prompt]) if include_guidance_prompts else []
     settings: dict[str, Any] = {
         **chosen.told,

@@ -233,6 +233,11 @@ class ImageShapes:
         """Whether the denoiser takes the guidance scale as an input, so that one call is enough."""
         return self.family.embedded_guidance(self.config)
 
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance scale of the model where none is given."""
+        return self.family.usual_guidance(getattr(diffusers, self.base.pipeline), self.config)
+
     def encoder_tokens(self, name: str) -> int:
         """How many tokens a text encoder reads."""
         component = self.base.component(name)

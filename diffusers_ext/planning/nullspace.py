@@ -106,6 +106,11 @@ class NullSpaceRun:
     setting: NullSpacePlanSettings
     as_on_gpu: bool = True
 
+    def __post_init__(self) -> None:
+        """Take the model's guidance where none is given."""
+        if self.setting.guidance_scale is None:
+            self.setting.guidance_scale = self.shapes.usual_guidance
+
     @property
     def precision(self) -> Precision:
         """Of the denoiser's calls."""

@@ -23,7 +23,7 @@ from diffusers_ext.core.settings import (
     as_in,
     setting,
 )
-from diffusers_ext.nullspace.settings import DIRECTIONS, RECOMBINATIONS
+from diffusers_ext.nullspace.settings import DIRECTIONS, RECOMBINATIONS, KnownModelSettings
 
 LATENTS_SOURCES = ("trajectory", "video", "noise")
 NETWORKS = ("golden_noise_model", "npnet", "transformer", "rnn")
@@ -120,7 +120,7 @@ class NullSpacePlanSettings(PlannedRun):
     words_per_prompt: int = setting(6, "of each, for the phrases with one word left out", rule=COUNT)
     no_sub_phrases: bool = setting(False, "leave these and the recombinations out")
     statistics_batch_size: int = setting(4, "prompts of a denoising run", rule=COUNT)
-    guidance_scale: float = as_in(SamplingSettings, "guidance_scale", default=7.5, rule=None)
+    guidance_scale: float | None = as_in(KnownModelSettings, "guidance_scale", default=None, rule=None)
     num_instance_images: int = setting(5, "pictures of the subject", rule=COUNT)
     random_flip: bool = setting(False, "both ways round")
     with_prior_preservation: bool = setting(False, "pictures of the class are trained on, too")

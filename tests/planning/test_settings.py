@@ -25,8 +25,7 @@ def defaults(settings_class):
 @pytest.mark.parametrize(
     ("planned", "trained", "apart"),
     [
-        # Without it the model's own, which takes as many calls.
-        (NullSpacePlanSettings, [NullSpaceSettings], {"guidance_scale"}),
+        (NullSpacePlanSettings, [NullSpaceSettings], set()),
         (GoldenNoisePlanSettings, [PairSettings, NoiseSettings], set()),
         # What fits the published models at all.
         (EraserPlanSettings, [EraserSettings], {"gradient_checkpointing"}),

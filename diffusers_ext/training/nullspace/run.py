@@ -106,7 +106,7 @@ def check_against_model(settings: NullSpaceSettings, pipeline: DiffusionPipeline
         own_sizes(settings, pipeline)
     scope, family = settle_scope(denoiser_of(pipeline), settings.scope), find_family(pipeline, "nullspace")
     settings.settle_rate(joint=scope is not None)
-    settings.settle_guidance(family.usual_guidance(pipeline))
+    settings.settle_guidance(family.usual_guidance(type(pipeline), denoiser_of(pipeline).config))
     check_schedule(settings, pipeline)
     fault = find_family(pipeline, "nullspace").checkpointing_fault
     if settings.gradient_checkpointing and fault:

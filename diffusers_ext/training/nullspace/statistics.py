@@ -244,7 +244,8 @@ def main(settings: CollectionSettings) -> Path:
     if settings.push_to_hub and accelerator.is_main_process:
         check_login(settings)  # a missing login stops the run here, not after it
     pipeline = load_pipeline(settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision])
-    settings.settle_guidance(find_family(pipeline, "nullspace").usual_guidance(pipeline))
+    family, config = find_family(pipeline, "nullspace"), denoiser_of(pipeline).config
+    settings.settle_guidance(family.usual_guidance(type(pipeline), config))
     if settings.push_to_hub and accelerator.is_main_process:
         prepare_upload(settings, collection_card(settings, pipeline, prompts))
     if settings.export_layout:
