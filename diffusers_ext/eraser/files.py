@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 
 from diffusers_ext.core.sources import check_download_arguments
 from diffusers_ext.core.tensor_files import FLOATING
-from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, EraserConfig, transformer_width
+from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, EraserConfig
 from diffusers_ext.eraser.adapter.layer import check_scale
+from diffusers_ext.eraser.adapter.model import attention_width, complete_target, joint_attentions
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, unwrapped_transformer
-from diffusers_ext.eraser.concept_attention import find_joint_attentions
 from diffusers_ext.eraser.formats import (
     FILE_NAMES,
     PARTS,
@@ -36,7 +36,7 @@ from diffusers_ext.eraser.formats import (
     read_eraser,
     write_eraser_files,
 )
-from diffusers_ext.families import denoisers_of, find_family
+from diffusers_ext.families import denoisers_of, match_family
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import push_folder, split_arguments
@@ -93,8 +93,8 @@ def load_eraser(
     `enable_sequential_cpu_offload()` comes after.
 
     Args:
-        transformer_or_pipe: a CogVideoX transformer, compiled or not, or a pipeline with one; left as it was where
-            anything is refused.
+        transformer_or_pipe: a denoiser of a family that erasers attach to, compiled or not, or a pipeline with one;
+            left as it was where anything is refused.
         pretrained_model_name_or_path: a folder, or `"user/name"`, in PEFT's format or with `eraser_weights.pt` and
             `eraser_config.json`.
         adapter_name: its name in the transformer, another one for every adapter; it is returned.
@@ -132,13 +132,15 @@ def load_eraser(
 
 
 def find_transformer(transformer_or_pipe: EraserTarget) -> ModelMixin:
-    """The CogVideoX transformer itself, out of a pipeline, `torch.compile` or a `PeftModel`."""
-    is_pipeline = isinstance(transformer_or_pipe, DiffusionPipeline)
-    held = getattr(transformer_or_pipe, "transformer", None) if is_pipeline else transformer_or_pipe
+    """The denoiser itself, out of a pipeline, `torch.compile` or a `PeftModel`."""
+    held = transformer_or_pipe
+    if isinstance(held, DiffusionPipeline):
+        family = match_family(held, "eraser_adapter")
+        held = getattr(held, family.denoiser if family else "transformer", None)
     model = unwrapped_transformer(held)
     if model is None:
         raise TypeError(
-            f"`transformer_or_pipe` must be a {denoisers_of('eraser')} or a pipeline with one, "
+            f"`transformer_or_pipe` must be a {denoisers_of('eraser_adapter')} or a pipeline with one, "
             f"got a {type(transformer_or_pipe).__name__}."
         )
     return model
@@ -198,10 +200,11 @@ def _check_target(transformer: ModelMixin, adapter_name: str, scale: float) -> N
 
 def _check_file(file: EraserFile, transformer: ModelMixin) -> None:
     """Raise `ValueError` unless the file is for this model and its config for its weights."""
-    num_blocks = len(getattr(transformer, find_family(transformer, "eraser").blocks))
-    check_fit(file.shape, transformer_width(transformer.config), num_blocks, file.num_layers)
+    attentions = joint_attentions(transformer)
+    widths = {name: attention_width(attention) for name, attention in attentions.items()}
+    check_fit(file.shape, max(widths.values()), len(attentions), file.num_layers)
     config = file.config
-    config.target_modules = config.target_modules or {find_family(transformer, "eraser").eraser_target}
+    complete_target(config, transformer)
     wanted = {name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)}
     found = {name.rpartition(".eraser_")[0] for name in file.tensors}
     if wanted != found:
@@ -209,6 +212,14 @@ def _check_file(file: EraserFile, transformer: ModelMixin) -> None:
             f"The eraser must have weights for the {len(wanted)} layers that its config names, got "
             f"{len(found)} (differing: {sorted(wanted ^ found)[:3]}). Save it again."
         )
+    for name in sorted(found):
+        attention = name.removesuffix(".to_out.1")
+        width = file.tensors[layer_name(attention, "up.weight")].shape[0]
+        if width != widths.get(attention):
+            raise ValueError(
+                f"The eraser must fit the transformer, whose `{attention}` has width {widths.get(attention)}, got one "
+                f"of width {width}. Load it into the model it was trained on."
+            )
 
 
 def save_eraser(
@@ -232,7 +243,7 @@ def save_eraser(
     the concept nor the model's name. Facts not given are those of the eraser's config, or of the transformer.
 
     Args:
-        transformer_or_pipe: a CogVideoX transformer, compiled or not, a pipeline or PeftModel of it.
+        transformer_or_pipe: a denoiser with an eraser, compiled or not, a pipeline or PeftModel of it.
         save_directory: folder, made when absent; other files in it stay. Nothing is written where anything is refused.
         adapter_name: which eraser; the only one when `None`.
         dtype: of the saved weights; as they are when `None`.
@@ -260,7 +271,7 @@ def save_eraser(
         anchor_concept=anchor_concept,
         base_model_name_or_path=base_model_name_or_path or known_name or None,
     )
-    num_layers = len(find_joint_attentions(transformer))
+    num_layers = len(joint_attentions(transformer))
     files = eraser_contents(format, config, tensors, num_layers, type(transformer))
     if push_to_hub:
         hub, facts = split_arguments(hub_arguments)

@@ -25,7 +25,7 @@ from diffusers_ext.core.sources import check_download_arguments, files_on_hub, r
 from diffusers_ext.core.tensor_files import CONFIG_KEY, FLOATING, config_digest, read_pickled_tensors, read_tensors
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.families import families_of
+from diffusers_ext.families import families_of, titles_of
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import import_class
 
@@ -36,7 +36,11 @@ _EXPECTED = " or ".join(" and ".join(names) for names in FORMATS.values())
 _LEGACY_TYPE = "adapter"
 _LEGACY_KEY = re.compile(r"(transformer_blocks\.\d+\.attn1)\.adapter")
 _PEFT_PREFIX = "base_model.model."
-_KEY = r"((?:{blocks})\.(\d+)\.(?:{attentions}))\.to_out\.1\.eraser_(down|up)\.(weight|bias)"
+# A UNet's blocks lie in its layers.
+_KEY = (
+    r"(((?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.)?(?:{blocks})\.(\d+)\.(?:{attentions}))"
+    r"\.to_out\.1\.eraser_(?:down|up)\.(?:weight|bias)"
+)
 # Name in the legacy file -> module of the layer and its parameter.
 PARTS = {
     "down.weight": ("eraser_down", "weight"),
@@ -50,9 +54,9 @@ StateDict = dict[str, torch.Tensor]  # named as in the transformer
 class EraserShape(NamedTuple):
     """What the tensors of an eraser say about the model it is for."""
 
-    width: int  # of the transformer's tokens
+    width: int  # of the denoiser's tokens, the widest
     rank: int
-    blocks: tuple[int, ...]  # numbers of the transformer blocks that carry one, ascending
+    blocks: tuple[int, ...]  # numbers of the blocks that carry one, ascending; of a UNet, counted through
 
 
 class EraserFile(NamedTuple):
@@ -113,18 +117,18 @@ def to_legacy(tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str,
 
 def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`") -> EraserShape:
     """Width, rank and blocks of an eraser, or a `ValueError` where its tensors do not belong together."""
-    known = families_of("eraser")
+    known = families_of("eraser_adapter")
     pattern = re.compile(
         _KEY.format(
-            blocks="|".join(re.escape(family.blocks) for family in known),
-            attentions="|".join(re.escape(family.joint_attention) for family in known),
+            blocks="|".join({re.escape(family.blocks): None for family in known}),
+            attentions="|".join({re.escape(family.joint_attention): None for family in known}),
         )
     )
-    blocks: dict[int, str] = {}
+    attentions: dict[str, int | None] = {}
     for name, value in tensors.items():
         key = pattern.fullmatch(name)
         if key is None:
-            raise ValueError(f"{source} must hold the erasers of a CogVideoX, got `{name}`.")
+            raise ValueError(f"{source} must hold the erasers of a {titles_of('eraser_adapter')}, got `{name}`.")
         if value.dtype not in FLOATING or value.layout != torch.strided:
             raise ValueError(
                 f"{source}: `{name}` must be a dense tensor of float16, bfloat16, float32 or "
@@ -132,21 +136,30 @@ def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`")
             )
         if not torch.isfinite(value).all():
             raise ValueError(f"{source}: `{name}` must be finite, got values that are not.")
-        blocks[int(key[2])] = key[1]
-    if not blocks:
-        raise ValueError(f"{source} must hold the erasers of a CogVideoX, got no tensors.")
-    first = layer_name(next(iter(blocks.values())), "down.weight")
-    if first not in tensors or tensors[first].ndim != 2:
-        raise ValueError(f"{source} must hold the matrix `{first}`, got none.")
-    rank, width = tensors[first].shape
-    shapes = dict(zip(PARTS, ((rank, width), (rank,), (width, rank), (width,))))
-    for attention in blocks.values():
-        for part, expected in shapes.items():
+        attentions[key[1]] = None if key[2] else int(key[3])
+    if not attentions:
+        raise ValueError(f"{source} must hold the erasers of a {titles_of('eraser_adapter')}, got no tensors.")
+    return _checked_shape(tensors, attentions, source)
+
+
+def _checked_shape(
+    tensors: Mapping[str, torch.Tensor], attentions: Mapping[str, int | None], source: str
+) -> EraserShape:
+    first, widths = layer_name(next(iter(attentions)), "down.weight"), []
+    for attention, block in attentions.items():
+        # Widths differ by layer in a UNet alone.
+        matrix = layer_name(attention, "down.weight") if block is None else first
+        if matrix not in tensors or first not in tensors or tensors[matrix].ndim != 2:
+            raise ValueError(f"{source} must hold the matrix `{matrix}`, got none.")
+        rank, width = tensors[first].shape[0], tensors[matrix].shape[1]
+        widths.append(width)
+        for part, expected in zip(PARTS, ((rank, width), (rank,), (width, rank), (width,))):
             name = layer_name(attention, part)
             found = tuple(tensors[name].shape) if name in tensors else "none"
             if found != expected:
                 raise ValueError(f"{source}: `{name}` must be {expected}, got {found}.")
-    return EraserShape(width, rank, tuple(sorted(blocks)))
+    numbers = [place if block is None else block for place, block in enumerate(attentions.values())]
+    return EraserShape(max(widths), rank, tuple(sorted(numbers)))
 
 
 def check_fit(shape: EraserShape, width: int, num_layers: int, made_for: int | None) -> None:

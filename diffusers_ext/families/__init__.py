@@ -39,7 +39,13 @@ FAMILIES: list[Family] = [
 
 
 def families_of(tool: str | None) -> list[Family]:
-    """Those that a tool works with; all when `None`."""
+    """Those that a tool works with; all when `None`, and all that say where erasers attach for `"eraser_adapter"`.
+
+    A trained eraser is loaded, dialled and saved by more families than one can be trained on, which come first.
+    """
+    if tool == "eraser_adapter":
+        attached = [family for family in FAMILIES if family.joint_attention is not None]
+        return sorted(attached, key=lambda family: "eraser" not in family.tools)
     return [family for family in FAMILIES if tool is None or tool in family.tools]
 
 

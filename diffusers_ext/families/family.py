@@ -138,8 +138,11 @@ class Family:
     attention_linears: ClassVar[tuple[str, ...]] = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     )  # fmt: skip
-    # Module of a block that gives `(video, text)`; an eraser takes the place of the dropout that ends its `to_out`.
+    # Module of a block that gives video tokens, or `(video, text)`; an eraser takes the place of the dropout that ends
+    # its `to_out`. `joint_blocks` are the classes of those blocks.
     joint_attention: ClassVar[str | None] = None
+    joint_blocks: ClassVar[tuple[str, ...]] = ()
+    video_alone: ClassVar[bool] = False  # that attention may give the video without text
 
     # Text
 
@@ -315,8 +318,9 @@ class Family:
         return f"{self.joint_attention}.to_out.1"
 
     def is_joint_attention(self, attention: torch.nn.Module, block: torch.nn.Module) -> bool:
-        """Whether an attention of a block gives `(video, text)`, also where something wraps it."""
-        return False
+        """Whether an attention of a block is one that an eraser goes beside, also where something wraps it."""
+        kinds = {parent.__name__ for parent in type(block).__mro__}
+        return bool(kinds.intersection(self.joint_blocks)) and attention is getattr(block, self.joint_attention, None)
 
     def text_length(self, config: Any) -> int:
         """Tokens that prompts are padded to."""

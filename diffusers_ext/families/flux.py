@@ -75,6 +75,7 @@ class Flux(PackedLatents):
     t5_tokens = 512
     text_fields = ("prompt_embeds", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 1}
+    joint_attention, joint_blocks = "attn", ("FluxTransformerBlock",)
     published = (
         Published("black-forest-labs/FLUX.1-dev", "FLUX.1-dev", _flux(True), torch.bfloat16),
         Published("black-forest-labs/FLUX.1-schnell", "FLUX.1-schnell", _flux(False), torch.bfloat16),

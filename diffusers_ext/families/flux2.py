@@ -45,6 +45,7 @@ class Flux2(Family):
     flow_matching = True
     # Single blocks have one Linear for queries, keys, values and what their feed-forward reads.
     attention_linears = (*Family.attention_linears, "to_qkv_mlp_proj", "to_out")
+    joint_attention, joint_blocks = "attn", ("Flux2TransformerBlock",)
     rounds_size = True
     published = (
         Published(

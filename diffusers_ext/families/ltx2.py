@@ -44,6 +44,7 @@ class LTX2(Family):
         "spatio_temporal_guidance_blocks": None,
     }
     text_stream = ()
+    joint_attention, joint_blocks, video_alone = "attn1", ("LTX2VideoTransformerBlock",), True
 
     def token_ids(self, pipeline: LTX2Pipeline, prompt: str) -> list[list[int]]:
         return super().token_ids(pipeline, prompt.strip())

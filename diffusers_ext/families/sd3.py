@@ -48,6 +48,8 @@ class SD3(Family):
     reads_hidden_states = True
     text_fields = ("prompt_embeds", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
+    # The last block drops the text.
+    joint_attention, joint_blocks, video_alone = "attn", ("JointTransformerBlock",), True
     published = (
         Published("stabilityai/stable-diffusion-3-medium-diffusers", "SD3", _sd3(24, 24), torch.float16),
         Published("stabilityai/stable-diffusion-3.5-medium", "SD3.5-medium", _sd3(24, 24, **_MEDIUM), torch.bfloat16),

@@ -37,6 +37,7 @@ class StableDiffusion(Family):
     }
     denoiser = "unet"
     denoiser_class = "UNet2DConditionModel"
+    joint_attention, joint_blocks, video_alone = "attn2", ("BasicTransformerBlock",), True
     published = (
         Published(
             "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -60,6 +60,7 @@ class Wan(Family):
     smallest_call = {"num_frames": 1}
     call_arguments = {"num_frames": 1}
     blocks = "blocks"
+    joint_attention, joint_blocks, video_alone = "attn1", ("WanTransformerBlock",), True
     text_stream = ()
     attention_linears = ("to_q", "to_k", "to_v", "to_out.0")
 

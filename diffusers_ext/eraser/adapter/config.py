@@ -14,7 +14,7 @@ from diffusers_ext.families.cogvideox import CogVideoX
 
 PEFT_TYPE_NAME = "ERASER"
 DEFAULT_TARGET = CogVideoX().eraser_target
-DEFAULT_LAYERS_PATTERN = CogVideoX.blocks
+DEFAULT_LAYERS_PATTERN = CogVideoX.blocks  # unless the model's family counts another list
 MOST_LAYERS = 1000  # of any model; published ones have 42
 _NAME = re.compile(r"\w+(\.\w+)*")
 _REPEATS = re.compile(r"(?<!\\)[*+?{]")
@@ -42,9 +42,9 @@ def eraser_peft_type() -> PeftType:
 
 @dataclass
 class EraserConfig(PeftConfig):
-    """Settings of one concept eraser for CogVideoX.
+    """Settings of one concept eraser.
 
-    The eraser of a layer is `up(GELU(down(x)))`, added to the video tokens after the output projection of the joint
+    The eraser of a layer is `up(GELU(down(x)))`, added to the video tokens after the output projection of an
     attention. The strength of a loaded eraser is no setting: it is the weight given to `set_adapters`, and multiplies
     what the eraser adds. A setting out of range is a `ValueError`, one of the wrong type a `TypeError`.
     """
@@ -54,7 +54,7 @@ class EraserConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Where the erasers sit: names, or one regular expression, of leaves "
-            "`...to_out.1` of joint attentions. By default those of all transformer blocks."
+            "`...to_out.1` of the attentions that the model's family names. By default those of all blocks."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -74,10 +74,11 @@ class EraserConfig(PeftConfig):
         default=True, metadata={"help": "Start with a zero `up`, which changes nothing; otherwise at random."}
     )
     in_features: int | None = field(
-        default=None, metadata={"help": "Width of the model the eraser belongs to; filled in from the model."}
+        default=None,
+        metadata={"help": "Width of the model the eraser belongs to, the widest; filled in from the model."},
     )
     num_layers: int | None = field(
-        default=None, metadata={"help": "Number of joint attentions of that model; filled in from the model."}
+        default=None, metadata={"help": "Number of such attentions of that model; filled in from the model."}
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The eraser beside one joint attention: a bottleneck added to the video tokens."""
+"""The eraser beside one attention: a bottleneck added to the video tokens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ThreadGate(threading.local):
 
 
 class EraserLayer(nn.Module, BaseTunerLayer):
-    """Erasers after the output projection of one joint attention, in the place of its dropout.
+    """Erasers after the output projection of one attention, in the place of its dropout.
 
     With tokens `[text; video]` (text first) and adapters `a` of scale `s_a`,
 
@@ -73,16 +73,17 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     when used. GELU lies between the two projections, so an eraser cannot be merged.
 
     In its place the layer does what the dropout does, its `base_layer`. It adds in a hook on the attention, whose
-    output is `(video, text)`: nothing is noted between two calls, so that several threads may run one model with
-    prompts of different lengths.
+    output is `(video, text)`, or the video tokens where `video_alone`: nothing is noted between two calls, so that
+    several threads may run one model with prompts of different lengths.
     """
 
     adapter_layer_names = ("eraser_down", "eraser_up")
     other_param_names = ("r", "scaling", "scale_tensors", "unscaled")
 
-    def __init__(self, base_layer: nn.Module, in_features: int) -> None:
+    def __init__(self, base_layer: nn.Module, in_features: int, video_alone: bool = False) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.video_alone = video_alone
         self.in_features = self.out_features = in_features
         self.eraser_down = nn.ModuleDict()
         self.eraser_up = nn.ModuleDict()
@@ -268,10 +269,11 @@ def _add_to_video(attention: nn.Module, _: tuple, output: Any) -> Any:
     layer = attention.to_out[1]
     if not isinstance(layer, EraserLayer):
         return output
-    if not isinstance(output, tuple) or len(output) != 2:
+    if layer.video_alone and isinstance(output, torch.Tensor):
+        return layer.add_to_video(output)
+    if not isinstance(output, tuple) or len(output) < 2:
         raise ValueError(
             f"A joint attention with an eraser must give (video, text), got a {type(output).__name__} from "
-            f"{type(attention.processor).__name__}. Set a processor of CogVideoX."
+            f"{type(attention.processor).__name__}. Set a processor of CogVideoX, or the model's own."
         )
-    video, text = output
-    return layer.add_to_video(video), text
+    return layer.add_to_video(output[0]), *output[1:]

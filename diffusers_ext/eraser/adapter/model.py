@@ -17,9 +17,9 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from diffusers_ext.core.capture import natural_key
-from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, PEFT_TYPE_NAME, EraserConfig, eraser_peft_type
+from diffusers_ext.eraser.adapter.config import DEFAULT_LAYERS_PATTERN, PEFT_TYPE_NAME, EraserConfig, eraser_peft_type
 from diffusers_ext.eraser.adapter.layer import EraserLayer, refuse_merge
-from diffusers_ext.families import families_of, match_family
+from diffusers_ext.families import Family, families_of, match_family, titles_of
 
 _LEAF = ".to_out.1"
 _METHOD = "save_pretrained"
@@ -87,9 +87,9 @@ def eraser_names(model: nn.Module) -> list[str]:
 
 
 class EraserModel(BaseTuner):
-    """Erasers beside all joint attentions of a CogVideoX transformer, as a PEFT tuner.
+    """Erasers beside the attentions of a denoiser that its family names, all by default, as a PEFT tuner.
 
-    Each sits in the place of the dropout `attn1.to_out.1`, a leaf without weights: the keys of the base model do not
+    Each sits in the place of the dropout `...to_out.1`, a leaf without weights: the keys of the base model do not
     change, LoRAs match before and after, and unloading is exact. Usually made by `peft.get_peft_model` or
     `transformer.add_adapter`; the arguments are those of `BaseTuner`. The config is copied, and a failed injection
     leaves the model as it was.
@@ -142,9 +142,7 @@ class EraserModel(BaseTuner):
         guard_saving(model)
 
     def _prepare_adapter_config(self, peft_config: EraserConfig, model_config: dict[str, Any]) -> EraserConfig:
-        if peft_config.target_modules is None:
-            family = match_family(self.model, "eraser")
-            peft_config.target_modules = {family.eraser_target if family else DEFAULT_TARGET}
+        complete_target(peft_config, self.model)
         if peft_config.base_model_name_or_path is None:
             # diffusers keeps the name in the config, where it may be a `Path`.
             path = model_config.get("_name_or_path")
@@ -153,11 +151,11 @@ class EraserModel(BaseTuner):
 
     def _prepare_model(self, peft_config: EraserConfig, model: nn.Module) -> None:
         # All that can be refused is refused here, before the first layer is replaced.
-        attentions = _joint_attentions(model)
+        attentions = joint_attentions(model)
         if not attentions:
             raise ValueError(
-                f"`model` must be a CogVideoX transformer, got {type(model).__name__}, which has "
-                "no joint attention of text and video."
+                f"`model` must be a denoiser of {titles_of('eraser_adapter')}, got {type(model).__name__}, which has "
+                "no attention that an eraser goes beside."
             )
         for name, _ in model.named_modules():
             inside = name.rpartition(f"{_LEAF}.")[0] in attentions
@@ -176,11 +174,11 @@ class EraserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        _check_place(current_key, _joint_attentions(self.model))
+        _check_place(current_key, joint_attentions(self.model))
         attention = self.model.get_submodule(current_key.removesuffix(_LEAF))
         layer = target
         if not isinstance(target, EraserLayer):
-            layer = EraserLayer(target, attention_width(attention))
+            layer = EraserLayer(target, attention_width(attention), _gives_video_alone(self.model))
         device = _device_of(attention, current_key)
         layer.update_layer(adapter_name, peft_config.r, peft_config.init_weights, device)
         if layer is not target:
@@ -208,15 +206,41 @@ def _output_projection(attention: nn.Module) -> nn.Module:
     return projection
 
 
-def _joint_attentions(model: nn.Module) -> dict[str, nn.Module]:
+def joint_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The attentions that erasers go beside, by name in natural order."""
     named = dict(model.named_modules())
     names = [name.removesuffix(_LEAF) for name in named if name.endswith(_LEAF)]
-    found = {}
+    families, found = _families_for(model), {}
     for name in sorted(names, key=natural_key):
         attention, block = named[name], named[name.rpartition(".")[0]]
-        if any(family.is_joint_attention(attention, block) for family in families_of("eraser")):
+        if any(family.is_joint_attention(attention, block) for family in families):
             found[name] = attention
     return found
+
+
+def complete_target(config: EraserConfig, model: nn.Module) -> None:
+    """Write into a config what it leaves to the model: all joint attentions, counted in the family's blocks."""
+    attentions, (family, *_) = joint_attentions(model), _families_for(model)
+    if config.layers_to_transform is not None and config.layers_pattern == DEFAULT_LAYERS_PATTERN:
+        config.layers_pattern = family.blocks
+    if config.target_modules is None:
+        config.target_modules = {family.eraser_target}
+        leaves = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{family.eraser_target}")]
+        others = {name for name in leaves if name.removesuffix(_LEAF) not in attentions}
+        if others and attentions and config.exclude_modules is None:
+            config.exclude_modules = others
+
+
+def _families_for(model: nn.Module) -> list[Family]:
+    family = match_family(model, "eraser_adapter")
+    # Others borrow attentions of transformers; a block of a UNet is everyone's.
+    known = [family for family in families_of("eraser_adapter") if family.denoiser == "transformer"]
+    return known if family is None else [family]
+
+
+def _gives_video_alone(model: nn.Module) -> bool:
+    family = match_family(model, "eraser_adapter")
+    return family is not None and family.video_alone
 
 
 def _check_place(name: str, attentions: dict[str, nn.Module]) -> None:
@@ -248,9 +272,10 @@ def _check_layers(config: EraserConfig, count: int) -> None:
 
 
 def _check_sizes(config: EraserConfig, attentions: dict[str, nn.Module]) -> None:
-    width = attention_width(next(iter(attentions.values())))
-    if config.r > width:
-        raise ValueError(f"`r` must be at most the width of the model, {width}, got {config.r}.")
+    widths = [attention_width(attention) for attention in attentions.values()]
+    narrowest, width = min(widths), max(widths)
+    if config.r > narrowest:
+        raise ValueError(f"`r` must be at most the width of the model, {narrowest}, got {config.r}.")
     eraser = (config.num_layers or len(attentions), config.in_features or width)
     if eraser != (len(attentions), width):
         raise ValueError(

@@ -22,8 +22,8 @@ _WRAPPERS = ("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module
 
 
 def unwrapped_transformer(model: Any) -> nn.Module | None:
-    """The transformer that an eraser is for, under whatever wraps it alone; `None` for any other model."""
-    while isinstance(model, nn.Module) and match_family(model, "eraser") is None:
+    """The denoiser that an eraser is for, under whatever wraps it alone; `None` for any other model."""
+    while isinstance(model, nn.Module) and match_family(model, "eraser_adapter") is None:
         children = dict(model.named_children())
         name = next(iter(children), "")
         model = children[name] if len(children) == 1 and name in _WRAPPERS else None

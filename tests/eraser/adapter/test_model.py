@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import UNet2DConditionModel
 from peft import AutoPeftModel, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
@@ -12,9 +11,9 @@ from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.adapter.model import attention_width
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
 from tests.tiny_cogvideox import tiny_transformer
+from tests.tiny_current_pipelines import tiny_auraflow_pipeline
 from tests.tiny_erasers import add_random_eraser, velocity
 from tests.tiny_lora import add_random_lora
-from tests.tiny_models import sd_unet
 
 LEAF = "transformer_blocks.0.attn1.to_out.1"
 
@@ -208,11 +207,12 @@ def test_names_that_torch_cannot_hold_are_refused(name):
 
 
 def test_other_models_are_refused():
-    unet = sd_unet().model
-    assert isinstance(unet, UNet2DConditionModel)
-    with pytest.raises(ValueError, match="must be a CogVideoX transformer, got UNet2DCondition"):
-        unet.add_adapter(EraserConfig(r=4))
-    assert not unet._hf_peft_config_loaded
+    other = tiny_auraflow_pipeline().transformer
+    with pytest.raises(
+        ValueError, match="must be a denoiser of CogVideoX or .*, got AuraFlowTransformer2DModel, which"
+    ):
+        other.add_adapter(EraserConfig(r=4))
+    assert not other._hf_peft_config_loaded
 
 
 def test_places_from_weights_are_checked_as_well():
