@@ -26,6 +26,18 @@ def check_diffusion_levels(scheduler: Any, name: str = "scheduler") -> None:
     )
 
 
+def check_flow_levels(scheduler: Any, name: str = "scheduler") -> None:
+    """Raise `ValueError` for a scheduler that takes no velocities `noise - x_0` of flow matching."""
+    config = scheduler.config
+    straight = getattr(scheduler, "alphas_cumprod", None) is None or config.get("use_flow_sigmas")
+    kind = config.get("prediction_type", "flow_prediction")
+    if not straight or kind != "flow_prediction":
+        raise ValueError(
+            f"`{name}` must have the levels of flow matching and the prediction type 'flow_prediction', got {kind!r} "
+            f"in a {type(scheduler).__name__}. Use the scheduler that comes with the model."
+        )
+
+
 def training_schedule(scheduler: Any) -> DDPMScheduler:
     """The noise schedule that a model under this scheduler was trained with, for further training."""
     check_prediction_type(scheduler)

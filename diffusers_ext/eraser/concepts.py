@@ -19,7 +19,7 @@ from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.adapter.outputs import frozen_teacher
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.teacher.runs import teacher_trajectory
+from diffusers_ext.eraser.teacher.trajectory import teacher_trajectory
 from diffusers_ext.families.family import Velocity
 
 logger = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ def anchor_distances(
         concept, steps = point.velocity.float(), steps + 1
         norms = concept.flatten(1).square().sum(1)
         for index, embeds in enumerate(candidate_embeds):
-            with frozen_teacher(velocity.model):
+            with frozen_teacher(*velocity.models):
                 other = velocity(point.x_t, point.t, embeds)
             distances = (other - concept).flatten(1).square().sum(1)
             total[index] += (distances / norms).mean().cpu()

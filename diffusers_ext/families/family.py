@@ -2,67 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_ext.families.predictions import Level, scheduler_level
 from diffusers_ext.families.published import Published
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.text_conditioning import Text, TextConditioning, token_embeds, with_negatives
+from diffusers_ext.families.velocity import TokenGrid, Velocity
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-class TokenGrid(NamedTuple):
-    """How many video tokens lie along each axis; tokens run frame by frame, row by row."""
-
-    frames: int
-    rows: int
-    columns: int
-
-
-class Velocity:
-    """The velocity `v(x_t, c, t)` that a video transformer predicts; each family has its own.
-
-    The transformer, also a PEFT model, compiled, or wrapped for distributed training, is called as it is: with its
-    adapters, mode and gradients.
-    """
-
-    def __init__(self, transformer: torch.nn.Module) -> None:
-        self.transformer = transformer
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The transformer without the wrapper of distributed training."""
-        wrapped = isinstance(self.transformer, DistributedDataParallel)
-        return self.transformer.module if wrapped else self.transformer
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The transformer's config."""
-        return self.model.config
-
-    def token_grid(self, latent_shape: Sequence[int]) -> TokenGrid:
-        """See `Family.token_grid`."""
-        raise NotImplementedError
-
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """The velocity, the shape of `x_t`, float32 (float64 from a float64 model).
-
-        Args:
-            x_t: `(batch, frames, channels, height, width)` noisy latents.
-            t: `(batch,)` timesteps on the scheduler's scale.
-            prompt_embeds: `(batch, text, text_dim)`.
-
-        Raises:
-            ValueError: tensors that do not fit each other or the model.
-        """
-        raise NotImplementedError
 
 
 # Blocks of diffusers' UNets and transformers with cross-attention.
@@ -312,6 +266,37 @@ class Family:
 
     # Clips, and where an eraser attaches
 
+    def encode_clip_prompts(self, pipeline: DiffusionPipeline, prompts: list[str]) -> Text:
+        """What the denoiser reads of prompts, `""` the unconditional one, as the pipeline's call makes it.
+
+        All have one length, `text_length`; a tensor where the tokens' embeddings are all that is read.
+        """
+        return self.encode(pipeline, prompts, None).positive()
+
+    def clean_prompt(self, prompt: str) -> str:
+        """A prompt as the pipeline's tokenizer gets it."""
+        return prompt
+
+    def clip_arguments(self, text: Text, empty: Text, latents: torch.Tensor) -> dict[str, Any]:
+        """Keywords of the pipeline's call for encoded prompts, guided away from others, and latents to begin with.
+
+        `latents` are `(batch, frames, channels, height, width)`.
+        """
+        tokens = token_embeds(text).shape[1]
+        if isinstance(text, torch.Tensor):
+            arguments = {"prompt_embeds": text, "negative_prompt_embeds": empty, "max_sequence_length": tokens}
+        else:
+            arguments = self.text_arguments(with_negatives(text, empty))
+        return {**arguments, "latents": latents}
+
+    def clip_latents(self, latents: torch.Tensor, latent_shape: Sequence[int]) -> torch.Tensor:
+        """What the pipeline's call keeps or returns as latents, `(batch, frames, channels, height, width)`."""
+        return latents
+
+    def expert_timesteps(self, pipeline: DiffusionPipeline) -> dict[str, tuple[float, float]]:
+        """The pipeline's denoisers by component, and the timesteps from and below which each is asked."""
+        return {self.denoiser: (-math.inf, math.inf)}
+
     @property
     def eraser_target(self) -> str:
         """End of the names of the leaves whose place an eraser takes."""
@@ -352,6 +337,8 @@ class Family:
         self, pipeline: DiffusionPipeline, num_frames: int, height: int, width: int, **conditions: Any
     ) -> Velocity:
         """The denoiser's velocity for clips of so many frames and pixels, with the pipeline's conditions.
+
+        `expert`, where a pipeline has several denoisers, names the one whose part it is: one of `expert_timesteps`.
 
         Raises:
             ValueError: a scheduler that does not take velocities, or a clip that the model cannot take.

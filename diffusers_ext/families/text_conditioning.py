@@ -78,6 +78,47 @@ class TextConditioning:
         return TextConditioning(**{name: x.expand(count, *x.shape[1:]) for name, x in self.tensors().items()})
 
 
+# Prompts of a batch as a denoiser reads them: `(batch, tokens, dim)` where that is all of it.
+Text = torch.Tensor | TextConditioning
+
+
+def token_embeds(text: Text) -> torch.Tensor:
+    """The token embeddings `(batch, tokens, dim)` of a text."""
+    return text if isinstance(text, torch.Tensor) else text.prompt_embeds
+
+
+def join_texts(texts: Sequence[Text]) -> Text:
+    """Several texts of one kind as one batch; see `stack_texts`."""
+    if isinstance(texts[0], torch.Tensor):
+        return torch.cat(list(texts))
+    return stack_texts(texts)
+
+
+def repeat_text(text: Text, count: int) -> Text:
+    """The text of one prompt, of which a tensor may lack the batch, for `count` samples, without a copy."""
+    if isinstance(text, torch.Tensor):
+        return text.expand(count, *text.shape[-2:])
+    return text.expand(count)
+
+
+def same_text(first: Text, second: Text) -> bool:
+    """Whether two texts of one kind are equal."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    pairs = zip(first.tensors().values(), second.tensors().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def replace_rows(text: Text, chosen: torch.Tensor, other: Text) -> Text:
+    """A text with another one's rows, or its only one, where `chosen`, `(batch,)` bool."""
+    if isinstance(text, torch.Tensor):
+        return torch.where(chosen[:, None, None], other, text)
+    both = {name: (x, other.tensors()[name]) for name, x in text.tensors().items()}
+    return TextConditioning(
+        **{name: torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), y, x) for name, (x, y) in both.items()}
+    )
+
+
 def stack_texts(texts: Sequence[TextConditioning]) -> TextConditioning:
     """Several as one batch; shorter ones are padded with zeros, which their masks tell from tokens.
 

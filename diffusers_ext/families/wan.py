@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import Family
+from diffusers_ext.core.seeds import check_flow_levels
+from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.published import UMT5_XXL, Component, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 
@@ -23,8 +26,17 @@ def _wan(num_heads: int, num_layers: int, ffn_dim: int) -> dict[str, Component]:
     }
 
 
+# The pipeline refuses a height or width that is no multiple of this.
+_PIPELINE_MULTIPLE = 16
+
+
 class Wan(Family):
-    """Wan 2.1, and the first of the two transformers of 2.2; here it draws and learns pictures."""
+    """Wan 2.1 and 2.2, text to video; null space learns pictures on the first transformer.
+
+    The VAE turns `r k + 1` frames, `r` its temporal compression, into `k + 1` latent frames. Wan 2.2 A14B has two
+    transformers: `transformer` answers at noisy timesteps, `transformer_2` below `boundary_ratio` of them. Wan 2.2
+    TI2V-5B, of a VAE that compresses sides 16 times, has a timestep for every token.
+    """
 
     name = "wan"
     title = "Wan"
@@ -72,9 +84,17 @@ class Wan(Family):
 
     def token_ids(self, pipeline: WanPipeline, prompt: str) -> list[list[int]]:
         """Of the prompt as the pipeline cleans it."""
+        return super().token_ids(pipeline, self.clean_prompt(prompt))
+
+    def clean_prompt(self, prompt: str) -> str:
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-        return super().token_ids(pipeline, prompt_clean(prompt))
+        return prompt_clean(prompt)
+
+    def encode_clip_prompts(self, pipeline: WanPipeline, prompts: list[str]) -> torch.Tensor:
+        """Padding is zeros."""
+        length = self.text_length(pipeline.transformer.config)
+        return pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)[0]
 
     def text_width(self, config: Any) -> int:
         return config.text_dim
@@ -118,3 +138,166 @@ class Wan(Family):
     def grid_arguments(self, config: Any, num_steps: int, image_tokens: int) -> dict[str, Any]:
         """The pipeline gives a number of steps alone."""
         return {}
+
+    def text_length(self, config: Any) -> int:
+        return self.t5_tokens
+
+    def clip_size(self, config: Any, vae_config: Any) -> tuple[int, int, int]:
+        """That of the pipeline's call, or of Wan 2.2 TI2V-5B by its VAE."""
+        return (121, 704, 1280) if vae_config.scale_factor_spatial == 16 else (81, 480, 832)
+
+    def latent_shape(
+        self, config: Any, vae_config: Any, num_frames: int, height: int, width: int
+    ) -> tuple[int, int, int, int]:
+        period, spatial = vae_config.scale_factor_temporal, vae_config.scale_factor_spatial
+        if num_frames < 1 or num_frames % period != 1 % period:
+            nearest = max(round((num_frames - 1) / period), 0) * period + 1
+            raise ValueError(
+                f"`num_frames` must be a multiple of {period} plus 1 for this VAE, got {num_frames}. "
+                f"The nearest is {nearest}."
+            )
+        for name, pixels, patch in (("height", height, config.patch_size[1]), ("width", width, config.patch_size[2])):
+            multiple = math.lcm(_PIPELINE_MULTIPLE, spatial * patch)
+            if pixels < 1 or pixels % multiple:
+                nearest = max(round(pixels / multiple), 1) * multiple
+                raise ValueError(
+                    f"`{name}` must be a positive multiple of {multiple} for this model, got {pixels}. "
+                    f"The nearest is {nearest}."
+                )
+        shape = ((num_frames - 1) // period + 1, config.out_channels, height // spatial, width // spatial)
+        longest = max(self.token_grid(config, shape))
+        if longest > config.rope_max_seq_len:
+            raise ValueError(
+                f"`num_frames`, `height` and `width` must make at most {config.rope_max_seq_len} tokens along an axis "
+                f"for this model's positions, got {longest} of {num_frames} x {height} x {width}."
+            )
+        return shape
+
+    def token_grid(self, config: Any, latent_shape: Sequence[int]) -> TokenGrid:
+        shape = tuple(latent_shape)
+        if len(shape) not in (4, 5):
+            raise ValueError(
+                "`latent_shape` must be (frames, channels, height, width), with or without a batch "
+                f"before, got {shape}."
+            )
+        sides, patch = (shape[-4], *shape[-2:]), config["patch_size"]
+        if any(side % p for side, p in zip(sides, patch, strict=True)):
+            raise ValueError(
+                f"`latent_shape` must have frames, a height and a width divisible by {tuple(patch)} for this model, "
+                f"got {shape}."
+            )
+        return TokenGrid(*(side // p for side, p in zip(sides, patch, strict=True)))
+
+    def clip_arguments(self, text: torch.Tensor, empty: torch.Tensor, latents: torch.Tensor) -> dict[str, Any]:
+        return super().clip_arguments(text, empty, latents.transpose(1, 2))
+
+    def clip_latents(self, latents: torch.Tensor, latent_shape: Sequence[int]) -> torch.Tensor:
+        return latents.transpose(1, 2)
+
+    def expert_timesteps(self, pipeline: WanPipeline) -> dict[str, tuple[float, float]]:
+        ratio = pipeline.config.boundary_ratio
+        if ratio is None:
+            return super().expert_timesteps(pipeline)
+        boundary = ratio * pipeline.scheduler.config.num_train_timesteps
+        return {"transformer": (boundary, math.inf), "transformer_2": (-math.inf, boundary)}
+
+    def velocity(
+        self, pipeline: WanPipeline, num_frames: int, height: int, width: int, *, expert: str = "transformer"
+    ) -> WanVelocity:
+        check_flow_levels(pipeline.scheduler, "pipeline.scheduler")
+        transformer, experts = getattr(pipeline, expert), self.expert_timesteps(pipeline)
+        self.latent_shape(transformer.config, pipeline.vae.config, num_frames, height, width)
+        others = tuple((getattr(pipeline, name), served) for name, served in experts.items() if name != expert)
+        per_token = bool(pipeline.config.expand_timesteps)
+        return WanVelocity(transformer, experts[expert], others, expand_timesteps=per_token)
+
+    def empty_velocity(
+        self, transformer: torch.nn.Module, latent_shape: Sequence[int], dtype: torch.dtype
+    ) -> WanVelocity:
+        """Of a transformer of TI2V-5B, by its channels, with a timestep for every token."""
+        return WanVelocity(transformer, expand_timesteps=transformer.config.in_channels == 48)
+
+
+class WanVelocity(Velocity):
+    """The velocity `noise - x_0` that a text-to-video Wan predicts at `x_t = (1 - sigma) x_0 + sigma noise`.
+
+    Args:
+        transformer: `WanTransformer3DModel`, as `Velocity` takes it.
+        served: timesteps from and below which it answers, where there are two.
+        others: the others, with theirs.
+        expand_timesteps: as the pipeline's config has it: a timestep for every token.
+
+    Raises:
+        ValueError: a transformer that reads pictures besides.
+    """
+
+    flow_matching = True
+    latents_dtype = torch.float32
+
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        served: tuple[float, float] = (-math.inf, math.inf),
+        others: Sequence[tuple[torch.nn.Module, tuple[float, float]]] = (),
+        *,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__(transformer)
+        self.served, self.expand_timesteps = served, expand_timesteps
+        self.others, self._others_served = tuple(o for o, _ in others), tuple(s for _, s in others)
+        if self.config["in_channels"] != self.config["out_channels"]:
+            raise ValueError(
+                f"`transformer` must be of text-to-video Wan, got {self.config['in_channels']} channels in and "
+                f"{self.config['out_channels']} out, of which the others are pictures."
+            )
+
+    def serves(self, t: torch.Tensor) -> torch.Tensor:
+        """Where timesteps lie in `served`."""
+        return _within(t, self.served)
+
+    def token_grid(self, latent_shape: Sequence[int]) -> TokenGrid:
+        return Wan().token_grid(self.config, latent_shape)
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        self._check_inputs(x_t, t, prompt_embeds)
+        if not self.others:
+            return self._ask(self.transformer, x_t, t, prompt_embeds)
+        experts = ((self.transformer, self.served), *zip(self.others, self._others_served, strict=True))
+        found, rows = [], []
+        for model, served in experts:
+            chosen = _within(t, served).nonzero().flatten()
+            if len(chosen):
+                rows.append(chosen)
+                found.append(self._ask(model, x_t[chosen], t[chosen], prompt_embeds[chosen]))
+        return torch.cat(found)[torch.cat(rows).argsort()]
+
+    def _ask(
+        self, model: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        from diffusers.models.modeling_utils import get_parameter_dtype
+
+        dtype = get_parameter_dtype(model)
+        if self.expand_timesteps:
+            t = t[:, None].expand(-1, math.prod(self.token_grid(x_t.shape)))
+        velocity = model(
+            hidden_states=x_t.transpose(1, 2).to(dtype),
+            timestep=t,
+            encoder_hidden_states=prompt_embeds.to(dtype),
+            return_dict=False,
+        )[0].transpose(1, 2)
+        return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+
+    def _check_inputs(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
+        channels = self.config["out_channels"]
+        if x_t.ndim != 5 or x_t.shape[2] != channels:
+            raise ValueError(f"`x_t` must be (batch, frames, {channels}, height, width), got {tuple(x_t.shape)}.")
+        if t.shape != x_t.shape[:1]:
+            raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
+        width = self.config["text_dim"]
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[::2] != (len(x_t), width):
+            raise ValueError(f"`prompt_embeds` must be ({len(x_t)}, text, {width}), got {tuple(prompt_embeds.shape)}.")
+        self.token_grid(x_t.shape)
+
+
+def _within(t: torch.Tensor, served: tuple[float, float]) -> torch.Tensor:
+    return (t >= served[0]) & (t < served[1])

@@ -57,9 +57,12 @@ def erasers_disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_teacher(transformer: nn.Module) -> Iterator[None]:
-    """The model without its erasers, in eval mode and without gradients; all of it comes back."""
-    with torch.no_grad(), erasers_disabled(transformer), module_eval_mode(transformer):
+def frozen_teacher(*transformers: nn.Module) -> Iterator[None]:
+    """Models without their erasers, in eval mode and without gradients; all of it comes back."""
+    with torch.no_grad(), ExitStack() as stack:
+        for transformer in transformers:
+            stack.enter_context(erasers_disabled(transformer))
+            stack.enter_context(module_eval_mode(transformer))
         yield
 
 

@@ -14,24 +14,18 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, frozen_teacher, unwrapped_transformer
 from diffusers_ext.eraser.recipe import EraserTraining
-from diffusers_ext.eraser.teacher.runs import (
-    EraserText,
-    SamplePart,
-    TeacherRuns,
-    calibrate_heads,
-    check_predicts_velocity,
-    count_steps,
-    plan_trajectories,
-)
+from diffusers_ext.eraser.teacher.runs import EraserText, SamplePart, TeacherRuns, calibrate_heads, plan_trajectories
 from diffusers_ext.eraser.teacher.store import TeacherFiles, TeacherMemory, TeacherSamples
+from diffusers_ext.eraser.teacher.trajectory import check_predicts_velocity, served_steps
 from diffusers_ext.families.family import Velocity
+from diffusers_ext.families.text_conditioning import Text, join_texts, repeat_text, token_embeds
 
 logger = logging.getLogger(__name__)
 
 # `model(x_t, t, prompt_embeds)` gives the velocity: a `CogVideoXVelocity` or a module like it.
-VelocityModel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+VelocityModel = Callable[[torch.Tensor, torch.Tensor, Text], torch.Tensor]
 # x_t (batch, frames, channels, height, width), t (batch,), prompt_embeds (1 or batch, text, dim)
-VelocityRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+VelocityRows = tuple[torch.Tensor, torch.Tensor, Text]
 
 
 def module_of(model: VelocityModel) -> torch.nn.Module:
@@ -64,19 +58,18 @@ def velocities(model: VelocityModel, rows: Sequence[VelocityRows]) -> list[torch
     sizes = [len(x_t) for x_t, _, _ in rows]
     embeds = []
     for x_t, _, prompt_embeds in rows:
-        if len(prompt_embeds) not in (1, len(x_t)) or prompt_embeds.ndim != 3:
-            raise ValueError(
-                f"`prompt_embeds` must be (1 or {len(x_t)}, text, text_dim), got {tuple(prompt_embeds.shape)}."
-            )
-        embeds.append(prompt_embeds.expand(len(x_t), -1, -1))
-    lengths = sorted({embed.shape[1] for embed in embeds})
+        tokens = token_embeds(prompt_embeds)
+        if len(tokens) not in (1, len(x_t)) or tokens.ndim != 3:
+            raise ValueError(f"`prompt_embeds` must be (1 or {len(x_t)}, text, text_dim), got {tuple(tokens.shape)}.")
+        embeds.append(repeat_text(prompt_embeds, len(x_t)) if len(tokens) == 1 else prompt_embeds)
+    lengths = sorted({token_embeds(embed).shape[1] for embed in embeds})
     if len(lengths) > 1:
         raise ValueError(
             f"`prompt_embeds` must have one text length, got {lengths}. Pad all prompts to the "
             "same `max_sequence_length`."
         )
     x_t, t = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
-    return list(model(x_t, t, torch.cat(embeds)).split(sizes))
+    return list(model(x_t, t, join_texts(embeds)).split(sizes))
 
 
 def teacher_velocities(
@@ -139,7 +132,8 @@ def collect_teacher_samples(
     whatever the batch (up to rounding). A pass has up to three times as many rows as runs.
 
     Args:
-        scheduler: samples; a copy is used. DDIM and DPM of CogVideoX, and any other that steps in the same way.
+        scheduler: samples; a copy is used. DDIM and DPM of CogVideoX, Euler and UniPC of flow matching, and any
+            other that steps in the same way.
         text: its dtype is that of the latents.
         token_mask: `(target prompts, text)` bool, the concept's tokens; rows then have masks, of the heads that
             `calibrate_heads` finds and of the velocities (`weighted_attention_mask`).
@@ -156,8 +150,9 @@ def collect_teacher_samples(
             f"`preserved_embeds` must hold a prompt for {counts['preserved']} runs, got none. Set "
             "`num_preserved` to 0 to do without."
         )
-    check_predicts_velocity(scheduler)
-    num_steps, points = count_steps(scheduler, recipe.num_inference_steps), recipe.points_per_trajectory
+    check_predicts_velocity(scheduler, velocity.flow_matching)
+    served = served_steps(velocity, scheduler, recipe.num_inference_steps, latent_shape)
+    num_steps, points = len(served), recipe.points_per_trajectory
     if points is not None and points > num_steps:
         logger.info("All %d points of every run are kept: `points_per_trajectory` is %d.", num_steps, points)
         points = num_steps
@@ -165,9 +160,10 @@ def collect_teacher_samples(
     parts = []
     for name, prompts, others, tokens, share in (
         ("target", text.target, text.anchor, token_mask, 0.0),
-        ("preserved", text.preserved, text.empty.expand_as(text.preserved), None, recipe.empty_share),
+        ("preserved", text.preserved, repeat_text(text.empty, len(text.preserved)), None, recipe.empty_share),
     ):
-        plans = plan_trajectories(name, counts[name], len(prompts), num_steps, empty_share=share, **options)
+        given = (name, counts[name], len(prompts), num_steps)
+        plans = plan_trajectories(*given, empty_share=share, served=served, **options)
         parts.append(SamplePart(name, prompts, others, tokens, plans))
     if directory is not None:
         settings = {

@@ -108,7 +108,11 @@ def to_storage(rows: Row, dtype: torch.dtype) -> Row:
 
 
 def _cast(rows: Row, dtype: torch.dtype) -> Row:
-    return {n: value.to(dtype) if value.is_floating_point() else value for n, value in rows.items()}
+    # Timesteps of flow matching are floats, and too fine for half precision.
+    return {
+        n: value.to(torch.float32 if n == "t" else dtype) if value.is_floating_point() else value
+        for n, value in rows.items()
+    }
 
 
 class FileRows:

@@ -9,7 +9,7 @@ from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.concept_masks import concept_mask
 from diffusers_ext.eraser.losses import T2VUnlearningLoss
 from diffusers_ext.eraser.teacher.collect import cached_or_predicted, teacher_velocities, velocities
-from diffusers_ext.eraser.teacher.runs import teacher_trajectory
+from diffusers_ext.eraser.teacher.trajectory import teacher_trajectory
 from examples.moving_digits.prompts import PROMPT_LENGTH
 from tests.eraser.erased_models import KINDS, random_rows
 from tests.eraser.loss_setting import Setting, count_calls

@@ -15,8 +15,8 @@ from diffusers_ext.eraser.teacher.runs import (
     AttentionRequest,
     EraserText,
     calibrate_heads,
-    count_steps,
     plan_trajectories,
+    served_steps,
     teacher_trajectory,
 )
 from examples.moving_digits.prompts import PROMPT_LENGTH
@@ -157,9 +157,9 @@ def test_nothing_stays_changed_between_two_steps(teacher):
         velocity.model.eval()
 
 
-def test_steps_are_counted_on_a_copy():
+def test_steps_are_counted_on_a_copy(teacher):
     scheduler = CogVideoXDDIMScheduler(timestep_spacing="trailing")
-    assert count_steps(scheduler, 7) == 7
+    assert served_steps(teacher[1], scheduler, 7, SHAPE) == list(range(7))
     assert scheduler.num_inference_steps is None
 
 

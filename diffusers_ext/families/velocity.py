@@ -1,0 +1,77 @@
+"""The velocity that a transformer predicts of clips, and the grid of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from diffusers_ext.families.text_conditioning import Text
+
+
+class TokenGrid(NamedTuple):
+    """How many video tokens lie along each axis; tokens run frame by frame, row by row."""
+
+    frames: int
+    rows: int
+    columns: int
+
+
+class Velocity:
+    """The velocity `v(x_t, c, t)` that a transformer predicts of clips, or of pictures as clips of one frame.
+
+    Each family has its own. The transformer, also a PEFT model, compiled, or wrapped for distributed training, is
+    called as it is: with its adapters, mode and gradients. Where a model has several, each for its own timesteps,
+    `transformer` is the one that is asked about or trained, and `others` answer where it does not.
+    """
+
+    # `noise - x_0` on straight paths; otherwise `v_prediction`, see `predictions.py`.
+    flow_matching: ClassVar[bool] = False
+    latents_dtype: ClassVar[torch.dtype | None] = None  # that the pipeline's call denoises in; `None` for the text's
+    others: tuple[torch.nn.Module, ...] = ()
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self.transformer = transformer
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The transformer without the wrapper of distributed training."""
+        wrapped = isinstance(self.transformer, DistributedDataParallel)
+        return self.transformer.module if wrapped else self.transformer
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The transformer's config."""
+        return self.model.config
+
+    @property
+    def models(self) -> tuple[torch.nn.Module, ...]:
+        """All that may answer."""
+        return self.model, *self.others
+
+    def serves(self, t: torch.Tensor) -> torch.Tensor:
+        """At which timesteps `transformer` itself answers, bool like `t`."""
+        return torch.ones_like(t, dtype=torch.bool)
+
+    def set_timesteps(self, scheduler: Any, num_steps: int, latent_shape: Sequence[int], device: Any = None) -> None:
+        """Let a scheduler make the timesteps that the pipeline's call has for a clip; see `Family.grid_arguments`."""
+        scheduler.set_timesteps(num_steps, device=device)
+
+    def token_grid(self, latent_shape: Sequence[int]) -> TokenGrid:
+        """See `Family.token_grid`."""
+        raise NotImplementedError
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: Text) -> torch.Tensor:
+        """The velocity, the shape of `x_t`, float32 (float64 from a float64 model).
+
+        Args:
+            x_t: `(batch, frames, channels, height, width)` noisy latents.
+            t: `(batch,)` timesteps on the scheduler's scale, integers or floats as it has them.
+            prompt_embeds: what `Family.encode_clip_prompts` gives, one row a clip.
+
+        Raises:
+            ValueError: tensors that do not fit each other or the model.
+        """
+        raise NotImplementedError
