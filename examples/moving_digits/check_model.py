@@ -1,6 +1,7 @@
-"""Ask the bundled moving-digits model for every kind of prompt and let the judge read the clips.
+"""Ask a bundled moving-digits model for every kind of prompt and let the judge read the clips.
 
 python examples/moving_digits/check_model.py --output_dir outputs/moving_digits_check
+python examples/moving_digits/check_model.py --model examples/moving_digits_wan/model
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
 
@@ -35,7 +36,8 @@ from examples.moving_digits.prompts import (
 )
 
 MODEL_DIR = Path(__file__).parent / "model"
-# How clips are drawn wherever the bundled model is measured.
+WAN_DIR = Path(__file__).parents[1] / "moving_digits_wan" / "model"
+# How clips are drawn wherever a bundled model is measured.
 SAMPLING = {
     "num_frames": NUM_FRAMES,
     "height": CANVAS,
@@ -46,14 +48,16 @@ SAMPLING = {
 }
 
 
-def load_pipeline(path: str | Path = MODEL_DIR) -> CogVideoXPipeline:
-    """The bundled model in float32, without its progress bar."""
-    pipeline = CogVideoXPipeline.from_pretrained(path, dtype=torch.float32)
+def load_pipeline(path: str | Path = MODEL_DIR) -> CogVideoXPipeline | WanPipeline:
+    """A bundled model in float32, without its progress bar."""
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def draw(pipeline: CogVideoXPipeline, prompts: Sequence[str], *, seed: int, description: str = "draw") -> np.ndarray:
+def draw(
+    pipeline: CogVideoXPipeline | WanPipeline, prompts: Sequence[str], *, seed: int, description: str = "draw"
+) -> np.ndarray:
     """One clip per prompt, `(n, 9, 16, 16, 3)` uint8; clip `i` has seed `seed + i` at any batch size."""
     seeds = range(seed, seed + len(prompts))
     return render_clips(pipeline, prompts, seeds=seeds, batch_size=50, description=description, **SAMPLING)

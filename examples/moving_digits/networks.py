@@ -1,12 +1,14 @@
-"""The untrained parts of the moving-digits CogVideoX: sizes, and the schedule of its noise."""
+"""The untrained parts of the moving-digits CogVideoX, the schedule of its noise, and its loss."""
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES
-from examples.moving_digits.prompts import PROMPT_LENGTH
+from examples.moving_digits.prompts import PROMPT_LENGTH, make_tokenizer
 
 TEXT_WIDTH, HEADS, HEAD_WIDTH = 64, 6, 16
 LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE = 16, 3, 4
@@ -25,6 +27,18 @@ def build_vae() -> AutoencoderKLCogVideoX:
         sample_width=CANVAS,
         temporal_compression_ratio=4,
     )
+
+
+def decode(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> torch.Tensor:
+    """Clips `(clips, 3, frames, height, width)`, not clamped."""
+    return vae.decode(latents).sample
+
+
+def normalize(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> torch.Tensor:
+    """Latents `(clips, frames, channels, height, width)` of unit variance; the autoencoder keeps the factor."""
+    scaling_factor = 1.0 / latents.std().item()
+    vae.register_to_config(scaling_factor=scaling_factor)
+    return latents * scaling_factor
 
 
 def build_transformer() -> CogVideoXTransformer3DModel:
@@ -73,3 +87,34 @@ def build_scheduler() -> CogVideoXDDIMScheduler:
         rescale_betas_zero_snr=True,
         snr_shift_scale=1.0,
     )
+
+
+def build_pipeline(vae: AutoencoderKLCogVideoX) -> CogVideoXPipeline:
+    """An untrained transformer and text encoder on a trained autoencoder."""
+    tokenizer = make_tokenizer()
+    return CogVideoXPipeline(tokenizer, build_text_encoder(tokenizer), vae, build_transformer(), build_scheduler())
+
+
+class TextToVelocity(torch.nn.Module):
+    """The loss of text encoder and transformer, which train as one module."""
+
+    def __init__(self, pipeline: CogVideoXPipeline) -> None:
+        super().__init__()
+        self.text_encoder, self.transformer = pipeline.text_encoder, pipeline.transformer
+        self._tokenizer, self._scheduler = pipeline.tokenizer, pipeline.scheduler
+        self._rotary = pipeline._prepare_rotary_positional_embeddings(CANVAS, CANVAS, LATENT_FRAMES, pipeline.device)
+
+    def draw_times(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Timesteps `(count,)`."""
+        return torch.randint(1000, (count,), generator=generator)
+
+    def forward(
+        self, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, prompts: list[str]
+    ) -> torch.Tensor:
+        """Mean squared error of the velocity in latents `(batch, frames, channels, height, width)`."""
+        tokens = self._tokenizer(prompts, padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt")
+        text = self.text_encoder(tokens.input_ids.to(clean.device))[0]
+        rotary = tuple(table.to(clean.device) for table in self._rotary)
+        noisy = self._scheduler.add_noise(clean, noise, times)
+        prediction = self.transformer(noisy, text, times, image_rotary_emb=rotary, return_dict=False)[0]
+        return F.mse_loss(prediction, self._scheduler.get_velocity(clean, noise, times))

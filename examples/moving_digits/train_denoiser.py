@@ -1,32 +1,16 @@
-"""Training of the moving-digits transformer together with its text encoder, on latents of real clips."""
+"""Training of a moving-digits transformer on latents of real clips."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch.utils.data import TensorDataset
-from transformers import T5EncoderModel
 
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
-from examples.moving_digits.clips import CANVAS, MovingDigits
-from examples.moving_digits.networks import LATENT_FRAMES
-from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT, PROMPT_LENGTH, TEMPLATES
-
-
-class TextToVelocity(torch.nn.Module):
-    """Text encoder and transformer as one trainable module."""
-
-    def __init__(self, text_encoder: T5EncoderModel, transformer: CogVideoXTransformer3DModel, rotary: tuple) -> None:
-        super().__init__()
-        self.text_encoder, self.transformer, self.rotary = text_encoder, transformer, rotary
-
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        prompt_embeds = self.text_encoder(input_ids)[0]
-        return self.transformer(latents, prompt_embeds, timesteps, image_rotary_emb=self.rotary, return_dict=False)[0]
+from examples.moving_digits.clips import MovingDigits
+from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT, TEMPLATES
 
 
 def caption(combinations: list[tuple[str, str, str]], generator: torch.Generator) -> list[str]:
@@ -44,30 +28,25 @@ def caption(combinations: list[tuple[str, str, str]], generator: torch.Generator
 
 def train_denoiser(
     accelerator: Accelerator, digits: MovingDigits, latents: torch.Tensor, entries: torch.Tensor,
-    pipeline: CogVideoXPipeline, steps: int, seed: int,
+    model: torch.nn.Module, steps: int, batch_size: int, seed: int,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Predict velocity in latents from a prompt; the pipeline gets the averaged weights. Returns the log."""
-    scheduler, tokenizer = pipeline.scheduler, pipeline.tokenizer
+    """Let a model, which is its own loss, draw latents from prompts; it gets the averaged weights. Returns the log."""
 
     def loss_function(model: torch.nn.Module, batch: list, generator: torch.Generator) -> dict[str, torch.Tensor]:
         clean, picks = batch[0].to(accelerator.device), batch[1][:, 1].tolist()
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        timesteps = torch.randint(1000, (len(clean),), generator=generator).to(clean.device)
+        times = accelerator.unwrap_model(model).draw_times(len(clean), generator).to(clean.device)
         prompts = caption([digits.combinations[pick] for pick in picks], generator)
-        tokens = tokenizer(prompts, padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt").input_ids
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        prediction = model(noisy, timesteps, tokens.to(clean.device))
-        return {"loss": F.mse_loss(prediction, scheduler.get_velocity(clean, noise, timesteps))}
+        return {"loss": model(clean, noise, times, prompts)}
 
-    rotary = pipeline._prepare_rotary_positional_embeddings(CANVAS, CANVAS, LATENT_FRAMES, accelerator.device)
-    model = TextToVelocity(pipeline.text_encoder, pipeline.transformer, rotary)
     model.to(accelerator.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-3)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=1e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
-    ema = EMAModel(model.parameters(), decay=0.997)
-    settings = LoopSettings(steps, train_batch_size=48, seed=seed, logging_steps=50, description="transformer")
+    ema = EMAModel(trained, decay=0.997)
+    settings = LoopSettings(steps, batch_size, seed=seed, logging_steps=50, description="transformer")
     dataset = TensorDataset(latents.cpu(), entries)
     loop = TrainingLoop(accelerator, model, optimizer, dataset, loss_function, settings, schedule, ema=ema)
-    model = loop.run().eval()
-    ema.copy_to(model.parameters())
+    loop.run().eval()
+    ema.copy_to(trained)
     return loop.history
