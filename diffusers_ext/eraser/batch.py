@@ -253,7 +253,7 @@ class RowMaker:
         if self.recipe.separate_passes and len(rows) > 1:
             return [velocity for row in rows for velocity in self._ask([row])]
         if not any(len(t) for _, t, _ in rows):
-            return [x_t for x_t, _, _ in rows]  # no rows, no velocities
+            return [self.velocity.without_image(x_t) for x_t, _, _ in rows]  # no rows, no velocities
         return teacher_velocities(self.velocity, self.velocity, rows)
 
     def _heads(self, latent_shape: Sequence[int]) -> torch.Tensor:
@@ -278,10 +278,12 @@ class RowMaker:
         }
 
     def _add_noise(self, x_0: torch.Tensor, num_prompts: int, generator: torch.Generator) -> States:
-        """x_t of clean latents at drawn timesteps, with drawn prompts."""
-        rows = (len(x_0),)
+        """x_t of clean latents at drawn timesteps, with drawn prompts; channels of an image stay as they are."""
+        rows, clean = (len(x_0),), self.velocity.without_image(x_0)
         low, high = self.recipe.min_timestep, self.recipe.max_timestep
         t = torch.randint(low, high + 1, rows, generator=generator).to(self.device)
         prompts = torch.randint(num_prompts, rows, generator=generator).to(self.device)
-        noise = torch.randn(x_0.shape, generator=generator).to(self.device)
-        return States(self.scheduler.add_noise(x_0, noise, t), t, prompts)
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        x_t, image = self.scheduler.add_noise(clean, noise, t), x_0[:, :, clean.shape[2] :]
+        x_t = torch.cat([x_t, image], dim=2) if image.shape[2] else self.velocity.with_image(x_t, prompts.tolist())
+        return States(x_t, t, prompts)

@@ -67,6 +67,7 @@ class CogVideoX(Family):
         "CogVideoXVideoToVideoPipeline",
         "CogVideoXFunControlPipeline",
     )
+    image_pipeline = "CogVideoXImageToVideoPipeline"
     tools = frozenset({"eraser"})
     denoiser_class = "CogVideoXTransformer3DModel"
     comfyui_names = None
@@ -131,6 +132,35 @@ class CogVideoX(Family):
             )
         return TokenGrid(frames // patch_t, height // patch, width // patch)
 
+    def image_channels(self, config: Any) -> int:
+        return config.in_channels - config.out_channels
+
+    @torch.no_grad()
+    def image_latents(
+        self,
+        pipeline: DiffusionPipeline,
+        pictures: torch.Tensor,
+        latent_shape: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> torch.Tensor:
+        """As `prepare_latents` of the image-to-video pipeline makes them."""
+        from diffusers_ext.core.restored_state import module_eval_mode
+
+        vae, (frames, channels) = pipeline.vae, latent_shape[:2]
+        # The pipeline adds latent frames that patches need to the frames that it asks for.
+        num_frames = (frames - 1) * vae.config.temporal_compression_ratio + 1
+        size = (len(pictures), channels, num_frames, *pictures.shape[-2:])
+        with module_eval_mode(vae):
+            _, latents = pipeline.prepare_latents(
+                pictures.to(vae.device, vae.dtype),
+                *size,
+                dtype=vae.dtype,
+                device=vae.device,
+                generator=list(generators),
+                latents=torch.zeros(()),  # none of its own
+            )
+        return latents.float().cpu()
+
     def velocity(
         self, pipeline: DiffusionPipeline, num_frames: int, height: int, width: int, **conditions: Any
     ) -> CogVideoXVelocity:
@@ -164,8 +194,9 @@ class CogVideoXVelocity(Velocity):
         image_rotary_emb: cosines and sines `(video, head_dim)` as the pipeline makes them; for models with rotary
             positions only.
         ofs: frame offset, for CogVideoX 1.5 image-to-video only; its pipeline passes 2.0.
-        image_latents: `(1 or batch, frames, channels, height, width)` latents of the first frame, padded as
-            `prepare_latents` of the image-to-video pipeline gives them; for image-to-video models only.
+        image_latents: `(pictures, frames, channels, height, width)` latents of first frames, padded as
+            `prepare_latents` of the image-to-video pipeline gives them; for image-to-video models only. Latents that
+            do not have them already (see `with_image`) take the only one, or one each.
 
     Raises:
         ValueError: something that this model needs is missing, or given and not used by it.
@@ -226,6 +257,15 @@ class CogVideoXVelocity(Velocity):
     def token_grid(self, latent_shape: Sequence[int]) -> TokenGrid:
         return CogVideoX().token_grid(self.config, latent_shape)
 
+    def with_image(self, latents: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        if self.image_latents is None:
+            return latents
+        chosen = [number % len(self.image_latents) for number in numbers]
+        return torch.cat([latents, self.image_latents[chosen].to(latents)], dim=2)
+
+    def without_image(self, x_t: torch.Tensor) -> torch.Tensor:
+        return x_t[:, :, : self.config["out_channels"]]
+
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Latents must have the video tokens of the rotary embedding."""
         from diffusers.models.modeling_utils import get_parameter_dtype
@@ -233,9 +273,8 @@ class CogVideoXVelocity(Velocity):
         self._check_inputs(x_t, t, prompt_embeds)
         dtype = get_parameter_dtype(self.transformer)
         hidden = x_t.to(dtype)
-        if self.image_latents is not None:
-            image = self.image_latents.to(x_t.device, dtype).expand(len(x_t), -1, -1, -1, -1)
-            hidden = torch.cat([hidden, image], dim=2)
+        if hidden.shape[2] < self.config["in_channels"]:
+            hidden = self.with_image(hidden, range(len(hidden)))
         if self.image_rotary_emb is not None:
             cosines, sines = self.image_rotary_emb
             self.image_rotary_emb = (cosines.to(x_t.device), sines.to(x_t.device))
@@ -251,15 +290,15 @@ class CogVideoXVelocity(Velocity):
 
     def _check_inputs(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
         channels = self.config["out_channels"]
-        if x_t.ndim != 5 or x_t.shape[2] != channels:
+        if x_t.ndim != 5 or x_t.shape[2] not in (channels, self.config["in_channels"]):
             raise ValueError(f"`x_t` must be (batch, frames, {channels}, height, width), got {tuple(x_t.shape)}.")
         if t.shape != x_t.shape[:1]:
             raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
         width = self.config["text_embed_dim"]
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[::2] != (len(x_t), width):
             raise ValueError(f"`prompt_embeds` must be ({len(x_t)}, text, {width}), got {tuple(prompt_embeds.shape)}.")
-        image = self.image_latents
-        if image is not None and tuple(image.shape) not in (x_t.shape, (1, *x_t.shape[1:])):
+        image, alone = self.image_latents, x_t.shape[2] == channels
+        if image is not None and alone and tuple(image.shape) not in (x_t.shape, (1, *x_t.shape[1:])):
             raise ValueError(
                 f"`image_latents` must be (1 or {len(x_t)}, ...) and otherwise like `x_t`, "
                 f"{tuple(x_t.shape)}, got {tuple(image.shape)}."

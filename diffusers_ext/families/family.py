@@ -49,6 +49,7 @@ class Family:
     name: ClassVar[str]  # for files and reports
     title: ClassVar[str]  # for messages
     pipelines: ClassVar[tuple[str, ...]]  # the first draws from text alone
+    image_pipeline: ClassVar[str | None] = None  # draws clips from a first frame besides; erasers train on it as well
     published: ClassVar[tuple[Published, ...]] = ()  # models on the Hub, for the planner
     tools: ClassVar[frozenset[str]] = frozenset()  # that work with it: "nullspace", "golden_noise", "eraser"
     golden_pipeline: ClassVar[str | None] = None  # of this package, with a golden-noise network
@@ -322,6 +323,23 @@ class Family:
 
         Raises:
             ValueError: a number of frames or a size that the model cannot take; names the nearest.
+        """
+        raise NotImplementedError
+
+    def image_channels(self, config: Any) -> int:
+        """Channels of a first frame, which image-to-video models read behind those of the noise."""
+        return 0
+
+    def image_latents(
+        self,
+        pipeline: DiffusionPipeline,
+        pictures: torch.Tensor,
+        latent_shape: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> torch.Tensor:
+        """These channels, `(pictures, frames, channels, height, width)` float32 on the CPU, for a `latent_shape`.
+
+        Pictures are `(pictures, 3, height, width)` from -1 to 1; generators, one each, sample the posteriors.
         """
         raise NotImplementedError
 

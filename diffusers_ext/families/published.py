@@ -90,6 +90,17 @@ QWEN3_4B: Component = (
 )
 QWEN3_4B_BODY: Component = ("Qwen3Model", QWEN3_4B[1])
 QWEN3_8B: Component = ("Qwen3ForCausalLM", {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288})
+LLAMA_3_8B: Component = (
+    "LlamaModel",
+    {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128320,
+    },
+)
 QWEN25_VL_7B: Component = (
     "Qwen2_5_VLForConditionalGeneration",
     {

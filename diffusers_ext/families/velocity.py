@@ -31,6 +31,8 @@ class Velocity:
     flow_matching: ClassVar[bool] = False
     latents_dtype: ClassVar[torch.dtype | None] = None  # that the pipeline's call denoises in; `None` for the text's
     others: tuple[torch.nn.Module, ...] = ()
+    # The scale that the model takes as an input; its runs are not guided by the empty prompt.
+    embedded_guidance: float | None = None
 
     def __init__(self, transformer: torch.nn.Module) -> None:
         self.transformer = transformer
@@ -63,11 +65,22 @@ class Velocity:
         """See `Family.token_grid`."""
         raise NotImplementedError
 
+    def with_image(self, latents: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        """Latents as the model reads them: of image-to-video models, with the channels of these first frames behind.
+
+        Number `n` is first frame `n` modulo their count.
+        """
+        return latents
+
+    def without_image(self, x_t: torch.Tensor) -> torch.Tensor:
+        """The way back from `with_image`."""
+        return x_t
+
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: Text) -> torch.Tensor:
-        """The velocity, the shape of `x_t`, float32 (float64 from a float64 model).
+        """The velocity, the shape of `x_t` without an image, float32 (float64 from a float64 model).
 
         Args:
-            x_t: `(batch, frames, channels, height, width)` noisy latents.
+            x_t: `(batch, frames, channels, height, width)` noisy latents, as they are or as `with_image` gives them.
             t: `(batch,)` timesteps on the scheduler's scale, integers or floats as it has them.
             prompt_embeds: what `Family.encode_clip_prompts` gives, one row a clip.
 

@@ -18,6 +18,7 @@ from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT, Row
 from diffusers_ext.eraser.teacher.trajectory import (
     AttentionRequest,
     TrajectoryPoint,
+    guides,
     run_timesteps,
     served_steps,
     teacher_trajectory,
@@ -137,6 +138,7 @@ def calibrate_heads(
             latent_shape,
             num_inference_steps=steps,
             guidance_scale=recipe.sampling_guidance_scale,
+            numbers=[plan.index],
         )
         for step, point in zip(range(num_steps), points):
             if step in served:
@@ -199,6 +201,7 @@ class TeacherRuns:
             extra_prompt_embeds=extra,
             extra_at=other_at,
             attention=attention,
+            numbers=[plan.index for plan in plans],
         )
         rows: list[list[Row]] = [[] for _ in plans]
         last = int(kept.any(1).nonzero().max())
@@ -231,7 +234,8 @@ class TeacherRuns:
             kept[list(plan.steps), i] = True
             # The guidance runs the empty prompt in any case.
             other = others[i] if isinstance(others, torch.Tensor) else others[[i]]
-            if self.recipe.sampling_guidance_scale <= 1 or not same_text(other, self.empty_embed):
+            guided = guides(self.velocity, self.recipe.sampling_guidance_scale)
+            if not guided or not same_text(other, self.empty_embed):
                 needed = plan.empty if part == "preserved" else (True,) * len(plan.steps)
                 other_at[list(plan.steps), i] = torch.tensor(needed)
         return kept, other_at

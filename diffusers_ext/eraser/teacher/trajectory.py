@@ -50,12 +50,13 @@ def teacher_trajectory(
     extra_prompt_embeds: Text | None = None,
     extra_at: torch.Tensor | None = None,
     attention: AttentionRequest | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[TrajectoryPoint]:
     """Sample with classifier-free guidance, as the model's pipeline does, and give every step.
 
     The guided velocity is `v(empty) + w (v(prompt) - v(empty))` (https://arxiv.org/abs/2207.12598, equation 6, with w
-    = `guidance_scale`). Each step is one batched pass over the rows of all prompts. The model's erasers are off in it;
-    nothing of the model stays changed between two steps.
+    = `guidance_scale`), unless the model takes the scale as an input. Each step is one batched pass over the rows of
+    all prompts. The model's erasers are off in it; nothing of the model stays changed between two steps.
 
     Args:
         scheduler: predicts velocities; a copy is used.
@@ -65,6 +66,7 @@ def teacher_trajectory(
         generators: one per row, for schedulers that draw noise in each step.
         extra_prompt_embeds: a further prompt per row, with a velocity but without a part in the guidance.
         extra_at: `(steps, batch)` bool, where that velocity is wanted; everywhere when `None`.
+        numbers: of the rows' first frames, for image-to-video models (`Velocity.with_image`); by default one by one.
     """
     texts = (prompt_embeds, negative_prompt_embeds, extra_prompt_embeds)
     shapes = [tuple(token_embeds(text).shape) for text in texts if text is not None]
@@ -77,7 +79,14 @@ def teacher_trajectory(
     run = _Run(velocity, scheduler, num_inference_steps, latents, generators)
     if extra_prompt_embeds is not None and extra_at is None:
         extra_at = torch.ones(len(run.timesteps), len(latents), dtype=torch.bool)
-    return _walk(velocity, run, texts, guidance_scale, extra_at, attention)
+    guidance_scale = guidance_scale if guides(velocity, guidance_scale) else 1.0
+    numbers = range(len(latents)) if numbers is None else numbers
+    return _walk(velocity, run, texts, guidance_scale, extra_at, attention, numbers)
+
+
+def guides(velocity: Velocity, guidance_scale: float) -> bool:
+    """Whether a run asks for the empty prompt besides at a scale."""
+    return guidance_scale > 1 and velocity.embedded_guidance is None
 
 
 def check_predicts_velocity(scheduler: SchedulerMixin, flow_matching: bool = False) -> None:
@@ -124,12 +133,13 @@ def _walk(
     guidance_scale: float,
     extra_at: torch.Tensor | None,
     attention: AttentionRequest | None,
+    numbers: Sequence[int],
 ) -> Iterator[TrajectoryPoint]:
     prompt, negative, extra = texts
     guided, batch = guidance_scale > 1, len(prompt)
     before = batch if guided else 0
     for step, timestep in enumerate(run.timesteps):
-        x_t = run.model_input(timestep)
+        x_t = velocity.with_image(run.model_input(timestep), numbers)
         # The batch of a pass: empty prompts where guidance needs them, prompts, chosen extra ones.
         rows, embeds = ([x_t, x_t], [negative, prompt]) if guided else ([x_t], [prompt])
         if extra is not None and extra_at[step].any():
