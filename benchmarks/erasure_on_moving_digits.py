@@ -1,9 +1,10 @@
 """Erase digits and a colour of the moving-digits model, read what is left, try to bring it back.
 
 python benchmarks/erasure_on_moving_digits.py --work_dir outputs/erasure
+python benchmarks/erasure_on_moving_digits.py --parts methods table --methods negative nag safree --targets seven
 
-Everything made is kept in the work folder, and found there by the next call: several processes can share the work,
-each with its own `--targets`, and a last one with all of them writes the tables.
+Everything made is kept in the work folder, and found there by the next call, so that a run may be stopped, and parts
+of it may be run apart: by `--parts`, `--methods`, `--targets` and `--seeds`. The tables show whatever is there.
 """
 
 from __future__ import annotations
@@ -11,176 +12,308 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
-from benchmarks.document_training import train_document_eraser
+from benchmarks.erasure_methods import (
+    CLIP,
+    ERASER,
+    METHODS,
+    TRAINED,
+    Armed,
+    arm,
+    attack_method,
+    cost_of_method,
+    judge_method,
+)  # fmt: skip
 from benchmarks.erasure_tables import erasure_tables
 from benchmarks.machine import write_results
 from benchmarks.revival_of_digits import measure_revival
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.eraser.files import load_eraser, save_eraser
 from diffusers_ext.evaluation.erasure_report import ErasureReport
+from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.run import make_data
 from examples.digits.prompts import DIGITS
-from examples.moving_digits.check_model import draw, load_pipeline
-from examples.moving_digits.erasers import RECIPE, base_clips_of, evaluate, evaluation_groups, train_digits_eraser
-from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT
+from examples.moving_digits.check_model import MODEL_DIR, draw, load_pipeline, spread
+from examples.moving_digits.erasers import (
+    RECIPE,
+    base_clips_of,
+    evaluate,
+    evaluation_groups,
+    train_digits_eraser,
+    training_prompts,
+)  # fmt: skip
+from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT, write_prompts
 
 TARGETS = ("three", "seven", "eight", "red")
+PARTS = ("erasers", "methods", "document", "neutral", "revival", "defended", "pairs", "stack", "table")
 _SCALES = (0.5, 1.3)
 _DEFENDED = replace(RECIPE, adversarial_share=0.5, adversarial_every=25)
+_ATTACKED = replace(RECIPE, num_target_trajectories=64, num_preserved_trajectories=1, seed=9_000)
+_USUAL_CLIPS = 200
+Groups = dict[str, list[str]]
 
 
+class Task(NamedTuple):
+    """One file of the results, or of what they need: a method of `Bench` and its arguments."""
+
+    name: str
+    work: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Bench:
-    """The work folder of a run."""
+    """The work folder of a run on one model.
 
-    def __init__(self, folder: Path, seeds: int) -> None:
-        self.folder, self.seeds = folder, seeds
-        folder.mkdir(parents=True, exist_ok=True)
+    Args:
+        num_clips: of each target; those of other groups are in proportion.
+    """
 
-    def base_clips(self, name: str, groups: dict[str, list[str]]) -> np.ndarray:
+    folder: Path
+    model: str
+    num_clips: int = _USUAL_CLIPS
+
+    @property
+    def name(self) -> str:
+        """Of the example that the model is of."""
+        return Path(self.model).resolve().parent.name
+
+    def load(self) -> Any:
+        """A fresh pipeline."""
+        return load_pipeline(self.model)
+
+    def groups(self, target: str, **counts: int) -> Groups:
+        """Prompts of a target and of the rest."""
+        counts = {"num_target": 200, "num_preserved": 360, "num_robust": 100, **counts}
+        return evaluation_groups(
+            target, **{name: max(2, count * self.num_clips // _USUAL_CLIPS) for name, count in counts.items()}
+        )
+
+    def base_clips(self, name: str, groups: Groups) -> np.ndarray:
         """Clips without erasers, drawn once."""
-        path = self.folder / f"base_{name}.npy"
+        path = self.folder / f"base_{name}_{sum(map(len, groups.values()))}.npy"
         if not path.is_file():
-            partial = path.with_suffix(".partial.npy")
-            np.save(partial, base_clips_of(load_pipeline(), groups))
+            partial = path.with_suffix(f".{multiprocessing.current_process().pid}.npy")
+            np.save(partial, base_clips_of(self.load(), groups))
             partial.replace(path)
         return np.load(path)
 
-    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` gives, kept in `<name>.json`."""
-        path = self.folder / f"{name}.json"
+    def once(self, task: Task) -> None:
+        """What a task gives, kept in `<name>.json`."""
+        path = self.folder / f"{task.name}.json"
         if not path.is_file():
-            write_atomically(path, json.dumps(make()) + "\n")
-        return json.loads(path.read_text())
+            write_atomically(path, json.dumps(getattr(self, task.work)(*task.arguments)) + "\n")
 
     def eraser(self, target: str, seed: int) -> Path:
         """An eraser of the fixed recipe, trained unless it is there."""
         folder = self.folder / f"eraser_{target}_{seed}"
         if not folder.is_dir():
-            pipeline, began = load_pipeline(), time.perf_counter()
+            pipeline, began, used = self.load(), time.perf_counter(), time.process_time()
             trained = train_digits_eraser(pipeline, target, seed=seed)
-            facts = {"seconds": time.perf_counter() - began, "history": trained.history}
+            facts = {
+                "seconds": time.perf_counter() - began,
+                "cpu_seconds": time.process_time() - used,
+                "history": trained.history,
+            }
             write_atomically(self.folder / f"training_{target}_{seed}.json", json.dumps(facts))
             save_eraser(pipeline, folder)
         return folder
 
     def figures(self, report: ErasureReport) -> dict[str, Any]:
         """What is kept of a report."""
-        settings = {**report.settings, "base": "examples/moving_digits/model"}  # no machine's path
+        settings = {**report.settings, "base": self.name}  # no machine's path
         return {"groups": report.groups, "settings": settings}
+
+    def judged(self, pipeline: Any, target: str, **options: Any) -> ErasureReport:
+        """Figures of the erasers in a pipeline on the usual prompts."""
+        groups = self.groups(target)
+        return evaluate(pipeline, target, groups, base_clips=self.base_clips(target, groups), **options)
 
     def evaluate_eraser(self, target: str, seed: int) -> dict[str, Any]:
         """Figures of one eraser."""
-        groups, pipeline = evaluation_groups(target), load_pipeline()
+        pipeline = self.load()
         load_eraser(pipeline, self.eraser(target, seed))
-        clips = self.base_clips(target, groups)
-        report = evaluate(pipeline, target, groups, base_clips=clips)
+        report = self.judged(pipeline, target)
         if seed == 0:
             report.save(self.folder / f"report_{target}")
         return self.figures(report)
 
     def evaluate_scales(self, target: str) -> dict[str, Any]:
         """Figures of the first eraser at other strengths; at none, whether clips are the base's to the bit."""
-        groups = evaluation_groups(target, num_target=100, num_preserved=180, num_robust=40)
-        pipeline = load_pipeline()
+        groups = self.groups(target, num_target=100, num_preserved=180, num_robust=40)
+        pipeline = self.load()
         load_eraser(pipeline, self.eraser(target, 0))
         clips = self.base_clips(f"{target}_fewer", groups)
         found = self.figures(evaluate(pipeline, target, groups, base_clips=clips, scales=_SCALES))
         prompts = groups["target"][:20]
-        plain = draw(load_pipeline(), prompts, seed=0)
+        plain = draw(self.load(), prompts, seed=0)
         pipeline.transformer.set_adapters(["default"], [0.0])
         return {**found, "scale 0 is the base": bool((draw(pipeline, prompts, seed=0) == plain).all())}
 
+    def points(self, target: str) -> dict[str, torch.Tensor]:
+        """Where attacks learn: states of the base's own runs for the target, and its velocities there; made once."""
+        path = self.folder / f"points_{target}.safetensors"
+        if not path.is_file():
+            data = make_data(self.load(), training_prompts(target), _ATTACKED, ClipSize(**CLIP))
+            rows = default_collate(data.samples.parts["target"])
+            found = {name: rows[name] for name in ("x_t", "t", "v_concept")}
+            found["prompt_embeds"] = data.text.target[rows["prompt"]]
+            partial = path.with_suffix(f".{multiprocessing.current_process().pid}")
+            save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial)
+            partial.replace(path)
+        return load_file(path)
+
+    def evaluate_method(self, method: str, target: str, seed: int) -> dict[str, Any]:
+        """Figures of a method of any kind, the attack on it, and what it costs."""
+        if method == ERASER:
+            armed = Armed(self.load())
+            load_eraser(armed.pipeline, self.eraser(target, seed))
+            armed.seconds = json.loads((self.folder / f"training_{target}_{seed}.json").read_text())["cpu_seconds"]
+        else:
+            armed = arm(method, target, seed, self.model)
+        groups = self.groups(target)
+        report = judge_method(armed, target, groups, self.base_clips(target, groups))
+        if seed == 0:
+            report.save(self.folder / f"report_{method}_{target}")
+        attacked = attack_method(armed, target, self.points(target), max(2, self.num_clips // 2))
+        cost = {**cost_of_method(armed, target, self.model), "seconds": armed.seconds}
+        return {**self.figures(report), "attacked": attacked, "cost": cost, **armed.facts}
+
     def evaluate_document(self, target: str) -> dict[str, Any]:
         """Figures of the design document's recipe."""
-        groups, pipeline = evaluation_groups(target), load_pipeline()
-        seconds = train_document_eraser(pipeline, target)
-        report = evaluate(pipeline, target, groups, base_clips=self.base_clips(target, groups))
-        return {**self.figures(report), "seconds": seconds}
+        armed = arm("document", target, 0, self.model)
+        return {**self.figures(self.judged(armed.pipeline, target)), "seconds": armed.seconds}
 
     def evaluate_neutral(self, target: str) -> dict[str, Any]:
         """Figures of the recipe with a neutral word as anchor."""
-        groups, pipeline = evaluation_groups(target), load_pipeline()
-        neutral = NEUTRAL_DIGIT if target in DIGITS else NEUTRAL_COLOR
-        train_digits_eraser(pipeline, target, anchor_concept=neutral)
-        clips = self.base_clips(target, groups)
-        return self.figures(evaluate(pipeline, target, groups, base_clips=clips))
+        pipeline = self.load()
+        train_digits_eraser(pipeline, target, anchor_concept=NEUTRAL_DIGIT if target in DIGITS else NEUTRAL_COLOR)
+        return self.figures(self.judged(pipeline, target))
 
     def evaluate_defended(self, target: str) -> dict[str, Any]:
         """Figures of an eraser that was trained against learned embeddings, and attempts to undo it."""
-        groups, pipeline = evaluation_groups(target), load_pipeline()
+        pipeline = self.load()
         train_digits_eraser(pipeline, target, recipe=_DEFENDED)
         folder = self.folder / f"eraser_{target}_defended"
         save_eraser(pipeline, folder)
-        clips = self.base_clips(target, groups)
-        found = self.figures(evaluate(pipeline, target, groups, base_clips=clips))
-        return {**found, "revival": measure_revival(folder, target)}
+        return {**self.figures(self.judged(pipeline, target)), "revival": measure_revival(folder, target)}
+
+    def evaluate_revival(self, target: str) -> dict[str, Any]:
+        """Attempts to undo the first eraser."""
+        return measure_revival(self.eraser(target, 0), target)
 
     def evaluate_pair(self, first: str, second: str) -> dict[str, Any]:
         """Two erasers at once."""
-        single = [evaluation_groups(word, num_preserved=240) for word in (first, second)]
+        single = [self.groups(word, num_preserved=240) for word in (first, second)]
         others = [p for p in single[0]["preserved"] if f" {second}" not in f" {p}"]
         groups = {"target": single[0]["target"][::2], "preserved": others, "second target": single[1]["target"][::2]}
-        pipeline = load_pipeline()
+        pipeline = self.load()
         for word in (first, second):
             load_eraser(pipeline, self.eraser(word, 0), adapter_name=word)
         pipeline.transformer.set_adapters([first, second])
         clips = self.base_clips(f"{first}_{second}", groups)
         return self.figures(evaluate(pipeline, first, groups, base_clips=clips))
 
-    def run_target(self, target: str, parts: list[str]) -> None:
-        """All work on one target."""
-        if "erasers" in parts:
-            for seed in range(self.seeds):
-                self.once(f"{target}_{seed}", lambda s=seed: self.evaluate_eraser(target, s))
-            self.once(f"{target}_scales", lambda: self.evaluate_scales(target))
-        if "document" in parts:
-            self.once(f"{target}_document", lambda: self.evaluate_document(target))
-        if "neutral" in parts:
-            self.once(f"{target}_neutral", lambda: self.evaluate_neutral(target))
-        if "defended" in parts:
-            self.once(f"{target}_defended", lambda: self.evaluate_defended(target))
-        if "revival" in parts and target in DIGITS:
-            folder = self.eraser(target, 0)
-            self.once(f"{target}_revival", lambda: measure_revival(folder, target))
+    def evaluate_stack(self, *targets: str) -> dict[str, Any]:
+        """Erasers of all targets at once, on prompts that name one of them, and on others that name none."""
+        named = [(prompt, {*prompt.split()} & {*targets}) for prompt in write_prompts()]
+        count = self.num_clips // 2
+        of_each = {word: spread([p for p, words in named if words == {word}], count) for word in targets}
+        rest = spread([prompt for prompt, words in named if not words], 2 * count)
+        groups = {"target": of_each.pop(targets[0]), "preserved": rest, **of_each}
+        pipeline = self.load()
+        for word in targets:
+            load_eraser(pipeline, self.eraser(word, 0), adapter_name=word)
+        pipeline.transformer.set_adapters(list(targets))
+        clips = self.base_clips("_".join(targets), groups)
+        found = self.figures(evaluate(pipeline, targets[0], groups, base_clips=clips))
+        return {**found, "targets": list(targets)}
 
-    def run_pairs(self, targets: list[str]) -> None:
-        """All pairs of digits."""
-        digits = [target for target in targets if target in DIGITS]
-        for i, first in enumerate(digits):
-            for second in digits[i + 1 :]:
-                self.once(f"pair_{first}_{second}", lambda a=first, b=second: self.evaluate_pair(a, b))
+
+def tasks_of(
+    targets: Sequence[str], parts: Sequence[str], methods: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Task]:
+    """What is asked for; erasers come first, because other tasks load them."""
+    digits = [target for target in targets if target in DIGITS]
+    if "erasers" in parts:
+        yield from (Task(f"{t}_{seed}", "evaluate_eraser", (t, seed)) for seed in seeds for t in targets)
+        yield from (Task(f"{target}_scales", "evaluate_scales", (target,)) for target in targets)
+    if "methods" in parts:
+        for seed in seeds:
+            for method in methods if seed == seeds[0] else [method for method in methods if method in TRAINED]:
+                for target in targets:
+                    yield Task(f"method_{method}_{target}_{seed}", "evaluate_method", (method, target, seed))
+    for part in ("document", "neutral", "defended", "revival"):
+        if part in parts:
+            words = digits if part == "revival" else targets
+            yield from (Task(f"{target}_{part}", f"evaluate_{part}", (target,)) for target in words)
+    if "pairs" in parts:
+        pairs = [(a, b) for index, a in enumerate(digits) for b in digits[index + 1 :]]
+        yield from (Task(f"pair_{a}_{b}", "evaluate_pair", (a, b)) for a, b in pairs)
+    if "stack" in parts and len(targets) > 1:
+        yield Task(f"stack_{'_'.join(targets)}", "evaluate_stack", tuple(targets))
+
+
+def run_tasks(bench: Bench, tasks: Sequence[Task]) -> None:
+    """One after the other, in one process."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for task in tasks:
+        bench.once(task)
+
+
+def run_all(bench: Bench, tasks: Sequence[Task], processes: int) -> None:
+    """Shared out by target, so that no two processes train the same eraser; what needs several targets comes last."""
+    if processes < 2:
+        return run_tasks(bench, tasks)
+    shares: dict[str, list[Task]] = {}
+    last = [task for task in tasks if task.work in ("evaluate_pair", "evaluate_stack")]
+    for task in tasks:
+        if task not in last:
+            shares.setdefault(next(word for word in task.arguments if word in TARGETS), []).append(task)
+    with ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:  # fmt: skip
+        list(pool.map(run_tasks, [bench] * len(shares), shares.values()))
+        list(pool.map(run_tasks, [bench] * len(last), [[task] for task in last]))
+    return None
 
 
 def main(input_args: list[str] | None = None) -> None:
-    """Train, evaluate, and write tables once everything is there."""
+    """Train, evaluate, and write tables of what is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/erasure"))
+    parser.add_argument("--model", default="", help="folder of a model of the moving digits [the bundled CogVideoX]")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parts = ["erasers", "document", "neutral", "revival", "defended", "pairs", "table"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    every = (*METHODS, ERASER)
+    parser.add_argument("--methods", nargs="+", choices=every, default=list(every))
+    parser.add_argument("--seeds", type=int, default=3, help="of what is trained: from 0 on")
+    parser.add_argument("--num_clips", type=int, default=_USUAL_CLIPS, help="of each target")
+    parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args(input_args)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    bench = Bench(args.work_dir, args.seeds)
-    for target in args.targets:
-        bench.run_target(target, args.parts)
-    if "pairs" in args.parts:
-        bench.run_pairs(args.targets)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.work_dir, args.model or str(MODEL_DIR), args.num_clips)
+    run_all(bench, list(tasks_of(args.targets, args.parts, args.methods, range(args.seeds))), args.processes)
     if "table" in args.parts:
-        results = {path.stem: json.loads(path.read_text()) for path in args.work_dir.glob("*.json")}
+        results = {path.stem: json.loads(path.read_text()) for path in sorted(args.work_dir.glob("*.json"))}
         results = {name: run for name, run in results.items() if not name.startswith("training_")}
-        text = erasure_tables(results, args.targets, args.seeds)
-        write_results("erasure_on_moving_digits", {"recipe": asdict(RECIPE), "runs": results}, text)
+        text = erasure_tables(results, args.targets)
+        write_results(f"erasure_on_{bench.name}", {"recipe": asdict(RECIPE), "runs": results}, text)
         print(text)
 
 

@@ -76,10 +76,15 @@ HEADER = [
 ]  # fmt: skip
 
 
-def _main_rows(results: Runs, targets: list[str], seeds: int) -> list[list[str]]:
+def _seeds(results: Runs, name: str) -> list[Any]:
+    """Runs of all seeds that are there."""
+    return [results[key] for seed in range(len(results)) if (key := f"{name}_{seed}") in results]
+
+
+def _main_rows(results: Runs, targets: list[str]) -> list[list[str]]:
     rows = []
     for target in targets:
-        runs = [results[f"{target}_{seed}"] for seed in range(seeds)]
+        runs = _seeds(results, target)
         found = [figures_of(run, target) for run in runs]
         base = found[0]
         kept = [value for key, value in base.items() if key.startswith("base kept")]
@@ -95,10 +100,10 @@ def _main_rows(results: Runs, targets: list[str], seeds: int) -> list[list[str]]
         if f"{target}_defended" in results:
             defended = figures_of(results[f"{target}_defended"], target)
             rows.append(_row("the same, trained against embeddings", target, [defended]))
-        scales = results[f"{target}_scales"]
+        scales = results.get(f"{target}_scales")
         rows += [
             _row(f"the same at scale {scale}", target, [figures_of(scales, target, scale)])
-            for scale in scales["settings"]["scales"].values()
+            for scale in (scales["settings"]["scales"].values() if scales else ())
         ]
     return rows
 
@@ -117,7 +122,8 @@ def _becomes(results: Runs, targets: list[str]) -> list[list[str]]:
 
 
 def _scale_zero(results: Runs, targets: list[str]) -> str:
-    same = [results[f"{target}_scales"]["scale 0 is the base"] for target in targets]
+    scales = [results[key] for target in targets if (key := f"{target}_scales") in results]
+    same = [run["scale 0 is the base"] for run in scales]
     return f"At scale 0 the clips are the base's to the bit: {sum(same)} of {len(same)} erasers."
 
 
@@ -146,18 +152,101 @@ def _revivals(results: Runs) -> list[list[str]]:
     return rows
 
 
-def erasure_tables(results: Runs, targets: list[str], seeds: int) -> str:
-    """Everything, as Markdown."""
-    parts = [
-        "Mean of the seeds, the worst seed in brackets.",
-        table(HEADER, _main_rows(results, targets, seeds)),
-        _scale_zero(results, targets),
-        "What the target's prompts show instead:",
-        table(["erased", "read as", "with the design document's recipe"], _becomes(results, targets)),
-    ]
+METHOD_TITLES = {
+    "negative": "negative prompt",
+    "nag": "NAG",
+    "safree": "SAFREE",
+    "safree_whole": "SAFREE's filter in every step",
+    "videoeraser": "VideoEraser",
+    "edit": "`edit_concept`",
+    "document": "design document's recipe",
+    "esd": "ESD-x, LoRA",
+    "eraser": "this project's eraser",
+}
+METHOD_HEADER = [
+    "method", "runs", "target still read", "unseen wordings", "16 learned embeddings", "others, against base",
+    "colour or digit, motion, against base", "distance to a real digit / base's", "time of a clip / base's",
+    "memory / base's", "CPU seconds to make",
+]  # fmt: skip
+_FREE = 1.0  # seconds below which nothing was made
+
+
+def _method_runs(results: Runs, method: str, targets: list[str]) -> list[dict[str, float]]:
+    """Figures of all targets and seeds that are there."""
+    found = []
+    for target in targets:
+        for run in _seeds(results, f"method_{method}_{target}"):
+            figures = figures_of(run, target)
+            kept = [key for key in figures if key.startswith("kept ")]
+            figures["loss"] = figures["others"] - figures["base others"]
+            figures["kept"] = min(figures[key] - figures[f"base {key}"] for key in kept)
+            found.append({**figures, "attacked": run["attacked"], **run["cost"]})
+    return found
+
+
+def _methods(results: Runs, targets: list[str]) -> list[list[str]]:
+    worst = {"target": max, "robust": max, "attacked": max, "loss": min, "kept": min, "distance": max}
+    rows = []
+    for method, title in METHOD_TITLES.items():
+        if runs := _method_runs(results, method, targets):
+            cells = [_cell(runs, key, of) for key, of in worst.items()]
+            cost = [f"{mean(run[key] for run in runs):.2f}" for key in ("time", "memory")]
+            seconds = mean(run["seconds"] for run in runs)
+            rows.append([title, str(len(runs)), *cells, *cost, f"{seconds:.0f}" if seconds >= _FREE else "-"])
+    return rows
+
+
+def _by_target(results: Runs, targets: list[str]) -> list[list[str]]:
+    """Target still read, and under attack, of each target."""
+    rows = []
+    for method, title in METHOD_TITLES.items():
+        cells = []
+        for target in targets:
+            runs = _method_runs(results, method, [target])
+            cells.append(" / ".join(f"{mean(r[key] for r in runs):.2f}" for key in ("target", "attacked") if runs))
+        if any(cells):
+            rows.append([title, *cells])
+    return rows
+
+
+def _stacks(results: Runs) -> list[list[str]]:
+    rows = []
+    for name, run in results.items():
+        if not name.startswith("stack_"):
+            continue
+        for word in run["targets"]:
+            group = "target" if word == run["targets"][0] else word
+            base, erased = _rate(run, group, _aspects(word)[0])
+            rows.append([word, "still read", f"{base:.3f}", f"{erased:.3f}"])
+        for aspect in ("digit", "color", "direction"):
+            base, erased = _rate(run, "preserved", aspect)
+            rows.append(["all the rest", f"{aspect} read right", f"{base:.3f}", f"{erased:.3f}"])
+    return rows
+
+
+def erasure_tables(results: Runs, targets: list[str]) -> str:
+    """Everything that is there, as Markdown."""
+    parts = ["Mean, the worst in brackets."]
+    if methods := _methods(results, targets):
+        parts += [
+            "What a user may take, over targets and seeds:",
+            table(METHOD_HEADER, methods),
+            "Each target, still read / under 16 learned embeddings:",
+            table(["method", *targets], _by_target(results, targets)),
+        ]
+    if trained := [target for target in targets if _seeds(results, target)]:
+        parts += [
+            "Erasers, target by target:",
+            table(HEADER, _main_rows(results, trained)),
+            _scale_zero(results, trained),
+            "What the target's prompts show instead:",
+            table(["erased", "read as", "with the design document's recipe"], _becomes(results, trained)),
+        ]
     if pairs := _pairs(results):
         header = ["erasers", "first still read", "second still read", "other eight, base", "other eight"]
         parts += ["Two erasers at once:", table(header, pairs)]
+    if stacks := _stacks(results):
+        parts += ["All erasers at once:", table(["prompts of", "share", "base", "with all erasers"], stacks)]
     if revivals := _revivals(results):
         shown = next(run["shown"] for name, run in results.items() if name.endswith("_revival"))
         parts += ["Target read after attempts to bring it back:", table(["erased", *shown], revivals)]

@@ -57,7 +57,7 @@ def learn_revival_embeddings(
             unless given.
         num_embeddings: how many to learn; Receler takes 16.
     """
-    if not eraser_layers(velocity.model):
+    if v_concept is None and not eraser_layers(velocity.model):
         raise ValueError(
             f"`velocity` must be of a model with an eraser, got a {type(velocity.model).__name__} without one."
         )

@@ -1,0 +1,192 @@
+"""Ways to erase a word of a moving-digits model, trained and untrained, that are drawn, judged and attacked alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from benchmarks.baselines.esd_video import erase_video_concept
+from benchmarks.baselines.guarded_calls import GuardedCalls, NegativePrompt
+from benchmarks.baselines.nag import NormalizedAttentionGuidance
+from benchmarks.baselines.safree import Safree
+from benchmarks.baselines.videoeraser import VideoEraser
+from benchmarks.document_training import train_document_eraser
+from benchmarks.measured_memory import peak_bytes
+from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
+from diffusers_ext.evaluation.erasure import clip_shots, measure_pairs
+from diffusers_ext.evaluation.erasure_report import BASE, ErasureReport
+from diffusers_ext.evaluation.rendering import render_clips
+from diffusers_ext.evaluation.report_files import KeptClip
+from diffusers_ext.families import find_family
+from diffusers_ext.nullspace.edit import edit_concept
+from examples.digits.prompts import DIGITS
+from examples.moving_digits.check_model import SAMPLING, load_pipeline
+from examples.moving_digits.erasers import EVALUATION_SEED, evaluation_groups, training_prompts
+from examples.moving_digits.judge import MovingDigitsJudge
+
+CLIP = {name: SAMPLING[name] for name in ("num_frames", "height", "width")}
+_LENGTHS = {name: SAMPLING[name] for name in ("max_sequence_length", "num_inference_steps")}
+_ESD_RATE = 1e-3  # of 1e-4, 3e-4, 1e-3, 3e-3: erases most of "seven" at seed 0
+_ATTACK_SEED, _COST_CLIPS = 9_000, 10
+_KEPT_CLIPS = 4
+Points = dict[str, torch.Tensor]
+
+
+@dataclass
+class Armed:
+    """A pipeline with a method in it."""
+
+    pipeline: DiffusionPipeline
+    call: dict[str, Any] = field(default_factory=dict)  # further arguments of its calls
+    guard: GuardedCalls | None = None  # of methods that change the denoiser's calls
+    asked: GuardedCalls | None = None  # the same as a change of the velocity, where `call` does it
+    seconds: float = 0.0  # of one core, to make it
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def active(self, prompts: Sequence[str] = ()) -> Iterator[None]:
+        """The method at work on calls for these prompts."""
+        if self.guard is not None:
+            self.guard.know(prompts)
+        with nullcontext() if self.guard is None else self.guard.active():
+            yield
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> np.ndarray:
+        """Clips with the method."""
+        with self.active(prompts):
+            return render_clips(
+                self.pipeline, prompts, seeds=seeds, batch_size=50, **{**SAMPLING, **self.call, **call}
+            )
+
+
+def _guarded(kind: type[GuardedCalls], **dials: Any) -> Callable[[DiffusionPipeline, str, int], Armed]:
+    def arm(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
+        return Armed(pipeline, guard=kind(pipeline, target, **dials, **_LENGTHS))
+
+    return arm
+
+
+def _negative_prompt(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
+    asked = NegativePrompt(pipeline, target, guidance_scale=SAMPLING["guidance_scale"], **_LENGTHS)
+    return Armed(pipeline, {"negative_prompt": target}, asked=asked)
+
+
+def _document(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
+    train_document_eraser(pipeline, target)
+    return Armed(pipeline)
+
+
+def _edit(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
+    prompts = training_prompts(target)
+    length = {"max_sequence_length": SAMPLING["max_sequence_length"]}
+    result = edit_concept(pipeline, {target: None}, [*prompts.target, *prompts.preserved], **CLIP, **length)
+    pipeline.load_lora_weights(result.lora)
+    return Armed(pipeline, facts={"anchor": result.told[target], "linears": len(result.report.layers)})
+
+
+def _esd(pipeline: DiffusionPipeline, target: str, seed: int, rate: float = _ESD_RATE) -> Armed:
+    family = find_family(pipeline, "eraser")
+    shape = family.latent_shape(pipeline.transformer.config, pipeline.vae.config, **CLIP)
+    encoder = GuardedCalls(pipeline, target, **_LENGTHS)
+    texts = torch.cat([encoder.empty, encoder.encode(training_prompts(target).target)])
+    losses = erase_video_concept(
+        pipeline,
+        family.velocity(pipeline, **CLIP),
+        shape,
+        texts,
+        learning_rate=rate,
+        num_inference_steps=SAMPLING["num_inference_steps"],
+        guidance_scale=SAMPLING["guidance_scale"],
+        seed=seed,
+    )
+    return Armed(pipeline, facts={"rate": rate, "losses": [losses[0], losses[-1]]})
+
+
+# Besides those of this project, which a work folder keeps.
+METHODS: dict[str, Callable[[DiffusionPipeline, str, int], Armed]] = {
+    "negative": _negative_prompt,
+    "nag": _guarded(NormalizedAttentionGuidance),
+    "safree": _guarded(Safree),
+    "safree_whole": _guarded(Safree, every_step=True),
+    "videoeraser": _guarded(VideoEraser),
+    "edit": _edit,
+    "document": _document,
+    "esd": _esd,
+}
+ERASER = "eraser"
+TRAINED = ("document", "esd", ERASER)  # these differ by seed
+
+
+def arm(name: str, target: str, seed: int, model: str | Path) -> Armed:
+    """A method in a fresh pipeline."""
+    pipeline, began = load_pipeline(model), time.process_time()
+    armed = METHODS[name](pipeline, target, seed)
+    armed.seconds = time.process_time() - began
+    return armed
+
+
+def judge_method(armed: Armed, target: str, groups: dict[str, list[str]], base_clips: np.ndarray) -> ErasureReport:
+    """What its clips show, beside the base's of the same prompts and seeds."""
+    shots = clip_shots(groups, 1, EVALUATION_SEED)
+    clips = {BASE: base_clips, "erased": armed.draw([shot.prompt for shot in shots], [shot.seed for shot in shots])}
+    rows = measure_pairs(shots, clips, MovingDigitsJudge())
+    aspect = "digit" if target in DIGITS else "color"
+    reads = "reads_as" if target in DIGITS else "reads_as_color"
+    kept: list[KeptClip] = []
+    for index, shot in enumerate(shots):
+        if sum(one.group == shot.group for one in kept) < _KEPT_CLIPS:
+            shown = {side: of_side[index] for side, of_side in clips.items()}
+            notes = {side: rows[index][f"{side}/{reads}"] for side in clips}
+            kept.append(KeptClip(shot.group, shot.prompt, shot.seed, shown, notes))
+    settings = {**SAMPLING, "seed": EVALUATION_SEED, "scales": {"erased": 1.0}, "concept_aspect": aspect}
+    return ErasureReport.from_rows(settings, rows, kept)
+
+
+def attack_method(armed: Armed, target: str, points: Points, num_clips: int) -> float:
+    """Share of clips in which the target is read once 16 embeddings have been learned against a method."""
+    guard = armed.guard or armed.asked
+    if guard is not None:
+        guard.know(training_prompts(target).target)
+    with nullcontext() if guard is None else guard.active():
+        velocity = find_family(armed.pipeline, "eraser").velocity(armed.pipeline, **CLIP)
+        learned = learn_revival_embeddings(
+            velocity,
+            points["x_t"],
+            points["t"],
+            points["prompt_embeds"],
+            v_concept=points["v_concept"],
+            steps=400,
+            batch_size=16,
+        )
+    prompts = evaluation_groups(target, num_target=num_clips)["target"]
+    seeds = range(_ATTACK_SEED, _ATTACK_SEED + len(prompts))
+    with revived_prompts(armed.pipeline, learned.embeddings):
+        clips = armed.draw(prompts, seeds)
+    aspect = "digit" if target in DIGITS else "color"
+    return float(MovingDigitsJudge().correct(clips, prompts)[aspect].mean())
+
+
+def cost_of_method(armed: Armed, target: str, model: str | Path) -> dict[str, float]:
+    """Time and peak memory of drawing clips, in terms of the base's."""
+    base = Armed(load_pipeline(model))
+    prompts = evaluation_groups(target, num_target=_COST_CLIPS)["target"]
+    seeds = range(_COST_CLIPS)
+    ratios = []
+    for _ in range(3):
+        times = []
+        for one in (base, armed):
+            began = time.process_time()
+            one.draw(prompts, seeds)
+            times.append(time.process_time() - began)
+        ratios.append(times[1] / times[0])
+    peaks = [peak_bytes(lambda one=one: one.draw(prompts, seeds, num_inference_steps=2)) for one in (base, armed)]
+    return {"time": median(ratios), "memory": peaks[1] / peaks[0]}
