@@ -143,6 +143,11 @@ def is_kohya_lora(keys: Iterable[str]) -> bool:
     return all(key.startswith(_PREFIXES) for key in keys)
 
 
+def is_foreign_name(key: str) -> bool:
+    """Whether a key is that of ComfyUI or of kohya's scripts; diffusers has converters by family of transformers."""
+    return key.startswith((*_ORIGINAL_NAMES, *_PREFIXES))
+
+
 def read_kohya_lora(raw: Mapping[str, torch.Tensor], where: str = "`raw`") -> dict[str, torch.Tensor]:
     """A LoRA of `lora_unet_<module>.{lora_down.weight, lora_up.weight, alpha}` as `read_lora` names it, of scale 1."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
@@ -315,8 +320,9 @@ def _component(name: str) -> tuple[str, str]:
         return first, rest.removeprefix(_PEFT_WRAPPER)
     if name.startswith(_ORIGINAL_NAMES):
         raise ValueError(
-            f"Every module of a LoRA must be named as in diffusers or kohya's scripts, got {name!r}, a "
-            "name of the model's original code."
+            f"Every module of a LoRA must be named as in diffusers or kohya's scripts, got {name!r}, a name of the "
+            "model's original code. Name its pipeline: `diffusers-ext convert lora FILE NEW_FILE --format diffusers "
+            "--pipeline WanPipeline`."
         )
     if name.startswith(_TEXT_ROOTS):
         return "text_encoder", name

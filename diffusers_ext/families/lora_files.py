@@ -24,6 +24,7 @@ from diffusers_ext.core.artifacts import sealed, tensors_offset, write_atomicall
 from diffusers_ext.core.lora_formats import (
     check_lora_effect,
     has_kohya_names,
+    is_foreign_name,
     is_kohya_lora,
     read_dotted_lora,
     read_kohya_lora,
@@ -33,6 +34,7 @@ from diffusers_ext.core.lora_formats import (
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME, refuse_checkpoint
 from diffusers_ext.core.tensor_files import DIGEST_KEY, open_tensors, read_tensors
 from diffusers_ext.families import FAMILIES, Family, match_family
+from diffusers_ext.families.family import import_class
 
 # The file for ComfyUI and A1111. Diffusers looks for its own name first, so this one beside it is never
 # loaded by mistake; a name that depends on no folder keeps equal trainings equal files.
@@ -48,7 +50,7 @@ StateDict = dict[str, torch.Tensor]
 LoraSource = str | os.PathLike | Mapping[str, torch.Tensor]
 
 
-def read_lora(source: LoraSource) -> StateDict:
+def read_lora(source: LoraSource, pipeline: Any = None) -> StateDict:
     """A LoRA with keys `<component>.<module>.lora_A.weight | .lora_B.weight`, of scale 1.
 
     Another scale (an `.alpha` entry, or `lora_alpha` in the file's metadata) is folded into B. Names of kohya's
@@ -56,15 +58,26 @@ def read_lora(source: LoraSource) -> StateDict:
 
     Args:
         source: a safetensors file, a folder with `pytorch_lora_weights.safetensors`, or a state dict.
+        pipeline: whose LoRA it is, its class or the name of one of diffusers: needed for the names that a
+            transformer's LoRAs have in ComfyUI and kohya's scripts, which diffusers converts.
     """
-    return read_lora_file(source)[0]
+    return read_lora_file(source, pipeline)[0]
 
 
-def read_lora_file(source: LoraSource) -> tuple[StateDict, dict[str, str]]:
+def read_lora_file(source: LoraSource, pipeline: Any = None) -> tuple[StateDict, dict[str, str]]:
     """`read_lora`, and the metadata of the file; empty for a state dict."""
     raw, metadata, where = _load(source)
     if not raw:
         raise ValueError(f"{where} must hold a LoRA, got no tensors.")
+    family = None if pipeline is None else match_family(pipeline)
+    if family is not None and family.denoiser == "transformer" and any(map(is_foreign_name, raw)):
+        kind = import_class(pipeline) if isinstance(pipeline, str) else pipeline
+        try:
+            raw = kind.lora_state_dict(dict(raw))
+        except KeyError as error:
+            raise ValueError(
+                f"{where} must name every module that diffusers expects of a LoRA of {family.title}, got no {error}."
+            ) from error
     lora = read_kohya_lora(raw, where) if is_kohya_lora(raw) else read_dotted_lora(raw, metadata, where)
     return lora, metadata
 
@@ -113,12 +126,13 @@ def export_lora(
     What depends on the tensors (rank, alpha, hashes) is written anew.
 
     Args:
-        pipeline: that loads the LoRA, its class or the name of one of diffusers, which `"comfyui"` needs.
+        pipeline: that loads the LoRA, its class or the name of one of diffusers, which `"comfyui"` needs, and
+            reading what ComfyUI's or kohya's scripts wrote for a transformer.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}, got {format!r}.")
     check_output_path(output_path)
-    lora, found = read_lora_file(path)
+    lora, found = read_lora_file(path, pipeline)
     check_lora_effect(lora)
     exported = lora if format == "diffusers" else _renamed(lora, format, pipeline)
     if output_path is not None:

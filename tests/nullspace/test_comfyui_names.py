@@ -160,3 +160,47 @@ def test_an_upload_has_the_file_for_comfyui(hub, tmp_path):
     files = hub.files("tester/wan")
     assert {COMFYUI_NAME, LORA_WEIGHT_NAME} < set(files)
     assert f"For ComfyUI take `{COMFYUI_NAME}`" in files["README.md"].decode()
+
+
+FOREIGN = {
+    "wan": ("diffusion_model.blocks.0.cross_attn.k", "transformer.blocks.0.attn2.to_k"),
+    "qwen_image": (
+        "diffusion_model.transformer_blocks.0.attn.add_k_proj",
+        "transformer.transformer_blocks.0.attn.add_k_proj",
+    ),
+    "flux2": (
+        "diffusion_model.transformer_blocks.0.attn.add_k_proj",
+        "transformer.transformer_blocks.0.attn.add_k_proj",
+    ),
+    "z_image": ("diffusion_model.layers.0.attention.to_k", "transformer.layers.0.attention.to_k"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_names_of_other_programs_are_read_with_the_pipelines_class(name, tmp_path):
+    foreign, own = FOREIGN[name]
+    kind = find_family(BUILD[name]()).pipelines[0]
+    a, b = torch.randn(2, 8), torch.randn(8, 2)
+    lora = {f"{foreign}.lora_A.weight": a, f"{foreign}.lora_B.weight": b}
+    with pytest.raises(ValueError, match="--pipeline"):
+        read_lora(lora)
+    found = read_lora(lora, kind)
+    assert found.keys() == {f"{own}.lora_A.weight", f"{own}.lora_B.weight"}
+    torch.testing.assert_close(found[f"{own}.lora_B.weight"] @ found[f"{own}.lora_A.weight"], b @ a)
+    written = export_lora(lora, "diffusers", tmp_path / "lora.safetensors", pipeline=kind)
+    assert read_lora(tmp_path / "lora.safetensors").keys() == written.keys()
+
+
+def test_names_of_kohyas_scripts_are_read_with_the_pipelines_class():
+    names = [f"{part}_attn_{one}" for part in ("self", "cross") for one in "qkvo"]
+    names = {f"lora_unet_blocks_0_{one}": torch.randn(8, 2) for one in (*names, "ffn_0", "ffn_2")}
+    lora = {f"{name}.lora_down.weight": b.T.clone() for name, b in names.items()}
+    lora |= {f"{name}.lora_up.weight": b for name, b in names.items()}
+    lora |= {f"{name}.alpha": torch.tensor(1.0) for name in names}
+    found = read_lora(lora, "WanPipeline")
+    assert len(found) == 2 * len(names)
+    own, b = "transformer.blocks.0.attn2.to_k", names["lora_unet_blocks_0_cross_attn_k"]
+    torch.testing.assert_close(found[f"{own}.lora_B.weight"] @ found[f"{own}.lora_A.weight"], b @ b.T / 2)
+    del lora["lora_unet_blocks_0_self_attn_q.lora_down.weight"]
+    with pytest.raises(ValueError, match="must name every module that diffusers expects of a LoRA of Wan"):
+        read_lora(lora, "WanPipeline")
