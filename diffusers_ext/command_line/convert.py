@@ -12,7 +12,7 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="file, folder or Hub name, in either format")
     parser.add_argument("destination", help="file to write, ends in .safetensors")
     parser.add_argument("--format", choices=["diffusers", "kohya", "comfyui"], required=True)
-    parser.add_argument("--pipeline", help="class of diffusers that loads it; tells names of a transformer in comfyui and kohya")
+    parser.add_argument("--pipeline", help="class of diffusers that loads it, where a transformer is involved")
     parser.add_argument("--weight_name", help="of the file in the folder or repository")
 
 
