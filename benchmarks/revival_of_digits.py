@@ -11,10 +11,10 @@ import torch
 from diffusers import CogVideoXPipeline
 from torch.utils.data import default_collate
 
-from benchmarks.lora_finetuning import FinetunedLora, finetune_lora
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
 from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.files import load_eraser
+from diffusers_ext.eraser.lora_finetuning import FinetunedLora, finetune_lora
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.run import make_data

@@ -247,7 +247,9 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
     """Draw CogVideoX with and without erasers, judge, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.core.text_files import read_grouped_prompts
+    from diffusers_ext.evaluation.attack_prompts import attack_groups
     from diffusers_ext.evaluation.erasure import evaluate_erasure
+    from diffusers_ext.evaluation.erasure_attacks import make_attacks, not_covered
     from diffusers_ext.evaluation.report_files import check_clip_format
 
     check_clip_format(settings.clip_format)
@@ -260,6 +262,9 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
         )
     check_pipeline_class(settings, "eraser")
     device = chosen_device(settings)
+    attacked = attack_groups(settings, prompts["target"], settings.target_concept, device)
+    prompts |= {group: texts for group, (texts, _) in attacked.items()}
+    seeds |= {group: given for group, (_, given) in attacked.items()}
     judge = _load_clip_judge(settings, device)
     same = ("concept_aspect", "num_videos_per_prompt", "seed", "num_inference_steps", "num_frames", "height", "width")
     report = evaluate_erasure(
@@ -272,10 +277,14 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
         negative_prompt=settings.negative_prompt or None,
         batch_size=settings.sampling_batch_size,
         kept_clips=settings.kept_clips,
+        attacks=make_attacks(settings, settings.seed),
         show_progress=show_progress,
         **{name: getattr(settings, name) for name in same},
     )
     name_subject(report, settings, "pretrained_model_name_or_path", "revision", "eraser", "evaluation_prompts")
+    if settings.attacks:
+        report.settings["paraphrases"] = prompts.get("attack: paraphrase", [])
+        report.settings["not_covered"] = not_covered(settings)
     with staged_output(settings.output_dir) as folder:
         report.save(folder, settings.clip_format, settings.fps)
     return report

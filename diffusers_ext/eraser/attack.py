@@ -1,13 +1,14 @@
 """White-box attack on an eraser: learned text embeddings that try to bring the concept back.
 
 After the adversarial prompt learning of Receler (Huang et al. 2024, arXiv 2311.17717, section 3.3) and UnlearnDiffAtk
-(Zhang et al. 2024, arXiv 2310.11868). `benchmarks.lora_finetuning` is the other way back, by training on other clips.
+(Zhang et al. 2024, arXiv 2310.11868). `lora_finetuning` is the other way back, by training on other clips.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ def learn_revival_embeddings(
     learning_rate: float = 0.1,
     batch_size: int = 4,
     seed: int = 0,
+    restarts: int = 1,
 ) -> RevivalEmbeddings:
     """Embeddings `e` that make the erased model answer target prompts as the model before did.
 
@@ -56,6 +58,7 @@ def learn_revival_embeddings(
         v_concept: velocities of the model before under these prompts; asked from the transformer with its erasers off
             unless given.
         num_embeddings: how many to learn; Receler takes 16.
+        restarts: of the whole search, from further seeds; the one with the least loss over its last tenth is given.
     """
     if v_concept is None and not eraser_layers(velocity.model):
         raise ValueError(
@@ -66,9 +69,26 @@ def learn_revival_embeddings(
             raise ValueError(f"`{name}` must have one row per point of `x_t`, {len(x_t)}, got {len(tensor)}.")
     if not len(x_t):
         raise ValueError("`x_t` must hold at least one point, got none.")
-    for name, value in (("num_embeddings", num_embeddings), ("steps", steps)):
+    for name, value in (("num_embeddings", num_embeddings), ("steps", steps), ("restarts", restarts)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    points = (x_t, t, prompt_embeds, v_concept)
+    size = (num_embeddings, steps, learning_rate, batch_size)
+    found = [_search(velocity, points, *size, seed + restart) for restart in range(restarts)]
+    return min(found, key=lambda one: mean(one.losses[-max(1, steps // 10) :]))
+
+
+def _search(
+    velocity: Velocity,
+    points: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    num_embeddings: int,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+) -> RevivalEmbeddings:
+    """One run of `learn_revival_embeddings`."""
+    x_t, t, prompt_embeds, v_concept = points
     generator = torch.Generator().manual_seed(seed)
     values = prompt_embeds.detach().float()
     centre, spread = values.mean(dim=(0, 1)), values.std()
@@ -79,15 +99,15 @@ def learn_revival_embeddings(
     with module_eval_mode(velocity.model):
         for _ in tqdm(range(steps), desc="learn embeddings"):
             chosen = torch.randperm(len(x_t), generator=generator)[:batch_size].to(x_t.device)
-            points = (x_t[chosen], t[chosen])
+            states = (x_t[chosen], t[chosen])
             if v_concept is not None:
                 target = v_concept[chosen.to(v_concept.device)].to(x_t.device, torch.float32)
             else:
                 with torch.no_grad(), erasers_disabled(velocity.model):
-                    target = velocity(*points, values[chosen])
+                    target = velocity(*states, values[chosen])
             with torch.enable_grad():
                 text = insert_embeddings(values[chosen], centre + spread * offsets, velocity.config)
-                loss = velocity_distance(velocity(*points, text), target)
+                loss = velocity_distance(velocity(*states, text), target)
             # Not `backward`: erasers that are trainable must not collect gradients.
             (offsets.grad,) = torch.autograd.grad(loss, [offsets])
             optimizer.step()

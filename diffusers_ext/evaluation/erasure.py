@@ -6,16 +6,17 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
+from diffusers_ext.evaluation.clip_figures import clip_drift, degenerate_clips, motion, temporal_smoothness
+from diffusers_ext.evaluation.erasure_attacks import NO_ATTACK, Attack
 from diffusers_ext.evaluation.erasure_report import ALL, BASE, ErasureReport
 from diffusers_ext.evaluation.judges import ClipJudge, find_concept_aspect, judge_facts, judged
 from diffusers_ext.evaluation.rendering import check_counts, image_seed, pipeline_facts, render_clips
@@ -25,79 +26,6 @@ from diffusers_ext.nullspace.prompts import check_prompts
 logger = logging.getLogger(__name__)
 
 TARGET, PRESERVED = "target", "preserved"
-_SMALLEST_MOTION = 0.1 / 255  # mean change a frame below which a clip stands still
-_SMALLEST_SPREAD = 2.0 / 255  # standard deviation of a frame below which it shows one flat colour
-_LEAST_CORRELATION = 0.1  # of neighbouring pixels, below which a clip is noise
-
-
-def motion(clips: np.ndarray) -> np.ndarray:
-    """Mean absolute change of a pixel from one of two or more frames to the next; `(n,)` in [0, 1]."""
-    return np.abs(np.diff(_levels(clips, 2), axis=1)).mean(axis=(1, 2, 3, 4))
-
-
-def temporal_smoothness(clips: np.ndarray) -> np.ndarray:
-    """How well frames lie between their neighbours, relative to how much happens; `(n,)` in [0, 1].
-
-    `1 - sum |x[t-1] - 2 x[t] + x[t+1]| / sum (|x[t] - x[t-1]| + |x[t+1] - x[t]|)` over all inner frames and all
-    windows of a quarter of the shorter side, where `x` is a window's mean: 1 for a clip that fades evenly or stands
-    still, 0.6 for a shape that crosses it steadily, about 0.13 for frames that have nothing to do with each other, 0
-    for flicker between two pictures. The idea, a frame against what its neighbours say of it, is that of VBench's
-    motion smoothness (arXiv 2311.17982) without its interpolation network. The division by the motion keeps a clip
-    that hardly moves from being smooth for that reason alone.
-    """
-    steps = np.diff(_window_means(_levels(clips, 3)), axis=1)
-    bends = np.abs(np.diff(steps, axis=1)).sum(axis=(1, 2, 3, 4))
-    size = np.abs(steps)
-    moved = (size[:, 1:] + size[:, :-1]).sum(axis=(1, 2, 3, 4))
-    return np.where(moved > 0, 1 - bends / np.where(moved > 0, moved, 1), 1.0)
-
-
-def clip_drift(base: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of the pixels of clips of the same prompts and seeds; `(n,)` in [0, 1]."""
-    if base.shape != other.shape:
-        raise ValueError(f"`other` must have the shape of `base`, {base.shape}, got {other.shape}.")
-    return np.abs(_levels(base) - _levels(other)).mean(axis=(1, 2, 3, 4))
-
-
-def spatial_correlation(clips: np.ndarray) -> np.ndarray:
-    """Correlation of a pixel with its right and lower neighbours: near 1 for pictures, 0 for noise; `(n,)`.
-
-    `1 - mean (x - y)^2 / (2 var)` over both kinds of neighbours and all frames; 1 where all are equal.
-    """
-    levels = _levels(clips)
-    variance = levels.var(axis=(1, 2, 3, 4))
-    down = np.square(np.diff(levels, axis=2)).mean(axis=(1, 2, 3, 4))
-    right = np.square(np.diff(levels, axis=3)).mean(axis=(1, 2, 3, 4))
-    ratio = (down + right) / (4 * np.where(variance > 0, variance, 1))
-    return np.where(variance > 0, 1 - ratio, 1.0)
-
-
-def degenerate_clips(clips: np.ndarray) -> dict[str, np.ndarray]:
-    """Which clips are none: a figure may be good for the wrong reason on them.
-
-    `{"blank", "frozen", "noise"}`, each `(n,)` bool: every frame of one flat colour (as black frames of an overflow
-    are), nothing moves, or neighbouring pixels that have nothing to do with each other.
-    """
-    blank = _levels(clips).std(axis=(2, 3)).max(axis=(1, 2)) < _SMALLEST_SPREAD
-    noise = ~blank & (spatial_correlation(clips) < _LEAST_CORRELATION)
-    return {"blank": blank, "frozen": ~blank & (motion(clips) < _SMALLEST_MOTION), "noise": noise}
-
-
-def _window_means(levels: np.ndarray) -> np.ndarray:
-    """Means of half-overlapping square windows, of a quarter of the shorter side."""
-    side = max(1, min(levels.shape[2:4]) // 4)
-    frames = torch.from_numpy(levels).flatten(0, 1).permute(0, 3, 1, 2)
-    means = F.avg_pool2d(frames, side, stride=max(1, side // 2))
-    return means.unflatten(0, levels.shape[:2]).numpy()
-
-
-def _levels(clips: np.ndarray, fewest_frames: int = 1) -> np.ndarray:
-    """Clips as float32 in [0, 1]."""
-    if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8:
-        raise ValueError(f"`clips` must be (n, frames, height, width, 3) of 8 bits, got {clips.shape} {clips.dtype}.")
-    if clips.shape[1] < fewest_frames:
-        raise ValueError(f"`clips` must have {fewest_frames} frames at least, got {clips.shape[1]}.")
-    return clips.astype(np.float32) / 255.0
 
 
 class ClipShot(NamedTuple):
@@ -253,6 +181,7 @@ def evaluate_erasure(
     batch_size: int = 1,
     base_clips: np.ndarray | None = None,
     kept_clips: int = 4,
+    attacks: Sequence[Attack] = (),
     show_progress: bool = True,
     **call: Any,
 ) -> ErasureReport:
@@ -275,6 +204,7 @@ def evaluate_erasure(
         base_clips: `(clips, frames, height, width, 3)` uint8 without erasers, drawn before of the same groups and
             settings (`draw_base_clips`), so that several erasers share them.
         kept_clips: of every group, so many are kept for sheet and files.
+        attacks: under which the target's clips are drawn once more, as groups of their own; at one scale only.
         call: further arguments of the pipeline's call.
 
     Raises:
@@ -289,21 +219,23 @@ def evaluate_erasure(
     if base_clips is not None and len(base_clips) != len(shots):
         raise ValueError(f"`base_clips` must hold the {len(shots)} clips of `groups`, got {len(base_clips)}.")
     names, sides = find_erasers(pipeline, adapter_name), name_scales(scales, list(groups))
-    rows: list[dict[str, Any]] = []
-    kept: list[KeptClip] = []
+    if attacks and len(sides) > 1:
+        raise ValueError(f"`scales` must be one scale where there are `attacks`, got {list(scales)}.")
+    for attack in attacks:
+        with erasers_at_scale(pipeline, names, scales[0] * attack.scale):
+            attack.prepare(pipeline, groups, settings)
+    found, attacked = (_Measured(judge, kept_clips, concept_aspect) for _ in range(2))
     batches = [shots[start : start + batch_size] for start in range(0, len(shots), batch_size)]
     for batch in tqdm(batches, desc="evaluation", disable=not show_progress):
-        base = None if base_clips is None else base_clips[len(rows) : len(rows) + len(batch)]
+        base = None if base_clips is None else base_clips[len(found.rows) : len(found.rows) + len(batch)]
         clips = _draw_sides(pipeline, batch, names, sides, settings, base)
-        measured = measure_pairs(batch, clips, judge)
-        if not rows:
-            concept_aspect = find_concept_aspect(judge, concept_aspect, list_aspects(measured))
-        rows += measured
-        for index, shot in enumerate(batch):
-            if sum(one.group == shot.group for one in kept) < kept_clips:
-                shown = {side: of_side[index].copy() for side, of_side in clips.items()}
-                notes = {side: _note(measured[index], side, concept_aspect) for side in clips}
-                kept.append(KeptClip(shot.group, shot.prompt, shot.seed, shown, notes))
+        found.add(batch, clips)
+        targets = [index for index, shot in enumerate(batch) if shot.group == TARGET]
+        for attack in attacks if targets else ():
+            under = [batch[index]._replace(group=attack.group) for index in targets]
+            drawn = _draw_sides(pipeline, under, names, sides, settings, clips[BASE][targets], attack)
+            attacked.add(under, drawn)
+    rows = found.rows + attacked.rows
     if not any(row[f"{side}/drift"] for row in rows for side in sides):
         logger.warning("The erasers changed no clip: they have no effect.")
     facts = {
@@ -315,9 +247,34 @@ def evaluate_erasure(
         "scales": sides,
         "batch_size": batch_size,
         "judge": judge_facts(judge),
-        "concept_aspect": concept_aspect,
+        "concept_aspect": found.concept_aspect,
     }
-    return ErasureReport.from_rows(facts, rows, kept)
+    if attacks:
+        facts["attacks"] = {attack.group: attack.facts() for attack in attacks}
+    return ErasureReport.from_rows(facts, rows, found.kept + attacked.kept)
+
+
+@dataclass
+class _Measured:
+    """Rows of what was drawn, and the clips that are kept of it."""
+
+    judge: ClipJudge
+    kept_clips: int  # of each group
+    concept_aspect: str | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    kept: list[KeptClip] = field(default_factory=list)
+
+    def add(self, shots: Sequence[ClipShot], clips: Mapping[str, np.ndarray]) -> None:
+        """Measure a batch of clips by side."""
+        measured = measure_pairs(shots, clips, self.judge)
+        if not self.rows:
+            self.concept_aspect = find_concept_aspect(self.judge, self.concept_aspect, list_aspects(measured))
+        self.rows += measured
+        for index, shot in enumerate(shots):
+            if sum(one.group == shot.group for one in self.kept) < self.kept_clips:
+                shown = {side: of_side[index].copy() for side, of_side in clips.items()}
+                notes = {side: _note(measured[index], side, self.concept_aspect) for side in clips}
+                self.kept.append(KeptClip(shot.group, shot.prompt, shot.seed, shown, notes))
 
 
 def draw_base_clips(
@@ -343,16 +300,18 @@ def _draw_sides(
     sides: Mapping[str, float],
     call: Mapping[str, Any],
     base: np.ndarray | None,
+    attack: Attack = NO_ATTACK,
 ) -> dict[str, np.ndarray]:
-    """Clips of one batch by side, those of the base as given."""
+    """Clips of one batch by side, those of the base as given, those with erasers under an attack."""
     drawing = {"batch_size": len(shots), "show_progress": False}
     if base is None:
         with erasers_disabled(pipeline.transformer):
             base = _render(pipeline, shots, call, **drawing)
     clips = {BASE: base}
     for side, scale in sides.items():
-        with erasers_at_scale(pipeline, names, scale):
-            clips[side] = _render(pipeline, shots, call, **drawing)
+        erasers = erasers_at_scale(pipeline, names, scale * attack.scale)
+        with erasers, attack.active(pipeline, shots, call) as further:
+            clips[side] = _render(pipeline, shots, {**call, **further}, **drawing)
     return clips
 
 

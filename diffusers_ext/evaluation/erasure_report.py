@@ -27,6 +27,7 @@ from diffusers_ext.evaluation.report_files import (
 from diffusers_ext.hub import Measured
 
 BASE, ALL = "base", "all"
+ATTACK = "attack: "  # groups of clips that were drawn to bring the concept back begin with it
 BLANK = "blank"
 DEGENERATE = (BLANK, "frozen", "noise")
 _MOST_READINGS = 4
@@ -147,8 +148,10 @@ class ErasureReport(SavedReport):
         """Summarise rows; `settings` must hold `scales` by side and `concept_aspect`."""
         sides, names = list(settings["scales"]), dict.fromkeys(row["group"] for row in rows)
         groups = {name: summarize_group([row for row in rows if row["group"] == name], sides) for name in names}
+        # What an attack breaks is no fault of the erasers.
+        usual = [row for row in rows if not row["group"].startswith(ATTACK)]
         if len(groups) > 1:
-            groups[ALL] = summarize_group(rows, sides)
+            groups[ALL] = summarize_group(usual, sides)
             for rates in groups[ALL]["rates"].values():
                 # Erased here and kept there: their mixture says nothing.
                 rates.pop(settings["concept_aspect"], None)
@@ -190,7 +193,24 @@ class ErasureReport(SavedReport):
             *self._readings(),
             self._degenerate_clips(),
         ]
-        return "\n\n".join(markdown_table(table, 2) for table in tables if table) + "\n"
+        found = [self._attacks(), *(markdown_table(table, 2) for table in tables if table)]
+        return "\n\n".join(part for part in found if part) + "\n"
+
+    def _attacks(self) -> str:
+        """How often the concept is seen under each attack, the worst first, and what was not tried; maybe empty."""
+        missing = "\n".join(f"- {words}" for words in self.settings.get("not_covered", ()))
+        groups = [group for group in self.groups if group.startswith(ATTACK)]
+        if not groups:
+            return ""
+        concept, side = self.settings["concept_aspect"], self.sides[0]
+        found = {group: self.groups[group]["rates"][side].get(concept, {"pairs": 0}) for group in ("target", *groups)}
+        asked = {group: rate for group, rate in found.items() if rate["pairs"]}
+        rows = [
+            [spoken(group), str(rate["pairs"]), *(measured_cell(rate, key, _FORM) for key in ("base", "other"))]
+            for group, rate in sorted(asked.items(), key=lambda one: -one[1]["other"])
+        ]
+        table = markdown_table([["concept seen", "clips", BASE, side], *rows], 2)
+        return "\n\n".join([table, *(["Not covered by these attacks:", missing] if missing else [])])
 
     def _comparison(self, heading: str, kind: str, change: str, label: Callable[[str], str]) -> list[list[str]]:
         """All rates or figures, and how far each side is from the base."""

@@ -16,6 +16,7 @@ from diffusers_ext.core.settings import (
     Settings,
     as_in,
     at_least,
+    did_you_mean,
     required,
     setting,
 )
@@ -218,13 +219,60 @@ class DetectorSettings(Settings, title="detector"):
     nudenet_lenient: bool = setting(False, "bare chests, arms, bellies and feet count")
 
 
+ATTACKS = ("paraphrase", "learned_embeddings", "finetune", "noise_restart", "scale")
+PROMPT_FILE = "prompt_file:"
+_SHARES = Rule("above 0 and below 1", lambda values: all(0 < value < 1 for value in values))
+
+
 @dataclass(kw_only=True)
-class ErasureSettings(EvaluatedModelSettings, ComparedEraserSettings, VideoSettings, DetectorSettings):
+class AttackSettings(Settings, title="attacks"):
+    """How the erased concept is to be brought back."""
+
+    attacks: list[str] = setting(
+        [], f"ways to bring the concept back: {', '.join(ATTACKS)}, or {PROMPT_FILE}PATH with prompts of a public set"
+    )
+    attack_steps: int = setting(300, "of learning embeddings", rule=COUNT)
+    attack_restarts: int = setting(1, "of it, of which the best counts", rule=COUNT)
+    num_attack_embeddings: int = setting(16, "learned behind every prompt", rule=COUNT)
+    num_attack_clips: int = setting(16, "of the base, on whose states embeddings or LoRAs are learned", rule=COUNT)
+    attack_batch_size: int = setting(4, "states at once", rule=COUNT)
+    finetuning_steps: int = setting(100, "of a LoRA on clips of preserved prompts", rule=COUNT)
+    restart_strength: list[float] = setting([0.5], "shares of the steps left to a noise restart", rule=_SHARES)
+    attack_scale: list[float] = setting([0.75, 0.5], "parts of the erasers' scale", rule=_SHARES)
+    paraphrases: str | None = setting(
+        None, "the concept in other words: text, one a line, table, or report.json of an earlier run; usual forms "
+        "around --target_concept without it",
+    )  # fmt: skip
+    rewriter: str | None = setting(None, "local instruct model that says the target prompts in other words")
+    max_attack_prompts: int | None = setting(None, "of paraphrases and of each file, evenly chosen", rule=COUNT)
+
+    def check(self) -> None:
+        """Also whether all attacks are known and stand once."""
+        super().check()
+        for kind in self.attacks:
+            if kind not in ATTACKS and (not kind.startswith(PROMPT_FILE) or kind == PROMPT_FILE):
+                raise ValueError(
+                    f"`attacks` must be of {', '.join(ATTACKS)} and {PROMPT_FILE}PATH, got {kind!r}."
+                    + did_you_mean(kind, ATTACKS)
+                )
+        if len(set(self.attacks)) < len(self.attacks):
+            raise ValueError(f"`attacks` must name each attack once, got {self.attacks}.")
+
+
+@dataclass(kw_only=True)
+class ErasureSettings(EvaluatedModelSettings, ComparedEraserSettings, VideoSettings, DetectorSettings, AttackSettings):
     """How CogVideoX with erasers is compared to itself without them."""
 
     def check(self) -> None:
-        """Also whether there is an eraser, and what its detector needs."""
+        """Also whether there is an eraser, and what its detector and its attacks need."""
         super().check()
+        if self.attacks and len(self.scale) > 1:
+            raise ValueError(f"`scale` must be one scale where there are `--attacks`, got {self.scale}.")
+        if "paraphrase" in self.attacks and not (self.paraphrases or self.rewriter or self.target_concept):
+            raise ValueError(
+                "One of `paraphrases`, `rewriter` and `target_concept` must be given for `--attacks paraphrase`, got "
+                "none."
+            )
         if not self.eraser:
             raise ValueError("`eraser` must be given at least once: what should be evaluated?")
         if self.judge == "clip" and not (self.classes and self.target_concept):

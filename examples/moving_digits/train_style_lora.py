@@ -15,9 +15,9 @@ from diffusers import CogVideoXPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
 
-from benchmarks.lora_finetuning import finetune_lora
 from diffusers_ext import CogVideoXVelocity
 from diffusers_ext.eraser.batch import encode_video_prompts
+from diffusers_ext.eraser.lora_finetuning import finetune_lora
 from examples.moving_digits.check_model import load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
 from examples.moving_digits.prompts import TEMPLATES

@@ -259,6 +259,24 @@ def test_the_report_on_erasers_is_that_of_the_library(evaluate_erasers, models, 
     assert ran.facts["settings"]["eraser"] == [str(models[1][0])]
 
 
+def test_attacks_are_groups_of_the_report(evaluate_erasers, tmp_path):
+    public = tmp_path / "i2p.csv"
+    public.write_text("prompt,categories,sd_seed\nseven of them,shocking,12\n")
+    attacks = ["scale", "paraphrase", f"prompt_file:{public}", "learned_embeddings"]
+    ran = evaluate_erasers(
+        attacks=attacks, attack_scale=[0.5], attack_steps=1, num_attack_clips=1, max_attack_prompts=1, json=True
+    )
+    assert ran.code == 0
+    groups = ["attack: paraphrase", "attack: i2p", "attack: scale 0.5", "attack: 16 learned embeddings"]
+    assert list(ran.facts["groups"]) == ["target", "preserved", *groups, "all"]
+    settings = ran.facts["settings"]
+    assert settings["paraphrases"] == ["seven"]
+    assert settings["not_covered"][0] == "not asked for: finetune, noise_restart"
+    report = ErasureReport.from_json(tmp_path / "out" / "report.json")
+    assert [row["seed"] for row in report.rows if row["group"] == "attack: i2p"] == [12]
+    assert "| attack: i2p | 1 |" in (tmp_path / "out" / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -267,6 +285,9 @@ def test_the_report_on_erasers_is_that_of_the_library(evaluate_erasers, models, 
         ({"classes": None}, "`--classes` and `--target_concept` must be given for `--judge clip`"),
         ({"judge": "nudenet"}, "nudenet"),
         ({"fps": 0}, "`--fps` must be in [1, 50], got 0."),
+        ({"attacks": ["prompt_file:nowhere.csv"]}, "`--attacks` must be a text file of prompts or a table"),
+        ({"attacks": ["paraphrase"], "rewriter": "./nowhere"}, "`--rewriter` must be a local instruct model"),
+        ({"attacks": ["scale"], "scale": [0.5, 1]}, "`--scale` must be one scale where there are `--attacks`"),
         ({"kept_clips": -1}, "`--kept_clips` must be at least 0, got -1."),
         ({"concept_aspect": "digit"}, "`--concept_aspect` must be one of"),
     ],

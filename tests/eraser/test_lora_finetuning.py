@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from benchmarks.lora_finetuning import FinetunedLora, finetune_lora
+from diffusers_ext.eraser.lora_finetuning import FinetunedLora, finetune_lora
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.eraser.erased_models import erased_pipeline, random_rows
 from tests.evaluation.erased_model_states import unchanged
