@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from diffusers_ext.families.family import Family, TextConditioning
+from diffusers_ext.families.picture_velocity import PictureFamily
 from diffusers_ext.families.published import FLUX2_VAE, QWEN3_4B, QWEN3_8B, Component, Published
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def _klein(num_layers: int, num_single_layers: int, num_heads: int, encoder: Com
     return {"vae": FLUX2_VAE, "text_encoder": encoder, "transformer": ("Flux2Transformer2DModel", transformer)}
 
 
-class Flux2(Family):
+class Flux2(PictureFamily):
     """FLUX.2 klein, base and distilled.
 
     Its latents are patched: 2 x 2 of the VAE's are one of four times the channels, normalised by the batch statistics
@@ -98,6 +99,9 @@ class Flux2(Family):
 
     def pixels_per_latent(self, pipeline: DiffusionPipeline) -> int:
         return 2 * pipeline.vae_scale_factor
+
+    def pixels_per_side(self, vae_config: Any) -> int:
+        return 2 * super().pixels_per_side(vae_config)
 
     def latent_scale(self, vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the statistics that the VAE carries, for patched latents."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import Family, TextConditioning
+from diffusers_ext.families.family import TextConditioning
+from diffusers_ext.families.picture_velocity import PictureFamily
 from diffusers_ext.families.published import CLIP_BIG_G, CLIP_L_PROJECTION, T5_XXL, VAE_16, Component, Published
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _NORMED = {"qk_norm": "rms_norm"}
 _MEDIUM = {**_NORMED, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
 
 
-class SD3(Family):
+class SD3(PictureFamily):
     """Stable Diffusion 3; its text is CLIP's tokens, then T5's."""
 
     name = "sd3"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import Family, TextConditioning, refuse_negative_prompts
+from diffusers_ext.families.family import TextConditioning, refuse_negative_prompts
+from diffusers_ext.families.picture_velocity import PictureFamily
 from diffusers_ext.families.published import CLIP_L, OPEN_CLIP_H, SAFETY_CHECKER, VAE, Component, Published
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def _stable_diffusion_2(sample_size: int) -> dict[str, Component]:
     return {"vae": VAE, "text_encoder": OPEN_CLIP_H, "unet": unet}
 
 
-class StableDiffusion(Family):
+class StableDiffusion(PictureFamily):
     """Stable Diffusion 1 and 2, also distilled with the guidance scale as an input (LCM)."""
 
     name = "sd"

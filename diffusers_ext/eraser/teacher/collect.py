@@ -150,7 +150,7 @@ def collect_teacher_samples(
             f"`preserved_embeds` must hold a prompt for {counts['preserved']} runs, got none. Set "
             "`num_preserved` to 0 to do without."
         )
-    check_predicts_velocity(scheduler, velocity.flow_matching)
+    check_predicts_velocity(scheduler, velocity)
     served = served_steps(velocity, scheduler, recipe.num_inference_steps, latent_shape)
     num_steps, points = len(served), recipe.points_per_trajectory
     if points is not None and points > num_steps:

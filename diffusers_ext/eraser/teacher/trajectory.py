@@ -75,7 +75,7 @@ def teacher_trajectory(
             "`latents` must be (batch, frames, channels, height, width), with one row of embeddings "
             f"of one shape each, got {tuple(latents.shape)} and {shapes}."
         )
-    check_predicts_velocity(scheduler, velocity.flow_matching)
+    check_predicts_velocity(scheduler, velocity)
     run = _Run(velocity, scheduler, num_inference_steps, latents, generators)
     if extra_prompt_embeds is not None and extra_at is None:
         extra_at = torch.ones(len(run.timesteps), len(latents), dtype=torch.bool)
@@ -89,14 +89,15 @@ def guides(velocity: Velocity, guidance_scale: float) -> bool:
     return guidance_scale > 1 and velocity.embedded_guidance is None
 
 
-def check_predicts_velocity(scheduler: SchedulerMixin, flow_matching: bool = False) -> None:
+def check_predicts_velocity(scheduler: SchedulerMixin, velocity: Velocity) -> None:
     """Raise `ValueError` where a scheduler reads the model's output as anything but a velocity of its kind."""
-    if flow_matching:
+    if velocity.flow_matching:
         return check_flow_levels(scheduler)
     kind = scheduler.config.get("prediction_type")
-    if kind != "v_prediction":
+    if kind not in velocity.prediction_types:
+        wanted = " or ".join(map(repr, velocity.prediction_types))
         raise ValueError(
-            f"`scheduler` must have the prediction type 'v_prediction', got {kind!r} in a "
+            f"`scheduler` must have the prediction type {wanted}, got {kind!r} in a "
             f"{type(scheduler).__name__}. Use the scheduler that comes with the model."
         )
     check_diffusion_levels(scheduler)
