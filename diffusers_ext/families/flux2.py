@@ -101,6 +101,7 @@ class Flux2(PictureFamily):
         return 2 * pipeline.vae_scale_factor
 
     def pixels_per_side(self, vae_config: Any) -> int:
+        """Of a patched latent."""
         return 2 * super().pixels_per_side(vae_config)
 
     def latent_scale(self, vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
