@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 
 from benchmarks.baselines.esd_video import erase_video_concept
 from benchmarks.baselines.guarded_calls import GuardedCalls, NegativePrompt
@@ -21,24 +23,40 @@ from benchmarks.baselines.safree import Safree
 from benchmarks.baselines.videoeraser import VideoEraser
 from benchmarks.document_training import train_document_eraser
 from benchmarks.measured_memory import peak_bytes
+from diffusers_ext.core.artifacts import write_atomically
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
+from diffusers_ext.eraser.files import load_eraser, save_eraser
 from diffusers_ext.evaluation.erasure import clip_shots, measure_pairs
 from diffusers_ext.evaluation.erasure_report import BASE, ErasureReport
 from diffusers_ext.evaluation.rendering import render_clips
 from diffusers_ext.evaluation.report_files import KeptClip
 from diffusers_ext.families import find_family
-from diffusers_ext.nullspace.edit import edit_concept
+from diffusers_ext.nullspace.edit import EditedConcepts, edit_concept
+from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.prompts import choose_anchor_concept
+from diffusers_ext.training.eraser.run import make_data, train_eraser
 from examples.digits.prompts import DIGITS
 from examples.moving_digits.check_model import SAMPLING, load_pipeline
-from examples.moving_digits.erasers import EVALUATION_SEED, evaluation_groups, training_prompts
+from examples.moving_digits.erasers import (
+    EVALUATION_SEED,
+    RECIPE,
+    evaluation_groups,
+    others_of,
+    train_digits_eraser,
+    training_prompts,
+)
 from examples.moving_digits.judge import MovingDigitsJudge
 
 CLIP = {name: SAMPLING[name] for name in ("num_frames", "height", "width")}
 _LENGTHS = {name: SAMPLING[name] for name in ("max_sequence_length", "num_inference_steps")}
+ERASER, _ESD = "eraser", "esd"
+_HALF = RECIPE.max_train_steps // 2
 _ESD_RATE = 1e-3  # of 1e-4, 3e-4, 1e-3, 3e-3: erases most of "seven" at seed 0
 _ATTACK_SEED, _COST_CLIPS = 9_000, 10
 _KEPT_CLIPS = 4
 Points = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -49,8 +67,9 @@ class Armed:
     call: dict[str, Any] = field(default_factory=dict)  # further arguments of its calls
     guard: GuardedCalls | None = None  # of methods that change the denoiser's calls
     asked: GuardedCalls | None = None  # the same as a change of the velocity, where `call` does it
-    seconds: float = 0.0  # of one core, to make it
+    seconds: float | None = None  # of one core, to make it
     facts: dict[str, Any] = field(default_factory=dict)
+    edit: StateDict | None = None  # that is fused into the model under an eraser
 
     @contextmanager
     def active(self, prompts: Sequence[str] = ()) -> Iterator[None]:
@@ -85,10 +104,46 @@ def _document(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
     return Armed(pipeline)
 
 
-def _edit(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
+def _eraser(steps: int = RECIPE.max_train_steps) -> Callable[[DiffusionPipeline, str, int], Armed]:
+    def arm(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
+        recipe = replace(RECIPE, max_train_steps=steps)
+        trained = train_digits_eraser(pipeline, target, seed=seed, recipe=recipe)
+        return Armed(pipeline, facts={"history": trained.history})
+
+    return arm
+
+
+def _edit_then_eraser(steps: int) -> Callable[[DiffusionPipeline, str, int], Armed]:
+    """An eraser of the edited model, trained on what the base says, towards the same anchor."""
+
+    def arm(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
+        recipe = replace(RECIPE, max_train_steps=steps, seed=seed)
+        asked = training_prompts(target).target
+        anchor = next(iter(choose_anchor_concept(pipeline, asked, target, others_of(target), recipe)))
+        prompts = training_prompts(target, anchor)
+        data = make_data(pipeline, prompts, recipe, ClipSize(**CLIP), concept=target)
+        lora = _edited(pipeline, target, anchor).lora
+        _fuse(pipeline, lora)
+        trained = train_eraser(pipeline, prompts, recipe, concept=target, anchor_concept=anchor, data=data)
+        return Armed(pipeline, facts={"history": trained.history}, edit=lora)
+
+    return arm
+
+
+def _fuse(pipeline: DiffusionPipeline, lora: StateDict | Path) -> None:
+    pipeline.load_lora_weights(lora)
+    pipeline.fuse_lora(components=["transformer"])
+    pipeline.unload_lora_weights()
+
+
+def _edited(pipeline: DiffusionPipeline, target: str, anchor: str | None) -> EditedConcepts:
     prompts = training_prompts(target)
     length = {"max_sequence_length": SAMPLING["max_sequence_length"]}
-    result = edit_concept(pipeline, {target: None}, [*prompts.target, *prompts.preserved], **CLIP, **length)
+    return edit_concept(pipeline, {target: anchor}, [*prompts.target, *prompts.preserved], **CLIP, **length)
+
+
+def _edit(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
+    result = _edited(pipeline, target, None)
     pipeline.load_lora_weights(result.lora)
     return Armed(pipeline, facts={"anchor": result.told[target], "linears": len(result.report.layers)})
 
@@ -111,7 +166,6 @@ def _esd(pipeline: DiffusionPipeline, target: str, seed: int, rate: float = _ESD
     return Armed(pipeline, facts={"rate": rate, "losses": [losses[0], losses[-1]]})
 
 
-# Besides those of this project, which a work folder keeps.
 METHODS: dict[str, Callable[[DiffusionPipeline, str, int], Armed]] = {
     "negative": _negative_prompt,
     "nag": _guarded(NormalizedAttentionGuidance),
@@ -120,17 +174,43 @@ METHODS: dict[str, Callable[[DiffusionPipeline, str, int], Armed]] = {
     "videoeraser": _guarded(VideoEraser),
     "edit": _edit,
     "document": _document,
-    "esd": _esd,
+    _ESD: _esd,
+    ERASER: _eraser(),
+    "eraser_half": _eraser(_HALF),
+    "edit_eraser_half": _edit_then_eraser(_HALF),
 }
-ERASER = "eraser"
-TRAINED = ("document", "esd", ERASER)  # these differ by seed
+# These differ by seed, and are kept.
+TRAINED = ("document", _ESD, ERASER, "eraser_half", "edit_eraser_half")
 
 
-def arm(name: str, target: str, seed: int, model: str | Path) -> Armed:
-    """A method in a fresh pipeline."""
-    pipeline, began = load_pipeline(model), time.process_time()
+def arm(name: str, target: str, seed: int, model: str | Path, folder: Path) -> Armed:
+    """A method in a fresh pipeline.
+
+    Args:
+        folder: what was trained is kept there, and found there by the next call.
+    """
+    pipeline, told = load_pipeline(model), folder / f"training_{name}_{target}_{seed}.json"
+    kept = folder / f"{name}_{target}_{seed}"
+    if name in TRAINED and told.is_file():
+        if name == _ESD:
+            pipeline.transformer.load_lora_adapter(kept, adapter_name=_ESD, prefix=None, weight_name=LORA_WEIGHT_NAME)
+        else:
+            if (kept / LORA_WEIGHT_NAME).is_file():
+                _fuse(pipeline, kept)
+            load_eraser(pipeline, kept)
+        found = json.loads(told.read_text())
+        return Armed(pipeline, seconds=found.pop("cpu_seconds"), facts=found)
+    began = time.process_time()
     armed = METHODS[name](pipeline, target, seed)
     armed.seconds = time.process_time() - began
+    if name in TRAINED:
+        if name == _ESD:
+            pipeline.transformer.save_lora_adapter(kept, adapter_name=_ESD)
+        else:
+            save_eraser(pipeline, kept)
+            if armed.edit is not None:
+                save_file(armed.edit, kept / LORA_WEIGHT_NAME)
+        write_atomically(told, json.dumps({"cpu_seconds": armed.seconds, **armed.facts}))
     return armed
 
 

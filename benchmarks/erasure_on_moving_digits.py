@@ -14,7 +14,6 @@ import json
 import logging
 import multiprocessing
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -60,7 +59,19 @@ from examples.moving_digits.erasers import (
 from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT, write_prompts
 
 TARGETS = ("three", "seven", "eight", "red")
-PARTS = ("erasers", "methods", "document", "neutral", "revival", "defended", "pairs", "stack", "table")
+PARTS = (
+    "erasers",
+    "methods",
+    "attacks",
+    "costs",
+    "document",
+    "neutral",
+    "revival",
+    "defended",
+    "pairs",
+    "stack",
+    "table",
+)
 _SCALES = (0.5, 1.3)
 _DEFENDED = replace(RECIPE, adversarial_share=0.5, adversarial_every=25)
 _ATTACKED = replace(RECIPE, num_target_trajectories=64, num_preserved_trajectories=1, seed=9_000)
@@ -121,18 +132,12 @@ class Bench:
 
     def eraser(self, target: str, seed: int) -> Path:
         """An eraser of the fixed recipe, trained unless it is there."""
-        folder = self.folder / f"eraser_{target}_{seed}"
-        if not folder.is_dir():
-            pipeline, began, used = self.load(), time.perf_counter(), time.process_time()
-            trained = train_digits_eraser(pipeline, target, seed=seed)
-            facts = {
-                "seconds": time.perf_counter() - began,
-                "cpu_seconds": time.process_time() - used,
-                "history": trained.history,
-            }
-            write_atomically(self.folder / f"training_{target}_{seed}.json", json.dumps(facts))
-            save_eraser(pipeline, folder)
-        return folder
+        self.arm(ERASER, target, seed)
+        return self.folder / f"{ERASER}_{target}_{seed}"
+
+    def arm(self, method: str, target: str, seed: int) -> Armed:
+        """A method in a fresh pipeline; what is trained is kept in the work folder."""
+        return arm(method, target, seed, self.model, self.folder)
 
     def figures(self, report: ErasureReport) -> dict[str, Any]:
         """What is kept of a report."""
@@ -179,24 +184,26 @@ class Bench:
         return load_file(path)
 
     def evaluate_method(self, method: str, target: str, seed: int) -> dict[str, Any]:
-        """Figures of a method of any kind, the attack on it, and what it costs."""
-        if method == ERASER:
-            armed = Armed(self.load())
-            load_eraser(armed.pipeline, self.eraser(target, seed))
-            armed.seconds = json.loads((self.folder / f"training_{target}_{seed}.json").read_text())["cpu_seconds"]
-        else:
-            armed = arm(method, target, seed, self.model)
-        groups = self.groups(target)
+        """Figures of a method of any kind."""
+        armed, groups = self.arm(method, target, seed), self.groups(target)
         report = judge_method(armed, target, groups, self.base_clips(target, groups))
         if seed == 0:
             report.save(self.folder / f"report_{method}_{target}")
-        attacked = attack_method(armed, target, self.points(target), max(2, self.num_clips // 2))
-        cost = {**cost_of_method(armed, target, self.model), "seconds": armed.seconds}
-        return {**self.figures(report), "attacked": attacked, "cost": cost, **armed.facts}
+        armed.facts.pop("history", None)
+        return {**self.figures(report), "seconds": armed.seconds, **armed.facts}
+
+    def attack(self, method: str, target: str, seed: int) -> dict[str, Any]:
+        """Share of clips that show the target under embeddings learned against a method."""
+        armed = self.arm(method, target, seed)
+        return {"read": attack_method(armed, target, self.points(target), max(2, self.num_clips // 2))}
+
+    def cost(self, method: str, target: str) -> dict[str, Any]:
+        """What drawing with a method takes."""
+        return cost_of_method(self.arm(method, target, 0), target, self.model)
 
     def evaluate_document(self, target: str) -> dict[str, Any]:
         """Figures of the design document's recipe."""
-        armed = arm("document", target, 0, self.model)
+        armed = self.arm("document", target, 0)
         return {**self.figures(self.judged(armed.pipeline, target)), "seconds": armed.seconds}
 
     def evaluate_neutral(self, target: str) -> dict[str, Any]:
@@ -253,11 +260,14 @@ def tasks_of(
     if "erasers" in parts:
         yield from (Task(f"{t}_{seed}", "evaluate_eraser", (t, seed)) for seed in seeds for t in targets)
         yield from (Task(f"{target}_scales", "evaluate_scales", (target,)) for target in targets)
-    if "methods" in parts:
-        for seed in seeds:
-            for method in methods if seed == seeds[0] else [method for method in methods if method in TRAINED]:
+    for part, name, work in (("methods", "method", "evaluate_method"), ("attacks", "attacked", "attack")):
+        if part in parts:
+            for seed in seeds:
                 for target in targets:
-                    yield Task(f"method_{method}_{target}_{seed}", "evaluate_method", (method, target, seed))
+                    for method in methods if seed == seeds[0] else [method for method in methods if method in TRAINED]:
+                        yield Task(f"{name}_{method}_{target}_{seed}", work, (method, target, seed))
+    if "costs" in parts:
+        yield from (Task(f"cost_{method}", "cost", (method, targets[0])) for method in methods)
     for part in ("document", "neutral", "defended", "revival"):
         if part in parts:
             words = digits if part == "revival" else targets
@@ -300,8 +310,7 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--model", default="", help="folder of a model of the moving digits [the bundled CogVideoX]")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    every = (*METHODS, ERASER)
-    parser.add_argument("--methods", nargs="+", choices=every, default=list(every))
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="of what is trained: from 0 on")
     parser.add_argument("--num_clips", type=int, default=_USUAL_CLIPS, help="of each target")
     parser.add_argument("--processes", type=int, default=1)

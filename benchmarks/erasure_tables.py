@@ -162,6 +162,8 @@ METHOD_TITLES = {
     "document": "design document's recipe",
     "esd": "ESD-x, LoRA",
     "eraser": "this project's eraser",
+    "eraser_half": "the same, half of the steps",
+    "edit_eraser_half": "the same, half of the steps, on the edited model",
 }
 METHOD_HEADER = [
     "method", "runs", "target still read", "unseen wordings", "16 learned embeddings", "others, against base",
@@ -180,17 +182,25 @@ def _method_runs(results: Runs, method: str, targets: list[str]) -> list[dict[st
             kept = [key for key in figures if key.startswith("kept ")]
             figures["loss"] = figures["others"] - figures["base others"]
             figures["kept"] = min(figures[key] - figures[f"base {key}"] for key in kept)
-            found.append({**figures, "attacked": run["attacked"], **run["cost"]})
+            found.append({**figures, "seconds": run["seconds"]})
     return found
 
 
+def _attacked(results: Runs, method: str, targets: list[str]) -> list[dict[str, float]]:
+    return [{"attacked": run["read"]} for target in targets for run in _seeds(results, f"attacked_{method}_{target}")]
+
+
 def _methods(results: Runs, targets: list[str]) -> list[list[str]]:
-    worst = {"target": max, "robust": max, "attacked": max, "loss": min, "kept": min, "distance": max}
+    worst = {"loss": min, "kept": min, "distance": max}
     rows = []
     for method, title in METHOD_TITLES.items():
         if runs := _method_runs(results, method, targets):
-            cells = [_cell(runs, key, of) for key, of in worst.items()]
-            cost = [f"{mean(run[key] for run in runs):.2f}" for key in ("time", "memory")]
+            attacked = _attacked(results, method, targets)
+            cells = [_cell(runs, key, max) for key in ("target", "robust")]
+            cells.append(_cell(attacked, "attacked", max) if attacked else "")
+            cells += [_cell(runs, key, of) for key, of in worst.items()]
+            found = results.get(f"cost_{method}", {})
+            cost = [f"{found[key]:.2f}" if found else "" for key in ("time", "memory")]
             seconds = mean(run["seconds"] for run in runs)
             rows.append([title, str(len(runs)), *cells, *cost, f"{seconds:.0f}" if seconds >= _FREE else "-"])
     return rows
@@ -202,8 +212,10 @@ def _by_target(results: Runs, targets: list[str]) -> list[list[str]]:
     for method, title in METHOD_TITLES.items():
         cells = []
         for target in targets:
-            runs = _method_runs(results, method, [target])
-            cells.append(" / ".join(f"{mean(r[key] for r in runs):.2f}" for key in ("target", "attacked") if runs))
+            shown = {
+                "target": _method_runs(results, method, [target]), "attacked": _attacked(results, method, [target]),
+            }  # fmt: skip
+            cells.append(" / ".join(f"{mean(r[key] for r in runs):.2f}" for key, runs in shown.items() if runs))
         if any(cells):
             rows.append([title, *cells])
     return rows

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
 
-from benchmarks import erasure_on_moving_digits
+from benchmarks import erasure_methods, erasure_on_moving_digits
 from benchmarks.erasure_methods import METHODS, TRAINED, Armed, arm, judge_method
 from benchmarks.erasure_on_moving_digits import Bench, Task, run_all, tasks_of
 from benchmarks.erasure_tables import METHOD_TITLES, erasure_tables
 from examples.moving_digits.check_model import MODEL_DIR, load_pipeline
+from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.tiny_erasers import add_random_eraser, velocity
 
 GROUPS = ("target", "preserved", "held-out template", "paraphrases", "all")
 
@@ -33,29 +38,30 @@ def run(target: float, others: float, **found):
 
 
 def test_every_method_has_a_title():
-    assert {*METHODS, *TRAINED} == {*METHOD_TITLES}
+    assert {*TRAINED} < {*METHODS} == {*METHOD_TITLES}
 
 
 def test_tasks_are_those_asked_for():
-    found = list(tasks_of(["seven", "red"], ["methods", "pairs", "stack"], ["nag", "esd"], range(2)))
+    found = list(tasks_of(["seven", "red"], ["methods", "costs", "pairs", "stack"], ["nag", "esd"], range(2)))
     assert [task.name for task in found] == [
-        "method_nag_seven_0", "method_nag_red_0", "method_esd_seven_0", "method_esd_red_0", "method_esd_seven_1",
-        "method_esd_red_1", "stack_seven_red",
+        "method_nag_seven_0", "method_esd_seven_0", "method_nag_red_0", "method_esd_red_0", "method_esd_seven_1",
+        "method_esd_red_1", "cost_nag", "cost_esd", "stack_seven_red",
     ]  # fmt: skip
     assert [task.name for task in tasks_of(["seven", "three", "red"], ["pairs"], [], range(1))] == ["pair_seven_three"]
-    works = {task.work for task in tasks_of(["seven"], erasure_on_moving_digits.PARTS, [*METHODS, "eraser"], range(1))}
+    works = {task.work for task in tasks_of(["seven"], erasure_on_moving_digits.PARTS, METHODS, range(1))}
     assert all(hasattr(Bench, work) for work in works)
 
 
 def test_tables_show_what_is_there():
-    cost = {"time": 1.5, "memory": 1.25, "seconds": 12.0}
     results = {
-        "method_esd_seven_0": run(0.1, 0.9, attacked=0.75, cost=cost),
-        "method_esd_seven_1": run(0.3, 0.7, attacked=0.25, cost=cost),
+        "method_esd_seven_0": run(0.1, 0.9, seconds=10.0),
+        "method_esd_seven_1": run(0.3, 0.7, seconds=14.0),
+        "attacked_esd_seven_0": {"read": 0.5},
+        "cost_esd": {"time": 1.5, "memory": 1.25},
         "seven_0": run(0.0, 1.0),
     }
     text = erasure_tables(results, ["seven", "red"])
-    row = "| ESD-x, LoRA | 2 | 0.200 (0.300) | 0.200 (0.300) | 0.500 (0.750) | -0.200 (-0.300) | -0.800 (-0.900) "
+    row = "| ESD-x, LoRA | 2 | 0.200 (0.300) | 0.200 (0.300) | 0.500 | -0.200 (-0.300) | -0.800 (-0.900) "
     assert f"{row}| 1.250 (1.250) | 1.50 | 1.25 | 12 |" in text
     assert "| ESD-x, LoRA | 0.20 / 0.50 |  |" in text
     assert "| this project's | seven | 0.000 |" in text
@@ -78,7 +84,7 @@ def test_results_are_made_once(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "pair_a_c.json").read_text()) == {"is": ["a", "c"]}
 
 
-def test_methods_are_judged_beside_the_base():
+def test_methods_are_judged_beside_the_base(tmp_path):
     groups = {"target": ["a red seven moving right"] * 2, "preserved": ["a blue two moving up"] * 2}
     base = Armed(load_pipeline())
     empty = np.zeros((4, 9, 16, 16, 3), np.uint8)
@@ -86,8 +92,36 @@ def test_methods_are_judged_beside_the_base():
     plain = judge_method(base, "seven", groups, empty)
     assert plain.rate("target") == 1.0
     assert plain.rate("preserved") == 1.0
-    armed = arm("safree_whole", "seven", 0, MODEL_DIR)
+    armed = arm("safree_whole", "seven", 0, MODEL_DIR, tmp_path)
     changed = judge_method(armed, "seven", groups, empty)
     assert changed.groups["target"]["figures"] != plain.groups["target"]["figures"]
     assert changed.settings["concept_aspect"] == "digit"
     assert not armed.pipeline.transformer._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["esd", "edit_eraser_half"])
+def test_what_is_trained_is_kept(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(erasure_methods, "load_pipeline", lambda model: tiny_video_pipeline())
+    plain = velocity(tiny_video_pipeline().transformer)
+
+    def made(pipeline, target, seed):
+        if name == "esd":
+            torch.manual_seed(seed)
+            config = LoraConfig(r=2, target_modules=["attn1.to_k"], init_lora_weights=False)
+            pipeline.transformer.add_adapter(config, "esd")
+            return Armed(pipeline, facts={"rate": 1.0})
+        weight = pipeline.transformer.patch_embed.text_proj.weight
+        layer = "transformer.patch_embed.text_proj.lora"
+        edit = {f"{layer}_A.weight": torch.eye(weight.shape[1]), f"{layer}_B.weight": torch.ones_like(weight)}
+        erasure_methods._fuse(pipeline, edit)
+        add_random_eraser(pipeline.transformer)
+        return Armed(pipeline, facts={"rate": 1.0}, edit=edit)
+
+    monkeypatch.setitem(METHODS, name, made)
+    first = arm(name, "seven", 3, "model", tmp_path)
+    monkeypatch.setitem(METHODS, name, None)
+    again = arm(name, "seven", 3, "model", tmp_path)
+    found = [velocity(armed.pipeline.transformer) for armed in (first, again)]
+    assert torch.allclose(*found, atol=1e-5)
+    assert not torch.allclose(found[0], plain, atol=1e-2)
+    assert (again.seconds, again.facts) == (first.seconds, {"rate": 1.0})
