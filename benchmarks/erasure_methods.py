@@ -231,7 +231,9 @@ def judge_method(armed: Armed, target: str, groups: dict[str, list[str]], base_c
     return ErasureReport.from_rows(settings, rows, kept)
 
 
-def attack_method(armed: Armed, target: str, points: Points, num_clips: int) -> float:
+def attack_method(
+    armed: Armed, target: str, points: Points, num_clips: int, steps: int = 400, restarts: int = 1
+) -> float:
     """Share of clips in which the target is read once 16 embeddings have been learned against a method."""
     guard = armed.guard or armed.asked
     if guard is not None:
@@ -244,8 +246,9 @@ def attack_method(armed: Armed, target: str, points: Points, num_clips: int) -> 
             points["t"],
             points["prompt_embeds"],
             v_concept=points["v_concept"],
-            steps=400,
+            steps=steps,
             batch_size=16,
+            restarts=restarts,
         )
     prompts = evaluation_groups(target, num_target=num_clips)["target"]
     seeds = range(_ATTACK_SEED, _ATTACK_SEED + len(prompts))

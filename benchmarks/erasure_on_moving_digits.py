@@ -60,17 +60,14 @@ from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT, write_p
 
 TARGETS = ("three", "seven", "eight", "red")
 PARTS = (
-    "erasers",
-    "methods",
-    "attacks",
-    "costs",
-    "document",
-    "neutral",
-    "revival",
-    "defended",
-    "pairs",
-    "stack",
-    "table",
+    "erasers", "methods", "attacks", "long_attacks", "costs", "document", "neutral", "revival", "defended", "pairs",
+    "stack", "table",
+)  # fmt: skip
+# Of every method, target and seed: part, name of the files, work.
+_OF_METHODS = (
+    ("methods", "method", "evaluate_method"),
+    ("attacks", "attacked", "attack"),
+    ("long_attacks", "long-attacked", "long_attack"),
 )
 _SCALES = (0.5, 1.3)
 _DEFENDED = replace(RECIPE, adversarial_share=0.5, adversarial_every=25)
@@ -192,10 +189,14 @@ class Bench:
         armed.facts.pop("history", None)
         return {**self.figures(report), "seconds": armed.seconds, **armed.facts}
 
-    def attack(self, method: str, target: str, seed: int) -> dict[str, Any]:
+    def attack(self, method: str, target: str, seed: int, **strength: int) -> dict[str, Any]:
         """Share of clips that show the target under embeddings learned against a method."""
-        armed = self.arm(method, target, seed)
-        return {"read": attack_method(armed, target, self.points(target), max(2, self.num_clips // 2))}
+        armed, count = self.arm(method, target, seed), max(2, self.num_clips // 2)
+        return {"read": attack_method(armed, target, self.points(target), count, **strength)}
+
+    def long_attack(self, method: str, target: str, seed: int) -> dict[str, Any]:
+        """The same, twice as long, and the best of three."""
+        return self.attack(method, target, seed, steps=800, restarts=3)
 
     def cost(self, method: str, target: str) -> dict[str, Any]:
         """What drawing with a method takes."""
@@ -260,7 +261,7 @@ def tasks_of(
     if "erasers" in parts:
         yield from (Task(f"{t}_{seed}", "evaluate_eraser", (t, seed)) for seed in seeds for t in targets)
         yield from (Task(f"{target}_scales", "evaluate_scales", (target,)) for target in targets)
-    for part, name, work in (("methods", "method", "evaluate_method"), ("attacks", "attacked", "attack")):
+    for part, name, work in _OF_METHODS:
         if part in parts:
             for seed in seeds:
                 for target in targets:

@@ -166,7 +166,8 @@ METHOD_TITLES = {
     "edit_eraser_half": "the same, half of the steps, on the edited model",
 }
 METHOD_HEADER = [
-    "method", "runs", "target still read", "unseen wordings", "16 learned embeddings", "others, against base",
+    "method", "runs", "target still read", "unseen wordings", "16 learned embeddings",
+    "twice as long, best of three", "others, against base",
     "colour or digit, motion, against base", "distance to a real digit / base's", "time of a clip / base's",
     "memory / base's", "CPU seconds to make",
 ]  # fmt: skip
@@ -186,8 +187,8 @@ def _method_runs(results: Runs, method: str, targets: list[str]) -> list[dict[st
     return found
 
 
-def _attacked(results: Runs, method: str, targets: list[str]) -> list[dict[str, float]]:
-    return [{"attacked": run["read"]} for target in targets for run in _seeds(results, f"attacked_{method}_{target}")]
+def _attacked(results: Runs, method: str, targets: list[str], kind: str = "attacked") -> list[dict[str, float]]:
+    return [{"attacked": run["read"]} for target in targets for run in _seeds(results, f"{kind}_{method}_{target}")]
 
 
 def _methods(results: Runs, targets: list[str]) -> list[list[str]]:
@@ -195,9 +196,10 @@ def _methods(results: Runs, targets: list[str]) -> list[list[str]]:
     rows = []
     for method, title in METHOD_TITLES.items():
         if runs := _method_runs(results, method, targets):
-            attacked = _attacked(results, method, targets)
             cells = [_cell(runs, key, max) for key in ("target", "robust")]
-            cells.append(_cell(attacked, "attacked", max) if attacked else "")
+            for kind in ("attacked", "long-attacked"):
+                attacked = _attacked(results, method, targets, kind)
+                cells.append(_cell(attacked, "attacked", max) if attacked else "")
             cells += [_cell(runs, key, of) for key, of in worst.items()]
             found = results.get(f"cost_{method}", {})
             cost = [f"{found[key]:.2f}" if found else "" for key in ("time", "memory")]

@@ -61,7 +61,7 @@ def test_tables_show_what_is_there():
         "seven_0": run(0.0, 1.0),
     }
     text = erasure_tables(results, ["seven", "red"])
-    row = "| ESD-x, LoRA | 2 | 0.200 (0.300) | 0.200 (0.300) | 0.500 | -0.200 (-0.300) | -0.800 (-0.900) "
+    row = "| ESD-x, LoRA | 2 | 0.200 (0.300) | 0.200 (0.300) | 0.500 |  | -0.200 (-0.300) | -0.800 (-0.900) "
     assert f"{row}| 1.250 (1.250) | 1.50 | 1.25 | 12 |" in text
     assert "| ESD-x, LoRA | 0.20 / 0.50 |  |" in text
     assert "| this project's | seven | 0.000 |" in text
