@@ -1,4 +1,4 @@
-"""Plain LoRA fine-tuning of an erased CogVideoX on other clips: does the concept grow back?
+"""Plain LoRA fine-tuning of an erased video model on other clips: does the concept grow back?
 
 Fine-tuning on harmless data is known to bring erased concepts back; UnlearnDiffAtk (Zhang et al. 2024, arXiv
 2310.11868) and others judge erasers under it. LoRA: Hu et al. 2021, arXiv 2106.09685.
@@ -21,7 +21,8 @@ from diffusers_ext.core.seeds import check_diffusion_levels
 from diffusers_ext.eraser.losses import velocity_distance
 from diffusers_ext.families.family import Velocity
 
-ATTENTION_PROJECTIONS = tuple(f"*transformer_blocks.*.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+# The blocks of Wan have no longer name, and a second attention for text.
+ATTENTION_PROJECTIONS = tuple(f"*blocks.*.attn[12].{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
 
 
 class FinetunedLora:
@@ -107,7 +108,8 @@ def finetune_lora(
 
     Args:
         velocity: of the transformer with its erasers.
-        scheduler: the pipeline's, of prediction type `v_prediction`; adds the noise.
+        scheduler: the pipeline's, of prediction type `v_prediction`; adds the noise. Where the velocity is that of
+            flow matching, only its number of timesteps is read: `x_t = (1 - sigma) x_0 + sigma noise`.
         latents: `(clips, frames, channels, height, width)` of clean clips, scaled by the VAE's factor, on the model's
             device.
         prompt_embeds: `(clips, text, text_dim)`, their prompts.
@@ -119,11 +121,12 @@ def finetune_lora(
         )
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
-    if scheduler.config.prediction_type != "v_prediction":
-        raise ValueError(
-            f"`scheduler` must be of prediction_type 'v_prediction', got {scheduler.config.prediction_type!r}."
-        )
-    check_diffusion_levels(scheduler)
+    if not velocity.flow_matching:
+        if scheduler.config.prediction_type != "v_prediction":
+            raise ValueError(
+                f"`scheduler` must be of prediction_type 'v_prediction', got {scheduler.config.prediction_type!r}."
+            )
+        check_diffusion_levels(scheduler)
     scheduler = copy.deepcopy(scheduler)  # adding noise moves its tables
     generator = torch.Generator().manual_seed(seed)
     device = latents.device
@@ -137,9 +140,11 @@ def finetune_lora(
             x_0 = latents[chosen].float()
             t = torch.randint(timesteps, (len(chosen),), generator=generator).to(device)
             noise = torch.randn(x_0.shape, generator=generator).to(device)
-            target = scheduler.get_velocity(x_0, noise, t)
-            found = velocity(scheduler.add_noise(x_0, noise, t), t, prompt_embeds[chosen])
-            loss = velocity_distance(found, target)
+            if velocity.flow_matching:
+                x_t, target = x_0.lerp(noise, (t / timesteps)[:, None, None, None, None]), noise - x_0
+            else:
+                x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.get_velocity(x_0, noise, t)
+            loss = velocity_distance(velocity(x_t, t, prompt_embeds[chosen]), target)
             # Not `backward`: erasers that are trainable must not collect gradients.
             gradients = torch.autograd.grad(loss, lora.parameters)
             for weight, gradient in zip(lora.parameters, gradients):

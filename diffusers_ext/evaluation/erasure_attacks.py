@@ -129,7 +129,7 @@ class LearnedEmbeddings(Attack):
         generator = torch.Generator().manual_seed(self.seed)
         # Pipelines do not show the noise they begin with.
         first = torch.randn(states[0].shape, generator=generator).to(states[0]) * pipeline.scheduler.init_noise_sigma
-        x_t = torch.cat([first, *states[:-1]]).float()
+        x_t = model_latents(pipeline, torch.cat([first, *states[:-1]]), call).float()
         found = learn_revival_embeddings(
             clip_velocity(pipeline, call),
             x_t,
@@ -178,7 +178,7 @@ class OtherFinetuning(Attack):
         for start in range(0, len(prompts), self.batch_size):
             chosen = slice(start, start + self.batch_size)
             latents.append(base_run(pipeline, prompts[chosen], seeds[chosen], call)[0][-1])
-        clean = torch.cat(latents)
+        clean = model_latents(pipeline, torch.cat(latents), call)
         self.lora = finetune_lora(
             clip_velocity(pipeline, call),
             pipeline.scheduler,
@@ -239,11 +239,20 @@ def _spread(prompts: Sequence[str], count: int) -> list[str]:
 
 def clip_velocity(pipeline: DiffusionPipeline, call: Call) -> Velocity:
     """The velocity of a pipeline's model for the clips of a call."""
-    family, config = find_family(pipeline, "eraser"), pipeline.transformer.config
+    return find_family(pipeline, "eraser").velocity(pipeline, *_clip_size(pipeline, call))
+
+
+def model_latents(pipeline: DiffusionPipeline, latents: torch.Tensor, call: Call) -> torch.Tensor:
+    """Latents of a run of the pipeline as its velocity takes them, `(clips, frames, channels, height, width)`."""
+    family, configs = find_family(pipeline, "eraser"), (pipeline.transformer.config, pipeline.vae.config)
+    return family.clip_latents(latents, family.latent_shape(*configs, *_clip_size(pipeline, call)))
+
+
+def _clip_size(pipeline: DiffusionPipeline, call: Call) -> tuple[int, ...]:
+    """Frames, height and width: those of a call, or the model's own."""
+    own = find_family(pipeline, "eraser").clip_size(pipeline.transformer.config, pipeline.vae.config)
     names = ("num_frames", "height", "width")
-    own = family.clip_size(config, pipeline.vae.config)
-    size = [call[name] if call.get(name) is not None else value for name, value in zip(names, own, strict=True)]
-    return family.velocity(pipeline, *size)
+    return tuple(call[name] if call.get(name) is not None else value for name, value in zip(names, own, strict=True))
 
 
 @torch.no_grad()

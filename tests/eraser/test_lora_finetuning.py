@@ -7,9 +7,11 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 
 from diffusers_ext.eraser.lora_finetuning import FinetunedLora, finetune_lora
+from diffusers_ext.families import find_family
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from tests.eraser.erased_models import erased_pipeline, random_rows
 from tests.evaluation.erased_model_states import unchanged
+from tests.tiny_current_pipelines import tiny_wan_pipeline
 
 
 def setting(kind="rotary", clips=6):
@@ -53,6 +55,25 @@ def test_the_loss_is_the_squared_error_of_the_velocity():
     with torch.no_grad():
         expected = (velocity(x_t, t, embeds) - v).square().mean().item()
     assert lora.losses == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_flow_matching_is_trained_on_straight_paths():
+    pipeline = tiny_wan_pipeline()
+    velocity = find_family(pipeline).velocity(pipeline, 5, 32, 32)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 2, 4, 4, 4, generator=generator)
+    embeds = torch.randn(1, 512, 32, generator=generator)
+    lora = finetune_lora(velocity, pipeline.scheduler, latents, embeds, steps=1, seed=3)
+    assert {name.split(".")[2] for name in lora.layers} == {"attn1", "attn2"}
+    generator = torch.Generator().manual_seed(3)
+    for down, _ in lora.weights.values():
+        torch.empty(down.shape).uniform_(generator=generator)
+    torch.randperm(1, generator=generator)
+    sigma = torch.randint(1000, (1,), generator=generator) / 1000
+    noise = torch.randn(latents.shape, generator=generator)
+    with torch.no_grad():
+        found = velocity((1 - sigma) * latents + sigma * noise, 1000 * sigma, embeds)
+    assert lora.losses == [pytest.approx((found - (noise - latents)).square().mean().item(), rel=1e-5)]
 
 
 def test_it_is_in_effect_only_inside_its_context():
