@@ -35,7 +35,7 @@ def render_clips(
     show_progress: bool = True,
     **call: Any,
 ) -> np.ndarray:
-    """One clip of a CogVideoX pipeline per prompt and seed, `(clips, frames, height, width, 3)` uint8.
+    """One clip of a video pipeline per prompt and seed, `(clips, frames, height, width, 3)` uint8.
 
     The pipeline's scheduler, bar and modes come back. The noise of a clip is drawn on the CPU from its own generator.
     A clip that is not finite is an error. `call` are further arguments of the pipeline's call; `max_sequence_length`
@@ -46,7 +46,8 @@ def render_clips(
             f"`seeds` must have one entry per prompt and `prompts` some, got {len(seeds)} seeds and "
             f"{len(prompts)} prompts."
         )
-    call = {"max_sequence_length": prompt_length(pipeline), **call}
+    if "max_sequence_length" not in call:
+        call["max_sequence_length"] = prompt_length(pipeline)
     clips = []
     with quiet_run(pipeline):
         starts = range(0, len(prompts), batch_size)

@@ -1,4 +1,4 @@
-"""Erase a word of the moving-digits model: the prompts of training and evaluation, the recipe, the figures."""
+"""Erase a word of a moving-digits model: the prompts of training and evaluation, the recipe, the figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, WanPipeline
 
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.evaluation.erasure import draw_base_clips, evaluate_erasure
@@ -63,7 +63,7 @@ def _write(combinations: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def train_digits_eraser(
-    pipeline: CogVideoXPipeline,
+    pipeline: CogVideoXPipeline | WanPipeline,
     target: str,
     *,
     seed: int = 0,
@@ -74,7 +74,7 @@ def train_digits_eraser(
     """Train an eraser with the fixed recipe; it stays in the pipeline.
 
     Args:
-        pipeline: the bundled model.
+        pipeline: a bundled model.
         target: digit or colour.
         seed: of the training.
         anchor_concept: what its prompts are to show; the nearest other word of its kind when `None`.
@@ -110,7 +110,7 @@ def evaluation_groups(
 
 
 def evaluate(
-    pipeline: CogVideoXPipeline,
+    pipeline: CogVideoXPipeline | WanPipeline,
     target: str,
     groups: dict[str, list[str]],
     *,
@@ -135,6 +135,6 @@ def evaluate(
     )
 
 
-def base_clips_of(pipeline: CogVideoXPipeline, groups: dict[str, list[str]]) -> np.ndarray:
+def base_clips_of(pipeline: CogVideoXPipeline | WanPipeline, groups: dict[str, list[str]]) -> np.ndarray:
     """The clips without erasers, which `evaluate` can use again and again."""
     return draw_base_clips(pipeline, groups, seed=EVALUATION_SEED, batch_size=50, **SAMPLING)
