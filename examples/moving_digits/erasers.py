@@ -11,10 +11,12 @@ from diffusers import CogVideoXPipeline, WanPipeline
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.evaluation.erasure import draw_base_clips, evaluate_erasure
 from diffusers_ext.evaluation.erasure_report import ErasureReport
+from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.prompts import EraserPrompts, choose_anchor_concept, make_eraser_prompts
 from diffusers_ext.training.eraser.run import TrainedEraser, train_eraser
 from examples.digits.prompts import COLORS, DIGITS
 from examples.moving_digits.check_model import SAMPLING, spread
+from examples.moving_digits.clips import CANVAS, NUM_FRAMES
 from examples.moving_digits.judge import MovingDigitsJudge
 from examples.moving_digits.prompts import (
     COMBINATIONS,
@@ -26,6 +28,7 @@ from examples.moving_digits.prompts import (
 )
 
 EVALUATION_SEED = 7
+CLIP_SIZE = ClipSize(NUM_FRAMES, CANVAS, CANVAS)
 # Tuned on "seven", "three" and "eight" at one seed, then fixed for all figures.
 RECIPE = EraserTraining()
 
@@ -83,12 +86,13 @@ def train_digits_eraser(
     """
     if anchor_concept is None:
         asked, candidates = training_prompts(target).target, others_of(target)
-        ranked = choose_anchor_concept(pipeline, asked, target, candidates, recipe)
+        ranked = choose_anchor_concept(pipeline, asked, target, candidates, recipe, CLIP_SIZE)
         anchor_concept = next(iter(ranked))
     return train_eraser(
         pipeline,
         training_prompts(target, anchor_concept),
         replace(recipe, seed=seed),
+        size=CLIP_SIZE,
         concept=target,
         anchor_concept=anchor_concept,
         adapter_name=adapter_name,

@@ -62,7 +62,7 @@ NOT_RUN = {
     "python benchmarks/": "measures for minutes or hours",
 }
 # Start from what `make demo` leaves; tests/examples runs these scripts.
-OF_THE_DEMO = ("digits/model", "digits_flux2/model", "outputs/demo")
+OF_THE_DEMO = ("digits/model", "digits_flux2/model", "digits_wan/model", "outputs/demo")
 CHINESE = ROOT / "README_zh.md"
 # A reader is told to make a file of the block before.
 SAVED_IN = re.compile(r"```\s+Saved in `(\w+\.py)`")
