@@ -1,4 +1,4 @@
-"""Train an eraser that takes one concept out of CogVideoX and leaves the rest, from prompts alone."""
+"""The name that `train_eraser.py` had: the same script, for every model that it knows."""
 
 import sys
 from pathlib import Path

@@ -91,7 +91,11 @@ def _search(
     x_t, t, prompt_embeds, v_concept = points
     generator = torch.Generator().manual_seed(seed)
     values = prompt_embeds.detach().float()
-    centre, spread = values.mean(dim=(0, 1)), values.std()
+    if _pads_with_zeros(velocity.config):
+        values_read = values[read_tokens(values)]
+        centre, spread = values_read.mean(dim=0), values_read.std()
+    else:
+        centre, spread = values.mean(dim=(0, 1)), values.std()
     start = torch.randn(num_embeddings, values.shape[2], generator=generator)
     offsets = start.to(values.device).requires_grad_()
     optimizer = torch.optim.Adam([offsets], lr=learning_rate)
@@ -122,7 +126,7 @@ def insert_embeddings(
 
     CogVideoX gives text tokens no positions, so their order means nothing and rotary models take any number; models
     with absolute positions (by `config`, the transformer's) take exactly their own, the last being padding unless a
-    prompt fills them.
+    prompt fills them. Models whose padding is zeros, as Wan's, read them right after each prompt, in its place.
     """
     text, width = prompt_embeds.shape[1:]
     if embeddings.ndim != 2 or embeddings.shape[1] != width:
@@ -135,13 +139,27 @@ def insert_embeddings(
             f"`embeddings` must be fewer than the {text} text tokens of this model, which has "
             f"absolute positions, got {len(embeddings)}."
         )
+    if _pads_with_zeros(config):
+        places = read_tokens(prompt_embeds).sum(1).clamp(max=text - len(embeddings))[:, None]
+        places = (places + torch.arange(len(embeddings), device=places.device))[..., None].expand_as(added)
+        return prompt_embeds.scatter(1, places, added)
     return torch.cat([prompt_embeds[:, : text - len(embeddings)], added], dim=1)
 
 
 def takes_any_text_length(config: Mapping[str, Any]) -> bool:
     """Whether a transformer takes more text tokens than it was made for: if only rotary."""
-    rotary = config["use_rotary_positional_embeddings"]
+    rotary = config.get("use_rotary_positional_embeddings", False)
     return rotary and not config["use_learned_positional_embeddings"]
+
+
+def _pads_with_zeros(config: Mapping[str, Any]) -> bool:
+    # CogVideoX alone reads its encoder's embeddings of padding.
+    return "use_rotary_positional_embeddings" not in config
+
+
+def read_tokens(prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """Which tokens of prompts `(batch, text, text_dim)` are no padding of zeros, `(batch, text)` bool."""
+    return prompt_embeds.ne(0).any(dim=2)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from diffusers_ext.core.restored_state import module_eval_mode
+from diffusers_ext.core.restored_state import eval_mode
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.concept_masks import weighted_attention_mask
 from diffusers_ext.eraser.losses import negative_velocity
@@ -18,48 +18,51 @@ from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import VelocityRows, teacher_velocities
 from diffusers_ext.eraser.teacher.runs import EraserText, calibrate_heads
 from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT
+from diffusers_ext.eraser.teacher.trajectory import run_timesteps
 from diffusers_ext.families import find_family
 from diffusers_ext.families.family import Velocity
+from diffusers_ext.families.predictions import scheduler_level
+from diffusers_ext.families.text_conditioning import (
+    Text,
+    join_texts,
+    repeat_text,
+    replace_rows,
+    same_text,
+    token_embeds,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def prompt_length(pipeline: DiffusionPipeline) -> int:
-    """Tokens that the prompts of a video pipeline are padded to."""
-    return find_family(pipeline, "eraser").text_length(pipeline.transformer.config)
+    """Tokens that the prompts of a pipeline are padded to."""
+    return find_family(pipeline, "eraser").prompt_length(pipeline)
 
 
 @torch.no_grad()
-def encode_video_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch_size: int = 8) -> torch.Tensor:
-    """What a video pipeline hands to its transformer: padded to full length, padding not masked.
+def encode_video_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], *, batch_size: int = 8) -> Text:
+    """What a pipeline hands to its transformer: padded to full length, as the model reads it.
 
     `""` is the unconditional prompt; repeated ones are encoded once, `batch_size` at a time, in eval mode. Returns
-    `(prompts, text, dim)` on the CPU, of the text encoder's dtype.
+    `(prompts, text, dim)` on the CPU, of the text encoder's dtype; a `TextConditioning` where text is more than that.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
-    tokenizer, text_encoder, length = pipeline.tokenizer, pipeline.text_encoder, prompt_length(pipeline)
+    family, length = find_family(pipeline, "eraser"), prompt_length(pipeline)
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     unique = list(rows)
-    ids = tokenizer(unique, truncation=False).input_ids
+    ids = pipeline.tokenizer([family.clean_prompt(prompt) for prompt in unique], truncation=False).input_ids
     cut = [prompt for prompt, row in zip(unique, ids, strict=True) if len(row) > length]
     if cut:
         logger.warning(f"{len(cut)} prompts are cut at {length} tokens, the first is {cut[0]!r}.")
     encoded = []
-    with module_eval_mode(text_encoder):
+    with eval_mode(pipeline):
         for start in tqdm(range(0, len(unique), batch_size), desc="encode prompts"):
-            input_ids = tokenizer(
-                unique[start : start + batch_size],
-                padding="max_length",
-                max_length=length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            encoded.append(text_encoder(input_ids.to(text_encoder.device))[0].cpu())
-    embeds = torch.cat(encoded)
-    if not embeds.isfinite().all():
+            encoded.append(family.encode_clip_prompts(pipeline, unique[start : start + batch_size]).to("cpu"))
+    embeds = join_texts(encoded)
+    if not token_embeds(embeds).isfinite().all():
         raise ValueError(
-            f"`text_encoder` must give finite embeddings, got others in {embeds.dtype}. Load it in "
+            f"`text_encoder` must give finite embeddings, got others in {token_embeds(embeds).dtype}. Load it in "
             "bfloat16 or float32."
         )
     return embeds if len(unique) == len(prompts) else embeds[[rows[prompt] for prompt in prompts]]
@@ -70,7 +73,7 @@ class Rows(NamedTuple):
 
     x_t: torch.Tensor  # (rows, frames, channels, height, width) float32
     t: torch.Tensor
-    prompt_embeds: torch.Tensor  # (rows, text, dim)
+    prompt_embeds: Text  # (rows, text, dim)
     target_velocity: torch.Tensor  # to be reached, like `x_t`
     teacher_velocity: torch.Tensor  # of target rows
     weights: torch.Tensor  # (rows,), how much each counts
@@ -182,8 +185,8 @@ class RowMaker:
         rows = [(s.x_t, s.t, text) for s, text in zip(states, embeds)]
         if not self.recipe.localization_weight:
             return (*self._ask(rows), None)
-        empty = self.text.empty.to(embeds[1]).expand_as(embeds[1])
-        if not torch.equal(embeds[1], empty):
+        empty = self._empty(embeds[1])
+        if not same_text(embeds[1], empty):
             rows.append((target.x_t, target.t, empty))
         tokens, weights = self.token_mask[target.prompts.cpu()], self._heads(target.x_t.shape[1:])
         # Attention is read in the first group of rows alone; the others have no concept token.
@@ -207,13 +210,14 @@ class RowMaker:
         v_negative = negative_velocity(known.v_anchor, known.v_concept, eta)
         embeds = [self._take(self.text.target, target.prompts), self._take_preserved(preserved.prompts)]
         t = torch.cat([target.t, preserved.t])
-        weights = ((t >= self.recipe.min_timestep) & (t <= self.recipe.max_timestep)).float()
+        low, high = self.recipe.timestep_range
+        weights = ((t >= low) & (t <= high)).float()
         empty = preserved.prompts == EMPTY_PROMPT
         weights[len(target.t) :] *= torch.where(empty, self.recipe.empty_weight, 1.0)
         return Rows(
             torch.cat([target.x_t, preserved.x_t]),
             t,
-            torch.cat(embeds),
+            join_texts(embeds),
             torch.cat([v_negative, known.v_preserved]),
             known.v_concept,
             weights,
@@ -262,13 +266,17 @@ class RowMaker:
             self._head_weights = calibrate_heads(self.velocity, self.scheduler, *given, show_progress=False)
         return self._head_weights
 
-    def _take(self, embeds: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        return embeds[prompts.to(embeds.device)].to(self.device)
+    def _take(self, embeds: Text, prompts: torch.Tensor) -> Text:
+        return embeds[prompts.to(token_embeds(embeds).device)].to(self.device)
 
-    def _take_preserved(self, prompts: torch.Tensor) -> torch.Tensor:
+    def _take_preserved(self, prompts: torch.Tensor) -> Text:
         chosen = self._take(self.text.preserved, prompts.clamp_min(0))
-        empty = self.text.empty.to(chosen)
-        return torch.where((prompts == EMPTY_PROMPT)[:, None, None], empty, chosen)
+        return replace_rows(chosen, prompts == EMPTY_PROMPT, self._empty(chosen))
+
+    def _empty(self, like: Text) -> Text:
+        """The empty prompt for each row of a text."""
+        tokens = token_embeds(like)
+        return repeat_text(self.text.empty.to(tokens.device, tokens.dtype), len(tokens))
 
     def _moved(self, part: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
         """The first rows of a part of a batch on the device, latents in float32."""
@@ -280,10 +288,29 @@ class RowMaker:
     def _add_noise(self, x_0: torch.Tensor, num_prompts: int, generator: torch.Generator) -> States:
         """x_t of clean latents at drawn timesteps, with drawn prompts; channels of an image stay as they are."""
         rows, clean = (len(x_0),), self.velocity.without_image(x_0)
-        low, high = self.recipe.min_timestep, self.recipe.max_timestep
-        t = torch.randint(low, high + 1, rows, generator=generator).to(self.device)
+        t = self._draw_timesteps(len(x_0), clean.shape[1:], generator).to(self.device)
         prompts = torch.randint(num_prompts, rows, generator=generator).to(self.device)
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
-        x_t, image = self.scheduler.add_noise(clean, noise, t), x_0[:, :, clean.shape[2] :]
+        if self.velocity.flow_matching:
+            signal, sigma = scheduler_level(self.scheduler, t, clean, flow_matching=True)
+            x_t = signal * clean + sigma * noise
+        else:
+            x_t = self.scheduler.add_noise(clean, noise, t)
+        image = x_0[:, :, clean.shape[2] :]
         x_t = torch.cat([x_t, image], dim=2) if image.shape[2] else self.velocity.with_image(x_t, prompts.tolist())
         return States(x_t, t, prompts)
+
+    def _draw_timesteps(self, count: int, latent_shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        """Of the recipe's range; of flow matching, those that the sampler has there, crowded as its shift has it."""
+        low, high = self.recipe.min_timestep, self.recipe.max_timestep
+        if not self.velocity.flow_matching:
+            return torch.randint(low, high + 1, (count,), generator=generator)
+        times = run_timesteps(self.velocity, self.scheduler, self.recipe.num_inference_steps, latent_shape)
+        low, high = self.recipe.timestep_range
+        served = times[self.velocity.serves(times) & (times >= low) & (times <= high)]
+        if not len(served):
+            raise ValueError(
+                f"`min_timestep` and `max_timestep` must leave some timestep of a run, got {low} and {high} of "
+                f"{[round(float(t)) for t in times]}."
+            )
+        return served[torch.randint(len(served), (count,), generator=generator)]

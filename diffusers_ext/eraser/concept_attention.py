@@ -13,7 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.eraser.adapter.outputs import unwrapped_transformer
-from diffusers_ext.families import denoisers_of, find_family
+from diffusers_ext.families import denoisers_of, find_family, match_family
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,11 +32,21 @@ def attention_mass(
     bound the scores where no fused kernel serves. Returns `(batch, heads, video)` float32, from 0 to 1.
     """
     text = token_mask.shape[1]
+    return text_shares(query[:, :, text:], key, token_mask, chunk_size=chunk_size)
+
+
+def text_shares(
+    query: torch.Tensor, key: torch.Tensor, token_mask: torch.Tensor, *, chunk_size: int = 1024
+) -> torch.Tensor:
+    """`attention_mass` of queries of the video alone, with keys that begin with the text, and may be the text alone.
+
+    Of models with separate cross-attention the softmax is then over all text tokens, padding among them.
+    """
     # As wide as the keys: flash kernels ask for one width.
     value = key.new_zeros(key.shape[0], 1, *key.shape[2:])
-    value[:, 0, :text, 0] = token_mask.to(key)
+    value[:, 0, : token_mask.shape[1], 0] = token_mask.to(key)
     value = value.expand(-1, key.shape[1], -1, -1)
-    chunks = query[:, :, text:].split(chunk_size, dim=2)
+    chunks = query.split(chunk_size, dim=2)
     shares = [F.scaled_dot_product_attention(chunk, key, value)[..., 0].float() for chunk in chunks]
     return torch.cat(shares, dim=2)
 
@@ -142,14 +152,22 @@ class ConceptAttention:
     @torch.no_grad()
     def add(self, query: torch.Tensor, key: torch.Tensor, rotary: Rotary | None) -> None:
         """Take one layer's normalised queries and keys `(batch, heads, text + video, head_dim)`."""
-        rows = self._rows.to(query.device)
-        token_mask = self._token_mask.to(query.device)
-        text = token_mask.shape[1]
-        batch, heads, tokens, _ = query.shape
-        mass = torch.zeros(batch, heads, tokens - text, device=query.device)
-        if len(rows):
-            query, key = (_rotate_video(part[rows], rotary, text) for part in (query, key))
-            mass[rows] = attention_mass(query, key, token_mask[rows], chunk_size=self._chunk_size)
+        text, rows = self._token_mask.shape[1], self._rows.to(query.device)
+        query, key = (_rotate_video(part[rows], rotary if len(rows) else None, text) for part in (query, key))
+        self.add_text_keys(query[:, :, text:], key, rows)
+
+    @torch.no_grad()
+    def add_text_keys(self, query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Take one layer's normalised queries of the video alone, and keys that begin with the text.
+
+        They are of all rows, or of those that name the concept, `rows`.
+        """
+        named, token_mask = self._rows.to(query.device), self._token_mask.to(query.device)
+        if rows is None:
+            query, key = query[named], key[named]
+        mass = torch.zeros(len(token_mask), *query.shape[1:3], device=query.device)
+        if len(named):
+            mass[named] = text_shares(query, key, token_mask[named], chunk_size=self._chunk_size)
         if self._head_weights is None:
             maps = mass.mean(dim=1)
         else:
@@ -189,6 +207,33 @@ class _LayerReader:
             self.rotary = self.query = None
 
 
+class _TextKeyReader:
+    """Hooks of one attention of the video to the text: queries and keys, all heads in one normalisation."""
+
+    def __init__(self, name: str, attention: ConceptAttention) -> None:
+        self.name, self.attention = name, attention
+        self.heads, self.query = 1, None
+
+    def begin(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.attention.running:
+            return
+        given = dict(zip(("hidden_states", "encoder_hidden_states", "attention_mask"), args)) | kwargs
+        if given.get("attention_mask") is not None:
+            raise ValueError(f"`attention_mask` of `{self.name}` must be None, got a mask.")
+        self.attention.check_text(len(given["hidden_states"]), given["encoder_hidden_states"].shape[1])
+        self.heads = module.heads
+
+    def read_query(self, _: torch.nn.Module, __: tuple, query: torch.Tensor) -> None:
+        if self.attention.running:
+            self.query = query.detach()
+
+    def read_key(self, _: torch.nn.Module, __: tuple, key: torch.Tensor) -> None:
+        if self.attention.running:
+            apart = (part.detach().unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.query, key))
+            self.attention.add_text_keys(*apart)
+            self.query = None
+
+
 @contextmanager
 def concept_attention(
     transformer: torch.nn.Module,
@@ -205,7 +250,7 @@ def concept_attention(
     backward pass with gradient checkpointing adds nothing, nor do other threads.
 
     Args:
-        transformer: a `CogVideoXTransformer3DModel`, plain or wrapped by PEFT.
+        transformer: one that erasers are trained on, plain or wrapped by PEFT.
         token_mask: `(batch, text)` bool, true at the concept's tokens; rows without any give zeros and cost nothing.
         layers: indices of transformer blocks; all when `None`.
         head_weights: `(layers, heads)` of those layers, from `concept_head_weights`.
@@ -219,8 +264,9 @@ def concept_attention(
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
     model = unwrapped_transformer(transformer)
-    if model is None:
+    if model is None or match_family(model, "eraser") is None:
         raise ValueError(f"`transformer` must be a {denoisers_of('eraser')}, got a {type(transformer).__name__}.")
+    kind = _LayerReader if find_family(model, "eraser").text_keys is None else _TextKeyReader
     modules = find_joint_attentions(model, layers)
     shape = (len(modules), model.config.num_attention_heads)
     if head_weights is not None and tuple(head_weights.shape) != shape:
@@ -228,7 +274,7 @@ def concept_attention(
     attention = ConceptAttention(token_mask, chunk_size, head_weights, keep_heads)
     with attention.scope, ExitStack() as hooks:
         for name, module in modules.items():
-            reader = _LayerReader(name, attention)
+            reader = kind(name, attention)
             for handle in (
                 module.register_forward_pre_hook(reader.begin, with_kwargs=True),
                 module.norm_q.register_forward_hook(reader.read_query),
@@ -244,9 +290,9 @@ def concept_attention(
 
 
 def find_joint_attentions(transformer: torch.nn.Module, layers: Sequence[int] | None = None) -> dict[str, Attention]:
-    """The joint attentions by name: those of all blocks, or of the chosen ones."""
+    """The attentions in which video meets text by name: those of all blocks, or of the chosen ones."""
     family = find_family(transformer, "eraser")
-    blocks, attention = getattr(transformer, family.blocks), family.joint_attention
+    blocks, attention = getattr(transformer, family.blocks), family.text_keys or family.joint_attention
     chosen = range(len(blocks)) if layers is None else sorted(set(layers))
     if not chosen or min(chosen) < 0 or max(chosen) >= len(blocks):
         raise ValueError(f"`layers` must be from 0 to {len(blocks) - 1}, got {list(chosen)}.")

@@ -108,11 +108,12 @@ def word_embeddings(
     max_sequence_length: int,
     *,
     batch_size: int = 64,
+    masks_padding: bool = False,
 ) -> torch.Tensor:
     """What the video model reads at the tokens of each word, averaged over them: `(words, dim)` float32 on the CPU.
 
-    A word is a prompt by itself, padded as `CogVideoXPipeline` pads prompts, whose padding is not masked: an encoder
-    that was trained this way says something else without it. Neither padding nor the end of the sequence is averaged.
+    A word is a prompt by itself, padded as the pipeline pads prompts. That of CogVideoX does not mask padding: a model
+    that was trained this way reads something else with a mask. Neither padding nor the end of a sequence is averaged.
     """
     embeddings = []
     with module_eval_mode(text_encoder):
@@ -125,7 +126,8 @@ def word_embeddings(
                 return_special_tokens_mask=True,
                 return_tensors="pt",
             ).to(text_encoder.device)
-            hidden = text_encoder(tokens.input_ids)[0].float()
+            mask = (tokens.attention_mask,) if masks_padding else ()
+            hidden = text_encoder(tokens.input_ids, *mask)[0].float()
             own = (1 - tokens.special_tokens_mask).float()[..., None]
             embeddings.append(((hidden * own).sum(dim=1) / own.sum(dim=1)).cpu())
     joined = torch.cat(embeddings)
@@ -151,12 +153,14 @@ def neighbouring_concepts(
     *,
     max_sequence_length: int,
     exclude: Sequence[str] = (),
+    masks_padding: bool = False,
 ) -> list[Neighbour]:
     """The words that the text encoder places nearest to a concept, the nearest first.
 
     None shares a word, inflected or not, with the concept or with `exclude`, its further names. Candidates are
     `words`, by default those of `concrete_words()` of which the tokenizer need not spell a part in single letters: it
-    hardly ever met the others. `max_sequence_length` is the transformer's `max_text_seq_length`.
+    hardly ever met the others. `max_sequence_length` is that of the pipeline's prompts, and `masks_padding` whether it
+    hides their padding from the text encoder (CogVideoX does not, Wan does).
     """
     check_concept(tokenizer, concept)
     given = concrete_words() if words is None else list(dict.fromkeys(words))
@@ -172,7 +176,8 @@ def neighbouring_concepts(
             "Ask for fewer, or pass more `words` that the tokenizer knows."
         )
     logger.info(f"Comparing {concept!r} with {len(candidates)} of {len(given)} words.")
-    embeddings = word_embeddings(tokenizer, text_encoder, [concept, *candidates], max_sequence_length)
+    words = [concept, *candidates]
+    embeddings = word_embeddings(tokenizer, text_encoder, words, max_sequence_length, masks_padding=masks_padding)
     cosines = centred_cosines(embeddings[1:], embeddings[0])
     nearest = cosines.argsort(descending=True, stable=True)[:count].tolist()
     return [Neighbour(candidates[index], cosines[index].item()) for index in nearest]
@@ -256,7 +261,7 @@ def anchor_distances(
     points = teacher_trajectory(
         velocity,
         scheduler,
-        torch.stack(noises).to(target_embeds.device, target_embeds.dtype),
+        torch.stack(noises).to(target_embeds.device, velocity.latents_dtype or target_embeds.dtype),
         target_embeds,
         empty_embed.expand_as(target_embeds),
         num_inference_steps=recipe.num_inference_steps,

@@ -135,6 +135,12 @@ class EraserTraining(LatentsRecipe, title="eraser"):
             )
 
     @property
+    def timestep_range(self) -> tuple[float, float]:
+        """`min_timestep` and `max_timestep`; no bound at the last, which flow matching passes by a fraction."""
+        whole = self.max_timestep == _TRAIN_TIMESTEPS - 1
+        return self.min_timestep, math.inf if whole else self.max_timestep
+
+    @property
     def weighs_rows(self) -> bool:
         """Whether some rows count more than others."""
         whole = (self.min_timestep, self.max_timestep) == (0, _TRAIN_TIMESTEPS - 1)

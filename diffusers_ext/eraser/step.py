@@ -20,7 +20,9 @@ from diffusers_ext.eraser.batch import RowMaker, Rows, States
 from diffusers_ext.eraser.losses import T2VUnlearningLoss, velocity_distance
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.runs import EraserText
+from diffusers_ext.families import find_family
 from diffusers_ext.families.family import Velocity
+from diffusers_ext.families.text_conditioning import Text, repeat_text, token_embeds
 
 
 class OnPolicyRollouts:
@@ -28,7 +30,8 @@ class OnPolicyRollouts:
 
     What a training learns at the teacher's states need not hold where the student's errors lead it (Ross et al. 2011,
     arXiv 1011.0686). The teacher stays the one that answers. `size` are the arguments `num_frames`, `height` and
-    `width` of the pipeline's call.
+    `width` of the pipeline's call; `expert`, of a model with several transformers, the one that trains: states are of
+    its timesteps.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class OnPolicyRollouts:
         recipe: EraserTraining,
         latent_shape: tuple[int, int, int, int],
         size: dict[str, int],
+        expert: str | None = None,
     ) -> None:
         self.pipeline, self.text, self.recipe = pipeline, text, recipe
         self.latent_shape, self.size = latent_shape, size
+        self.expert = {} if expert is None else {"expert": expert}
         self._calls, self._states = 0, None
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,34 +73,34 @@ class OnPolicyRollouts:
         generator = torch.Generator().manual_seed(seed)
         count, device = self.recipe.sampling_batch_size, self.pipeline.transformer.device
         prompts = torch.randint(len(self.text.target), (count,), generator=generator)
+        family = find_family(self.pipeline, "eraser")
+        velocity = family.velocity(self.pipeline, **self.size, **self.expert)
+        embeds = self.text.target[prompts.to(token_embeds(self.text.target).device)].to(device)
         # The dtype in which the pipeline itself would start.
-        embeds = self.text.target[prompts.to(self.text.target.device)].to(device)
+        dtype = token_embeds(embeds).dtype
         latents = torch.randn((count, *self.latent_shape), generator=generator)
-        latents = latents.to(device, embeds.dtype)
+        latents = latents.to(device, velocity.latents_dtype or dtype)
         passed: list[torch.Tensor] = [latents]
 
         def keep(_: Any, __: int, ___: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
-            passed.append(values["latents"])
+            passed.append(family.clip_latents(values["latents"], self.latent_shape))
             return {}
 
         with quiet_run(self.pipeline):
             self.pipeline(
-                prompt_embeds=embeds,
-                negative_prompt_embeds=self.text.empty.to(embeds).expand_as(embeds),
-                latents=latents,
+                **family.clip_arguments(embeds, repeat_text(self.text.empty.to(device, dtype), count), latents),
                 generator=generator,
                 num_inference_steps=self.recipe.num_inference_steps,
                 guidance_scale=self.recipe.sampling_guidance_scale,
-                max_sequence_length=embeds.shape[1],
                 callback_on_step_end=keep,
                 output_type="latent",
                 **self.size,
             )
             times = self.pipeline.scheduler.timesteps
-        x_t = torch.cat(passed[: len(times)]).float()
-        states = States(
-            x_t, times.to(device, torch.int64).repeat_interleave(count), prompts.to(device).repeat(len(times))
-        )
+        times = times.to(device, torch.float32 if times.is_floating_point() else torch.int64)
+        served = velocity.serves(times).nonzero().flatten().tolist()
+        x_t = torch.cat([passed[step] for step in served]).float()
+        states = States(x_t, times[served].repeat_interleave(count), prompts.to(device).repeat(len(served)))
         return States(*(broadcast(part) for part in states))  # checkpoints hold the first process's
 
 
@@ -107,7 +112,7 @@ class Part(NamedTuple):
 
     x_t: torch.Tensor
     t: torch.Tensor
-    prompt_embeds: torch.Tensor
+    prompt_embeds: Text
     mask: torch.Tensor | None
 
 

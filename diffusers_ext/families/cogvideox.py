@@ -75,6 +75,14 @@ class CogVideoX(Family):
     joint_attention = "attn1"
     published = tuple(_published(*model) for model in PUBLISHED_TRANSFORMERS.items())
 
+    def encode_clip_prompts(self, pipeline: DiffusionPipeline, prompts: list[str]) -> torch.Tensor:
+        """Padding is not masked."""
+        length = self.prompt_length(pipeline)
+        ids = pipeline.tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return pipeline.text_encoder(ids.to(pipeline.text_encoder.device))[0]
+
     def text_length(self, config: Any) -> int:
         return config.max_text_seq_length
 

@@ -99,6 +99,10 @@ class Family:
     joint_blocks: ClassVar[tuple[str, ...]] = ()
     video_alone: ClassVar[bool] = False  # that attention may give the video without text
 
+    masks_padding: ClassVar[bool] = False  # the pipeline hides padding from its text encoder
+    # Module of a block in which video alone looks at text alone and a concept is seen, if not in `joint_attention`.
+    text_keys: ClassVar[str | None] = None
+
     # Text
 
     def encode(self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
@@ -268,27 +272,25 @@ class Family:
     # Clips, and where an eraser attaches
 
     def encode_clip_prompts(self, pipeline: DiffusionPipeline, prompts: list[str]) -> Text:
-        """What the denoiser reads of prompts, `""` the unconditional one, as the pipeline's call makes it.
-
-        All have one length, `text_length`; a tensor where the tokens' embeddings are all that is read.
-        """
+        """What the call makes of prompts, `""` unconditional, of one length; a tensor where embeddings are all."""
         return self.encode(pipeline, prompts, None).positive()
 
     def clean_prompt(self, prompt: str) -> str:
         """A prompt as the pipeline's tokenizer gets it."""
         return prompt
 
-    def clip_arguments(self, text: Text, empty: Text, latents: torch.Tensor) -> dict[str, Any]:
-        """Keywords of the pipeline's call for encoded prompts, guided away from others, and latents to begin with.
+    def prompt_length(self, pipeline: DiffusionPipeline) -> int:
+        """Tokens that a pipeline's prompts are padded to."""
+        return self.text_length(pipeline.transformer.config)
 
-        `latents` are `(batch, frames, channels, height, width)`.
-        """
+    def clip_arguments(self, text: Text, empty: Text, latents: torch.Tensor | None = None) -> dict[str, Any]:
+        """Of the pipeline's call, for prompts guided away from others and latents `(batch, frames, channels, ...)`."""
         tokens = token_embeds(text).shape[1]
         if isinstance(text, torch.Tensor):
             arguments = {"prompt_embeds": text, "negative_prompt_embeds": empty, "max_sequence_length": tokens}
         else:
             arguments = self.text_arguments(with_negatives(text, empty))
-        return {**arguments, "latents": latents}
+        return arguments if latents is None else {**arguments, "latents": latents}
 
     def clip_latents(self, latents: torch.Tensor, latent_shape: Sequence[int]) -> torch.Tensor:
         """What the pipeline's call keeps or returns as latents, `(batch, frames, channels, height, width)`."""
@@ -309,7 +311,7 @@ class Family:
         return bool(kinds.intersection(self.joint_blocks)) and attention is getattr(block, self.joint_attention, None)
 
     def text_length(self, config: Any) -> int:
-        """Tokens that prompts are padded to."""
+        """Tokens that prompts are padded to, by the denoiser's config."""
         raise NotImplementedError
 
     def clip_size(self, config: Any, vae_config: Any) -> tuple[int, int, int]:

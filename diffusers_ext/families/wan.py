@@ -44,7 +44,7 @@ class Wan(Family):
     denoiser_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
     video_vae = True
-    tools = frozenset({"nullspace"})
+    tools = frozenset({"nullspace", "eraser"})
     nullspace_pipeline = "NullSpaceDreamBoothWanPipeline"
     flow_matching = True
     # The names of Wan's authors.
@@ -72,6 +72,8 @@ class Wan(Family):
     smallest_call = {"num_frames": 1}
     call_arguments = {"num_frames": 1}
     blocks = "blocks"
+    text_keys = "attn2"
+    masks_padding = True
     joint_attention, joint_blocks, video_alone = "attn1", ("WanTransformerBlock",), True
     text_stream = ()
     attention_linears = ("to_q", "to_k", "to_v", "to_out.0")
@@ -93,8 +95,12 @@ class Wan(Family):
 
     def encode_clip_prompts(self, pipeline: WanPipeline, prompts: list[str]) -> torch.Tensor:
         """Padding is zeros."""
-        length = self.text_length(pipeline.transformer.config)
+        length = self.prompt_length(pipeline)
         return pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)[0]
+
+    def prompt_length(self, pipeline: WanPipeline) -> int:
+        """As long as the call's default, or as the tokenizer of a smaller model says."""
+        return min(self.t5_tokens, pipeline.tokenizer.model_max_length)
 
     def text_width(self, config: Any) -> int:
         return config.text_dim
@@ -188,17 +194,19 @@ class Wan(Family):
             )
         return TokenGrid(*(side // p for side, p in zip(sides, patch, strict=True)))
 
-    def clip_arguments(self, text: torch.Tensor, empty: torch.Tensor, latents: torch.Tensor) -> dict[str, Any]:
-        return super().clip_arguments(text, empty, latents.transpose(1, 2))
+    def clip_arguments(
+        self, text: torch.Tensor, empty: torch.Tensor, latents: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        return super().clip_arguments(text, empty, None if latents is None else latents.transpose(1, 2))
 
     def clip_latents(self, latents: torch.Tensor, latent_shape: Sequence[int]) -> torch.Tensor:
         return latents.transpose(1, 2)
 
     def expert_timesteps(self, pipeline: WanPipeline) -> dict[str, tuple[float, float]]:
-        ratio = pipeline.config.boundary_ratio
+        ratio = pipeline.config.get("boundary_ratio")
         if ratio is None:
             return super().expert_timesteps(pipeline)
-        boundary = ratio * pipeline.scheduler.config.num_train_timesteps
+        boundary = ratio * pipeline.scheduler.config.get("num_train_timesteps", 1000)
         return {"transformer": (boundary, math.inf), "transformer_2": (-math.inf, boundary)}
 
     def velocity(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, DiffusionPipeline
 
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.training.eraser.data import ClipSize, EraserData
@@ -25,9 +25,9 @@ def tiny_prompts() -> EraserPrompts:
     return make_eraser_prompts(TARGETS, "seven", anchor_concept="digit", preserved_concepts=PRESERVED)
 
 
-def write_eraser_files(folder: Path) -> Path:
+def write_eraser_files(folder: Path, pipeline: DiffusionPipeline | None = None) -> Path:
     """A tiny base model, a prompts file and a file of preserved concepts."""
-    tiny_video_pipeline().save_pretrained(folder / "base")
+    (pipeline or tiny_video_pipeline()).save_pretrained(folder / "base")
     (folder / "prompts.txt").write_text("\n".join(["# seven", "", *TARGETS, ""]))
     (folder / "preserved.txt").write_text("\n".join(PRESERVED))
     return folder

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from diffusers_ext.eraser import losses
 from diffusers_ext.eraser.files import load_eraser
+from diffusers_ext.training.eraser import base as eraser_base
 from diffusers_ext.training.eraser import prompts as eraser_text
-from diffusers_ext.training.eraser import run as eraser_base
 from diffusers_ext.training.eraser.run import parse_args
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.training.eraser_runs import eraser_line, read_report, train, write_eraser_files

@@ -1,4 +1,4 @@
-"""`accelerate launch -m diffusers_ext.training.eraser` is `training/train_cogvideox_eraser.py`."""
+"""`accelerate launch -m diffusers_ext.training.eraser` is `training/train_eraser.py`."""
 
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.training.eraser.run import main, parse_args

@@ -28,7 +28,7 @@ from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
 from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.families import find_family
-from diffusers_ext.families.family import Family, Velocity
+from diffusers_ext.families.family import Family, Velocity, latent_scale
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +142,10 @@ class ClipSize(NamedTuple):
         configs = (pipeline.transformer.config, pipeline.vae.config)
         return find_family(pipeline, "eraser").latent_shape(*configs, *self)
 
-    def velocity(self, pipeline: DiffusionPipeline) -> Velocity:
-        """The velocity of a pipeline's model for such a clip."""
-        return find_family(pipeline, "eraser").velocity(pipeline, *self)
+    def velocity(self, pipeline: DiffusionPipeline, expert: str | None = None) -> Velocity:
+        """The velocity of a pipeline's model for such a clip; `expert` as of `Family.velocity`."""
+        given = {} if expert is None else {"expert": expert}
+        return find_family(pipeline, "eraser").velocity(pipeline, *self, **given)
 
 
 class NoiseSource(Dataset):
@@ -184,7 +185,8 @@ class VideoSource(Dataset):
         latents = []
         for index, path in enumerate(tqdm(self.paths, desc="encode videos")):
             frames = torch.from_numpy(read_video(path, *size))
-            encoded = encode_frames(pipeline.vae, frames, stream_generator(seed, "latents", index))
+            generator = stream_generator(seed, "latents", index)
+            encoded = encode_frames(pipeline.vae, frames, generator, find_family(pipeline, "eraser"))
             padding = encoded[:1].expand(shape[0] - len(encoded), -1, -1, -1)
             latents.append(torch.cat([padding, encoded]))
         self.latents = torch.stack(latents)
@@ -197,16 +199,19 @@ class VideoSource(Dataset):
 
 
 @torch.no_grad()
-def encode_frames(vae: torch.nn.Module, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def encode_frames(
+    vae: torch.nn.Module, frames: torch.Tensor, generator: torch.Generator, family: Family | None = None
+) -> torch.Tensor:
     """One video `(frames, height, width, 3)` uint8 as latents of the transformer.
 
-    They are `(latent frames, channels, height, width)` float32 on the CPU, times the scaling factor.
+    They are `(latent frames, channels, height, width)` float32 on the CPU, scaled as the transformer reads them.
     """
+    offset, factor = (latent_scale if family is None else family.latent_scale)(vae)
     # The VAE wants (batch, 3, frames, height, width) in [-1, 1], and gives channels before frames.
     pixels = frames.permute(3, 0, 1, 2)[None].to(vae.device, torch.float32) / 127.5 - 1.0
     with module_eval_mode(vae):
         latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample(generator)
-    return (latents[0].float() * vae.config.scaling_factor).transpose(0, 1).cpu()
+    return ((latents[0].float().transpose(0, 1) - offset) * factor).cpu()
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,7 @@ class EraserData:
     token_mask: torch.Tensor | None  # (target prompts, text) bool, the concept's; `None` without masks
     samples: Dataset  # of the teacher, or clean latents
     size: ClipSize
+    expert: str | None = None  # whose samples they are, where a model has several transformers
 
 
 def concept_tokens(
@@ -230,7 +236,8 @@ def concept_tokens(
             "`concept` must be given where `localization_weight` is not 0, got None. Masks are made of "
             "the attention to its tokens."
         )
-    return concept_token_mask(pipeline.tokenizer, target, concept, prompt_length(pipeline))
+    cleaned = [find_family(pipeline, "eraser").clean_prompt(prompt) for prompt in target]
+    return concept_token_mask(pipeline.tokenizer, cleaned, concept, prompt_length(pipeline))
 
 
 def make_samples(
@@ -241,12 +248,14 @@ def make_samples(
     size: ClipSize,
     *,
     video_dir: str | Path | None = None,
+    expert: str | None = None,
     **collection: Any,
 ) -> Dataset:
     """The samples of a recipe: teacher trajectories, or clean latents of `video_dir` or of noise.
 
-    The pipeline may have erasers, which the teacher switches off. `collection` are further arguments of
-    `collect_teacher_samples`: `directory` and `facts`, ...
+    The pipeline may have erasers, which the teacher switches off. Of a model with several transformers, trajectories
+    are kept where `expert` is asked. `collection` are further arguments of `collect_teacher_samples`: `directory` and
+    `facts`, ...
     """
     shape = size.latent_shape(pipeline)
     if recipe.latents_source == "noise":
@@ -255,8 +264,9 @@ def make_samples(
         if video_dir is None:
             raise ValueError("`video_dir` must be given for `latents_source` 'video', got None.")
         return VideoSource(pipeline, video_dir, size, seed=recipe.seed)
+    velocity = size.velocity(pipeline, expert)
     return collect_teacher_samples(
-        size.velocity(pipeline), pipeline.scheduler, text, recipe, shape, token_mask=token_mask, **collection
+        velocity, pipeline.scheduler, text, recipe, shape, token_mask=token_mask, **collection
     )
 
 

@@ -20,6 +20,8 @@ from diffusers_ext.eraser.batch import encode_video_prompts, prompt_length
 from diffusers_ext.eraser.concepts import Neighbour, anchor_distances, neighbouring_concepts
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
 from diffusers_ext.eraser.teacher.runs import EraserText
+from diffusers_ext.families import find_family
+from diffusers_ext.families.text_conditioning import Text
 from diffusers_ext.nullspace.prompts import check_prompts, read_prompts_file, unique
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.run.base_model import load_text_pipeline
@@ -139,10 +141,10 @@ class RunText:
     prompts: EraserPrompts
     preserved_concepts: list[str]  # given or chosen
     embeds: EraserText
-    validation: torch.Tensor | None  # (validation prompts, text, dim); `None` without any
+    validation: Text | None  # (validation prompts, text, dim); `None` without any
     # Of `--anchor_concept auto`: the target prompts with each preserved concept in the place of the concept,
     # (target prompts, text, dim) each.
-    anchors: dict[str, torch.Tensor] = field(default_factory=dict)
+    anchors: dict[str, Text] = field(default_factory=dict)
 
 
 def read_texts(settings: EraserSettings) -> GivenTexts:
@@ -171,7 +173,8 @@ def encode_text(pipeline: DiffusionPipeline, prompts: EraserPrompts, *, batch_si
     row = {prompt: index for index, prompt in enumerate(prompts.texts)}
     parts = (prompts.target, prompts.anchor, prompts.preserved)
     chosen = (embeds[[row[prompt] for prompt in part]] for part in parts)
-    return EraserText(*chosen, embeds[row[""]])
+    empty = row[""]
+    return EraserText(*chosen, embeds[empty] if isinstance(embeds, torch.Tensor) else embeds[[empty]])
 
 
 def encode_run_text(settings: EraserSettings, given: GivenTexts, accelerator: Accelerator) -> RunText:
@@ -200,6 +203,7 @@ def _nearest_concepts(settings: EraserSettings, pipeline: Any, accelerator: Acce
         settings.num_preserved_concepts,
         max_sequence_length=prompt_length(pipeline),
         exclude=[] if settings.anchor_concept in (None, AUTO_ANCHOR) else [settings.anchor_concept],
+        masks_padding=find_family(pipeline, "eraser").masks_padding,
     )
     if accelerator.is_main_process:
         write_preserved_concepts(Path(settings.output_dir, PRESERVED_NAME), settings.target_concept, near)

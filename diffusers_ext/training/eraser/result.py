@@ -19,6 +19,8 @@ from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.files import save_eraser
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.evaluation.report_files import write_clip
+from diffusers_ext.families import find_family
+from diffusers_ext.families.text_conditioning import repeat_text
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.training.eraser.data import ClipSize
@@ -52,7 +54,8 @@ class ClipValidation:
     """Draws `--validation_prompt` at fixed seeds every `--validation_steps` and at the end.
 
     Each file shows the base model on the left and the eraser at full strength on the right, from the same noise. The
-    text encoder is gone by then, so prompts come as embeddings. `files` are the clips of the last call.
+    text encoder is gone by then, so prompts come as embeddings. `files` are the clips of the last call; `part`, which
+    names them, is the transformer that trains where a model has several.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class ClipValidation:
         self.prompt_embeds, self.size = text.validation, size
         self.empty_embed = text.embeds.empty
         self.files: list[Path] = []
+        self.part = ""
         self._base: dict[tuple[int, int], np.ndarray] = {}
 
     def draw(self, step: int) -> None:
@@ -83,7 +87,7 @@ class ClipValidation:
             restore.enter_context(quiet_run(self.pipeline))
             for prompt in range(len(self.settings.validation_prompt)):
                 for video in range(self.settings.num_validation_videos):
-                    path = folder / f"step-{step:06d}-prompt-{prompt}-video-{video}.gif"
+                    path = folder / f"step-{step:06d}{self.part}-prompt-{prompt}-video-{video}.gif"
                     write_clip(self._side_by_side(prompt, video), path, fps=self.settings.validation_fps)
                     self.files.append(path)
         logger.info(f"Drew {len(self.files)} validation clips at step {step}.")
@@ -92,7 +96,9 @@ class ClipValidation:
         """`(frames, height, 2 width and a gap, 3)` uint8: base and erased."""
         key = (prompt, video)
         if key not in self._base:
-            with erasers_disabled(self.pipeline.transformer):
+            with ExitStack() as off:
+                for name in find_family(self.pipeline, "eraser").expert_timesteps(self.pipeline):
+                    off.enter_context(erasers_disabled(getattr(self.pipeline, name)))
                 self._base[key] = self._clip(prompt, video)
         base = self._base[key]
         gap = np.full((*base.shape[:2], _GAP, 3), 255, np.uint8)
@@ -101,22 +107,28 @@ class ClipValidation:
     @torch.no_grad()
     def _clip(self, prompt: int, video: int) -> np.ndarray:
         device, dtype = self.accelerator.device, self.pipeline.transformer.dtype
+        texts = (self.prompt_embeds[[prompt]], repeat_text(self.empty_embed, 1))
+        arguments = find_family(self.pipeline, "eraser").clip_arguments(*(text.to(device, dtype) for text in texts))
         frames = self.pipeline(
-            prompt_embeds=self.prompt_embeds[prompt][None].to(device, dtype),
-            negative_prompt_embeds=self.empty_embed[None].to(device, dtype),
+            **arguments,
             generator=torch.Generator().manual_seed(self.settings.seed + video),
             **self.size._asdict(),
             num_inference_steps=self.settings.num_inference_steps,
             guidance_scale=self.settings.sampling_guidance_scale,
-            max_sequence_length=self.prompt_embeds.shape[1],
             output_type="np",
         ).frames[0]
         return (np.asarray(frames).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def eraser_report(settings: EraserSettings, text: RunText, loop: TrainingLoop, **facts: Any) -> dict[str, Any]:
-    """Everything about a training as JSON, the token left out."""
-    trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
+def eraser_report(
+    settings: EraserSettings, text: RunText, loops: Mapping[str, TrainingLoop], **facts: Any
+) -> dict[str, Any]:
+    """Everything about a training as JSON, the token left out.
+
+    Of a model with several transformers there is a loop for each, by name, and the log says which.
+    """
+    trained = [p for loop in loops.values() for group in loop.optimizer.param_groups for p in group["params"]]
+    history = [{**row, "transformer": name} for name, loop in loops.items() for row in loop.history]
     return {
         "arguments": reported_arguments(settings),
         "recipe": settings.recipe(),
@@ -124,8 +136,8 @@ def eraser_report(settings: EraserSettings, text: RunText, loop: TrainingLoop, *
         "preserved_concepts": text.preserved_concepts,
         "prompts": text.prompts.facts,
         **facts,
-        "history": loop.history,
-        "seconds": loop.seconds,
+        "history": history if len(loops) > 1 else next(iter(loops.values())).history,
+        "seconds": sum(loop.seconds for loop in loops.values()),
     }
 
 
@@ -134,8 +146,9 @@ def save_result(
 ) -> None:
     """Write the eraser and the report, all at once."""
     with staged_output(settings.output_dir, ("adapter_config.json",), ON_THE_WAY) as folder:
+        experts = find_family(pipeline, "eraser").expert_timesteps(pipeline)
         save_eraser(
-            pipeline.transformer,
+            pipeline if len(experts) > 1 else pipeline.transformer,
             folder,
             adapter_name=adapter_name,
             base_model_name_or_path=settings.hub_base_model or public_name(settings.pretrained_model_name_or_path),

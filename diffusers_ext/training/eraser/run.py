@@ -1,6 +1,6 @@
-"""Train an eraser that takes one concept out of CogVideoX and leaves the rest, from prompts alone.
+"""Train an eraser that takes one concept out of CogVideoX or Wan and leaves the rest, from prompts alone.
 
-    accelerate launch training/train_cogvideox_eraser.py \\
+    accelerate launch training/train_eraser.py \\
         --pretrained_model_name_or_path examples/moving_digits/model \\
         --target_concept seven --anchor_concept auto --prompts_file prompts.txt \\
         --preserved_concepts_file digits.txt --eraser_rank 32 --learning_rate 5e-3 \\
@@ -9,33 +9,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.configuration_utils import FrozenDict
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diffusers_ext.core.artifacts import fingerprint
-from diffusers_ext.core.seeds import check_diffusion_levels
-from diffusers_ext.eraser.adapter.config import EraserConfig, transformer_width
+from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.outputs import trainable_eraser_parameters
 from diffusers_ext.eraser.attack import AdversarialPrompts
 from diffusers_ext.eraser.batch import RowMaker
-from diffusers_ext.eraser.concepts import check_concept
-from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
+from diffusers_ext.eraser.recipe import EraserSettings, EraserTraining
 from diffusers_ext.eraser.step import EraserStep, OnPolicyRollouts
-from diffusers_ext.families import families_of
-from diffusers_ext.families.base_source import refuse_single_file
-from diffusers_ext.families.family import Family, import_class
+from diffusers_ext.families import find_family
+from diffusers_ext.training.eraser.base import BaseFacts, load_base, read_base
 from diffusers_ext.training.eraser.data import ClipSize, EraserData, concept_tokens, make_samples, samples_facts
 from diffusers_ext.training.eraser.prompts import (
     EraserPrompts,
@@ -54,13 +48,18 @@ from diffusers_ext.training.eraser.result import (
     publish_eraser,
     save_result,
 )
-from diffusers_ext.training.run.base_model import read_components
+from diffusers_ext.training.run.checkpoint_files import list_checkpoints
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
-from diffusers_ext.training.run.script import card_record, check_login, eraser_words, one_run_a_folder
+from diffusers_ext.training.run.script import (
+    card_record,
+    check_login,
+    check_output_dir,
+    eraser_words,
+    one_run_a_folder,
+)
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
     ERASER_RUNS,
-    WEIGHT_DTYPES,
     check_resume,
     make_accelerator,
     make_loop,
@@ -73,81 +72,6 @@ logger = get_logger(__name__)
 
 ADAPTER_NAME = "default"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """What configs tell of a base model; they are read in no time, the weights in minutes."""
-
-    transformer: SimpleNamespace  # with a `config` and no weights, as the VAE
-    vae: SimpleNamespace
-    tokenizer: PreTrainedTokenizerBase
-    size: ClipSize  # of the clips to train on
-    latent_shape: tuple[int, int, int, int]  # of these clips
-
-
-def read_base(settings: EraserSettings) -> BaseFacts:
-    """Read the configs of `--pretrained_model_name_or_path`; raises `ValueError` where the arguments do not fit it."""
-    family = read_video_family(settings)
-    source, revision = settings.pretrained_model_name_or_path, settings.revision
-    transformer, vae, scheduler = (
-        SimpleNamespace(config=FrozenDict(model.load_config(source, subfolder=name, revision=revision)))
-        for model, name in (
-            (import_class(family.denoiser_class), "transformer"),
-            (import_class(family.vae_class), "vae"),
-            (DDIMScheduler, "scheduler"),  # every scheduler's config reads alike
-        )
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision)
-    predicts = scheduler.config.get("prediction_type")
-    if predicts != "v_prediction":
-        raise ValueError(
-            f"`prediction_type` of the scheduler must be 'v_prediction', as {family.title} has it, got {predicts!r}."
-        )
-    kind = getattr(diffusers, scheduler.config["_class_name"], None)
-    if kind is not None:  # one of another library is met when it is loaded
-        check_diffusion_levels(kind.from_config(scheduler.config))
-    asked = {name: getattr(settings, name) for name in ClipSize._fields}
-    size = ClipSize.of_configs(family, transformer, vae, **asked)
-    shape = family.latent_shape(transformer.config, vae.config, *size)
-    family.token_grid(transformer.config, shape)
-    width = transformer_width(transformer.config)
-    if settings.rank > width:
-        raise ValueError(f"`eraser_rank` must be at most the model's width, {width}, got {settings.rank}.")
-    anchor = None if settings.anchor_concept == AUTO_ANCHOR else settings.anchor_concept
-    for concept in (settings.target_concept, anchor):
-        if concept is not None:
-            check_concept(tokenizer, concept)
-    return BaseFacts(transformer, vae, tokenizer, size, shape)
-
-
-def read_video_family(settings: EraserSettings) -> Family:
-    """The family of `--pretrained_model_name_or_path`; raises `ValueError` where no eraser is known for it."""
-    source, known = settings.pretrained_model_name_or_path, families_of("eraser")
-    names = {family.pipelines[0]: family for family in known}
-    refuse_single_file(source, f"a {' or '.join(names)}")
-    kind = read_components(settings)["_class_name"]
-    if kind not in names:
-        raise ValueError(f"`pretrained_model_name_or_path` must be a {' or '.join(names)}, got a {kind} in {source}.")
-    return names[kind]
-
-
-def load_base(settings: EraserSettings, device: torch.device) -> DiffusionPipeline:
-    """The base model without its text encoder, frozen; the VAE, which videos and validation read, on the CPU."""
-    pipeline = DiffusionPipeline.from_pretrained(
-        settings.pretrained_model_name_or_path,
-        revision=settings.revision,
-        variant=settings.variant,
-        dtype=WEIGHT_DTYPES[settings.mixed_precision],
-        text_encoder=None,
-    )
-    for model in (pipeline.transformer, pipeline.vae):
-        model.requires_grad_(False).eval()
-    pipeline.transformer.to(device)
-    if settings.gradient_checkpointing:
-        pipeline.transformer.enable_gradient_checkpointing()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def add_eraser(
@@ -178,7 +102,7 @@ def make_step(
     adapter_name: str = "default",
 ) -> EraserStep:
     """The loss function of a training."""
-    shape, velocity = data.size.latent_shape(pipeline), data.size.velocity(pipeline)
+    shape, velocity = data.size.latent_shape(pipeline), data.size.velocity(pipeline, data.expert)
     maker = RowMaker(
         velocity,
         data.text,
@@ -191,7 +115,7 @@ def make_step(
     )
     rollouts, adversarial_prompts = None, None
     if recipe.on_policy_share:
-        rollouts = OnPolicyRollouts(pipeline, data.text, recipe, shape, data.size._asdict())
+        rollouts = OnPolicyRollouts(pipeline, data.text, recipe, shape, data.size._asdict(), data.expert)
     if recipe.adversarial_share:
         adversarial_prompts = AdversarialPrompts(velocity, recipe)
     return EraserStep(maker, recipe, adapter_name, rollouts=rollouts, adversarial_prompts=adversarial_prompts)
@@ -204,13 +128,14 @@ def make_data(
     size: ClipSize,
     *,
     concept: str | None = None,
+    expert: str | None = None,
     **options: Any,
 ) -> EraserData:
-    """Text and samples of a training; `options` are those of `make_samples`."""
+    """Text and samples of a training, of one of a model's transformers; `options` are those of `make_samples`."""
     text = encode_text(pipeline, prompts)
     token_mask = concept_tokens(pipeline, prompts.target, recipe, concept)
-    samples = make_samples(pipeline, text, token_mask, recipe, size, **options)
-    return EraserData(text, token_mask, samples, size)
+    samples = make_samples(pipeline, text, token_mask, recipe, size, expert=expert, **options)
+    return EraserData(text, token_mask, samples, size, expert)
 
 
 @dataclass(frozen=True)
@@ -233,9 +158,13 @@ def train_eraser(
     adapter_name: str = "default",
     data: EraserData | None = None,
     accelerator: Accelerator | None = None,
+    expert: str | None = None,
     **options: Any,
 ) -> TrainedEraser:
     """Train an eraser; it stays in `pipeline.transformer`, in eval mode and switched on.
+
+    Of a model with several transformers (Wan 2.2), a call trains the part of one, which `expert` names: that for the
+    timesteps at which this one is asked.
 
     Args:
         size: of the clips; the model's own when `None`.
@@ -244,10 +173,17 @@ def train_eraser(
         accelerator: on the pipeline's device, in full precision, when `None`.
         options: of `make_samples`.
     """
-    transformer = pipeline.transformer
+    experts = find_family(pipeline, "eraser").expert_timesteps(pipeline)
+    expert = data.expert if data is not None and expert is None else expert
+    if len(experts) > 1 and expert not in experts:
+        raise ValueError(
+            f"`expert` must be one of {sorted(experts)} for this model, got {expert}. Train each of them."
+        )
+    name = expert or "transformer"
+    transformer = getattr(pipeline, name)
     if data is None:
         size = ClipSize.of_pipeline(pipeline) if size is None else size
-        data = make_data(pipeline, prompts, recipe, size, concept=concept, **options)
+        data = make_data(pipeline, prompts, recipe, size, concept=concept, expert=expert, **options)
     if accelerator is None:
         accelerator = Accelerator(
             cpu=transformer.device.type == "cpu", gradient_accumulation_steps=recipe.gradient_accumulation_steps
@@ -274,9 +210,14 @@ def train_eraser(
     try:
         loop.run()
     finally:
-        pipeline.transformer = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        transformer.requires_grad_(False).eval()
+        _take_back(pipeline, name, accelerator, loop)
     return TrainedEraser(loop.history, loop.seconds, data)
+
+
+def _take_back(pipeline: DiffusionPipeline, name: str, accelerator: Accelerator, loop: TrainingLoop) -> None:
+    """Put a trained transformer back as it was before accelerate, frozen and in eval mode."""
+    trained = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    setattr(pipeline, name, trained.requires_grad_(False).eval())
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> EraserSettings:
@@ -294,10 +235,15 @@ def resume_facts(settings: EraserSettings, given: GivenTexts, base: BaseFacts) -
 
 
 def make_run_data(
-    settings: EraserSettings, accelerator: Accelerator, pipeline: DiffusionPipeline, base: BaseFacts, text: RunText
+    settings: EraserSettings,
+    accelerator: Accelerator,
+    pipeline: DiffusionPipeline,
+    base: BaseFacts,
+    text: RunText,
+    expert: str | None = None,
 ) -> EraserData:
     """The samples of the run, made or read again."""
-    collection: dict[str, Any] = {}
+    collection: dict[str, Any] = {"expert": expert}
     token_mask = concept_tokens(pipeline, text.prompts.target, settings, settings.target_concept)
     if settings.latents_source == "video":
         pipeline.vae.to(accelerator.device)
@@ -314,7 +260,7 @@ def make_run_data(
     with accelerator.autocast():  # as the student runs, or the two would differ before any training
         samples = make_samples(pipeline, text.embeds, token_mask, settings, base.size, **collection)
     pipeline.vae.to("cpu")
-    return EraserData(text.embeds, token_mask, samples, base.size)
+    return EraserData(text.embeds, token_mask, samples, base.size, expert)
 
 
 def build_loop(
@@ -327,12 +273,13 @@ def build_loop(
 ) -> TrainingLoop:
     """The loop over a transformer, to which it adds an eraser."""
     concepts = {"concept": settings.target_concept, "anchor_concept": settings.anchor_concept}
-    parameters = add_eraser(pipeline.transformer, settings, ADAPTER_NAME, **concepts)
+    transformer = getattr(pipeline, data.expert or "transformer")
+    parameters = add_eraser(transformer, settings, ADAPTER_NAME, **concepts)
     step = make_step(pipeline, data, settings, accelerator.device, ADAPTER_NAME)
     return make_loop(
         settings,
         accelerator,
-        pipeline.transformer,
+        transformer,
         data.samples,
         step,
         facts,
@@ -343,6 +290,56 @@ def build_loop(
     )
 
 
+def settings_of_part(settings: EraserSettings, experts: Sequence[str], expert: str) -> EraserSettings:
+    """The settings of one transformer's part: of several, each has checkpoints and samples in a folder of its name."""
+    if len(experts) == 1:
+        return settings
+    part = copy.copy(settings)
+    part.output_dir = str(Path(settings.output_dir, expert))
+    if settings.trajectories_dir is not None:
+        part.trajectories_dir = str(Path(settings.trajectories_dir, expert))
+    if settings.resume_from_checkpoint is not None:
+        if settings.resume_from_checkpoint != "latest":
+            raise ValueError(
+                "`resume_from_checkpoint` must be 'latest' for a model with several transformers, got "
+                f"{settings.resume_from_checkpoint}."
+            )
+        part.resume_from_checkpoint = "latest" if list_checkpoints(part.output_dir) else None
+    return part
+
+
+def train_part(
+    settings: EraserSettings,
+    accelerator: Accelerator,
+    pipeline: DiffusionPipeline,
+    base: BaseFacts,
+    text: RunText,
+    facts: dict[str, Any],
+    validation: ClipValidation,
+    expert: str,
+) -> tuple[TrainingLoop, dict[str, Any]]:
+    """Train one transformer's part; returns its loop and what tells its samples."""
+    several, whole = len(base.experts) > 1, settings
+    settings = settings_of_part(settings, base.experts, expert)
+    data = make_run_data(settings, accelerator, pipeline, base, text, expert if several else None)
+    facts = facts | {"model": fingerprint(getattr(pipeline, expert)), "samples": samples_facts(data.samples)}
+    if several:
+        facts["transformer"], validation.part = expert, f"-{expert}"
+    loop = build_loop(settings, accelerator, pipeline, data, facts, validation)
+    make_output_dir(settings, accelerator)
+    if expert == base.experts[0]:
+        make_output_dir(whole, accelerator)
+        start_trackers(accelerator, whole, f"{find_family(pipeline, 'eraser').name}-eraser")
+    loop.run()
+    if several:
+        if settings.checkpointing_steps and settings.max_train_steps % settings.checkpointing_steps:
+            loop.checkpoints.save(settings.max_train_steps)  # so that a later resume finds this part done
+        _take_back(pipeline, expert, accelerator, loop)
+        accelerator.free_memory()
+        loop.dataset = ()  # as large as the models
+    return loop, facts["samples"]
+
+
 @one_run_a_folder
 def main(settings: EraserSettings) -> Path:
     """Train and save; returns the output folder."""
@@ -350,7 +347,9 @@ def main(settings: EraserSettings) -> Path:
     accelerator = make_accelerator(settings)
     base, given = read_base(settings), read_texts(settings)
     facts = resume_facts(settings, given, base)
-    check_resume(settings, facts)
+    check_output_dir(settings)
+    for expert in base.experts:
+        check_resume(settings_of_part(settings, base.experts, expert), facts)
     if settings.push_to_hub and accelerator.is_main_process:
         check_login(settings)  # a missing login or licence stops the run here, not after it
         prepare_eraser_upload(settings, given, base.size)
@@ -362,19 +361,15 @@ def main(settings: EraserSettings) -> Path:
         rounded = {word: round(distance, 4) for word, distance in ranked.items()}
         logger.info("Distances from %r: %s", settings.target_concept, rounded)
         logger.info("Chose the anchor %r; give `--anchor_concept` to have another one.", settings.anchor_concept)
-    data = make_run_data(settings, accelerator, pipeline, base, text)
     validation = ClipValidation(settings, pipeline, accelerator, text, base.size)
-    facts |= {
-        "prompts": text.prompts.facts,
-        "model": fingerprint(pipeline.transformer),
-        "samples": samples_facts(data.samples),
-    }
-    loop = build_loop(settings, accelerator, pipeline, data, facts, validation)
-    make_output_dir(settings, accelerator)
-    start_trackers(accelerator, settings, "cogvideox-eraser")
-    loop.run()
+    facts["prompts"] = text.prompts.facts
+    loops, samples = {}, {}
+    for expert in base.experts:
+        known = (settings, accelerator, pipeline, base, text, facts, validation)
+        loops[expert], samples[expert] = train_part(*known, expert)
     if accelerator.is_main_process:
-        report = eraser_report(settings, text, loop, size=base.size._asdict(), samples=facts["samples"])
+        found = samples if len(samples) > 1 else next(iter(samples.values()))
+        report = eraser_report(settings, text, loops, size=base.size._asdict(), samples=found)
         report["card"] = card_record(settings, eraser_facts(settings, report, validation.files))
         save_result(settings, pipeline, ADAPTER_NAME, report)
         logger.info(eraser_words(settings, report))

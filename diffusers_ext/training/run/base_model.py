@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 DENOISERS = ("unet", "transformer")
 # What else has no part in encoding text; schedulers are small, and pipelines demand them.
-_NOT_TEXT = (*DENOISERS, "vae", "safety_checker", "feature_extractor", "image_encoder")
+_NOT_TEXT = (*DENOISERS, "transformer_2", "vae", "safety_checker", "feature_extractor", "image_encoder")
 
 
 def load_frozen(

@@ -1,0 +1,108 @@
+"""The base model of an eraser's training: what its configs tell, and the model without its text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from diffusers_ext.core.seeds import check_diffusion_levels, check_flow_levels
+from diffusers_ext.eraser.adapter.config import transformer_width
+from diffusers_ext.eraser.concepts import check_concept
+from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings
+from diffusers_ext.families import families_of, find_family
+from diffusers_ext.families.base_source import refuse_single_file
+from diffusers_ext.families.family import Family, import_class
+from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.run.base_model import read_components
+from diffusers_ext.training.run.setup import WEIGHT_DTYPES
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What configs tell of a base model; they are read in no time, the weights in minutes."""
+
+    transformer: SimpleNamespace  # with a `config` and no weights, as the VAE
+    vae: SimpleNamespace
+    tokenizer: PreTrainedTokenizerBase
+    size: ClipSize  # of the clips to train on
+    latent_shape: tuple[int, int, int, int]  # of these clips
+    experts: tuple[str, ...]  # the transformers, each of which gets its part of the eraser
+
+
+def read_base(settings: EraserSettings) -> BaseFacts:
+    """Read the configs of `--pretrained_model_name_or_path`; raises `ValueError` where the arguments do not fit it."""
+    family, components = read_video_family(settings), read_components(settings)
+    source, revision = settings.pretrained_model_name_or_path, settings.revision
+    transformer, vae, scheduler = (
+        SimpleNamespace(config=FrozenDict(model.load_config(source, subfolder=name, revision=revision)))
+        for model, name in (
+            (import_class(family.denoiser_class), "transformer"),
+            (import_class(family.vae_class), "vae"),
+            (DDIMScheduler, "scheduler"),  # every scheduler's config reads alike
+        )
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision)
+    _check_scheduler(family, scheduler.config)
+    asked = {name: getattr(settings, name) for name in ClipSize._fields}
+    size = ClipSize.of_configs(family, transformer, vae, **asked)
+    shape = family.latent_shape(transformer.config, vae.config, *size)
+    family.token_grid(transformer.config, shape)
+    width = transformer_width(transformer.config)
+    if settings.rank > width:
+        raise ValueError(f"`eraser_rank` must be at most the model's width, {width}, got {settings.rank}.")
+    anchor = None if settings.anchor_concept == AUTO_ANCHOR else settings.anchor_concept
+    for concept in (settings.target_concept, anchor):
+        if concept is not None:
+            check_concept(tokenizer, concept)
+    stand_in = SimpleNamespace(config=FrozenDict(components), scheduler=scheduler)
+    return BaseFacts(transformer, vae, tokenizer, size, shape, tuple(family.expert_timesteps(stand_in)))
+
+
+def _check_scheduler(family: Family, config: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a scheduler of another kind of model."""
+    predicts = config.get("prediction_type")
+    if not family.flow_matching and predicts != "v_prediction":
+        raise ValueError(
+            f"`prediction_type` of the scheduler must be 'v_prediction', as {family.title} has it, got {predicts!r}."
+        )
+    kind = getattr(diffusers, config["_class_name"], None)
+    if kind is not None:  # one of another library is met when it is loaded
+        check = check_flow_levels if family.flow_matching else check_diffusion_levels
+        check(kind.from_config(config))
+
+
+def read_video_family(settings: EraserSettings) -> Family:
+    """The family of `--pretrained_model_name_or_path`; raises `ValueError` where no eraser is known for it."""
+    source, known = settings.pretrained_model_name_or_path, families_of("eraser")
+    names = {family.pipelines[0]: family for family in known}
+    refuse_single_file(source, f"a {' or '.join(names)}")
+    kind = read_components(settings)["_class_name"]
+    if kind not in names:
+        raise ValueError(f"`pretrained_model_name_or_path` must be a {' or '.join(names)}, got a {kind} in {source}.")
+    return names[kind]
+
+
+def load_base(settings: EraserSettings, device: torch.device) -> DiffusionPipeline:
+    """The base model without its text encoder, frozen; the VAE, which videos and validation read, on the CPU."""
+    pipeline = DiffusionPipeline.from_pretrained(
+        settings.pretrained_model_name_or_path,
+        revision=settings.revision,
+        variant=settings.variant,
+        dtype=WEIGHT_DTYPES[settings.mixed_precision],
+        text_encoder=None,
+    )
+    pipeline.vae.requires_grad_(False).eval()
+    for name in find_family(pipeline, "eraser").expert_timesteps(pipeline):
+        transformer = getattr(pipeline, name).requires_grad_(False).eval().to(device)
+        if settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

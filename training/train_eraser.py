@@ -1,0 +1,12 @@
+"""Train an eraser that takes one concept out of a model and leaves the rest, from prompts alone."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found by path, from any folder
+
+from diffusers_ext.training.eraser.run import main, parse_args
+from diffusers_ext.training.run.script import run_script
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
