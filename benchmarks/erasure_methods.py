@@ -149,7 +149,7 @@ def _edit(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
 
 
 def _esd(pipeline: DiffusionPipeline, target: str, seed: int, rate: float = _ESD_RATE) -> Armed:
-    family = find_family(pipeline, "eraser")
+    family = find_family(pipeline)
     shape = family.latent_shape(pipeline.transformer.config, pipeline.vae.config, **CLIP)
     encoder = GuardedCalls(pipeline, target, **_LENGTHS)
     texts = torch.cat([encoder.empty, encoder.encode(training_prompts(target).target)])
@@ -239,7 +239,7 @@ def attack_method(
     if guard is not None:
         guard.know(training_prompts(target).target)
     with nullcontext() if guard is None else guard.active():
-        velocity = find_family(armed.pipeline, "eraser").velocity(armed.pipeline, **CLIP)
+        velocity = find_family(armed.pipeline).velocity(armed.pipeline, **CLIP)
         learned = learn_revival_embeddings(
             velocity,
             points["x_t"],

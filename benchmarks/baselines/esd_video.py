@@ -72,7 +72,7 @@ def erase_video_concept(
         told = texts[[0, picked]]
         stop = int(torch.randint(num_inference_steps, (), generator=generator))
         scheduler.set_timesteps(num_inference_steps)
-        start = torch.randn(1, *latent_shape, generator=generator) * scheduler.init_noise_sigma
+        start = torch.randn(1, *latent_shape, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
         latents = stopped_run(velocity, scheduler, start, told, stop, guidance_scale)
         timestep = scheduler.timesteps[stop].expand(1)
         with torch.no_grad():

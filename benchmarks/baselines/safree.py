@@ -99,7 +99,7 @@ class Safree(GuardedCalls):
 
     def text(self, text: torch.Tensor, prompts: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Tokens behind the prompt's own stay as they are."""
-        early = (steps < self._num_steps[prompts])[:, None, None]
-        own = self._replaced.shape[1]
-        replaced = torch.cat([self._replaced[prompts].to(text), text[:, own:]], dim=1)
-        return torch.where(early, replaced, text)
+        changed = (steps < self._num_steps[prompts])[:, None] & self._real[prompts]
+        own = changed.shape[1]
+        filtered = torch.where(changed[..., None], self._replaced[prompts].to(text), text[:, :own])
+        return torch.cat([filtered, text[:, own:]], dim=1)

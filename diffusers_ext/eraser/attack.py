@@ -126,7 +126,8 @@ def insert_embeddings(
 
     CogVideoX gives text tokens no positions, so their order means nothing and rotary models take any number; models
     with absolute positions (by `config`, the transformer's) take exactly their own, the last being padding unless a
-    prompt fills them. Models whose padding is zeros, as Wan's, read them right after each prompt, in its place.
+    prompt fills them. Models whose padding is zeros, as Wan's, read them right after each prompt, in its place, and
+    are given more tokens where that is too short: cross-attention reads any number.
     """
     text, width = prompt_embeds.shape[1:]
     if embeddings.ndim != 2 or embeddings.shape[1] != width:
@@ -134,15 +135,15 @@ def insert_embeddings(
     added = embeddings.to(prompt_embeds).expand(len(prompt_embeds), -1, -1)
     if takes_any_text_length(config):
         return torch.cat([prompt_embeds, added], dim=1)
+    if _pads_with_zeros(config):
+        places = read_tokens(prompt_embeds).sum(1)[:, None] + torch.arange(len(embeddings), device=added.device)
+        longer = torch.nn.functional.pad(prompt_embeds, (0, 0, 0, max(0, int(places.max()) + 1 - text)))
+        return longer.scatter(1, places[..., None].expand_as(added), added)
     if len(embeddings) >= text:
         raise ValueError(
             f"`embeddings` must be fewer than the {text} text tokens of this model, which has "
             f"absolute positions, got {len(embeddings)}."
         )
-    if _pads_with_zeros(config):
-        places = read_tokens(prompt_embeds).sum(1).clamp(max=text - len(embeddings))[:, None]
-        places = (places + torch.arange(len(embeddings), device=places.device))[..., None].expand_as(added)
-        return prompt_embeds.scatter(1, places, added)
     return torch.cat([prompt_embeds[:, : text - len(embeddings)], added], dim=1)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from benchmarks.baselines.safree import (
     span_projection,
 )
 from benchmarks.baselines.videoeraser import VideoEraser, concept_scale
-from diffusers_ext.families.cogvideox import CogVideoXVelocity
+from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
+from diffusers_ext.families import find_family
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.tiny_current_pipelines import tiny_wan_pipeline
 
@@ -177,6 +180,8 @@ def test_safree_replaces_some_tokens_for_some_steps(pipeline):
     added = torch.randn(2, 3, text.shape[2])
     behind = guard.text(torch.cat([text, added], dim=1), prompts, torch.tensor([0, 1]))
     assert torch.equal(behind, torch.cat([found, added], dim=1))
+    within = torch.cat([text[:, : count + 1], added, text[:, count + 4 :]], dim=1)  # in the place of padding
+    assert torch.equal(guard.text(within, prompts, torch.tensor([0, 1]))[:, count + 1 :], within[:, count + 1 :])
 
 
 def test_safree_at_every_step_changes_clips(pipeline):
@@ -213,37 +218,63 @@ def test_videoeraser_filters_a_quarter_of_the_steps(pipeline):
         assert not torch.allclose(drawn(pipeline), plain, atol=1e-3)
 
 
-def test_esd_runs_as_the_pipeline_does(cogvideox):
+def velocity_of(pipeline):
+    side = 16 if type(pipeline).__name__ == "CogVideoXPipeline" else 32
+    return find_family(pipeline).velocity(pipeline, 9, side, side)
+
+
+def test_attacks_learn_against_guarded_calls(pipeline):
+    guard = NegativePrompt(pipeline, "seven", guidance_scale=3.0, **SIZES)
+    guard.know(PROMPTS)
+    velocity, x_t = velocity_of(pipeline), torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    points = (x_t, torch.tensor([900, 400]), guard.encode(PROMPTS))
+    with torch.no_grad():
+        before = velocity(*points)
+    losses = []
+    for active in (True, False):
+        with guard.active() if active else nullcontext():
+            found = learn_revival_embeddings(velocity, *points, v_concept=before, steps=2, batch_size=2)
+        losses.append(found.losses)
+    assert losses[0][0] > 1.01 * losses[1][0]
+    watched = Watched(pipeline, "seven", **SIZES)
+    watched.know(PROMPTS)
+    plain = drawn(pipeline)
+    with revived_prompts(pipeline, found.embeddings), watched.active():
+        assert not torch.allclose(drawn(pipeline), plain, atol=1e-3)
+    assert watched.seen[0] == 2
+
+
+def test_esd_runs_as_the_pipeline_does(pipeline):
     seen = []
 
     def keep(_, step, timestep, state):
         seen.append(state["latents"].clone())
         return {}
 
-    drawn(cogvideox, ["seven"], callback_on_step_end=keep)
-    guard = GuardedCalls(cogvideox, "seven", **SIZES)
-    scheduler = cogvideox.scheduler
+    drawn(pipeline, ["seven"], callback_on_step_end=keep)
+    guard, scheduler = GuardedCalls(pipeline, "seven", **SIZES), copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(3)
+    wan = type(pipeline).__name__ == "WanPipeline"
     start = torch.randn(1, *seen[0].shape[1:], generator=torch.Generator().manual_seed(0))
-    velocity = CogVideoXVelocity.from_pipeline(cogvideox, 9, 16, 16)
     texts = torch.cat([guard.empty, guard.of_concept])
-    assert torch.allclose(stopped_run(velocity, scheduler, start, texts, 2, 3.0), seen[1], atol=1e-4)
+    found = stopped_run(velocity_of(pipeline), scheduler, start.transpose(1, 2) if wan else start, texts, 2, 3.0)
+    assert torch.allclose(found.transpose(1, 2) if wan else found, seen[1], atol=1e-4)
 
 
-def test_esd_trains_a_lora_on_the_attention_that_reads_text():
+@pytest.mark.parametrize("make", [tiny_video_pipeline, tiny_wan_pipeline])
+def test_esd_trains_a_lora_on_the_attention_that_reads_text(make):
     losses = []
     for eta in (1.0, 0.0):
-        pipeline = tiny_video_pipeline()
+        pipeline = make()
         guard = GuardedCalls(pipeline, "seven", **SIZES)
         texts = torch.cat([guard.empty, guard.of_concept])
-        velocity = CogVideoXVelocity.from_pipeline(pipeline, 9, 16, 16)
         found = erase_video_concept(
-            pipeline, velocity, (3, 4, 4, 4), texts, learning_rate=1e-3, steps=2, rank=2, eta=eta,
+            pipeline, velocity_of(pipeline), (3, 4, 4, 4), texts, learning_rate=1e-3, steps=2, rank=2, eta=eta,
             num_inference_steps=2,
         )  # fmt: skip
         losses.append(found[0])
         layers = {name for name, module in pipeline.transformer.named_modules() if isinstance(module, LoraLayer)}
-        assert {name.split(".")[2] for name in layers} == {"attn1"}
+        assert {name.split(".")[2] for name in layers} == {"attn1" if make is tiny_video_pipeline else "attn2"}
         assert len(layers) == 2 * 4
         moved = [p for name, p in pipeline.transformer.named_parameters() if "lora_B" in name]
         assert all(parameter.abs().max() > 0 for parameter in moved)

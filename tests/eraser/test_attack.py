@@ -100,6 +100,10 @@ def test_embeddings_follow_the_prompt_or_take_the_place_of_its_end():
     same = insert_embeddings(embeds, added, absolute)
     assert torch.equal(same[:, :9], embeds[:, :9])
     assert (same[:, 9:] == 1).all()
+    padded = torch.cat([torch.ones(2, 3, 16), torch.zeros(2, 2, 16)], dim=1)
+    padded[1, 1:] = 0
+    wan = insert_embeddings(padded, 2 * torch.ones(4, 16), {})  # cross-attention
+    assert wan[..., 0].tolist() == [[1, 1, 1, 2, 2, 2, 2], [1, 2, 2, 2, 2, 0, 0]]
     with pytest.raises(ValueError, match="fewer than the 12 text tokens .* got 12"):
         insert_embeddings(embeds, torch.ones(12, 16), absolute)
     with pytest.raises(ValueError, match="`embeddings` must be \\(num_embeddings, 16\\), got"):
