@@ -16,28 +16,32 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 
 from diffusers_ext.core.sources import check_download_arguments
 from diffusers_ext.core.tensor_files import FLOATING
-from diffusers_ext.eraser.adapter.config import DEFAULT_TARGET, EraserConfig
-from diffusers_ext.eraser.adapter.layer import check_scale
+from diffusers_ext.eraser.adapter.config import EraserConfig
+from diffusers_ext.eraser.adapter.layer import check_scale, output_projection
 from diffusers_ext.eraser.adapter.model import attention_width, complete_target, joint_attentions
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, unwrapped_transformer
-from diffusers_ext.eraser.formats import (
-    FILE_NAMES,
+from diffusers_ext.eraser.adapter.tensors import (
     PARTS,
-    EraserFile,
     EraserShape,
     StateDict,
+    check_fit,
+    eraser_shape,
+    family_of_tensors,
+    layer_name,
+    parts_of,
+)
+from diffusers_ext.eraser.formats import (
+    FILE_NAMES,
+    EraserFile,
     check_eraser_folder,
     check_eraser_tensors,
-    check_fit,
     described,
     eraser_contents,
-    eraser_shape,
-    layer_name,
     read_eraser,
     write_eraser_files,
 )
-from diffusers_ext.families import denoisers_of, match_family
-from diffusers_ext.families.cogvideox import CogVideoX
+from diffusers_ext.families import Family, denoisers_of, match_family
+from diffusers_ext.families.family import import_class
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import push_folder, split_arguments
 
@@ -45,6 +49,7 @@ from diffusers_ext.hub.push import push_folder, split_arguments
 def eraser_card(
     tensors: StateDict,
     *,
+    pipeline: str | None = None,
     concept: str | None = None,
     anchor_concept: str | None = None,
     preserved_concepts: Sequence[str] | None = None,
@@ -59,7 +64,7 @@ def eraser_card(
         concept=concept,
         anchor_concept=anchor_concept or "",
         preserved_concepts=None if preserved_concepts is None else list(preserved_concepts),
-        pipeline=CogVideoX.pipelines[0],
+        pipeline=pipeline or family_of_tensors(tensors).pipelines[0],
         rank=eraser_shape(tensors).rank,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         **common,
@@ -166,6 +171,7 @@ def eraser_tensors(transformer: ModelMixin, adapter_name: str) -> StateDict:
         for attention, layer in eraser_layers(transformer).items()
         if adapter_name in layer.eraser_down
         for part, (module, kind) in PARTS.items()
+        if part in parts_of(layer.kinds[adapter_name])
     }
 
 
@@ -202,11 +208,12 @@ def _check_file(file: EraserFile, transformer: ModelMixin) -> None:
     """Raise `ValueError` unless the file is for this model and its config for its weights."""
     attentions = joint_attentions(transformer)
     widths = {name: attention_width(attention) for name, attention in attentions.items()}
+    found = {name.rpartition(".eraser_")[0] for name in file.tensors}
+    _check_family(file, transformer, found)
     check_fit(file.shape, max(widths.values()), len(attentions), file.num_layers)
     config = file.config
     complete_target(config, transformer)
     wanted = {name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)}
-    found = {name.rpartition(".eraser_")[0] for name in file.tensors}
     if wanted != found:
         raise ValueError(
             f"The eraser must have weights for the {len(wanted)} layers that its config names, got "
@@ -214,12 +221,32 @@ def _check_file(file: EraserFile, transformer: ModelMixin) -> None:
         )
     for name in sorted(found):
         attention = name.removesuffix(".to_out.1")
-        width = file.tensors[layer_name(attention, "up.weight")].shape[0]
-        if width != widths.get(attention):
+        inner = output_projection(attentions[attention]).in_features if config.kind == "linear" else widths[attention]
+        sizes = (file.tensors[layer_name(attention, "down.weight")].shape[1], inner)
+        sizes += (file.tensors[layer_name(attention, "up.weight")].shape[0], widths[attention])
+        if sizes[0] != sizes[1] or sizes[2] != sizes[3]:
             raise ValueError(
-                f"The eraser must fit the transformer, whose `{attention}` has width {widths.get(attention)}, got one "
-                f"of width {width}. Load it into the model it was trained on."
+                f"The eraser must fit the transformer, whose `{attention}` reads {sizes[1]} and has width {sizes[3]}, "
+                f"got one that reads {sizes[0]}, of width {sizes[2]}. Load it into the model it was trained on."
             )
+
+
+def _check_family(file: EraserFile, transformer: ModelMixin, found: set[str]) -> None:
+    """Raise `ValueError` where an eraser is of another family, by the class beside its config or by its names."""
+    family, own = _family_of_config(file.config), match_family(transformer, "eraser_adapter")
+    strange = found.isdisjoint(f"{name}.to_out.1" for name in joint_attentions(transformer))
+    if strange or family not in (None, own):
+        kind = family or family_of_tensors(file.tensors)
+        raise ValueError(
+            f"The eraser must be of the transformer's family, got one of {kind.title} for a "
+            f"{type(transformer).__name__}. Load it into the model it was trained on."
+        )
+
+
+def _family_of_config(config: EraserConfig) -> Family | None:
+    """That of the model class that PEFT notes beside the config."""
+    name = (config.auto_mapping or {}).get("base_model_class")
+    return match_family(name, "eraser_adapter") if isinstance(name, str) else None
 
 
 def save_eraser(
@@ -275,7 +302,8 @@ def save_eraser(
     files = eraser_contents(format, config, tensors, num_layers, type(transformer))
     if push_to_hub:
         hub, facts = split_arguments(hub_arguments)
-        card = eraser_card(tensors, token=hub.get("token"), **{**facts_of_config(config), **facts})
+        pipeline = match_family(transformer, "eraser_adapter").pipelines[0]
+        card = eraser_card(tensors, pipeline=pipeline, token=hub.get("token"), **{**facts_of_config(config), **facts})
     elif hub_arguments:
         raise TypeError(f"{sorted(hub_arguments)} must come with `push_to_hub=True`, got them without.")
     write_eraser_files(folder, files)
@@ -333,7 +361,9 @@ def convert_eraser(
     config = described(
         file.config, concept=concept, anchor_concept=anchor_concept, base_model_name_or_path=base_model_name_or_path
     )
-    config.target_modules = config.target_modules or {DEFAULT_TARGET}
+    family = _family_of_config(config) or family_of_tensors(file.tensors)
+    config.target_modules = config.target_modules or {family.eraser_target}
     config.in_features, config.num_layers = file.shape.width, file.num_layers
-    write_eraser_files(folder, eraser_contents(format, config, file.tensors, file.num_layers))
+    model_class = import_class(family.denoiser_class)
+    write_eraser_files(folder, eraser_contents(format, config, file.tensors, file.num_layers, model_class))
     return file.shape

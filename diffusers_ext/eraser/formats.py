@@ -25,8 +25,14 @@ from diffusers_ext.core.sources import check_download_arguments, files_on_hub, r
 from diffusers_ext.core.tensor_files import CONFIG_KEY, FLOATING, config_digest, read_pickled_tensors, read_tensors
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.families import families_of, titles_of
-from diffusers_ext.families.cogvideox import CogVideoX
+from diffusers_ext.eraser.adapter.tensors import (
+    PARTS,
+    EraserShape,
+    StateDict,
+    eraser_shape,
+    family_of_tensors,
+    layer_name,
+)
 from diffusers_ext.families.family import import_class
 
 # The file of the config and the file of the weights, by format.
@@ -35,28 +41,8 @@ FILE_NAMES = tuple(name for names in FORMATS.values() for name in names)
 _EXPECTED = " or ".join(" and ".join(names) for names in FORMATS.values())
 _LEGACY_TYPE = "adapter"
 _LEGACY_KEY = re.compile(r"(transformer_blocks\.\d+\.attn1)\.adapter")
+_LEGACY_LAYER = re.compile(r"transformer_blocks\.\d+\.attn1\.")
 _PEFT_PREFIX = "base_model.model."
-# A UNet's blocks lie in its layers.
-_KEY = (
-    r"(((?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.)?(?:{blocks})\.(\d+)\.(?:{attentions}))"
-    r"\.to_out\.1\.eraser_(?:down|up)\.(?:weight|bias)"
-)
-# Name in the legacy file -> module of the layer and its parameter.
-PARTS = {
-    "down.weight": ("eraser_down", "weight"),
-    "down.bias": ("eraser_down", "bias"),
-    "up.weight": ("eraser_up", "weight"),
-    "up.bias": ("eraser_up", "bias"),
-}
-StateDict = dict[str, torch.Tensor]  # named as in the transformer
-
-
-class EraserShape(NamedTuple):
-    """What the tensors of an eraser say about the model it is for."""
-
-    width: int  # of the denoiser's tokens, the widest
-    rank: int
-    blocks: tuple[int, ...]  # numbers of the blocks that carry one, ascending; of a UNet, counted through
 
 
 class EraserFile(NamedTuple):
@@ -66,11 +52,6 @@ class EraserFile(NamedTuple):
     tensors: StateDict
     shape: EraserShape
     num_layers: int | None  # blocks of the transformer it was made for; `None` where no file says
-
-
-def layer_name(attention: str, part: str) -> str:
-    """Name in the transformer of one tensor; `layer_name("transformer_blocks.0.attn1", "up.bias")`."""
-    return f"{attention}.to_out.1.{'.'.join(PARTS[part])}"
 
 
 def from_legacy(tree: Any, source: str = "`tree`") -> StateDict:
@@ -106,6 +87,11 @@ def to_legacy(tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str,
     A block without an eraser gets zeros: `up(gelu(down(x))) = 0` then.
     """
     shape = eraser_shape(tensors)
+    if shape.kind != "gelu" or not all(map(_LEGACY_LAYER.match, tensors)):
+        raise ValueError(
+            f"`format` must be 'peft' for an eraser of the kind {shape.kind!r} at `{next(iter(tensors))}`, got "
+            "'legacy': that code knows erasers of CogVideoX with GELU alone."
+        )
     tree = {}
     for index in range(num_layers):
         source = f"transformer_blocks.{index if index in shape.blocks else shape.blocks[0]}.attn1"
@@ -113,65 +99,6 @@ def to_legacy(tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str,
             part: tensors[layer_name(source, part)].detach().cpu() * (index in shape.blocks) for part in PARTS
         }
     return tree
-
-
-def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`") -> EraserShape:
-    """Width, rank and blocks of an eraser, or a `ValueError` where its tensors do not belong together."""
-    known = families_of("eraser_adapter")
-    pattern = re.compile(
-        _KEY.format(
-            blocks="|".join({re.escape(family.blocks): None for family in known}),
-            attentions="|".join({re.escape(family.joint_attention): None for family in known}),
-        )
-    )
-    attentions: dict[str, int | None] = {}
-    for name, value in tensors.items():
-        key = pattern.fullmatch(name)
-        if key is None:
-            raise ValueError(f"{source} must hold the erasers of a {titles_of('eraser_adapter')}, got `{name}`.")
-        if value.dtype not in FLOATING or value.layout != torch.strided:
-            raise ValueError(
-                f"{source}: `{name}` must be a dense tensor of float16, bfloat16, float32 or "
-                f"float64, got {value.dtype} ({value.layout})."
-            )
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{source}: `{name}` must be finite, got values that are not.")
-        attentions[key[1]] = None if key[2] else int(key[3])
-    if not attentions:
-        raise ValueError(f"{source} must hold the erasers of a {titles_of('eraser_adapter')}, got no tensors.")
-    return _checked_shape(tensors, attentions, source)
-
-
-def _checked_shape(
-    tensors: Mapping[str, torch.Tensor], attentions: Mapping[str, int | None], source: str
-) -> EraserShape:
-    first, widths = layer_name(next(iter(attentions)), "down.weight"), []
-    for attention, block in attentions.items():
-        # Widths differ by layer in a UNet alone.
-        matrix = layer_name(attention, "down.weight") if block is None else first
-        if matrix not in tensors or first not in tensors or tensors[matrix].ndim != 2:
-            raise ValueError(f"{source} must hold the matrix `{matrix}`, got none.")
-        rank, width = tensors[first].shape[0], tensors[matrix].shape[1]
-        widths.append(width)
-        for part, expected in zip(PARTS, ((rank, width), (rank,), (width, rank), (width,))):
-            name = layer_name(attention, part)
-            found = tuple(tensors[name].shape) if name in tensors else "none"
-            if found != expected:
-                raise ValueError(f"{source}: `{name}` must be {expected}, got {found}.")
-    numbers = [place if block is None else block for place, block in enumerate(attentions.values())]
-    return EraserShape(max(widths), rank, tuple(sorted(numbers)))
-
-
-def check_fit(shape: EraserShape, width: int, num_layers: int, made_for: int | None) -> None:
-    """Raise `ValueError` unless an eraser, `made_for` so many blocks if known, is for a transformer of this size."""
-    blocks = shape.blocks[-1] + 1 if made_for is None else made_for
-    right_blocks = blocks <= num_layers if made_for is None else blocks == num_layers
-    if shape.width != width or not right_blocks:
-        raise ValueError(
-            f"The eraser must fit the transformer, of width {width} with {num_layers} blocks, got "
-            f"one for width {shape.width} with {blocks} blocks. Load it into the model it was "
-            "trained on (CogVideoX-2b: 1920 and 30; the 5b models: 3072 and 42)."
-        )
 
 
 def check_eraser_folder(folder: Path, format: str) -> None:
@@ -223,10 +150,12 @@ def eraser_contents(
         torch.save(to_legacy(tensors, num_layers), weights)
         return {weights_name: weights.getvalue(), config_name: (json.dumps(facts, indent=4) + "\n").encode()}
     config.inference_mode = True
-    model_class = model_class or import_class(CogVideoX.denoiser_class)
+    model_class = model_class or import_class(family_of_tensors(tensors).denoiser_class)
     facts = config.to_dict()
     facts["auto_mapping"] = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
     facts = {name: sorted(v) if isinstance(v, set) else v for name, v in facts.items()}
+    if config.kind == "gelu":  # as every eraser before there were kinds
+        del facts["kind"]
     weights = {_PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
     content = (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode()
     metadata = {"format": "pt", CONFIG_KEY: _eraser_config_digest(json.loads(content))}
@@ -336,6 +265,10 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         )
     if config.r != shape.rank:
         raise ValueError(f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}.")
+    if config.kind != shape.kind:
+        raise ValueError(
+            f"`kind` of {config_path} must be {shape.kind!r} as the weights tell by their biases, got {config.kind!r}."
+        )
     expected = metadata.get(CONFIG_KEY)
     if expected is not None and expected != _eraser_config_digest(facts):
         raise ValueError(

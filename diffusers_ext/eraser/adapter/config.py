@@ -10,6 +10,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from diffusers_ext.eraser.adapter.projections import KINDS
 from diffusers_ext.families.cogvideox import CogVideoX
 
 PEFT_TYPE_NAME = "ERASER"
@@ -45,8 +46,9 @@ class EraserConfig(PeftConfig):
     """Settings of one concept eraser.
 
     The eraser of a layer is `up(GELU(down(x)))`, added to the video tokens after the output projection of an
-    attention. The strength of a loaded eraser is no setting: it is the weight given to `set_adapters`, and multiplies
-    what the eraser adds. A setting out of range is a `ValueError`, one of the wrong type a `TypeError`.
+    attention; of the kind `"linear"`, `up(down(x))` of what that projection reads, added to what it puts out. The
+    strength of a loaded eraser is no setting: it is the weight given to `set_adapters`, and multiplies what the eraser
+    adds. A setting out of range is a `ValueError`, one of the wrong type a `TypeError`.
     """
 
     r: int = field(default=128, metadata={"help": "Width of the bottleneck; at most the width of the model."})
@@ -65,6 +67,10 @@ class EraserConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of blocks that `layers_to_transform` counts in."}
+    )
+    kind: str = field(
+        default="gelu",
+        metadata={"help": "`gelu`: `up(GELU(down(x)))` of the tokens; `linear`: a LoRA on the output projection."},
     )
     concept: str | None = field(default=None, metadata={"help": "What is erased."})
     anchor_concept: str | None = field(
@@ -85,6 +91,8 @@ class EraserConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = eraser_peft_type()
         self._check_numbers()
+        if self.kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {KINDS}, got {self.kind!r}.")
         for name in ("concept", "anchor_concept"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -154,7 +162,7 @@ def check_pattern(name: str, value: object) -> None:
 
 
 def transformer_width(transformer_config: Mapping[str, Any]) -> int:
-    """Width of the tokens between the blocks of a CogVideoX; a head is 64 wide where none is given."""
+    """Width of the tokens between a transformer's blocks; a head is 64 wide where none is given, as CogVideoX's."""
     heads = int(transformer_config["num_attention_heads"])
     return heads * int(transformer_config.get("attention_head_dim", 64))
 
@@ -168,15 +176,17 @@ def check_rank(rank: int, width: int) -> None:
         )
 
 
-def eraser_size(transformer_config: Mapping[str, Any], rank: int, num_layers: int | None = None) -> int:
-    """Parameters of an eraser, `num_layers * (2 width rank + rank + width)`.
+def eraser_size(
+    transformer_config: Mapping[str, Any], rank: int, num_layers: int | None = None, kind: str = "gelu"
+) -> int:
+    """Parameters of an eraser, `num_layers * (2 width rank + rank + width)`; without the biases for linear ones.
 
-    Two Linears with bias in each of `num_layers` blocks, all when `None`: `width -> rank -> width`. The config is that
-    of a CogVideoX transformer.
+    Two Linears in each of `num_layers` blocks, all when `None`: `width -> rank -> width`. The config is that of a
+    CogVideoX or Wan transformer.
     """
     width, blocks = transformer_width(transformer_config), int(transformer_config["num_layers"])
     check_rank(rank, width)
     layers = blocks if num_layers is None else num_layers
     if not 1 <= layers <= blocks:
         raise ValueError(f"`num_layers` must be from 1 to the transformer's {blocks}, got {num_layers}.")
-    return layers * (2 * width * rank + rank + width)
+    return layers * (2 * width * rank + (rank + width if kind == "gelu" else 0))

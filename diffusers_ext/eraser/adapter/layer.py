@@ -14,19 +14,17 @@ from torch import nn
 from torch.nn import functional
 
 from diffusers_ext.core.restored_state import CallScope
+from diffusers_ext.eraser.adapter.projections import EraserProjection, FusedErasers, can_be_fused, fuse, weights_state
 
 Recorder = Callable[[dict[str, torch.Tensor]], None]
 
 
-class EraserProjection(nn.Linear):
-    """A Linear that computes in the dtype of its input, whatever dtype its weights are kept in."""
-
-    def forward(self, features: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """`scale * (W x + b)`, in the dtype of `features` (or of autocast)."""
-        weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
-        if scale is not None:  # on the input, the narrow side of `up`
-            features, bias = features * scale, bias * scale
-        return functional.linear(features, weight, bias)
+def output_projection(attention: nn.Module) -> nn.Module:
+    """The Linear `to_out.0` of an attention, also where LoRAs wrap it."""
+    projection = attention.to_out[0]
+    while hasattr(projection, "base_layer"):
+        projection = projection.base_layer
+    return projection
 
 
 _GATE_LOCK = threading.Lock()
@@ -61,6 +59,25 @@ class ThreadGate(threading.local):
         return reopen
 
 
+class ThreadRecord(threading.local):
+    """What linear erasers added in the projection of this thread's call, until its attention ends."""
+
+    def __init__(self) -> None:
+        self.added: dict[str, torch.Tensor] = {}
+
+    def __reduce__(self) -> tuple[type[ThreadRecord], tuple[()]]:
+        return type(self), ()
+
+    def put(self, added: dict[str, torch.Tensor]) -> None:
+        """Keep it."""
+        self.added = added
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """It, kept no longer."""
+        added, self.added = self.added, {}
+        return added
+
+
 class EraserLayer(nn.Module, BaseTunerLayer):
     """Erasers after the output projection of one attention, in the place of its dropout.
 
@@ -70,24 +87,36 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     as in T2VUnlearning (https://arxiv.org/abs/2505.17550) and, for images, Receler (https://arxiv.org/abs/2311.17717).
     `up` starts at zero, so a new eraser changes nothing. The weights are float32 and cast to the dtype of the tokens
-    when used. GELU lies between the two projections, so an eraser cannot be merged.
+    when used. GELU lies between the two projections, so such an eraser cannot be merged.
+
+    One of the kind `"linear"` has neither GELU nor biases and reads what the output projection `to_out.0` reads,
+
+        to_out.0(x)' = W x + b + s_a * up_a(down_a(x)),
+
+    which is a LoRA on that projection, and can be exported and merged as one. Where one projection serves text and
+    video (CogVideoX), it changes the text tokens too.
 
     In its place the layer does what the dropout does, its `base_layer`. It adds in a hook on the attention, whose
-    output is `(video, text)`, or the video tokens where `video_alone`: nothing is noted between two calls, so that
-    several threads may run one model with prompts of different lengths.
+    output is `(video, text)`, or the video tokens where `video_alone`, and linear ones in a hook on the projection:
+    nothing is noted between two calls, so that several threads may run one model with prompts of different lengths.
+    Frozen erasers are computed as one, see `FusedErasers`.
     """
 
     adapter_layer_names = ("eraser_down", "eraser_up")
-    other_param_names = ("r", "scaling", "scale_tensors", "unscaled")
+    other_param_names = ("r", "kinds", "scaling", "scale_tensors", "unscaled")
 
-    def __init__(self, base_layer: nn.Module, in_features: int, video_alone: bool = False) -> None:
+    def __init__(
+        self, base_layer: nn.Module, in_features: int, video_alone: bool = False, inner_features: int | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.video_alone = video_alone
         self.in_features = self.out_features = in_features
+        self.inner_features = inner_features or in_features  # that the output projection reads
         self.eraser_down = nn.ModuleDict()
         self.eraser_up = nn.ModuleDict()
         self.r: dict[str, int] = {}
+        self.kinds: dict[str, str] = {}
         self.scaling: dict[str, float] = {}
         # A compiled graph reads the scale from a tensor, which it does not specialise on.
         self.scale_tensors: dict[str, torch.Tensor] = {}
@@ -99,22 +128,29 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         self.off: list[CallScope] = []
         self.gate = ThreadGate()
         self.recorders: list[Recorder] = []
-        self._attention_hook: Any = None
+        self._recorded = ThreadRecord()
+        self._fused: dict[str, FusedErasers] = {}
+        self._hooks: list[Any] = []
         self.train(base_layer.training)
 
-    def update_layer(self, adapter_name: str, r: int, init_weights: bool, device: torch.device) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, init_weights: bool, device: torch.device, kind: str = "gelu"
+    ) -> None:
         """Add one eraser of width `r`: random `down`, and `up` zero unless `init_weights` is False."""
-        down = EraserProjection(self.in_features, r, device="cpu", dtype=torch.float32)
-        up = EraserProjection(r, self.out_features, device="cpu", dtype=torch.float32)
+        inner = self.inner_features if kind == "linear" else self.in_features
+        settings = {"bias": kind == "gelu", "device": "cpu", "dtype": torch.float32}
+        down, up = EraserProjection(inner, r, **settings), EraserProjection(r, self.out_features, **settings)
         if init_weights:
-            nn.init.zeros_(up.weight)
-            nn.init.zeros_(up.bias)
+            for parameter in up.parameters():
+                nn.init.zeros_(parameter)
         for projection in (down, up):
             projection.train(self.training)
             if not projection.weight.is_meta:
                 projection.to(device)
+        self._fused = {}
         self.eraser_down[adapter_name], self.eraser_up[adapter_name] = down, up
         self.r[adapter_name] = r
+        self.kinds[adapter_name] = kind
         self.scaling[adapter_name] = 1.0
         self.scale_tensors[adapter_name] = torch.ones((), device="cpu", dtype=torch.float32)
         self.unscaled[adapter_name] = []
@@ -124,23 +160,60 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         return self.base_layer(hidden_states)
 
     def add_to_video(self, video: torch.Tensor) -> torch.Tensor:
-        """Video tokens `(batch, video, dim)` to tokens of the same shape and dtype."""
-        names = self._active_erasers()
-        if not names or self.disable_adapters or self.bypassed:
+        """Video tokens `(batch, video, dim)` to tokens of the same shape and dtype, with erasers of GELU."""
+        if self._disable_adapters or self.bypassed:
             return video
+        if not self.recorders:
+            return self._add("gelu", video, video)
+        linear = {name: added[:, -video.shape[1] :] for name, added in self._recorded.take().items()}
+        added = self._added("gelu", video)
+        for recorder in self.recorders if linear or added else ():
+            recorder(linear | added)
+        return sum(added.values(), start=video)
+
+    def add_to_projection(self, projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """What the output projection made of its input, with linear erasers; the same shape and dtype."""
+        if self._disable_adapters or self.bypassed:
+            return projected
+        if not self.recorders:
+            return self._add("linear", projected, features)
+        added = self._added("linear", features)
+        self._recorded.put(added)
+        return sum(added.values(), start=projected)
+
+    def _add(self, kind: str, base: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            fused = self._fused.get(kind)
+            active = (tuple(self.active_adapters), tuple(self.scaling.values()), features.dtype, features.device)
+            if fused is None or fused.state != (*active, *weights_state(fused.parameters)):
+                fused = self._fuse(kind, features, active)
+            if fused is not None:
+                return fused.add(base, features)
+        return sum(self._added(kind, features).values(), start=base)
+
+    def _fuse(self, kind: str, features: torch.Tensor, active: tuple) -> FusedErasers | None:
+        """Also checks the scales: some are from `scale_layer`, and here diffusers takes them back after an error."""
+        self._fused.pop(kind, None)
+        names = self._active_erasers(kind)
+        for name in names:
+            check_scale(name, self.scaling[name])
+        pairs = [(self.eraser_down[name], self.eraser_up[name]) for name in names]
+        projections = [projection for pair in pairs for projection in pair]
+        if not can_be_fused(projections):
+            return None
+        state = (*active, *weights_state([projection._parameters for projection in projections]))
+        self._fused[kind] = fused = fuse(kind, state, pairs, [self.scaling[name] for name in names], features)
+        return fused
+
+    def _added(self, kind: str, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        names = self._active_erasers(kind)
         if not torch.compiler.is_compiling():
             for name in names:
-                # From `scale_layer`, that is `attention_kwargs`: here diffusers takes it back.
                 check_scale(name, self.scaling[name])
-        added = {name: self.erase(name, video) for name in names}
-        for recorder in self.recorders:
-            recorder(added)
-        for output in added.values():
-            video = video + output
-        return video
+        return {name: self.erase(name, features) for name in names}
 
-    def _active_erasers(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.eraser_down]
+    def _active_erasers(self, kind: str | None = None) -> list[str]:
+        return [name for name in self.active_adapters if name in self.kinds and kind in (None, self.kinds[name])]
 
     @property
     def bypassed(self) -> bool:
@@ -161,14 +234,19 @@ class EraserLayer(nn.Module, BaseTunerLayer):
             reopen()
             self.off.remove(scope)
 
-    def erase(self, adapter_name: str, video: torch.Tensor) -> torch.Tensor:
-        """What one eraser adds to `(batch, video, dim)`: `scale * up(GELU(down(x)))`, in the same dtype."""
-        hidden = functional.gelu(self.eraser_down[adapter_name](video))
+    def erase(self, adapter_name: str, features: torch.Tensor) -> torch.Tensor:
+        """What one eraser adds, `scale * up(GELU(down(x)))` without GELU for linear ones, in the dtype of `x`.
+
+        `x` are the video tokens `(batch, video, dim)`, or what the output projection reads for linear ones.
+        """
+        hidden = self.eraser_down[adapter_name](features)
+        if self.kinds[adapter_name] == "gelu":
+            hidden = functional.gelu(hidden)
         scale = self.scale_tensors[adapter_name]
         if torch.compiler.is_compiling():
             scale = scale * self.gate.openness
         output = self.eraser_up[adapter_name](hidden, scale)
-        return output.to(video.dtype)
+        return output.to(features.dtype)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make `scale` the number that one eraser's output is multiplied by; others are ignored."""
@@ -205,42 +283,55 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         """Refuse to merge an eraser, by `NotImplementedError`; nothing happens where none is to be merged."""
         names = self.active_adapters if adapter_names is None else adapter_names
         erasers = [name for name in names if name in self.eraser_down]
-        if erasers:
+        if erasers and any(self.kinds[name] == "gelu" for name in erasers):
             refuse_merge(erasers)
+        elif erasers:
+            raise NotImplementedError(f"Linear erasers are merged by `merge_eraser`, got {erasers}.")
 
     def unmerge(self) -> None:
         """Do nothing: an eraser is never merged."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether a LoRA can stand for it: no, GELU lies between the projections."""
+        """Whether a LoRA can stand for it: for a linear one, as `eraser_to_lora` writes it; not by PEFT's own way."""
         return False
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete one eraser; the last takes the hook on the attention with it."""
+        """Delete one eraser; the last takes the hooks with it."""
+        self._fused = {}
         super().delete_adapter(adapter_name)
         if not self.eraser_down:
             self.forget_attention()
 
     def watch_attention(self, attention: nn.Module) -> None:
         """Add to the video tokens whenever `attention` has run, until `forget_attention`."""
-        if self._attention_hook is None:
-            self._attention_hook = attention.register_forward_hook(_add_to_video)
-            self._remove_hook_with_layer()
+        if not self._hooks:
+            self._hooks.append(attention.register_forward_hook(_add_to_video))
+        if len(self._hooks) == 1 and "linear" in self.kinds.values():
+            projection = output_projection(attention)
+            self._hooks.append(projection.register_forward_hook(_ProjectionHook(self)))
+        self._remove_hooks_with_layer()
 
     def forget_attention(self) -> None:
-        """Remove the hook of `watch_attention`."""
-        if self._attention_hook is not None:
-            self._attention_hook.remove()
-        self._attention_hook = None
+        """Remove the hooks of `watch_attention`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fused": {}}  # a copy fuses its own weights
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._remove_hook_with_layer()
+        self._remove_hooks_with_layer()
 
-    def _remove_hook_with_layer(self) -> None:
+    def _remove_hooks_with_layer(self) -> None:
         # diffusers' `unload_lora` drops layers without a word to them.
-        if self._attention_hook is not None:
-            weakref.finalize(self, self._attention_hook.remove)
+        for hook in self._hooks:
+            weakref.finalize(self, hook.remove)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> EraserLayer:
+        self._fused = {}
+        return super()._apply(*args, **kwargs)
 
     def _write_scale(self, adapter: str, scale: float) -> None:
         self.scaling[adapter] = scale
@@ -277,3 +368,17 @@ def _add_to_video(attention: nn.Module, _: tuple, output: Any) -> Any:
             f"{type(attention.processor).__name__}. Set a processor of CogVideoX, or the model's own."
         )
     return layer.add_to_video(output[0]), *output[1:]
+
+
+class _ProjectionHook:
+    """Lets the linear erasers of a layer add to an output projection; it does not keep the layer alive."""
+
+    def __init__(self, layer: EraserLayer) -> None:
+        self._layer = weakref.ref(layer)
+
+    def __reduce__(self) -> tuple[type[_ProjectionHook], tuple[EraserLayer]]:
+        return type(self), (self._layer(),)  # the hook of a copy serves the copy
+
+    def __call__(self, projection: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+        layer = self._layer()
+        return output if layer is None else layer.add_to_projection(output, arguments[0])

@@ -18,7 +18,7 @@ from torch import nn
 
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.eraser.adapter.config import DEFAULT_LAYERS_PATTERN, PEFT_TYPE_NAME, EraserConfig, eraser_peft_type
-from diffusers_ext.eraser.adapter.layer import EraserLayer, refuse_merge
+from diffusers_ext.eraser.adapter.layer import EraserLayer, output_projection, refuse_merge
 from diffusers_ext.families import Family, families_of, match_family, titles_of
 
 _LEAF = ".to_out.1"
@@ -178,9 +178,10 @@ class EraserModel(BaseTuner):
         attention = self.model.get_submodule(current_key.removesuffix(_LEAF))
         layer = target
         if not isinstance(target, EraserLayer):
-            layer = EraserLayer(target, attention_width(attention), _gives_video_alone(self.model))
+            inner = output_projection(attention).in_features
+            layer = EraserLayer(target, attention_width(attention), _gives_video_alone(self.model), inner)
         device = _device_of(attention, current_key)
-        layer.update_layer(adapter_name, peft_config.r, peft_config.init_weights, device)
+        layer.update_layer(adapter_name, peft_config.r, peft_config.init_weights, device, peft_config.kind)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         layer.watch_attention(attention)
@@ -196,14 +197,7 @@ class EraserModel(BaseTuner):
 
 def attention_width(attention: nn.Module) -> int:
     """Width of the tokens that an attention puts out."""
-    return _output_projection(attention).out_features
-
-
-def _output_projection(attention: nn.Module) -> nn.Module:
-    projection = attention.to_out[0]
-    while hasattr(projection, "base_layer"):  # in a LoRA
-        projection = projection.base_layer
-    return projection
+    return output_projection(attention).out_features
 
 
 def joint_attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -252,7 +246,7 @@ def _check_place(name: str, attentions: dict[str, nn.Module]) -> None:
 
 
 def _device_of(attention: nn.Module, name: str) -> torch.device:
-    projection = _output_projection(attention)
+    projection = output_projection(attention)
     # torch's own quantised Linears give their weight by a call.
     weight = projection.weight() if callable(projection.weight) else projection.weight
     if weight.is_meta and hasattr(projection, "_hf_hook"):
@@ -292,6 +286,16 @@ def _delete_eraser(model: nn.Module, adapter_name: str) -> None:
             if not layer.eraser_down:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def remove_eraser(model: nn.Module, adapter_name: str) -> None:
+    """Take an eraser off a model; with the last adapter, PEFT's marks go as well."""
+    _delete_eraser(model, adapter_name)
+    model.peft_config.pop(adapter_name)
+    if not model.peft_config:
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+    end_guard(weakref.ref(model))
 
 
 def _forget_injection(model: nn.Module, adapter_name: str) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from diffusers_ext.eraser.adapter.layer import EraserLayer, EraserProjection
+from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
+from diffusers_ext.eraser.adapter.projections import EraserProjection
 from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_erasers import TEXT, WIDTH, add_random_eraser, velocity
 
