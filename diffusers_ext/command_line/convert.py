@@ -29,7 +29,8 @@ def _run_lora(args: argparse.Namespace) -> Outcome:
 def _add_eraser_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder or Hub name, in either format")
     parser.add_argument("destination", help="folder to write")
-    parser.add_argument("--format", choices=["peft", "legacy"], required=True)
+    parser.add_argument("--format", choices=["peft", "legacy", "lora"], required=True)
+    parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA, for the format lora")
     parser.add_argument("--subfolder", help="folder inside the source")
     parser.add_argument("--revision", help="of the source on the Hub")
     parser.add_argument("--concept", help="what it erases, for the PEFT format")
@@ -42,6 +43,8 @@ def _run_eraser(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.eraser.files import convert_eraser
     from diffusers_ext.eraser.formats import FORMATS, check_eraser_folder
 
+    if args.format == "lora":
+        return _eraser_to_lora(args)
     config_name, _ = FORMATS[args.format]
     check_eraser_folder(Path(args.destination), args.format)
     with staged_output(args.destination, last=(config_name,)) as folder:
@@ -56,6 +59,20 @@ def _run_eraser(args: argparse.Namespace) -> Outcome:
             revision=args.revision,
         )
     return _written(args.destination, format=args.format, rank=shape.rank, width=shape.width, blocks=len(shape.blocks))
+
+
+def _eraser_to_lora(args: argparse.Namespace) -> Outcome:
+    from diffusers_ext.core.result_folder import staged_output
+    from diffusers_ext.core.sources import LORA_WEIGHT_NAME
+    from diffusers_ext.eraser.linear import convert_eraser_to_lora
+
+    if Path(args.destination).is_file():
+        raise ValueError(f"`destination` must be a folder, got the file {args.destination}.")
+    arguments = {"scale": args.scale, "subfolder": args.subfolder, "revision": args.revision}
+    with staged_output(args.destination, last=(LORA_WEIGHT_NAME,)) as folder:
+        written = convert_eraser_to_lora(args.source, folder, title=args.concept, **arguments)
+        files = [path.relative_to(folder).as_posix() for path in written]
+    return _written(args.destination, format=args.format, files=", ".join(files))
 
 
 def _add_npnet_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,17 +114,19 @@ CONVERSIONS = (
     ),
     Command(
         "convert eraser",
-        "an eraser in PEFT's format or in that of T2VUnlearning",
+        "an eraser in PEFT's format, in that of T2VUnlearning, or a linear one as a LoRA",
         "Write an eraser in the other format, from its files alone: adapter_config.json and "
-        "adapter_model.safetensors (peft), or eraser_config.json and eraser_weights.pt (legacy).",
+        "adapter_model.safetensors (peft), eraser_config.json and eraser_weights.pt (legacy), or, of a linear one, "
+        "LoRA files for diffusers, ComfyUI and kohya's scripts (lora).",
         (
             "convert eraser eraser_nudity no-nudity --format peft --concept nudity --base_model zai-org/CogVideoX-5b",
             "convert eraser user/no-dog legacy_no_dog --format legacy",
+            "convert eraser user/no-logo no_logo_lora --format lora",
         ),
         _add_eraser_arguments,
         _run_eraser,
         output="destination",
-        result_names=("adapter_config.json", "eraser_config.json"),
+        result_names=("adapter_config.json", "eraser_config.json", "pytorch_lora_weights.safetensors"),
     ),
     Command(
         "convert npnet",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,21 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import PeftModel, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusers_ext.core.sources import check_download_arguments
-from diffusers_ext.core.tensor_files import FLOATING
 from diffusers_ext.eraser.adapter.config import EraserConfig
-from diffusers_ext.eraser.adapter.layer import check_scale, output_projection
-from diffusers_ext.eraser.adapter.model import attention_width, complete_target, joint_attentions
-from diffusers_ext.eraser.adapter.outputs import eraser_layers, unwrapped_transformer
-from diffusers_ext.eraser.adapter.tensors import (
-    PARTS,
-    EraserShape,
-    StateDict,
-    check_fit,
-    eraser_shape,
-    family_of_tensors,
-    layer_name,
-    parts_of,
+from diffusers_ext.eraser.adapter.model import joint_attentions, remove_eraser
+from diffusers_ext.eraser.adapter.outputs import eraser_layers
+from diffusers_ext.eraser.adapter.tensors import PARTS, EraserShape, StateDict, family_of_tensors, layer_name, parts_of
+from diffusers_ext.eraser.fit import (
+    EraserTarget,
+    check_file,
+    check_in_memory,
+    check_target,
+    erased_models,
+    family_of_config,
+    read_parts,
 )
 from diffusers_ext.eraser.formats import (
     FILE_NAMES,
@@ -40,7 +39,7 @@ from diffusers_ext.eraser.formats import (
     read_eraser,
     write_eraser_files,
 )
-from diffusers_ext.families import Family, denoisers_of, match_family
+from diffusers_ext.families import match_family
 from diffusers_ext.families.family import import_class
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import push_folder, split_arguments
@@ -65,7 +64,7 @@ def eraser_card(
         anchor_concept=anchor_concept or "",
         preserved_concepts=None if preserved_concepts is None else list(preserved_concepts),
         pipeline=pipeline or family_of_tensors(tensors).pipelines[0],
-        rank=eraser_shape(tensors).rank,
+        rank=len(next(tensor for name, tensor in tensors.items() if name.endswith("eraser_down.weight"))),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         **common,
     )
@@ -77,9 +76,6 @@ def facts_of_config(config: EraserConfig) -> dict[str, Any]:
     if base.count("/") > 1:  # more than a name on the Hub: a folder of the pipeline
         base = base.removesuffix("/transformer")
     return {"concept": config.concept, "anchor_concept": config.anchor_concept, "base_model": base or None}
-
-
-EraserTarget = ModelMixin | DiffusionPipeline | PeftModel
 
 
 def load_eraser(
@@ -112,10 +108,21 @@ def load_eraser(
         raise TypeError(
             "`transformer_or_pipe` must be a transformer or a pipeline, got a PeftModel. Use its own `load_adapter`."
         )
-    transformer = find_transformer(transformer_or_pipe)
-    _check_target(transformer, adapter_name, scale)
-    file = read_eraser(pretrained_model_name_or_path, subfolder=subfolder, **download_arguments)
-    _check_file(file, transformer)
+    models = erased_models(transformer_or_pipe)
+    for model in models.values():
+        check_target(model, adapter_name, scale)
+    files = read_parts(models, pretrained_model_name_or_path, subfolder=subfolder, **download_arguments)
+    for part, model in models.items():
+        check_file(files[part], model)
+    with ExitStack() as undo:
+        for part, model in models.items():
+            _attach(files[part], model, adapter_name, scale, is_trainable)
+            undo.callback(remove_eraser, model, adapter_name)
+        undo.pop_all()
+    return adapter_name
+
+
+def _attach(file: EraserFile, transformer: ModelMixin, adapter_name: str, scale: float, is_trainable: bool) -> None:
     file.config.inference_mode = not is_trainable
     active = {name: None for part in _adapted(transformer) for name in part.active_adapters}
     gradients = [(weight, weight.requires_grad) for weight in transformer.parameters()]
@@ -133,22 +140,6 @@ def load_eraser(
         layer.set_scale(adapter_name, scale)
     # Its hooks list the layers that were there when it was switched on.
     _maybe_remove_and_reapply_group_offloading(transformer)
-    return adapter_name
-
-
-def find_transformer(transformer_or_pipe: EraserTarget) -> ModelMixin:
-    """The denoiser itself, out of a pipeline, `torch.compile` or a `PeftModel`."""
-    held = transformer_or_pipe
-    if isinstance(held, DiffusionPipeline):
-        family = match_family(held, "eraser_adapter")
-        held = getattr(held, family.denoiser if family else "transformer", None)
-    model = unwrapped_transformer(held)
-    if model is None:
-        raise TypeError(
-            f"`transformer_or_pipe` must be a {denoisers_of('eraser_adapter')} or a pipeline with one, "
-            f"got a {type(transformer_or_pipe).__name__}."
-        )
-    return model
 
 
 def find_eraser(transformer: ModelMixin, adapter_name: str | None = None) -> str:
@@ -177,76 +168,6 @@ def eraser_tensors(transformer: ModelMixin, adapter_name: str) -> StateDict:
 
 def _adapted(transformer: ModelMixin) -> list[BaseTunerLayer]:
     return [part for part in transformer.modules() if isinstance(part, BaseTunerLayer)]
-
-
-def _check_target(transformer: ModelMixin, adapter_name: str, scale: float) -> None:
-    """Raise `ValueError` for a transformer, a name or a scale that nothing can be loaded with."""
-    taken = list(getattr(transformer, "peft_config", {}))
-    if adapter_name in taken:
-        raise ValueError(
-            f"`adapter_name` must not be in use, got {adapter_name!r} beside {taken}. Choose "
-            "another name, or delete the adapter first."
-        )
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(
-            f"`adapter_name` must be a name without dots, got {adapter_name!r}. Name it after its concept."
-        )
-    check_scale(adapter_name, scale)
-    if any(weight.is_meta for weight in transformer.parameters()):
-        raise ValueError(
-            "`transformer_or_pipe` must hold its weights, got some on the meta device, as after "
-            "`enable_sequential_cpu_offload()`. Load the eraser before that call."
-        )
-    if any(layer.disable_adapters for layer in eraser_layers(transformer).values()):
-        raise ValueError(
-            "The transformer's erasers must be on to get another one, got them disabled. Call "
-            "`enable_adapters()` first."
-        )
-
-
-def _check_file(file: EraserFile, transformer: ModelMixin) -> None:
-    """Raise `ValueError` unless the file is for this model and its config for its weights."""
-    attentions = joint_attentions(transformer)
-    widths = {name: attention_width(attention) for name, attention in attentions.items()}
-    found = {name.rpartition(".eraser_")[0] for name in file.tensors}
-    _check_family(file, transformer, found)
-    check_fit(file.shape, max(widths.values()), len(attentions), file.num_layers)
-    config = file.config
-    complete_target(config, transformer)
-    wanted = {name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)}
-    if wanted != found:
-        raise ValueError(
-            f"The eraser must have weights for the {len(wanted)} layers that its config names, got "
-            f"{len(found)} (differing: {sorted(wanted ^ found)[:3]}). Save it again."
-        )
-    for name in sorted(found):
-        attention = name.removesuffix(".to_out.1")
-        inner = output_projection(attentions[attention]).in_features if config.kind == "linear" else widths[attention]
-        sizes = (file.tensors[layer_name(attention, "down.weight")].shape[1], inner)
-        sizes += (file.tensors[layer_name(attention, "up.weight")].shape[0], widths[attention])
-        if sizes[0] != sizes[1] or sizes[2] != sizes[3]:
-            raise ValueError(
-                f"The eraser must fit the transformer, whose `{attention}` reads {sizes[1]} and has width {sizes[3]}, "
-                f"got one that reads {sizes[0]}, of width {sizes[2]}. Load it into the model it was trained on."
-            )
-
-
-def _check_family(file: EraserFile, transformer: ModelMixin, found: set[str]) -> None:
-    """Raise `ValueError` where an eraser is of another family, by the class beside its config or by its names."""
-    family, own = _family_of_config(file.config), match_family(transformer, "eraser_adapter")
-    strange = found.isdisjoint(f"{name}.to_out.1" for name in joint_attentions(transformer))
-    if strange or family not in (None, own):
-        kind = family or family_of_tensors(file.tensors)
-        raise ValueError(
-            f"The eraser must be of the transformer's family, got one of {kind.title} for a "
-            f"{type(transformer).__name__}. Load it into the model it was trained on."
-        )
-
-
-def _family_of_config(config: EraserConfig) -> Family | None:
-    """That of the model class that PEFT notes beside the config."""
-    name = (config.auto_mapping or {}).get("base_model_class")
-    return match_family(name, "eraser_adapter") if isinstance(name, str) else None
 
 
 def save_eraser(
@@ -283,23 +204,14 @@ def save_eraser(
     """
     folder = Path(save_directory)
     check_eraser_folder(folder, format)
-    transformer = find_transformer(transformer_or_pipe)
-    adapter_name = find_eraser(transformer, adapter_name)
-    tensors = eraser_tensors(transformer, adapter_name)
-    _check_in_memory(tensors)
-    tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}
-    check_eraser_tensors(tensors, adapter_name, dtype)
-    config = transformer.peft_config[adapter_name]
-    # PEFT's own wrapper forgets the name of a diffusers model.
-    known_name = config.base_model_name_or_path or transformer.config.get("_name_or_path")
-    config = described(
-        config,
-        concept=concept,
-        anchor_concept=anchor_concept,
-        base_model_name_or_path=base_model_name_or_path or known_name or None,
-    )
-    num_layers = len(joint_attentions(transformer))
-    files = eraser_contents(format, config, tensors, num_layers, type(transformer))
+    files: dict[str, bytes] = {}
+    models, tensors = erased_models(transformer_or_pipe), {}
+    for part, transformer in models.items():
+        given = {"concept": concept, "anchor_concept": anchor_concept, "base": base_model_name_or_path}
+        config, own = _saved_part(transformer, adapter_name, dtype, **given)
+        contents = eraser_contents(format, config, own, len(joint_attentions(transformer)), type(transformer))
+        files |= {f"{part}/{name}" if part else name: content for name, content in contents.items()}
+        tensors |= {f"{part}.{name}": tensor for name, tensor in own.items()} if part else own
     if push_to_hub:
         hub, facts = split_arguments(hub_arguments)
         pipeline = match_family(transformer, "eraser_adapter").pipelines[0]
@@ -315,21 +227,19 @@ def save_eraser(
             push_folder(upload, name, card, delete_patterns=FILE_NAMES, **hub)
 
 
-def _check_in_memory(tensors: StateDict) -> None:
-    for name, tensor in tensors.items():
-        kind = type(tensor.data).__name__
-        if tensor.dtype not in FLOATING or kind != "Tensor":
-            stored = str(tensor.dtype) if kind == "Tensor" else f"a {kind}"
-            raise ValueError(
-                "The eraser's weights must be float16, bfloat16, float32 or float64 to be saved, got "
-                f"`{name}` as {stored}, as after layerwise casting or a quantisation of the "
-                "transformer. Save the eraser before that, or copy the files it was loaded from."
-            )
-    if any(tensor.device.type == "meta" for tensor in tensors.values()):
-        raise ValueError(
-            "The eraser's weights must be in memory, got the meta device, as after "
-            "`enable_sequential_cpu_offload()`. Save it before that call."
-        )
+def _saved_part(
+    transformer: ModelMixin, adapter_name: str | None, dtype: torch.dtype | None, base: str | None, **given: str | None
+) -> tuple[EraserConfig, StateDict]:
+    """What is written of one transformer's eraser."""
+    adapter_name = find_eraser(transformer, adapter_name)
+    tensors = eraser_tensors(transformer, adapter_name)
+    check_in_memory(tensors)
+    tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}
+    check_eraser_tensors(tensors, adapter_name, dtype)
+    config = transformer.peft_config[adapter_name]
+    # PEFT's own wrapper forgets the name of a diffusers model.
+    known_name = config.base_model_name_or_path or transformer.config.get("_name_or_path")
+    return described(config, **given, base_model_name_or_path=base or known_name or None), tensors
 
 
 def convert_eraser(
@@ -361,7 +271,7 @@ def convert_eraser(
     config = described(
         file.config, concept=concept, anchor_concept=anchor_concept, base_model_name_or_path=base_model_name_or_path
     )
-    family = _family_of_config(config) or family_of_tensors(file.tensors)
+    family = family_of_config(config) or family_of_tensors(file.tensors)
     config.target_modules = config.target_modules or {family.eraser_target}
     config.in_features, config.num_layers = file.shape.width, file.num_layers
     model_class = import_class(family.denoiser_class)

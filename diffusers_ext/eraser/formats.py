@@ -31,6 +31,7 @@ from diffusers_ext.eraser.adapter.tensors import (
     StateDict,
     eraser_shape,
     family_of_tensors,
+    kind_of,
     layer_name,
 )
 from diffusers_ext.families.family import import_class
@@ -87,9 +88,9 @@ def to_legacy(tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str,
     A block without an eraser gets zeros: `up(gelu(down(x))) = 0` then.
     """
     shape = eraser_shape(tensors)
-    if shape.kind != "gelu" or not all(map(_LEGACY_LAYER.match, tensors)):
+    if kind_of(tensors) != "gelu" or not all(map(_LEGACY_LAYER.match, tensors)):
         raise ValueError(
-            f"`format` must be 'peft' for an eraser of the kind {shape.kind!r} at `{next(iter(tensors))}`, got "
+            f"`format` must be 'peft' for an eraser of the kind {kind_of(tensors)!r} at `{next(iter(tensors))}`, got "
             "'legacy': that code knows erasers of CogVideoX with GELU alone."
         )
     tree = {}
@@ -181,6 +182,7 @@ def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
     written = []
     try:
         for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             write_atomically(folder / name, content)
             written.append(name)
     except BaseException:
@@ -265,9 +267,9 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         )
     if config.r != shape.rank:
         raise ValueError(f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}.")
-    if config.kind != shape.kind:
+    if config.kind != kind_of(tensors):
         raise ValueError(
-            f"`kind` of {config_path} must be {shape.kind!r} as the weights tell by their biases, got {config.kind!r}."
+            f"`kind` of {config_path} must be {kind_of(tensors)!r} as the weights tell by their biases, got {config.kind!r}."
         )
     expected = metadata.get(CONFIG_KEY)
     if expected is not None and expected != _eraser_config_digest(facts):

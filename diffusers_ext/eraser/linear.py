@@ -26,8 +26,9 @@ from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.layer import EraserLayer, check_scale, output_projection
 from diffusers_ext.eraser.adapter.model import remove_eraser
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
-from diffusers_ext.eraser.adapter.tensors import StateDict, layer_name
-from diffusers_ext.eraser.files import eraser_tensors, find_eraser, find_transformer
+from diffusers_ext.eraser.adapter.tensors import StateDict, family_of_tensors, layer_name
+from diffusers_ext.eraser.files import eraser_tensors, find_eraser
+from diffusers_ext.eraser.fit import family_of_config, find_transformer, read_every_part
 from diffusers_ext.families import Family, match_family
 from diffusers_ext.families.lora_files import lora_metadata, second_file, write_lora
 
@@ -84,6 +85,37 @@ def export_eraser_lora(
     return written
 
 
+def convert_eraser_to_lora(
+    pretrained_model_name_or_path: str | os.PathLike,
+    save_directory: str | os.PathLike,
+    *,
+    scale: float = 1.0,
+    title: str | None = None,
+    subfolder: str | None = None,
+    **download_arguments: Any,
+) -> list[Path]:
+    """Write a saved linear eraser as `export_eraser_lora` does, from its files alone; returns the files.
+
+    An eraser with a part for each of two transformers becomes as many LoRAs, in folders of their names: diffusers
+    loads them by `load_lora_weights(folder, subfolder="transformer")`, and `subfolder="transformer_2"` with
+    `load_into_transformer_2=True`.
+
+    Args:
+        scale: strength that the LoRA has at 1.
+        title: what programs show; by default what is erased.
+        download_arguments: as of `load_eraser`.
+    """
+    files = read_every_part(pretrained_model_name_or_path, subfolder=subfolder, **download_arguments)
+    loras = {}
+    for part, file in files.items():
+        family = family_of_config(file.config) or family_of_tensors(file.tensors)
+        loras[part] = lora_of_eraser(file.tensors, family.denoiser, scale), family, title or file.config.concept
+    written = []
+    for part, (lora, family, name) in loras.items():
+        written += export_eraser_lora(lora, Path(save_directory, part), family, name or "eraser")
+    return written
+
+
 @dataclass
 class MergedEraser:
     """What takes a merge back: the weights from before, and the eraser."""
@@ -102,7 +134,7 @@ def merge_eraser(
     """Put a linear eraser into the weights, `W + s up down` in float32, rounded once; `unmerge_eraser` takes it back.
 
     The model lacks the adapter afterwards and is saved by `save_pretrained` as any other; it costs nothing more.
-    The weights from before are kept in memory on the CPU until the merge is taken back. An eraser with GELU is refused.
+    The weights from before stay in memory, on the CPU, until the merge is taken back. One with GELU is refused.
 
     Args:
         adapter_name: which; the only one when `None`; it is returned.

@@ -28,6 +28,7 @@ from diffusers_ext.core.settings import (
 )
 
 AUTO_ANCHOR = "auto"
+KINDS = ("gelu", "linear")  # of `EraserConfig`
 LOSS_TYPES = ("l2", "l1")
 LATENTS_SOURCES = ("trajectory", "video", "noise")
 _TRAIN_TIMESTEPS = 1000
@@ -59,6 +60,12 @@ class EraserTraining(LatentsRecipe, title="eraser"):
     """The recipe of an eraser, without base model, prompts and files."""
 
     rank: int = setting(32, "inner width of each eraser", flag="eraser_rank", rule=COUNT)
+    kind: str = setting(
+        "gelu",
+        "gelu: a bottleneck with GELU beside each attention; linear: a LoRA on its output projection",
+        rule=Rule(f"one of {KINDS}", lambda value: value in KINDS),
+        choices=KINDS,
+    )
     negative_guidance: float = setting(
         0.5,
         "eta of v_anchor - eta (v_concept - v_anchor): 0 follows the anchor, more leads past it",

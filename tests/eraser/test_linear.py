@@ -135,7 +135,7 @@ def test_it_saves_loads_and_switches_like_others(tiny, tmp_path):
         assert torch.equal(tiny.run(), base)
     save_eraser(model, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["kind"] == "linear"
-    assert read_eraser(tmp_path / "saved").shape.kind == "linear"
+    assert read_eraser(tmp_path / "saved").config.kind == "linear"
     model.unload_lora()
     load_eraser(model, tmp_path / "saved")
     torch.testing.assert_close(tiny.run(), erased, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,8 @@ from peft import PeftModel, get_peft_model
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, trainable_eraser_parameters
-from diffusers_ext.eraser.files import convert_eraser, find_transformer, load_eraser
+from diffusers_ext.eraser.files import convert_eraser, load_eraser
+from diffusers_ext.eraser.fit import find_transformer
 from diffusers_ext.eraser.formats import read_eraser
 from tests.eraser.legacy_fixture import FOLDER, outputs, reference_transformer, run_reference
 from tests.eraser.saved_erasers import make_eraser, run, saved_eraser

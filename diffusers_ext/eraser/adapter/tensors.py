@@ -38,12 +38,16 @@ class EraserShape(NamedTuple):
     width: int  # of the denoiser's tokens, the widest
     rank: int
     blocks: tuple[int, ...]  # numbers of the blocks that carry one, ascending; of a UNet, counted through
-    kind: str = "gelu"  # of `EraserConfig`
 
 
 def layer_name(attention: str, part: str) -> str:
     """Name in the transformer of one tensor; `layer_name("transformer_blocks.0.attn1", "up.bias")`."""
     return f"{attention}.to_out.1.{'.'.join(PARTS[part])}"
+
+
+def kind_of(tensors: Iterable[str]) -> str:
+    """The kind of an eraser by the names of its tensors: a linear one has no biases."""
+    return "gelu" if any(name.endswith(".bias") for name in tensors) else "linear"
 
 
 def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`") -> EraserShape:
@@ -76,8 +80,7 @@ def eraser_shape(tensors: Mapping[str, torch.Tensor], source: str = "`tensors`")
 def _checked_shape(
     tensors: Mapping[str, torch.Tensor], attentions: Mapping[str, int | None], source: str
 ) -> EraserShape:
-    kind = "gelu" if any(name.endswith(".bias") for name in tensors) else "linear"
-    first, widths = next(iter(attentions)), []
+    kind, first, widths = kind_of(tensors), next(iter(attentions)), []
     for attention, block in attentions.items():
         # Widths differ by layer in a UNet alone; a linear one reads what its attention is wide inside.
         of = attention if block is None else first
@@ -97,7 +100,7 @@ def _checked_shape(
             if found != expected and (kind == "gelu" or part in parts_of("linear")):
                 raise ValueError(f"{source}: `{name}` must be {expected}, got {found}.")
     numbers = [place if block is None else block for place, block in enumerate(attentions.values())]
-    return EraserShape(max(widths), rank, tuple(sorted(numbers)), kind)
+    return EraserShape(max(widths), rank, tuple(sorted(numbers)))
 
 
 def family_of_tensors(tensors: Iterable[str]) -> Family:

@@ -83,7 +83,7 @@ def add_eraser(
     anchor_concept: str | None = None,
 ) -> list[torch.nn.Parameter]:
     """Put a new eraser into a transformer; returns its parameters, the only ones that train."""
-    config = EraserConfig(r=recipe.rank, concept=concept, anchor_concept=anchor_concept)
+    config = EraserConfig(r=recipe.rank, kind=recipe.kind, concept=concept, anchor_concept=anchor_concept)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         transformer.add_adapter(config, adapter_name)
