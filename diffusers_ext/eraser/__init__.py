@@ -17,6 +17,7 @@ _SOURCES = by_name(
         "diffusers_ext.core.concept_words": "contains_concept replace_concept",
         "diffusers_ext.eraser.concepts": "concept_token_mask neighbouring_concepts",
         "diffusers_ext.eraser.files": "load_eraser convert_eraser save_eraser",
+        "diffusers_ext.eraser.linear": "convert_eraser_to_lora merge_eraser unmerge_eraser",
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss T2VUnlearningLoss"
         ),

@@ -269,7 +269,7 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         raise ValueError(f"`r` of {config_path} must be the rank {shape.rank} of the weights, got {config.r}.")
     if config.kind != kind_of(tensors):
         raise ValueError(
-            f"`kind` of {config_path} must be {kind_of(tensors)!r} as the weights tell by their biases, got {config.kind!r}."
+            f"`kind` of {config_path} must be {kind_of(tensors)!r} as the weights have it, got {config.kind!r}."
         )
     expected = metadata.get(CONFIG_KEY)
     if expected is not None and expected != _eraser_config_digest(facts):

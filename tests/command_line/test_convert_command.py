@@ -54,6 +54,25 @@ def test_eraser_there_and_back(run, tmp_path):
     assert last.config.base_model_name_or_path == "x/y"
 
 
+def test_a_linear_eraser_as_a_lora(run, tmp_path):
+    saved_eraser(tmp_path / "source", kind="linear")
+    ran = run(
+        "convert", "eraser", tmp_path / "source", tmp_path / "lora", "--format", "lora", "--scale", "0.5", "--json"
+    )
+    assert ran.facts == {
+        "destination": str(tmp_path / "lora"), "format": "lora", "files": "pytorch_lora_weights.safetensors",
+    }  # fmt: skip
+    tensors = read_eraser(tmp_path / "source").tensors
+    found = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert len(found) == len(tensors) == 4
+    up = tensors["transformer_blocks.1.attn1.to_out.1.eraser_up.weight"]
+    assert found["transformer.transformer_blocks.1.attn1.to_out.0.lora_B.weight"].equal(0.5 * up)
+    saved_eraser(tmp_path / "gelu")
+    refused = run("convert", "eraser", tmp_path / "gelu", tmp_path / "none", "--format", "lora")
+    assert (refused.code, (tmp_path / "none").exists()) == (1, False)
+    assert "must be of the kind 'linear' to be a LoRA" in refused.err
+
+
 def test_npnet(run, monkeypatch, tmp_path):
     # The official files are of one size, which takes long; `NPNet` has tests of reading them.
     small = small_npnet()

@@ -90,10 +90,10 @@ def video() -> CogVideoXPipeline:
     return tiny_video_pipeline()
 
 
-def save_random_eraser(folder: Path, format: str = "peft") -> None:
+def save_random_eraser(folder: Path, format: str = "peft", kind: str = "gelu") -> None:
     """An eraser of "dog" for `video()`."""
     transformer = video().transformer
-    add_random_eraser(transformer, concept="dog")
+    add_random_eraser(transformer, concept="dog", kind=kind)
     save_eraser(transformer, folder, format=format, base_model_name_or_path=BASES["video"])
 
 
@@ -150,6 +150,7 @@ SAVED: dict[str, Callable[[Path], object]] = {
     "user/statistics": _save_statistics,
     "user/no-dog": save_random_eraser,
     "user/no-logo": save_random_eraser,
+    "user/no-watermark": lambda folder: save_random_eraser(folder, kind="linear"),
     "user/style": _save_style,
     "user/some-lora": lambda folder: save_subject(folder, stable_diffusion_xl()),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import WanPipeline
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import eraser_names
 from diffusers_ext.eraser.files import load_eraser, save_eraser
+from diffusers_ext.eraser.linear import convert_eraser_to_lora
 from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_current_pipelines import tiny_wan_pipeline
 from tests.tiny_erasers import add_random_eraser
@@ -52,6 +54,20 @@ def clip(pipeline: WanPipeline) -> torch.Tensor:
     ).frames
 
 
+def check_loras(pipeline: WanPipeline, folder: Path, erased: torch.Tensor) -> None:
+    files = convert_eraser_to_lora(folder, folder / "lora")
+    names = ("pytorch_lora_weights.safetensors", "comfyui.safetensors")
+    assert files == [folder / "lora" / part / name for part in PARTS for name in names]
+    for name in names:
+        stock = WanPipeline(**pipeline.components, boundary_ratio=0.5)
+        stock.transformer, stock.transformer_2 = (copy.deepcopy(getattr(pipeline, part)) for part in PARTS)
+        stock.unload_lora_weights()
+        stock.set_progress_bar_config(disable=True)
+        for part, second in zip(PARTS, (False, True), strict=True):
+            stock.load_lora_weights(folder / "lora" / part, weight_name=name, load_into_transformer_2=second)
+        torch.testing.assert_close(clip(stock), erased, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["gelu", "linear"])
 def test_one_folder_has_a_part_for_each_and_is_dialled_as_one(two_experts, tmp_path, kind):
     base = clip(two_experts)
@@ -66,6 +82,8 @@ def test_one_folder_has_a_part_for_each_and_is_dialled_as_one(two_experts, tmp_p
     assert torch.equal(clip(two_experts), base)
     load_eraser(two_experts, tmp_path, adapter_name="seven")
     torch.testing.assert_close(clip(two_experts), erased, rtol=1e-4, atol=1e-5)
+    if kind == "linear":
+        check_loras(two_experts, tmp_path, erased)
     two_experts.set_adapters("seven", 0.0)
     assert torch.equal(clip(two_experts), base)
     two_experts.set_adapters("seven", 1.0)
