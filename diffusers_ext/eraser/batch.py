@@ -188,7 +188,8 @@ class RowMaker:
         empty = self._empty(embeds[1])
         if not same_text(embeds[1], empty):
             rows.append((target.x_t, target.t, empty))
-        tokens, weights = self.token_mask[target.prompts.cpu()], self._heads(target.x_t.shape[1:])
+        shape = self.velocity.without_image(target.x_t).shape[1:]
+        tokens, weights = self.token_mask[target.prompts.cpu()], self._heads(shape)
         # Attention is read in the first group of rows alone; the others have no concept token.
         others = 0 if self.recipe.separate_passes else sum(len(t) for _, t, _ in rows[1:])
         read = torch.cat([tokens, tokens.new_zeros(others, tokens.shape[1])])

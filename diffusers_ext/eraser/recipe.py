@@ -186,6 +186,9 @@ class ClipSettings(Settings, title="latents"):
     """The clips of a run, and what is kept of them."""
 
     video_dir: str | None = setting(None, "folder of clips for --latents_source video")
+    first_frames_dir: str | None = setting(
+        None, "folder of pictures that the clips of an image-to-video model begin with, in turn"
+    )
     num_frames: int | None = setting(None, WITHOUT_IT)
     height: int | None = setting(None, WITHOUT_IT)
     width: int | None = setting(None, WITHOUT_IT)

@@ -45,8 +45,15 @@ class OnPolicyRollouts:
     ) -> None:
         self.pipeline, self.text, self.recipe = pipeline, text, recipe
         self.latent_shape, self.size = latent_shape, size
+        family = find_family(pipeline, "eraser")
+        if family.image_channels(getattr(pipeline, family.denoiser).config):
+            raise ValueError(f"`on_policy_share` must be 0 for an image-to-video model, got {recipe.on_policy_share}.")
         self.expert = {} if expert is None else {"expert": expert}
         self._calls, self._states = 0, None
+
+    @property
+    def _denoiser(self) -> Any:
+        return getattr(self.pipeline, find_family(self.pipeline, "eraser").denoiser)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -55,7 +62,7 @@ class OnPolicyRollouts:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        device = self.pipeline.transformer.device
+        device = self._denoiser.device
         self._calls, states = state["calls"], state["states"]
         self._states = None if states is None else States(*(part.to(device) for part in states))
 
@@ -71,7 +78,7 @@ class OnPolicyRollouts:
 
     def _run(self, seed: int) -> States:
         generator = torch.Generator().manual_seed(seed)
-        count, device = self.recipe.sampling_batch_size, self.pipeline.transformer.device
+        count, device = self.recipe.sampling_batch_size, self._denoiser.device
         prompts = torch.randint(len(self.text.target), (count,), generator=generator)
         family = find_family(self.pipeline, "eraser")
         velocity = family.velocity(self.pipeline, **self.size, **self.expert)
@@ -94,7 +101,7 @@ class OnPolicyRollouts:
                 guidance_scale=self.recipe.sampling_guidance_scale,
                 callback_on_step_end=keep,
                 output_type="latent",
-                **self.size,
+                **family.size_arguments(**self.size),
             )
             times = self.pipeline.scheduler.timesteps
         times = times.to(device, torch.float32 if times.is_floating_point() else torch.int64)

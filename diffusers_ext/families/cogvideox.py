@@ -73,6 +73,7 @@ class CogVideoX(Family):
     comfyui_names = None
     vae_class = "AutoencoderKLCogVideoX"
     joint_attention = "attn1"
+    locates_concepts = True
     published = tuple(_published(*model) for model in PUBLISHED_TRANSFORMERS.items())
 
     def encode_clip_prompts(self, pipeline: DiffusionPipeline, prompts: list[str]) -> torch.Tensor:
@@ -151,7 +152,11 @@ class CogVideoX(Family):
         latent_shape: Sequence[int],
         generators: Sequence[torch.Generator],
     ) -> torch.Tensor:
-        """As `prepare_latents` of the image-to-video pipeline makes them."""
+        """Channels of first frames, `(pictures, frames, channels, height, width)` float32 on the CPU.
+
+        As `prepare_latents` of the image-to-video pipeline makes them of pictures `(pictures, 3, height, width)` from
+        -1 to 1, for clips of a `latent_shape`; generators, one each, sample the posteriors.
+        """
         from diffusers_ext.core.restored_state import module_eval_mode
 
         vae, (frames, channels) = pipeline.vae, latent_shape[:2]

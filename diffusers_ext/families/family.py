@@ -102,6 +102,7 @@ class Family:
     masks_padding: ClassVar[bool] = False  # the pipeline hides padding from its text encoder
     # Module of a block in which video alone looks at text alone and a concept is seen, if not in `joint_attention`.
     text_keys: ClassVar[str | None] = None
+    locates_concepts: ClassVar[bool] = False  # `eraser.concept_attention` reads that attention
 
     # Text
 
@@ -329,21 +330,15 @@ class Family:
         raise NotImplementedError
 
     def image_channels(self, config: Any) -> int:
-        """Channels of a first frame, which image-to-video models read behind those of the noise."""
+        """Channels of a first frame, which image-to-video models read behind those of the noise.
+
+        A family that has such models makes them, by a method `image_latents`.
+        """
         return 0
 
-    def image_latents(
-        self,
-        pipeline: DiffusionPipeline,
-        pictures: torch.Tensor,
-        latent_shape: Sequence[int],
-        generators: Sequence[torch.Generator],
-    ) -> torch.Tensor:
-        """These channels, `(pictures, frames, channels, height, width)` float32 on the CPU, for a `latent_shape`.
-
-        Pictures are `(pictures, 3, height, width)` from -1 to 1; generators, one each, sample the posteriors.
-        """
-        raise NotImplementedError
+    def size_arguments(self, num_frames: int, height: int, width: int) -> dict[str, int]:
+        """Keywords of the pipeline's call for a size."""
+        return {"num_frames": num_frames, "height": height, "width": width}
 
     def token_grid(self, config: Any, latent_shape: Sequence[int]) -> TokenGrid:
         """The grid of video tokens of latents `(frames, channels, height, width)`, batched or not.

@@ -38,6 +38,7 @@ class HunyuanVideo(Family):
     video_vae = True
     flow_matching = True
     own_levels = True
+    tools = frozenset({"eraser"})
     comfyui_names = None
     text_fields = ("prompt_embeds", "attention_mask", "pooled_prompt_embeds")
     text_outputs = {"prompt_embeds": 0, "pooled_prompt_embeds": 1, "attention_mask": 2}
@@ -123,9 +124,12 @@ class HunyuanVideo(Family):
             )
         return TokenGrid(frames // patch_t, height // patch, width // patch)
 
-    def clip_arguments(self, text: TextConditioning, empty: TextConditioning, latents: torch.Tensor) -> dict[str, Any]:
+    def clip_arguments(
+        self, text: TextConditioning, empty: TextConditioning, latents: torch.Tensor | None = None
+    ) -> dict[str, Any]:
         """The call is not guided away from other prompts: the model takes the scale as an input."""
-        return {**self.text_arguments(text), "latents": latents.transpose(1, 2)}
+        arguments = self.text_arguments(text)
+        return arguments if latents is None else {**arguments, "latents": latents.transpose(1, 2)}
 
     def clip_latents(self, latents: torch.Tensor, latent_shape: Sequence[int]) -> torch.Tensor:
         return latents.transpose(1, 2)

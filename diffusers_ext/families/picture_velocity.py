@@ -38,6 +38,9 @@ class PictureFamily(Family):
             pipeline.tokenizer.model_max_length, self.longest_text
         )
 
+    def size_arguments(self, num_frames: int, height: int, width: int) -> dict[str, int]:
+        return {"height": height, "width": width}
+
     def clip_arguments(
         self, text: TextConditioning, empty: TextConditioning, latents: torch.Tensor | None = None
     ) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class Wan(Family):
     call_arguments = {"num_frames": 1}
     blocks = "blocks"
     text_keys = "attn2"
+    locates_concepts = True
     masks_padding = True
     joint_attention, joint_blocks, video_alone = "attn1", ("WanTransformerBlock",), True
     text_stream = ()

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from diffusers_ext.core.pictures import find_pictures
 from diffusers_ext.core.seeds import check_diffusion_levels, check_flow_levels
 from diffusers_ext.eraser.adapter.config import transformer_width
 from diffusers_ext.eraser.concepts import check_concept
@@ -20,7 +21,7 @@ from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings
 from diffusers_ext.families import families_of, find_family
 from diffusers_ext.families.base_source import refuse_single_file
 from diffusers_ext.families.family import Family, import_class
-from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.data import ClipSize, FirstFrames
 from diffusers_ext.training.run.base_model import read_components
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES
 
@@ -41,10 +42,10 @@ def read_base(settings: EraserSettings) -> BaseFacts:
     """Read the configs of `--pretrained_model_name_or_path`; raises `ValueError` where the arguments do not fit it."""
     family, components = read_video_family(settings), read_components(settings)
     source, revision = settings.pretrained_model_name_or_path, settings.revision
-    transformer, vae, scheduler = (
+    denoiser, vae, scheduler = (
         SimpleNamespace(config=FrozenDict(model.load_config(source, subfolder=name, revision=revision)))
         for model, name in (
-            (import_class(family.denoiser_class), "transformer"),
+            (import_class(family.denoiser_class), family.denoiser),
             (import_class(family.vae_class), "vae"),
             (DDIMScheduler, "scheduler"),  # every scheduler's config reads alike
         )
@@ -52,10 +53,11 @@ def read_base(settings: EraserSettings) -> BaseFacts:
     tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision)
     _check_scheduler(family, scheduler.config)
     asked = {name: getattr(settings, name) for name in ClipSize._fields}
-    size = ClipSize.of_configs(family, transformer, vae, **asked)
-    shape = family.latent_shape(transformer.config, vae.config, *size)
-    family.token_grid(transformer.config, shape)
-    width = transformer_width(transformer.config)
+    size = ClipSize.of_configs(family, denoiser, vae, **asked)
+    shape = family.latent_shape(denoiser.config, vae.config, *size)
+    family.token_grid(denoiser.config, shape)
+    _check_family(settings, family, denoiser.config)
+    width = transformer_width(denoiser.config)
     if settings.rank > width:
         raise ValueError(f"`eraser_rank` must be at most the model's width, {width}, got {settings.rank}.")
     anchor = None if settings.anchor_concept == AUTO_ANCHOR else settings.anchor_concept
@@ -63,7 +65,42 @@ def read_base(settings: EraserSettings) -> BaseFacts:
         if concept is not None:
             check_concept(tokenizer, concept)
     stand_in = SimpleNamespace(config=FrozenDict(components), scheduler=scheduler)
-    return BaseFacts(transformer, vae, tokenizer, size, shape, tuple(family.expert_timesteps(stand_in)))
+    return BaseFacts(denoiser, vae, tokenizer, size, shape, tuple(family.expert_timesteps(stand_in)))
+
+
+def _check_family(settings: EraserSettings, family: Family, config: Any) -> None:
+    """Raise `ValueError` for what a recipe asks and this model does not do."""
+    reads_picture, folder = bool(family.image_channels(config)), settings.first_frames_dir
+    if folder is not None:
+        if not reads_picture:
+            raise ValueError(
+                f"`first_frames_dir` must be None for a model that draws clips from text alone, got {folder}."
+            )
+        find_pictures(folder, "first_frames_dir")
+    drawn = settings.validation_prompt or settings.anchor_concept == AUTO_ANCHOR
+    if reads_picture and folder is None and (settings.latents_source != "video" or drawn):
+        raise ValueError(
+            "`first_frames_dir` must be a folder of pictures for an image-to-video model, whose clips begin with one, "
+            "got None."
+        )
+    more_than_tokens, one = bool({*family.text_shapes(config)} - {"prompt_embeds"}), f"a {family.title}"
+    for name, asked, without in (
+        ("on_policy_share", settings.on_policy_share, reads_picture),
+        ("localization_weight", settings.localization_weight, not family.locates_concepts),
+        ("adversarial_share", settings.adversarial_share, more_than_tokens),
+        ("anchor_concept", settings.anchor_concept == AUTO_ANCHOR, more_than_tokens),
+    ):
+        if asked and without:
+            rule, got = ("a word or None", AUTO_ANCHOR) if name == "anchor_concept" else ("0", asked)
+            what = "an image-to-video model" if name == "on_policy_share" else one
+            raise ValueError(f"`{name}` must be {rule} for {what}, of which it is not known, got {got}.")
+
+
+def read_first_frames(settings: EraserSettings, pipeline: DiffusionPipeline, size: ClipSize) -> FirstFrames | None:
+    """The pictures of `--first_frames_dir`, where it is given."""
+    if settings.first_frames_dir is None:
+        return None
+    return FirstFrames.read(pipeline, settings.first_frames_dir, size, seed=settings.seed)
 
 
 def _check_scheduler(family: Family, config: Mapping[str, Any]) -> None:
@@ -82,7 +119,7 @@ def _check_scheduler(family: Family, config: Mapping[str, Any]) -> None:
 def read_video_family(settings: EraserSettings) -> Family:
     """The family of `--pretrained_model_name_or_path`; raises `ValueError` where no eraser is known for it."""
     source, known = settings.pretrained_model_name_or_path, families_of("eraser")
-    names = {family.pipelines[0]: family for family in known}
+    names = {name: family for family in known for name in (family.pipelines[0], family.image_pipeline) if name}
     refuse_single_file(source, f"a {' or '.join(names)}")
     kind = read_components(settings)["_class_name"]
     if kind not in names:
@@ -97,7 +134,7 @@ def load_base(settings: EraserSettings, device: torch.device) -> DiffusionPipeli
         revision=settings.revision,
         variant=settings.variant,
         dtype=WEIGHT_DTYPES[settings.mixed_precision],
-        text_encoder=None,
+        **{name: None for name in read_components(settings) if name.startswith("text_encoder")},
     )
     pipeline.vae.requires_grad_(False).eval()
     for name in find_family(pipeline, "eraser").expert_timesteps(pipeline):

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from diffusers_ext.core.pictures import FoundFiles, is_hidden, read_picture, rgb_picture, why_no_picture
+from diffusers_ext.core.pictures import FoundFiles, is_hidden, read_picture, read_pictures, rgb_picture, why_no_picture
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.batch import prompt_length
@@ -135,17 +135,60 @@ class ClipSize(NamedTuple):
     @classmethod
     def of_pipeline(cls, pipeline: DiffusionPipeline) -> ClipSize:
         """The size that a pipeline's model was made for."""
-        return cls.of_configs(find_family(pipeline, "eraser"), pipeline.transformer, pipeline.vae)
+        family = find_family(pipeline, "eraser")
+        return cls.of_configs(family, getattr(pipeline, family.denoiser), pipeline.vae)
 
     def latent_shape(self, pipeline: DiffusionPipeline) -> tuple[int, int, int, int]:
         """`(frames, channels, height, width)` of such a clip; see `VideoFamily.latent_shape`."""
-        configs = (pipeline.transformer.config, pipeline.vae.config)
-        return find_family(pipeline, "eraser").latent_shape(*configs, *self)
+        family = find_family(pipeline, "eraser")
+        return family.latent_shape(getattr(pipeline, family.denoiser).config, pipeline.vae.config, *self)
 
-    def velocity(self, pipeline: DiffusionPipeline, expert: str | None = None) -> Velocity:
-        """The velocity of a pipeline's model for such a clip; `expert` as of `Family.velocity`."""
-        given = {} if expert is None else {"expert": expert}
-        return find_family(pipeline, "eraser").velocity(pipeline, *self, **given)
+    def velocity(
+        self,
+        pipeline: DiffusionPipeline,
+        expert: str | None = None,
+        *,
+        guidance_scale: float | None = None,
+        image_latents: torch.Tensor | None = None,
+    ) -> Velocity:
+        """The velocity of a pipeline's model for such a clip; `expert` as of `Family.velocity`.
+
+        `guidance_scale` is for models that take it as an input, `image_latents` for those that begin with a picture.
+        """
+        family = find_family(pipeline, "eraser")
+        given: dict[str, Any] = {"expert": expert, "image_latents": image_latents}
+        if family.embedded_guidance(getattr(pipeline, family.denoiser).config):
+            given["guidance_scale"] = guidance_scale
+        return family.velocity(pipeline, *self, **{n: value for n, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class FirstFrames:
+    """Pictures that the clips of an image-to-video model begin with."""
+
+    pictures: list[Image.Image]  # of the clips' size
+    latents: torch.Tensor  # (pictures, frames, channels, height, width), as the model reads them
+
+    @classmethod
+    def read(
+        cls, pipeline: DiffusionPipeline, folder: str | os.PathLike, size: ClipSize, *, seed: int = 0
+    ) -> FirstFrames:
+        """The pictures of a folder, scaled to cover the size and cropped around the centre."""
+        found = [
+            ImageOps.fit(picture, (size.width, size.height), Image.BICUBIC)
+            for picture in read_pictures(folder, "first_frames_dir")
+        ]
+        return cls(found, picture_latents(pipeline, found, size, seed=seed))
+
+
+def picture_latents(
+    pipeline: DiffusionPipeline, pictures: Sequence[Image.Image | np.ndarray], size: ClipSize, *, seed: int = 0
+) -> torch.Tensor:
+    """What an image-to-video model reads of first frames; posteriors are sampled by `seed`."""
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    generators = [stream_generator(seed, "first frames", index) for index in range(len(pixels))]
+    shape = size.latent_shape(pipeline)
+    return find_family(pipeline, "eraser").image_latents(pipeline, pixels / 127.5 - 1.0, shape, generators)
 
 
 class NoiseSource(Dataset):
@@ -173,23 +216,28 @@ class VideoSource(Dataset):
     """Latents of the videos in a folder (see `list_videos`, `read_video`), encoded once and kept in memory.
 
     Items are `{"x_0": (frames, channels, height, width) float32}`, scaled as the transformer reads them. Latent frames
-    that CogVideoX 1.5 needs besides repeat the first one; the pipeline drops the same ones. The posterior is sampled
-    by `seed`. Raises `ValueError` for a size that the model cannot take.
+    that CogVideoX 1.5 needs besides repeat the first one; the pipeline drops the same ones. For an image-to-video
+    model, channels of the clip's first frame follow, which are its `image_latents`. The posterior is sampled by
+    `seed`. Raises `ValueError` for a size that the model cannot take.
     """
 
     def __init__(
         self, pipeline: DiffusionPipeline, video_dir: str | os.PathLike, size: ClipSize, *, seed: int = 0
     ) -> None:
-        shape = size.latent_shape(pipeline)
+        shape, family = size.latent_shape(pipeline), find_family(pipeline, "eraser")
         self.paths = list_videos(Path(video_dir))
-        latents = []
+        latents, first = [], []
         for index, path in enumerate(tqdm(self.paths, desc="encode videos")):
             frames = torch.from_numpy(read_video(path, *size))
             generator = stream_generator(seed, "latents", index)
-            encoded = encode_frames(pipeline.vae, frames, generator, find_family(pipeline, "eraser"))
+            encoded = encode_frames(pipeline.vae, frames, generator, family)
+            first.append(frames[0].numpy())
             padding = encoded[:1].expand(shape[0] - len(encoded), -1, -1, -1)
             latents.append(torch.cat([padding, encoded]))
-        self.latents = torch.stack(latents)
+        self.latents, self.image_latents = torch.stack(latents), None
+        if family.image_channels(pipeline.transformer.config):
+            self.image_latents = picture_latents(pipeline, first, size, seed=seed)
+            self.latents = torch.cat([self.latents, self.image_latents], dim=2)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -223,6 +271,13 @@ class EraserData:
     samples: Dataset  # of the teacher, or clean latents
     size: ClipSize
     expert: str | None = None  # whose samples they are, where a model has several transformers
+    first_frames: FirstFrames | None = None  # for image-to-video models
+
+    @property
+    def image_latents(self) -> torch.Tensor | None:
+        """What an image-to-video model reads of first frames: those given, or those of the videos."""
+        given = self.first_frames
+        return getattr(self.samples, "image_latents", None) if given is None else given.latents
 
 
 def concept_tokens(
@@ -236,7 +291,13 @@ def concept_tokens(
             "`concept` must be given where `localization_weight` is not 0, got None. Masks are made of "
             "the attention to its tokens."
         )
-    cleaned = [find_family(pipeline, "eraser").clean_prompt(prompt) for prompt in target]
+    family = find_family(pipeline, "eraser")
+    if not family.locates_concepts:
+        raise ValueError(
+            f"`localization_weight` must be 0 for {family.title}, of which no attention to a concept is read, got "
+            f"{recipe.localization_weight}."
+        )
+    cleaned = [family.clean_prompt(prompt) for prompt in target]
     return concept_token_mask(pipeline.tokenizer, cleaned, concept, prompt_length(pipeline))
 
 
@@ -249,12 +310,14 @@ def make_samples(
     *,
     video_dir: str | Path | None = None,
     expert: str | None = None,
+    image_latents: torch.Tensor | None = None,
     **collection: Any,
 ) -> Dataset:
     """The samples of a recipe: teacher trajectories, or clean latents of `video_dir` or of noise.
 
     The pipeline may have erasers, which the teacher switches off. Of a model with several transformers, trajectories
-    are kept where `expert` is asked. `collection` are further arguments of `collect_teacher_samples`: `directory` and
+    are kept where `expert` is asked; of an image-to-video model, run `i` begins with picture `i` of `image_latents`,
+    counted round. `collection` are further arguments of `collect_teacher_samples`: `directory` and
     `facts`, ...
     """
     shape = size.latent_shape(pipeline)
@@ -264,7 +327,8 @@ def make_samples(
         if video_dir is None:
             raise ValueError("`video_dir` must be given for `latents_source` 'video', got None.")
         return VideoSource(pipeline, video_dir, size, seed=recipe.seed)
-    velocity = size.velocity(pipeline, expert)
+    scale = recipe.sampling_guidance_scale
+    velocity = size.velocity(pipeline, expert, guidance_scale=scale, image_latents=image_latents)
     return collect_teacher_samples(
         velocity, pipeline.scheduler, text, recipe, shape, token_mask=token_mask, **collection
     )

@@ -261,10 +261,14 @@ def rank_anchors(
     empty_embed: torch.Tensor,
     recipe: EraserTraining,
     size: ClipSize,
+    image_latents: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """As `choose_anchor_concept`, of embeddings `(prompts, text, dim)`; the empty prompt's is `(text, dim)`."""
+    """As `choose_anchor_concept`, of embeddings `(prompts, text, dim)`; the empty prompt's is `(text, dim)`.
+
+    `image_latents` are the first frames of an image-to-video model.
+    """
     distances = anchor_distances(
-        size.velocity(pipeline),
+        size.velocity(pipeline, guidance_scale=recipe.sampling_guidance_scale, image_latents=image_latents),
         pipeline.scheduler,
         target_embeds,
         torch.stack(list(anchors.values())),
@@ -276,13 +280,18 @@ def rank_anchors(
 
 
 def settle_anchor(
-    text: RunText, concept: str, pipeline: DiffusionPipeline, recipe: EraserTraining, size: ClipSize
+    text: RunText,
+    concept: str,
+    pipeline: DiffusionPipeline,
+    recipe: EraserTraining,
+    size: ClipSize,
+    image_latents: torch.Tensor | None = None,
 ) -> tuple[RunText, dict[str, float]]:
     """The text of a run with the best of the candidates of `--anchor_concept auto`, and the distances of all."""
     device, rows = pipeline.transformer.device, _spread(len(text.prompts.target))
     anchors = {word: embeds[rows].to(device) for word, embeds in text.anchors.items()}
     target, empty = text.embeds.target[rows].to(device), text.embeds.empty.to(device)
-    ranked = rank_anchors(pipeline, target, anchors, empty, recipe, size)
+    ranked = rank_anchors(pipeline, target, anchors, empty, recipe, size, image_latents)
     word = next(iter(ranked))
     replaced = [replace_concept(prompt, concept, word) for prompt in text.prompts.target]
     prompts = replace(text.prompts, anchor=replaced)

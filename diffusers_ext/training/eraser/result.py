@@ -23,7 +23,7 @@ from diffusers_ext.families import find_family
 from diffusers_ext.families.text_conditioning import repeat_text
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import public_name
-from diffusers_ext.training.eraser.data import ClipSize
+from diffusers_ext.training.eraser.data import ClipSize, FirstFrames
 from diffusers_ext.training.eraser.prompts import GivenTexts, RunText
 from diffusers_ext.training.run.base_model import read_components
 from diffusers_ext.training.run.loop import TrainingLoop
@@ -65,9 +65,10 @@ class ClipValidation:
         accelerator: Accelerator,
         text: RunText,
         size: ClipSize,
+        first_frames: FirstFrames | None = None,
     ) -> None:
         self.settings, self.pipeline, self.accelerator = settings, pipeline, accelerator
-        self.prompt_embeds, self.size = text.validation, size
+        self.prompt_embeds, self.size, self.first_frames = text.validation, size, first_frames
         self.empty_embed = text.embeds.empty
         self.files: list[Path] = []
         self.part = ""
@@ -106,17 +107,22 @@ class ClipValidation:
 
     @torch.no_grad()
     def _clip(self, prompt: int, video: int) -> np.ndarray:
-        device, dtype = self.accelerator.device, self.pipeline.transformer.dtype
+        family = find_family(self.pipeline, "eraser")
+        device, dtype = self.accelerator.device, getattr(self.pipeline, family.denoiser).dtype
         texts = (self.prompt_embeds[[prompt]], repeat_text(self.empty_embed, 1))
-        arguments = find_family(self.pipeline, "eraser").clip_arguments(*(text.to(device, dtype) for text in texts))
-        frames = self.pipeline(
+        arguments = family.clip_arguments(*(text.to(device, dtype) for text in texts))
+        if self.first_frames is not None:
+            pictures = self.first_frames.pictures
+            arguments["image"] = pictures[video % len(pictures)]
+        found = self.pipeline(
             **arguments,
             generator=torch.Generator().manual_seed(self.settings.seed + video),
-            **self.size._asdict(),
+            **family.size_arguments(*self.size),
             num_inference_steps=self.settings.num_inference_steps,
             guidance_scale=self.settings.sampling_guidance_scale,
             output_type="np",
-        ).frames[0]
+        )[0]
+        frames = found[0] if "num_frames" in family.size_arguments(*self.size) else found  # else a picture each
         return (np.asarray(frames).clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -148,7 +154,7 @@ def save_result(
     with staged_output(settings.output_dir, ("adapter_config.json",), ON_THE_WAY) as folder:
         experts = find_family(pipeline, "eraser").expert_timesteps(pipeline)
         save_eraser(
-            pipeline if len(experts) > 1 else pipeline.transformer,
+            pipeline if len(experts) > 1 else getattr(pipeline, next(iter(experts))),
             folder,
             adapter_name=adapter_name,
             base_model_name_or_path=settings.hub_base_model or public_name(settings.pretrained_model_name_or_path),
@@ -214,5 +220,5 @@ def prepare_eraser_upload(settings: EraserSettings, given: GivenTexts, size: Cli
 
 def publish_eraser(settings: EraserSettings, report: Mapping[str, Any], clips: Sequence[Path]) -> str:
     """Upload the output folder without checkpoints and logs; returns the address of the commit."""
-    ignored = left_here(settings, settings.trajectories_dir, settings.video_dir)
+    ignored = left_here(settings, settings.trajectories_dir, settings.video_dir, settings.first_frames_dir)
     return push_output(settings, trained_eraser_card(settings, report, clips), ignored)

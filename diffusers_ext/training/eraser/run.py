@@ -29,8 +29,16 @@ from diffusers_ext.eraser.batch import RowMaker
 from diffusers_ext.eraser.recipe import EraserSettings, EraserTraining
 from diffusers_ext.eraser.step import EraserStep, OnPolicyRollouts
 from diffusers_ext.families import find_family
-from diffusers_ext.training.eraser.base import BaseFacts, load_base, read_base
-from diffusers_ext.training.eraser.data import ClipSize, EraserData, concept_tokens, make_samples, samples_facts
+from diffusers_ext.families.text_conditioning import token_embeds
+from diffusers_ext.training.eraser.base import BaseFacts, load_base, read_base, read_first_frames
+from diffusers_ext.training.eraser.data import (
+    ClipSize,
+    EraserData,
+    FirstFrames,
+    concept_tokens,
+    make_samples,
+    samples_facts,
+)
 from diffusers_ext.training.eraser.prompts import (
     EraserPrompts,
     GivenTexts,
@@ -102,7 +110,8 @@ def make_step(
     adapter_name: str = "default",
 ) -> EraserStep:
     """The loss function of a training."""
-    shape, velocity = data.size.latent_shape(pipeline), data.size.velocity(pipeline, data.expert)
+    conditions = {"guidance_scale": recipe.sampling_guidance_scale, "image_latents": data.image_latents}
+    shape, velocity = data.size.latent_shape(pipeline), data.size.velocity(pipeline, data.expert, **conditions)
     maker = RowMaker(
         velocity,
         data.text,
@@ -129,13 +138,15 @@ def make_data(
     *,
     concept: str | None = None,
     expert: str | None = None,
+    first_frames: FirstFrames | None = None,
     **options: Any,
 ) -> EraserData:
     """Text and samples of a training, of one of a model's transformers; `options` are those of `make_samples`."""
     text = encode_text(pipeline, prompts)
     token_mask = concept_tokens(pipeline, prompts.target, recipe, concept)
-    samples = make_samples(pipeline, text, token_mask, recipe, size, expert=expert, **options)
-    return EraserData(text, token_mask, samples, size, expert)
+    image = None if first_frames is None else first_frames.latents
+    samples = make_samples(pipeline, text, token_mask, recipe, size, expert=expert, image_latents=image, **options)
+    return EraserData(text, token_mask, samples, size, expert, first_frames)
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,7 @@ def train_eraser(
     expert: str | None = None,
     **options: Any,
 ) -> TrainedEraser:
-    """Train an eraser; it stays in `pipeline.transformer`, in eval mode and switched on.
+    """Train an eraser; it stays in the pipeline's denoiser, in eval mode and switched on.
 
     Of a model with several transformers (Wan 2.2), a call trains the part of one, which `expert` names: that for the
     timesteps at which this one is asked.
@@ -171,7 +182,7 @@ def train_eraser(
         concept, anchor_concept: for the adapter's config and for masks.
         data: of an earlier call with the same prompts, size and sampling, to be used again.
         accelerator: on the pipeline's device, in full precision, when `None`.
-        options: of `make_samples`.
+        options: of `make_data`: `first_frames` of an image-to-video model, and those of `make_samples`.
     """
     experts = find_family(pipeline, "eraser").expert_timesteps(pipeline)
     expert = data.expert if data is not None and expert is None else expert
@@ -179,7 +190,7 @@ def train_eraser(
         raise ValueError(
             f"`expert` must be one of {sorted(experts)} for this model, got {expert}. Train each of them."
         )
-    name = expert or "transformer"
+    name = expert or next(iter(experts))
     transformer = getattr(pipeline, name)
     if data is None:
         size = ClipSize.of_pipeline(pipeline) if size is None else size
@@ -241,9 +252,11 @@ def make_run_data(
     base: BaseFacts,
     text: RunText,
     expert: str | None = None,
+    first_frames: FirstFrames | None = None,
 ) -> EraserData:
     """The samples of the run, made or read again."""
-    collection: dict[str, Any] = {"expert": expert}
+    image = None if first_frames is None else first_frames.latents
+    collection: dict[str, Any] = {"expert": expert, "image_latents": image}
     token_mask = concept_tokens(pipeline, text.prompts.target, settings, settings.target_concept)
     if settings.latents_source == "video":
         pipeline.vae.to(accelerator.device)
@@ -253,14 +266,18 @@ def make_run_data(
     if settings.trajectories_dir is not None:
         collection |= {
             "directory": settings.trajectories_dir,
-            "facts": {"prompts": text.prompts.facts, "text_dtype": str(text.embeds.target.dtype)},
+            "facts": {
+                "prompts": text.prompts.facts,
+                "text_dtype": str(token_embeds(text.embeds.target).dtype),
+                **({} if image is None else {"first_frames": image.double().sum().item()}),
+            },
             "process": (accelerator.process_index, accelerator.num_processes),
             "wait_for_everyone": accelerator.wait_for_everyone,
         }
     with accelerator.autocast():  # as the student runs, or the two would differ before any training
         samples = make_samples(pipeline, text.embeds, token_mask, settings, base.size, **collection)
     pipeline.vae.to("cpu")
-    return EraserData(text.embeds, token_mask, samples, base.size, expert)
+    return EraserData(text.embeds, token_mask, samples, base.size, expert, first_frames)
 
 
 def build_loop(
@@ -273,7 +290,7 @@ def build_loop(
 ) -> TrainingLoop:
     """The loop over a transformer, to which it adds an eraser."""
     concepts = {"concept": settings.target_concept, "anchor_concept": settings.anchor_concept}
-    transformer = getattr(pipeline, data.expert or "transformer")
+    transformer = getattr(pipeline, data.expert or find_family(pipeline, "eraser").denoiser)
     parameters = add_eraser(transformer, settings, ADAPTER_NAME, **concepts)
     step = make_step(pipeline, data, settings, accelerator.device, ADAPTER_NAME)
     return make_loop(
@@ -321,7 +338,8 @@ def train_part(
     """Train one transformer's part; returns its loop and what tells its samples."""
     several, whole = len(base.experts) > 1, settings
     settings = settings_of_part(settings, base.experts, expert)
-    data = make_run_data(settings, accelerator, pipeline, base, text, expert if several else None)
+    shown = validation.first_frames
+    data = make_run_data(settings, accelerator, pipeline, base, text, expert if several else None, shown)
     facts = facts | {"model": fingerprint(getattr(pipeline, expert)), "samples": samples_facts(data.samples)}
     if several:
         facts["transformer"], validation.part = expert, f"-{expert}"
@@ -355,13 +373,15 @@ def main(settings: EraserSettings) -> Path:
         prepare_eraser_upload(settings, given, base.size)
     text = encode_run_text(settings, given, accelerator)
     pipeline = load_base(settings, accelerator.device)
+    first_frames = read_first_frames(settings, pipeline, base.size)
     if text.anchors:
-        text, ranked = settle_anchor(text, settings.target_concept, pipeline, settings, base.size)
+        image = None if first_frames is None else first_frames.latents
+        text, ranked = settle_anchor(text, settings.target_concept, pipeline, settings, base.size, image)
         settings.anchor_concept = next(iter(ranked))
         rounded = {word: round(distance, 4) for word, distance in ranked.items()}
         logger.info("Distances from %r: %s", settings.target_concept, rounded)
         logger.info("Chose the anchor %r; give `--anchor_concept` to have another one.", settings.anchor_concept)
-    validation = ClipValidation(settings, pipeline, accelerator, text, base.size)
+    validation = ClipValidation(settings, pipeline, accelerator, text, base.size, first_frames)
     facts["prompts"] = text.prompts.facts
     loops, samples = {}, {}
     for expert in base.experts:
