@@ -75,7 +75,8 @@ class Wan(Family):
     text_keys = "attn2"
     locates_concepts = True
     masks_padding = True
-    joint_attention, joint_blocks, video_alone = "attn1", ("WanTransformerBlock",), True
+    # Where text comes in; what it adds in the last block passes no `attn1`.
+    joint_attention, joint_blocks, video_alone = "attn2", ("WanTransformerBlock",), True
     text_stream = ()
     attention_linears = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -49,7 +49,7 @@ def test_what_a_run_leaves_changes_the_stock_pipeline(trained):
     config = json.loads((trained / "adapter_config.json").read_text())
     assert (config["concept"], config["in_features"]) == ("seven", 32)
     tensors = load_file(trained / "adapter_model.safetensors")
-    assert any("blocks.1.attn1" in name for name in tensors)
+    assert any("blocks.1.attn2" in name for name in tensors)
     assert any(tensor.any() for name, tensor in tensors.items() if "eraser_up" in name)
     assert (trained / "validation" / "step-000002-prompt-0-video-0.gif").is_file()
     pipeline, clips = wan(), []

@@ -106,7 +106,7 @@ def ltx2() -> TinyModel:
 UNET = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 # Where the erasers are, and how many.
 PLACES = {
-    wan: ("blocks.0.attn1", 2),
+    wan: ("blocks.0.attn2", 2),
     hunyuan_video: ("transformer_blocks.0.attn", 2),
     flux: ("transformer_blocks.0.attn", 1),
     flux2: ("transformer_blocks.0.attn", 1),
