@@ -55,12 +55,12 @@ def test_comfyui_reads_it_under_the_names_of_wans_authors(tmp_path):
     assert [path.name for path in files] == ["pytorch_lora_weights.safetensors", "comfyui.safetensors"]
     read = load_file(files[1])
     ends = ("alpha", "lora_A.weight", "lora_B.weight")
-    assert sorted(read) == [f"diffusion_model.blocks.{i}.self_attn.o.{end}" for i in (0, 1) for end in ends]
-    assert read["diffusion_model.blocks.0.self_attn.o.alpha"] == 3.0
-    assert torch.equal(read["diffusion_model.blocks.1.self_attn.o.lora_A.weight"], lora[LAST_DOWN])
+    assert sorted(read) == [f"diffusion_model.blocks.{i}.cross_attn.o.{end}" for i in (0, 1) for end in ends]
+    assert read["diffusion_model.blocks.0.cross_attn.o.alpha"] == 3.0
+    assert torch.equal(read["diffusion_model.blocks.1.cross_attn.o.lora_A.weight"], lora[LAST_DOWN])
 
 
-LAST_DOWN = "transformer.blocks.1.attn1.to_out.0.lora_A.weight"
+LAST_DOWN = "transformer.blocks.1.attn2.to_out.0.lora_A.weight"
 
 
 def test_kohya_reads_it_of_a_unet(tmp_path):
