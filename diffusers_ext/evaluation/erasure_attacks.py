@@ -128,7 +128,8 @@ class LearnedEmbeddings(Attack):
         states, times = base_run(pipeline, prompts, seeds, call)
         generator = torch.Generator().manual_seed(self.seed)
         # Pipelines do not show the noise they begin with.
-        first = torch.randn(states[0].shape, generator=generator).to(states[0]) * pipeline.scheduler.init_noise_sigma
+        sigma = getattr(pipeline.scheduler, "init_noise_sigma", 1.0)  # flow matching begins with unit noise
+        first = torch.randn(states[0].shape, generator=generator).to(states[0]) * sigma
         x_t = model_latents(pipeline, torch.cat([first, *states[:-1]]), call).float()
         found = learn_revival_embeddings(
             clip_velocity(pipeline, call),

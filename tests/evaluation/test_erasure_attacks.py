@@ -26,6 +26,7 @@ from diffusers_ext.evaluation.erasure_attacks import (
 from diffusers_ext.evaluation.rendering import render_clips
 from diffusers_ext.evaluation.settings import AttackSettings
 from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.tiny_current_pipelines import tiny_wan_pipeline
 
 GROUPS = {"target": ["a red seven moving right", "the blue seven goes up"], "preserved": ["a red one moving right"]}
 CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 2.0}
@@ -83,6 +84,23 @@ def test_attacked_clips_are_groups_beside_the_same_base(report):
     assert report.groups["all"]["clips"] == 3
     assert {one.group for one in report.kept} == {"target", "preserved", *groups}
     assert report.settings["attacks"]["attack: 2 learned embeddings"]["first_loss"] > 0
+
+
+def test_flow_matching_models_are_attacked_too():
+    pipeline = tiny_wan_pipeline()
+    inject_adapter_in_model(EraserConfig(r=4, init_weights=False), pipeline.transformer, "seven")
+    attacks = [
+        NoiseRestart(0.5),
+        LearnedEmbeddings(2, steps=2, num_clips=1, batch_size=1),
+        OtherFinetuning(steps=1, num_clips=1, batch_size=1),
+    ]
+    groups = {"target": GROUPS["target"][:1], "preserved": GROUPS["preserved"]}
+    call = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0}
+    found = evaluate_erasure(
+        pipeline, groups, judge, concept_aspect="red", attacks=attacks, batch_size=2, show_progress=False, **call
+    )
+    drifts = [row["erased/drift"] for row in found.rows if row["group"] != "preserved"]
+    assert len(set(drifts)) == 4
 
 
 def test_a_lowered_scale_is_that_scale(pipeline, report):
