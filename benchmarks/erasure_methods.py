@@ -43,6 +43,7 @@ from examples.moving_digits.erasers import (
     RECIPE,
     evaluation_groups,
     others_of,
+    recipe_of,
     train_digits_eraser,
     training_prompts,
 )
@@ -106,7 +107,7 @@ def _document(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
 
 def _eraser(steps: int = RECIPE.max_train_steps) -> Callable[[DiffusionPipeline, str, int], Armed]:
     def arm(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
-        recipe = replace(RECIPE, max_train_steps=steps)
+        recipe = replace(recipe_of(pipeline), max_train_steps=steps)
         trained = train_digits_eraser(pipeline, target, seed=seed, recipe=recipe)
         return Armed(pipeline, facts={"history": trained.history})
 
@@ -117,11 +118,11 @@ def _edit_then_eraser(steps: int) -> Callable[[DiffusionPipeline, str, int], Arm
     """An eraser of the edited model, trained on what the base says, towards the same anchor."""
 
     def arm(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
-        recipe = replace(RECIPE, max_train_steps=steps, seed=seed)
+        recipe, size = replace(recipe_of(pipeline), max_train_steps=steps, seed=seed), ClipSize(**CLIP)
         asked = training_prompts(target).target
-        anchor = next(iter(choose_anchor_concept(pipeline, asked, target, others_of(target), recipe)))
+        anchor = next(iter(choose_anchor_concept(pipeline, asked, target, others_of(target), recipe, size)))
         prompts = training_prompts(target, anchor)
-        data = make_data(pipeline, prompts, recipe, ClipSize(**CLIP), concept=target)
+        data = make_data(pipeline, prompts, recipe, size, concept=target)
         lora = _edited(pipeline, target, anchor).lora
         _fuse(pipeline, lora)
         trained = train_eraser(pipeline, prompts, recipe, concept=target, anchor_concept=anchor, data=data)

@@ -53,6 +53,7 @@ from examples.moving_digits.erasers import (
     base_clips_of,
     evaluate,
     evaluation_groups,
+    recipe_of,
     train_digits_eraser,
     training_prompts,
 )  # fmt: skip
@@ -70,7 +71,7 @@ _OF_METHODS = (
     ("long_attacks", "long-attacked", "long_attack"),
 )
 _SCALES = (0.5, 1.3)
-_DEFENDED = replace(RECIPE, adversarial_share=0.5, adversarial_every=25)
+_DEFENCE = {"adversarial_share": 0.5, "adversarial_every": 25}
 _ATTACKED = replace(RECIPE, num_target_trajectories=64, num_preserved_trajectories=1, seed=9_000)
 _USUAL_CLIPS = 200
 Groups = dict[str, list[str]]
@@ -216,7 +217,7 @@ class Bench:
     def evaluate_defended(self, target: str) -> dict[str, Any]:
         """Figures of an eraser that was trained against learned embeddings, and attempts to undo it."""
         pipeline = self.load()
-        train_digits_eraser(pipeline, target, recipe=_DEFENDED)
+        train_digits_eraser(pipeline, target, recipe=replace(recipe_of(pipeline), **_DEFENCE))
         folder = self.folder / f"eraser_{target}_defended"
         save_eraser(pipeline, folder)
         return {**self.figures(self.judged(pipeline, target)), "revival": measure_revival(folder, target)}
@@ -323,7 +324,7 @@ def main(input_args: list[str] | None = None) -> None:
         results = {path.stem: json.loads(path.read_text()) for path in sorted(args.work_dir.glob("*.json"))}
         results = {name: run for name, run in results.items() if not name.startswith("training_")}
         text = erasure_tables(results, args.targets)
-        write_results(f"erasure_on_{bench.name}", {"recipe": asdict(RECIPE), "runs": results}, text)
+        write_results(f"erasure_on_{bench.name}", {"recipe": asdict(recipe_of(bench.load())), "runs": results}, text)
         print(text)
 
 
