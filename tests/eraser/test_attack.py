@@ -70,6 +70,14 @@ def test_the_seed_alone_decides():
     assert not torch.equal(first.embeddings, other.embeddings)
 
 
+def test_the_best_of_several_searches_is_given():
+    _, velocity, rows = attacked(points=3)
+    given = {"num_embeddings": 4, "steps": 5}
+    each = [learn_revival_embeddings(velocity, *rows, seed=seed, **given) for seed in (2, 3, 4)]
+    best = learn_revival_embeddings(velocity, *rows, seed=2, restarts=3, **given)
+    assert best.losses == min((one.losses for one in each), key=lambda losses: losses[-1])
+
+
 def test_known_velocities_spare_the_passes_of_the_model_before():
     _, velocity, rows = attacked()
     with torch.no_grad(), erasers_disabled(velocity.model):
