@@ -1,6 +1,7 @@
 """Erase digits and a colour of the moving-digits model, read what is left, try to bring it back.
 
-python benchmarks/erasure_on_moving_digits.py --work_dir outputs/erasure
+python benchmarks/erasure_on_moving_digits.py
+python benchmarks/erasure_on_moving_digits.py --model examples/moving_digits_wan/model --parts erasers table
 python benchmarks/erasure_on_moving_digits.py --parts methods table --methods negative nag safree --targets seven
 
 Everything made is kept in the work folder, and found there by the next call, so that a run may be stopped, and parts
@@ -308,7 +309,7 @@ def run_all(bench: Bench, tasks: Sequence[Task], processes: int) -> None:
 def main(input_args: list[str] | None = None) -> None:
     """Train, evaluate, and write tables of what is there."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/erasure"))
+    parser.add_argument("--work_dir", type=Path, help="[outputs/erasure_on_ and the name of the model's example]")
     parser.add_argument("--model", default="", help="folder of a model of the moving digits [the bundled CogVideoX]")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -317,11 +318,13 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--num_clips", type=int, default=_USUAL_CLIPS, help="of each target")
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args(input_args)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.work_dir, args.model or str(MODEL_DIR), args.num_clips)
+    model = args.model or str(MODEL_DIR)
+    folder = args.work_dir or Path("outputs", f"erasure_on_{Path(model).resolve().parent.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(folder, model, args.num_clips)
     run_all(bench, list(tasks_of(args.targets, args.parts, args.methods, range(args.seeds))), args.processes)
     if "table" in args.parts:
-        results = {path.stem: json.loads(path.read_text()) for path in sorted(args.work_dir.glob("*.json"))}
+        results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         results = {name: run for name, run in results.items() if not name.startswith("training_")}
         text = erasure_tables(results, args.targets)
         write_results(f"erasure_on_{bench.name}", {"recipe": asdict(recipe_of(bench.load())), "runs": results}, text)
