@@ -13,6 +13,8 @@ from benchmarks import erasure_methods, erasure_on_moving_digits
 from benchmarks.erasure_methods import METHODS, TRAINED, Armed, arm, judge_method
 from benchmarks.erasure_on_moving_digits import Bench, Task, run_all, tasks_of
 from benchmarks.erasure_tables import METHOD_TITLES, erasure_tables
+from diffusers_ext.eraser.files import save_eraser
+from diffusers_ext.evaluation.erasure_report import ErasureReport
 from examples.moving_digits.check_model import MODEL_DIR, load_pipeline
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.tiny_erasers import add_random_eraser, velocity
@@ -125,3 +127,37 @@ def test_what_is_trained_is_kept(name, tmp_path, monkeypatch):
     assert torch.allclose(*found, atol=1e-5)
     assert not torch.allclose(found[0], plain, atol=1e-2)
     assert (again.seconds, again.facts) == (first.seconds, {"rate": 1.0})
+
+
+def test_a_stack_is_asked_for_one_word_at_a_time(tmp_path, monkeypatch):
+    pipeline, seen = tiny_video_pipeline(), {}
+    add_random_eraser(pipeline.transformer)
+    save_eraser(pipeline, tmp_path / "kept")
+
+    def evaluate(pipeline, target, groups, **options):
+        seen.update(groups=groups, active=pipeline.transformer.active_adapters())
+        return ErasureReport({"scales": {"erased": 1.0}}, {}, [])
+
+    monkeypatch.setattr(erasure_on_moving_digits, "load_pipeline", lambda model: tiny_video_pipeline())
+    monkeypatch.setattr(erasure_on_moving_digits, "evaluate", evaluate)
+    monkeypatch.setattr(Bench, "base_clips", lambda *arguments: None)
+    monkeypatch.setattr(Bench, "eraser", lambda *arguments: tmp_path / "kept")
+    words = ["three", "seven", "red"]
+    found = Bench(tmp_path, "tiny", num_clips=20).evaluate_stack(*words)
+    assert found["targets"] == words
+    assert sorted(seen["active"]) == sorted(words)
+    groups = seen["groups"]
+    assert {name: len(prompts) for name, prompts in groups.items()} == {
+        "target": 10, "preserved": 20, "seven": 10, "red": 10,
+    }  # fmt: skip
+    for name, word in (("target", "three"), ("seven", "seven"), ("red", "red"), ("preserved", None)):
+        assert all({*prompt.split()} & {*words} == ({word} if word else set()) for prompt in groups[name])
+    table = erasure_tables({"stack_three_seven_red": run_of_stack(words)}, words)
+    assert "| red | still read | 1.000 | 0.250 |" in table
+    assert "| all the rest | color read right | 1.000 | 0.750 |" in table
+
+
+def run_of_stack(words):
+    """What a stack's file holds."""
+    found = run(0.25, 0.75, targets=words)
+    return {**found, "groups": {**found["groups"], **dict.fromkeys(words[1:], found["groups"]["target"])}}
