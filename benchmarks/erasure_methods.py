@@ -27,6 +27,7 @@ from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
 from diffusers_ext.eraser.files import load_eraser, save_eraser
+from diffusers_ext.eraser.linear import convert_eraser_to_lora
 from diffusers_ext.evaluation.erasure import clip_shots, measure_pairs
 from diffusers_ext.evaluation.erasure_report import BASE, ErasureReport
 from diffusers_ext.evaluation.rendering import render_clips
@@ -51,7 +52,7 @@ from examples.moving_digits.judge import MovingDigitsJudge
 
 CLIP = {name: SAMPLING[name] for name in ("num_frames", "height", "width")}
 _LENGTHS = {name: SAMPLING[name] for name in ("max_sequence_length", "num_inference_steps")}
-ERASER, _ESD = "eraser", "esd"
+ERASER, _ESD, _LINEAR = "eraser", "esd", "linear"
 _HALF = RECIPE.max_train_steps // 2
 _ESD_RATE = 1e-3  # of 1e-4, 3e-4, 1e-3, 3e-3: erases most of "seven" at seed 0
 _ATTACK_SEED, _COST_CLIPS = 9_000, 10
@@ -105,9 +106,9 @@ def _document(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
     return Armed(pipeline)
 
 
-def _eraser(steps: int = RECIPE.max_train_steps) -> Callable[[DiffusionPipeline, str, int], Armed]:
+def _eraser(**changes: Any) -> Callable[[DiffusionPipeline, str, int], Armed]:
     def arm(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
-        recipe = replace(recipe_of(pipeline), max_train_steps=steps)
+        recipe = replace(recipe_of(pipeline), **changes)
         trained = train_digits_eraser(pipeline, target, seed=seed, recipe=recipe)
         return Armed(pipeline, facts={"history": trained.history})
 
@@ -132,7 +133,7 @@ def _edit_then_eraser(steps: int) -> Callable[[DiffusionPipeline, str, int], Arm
 
 
 def _fuse(pipeline: DiffusionPipeline, lora: StateDict | Path) -> None:
-    pipeline.load_lora_weights(lora)
+    pipeline.load_lora_weights(lora, **({"weight_name": LORA_WEIGHT_NAME} if isinstance(lora, Path) else {}))
     pipeline.fuse_lora(components=["transformer"])
     pipeline.unload_lora_weights()
 
@@ -177,42 +178,55 @@ METHODS: dict[str, Callable[[DiffusionPipeline, str, int], Armed]] = {
     "document": _document,
     _ESD: _esd,
     ERASER: _eraser(),
-    "eraser_half": _eraser(_HALF),
+    _LINEAR: _eraser(kind="linear"),
+    "eraser_half": _eraser(max_train_steps=_HALF),
     "edit_eraser_half": _edit_then_eraser(_HALF),
 }
 # These differ by seed, and are kept.
-TRAINED = ("document", _ESD, ERASER, "eraser_half", "edit_eraser_half")
+TRAINED = ("document", _ESD, ERASER, _LINEAR, "eraser_half", "edit_eraser_half")
 
 
 def arm(name: str, target: str, seed: int, model: str | Path, folder: Path) -> Armed:
     """A method in a fresh pipeline.
 
     Args:
-        folder: what was trained is kept there, and found there by the next call.
+        folder: what is trained is kept there, and read from there also by the call that trained it.
     """
-    pipeline, told = load_pipeline(model), folder / f"training_{name}_{target}_{seed}.json"
+    told = folder / f"training_{name}_{target}_{seed}.json"
     kept = folder / f"{name}_{target}_{seed}"
-    if name in TRAINED and told.is_file():
-        if name == _ESD:
-            pipeline.transformer.load_lora_adapter(kept, adapter_name=_ESD, prefix=None, weight_name=LORA_WEIGHT_NAME)
-        else:
-            if (kept / LORA_WEIGHT_NAME).is_file():
-                _fuse(pipeline, kept)
-            load_eraser(pipeline, kept)
-        found = json.loads(told.read_text())
-        return Armed(pipeline, seconds=found.pop("cpu_seconds"), facts=found)
-    began = time.process_time()
-    armed = METHODS[name](pipeline, target, seed)
-    armed.seconds = time.process_time() - began
-    if name in TRAINED:
-        if name == _ESD:
-            pipeline.transformer.save_lora_adapter(kept, adapter_name=_ESD)
-        else:
-            save_eraser(pipeline, kept)
-            if armed.edit is not None:
-                save_file(armed.edit, kept / LORA_WEIGHT_NAME)
+    if name not in TRAINED or not told.is_file():
+        pipeline, began = load_pipeline(model), time.process_time()
+        armed = METHODS[name](pipeline, target, seed)
+        armed.seconds = time.process_time() - began
+        if name not in TRAINED:
+            return armed
+        _keep(name, armed, kept)
         write_atomically(told, json.dumps({"cpu_seconds": armed.seconds, **armed.facts}))
-    return armed
+    pipeline, found = load_pipeline(model), json.loads(told.read_text())
+    _restore(name, pipeline, kept)
+    return Armed(pipeline, seconds=found.pop("cpu_seconds"), facts=found)
+
+
+def _keep(name: str, armed: Armed, kept: Path) -> None:
+    if name == _ESD:
+        armed.pipeline.transformer.save_lora_adapter(kept, adapter_name=_ESD)
+        return
+    save_eraser(armed.pipeline, kept)
+    if armed.edit is not None:
+        save_file(armed.edit, kept / LORA_WEIGHT_NAME)
+    if name == _LINEAR:
+        convert_eraser_to_lora(kept, kept)
+
+
+def _restore(name: str, pipeline: DiffusionPipeline, kept: Path) -> None:
+    if name == _ESD:
+        pipeline.transformer.load_lora_adapter(kept, adapter_name=_ESD, prefix=None, weight_name=LORA_WEIGHT_NAME)
+    elif name == _LINEAR:  # as diffusers does without this package
+        pipeline.load_lora_weights(kept, weight_name=LORA_WEIGHT_NAME)
+    else:
+        if (kept / LORA_WEIGHT_NAME).is_file():
+            _fuse(pipeline, kept)
+        load_eraser(pipeline, kept)
 
 
 def judge_method(armed: Armed, target: str, groups: dict[str, list[str]], base_clips: np.ndarray) -> ErasureReport:

@@ -162,6 +162,7 @@ METHOD_TITLES = {
     "document": "design document's recipe",
     "esd": "ESD-x, LoRA",
     "eraser": "this project's eraser",
+    "linear": "linear eraser, as a LoRA in stock diffusers",
     "eraser_half": "the same, half of the steps",
     "edit_eraser_half": "the same, half of the steps, on the edited model",
 }

@@ -13,6 +13,7 @@ from benchmarks import erasure_methods, erasure_on_moving_digits
 from benchmarks.erasure_methods import METHODS, TRAINED, Armed, arm, judge_method
 from benchmarks.erasure_on_moving_digits import Bench, Task, run_all, tasks_of
 from benchmarks.erasure_tables import METHOD_TITLES, erasure_tables
+from diffusers_ext.eraser.adapter.outputs import eraser_layers
 from diffusers_ext.eraser.files import save_eraser
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from examples.moving_digits.check_model import MODEL_DIR, load_pipeline
@@ -101,7 +102,7 @@ def test_methods_are_judged_beside_the_base(tmp_path):
     assert not armed.pipeline.transformer._forward_hooks
 
 
-@pytest.mark.parametrize("name", ["esd", "edit_eraser_half"])
+@pytest.mark.parametrize("name", ["esd", "edit_eraser_half", "linear"])
 def test_what_is_trained_is_kept(name, tmp_path, monkeypatch):
     monkeypatch.setattr(erasure_methods, "load_pipeline", lambda model: tiny_video_pipeline())
     plain = velocity(tiny_video_pipeline().transformer)
@@ -112,6 +113,9 @@ def test_what_is_trained_is_kept(name, tmp_path, monkeypatch):
             config = LoraConfig(r=2, target_modules=["attn1.to_k"], init_lora_weights=False)
             pipeline.transformer.add_adapter(config, "esd")
             return Armed(pipeline, facts={"rate": 1.0})
+        if name == "linear":
+            add_random_eraser(pipeline.transformer, kind="linear")
+            return Armed(pipeline, facts={"rate": 1.0})
         weight = pipeline.transformer.patch_embed.text_proj.weight
         layer = "transformer.patch_embed.text_proj.lora"
         edit = {f"{layer}_A.weight": torch.eye(weight.shape[1]), f"{layer}_B.weight": torch.ones_like(weight)}
@@ -120,12 +124,15 @@ def test_what_is_trained_is_kept(name, tmp_path, monkeypatch):
         return Armed(pipeline, facts={"rate": 1.0}, edit=edit)
 
     monkeypatch.setitem(METHODS, name, made)
+    trained = velocity(made(tiny_video_pipeline(), "seven", 3).pipeline.transformer)
     first = arm(name, "seven", 3, "model", tmp_path)
     monkeypatch.setitem(METHODS, name, None)
     again = arm(name, "seven", 3, "model", tmp_path)
-    found = [velocity(armed.pipeline.transformer) for armed in (first, again)]
-    assert torch.allclose(*found, atol=1e-5)
-    assert not torch.allclose(found[0], plain, atol=1e-2)
+    for armed in (first, again):
+        assert torch.allclose(velocity(armed.pipeline.transformer), trained, atol=1e-5)
+    assert not torch.allclose(trained, plain, atol=1e-2)
+    erasers = eraser_layers(again.pipeline.transformer)
+    assert bool(erasers) is (name == "edit_eraser_half")
     assert (again.seconds, again.facts) == (first.seconds, {"rate": 1.0})
 
 
