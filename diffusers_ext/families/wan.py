@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,33 @@ if TYPE_CHECKING:
     from diffusers import WanPipeline
 
 
-def _wan(num_heads: int, num_layers: int, ffn_dim: int) -> dict[str, Component]:
+def _wan(
+    num_heads: int, num_layers: int, ffn_dim: int, *, channels: int = 16, vae: Mapping[str, Any] | None = None
+) -> dict[str, Component]:
     transformer = {"num_attention_heads": num_heads, "num_layers": num_layers, "ffn_dim": ffn_dim}
+    transformer |= {"in_channels": channels, "out_channels": channels}
     return {
         "text_encoder": UMT5_XXL,
-        "vae": ("AutoencoderKLWan", {}),
+        "vae": ("AutoencoderKLWan", vae or {}),
         "transformer": ("WanTransformer3DModel", transformer),
     }
+
+
+_TI2V_CHANNELS = 48
+# But for the statistics of its latents.
+_TI2V_VAE = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": _TI2V_CHANNELS,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "is_residual": True,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * _TI2V_CHANNELS,
+    "latents_std": [1.0] * _TI2V_CHANNELS,
+}
+_WAN_14B = _wan(40, 40, 13824)
 
 
 # The pipeline refuses a height or width that is no multiple of this.
@@ -67,7 +87,19 @@ class Wan(Family):
     t5_tokens = 512
     published = (
         Published("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-1.3B", _wan(12, 30, 8960), torch.bfloat16),
-        Published("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan2.1-14B", _wan(40, 40, 13824), torch.bfloat16),
+        Published("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan2.1-14B", _WAN_14B, torch.bfloat16),
+        Published(
+            "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            "Wan2.2-A14B",
+            {**_WAN_14B, "transformer_2": _WAN_14B["transformer"]},
+            torch.bfloat16,
+        ),
+        Published(
+            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            "Wan2.2-5B",
+            _wan(24, 30, 14336, channels=_TI2V_CHANNELS, vae=_TI2V_VAE),
+            torch.bfloat16,
+        ),
     )
     smallest_call = {"num_frames": 1}
     call_arguments = {"num_frames": 1}
@@ -225,7 +257,7 @@ class Wan(Family):
         self, transformer: torch.nn.Module, latent_shape: Sequence[int], dtype: torch.dtype
     ) -> WanVelocity:
         """Of a transformer of TI2V-5B, by its channels, with a timestep for every token."""
-        return WanVelocity(transformer, expand_timesteps=transformer.config.in_channels == 48)
+        return WanVelocity(transformer, expand_timesteps=transformer.config.in_channels == _TI2V_CHANNELS)
 
 
 class WanVelocity(Velocity):

@@ -38,6 +38,7 @@ from diffusers_ext.planning.work import (
 
 _ADAPTER_NAME = "default"
 _STUDENT, _TEACHER, _VAE = "student's activations", "teacher's pass", "VAE"
+_OTHER = "other transformer"
 _SAMPLES = "teacher's samples (on disk, or in the host's memory)"
 _STORAGE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -50,6 +51,8 @@ def draft_eraser(base: BaseModel, setting: EraserPlanSettings, *, as_on_gpu: boo
     run = eraser_run(base, setting, as_on_gpu)
     setting = run.setting
     notes = []
+    if run.parts_count > 1:
+        notes.append("Each of the two transformers is counted with whole runs of the teacher; they are shorter.")
     if setting.latents_source != "trajectory":
         notes.append("Passes of the teacher inside of steps are in the memory, not in the time.")
     if setting.latents_source == "video":
@@ -114,12 +117,24 @@ class EraserRun:
         setting, eraser = self.setting, 4 * eraser_size(self.config, self.setting.rank)
         names = ("transformer", "vae", "text_encoder")
         sizes = {name: self.base.component(name).bytes(self.precision.dtype) for name in names}
-        parts = {"transformer": sizes["transformer"], "eraser": eraser, "gradients": eraser}
+        parts = {"transformer": sizes["transformer"], "eraser": self.parts_count * eraser, "gradients": eraser}
+        if self.parts_count > 1:
+            parts[_OTHER] = sizes["transformer"]
         parts |= {OPTIMIZER: 2 * eraser, _STUDENT: 0, _TEACHER: 0}
         parts |= {"text encoder": sizes["text_encoder"], "text encoder's activations": 0}
         if setting.validation or setting.latents_source == "video" or self._waiting:
             parts[_VAE] = sizes["vae"]
         return parts
+
+    @property
+    def parts_count(self) -> int:
+        """Transformers, each of which gets a part of the eraser, one after the other."""
+        return 2 if "transformer_2" in self.base.components else 1
+
+    @property
+    def _other(self) -> tuple[str, ...]:
+        """The transformer that does not train, which waits in the host's memory while nothing is drawn."""
+        return (_OTHER,) if self.parts_count > 1 else ()
 
     @property
     def _waiting(self) -> tuple[str, ...]:
@@ -132,22 +147,23 @@ class EraserRun:
         phases = [Phase("text", ("text encoder",), [self._text_work()])]
         asked = []
         if setting.latents_source == "trajectory":
-            phases.append(Phase("sampling", ("transformer", *self._waiting), self._sampling()))
+            phases.append(Phase("sampling", ("transformer", *self._other, *self._waiting), self._sampling()))
         else:
             # For the concept's prompts, the anchor's, preserved ones and, for masks, the empty one.
             rows = [setting.target_rows] * (3 if setting.localization else 2)
             rows.append(setting.preserved_rows)
             count = max(rows) if setting.separate_passes else sum(rows)
             asked = [self._teacher_work(0, count, reads=setting.localization)]
-        trains = ("transformer", "eraser", *self._waiting)
+        rests = not setting.validation and self.precision.as_on_gpu
+        trains = ("transformer", "eraser", *(() if rests else self._other), *self._waiting)
         phases.append(Phase("training", trains, self.training_works(), asked))
         if setting.latents_source == "video":
             phases.append(Phase("encoding", ("transformer", _VAE), (), [self._vae_work(0)]))
         if setting.validation:
             # Beside the eraser's clip of each validation, once the base model's.
-            drawn = 1 + setting.validations
+            drawn = 1 + self.parts_count * setting.validations
             works = [self._teacher_work(drawn * passes, 2), self._vae_work(drawn, decodes=True)]
-            resident = ("transformer", "eraser", OPTIMIZER, _VAE)
+            resident = ("transformer", *self._other, "eraser", OPTIMIZER, _VAE)
             phases.append(Phase("validation", resident, works))
         return phases
 
@@ -156,6 +172,7 @@ class EraserRun:
         rows = setting.sampling_batch_size
         batches = math.ceil(setting.num_target_trajectories / rows)
         others = math.ceil(setting.num_preserved_trajectories / rows)
+        batches, others = self.parts_count * batches, self.parts_count * others
         kept = min(setting.points_per_trajectory, passes)
         # The anchor is asked where a point of a target run is kept; guidance needs two prompts always.
         two = batches * (passes - kept) + others * passes
@@ -233,7 +250,8 @@ class EraserRun:
             step = EraserStep(maker, recipe, _ADAPTER_NAME)
             return lambda: step(model, self._samples(grid, device), torch.Generator())["loss"]
 
-        work = Work(_STUDENT, setting.max_train_steps, self.student, layers=self.config.num_layers, apart=3 * eraser)
+        times = self.parts_count * setting.max_train_steps
+        work = Work(_STUDENT, times, self.student, layers=self.config.num_layers, apart=3 * eraser)
         batches = setting.gradient_accumulation_steps
         return training_works(work, batches, self.precision, begin, weight_decay=1e-2)
 
@@ -256,14 +274,14 @@ class EraserRun:
         """Files that a run leaves, and the kept trajectories."""
         setting = self.setting
         weights = {n: p for n, p in self.student().named_parameters() if "eraser_" in n}
-        disk = {"eraser": safetensors_bytes(weights) + REPORT_BYTES}
+        disk = {"eraser": self.parts_count * safetensors_bytes(weights) + REPORT_BYTES}
         if setting.latents_source == "trajectory":
             points = min(setting.points_per_trajectory, setting.num_inference_steps)
             # x_t with v_concept and v_anchor, x_t with the velocity.
             latents = 3 * setting.num_target_trajectories + 2 * setting.num_preserved_trajectories
             itemsize = _STORAGE_DTYPES[setting.trajectories_dtype].itemsize
-            disk[_SAMPLES] = points * latents * math.prod(self.latents) * itemsize
+            disk[_SAMPLES] = self.parts_count * points * latents * math.prod(self.latents) * itemsize
         if setting.num_checkpoints:
             size = checkpoint_bytes(weights.values(), weights.values())
-            disk["checkpoints"] = setting.num_checkpoints * size
+            disk["checkpoints"] = self.parts_count * setting.num_checkpoints * size
         return disk

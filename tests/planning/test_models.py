@@ -38,6 +38,8 @@ COUNTS = {
     "Z-Image-Turbo": {"transformer": 6_154_908_736},
     "Wan2.1-1.3B": {"transformer": 1_418_996_800},
     "Wan2.1-14B": {"transformer": 14_288_491_584},
+    "Wan2.2-A14B": {"transformer": 14_288_491_584, "transformer_2": 14_288_491_584},
+    "Wan2.2-5B": {"transformer": 4_999_787_712},
     "Hunyuan-DiT": {"transformer": 1_516_534_048},
     "CogVideoX-2b": {"transformer": 1_693_783_872},
     "CogVideoX-5b": {"transformer": 5_570_283_072},

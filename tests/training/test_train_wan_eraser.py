@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
+from diffusers_ext.eraser.adapter.outputs import eraser_layers
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
 from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.files import load_eraser
@@ -129,3 +131,44 @@ def test_the_script_has_both_names():
     assert train_cogvideox_eraser.main is train_eraser.main
     line = eraser_line(Path("files"), Path("out"))
     assert train_eraser.parse_args(line) == train_cogvideox_eraser.parse_args(line)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Files of a model with two transformers."""
+    pipeline = wan()
+    torch.manual_seed(1)
+    second = type(pipeline.transformer).from_config(pipeline.transformer.config).eval()
+    both = type(pipeline)(**{**pipeline.components, "transformer_2": second}, boundary_ratio=0.7)
+    return write_eraser_files(tmp_path_factory.mktemp("two"), both)
+
+
+def test_each_transformer_learns_at_its_timesteps_and_one_folder_is_left(two, tmp_path):
+    kept = {"trajectories_dir": tmp_path / "kept", "num_inference_steps": 4}
+    folder = train(two, tmp_path / "out", **{**WHOLE, **kept, "checkpointing_steps": 2, "max_train_steps": 3})
+    history = read_report(folder)["history"]
+    names = ("transformer", "transformer_2")
+    assert [(row["transformer"], row["step"]) for row in history] == [(n, s) for n in names for s in (1, 2, 3)]
+    for name, serves in zip(names, (lambda t: t >= 700, lambda t: t < 700)):
+        rows = [load_file(path) for path in sorted((tmp_path / "kept" / name).glob("*/*.safetensors"))]
+        assert len(rows) == 4
+        assert all(serves(run["t"]).all() for run in rows)
+    pipeline = DiffusionPipeline.from_pretrained(two / "base")
+    pipeline.set_progress_bar_config(disable=True)
+    load_eraser(pipeline, folder)
+    trained = [eraser_layers(getattr(pipeline, name)) for name in names]
+    ups = [next(iter(layers.values())).eraser_up["default"].weight for layers in trained]
+    assert all(up.any() for up in ups)
+    assert not torch.equal(*ups)
+    # A run that is killed after the first part goes on with the second.
+    resumed = tmp_path / "resumed"
+    shutil.copytree(folder / "transformer", resumed / "transformer")
+    train(
+        two,
+        resumed,
+        **{**WHOLE, **kept, "checkpointing_steps": 2, "max_train_steps": 3},
+        resume_from_checkpoint="latest",
+    )
+    assert read_report(resumed)["history"] == history
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be 'latest' for a model with several"):
+        train(two, resumed, **WHOLE, resume_from_checkpoint="checkpoint-2")

@@ -338,8 +338,13 @@ def train_part(
     """Train one transformer's part; returns its loop and what tells its samples."""
     several, whole = len(base.experts) > 1, settings
     settings = settings_of_part(settings, base.experts, expert)
+    for name in base.experts:
+        getattr(pipeline, name).to(accelerator.device)
     shown = validation.first_frames
     data = make_run_data(settings, accelerator, pipeline, base, text, expert if several else None, shown)
+    if not (settings.on_policy_share or settings.validation_prompt):  # which draw with all of them
+        for name in set(base.experts) - {expert}:
+            getattr(pipeline, name).to("cpu")
     facts = facts | {"model": fingerprint(getattr(pipeline, expert)), "samples": samples_facts(data.samples)}
     if several:
         facts["transformer"], validation.part = expert, f"-{expert}"
