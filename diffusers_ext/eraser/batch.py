@@ -17,7 +17,7 @@ from diffusers_ext.eraser.losses import negative_velocity
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import VelocityRows, teacher_velocities
 from diffusers_ext.eraser.teacher.runs import EraserText, calibrate_heads
-from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT
+from diffusers_ext.eraser.teacher.store import EMPTY_PROMPT, first_process_has
 from diffusers_ext.eraser.teacher.trajectory import run_timesteps
 from diffusers_ext.families import find_family
 from diffusers_ext.families.family import Velocity
@@ -264,7 +264,8 @@ class RowMaker:
     def _heads(self, latent_shape: Sequence[int]) -> torch.Tensor:
         if self._head_weights is None:
             given = (self.text, self.token_mask, self.recipe, latent_shape)
-            self._head_weights = calibrate_heads(self.velocity, self.scheduler, *given, show_progress=False)
+            found = calibrate_heads(self.velocity, self.scheduler, *given, show_progress=False)
+            self._head_weights = first_process_has(found)
         return self._head_weights
 
     def _take(self, embeds: Text, prompts: torch.Tensor) -> Text:

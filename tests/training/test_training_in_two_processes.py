@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from examples.digits.check_model import load_pipeline
+from tests.tiny_current_pipelines import tiny_wan_pipeline
+from tests.training.eraser_runs import eraser_line, train, write_eraser_files
 from tests.training.script_runs import REPOSITORY, launch
 
 # One launch for both runs: starting the processes is what takes long.
@@ -72,3 +74,26 @@ def test_two_processes_train_one_model_and_resume_it(subject_line, tmp_path):
     for name in ("pytorch_lora_weights.safetensors", "validation/step-000004-prompt-0.png"):
         resumed = (tmp_path / "whole_resumed" / name).read_bytes()
         assert resumed == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_two_processes_train_the_eraser_of_one(tmp_path):
+    """Each has half of a batch; the anchor and the heads of the masks are those of the first."""
+    files = write_eraser_files(tmp_path, tiny_wan_pipeline())
+    recipe = {
+        "anchor_concept": "auto",
+        "localization_weight": 0.1,
+        "num_inference_steps": 2,
+        "max_train_steps": 3,
+        "logging_steps": 1,
+        **dict(zip(("num_frames", "height", "width"), (5, 32, 32))),
+    }
+    alone = train(files, tmp_path / "alone", **recipe)
+    launch("train_eraser", eraser_line(files, tmp_path / "both", **recipe, train_batch_size=1), processes=2)
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "both", alone))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+    reports = [json.loads((folder / "training_report.json").read_text()) for folder in (tmp_path / "both", alone)]
+    assert reports[0]["prompts"] == reports[1]["prompts"]
+    losses = [torch.tensor([row["loss"] for row in report["history"]]) for report in reports]
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-4)

@@ -186,11 +186,20 @@ def collect_teacher_samples(
         if part.token_mask is not None and part.plans:
             given = (velocity, scheduler, text, token_mask, recipe, latent_shape)
             make = partial(calibrate_heads, *given, show_progress=show_progress)
+            if wait_for_everyone is not None:
+                _make_first(partial(kept.head_weights, make), process, wait_for_everyone)
             part = part._replace(head_weights=kept.head_weights(make))
         _make_part(part, runs, kept, process, show_progress)
     if wait_for_everyone is not None:
         wait_for_everyone()
     return kept.samples()
+
+
+def _make_first(make: Callable[[], Any], process: tuple[int, int], wait_for_everyone: Callable[[], None]) -> None:
+    """Let the first process make what all of them read afterwards."""
+    if process[0] == 0:
+        make()
+    wait_for_everyone()
 
 
 def _make_part(

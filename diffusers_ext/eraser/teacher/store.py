@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from diffusers import SchedulerMixin
 from safetensors import safe_open
 from torch.utils.data import Dataset
@@ -66,6 +68,13 @@ class TeacherSamples(Dataset):
         return {name: _cast(row, torch.float32) for name, row in rows.items()}
 
 
+def first_process_has(tensor: torch.Tensor) -> torch.Tensor:
+    """What the first of several processes has, which all have computed: on other machines it may round differently."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    return broadcast(tensor.to(PartialState().device)).to(tensor.device)
+
+
 class TeacherMemory:
     """The runs of one collection in memory; `TeacherFiles` keeps them in a folder."""
 
@@ -86,7 +95,7 @@ class TeacherMemory:
 
     def head_weights(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The weights that all runs here are made with."""
-        self._head_weights = make()
+        self._head_weights = first_process_has(make())
         return self._head_weights
 
     def samples(self) -> TeacherSamples:

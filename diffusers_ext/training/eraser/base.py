@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,7 @@ from diffusers_ext.families.base_source import refuse_single_file
 from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.training.eraser.data import ClipSize, FirstFrames
 from diffusers_ext.training.run.base_model import read_components
+from diffusers_ext.training.run.checkpoint_files import list_checkpoints
 from diffusers_ext.training.run.setup import WEIGHT_DTYPES
 
 
@@ -143,3 +146,21 @@ def load_base(settings: EraserSettings, device: torch.device) -> DiffusionPipeli
             transformer.enable_gradient_checkpointing()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def settings_of_part(settings: EraserSettings, experts: Sequence[str], expert: str) -> EraserSettings:
+    """The settings of one transformer's part: of several, each has checkpoints and samples in a folder of its name."""
+    if len(experts) == 1:
+        return settings
+    part = copy.copy(settings)
+    part.output_dir = str(Path(settings.output_dir, expert))
+    if settings.trajectories_dir is not None:
+        part.trajectories_dir = str(Path(settings.trajectories_dir, expert))
+    if settings.resume_from_checkpoint is not None:
+        if settings.resume_from_checkpoint != "latest":
+            raise ValueError(
+                "`resume_from_checkpoint` must be 'latest' for a model with several transformers, got "
+                f"{settings.resume_from_checkpoint}."
+            )
+        part.resume_from_checkpoint = "latest" if list_checkpoints(part.output_dir) else None
+    return part

@@ -20,6 +20,7 @@ from diffusers_ext.eraser.batch import encode_video_prompts, prompt_length
 from diffusers_ext.eraser.concepts import Neighbour, anchor_distances, neighbouring_concepts
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings, EraserTraining
 from diffusers_ext.eraser.teacher.runs import EraserText
+from diffusers_ext.eraser.teacher.store import first_process_has
 from diffusers_ext.families import find_family
 from diffusers_ext.families.text_conditioning import Text
 from diffusers_ext.nullspace.prompts import check_prompts, read_prompts_file, unique
@@ -275,7 +276,8 @@ def rank_anchors(
         empty_embed,
         recipe,
         size.latent_shape(pipeline),
-    ).tolist()
+    )
+    distances = first_process_has(distances).tolist()
     return dict(sorted(zip(anchors, distances, strict=True), key=lambda pair: pair[1]))
 
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from diffusers_ext.eraser.recipe import EraserSettings, EraserTraining
 from diffusers_ext.eraser.step import EraserStep, OnPolicyRollouts
 from diffusers_ext.families import find_family
 from diffusers_ext.families.text_conditioning import token_embeds
-from diffusers_ext.training.eraser.base import BaseFacts, load_base, read_base, read_first_frames
+from diffusers_ext.training.eraser.base import BaseFacts, load_base, read_base, read_first_frames, settings_of_part
 from diffusers_ext.training.eraser.data import (
     ClipSize,
     EraserData,
@@ -56,7 +55,6 @@ from diffusers_ext.training.eraser.result import (
     publish_eraser,
     save_result,
 )
-from diffusers_ext.training.run.checkpoint_files import list_checkpoints
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from diffusers_ext.training.run.script import (
     card_record,
@@ -305,24 +303,6 @@ def build_loop(
         validate=validation.draw if settings.validation_prompt else None,
         parts=step.stateful,
     )
-
-
-def settings_of_part(settings: EraserSettings, experts: Sequence[str], expert: str) -> EraserSettings:
-    """The settings of one transformer's part: of several, each has checkpoints and samples in a folder of its name."""
-    if len(experts) == 1:
-        return settings
-    part = copy.copy(settings)
-    part.output_dir = str(Path(settings.output_dir, expert))
-    if settings.trajectories_dir is not None:
-        part.trajectories_dir = str(Path(settings.trajectories_dir, expert))
-    if settings.resume_from_checkpoint is not None:
-        if settings.resume_from_checkpoint != "latest":
-            raise ValueError(
-                "`resume_from_checkpoint` must be 'latest' for a model with several transformers, got "
-                f"{settings.resume_from_checkpoint}."
-            )
-        part.resume_from_checkpoint = "latest" if list_checkpoints(part.output_dir) else None
-    return part
 
 
 def train_part(
