@@ -260,7 +260,7 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
             "`evaluation_prompts` must have rows of group 'target' and 'preserved', got none of "
             f"{missing} in {settings.evaluation_prompts}."
         )
-    check_pipeline_class(settings, "eraser")
+    check_pipeline_class(settings, "erasure")
     device = chosen_device(settings)
     attacked = attack_groups(settings, prompts["target"], settings.target_concept, device)
     prompts |= {group: texts for group, (texts, _) in attacked.items()}

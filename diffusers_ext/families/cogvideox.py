@@ -68,7 +68,7 @@ class CogVideoX(Family):
         "CogVideoXFunControlPipeline",
     )
     image_pipeline = "CogVideoXImageToVideoPipeline"
-    tools = frozenset({"eraser"})
+    tools = frozenset({"eraser", "erasure"})
     denoiser_class = "CogVideoXTransformer3DModel"
     comfyui_names = None
     vae_class = "AutoencoderKLCogVideoX"

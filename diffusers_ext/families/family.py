@@ -51,7 +51,8 @@ class Family:
     pipelines: ClassVar[tuple[str, ...]]  # the first draws from text alone
     image_pipeline: ClassVar[str | None] = None  # draws clips from a first frame besides; erasers train on it as well
     published: ClassVar[tuple[Published, ...]] = ()  # models on the Hub, for the planner
-    tools: ClassVar[frozenset[str]] = frozenset()  # that work with it: "nullspace", "golden_noise", "eraser"
+    # That work with it: "nullspace", "golden_noise", "eraser", and "erasure", an eraser's evaluation.
+    tools: ClassVar[frozenset[str]] = frozenset()
     golden_pipeline: ClassVar[str | None] = None  # of this package, with a golden-noise network
     nullspace_pipeline: ClassVar[str | None] = None  # of this package, with feature statistics
     # Of its text encoder's keys in a whole checkpoint, which tells it from others.
@@ -103,6 +104,9 @@ class Family:
     # Module of a block in which video alone looks at text alone and a concept is seen, if not in `joint_attention`.
     text_keys: ClassVar[str | None] = None
     locates_concepts: ClassVar[bool] = False  # `eraser.concept_attention` reads that attention
+    prediction_types: ClassVar[tuple[str, ...]] = (
+        "v_prediction",
+    )  # that erasers are trained in, without flow matching
 
     # Text
 
@@ -330,11 +334,12 @@ class Family:
         raise NotImplementedError
 
     def image_channels(self, config: Any) -> int:
-        """Channels of a first frame, which image-to-video models read behind those of the noise.
-
-        A family that has such models makes them, by a method `image_latents`.
-        """
+        """Channels of a first frame behind those of the noise, that `image_latents` of such a family makes."""
         return 0
+
+    def attention_width(self, config: Any) -> int:
+        """Of the attentions that erasers go beside, the narrowest."""
+        return int(config["num_attention_heads"]) * int(config.get("attention_head_dim", 64))
 
     def size_arguments(self, num_frames: int, height: int, width: int) -> dict[str, int]:
         """Keywords of the pipeline's call for a size."""

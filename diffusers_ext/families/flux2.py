@@ -41,7 +41,7 @@ class Flux2(PictureFamily):
     pipelines = ("Flux2KleinPipeline",)
     denoiser_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
-    tools = frozenset({"nullspace"})
+    tools = frozenset({"nullspace", "eraser"})
     nullspace_pipeline = "NullSpaceDreamBoothFlux2KleinPipeline"
     flow_matching = True
     # Single blocks have one Linear for queries, keys, values and what their feed-forward reads.
@@ -85,6 +85,9 @@ class Flux2(PictureFamily):
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         return [pipeline.tokenizer(text, truncation=True).input_ids]
+
+    def text_length(self, config: Any) -> int:
+        return _LONGEST
 
     def text_width(self, config: Any) -> int:
         return config.joint_attention_dim

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from diffusers_ext.families.family import Family, TokenGrid, Velocity
-from diffusers_ext.families.text_conditioning import TextConditioning, replace_rows, with_negatives
+from diffusers_ext.families.text_conditioning import Text, TextConditioning, replace_rows, with_negatives
 
 
 class PictureFamily(Family):
     """A family of image models that erasers are trained on."""
+
+    prediction_types = ("epsilon", "v_prediction")
 
     def side_multiple(self, config: Any, vae_config: Any) -> int:
         """What heights and widths in pixels must be multiples of."""
@@ -23,14 +25,15 @@ class PictureFamily(Family):
         """As `pixels_per_latent`, by the VAE's config."""
         return 2 ** (len(vae_config.block_out_channels) - 1)
 
-    def encode_clip_prompts(self, pipeline: Any, prompts: list[str]) -> TextConditioning:
+    def encode_clip_prompts(self, pipeline: Any, prompts: list[str]) -> Text:
         """The unconditional prompt is what the call takes by itself: zeros, for SDXL, and not an empty text."""
         both = self.encode(pipeline, list(prompts), None)
         given, positive = both.tensors(), both.positive()
         names = [name for name in given if name.startswith("negative_")]
         negative = TextConditioning(**{name.removeprefix("negative_"): given[name] for name in names})
         empty = torch.tensor([prompt == "" for prompt in prompts], device=positive.prompt_embeds.device)
-        return replace_rows(positive, empty, negative)
+        found = replace_rows(positive, empty, negative)
+        return found.prompt_embeds if self.text_fields == ("prompt_embeds",) else found
 
     def prompt_length(self, pipeline: Any) -> int:
         """Tokens of the first encoder."""
@@ -41,10 +44,8 @@ class PictureFamily(Family):
     def size_arguments(self, num_frames: int, height: int, width: int) -> dict[str, int]:
         return {"height": height, "width": width}
 
-    def clip_arguments(
-        self, text: TextConditioning, empty: TextConditioning, latents: torch.Tensor | None = None
-    ) -> dict[str, Any]:
-        arguments = self.text_arguments(with_negatives(text, empty))
+    def clip_arguments(self, text: Text, empty: Text, latents: torch.Tensor | None = None) -> dict[str, Any]:
+        arguments = self.text_arguments(with_negatives(as_conditioning(text), as_conditioning(empty)))
         return arguments if latents is None else {**arguments, "latents": latents[:, 0]}
 
     def clip_latents(self, latents: torch.Tensor, latent_shape: Sequence[int]) -> torch.Tensor:
@@ -98,6 +99,11 @@ class PictureFamily(Family):
         return PictureVelocity(self, pipeline, guidance_scale)
 
 
+def as_conditioning(text: Text) -> TextConditioning:
+    """Text that is token embeddings alone, as a conditioning."""
+    return TextConditioning(text) if isinstance(text, torch.Tensor) else text
+
+
 class _Denoiser:
     """A denoiser that is called as it is, with the config that wrappers of it hide."""
 
@@ -129,11 +135,10 @@ class PictureVelocity(Velocity):
     in either at the same `x_t` and `t`.
     """
 
-    prediction_types = ("epsilon", "v_prediction")
-
     def __init__(self, family: PictureFamily, pipeline: Any, guidance_scale: float) -> None:
         super().__init__(getattr(pipeline, family.denoiser))
         self.family, self.pipeline, self.flow_matching = family, pipeline, family.flow_matching
+        self.prediction_types = family.prediction_types
         self.embedded_guidance = guidance_scale if family.embedded_guidance(self.config) else None
 
     def token_grid(self, latent_shape: Sequence[int]) -> TokenGrid:
@@ -144,13 +149,14 @@ class PictureVelocity(Velocity):
         given = self.family.grid_arguments(scheduler.config, num_steps, tokens) if self.flow_matching else {}
         scheduler.set_timesteps(num_steps, device=device, **given)
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: TextConditioning) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: Text) -> torch.Tensor:
         from diffusers.models.modeling_utils import get_parameter_dtype
 
-        self._check_inputs(x_t, t, prompt_embeds)
+        text = as_conditioning(prompt_embeds)
+        self._check_inputs(x_t, t, text)
         dtype = get_parameter_dtype(self.transformer)
         pipeline = _PipelineWith(self.pipeline, self.family.denoiser, _Denoiser(self.transformer, self.config))
-        text, guidance = prompt_embeds.to(x_t.device, dtype), self.embedded_guidance or 1.0
+        text, guidance = text.to(x_t.device, dtype), self.embedded_guidance or 1.0
         found = self.family.predict(pipeline, x_t[:, 0].to(dtype), t, text, guidance).unsqueeze(1)
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
@@ -160,8 +166,9 @@ class PictureVelocity(Velocity):
             raise ValueError(f"`x_t` must be (batch, 1, {channels}, height, width), got {tuple(x_t.shape)}.")
         if t.shape != x_t.shape[:1]:
             raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
-        if not isinstance(text, TextConditioning):
-            raise TypeError(f"`prompt_embeds` must be a TextConditioning, got a {type(text).__name__}.")
+        missing = sorted({*self.family.text_fields} - text.tensors().keys())
+        if missing:
+            raise ValueError(f"`prompt_embeds` must hold {missing} for this model, got {sorted(text.tensors())}.")
         width = self.family.text_width(self.config)
         if text.prompt_embeds.shape[::2] != (len(x_t), width):
             raise ValueError(

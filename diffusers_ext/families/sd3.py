@@ -40,7 +40,7 @@ class SD3(PictureFamily):
     name = "sd3"
     title = "SD3"
     pipelines = ("StableDiffusion3Pipeline",)
-    tools = frozenset({"nullspace", "golden_noise"})
+    tools = frozenset({"nullspace", "golden_noise", "eraser"})
     golden_pipeline = "GoldenNoiseSD3Pipeline"
     nullspace_pipeline = "NullSpaceDreamBoothSD3Pipeline"
     denoiser_class = "SD3Transformer2DModel"
@@ -66,6 +66,10 @@ class SD3(PictureFamily):
         return TextConditioning(
             embeds, negative, pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled
         )
+
+    def text_length(self, config: Any) -> int:
+        """CLIP's tokens, then T5's."""
+        return 77 + self.t5_tokens
 
     def text_width(self, config: Any) -> int:
         return config.joint_attention_dim

@@ -34,6 +34,7 @@ class SDXL(StableDiffusion):
     name = "sdxl"
     title = "SDXL"
     pipelines = ("StableDiffusionXLPipeline",)
+    tools = frozenset({"nullspace", "golden_noise", "eraser"})
     golden_pipeline = "GoldenNoiseXLPipeline"
     nullspace_pipeline = "NullSpaceDreamBoothXLPipeline"
     reads_hidden_states = True

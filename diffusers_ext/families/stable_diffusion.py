@@ -77,6 +77,15 @@ class StableDiffusion(PictureFamily):
             negative_pooled_prompt_embeds=negative_pooled if guided else None,
         )
 
+    def attention_width(self, config: Any) -> int:
+        """Of the first layer with cross-attention."""
+        layers = zip(config["block_out_channels"], config["down_block_types"], strict=True)
+        return min(width for width, kind in layers if "CrossAttn" in kind)
+
+    def text_length(self, config: Any) -> int:
+        """Of CLIP."""
+        return 77
+
     def text_width(self, config: Any) -> int:
         width = config.encoder_hid_dim or config.cross_attention_dim
         return width[0] if isinstance(width, (list, tuple)) else width

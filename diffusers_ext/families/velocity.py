@@ -29,7 +29,7 @@ class Velocity:
 
     # `noise - x_0` on straight paths; otherwise `v_prediction`, see `predictions.py`.
     flow_matching: bool = False
-    prediction_types: ClassVar[tuple[str, ...]] = ("v_prediction",)  # of its schedulers, without flow matching
+    prediction_types: tuple[str, ...] = ("v_prediction",)  # of its schedulers, without flow matching
     latents_dtype: ClassVar[torch.dtype | None] = None  # that the pipeline's call denoises in; `None` for the text's
     others: tuple[torch.nn.Module, ...] = ()
     # The scale that the model takes as an input; its runs are not guided by the empty prompt.

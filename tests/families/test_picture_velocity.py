@@ -8,6 +8,7 @@ from diffusers import EulerDiscreteScheduler
 
 from diffusers_ext.eraser.teacher.trajectory import teacher_trajectory
 from diffusers_ext.families import find_family
+from diffusers_ext.families.text_conditioning import token_embeds
 from tests.tiny_current_pipelines import tiny_flux2_pipeline
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
@@ -121,7 +122,7 @@ def test_bad_input_is_refused(setting, pipeline):
         ((x_t[:, 0], t, text), ValueError, r"`x_t` must be \(batch, 1, "),
         ((x_t, t[:1], text), ValueError, r"`t` must be \(2,\)"),
         ((x_t, t, text[:1]), ValueError, r"`prompt_embeds` must be \(2, text, "),
-        ((x_t, t, text.prompt_embeds), TypeError, "must be a TextConditioning, got a Tensor"),
+        ((x_t, t, token_embeds(text)[..., :5]), ValueError, r"`prompt_embeds` must (be \(2, text, |hold \['pooled)"),
     ):
         with pytest.raises(error, match=message):
             velocity(*arguments)

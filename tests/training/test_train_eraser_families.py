@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline
+from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline, Flux2KleinPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.families import find_family
 from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.tiny_current_pipelines import tiny_flux2_pipeline
 from tests.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
+from tests.tiny_image_pipelines import tiny_sd3_pipeline
+from tests.tiny_pipelines import sdxl_pipeline
 from tests.training.eraser_runs import read_report, train, write_eraser_files
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -29,6 +32,7 @@ class Setting(NamedTuple):
     flags: dict[str, Any]
     call: dict[str, Any]
     places: str  # of its erasers
+    refused: Mapping[str, str] = {}  # variants, and the message
 
 
 def image_to_video() -> CogVideoXImageToVideoPipeline:
@@ -37,6 +41,15 @@ def image_to_video() -> CogVideoXImageToVideoPipeline:
     return pipeline
 
 
+def small_flux2() -> Flux2KleinPipeline:
+    """Of fewer tokens than the call's default."""
+    pipeline = tiny_flux2_pipeline()
+    pipeline.tokenizer.model_max_length = 24
+    return pipeline
+
+
+TRAJECTORIES = {"noise": "`latents_source` must be 'trajectory' for .*, got 'noise'"}
+PICTURE = {"height": 32, "width": 32}
 VIDEO = {"num_frames": 5, "height": 32, "width": 32}
 FAMILIES = {
     "cogvideox image-to-video": Setting(
@@ -44,6 +57,16 @@ FAMILIES = {
         {"first_frames_dir": "pictures", "localization_weight": 0.1},
         {"image": Image.new("RGB", (16, 16), "blue"), "num_frames": 9, "max_sequence_length": 12},
         "transformer_blocks.1.attn1",
+        {"on policy": "`on_policy_share` must be 0 for image-to-video CogVideoX"},
+    ),
+    "flux2": Setting(small_flux2, PICTURE, PICTURE, "transformer_blocks.0.attn", TRAJECTORIES),
+    "sd3": Setting(tiny_sd3_pipeline, PICTURE, PICTURE, "transformer_blocks.1.attn", TRAJECTORIES),
+    "sdxl": Setting(
+        sdxl_pipeline,
+        PICTURE,
+        PICTURE,
+        "attentions.0.transformer_blocks.0.attn2",
+        {**TRAJECTORIES, "on policy": "`on_policy_share` must be 0 for SDXL"},
     ),
     "hunyuan_video": Setting(tiny_hunyuan_video_pipeline, VIDEO, VIDEO, "transformer_blocks.1.attn"),
 }
@@ -107,6 +130,7 @@ def test_what_a_run_leaves_erases_in_the_stock_pipeline_and_at_scale_0_nothing(s
 
 VARIANTS = {
     "noise": {"latents_source": "noise"},
+    "on policy": {"on_policy_share": 0.5},
     "half precision": {"mixed_precision": "bf16", "gradient_checkpointing": True},
     "kept": {"trajectories_dir": "kept", "preserved_concepts_file": None, "preservation_weight": 0},
 }
@@ -115,6 +139,11 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_learn_finite_weights(variant, setting, files, tmp_path):
     arguments = {**flags_of(setting, files), **VARIANTS[variant]}
+    if variant in setting.refused:
+        with pytest.raises(ValueError, match=setting.refused[variant]):
+            train(files, tmp_path / "out", **arguments)
+        assert not (tmp_path / "out").exists()
+        return
     if "trajectories_dir" in arguments:
         arguments["trajectories_dir"] = tmp_path / "kept"
     folder = train(files, tmp_path / "out", **arguments)

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diffusers_ext.core.pictures import find_pictures
 from diffusers_ext.core.seeds import check_diffusion_levels, check_flow_levels
-from diffusers_ext.eraser.adapter.config import transformer_width
 from diffusers_ext.eraser.concepts import check_concept
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings
 from diffusers_ext.families import families_of, find_family
@@ -60,7 +59,7 @@ def read_base(settings: EraserSettings) -> BaseFacts:
     shape = family.latent_shape(denoiser.config, vae.config, *size)
     family.token_grid(denoiser.config, shape)
     _check_family(settings, family, denoiser.config)
-    width = transformer_width(denoiser.config)
+    width = family.attention_width(denoiser.config)
     if settings.rank > width:
         raise ValueError(f"`eraser_rank` must be at most the model's width, {width}, got {settings.rank}.")
     anchor = None if settings.anchor_concept == AUTO_ANCHOR else settings.anchor_concept
@@ -86,17 +85,23 @@ def _check_family(settings: EraserSettings, family: Family, config: Any) -> None
             "`first_frames_dir` must be a folder of pictures for an image-to-video model, whose clips begin with one, "
             "got None."
         )
-    more_than_tokens, one = bool({*family.text_shapes(config)} - {"prompt_embeds"}), f"a {family.title}"
-    for name, asked, without in (
-        ("on_policy_share", settings.on_policy_share, reads_picture),
-        ("localization_weight", settings.localization_weight, not family.locates_concepts),
-        ("adversarial_share", settings.adversarial_share, more_than_tokens),
-        ("anchor_concept", settings.anchor_concept == AUTO_ANCHOR, more_than_tokens),
+    pictures = "num_frames" not in family.size_arguments(1, 1, 1)
+    rolls_out = not reads_picture and (family.flow_matching or not pictures)
+    more_than_tokens = bool({*family.text_shapes(config)} - {"prompt_embeds"})
+    for name, asked, known, rule in (
+        ("on_policy_share", settings.on_policy_share, rolls_out, "0"),
+        ("localization_weight", settings.localization_weight, family.locates_concepts, "0"),
+        ("adversarial_share", settings.adversarial_share, family.locates_concepts, "0"),
+        ("auto_preserved_concepts", settings.auto_preserved_concepts, family.locates_concepts, "False"),
+        ("anchor_concept", settings.anchor_concept == AUTO_ANCHOR, not more_than_tokens, "a word or None"),
+        ("latents_source", settings.latents_source != "trajectory", not pictures, "'trajectory'"),
     ):
-        if asked and without:
-            rule, got = ("a word or None", AUTO_ANCHOR) if name == "anchor_concept" else ("0", asked)
-            what = "an image-to-video model" if name == "on_policy_share" else one
-            raise ValueError(f"`{name}` must be {rule} for {what}, of which it is not known, got {got}.")
+        if asked and not known:
+            kind = "image-to-video " if reads_picture else ""
+            raise ValueError(
+                f"`{name}` must be {rule} for {kind}{family.title}, for which nothing else is known, got "
+                f"{getattr(settings, name)!r}."
+            )
 
 
 def read_first_frames(settings: EraserSettings, pipeline: DiffusionPipeline, size: ClipSize) -> FirstFrames | None:
@@ -109,9 +114,10 @@ def read_first_frames(settings: EraserSettings, pipeline: DiffusionPipeline, siz
 def _check_scheduler(family: Family, config: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a scheduler of another kind of model."""
     predicts = config.get("prediction_type")
-    if not family.flow_matching and predicts != "v_prediction":
+    if not family.flow_matching and predicts not in family.prediction_types:
+        wanted = " or ".join(map(repr, family.prediction_types))
         raise ValueError(
-            f"`prediction_type` of the scheduler must be 'v_prediction', as {family.title} has it, got {predicts!r}."
+            f"`prediction_type` of the scheduler must be {wanted}, as {family.title} has it, got {predicts!r}."
         )
     kind = getattr(diffusers, config["_class_name"], None)
     if kind is not None:  # one of another library is met when it is loaded

@@ -235,7 +235,7 @@ class VideoSource(Dataset):
             padding = encoded[:1].expand(shape[0] - len(encoded), -1, -1, -1)
             latents.append(torch.cat([padding, encoded]))
         self.latents, self.image_latents = torch.stack(latents), None
-        if family.image_channels(pipeline.transformer.config):
+        if family.image_channels(getattr(pipeline, family.denoiser).config):
             self.image_latents = picture_latents(pipeline, first, size, seed=seed)
             self.latents = torch.cat([self.latents, self.image_latents], dim=2)
 

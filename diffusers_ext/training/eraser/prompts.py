@@ -249,7 +249,9 @@ def choose_anchor_concept(
     chosen = [naming[row] for row in _spread(len(naming))]
     versions = [chosen, *([replace_concept(p, concept, c) for p in chosen] for c in candidates)]
     texts = ["", *(prompt for version in versions for prompt in version)]
-    embeds = encode_video_prompts(pipeline, texts).to(pipeline.transformer.device)
+    embeds = encode_video_prompts(pipeline, texts).to(
+        getattr(pipeline, find_family(pipeline, "eraser").denoiser).device
+    )
     empty, texts = embeds[0], embeds[1:].unflatten(0, (len(versions), len(chosen)))
     size = ClipSize.of_pipeline(pipeline) if size is None else size
     return rank_anchors(pipeline, texts[0], dict(zip(candidates, texts[1:], strict=True)), empty, recipe, size)
@@ -290,7 +292,10 @@ def settle_anchor(
     image_latents: torch.Tensor | None = None,
 ) -> tuple[RunText, dict[str, float]]:
     """The text of a run with the best of the candidates of `--anchor_concept auto`, and the distances of all."""
-    device, rows = pipeline.transformer.device, _spread(len(text.prompts.target))
+    device, rows = (
+        getattr(pipeline, find_family(pipeline, "eraser").denoiser).device,
+        _spread(len(text.prompts.target)),
+    )
     anchors = {word: embeds[rows].to(device) for word, embeds in text.anchors.items()}
     target, empty = text.embeds.target[rows].to(device), text.embeds.empty.to(device)
     ranked = rank_anchors(pipeline, target, anchors, empty, recipe, size, image_latents)
