@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffusers_ext.core.restored_state import CallScope
-from diffusers_ext.eraser.adapter.projections import EraserProjection, FusedErasers, can_be_fused, fuse, weights_state
+from diffusers_ext.eraser.adapter.projections import EraserProjection, FusedErasers, can_be_fused, fuse
 
 Recorder = Callable[[dict[str, torch.Tensor]], None]
 
@@ -157,11 +157,15 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the dropout does; the erasers come after the attention, see `add_to_video`."""
-        return self.base_layer(hidden_states)
+        dropout = self._modules["base_layer"]
+        # One call less a layer: in evaluation it passes on what it gets.
+        if type(dropout) is nn.Dropout and not dropout.training and not dropout._forward_hooks:
+            return hidden_states
+        return dropout(hidden_states)
 
     def add_to_video(self, video: torch.Tensor) -> torch.Tensor:
         """Video tokens `(batch, video, dim)` to tokens of the same shape and dtype, with erasers of GELU."""
-        if self._disable_adapters or self.bypassed:
+        if self._disable_adapters or (self.off and self.bypassed):
             return video
         if not self.recorders:
             return self._add("gelu", video, video)
@@ -173,7 +177,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def add_to_projection(self, projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """What the output projection made of its input, with linear erasers; the same shape and dtype."""
-        if self._disable_adapters or self.bypassed:
+        if self._disable_adapters or (self.off and self.bypassed):
             return projected
         if not self.recorders:
             return self._add("linear", projected, features)
@@ -184,14 +188,13 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     def _add(self, kind: str, base: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             fused = self._fused.get(kind)
-            active = (tuple(self.active_adapters), tuple(self.scaling.values()), features.dtype, features.device)
-            if fused is None or fused.state != (*active, *weights_state(fused.parameters)):
-                fused = self._fuse(kind, features, active)
+            if fused is None or not fused.is_current(self._active_adapter, self.scaling, features):
+                fused = self._fuse(kind, features)
             if fused is not None:
                 return fused.add(base, features)
         return sum(self._added(kind, features).values(), start=base)
 
-    def _fuse(self, kind: str, features: torch.Tensor, active: tuple) -> FusedErasers | None:
+    def _fuse(self, kind: str, features: torch.Tensor) -> FusedErasers | None:
         """Also checks the scales: some are from `scale_layer`, and here diffusers takes them back after an error."""
         self._fused.pop(kind, None)
         names = self._active_erasers(kind)
@@ -201,8 +204,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         projections = [projection for pair in pairs for projection in pair]
         if not can_be_fused(projections):
             return None
-        state = (*active, *weights_state([projection._parameters for projection in projections]))
-        self._fused[kind] = fused = fuse(kind, state, pairs, [self.scaling[name] for name in names], features)
+        self._fused[kind] = fused = fuse(kind, pairs, names, self._active_adapter, self.scaling, features)
         return fused
 
     def _added(self, kind: str, features: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -308,7 +310,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
             self._hooks.append(attention.register_forward_hook(_add_to_video))
         if len(self._hooks) == 1 and "linear" in self.kinds.values():
             projection = output_projection(attention)
-            self._hooks.append(projection.register_forward_hook(_ProjectionHook(self)))
+            self._hooks.append(projection.register_forward_hook(_ProjectionHook(self, attention)))
         self._remove_hooks_with_layer()
 
     def forget_attention(self) -> None:
@@ -356,8 +358,8 @@ def refuse_merge(names: list[str]) -> None:
 
 
 def _add_to_video(attention: nn.Module, _: tuple, output: Any) -> Any:
-    # The layer is looked up, not bound, so that the hook of a deep copy serves the copy.
-    layer = attention.to_out[1]
+    # The layer is looked up, not bound, so that the hook of a deep copy serves the copy; as `to_out[1]`, but faster.
+    layer = attention._modules["to_out"]._modules["1"]
     if not isinstance(layer, EraserLayer):
         return output
     if layer.video_alone and isinstance(output, torch.Tensor):
@@ -373,12 +375,14 @@ def _add_to_video(attention: nn.Module, _: tuple, output: Any) -> Any:
 class _ProjectionHook:
     """Lets the linear erasers of a layer add to an output projection; it does not keep the layer alive."""
 
-    def __init__(self, layer: EraserLayer) -> None:
-        self._layer = weakref.ref(layer)
+    def __init__(self, layer: EraserLayer, attention: nn.Module) -> None:
+        self._layer, self._attention = weakref.ref(layer), weakref.ref(attention)
 
-    def __reduce__(self) -> tuple[type[_ProjectionHook], tuple[EraserLayer]]:
-        return type(self), (self._layer(),)  # the hook of a copy serves the copy
+    def __reduce__(self) -> tuple[type[_ProjectionHook], tuple[EraserLayer, nn.Module]]:
+        return type(self), (self._layer(), self._attention())  # the hook of a copy serves the copy
 
     def __call__(self, projection: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
-        layer = self._layer()
-        return output if layer is None else layer.add_to_projection(output, arguments[0])
+        layer, attention = self._layer(), self._attention()
+        if layer is None or attention is None or attention._modules["to_out"]._modules["1"] is not layer:
+            return output
+        return layer.add_to_projection(output, arguments[0])

@@ -28,17 +28,30 @@ class FusedErasers(NamedTuple):
     """Erasers of one kind as one bottleneck, scales within: `base + up(activation(down(x)))`.
 
     With `D = [down_1; down_2; ...]` stacked and `U = [s_1 up_1, s_2 up_2, ...]` side by side it is the sum of
-    `s_a up_a(activation(down_a(x)))`, for the activation is elementwise. Valid for as long as `state` is what
-    `weights_state` and the layer's scales are.
+    `s_a up_a(activation(down_a(x)))`, for the activation is elementwise.
     """
 
     kind: str
-    state: tuple
+    active: str | list[str]  # of the layer, as are the scales
+    scaling: Mapping[str, float]
+    dtype: torch.dtype  # of the features
+    device: torch.device
     parameters: Sequence[Mapping[str, nn.Parameter | None]]  # of the projections, as their modules hold them
-    down: torch.Tensor | None  # `None` where nothing is added
-    down_bias: torch.Tensor | None
-    up: torch.Tensor | None
-    up_bias: torch.Tensor | None
+    weights: list[tuple]  # `weights_state` of them
+    down: torch.Tensor | None = None  # `None` where nothing is added
+    down_bias: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+
+    def is_current(self, active: str | list[str], scaling: Mapping[str, float], features: torch.Tensor) -> bool:
+        """Whether it is what the layer would fuse now, for such features."""
+        return (
+            self.active == active
+            and self.scaling == scaling
+            and self.dtype == features.dtype
+            and self.device == features.device
+            and self.weights == weights_state(self.parameters)
+        )
 
     def add(self, base: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """`base` with what the erasers make of `features`, in the dtype of `base`; neither is changed."""
@@ -51,16 +64,14 @@ class FusedErasers(NamedTuple):
         return added.add_(base) if added.dtype == base.dtype else base + added.to(base.dtype)
 
 
-def weights_state(parameters: Sequence[Mapping[str, nn.Parameter | None]]) -> tuple:
+def weights_state(parameters: Sequence[Mapping[str, nn.Parameter | None]]) -> list[tuple]:
     """What changes when a weight is replaced, moved, cast or written to in place."""
-    return tuple(
-        [
-            (id(p), p.data_ptr(), p.is_inference() or p._version)
-            for held in parameters
-            for p in held.values()
-            if p is not None
-        ]
-    )
+    return [
+        (id(p), p.data_ptr(), p.is_inference() or p._version)
+        for held in parameters
+        for p in held.values()
+        if p is not None
+    ]
 
 
 def can_be_fused(projections: Sequence[nn.Module]) -> bool:
@@ -79,16 +90,19 @@ def can_be_fused(projections: Sequence[nn.Module]) -> bool:
 
 def fuse(
     kind: str,
-    state: tuple,
     pairs: Sequence[tuple[nn.Linear, nn.Linear]],
-    scales: Sequence[float],
+    names: Sequence[str],
+    active: str | list[str],
+    scaling: Mapping[str, float],
     features: torch.Tensor,
 ) -> FusedErasers:
     """The pairs `(down, up)` as one, in the dtype of the features; erasers of scale 0 are left out."""
     parameters = [projection._parameters for pair in pairs for projection in pair]
-    kept = [(down, up, scale) for (down, up), scale in zip(pairs, scales, strict=True) if scale != 0]
+    active = active if isinstance(active, str) else list(active)
+    key = (kind, active, dict(scaling), features.dtype, features.device, parameters, weights_state(parameters))
+    kept = [(*pair, scaling[name]) for pair, name in zip(pairs, names, strict=True) if scaling[name] != 0]
     if not kept:
-        return FusedErasers(kind, state, parameters, None, None, None, None)
+        return FusedErasers(*key)
     # Never inference tensors, which autograd could not save.
     with torch.inference_mode(False), torch.no_grad():
         down = torch.cat([down.weight for down, _, _ in kept])
@@ -98,4 +112,4 @@ def fuse(
             down_bias = torch.cat([down.bias for down, _, _ in kept]).to(features.dtype)
             up_bias = torch.stack([up.bias * scale for _, up, scale in kept]).sum(dim=0).to(features.dtype)
         down, up = down.to(features.dtype).contiguous(), up.to(features.dtype).contiguous()
-    return FusedErasers(kind, state, parameters, down, down_bias, up, up_bias)
+    return FusedErasers(*key, down, down_bias, up, up_bias)
