@@ -87,6 +87,8 @@ def _model_header(
     tags = [*kind.tags]
     if facts.get("directions", "plain") != "plain":
         tags.append("null-space-lora")
+    if "concept-erasure" in tags and facts["pipeline"].startswith("CogVideoX"):
+        tags.append("cogvideox")
     evaluated = [
         EvalResult(
             task_type=kind.task(facts) or "other",

@@ -187,7 +187,9 @@ class Kind:
 
     def task(self, facts: Mapping[str, Any]) -> str | None:
         """The Hub's task of an artifact with these facts, by what its pipeline draws."""
-        return "text-to-video" if self.pipeline_tag and draws_clips(facts) else self.pipeline_tag
+        if self.pipeline_tag is None or "pipeline" not in facts:
+            return self.pipeline_tag
+        return "text-to-video" if draws_clips(facts) else "text-to-image"
 
 
 def draws_clips(facts: Mapping[str, Any]) -> bool:
@@ -236,7 +238,7 @@ KINDS: dict[str, Kind] = {
         may_be_empty=("network",),
     ),
     "eraser": Kind(
-        tags=("diffusers", "diffusers-training", "peft", "concept-erasure", "eraser", "cogvideox"),
+        tags=("diffusers", "diffusers-training", "peft", "concept-erasure", "eraser"),
         facts=("concept", "anchor_concept", "preserved_concepts", "pipeline", "rank", "parameters"),
         papers=("t2vunlearning", "receler"),
         may_be_empty=("anchor_concept",),

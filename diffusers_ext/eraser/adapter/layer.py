@@ -165,7 +165,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def add_to_video(self, video: torch.Tensor) -> torch.Tensor:
         """Video tokens `(batch, video, dim)` to tokens of the same shape and dtype, with erasers of GELU."""
-        if self._disable_adapters or (self.off and self.bypassed):
+        if self._disable_adapters or self.bypassed:
             return video
         if not self.recorders:
             return self._add("gelu", video, video)
@@ -177,7 +177,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def add_to_projection(self, projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """What the output projection made of its input, with linear erasers; the same shape and dtype."""
-        if self._disable_adapters or (self.off and self.bypassed):
+        if self._disable_adapters or self.bypassed:
             return projected
         if not self.recorders:
             return self._add("linear", projected, features)
@@ -221,7 +221,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     def bypassed(self) -> bool:
         """Whether the calling thread or task has switched the erasers off by `switched_off`."""
         # A compiled graph multiplies by the gate instead.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.off:
             return False
         return any(scope.covers_this_call() for scope in tuple(self.off))
 
