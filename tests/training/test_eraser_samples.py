@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from diffusers_ext.families.wan import Wan
 from diffusers_ext.training.eraser.data import ClipSize, NoiseSource, VideoSource, encode_frames
 from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.tiny_current_pipelines import tiny_wan_pipeline
 from tests.training.test_video_files import moving_square, write_gif, write_pictures
 
 SIZE = ClipSize(9, 16, 16)
@@ -89,3 +91,15 @@ def test_latents_are_float32_whatever_the_vae(pipeline):
     latents = encode_frames(vae, frames, torch.Generator().manual_seed(0))
     assert latents.dtype == torch.float32
     assert latents.isfinite().all()
+
+
+def test_latents_of_wan_are_normalised_as_its_pipeline_expects():
+    vae = tiny_wan_pipeline().vae
+    frames = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    latents = encode_frames(vae, frames, torch.Generator().manual_seed(0), Wan())
+    assert latents.shape == (2, 4, 4, 4)
+    with torch.no_grad():
+        pixels = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        own = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(0))[0].transpose(0, 1)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    torch.testing.assert_close(latents * std + mean, own)
