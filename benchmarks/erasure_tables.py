@@ -170,7 +170,7 @@ METHOD_HEADER = [
     "method", "runs", "target still read", "unseen wordings", "16 learned embeddings",
     "twice as long, best of three", "others, against base",
     "colour or digit, motion, against base", "distance to a real digit / base's", "time of a clip / base's",
-    "memory / base's", "CPU seconds to make",
+    "memory of denoising / base's", "CPU seconds to make",
 ]  # fmt: skip
 _FREE = 1.0  # seconds below which nothing was made
 
