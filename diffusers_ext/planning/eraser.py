@@ -21,6 +21,7 @@ from diffusers_ext.eraser.step import EraserStep
 from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.families import match_family, titles_of
 from diffusers_ext.families.family import Family, Velocity
+from diffusers_ext.families.text_conditioning import Text, TextConditioning
 from diffusers_ext.planning.models import BaseModel, vae_work
 from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
@@ -68,6 +69,12 @@ def eraser_run(base: BaseModel, setting: EraserPlanSettings, as_on_gpu: bool = T
             f"`model` must be a {titles_of('eraser')} pipeline for the eraser, got "
             f"{base.pipeline or 'none'} in {base.name}."
         )
+    if type(family).empty_velocity is Family.empty_velocity:
+        raise ValueError(
+            f"`model` must be a model that draws clips for a plan of an eraser, got {base.name}, a {family.title}."
+        )
+    if setting.localization and not family.locates_concepts:
+        raise ValueError(f"`localization` must be off for {family.title}, of which masks are not known, got on.")
     configs = [base.component(name).whole_config() for name in ("transformer", "vae")]
     base.component("text_encoder")
     check_rank(setting.rank, transformer_width(configs[0]))
@@ -107,21 +114,29 @@ class EraserRun:
         """Of a model with data, with conditions without content."""
         return self.family.empty_velocity(model, self.latents, self.precision.dtype)
 
-    def text(self, rows: int, device: torch.device | None = None) -> torch.Tensor:
+    def text(self, rows: int, device: torch.device | None = None) -> Text:
         """Embeddings without content."""
-        size = (rows, self.family.text_length(self.config), self.family.text_width(self.config))
-        return torch.zeros(size, dtype=self.precision.dtype, device=device)
+        length, made = self.family.text_length(self.config), {}
+        for name, shape in self.family.text_shapes(self.config).items():
+            size = (rows, *(length if side is None else side for side in shape))
+            made[name] = torch.zeros(size, dtype=self.precision.dtype, device=device)
+        if len(made) == 1:
+            return made["prompt_embeds"]
+        if "attention_mask" in self.family.text_fields:
+            made["attention_mask"] = torch.ones(rows, length, dtype=torch.long, device=device)
+        return TextConditioning(**made)
 
     def parts(self) -> dict[str, int]:
         """What is known without a trace; what is traced has its place among it."""
         setting, eraser = self.setting, 4 * eraser_size(self.config, self.setting.rank)
-        names = ("transformer", "vae", "text_encoder")
+        encoders = [name for name in self.base.components if name.startswith("text_encoder")]
+        names = ("transformer", "vae", *encoders)
         sizes = {name: self.base.component(name).bytes(self.precision.dtype) for name in names}
         parts = {"transformer": sizes["transformer"], "eraser": self.parts_count * eraser, "gradients": eraser}
         if self.parts_count > 1:
             parts[_OTHER] = sizes["transformer"]
         parts |= {OPTIMIZER: 2 * eraser, _STUDENT: 0, _TEACHER: 0}
-        parts |= {"text encoder": sizes["text_encoder"], "text encoder's activations": 0}
+        parts |= {"text encoder": sum(sizes[name] for name in encoders), "text encoder's activations": 0}
         if setting.validation or setting.latents_source == "video" or self._waiting:
             parts[_VAE] = sizes["vae"]
         return parts
@@ -174,11 +189,12 @@ class EraserRun:
         others = math.ceil(setting.num_preserved_trajectories / rows)
         batches, others = self.parts_count * batches, self.parts_count * others
         kept = min(setting.points_per_trajectory, passes)
+        guided = 1 if self.family.embedded_guidance(self.config) else 2
         # The anchor is asked where a point of a target run is kept; guidance needs two prompts always.
         two = batches * (passes - kept) + others * passes
         return [
-            self._teacher_work(batches * kept, 3 * rows, reads=setting.localization),
-            self._teacher_work(two, 2 * rows),
+            self._teacher_work(batches * kept, (guided + 1) * rows, reads=setting.localization),
+            self._teacher_work(two, guided * rows),
         ]
 
     def _text_work(self) -> Work:
@@ -190,7 +206,8 @@ class EraserRun:
 
         times = math.ceil(setting.num_prompts / setting.text_batch_size)
         build = partial(self.build, "text_encoder")
-        layers = self.base.component("text_encoder").whole_config().num_layers
+        config = self.base.component("text_encoder").whole_config()
+        layers = getattr(config, "num_layers", None) or config.num_hidden_layers
         return inference_work("text encoder's activations", times, build, begin, layers)
 
     def _vae_work(self, times: int, *, decodes: bool = False) -> Work:
@@ -244,7 +261,7 @@ class EraserRun:
             # One prompt, with data: the training keeps them in the host's memory.
             with _disable_current_modes():
                 embeds = self.text(1)
-            text = EraserText(embeds, embeds, embeds, embeds[0])
+            text = EraserText(embeds, embeds, embeds, embeds[0] if isinstance(embeds, torch.Tensor) else embeds)
             grid = self.family.token_grid(self.config, self.latents)
             maker = RowMaker(self.velocity(model), text, recipe, device, grid=grid, scheduler=None)
             step = EraserStep(maker, recipe, _ADAPTER_NAME)

@@ -13,7 +13,7 @@ from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.planning import plan_run
 from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.gpus import find_gpu, gpu_seconds
-from diffusers_ext.planning.models import read_folder
+from diffusers_ext.planning.models import read_base_model, read_folder
 from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.planning.tracing import OperationTrace
 from diffusers_ext.planning.work import trace_work
@@ -21,6 +21,7 @@ from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.run import EraserData, add_eraser, make_step
 from tests.planning.real_jobs import measured_peak
 from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
 
 LATENTS = (3, 4, 4, 4)
 SMALL = {"rank": 8, "mixed_precision": "no", "gradient_checkpointing": False}
@@ -173,3 +174,21 @@ def test_the_peaks_of_5b_in_the_published_size():
 def test_bad_settings(folder, setting, message):
     with pytest.raises(ValueError, match=message):
         plan_run("eraser", folder, **{**SMALL, **setting})
+
+
+def test_text_of_several_tensors_and_an_embedded_guidance_are_planned(tmp_path):
+    tiny_hunyuan_video_pipeline().save_pretrained(tmp_path)
+    clip = {"num_frames": 5, "height": 32, "width": 32}
+    draft = draft_eraser(read_folder(tmp_path), EraserPlanSettings(**SMALL, **clip))
+    work = {phase.name: [*phase.works, *phase.untimed] for phase in draft.phases}
+    assert all(trace_work(one).peak > 0 for phase in ("text", "sampling", "training") for one in work[phase])
+    # Two blocks with a stream each, of width 32.
+    assert draft.parts["eraser"] == 4 * 2 * (2 * 32 * 8 + 8 + 32)
+    assert draft.parts["text encoder"] > 0
+    with pytest.raises(ValueError, match="`localization` must be off for HunyuanVideo"):
+        draft_eraser(read_folder(tmp_path), EraserPlanSettings(**SMALL, **clip, localization=True))
+
+
+def test_image_models_are_refused():
+    with pytest.raises(ValueError, match="`model` must be a model that draws clips .*, got .*, a SDXL"):
+        draft_eraser(read_base_model("SDXL"), EraserPlanSettings(**SMALL))
