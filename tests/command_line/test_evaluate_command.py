@@ -301,4 +301,5 @@ def test_bad_input_on_erasers_is_refused_and_leaves_nothing(evaluate_erasers, hu
 
 def test_another_pipeline_is_refused(evaluate_erasers, digits):
     ran = evaluate_erasers(pretrained_model_name_or_path=digits)
-    assert ran.err.startswith("error: `--pretrained_model_name_or_path` must be a CogVideoXPipeline")
+    assert ran.err.startswith("error: `--pretrained_model_name_or_path` must be a ")
+    assert "CogVideoXPipeline, got a StableDiffusionPipeline" in ran.err
