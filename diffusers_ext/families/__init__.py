@@ -51,6 +51,11 @@ def families_of(tool: str | None) -> list[Family]:
     return [family for family in FAMILIES if tool is None or tool in family.tools]
 
 
+def transformers_of(tool: str | None) -> list[Family]:
+    """Those of `families_of` whose denoiser is a transformer."""
+    return [family for family in families_of(tool) if family.denoiser == "transformer"]
+
+
 def denoisers_of(tool: str) -> str:
     """Names of the denoiser classes that a tool works with, for an error."""
     return " or ".join(dict.fromkeys(_bare(f.denoiser_class) for f in families_of(tool)))

@@ -19,7 +19,7 @@ from torch import nn
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.eraser.adapter.config import DEFAULT_LAYERS_PATTERN, PEFT_TYPE_NAME, EraserConfig, eraser_peft_type
 from diffusers_ext.eraser.adapter.layer import EraserLayer, output_projection, refuse_merge
-from diffusers_ext.families import Family, families_of, match_family, titles_of
+from diffusers_ext.families import Family, match_family, titles_of, transformers_of
 
 _LEAF = ".to_out.1"
 _METHOD = "save_pretrained"
@@ -228,8 +228,7 @@ def complete_target(config: EraserConfig, model: nn.Module) -> None:
 def _families_for(model: nn.Module) -> list[Family]:
     family = match_family(model, "eraser_adapter")
     # Others borrow attentions of transformers; a block of a UNet is everyone's.
-    known = [family for family in families_of("eraser_adapter") if family.denoiser == "transformer"]
-    return known if family is None else [family]
+    return transformers_of("eraser_adapter") if family is None else [family]
 
 
 def _gives_video_alone(model: nn.Module) -> bool:
