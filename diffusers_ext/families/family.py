@@ -98,7 +98,7 @@ class Family:
     # its `to_out`. `joint_blocks` are the classes of those blocks.
     joint_attention: ClassVar[str | None] = None
     joint_blocks: ClassVar[tuple[str, ...]] = ()
-    video_alone: ClassVar[bool] = False  # that attention may give the video without text
+    video_alone: ClassVar[bool] = False  # its `to_out` reads video tokens alone, and it may give no text
 
     masks_padding: ClassVar[bool] = False  # the pipeline hides padding from its text encoder
     # Module of a block in which video alone looks at text alone and a concept is seen, if not in `joint_attention`.

@@ -72,6 +72,7 @@ def test_what_a_run_leaves(files, tmp_path):
         {"gradient_checkpointing": True, "localization_weight": 0.1},
         {"latents_source": "noise", "anchor_concept": None, "localization_weight": 0.1},
         {"mixed_precision": "bf16"},
+        {"kind": "linear", "gradient_checkpointing": True, "localization_weight": 0.1},
     ],
     ids=str,
 )

@@ -97,8 +97,9 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     video (CogVideoX), it changes the text tokens too.
 
     In its place the layer does what the dropout does, its `base_layer`. It adds in a hook on the attention, whose
-    output is `(video, text)`, or the video tokens where `video_alone`, and linear ones in a hook on the projection:
-    nothing is noted between two calls, so that several threads may run one model with prompts of different lengths.
+    output is `(video, text)`, or in its place where that gets video tokens alone (`video_alone`), and linear ones in a
+    hook on the projection: nothing is noted between two calls, so that several threads may run one model with prompts
+    of different lengths.
     Frozen erasers are computed as one, see `FusedErasers`.
     """
 
@@ -130,7 +131,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         self.recorders: list[Recorder] = []
         self._recorded = ThreadRecord()
         self._fused: dict[str, FusedErasers] = {}
-        self._hooks: list[Any] = []
+        self._hooks: dict[str, Any] = {}
         self.train(base_layer.training)
 
     def update_layer(
@@ -156,12 +157,12 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         self.unscaled[adapter_name] = []
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the dropout does; the erasers come after the attention, see `add_to_video`."""
+        """What the dropout does; the erasers come after the attention but where `video_alone`, see `add_to_video`."""
         dropout = self._modules["base_layer"]
         # One call less a layer: in evaluation it passes on what it gets.
-        if type(dropout) is nn.Dropout and not dropout.training and not dropout._forward_hooks:
-            return hidden_states
-        return dropout(hidden_states)
+        if type(dropout) is not nn.Dropout or dropout.training or dropout._forward_hooks:
+            hidden_states = dropout(hidden_states)
+        return self.add_to_video(hidden_states) if self.video_alone else hidden_states
 
     def add_to_video(self, video: torch.Tensor) -> torch.Tensor:
         """Video tokens `(batch, video, dim)` to tokens of the same shape and dtype, with erasers of GELU."""
@@ -306,18 +307,18 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def watch_attention(self, attention: nn.Module) -> None:
         """Add to the video tokens whenever `attention` has run, until `forget_attention`."""
-        if not self._hooks:
-            self._hooks.append(attention.register_forward_hook(_add_to_video))
-        if len(self._hooks) == 1 and "linear" in self.kinds.values():
+        if not self.video_alone and "gelu" not in self._hooks:
+            self._hooks["gelu"] = attention.register_forward_hook(_add_to_video)
+        if "linear" not in self._hooks and "linear" in self.kinds.values():
             projection = output_projection(attention)
-            self._hooks.append(projection.register_forward_hook(_ProjectionHook(self, attention)))
+            self._hooks["linear"] = projection.register_forward_hook(_ProjectionHook(self, attention))
         self._remove_hooks_with_layer()
 
     def forget_attention(self) -> None:
         """Remove the hooks of `watch_attention`."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks = []
+        self._hooks = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fused": {}}  # a copy fuses its own weights
@@ -328,7 +329,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def _remove_hooks_with_layer(self) -> None:
         # diffusers' `unload_lora` drops layers without a word to them.
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             weakref.finalize(self, hook.remove)
 
     def _apply(self, *args: Any, **kwargs: Any) -> EraserLayer:
@@ -362,8 +363,6 @@ def _add_to_video(attention: nn.Module, _: tuple, output: Any) -> Any:
     layer = attention._modules["to_out"]._modules["1"]
     if not isinstance(layer, EraserLayer):
         return output
-    if layer.video_alone and isinstance(output, torch.Tensor):
-        return layer.add_to_video(output)
     if not isinstance(output, tuple) or len(output) < 2:
         raise ValueError(
             f"A joint attention with an eraser must give (video, text), got a {type(output).__name__} from "
