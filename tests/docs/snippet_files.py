@@ -30,6 +30,7 @@ def write_files(folder: Path) -> None:
     torch.save(nested(official_weights("sdxl")), folder / "sdxl.pth")
     rows = [f'"{prompt}",target' for prompt in PROMPTS] + [f'"{OTHERS[0]}",preserved']
     (folder / "evaluation.csv").write_text("\n".join(["prompt,group", *rows]) + "\n")
+    (folder / "ring-a-bell.csv").write_text(f"adv_prompt,evaluation_seed\n{PROMPTS[0]},7\n")
     (folder / "dog.yaml").write_text(
         f"pretrained_model_name_or_path: {BASES['sd']}\nknowledge_prompts: knowledge.txt\n"
         "instance_data_dir: photos\ninstance_prompt: a photo of sks dog\noutput_dir: outputs/dog\n"
