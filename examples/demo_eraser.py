@@ -68,7 +68,7 @@ class EraserDemo:
         "strength of its own.",
     )
     commands = """\
-accelerate launch training/train_cogvideox_eraser.py \\
+accelerate launch training/train_eraser.py \\
   --pretrained_model_name_or_path THUDM/CogVideoX-5b \\
   --target_concept dog --anchor_concept auto --prompts_file prompts.txt \\
   --auto_preserved_concepts --mixed_precision bf16 --gradient_checkpointing \\
