@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 from benchmarks.baselines.intruders import reduce_intruders
 from benchmarks.machine import table, write_results
 from diffusers_ext import FeatureStatistics, collect_statistics, debleed_lora
-from diffusers_ext.nullspace.lora_files import write_lora
+from diffusers_ext.families.lora_files import write_lora
 from examples.digits.check_model import draw, load_pipeline
 from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import HELD_OUT_PAIRS, HELD_OUT_TEMPLATE, TEMPLATES, TRAINING_PAIRS, prompt_pairs

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ext.core.artifacts import CONFIG_NAME
-from diffusers_ext.core.sources import refuse_checkpoint
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME, refuse_checkpoint
 from diffusers_ext.core.tensor_files import open_tensors
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.eraser.files import eraser_card, facts_of_config
@@ -28,7 +28,7 @@ from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import path_inside, push_folder, split_arguments
 from diffusers_ext.nullspace.edit import REPORT_NAME as EDIT_REPORT_NAME
 from diffusers_ext.nullspace.edit import push_edit
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, measured_drift, push_lora
+from diffusers_ext.nullspace.lora_upload import measured_drift, push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 REPORT_NAME = "training_report.json"

@@ -17,8 +17,8 @@ from huggingface_hub import hf_hub_download
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from diffusers_ext import collect_statistics, debleed_lora
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME as NAME
 from diffusers_ext.evaluation.report_files import SheetRow, picture_sheet
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME as NAME
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from examples.arguments import DEVICE, DTYPE, read_arguments
 

@@ -20,11 +20,12 @@ from diffusers_ext import (
     push_artifact,
     save_eraser,
 )
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from diffusers_ext.evaluation.forgetting import ForgettingReport
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
+from diffusers_ext.families.lora_files import check_loaded_lora
 from diffusers_ext.hub import Measured
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, check_loaded_lora
 from diffusers_ext.sharing import measured_results
 from tests.eraser.saved_erasers import make_eraser
 from tests.golden_noise.golden_pipelines import random_network

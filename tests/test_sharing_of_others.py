@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_ext import push_artifact, save_eraser
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from tests.eraser.saved_erasers import make_eraser
 from tests.tiny_cogvideox import tiny_transformer
 

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 
-from diffusers_ext.nullspace.lora_files import LoraSource, read_lora
+from diffusers_ext.families.lora_files import LoraSource, read_lora
 
 _REDUCED = "intruder_reduced"
 

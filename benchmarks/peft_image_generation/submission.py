@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from diffusers_ext.nullspace.lora_files import LoraSource, read_lora
+from diffusers_ext.families.lora_files import LoraSource, read_lora
 
 CHECKPOINT_NAME = "adapter_model.safetensors"
 _SCORES = ("test dino_similarity", "drift")

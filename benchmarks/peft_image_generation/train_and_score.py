@@ -23,7 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
 
 from benchmarks.peft_image_generation.submission import Training, peak_memory, submission, write_peft_checkpoint
-from diffusers_ext.nullspace.lora_files import read_lora
+from diffusers_ext.families.lora_files import read_lora
 from diffusers_ext.planning.models import published_model
 from diffusers_ext.training.nullspace.run import main as train
 from diffusers_ext.training.nullspace.run import parse_args

@@ -18,7 +18,7 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_lora(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.sources import lora_file
-    from diffusers_ext.nullspace.lora_files import check_output_path, export_lora
+    from diffusers_ext.families.lora_files import check_output_path, export_lora
 
     check_output_path(args.destination)
     source = lora_file(args.source, args.weight_name)

@@ -87,6 +87,7 @@ def _load_statistics(args: argparse.Namespace) -> FeatureStatistics:
 
 def _run_debleed(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.sources import lora_file
+    from diffusers_ext.families.lora_files import check_output_path, export_lora, kept_metadata, read_lora_file
     from diffusers_ext.nullspace.debleed import (
         debleed_lora,
         preserved_energy,
@@ -94,7 +95,6 @@ def _run_debleed(args: argparse.Namespace) -> Outcome:
         uncovered_modules,
         with_text_encoders,
     )
-    from diffusers_ext.nullspace.lora_files import check_output_path, export_lora, kept_metadata, read_lora_file
 
     check_output_path(args.output_path)
     statistics = _load_statistics(args)
@@ -282,8 +282,8 @@ def _add_interference_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_interference(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.sources import lora_file
+    from diffusers_ext.families.lora_files import read_lora_file
     from diffusers_ext.nullspace.interference import interference_report
-    from diffusers_ext.nullspace.lora_files import read_lora_file
 
     names = [Path(source).stem for source in args.loras]
     for flag, values in (("instance_prompt", args.instance_prompt), ("weights", args.weights)):

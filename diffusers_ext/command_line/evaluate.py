@@ -181,7 +181,7 @@ def _read_files(settings: ForgettingSettings) -> dict[str, Any]:
 
 def load_loras(pipeline: DiffusionPipeline, sources: list[str], files: list[Path], argument: str = "lora") -> None:
     """All LoRAs at once, each at scale 1; raises `ValueError` for one without effect, by the name of the argument."""
-    from diffusers_ext.nullspace.lora_files import check_loaded_lora
+    from diffusers_ext.families.lora_files import check_loaded_lora
 
     names = [f"lora_{index}" for index in range(len(files))]
     for name, source, file in zip(names, sources, files, strict=True):

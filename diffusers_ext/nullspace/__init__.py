@@ -6,6 +6,7 @@ from diffusers_ext.core.settings import by_name, imported_name
 
 _SOURCES = by_name(
     {
+        "diffusers_ext.families.lora_files": "check_loaded_lora export_lora",
         "diffusers_ext.nullspace.collect": "collect_statistics",
         "diffusers_ext.nullspace.debleed": "debleed_lora preserved_energy",
         "diffusers_ext.nullspace.directions": "NullSpaceDirections null_space_directions",
@@ -13,7 +14,7 @@ _SOURCES = by_name(
         "diffusers_ext.nullspace.edit_prompts": "ConceptEdit",
         "diffusers_ext.nullspace.interference": "InterferenceReport interference_report",
         "diffusers_ext.nullspace.lora": ("add_null_space_lora predicted_drift preservation_penalty save_lora"),
-        "diffusers_ext.nullspace.lora_files": "check_loaded_lora export_lora push_lora",
+        "diffusers_ext.nullspace.lora_upload": "push_lora",
         "diffusers_ext.nullspace.pipeline": (
             "NullSpaceDreamBoothAuraFlowPipeline NullSpaceDreamBoothChromaPipeline "
             "NullSpaceDreamBoothFlux2KleinPipeline NullSpaceDreamBoothFluxPipeline NullSpaceDreamBoothPipeline "

@@ -13,19 +13,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.capture import capture
+from diffusers_ext.core.lora_formats import check_lora_effect
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.second_moment import SecondMoment
+from diffusers_ext.families.lora_files import LoraSource, StateDict, check_output_path, read_lora, write_lora
 from diffusers_ext.nullspace.directions import check_new_subject
 from diffusers_ext.nullspace.edit_equations import read_weight
 from diffusers_ext.nullspace.lora import instance_statistics_like
-from diffusers_ext.nullspace.lora_files import (
-    LoraSource,
-    StateDict,
-    check_lora_effect,
-    check_output_path,
-    read_lora,
-    write_lora,
-)
 from diffusers_ext.nullspace.projector import NullSpaceProjector, project_rows, subject_projection
 from diffusers_ext.nullspace.prompts import preserved_texts, unique
 from diffusers_ext.nullspace.statistics import FeatureStatistics

@@ -25,6 +25,7 @@ from diffusers_ext.core.lora_formats import check_lora_effect
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.core.text_files import read_json
 from diffusers_ext.families import match_family
+from diffusers_ext.families.lora_files import COMFYUI_NAME, KOHYA_NAME, export_lora, read_lora, second_file
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import path_inside, push_folder, split_arguments
@@ -46,7 +47,6 @@ from diffusers_ext.nullspace.edit_prompts import (
     stand_ins,
 )
 from diffusers_ext.nullspace.edit_report import EditForecast, EditReport, edit_warnings
-from diffusers_ext.nullspace.lora_files import COMFYUI_NAME, KOHYA_NAME, export_lora, read_lora, second_file
 from diffusers_ext.nullspace.statistics import TEXT
 from diffusers_ext.nullspace.text_only import TextReader, lora_name, text_only_linears, text_readers
 

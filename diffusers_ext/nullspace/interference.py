@@ -19,7 +19,9 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from diffusers_ext.core.lora_formats import check_lora_effect
 from diffusers_ext.core.restored_state import held_attribute
+from diffusers_ext.families.lora_files import LoraSource, StateDict, read_lora
 from diffusers_ext.nullspace.debleed import (
     lora_modules,
     measured_linears,
@@ -29,7 +31,6 @@ from diffusers_ext.nullspace.debleed import (
 )
 from diffusers_ext.nullspace.edit_equations import read_weight
 from diffusers_ext.nullspace.lora import instance_statistics_like
-from diffusers_ext.nullspace.lora_files import LoraSource, StateDict, check_lora_effect, read_lora
 from diffusers_ext.nullspace.prompts import check_prompts
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 

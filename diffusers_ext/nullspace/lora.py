@@ -20,10 +20,10 @@ from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.pipelines import plain_class
 from diffusers_ext.families import match_family
+from diffusers_ext.families.lora_files import add_metadata, add_second_file
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.directions import NullSpaceDirections, null_space_directions, usual_null_space
 from diffusers_ext.nullspace.edit_equations import read_weight
-from diffusers_ext.nullspace.lora_files import add_metadata, add_second_file
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.prompts import check_prompts
 from diffusers_ext.nullspace.slots import check_widths

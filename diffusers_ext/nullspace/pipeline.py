@@ -31,10 +31,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffusers_ext.core.attention_processors import ProjectAttnProcessor, use_processors
 from diffusers_ext.core.pipelines import add_component, denoiser_of, plain_class_name
 from diffusers_ext.core.restored_state import CallScope
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.families import match_family
+from diffusers_ext.families.lora_files import add_second_file, check_loaded_lora
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import PushWithCard
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME, add_second_file, check_loaded_lora
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 

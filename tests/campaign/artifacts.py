@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from diffusers_ext import FeatureStatistics, export_lora, load_eraser, load_noise_model, open_pairs
 from diffusers_ext.core.second_moment import SecondMoment
 from diffusers_ext.eraser.teacher.store import open_teacher_samples
+from diffusers_ext.families.lora_files import read_lora_file
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.lora_files import read_lora_file
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
 from diffusers_ext.nullspace.prompts import read_prompts_file
 from diffusers_ext.training.run.checkpoints import Checkpoints

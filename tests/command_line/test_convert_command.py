@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_ext.eraser.formats import read_eraser
+from diffusers_ext.families.lora_files import export_lora, read_lora
 from diffusers_ext.golden_noise.networks.npnet import NPNet
-from diffusers_ext.nullspace.lora_files import export_lora, read_lora
 from tests.eraser.saved_erasers import saved_eraser
 from tests.golden_noise.npnet_fixture import small_npnet
 

@@ -7,9 +7,9 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext.command_line.debleed import debleed_verdict
+from diffusers_ext.families.lora_files import read_lora
 from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy
 from diffusers_ext.nullspace.interference import interference_report
-from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 

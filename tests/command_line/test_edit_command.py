@@ -7,8 +7,8 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from diffusers_ext.families.lora_files import read_lora
 from diffusers_ext.nullspace.edit import edit_concept
-from diffusers_ext.nullspace.lora_files import read_lora
 
 
 @pytest.fixture

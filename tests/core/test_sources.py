@@ -15,8 +15,8 @@ from diffusers_ext.core.sources import (
 )
 from diffusers_ext.eraser.formats import read_eraser
 from diffusers_ext.evaluation.features import CLIPFeatures
+from diffusers_ext.families.lora_files import read_lora
 from diffusers_ext.golden_noise.networks.base import load_noise_model
-from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.rewards.clip import CLIPScoreReward, PickScoreReward
 from diffusers_ext.rewards.hpsv2 import HPSv2Reward

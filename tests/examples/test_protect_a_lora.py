@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from diffusers_ext import save_lora
-from diffusers_ext.nullspace.lora_files import read_lora
+from diffusers_ext.families.lora_files import read_lora
 from examples.protect_a_lora import main
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora

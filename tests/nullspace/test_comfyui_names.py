@@ -14,19 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.families import find_family
-from diffusers_ext.nullspace.lora_files import (
+from diffusers_ext.families.lora_files import (
     COMFYUI_NAME,
     KOHYA_NAME,
-    LORA_WEIGHT_NAME,
     add_second_file,
     check_loaded_lora,
     export_lora,
-    push_lora,
     read_lora,
     second_file,
     write_lora,
 )
+from diffusers_ext.nullspace.lora_upload import push_lora
 from diffusers_ext.nullspace.scope import scoped_linears
 from diffusers_ext.nullspace.text_only import lora_name, text_only_linears, text_readers
 from tests.tiny_current_pipelines import (

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from diffusers_ext import collect_statistics
 from diffusers_ext.core.capture import capture
+from diffusers_ext.families.lora_files import export_lora, read_lora
 from diffusers_ext.nullspace.collect import encode_text
 from diffusers_ext.nullspace.debleed import (
     debleed_lora,
@@ -20,7 +21,6 @@ from diffusers_ext.nullspace.debleed import (
     with_text_encoders,
 )
 from diffusers_ext.nullspace.lora import instance_statistics_like, predicted_drift
-from diffusers_ext.nullspace.lora_files import export_lora, read_lora
 from diffusers_ext.nullspace.pipeline import NullSpaceDreamBoothPipeline
 from diffusers_ext.nullspace.projector import NullSpaceProjector, subject_projection
 from diffusers_ext.nullspace.prompts import preserved_texts

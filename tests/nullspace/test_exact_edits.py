@@ -10,11 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 
+from diffusers_ext.families.lora_files import read_lora
 from diffusers_ext.nullspace.collect import collect_statistics
 from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules, with_text_encoders
 from diffusers_ext.nullspace.edit import EditedConcepts, edit_concept
 from diffusers_ext.nullspace.edit_prompts import ConceptEdit
-from diffusers_ext.nullspace.lora_files import read_lora
 from diffusers_ext.nullspace.text_only import text_readers
 from tests.tiny_current_pipelines import (
     tiny_auraflow_pipeline,

@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 import diffusers_ext
-from diffusers_ext.nullspace.lora_files import check_loaded_lora, export_lora
+from diffusers_ext.families.lora_files import check_loaded_lora, export_lora
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 from tests.tiny_pipelines import sdxl_pipeline

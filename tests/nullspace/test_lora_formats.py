@@ -10,8 +10,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from diffusers_ext.core.lora_formats import is_kohya_lora, parse_key, read_kohya_lora
+from diffusers_ext.families.lora_files import export_lora, read_lora, write_lora
 from diffusers_ext.nullspace.debleed import debleed_lora
-from diffusers_ext.nullspace.lora_files import export_lora, read_lora, write_lora
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import add_random_lora
 

@@ -8,7 +8,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusers_ext.nullspace.lora_files import KOHYA_NAME, LORA_WEIGHT_NAME, check_loaded_lora, push_lora
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
+from diffusers_ext.families.lora_files import KOHYA_NAME, check_loaded_lora
+from diffusers_ext.nullspace.lora_upload import push_lora
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from tests.nullspace.test_pipeline import lora
 

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_ext import NullSpaceDreamBoothPipeline
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.core.tensor_files import read_tensors
-from diffusers_ext.nullspace.lora_files import (
+from diffusers_ext.families.lora_files import (
     KOHYA_NAME,
-    LORA_WEIGHT_NAME,
     add_kohya_file,
     check_loaded_lora,
     export_lora,

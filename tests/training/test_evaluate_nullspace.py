@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 from diffusers_ext.evaluation.forgetting import ForgettingReport, evaluate_forgetting
-from diffusers_ext.nullspace.lora_files import export_lora
+from diffusers_ext.families.lora_files import export_lora
 from examples.digits.check_model import load_pipeline
 from examples.digits.glyph_judge import GlyphJudge
 from examples.digits.pictures import draw_glyphs, tint

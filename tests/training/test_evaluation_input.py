@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from tests.training.script_runs import EVALUATED, write_prompts
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 from diffusers_ext.families import find_family
+from diffusers_ext.families.lora_files import check_loaded_lora
 from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
-from diffusers_ext.nullspace.lora_files import check_loaded_lora
 from diffusers_ext.nullspace.settings import OPTIMIZERS, QUANTIZATIONS
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace import knowledge as knowledge_of_runs

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.collect import collect_statistics
-from diffusers_ext.nullspace.lora_files import LORA_WEIGHT_NAME
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace.run import main, parse_args
 from diffusers_ext.training.nullspace.statistics import collection_card

@@ -15,18 +15,13 @@ from peft import LoraConfig
 
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.core.pipelines import denoiser_of, plain_class_name
+from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.families import find_family
+from diffusers_ext.families.lora_files import COMFYUI_NAME, KOHYA_NAME, second_file, training_metadata
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.kinds import public_name
 from diffusers_ext.nullspace.lora import add_null_space_lora, lora_linears, predicted_drift, save_lora
-from diffusers_ext.nullspace.lora_files import (
-    COMFYUI_NAME,
-    KOHYA_NAME,
-    LORA_WEIGHT_NAME,
-    measured_drift,
-    second_file,
-    training_metadata,
-)
+from diffusers_ext.nullspace.lora_upload import measured_drift
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.scope import check_no_features, scoped_linears, settle_scope
 from diffusers_ext.nullspace.settings import GUIDANCE, WEIGHTING_SCHEMES, NullSpaceSettings, read_layers

@@ -1,4 +1,4 @@
-"""LoRAs of null space uploaded; reading and writing their files is `families.lora_files`, whose names are here too."""
+"""LoRAs uploaded with their card, and how much of the model's knowledge they move."""
 
 from __future__ import annotations
 
@@ -11,61 +11,22 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.core.lora_formats import check_lora_effect, has_kohya_names, is_kohya_lora
+from diffusers_ext.core.lora_formats import check_lora_effect, is_kohya_lora
 from diffusers_ext.core.sources import LORA_WEIGHT_NAME
 from diffusers_ext.core.tensor_files import open_tensors
 from diffusers_ext.families import match_family
 from diffusers_ext.families.lora_files import (
-    COMFYUI_NAME,
-    FORMATS,
-    KOHYA_NAME,
-    LoraSource,
-    StateDict,
-    add_kohya_file,
-    add_metadata,
-    add_second_file,
-    check_loaded_lora,
-    check_output_path,
     export_lora,
     kept_metadata,
-    lora_metadata,
     read_lora,
     read_lora_file,
     second_file,
     training_metadata,
-    write_lora,
 )
 from diffusers_ext.hub import Licence, Measured
 from diffusers_ext.hub.card import make_card
 from diffusers_ext.hub.push import push_folder
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-
-__all__ = [
-    "COMFYUI_NAME",
-    "FORMATS",
-    "KOHYA_NAME",
-    "LORA_WEIGHT_NAME",
-    "LoraSource",
-    "StateDict",
-    "add_kohya_file",
-    "add_metadata",
-    "add_second_file",
-    "check_loaded_lora",
-    "check_lora_effect",
-    "check_output_path",
-    "export_lora",
-    "has_kohya_names",
-    "is_kohya_lora",
-    "kept_metadata",
-    "lora_metadata",
-    "measured_drift",
-    "push_lora",
-    "read_lora",
-    "read_lora_file",
-    "second_file",
-    "training_metadata",
-    "write_lora",
-]
 
 
 def push_lora(

@@ -10,8 +10,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from diffusers_ext.core.lora_formats import check_lora_effect
+from diffusers_ext.families.lora_files import check_loaded_lora, export_lora, read_lora
 from diffusers_ext.nullspace.lora import lora_linears
-from diffusers_ext.nullspace.lora_files import check_loaded_lora, check_lora_effect, export_lora, read_lora
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import ATTENTION_LINEARS, add_random_lora
 from tests.tiny_pipelines import sdxl_pipeline
