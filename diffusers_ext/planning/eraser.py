@@ -63,7 +63,9 @@ def draft_eraser(base: BaseModel, setting: EraserPlanSettings, *, as_on_gpu: boo
 
 def eraser_run(base: BaseModel, setting: EraserPlanSettings, as_on_gpu: bool = True) -> EraserRun:
     """The run with the clip's size filled in; raises as `draft_eraser`."""
-    family = match_family(base.components[base.denoiser].class_name, "eraser")
+    # Families share UNets, which their pipelines tell apart.
+    known = base.pipeline if base.pipeline and match_family(base.pipeline) else None
+    family = match_family(known or base.components[base.denoiser].class_name, "eraser")
     if family is None:
         raise ValueError(
             f"`model` must be a {titles_of('eraser')} pipeline for the eraser, got "
