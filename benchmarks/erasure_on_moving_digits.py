@@ -221,11 +221,11 @@ class Bench:
         train_digits_eraser(pipeline, target, recipe=replace(recipe_of(pipeline), **_DEFENCE))
         folder = self.folder / f"eraser_{target}_defended"
         save_eraser(pipeline, folder)
-        return {**self.figures(self.judged(pipeline, target)), "revival": measure_revival(folder, target)}
+        return {**self.figures(self.judged(pipeline, target)), "revival": measure_revival(folder, target, self.model)}
 
     def evaluate_revival(self, target: str) -> dict[str, Any]:
         """Attempts to undo the first eraser."""
-        return measure_revival(self.eraser(target, 0), target)
+        return measure_revival(self.eraser(target, 0), target, self.model)
 
     def evaluate_pair(self, first: str, second: str) -> dict[str, Any]:
         """Two erasers at once."""

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 from torch.utils.data import default_collate
 
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
 from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.eraser.lora_finetuning import FinetunedLora, finetune_lora
-from diffusers_ext.families.cogvideox import CogVideoXVelocity
+from diffusers_ext.families import find_family
 from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.run import make_data
-from examples.moving_digits.check_model import draw, load_pipeline
+from examples.moving_digits.check_model import MODEL_DIR, draw, load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES, MovingDigits, to_pixels
 from examples.moving_digits.erasers import RECIPE, evaluation_groups, training_prompts
 from examples.moving_digits.judge import MovingDigitsJudge
@@ -28,20 +28,20 @@ _SIZE = ClipSize(NUM_FRAMES, CANVAS, CANVAS)
 _NUM_CLIPS, _SEED = 100, 9_000
 
 
-def _read(pipeline: CogVideoXPipeline, target: str) -> float:
+def _read(pipeline: DiffusionPipeline, target: str) -> float:
     """Share of the target's clips in which it is read."""
     prompts = evaluation_groups(target, num_target=_NUM_CLIPS)["target"]
     clips = draw(pipeline, prompts, seed=_SEED)
     return float(MovingDigitsJudge().correct(clips, prompts)["digit"].mean())
 
 
-def _learned_embeddings(pipeline: CogVideoXPipeline, target: str) -> torch.Tensor:
+def _learned_embeddings(pipeline: DiffusionPipeline, target: str) -> torch.Tensor:
     """16 embeddings that bring the target's velocities back along the base's own runs."""
     few = replace(RECIPE, num_target_trajectories=64, num_preserved_trajectories=1, seed=_SEED)
     data = make_data(pipeline, training_prompts(target), few, _SIZE)
     rows = default_collate(data.samples.parts["target"])
     return learn_revival_embeddings(
-        CogVideoXVelocity.from_pipeline(pipeline, *_SIZE),
+        _SIZE.velocity(pipeline),
         rows["x_t"],
         rows["t"],
         data.text.target[rows["prompt"]],
@@ -52,7 +52,7 @@ def _learned_embeddings(pipeline: CogVideoXPipeline, target: str) -> torch.Tenso
 
 
 @torch.no_grad()
-def _other_clips(pipeline: CogVideoXPipeline, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _other_clips(pipeline: DiffusionPipeline, target: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents and prompts of 200 real clips of other digits."""
     digits = MovingDigits(tuple(c for c in COMBINATIONS if target not in c))
     picks = np.random.default_rng(_SEED).integers(0, len(digits), 200)
@@ -65,24 +65,18 @@ def _other_clips(pipeline: CogVideoXPipeline, target: str) -> tuple[torch.Tensor
         template = TEMPLATES[index % len(TEMPLATES)]
         prompts.append(template.format(color=color, digit=digit, direction=direction))
     embeds = encode_video_prompts(pipeline, prompts)
-    return latents * pipeline.vae.config.scaling_factor, embeds.detach()
+    offset, factor = find_family(pipeline, "eraser").latent_scale(pipeline.vae)
+    return (latents - offset) * factor, embeds.detach()
 
 
-def _finetuned(pipeline: CogVideoXPipeline, target: str) -> FinetunedLora:
+def _finetuned(pipeline: DiffusionPipeline, target: str) -> FinetunedLora:
     latents, embeds = _other_clips(pipeline, target)
-    return finetune_lora(
-        CogVideoXVelocity.from_pipeline(pipeline, *_SIZE),
-        pipeline.scheduler,
-        latents,
-        embeds,
-        steps=100,
-        batch_size=16,
-    )
+    return finetune_lora(_SIZE.velocity(pipeline), pipeline.scheduler, latents, embeds, steps=100, batch_size=16)
 
 
-def measure_revival(eraser: Path, target: str) -> dict[str, Any]:
+def measure_revival(eraser: Path, target: str, model: str | Path = MODEL_DIR) -> dict[str, Any]:
     """How often the target is read: erased, under learned embeddings, after fine-tuning."""
-    pipeline = load_pipeline()
+    pipeline = load_pipeline(model)
     base = _read(pipeline, target)
     load_eraser(pipeline, eraser)
     found = {"base": base, "erased": _read(pipeline, target)}
