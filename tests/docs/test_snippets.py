@@ -31,7 +31,7 @@ SHORTER = {
     "train_npnet": [*_TRAINING, "--width", "32", "--num_layers", "1", "--num_heads", "2"],
     "train_noise_sequence": _TRAINING,
     "evaluate_golden_noise": [*_SAMPLING, "--num_images_per_prompt", "1", "--best_of", "1"],
-    "train_cogvideox_eraser": [*_TRAINING, *_SAMPLING, *_ERASER, "--eraser_rank", "2", *_CPU],
+    "train_eraser": [*_TRAINING, *_SAMPLING, *_ERASER, "--eraser_rank", "2", *_CPU],
     "evaluate_eraser": [*_SAMPLING, *_CPU],
     "plan_eraser": [],
 }
