@@ -10,6 +10,7 @@ import torch
 
 from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.published import T5_XXL, Published
+from diffusers_ext.families.velocity import check_num_frames, check_pixels, latent_sides
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -104,21 +105,11 @@ class CogVideoX(Family):
         self, config: Any, vae_config: Any, num_frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
         period = 2 * vae_config.temporal_compression_ratio
-        if num_frames < 1 or num_frames % period != 1:
-            nearest = max(round((num_frames - 1) / period), 0) * period + 1
-            raise ValueError(
-                f"`num_frames` must be a multiple of {period} plus 1 for this VAE, got {num_frames}. "
-                f"The nearest is {nearest}."
-            )
+        check_num_frames(num_frames, period)
         spatial = _spatial_compression(vae_config)
         multiple = math.lcm(_PIPELINE_MULTIPLE, spatial * config.patch_size)
         for name, pixels in (("height", height), ("width", width)):
-            if pixels < 1 or pixels % multiple:
-                nearest = max(round(pixels / multiple), 1) * multiple
-                raise ValueError(
-                    f"`{name}` must be a positive multiple of {multiple} for this model, got {pixels}. "
-                    f"The nearest is {nearest}."
-                )
+            check_pixels(name, pixels, multiple)
         latent_size = (height // spatial, width // spatial)
         _check_positions(config, latent_size, spatial)
         frames = (num_frames - 1) // vae_config.temporal_compression_ratio + 1
@@ -127,12 +118,7 @@ class CogVideoX(Family):
 
     def token_grid(self, config: Any, latent_shape: Sequence[int]) -> TokenGrid:
         shape = tuple(latent_shape)
-        if len(shape) not in (4, 5):
-            raise ValueError(
-                "`latent_shape` must be (frames, channels, height, width), with or without a batch "
-                f"before, got {shape}."
-            )
-        frames, _, height, width = shape[-4:]
+        frames, height, width = latent_sides(shape)
         patch, patch_t = config.patch_size, config.patch_size_t or 1
         if frames % patch_t or height % patch or width % patch:
             raise ValueError(

@@ -19,6 +19,36 @@ class TokenGrid(NamedTuple):
     columns: int
 
 
+def check_num_frames(num_frames: int, period: int) -> None:
+    """Raise `ValueError` unless a VAE that joins frames by `period`, but for the first, takes so many."""
+    if num_frames < 1 or num_frames % period != 1 % period:
+        nearest = max(round((num_frames - 1) / period), 0) * period + 1
+        raise ValueError(
+            f"`num_frames` must be a multiple of {period} plus 1 for this VAE, got {num_frames}. "
+            f"The nearest is {nearest}."
+        )
+
+
+def check_pixels(name: str, pixels: int, multiple: int) -> None:
+    """Raise `ValueError` unless the side called `name` is a positive multiple."""
+    if pixels < 1 or pixels % multiple:
+        nearest = max(round(pixels / multiple), 1) * multiple
+        raise ValueError(
+            f"`{name}` must be a positive multiple of {multiple} for this model, got {pixels}. "
+            f"The nearest is {nearest}."
+        )
+
+
+def latent_sides(latent_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Frames, height and width of latents `(frames, channels, height, width)`, batched or not; else `ValueError`."""
+    shape = tuple(latent_shape)
+    if len(shape) not in (4, 5):
+        raise ValueError(
+            f"`latent_shape` must be (frames, channels, height, width), with or without a batch before, got {shape}."
+        )
+    return shape[-4], shape[-2], shape[-1]
+
+
 class Velocity:
     """The velocity `v(x_t, c, t)` that a transformer predicts of clips, or of pictures as clips of one frame.
 

@@ -12,6 +12,7 @@ from diffusers_ext.core.seeds import check_flow_levels
 from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.published import UMT5_XXL, Component, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.velocity import check_num_frames, check_pixels, latent_sides
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
@@ -190,20 +191,10 @@ class Wan(Family):
         self, config: Any, vae_config: Any, num_frames: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
         period, spatial = vae_config.scale_factor_temporal, vae_config.scale_factor_spatial
-        if num_frames < 1 or num_frames % period != 1 % period:
-            nearest = max(round((num_frames - 1) / period), 0) * period + 1
-            raise ValueError(
-                f"`num_frames` must be a multiple of {period} plus 1 for this VAE, got {num_frames}. "
-                f"The nearest is {nearest}."
-            )
+        check_num_frames(num_frames, period)
         for name, pixels, patch in (("height", height, config.patch_size[1]), ("width", width, config.patch_size[2])):
             multiple = math.lcm(_PIPELINE_MULTIPLE, spatial * patch)
-            if pixels < 1 or pixels % multiple:
-                nearest = max(round(pixels / multiple), 1) * multiple
-                raise ValueError(
-                    f"`{name}` must be a positive multiple of {multiple} for this model, got {pixels}. "
-                    f"The nearest is {nearest}."
-                )
+            check_pixels(name, pixels, multiple)
         shape = ((num_frames - 1) // period + 1, config.out_channels, height // spatial, width // spatial)
         longest = max(self.token_grid(config, shape))
         if longest > config.rope_max_seq_len:
@@ -215,12 +206,7 @@ class Wan(Family):
 
     def token_grid(self, config: Any, latent_shape: Sequence[int]) -> TokenGrid:
         shape = tuple(latent_shape)
-        if len(shape) not in (4, 5):
-            raise ValueError(
-                "`latent_shape` must be (frames, channels, height, width), with or without a batch "
-                f"before, got {shape}."
-            )
-        sides, patch = (shape[-4], *shape[-2:]), config["patch_size"]
+        sides, patch = latent_sides(shape), config["patch_size"]
         if any(side % p for side, p in zip(sides, patch, strict=True)):
             raise ValueError(
                 f"`latent_shape` must have frames, a height and a width divisible by {tuple(patch)} for this model, "
