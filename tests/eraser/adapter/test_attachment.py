@@ -10,7 +10,6 @@ import torch
 from diffusers import Flux2Transformer2DModel, HunyuanVideoTransformer3DModel, LTX2VideoTransformer3DModel
 from peft import LoraConfig
 
-from diffusers_ext import families
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import attention_width, joint_attentions
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, eraser_outputs, erasers_disabled
@@ -18,16 +17,8 @@ from diffusers_ext.eraser.files import load_eraser, save_eraser
 from tests.tiny_models import TinyModel, flux, sd3, sd_unet, sdxl_unet, wan
 
 
-class HunyuanVideo(families.Family):
-    """Double blocks alone; the refiner of the text has attentions of the same name."""
-
-    name = title = "hunyuan"
-    pipelines = ()
-    denoiser_class = "HunyuanVideoTransformer3DModel"
-    joint_attention, joint_blocks = "attn", ("HunyuanVideoTransformerBlock",)
-
-
 def hunyuan_video() -> TinyModel:
+    """Double blocks alone have erasers; the refiner of the text has attentions of the same name."""
     torch.manual_seed(0)
     transformer = HunyuanVideoTransformer3DModel(
         in_channels=4,
@@ -115,12 +106,6 @@ PLACES = {
     sd_unet: (UNET, 4),
     sdxl_unet: (UNET, 8),
 }
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    if families.match_family("HunyuanVideoTransformer3DModel", "eraser_adapter") is None:
-        monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, HunyuanVideo()])
 
 
 @pytest.fixture(params=PLACES, ids=lambda build: build.__name__)
