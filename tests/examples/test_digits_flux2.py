@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -40,14 +39,6 @@ def stock():
     loaded = DiffusionPipeline.from_pretrained(MODEL_DIR)
     loaded.set_progress_bar_config(disable=True)
     return loaded
-
-
-@pytest.fixture
-def fresh_accelerator():
-    """Accelerate keeps its state in globals, which a second run in one process would inherit."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors import safe_open
 from transformers import T5EncoderModel
@@ -21,14 +20,6 @@ from examples.moving_digits.prompts import COMBINATIONS, PROMPT_LENGTH, TEMPLATE
 @pytest.fixture(scope="module")
 def pipeline():
     return load_pipeline()
-
-
-@pytest.fixture
-def fresh_accelerator():
-    """Accelerate keeps its state in globals, which a second run in one process would inherit."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def test_the_folder_is_small_and_holds_half_precision_weights_only():

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
@@ -30,14 +29,6 @@ from examples.moving_digits_wan.networks import TextToVelocity, build_vae, decod
 @pytest.fixture(scope="module")
 def pipeline():
     return load_pipeline(WAN_DIR)
-
-
-@pytest.fixture
-def fresh_accelerator():
-    """Accelerate keeps its state in globals, which a second run in one process would inherit."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def test_the_folder_is_small_and_holds_half_precision_weights_only():
