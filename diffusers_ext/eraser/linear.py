@@ -30,7 +30,7 @@ from diffusers_ext.eraser.adapter.tensors import StateDict, family_of_tensors, l
 from diffusers_ext.eraser.files import eraser_tensors, find_eraser
 from diffusers_ext.eraser.fit import family_of_config, find_transformer, read_every_part
 from diffusers_ext.families import Family, match_family
-from diffusers_ext.families.lora_files import lora_metadata, second_file, write_lora
+from diffusers_ext.families.lora_files import COMFYUI_NAME, lora_metadata, second_file, write_lora
 
 _MERGED = "_merged_erasers"  # attribute of a model, {adapter name: MergedEraser}, in the order of merging
 
@@ -71,7 +71,7 @@ def export_eraser_lora(
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True)}
     written = [folder / LORA_WEIGHT_NAME]
     write_lora(lora, written[0], {**lora_metadata(lora, lora, told), **metadata})
-    other = "" if family.comfyui_names is None else second_file(lora, family) or "comfyui.safetensors"
+    other = "" if family.comfyui_names is None else second_file(lora, family) or COMFYUI_NAME
     if other:
         if has_kohya_names(lora):
             exported = to_kohya_lora(lora)
