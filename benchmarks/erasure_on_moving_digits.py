@@ -24,12 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.erasure_methods import (
-    CLIP,
     ERASER,
     METHODS,
     TRAINED,
@@ -41,22 +39,18 @@ from benchmarks.erasure_methods import (
 )  # fmt: skip
 from benchmarks.erasure_tables import erasure_tables
 from benchmarks.machine import write_results
-from benchmarks.revival_of_digits import measure_revival
+from benchmarks.revival_of_digits import attack_points, measure_revival
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.eraser.files import load_eraser, save_eraser
 from diffusers_ext.evaluation.erasure_report import ErasureReport
-from diffusers_ext.training.eraser.data import ClipSize
-from diffusers_ext.training.eraser.run import make_data
 from examples.digits.prompts import DIGITS
 from examples.moving_digits.check_model import MODEL_DIR, draw, load_pipeline, spread
 from examples.moving_digits.erasers import (
-    RECIPE,
     base_clips_of,
     evaluate,
     evaluation_groups,
     recipe_of,
     train_digits_eraser,
-    training_prompts,
 )  # fmt: skip
 from examples.moving_digits.prompts import NEUTRAL_COLOR, NEUTRAL_DIGIT, write_prompts
 
@@ -73,7 +67,6 @@ _OF_METHODS = (
 )
 _SCALES = (0.5, 1.3)
 _DEFENCE = {"adversarial_share": 0.5, "adversarial_every": 25}
-_ATTACKED = replace(RECIPE, num_target_trajectories=64, num_preserved_trajectories=1, seed=9_000)
 _USUAL_CLIPS = 200
 Groups = dict[str, list[str]]
 
@@ -173,10 +166,7 @@ class Bench:
         """Where attacks learn: states of the base's own runs for the target, and its velocities there; made once."""
         path = self.folder / f"points_{target}.safetensors"
         if not path.is_file():
-            data = make_data(self.load(), training_prompts(target), _ATTACKED, ClipSize(**CLIP))
-            rows = default_collate(data.samples.parts["target"])
-            found = {name: rows[name] for name in ("x_t", "t", "v_concept")}
-            found["prompt_embeds"] = data.text.target[rows["prompt"]]
+            found = attack_points(self.load(), target)
             partial = path.with_suffix(f".{multiprocessing.current_process().pid}")
             save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial)
             partial.replace(path)

@@ -35,20 +35,19 @@ def _read(pipeline: DiffusionPipeline, target: str) -> float:
     return float(MovingDigitsJudge().correct(clips, prompts)["digit"].mean())
 
 
-def _learned_embeddings(pipeline: DiffusionPipeline, target: str) -> torch.Tensor:
-    """16 embeddings that bring the target's velocities back along the base's own runs."""
-    few = replace(RECIPE, num_target_trajectories=64, num_preserved_trajectories=1, seed=_SEED)
+def attack_points(pipeline: DiffusionPipeline, target: str, num_clips: int = 64) -> dict[str, torch.Tensor]:
+    """Where attacks learn: `x_t`, `t`, `prompt_embeds` and `v_concept` of the base's own runs for the target."""
+    few = replace(RECIPE, num_target_trajectories=num_clips, num_preserved_trajectories=1, seed=_SEED)
     data = make_data(pipeline, training_prompts(target), few, _SIZE)
     rows = default_collate(data.samples.parts["target"])
-    return learn_revival_embeddings(
-        _SIZE.velocity(pipeline),
-        rows["x_t"],
-        rows["t"],
-        data.text.target[rows["prompt"]],
-        v_concept=rows["v_concept"],
-        steps=400,
-        batch_size=16,
-    ).embeddings
+    found = {name: rows[name] for name in ("x_t", "t", "v_concept")}
+    return {**found, "prompt_embeds": data.text.target[rows["prompt"]]}
+
+
+def _learned_embeddings(pipeline: DiffusionPipeline, target: str) -> torch.Tensor:
+    """16 embeddings that bring the target's velocities back along the base's own runs."""
+    points = attack_points(pipeline, target)
+    return learn_revival_embeddings(_SIZE.velocity(pipeline), **points, steps=400, batch_size=16).embeddings
 
 
 @torch.no_grad()

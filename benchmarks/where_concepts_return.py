@@ -10,26 +10,24 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import CogVideoXPipeline
-from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.machine import table, write_results
+from benchmarks.revival_of_digits import attack_points
 from diffusers_ext.eraser.attack import insert_embeddings, learn_revival_embeddings, revived_prompts
 from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.evaluation.rendering import render_clips
 from diffusers_ext.families.family import Velocity
 from diffusers_ext.training.eraser.data import ClipSize
-from diffusers_ext.training.eraser.run import make_data
 from examples.moving_digits.check_model import SAMPLING, load_pipeline
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES
-from examples.moving_digits.erasers import RECIPE, evaluation_groups, train_digits_eraser, training_prompts
+from examples.moving_digits.erasers import evaluation_groups, train_digits_eraser
 from examples.moving_digits.judge import MovingDigitsJudge
 
 SIZE = ClipSize(NUM_FRAMES, CANVAS, CANVAS)
@@ -41,10 +39,8 @@ States = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # x_t, t
 
 def base_states(pipeline: CogVideoXPipeline, target: str, clips: int) -> States:
     """What the base passes on its way to clips of the target."""
-    few = replace(RECIPE, num_target_trajectories=clips, num_preserved_trajectories=1, seed=SEED)
-    data = make_data(pipeline, training_prompts(target), few, SIZE)
-    rows = default_collate(data.samples.parts["target"])
-    return rows["x_t"].float(), rows["t"], data.text.target[rows["prompt"]], rows["v_concept"].float()
+    points = attack_points(pipeline, target, clips)
+    return points["x_t"].float(), points["t"], points["prompt_embeds"], points["v_concept"].float()
 
 
 @torch.no_grad()
