@@ -1,6 +1,7 @@
 """What an eraser costs: a training step against the design document's, inference, and 5b's memory by plan.
 
 python benchmarks/cost_of_eraser.py
+python benchmarks/cost_of_eraser.py --wan  # training steps of Wan alone
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before the profiler is loaded
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.eraser_inference import inference_costs, sampling_cost
-from benchmarks.eraser_steps import Subject, digits_subject, document_step, medium_subject, training_step
+from benchmarks.eraser_steps import (
+    Subject,
+    digits_subject,
+    document_step,
+    medium_subject,
+    medium_wan_subject,
+    training_step,
+    wan_subject,
+)
 from benchmarks.machine import table, write_results
 from benchmarks.measured_memory import peak_bytes
 from benchmarks.timing import compare
@@ -132,13 +141,19 @@ def measured_five_b(in_turn: bool) -> int:
     return kept + peak_bytes(step)
 
 
-def tables(results: dict[str, Any]) -> str:
-    """Everything as Markdown."""
+def step_table(results: dict[str, Any]) -> str:
+    """Training steps as Markdown."""
     steps = [
         [r["model"], r["step"], f"{r['time']['median']:.3f}"]
         + [f"{r['time']['lowest']:.3f} to {r['time']['highest']:.3f}", f"{r['peak_ratio']:.3f}"]
         for r in results["steps"]
     ]
+    ratios = ["time / document's (limit 0.333)", "range", "peak / document's (limit 0.55)"]
+    return table(["model", "step", *ratios], steps)
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Everything as Markdown."""
     agreement = [
         [r["model"], "on" if r["checkpointing"] else "off"]
         + [f"{r[name] / MIB:.1f}" for name in ("traced", "measured")]
@@ -154,37 +169,46 @@ def tables(results: dict[str, Any]) -> str:
         + [f"{r['measured_on_gpu'] / GIB:.1f}" if "measured_on_gpu" in r else "-"]
         for r in results["five_b"]
     ]
-    ratios = ["time / document's (limit 0.333)", "range", "peak / document's (limit 0.55)"]
     peaks = ["5b at 49x480x720, bf16, checkpointing", "plan, GiB (limit 20)", "GPU, GiB"]
     parts = (
-        (["model", "step", *ratios], steps),
         (["model", "checkpointing", "traced, MiB", "measured, MiB", "ratio"], agreement),
         (["inference", "with eraser / without (limit 1.05)", "range"], inference),
         (peaks, five_b),
     )
-    return "\n\n".join(table(header, rows) for header, rows in parts)
+    return "\n\n".join([step_table(results), *(table(header, rows) for header, rows in parts)])
+
+
+def measure(pairs: int) -> dict[str, Any]:
+    """All costs of CogVideoX."""
+    tiny, medium = digits_subject(), medium_subject()
+    return {
+        "limits": LIMITS,
+        "steps": step_costs(tiny, 5 * pairs) + step_costs(medium, pairs),
+        "agreement": traced_against_measured(tiny) + traced_against_measured(medium),
+        "inference": [
+            *inference_costs(tiny, 7 * pairs, (2, 64)),
+            sampling_cost(tiny, 3 * pairs, 8),
+            *inference_costs(medium, pairs, (2,), rows_a_timing=2),
+        ],
+        "flop_ratio": flop_ratio(),
+        "five_b": five_b_plans(),
+    }
 
 
 def main(input_args: list[str] | None = None) -> None:
     """Measure everything and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="of steps of the larger model")
+    parser.add_argument("--wan", action="store_true", help="measure training steps of Wan alone")
     args = parser.parse_args(input_args)
-    tiny, medium = digits_subject(), medium_subject()
-    results: dict[str, Any] = {
-        "limits": LIMITS,
-        "steps": step_costs(tiny, 5 * args.pairs) + step_costs(medium, args.pairs),
-        "agreement": traced_against_measured(tiny) + traced_against_measured(medium),
-        "inference": [
-            *inference_costs(tiny, 7 * args.pairs, (2, 64)),
-            sampling_cost(tiny, 3 * args.pairs, 8),
-            *inference_costs(medium, args.pairs, (2,), rows_a_timing=2),
-        ],
-        "flop_ratio": flop_ratio(),
-        "five_b": five_b_plans(),
-    }
-    text = tables(results)
-    write_results("cost_of_eraser", results, text)
+    if args.wan:
+        steps = step_costs(wan_subject(), 5 * args.pairs) + step_costs(medium_wan_subject(), args.pairs)
+        results: dict[str, Any] = {"limits": LIMITS, "steps": steps}
+        name, text = "cost_of_eraser_wan", step_table(results)
+    else:
+        results = measure(args.pairs)
+        name, text = "cost_of_eraser", tables(results)
+    write_results(name, results, text)
     print(text)
 
 

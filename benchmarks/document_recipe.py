@@ -14,7 +14,7 @@ import torch
 
 from diffusers_ext.eraser.adapter.outputs import eraser_outputs
 from diffusers_ext.eraser.concept_attention import concept_attention
-from diffusers_ext.families.cogvideox import CogVideoXVelocity
+from diffusers_ext.families.family import Family, Velocity
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DocumentRecipe:
     localization_weight: float = 1.0
 
 
-def _mask(student: CogVideoXVelocity, x_t: torch.Tensor, text: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+def _mask(student: Velocity, x_t: torch.Tensor, text: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
     """Attention to the concept, `(batch, tokens, 1)` in [0, 1]; each clip's own range."""
     with concept_attention(student.transformer, token_mask) as attention:
         student(x_t, torch.zeros(len(x_t), dtype=torch.long, device=x_t.device), text)
@@ -47,8 +47,8 @@ def _mask(student: CogVideoXVelocity, x_t: torch.Tensor, text: torch.Tensor, tok
 
 
 def document_loss(
-    original: CogVideoXVelocity,
-    student: CogVideoXVelocity,
+    original: Velocity,
+    student: Velocity,
     texts: DocumentTexts,
     x_t: torch.Tensor,
     t: torch.Tensor,
@@ -90,9 +90,9 @@ def document_loss(
 
 
 def noised_randomness(
-    shape: tuple[int, ...], alphas_cumprod: torch.Tensor, t: torch.Tensor, generator: torch.Generator
+    family: Family, scheduler: object, shape: tuple[int, ...], t: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Random "clean" latents with random noise at `t`: a normal distribution at every timestep."""
+    """Random "clean" latents with random noise at `t`, as the scheduler of a family mixes them."""
     clean, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    alpha = alphas_cumprod[t].view(-1, *[1] * (len(shape) - 1)).float()
-    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    signal, sigma = family.level(scheduler, t, clean)
+    return signal * clean + sigma * noise

@@ -7,7 +7,7 @@ import time
 
 import torch
 from accelerate import Accelerator
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, WanPipeline
 from torch.utils.data import Dataset
 
 from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_loss, noised_randomness
@@ -15,7 +15,6 @@ from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.concepts import concept_token_mask
 from diffusers_ext.families import find_family
-from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.training.eraser.run import add_eraser
 from diffusers_ext.training.run.loop import LoopSettings, TrainingLoop
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES
@@ -35,7 +34,7 @@ class _Numbers(Dataset):
         return index
 
 
-def _texts(pipeline: CogVideoXPipeline, target: str) -> tuple[DocumentTexts, int]:
+def _texts(pipeline: CogVideoXPipeline | WanPipeline, target: str) -> tuple[DocumentTexts, int]:
     """The bare concept, its negation, and every preserved concept by itself."""
     prompts = [target, f"not {target}", *others_of(target)]
     embeds = encode_video_prompts(pipeline, prompts).detach()
@@ -43,20 +42,20 @@ def _texts(pipeline: CogVideoXPipeline, target: str) -> tuple[DocumentTexts, int
     return DocumentTexts(embeds[:1], embeds[1:2], embeds[2:], tokens), len(prompts) - 2
 
 
-def train_document_eraser(pipeline: CogVideoXPipeline, target: str) -> float:
+def train_document_eraser(pipeline: CogVideoXPipeline | WanPipeline, target: str) -> float:
     """Train; the eraser stays in the pipeline. Returns seconds."""
     original = copy.deepcopy(pipeline)
     size = (NUM_FRAMES, CANVAS, CANVAS)
-    shape = find_family(pipeline, "eraser").latent_shape(pipeline.transformer.config, pipeline.vae.config, *size)
-    grid = find_family(pipeline, "eraser").token_grid(pipeline.transformer.config, shape)
+    family = find_family(pipeline, "eraser")
+    shape = family.latent_shape(pipeline.transformer.config, pipeline.vae.config, *size)
+    grid = family.token_grid(pipeline.transformer.config, shape)
     texts, num_preserved = _texts(pipeline, target)
     parameters = add_eraser(pipeline.transformer, RECIPE)
-    teacher, student = (CogVideoXVelocity.from_pipeline(p, *size) for p in (original, pipeline))
-    alphas = pipeline.scheduler.alphas_cumprod
+    teacher, student = (family.velocity(p, *size) for p in (original, pipeline))
 
     def loss_function(model: torch.nn.Module, batch: list[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
         t = torch.randint(1000, (_BATCH,), generator=generator)
-        x_t = noised_randomness((_BATCH, *shape), alphas, t, generator)
+        x_t = noised_randomness(family, pipeline.scheduler, (_BATCH, *shape), t, generator)
         pick = int(torch.randint(num_preserved, (), generator=generator))
         chosen = DocumentTexts(texts.target, texts.negative, texts.preserved[pick : pick + 1], texts.token_mask)
 

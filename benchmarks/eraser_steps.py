@@ -7,17 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, WanPipeline, WanTransformer3DModel
 
 from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_loss, noised_randomness
 from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.families import find_family
-from diffusers_ext.families.cogvideox import CogVideoXVelocity
 from diffusers_ext.training.eraser.data import ClipSize, EraserData
 from diffusers_ext.training.eraser.run import add_eraser, make_step
-from examples.moving_digits.check_model import load_pipeline
+from examples.moving_digits.check_model import WAN_DIR, load_pipeline
 
 ETA = 1.0
 
@@ -37,21 +36,20 @@ class Subject:
     def __init__(
         self,
         name: str,
-        pipeline: CogVideoXPipeline,
+        pipeline: CogVideoXPipeline | WanPipeline,
         size: ClipSize,
         rank: int,
         rows: int,
         gradient_checkpointing: bool = False,
     ) -> None:
         self.name, self.pipeline, self.size, self.rank, self.rows = name, pipeline, size, rank, rows
-        self.latents = find_family(pipeline, "eraser").latent_shape(
-            pipeline.transformer.config, pipeline.vae.config, *size
-        )
-        self.grid = find_family(pipeline, "eraser").token_grid(pipeline.transformer.config, self.latents)
+        self.family, config = find_family(pipeline, "eraser"), pipeline.transformer.config
+        self.latents = self.family.latent_shape(config, pipeline.vae.config, *size)
+        self.grid = self.family.token_grid(config, self.latents)
         self.gradient_checkpointing = gradient_checkpointing
-        config = pipeline.transformer.config
-        self.text = torch.randn(3, config.max_text_seq_length, config.text_embed_dim)
-        self.concept = torch.zeros(3, config.max_text_seq_length, dtype=torch.bool)
+        tokens = self.family.prompt_length(pipeline)
+        self.text = torch.randn(3, tokens, self.family.text_width(config))
+        self.concept = torch.zeros(3, tokens, dtype=torch.bool)
         self.concept[:, 1] = True
 
     @property
@@ -59,7 +57,7 @@ class Subject:
         """Bytes of the transformer."""
         return sum(p.nbytes for p in self.pipeline.transformer.parameters())
 
-    def student(self, recipe: EraserTraining) -> CogVideoXPipeline:
+    def student(self, recipe: EraserTraining) -> CogVideoXPipeline | WanPipeline:
         """A copy of the pipeline with an eraser that trains."""
         pipeline = copy.copy(self.pipeline)
         pipeline.transformer = copy.deepcopy(self.pipeline.transformer)
@@ -101,6 +99,21 @@ def medium_subject() -> Subject:
     return Subject("8 x 512", pipeline, ClipSize(9, 40, 40), rank=64, rows=1)
 
 
+def wan_subject() -> Subject:
+    """The bundled Wan at its own size."""
+    return Subject("moving digits, Wan", load_pipeline(WAN_DIR), ClipSize(9, 16, 16), rank=32, rows=4)
+
+
+def medium_wan_subject() -> Subject:
+    """A random Wan of 8 blocks and width 512, with 300 video tokens."""
+    pipeline = load_pipeline(WAN_DIR)
+    config = {**pipeline.transformer.config, "num_layers": 8, "ffn_dim": 2048}
+    config |= {"num_attention_heads": 8, "attention_head_dim": 64}
+    torch.manual_seed(0)
+    pipeline.transformer = WanTransformer3DModel.from_config(config)
+    return Subject("8 x 512, Wan", pipeline, ClipSize(9, 80, 80), rank=64, rows=1)
+
+
 def training_step(subject: Subject, *, live_teacher: bool = False, localization: bool = False) -> Callable[[], None]:
     """A function that makes one step of this project's training.
 
@@ -137,10 +150,9 @@ def training_step(subject: Subject, *, live_teacher: bool = False, localization:
 def document_step(subject: Subject) -> Callable[[], None]:
     """A function that makes one step of the design document's training, on as many clips."""
     student = subject.student(EraserTraining(rank=subject.rank))
-    original, pipeline = (CogVideoXVelocity.from_pipeline(p, *subject.size) for p in (subject.pipeline, student))
+    original, pipeline = (subject.family.velocity(p, *subject.size) for p in (subject.pipeline, student))
     texts = DocumentTexts(*(subject.text[i : i + 1] for i in range(3)), token_mask=subject.concept[:1])
     optimizer = torch.optim.AdamW(subject.parameters)
-    alphas = student.scheduler.alphas_cumprod
 
     def to_latents(mask: torch.Tensor) -> torch.Tensor:
         return mask_to_latents(mask[..., 0].unflatten(1, subject.grid), subject.latents)
@@ -148,7 +160,8 @@ def document_step(subject: Subject) -> Callable[[], None]:
     def run() -> None:
         generator = torch.Generator().manual_seed(0)
         t = torch.randint(1000, (subject.rows,), generator=generator)
-        x_t = noised_randomness((subject.rows, *subject.latents), alphas, t, generator)
+        shape = (subject.rows, *subject.latents)
+        x_t = noised_randomness(subject.family, student.scheduler, shape, t, generator)
         loss = document_loss(original, pipeline, texts, x_t, t, to_latents, DocumentRecipe())
         loss.backward()
         optimizer.step()

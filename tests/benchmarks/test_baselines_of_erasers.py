@@ -22,10 +22,13 @@ from benchmarks.baselines.safree import (
     span_projection,
 )
 from benchmarks.baselines.videoeraser import VideoEraser, concept_scale
+from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_loss, noised_randomness
+from diffusers_ext.eraser.adapter.outputs import eraser_layers
 from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
 from diffusers_ext.families import find_family
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.tiny_current_pipelines import tiny_wan_pipeline
+from tests.tiny_erasers import add_random_eraser
 
 PROMPTS = ["a red seven moving right", "a blue two moving up"]
 CALL = {"num_frames": 9, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
@@ -280,3 +283,31 @@ def test_esd_trains_a_lora_on_the_attention_that_reads_text(make):
         assert all(parameter.abs().max() > 0 for parameter in moved)
     # |v_c - v_0 + eta (v_c - v_0)|^2, before anything has moved
     assert losses[0] == pytest.approx(4 * losses[1], rel=1e-3)
+
+
+def test_the_documents_recipe_noises_as_the_scheduler_does_and_trains_the_eraser(pipeline):
+    family, t = find_family(pipeline), torch.tensor([250, 700])
+    generator = torch.Generator().manual_seed(0)
+    x_t = noised_randomness(family, pipeline.scheduler, (2, 3, 4, 4, 4), t, generator)
+    clean, noise = torch.randn(2, 2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    if family.flow_matching:
+        assert torch.allclose(x_t[0], 0.75 * clean[0] + 0.25 * noise[0])
+    else:
+        assert torch.allclose(x_t, pipeline.scheduler.add_noise(clean, noise, t), atol=1e-6)
+    student = copy.copy(pipeline)
+    student.transformer = copy.deepcopy(pipeline.transformer)
+    add_random_eraser(student.transformer)
+    student.transformer.requires_grad_(False)
+    ups = [
+        layer.eraser_up["default"].weight.requires_grad_(True) for layer in eraser_layers(student.transformer).values()
+    ]
+    guard = GuardedCalls(pipeline, "seven", **SIZES)
+    text = guard.encode(["seven", "not seven", "two"]).split(1)
+    mask = torch.zeros(1, text[0].shape[1], dtype=torch.bool)
+    mask[:, 0] = True
+    loss = document_loss(
+        velocity_of(pipeline), velocity_of(student), DocumentTexts(*text, mask), x_t, t,
+        lambda mask: mask.mean(), DocumentRecipe(),
+    )  # fmt: skip
+    loss.backward()
+    assert all(up.grad.abs().sum() > 0 for up in ups)
