@@ -14,6 +14,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 
 
@@ -25,7 +26,8 @@ class TinyModel(NamedTuple):
 
     def run(self) -> torch.Tensor:
         """The model's prediction for `inputs`."""
-        return self.model(**self.inputs, return_dict=False)[0]
+        found = self.model(**self.inputs, return_dict=False)[0]
+        return torch.stack(found) if isinstance(found, list) else found
 
 
 def sd_unet() -> TinyModel:
@@ -226,6 +228,31 @@ def wan() -> TinyModel:
         "hidden_states": torch.randn(1, 4, 2, 8, 8),
         "timestep": torch.tensor([10]),
         "encoder_hidden_states": torch.randn(1, 7, 16),
+    }
+    return TinyModel(transformer.eval(), inputs)
+
+
+def z_image() -> TinyModel:
+    """Z-Image: one stream of picture and text, of lists; refiners before it have attentions of the same name."""
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=12,
+        axes_dims=[8, 4, 4],
+        axes_lens=[128, 16, 16],
+    )
+    # Their values are whatever is in memory until weights are loaded.
+    torch.nn.init.normal_(transformer.x_pad_token)
+    torch.nn.init.normal_(transformer.cap_pad_token)
+    inputs = {
+        "x": list(torch.randn(2, 4, 1, 8, 8)),
+        "t": torch.tensor([0.3, 0.3]),
+        "cap_feats": [torch.randn(7, 12), torch.randn(40, 12)],
     }
     return TinyModel(transformer.eval(), inputs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -99,22 +99,21 @@ class Family:
     joint_attention: ClassVar[str | None] = None
     joint_blocks: ClassVar[tuple[str, ...]] = ()
     video_alone: ClassVar[bool] = False  # its `to_out` reads video tokens alone, and it may give no text
-
+    # Where it gives one stream of both: of the keywords of its call, which tokens are video's, `(batch, tokens, 1)`.
+    video_rows: ClassVar[Callable[[Mapping[str, Any]], torch.Tensor] | None] = None
     masks_padding: ClassVar[bool] = False  # the pipeline hides padding from its text encoder
     # Module of a block in which video alone looks at text alone and a concept is seen, if not in `joint_attention`.
     text_keys: ClassVar[str | None] = None
     locates_concepts: ClassVar[bool] = False  # `eraser.concept_attention` reads that attention
-    prediction_types: ClassVar[tuple[str, ...]] = (
-        "v_prediction",
-    )  # that erasers are trained in, without flow matching
+    # That erasers are trained in, without flow matching.
+    prediction_types: ClassVar[tuple[str, ...]] = ("v_prediction",)
 
     # Text
 
     def encode(self, pipeline: DiffusionPipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
         """Encode prompts as the pipeline's own call does; without `negatives`, with those that it takes by itself.
 
-        Raises:
-            ValueError: negative prompts for a model that takes none.
+        `ValueError` for negative prompts of a model that takes none.
         """
         raise NotImplementedError
 
@@ -314,6 +313,9 @@ class Family:
         """Whether an attention of a block is one that an eraser goes beside, also where something wraps it."""
         kinds = {parent.__name__ for parent in type(block).__mro__}
         return bool(kinds.intersection(self.joint_blocks)) and attention is getattr(block, self.joint_attention, None)
+
+    def check_attachment(self, config: Any) -> None:
+        """Raise `ValueError` for a denoiser of the family's class that erasers do not know."""
 
     def text_length(self, config: Any) -> int:
         """Tokens that prompts are padded to, by the denoiser's config."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,6 +16,8 @@ class PictureFamily(Family):
     """A family of image models that erasers are trained on."""
 
     prediction_types = ("epsilon", "v_prediction")
+    latents_dtype: ClassVar[torch.dtype | None] = None  # as of `Velocity`
+    guidance_offset: ClassVar[float] = 0.0  # what the pipeline's call adds to its `guidance_scale`
 
     def side_multiple(self, config: Any, vae_config: Any) -> int:
         """What heights and widths in pixels must be multiples of."""
@@ -138,8 +140,11 @@ class PictureVelocity(Velocity):
     def __init__(self, family: PictureFamily, pipeline: Any, guidance_scale: float) -> None:
         super().__init__(getattr(pipeline, family.denoiser))
         self.family, self.pipeline, self.flow_matching = family, pipeline, family.flow_matching
-        self.prediction_types = family.prediction_types
+        self.prediction_types, self.latents_dtype = family.prediction_types, family.latents_dtype
         self.embedded_guidance = guidance_scale if family.embedded_guidance(self.config) else None
+
+    def guidance_weight(self, guidance_scale: float) -> float:
+        return super().guidance_weight(guidance_scale + self.family.guidance_offset)
 
     def token_grid(self, latent_shape: Sequence[int]) -> TokenGrid:
         return self.family.token_grid(self.config, latent_shape)

@@ -68,6 +68,10 @@ class Velocity:
     def __init__(self, transformer: torch.nn.Module) -> None:
         self.transformer = transformer
 
+    def guidance_weight(self, guidance_scale: float) -> float:
+        """The `w` of `v(empty) + w (v(prompt) - v(empty))` that the pipeline's call makes of its scale; else 1."""
+        return guidance_scale if guidance_scale > 1 and self.embedded_guidance is None else 1.0
+
     @property
     def model(self) -> torch.nn.Module:
         """The transformer without the wrapper of distributed training."""

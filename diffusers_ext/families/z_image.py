@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from diffusers_ext.families.family import Family
+from diffusers_ext.families.picture_velocity import PictureFamily
 from diffusers_ext.families.published import QWEN3_4B_BODY, VAE_16, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
 
@@ -15,17 +16,28 @@ if TYPE_CHECKING:
     from diffusers import ZImagePipeline
 
 
-class ZImage(Family):
-    """Z-Image, base and Turbo; a text is as long as its prompt, and the denoiser takes lists."""
+# Numbers of the blocks that refine noise begin here; the others count from 0.
+_FIRST_REFINER = 1000
+
+
+class ZImage(PictureFamily):
+    """Z-Image, base and Turbo; a text is as long as its prompt, and the denoiser takes lists.
+
+    Its layers have one stream, the picture's tokens, then the text's. Erasers of GELU change the picture's alone,
+    which their positions tell; the projection serves both, so that linear ones, which are LoRAs on it, change the
+    text's too.
+    """
 
     name = "z_image"
     title = "Z-Image"
     pipelines = ("ZImagePipeline",)
     denoiser_class = "ZImageTransformer2DModel"
-    tools = frozenset({"nullspace"})
+    tools = frozenset({"nullspace", "eraser"})
     nullspace_pipeline = "NullSpaceDreamBoothZImagePipeline"
     flow_matching = True
     own_levels = True
+    latents_dtype = torch.float32
+    guidance_offset = 1.0  # its call adds `scale * (v(prompt) - v(empty))` to the prompt's velocity
     text_fields = ("prompt_embeds", "attention_mask")
     pads_text = False
     published = (
@@ -40,6 +52,30 @@ class ZImage(Family):
     blocks = "layers"
     text_stream = ()
     attention_linears = ("to_q", "to_k", "to_v", "to_out.0")
+    joint_attention, joint_blocks = "attention", ("ZImageTransformerBlock",)
+
+    @staticmethod
+    def video_rows(arguments: Mapping[str, Any]) -> torch.Tensor:
+        """Those with the first one's position along time, where the picture lies as a whole and no text."""
+        turns = arguments.get("freqs_cis")  # (batch, tokens, angles) complex, time's fastest first
+        if turns is None:
+            raise ValueError("An attention of Z-Image with an eraser must be called with `freqs_cis`, got none.")
+        return turns[..., :1] == turns[:, :1, :1]
+
+    def is_joint_attention(self, attention: torch.nn.Module, block: torch.nn.Module) -> bool:
+        """Of the layers over picture and text, not of the refiners of either."""
+        found = super().is_joint_attention(attention, block)
+        return found and block.modulation and block.layer_id < _FIRST_REFINER
+
+    def check_attachment(self, config: Any) -> None:
+        if config.siglip_feat_dim is not None:
+            raise ValueError(
+                "`model` must be of Z-Image from text alone, whose picture comes first, got one that reads pictures "
+                f"besides (`siglip_feat_dim` {config.siglip_feat_dim}). Erasers do not know its order of tokens."
+            )
+
+    def attention_width(self, config: Any) -> int:
+        return config["dim"]
 
     def encode(self, pipeline: ZImagePipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
         embeds, negative = pipeline.encode_prompt(

@@ -17,7 +17,7 @@ from diffusers_ext.eraser.linear import export_eraser_lora, family_of, lora_of_e
 from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_erasers import VIDEO, add_random_eraser, velocity
 from tests.tiny_lora import add_random_lora
-from tests.tiny_models import TinyModel, cogvideox, sd_unet, wan
+from tests.tiny_models import TinyModel, cogvideox, sd_unet, wan, z_image
 
 
 def erase(model: torch.nn.Module, name: str = "seven", seed: int = 1, **settings) -> None:
@@ -25,7 +25,7 @@ def erase(model: torch.nn.Module, name: str = "seven", seed: int = 1, **settings
     model.add_adapter(EraserConfig(**{"r": 3, "kind": "linear", "init_weights": False} | settings), name)
 
 
-@pytest.fixture(params=[wan, cogvideox, sd_unet], ids=lambda build: build.__name__)
+@pytest.fixture(params=[wan, cogvideox, sd_unet, z_image], ids=lambda build: build.__name__)
 def tiny(request) -> TinyModel:
     return request.param()
 

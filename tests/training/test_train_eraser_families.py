@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.families import find_family
 from tests.tiny_cogvideox import tiny_video_pipeline
-from tests.tiny_current_pipelines import tiny_flux2_pipeline
+from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_z_image_pipeline
 from tests.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
@@ -60,6 +60,7 @@ FAMILIES = {
         {"on policy": "`on_policy_share` must be 0 for image-to-video CogVideoX"},
     ),
     "flux2": Setting(small_flux2, PICTURE, PICTURE, "transformer_blocks.0.attn", TRAJECTORIES),
+    "z_image": Setting(tiny_z_image_pipeline, PICTURE, PICTURE, "layers.0.attention", TRAJECTORIES),
     "sd3": Setting(tiny_sd3_pipeline, PICTURE, PICTURE, "transformer_blocks.1.attn", TRAJECTORIES),
     "sdxl": Setting(
         sdxl_pipeline,
@@ -132,7 +133,12 @@ VARIANTS = {
     "noise": {"latents_source": "noise"},
     "on policy": {"on_policy_share": 0.5},
     "half precision": {"mixed_precision": "bf16", "gradient_checkpointing": True},
-    "kept": {"trajectories_dir": "kept", "preserved_concepts_file": None, "preservation_weight": 0},
+    "kept, linear": {
+        "kind": "linear",
+        "trajectories_dir": "kept",
+        "preserved_concepts_file": None,
+        "preservation_weight": 0,
+    },
 }
 
 

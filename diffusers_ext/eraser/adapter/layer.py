@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,17 +94,18 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         to_out.0(x)' = W x + b + s_a * up_a(down_a(x)),
 
     which is a LoRA on that projection, and can be exported and merged as one. Where one projection serves text and
-    video (CogVideoX), it changes the text tokens too.
+    video (CogVideoX, Z-Image), it changes the text tokens too.
 
     In its place the layer does what the dropout does, its `base_layer`. It adds in a hook on the attention, whose
-    output is `(video, text)`, or in its place where that gets video tokens alone (`video_alone`), and linear ones in a
-    hook on the projection: nothing is noted between two calls, so that several threads may run one model with prompts
-    of different lengths.
+    output is `(video, text)`, or one stream of which `video_rows` tells the video's by the keywords of the call, or in
+    its place where that gets video tokens alone (`video_alone`), and linear ones in a hook on the projection: nothing
+    is noted between two calls, so that several threads may run one model with prompts of different lengths.
     Frozen erasers are computed as one, see `FusedErasers`.
     """
 
     adapter_layer_names = ("eraser_down", "eraser_up")
     other_param_names = ("r", "kinds", "scaling", "scale_tensors", "unscaled")
+    video_rows: Callable[[Mapping[str, Any]], torch.Tensor] | None = None  # of its family, see `Family.video_rows`
 
     def __init__(
         self, base_layer: nn.Module, in_features: int, video_alone: bool = False, inner_features: int | None = None
@@ -164,14 +165,20 @@ class EraserLayer(nn.Module, BaseTunerLayer):
             hidden_states = dropout(hidden_states)
         return self.add_to_video(hidden_states) if self.video_alone else hidden_states
 
-    def add_to_video(self, video: torch.Tensor) -> torch.Tensor:
-        """Video tokens `(batch, video, dim)` to tokens of the same shape and dtype, with erasers of GELU."""
+    def add_to_video(self, video: torch.Tensor, arguments: Mapping[str, Any] | None = None) -> torch.Tensor:
+        """Tokens `(batch, video, dim)` with erasers of GELU; of a stream, for a call's `arguments`, video's alone."""
         if self._disable_adapters or self.bypassed:
             return video
         if not self.recorders:
-            return self._add("gelu", video, video)
+            erased = self._add("gelu", video, video)
+            if arguments is None or erased is video:
+                return erased
+            return torch.where(self.video_rows(arguments), erased, video)
         linear = {name: added[:, -video.shape[1] :] for name, added in self._recorded.take().items()}
         added = self._added("gelu", video)
+        if arguments is not None and (linear or added):
+            rows = self.video_rows(arguments)
+            linear, added = ({n: torch.where(rows, x, 0.0) for n, x in kept.items()} for kept in (linear, added))
         for recorder in self.recorders if linear or added else ():
             recorder(linear | added)
         return sum(added.values(), start=video)
@@ -308,7 +315,8 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     def watch_attention(self, attention: nn.Module) -> None:
         """Add to the video tokens whenever `attention` has run, until `forget_attention`."""
         if not self.video_alone and "gelu" not in self._hooks:
-            self._hooks["gelu"] = attention.register_forward_hook(_add_to_video)
+            hook = _add_to_stream if self.video_rows else _add_to_video
+            self._hooks["gelu"] = attention.register_forward_hook(hook, with_kwargs=hook is _add_to_stream)
         if "linear" not in self._hooks and "linear" in self.kinds.values():
             projection = output_projection(attention)
             self._hooks["linear"] = projection.register_forward_hook(_ProjectionHook(self, attention))
@@ -369,6 +377,11 @@ def _add_to_video(attention: nn.Module, _: tuple, output: Any) -> Any:
             f"{type(attention.processor).__name__}. Set a processor of CogVideoX, or the model's own."
         )
     return layer.add_to_video(output[0]), *output[1:]
+
+
+def _add_to_stream(attention: nn.Module, _: tuple, arguments: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    layer = attention._modules["to_out"]._modules["1"]
+    return layer.add_to_video(output, arguments) if isinstance(layer, EraserLayer) else output
 
 
 class _ProjectionHook:

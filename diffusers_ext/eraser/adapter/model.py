@@ -151,6 +151,8 @@ class EraserModel(BaseTuner):
 
     def _prepare_model(self, peft_config: EraserConfig, model: nn.Module) -> None:
         # All that can be refused is refused here, before the first layer is replaced.
+        for family in filter(None, [match_family(model, "eraser_adapter")]):
+            family.check_attachment(model.config)
         attentions = joint_attentions(model)
         if not attentions:
             raise ValueError(
@@ -179,7 +181,9 @@ class EraserModel(BaseTuner):
         layer = target
         if not isinstance(target, EraserLayer):
             inner = output_projection(attention).in_features
-            layer = EraserLayer(target, attention_width(attention), _gives_video_alone(self.model), inner)
+            family = match_family(self.model, "eraser_adapter")
+            layer = EraserLayer(target, attention_width(attention), family is not None and family.video_alone, inner)
+            layer.video_rows = None if family is None else family.video_rows
         device = _device_of(attention, current_key)
         layer.update_layer(adapter_name, peft_config.r, peft_config.init_weights, device, peft_config.kind)
         if layer is not target:
@@ -229,11 +233,6 @@ def _families_for(model: nn.Module) -> list[Family]:
     family = match_family(model, "eraser_adapter")
     # Others borrow attentions of transformers; a block of a UNet is everyone's.
     return transformers_of("eraser_adapter") if family is None else [family]
-
-
-def _gives_video_alone(model: nn.Module) -> bool:
-    family = match_family(model, "eraser_adapter")
-    return family is not None and family.video_alone
 
 
 def _check_place(name: str, attentions: dict[str, nn.Module]) -> None:

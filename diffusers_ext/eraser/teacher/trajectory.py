@@ -55,8 +55,9 @@ def teacher_trajectory(
     """Sample with classifier-free guidance, as the model's pipeline does, and give every step.
 
     The guided velocity is `v(empty) + w (v(prompt) - v(empty))` (https://arxiv.org/abs/2207.12598, equation 6, with w
-    = `guidance_scale`), unless the model takes the scale as an input. Each step is one batched pass over the rows of
-    all prompts. The model's erasers are off in it; nothing of the model stays changed between two steps.
+    = `guidance_scale`, or what the pipeline makes of it), unless the model takes the scale as an input. Each step is
+    one batched pass over the rows of all prompts. The model's erasers are off in it; nothing of the model stays
+    changed between two steps.
 
     Args:
         scheduler: predicts velocities; a copy is used.
@@ -79,14 +80,14 @@ def teacher_trajectory(
     run = _Run(velocity, scheduler, num_inference_steps, latents, generators)
     if extra_prompt_embeds is not None and extra_at is None:
         extra_at = torch.ones(len(run.timesteps), len(latents), dtype=torch.bool)
-    guidance_scale = guidance_scale if guides(velocity, guidance_scale) else 1.0
+    guidance_scale = velocity.guidance_weight(guidance_scale)
     numbers = range(len(latents)) if numbers is None else numbers
     return _walk(velocity, run, texts, guidance_scale, extra_at, attention, numbers)
 
 
 def guides(velocity: Velocity, guidance_scale: float) -> bool:
     """Whether a run asks for the empty prompt besides at a scale."""
-    return guidance_scale > 1 and velocity.embedded_guidance is None
+    return velocity.guidance_weight(guidance_scale) != 1
 
 
 def check_predicts_velocity(scheduler: SchedulerMixin, velocity: Velocity) -> None:

@@ -87,7 +87,7 @@ def _check_family(settings: EraserSettings, family: Family, config: Any) -> None
         )
     pictures = "num_frames" not in family.size_arguments(1, 1, 1)
     rolls_out = not reads_picture and (family.flow_matching or not pictures)
-    more_than_tokens = bool({*family.text_shapes(config)} - {"prompt_embeds"})
+    more_than_tokens = bool({*family.text_fields} - {"prompt_embeds"})
     for name, asked, known, rule in (
         ("on_policy_share", settings.on_policy_share, rolls_out, "0"),
         ("localization_weight", settings.localization_weight, family.locates_concepts, "0"),

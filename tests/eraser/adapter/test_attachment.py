@@ -7,14 +7,19 @@ import threading
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel, HunyuanVideoTransformer3DModel, LTX2VideoTransformer3DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    LTX2VideoTransformer3DModel,
+    ZImageTransformer2DModel,
+)
 from peft import LoraConfig
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import attention_width, joint_attentions
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, eraser_outputs, erasers_disabled
 from diffusers_ext.eraser.files import load_eraser, save_eraser
-from tests.tiny_models import TinyModel, flux, sd3, sd_unet, sdxl_unet, wan
+from tests.tiny_models import TinyModel, flux, sd3, sd_unet, sdxl_unet, wan, z_image
 
 
 def hunyuan_video() -> TinyModel:
@@ -102,6 +107,7 @@ PLACES = {
     flux: ("transformer_blocks.0.attn", 1),
     flux2: ("transformer_blocks.0.attn", 1),
     sd3: ("transformer_blocks.0.attn", 2),
+    z_image: ("layers.0.attention", 2),
     ltx2: ("transformer_blocks.0.attn1", 1),
     sd_unet: (UNET, 4),
     sdxl_unet: (UNET, 8),
@@ -174,7 +180,9 @@ def test_a_lora_beside_it_changes_nothing_of_it(tiny):
 def test_it_is_float32_beside_a_model_in_half_precision(tiny):
     model = tiny.model.to(torch.bfloat16)
     for name, value in tiny.inputs.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and "ids" not in name:
+        if isinstance(value, list):
+            tiny.inputs[name] = [part.to(torch.bfloat16) for part in value]
+        elif isinstance(value, torch.Tensor) and value.is_floating_point() and "ids" not in name:
             tiny.inputs[name] = value.to(torch.bfloat16)
     added = tiny.inputs.get("added_cond_kwargs", {})
     tiny.inputs.update({"added_cond_kwargs": {n: v.to(torch.bfloat16) for n, v in added.items()}} if added else {})
@@ -233,6 +241,33 @@ def test_widths_of_a_unet_bound_the_rank():
         erase(model, r=999)
     erase(model, r=min(widths))
     assert model.peft_config["seven"].in_features == max(widths)
+
+
+@torch.no_grad()
+def test_of_z_image_s_one_stream_the_picture_s_tokens_alone_are_changed():
+    tiny, streams = z_image(), []
+    attention = tiny.model.layers[0].attention
+    hook = attention.register_forward_hook(lambda _, __, output: streams.append(output))
+    tiny.run()
+    hook.remove()
+    erase(tiny.model)
+    hook = attention.register_forward_hook(lambda _, __, output: streams.append(output))
+    with eraser_outputs(tiny.model) as outputs:
+        tiny.run()
+    hook.remove()
+    before, after = streams
+    # 16 tokens of a picture of 8 x 8 latents, padded to 32; then 32 or 64 of text.
+    assert before.shape == (2, 96, 32)
+    changed_rows = (before != after).any(-1)
+    assert changed_rows[:, :16].all()
+    assert not changed_rows[:, 16:].any()
+    recorded = outputs["layers.0.attention"]
+    torch.testing.assert_close(before + recorded, after)
+    other = ZImageTransformer2DModel.from_config(tiny.model.config, siglip_feat_dim=8)
+    with pytest.raises(ValueError, match="`model` must be of Z-Image from text alone, .* order of tokens"):
+        erase(other)
+    with pytest.raises(ValueError, match="with an eraser must be called with `freqs_cis`, got none"):
+        attention(before)
 
 
 @torch.no_grad()
