@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
 from transformers import T5Config, T5EncoderModel
 
 from examples.moving_digits.prompts import PROMPT_LENGTH, make_tokenizer
@@ -49,6 +55,13 @@ def tiny_vae(seed: int = 0) -> AutoencoderKLCogVideoX:
         sample_width=16,
         temporal_compression_ratio=4,
     ).eval()
+
+
+def tiny_image_to_video_pipeline(seed: int = 0) -> CogVideoXImageToVideoPipeline:
+    """Random, of the same size as `tiny_video_pipeline`."""
+    pipeline = CogVideoXImageToVideoPipeline(**tiny_video_pipeline(seed, in_channels=8).components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tiny_video_pipeline(seed: int = 0, **overrides: Any) -> CogVideoXPipeline:

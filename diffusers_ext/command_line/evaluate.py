@@ -244,12 +244,12 @@ def _load_subjects(settings: GoldenNoiseEvaluationSettings, pipeline: DiffusionP
 
 
 def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> ErasureReport:
-    """Draw CogVideoX with and without erasers, judge, measure and write."""
+    """Draw a model with and without erasers, judge, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
     from diffusers_ext.core.text_files import read_grouped_prompts
     from diffusers_ext.evaluation.attack_prompts import attack_groups
     from diffusers_ext.evaluation.erasure import evaluate_erasure
-    from diffusers_ext.evaluation.erasure_attacks import make_attacks, not_covered
+    from diffusers_ext.evaluation.erasure_attacks import check_base, make_attacks, not_covered, read_frames
     from diffusers_ext.evaluation.report_files import check_clip_format
 
     check_clip_format(settings.clip_format)
@@ -260,15 +260,16 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
             "`evaluation_prompts` must have rows of group 'target' and 'preserved', got none of "
             f"{missing} in {settings.evaluation_prompts}."
         )
-    check_pipeline_class(settings, "erasure")
+    check_base(settings, check_pipeline_class(settings, "eraser"))
     device = chosen_device(settings)
     attacked = attack_groups(settings, prompts["target"], settings.target_concept, device)
     prompts |= {group: texts for group, (texts, _) in attacked.items()}
     seeds |= {group: given for group, (_, given) in attacked.items()}
     judge = _load_clip_judge(settings, device)
     same = ("concept_aspect", "num_videos_per_prompt", "seed", "num_inference_steps", "num_frames", "height", "width")
+    pipeline = _load_erased_pipeline(settings, device)
     report = evaluate_erasure(
-        _load_erased_pipeline(settings, device),
+        pipeline,
         prompts,
         judge,
         scales=settings.scale,
@@ -278,6 +279,7 @@ def compare_erasers(settings: ErasureSettings, show_progress: bool = True) -> Er
         batch_size=settings.sampling_batch_size,
         kept_clips=settings.kept_clips,
         attacks=make_attacks(settings, settings.seed),
+        first_frames=read_frames(settings, pipeline),
         show_progress=show_progress,
         **{name: getattr(settings, name) for name in same},
     )
@@ -361,8 +363,8 @@ EVALUATE_GOLDEN_NOISE = GOLDEN_NOISE.command(
 ERASURE = Evaluation(ErasureSettings, compare_erasers, "ERASER_RUNS")
 EVALUATE_ERASURE = ERASURE.command(
     "evaluate erasure",
-    "CogVideoX with and without erasers: what is gone, what was kept",
-    "Draw clips of the same prompts from the same seeds with erasers and without, and let a detector say "
+    "a model with and without erasers: what is gone, what was kept",
+    "Draw clips or pictures of the same prompts from the same seeds with erasers and without, and let a detector say "
     "what they show. Writes report.json, clips.csv, table.md, sheet.png and clips/.",
     (
         "evaluate erasure --pretrained_model_name_or_path zai-org/CogVideoX-2b --eraser user/no-dog "

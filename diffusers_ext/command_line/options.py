@@ -181,7 +181,9 @@ def check_pipeline_class(args: argparse.Namespace, tool: str | None = None) -> d
     from diffusers_ext.families.base_source import read_base_config, refuse_single_file
 
     source = args.pretrained_model_name_or_path
-    classes = [family.pipelines[0] for family in families_of(tool)] if tool else []
+    families = families_of(tool) if tool else []
+    also = [family.image_pipeline for family in families if tool == "eraser" and family.image_pipeline]
+    classes = [*also, *(family.pipelines[0] for family in families)]
     if classes:
         refuse_single_file(source, f"a {' or '.join(classes)}")
     components = read_base_config(source, revision=args.revision, single_file_config=args.single_file_config)

@@ -80,6 +80,27 @@ def read_pictures(folder: str | os.PathLike, name: str = "folder") -> list[Image
     return [read_picture(path) for path in found.paths]
 
 
+def check_first_frames(folder: str | os.PathLike | None, asked: bool, needed: bool) -> None:
+    """Raise `ValueError` unless `first_frames_dir` is a folder of pictures where a model asks for it, else `None`."""
+    if folder is not None:
+        if not asked:
+            raise ValueError(
+                f"`first_frames_dir` must be None for a model that draws clips from text alone, got {folder}."
+            )
+        find_pictures(folder, "first_frames_dir")
+    elif asked and needed:
+        raise ValueError(
+            "`first_frames_dir` must be a folder of pictures for an image-to-video model, whose clips begin with one, "
+            "got None."
+        )
+
+
+def read_first_frames(folder: str | os.PathLike, height: int, width: int) -> list[Image.Image]:
+    """The pictures of `first_frames_dir`, scaled to cover a size and cropped around the centre."""
+    pictures = read_pictures(folder, "first_frames_dir")
+    return [ImageOps.fit(picture, (width, height), Image.BICUBIC) for picture in pictures]
+
+
 def is_caption(name: str) -> bool:
     """Whether a file beside pictures holds captions by its name: `a.txt`, `metadata.jsonl` and the like."""
     return name.lower().endswith((".txt", ".caption")) or name.lower().startswith("metadata.")

@@ -6,7 +6,7 @@ After the adversarial prompt learning of Receler (Huang et al. 2024, arXiv 2311.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import mean
 from typing import Any, NamedTuple
@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline
+from torch.nn import functional
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
-from diffusers_ext.eraser.batch import Rows
+from diffusers_ext.eraser.batch import Rows, encode_video_prompts
 from diffusers_ext.eraser.losses import velocity_distance
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.families import find_family
 from diffusers_ext.families.family import Velocity
+from diffusers_ext.families.text_conditioning import Text, TextConditioning, token_embeds
 
 
 class RevivalEmbeddings(NamedTuple):
@@ -35,7 +38,7 @@ def learn_revival_embeddings(
     velocity: Velocity,
     x_t: torch.Tensor,
     t: torch.Tensor,
-    prompt_embeds: torch.Tensor,
+    prompt_embeds: Text,
     *,
     v_concept: torch.Tensor | None = None,
     num_embeddings: int = 16,
@@ -80,7 +83,7 @@ def learn_revival_embeddings(
 
 def _search(
     velocity: Velocity,
-    points: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    points: tuple[torch.Tensor, torch.Tensor, Text, torch.Tensor | None],
     num_embeddings: int,
     steps: int,
     learning_rate: float,
@@ -90,9 +93,10 @@ def _search(
     """One run of `learn_revival_embeddings`."""
     x_t, t, prompt_embeds, v_concept = points
     generator = torch.Generator().manual_seed(seed)
-    values = prompt_embeds.detach().float()
-    if _pads_with_zeros(velocity.config):
-        values_read = values[read_tokens(values)]
+    text = prompt_embeds.to(x_t.device, torch.float32)
+    values = token_embeds(text).detach()
+    if isinstance(text, TextConditioning) or _pads_with_zeros(velocity.config):
+        values_read = values[read_tokens(text)]
         centre, spread = values_read.mean(dim=0), values_read.std()
     else:
         centre, spread = values.mean(dim=(0, 1)), values.std()
@@ -100,18 +104,18 @@ def _search(
     offsets = start.to(values.device).requires_grad_()
     optimizer = torch.optim.Adam([offsets], lr=learning_rate)
     losses = []
-    with module_eval_mode(velocity.model):
+    with module_eval_mode(*velocity.models):
         for _ in tqdm(range(steps), desc="learn embeddings"):
             chosen = torch.randperm(len(x_t), generator=generator)[:batch_size].to(x_t.device)
             states = (x_t[chosen], t[chosen])
             if v_concept is not None:
                 target = v_concept[chosen.to(v_concept.device)].to(x_t.device, torch.float32)
             else:
-                with torch.no_grad(), erasers_disabled(velocity.model):
-                    target = velocity(*states, values[chosen])
+                with torch.no_grad(), erasers_disabled(*velocity.models):
+                    target = velocity(*states, text[chosen])
             with torch.enable_grad():
-                text = insert_embeddings(values[chosen], centre + spread * offsets, velocity.config)
-                loss = velocity_distance(velocity(*states, text), target)
+                revived = insert_embeddings(text[chosen], centre + spread * offsets, velocity.config)
+                loss = velocity_distance(velocity(*states, revived), target)
             # Not `backward`: erasers that are trainable must not collect gradients.
             (offsets.grad,) = torch.autograd.grad(loss, [offsets])
             optimizer.step()
@@ -119,16 +123,17 @@ def _search(
     return RevivalEmbeddings((centre + spread * offsets).detach(), losses)
 
 
-def insert_embeddings(
-    prompt_embeds: torch.Tensor, embeddings: torch.Tensor, config: Mapping[str, Any]
-) -> torch.Tensor:
+def insert_embeddings(prompt_embeds: Text, embeddings: torch.Tensor, config: Mapping[str, Any]) -> Text:
     """Prompts `(batch, text, text_dim)` with embeddings `(n, text_dim)` after them, or over their last tokens.
 
     CogVideoX gives text tokens no positions, so their order means nothing and rotary models take any number; models
     with absolute positions (by `config`, the transformer's) take exactly their own, the last being padding unless a
     prompt fills them. Models whose padding is zeros, as Wan's, read them right after each prompt, in its place, and
-    are given more tokens where that is too short: cross-attention reads any number.
+    are given more tokens where that is too short: cross-attention reads any number. So are models whose text has a
+    mask. Pooled text stays that of the prompt.
     """
+    if isinstance(prompt_embeds, TextConditioning):
+        return _insert_read(prompt_embeds, embeddings)
     text, width = prompt_embeds.shape[1:]
     if embeddings.ndim != 2 or embeddings.shape[1] != width:
         raise ValueError(f"`embeddings` must be (num_embeddings, {width}), got {tuple(embeddings.shape)}.")
@@ -137,7 +142,7 @@ def insert_embeddings(
         return torch.cat([prompt_embeds, added], dim=1)
     if _pads_with_zeros(config):
         places = read_tokens(prompt_embeds).sum(1)[:, None] + torch.arange(len(embeddings), device=added.device)
-        longer = torch.nn.functional.pad(prompt_embeds, (0, 0, 0, max(0, int(places.max()) + 1 - text)))
+        longer = functional.pad(prompt_embeds, (0, 0, 0, max(0, int(places.max()) + 1 - text)))
         return longer.scatter(1, places[..., None].expand_as(added), added)
     if len(embeddings) >= text:
         raise ValueError(
@@ -145,6 +150,20 @@ def insert_embeddings(
             f"absolute positions, got {len(embeddings)}."
         )
     return torch.cat([prompt_embeds[:, : text - len(embeddings)], added], dim=1)
+
+
+def _insert_read(text: TextConditioning, embeddings: torch.Tensor) -> TextConditioning:
+    """Right after the last token of each prompt that its mask, if there is one, lets be read."""
+    found, mask = text.tensors(), read_tokens(text)
+    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+    places = last[:, None] + 1 + torch.arange(len(embeddings), device=mask.device)
+    more = max(0, int(places.max()) + 1 - mask.shape[1])
+    added = embeddings.to(text.prompt_embeds).expand(len(text), -1, -1)
+    longer = functional.pad(text.prompt_embeds, (0, 0, 0, more))
+    found["prompt_embeds"] = longer.scatter(1, places[..., None].expand_as(added), added)
+    if text.attention_mask is not None:
+        found["attention_mask"] = functional.pad(text.attention_mask, (0, more)).scatter(1, places, 1)
+    return TextConditioning(**found)
 
 
 def takes_any_text_length(config: Mapping[str, Any]) -> bool:
@@ -158,9 +177,14 @@ def _pads_with_zeros(config: Mapping[str, Any]) -> bool:
     return "use_rotary_positional_embeddings" not in config
 
 
-def read_tokens(prompt_embeds: torch.Tensor) -> torch.Tensor:
-    """Which tokens of prompts `(batch, text, text_dim)` are no padding of zeros, `(batch, text)` bool."""
-    return prompt_embeds.ne(0).any(dim=2)
+def read_tokens(prompt_embeds: Text) -> torch.Tensor:
+    """Which tokens of prompts `(batch, text, text_dim)` are no padding, of zeros or masked, `(batch, text)` bool."""
+    if isinstance(prompt_embeds, torch.Tensor):
+        return prompt_embeds.ne(0).any(dim=2)
+    if prompt_embeds.attention_mask is not None:
+        return prompt_embeds.attention_mask.bool()
+    tokens = prompt_embeds.prompt_embeds
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 @contextmanager
@@ -187,6 +211,36 @@ def revived_prompts(pipeline: DiffusionPipeline, embeddings: torch.Tensor) -> It
         del pipeline.encode_prompt
         if had_own is not None:
             pipeline.encode_prompt = had_own
+
+
+def revived_call(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], embeddings: torch.Tensor, negative_prompt: str | None = None
+) -> dict[str, Any]:
+    """Arguments of a pipeline's call for prompts with embeddings `(num_embeddings, text_dim)` in them, of any family.
+
+    Negative prompts, where the call wants them of the same length, repeat their last token instead.
+    """
+    family = find_family(pipeline, "eraser")
+    model = getattr(pipeline, family.denoiser)
+    device, config = pipeline._execution_device, model.config
+    encoded = (encode_video_prompts(pipeline, texts) for texts in (prompts, [negative_prompt or ""] * len(prompts)))
+    text, negative = (one.to(device, model.dtype) for one in encoded)
+    text = insert_embeddings(text, embeddings.to(device), config)
+    masked = isinstance(text, TextConditioning) and text.attention_mask is not None
+    # Wan asks about one after the other.
+    if not masked and (family.draws_pictures or takes_any_text_length(config)):
+        negative = _as_long(negative, text)
+    return family.clip_arguments(text, negative)
+
+
+def _as_long(text: Text, other: Text) -> Text:
+    """A text that repeats its last token until it is as long as another."""
+    tokens = token_embeds(text)
+    more = tokens[:, -1:].expand(-1, token_embeds(other).shape[1] - tokens.shape[1], -1)
+    longer = torch.cat([tokens, more], dim=1)
+    return (
+        longer if isinstance(text, torch.Tensor) else TextConditioning(**{**text.tensors(), "prompt_embeds": longer})
+    )
 
 
 class AdversarialPrompts:

@@ -6,7 +6,6 @@ Fine-tuning on harmless data is known to bring erased concepts back; UnlearnDiff
 
 from __future__ import annotations
 
-import copy
 import math
 from types import TracebackType
 from typing import Any
@@ -20,9 +19,11 @@ from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import check_diffusion_levels
 from diffusers_ext.eraser.losses import velocity_distance
 from diffusers_ext.families.family import Velocity
+from diffusers_ext.families.predictions import predicted_of, scheduler_level
+from diffusers_ext.families.text_conditioning import Text
 
-# The blocks of Wan have no longer name, and a second attention for text.
-ATTENTION_PROJECTIONS = tuple(f"*blocks.*.attn[12].{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+# Of every attention, whatever the family calls it, that has a projection of its own for each.
+ATTENTION_PROJECTIONS = tuple(f"*.att*.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
 
 
 class FinetunedLora:
@@ -89,7 +90,7 @@ def finetune_lora(
     velocity: Velocity,
     scheduler: SchedulerMixin,
     latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
+    prompt_embeds: Text,
     *,
     steps: int = 100,
     rank: int = 16,
@@ -108,11 +109,11 @@ def finetune_lora(
 
     Args:
         velocity: of the transformer with its erasers.
-        scheduler: the pipeline's, of prediction type `v_prediction`; adds the noise. Where the velocity is that of
+        scheduler: the pipeline's, of a prediction type of the velocity; adds the noise. Where the velocity is that of
             flow matching, only its number of timesteps is read: `x_t = (1 - sigma) x_0 + sigma noise`.
         latents: `(clips, frames, channels, height, width)` of clean clips, scaled by the VAE's factor, on the model's
             device.
-        prompt_embeds: `(clips, text, text_dim)`, their prompts.
+        prompt_embeds: `(clips, text, text_dim)`, their prompts, as the velocity takes them.
     """
     if not len(latents) or len(latents) != len(prompt_embeds):
         raise ValueError(
@@ -122,12 +123,13 @@ def finetune_lora(
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
     if not velocity.flow_matching:
-        if scheduler.config.prediction_type != "v_prediction":
+        if scheduler.config.prediction_type not in velocity.prediction_types:
+            wanted = " or ".join(map(repr, velocity.prediction_types))
             raise ValueError(
-                f"`scheduler` must be of prediction_type 'v_prediction', got {scheduler.config.prediction_type!r}."
+                f"`scheduler` must be of prediction_type {wanted}, got {scheduler.config.prediction_type!r}."
             )
         check_diffusion_levels(scheduler)
-    scheduler = copy.deepcopy(scheduler)  # adding noise moves its tables
+    predicted = "flow_prediction" if velocity.flow_matching else scheduler.config.prediction_type
     generator = torch.Generator().manual_seed(seed)
     device = latents.device
     alpha = rank if alpha is None else alpha
@@ -140,10 +142,10 @@ def finetune_lora(
             x_0 = latents[chosen].float()
             t = torch.randint(timesteps, (len(chosen),), generator=generator).to(device)
             noise = torch.randn(x_0.shape, generator=generator).to(device)
-            if velocity.flow_matching:
-                x_t, target = x_0.lerp(noise, (t / timesteps)[:, None, None, None, None]), noise - x_0
-            else:
-                x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.get_velocity(x_0, noise, t)
+            level = scheduler_level(scheduler, t, x_0, flow_matching=velocity.flow_matching)
+            x_t = x_0.lerp(noise, level.sigma) if velocity.flow_matching else level.signal * x_0 + level.sigma * noise
+            x_t = velocity.with_image(x_t, chosen.tolist())  # the first frame of a clip is its own
+            target = predicted_of(x_0, noise, level, predicted)
             loss = velocity_distance(velocity(x_t, t, prompt_embeds[chosen]), target)
             # Not `backward`: erasers that are trainable must not collect gradients.
             gradients = torch.autograd.grad(loss, lora.parameters)

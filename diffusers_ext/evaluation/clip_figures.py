@@ -57,11 +57,12 @@ def degenerate_clips(clips: np.ndarray) -> dict[str, np.ndarray]:
     """Which clips are none: a figure may be good for the wrong reason on them.
 
     `{"blank", "frozen", "noise"}`, each `(n,)` bool: every frame of one flat colour (as black frames of an overflow
-    are), nothing moves, or neighbouring pixels that have nothing to do with each other.
+    are), nothing moves though there is more than one, or neighbouring pixels that have nothing to do with each other.
     """
     blank = _levels(clips).std(axis=(2, 3)).max(axis=(1, 2)) < _SMALLEST_SPREAD
     noise = ~blank & (spatial_correlation(clips) < _LEAST_CORRELATION)
-    return {"blank": blank, "frozen": ~blank & (motion(clips) < _SMALLEST_MOTION), "noise": noise}
+    still = motion(clips) < _SMALLEST_MOTION if clips.shape[1] > 1 else np.zeros_like(blank)
+    return {"blank": blank, "frozen": ~blank & still, "noise": noise}
 
 
 def _window_means(levels: np.ndarray) -> np.ndarray:

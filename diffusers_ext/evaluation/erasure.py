@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
+from diffusers_ext.eraser.fit import erased_models
 from diffusers_ext.evaluation.clip_figures import clip_drift, degenerate_clips, motion, temporal_smoothness
 from diffusers_ext.evaluation.erasure_attacks import NO_ATTACK, Attack
 from diffusers_ext.evaluation.erasure_report import ALL, BASE, ErasureReport
 from diffusers_ext.evaluation.judges import ClipJudge, find_concept_aspect, judge_facts, judged
-from diffusers_ext.evaluation.rendering import check_counts, image_seed, pipeline_facts, render_clips
+from diffusers_ext.evaluation.rendering import check_clip_call, check_counts, image_seed, pipeline_facts, render_clips
 from diffusers_ext.evaluation.report_files import KeptClip
 from diffusers_ext.nullspace.prompts import check_prompts
 
@@ -76,14 +78,15 @@ def measure_pairs(
     """One row per pair of clips `{side: (n, frames, height, width, 3) uint8}`, the base's among them.
 
     Rows hold `group`, `prompt`, `index`, `seed`, and for every side `side/name` of all that the judge says,
-    `side/motion`, `side/temporal_smoothness`, `side/degenerate`, and `side/drift` from the base.
+    `side/motion`, `side/temporal_smoothness` but of pictures, `side/degenerate`, and `side/drift` from the base.
     """
     prompts = [shot.prompt for shot in shots]
     columns: dict[str, Sequence[Any]] = {}
     for side, drawn in clips.items():
         columns |= {f"{side}/{name}": values for name, values in judged(judge, drawn, prompts).items()}
-        columns[f"{side}/motion"] = motion(drawn).tolist()
-        columns[f"{side}/temporal_smoothness"] = temporal_smoothness(drawn).tolist()
+        if drawn.shape[1] > 1:  # nothing moves in pictures
+            columns[f"{side}/motion"] = motion(drawn).tolist()
+            columns[f"{side}/temporal_smoothness"] = temporal_smoothness(drawn).tolist()
         if side != BASE:
             columns[f"{side}/drift"] = clip_drift(clips[BASE], drawn).tolist()
         kinds = degenerate_clips(drawn)
@@ -114,7 +117,7 @@ def _note(row: Mapping[str, Any], side: str, concept_aspect: str) -> str:
 
 def find_erasers(pipeline: DiffusionPipeline, adapter_name: str | Sequence[str] | None = None) -> list[str]:
     """Names of the erasers to evaluate: the given ones, all active ones when `None`."""
-    layers = eraser_layers(pipeline.transformer).values()
+    layers = _layers(pipeline)
     loaded = list(dict.fromkeys(name for layer in layers for name in layer.eraser_down))
     active = [layer for layer in layers if not layer.disable_adapters]
     on = dict.fromkeys(name for layer in active for name in layer.active_adapters)
@@ -130,10 +133,15 @@ def find_erasers(pipeline: DiffusionPipeline, adapter_name: str | Sequence[str] 
     return names
 
 
+def _layers(pipeline: DiffusionPipeline) -> list[EraserLayer]:
+    """Those with an eraser, of all of a pipeline's denoisers."""
+    return [layer for model in erased_models(pipeline).values() for layer in eraser_layers(model).values()]
+
+
 @contextmanager
 def erasers_at_scale(pipeline: DiffusionPipeline, names: Sequence[str], scale: float) -> Iterator[None]:
     """Only the named erasers on, each at its own scale times `scale`; all come back as they were."""
-    layers = list(eraser_layers(pipeline.transformer).values())
+    layers = _layers(pipeline)
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     scaled: list[EraserLayer] = []
     try:
@@ -182,16 +190,17 @@ def evaluate_erasure(
     base_clips: np.ndarray | None = None,
     kept_clips: int = 4,
     attacks: Sequence[Attack] = (),
+    first_frames: Sequence[Image.Image] | None = None,
     show_progress: bool = True,
-    **call: Any,
+    **further: Any,
 ) -> ErasureReport:
     """Compare clips with erasers to clips of the same prompts and seeds without them.
 
     Clips are measured and dropped batch by batch. The pipeline, its erasers and their scales are left as they were;
-    LoRAs take part on all sides.
+    LoRAs take part on all sides. Pictures are clips of one frame.
 
     Args:
-        pipeline: a CogVideoX pipeline with erasers (`load_eraser`).
+        pipeline: of a family that erasers are trained on, with erasers (`load_eraser`).
         groups: prompts by group. `"target"` asks for the erased concept and `"preserved"` for all else; further ones,
             such as paraphrases and templates that the training did not see, tell how robust the erasure is. A prompt
             that is listed twice gets twice as many clips.
@@ -205,16 +214,22 @@ def evaluate_erasure(
             settings (`draw_base_clips`), so that several erasers share them.
         kept_clips: of every group, so many are kept for sheet and files.
         attacks: under which the target's clips are drawn once more, as groups of their own; at one scale only.
-        call: further arguments of the pipeline's call.
+        first_frames: pictures that the clips of an image-to-video model begin with; see `clip_call`.
+        further: arguments of the pipeline's call.
 
     Raises:
-        ValueError: prompts, scales or erasers are missing, or clips are not finite or all blank.
+        ValueError: prompts, scales or erasers are missing, clips are not finite or all blank, or the model cannot do
+            what is asked for.
     """
     settings: dict[str, Any] = {
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt, "num_frames": num_frames, "height": height, "width": width, **call,
+        "negative_prompt": negative_prompt, "num_frames": num_frames, "height": height, "width": width, **further,
     }  # fmt: skip
     check_counts(batch_size=batch_size)
+    call = {**settings, "first_frames": first_frames}
+    check_clip_call(pipeline, call)
+    for attack in attacks:
+        attack.check(pipeline)
     shots = clip_shots(groups, num_videos_per_prompt, seed, seeds)
     if base_clips is not None and len(base_clips) != len(shots):
         raise ValueError(f"`base_clips` must hold the {len(shots)} clips of `groups`, got {len(base_clips)}.")
@@ -223,17 +238,17 @@ def evaluate_erasure(
         raise ValueError(f"`scales` must be one scale where there are `attacks`, got {list(scales)}.")
     for attack in attacks:
         with erasers_at_scale(pipeline, names, scales[0] * attack.scale):
-            attack.prepare(pipeline, groups, settings)
+            attack.prepare(pipeline, groups, call)
     found, attacked = (_Measured(judge, kept_clips, concept_aspect) for _ in range(2))
     batches = [shots[start : start + batch_size] for start in range(0, len(shots), batch_size)]
     for batch in tqdm(batches, desc="evaluation", disable=not show_progress):
         base = None if base_clips is None else base_clips[len(found.rows) : len(found.rows) + len(batch)]
-        clips = _draw_sides(pipeline, batch, names, sides, settings, base)
+        clips = _draw_sides(pipeline, batch, names, sides, call, base)
         found.add(batch, clips)
         targets = [index for index, shot in enumerate(batch) if shot.group == TARGET]
         for attack in attacks if targets else ():
             under = [batch[index]._replace(group=attack.group) for index in targets]
-            drawn = _draw_sides(pipeline, under, names, sides, settings, clips[BASE][targets], attack)
+            drawn = _draw_sides(pipeline, under, names, sides, call, clips[BASE][targets], attack)
             attacked.add(under, drawn)
     rows = found.rows + attacked.rows
     if not any(row[f"{side}/drift"] for row in rows for side in sides):
@@ -249,6 +264,8 @@ def evaluate_erasure(
         "judge": judge_facts(judge),
         "concept_aspect": found.concept_aspect,
     }
+    if first_frames is not None:
+        facts["num_first_frames"] = len(first_frames)
     if attacks:
         facts["attacks"] = {attack.group: attack.facts() for attack in attacks}
     return ErasureReport.from_rows(facts, rows, found.kept + attacked.kept)
@@ -289,7 +306,8 @@ def draw_base_clips(
 ) -> np.ndarray:
     """The `base_clips` of `evaluate_erasure`, which must get the same arguments."""
     shots = clip_shots(groups, num_videos_per_prompt, seed, seeds)
-    with erasers_disabled(pipeline.transformer):
+    check_clip_call(pipeline, call)
+    with erasers_disabled(*erased_models(pipeline).values()):
         return _render(pipeline, shots, call, batch_size=batch_size, description="base")
 
 
@@ -305,7 +323,7 @@ def _draw_sides(
     """Clips of one batch by side, those of the base as given, those with erasers under an attack."""
     drawing = {"batch_size": len(shots), "show_progress": False}
     if base is None:
-        with erasers_disabled(pipeline.transformer):
+        with erasers_disabled(*erased_models(pipeline).values()):
             base = _render(pipeline, shots, call, **drawing)
     clips = {BASE: base}
     for side, scale in sides.items():
@@ -318,6 +336,5 @@ def _draw_sides(
 def _render(
     pipeline: DiffusionPipeline, shots: Sequence[ClipShot], call: Mapping[str, Any], **drawing: Any
 ) -> np.ndarray:
-    given = {name: value for name, value in call.items() if value is not None}
     prompts, seeds = [shot.prompt for shot in shots], [shot.seed for shot in shots]
-    return render_clips(pipeline, prompts, seeds=seeds, **drawing, **given)
+    return render_clips(pipeline, prompts, seeds=seeds, **drawing, **call)

@@ -7,24 +7,31 @@ draw the concept, only keep it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from inspect import signature
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
+from diffusers_ext.core.pictures import check_first_frames, read_first_frames
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.seeds import stream_seed
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
-from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_prompts
-from diffusers_ext.eraser.batch import encode_video_prompts, prompt_length
+from diffusers_ext.eraser.attack import learn_revival_embeddings, revived_call
+from diffusers_ext.eraser.batch import encode_video_prompts
+from diffusers_ext.eraser.fit import erased_models
 from diffusers_ext.eraser.lora_finetuning import FinetunedLora, finetune_lora
 from diffusers_ext.evaluation.erasure_report import ATTACK
-from diffusers_ext.evaluation.settings import ATTACKS, PROMPT_FILE, AttackSettings
+from diffusers_ext.evaluation.rendering import clip_call
+from diffusers_ext.evaluation.settings import ATTACKS, PROMPT_FILE, AttackSettings, ErasureSettings
 from diffusers_ext.families import find_family
-from diffusers_ext.families.family import Velocity
+from diffusers_ext.families.family import Family, Velocity, import_class
 
 if TYPE_CHECKING:
     from diffusers_ext.evaluation.erasure import ClipShot
@@ -40,8 +47,29 @@ Call = Mapping[str, Any]  # arguments of the pipeline's call; those that are `No
 class Attack:
     """What the erased side of the target's clips is drawn under; the base's stays as it is."""
 
+    kind: ClassVar[str] = ""  # as `--attacks` has it
     group: str = ATTACK  # of the attacked clips in the report
     scale: float = 1.0  # of the erasers, times that of the evaluation
+
+    watches_runs: ClassVar[bool] = False  # of the pipeline, step by step
+    one_denoiser: ClassVar[bool] = False  # is all that it attacks
+
+    @classmethod
+    def check_family(cls, family: Family, pipeline_class: type, num_denoisers: int) -> None:
+        """Raise `ValueError` where models of a family and pipeline cannot be attacked so."""
+        if cls.watches_runs and "callback_on_step_end" not in signature(pipeline_class.__call__).parameters:
+            raise ValueError(
+                f"`attacks` must not hold {cls.kind} for {family.title}, whose pipeline shows no steps of its runs."
+            )
+        if cls.one_denoiser and num_denoisers > 1:
+            raise ValueError(
+                f"`attacks` must not hold {cls.kind} for {family.title} with {num_denoisers} transformers, got both."
+            )
+
+    def check(self, pipeline: DiffusionPipeline) -> None:
+        """The same for a pipeline."""
+        family = find_family(pipeline, "eraser")
+        self.check_family(family, type(pipeline), len(family.expert_timesteps(pipeline)))
 
     def prepare(self, pipeline: DiffusionPipeline, groups: Mapping[str, Sequence[str]], call: Call) -> None:
         """Learn what there is to learn against erasers that are on, once, before clips are drawn."""
@@ -63,6 +91,7 @@ NO_ATTACK = Attack()
 class LoweredScale(Attack):
     """The erasers at a part of their strength."""
 
+    kind = "scale"
     scale: float
 
     @property
@@ -79,6 +108,7 @@ class NoiseRestart(Attack):
     erased model goes on alone.
     """
 
+    kind, watches_runs = "noise_restart", True
     strength: float = 0.5  # share of the steps that are left to the erased model
 
     @property
@@ -107,6 +137,7 @@ class NoiseRestart(Attack):
 class LearnedEmbeddings(Attack):
     """Embeddings behind every prompt that were learned to bring the base's velocities back."""
 
+    kind, watches_runs = "learned_embeddings", True
     num_embeddings: int = 16
     steps: int = 300
     restarts: int = 1
@@ -130,12 +161,15 @@ class LearnedEmbeddings(Attack):
         # Pipelines do not show the noise they begin with.
         sigma = getattr(pipeline.scheduler, "init_noise_sigma", 1.0)  # flow matching begins with unit noise
         first = torch.randn(states[0].shape, generator=generator).to(states[0]) * sigma
-        x_t = model_latents(pipeline, torch.cat([first, *states[:-1]]), call).float()
+        read = as_read(pipeline.scheduler, [first, *states[:-1]], times)
+        velocity = clip_velocity(pipeline, call, seeds)
+        x_t = model_latents(pipeline, torch.cat(read), call).float()
+        rows = [row for _ in times for row in range(len(prompts))]
         found = learn_revival_embeddings(
-            clip_velocity(pipeline, call),
-            x_t,
+            velocity,
+            velocity.with_image(x_t, rows),
             times.repeat_interleave(len(prompts)).to(x_t.device),
-            encode_video_prompts(pipeline, prompts).to(x_t.device).repeat(len(times), 1, 1),
+            encode_video_prompts(pipeline, prompts).to(x_t.device)[rows],
             num_embeddings=self.num_embeddings,
             steps=self.steps,
             restarts=self.restarts,
@@ -147,8 +181,9 @@ class LearnedEmbeddings(Attack):
     @contextmanager
     def active(self, pipeline: DiffusionPipeline, shots: Sequence[ClipShot], call: Call) -> Iterator[dict[str, Any]]:
         """See `Attack`."""
-        with revived_prompts(pipeline, self.embeddings):
-            yield {}
+        prompts = [shot.prompt for shot in shots]
+        given = revived_call(pipeline, prompts, self.embeddings, call.get("negative_prompt"))
+        yield {"negative_prompt": None, **given}
 
     def facts(self) -> dict[str, Any]:
         """See `Attack`."""
@@ -159,6 +194,7 @@ class LearnedEmbeddings(Attack):
 class OtherFinetuning(Attack):
     """A LoRA trained for a few steps on the base's clips of preserved prompts, on top of the erasers."""
 
+    kind, watches_runs, one_denoiser = "finetune", True, True
     steps: int = 100
     num_clips: int = 32
     batch_size: int = 4
@@ -181,7 +217,7 @@ class OtherFinetuning(Attack):
             latents.append(base_run(pipeline, prompts[chosen], seeds[chosen], call)[0][-1])
         clean = model_latents(pipeline, torch.cat(latents), call)
         self.lora = finetune_lora(
-            clip_velocity(pipeline, call),
+            clip_velocity(pipeline, call, seeds),
             pipeline.scheduler,
             clean,
             encode_video_prompts(pipeline, prompts).to(clean.device),
@@ -227,6 +263,23 @@ def make_attacks(settings: AttackSettings, seed: int) -> list[Attack]:
     return found
 
 
+def check_base(settings: ErasureSettings, components: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what a base model cannot do, by its `model_index.json`, before its weights are read."""
+    name = components["_class_name"]
+    family = find_family(name, "eraser")
+    check_first_frames(settings.first_frames_dir, name == family.image_pipeline, needed=True)
+    several = components.get("transformer_2", (None, None))[0] is not None
+    for attack in make_attacks(settings, settings.seed):
+        attack.check_family(family, import_class(name), 1 + several)
+
+
+def read_frames(settings: ErasureSettings, pipeline: DiffusionPipeline) -> list[Image.Image] | None:
+    """The pictures of `first_frames_dir` in the size of the clips; `None` without it."""
+    if settings.first_frames_dir is None:
+        return None
+    return read_first_frames(settings.first_frames_dir, *clip_size(pipeline, vars(settings))[1:])
+
+
 def not_covered(settings: AttackSettings) -> list[str]:
     """What the attacks of a run say nothing about."""
     missing = [kind for kind in (*ATTACKS, PROMPT_FILE) if not any(one.startswith(kind) for one in settings.attacks)]
@@ -238,20 +291,42 @@ def _spread(prompts: Sequence[str], count: int) -> list[str]:
     return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
-def clip_velocity(pipeline: DiffusionPipeline, call: Call) -> Velocity:
-    """The velocity of a pipeline's model for the clips of a call."""
-    return find_family(pipeline, "eraser").velocity(pipeline, *_clip_size(pipeline, call))
+def clip_velocity(pipeline: DiffusionPipeline, call: Call, seeds: Sequence[int] = ()) -> Velocity:
+    """The velocity of a pipeline's model for the clips of a call, with the first frames and the guidance of these."""
+    family, size, conditions = find_family(pipeline, "eraser"), clip_size(pipeline, call), {}
+    model = getattr(pipeline, family.denoiser)
+    if family.embedded_guidance(model.config) and call.get("guidance_scale") is not None:
+        conditions["guidance_scale"] = call["guidance_scale"]
+    pictures = clip_call(pipeline, [""] * len(seeds), seeds, call).get("image")
+    if pictures:
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+        shape = family.latent_shape(model.config, pipeline.vae.config, *size)
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        conditions["image_latents"] = family.image_latents(pipeline, pixels / 127.5 - 1.0, shape, generators)
+    return family.velocity(pipeline, *size, **conditions)
 
 
 def model_latents(pipeline: DiffusionPipeline, latents: torch.Tensor, call: Call) -> torch.Tensor:
     """Latents of a run of the pipeline as its velocity takes them, `(clips, frames, channels, height, width)`."""
-    family, configs = find_family(pipeline, "eraser"), (pipeline.transformer.config, pipeline.vae.config)
-    return family.clip_latents(latents, family.latent_shape(*configs, *_clip_size(pipeline, call)))
+    family = find_family(pipeline, "eraser")
+    configs = (getattr(pipeline, family.denoiser).config, pipeline.vae.config)
+    return family.clip_latents(latents, family.latent_shape(*configs, *clip_size(pipeline, call)))
 
 
-def _clip_size(pipeline: DiffusionPipeline, call: Call) -> tuple[int, ...]:
+def as_read(scheduler: Any, states: Sequence[torch.Tensor], times: torch.Tensor) -> list[torch.Tensor]:
+    """Latents of a run as the model reads them before its steps: some samplers keep them at another scale."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return list(states)
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(len(times), device=times.device)
+    # Each by a copy: samplers count the steps that they are asked about.
+    return [copy.deepcopy(scheduler).scale_model_input(x, t) for x, t in zip(states, times, strict=True)]
+
+
+def clip_size(pipeline: DiffusionPipeline, call: Call) -> tuple[int, ...]:
     """Frames, height and width: those of a call, or the model's own."""
-    own = find_family(pipeline, "eraser").clip_size(pipeline.transformer.config, pipeline.vae.config)
+    family = find_family(pipeline, "eraser")
+    own = family.clip_size(getattr(pipeline, family.denoiser).config, pipeline.vae.config)
     names = ("num_frames", "height", "width")
     return tuple(call[name] if call.get(name) is not None else value for name, value in zip(names, own, strict=True))
 
@@ -267,14 +342,12 @@ def base_run(
         passed.append(values["latents"])
         return {}
 
-    given = {name: value for name, value in call.items() if value is not None}
-    with quiet_run(pipeline), erasers_disabled(pipeline.transformer):
+    with quiet_run(pipeline), erasers_disabled(*erased_models(pipeline).values()):
         pipeline(
-            list(prompts),
             generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
             callback_on_step_end=keep,
             output_type="latent",
-            **{"max_sequence_length": prompt_length(pipeline), **given},
+            **clip_call(pipeline, prompts, seeds, call),
         )
         times = pipeline.scheduler.timesteps
     return passed, times

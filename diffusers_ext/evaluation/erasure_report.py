@@ -250,13 +250,14 @@ class ErasureReport(SavedReport):
         return clip_sheet(self.kept)
 
     def write_clips(self, folder: str | os.PathLike, clip_format: str = "gif", fps: int = 8) -> list[Path]:
-        """Write the kept clips as `"gif"` or `"mp4"`, one file per prompt and side; gives their paths."""
+        """Write the kept clips as `"gif"` or `"mp4"`, pictures as png, a file per prompt and side; gives the paths."""
         paths = []
         for number, one in enumerate(self.kept):
             words = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower())[:_SLUG_LENGTH].strip("-")
             for side, clip in one.clips.items():
                 name = "_".join([one.group, f"{number:02d}", words, side])
-                path = Path(folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.{clip_format}")
+                ending = clip_format if len(clip) > 1 else "png"
+                path = Path(folder, f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.{ending}")
                 write_clip(clip, path, fps)
                 paths.append(path)
         return paths

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, NamedTuple
 
 import diffusers
@@ -35,27 +36,25 @@ def render_clips(
     show_progress: bool = True,
     **call: Any,
 ) -> np.ndarray:
-    """One clip of a video pipeline per prompt and seed, `(clips, frames, height, width, 3)` uint8.
+    """One clip per prompt and seed, `(clips, frames, height, width, 3)` uint8; a picture is a clip of one frame.
 
     The pipeline's scheduler, bar and modes come back. The noise of a clip is drawn on the CPU from its own generator.
-    A clip that is not finite is an error. `call` are further arguments of the pipeline's call; `max_sequence_length`
-    is the transformer's unless given: the pipeline's own default silently pads the text of smaller models.
+    A clip that is not finite is an error. `call` are further arguments, as of `clip_call`.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(
             f"`seeds` must have one entry per prompt and `prompts` some, got {len(seeds)} seeds and "
             f"{len(prompts)} prompts."
         )
-    if "max_sequence_length" not in call:
-        call["max_sequence_length"] = prompt_length(pipeline)
-    clips = []
+    pictures, clips = find_family(pipeline, "eraser").draws_pictures, []
     with quiet_run(pipeline):
         starts = range(0, len(prompts), batch_size)
         for start in tqdm(starts, desc=description, disable=not show_progress):
             chosen = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[chosen]]
-            frames = pipeline(list(prompts[chosen]), generator=generators, output_type="np", **call).frames
-            frames = np.asarray(frames)
+            given = clip_call(pipeline, prompts[chosen], seeds[chosen], call)
+            frames = np.asarray(pipeline(generator=generators, output_type="np", **given)[0])
+            frames = frames[:, None] if pictures else frames
             finite = np.isfinite(frames).all(axis=(1, 2, 3, 4))
             if not finite.all():
                 raise ValueError(
@@ -65,6 +64,48 @@ def render_clips(
                 )
             clips.append((frames.clip(0, 1) * 255).round().astype(np.uint8))
     return np.concatenate(clips)
+
+
+def clip_call(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a pipeline's call for a batch of clips; those of `call` that are `None` are not given.
+
+    `max_sequence_length` of a video model is the transformer's unless given: the pipeline's own default silently pads
+    the text of smaller models. `guidance_scale` becomes what the family guides by. `first_frames` are pictures, of
+    which clip of seed `s` begins with number `s` modulo their count. Prompts are not given beside their embeddings.
+    """
+    family, given = find_family(pipeline, "eraser"), {name: x for name, x in call.items() if x is not None}
+    usual = family.text_call(pipeline)
+    if family.draws_pictures:
+        given.pop("num_frames", None)
+    else:
+        usual = {"max_sequence_length": prompt_length(pipeline), **usual}
+    if "prompt_embeds" not in given:
+        usual = {"prompt": list(prompts), **usual}
+    if "guidance_scale" in given:
+        config = getattr(pipeline, family.denoiser).config
+        given |= family.guidance_arguments(config, given.pop("guidance_scale"))
+    if "first_frames" in given:
+        pictures = given.pop("first_frames")
+        given["image"] = [pictures[int(seed) % len(pictures)] for seed in seeds]
+    return {**usual, **given}
+
+
+def check_clip_call(pipeline: DiffusionPipeline, call: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what the call of a model's pipeline would pass over or does not know."""
+    family = find_family(pipeline, "eraser")
+    config, negative = getattr(pipeline, family.denoiser).config, call.get("negative_prompt")
+    parameters = signature(type(pipeline).__call__).parameters
+    if negative and (family.embedded_guidance(config) or "negative_prompt" not in parameters):
+        raise ValueError(f"`negative_prompt` must be empty for {family.title}, which takes none, got {negative!r}.")
+    if family.draws_pictures and call.get("num_frames") not in (None, 1):
+        raise ValueError(f"`num_frames` must be 1 for a model that draws pictures, got {call['num_frames']}.")
+    pictures, reads = call.get("first_frames"), bool(family.image_channels(config))
+    if bool(pictures) != reads:
+        rule = "hold pictures for an image-to-video model" if reads else "be None for a model that reads text alone"
+        found = "none" if pictures is None else len(pictures)
+        raise ValueError(f"`first_frames` must {rule}, got {found}.")
 
 
 class Shot(NamedTuple):

@@ -165,13 +165,14 @@ def check_clip_format(clip_format: str) -> None:
 
 
 def write_clip(clip: np.ndarray, path: str | os.PathLike, fps: int = 8) -> None:
-    """Write a clip `(frames, height, width, 3)` uint8 as an endless gif or as mp4, by the ending of `path`.
+    """Write a clip `(frames, height, width, 3)` uint8 as an endless gif, as mp4, or one frame as png, by `path`.
 
     Small clips are enlarged; `fps` is in [1, 50], and gif keeps time in hundredths of a second.
     """
     path = Path(path)
     kind = path.suffix.removeprefix(".")
-    check_clip_format(kind)
+    if kind != "png" or len(clip) != 1:
+        check_clip_format(kind)
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not len(clip):
         raise ValueError(f"`clip` must be (frames, height, width, 3) of 8 bits, got {clip.shape} {clip.dtype}.")
     if not 1 <= fps <= 50:
@@ -180,6 +181,9 @@ def write_clip(clip: np.ndarray, path: str | os.PathLike, fps: int = 8) -> None:
     size = clip.shape[2] * factor, clip.shape[1] * factor
     frames = [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in clip]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "png":
+        frames[0].save(path)
+        return
     if kind == "mp4":
         export_to_video(frames, str(path), fps=fps)
         return

@@ -176,6 +176,9 @@ class ComparedEraserSettings(Settings, title="evaluation"):
     evaluation_prompts: str = required(
         "csv with the columns prompt, group (target, preserved or any other) and maybe seed"
     )
+    first_frames_dir: str | None = setting(
+        None, "folder of pictures that the clips of an image-to-video model begin with, by their seeds"
+    )
     num_videos_per_prompt: int = setting(1, "seeds a prompt", rule=COUNT)
     kept_clips: int = setting(4, "of a group, to look at", rule=NOT_NEGATIVE)
     clip_format: str = setting("gif", "of saved clips", choices=("gif", "mp4"))
@@ -261,7 +264,7 @@ class AttackSettings(Settings, title="attacks"):
 
 @dataclass(kw_only=True)
 class ErasureSettings(EvaluatedModelSettings, ComparedEraserSettings, VideoSettings, DetectorSettings, AttackSettings):
-    """How CogVideoX with erasers is compared to itself without them."""
+    """How a model with erasers is compared to itself without them."""
 
     def check(self) -> None:
         """Also whether there is an eraser, and what its detector and its attacks need."""

@@ -69,7 +69,7 @@ class CogVideoX(Family):
         "CogVideoXFunControlPipeline",
     )
     image_pipeline = "CogVideoXImageToVideoPipeline"
-    tools = frozenset({"eraser", "erasure"})
+    tools = frozenset({"eraser"})
     denoiser_class = "CogVideoXTransformer3DModel"
     comfyui_names = None
     vae_class = "AutoencoderKLCogVideoX"

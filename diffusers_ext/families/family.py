@@ -49,9 +49,10 @@ class Family:
     name: ClassVar[str]  # for files and reports
     title: ClassVar[str]  # for messages
     pipelines: ClassVar[tuple[str, ...]]  # the first draws from text alone
+    draws_pictures: ClassVar[bool] = False  # and no clips; to an eraser they are clips of one frame
     image_pipeline: ClassVar[str | None] = None  # draws clips from a first frame besides; erasers train on it as well
     published: ClassVar[tuple[Published, ...]] = ()  # models on the Hub, for the planner
-    # That work with it: "nullspace", "golden_noise", "eraser", and "erasure", an eraser's evaluation.
+    # That work with it: "nullspace", "golden_noise", "eraser".
     tools: ClassVar[frozenset[str]] = frozenset()
     golden_pipeline: ClassVar[str | None] = None  # of this package, with a golden-noise network
     nullspace_pipeline: ClassVar[str | None] = None  # of this package, with feature statistics

@@ -15,6 +15,7 @@ from diffusers_ext.families.text_conditioning import Text, TextConditioning, rep
 class PictureFamily(Family):
     """A family of image models that erasers are trained on."""
 
+    draws_pictures = True
     prediction_types = ("epsilon", "v_prediction")
     latents_dtype: ClassVar[torch.dtype | None] = None  # as of `Velocity`
     guidance_offset: ClassVar[float] = 0.0  # what the pipeline's call adds to its `guidance_scale`

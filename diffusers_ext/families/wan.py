@@ -65,7 +65,7 @@ class Wan(Family):
     denoiser_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
     video_vae = True
-    tools = frozenset({"nullspace", "eraser", "erasure"})
+    tools = frozenset({"nullspace", "eraser"})
     nullspace_pipeline = "NullSpaceDreamBoothWanPipeline"
     flow_matching = True
     # The names of Wan's authors.

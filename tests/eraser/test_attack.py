@@ -8,10 +8,11 @@ import torch
 from torch.utils.data import default_collate
 
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
-from diffusers_ext.eraser.attack import insert_embeddings, learn_revival_embeddings, revived_prompts
+from diffusers_ext.eraser.attack import insert_embeddings, learn_revival_embeddings, revived_call, revived_prompts
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.evaluation.rendering import render_clips
 from diffusers_ext.families.cogvideox import CogVideoXVelocity
+from diffusers_ext.families.text_conditioning import TextConditioning
 from diffusers_ext.training.eraser.run import make_step
 from tests.eraser.erased_models import erased_pipeline, random_rows
 from tests.evaluation.erased_model_states import unchanged
@@ -131,14 +132,37 @@ def test_a_pipeline_draws_with_the_embeddings_and_then_as_before(kind, guidance_
 
     before = draw()
     embeddings = 5 * random_rows(1, seed=4, dtype=torch.float32)[2][0, :4]
+    prompts = ["a red seven moving right"] * 2
+    given = revived_call(pipeline, prompts, embeddings)
+    called = render_clips(
+        pipeline, prompts, seeds=[0, 1], batch_size=2, guidance_scale=guidance_scale, **CALL, **given
+    )
     with revived_prompts(pipeline, embeddings):
         inside = draw(2)
+        assert np.array_equal(called, inside)
         with revived_prompts(pipeline, -embeddings):
             assert not np.array_equal(draw(), inside[:1])
         assert np.array_equal(draw(2), inside)
     assert not np.array_equal(inside[:1], before)
     assert "encode_prompt" not in vars(pipeline)
     assert np.array_equal(draw(), before)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_text_with_more_than_tokens_gets_them_after_its_last_token(masked):
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    text = TextConditioning(
+        torch.ones(2, 4, 8), attention_mask=mask if masked else None, pooled_prompt_embeds=torch.ones(2, 5)
+    )
+    found = insert_embeddings(text, torch.full((2, 8), 2.0), {})
+    read = mask if masked else torch.ones_like(mask)
+    assert found.prompt_embeds.shape == (2, 6, 8)
+    for row, length in enumerate(read.sum(1).tolist()):
+        assert found.prompt_embeds[row, length : length + 2].eq(2).all()
+        assert found.prompt_embeds[row, :length].eq(1).all()
+        if masked:
+            assert found.attention_mask[row].tolist() == [1] * (length + 2) + [0] * (4 - length)
+    assert found.pooled_prompt_embeds is text.pooled_prompt_embeds
 
 
 def test_prompts_are_encoded_as_before_after_an_exception():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from peft import inject_adapter_in_model
 
 from diffusers_ext.eraser.adapter.config import EraserConfig
@@ -29,14 +30,16 @@ def silent_judge(clips: np.ndarray, prompts: list[str]) -> None:
     """Say nothing."""
 
 
-def save_base_and_erasers(folder: Path) -> tuple[Path, list[Path]]:
-    """Folders of a tiny pipeline and of two erasers that show."""
+def save_base_and_erasers(
+    folder: Path, pipeline: DiffusionPipeline | None = None, names: tuple[str, ...] = ("seven", "two")
+) -> tuple[Path, list[Path]]:
+    """Folders of a tiny pipeline and of erasers that show."""
     register_eraser()
-    pipeline = tiny_video_pipeline()
+    pipeline = pipeline or tiny_video_pipeline()
     pipeline.save_pretrained(folder / "base")
     torch.manual_seed(1)
     erasers = []
-    for name in ("seven", "two"):
+    for name in names:
         config = EraserConfig(r=4, init_weights=False)
         inject_adapter_in_model(config, pipeline.transformer, name)
         erasers.append(folder / name)

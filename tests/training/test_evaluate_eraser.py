@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 
 from diffusers_ext.evaluation.erasure_report import ErasureReport
 from tests.tiny_clip import save_tiny_clip
+from tests.tiny_cogvideox import tiny_image_to_video_pipeline
+from tests.tiny_image_pipelines import tiny_sd3_pipeline
 from tests.training.erasure_runs import save_base_and_erasers
 from tests.training.script_runs import MODEL_DIR, command_line, files_below
 from training import evaluate_eraser as script
@@ -89,6 +92,7 @@ def test_two_erasers_and_clip(evaluate, tmp_path, models):
         ({"pretrained_model_name_or_path": EMPTY}, ValueError, "folder or Hub name"),
         ({"evaluation_prompts": "nowhere.csv"}, ValueError, "must be a table of prompts"),
         ({"evaluation_prompts": TARGET}, ValueError, r"got none of \['preserved'\] in target.csv"),
+        ({"first_frames_dir": EMPTY}, ValueError, "`first_frames_dir` must be None for a model that draws"),
         ({"eraser": []}, ValueError, "`eraser` must be given at least once"),
         ({"judge": "clip"}, ValueError, "`classes` and `target_concept` must be given for `--judge"),
         ({"num_videos_per_prompt": 0}, ValueError, "`num_videos_per_prompt` must be at least 1"),
@@ -116,6 +120,24 @@ def test_bad_input_is_refused_and_leaves_nothing(evaluate, tmp_path, monkeypatch
 def test_another_pipeline_is_refused(evaluate):
     with pytest.raises(ValueError, match="must be a .*CogVideoXPipeline, got a StableDiffusionPipeline"):
         evaluate(pretrained_model_name_or_path=MODEL_DIR)
+
+
+@pytest.mark.parametrize("build", [tiny_image_to_video_pipeline, tiny_sd3_pipeline])
+def test_pictures_and_clips_from_first_frames_are_evaluated_too(evaluate, tmp_path, build):
+    base, erasers = save_base_and_erasers(tmp_path / "models", build(), names=("seven",))
+    given = {"pretrained_model_name_or_path": base, "eraser": erasers, "attacks": ["scale"], "attack_scale": [0.5]}
+    if build is tiny_image_to_video_pipeline:
+        with pytest.raises(ValueError, match="`first_frames_dir` must be a folder of pictures for an image-to-video"):
+            evaluate(**given)
+        given["first_frames_dir"] = tmp_path / "first"
+        (tmp_path / "first").mkdir()
+        Image.new("RGB", (40, 20), "red").save(tmp_path / "first" / "red.png")
+    else:
+        given |= {"num_frames": None, "height": 32, "width": 32}
+    report = evaluate(**given)
+    assert set(report.groups) == {"target", "preserved", "words", "attack: scale 0.5", "all"}
+    assert all(row["erased/drift"] > 0 for row in report.rows)
+    assert report.settings.get("num_first_frames") == (1 if build is tiny_image_to_video_pipeline else None)
 
 
 def test_several_processes_are_refused(evaluate, tmp_path, monkeypatch):

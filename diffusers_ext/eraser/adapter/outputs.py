@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def eraser_layers(model: nn.Module) -> dict[str, EraserLayer]:
 
 
 @contextmanager
-def erasers_disabled(model: nn.Module) -> Iterator[None]:
-    """Make the model what it was before the erasers, for calls made inside of the context.
+def erasers_disabled(*models: nn.Module) -> Iterator[None]:
+    """Make models what they were before the erasers, for calls made inside of the context.
 
     Like `torch.no_grad` it is for the thread or task that opened it: a model that serves another request in another
     thread keeps its erasers. Contexts may overlap, and close in any order. LoRAs stay on, and nothing becomes
@@ -51,7 +52,7 @@ def erasers_disabled(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         scope = stack.enter_context(CallScope())
-        for layer in eraser_layers(model).values():
+        for layer in chain.from_iterable(eraser_layers(model).values() for model in models):
             stack.enter_context(layer.switched_off(scope))
         yield
 
@@ -59,10 +60,7 @@ def erasers_disabled(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen_teacher(*transformers: nn.Module) -> Iterator[None]:
     """Models without their erasers, in eval mode and without gradients; all of it comes back."""
-    with torch.no_grad(), ExitStack() as stack:
-        for transformer in transformers:
-            stack.enter_context(erasers_disabled(transformer))
-            stack.enter_context(module_eval_mode(transformer))
+    with torch.no_grad(), erasers_disabled(*transformers), module_eval_mode(*transformers):
         yield
 
 

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from diffusers_ext.core.pictures import find_pictures
+from diffusers_ext.core.pictures import check_first_frames
 from diffusers_ext.core.seeds import check_diffusion_levels, check_flow_levels
 from diffusers_ext.eraser.concepts import check_concept
 from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings
@@ -72,20 +72,10 @@ def read_base(settings: EraserSettings) -> BaseFacts:
 
 def _check_family(settings: EraserSettings, family: Family, config: Any) -> None:
     """Raise `ValueError` for what a recipe asks and this model does not do."""
-    reads_picture, folder = bool(family.image_channels(config)), settings.first_frames_dir
-    if folder is not None:
-        if not reads_picture:
-            raise ValueError(
-                f"`first_frames_dir` must be None for a model that draws clips from text alone, got {folder}."
-            )
-        find_pictures(folder, "first_frames_dir")
-    drawn = settings.validation_prompt or settings.anchor_concept == AUTO_ANCHOR
-    if reads_picture and folder is None and (settings.latents_source != "video" or drawn):
-        raise ValueError(
-            "`first_frames_dir` must be a folder of pictures for an image-to-video model, whose clips begin with one, "
-            "got None."
-        )
-    pictures = "num_frames" not in family.size_arguments(1, 1, 1)
+    reads_picture = bool(family.image_channels(config))
+    drawn = bool(settings.validation_prompt) or settings.anchor_concept == AUTO_ANCHOR
+    check_first_frames(settings.first_frames_dir, reads_picture, settings.latents_source != "video" or drawn)
+    pictures = family.draws_pictures
     rolls_out = not reads_picture and (family.flow_matching or not pictures)
     more_than_tokens = bool({*family.text_fields} - {"prompt_embeds"})
     for name, asked, known, rule in (

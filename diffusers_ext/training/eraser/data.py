@@ -19,7 +19,14 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from diffusers_ext.core.pictures import FoundFiles, is_hidden, read_picture, read_pictures, rgb_picture, why_no_picture
+from diffusers_ext.core.pictures import (
+    FoundFiles,
+    is_hidden,
+    read_first_frames,
+    read_picture,
+    rgb_picture,
+    why_no_picture,
+)
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import stream_generator
 from diffusers_ext.eraser.batch import prompt_length
@@ -174,10 +181,7 @@ class FirstFrames:
         cls, pipeline: DiffusionPipeline, folder: str | os.PathLike, size: ClipSize, *, seed: int = 0
     ) -> FirstFrames:
         """The pictures of a folder, scaled to cover the size and cropped around the centre."""
-        found = [
-            ImageOps.fit(picture, (size.width, size.height), Image.BICUBIC)
-            for picture in read_pictures(folder, "first_frames_dir")
-        ]
+        found = read_first_frames(folder, size.height, size.width)
         return cls(found, picture_latents(pipeline, found, size, seed=seed))
 
 

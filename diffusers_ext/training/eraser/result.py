@@ -122,7 +122,7 @@ class ClipValidation:
             guidance_scale=self.settings.sampling_guidance_scale,
             output_type="np",
         )[0]
-        frames = found[0] if "num_frames" in family.size_arguments(*self.size) else found  # else a picture each
+        frames = found if family.draws_pictures else found[0]  # a picture each
         return (np.asarray(frames).clip(0, 1) * 255).round().astype(np.uint8)
 
 
