@@ -21,7 +21,7 @@ from diffusers_ext.evaluation.erasure_attacks import LearnedEmbeddings, LoweredS
 from diffusers_ext.evaluation.rendering import render_clips
 from tests.evaluation.test_erasure_attacks import GROUPS, judge
 from tests.tiny_cogvideox import tiny_image_to_video_pipeline
-from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_wan_pipeline
+from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_wan_pipeline, tiny_z_image_pipeline
 from tests.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
@@ -59,6 +59,7 @@ FAMILIES = {
     ),
     "hunyuan_video": Setting(tiny_hunyuan_video_pipeline, {**SIDE, "num_frames": 5}, 5),
     "flux2": Setting(small_flux2, SIDE, 1),
+    "z_image": Setting(tiny_z_image_pipeline, SIDE, 1),
     "sd3": Setting(tiny_sd3_pipeline, {**SIDE, "num_frames": 1}, 1),
     "sdxl": Setting(sdxl_pipeline, {**SIDE, "negative_prompt": "blue"}, 1),
 }
