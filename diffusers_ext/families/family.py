@@ -13,7 +13,7 @@ import torch
 from diffusers_ext.families.predictions import Level, scheduler_level
 from diffusers_ext.families.published import Published
 from diffusers_ext.families.text_conditioning import Text, TextConditioning, token_embeds, with_negatives
-from diffusers_ext.families.velocity import TokenGrid, Velocity
+from diffusers_ext.families.velocity import TokenGrid, Velocity, latent_scale
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -373,18 +373,6 @@ class Family:
     ) -> Velocity:
         """The same with conditions without content, anywhere, for shapes to be traced."""
         raise NotImplementedError
-
-
-def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offset and factor, float32 `(1, channels or 1, 1, 1)`: `denoiser's latents = (VAE's - offset) * factor`."""
-    config = vae.config
-    means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if means is None or stds is None:
-        means, stds = [getattr(config, "shift_factor", None) or 0.0], [1.0]
-    offset, spread = (
-        torch.tensor(values, dtype=torch.float32, device=vae.device).view(1, -1, 1, 1) for values in (means, stds)
-    )
-    return offset, getattr(config, "scaling_factor", 1.0) / spread
 
 
 def import_class(name: str) -> type:

@@ -1,4 +1,4 @@
-"""The velocity that a transformer predicts of clips, and the grid of their tokens."""
+"""The velocity that a transformer predicts of clips, the grid of their tokens and the scale of their latents."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def latent_sides(latent_shape: Sequence[int]) -> tuple[int, int, int]:
             f"`latent_shape` must be (frames, channels, height, width), with or without a batch before, got {shape}."
         )
     return shape[-4], shape[-2], shape[-1]
+
+
+def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offset and factor, float32 `(1, channels or 1, 1, 1)`: `denoiser's latents = (VAE's - offset) * factor`."""
+    config = vae.config
+    means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if means is None or stds is None:
+        means, stds = [getattr(config, "shift_factor", None) or 0.0], [1.0]
+    offset, spread = (
+        torch.tensor(values, dtype=torch.float32, device=vae.device).view(1, -1, 1, 1) for values in (means, stds)
+    )
+    return offset, getattr(config, "scaling_factor", 1.0) / spread
 
 
 class Velocity:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.families.family import latent_scale
+from diffusers_ext.families.velocity import latent_scale
 from diffusers_ext.training.nullspace.data import draw_images, sampling_arguments
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_pipelines import sdxl_pipeline

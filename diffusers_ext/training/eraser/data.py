@@ -35,7 +35,8 @@ from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
 from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.families import find_family
-from diffusers_ext.families.family import Family, Velocity, latent_scale
+from diffusers_ext.families.family import Family, Velocity
+from diffusers_ext.families.velocity import latent_scale
 
 logger = logging.getLogger(__name__)
 
