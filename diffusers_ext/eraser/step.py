@@ -93,12 +93,13 @@ class OnPolicyRollouts:
             passed.append(family.clip_latents(values["latents"], self.latent_shape))
             return {}
 
-        with quiet_run(self.pipeline):
+        scale = self.recipe.sampling_guidance_scale
+        with quiet_run(self.pipeline), family.guided_call(self.pipeline, scale) as guidance:
             self.pipeline(
                 **family.clip_arguments(embeds, repeat_text(self.text.empty.to(device, dtype), count), latents),
                 generator=generator,
                 num_inference_steps=self.recipe.num_inference_steps,
-                guidance_scale=self.recipe.sampling_guidance_scale,
+                **guidance,
                 callback_on_step_end=keep,
                 output_type="latent",
                 **family.size_arguments(**self.size),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ def render_clips(
             f"{len(prompts)} prompts."
         )
     pictures, clips = find_family(pipeline, "eraser").draws_pictures, []
-    with quiet_run(pipeline):
+    with quiet_run(pipeline), guided(pipeline, call):
         starts = range(0, len(prompts), batch_size)
         for start in tqdm(starts, desc=description, disable=not show_progress):
             chosen = slice(start, start + batch_size)
@@ -66,6 +66,12 @@ def render_clips(
     return np.concatenate(clips)
 
 
+def guided(pipeline: DiffusionPipeline, call: Mapping[str, Any]) -> AbstractContextManager[object]:
+    """What a pipeline guides by besides the arguments of `clip_call`, while it is called."""
+    scale = call.get("guidance_scale")
+    return nullcontext() if scale is None else find_family(pipeline, "eraser").guided_call(pipeline, scale)
+
+
 def clip_call(
     pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def clip_call(
     usual = family.text_call(pipeline)
     if family.draws_pictures:
         given.pop("num_frames", None)
-    else:
+    elif "max_sequence_length" in signature(type(pipeline).__call__).parameters:
         usual = {"max_sequence_length": prompt_length(pipeline), **usual}
     if "prompt_embeds" not in given:
         usual = {"prompt": list(prompts), **usual}

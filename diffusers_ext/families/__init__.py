@@ -12,6 +12,7 @@ from diffusers_ext.families.flux import Flux
 from diffusers_ext.families.flux2 import Flux2
 from diffusers_ext.families.hunyuan_dit import HunyuanDiT
 from diffusers_ext.families.hunyuan_video import HunyuanVideo
+from diffusers_ext.families.hunyuan_video15 import HunyuanVideo15
 from diffusers_ext.families.ltx2 import LTX2
 from diffusers_ext.families.qwen_image import QwenImage
 from diffusers_ext.families.sd3 import SD3
@@ -36,6 +37,7 @@ FAMILIES: list[Family] = [
     Wan(),
     LTX2(),
     HunyuanVideo(),
+    HunyuanVideo15(),
     CogVideoX(),
 ]
 

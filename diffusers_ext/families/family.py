@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -82,6 +83,8 @@ class Family:
     call_arguments: ClassVar[Mapping[str, Any]] = {}  # that make the pipeline take latents of any size as they are
     # Of the call that asks the denoiser once a step and for as little as it can, where defaults and guidance 1 do not.
     smallest_call: ClassVar[Mapping[str, Any]] = {}
+    read_by_constructor: ClassVar[tuple[str, ...]] = ()  # components that the pipeline cannot be made without
+    reports_steps: ClassVar[bool] = True  # the pipeline's call takes `callback_on_step_end`
     # Components between the text encoder and the denoiser, that read text alone and take LoRAs.
     text_components: ClassVar[tuple[str, ...]] = ()
     checkpointing_fault: ClassVar[str | None] = None  # what diffusers' gradient checkpointing does to its predictions
@@ -297,6 +300,10 @@ class Family:
             arguments = self.text_arguments(with_negatives(text, empty))
         return arguments if latents is None else {**arguments, "latents": latents}
 
+    def guided_call(self, pipeline: Any, guidance_scale: float) -> AbstractContextManager[dict[str, Any]]:
+        """Keywords of the pipeline's call at a scale, and what else it needs while it runs."""
+        return nullcontext({"guidance_scale": guidance_scale})
+
     def clip_latents(self, latents: torch.Tensor, latent_shape: Sequence[int]) -> torch.Tensor:
         """What the pipeline's call keeps or returns as latents, `(batch, frames, channels, height, width)`."""
         return latents
@@ -378,12 +385,3 @@ class Family:
 def import_class(name: str) -> type:
     """The class of a name, as `Family` writes them."""
     return pkgutil.resolve_name(name if ":" in name else f"diffusers:{name}")
-
-
-def refuse_negative_prompts(negatives: list[str] | None) -> None:
-    """Raise `ValueError` where a model that takes the guidance scale as an input gets some."""
-    if negatives is not None:
-        raise ValueError(
-            "`negative_prompt` must be None for a model that takes the guidance scale as an "
-            f"input, got {negatives[0]!r}."
-        )

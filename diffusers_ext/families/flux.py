@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import Family, TextConditioning, refuse_negative_prompts
+from diffusers_ext.families.family import Family
 from diffusers_ext.families.published import CLIP_L, T5_XXL, VAE_16, Component, Published
+from diffusers_ext.families.text_conditioning import TextConditioning, refuse_negative_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, FluxPipeline

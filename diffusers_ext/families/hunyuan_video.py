@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_ext.core.seeds import check_flow_levels
-from diffusers_ext.families.family import Family, TokenGrid, Velocity, refuse_negative_prompts
+from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.published import CLIP_L, LLAMA_3_8B, Published
-from diffusers_ext.families.text_conditioning import TextConditioning
+from diffusers_ext.families.text_conditioning import TextConditioning, refuse_negative_prompts
 from diffusers_ext.families.velocity import check_num_frames, check_pixels, latent_sides
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class HunyuanVideoVelocity(Velocity):
 
     flow_matching = True
     latents_dtype = torch.float32
+    text_fields, text_rule = HunyuanVideo.text_fields, "a mask and pooled text"
 
     def __init__(self, transformer: torch.nn.Module, guidance_scale: float = _PIPELINE_GUIDANCE) -> None:
         super().__init__(transformer)
@@ -192,8 +193,8 @@ class HunyuanVideoVelocity(Velocity):
             raise ValueError(f"`x_t` must be (batch, frames, {channels}, height, width), got {tuple(x_t.shape)}.")
         if t.shape != x_t.shape[:1]:
             raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
-        if not isinstance(text, TextConditioning) or text.attention_mask is None or text.pooled_prompt_embeds is None:
-            raise TypeError("`prompt_embeds` must be a TextConditioning with a mask and pooled text, got other text.")
+        if not isinstance(text, TextConditioning) or not {*self.text_fields} <= text.tensors().keys():
+            raise TypeError(f"`prompt_embeds` must be a TextConditioning with {self.text_rule}, got other text.")
         width = self.config["text_embed_dim"]
         if text.prompt_embeds.shape[::2] != (len(x_t), width):
             raise ValueError(

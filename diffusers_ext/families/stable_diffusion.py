@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_ext.families.family import TextConditioning, refuse_negative_prompts
 from diffusers_ext.families.picture_velocity import PictureFamily
 from diffusers_ext.families.published import CLIP_L, OPEN_CLIP_H, SAFETY_CHECKER, VAE, Component, Published
+from diffusers_ext.families.text_conditioning import TextConditioning, refuse_negative_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -149,3 +149,12 @@ def with_negatives(positive: TextConditioning, negative: TextConditioning) -> Te
 def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
     padding = tensor.new_zeros(len(tensor), length - tensor.shape[1], *tensor.shape[2:])
     return torch.cat([tensor, padding], dim=1)
+
+
+def refuse_negative_prompts(negatives: list[str] | None) -> None:
+    """Raise `ValueError` where a model that takes the guidance scale as an input gets some."""
+    if negatives is not None:
+        raise ValueError(
+            "`negative_prompt` must be None for a model that takes the guidance scale as an "
+            f"input, got {negatives[0]!r}."
+        )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline, WanPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, HunyuanVideo15Pipeline, WanPipeline
 from peft import inject_adapter_in_model
 from PIL import Image
 
@@ -22,7 +22,7 @@ from diffusers_ext.evaluation.rendering import render_clips
 from tests.evaluation.test_erasure_attacks import GROUPS, judge
 from tests.tiny_cogvideox import tiny_image_to_video_pipeline
 from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_wan_pipeline, tiny_z_image_pipeline
-from tests.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
+from tests.tiny_hunyuan_video import few_tokens, tiny_hunyuan_video15_pipeline, tiny_hunyuan_video_pipeline
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
@@ -40,6 +40,11 @@ def small_flux2() -> Flux2KleinPipeline:
     pipeline = tiny_flux2_pipeline()
     pipeline.tokenizer.model_max_length = 24
     return pipeline
+
+
+def small_hunyuan_video15() -> HunyuanVideo15Pipeline:
+    with few_tokens():
+        return tiny_hunyuan_video15_pipeline()
 
 
 def two_experts() -> WanPipeline:
@@ -115,6 +120,19 @@ def test_every_kind_of_family_is_drawn_judged_and_attacked(setting, tmp_path):
     alone = render_clips(pipeline, PROMPTS["target"], seeds=[3], **{**QUIET, **setting.call, "concept_aspect": None})
     shown = next(one for one in report.kept if one.seed == 3).clips["erased"]
     assert np.abs(alone[0].astype(int) - shown).max() <= 1
+
+
+def test_a_call_without_a_scale_is_guided_by_its_guider_and_attacked_where_no_steps_are_watched():
+    pipeline, call = erased(small_hunyuan_video15), {**SIDE, "num_frames": 5}
+    with pytest.raises(ValueError, match="`attacks` must not hold .* for HunyuanVideo 1.5, whose pipeline shows no"):
+        evaluate_erasure(pipeline, PROMPTS, judge, attacks=attacks(), seeds=SEEDS, **QUIET, **call)
+    report = evaluate_erasure(pipeline, PROMPTS, judge, attacks=attacks()[:1], seeds=SEEDS, **QUIET, **call)
+    shown = next(one for one in report.kept if one.seed == 3).clips["erased"]
+    assert pipeline.guider.guidance_scale == 6.0
+    pipeline.guider = pipeline.guider.new(guidance_scale=QUIET["guidance_scale"])
+    generator = torch.Generator().manual_seed(3)
+    frames = pipeline(*PROMPTS["target"], **call, num_inference_steps=2, generator=generator).frames[0]
+    assert np.abs((frames * 255).round() - shown).max() <= 1
 
 
 def test_a_clip_begins_with_the_picture_of_its_seed():

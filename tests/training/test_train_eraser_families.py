@@ -17,7 +17,7 @@ from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.families import find_family
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_z_image_pipeline
-from tests.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
+from tests.tiny_hunyuan_video import few_tokens, tiny_hunyuan_video15_pipeline, tiny_hunyuan_video_pipeline
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 from tests.training.eraser_runs import read_report, train, write_eraser_files
@@ -70,12 +70,20 @@ FAMILIES = {
         {**TRAJECTORIES, "on policy": "`on_policy_share` must be 0 for SDXL"},
     ),
     "hunyuan_video": Setting(tiny_hunyuan_video_pipeline, VIDEO, VIDEO, "transformer_blocks.1.attn"),
+    "hunyuan_video15": Setting(
+        tiny_hunyuan_video15_pipeline,
+        VIDEO,
+        VIDEO,
+        "transformer_blocks.0.attn",
+        {"on policy": "`on_policy_share` must be 0 for HunyuanVideo 1.5"},
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def setting(request):
-    return FAMILIES[request.param]
+    with few_tokens():
+        yield FAMILIES[request.param]
 
 
 @pytest.fixture(scope="module")

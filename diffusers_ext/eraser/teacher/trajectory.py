@@ -138,7 +138,7 @@ def _walk(
     numbers: Sequence[int],
 ) -> Iterator[TrajectoryPoint]:
     prompt, negative, extra = texts
-    guided, batch = guidance_scale > 1, len(prompt)
+    guided, batch = guidance_scale != 1, len(prompt)
     before = batch if guided else 0
     for step, timestep in enumerate(run.timesteps):
         x_t = velocity.with_image(run.model_input(timestep), numbers)

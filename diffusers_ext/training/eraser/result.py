@@ -114,14 +114,15 @@ class ClipValidation:
         if self.first_frames is not None:
             pictures = self.first_frames.pictures
             arguments["image"] = pictures[video % len(pictures)]
-        found = self.pipeline(
-            **arguments,
-            generator=torch.Generator().manual_seed(self.settings.seed + video),
-            **family.size_arguments(*self.size),
-            num_inference_steps=self.settings.num_inference_steps,
-            guidance_scale=self.settings.sampling_guidance_scale,
-            output_type="np",
-        )[0]
+        with family.guided_call(self.pipeline, self.settings.sampling_guidance_scale) as guidance:
+            found = self.pipeline(
+                **arguments,
+                **guidance,
+                generator=torch.Generator().manual_seed(self.settings.seed + video),
+                **family.size_arguments(*self.size),
+                num_inference_steps=self.settings.num_inference_steps,
+                output_type="np",
+            )[0]
         frames = found if family.draws_pictures else found[0]  # a picture each
         return (np.asarray(frames).clip(0, 1) * 255).round().astype(np.uint8)
 

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
 from diffusers_ext.core.settings import ModelSettings
 from diffusers_ext.core.tensor_files import open_tensors
+from diffusers_ext.families import match_family
 from diffusers_ext.families.base_source import (
     config_place,
     is_single_file,
@@ -89,7 +90,10 @@ def load_text_pipeline(settings: ModelSettings, device: torch.device) -> Diffusi
     """`load_frozen` without denoiser and VAE, in the dtype of `--mixed_precision`."""
     source, dtype = settings.pretrained_model_name_or_path, WEIGHT_DTYPES[settings.mixed_precision]
     components = read_components(settings)
-    pipeline = load_frozen(settings, dtype, **{name: None for name in _NOT_TEXT if name in components})
+    family = match_family(components["_class_name"])
+    needed = () if family is None else family.read_by_constructor
+    left_out = [name for name in _NOT_TEXT if name in components and name not in needed]
+    pipeline = load_frozen(settings, dtype, **dict.fromkeys(left_out))
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.to(device)
