@@ -142,10 +142,12 @@ def names_of(targets: Sequence[str]) -> list[str]:
     return [word for word in (*DIGITS, *COLORS) if word not in targets]
 
 
-def changed(pipeline: Any, case: Case, targets: Sequence[str], anchors: Mapping[str, str]) -> Mapping[str, str]:
+def changed(
+    pipeline: Any, case: Case, targets: Sequence[str], anchors: Mapping[str, str], earlier: Mapping[str, str]
+) -> Mapping[str, str]:
     """Put one edit of a case's targets into the model; returns what stands for what."""
     if case.method == "edit":
-        result = edit_concept(pipeline, dict.fromkeys(targets), knowledge_prompts())
+        result = edit_concept(pipeline, dict.fromkeys(targets), knowledge_prompts(), earlier=earlier)
         pipeline.load_lora_weights(result.lora)
         return result.told
     if case.method == "negative prompt":
@@ -172,10 +174,10 @@ def edit(pipeline: Any, case: Case, anchors: Mapping[str, str]) -> tuple[float, 
     """
     started, told = time.process_time(), {}
     if not case.one_by_one:
-        told = dict(changed(pipeline, case, case.targets, anchors))
+        told = dict(changed(pipeline, case, case.targets, anchors, {}))
         return time.process_time() - started, told
     for target in case.targets:
-        told |= changed(pipeline, case, (target,), anchors)
+        told |= changed(pipeline, case, (target,), anchors, told)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     return time.process_time() - started, told

@@ -24,7 +24,10 @@ from diffusers_ext.command_line.options import (
 from diffusers_ext.evaluation.settings import EditingSettings
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from diffusers_ext.evaluation.editing import EditingReport
+    from diffusers_ext.nullspace.edit_prompts import ConceptEdit
     from diffusers_ext.nullspace.edit_report import EditReport
 
 _WEIGHTED = re.compile(r"\s*(\d*\.?\d+)\s+(\S.*?)\s*")
@@ -42,6 +45,13 @@ def _add_edit_arguments(parser: argparse.ArgumentParser) -> None:
         "--preserve",
         required=True,
         help="file of the prompts to keep, one a line, # comments, or a table; those that name a target are edited",
+    )
+    parser.add_argument(
+        "--earlier",
+        nargs="+",
+        default=(),
+        metavar="FOLDER",
+        help="edits made before, beside whose LoRAs the new one is to be loaded, the first one first",
     )
     parser.add_argument("--output_dir", required=True, help="folder of the LoRA and its report")
     parser.add_argument("--dry_run", action="store_true", help="say what the edit would do, and write nothing")
@@ -71,8 +81,10 @@ def _run_edit(args: argparse.Namespace) -> Outcome:
     check_hub_arguments(args)
     names = ("negative_prompt", "preserve_weight", "eps", "hard", "kept")
     options = {name: getattr(args, name) for name in names}
+    pipeline = load_base_pipeline(args)
+    earlier = _put_in(pipeline, args.earlier)
     result = edit_concept(
-        load_base_pipeline(args), edits, prompts, expand_sub_phrases=not args.no_sub_phrases, **options
+        pipeline, edits, prompts, earlier=earlier, expand_sub_phrases=not args.no_sub_phrases, **options
     )
     words = _forecast(result.report, result.told)
     facts = {"output_dir": args.output_dir, "edits": result.told, **asdict(result.report)}
@@ -86,6 +98,19 @@ def _run_edit(args: argparse.Namespace) -> Outcome:
         facts["url"] = result.push_to_hub(**{**hub_arguments(args), "base_model": base})
         words.append(f"Pushed: {facts['url']}")
     return Outcome(facts, "\n".join(words))
+
+
+def _put_in(pipeline: DiffusionPipeline, folders: list[str]) -> list[ConceptEdit]:
+    """Make edits part of the weights, all at once; returns what they edit."""
+    from diffusers_ext.core.sources import artifact_file, lora_file
+    from diffusers_ext.nullspace.edit import REPORT_NAME, read_edit
+
+    found = [read_edit(artifact_file(folder, REPORT_NAME, None, {}).parent)[0] for folder in folders]
+    if folders:
+        load_loras(pipeline, folders, [lora_file(folder) for folder in folders], "earlier")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    return [edit for edits in found for edit in edits]
 
 
 def _read_anchor(text: str) -> str | dict[str, float]:
@@ -118,6 +143,8 @@ EDIT = Command(
     "The result is an ordinary LoRA; its scale is a dial.",
     (
         "edit three=nine --preserve prompts.txt --output_dir outputs/no_three "
+        "--pretrained_model_name_or_path examples/digits/model",
+        "edit seven --earlier outputs/no_three --preserve prompts.txt --output_dir outputs/no_seven "
         "--pretrained_model_name_or_path examples/digits/model",
         "edit three --preserve prompts.txt --output_dir outputs/no_three --dry_run "
         "--pretrained_model_name_or_path examples/digits/model",

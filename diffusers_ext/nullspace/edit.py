@@ -40,7 +40,7 @@ from diffusers_ext.nullspace.edit_equations import (
 )
 from diffusers_ext.nullspace.edit_prompts import (
     ConceptEdit,
-    EditPrompts,
+    carried_along,
     check_read_apart,
     replaced,
     split_prompts,
@@ -195,6 +195,7 @@ def edit_concept(
     edits: Mapping[str, str | Mapping[str, float] | None] | Sequence[ConceptEdit],
     preserve: Sequence[str],
     *,
+    earlier: Mapping[str, str | Mapping[str, float]] | Sequence[ConceptEdit] = (),
     negative_prompt: str = "",
     preserve_weight: float = 1.0,
     eps: float = 1e-4,
@@ -214,6 +215,9 @@ def edit_concept(
         edits: `{target: anchor}`, or `ConceptEdit`s; an anchor of `None` is found (`nearest_anchor`).
         preserve: prompts to keep. The empty prompt and `negative_prompt` weigh as much as all of them, because
             guidance reads them in every picture. Those that name a target are edited (see `ConceptEdit`).
+        earlier: edits that the model's weights hold already, as the `edits` of their results. Their targets are no
+            anchors and stay as they are read by now, but for those read as a concept that is edited now: they follow.
+            Drifts of `n` edits may add up to `n` times one's, so that the `n`-th keeps `n^2` times as strictly.
         preserve_weight, eps, hard: see `edit_factors`.
         kept: share of the update's effect on the targets that its rank keeps.
         expand_sub_phrases: also preserve every prompt with one word left out.
@@ -221,13 +225,14 @@ def edit_concept(
         call_arguments: for the pipeline's call, where its smallest one needs more than a size.
 
     Raises:
-        ValueError: an edit or prompts as in `ConceptEdit` and `split_prompts`; an anchor that the text encoder cannot
+        ValueError: an edit or prompts as in `ConceptEdit`, `carried_along` and `split_prompts`; an anchor that the text encoder cannot
             tell from its target; a denoiser that carries a LoRA.
     """
     started = time.perf_counter()
     if not 0 < kept <= 1:
         raise ValueError(f"`kept` must be above 0 and at most 1, got {kept}.")
     edits = ConceptEdit.read(edits)
+    earlier = list({edit.target: edit for edit in ConceptEdit.read(earlier)}.values())  # the last of each target
     if not edits:
         raise ValueError("`edits` must hold at least one target and its anchor, got none.")
     root = text_readers(pipeline)
@@ -235,10 +240,12 @@ def edit_concept(
         raise ValueError("`pipeline` must carry no LoRA while it is edited, got one. Fuse or unload it first.")
     sources = text_only_linears(pipeline, **call_arguments)
     reader = TextReader(pipeline, sources, batch_size, call_arguments)
-    prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases)
-    prompts = with_anchors(reader, prompts, preserve)
+    edits = with_anchors(reader, edits, preserve, expand_sub_phrases, earlier)
+    edits += carried_along(edits, earlier)
+    prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases, earlier)
     check_read_apart(pipeline, prompts, preserved)
     settings: dict[str, Any] = {"preserve_weight": preserve_weight, "eps": eps, "hard": hard}
+    strict = settings | {"preserve_weight": preserve_weight * (1 + len(earlier)) ** 2}
     lora: StateDict = {}
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     rows: list[dict[str, Any]] = []
@@ -247,7 +254,7 @@ def edit_concept(
     for source in dict.fromkeys(sources.values()):
         targets, c2 = target_rows(root, reader, prompts, source, updates)
         c0 = preserved_moment(reader, preserved, negative_prompt, source)
-        left, a, share = edit_factors(targets, c0, kept=kept, edits=len(edits), **settings)
+        left, a, share = edit_factors(targets, c0, kept=kept, edits=len(edits), **strict)
         missed, moved = effect_moments(left, a, targets, c2, c0)
         # What is only reported is computed at the weights' own precision: half of the time at SDXL's size.
         told = [moment.float() for moment in (missed, moved, c2, c0)]
@@ -272,21 +279,27 @@ def edit_concept(
     report = EditReport(rows, concepts, forecast.most_moved, count, len(preserved), warnings, seconds)
     settings |= {"kept": kept, "expand_sub_phrases": expand_sub_phrases, "negative_prompt": negative_prompt}
     facts = {"pipeline": type(pipeline).__name__, "preserve": list(preserve), "settings": settings}
+    facts |= {"earlier": {edit.target: edit.told for edit in earlier}} if earlier else {}
     return EditedConcepts(lora, report, tuple(found.edit for found in prompts), facts)
 
 
-def with_anchors(reader: TextReader, prompts: Sequence[EditPrompts], preserve: Sequence[str]) -> list[EditPrompts]:
-    """The edits of `split_prompts` with the anchors found that are not given (`nearest_anchor`)."""
-    targets = [found.edit.target for found in prompts]
+def with_anchors(
+    reader: TextReader,
+    edits: Sequence[ConceptEdit],
+    preserve: Sequence[str],
+    expand_sub_phrases: bool,
+    earlier: Sequence[ConceptEdit] = (),
+) -> list[ConceptEdit]:
+    """Edits with the anchors found that are not given (`nearest_anchor`): none is the target of another."""
+    targets = [edit.target for edit in (*edits, *earlier)]
     remaining = [prompt for prompt in preserve if not any(contains_concept(prompt, target) for target in targets)]
     chosen = []
-    for found in prompts:
-        if found.edit.anchor is None:
-            anchor = nearest_anchor(reader, found.edit.target, found.targets, preserve, remaining)
-            found = dataclasses.replace(found, edit=dataclasses.replace(found.edit, anchor=anchor))
-        chosen.append(found)
-    edits = [found.edit for found in chosen]
-    return [dataclasses.replace(found, others=[edit for edit in edits if edit is not found.edit]) for found in chosen]
+    for edit, found in zip(edits, split_prompts(edits, preserve, expand_sub_phrases)[0]):
+        if edit.anchor is None:
+            anchor = nearest_anchor(reader, edit.target, found.targets, preserve, remaining)
+            edit = dataclasses.replace(edit, anchor=anchor)
+        chosen.append(edit)
+    return chosen
 
 
 def nearest_anchor(

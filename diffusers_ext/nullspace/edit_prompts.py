@@ -141,12 +141,42 @@ def stand_ins(target: str, preserve: Sequence[str], others: Sequence[str]) -> li
     return [words for words in found if not any(contains_concept(words, other) for other in found if other != words)]
 
 
+def carried_along(edits: Sequence[ConceptEdit], earlier: Sequence[ConceptEdit]) -> list[ConceptEdit]:
+    """Earlier edits that new ones change: where "five" is read as "seven", an edit of "seven" is one of "five".
+
+    Raises:
+        ValueError: an edit leads back to the target of an earlier one; an earlier one does not name its anchor.
+    """
+    unknown = [one.target for one in earlier if one.anchor is None]
+    if unknown:
+        raise ValueError(f"`earlier` must name the anchors of earlier edits, got none for {unknown}.")
+    found = []
+    for one in earlier:
+        weights: dict[str, float] = {}
+        for words, weight in one.weights.items():
+            for anchor, share in anchor_mixture(words, edits).items():
+                weights[anchor] = weights.get(anchor, 0.0) + weight * share
+        if weights == dict(one.weights) or one.target in [edit.target for edit in edits]:
+            continue
+        if any(words.split() == one.target.split() for words in weights):
+            raise ValueError(
+                f"`edits` must lead to concepts that earlier edits have left, got {one.target!r}, which the model reads "
+                f"as {one.told!r} by now. Name another anchor."
+            )
+        found.append(ConceptEdit(one.target, weights, one.prompts))
+    return found
+
+
 def split_prompts(
-    edits: Sequence[ConceptEdit], preserve: Sequence[str], expand_sub_phrases: bool
+    edits: Sequence[ConceptEdit],
+    preserve: Sequence[str],
+    expand_sub_phrases: bool,
+    earlier: Sequence[ConceptEdit] = (),
 ) -> tuple[list[EditPrompts], list[str]]:
     """The prompts of every edit, and those that are preserved.
 
-    Preserved prompts that name the target of an edit without prompts of its own are edited, not preserved.
+    Preserved prompts that name the target of an edit without prompts of its own are edited, not preserved; those of
+    earlier edits are preserved as they are read by now.
 
     Raises:
         ValueError: two edits of one target; no prompt is left to preserve.
@@ -161,6 +191,9 @@ def split_prompts(
     kept = [prompt for prompt in given if prompt not in edited]
     if not kept:
         raise ValueError("`preserve` must hold a prompt that names no target, got none: nothing would be preserved.")
+    for one in earlier:
+        own = one.prompts or [template.format(one.target) for template in TEMPLATES]
+        kept += [prompt for prompt in own if not any(contains_concept(prompt, edit.target) for edit in edits)]
     made = []
     for edit in edits:
         found = list(edit.prompts)
@@ -169,7 +202,7 @@ def split_prompts(
             if expand_sub_phrases:
                 found = [p for p in sub_phrases(found) if contains_concept(p, edit.target)]
             found = unique([*found, *(template.format(edit.target) for template in TEMPLATES)])
-        made.append(EditPrompts(edit, found, named[edit.target]))
+        made.append(EditPrompts(edit, found, named[edit.target], [other for other in edits if other is not edit]))
     return made, unique(sub_phrases(kept) if expand_sub_phrases else kept)
 
 
