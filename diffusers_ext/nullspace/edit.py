@@ -225,8 +225,8 @@ def edit_concept(
         call_arguments: for the pipeline's call, where its smallest one needs more than a size.
 
     Raises:
-        ValueError: an edit or prompts as in `ConceptEdit`, `carried_along` and `split_prompts`; an anchor that the text encoder cannot
-            tell from its target; a denoiser that carries a LoRA.
+        ValueError: an edit or prompts as in `ConceptEdit`, `carried_along` and `split_prompts`; an anchor that the
+            text encoder cannot tell from its target; a denoiser that carries a LoRA.
     """
     started = time.perf_counter()
     if not 0 < kept <= 1:
@@ -241,11 +241,9 @@ def edit_concept(
     sources = text_only_linears(pipeline, **call_arguments)
     reader = TextReader(pipeline, sources, batch_size, call_arguments)
     edits = with_anchors(reader, edits, preserve, expand_sub_phrases, earlier)
-    edits += carried_along(edits, earlier)
     prompts, preserved = split_prompts(edits, preserve, expand_sub_phrases, earlier)
     check_read_apart(pipeline, prompts, preserved)
     settings: dict[str, Any] = {"preserve_weight": preserve_weight, "eps": eps, "hard": hard}
-    strict = settings | {"preserve_weight": preserve_weight * (1 + len(earlier)) ** 2}
     lora: StateDict = {}
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     rows: list[dict[str, Any]] = []
@@ -254,7 +252,7 @@ def edit_concept(
     for source in dict.fromkeys(sources.values()):
         targets, c2 = target_rows(root, reader, prompts, source, updates)
         c0 = preserved_moment(reader, preserved, negative_prompt, source)
-        left, a, share = edit_factors(targets, c0, kept=kept, edits=len(edits), **strict)
+        left, a, share = edit_factors(targets, c0 * (1 + len(earlier)) ** 2, kept=kept, edits=len(edits), **settings)
         missed, moved = effect_moments(left, a, targets, c2, c0)
         # What is only reported is computed at the weights' own precision: half of the time at SDXL's size.
         told = [moment.float() for moment in (missed, moved, c2, c0)]
@@ -274,12 +272,11 @@ def edit_concept(
     warnings = edit_warnings(concepts)
     for warning in warnings:
         logger.warning(warning)
-    count = sum(len(edit.targets) for edit in prompts)
-    seconds = time.perf_counter() - started
-    report = EditReport(rows, concepts, forecast.most_moved, count, len(preserved), warnings, seconds)
+    counts = (sum(len(edit.targets) for edit in prompts), len(preserved))
+    report = EditReport(rows, concepts, forecast.most_moved, *counts, warnings, seconds=time.perf_counter() - started)
     settings |= {"kept": kept, "expand_sub_phrases": expand_sub_phrases, "negative_prompt": negative_prompt}
     facts = {"pipeline": type(pipeline).__name__, "preserve": list(preserve), "settings": settings}
-    facts |= {"earlier": {edit.target: edit.told for edit in earlier}} if earlier else {}
+    facts["earlier"] = {edit.target: edit.told for edit in earlier}
     return EditedConcepts(lora, report, tuple(found.edit for found in prompts), facts)
 
 
@@ -290,7 +287,7 @@ def with_anchors(
     expand_sub_phrases: bool,
     earlier: Sequence[ConceptEdit] = (),
 ) -> list[ConceptEdit]:
-    """Edits with the anchors found that are not given (`nearest_anchor`): none is the target of another."""
+    """Edits with the anchors found that are not given (`nearest_anchor`), and earlier ones that follow them."""
     targets = [edit.target for edit in (*edits, *earlier)]
     remaining = [prompt for prompt in preserve if not any(contains_concept(prompt, target) for target in targets)]
     chosen = []
@@ -299,7 +296,7 @@ def with_anchors(
             anchor = nearest_anchor(reader, edit.target, found.targets, preserve, remaining)
             edit = dataclasses.replace(edit, anchor=anchor)
         chosen.append(edit)
-    return chosen
+    return [*chosen, *carried_along(chosen, earlier)]
 
 
 def nearest_anchor(

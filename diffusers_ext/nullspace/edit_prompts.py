@@ -160,8 +160,8 @@ def carried_along(edits: Sequence[ConceptEdit], earlier: Sequence[ConceptEdit]) 
             continue
         if any(words.split() == one.target.split() for words in weights):
             raise ValueError(
-                f"`edits` must lead to concepts that earlier edits have left, got {one.target!r}, which the model reads "
-                f"as {one.told!r} by now. Name another anchor."
+                f"`edits` must lead to concepts that earlier edits have left, got {one.target!r}, which the model "
+                f"reads as {one.told!r} by now. Name another anchor."
             )
         found.append(ConceptEdit(one.target, weights, one.prompts))
     return found

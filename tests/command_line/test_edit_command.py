@@ -57,6 +57,17 @@ def test_an_anchor_is_found_among_the_preserved_concepts(edit, tmp_path):
     assert ran.facts["edits"] == {"three": "nine"}
 
 
+def test_an_edit_goes_on_from_earlier_ones(edit, tmp_path):
+    first, path = tmp_path / "first", tmp_path / "known.txt"
+    path.write_text("a red seven\na blue three\na red one\n")
+    assert edit("three=seven", preserve=path, output_dir=first).code == 0
+    ran = edit("seven=nine", preserve=path, earlier=first, json=True)
+    assert ran.facts["edits"] == {"seven": "nine", "three": "nine"}
+    assert json.loads((tmp_path / "edit" / "edit_report.json").read_text())["earlier"] == {"three": "seven"}
+    missing = edit("seven=nine", earlier=tmp_path, output_dir=tmp_path / "other")
+    assert (missing.code, "must hold edit_report.json" in missing.err) == (1, True)
+
+
 def test_a_dry_run_tells_and_writes_nothing(edit, tmp_path):
     ran = edit("three=nine", dry_run=True)
     assert ran.code == 0

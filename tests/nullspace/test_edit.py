@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusers_ext.nullspace.edit import edit_concept
-from diffusers_ext.nullspace.edit_prompts import ConceptEdit
+from diffusers_ext.nullspace.edit_prompts import TEMPLATES, ConceptEdit
 from diffusers_ext.nullspace.text_only import denoiser_arguments
 from examples.digits.check_model import draw, load_pipeline
 from examples.digits.judge import DigitsJudge
@@ -54,6 +54,8 @@ def test_editing_leaves_the_pipeline_as_it_was():
         ({"edits": {}}, "`edits` must hold at least one target"),
         ({"edits": {"three": "nine"}, "kept": 0}, "`kept` must be above 0"),
         ({"edits": {"three": "THREE"}}, "`anchor` must be read otherwise than `target`"),
+        ({"edits": {"three": "nine"}, "earlier": {"two": None}}, "`earlier` must name the anchors of earlier edits"),
+        ({"edits": {"three": "five"}, "earlier": {"five": "three"}}, "`edits` must lead to concepts that earlier"),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
@@ -97,6 +99,30 @@ def test_what_an_earlier_edit_made_alike_is_no_anchor():
     preserve = ["a red nine", "a red three", "a red one", "a red two", "a blue one"]
     (second,) = edit_concept(pipeline, {"nine": None}, preserve).edits
     assert second.anchor in ("one", "two")
+
+
+def test_an_edit_takes_earlier_ones_of_its_concept_along():
+    """Where "five" is read as "seven", and "seven" is to be read as "one", so is "five"; the other stays."""
+    pipeline = random_digits_pipeline()
+    preserve = ["a red five", "a red seven", "a red two", "a red nine", "a red one", "a blue six"]
+    first = edit_concept(pipeline, {"five": "seven", "two": "nine"}, preserve)
+    pipeline.load_lora_weights(first.lora)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    second = edit_concept(pipeline, {"seven": "one"}, preserve, earlier=first.edits, preserve_weight=0.01)
+    assert second.told == {"seven": "one", "five": "one"}
+    assert second.facts["earlier"] == {"five": "seven", "two": "nine"}
+    assert edit_concept(pipeline, {"seven": "one"}, preserve).told == {"seven": "one"}
+    among = [*preserve, "a blue five", "a blue two", "a blue nine"]
+    assert edit_concept(pipeline, {"six": None}, among, earlier=first.edits).told["six"] == "nine"
+
+
+def test_the_second_edit_keeps_four_times_as_strictly():
+    preserve = ["a red one", *(template.format("two") for template in TEMPLATES)]
+    usual = {"edits": {"three": "nine"}, "preserve": preserve, "expand_sub_phrases": False}
+    second = edit_concept(random_digits_pipeline(), **usual, earlier={"two": "four"}).lora
+    strict = edit_concept(random_digits_pipeline(), **usual, preserve_weight=4.0).lora
+    assert all(second[name].equal(strict[name]) for name in strict)
 
 
 def test_a_pipeline_with_a_lora_is_refused():

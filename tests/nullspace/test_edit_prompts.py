@@ -11,6 +11,7 @@ from diffusers_ext.nullspace.edit_prompts import (
     EditPrompts,
     aligned,
     anchor_mixture,
+    carried_along,
     check_read_apart,
     split_prompts,
     stand_ins,
@@ -158,3 +159,27 @@ def test_a_stand_in_holds_no_other_one():
     preserve = ["a red seven"]
     assert stand_ins("red", preserve, ["a blue seven", "a photo of the blue digit seven"]) == ["blue"]
     assert stand_ins("seven", preserve, ["a red nine"]) == ["nine"]
+
+
+def test_earlier_edits_follow_those_of_their_anchors():
+    earlier = ConceptEdit.read({"five": "seven", "two": {"seven": 0.5, "one": 0.5}, "six": "nine"})
+    found = carried_along(ConceptEdit.read({"seven": "four", "eight": "six"}), earlier)
+    assert [(edit.target, edit.weights) for edit in found] == [
+        ("five", {"four": 1.0}),
+        ("two", {"four": 0.5, "one": 0.5}),
+    ]
+    assert carried_along([ConceptEdit("five", "eight")], earlier) == []
+    emptied = carried_along([ConceptEdit("seven", "")], earlier[:1])
+    assert [(edit.target, edit.weights) for edit in emptied] == [("five", {"": 1.0})]
+
+
+def test_earlier_edits_are_preserved_as_they_are_read_by_now():
+    edits, preserved = split_prompts(
+        [ConceptEdit("seven", "one")],
+        ["a red two"],
+        False,
+        [ConceptEdit("five", "nine"), ConceptEdit("red seven", "two")],
+    )
+    assert {"a five", "a photo of a five"} <= {*preserved}
+    assert not any("seven" in prompt for prompt in preserved)
+    assert "a five" not in edits[0].targets
