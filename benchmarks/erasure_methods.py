@@ -53,9 +53,9 @@ from examples.moving_digits.judge import MovingDigitsJudge
 
 CLIP = {name: SAMPLING[name] for name in ("num_frames", "height", "width")}
 _LENGTHS = {name: SAMPLING[name] for name in ("max_sequence_length", "num_inference_steps")}
-ERASER, _ESD, _LINEAR = "eraser", "esd", "linear"
+ERASER, GELU, LINEAR, ESD = "eraser", "gelu", "linear", "esd"
 _HALF = RECIPE.max_train_steps // 2
-_ESD_RATE = 1e-3  # not compared with others
+ESD_RATES = {ESD: 1e-3, f"{ESD}_slower": 3e-4, f"{ESD}_faster": 3e-3}
 _ATTACK_SEED, _COST_CLIPS = 9_000, 10
 _KEPT_CLIPS = 4
 Points = dict[str, torch.Tensor]
@@ -157,12 +157,20 @@ def _edit(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
     return Armed(pipeline, facts={"anchor": result.told[target], "linears": len(result.report.layers)})
 
 
-def _esd(pipeline: DiffusionPipeline, target: str, seed: int, rate: float = _ESD_RATE) -> Armed:
+def _esd(rate: float) -> Callable[[DiffusionPipeline, str, int], Armed]:
+    def arm(pipeline: DiffusionPipeline, target: str, seed: int) -> Armed:
+        losses = _trained_esd(pipeline, target, seed, rate)
+        return Armed(pipeline, facts={"rate": rate, "losses": [losses[0], losses[-1]]})
+
+    return arm
+
+
+def _trained_esd(pipeline: DiffusionPipeline, target: str, seed: int, rate: float) -> list[float]:
     family = find_family(pipeline)
     shape = family.latent_shape(pipeline.transformer.config, pipeline.vae.config, **CLIP)
     encoder = GuardedCalls(pipeline, target, **_LENGTHS)
     texts = torch.cat([encoder.empty, encoder.encode(training_prompts(target).target)])
-    losses = erase_video_concept(
+    return erase_video_concept(
         pipeline,
         family.velocity(pipeline, **CLIP),
         shape,
@@ -172,7 +180,6 @@ def _esd(pipeline: DiffusionPipeline, target: str, seed: int, rate: float = _ESD
         guidance_scale=SAMPLING["guidance_scale"],
         seed=seed,
     )
-    return Armed(pipeline, facts={"rate": rate, "losses": [losses[0], losses[-1]]})
 
 
 METHODS: dict[str, Callable[[DiffusionPipeline, str, int], Armed]] = {
@@ -183,14 +190,15 @@ METHODS: dict[str, Callable[[DiffusionPipeline, str, int], Armed]] = {
     "videoeraser": _guarded(VideoEraser),
     "edit": _edit,
     "document": _document,
-    _ESD: _esd,
+    **{name: _esd(rate) for name, rate in ESD_RATES.items()},
     ERASER: _eraser(),
-    _LINEAR: _eraser(kind="linear"),
+    GELU: _eraser(kind="gelu"),
+    LINEAR: _eraser(kind="linear"),
     "eraser_half": _eraser(max_train_steps=_HALF),
     "edit_eraser_half": _edit_then_eraser(_HALF),
 }
 # These differ by seed, and are kept.
-TRAINED = ("document", _ESD, ERASER, _LINEAR, "eraser_half", "edit_eraser_half")
+TRAINED = ("document", *ESD_RATES, ERASER, GELU, LINEAR, "eraser_half", "edit_eraser_half")
 
 
 def arm(name: str, target: str, seed: int, model: str | Path, folder: Path) -> Armed:
@@ -215,20 +223,20 @@ def arm(name: str, target: str, seed: int, model: str | Path, folder: Path) -> A
 
 
 def _keep(name: str, armed: Armed, kept: Path) -> None:
-    if name == _ESD:
-        armed.pipeline.transformer.save_lora_adapter(kept, adapter_name=_ESD)
+    if name in ESD_RATES:
+        armed.pipeline.transformer.save_lora_adapter(kept, adapter_name=ESD)
         return
     save_eraser(armed.pipeline, kept)
     if armed.edit is not None:
         save_file(armed.edit, kept / LORA_WEIGHT_NAME)
-    if name == _LINEAR:
+    if name == LINEAR:
         convert_eraser_to_lora(kept, kept)
 
 
 def _restore(name: str, pipeline: DiffusionPipeline, kept: Path) -> None:
-    if name == _ESD:
-        pipeline.transformer.load_lora_adapter(kept, adapter_name=_ESD, prefix=None, weight_name=LORA_WEIGHT_NAME)
-    elif name == _LINEAR:  # as diffusers does without this package
+    if name in ESD_RATES:
+        pipeline.transformer.load_lora_adapter(kept, adapter_name=ESD, prefix=None, weight_name=LORA_WEIGHT_NAME)
+    elif name == LINEAR:  # as diffusers does without this package
         pipeline.load_lora_weights(kept, weight_name=LORA_WEIGHT_NAME)
     else:
         if (kept / LORA_WEIGHT_NAME).is_file():

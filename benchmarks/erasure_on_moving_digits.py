@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from benchmarks.erasure_methods import (
     ERASER,
+    ESD,
+    ESD_RATES,
     METHODS,
     TRAINED,
     Armed,
@@ -303,7 +305,8 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--model", default="", help="folder of a model of the moving digits [the bundled CogVideoX]")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    usual = [name for name in METHODS if name == ESD or name not in ESD_RATES]
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=usual)
     parser.add_argument("--seeds", type=int, default=3, help="of what is trained: from 0 on")
     parser.add_argument("--num_clips", type=int, default=_USUAL_CLIPS, help="of each target")
     parser.add_argument("--processes", type=int, default=1)

@@ -161,8 +161,11 @@ METHOD_TITLES = {
     "edit": "`edit_concept`",
     "document": "design document's recipe",
     "esd": "ESD-x, LoRA",
-    "eraser": "this project's eraser",
+    "esd_slower": "the same, rate 0.3 times that",
+    "esd_faster": "the same, rate 3 times that",
     "linear": "linear eraser, as a LoRA in stock diffusers",
+    "gelu": "eraser with GELU",
+    "eraser": "this project's eraser",
     "eraser_half": "the same, half of the steps",
     "edit_eraser_half": "the same, half of the steps, on the edited model",
 }
@@ -224,6 +227,16 @@ def _by_target(results: Runs, targets: list[str]) -> list[list[str]]:
     return rows
 
 
+def _methods_by_target(results: Runs, targets: list[str]) -> list[list[str]]:
+    """All figures of each target."""
+    found = [
+        (title, target, [figures_of(run, target) for run in _seeds(results, f"method_{method}_{target}")])
+        for target in targets
+        for method, title in METHOD_TITLES.items()
+    ]
+    return [_row(title, target, runs) for title, target, runs in found if runs]
+
+
 def _stacks(results: Runs) -> list[list[str]]:
     rows = []
     for name, run in results.items():
@@ -248,6 +261,8 @@ def erasure_tables(results: Runs, targets: list[str]) -> str:
             table(METHOD_HEADER, methods),
             "Each target, still read / under 16 learned embeddings:",
             table(["method", *targets], _by_target(results, targets)),
+            "All figures of each target:",
+            table(["method", *HEADER[1:]], _methods_by_target(results, targets)),
         ]
     if trained := [target for target in targets if _seeds(results, target)]:
         parts += [

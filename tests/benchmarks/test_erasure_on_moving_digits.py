@@ -67,6 +67,10 @@ def test_tables_show_what_is_there():
     row = "| ESD-x, LoRA | 2 | 0.200 (0.300) | 0.200 (0.300) | 0.500 |  | -0.200 (-0.300) | -0.800 (-0.900) "
     assert f"{row}| 1.250 (1.250) | 1.50 | 1.25 | 12 |" in text
     assert "| ESD-x, LoRA | 0.20 / 0.50 |  |" in text
+    assert (
+        f"| ESD-x, LoRA | seven {row.removeprefix('| ESD-x, LoRA | 2 ').replace('| 0.500 |  ', '')}| 1.250 (1.250) |"
+        in text
+    )
     assert "| this project's | seven | 0.000 |" in text
     assert "NAG" not in text
     assert "red" not in text.replace("| method | seven | red |", "")
