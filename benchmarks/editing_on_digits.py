@@ -183,12 +183,14 @@ def edit(pipeline: Any, case: Case, anchors: Mapping[str, str]) -> tuple[float, 
     return time.process_time() - started, told
 
 
-def run_seed(seed: int, count: int, model: str, methods: Sequence[str], trained_seeds: int) -> list[dict[str, Any]]:
-    """All cases of one seed, and the base model on the same prompts."""
+def run_seed(
+    seed: int, count: int, model: str, methods: Sequence[str], trained_seeds: int, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """All cases of one seed, or those of some names, and the base model on the same prompts."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     examiner, rows = Examiner(seed, count, model), []
     anchors: dict[tuple[str, ...], dict[str, str]] = {}
-    for case in cases_of(seed, methods, trained_seeds):
+    for case in (case for case in cases_of(seed, methods, trained_seeds) if case.name in names):
         pipeline = load_pipeline(model)
         seconds, told = edit(pipeline, case, anchors.get(case.targets, {}))
         if case.method == "edit":
@@ -236,7 +238,8 @@ def summarize(seeds: list[list[dict[str, Any]]]) -> str:
         return [row for row in runs if row["method"] == method and row["case"] in cases]
 
     rows = []
-    for situation, (cases, methods) in SITUATIONS.items():
+    asked = {name: wanted for name, wanted in SITUATIONS.items() if of("edit", wanted[0])}
+    for situation, (cases, methods) in asked.items():
         rows.append(line(f"{situation}: base", of("edit", cases), "base"))
         rows += [line(f"{situation}: {LABELS.get(m, m)}", of(m, cases)) for m in methods if of(m, cases)]
     trained = [row for row in runs if row["method"] == "esd"]
@@ -247,7 +250,7 @@ def summarize(seeds: list[list[dict[str, Any]]]) -> str:
         rows.append(line(label, [row for row in trained if row["rate"] == rate]))
     if trained:
         rows.append(line("a digit a seed: **edit_concept**", same))
-    for digit in DIGITS:
+    for digit in (digit for digit in DIGITS if of("edit", (digit,))):
         anchor = next(row["anchors"][digit] for row in runs if row["case"] == digit)
         rows.append(line(f"{digit} -> {anchor}", of("edit", (digit,))))
     told = {"target": "target still read,", "others": "others right,", "drift": "picture drift,"}
@@ -264,6 +267,9 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=50, help="per group of prompts")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--model", default=str(MODEL_DIR), help="a folder of the digits")
+    names = tuple(dict.fromkeys(case.name for case in CASES))
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help="[all]")
+    parser.add_argument("--name", help="of the results [editing_on_ and the model's]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="[all; SPEED and ESD-x are those of UNets]")
     args = parser.parse_args(input_args)
     is_unet = (Path(args.model) / "unet").is_dir()
@@ -272,13 +278,14 @@ def main(input_args: list[str] | None = None) -> None:
         raise ValueError(f"`--methods` must hold edit, whose anchors all of them take, got {methods}.")
     pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
     with pool:
-        settings = ([value] * args.seeds for value in (args.pictures, args.model, methods, args.trained_seeds))
+        settings = (
+            [value] * args.seeds for value in (args.pictures, args.model, methods, args.trained_seeds, args.cases)
+        )
         results = pool.map(run_seed, range(args.seeds), *settings)
         seeds = list(tqdm(results, total=args.seeds, desc="seeds"))
     text = summarize(seeds)
-    write_results(
-        f"editing_on_{Path(args.model).resolve().parent.name}", {"pictures": args.pictures, "seeds": seeds}, text
-    )
+    name = args.name or f"editing_on_{Path(args.model).resolve().parent.name}"
+    write_results(name, {"pictures": args.pictures, "seeds": seeds}, text)
     print(text)
 
 
