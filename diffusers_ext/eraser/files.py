@@ -209,7 +209,8 @@ def save_eraser(
     for part, transformer in models.items():
         given = {"concept": concept, "anchor_concept": anchor_concept, "base": base_model_name_or_path}
         config, own = _saved_part(transformer, adapter_name, dtype, **given)
-        contents = eraser_contents(format, config, own, len(joint_attentions(transformer)), type(transformer))
+        count = len(joint_attentions(transformer, config))
+        contents = eraser_contents(format, config, own, count, type(transformer))
         files |= {f"{part}/{name}" if part else name: content for name, content in contents.items()}
         tensors |= {f"{part}.{name}": tensor for name, tensor in own.items()} if part else own
     if push_to_hub:

@@ -140,7 +140,7 @@ def check_target(transformer: ModelMixin, adapter_name: str, scale: float) -> No
 
 def check_file(file: EraserFile, transformer: ModelMixin) -> None:
     """Raise `ValueError` unless the file is for this model and its config, completed by it, for its weights."""
-    attentions = joint_attentions(transformer)
+    attentions = joint_attentions(transformer, file.config)
     widths = {name: attention_width(attention) for name, attention in attentions.items()}
     found = {name.rpartition(".eraser_")[0] for name in file.tensors}
     _check_family(file, transformer, found)
@@ -168,7 +168,7 @@ def check_file(file: EraserFile, transformer: ModelMixin) -> None:
 def _check_family(file: EraserFile, transformer: ModelMixin, found: set[str]) -> None:
     """Raise `ValueError` where an eraser is of another family, by the class beside its config or by its names."""
     family, own = family_of_config(file.config), match_family(transformer, "eraser_adapter")
-    strange = found.isdisjoint(f"{name}.to_out.1" for name in joint_attentions(transformer))
+    strange = found.isdisjoint(f"{name}.to_out.1" for name in joint_attentions(transformer, file.config))
     if strange or family not in (None, own):
         kind = family or family_of_tensors(file.tensors)
         raise ValueError(

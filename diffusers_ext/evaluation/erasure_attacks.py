@@ -57,7 +57,8 @@ class Attack:
     @classmethod
     def check_family(cls, family: Family, pipeline_class: type, num_denoisers: int) -> None:
         """Raise `ValueError` where models of a family and pipeline cannot be attacked so."""
-        if cls.watches_runs and "callback_on_step_end" not in signature(pipeline_class.__call__).parameters:
+        shown = family.reports_steps and "callback_on_step_end" in signature(pipeline_class.__call__).parameters
+        if cls.watches_runs and not shown:
             raise ValueError(
                 f"`attacks` must not hold {cls.kind} for {family.title}, whose pipeline shows no steps of its runs."
             )

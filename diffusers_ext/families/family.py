@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -84,7 +84,9 @@ class Family:
     # Of the call that asks the denoiser once a step and for as little as it can, where defaults and guidance 1 do not.
     smallest_call: ClassVar[Mapping[str, Any]] = {}
     read_by_constructor: ClassVar[tuple[str, ...]] = ()  # components that the pipeline cannot be made without
-    reports_steps: ClassVar[bool] = True  # the pipeline's call takes `callback_on_step_end`
+    reports_steps: ClassVar[bool] = True  # the call's `callback_on_step_end` shows all that a velocity reads
+    noises_clips: ClassVar[bool] = True  # a velocity reads clips that are noised, and nothing else that moves
+    decoders: ClassVar[tuple[str, ...]] = ("vae",)  # components that make clips of latents
     # Components between the text encoder and the denoiser, that read text alone and take LoRAs.
     text_components: ClassVar[tuple[str, ...]] = ()
     checkpointing_fault: ClassVar[str | None] = None  # what diffusers' gradient checkpointing does to its predictions
@@ -321,6 +323,10 @@ class Family:
         """Whether an attention of a block is one that an eraser goes beside, also where something wraps it."""
         kinds = {parent.__name__ for parent in type(block).__mro__}
         return bool(kinds.intersection(self.joint_blocks)) and attention is getattr(block, self.joint_attention, None)
+
+    def beside(self, targets: str | Collection[str] | None) -> Family:
+        """The family as erasers with such `target_modules` attach to it, where some lie beside other attentions."""
+        return self
 
     def check_attachment(self, config: Any) -> None:
         """Raise `ValueError` for a denoiser of the family's class that erasers do not know."""

@@ -112,6 +112,14 @@ class Velocity:
         """See `Family.token_grid`."""
         raise NotImplementedError
 
+    def state_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the latents that runs move for clips of these latents: of clips with sound, the sound's too."""
+        return tuple(latent_shape)
+
+    def of_state(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: Text) -> torch.Tensor:
+        """What moves those latents; of the clip alone, by `without_image`, it is the velocity."""
+        return self(x_t, t, prompt_embeds)
+
     def with_image(self, latents: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
         """Latents as the model reads them: of image-to-video models, with the channels of these first frames behind.
 

@@ -73,7 +73,7 @@ def eraser_run(base: BaseModel, setting: EraserPlanSettings, as_on_gpu: bool = T
         )
     if type(family).empty_velocity is Family.empty_velocity:
         raise ValueError(
-            f"`model` must be a model that draws clips, traced by shapes alone, for a plan of an eraser, got "
+            f"`model` must be a model that draws clips, of which shapes tell the work, for a plan of an eraser, got "
             f"{base.name}, a {family.title}."
         )
     if setting.localization and not family.locates_concepts:

@@ -21,7 +21,12 @@ from diffusers_ext.evaluation.erasure_attacks import LearnedEmbeddings, LoweredS
 from diffusers_ext.evaluation.rendering import render_clips
 from tests.evaluation.test_erasure_attacks import GROUPS, judge
 from tests.tiny_cogvideox import tiny_image_to_video_pipeline
-from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_wan_pipeline, tiny_z_image_pipeline
+from tests.tiny_current_pipelines import (
+    tiny_flux2_pipeline,
+    tiny_ltx2_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 from tests.tiny_hunyuan_video import few_tokens, tiny_hunyuan_video15_pipeline, tiny_hunyuan_video_pipeline
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
@@ -133,6 +138,15 @@ def test_a_call_without_a_scale_is_guided_by_its_guider_and_attacked_where_no_st
     generator = torch.Generator().manual_seed(3)
     frames = pipeline(*PROMPTS["target"], **call, num_inference_steps=2, generator=generator).frames[0]
     assert np.abs((frames * 255).round() - shown).max() <= 1
+
+
+def test_clips_with_sound_are_drawn():
+    pipeline, call = erased(tiny_ltx2_pipeline), {**SIDE, "num_frames": 3}
+    pipeline.tokenizer.model_max_length = 16
+    with pytest.raises(ValueError, match="`attacks` must not hold .* for LTX-2, whose pipeline shows no steps"):
+        evaluate_erasure(pipeline, PROMPTS, judge, attacks=attacks(), seeds=SEEDS, **QUIET, **call)
+    report = evaluate_erasure(pipeline, PROMPTS, judge, attacks=attacks()[:1], seeds=SEEDS, **QUIET, **call)
+    assert all(row["erased/drift"] > 0 for row in report.rows if row["group"] == "target")
 
 
 def test_a_clip_begins_with_the_picture_of_its_seed():

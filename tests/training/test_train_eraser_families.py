@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline, Flux2KleinPipeline
+from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline, Flux2KleinPipeline, LTX2Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.families import find_family
 from tests.tiny_cogvideox import tiny_video_pipeline
-from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_z_image_pipeline
+from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_ltx2_pipeline, tiny_z_image_pipeline
 from tests.tiny_hunyuan_video import few_tokens, tiny_hunyuan_video15_pipeline, tiny_hunyuan_video_pipeline
 from tests.tiny_image_pipelines import tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
@@ -48,6 +48,12 @@ def small_flux2() -> Flux2KleinPipeline:
     return pipeline
 
 
+def small_ltx2() -> LTX2Pipeline:
+    pipeline = tiny_ltx2_pipeline()
+    pipeline.tokenizer.model_max_length = 16
+    return pipeline
+
+
 TRAJECTORIES = {"noise": "`latents_source` must be 'trajectory' for .*, got 'noise'"}
 PICTURE = {"height": 32, "width": 32}
 VIDEO = {"num_frames": 5, "height": 32, "width": 32}
@@ -70,6 +76,13 @@ FAMILIES = {
         {**TRAJECTORIES, "on policy": "`on_policy_share` must be 0 for SDXL"},
     ),
     "hunyuan_video": Setting(tiny_hunyuan_video_pipeline, VIDEO, VIDEO, "transformer_blocks.1.attn"),
+    "ltx2": Setting(
+        small_ltx2,
+        {**VIDEO, "num_frames": 3},
+        {**VIDEO, "num_frames": 3, "max_sequence_length": 16},
+        "transformer_blocks.0.attn2",
+        {**TRAJECTORIES, "on policy": "`on_policy_share` must be 0 for LTX-2"},
+    ),
     "hunyuan_video15": Setting(
         tiny_hunyuan_video15_pipeline,
         VIDEO,

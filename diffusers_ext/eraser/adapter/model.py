@@ -153,7 +153,7 @@ class EraserModel(BaseTuner):
         # All that can be refused is refused here, before the first layer is replaced.
         for family in filter(None, [match_family(model, "eraser_adapter")]):
             family.check_attachment(model.config)
-        attentions = joint_attentions(model)
+        attentions = joint_attentions(model, peft_config)
         if not attentions:
             raise ValueError(
                 f"`model` must be a denoiser of {titles_of('eraser_adapter')}, got {type(model).__name__}, which has "
@@ -176,7 +176,7 @@ class EraserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        _check_place(current_key, joint_attentions(self.model))
+        _check_place(current_key, joint_attentions(self.model, peft_config))
         attention = self.model.get_submodule(current_key.removesuffix(_LEAF))
         layer = target
         if not isinstance(target, EraserLayer):
@@ -204,11 +204,11 @@ def attention_width(attention: nn.Module) -> int:
     return output_projection(attention).out_features
 
 
-def joint_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The attentions that erasers go beside, by name in natural order."""
+def joint_attentions(model: nn.Module, config: EraserConfig | None = None) -> dict[str, nn.Module]:
+    """The attentions that erasers, or those of a config, go beside, by name in natural order."""
     named = dict(model.named_modules())
     names = [name.removesuffix(_LEAF) for name in named if name.endswith(_LEAF)]
-    families, found = _families_for(model), {}
+    families, found = _families_for(model, config), {}
     for name in sorted(names, key=natural_key):
         attention, block = named[name], named[name.rpartition(".")[0]]
         if any(family.is_joint_attention(attention, block) for family in families):
@@ -218,7 +218,7 @@ def joint_attentions(model: nn.Module) -> dict[str, nn.Module]:
 
 def complete_target(config: EraserConfig, model: nn.Module) -> None:
     """Write into a config what it leaves to the model: all joint attentions, counted in the family's blocks."""
-    attentions, (family, *_) = joint_attentions(model), _families_for(model)
+    attentions, (family, *_) = joint_attentions(model, config), _families_for(model, config)
     if config.layers_to_transform is not None and config.layers_pattern == DEFAULT_LAYERS_PATTERN:
         config.layers_pattern = family.blocks
     if config.target_modules is None:
@@ -229,10 +229,11 @@ def complete_target(config: EraserConfig, model: nn.Module) -> None:
             config.exclude_modules = others
 
 
-def _families_for(model: nn.Module) -> list[Family]:
+def _families_for(model: nn.Module, config: EraserConfig | None) -> list[Family]:
     family = match_family(model, "eraser_adapter")
-    # Others borrow attentions of transformers; a block of a UNet is everyone's.
-    return transformers_of("eraser_adapter") if family is None else [family]
+    if family is None:  # others borrow attentions of transformers; a block of a UNet is everyone's
+        return transformers_of("eraser_adapter")
+    return [family.beside(None if config is None else config.target_modules)]
 
 
 def _check_place(name: str, attentions: dict[str, nn.Module]) -> None:

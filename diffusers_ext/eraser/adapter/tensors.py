@@ -105,8 +105,9 @@ def _checked_shape(
 
 def family_of_tensors(tensors: Iterable[str]) -> Family:
     """The first family, of those that erasers can be trained on before others, whose attentions have such names."""
-    blocks, _, attention = next(iter(tensors)).split(".to_out.1.")[0].split(".")[-3:]
-    return next(f for f in families_of("eraser_adapter") if (f.blocks, f.joint_attention) == (blocks, attention))
+    *outside, blocks, _, attention = next(iter(tensors)).split(".to_out.1.")[0].split(".")
+    found = [f for f in families_of("eraser_adapter") if (f.blocks, f.joint_attention) == (blocks, attention)]
+    return next((f for f in found if bool(outside) == (f.denoiser == "unet")), found[0])
 
 
 def check_fit(shape: EraserShape, width: int, num_layers: int, made_for: int | None) -> None:

@@ -97,7 +97,7 @@ def _from_noise(
     **options: Any,
 ) -> Iterator[TrajectoryPoint]:
     """`teacher_trajectory` from each generator's noise, guided away from the empty prompt."""
-    shape, tokens = (len(prompt_embeds), *latent_shape), token_embeds(prompt_embeds)
+    shape, tokens = (len(prompt_embeds), *velocity.state_shape(latent_shape)), token_embeds(prompt_embeds)
     noise = randn_tensor(shape, generators, tokens.device, velocity.latents_dtype or tokens.dtype)
     negative = repeat_text(empty_embed.to(tokens.device, tokens.dtype), len(prompt_embeds))
     return teacher_trajectory(velocity, scheduler, noise, prompt_embeds, negative, generators=generators, **options)

@@ -152,13 +152,13 @@ def _walk(
         maps = None
         with frozen_teacher(*velocity.models):
             if attention is None or not attention.at[step].any():
-                found = velocity(*asked)
+                found = velocity.of_state(*asked)
             else:
                 prompts = slice(before, before + batch)
                 tokens = torch.zeros(token_embeds(embeds).shape[:2], dtype=torch.bool)
                 tokens[prompts] = attention.token_mask.cpu() & attention.at[step].cpu()[:, None]
                 with concept_attention(velocity.model, tokens, head_weights=attention.head_weights) as attended:
-                    found = velocity(*asked)
+                    found = velocity.of_state(*asked)
                 maps = attended.maps[prompts]
         unconditional = found[:before] if guided else None
         conditional, others = found[before : before + batch], found[before + batch :]
@@ -168,6 +168,7 @@ def _walk(
         run.advance(step, guidance)
         times = timestep.expand(batch).to(torch.float32 if timestep.is_floating_point() else torch.int64)
         found = (conditional, unconditional, others if len(others) else None)
+        found = [None if part is None else velocity.without_image(part) for part in found]
         yield TrajectoryPoint(x_t, times, *found, maps, run.latents)
 
 

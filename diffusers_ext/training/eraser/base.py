@@ -77,6 +77,7 @@ def _check_family(settings: EraserSettings, family: Family, config: Any) -> None
     check_first_frames(settings.first_frames_dir, reads_picture, settings.latents_source != "video" or drawn)
     pictures = family.draws_pictures
     rolls_out = not reads_picture and family.reports_steps and (family.flow_matching or not pictures)
+    noised = not pictures and family.noises_clips
     more_than_tokens = bool({*family.text_fields} - {"prompt_embeds"})
     for name, asked, known, rule in (
         ("on_policy_share", settings.on_policy_share, rolls_out, "0"),
@@ -84,7 +85,7 @@ def _check_family(settings: EraserSettings, family: Family, config: Any) -> None
         ("adversarial_share", settings.adversarial_share, family.locates_concepts, "0"),
         ("auto_preserved_concepts", settings.auto_preserved_concepts, family.locates_concepts, "False"),
         ("anchor_concept", settings.anchor_concept == AUTO_ANCHOR, not more_than_tokens, "a word or None"),
-        ("latents_source", settings.latents_source != "trajectory", not pictures, "'trajectory'"),
+        ("latents_source", settings.latents_source != "trajectory", noised, "'trajectory'"),
     ):
         if asked and not known:
             kind = "image-to-video " if reads_picture else ""

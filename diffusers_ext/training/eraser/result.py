@@ -80,11 +80,12 @@ class ClipValidation:
             return
         folder = Path(self.settings.output_dir, "validation")
         folder.mkdir(parents=True, exist_ok=True)
-        self.files, vae = [], self.pipeline.vae
-        home = vae.device
+        self.files = []
+        decoders = [getattr(self.pipeline, name) for name in find_family(self.pipeline, "eraser").decoders]
         with ExitStack() as restore:
-            restore.callback(vae.to, home)
-            vae.to(self.accelerator.device)
+            for decoder in decoders:
+                restore.callback(decoder.to, decoder.device)
+                decoder.to(self.accelerator.device)
             restore.enter_context(quiet_run(self.pipeline))
             for prompt in range(len(self.settings.validation_prompt)):
                 for video in range(self.settings.num_validation_videos):

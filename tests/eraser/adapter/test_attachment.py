@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 
 import pytest
@@ -108,7 +109,7 @@ PLACES = {
     flux2: ("transformer_blocks.0.attn", 1),
     sd3: ("transformer_blocks.0.attn", 2),
     z_image: ("layers.0.attention", 2),
-    ltx2: ("transformer_blocks.0.attn1", 1),
+    ltx2: ("transformer_blocks.0.attn2", 1),
     sd_unet: (UNET, 4),
     sdxl_unet: (UNET, 8),
 }
@@ -268,6 +269,29 @@ def test_of_z_image_s_one_stream_the_picture_s_tokens_alone_are_changed():
         erase(other)
     with pytest.raises(ValueError, match="with an eraser must be called with `freqs_cis`, got none"):
         attention(before)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "linear"])
+@torch.no_grad()
+def test_erasers_of_ltx_2_beside_its_own_attention_load_as_before(kind, tmp_path):
+    tiny = ltx2()
+    base = tiny.run()
+    erase(tiny.model, concept="seven", kind=kind, target_modules=["attn1.to_out.1"])
+    erased = tiny.run()
+    save_eraser(tiny.model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["attn1.to_out.1"]
+    tiny.model.unload_lora()
+    name = load_eraser(tiny.model, tmp_path)
+    assert list(eraser_layers(tiny.model)) == ["transformer_blocks.0.attn1"]
+    assert torch.equal(tiny.run(), erased)
+    erase(tiny.model, "three")  # one of today beside it
+    assert list(eraser_layers(tiny.model)) == [f"transformer_blocks.0.attn{i}" for i in (1, 2)]
+    tiny.model.set_adapters([name, "three"])
+    assert changed(tiny, erased)
+    tiny.model.set_adapters([name, "three"], [1.0, 0.0])
+    assert torch.equal(tiny.run(), erased)
+    tiny.model.unload_lora()
+    assert torch.equal(tiny.run(), base)
 
 
 @torch.no_grad()
