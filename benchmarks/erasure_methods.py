@@ -229,14 +229,18 @@ def _keep(name: str, armed: Armed, kept: Path) -> None:
     save_eraser(armed.pipeline, kept)
     if armed.edit is not None:
         save_file(armed.edit, kept / LORA_WEIGHT_NAME)
-    if name == LINEAR:
+    if _is_linear(name, armed.pipeline):
         convert_eraser_to_lora(kept, kept)
+
+
+def _is_linear(name: str, pipeline: DiffusionPipeline) -> bool:
+    return name == LINEAR or name == ERASER and recipe_of(pipeline).kind == "linear"
 
 
 def _restore(name: str, pipeline: DiffusionPipeline, kept: Path) -> None:
     if name in ESD_RATES:
         pipeline.transformer.load_lora_adapter(kept, adapter_name=ESD, prefix=None, weight_name=LORA_WEIGHT_NAME)
-    elif name == LINEAR:  # as diffusers does without this package
+    elif _is_linear(name, pipeline):  # as diffusers does without this package
         pipeline.load_lora_weights(kept, weight_name=LORA_WEIGHT_NAME)
     else:
         if (kept / LORA_WEIGHT_NAME).is_file():

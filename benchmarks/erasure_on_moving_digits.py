@@ -143,15 +143,6 @@ class Bench:
         groups = self.groups(target)
         return evaluate(pipeline, target, groups, base_clips=self.base_clips(target, groups), **options)
 
-    def evaluate_eraser(self, target: str, seed: int) -> dict[str, Any]:
-        """Figures of one eraser."""
-        pipeline = self.load()
-        load_eraser(pipeline, self.eraser(target, seed))
-        report = self.judged(pipeline, target)
-        if seed == 0:
-            report.save(self.folder / f"report_{target}")
-        return self.figures(report)
-
     def evaluate_scales(self, target: str) -> dict[str, Any]:
         """Figures of the first eraser at other strengths; at none, whether clips are the base's to the bit."""
         groups = self.groups(target, num_target=100, num_preserved=180, num_robust=40)
@@ -253,7 +244,7 @@ def tasks_of(
     """What is asked for; erasers come first, because other tasks load them."""
     digits = [target for target in targets if target in DIGITS]
     if "erasers" in parts:
-        yield from (Task(f"{t}_{seed}", "evaluate_eraser", (t, seed)) for seed in seeds for t in targets)
+        yield from (Task(f"{t}_{seed}", "evaluate_method", (ERASER, t, seed)) for seed in seeds for t in targets)
         yield from (Task(f"{target}_scales", "evaluate_scales", (target,)) for target in targets)
     for part, name, work in _OF_METHODS:
         if part in parts:

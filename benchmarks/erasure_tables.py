@@ -187,7 +187,7 @@ def _method_runs(results: Runs, method: str, targets: list[str]) -> list[dict[st
             kept = [key for key in figures if key.startswith("kept ")]
             figures["loss"] = figures["others"] - figures["base others"]
             figures["kept"] = min(figures[key] - figures[f"base {key}"] for key in kept)
-            found.append({**figures, "seconds": run["seconds"]})
+            found.append(figures | ({"seconds": run["seconds"]} if "seconds" in run else {}))
     return found
 
 
@@ -207,7 +207,7 @@ def _methods(results: Runs, targets: list[str]) -> list[list[str]]:
             cells += [_cell(runs, key, of) for key, of in worst.items()]
             found = results.get(f"cost_{method}", {})
             cost = [f"{found[key]:.2f}" if found else "" for key in ("time", "memory")]
-            seconds = mean(run["seconds"] for run in runs)
+            seconds = mean([run["seconds"] for run in runs if "seconds" in run] or [0.0])
             rows.append([title, str(len(runs)), *cells, *cost, f"{seconds:.0f}" if seconds >= _FREE else "-"])
     return rows
 
