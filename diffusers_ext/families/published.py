@@ -22,6 +22,9 @@ class Published(NamedTuple):
     short_name: str
     components: Mapping[str, Component]  # in the order of the pipeline
     dtype: torch.dtype  # of the published weights
+    # Of a pipeline whose denoisers share a run: what its `model_index.json` and its scheduler's config say of that.
+    index: Mapping[str, Any] = {}
+    scheduler: Component | None = None
 
 
 _VAE_BLOCKS: dict[str, Any] = {

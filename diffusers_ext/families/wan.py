@@ -94,6 +94,11 @@ class Wan(Family):
             "Wan2.2-A14B",
             {**_WAN_14B, "transformer_2": _WAN_14B["transformer"]},
             torch.bfloat16,
+            {"boundary_ratio": 0.875},
+            (
+                "UniPCMultistepScheduler",
+                {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+            ),
         ),
         Published(
             "Wan-AI/Wan2.2-TI2V-5B-Diffusers",

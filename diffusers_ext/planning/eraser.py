@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.configuration_utils import FrozenDict
 from peft import inject_adapter_in_model
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -18,7 +21,7 @@ from diffusers_ext.eraser.batch import RowMaker
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.step import EraserStep
-from diffusers_ext.eraser.teacher.runs import EraserText
+from diffusers_ext.eraser.teacher.runs import EraserText, plan_trajectories
 from diffusers_ext.families import match_family, titles_of
 from diffusers_ext.families.family import Family, Velocity
 from diffusers_ext.families.text_conditioning import Text, TextConditioning
@@ -52,7 +55,7 @@ def draft_eraser(base: BaseModel, setting: EraserPlanSettings, *, as_on_gpu: boo
     run = eraser_run(base, setting, as_on_gpu)
     setting = run.setting
     notes = []
-    if run.parts_count > 1:
+    if run.parts_count > 1 and base.scheduler is None:
         notes.append("Each of the two transformers is counted with whole runs of the teacher; they are shorter.")
     if setting.latents_source != "trajectory":
         notes.append("Passes of the teacher inside of steps are in the memory, not in the time.")
@@ -107,7 +110,8 @@ class EraserRun:
 
     def student(self, **changed: Any) -> torch.nn.Module:
         """The transformer with an eraser that trains, in float32 as it trains."""
-        model, config = self.build("transformer", **changed), EraserConfig(r=self.setting.rank)
+        model = self.build("transformer", **changed)
+        config = EraserConfig(r=self.setting.rank, kind=self.setting.kind)
         inject_adapter_in_model(config, model, _ADAPTER_NAME, low_cpu_mem_usage=True)
         if self.setting.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -131,7 +135,7 @@ class EraserRun:
 
     def parts(self) -> dict[str, int]:
         """What is known without a trace; what is traced has its place among it."""
-        setting, eraser = self.setting, 4 * eraser_size(self.config, self.setting.rank)
+        setting, eraser = self.setting, self._eraser_bytes
         encoders = [name for name in self.base.components if name.startswith("text_encoder")]
         names = ("transformer", "vae", *encoders)
         sizes = {name: self.base.component(name).bytes(self.precision.dtype) for name in names}
@@ -143,6 +147,11 @@ class EraserRun:
         if setting.validation or setting.latents_source == "video" or self._waiting:
             parts[_VAE] = sizes["vae"]
         return parts
+
+    @property
+    def _eraser_bytes(self) -> int:
+        """Of one part, in float32."""
+        return 4 * eraser_size(self.config, self.setting.rank, kind=self.setting.kind)
 
     @property
     def parts_count(self) -> int:
@@ -185,19 +194,49 @@ class EraserRun:
             phases.append(Phase("validation", resident, works))
         return phases
 
+    def served_steps(self) -> list[list[int]]:
+        """The steps of the teacher's runs at which each transformer answers and keeps points; it is asked up to them.
+
+        All of them where nothing is known of a scheduler that two share.
+        """
+        steps, scheduler = self.setting.num_inference_steps, self.base.scheduler
+        if self.parts_count == 1 or scheduler is None:
+            return [list(range(steps))] * self.parts_count
+        made = getattr(diffusers, scheduler[0]).from_config(dict(scheduler[1]))
+        made.set_timesteps(steps)
+        pipeline = SimpleNamespace(config=FrozenDict(self.base.index), scheduler=made)
+        times, found = made.timesteps.tolist(), []
+        for low, high in self.family.expert_timesteps(pipeline).values():
+            found.append([step for step, t in enumerate(times) if low <= t < high])
+        if not all(found):
+            raise ValueError(
+                f"`num_inference_steps` must have a step for each of the model's transformers, got {steps}, of which "
+                "one has none. Take more steps."
+            )
+        return found
+
+    def _passes(self, part: str, count: int) -> tuple[int, int]:
+        """Passes of the teacher in the runs of a part, as they are planned: those in which a point is kept, others."""
+        setting, kept, others = self.setting, 0, 0
+        for served in self.served_steps():
+            points = min(setting.points_per_trajectory, len(served))
+            options = {"points_per_trajectory": points, "empty_share": 0.0, "seed": 0, "served": served}
+            plans = plan_trajectories(part, count, 1, len(served), **options)
+            for start in range(0, count, setting.sampling_batch_size):
+                steps = {step for plan in plans[start : start + setting.sampling_batch_size] for step in plan.steps}
+                kept += len(steps)
+                others += max(steps) + 1 - len(steps)  # a batch goes on to the last step that it keeps
+        return kept, others
+
     def _sampling(self) -> list[Work]:
-        setting, passes = self.setting, self.setting.num_inference_steps
-        rows = setting.sampling_batch_size
-        batches = math.ceil(setting.num_target_trajectories / rows)
-        others = math.ceil(setting.num_preserved_trajectories / rows)
-        batches, others = self.parts_count * batches, self.parts_count * others
-        kept = min(setting.points_per_trajectory, passes)
+        setting, rows = self.setting, self.setting.sampling_batch_size
+        kept, target = self._passes("target", setting.num_target_trajectories)
+        preserved = sum(self._passes("preserved", setting.num_preserved_trajectories))
         guided = 1 if self.family.embedded_guidance(self.config) else 2
         # The anchor is asked where a point of a target run is kept; guidance needs two prompts always.
-        two = batches * (passes - kept) + others * passes
         return [
-            self._teacher_work(batches * kept, (guided + 1) * rows, reads=setting.localization),
-            self._teacher_work(two, guided * rows),
+            self._teacher_work(kept, (guided + 1) * rows, reads=setting.localization),
+            self._teacher_work(target + preserved, guided * rows),
         ]
 
     def _text_work(self) -> Work:
@@ -251,10 +290,11 @@ class EraserRun:
 
     def training_works(self) -> list[Work]:
         """The training's own step over samples without content."""
-        setting, eraser = self.setting, 4 * eraser_size(self.config, self.setting.rank)
+        setting, eraser = self.setting, self._eraser_bytes
         rows = setting.target_rows + setting.preserved_rows
         recipe = EraserTraining(
             rank=setting.rank,
+            kind=setting.kind,
             preserved_share=setting.preserved_rows / rows,
             localization_weight=1.0 if setting.localization else 0.0,
             separate_passes=setting.separate_passes,
@@ -296,11 +336,11 @@ class EraserRun:
         weights = {n: p for n, p in self.student().named_parameters() if "eraser_" in n}
         disk = {"eraser": self.parts_count * safetensors_bytes(weights) + REPORT_BYTES}
         if setting.latents_source == "trajectory":
-            points = min(setting.points_per_trajectory, setting.num_inference_steps)
+            points = sum(min(setting.points_per_trajectory, len(served)) for served in self.served_steps())
             # x_t with v_concept and v_anchor, x_t with the velocity.
             latents = 3 * setting.num_target_trajectories + 2 * setting.num_preserved_trajectories
             itemsize = _STORAGE_DTYPES[setting.trajectories_dtype].itemsize
-            disk[_SAMPLES] = self.parts_count * points * latents * math.prod(self.latents) * itemsize
+            disk[_SAMPLES] = points * latents * math.prod(self.latents) * itemsize
         if setting.num_checkpoints:
             size = checkpoint_bytes(weights.values(), weights.values())
             disk["checkpoints"] = self.parts_count * setting.num_checkpoints * size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +76,8 @@ class BaseModel:
     pipeline: str  # class name
     components: Mapping[str, Component]  # in the order of the pipeline
     stored_dtype: torch.dtype | None = None  # of published weights; `None` for a folder, which is there already
+    index: Mapping[str, Any] = field(default_factory=dict)  # what `model_index.json` says besides components
+    scheduler: tuple[str, Mapping[str, Any]] | None = None  # class and config, where they are known
 
     @property
     def denoiser(self) -> str:
@@ -144,7 +146,10 @@ def read_folder(folder: Path) -> BaseModel:
         raise ValueError(
             f"`model` must have one of {DENOISERS} with a config.json, got {folder} with {sorted(components)}."
         )
-    return BaseModel(str(folder), index.get("_class_name", ""), components)
+    said = {key: value for key, value in index.items() if key[0] != "_" and not isinstance(value, list)}
+    kind, path = index.get("scheduler", (None, None))[1], folder / "scheduler" / "scheduler_config.json"
+    scheduler = (kind, _read_json(path)) if kind is not None and path.is_file() else None
+    return BaseModel(str(folder), index.get("_class_name", ""), components, None, said, scheduler)
 
 
 def published_names() -> list[str]:
@@ -159,7 +164,8 @@ def published_model(name: str) -> BaseModel | None:
         for model in family.published:
             if wanted in (_key(model.short_name), _key(model.repository.rpartition("/")[2])):
                 parts = {part: Component(*of) for part, of in model.components.items()}
-                return BaseModel(model.repository, family.pipelines[0], parts, model.dtype)
+                told = (model.dtype, model.index, model.scheduler)
+                return BaseModel(model.repository, family.pipelines[0], parts, *told)
     return None
 
 

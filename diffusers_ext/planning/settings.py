@@ -64,6 +64,9 @@ class EraserPlanSettings(PlannedRun):
     """How an eraser is trained."""
 
     rank: int = setting(128, "inner width of each eraser", old_names=("eraser_rank",))
+    kind: str = setting(
+        "gelu", "gelu, or linear, which is a LoRA on the output projection", choices=("gelu", "linear")
+    )
     num_frames: int | None = setting(None, f"of a clip; {WITHOUT_IT}")
     height: int | None = setting(None, f"of a clip; {WITHOUT_IT}")
     width: int | None = setting(None, f"of a clip; {WITHOUT_IT}")

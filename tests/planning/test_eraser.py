@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from diffusers import WanPipeline
 
 from benchmarks.measured_memory import peak_bytes
 from diffusers_ext.eraser.adapter.config import eraser_size
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.eraser.teacher.collect import collect_teacher_samples
 from diffusers_ext.eraser.teacher.runs import EraserText
 from diffusers_ext.planning import plan_run
-from diffusers_ext.planning.eraser import draft_eraser
+from diffusers_ext.planning.eraser import draft_eraser, eraser_run
 from diffusers_ext.planning.gpus import find_gpu, gpu_seconds
 from diffusers_ext.planning.models import read_base_model, read_folder
 from diffusers_ext.planning.settings import EraserPlanSettings
@@ -21,6 +24,7 @@ from diffusers_ext.training.eraser.data import ClipSize
 from diffusers_ext.training.eraser.run import EraserData, add_eraser, make_step
 from tests.planning.real_jobs import measured_peak
 from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.tiny_current_pipelines import tiny_wan_pipeline
 from tests.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
 
 LATENTS = (3, 4, 4, 4)
@@ -40,11 +44,15 @@ def works_of(folder, name, **setting):
     return next([*p.works, *p.untimed] for p in draft.phases if p.name == name)
 
 
-def training_step(rows, checkpointing, localization, in_turn):
+def training_step(rows, checkpointing, localization, in_turn, kind="gelu"):
     """The step of the training script, over random samples."""
     pipeline = tiny_video_pipeline(num_attention_heads=4, num_layers=4)
     recipe = EraserTraining(
-        rank=8, train_batch_size=rows, localization_weight=1.0 if localization else 0.0, separate_passes=in_turn
+        rank=8,
+        kind=kind,
+        train_batch_size=rows,
+        localization_weight=1.0 if localization else 0.0,
+        separate_passes=in_turn,
     )
     config = pipeline.transformer.config
     text = torch.randn(3, config.max_text_seq_length, config.text_embed_dim)
@@ -189,6 +197,58 @@ def test_text_of_several_tensors_and_an_embedded_guidance_are_planned(tmp_path):
         draft_eraser(read_folder(tmp_path), EraserPlanSettings(**SMALL, **clip, localization=True))
 
 
+def test_linear_erasers_are_planned_without_biases(folder):
+    draft = draft_eraser(read_folder(folder), EraserPlanSettings(**SMALL, kind="linear"))
+    assert draft.parts["eraser"] == draft.parts["gradients"] == 4 * 4 * 2 * 64 * 8
+    model = tiny_video_pipeline(num_attention_heads=4, num_layers=4).transformer
+    trained = add_eraser(model, EraserTraining(rank=8, kind="linear"))
+    assert draft.parts["eraser"] == sum(4 * parameter.numel() for parameter in trained)
+    rows = {"target_rows": 4, "preserved_rows": 4}
+    step, _ = works_of(folder, "training", kind="linear", **rows)
+    run = training_step(4, False, False, False, kind="linear")
+    run()
+    assert trace_work(step).peak == pytest.approx(peak_bytes(run), rel=0.15)
+
+
+@pytest.mark.parametrize("points", [3, 6])
+def test_two_transformers_are_counted_with_the_runs_that_the_training_makes(tmp_path, points):
+    pipeline = tiny_wan_pipeline()
+    second = copy.deepcopy(pipeline.transformer)
+    pipeline = WanPipeline(**{**pipeline.components, "transformer_2": second}, boundary_ratio=0.7)
+    pipeline.save_pretrained(tmp_path)
+    size, steps = ClipSize(5, 32, 32), 6
+    counts = {"num_target_trajectories": 2, "num_preserved_trajectories": 3, "points_per_trajectory": points}
+    shared = {"num_inference_steps": steps, "sampling_batch_size": 2, **counts}
+    setting = EraserPlanSettings(rank=4, mixed_precision="no", **size._asdict(), **shared)
+    draft = draft_eraser(read_folder(tmp_path), setting)
+    text = torch.randn(1, 16, pipeline.transformer.config.text_dim)
+    calls = {"kept": 0, "others": 0}
+
+    def count(_, arguments, keywords):
+        calls["kept" if len(keywords["hidden_states"]) in (3, 5, 6) else "others"] += 1
+
+    hooks = [model.register_forward_pre_hook(count, with_kwargs=True) for model in (pipeline.transformer, second)]
+    recipe = EraserTraining(rank=4, **shared)
+    for expert in ("transformer", "transformer_2"):
+        given = (EraserText(text, text + 1, text, text[0] - 1), recipe, size.latent_shape(pipeline))
+        collect_teacher_samples(size.velocity(pipeline, expert), pipeline.scheduler, *given, show_progress=False)
+    for hook in hooks:
+        hook.remove()
+    kept, others = next(phase for phase in draft.phases if phase.name == "sampling").works
+    assert (kept.times, others.times) == (calls["kept"], calls["others"])
+    assert kept.times + others.times < 2 * 3 * steps
+    assert not any("whole runs" in note for note in draft.assumptions)
+
+
+def test_a14b_is_planned_with_its_boundary():
+    run = eraser_run(read_base_model("Wan2.2-A14B"), EraserPlanSettings())
+    high, low = run.served_steps()
+    assert [*high, *low] == list(range(50))
+    assert 10 < len(high) < 20  # t = 875 lies at 0.7 of the way for a shift of 3
+    with pytest.raises(ValueError, match="`num_inference_steps` must have a step for each of the model's"):
+        eraser_run(read_base_model("Wan2.2-A14B"), EraserPlanSettings(num_inference_steps=1)).served_steps()
+
+
 def test_image_models_are_refused():
-    with pytest.raises(ValueError, match="`model` must be a model that draws clips .*, got .*, a SDXL"):
+    with pytest.raises(ValueError, match="`model` must be a model that draws clips, .*, got .*, a SDXL"):
         draft_eraser(read_base_model("SDXL"), EraserPlanSettings(**SMALL))
