@@ -28,7 +28,7 @@ from diffusers_ext.eraser.adapter.model import remove_eraser
 from diffusers_ext.eraser.adapter.outputs import eraser_layers
 from diffusers_ext.eraser.adapter.tensors import StateDict, family_of_tensors, layer_name
 from diffusers_ext.eraser.files import eraser_tensors, find_eraser
-from diffusers_ext.eraser.fit import family_of_config, find_transformer, read_every_part
+from diffusers_ext.eraser.fit import erased_models, family_of_config, find_transformer, read_every_part
 from diffusers_ext.families import Family, match_family
 from diffusers_ext.families.lora_files import COMFYUI_NAME, lora_metadata, second_file, write_lora
 
@@ -134,13 +134,24 @@ def merge_eraser(
     """Put a linear eraser into the weights, `W + s up down` in float32, rounded once; `unmerge_eraser` takes it back.
 
     The model lacks the adapter afterwards and is saved by `save_pretrained` as any other; it costs nothing more.
-    The weights from before stay in memory, on the CPU, until the merge is taken back. One with GELU is refused.
+    The weights from before stay in memory, on the CPU, until the merge is taken back. One with GELU is refused. Of a
+    pipeline with two transformers, both parts are merged, or none.
 
     Args:
         adapter_name: which; the only one when `None`; it is returned.
         scale: strength; by default the one it has.
     """
-    transformer = find_transformer(transformer_or_pipe)
+    models = list(erased_models(transformer_or_pipe).values())
+    names = [_check_merge(model, adapter_name, scale) for model in models]
+    if len(set(names)) > 1:
+        raise ValueError(f"`adapter_name` must be the same eraser of both transformers, got {names}. Give the name.")
+    for model in models:
+        _merge(model, names[0], scale)
+    return names[0]
+
+
+def _check_merge(transformer: ModelMixin, adapter_name: str | None, scale: float | None) -> str:
+    """The name of the eraser to be merged; raises `ValueError` where it cannot be."""
     name = find_eraser(transformer, adapter_name)
     config = transformer.peft_config[name]
     if config.kind != "linear":
@@ -148,17 +159,24 @@ def merge_eraser(
             f"`adapter_name` must name an eraser of the kind 'linear' to be merged, got {name!r} of the kind "
             f"{config.kind!r}: GELU lies between its projections. Train one with `--kind linear`, or keep it loaded."
         )
-    layers = {at: layer for at, layer in eraser_layers(transformer).items() if name in layer.eraser_down}
+    for at, layer in _layers_of(transformer, name).items():
+        check_scale(name, layer.scaling[name] if scale is None else scale)
+        _check_mergeable(at, output_projection(transformer.get_submodule(at)))
+    return name
+
+
+def _layers_of(transformer: ModelMixin, name: str) -> dict[str, EraserLayer]:
+    return {at: layer for at, layer in eraser_layers(transformer).items() if name in layer.eraser_down}
+
+
+def _merge(transformer: ModelMixin, name: str, scale: float | None) -> None:
+    layers = _layers_of(transformer, name)
     first = next(iter(layers.values()))
     scales = {at: layer.scaling[name] if scale is None else scale for at, layer in layers.items()}
-    for one in scales.values():
-        check_scale(name, one)
     projections = {at: output_projection(transformer.get_submodule(at)) for at in layers}
-    for at, projection in projections.items():
-        _check_mergeable(at, projection)
     tensors = {key: tensor.detach().clone() for key, tensor in eraser_tensors(transformer, name).items()}
     merged = MergedEraser(
-        config,
+        transformer.peft_config[name],
         tensors,
         {at: layer.scaling[name] for at, layer in layers.items()},
         {at: projection.weight.detach().to("cpu", copy=True) for at, projection in projections.items()},
@@ -172,14 +190,26 @@ def merge_eraser(
             weight.copy_((weight.float() + scales[at] * update.to(weight.device)).to(weight.dtype))
     remove_eraser(transformer, name)
     vars(transformer).setdefault(_MERGED, {})[name] = merged
-    return name
 
 
 def unmerge_eraser(transformer_or_pipe: ModelMixin | DiffusionPipeline, adapter_name: str | None = None) -> str:
     """Give the weights back to the bit, and the eraser as it was; the last that was merged comes first."""
-    transformer = find_transformer(transformer_or_pipe)
-    merged: dict[str, MergedEraser] = vars(transformer).get(_MERGED, {})
-    last = next(reversed(merged), None)
+    models = list(erased_models(transformer_or_pipe).values())
+    names = [_check_unmerge(model, adapter_name) for model in models]
+    if len(set(names)) > 1:
+        raise ValueError(f"`adapter_name` must be the eraser that was merged last into both, got {names}. Give it.")
+    for model in models:
+        merged: dict[str, MergedEraser] = vars(model)[_MERGED]
+        with torch.no_grad():
+            for at, weight in merged[names[0]].weights.items():
+                output_projection(model.get_submodule(at)).weight.copy_(weight)
+        _restore(model, names[0], merged.pop(names[0]))
+    return names[0]
+
+
+def _check_unmerge(transformer: ModelMixin, adapter_name: str | None) -> str:
+    """The name of the eraser that was merged last; raises `ValueError` where it cannot come back."""
+    last = next(reversed(vars(transformer).get(_MERGED, {})), None)
     if last is None or adapter_name not in (None, last):
         raise ValueError(
             f"`adapter_name` must be the eraser that was merged last, {last!r}, got {adapter_name!r}. "
@@ -189,12 +219,6 @@ def unmerge_eraser(transformer_or_pipe: ModelMixin | DiffusionPipeline, adapter_
         raise ValueError(
             f"`adapter_name` must be free again, got {last!r}, which another adapter has. Delete that one."
         )
-    eraser = merged[last]
-    with torch.no_grad():
-        for at, weight in eraser.weights.items():
-            output_projection(transformer.get_submodule(at)).weight.copy_(weight)
-    del merged[last]
-    _restore(transformer, last, eraser)
     return last
 
 

@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from diffusers_ext.eraser.adapter.config import EraserConfig
 from diffusers_ext.eraser.adapter.model import eraser_names
 from diffusers_ext.eraser.files import load_eraser, save_eraser
-from diffusers_ext.eraser.linear import convert_eraser_to_lora
+from diffusers_ext.eraser.linear import convert_eraser_to_lora, merge_eraser, unmerge_eraser
 from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_current_pipelines import tiny_wan_pipeline
 from tests.tiny_erasers import add_random_eraser
@@ -54,6 +54,15 @@ def clip(pipeline: WanPipeline) -> torch.Tensor:
     ).frames
 
 
+def check_merge(pipeline: WanPipeline, erased: torch.Tensor) -> None:
+    exact = clip(pipeline)
+    assert merge_eraser(pipeline) == "seven"
+    assert [eraser_names(getattr(pipeline, part)) for part in PARTS] == [[], []]
+    torch.testing.assert_close(clip(pipeline), erased, rtol=1e-4, atol=1e-5)
+    assert unmerge_eraser(pipeline, "seven") == "seven"
+    assert torch.equal(clip(pipeline), exact)
+
+
 def check_loras(pipeline: WanPipeline, folder: Path, erased: torch.Tensor) -> None:
     files = convert_eraser_to_lora(folder, folder / "lora")
     names = ("pytorch_lora_weights.safetensors", "comfyui.safetensors")
@@ -84,6 +93,7 @@ def test_one_folder_has_a_part_for_each_and_is_dialled_as_one(two_experts, tmp_p
     torch.testing.assert_close(clip(two_experts), erased, rtol=1e-4, atol=1e-5)
     if kind == "linear":
         check_loras(two_experts, tmp_path, erased)
+        check_merge(two_experts, erased)
     two_experts.set_adapters("seven", 0.0)
     assert torch.equal(clip(two_experts), base)
     two_experts.set_adapters("seven", 1.0)
@@ -91,6 +101,17 @@ def test_one_folder_has_a_part_for_each_and_is_dialled_as_one(two_experts, tmp_p
     assert not torch.equal(clip(two_experts), erased)
     two_experts.delete_adapters("seven")
     assert torch.equal(clip(two_experts), base)
+
+
+def test_half_an_eraser_is_not_merged(two_experts):
+    erase(two_experts, "linear")
+    two_experts.transformer_2.delete_adapters("seven")
+    with pytest.raises(ValueError, match="`adapter_name` must name an eraser of the transformer, got 'seven'"):
+        merge_eraser(two_experts, "seven")
+    assert eraser_names(two_experts.transformer) == ["seven"]
+    merge_eraser(two_experts.transformer)
+    with pytest.raises(ValueError, match="merged last, None, got None"):
+        unmerge_eraser(two_experts)
 
 
 def test_a_part_is_loaded_into_one_transformer(two_experts, tmp_path):
