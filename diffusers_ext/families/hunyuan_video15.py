@@ -48,6 +48,8 @@ class HunyuanVideo15(HunyuanVideo):
         return with_negatives(_encoded(pipeline, prompts), _encoded(pipeline, negatives or [""] * len(prompts)))
 
     def encode_clip_prompts(self, pipeline: HunyuanVideo15Pipeline, prompts: list[str]) -> TextConditioning:
+        """The guider is looked at here, before the transformer is loaded."""
+        check_guider(pipeline)
         return _encoded(pipeline, prompts)
 
     def text_arguments(self, text: TextConditioning) -> dict[str, torch.Tensor]:

@@ -126,3 +126,5 @@ def test_bad_input_is_refused(pipeline, text):
             family.velocity(others, *SIZE)
         with pytest.raises(ValueError, match="`pipeline.guider` must be"), family.guided_call(others, 3.0):
             pass
+        with pytest.raises(ValueError, match="`pipeline.guider` must be"):
+            family.encode_clip_prompts(others, PROMPTS)

@@ -89,6 +89,24 @@ def test_a_velocity_and_a_run_are_those_of_the_pipeline(setting, pipeline):
     torch.testing.assert_close(found, torch.stack(passed), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+@torch.no_grad()
+def test_z_image_counts_its_scale_from_0(scale):
+    pipeline = tiny_z_image_pipeline()
+    family, calls = find_family(pipeline), []
+    text = family.encode_clip_prompts(pipeline, [*PROMPTS, ""])
+    latents = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    call = {"num_inference_steps": 3, "guidance_scale": scale}
+    pipeline.transformer.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
+    size = {"height": 32, "width": 32, "output_type": "latent"}
+    expected = pipeline(prompt=list(PROMPTS), latents=latents[:, 0], **size, **call).images
+    assert calls == [2 if scale == 0 else 4] * 3
+    velocity = family.velocity(pipeline, 1, 32, 32)
+    *_, last = teacher_trajectory(velocity, pipeline.scheduler, latents, text[:2], text[[2, 2]], **call)
+    assert calls[3:] == calls[:3]
+    torch.testing.assert_close(last.x_next[:, 0], expected, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_another_denoiser_answers_in_its_place(setting, pipeline):
     family = find_family(pipeline)

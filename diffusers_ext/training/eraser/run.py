@@ -1,4 +1,4 @@
-"""Train an eraser that takes one concept out of CogVideoX or Wan and leaves the rest, from prompts alone.
+"""Train an eraser that takes one concept out of a model of videos or pictures and leaves the rest, from prompts alone.
 
     accelerate launch training/train_eraser.py \\
         --pretrained_model_name_or_path examples/moving_digits/model \\
