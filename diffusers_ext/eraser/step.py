@@ -20,8 +20,9 @@ from diffusers_ext.eraser.batch import RowMaker, Rows, States
 from diffusers_ext.eraser.losses import T2VUnlearningLoss, velocity_distance
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.runs import EraserText
+from diffusers_ext.eraser.teacher.trajectory import teacher_trajectory
 from diffusers_ext.families import find_family
-from diffusers_ext.families.family import Velocity
+from diffusers_ext.families.family import Family, Velocity
 from diffusers_ext.families.text_conditioning import Text, repeat_text, token_embeds
 
 
@@ -85,8 +86,27 @@ class OnPolicyRollouts:
         embeds = self.text.target[prompts.to(token_embeds(self.text.target).device)].to(device)
         # The dtype in which the pipeline itself would start.
         dtype = token_embeds(embeds).dtype
-        latents = torch.randn((count, *self.latent_shape), generator=generator)
+        latents = torch.randn((count, *velocity.state_shape(self.latent_shape)), generator=generator)
         latents = latents.to(device, velocity.latents_dtype or dtype)
+        empty = repeat_text(self.text.empty.to(device, dtype), count)
+        draw = self._drawn if family.reports_steps else self._walked
+        passed, times = draw(family, velocity, latents, embeds, empty, generator)
+        times = times.to(device, torch.float32 if times.is_floating_point() else torch.int64)
+        served = velocity.serves(times).nonzero().flatten().tolist()
+        x_t = torch.cat([passed[step] for step in served]).float()
+        states = States(x_t, times[served].repeat_interleave(count), prompts.to(device).repeat(len(served)))
+        return States(*(broadcast(part) for part in states))  # checkpoints hold the first process's
+
+    def _drawn(
+        self,
+        family: Family,
+        velocity: Velocity,
+        latents: torch.Tensor,
+        embeds: Text,
+        empty: Text,
+        generator: torch.Generator,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Latents before each step, and the timesteps, of the pipeline's own call."""
         passed: list[torch.Tensor] = [latents]
 
         def keep(_: Any, __: int, ___: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -96,7 +116,7 @@ class OnPolicyRollouts:
         scale = self.recipe.sampling_guidance_scale
         with quiet_run(self.pipeline), family.guided_call(self.pipeline, scale) as guidance:
             self.pipeline(
-                **family.clip_arguments(embeds, repeat_text(self.text.empty.to(device, dtype), count), latents),
+                **family.clip_arguments(embeds, empty, latents),
                 generator=generator,
                 num_inference_steps=self.recipe.num_inference_steps,
                 **guidance,
@@ -105,11 +125,31 @@ class OnPolicyRollouts:
                 **family.size_arguments(**self.size),
             )
             times = self.pipeline.scheduler.timesteps
-        times = times.to(device, torch.float32 if times.is_floating_point() else torch.int64)
-        served = velocity.serves(times).nonzero().flatten().tolist()
-        x_t = torch.cat([passed[step] for step in served]).float()
-        states = States(x_t, times[served].repeat_interleave(count), prompts.to(device).repeat(len(served)))
-        return States(*(broadcast(part) for part in states))  # checkpoints hold the first process's
+        return passed, times
+
+    def _walked(
+        self,
+        family: Family,
+        velocity: Velocity,
+        latents: torch.Tensor,
+        embeds: Text,
+        empty: Text,
+        generator: torch.Generator,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The same step by step, where the pipeline's call does not show all of it."""
+        points = teacher_trajectory(
+            velocity,
+            self.pipeline.scheduler,
+            latents,
+            embeds,
+            empty,
+            num_inference_steps=self.recipe.num_inference_steps,
+            guidance_scale=self.recipe.sampling_guidance_scale,
+            generators=[generator] * len(latents),
+            with_erasers=True,
+        )
+        passed, times = zip(*((point.x_t, point.t[0]) for point in points), strict=True)
+        return list(passed), torch.stack(times)
 
 
 Result = TypeVar("Result")

@@ -8,6 +8,7 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.recipe import EraserTraining
+from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.training.eraser.run import make_step
 from tests.training.eraser_runs import tiny_training
 
@@ -48,6 +49,24 @@ def test_states_are_those_of_the_student(trained):
     first, later = own.t == times[0], own.t == times[2]
     assert torch.equal(own.x_t[first], teachers.x_t[first])
     assert not torch.allclose(own.x_t[later], teachers.x_t[later], atol=1e-4)
+
+
+def test_states_step_by_step_are_those_of_the_pipeline_s_call(trained, monkeypatch):
+    pipeline, _ = trained
+    pipeline.transformer.train()
+    drawn, walked = (make(trained, localization_weight=0.0).rollouts for _ in range(2))
+    expected = drawn.take(40, torch.Generator().manual_seed(5))
+    monkeypatch.setattr(CogVideoX, "reports_steps", False)
+    monkeypatch.setattr(type(pipeline), "__call__", None)
+    found = walked.take(40, torch.Generator().manual_seed(5))
+    assert pipeline.transformer.training
+    assert torch.equal(found.t, expected.t)
+    assert torch.equal(found.prompts, expected.prompts)
+    torch.testing.assert_close(found.x_t, expected.x_t, atol=1e-4, rtol=1e-4)
+    assert not found.x_t.requires_grad
+    with erasers_disabled(pipeline.transformer):
+        other = make(trained, localization_weight=0.0).rollouts.take(40, torch.Generator().manual_seed(5))
+    assert not torch.allclose(other.x_t, expected.x_t, atol=1e-4)
 
 
 def test_the_teacher_answers_at_the_students_states(trained):

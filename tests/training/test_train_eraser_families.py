@@ -81,15 +81,9 @@ FAMILIES = {
         {**VIDEO, "num_frames": 3},
         {**VIDEO, "num_frames": 3, "max_sequence_length": 16},
         "transformer_blocks.0.attn2",
-        {**TRAJECTORIES, "on policy": "`on_policy_share` must be 0 for LTX-2"},
+        TRAJECTORIES,
     ),
-    "hunyuan_video15": Setting(
-        tiny_hunyuan_video15_pipeline,
-        VIDEO,
-        VIDEO,
-        "transformer_blocks.0.attn",
-        {"on policy": "`on_policy_share` must be 0 for HunyuanVideo 1.5"},
-    ),
+    "hunyuan_video15": Setting(tiny_hunyuan_video15_pipeline, VIDEO, VIDEO, "transformer_blocks.0.attn"),
 }
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
 
+from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.core.seeds import check_diffusion_levels, check_flow_levels
 from diffusers_ext.eraser.adapter.outputs import frozen_teacher
 from diffusers_ext.eraser.concept_attention import concept_attention
@@ -51,6 +53,7 @@ def teacher_trajectory(
     extra_at: torch.Tensor | None = None,
     attention: AttentionRequest | None = None,
     numbers: Sequence[int] | None = None,
+    with_erasers: bool = False,
 ) -> Iterator[TrajectoryPoint]:
     """Sample with classifier-free guidance, as the model's pipeline does, and give every step.
 
@@ -68,6 +71,7 @@ def teacher_trajectory(
         extra_prompt_embeds: a further prompt per row, with a velocity but without a part in the guidance.
         extra_at: `(steps, batch)` bool, where that velocity is wanted; everywhere when `None`.
         numbers: of the rows' first frames, for image-to-video models (`Velocity.with_image`); by default one by one.
+        with_erasers: leave the model's erasers on, as its pipeline would.
     """
     texts = (prompt_embeds, negative_prompt_embeds, extra_prompt_embeds)
     shapes = [tuple(token_embeds(text).shape) for text in texts if text is not None]
@@ -82,7 +86,8 @@ def teacher_trajectory(
         extra_at = torch.ones(len(run.timesteps), len(latents), dtype=torch.bool)
     guidance_scale = velocity.guidance_weight(guidance_scale)
     numbers = range(len(latents)) if numbers is None else numbers
-    return _walk(velocity, run, texts, guidance_scale, extra_at, attention, numbers)
+    asked_as = module_eval_mode if with_erasers else frozen_teacher
+    return _walk(velocity, run, texts, guidance_scale, extra_at, attention, numbers, asked_as)
 
 
 def guides(velocity: Velocity, guidance_scale: float) -> bool:
@@ -136,6 +141,7 @@ def _walk(
     extra_at: torch.Tensor | None,
     attention: AttentionRequest | None,
     numbers: Sequence[int],
+    asked_as: Callable[..., AbstractContextManager[None]],
 ) -> Iterator[TrajectoryPoint]:
     prompt, negative, extra = texts
     guided, batch = guidance_scale != 1, len(prompt)
@@ -150,7 +156,7 @@ def _walk(
         rows, embeds = torch.cat(rows), join_texts(embeds)
         asked = (rows, timestep.expand(len(rows)), embeds)
         maps = None
-        with frozen_teacher(*velocity.models):
+        with asked_as(*velocity.models):
             if attention is None or not attention.at[step].any():
                 found = velocity.of_state(*asked)
             else:

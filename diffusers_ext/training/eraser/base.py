@@ -76,7 +76,7 @@ def _check_family(settings: EraserSettings, family: Family, config: Any) -> None
     drawn = bool(settings.validation_prompt) or settings.anchor_concept == AUTO_ANCHOR
     check_first_frames(settings.first_frames_dir, reads_picture, settings.latents_source != "video" or drawn)
     pictures = family.draws_pictures
-    rolls_out = not reads_picture and family.reports_steps and (family.flow_matching or not pictures)
+    rolls_out = not reads_picture and (family.flow_matching or not pictures)
     noised = not pictures and family.noises_clips
     more_than_tokens = bool({*family.text_fields} - {"prompt_embeds"})
     for name, asked, known, rule in (
