@@ -19,6 +19,7 @@ from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace import knowledge as knowledge_of_runs
 from diffusers_ext.training.nullspace.run import check_against_model, main, parse_args
 from diffusers_ext.training.nullspace.subject import files_for_programs
+from diffusers_ext.training.run.base_model import quantization_arguments
 from diffusers_ext.training.run.setup import make_optimizer
 from tests.nullspace.test_edit_equations import Linear4bit
 from tests.tiny_current_pipelines import (
@@ -209,6 +210,12 @@ def test_what_a_quantised_base_needs(subject_line, monkeypatch):
         parse_args(subject_line(quantization="bnb_8bit", full_finetune=True))
     with pytest.raises(ValueError, match="`quantization` must be left out with a single file, got 'bnb_8bit'"):
         parse_args(subject_line(quantization="bnb_8bit", pretrained_model_name_or_path="base.safetensors"))
+
+
+def test_bitsandbytes_is_refused_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="`quantization` must be left out where there is no GPU, got 'bnb_4bit'"):
+        quantization_arguments(SimpleNamespace(quantization="bnb_4bit"), torch.bfloat16)
 
 
 def test_optimizers_by_name(subject_line, monkeypatch):

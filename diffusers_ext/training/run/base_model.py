@@ -67,10 +67,19 @@ def load_frozen(
 
 
 def quantization_arguments(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
-    """Of `load_frozen`, for a denoiser of `--quantization` that computes in a dtype; none without it."""
+    """Of `load_frozen`, for a denoiser of `--quantization` that computes in a dtype; none without it.
+
+    Raises:
+        ValueError: there is no GPU, without which diffusers lets bitsandbytes quantise nothing.
+    """
     if settings.quantization is None:
         return {}
-    _, keywords = QUANTIZATIONS[settings.quantization]
+    package, keywords = QUANTIZATIONS[settings.quantization]
+    if package == "bitsandbytes" and not torch.accelerator.is_available():
+        raise ValueError(
+            f"`quantization` must be left out where there is no GPU, got {settings.quantization!r}: bitsandbytes "
+            "quantises for diffusers on GPUs alone."
+        )
     keywords = {**keywords, "bnb_4bit_compute_dtype": dtype} if "load_in_4bit" in keywords else keywords
     name = denoiser_name(read_components(settings), settings.pretrained_model_name_or_path)
     # By their own names: those at the top ask for the package.
