@@ -19,12 +19,12 @@ from diffusers_ext.evaluation.report_files import (
     SavedReport,
     clip_sheet,
     interval_words,
-    markdown_table,
     measured_cell,
     spoken,
     write_clip,
 )
 from diffusers_ext.hub import Measured
+from diffusers_ext.hub.safe_markdown import markdown_table
 
 BASE, ALL = "base", "all"
 ATTACK = "attack: "  # groups of clips that were drawn to bring the concept back begin with it

@@ -38,13 +38,13 @@ from diffusers_ext.evaluation.report_files import (
     KEPT_PER_PROMPT,
     SavedReport,
     SheetRow,
-    markdown_table,
     number_cell,
     sheet_of_sides,
     spoken,
     thumbnail,
 )
 from diffusers_ext.hub import Measured
+from diffusers_ext.hub.safe_markdown import markdown_table
 from diffusers_ext.nullspace.prompts import check_prompts, unique
 
 logger = logging.getLogger(__name__)

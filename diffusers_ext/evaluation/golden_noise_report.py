@@ -13,13 +13,13 @@ from diffusers_ext.evaluation.report_files import (
     SavedReport,
     SheetRow,
     interval_words,
-    markdown_table,
     measured_cell,
     number_cell,
     sheet_of_sides,
     spoken,
 )
 from diffusers_ext.hub import Measured
+from diffusers_ext.hub.safe_markdown import markdown_table
 
 _MEBIBYTE = 2**20
 

@@ -257,15 +257,6 @@ class SavedReport:
             self.picture_sheet(Path(folder, "sheet.png"))
 
 
-def markdown_table(table: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Cells as Markdown, the first row as heading; all columns after `left` ones are set right."""
-    # A name may hold what would end a cell or a row.
-    rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in table]
-    rule = "|---" * left + "|---:" * (len(table[0]) - left) + "|"
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
 def number_cell(value: float | None, interval: Sequence[float] | None = None, form: str = ".4g") -> str:
     """A number, with its interval in brackets; `-` for `None`."""
     if value is None:

@@ -111,7 +111,7 @@ def find_on_hub(repo_id: str, name: str, token: str | None) -> Path | None:
 _NULL_SPACE_PAPERS = ("dreambooth", "alphaedit", "inflora")
 _NETWORKS = ("npnet", "golden_noise_model", "noise_sequence_transformer", "noise_sequence_rnn")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_DIRECTIONS = ("generalized", "null", "soft", "plain")
+DIRECTIONS = ("generalized", "null", "soft", "plain")  # of a null-space training, in which it may change weights
 # Parts of the names of pipelines that draw clips.
 _DRAW_CLIPS = ("CogVideo", "LTX", "Video", "Wan")
 # Names of classes, which end up in import statements.
@@ -310,8 +310,8 @@ def _check_value(name: str, value: Any) -> None:
         kind, words = (Integral, "whole numbers") if name == "latent_shape" else (str, "words")
         if not isinstance(item, kind) or isinstance(item, bool):
             raise TypeError(f"`{name}` must hold {words}, got a {type(item).__name__}: {item!r}.")
-    if name == "directions" and value not in _DIRECTIONS:
-        raise ValueError(f"`directions` must be one of {_DIRECTIONS}, got {value!r}.")
+    if name == "directions" and value not in DIRECTIONS:
+        raise ValueError(f"`directions` must be one of {DIRECTIONS}, got {value!r}.")
 
 
 def bibtex(papers: Sequence[str], version: str) -> str:

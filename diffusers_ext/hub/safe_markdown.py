@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from urllib.parse import quote, unquote
 
@@ -112,3 +113,12 @@ def shown(file: str) -> str:
     address = quote(check_file_name(file, "widget"))
     is_picture = address.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))
     return f"![{plain(file)}]({address})" if is_picture else f"[{plain(file)}]({address})"
+
+
+def markdown_table(table: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Cells as Markdown, the first row as heading; all columns after `left` ones are set right."""
+    # A name may hold what would end a cell or a row.
+    rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in table]
+    rule = "|---" * left + "|---:" * (len(table[0]) - left) + "|"
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], rule, *lines[1:]])

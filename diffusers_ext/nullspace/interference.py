@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffusers_ext.core.lora_formats import check_lora_effect
 from diffusers_ext.core.restored_state import held_attribute
 from diffusers_ext.families.lora_files import LoraSource, StateDict, read_lora
+from diffusers_ext.hub.safe_markdown import markdown_table
 from diffusers_ext.nullspace.debleed import (
     lora_modules,
     measured_linears,
@@ -77,16 +78,11 @@ class InterferenceReport:
             0,
             ["together", "first's subject by second", "second's by first", "preserved", "cosine", "overlap", "angle"],
         )
-        return "\n\n".join(map(_table, (moved, pairs)))
+        return "\n\n".join(markdown_table(table, len(table[0])) for table in (moved, pairs))
 
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def interference_report(

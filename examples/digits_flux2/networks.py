@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     StableDiffusionPipeline,
@@ -63,15 +66,15 @@ def normalized_patches(pipeline: DigitsFlux2Pipeline, latents: torch.Tensor) -> 
     return patches.unflatten(0, latents.shape[:-3])
 
 
-class TextToVelocity(torch.nn.Module):
-    """The loss of a FLUX.2 transformer that reads a frozen text encoder.
+class FrozenTextLoss(torch.nn.Module):
+    """The loss of a transformer that reads a frozen text encoder, whose embeddings of a prompt are kept.
 
     `x_sigma = (1 - sigma) x_0 + sigma noise`, and the transformer predicts `noise - x_0`.
     """
 
-    learning_rate = 2e-3
+    encode_arguments: ClassVar[dict[str, Any]] = {}  # of the pipeline's `encode_prompt`
 
-    def __init__(self, pipeline: DigitsFlux2Pipeline) -> None:
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
         super().__init__()
         self.transformer, self._pipeline = pipeline.transformer, pipeline
         pipeline.text_encoder.requires_grad_(False)
@@ -81,12 +84,26 @@ class TextToVelocity(torch.nn.Module):
         """Logit-normal levels of noise, `(count,)` in (0, 1)."""
         return torch.randn(count, generator=generator).sigmoid()
 
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> torch.Tensor:
+        """The embeddings of prompts as one batch."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._encoded:
+                self._encoded[prompt] = self._pipeline.encode_prompt(prompt, **self.encode_arguments)[0][0]
+        return torch.stack([self._encoded[prompt] for prompt in prompts])
+
+
+class TextToVelocity(FrozenTextLoss):
+    """That of a FLUX.2 transformer."""
+
+    learning_rate = 2e-3
+
     def forward(
         self, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, prompts: list[str]
     ) -> torch.Tensor:
         """Mean squared error for patches `(batch, channels, height, width)` and their prompts."""
         pipeline, sigma = self._pipeline, times[:, None, None, None]
-        prompt_embeds = torch.stack([self._encode(prompt) for prompt in prompts])
+        prompt_embeds = self.encode(prompts)
         velocity = self.transformer(
             hidden_states=pipeline._pack_latents((1 - sigma) * clean + sigma * noise),
             timestep=times,
@@ -96,9 +113,3 @@ class TextToVelocity(torch.nn.Module):
             return_dict=False,
         )[0]
         return F.mse_loss(velocity, pipeline._pack_latents(noise - clean))
-
-    @torch.no_grad()
-    def _encode(self, prompt: str) -> torch.Tensor:
-        if prompt not in self._encoded:
-            self._encoded[prompt] = self._pipeline.encode_prompt(prompt)[0][0]
-        return self._encoded[prompt]

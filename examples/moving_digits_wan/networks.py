@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import T5EncoderModel, UMT5Config, UMT5EncoderModel
 
+from examples.digits_flux2.networks import FrozenTextLoss
 from examples.moving_digits.check_model import load_pipeline
 from examples.moving_digits.prompts import PROMPT_LENGTH
 
@@ -84,21 +85,10 @@ def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
     return WanPipeline(base.tokenizer, to_umt5(base.text_encoder), vae, scheduler, transformer)
 
 
-class TextToVelocity(torch.nn.Module):
-    """The loss of a Wan transformer that reads a frozen text encoder.
+class TextToVelocity(FrozenTextLoss):
+    """That of a Wan transformer."""
 
-    `x_sigma = (1 - sigma) x_0 + sigma noise`, and the transformer predicts `noise - x_0`.
-    """
-
-    def __init__(self, pipeline: WanPipeline) -> None:
-        super().__init__()
-        self.transformer, self._pipeline = pipeline.transformer, pipeline
-        pipeline.text_encoder.requires_grad_(False)
-        self._encoded: dict[str, torch.Tensor] = {}
-
-    def draw_times(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Logit-normal levels of noise, `(count,)` in (0, 1)."""
-        return torch.randn(count, generator=generator).sigmoid()
+    encode_arguments = {"do_classifier_free_guidance": False, "max_sequence_length": PROMPT_LENGTH}
 
     def forward(
         self, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, prompts: list[str]
@@ -108,14 +98,7 @@ class TextToVelocity(torch.nn.Module):
         velocity = self.transformer(
             hidden_states=((1 - sigma) * clean + sigma * noise).transpose(1, 2),
             timestep=1000 * times,
-            encoder_hidden_states=torch.stack([self._encode(prompt) for prompt in prompts]),
+            encoder_hidden_states=self.encode(prompts),
             return_dict=False,
         )[0]
         return F.mse_loss(velocity.transpose(1, 2), noise - clean)
-
-    @torch.no_grad()
-    def _encode(self, prompt: str) -> torch.Tensor:
-        if prompt not in self._encoded:
-            embeds, _ = self._pipeline.encode_prompt(prompt, None, False, max_sequence_length=PROMPT_LENGTH)
-            self._encoded[prompt] = embeds[0]
-        return self._encoded[prompt]
