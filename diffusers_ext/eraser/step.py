@@ -32,7 +32,7 @@ class OnPolicyRollouts:
     What a training learns at the teacher's states need not hold where the student's errors lead it (Ross et al. 2011,
     arXiv 1011.0686). The teacher stays the one that answers. `size` are the arguments `num_frames`, `height` and
     `width` of the pipeline's call; `expert`, of a model with several transformers, the one that trains: states are of
-    its timesteps.
+    its timesteps. A `velocity` with first frames is needed for image-to-video models, which the runs take in turn.
     """
 
     def __init__(
@@ -43,13 +43,17 @@ class OnPolicyRollouts:
         latent_shape: tuple[int, int, int, int],
         size: dict[str, int],
         expert: str | None = None,
+        velocity: Velocity | None = None,
     ) -> None:
         self.pipeline, self.text, self.recipe = pipeline, text, recipe
         self.latent_shape, self.size = latent_shape, size
         family = find_family(pipeline, "eraser")
-        if family.image_channels(getattr(pipeline, family.denoiser).config):
-            raise ValueError(f"`on_policy_share` must be 0 for an image-to-video model, got {recipe.on_policy_share}.")
-        self.expert = {} if expert is None else {"expert": expert}
+        given = {} if expert is None else {"expert": expert}
+        self.velocity = family.velocity(pipeline, **size, **given) if velocity is None else velocity
+        # Of the latents that the others' calls show, the model reads more, or scales them.
+        reads_more = family.image_channels(self._denoiser.config) or not family.reports_steps
+        scales = family.draws_pictures and not family.flow_matching
+        self._draw = self._walked if reads_more or scales else self._drawn
         self._calls, self._states = 0, None
 
     @property
@@ -81,16 +85,14 @@ class OnPolicyRollouts:
         generator = torch.Generator().manual_seed(seed)
         count, device = self.recipe.sampling_batch_size, self._denoiser.device
         prompts = torch.randint(len(self.text.target), (count,), generator=generator)
-        family = find_family(self.pipeline, "eraser")
-        velocity = family.velocity(self.pipeline, **self.size, **self.expert)
+        family, velocity = find_family(self.pipeline, "eraser"), self.velocity
         embeds = self.text.target[prompts.to(token_embeds(self.text.target).device)].to(device)
         # The dtype in which the pipeline itself would start.
         dtype = token_embeds(embeds).dtype
         latents = torch.randn((count, *velocity.state_shape(self.latent_shape)), generator=generator)
         latents = latents.to(device, velocity.latents_dtype or dtype)
         empty = repeat_text(self.text.empty.to(device, dtype), count)
-        draw = self._drawn if family.reports_steps else self._walked
-        passed, times = draw(family, velocity, latents, embeds, empty, generator)
+        passed, times = self._draw(family, latents, embeds, empty, generator)
         times = times.to(device, torch.float32 if times.is_floating_point() else torch.int64)
         served = velocity.serves(times).nonzero().flatten().tolist()
         x_t = torch.cat([passed[step] for step in served]).float()
@@ -98,13 +100,7 @@ class OnPolicyRollouts:
         return States(*(broadcast(part) for part in states))  # checkpoints hold the first process's
 
     def _drawn(
-        self,
-        family: Family,
-        velocity: Velocity,
-        latents: torch.Tensor,
-        embeds: Text,
-        empty: Text,
-        generator: torch.Generator,
+        self, family: Family, latents: torch.Tensor, embeds: Text, empty: Text, generator: torch.Generator
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Latents before each step, and the timesteps, of the pipeline's own call."""
         passed: list[torch.Tensor] = [latents]
@@ -128,17 +124,11 @@ class OnPolicyRollouts:
         return passed, times
 
     def _walked(
-        self,
-        family: Family,
-        velocity: Velocity,
-        latents: torch.Tensor,
-        embeds: Text,
-        empty: Text,
-        generator: torch.Generator,
+        self, family: Family, latents: torch.Tensor, embeds: Text, empty: Text, generator: torch.Generator
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The same step by step, where the pipeline's call does not show all of it."""
+        """The same step by step, as the model reads them."""
         points = teacher_trajectory(
-            velocity,
+            self.velocity,
             self.pipeline.scheduler,
             latents,
             embeds,
@@ -146,6 +136,7 @@ class OnPolicyRollouts:
             num_inference_steps=self.recipe.num_inference_steps,
             guidance_scale=self.recipe.sampling_guidance_scale,
             generators=[generator] * len(latents),
+            numbers=[self._calls + index for index in range(len(latents))],
             with_erasers=True,
         )
         passed, times = zip(*((point.x_t, point.t[0]) for point in points), strict=True)

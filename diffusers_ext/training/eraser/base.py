@@ -76,11 +76,9 @@ def _check_family(settings: EraserSettings, family: Family, config: Any) -> None
     drawn = bool(settings.validation_prompt) or settings.anchor_concept == AUTO_ANCHOR
     check_first_frames(settings.first_frames_dir, reads_picture, settings.latents_source != "video" or drawn)
     pictures = family.draws_pictures
-    rolls_out = not reads_picture and (family.flow_matching or not pictures)
     noised = not pictures and family.noises_clips
     more_than_tokens = bool({*family.text_fields} - {"prompt_embeds"})
     for name, asked, known, rule in (
-        ("on_policy_share", settings.on_policy_share, rolls_out, "0"),
         ("localization_weight", settings.localization_weight, family.locates_concepts, "0"),
         ("adversarial_share", settings.adversarial_share, family.locates_concepts, "0"),
         ("auto_preserved_concepts", settings.auto_preserved_concepts, family.locates_concepts, "False"),

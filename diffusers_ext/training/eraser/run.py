@@ -122,7 +122,7 @@ def make_step(
     )
     rollouts, adversarial_prompts = None, None
     if recipe.on_policy_share:
-        rollouts = OnPolicyRollouts(pipeline, data.text, recipe, shape, data.size._asdict(), data.expert)
+        rollouts = OnPolicyRollouts(pipeline, data.text, recipe, shape, data.size._asdict(), data.expert, velocity)
     if recipe.adversarial_share:
         adversarial_prompts = AdversarialPrompts(velocity, recipe)
     return EraserStep(maker, recipe, adapter_name, rollouts=rollouts, adversarial_prompts=adversarial_prompts)
