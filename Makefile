@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python benchmarks/erasure_on_moving_digits.py --model examples/moving_digits_wan/model --parts erasers pairs stack table
 	$(BIN)/python benchmarks/cost_of_eraser.py
 	$(BIN)/python benchmarks/cost_of_eraser.py --wan
+	$(BIN)/python benchmarks/cost_of_eraser.py --inference
 	$(BIN)/python benchmarks/cost_of_plans.py
 
 clean:

@@ -2,6 +2,7 @@
 
 python benchmarks/cost_of_eraser.py
 python benchmarks/cost_of_eraser.py --wan  # training steps of Wan alone
+python benchmarks/cost_of_eraser.py --inference  # calls of the models alone, on one thread
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -160,10 +162,6 @@ def tables(results: dict[str, Any]) -> str:
         + [f"{r['traced'] / r['measured']:.3f}"]
         for r in results["agreement"]
     ]
-    inference = [
-        [r["what"], f"{r['median']:.3f}", f"{r['lowest']:.3f} to {r['highest']:.3f}"] for r in results["inference"]
-    ]
-    inference.append(["5b at 49x480x720, FLOPs", f"{results['flop_ratio']:.4f}", "counted"])
     five_b = [
         [r["rows"], f"{r['peak'] / GIB:.1f}"]
         + [f"{r['measured_on_gpu'] / GIB:.1f}" if "measured_on_gpu" in r else "-"]
@@ -172,10 +170,14 @@ def tables(results: dict[str, Any]) -> str:
     peaks = ["5b at 49x480x720, bf16, checkpointing", "plan, GiB (limit 20)", "GPU, GiB"]
     parts = (
         (["model", "checkpointing", "traced, MiB", "measured, MiB", "ratio"], agreement),
-        (["inference", "with eraser / without (limit 1.05)", "range"], inference),
+        (
+            ["5b at 49x480x720", "FLOPs with eraser / without (limit 1.03)"],
+            [["counted", f"{results['flop_ratio']:.4f}"]],
+        ),
         (peaks, five_b),
     )
-    return "\n\n".join([step_table(results), *(table(header, rows) for header, rows in parts)])
+    shown = [table(header, rows) for header, rows in parts]
+    return "\n\n".join([step_table(results), inference_table(results["inference"]), *shown])
 
 
 def measure(pairs: int) -> dict[str, Any]:
@@ -185,14 +187,29 @@ def measure(pairs: int) -> dict[str, Any]:
         "limits": LIMITS,
         "steps": step_costs(tiny, 5 * pairs) + step_costs(medium, pairs),
         "agreement": traced_against_measured(tiny) + traced_against_measured(medium),
-        "inference": [
-            *inference_costs(tiny, 7 * pairs, (2, 64)),
-            sampling_cost(tiny, 3 * pairs, 8),
-            *inference_costs(medium, pairs, (2,), rows_a_timing=2),
-        ],
+        "inference": [sampling_cost(tiny, 3 * pairs, 8), *calls(pairs)],
         "flop_ratio": flop_ratio(),
         "five_b": five_b_plans(),
     }
+
+
+def calls(pairs: int) -> list[dict[str, Any]]:
+    """Of the models, with erasers and without."""
+    return [
+        *inference_costs(digits_subject(), 7 * pairs, (2, 64)),
+        *inference_costs(wan_subject(), 7 * pairs, (2, 64)),
+        *inference_costs(medium_subject(), pairs, (2,), rows_a_timing=2),
+    ]
+
+
+def inference_table(found: Sequence[dict[str, Any]]) -> str:
+    """Calls of the models as Markdown."""
+    rows = [
+        [r["what"], f"{r['median']:.3f}", f"{r['lowest']:.3f} to {r['highest']:.3f}"]
+        + [f"{r[name]:.3f}" if name in r else "-" for name in ("operators", "flops")]
+        for r in found
+    ]
+    return table(["inference", "time with eraser / without (limit 1.05)", "range", "operators", "FLOPs"], rows)
 
 
 def main(input_args: list[str] | None = None) -> None:
@@ -200,7 +217,14 @@ def main(input_args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="of steps of the larger model")
     parser.add_argument("--wan", action="store_true", help="measure training steps of Wan alone")
+    parser.add_argument("--inference", action="store_true", help="measure calls of models alone")
     args = parser.parse_args(input_args)
+    if args.inference:
+        results = {"limits": LIMITS, "inference": calls(args.pairs)}
+        name, text = "cost_of_eraser_inference", inference_table(results["inference"])
+        write_results(name, results, text)
+        print(text)
+        return
     if args.wan:
         steps = step_costs(wan_subject(), 5 * args.pairs) + step_costs(medium_wan_subject(), args.pairs)
         results: dict[str, Any] = {"limits": LIMITS, "steps": steps}

@@ -20,28 +20,36 @@ class Ratio(NamedTuple):
     second_seconds: float  # median
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Wall time of one call, the GPU's work included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = clock()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def compare(first: Callable[[], object], second: Callable[[], object], pairs: int) -> Ratio:
-    """Time both `pairs` times after one warm-up each; the order alternates from pair to pair."""
-    seconds(first)
-    seconds(second)
+def compare(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    pairs: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ratio:
+    """Time both `pairs` times after one warm-up each; the order alternates from pair to pair.
+
+    On cores that others use, too, `clock` may be `time.process_time`, of work that runs on one thread.
+    """
+    seconds(first, clock)
+    seconds(second, clock)
     times = []
     for index in range(pairs):
         if index % 2:
-            other = seconds(second)
-            times.append((seconds(first), other))
+            other = seconds(second, clock)
+            times.append((seconds(first, clock), other))
         else:
-            times.append((seconds(first), seconds(second)))
+            times.append((seconds(first, clock), seconds(second, clock)))
     ratios = [a / b for a, b in times]
     return Ratio(
         statistics.median(ratios),
