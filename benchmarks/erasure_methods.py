@@ -53,7 +53,8 @@ from examples.moving_digits.judge import MovingDigitsJudge
 
 CLIP = {name: SAMPLING[name] for name in ("num_frames", "height", "width")}
 _LENGTHS = {name: SAMPLING[name] for name in ("max_sequence_length", "num_inference_steps")}
-ERASER, GELU, LINEAR, ESD = "eraser", "gelu", "linear", "esd"
+ERASER, GELU, LINEAR, ESD, CODEBOOK = "eraser", "gelu", "linear", "esd", "eraser_codebook"
+CODEBOOK_SIZE = 512
 _HALF = RECIPE.max_train_steps // 2
 ESD_RATES = {ESD: 1e-3, f"{ESD}_slower": 3e-4, f"{ESD}_faster": 3e-3}
 _ATTACK_SEED, _COST_CLIPS = 9_000, 10
@@ -194,11 +195,12 @@ METHODS: dict[str, Callable[[DiffusionPipeline, str, int], Armed]] = {
     ERASER: _eraser(),
     GELU: _eraser(kind="gelu"),
     LINEAR: _eraser(kind="linear"),
+    CODEBOOK: _eraser(text_codebook_size=CODEBOOK_SIZE),
     "eraser_half": _eraser(max_train_steps=_HALF),
     "edit_eraser_half": _edit_then_eraser(_HALF),
 }
 # These differ by seed, and are kept.
-TRAINED = ("document", *ESD_RATES, ERASER, GELU, LINEAR, "eraser_half", "edit_eraser_half")
+TRAINED = ("document", *ESD_RATES, ERASER, GELU, LINEAR, CODEBOOK, "eraser_half", "edit_eraser_half")
 
 
 def arm(name: str, target: str, seed: int, model: str | Path, folder: Path) -> Armed:

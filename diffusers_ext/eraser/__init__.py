@@ -21,6 +21,7 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss T2VUnlearningLoss"
         ),
+        "diffusers_ext.eraser.text_codebook": ("attach_text_codebook detach_text_codebook learn_text_codebook"),
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
     }
 )

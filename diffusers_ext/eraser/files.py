@@ -39,6 +39,7 @@ from diffusers_ext.eraser.formats import (
     read_eraser,
     write_eraser_files,
 )
+from diffusers_ext.eraser.text_codebook import attach_text_codebook, attached_codebook
 from diffusers_ext.families import match_family
 from diffusers_ext.families.family import import_class
 from diffusers_ext.hub.card import Card, make_card
@@ -138,6 +139,8 @@ def _attach(file: EraserFile, transformer: ModelMixin, adapter_name: str, scale:
         parameter.requires_grad_(is_trainable)
     for layer in eraser_layers(transformer).values():
         layer.set_scale(adapter_name, scale)
+    if file.codebook is not None:
+        attach_text_codebook(transformer, adapter_name, file.codebook)
     # Its hooks list the layers that were there when it was switched on.
     _maybe_remove_and_reapply_group_offloading(transformer)
 
@@ -208,9 +211,9 @@ def save_eraser(
     models, tensors = erased_models(transformer_or_pipe), {}
     for part, transformer in models.items():
         given = {"concept": concept, "anchor_concept": anchor_concept, "base": base_model_name_or_path}
-        config, own = _saved_part(transformer, adapter_name, dtype, **given)
+        config, own, codebook = _saved_part(transformer, adapter_name, dtype, **given)
         count = len(joint_attentions(transformer, config))
-        contents = eraser_contents(format, config, own, count, type(transformer))
+        contents = eraser_contents(format, config, own, count, type(transformer), codebook)
         files |= {f"{part}/{name}" if part else name: content for name, content in contents.items()}
         tensors |= {f"{part}.{name}": tensor for name, tensor in own.items()} if part else own
     if push_to_hub:
@@ -230,8 +233,8 @@ def save_eraser(
 
 def _saved_part(
     transformer: ModelMixin, adapter_name: str | None, dtype: torch.dtype | None, base: str | None, **given: str | None
-) -> tuple[EraserConfig, StateDict]:
-    """What is written of one transformer's eraser."""
+) -> tuple[EraserConfig, StateDict, torch.Tensor | None]:
+    """What is written of one transformer's eraser: config, tensors, text codebook."""
     adapter_name = find_eraser(transformer, adapter_name)
     tensors = eraser_tensors(transformer, adapter_name)
     check_in_memory(tensors)
@@ -240,7 +243,9 @@ def _saved_part(
     config = transformer.peft_config[adapter_name]
     # PEFT's own wrapper forgets the name of a diffusers model.
     known_name = config.base_model_name_or_path or transformer.config.get("_name_or_path")
-    return described(config, **given, base_model_name_or_path=base or known_name or None), tensors
+    codebook = attached_codebook(transformer, adapter_name)
+    codebook = None if codebook is None else codebook.to("cpu", dtype).contiguous()
+    return described(config, **given, base_model_name_or_path=base or known_name or None), tensors, codebook
 
 
 def convert_eraser(
@@ -276,5 +281,6 @@ def convert_eraser(
     config.target_modules = config.target_modules or {family.eraser_target}
     config.in_features, config.num_layers = file.shape.width, file.num_layers
     model_class = import_class(family.denoiser_class)
-    write_eraser_files(folder, eraser_contents(format, config, file.tensors, file.num_layers, model_class))
+    contents = eraser_contents(format, config, file.tensors, file.num_layers, model_class, file.codebook)
+    write_eraser_files(folder, contents)
     return file.shape

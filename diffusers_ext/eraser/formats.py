@@ -44,6 +44,7 @@ _LEGACY_TYPE = "adapter"
 _LEGACY_KEY = re.compile(r"(transformer_blocks\.\d+\.attn1)\.adapter")
 _LEGACY_LAYER = re.compile(r"transformer_blocks\.\d+\.attn1\.")
 _PEFT_PREFIX = "base_model.model."
+_CODEBOOK, _CODEBOOK_SIZE = f"{_PEFT_PREFIX}text_codebook", "text_codebook_size"
 
 
 class EraserFile(NamedTuple):
@@ -53,6 +54,7 @@ class EraserFile(NamedTuple):
     tensors: StateDict
     shape: EraserShape
     num_layers: int | None  # blocks of the transformer it was made for; `None` where no file says
+    codebook: torch.Tensor | None = None  # that text is rounded to, (tokens, text_dim)
 
 
 def from_legacy(tree: Any, source: str = "`tree`") -> StateDict:
@@ -142,10 +144,16 @@ def eraser_contents(
     tensors: StateDict,
     num_layers: int,
     model_class: type[torch.nn.Module] | None = None,
+    codebook: torch.Tensor | None = None,
 ) -> dict[str, bytes]:
     """`{file name: content}`, weights first; `AutoPeftModel` loads `model_class`, by default CogVideoX's."""
     config_name, weights_name = FORMATS[format]
     if format == "legacy":
+        if codebook is not None:
+            raise ValueError(
+                f"`format` must be 'peft' for an eraser with a text codebook, got 'legacy', which has no place for "
+                f"its {len(codebook)} tokens."
+            )
         facts = {"eraser_type": _LEGACY_TYPE, "eraser_rank": eraser_shape(tensors).rank}
         weights = io.BytesIO()
         torch.save(to_legacy(tensors, num_layers), weights)
@@ -157,7 +165,10 @@ def eraser_contents(
     facts = {name: sorted(v) if isinstance(v, set) else v for name, v in facts.items()}
     if config.kind == "gelu":  # as every eraser before there were kinds
         del facts["kind"]
+    if codebook is None:
+        del facts[_CODEBOOK_SIZE]
     weights = {_PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+    weights |= {} if codebook is None else {_CODEBOOK: codebook}
     content = (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode()
     metadata = {"format": "pt", CONFIG_KEY: _eraser_config_digest(json.loads(content))}
     return {weights_name: sealed(weights, metadata), config_name: content}
@@ -249,6 +260,7 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
     strange = [name for name in tensors if not name.startswith(_PEFT_PREFIX)]
     if strange:
         raise ValueError(f"Every key of {weights_path} must start with {_PEFT_PREFIX!r}, got {strange[0]!r}.")
+    codebook = tensors.pop(_CODEBOOK, None)
     tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
     shape = eraser_shape(tensors, str(weights_path))
     try:
@@ -271,6 +283,12 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
         raise ValueError(
             f"`kind` of {config_path} must be {kind_of(tensors)!r} as the weights have it, got {config.kind!r}."
         )
+    if config.text_codebook_size != (None if codebook is None else len(codebook)):
+        raise ValueError(
+            f"`{_CODEBOOK_SIZE}` of {config_path} must be the number of tokens of the codebook in "
+            f"{weights_path.name}, got {config.text_codebook_size} beside "
+            f"{'no codebook' if codebook is None else tuple(codebook.shape)}."
+        )
     expected = metadata.get(CONFIG_KEY)
     if expected is not None and expected != _eraser_config_digest(facts):
         raise ValueError(
@@ -280,7 +298,7 @@ def _read_peft(config_path: Path, weights_path: Path) -> EraserFile:
     base = facts.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise ValueError(f"`base_model_name_or_path` of {config_path} must be a name, got {base!r}.")
-    return EraserFile(config, tensors, shape, config.num_layers)
+    return EraserFile(config, tensors, shape, config.num_layers, codebook)
 
 
 def _read_legacy(config_path: Path, weights_path: Path) -> EraserFile:

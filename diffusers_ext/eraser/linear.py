@@ -108,6 +108,7 @@ def convert_eraser_to_lora(
     files = read_every_part(pretrained_model_name_or_path, subfolder=subfolder, **download_arguments)
     loras = {}
     for part, file in files.items():
+        _refuse_codebook(file.config, str(pretrained_model_name_or_path))
         family = family_of_config(file.config) or family_of_tensors(file.tensors)
         loras[part] = lora_of_eraser(file.tensors, family.denoiser, scale), family, title or file.config.concept
     written = []
@@ -154,6 +155,7 @@ def _check_merge(transformer: ModelMixin, adapter_name: str | None, scale: float
     """The name of the eraser to be merged; raises `ValueError` where it cannot be."""
     name = find_eraser(transformer, adapter_name)
     config = transformer.peft_config[name]
+    _refuse_codebook(config, name)
     if config.kind != "linear":
         raise ValueError(
             f"`adapter_name` must name an eraser of the kind 'linear' to be merged, got {name!r} of the kind "
@@ -239,6 +241,15 @@ def _restore(transformer: ModelMixin, name: str, eraser: MergedEraser) -> None:
         parameter.requires_grad_(eraser.trainable)
     for at, layer in eraser_layers(transformer).items():
         layer.set_scale(name, eraser.scales.get(at, 1.0))
+
+
+def _refuse_codebook(config: EraserConfig, name: str) -> None:
+    if config.text_codebook_size is not None:
+        raise ValueError(
+            f"An eraser must have no text codebook to be a LoRA or merged, got {name!r} with one of "
+            f"{config.text_codebook_size} tokens: rounding is no change of weights. Keep it loaded by `load_eraser`, "
+            "or train it without `--text_codebook_size`."
+        )
 
 
 def _check_mergeable(attention: str, projection: nn.Module) -> None:

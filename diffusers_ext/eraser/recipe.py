@@ -113,6 +113,12 @@ class EraserTraining(LatentsRecipe, title="eraser"):
     num_adversarial_embeddings: int = setting(16, "learned by each attack", rule=COUNT)
     num_adversarial_sets: int = setting(4, "of the latest attacks are kept", rule=COUNT)
 
+    text_codebook_size: int | None = setting(
+        None,
+        "tokens of preserved prompts that all text is rounded to once the eraser is trained, so that learned "
+        "embeddings say nothing new; text stays as it is without it",
+        rule=COUNT,
+    )
     learning_rate: float = as_in(TrainingSettings, "learning_rate", default=5e-3)
     lr_scheduler: str = as_in(TrainingSettings, "lr_scheduler", default="cosine")
     adam_weight_decay: float = as_in(
@@ -247,7 +253,7 @@ class EraserSettings(
         preserved = (
             self.preserved_concepts_file, self.preserved_prompts_file, self.auto_preserved_concepts
         )  # fmt: skip
-        if self.preservation_weight and not any(preserved):
+        if (self.preservation_weight or self.text_codebook_size) and not any(preserved):
             raise ValueError(
                 "One of `preserved_concepts_file`, `preserved_prompts_file` and `auto_preserved_concepts` must be "
                 "given, got none. Name what the model must keep, or set `--preservation_weight 0` to keep nothing."

@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_with_the_same_weights(files, trained, tmp_path):
         {"latents_source": "noise", "localization_weight": 0.1, "max_timestep": 700},
         {"on_policy_share": 0.5, "adversarial_share": 0.5, "adversarial_every": 1, "adversarial_steps": 1},
         {"auto_preserved_concepts": True, "preserved_concepts_file": None, "num_preserved_concepts": 2},
-        {"mixed_precision": "bf16", "gradient_checkpointing": True, "anchor_concept": "auto"},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "anchor_concept": "auto", "text_codebook_size": 8},
     ],
     ids=str,
 )
@@ -88,6 +88,8 @@ def test_variants_learn_finite_weights(arguments, files, tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(tensor.any() for name, tensor in tensors.items() if "eraser_up" in name)
+    codebook = tensors.get("base_model.model.text_codebook")
+    assert (None if codebook is None else len(codebook)) == arguments.get("text_codebook_size")
 
 
 def test_learned_embeddings_come_right_after_the_prompt(trained):

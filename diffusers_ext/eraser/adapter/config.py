@@ -76,6 +76,10 @@ class EraserConfig(PeftConfig):
     anchor_concept: str | None = field(
         default=None, metadata={"help": "The word put in its place in training; none: no word."}
     )
+    text_codebook_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that text is rounded to where the eraser is at work; none: text stays as it is."},
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "Start with a zero `up`, which changes nothing; otherwise at random."}
     )
@@ -118,7 +122,7 @@ class EraserConfig(PeftConfig):
             setattr(self, name, set(names) if isinstance(names, (list, tuple)) else names)
 
     def _check_numbers(self) -> None:
-        for name in ("r", "in_features", "num_layers"):
+        for name in ("r", "in_features", "num_layers", "text_codebook_size"):
             value = getattr(self, name)
             if value is None and name != "r":
                 continue

@@ -81,6 +81,7 @@ def _check_family(settings: EraserSettings, family: Family, config: Any) -> None
     for name, asked, known, rule in (
         ("localization_weight", settings.localization_weight, family.locates_concepts, "0"),
         ("adversarial_share", settings.adversarial_share, family.locates_concepts, "0"),
+        ("text_codebook_size", settings.text_codebook_size, family.locates_concepts, "None"),
         ("auto_preserved_concepts", settings.auto_preserved_concepts, family.locates_concepts, "False"),
         ("anchor_concept", settings.anchor_concept == AUTO_ANCHOR, not more_than_tokens, "a word or None"),
         ("latents_source", settings.latents_source != "trajectory", noised, "'trajectory'"),

@@ -27,6 +27,7 @@ from diffusers_ext.eraser.attack import AdversarialPrompts
 from diffusers_ext.eraser.batch import RowMaker
 from diffusers_ext.eraser.recipe import EraserSettings, EraserTraining
 from diffusers_ext.eraser.step import EraserStep, OnPolicyRollouts
+from diffusers_ext.eraser.text_codebook import attach_text_codebook, codebook_of_recipe
 from diffusers_ext.families import find_family
 from diffusers_ext.families.text_conditioning import token_embeds
 from diffusers_ext.training.eraser.base import BaseFacts, load_base, read_base, read_first_frames, settings_of_part
@@ -197,6 +198,7 @@ def train_eraser(
         accelerator = Accelerator(
             cpu=transformer.device.type == "cpu", gradient_accumulation_steps=recipe.gradient_accumulation_steps
         )
+    codebook = codebook_of_recipe(data.text, recipe)  # before the training, for what it refuses
     parameters = add_eraser(transformer, recipe, adapter_name, concept=concept, anchor_concept=anchor_concept)
     settings = LoopSettings(
         recipe.max_train_steps,
@@ -220,6 +222,8 @@ def train_eraser(
         loop.run()
     finally:
         _take_back(pipeline, name, accelerator, loop)
+    if codebook is not None:
+        attach_text_codebook(getattr(pipeline, name), adapter_name, codebook)
     return TrainedEraser(loop.history, loop.seconds, data)
 
 
@@ -328,12 +332,15 @@ def train_part(
     facts = facts | {"model": fingerprint(getattr(pipeline, expert)), "samples": samples_facts(data.samples)}
     if several:
         facts["transformer"], validation.part = expert, f"-{expert}"
+    codebook = codebook_of_recipe(data.text, settings)
     loop = build_loop(settings, accelerator, pipeline, data, facts, validation)
     make_output_dir(settings, accelerator)
     if expert == base.experts[0]:
         make_output_dir(whole, accelerator)
         start_trackers(accelerator, whole, f"{find_family(pipeline, 'eraser').name}-eraser")
     loop.run()
+    if codebook is not None:
+        attach_text_codebook(getattr(pipeline, expert), ADAPTER_NAME, codebook)
     if several:
         if settings.checkpointing_steps and settings.max_train_steps % settings.checkpointing_steps:
             loop.checkpoints.save(settings.max_train_steps)  # so that a later resume finds this part done
