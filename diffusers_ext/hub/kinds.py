@@ -111,7 +111,8 @@ def find_on_hub(repo_id: str, name: str, token: str | None) -> Path | None:
 _NULL_SPACE_PAPERS = ("dreambooth", "alphaedit", "inflora")
 _NETWORKS = ("npnet", "golden_noise_model", "noise_sequence_transformer", "noise_sequence_rnn")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-DIRECTIONS = ("generalized", "null", "soft", "plain")  # of a null-space training, in which it may change weights
+# Those of `nullspace.settings`, which a help text reads and so must not import the Hub.
+DIRECTIONS = ("generalized", "null", "soft", "plain")
 # Parts of the names of pipelines that draw clips.
 _DRAW_CLIPS = ("CogVideo", "LTX", "Video", "Wan")
 # Names of classes, which end up in import statements.
