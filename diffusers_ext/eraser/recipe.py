@@ -115,7 +115,7 @@ class EraserTraining(LatentsRecipe, title="eraser"):
 
     text_codebook_size: int | None = setting(
         None,
-        "tokens of preserved prompts that all text is rounded to once the eraser is trained, so that learned "
+        "tokens of preserved prompts that all text is rounded to wherever the eraser works, so that learned "
         "embeddings say nothing new; text stays as it is without it",
         rule=COUNT,
     )

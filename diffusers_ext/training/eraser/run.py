@@ -198,8 +198,7 @@ def train_eraser(
         accelerator = Accelerator(
             cpu=transformer.device.type == "cpu", gradient_accumulation_steps=recipe.gradient_accumulation_steps
         )
-    codebook = codebook_of_recipe(data.text, recipe)  # before the training, for what it refuses
-    parameters = add_eraser(transformer, recipe, adapter_name, concept=concept, anchor_concept=anchor_concept)
+    parameters = _add_eraser(transformer, data, recipe, adapter_name, concept=concept, anchor_concept=anchor_concept)
     settings = LoopSettings(
         recipe.max_train_steps,
         recipe.train_batch_size,
@@ -222,9 +221,18 @@ def train_eraser(
         loop.run()
     finally:
         _take_back(pipeline, name, accelerator, loop)
-    if codebook is not None:
-        attach_text_codebook(getattr(pipeline, name), adapter_name, codebook)
     return TrainedEraser(loop.history, loop.seconds, data)
+
+
+def _add_eraser(
+    transformer: torch.nn.Module, data: EraserData, recipe: EraserTraining, adapter_name: str, **concepts: str | None
+) -> list[torch.nn.Parameter]:
+    """Add an eraser, which learns behind its codebook where it is to have one; returns its parameters."""
+    codebook = codebook_of_recipe(data.text, recipe)  # first, for what it refuses
+    parameters = add_eraser(transformer, recipe, adapter_name, **concepts)
+    if codebook is not None:
+        attach_text_codebook(transformer, adapter_name, codebook)
+    return parameters
 
 
 def _take_back(pipeline: DiffusionPipeline, name: str, accelerator: Accelerator, loop: TrainingLoop) -> None:
@@ -293,7 +301,7 @@ def build_loop(
     """The loop over a transformer, to which it adds an eraser."""
     concepts = {"concept": settings.target_concept, "anchor_concept": settings.anchor_concept}
     transformer = getattr(pipeline, data.expert or find_family(pipeline, "eraser").denoiser)
-    parameters = add_eraser(transformer, settings, ADAPTER_NAME, **concepts)
+    parameters = _add_eraser(transformer, data, settings, ADAPTER_NAME, **concepts)
     step = make_step(pipeline, data, settings, accelerator.device, ADAPTER_NAME)
     return make_loop(
         settings,
@@ -332,15 +340,12 @@ def train_part(
     facts = facts | {"model": fingerprint(getattr(pipeline, expert)), "samples": samples_facts(data.samples)}
     if several:
         facts["transformer"], validation.part = expert, f"-{expert}"
-    codebook = codebook_of_recipe(data.text, settings)
     loop = build_loop(settings, accelerator, pipeline, data, facts, validation)
     make_output_dir(settings, accelerator)
     if expert == base.experts[0]:
         make_output_dir(whole, accelerator)
         start_trackers(accelerator, whole, f"{find_family(pipeline, 'eraser').name}-eraser")
     loop.run()
-    if codebook is not None:
-        attach_text_codebook(getattr(pipeline, expert), ADAPTER_NAME, codebook)
     if several:
         if settings.checkpointing_steps and settings.max_train_steps % settings.checkpointing_steps:
             loop.checkpoints.save(settings.max_train_steps)  # so that a later resume finds this part done
