@@ -12,7 +12,7 @@ from diffusers_ext.core.seeds import check_flow_levels
 from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.published import CLIP_L, LLAMA_3_8B, Published
 from diffusers_ext.families.text_conditioning import TextConditioning, refuse_negative_prompts
-from diffusers_ext.families.velocity import check_num_frames, check_pixels, latent_sides
+from diffusers_ext.families.velocity import check_num_frames, check_pixels, check_times, check_tokens, latent_sides
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -191,13 +191,8 @@ class HunyuanVideoVelocity(Velocity):
         channels = self.config["out_channels"]
         if x_t.ndim != 5 or x_t.shape[2] != channels:
             raise ValueError(f"`x_t` must be (batch, frames, {channels}, height, width), got {tuple(x_t.shape)}.")
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
+        check_times(t, x_t)
         if not isinstance(text, TextConditioning) or not {*self.text_fields} <= text.tensors().keys():
             raise TypeError(f"`prompt_embeds` must be a TextConditioning with {self.text_rule}, got other text.")
-        width = self.config["text_embed_dim"]
-        if text.prompt_embeds.shape[::2] != (len(x_t), width):
-            raise ValueError(
-                f"`prompt_embeds` must be ({len(x_t)}, text, {width}), got {tuple(text.prompt_embeds.shape)}."
-            )
+        check_tokens(text.prompt_embeds, len(x_t), self.config["text_embed_dim"])
         self.token_grid(x_t.shape)

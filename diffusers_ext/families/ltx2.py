@@ -12,7 +12,7 @@ import torch
 from diffusers_ext.core.seeds import check_flow_levels
 from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.text_conditioning import TextConditioning, with_negatives
-from diffusers_ext.families.velocity import check_num_frames, check_pixels, latent_sides
+from diffusers_ext.families.velocity import check_num_frames, check_pixels, check_times, latent_sides
 
 if TYPE_CHECKING:
     from diffusers import LTX2Pipeline
@@ -269,8 +269,7 @@ class LTX2Velocity(Velocity):
                 f"`x_t` must be (batch, frames, {channels} of the video and those of the sound, height, width), got "
                 f"{tuple(x_t.shape)}."
             )
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
+        check_times(t, x_t)
         if not isinstance(text, TextConditioning) or not {*LTX2.text_fields} <= text.tensors().keys():
             raise TypeError("`prompt_embeds` must be a TextConditioning with a mask and two texts, got other text.")
         if len(text) != len(x_t):

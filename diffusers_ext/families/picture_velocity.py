@@ -10,6 +10,7 @@ import torch
 
 from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.text_conditioning import Text, TextConditioning, replace_rows, with_negatives
+from diffusers_ext.families.velocity import check_times, check_tokens
 
 
 class PictureFamily(Family):
@@ -170,14 +171,9 @@ class PictureVelocity(Velocity):
         channels = self.family.latent_channels(self.config)
         if x_t.ndim != 5 or x_t.shape[1:3] != (1, channels):
             raise ValueError(f"`x_t` must be (batch, 1, {channels}, height, width), got {tuple(x_t.shape)}.")
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
+        check_times(t, x_t)
         missing = sorted({*self.family.text_fields} - text.tensors().keys())
         if missing:
             raise ValueError(f"`prompt_embeds` must hold {missing} for this model, got {sorted(text.tensors())}.")
-        width = self.family.text_width(self.config)
-        if text.prompt_embeds.shape[::2] != (len(x_t), width):
-            raise ValueError(
-                f"`prompt_embeds` must be ({len(x_t)}, text, {width}), got {tuple(text.prompt_embeds.shape)}."
-            )
+        check_tokens(text.prompt_embeds, len(x_t), self.family.text_width(self.config))
         self.token_grid(x_t.shape)

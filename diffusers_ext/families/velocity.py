@@ -49,6 +49,18 @@ def latent_sides(latent_shape: Sequence[int]) -> tuple[int, int, int]:
     return shape[-4], shape[-2], shape[-1]
 
 
+def check_times(t: torch.Tensor, x_t: torch.Tensor) -> None:
+    """Raise `ValueError` unless there is a timestep for each row of `x_t`."""
+    if t.shape != x_t.shape[:1]:
+        raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
+
+
+def check_tokens(tokens: torch.Tensor, rows: int, width: int) -> None:
+    """Raise `ValueError` unless text is `(rows, text, width)`."""
+    if tokens.ndim != 3 or tokens.shape[::2] != (rows, width):
+        raise ValueError(f"`prompt_embeds` must be ({rows}, text, {width}), got {tuple(tokens.shape)}.")
+
+
 def latent_scale(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Offset and factor, float32 `(1, channels or 1, 1, 1)`: `denoiser's latents = (VAE's - offset) * factor`."""
     config = vae.config

@@ -12,7 +12,7 @@ from diffusers_ext.core.seeds import check_flow_levels
 from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.published import UMT5_XXL, Component, Published
 from diffusers_ext.families.text_conditioning import TextConditioning
-from diffusers_ext.families.velocity import check_num_frames, check_pixels, latent_sides
+from diffusers_ext.families.velocity import check_num_frames, check_pixels, check_times, check_tokens, latent_sides
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
@@ -324,11 +324,8 @@ class WanVelocity(Velocity):
         channels = self.config["out_channels"]
         if x_t.ndim != 5 or x_t.shape[2] != channels:
             raise ValueError(f"`x_t` must be (batch, frames, {channels}, height, width), got {tuple(x_t.shape)}.")
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(f"`t` must be ({len(x_t)},) like the batch of `x_t`, got {tuple(t.shape)}.")
-        width = self.config["text_dim"]
-        if prompt_embeds.ndim != 3 or prompt_embeds.shape[::2] != (len(x_t), width):
-            raise ValueError(f"`prompt_embeds` must be ({len(x_t)}, text, {width}), got {tuple(prompt_embeds.shape)}.")
+        check_times(t, x_t)
+        check_tokens(prompt_embeds, len(x_t), self.config["text_dim"])
         self.token_grid(x_t.shape)
 
 
