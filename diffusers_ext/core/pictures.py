@@ -9,10 +9,12 @@ import logging
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageCms, ImageOps, features
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,12 @@ def read_first_frames(folder: str | os.PathLike, height: int, width: int) -> lis
     """The pictures of `first_frames_dir`, scaled to cover a size and cropped around the centre."""
     pictures = read_pictures(folder, "first_frames_dir")
     return [ImageOps.fit(picture, (width, height), Image.BICUBIC) for picture in pictures]
+
+
+def model_pixels(pictures: Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
+    """Pictures of one size as VAEs read them, `(pictures, 3, height, width)` float32 from -1 to 1."""
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return pixels.permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
 def is_caption(name: str) -> bool:

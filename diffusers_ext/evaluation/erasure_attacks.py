@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffusers_ext.core.pictures import check_first_frames, read_first_frames
+from diffusers_ext.core.pictures import check_first_frames, model_pixels, read_first_frames
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.seeds import stream_seed
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
@@ -300,10 +299,9 @@ def clip_velocity(pipeline: DiffusionPipeline, call: Call, seeds: Sequence[int] 
         conditions["guidance_scale"] = call["guidance_scale"]
     pictures = clip_call(pipeline, [""] * len(seeds), seeds, call).get("image")
     if pictures:
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
         shape = family.latent_shape(model.config, pipeline.vae.config, *size)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        conditions["image_latents"] = family.image_latents(pipeline, pixels / 127.5 - 1.0, shape, generators)
+        conditions["image_latents"] = family.image_latents(pipeline, model_pixels(pictures), shape, generators)
     return family.velocity(pipeline, *size, **conditions)
 
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.pictures import (
     FoundFiles,
     is_hidden,
+    model_pixels,
     read_first_frames,
     read_picture,
     rgb_picture,
@@ -190,10 +191,9 @@ def picture_latents(
     pipeline: DiffusionPipeline, pictures: Sequence[Image.Image | np.ndarray], size: ClipSize, *, seed: int = 0
 ) -> torch.Tensor:
     """What an image-to-video model reads of first frames; posteriors are sampled by `seed`."""
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-    generators = [stream_generator(seed, "first frames", index) for index in range(len(pixels))]
+    generators = [stream_generator(seed, "first frames", index) for index in range(len(pictures))]
     shape = size.latent_shape(pipeline)
-    return find_family(pipeline, "eraser").image_latents(pipeline, pixels / 127.5 - 1.0, shape, generators)
+    return find_family(pipeline, "eraser").image_latents(pipeline, model_pixels(pictures), shape, generators)
 
 
 class NoiseSource(Dataset):

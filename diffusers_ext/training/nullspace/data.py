@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
@@ -21,7 +20,14 @@ from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import write_atomically
-from diffusers_ext.core.pictures import find_pictures, is_caption, is_hidden, read_picture, why_no_picture
+from diffusers_ext.core.pictures import (
+    find_pictures,
+    is_caption,
+    is_hidden,
+    model_pixels,
+    read_picture,
+    why_no_picture,
+)
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.core.settings import SamplingSettings
@@ -264,7 +270,7 @@ def load_image(path: Path, resolution: int | tuple[int, int], center_crop: bool 
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     else:
         image = image.resize(size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    return model_pixels([image])[0]
 
 
 @torch.no_grad()
