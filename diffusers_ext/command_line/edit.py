@@ -24,8 +24,6 @@ from diffusers_ext.command_line.options import (
 from diffusers_ext.evaluation.settings import EditingSettings
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
     from diffusers_ext.evaluation.editing import EditingReport
     from diffusers_ext.nullspace.edit_prompts import ConceptEdit
     from diffusers_ext.nullspace.edit_report import EditReport
@@ -68,6 +66,7 @@ def _add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_edit(args: argparse.Namespace) -> Outcome:
     from diffusers_ext.core.result_folder import staged_output
+    from diffusers_ext.core.sources import lora_file
     from diffusers_ext.nullspace.edit import REPORT_NAME, edit_concept
     from diffusers_ext.nullspace.prompts import read_prompts_file
 
@@ -81,8 +80,13 @@ def _run_edit(args: argparse.Namespace) -> Outcome:
     check_hub_arguments(args)
     names = ("negative_prompt", "preserve_weight", "eps", "hard", "kept")
     options = {name: getattr(args, name) for name in names}
+    earlier = [edit for folder in args.earlier for edit in _read_edit(folder)[0]]
+    loras = [lora_file(folder) for folder in args.earlier]
     pipeline = load_base_pipeline(args)
-    earlier = _put_in(pipeline, args.earlier)
+    if loras:  # part of the weights from here on
+        load_loras(pipeline, args.earlier, loras, "earlier")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
     result = edit_concept(
         pipeline, edits, prompts, earlier=earlier, expand_sub_phrases=not args.no_sub_phrases, **options
     )
@@ -100,17 +104,12 @@ def _run_edit(args: argparse.Namespace) -> Outcome:
     return Outcome(facts, "\n".join(words))
 
 
-def _put_in(pipeline: DiffusionPipeline, folders: list[str]) -> list[ConceptEdit]:
-    """Make edits part of the weights, all at once; returns what they edit."""
-    from diffusers_ext.core.sources import artifact_file, lora_file
+def _read_edit(source: str) -> tuple[list[ConceptEdit], list[str], dict[str, Any]]:
+    """`read_edit` of a folder or a repository."""
+    from diffusers_ext.core.sources import artifact_file
     from diffusers_ext.nullspace.edit import REPORT_NAME, read_edit
 
-    found = [read_edit(artifact_file(folder, REPORT_NAME, None, {}).parent)[0] for folder in folders]
-    if folders:
-        load_loras(pipeline, folders, [lora_file(folder) for folder in folders], "earlier")
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    return [edit for edits in found for edit in edits]
+    return read_edit(artifact_file(source, REPORT_NAME, None, {}).parent)
 
 
 def _read_anchor(text: str) -> str | dict[str, float]:
@@ -159,13 +158,12 @@ EDIT = Command(
 def compare_edit(settings: EditingSettings, show_progress: bool = True) -> EditingReport:
     """Draw a model with and without an edit, judge, measure and write."""
     from diffusers_ext.core.result_folder import staged_output
-    from diffusers_ext.core.sources import artifact_file, lora_file
+    from diffusers_ext.core.sources import lora_file
     from diffusers_ext.evaluation.editing import evaluate_edit
     from diffusers_ext.evaluation.judges import load_judge
-    from diffusers_ext.nullspace.edit import REPORT_NAME, read_edit
     from diffusers_ext.nullspace.prompts import read_prompts_file
 
-    edits, preserve, _ = read_edit(artifact_file(settings.edit, REPORT_NAME, None, {}).parent)
+    edits, preserve, _ = _read_edit(settings.edit)
     if settings.preserve is not None:
         preserve = read_prompts_file(settings.preserve)
     unseen = read_prompts_file(settings.unseen_prompts) if settings.unseen_prompts else []
