@@ -14,6 +14,7 @@ https://arxiv.org/abs/1802.00420). Tokens of zeros are padding and stay.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -114,22 +115,22 @@ class TextRounding:
     replaced by another of its name rounds nothing.
     """
 
-    def __init__(self, adapter_name: str, codebook: torch.Tensor) -> None:
+    def __init__(self, adapter_name: str, codebook: torch.Tensor, arguments: Sequence[str]) -> None:
         self.adapter_name, self.codebook = adapter_name, codebook
+        self.place = list(arguments).index(_TEXT) - 1  # among arguments without a name; the first is the model
         self._moved: dict[torch.device, torch.Tensor] = {}
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = _layer_of(model, self.adapter_name)
         if layer is None or not _at_work(layer, model, self.adapter_name):
             return None
-        given = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args))) | kwargs
-        text = given[_TEXT]
+        text = kwargs[_TEXT] if _TEXT in kwargs else args[self.place]
         rounded = round_text(text, self._on(text.device))
         if torch.compiler.is_compiling():
             rounded = torch.where(layer.gate.openness.to(text.device) > 0, rounded, text)
         if _TEXT in kwargs:
             return args, {**kwargs, _TEXT: rounded}
-        return tuple(rounded if value is text else value for value in args), kwargs
+        return (*args[: self.place], rounded, *args[self.place + 1 :]), kwargs
 
     def _on(self, device: torch.device) -> torch.Tensor:
         if device not in self._moved:
@@ -156,7 +157,8 @@ def _at_work(layer: EraserLayer, model: nn.Module, adapter_name: str) -> bool:
 
 def attach_text_codebook(transformer: nn.Module, adapter_name: str, codebook: torch.Tensor) -> None:
     """Round the text of a transformer from now on while its eraser `adapter_name` is at work."""
-    if _TEXT not in inspect.signature(type(transformer).forward).parameters:
+    arguments = tuple(inspect.signature(type(transformer).forward).parameters)
+    if _TEXT not in arguments:
         raise ValueError(
             f"`transformer` must read `{_TEXT}` to get a text codebook, got a {type(transformer).__name__}. Train its "
             "eraser without `text_codebook_size`."
@@ -168,7 +170,8 @@ def attach_text_codebook(transformer: nn.Module, adapter_name: str, codebook: to
         raise ValueError(f"`codebook` must be finite tokens (tokens, dim), got {tuple(codebook.shape)}.")
     detach_text_codebook(transformer, adapter_name)
     transformer.peft_config[adapter_name].text_codebook_size = len(codebook)
-    transformer.register_forward_pre_hook(TextRounding(adapter_name, codebook.detach().float()), with_kwargs=True)
+    hook = TextRounding(adapter_name, codebook.detach().float(), arguments)
+    transformer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def attached_codebook(transformer: nn.Module, adapter_name: str) -> torch.Tensor | None:
