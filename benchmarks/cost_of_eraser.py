@@ -220,14 +220,11 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--inference", action="store_true", help="measure calls of models alone")
     args = parser.parse_args(input_args)
     if args.inference:
-        results = {"limits": LIMITS, "inference": calls(args.pairs)}
+        results: dict[str, Any] = {"limits": LIMITS, "inference": calls(args.pairs)}
         name, text = "cost_of_eraser_inference", inference_table(results["inference"])
-        write_results(name, results, text)
-        print(text)
-        return
-    if args.wan:
+    elif args.wan:
         steps = step_costs(wan_subject(), 5 * args.pairs) + step_costs(medium_wan_subject(), args.pairs)
-        results: dict[str, Any] = {"limits": LIMITS, "steps": steps}
+        results = {"limits": LIMITS, "steps": steps}
         name, text = "cost_of_eraser_wan", step_table(results)
     else:
         results = measure(args.pairs)
