@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ Figures = dict[str, Any]
 _TARGETS = {"target of one step": 1, "target of five steps": 5}
 
 
-def prepare_data(folder: Path, noises_per_prompt: int) -> dict[str, Path]:
+def prepare_data(
+    folder: Path, noises_per_prompt: int, names: Sequence[str] = ("pairs", "sequences")
+) -> dict[str, Path]:
     """Pairs and sequences, made unless they are there."""
-    folders = {"pairs": (folder / "pairs", 1), "sequences": (folder / "sequences", 5)}
+    folders = {name: (folder / name, {"pairs": 1, "sequences": 5}[name]) for name in names}
     for path, num_steps in folders.values():
         if not (path / "report.json").is_file():
             make_pairs(path, num_steps=num_steps, noises_per_prompt=noises_per_prompt)
@@ -60,13 +63,16 @@ def train_all(names: list[str], data: dict[str, Path], folder: Path, jobs: int) 
     return folders
 
 
-def evaluate(folders: dict[str, Path], steps: int, pictures: int, work: Path) -> GoldenNoiseReport:
-    """Targets and networks against the same standard pictures, unless the report is there."""
+def evaluate(
+    folders: dict[str, Path], steps: int, pictures: int, work: Path, *, targets: bool = True
+) -> GoldenNoiseReport:
+    """Networks, and targets, against the same standard pictures, unless the report is there."""
     path = work / f"report_{steps}_steps.json"
     if path.is_file():
         return GoldenNoiseReport.from_json(path)
     pipeline = load_pipeline()
-    subjects: dict[str, Any] = {name: RedenoisedTarget(pipeline, repeats) for name, repeats in _TARGETS.items()}
+    repeats = _TARGETS if targets else {}
+    subjects: dict[str, Any] = {name: RedenoisedTarget(pipeline, count) for name, count in repeats.items()}
     subjects |= {name: load_noise_model(folder) for name, folder in folders.items()}
     report = evaluate_golden_noise(
         pipeline,

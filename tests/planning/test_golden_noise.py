@@ -24,6 +24,14 @@ def run_of(network, **changes):
     return GoldenNoiseRun(ImageShapes(read_base_model(MODEL_DIR)), setting, as_on_gpu=False)
 
 
+def test_low_bands_are_planned_by_the_structure():
+    run = run_of("golden_noise_model")
+    full = trace_work(run.training_works()[0])
+    run.setting.structure = {**run.setting.structure, "bands": 2}
+    assert run.network().config.bands == 2
+    assert trace_work(run.training_works()[0]).peak < full.peak
+
+
 @pytest.mark.parametrize("network", STRUCTURES)
 def test_a_training_step_allocates_what_was_traced(network):
     run = run_of(network)

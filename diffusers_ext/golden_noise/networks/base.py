@@ -159,7 +159,11 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
                 attention_mask=attention_mask,
                 pooled_prompt_embeds=(None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype)),
             ).float()
-        return match_spectrum(noise + scale * (golden - rounded.float()), noise)
+        return self.match_energy(noise + scale * (golden - rounded.float()), noise)
+
+    def match_energy(self, golden: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """Golden noise with the energy that its source has, ring by ring of frequency."""
+        return match_spectrum(golden, source)
 
 
 def check_text(noise: torch.Tensor, prompt_embeds: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

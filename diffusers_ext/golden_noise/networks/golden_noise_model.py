@@ -11,6 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from diffusers_ext.golden_noise.low_frequencies import from_coarse, match_low_frequencies, to_coarse
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, check_channels, check_text
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -182,6 +183,8 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         in_channels: of the latents, 4 (SD, SDXL, Hunyuan-DiT) or 16 (SD3, Flux).
         patch_size: latent pixels a side of one token.
         sample_size: latent pixels a side at the size trained at; it sets the finest position wave.
+        bands: act on the lowest `bands` x `bands` frequencies alone, which the transformer reads as a noise of that
+            size whatever the picture's; all others stay the seed's. `None`: on the noise itself.
     """
 
     _counted = ("num_layers",)
@@ -196,8 +199,11 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         width: int = 256,
         num_layers: int = 8,
         num_heads: int = 4,
+        bands: int | None = None,
     ) -> None:
         super().__init__()
+        if bands is not None and (type(bands) is not int or bands < 1):
+            raise ValueError(f"`bands` must be a number from 1 or None, got {bands!r}.")
         patch = in_channels * patch_size**2
         if width < patch:
             raise ValueError(
@@ -221,15 +227,31 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         config = self.config
         check_text(noise, prompt_embeds, attention_mask)
         check_channels(noise, prompt_embeds, config.in_channels, config.text_embed_dim)
+        if config.bands is None:
+            return noise + self._change(noise, config.sample_size, prompt_embeds, attention_mask)
+        coarse = to_coarse(noise, config.bands)
+        change = self._change(coarse, config.bands, prompt_embeds, attention_mask)
+        return noise + from_coarse(change, noise.shape[-2:], config.bands)
+
+    def _change(
+        self, noise: torch.Tensor, sample_size: int, prompt_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        config = self.config
         patches, grid = to_patches(noise, config.patch_size)
         tokens = self.embed(patches) + patch_positions(
-            *grid, config.width, config.sample_size / config.patch_size / 2, noise.device
+            *grid, config.width, sample_size / config.patch_size / 2, noise.device
         ).to(noise.dtype)
         text = self.text(prompt_embeds, attention_mask)
         for block in self.blocks:
             tokens, _ = block(tokens, text.tokens, context_mask=text.mask)
         change = from_patches(self.head(self.norm(tokens)), grid, config.patch_size)
-        return noise + change[..., : noise.shape[-2], : noise.shape[-1]]
+        return change[..., : noise.shape[-2], : noise.shape[-1]]
+
+    def match_energy(self, golden: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """Of all frequencies, or of the lowest `bands` alone."""
+        if self.config.bands is None:
+            return super().match_energy(golden, source)
+        return match_low_frequencies(golden, source, self.config.bands)
 
     def golden_noise(
         self,

@@ -156,6 +156,7 @@ class GoldenNoiseModelSettings(Settings, title="GoldenNoiseModel"):
     width: int | None = setting(None, "of its tokens")
     num_layers: int | None = setting(None, "of the transformer")
     num_heads: int | None = setting(None, "of its attention")
+    bands: int | None = setting(None, "act on this many of the lowest frequencies a side alone", rule=COUNT)
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,12 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import save
 
+from diffusers_ext.core.tensor_files import read_tensors
+from diffusers_ext.core.text_files import read_json
+from diffusers_ext.golden_noise.low_frequencies import cosine_waves
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel, from_patches, to_patches
 
 
@@ -137,3 +143,70 @@ def test_bad_input(model):
         model(noise, text, torch.ones(2, 4))
     with pytest.raises(ValueError, match="`width` must be at least the 64 numbers"):
         GoldenNoiseModel(16, 2, 8, width=32)
+
+
+@pytest.fixture
+def banded() -> GoldenNoiseModel:
+    torch.manual_seed(0)
+    return GoldenNoiseModel(4, 2, 8, text_embed_dim=12, width=16, num_layers=2, num_heads=2, bands=3)
+
+
+def test_an_untrained_network_of_low_bands_is_the_identity_to_the_bit(banded):
+    noise, text = inputs(size=(8, 12))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(banded.to(dtype).refine(noise, text), noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_bands_leave_the_other_frequencies_at_any_size(banded, subtests, dtype):
+    network = trained(banded).to(dtype)
+    for size in [(8, 8), (7, 13), (2, 12), (40, 8)]:
+        with subtests.test(size=size):
+            noise, text = inputs(size=size)
+            rows, columns = (cosine_waves(side, side) for side in size)
+            change = rows @ (network.refine(noise, text).double() - noise.double()) @ columns.T
+            assert change[..., :3, :3].abs().max() > 0.05
+            change[..., :3, :3] = 0
+            # Rounding of the sum in float32, also where the network computes in half precision.
+            assert change.abs().max() < 2e-6
+
+
+def test_low_bands_see_nothing_but_the_low_bands(banded):
+    noise, text = inputs(size=(16, 16))
+    rows = cosine_waves(16, 16).float()
+    high = torch.randn(noise.shape, generator=torch.Generator().manual_seed(2))
+    high[..., :3, :3] = 0
+    other = noise + rows.T @ high @ rows
+    network = trained(banded)
+    changes = [network(x, text) - x for x in (noise, other)]
+    torch.testing.assert_close(*changes, atol=1e-5, rtol=1e-5)
+
+
+def test_a_network_of_low_bands_is_trained_saved_and_loaded(banded, tmp_path):
+    noise, text = inputs()
+    network = trained(banded)
+    network(noise, text).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    network.save_pretrained(tmp_path)
+    loaded = GoldenNoiseModel.from_pretrained(tmp_path)
+    assert loaded.config.bands == 3
+    assert torch.equal(loaded.refine(noise, text), network.refine(noise, text))
+
+
+def test_a_network_saved_before_bands_loads_as_it_was(model, tmp_path):
+    noise, text = inputs()
+    trained(model).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights, _ = read_tensors(path)
+    config = {name: value for name, value in read_json(tmp_path / "config.json").items() if name != "bands"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path.write_bytes(save({name: tensor.clone() for name, tensor in weights.items()}))
+    loaded = GoldenNoiseModel.from_pretrained(tmp_path)
+    assert loaded.config.bands is None
+    assert torch.equal(loaded.refine(noise, text), model.refine(noise, text))
+
+
+@pytest.mark.parametrize("bands", [0, -1, 2.0, True])
+def test_bad_bands_are_refused(bands):
+    with pytest.raises(ValueError, match="`bands` must be a number from 1 or None"):
+        GoldenNoiseModel(4, 2, 8, text_embed_dim=12, width=16, bands=bands)
