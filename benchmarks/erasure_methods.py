@@ -288,6 +288,8 @@ def attack_method(
         )
     prompts = evaluation_groups(target, num_target=num_clips)["target"]
     seeds = range(_ATTACK_SEED, _ATTACK_SEED + len(prompts))
+    if guard is not None:
+        guard.know(prompts)  # as they are without the embeddings
     with revived_prompts(armed.pipeline, learned.embeddings):
         clips = armed.draw(prompts, seeds)
     aspect = "digit" if target in DIGITS else "color"
