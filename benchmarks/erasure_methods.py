@@ -54,7 +54,7 @@ from examples.moving_digits.judge import MovingDigitsJudge
 CLIP = {name: SAMPLING[name] for name in ("num_frames", "height", "width")}
 _LENGTHS = {name: SAMPLING[name] for name in ("max_sequence_length", "num_inference_steps")}
 ERASER, GELU, LINEAR, ESD, CODEBOOK = "eraser", "gelu", "linear", "esd", "eraser_codebook"
-CODEBOOK_SIZE = 512
+CODEBOOK_SIZE = 2048
 _HALF = RECIPE.max_train_steps // 2
 ESD_RATES = {ESD: 1e-3, f"{ESD}_slower": 3e-4, f"{ESD}_faster": 3e-3}
 _ATTACK_SEED, _COST_CLIPS = 9_000, 10

@@ -1,14 +1,15 @@
 """Text rounded to tokens of kept prompts before the denoiser reads it, so that no learned embedding says anything new.
 
 A trained eraser learns what to do about the text it was shown, and embeddings that are learned afterwards are other
-text: they bring the concept back. Behind a codebook `K` of tokens that kept prompts are made of, each text token is
+text: they bring the concept back. Behind a codebook of pairs `(k, v)` each text token is
 
-    q(x) = argmin_{k in K} |x - k|,
+    q(x) = v of argmin_k |x - k|,
 
 the vector quantisation of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937), and the denoiser reads nothing
-else, whatever is put into the prompt. Its gradient is that of the identity, as theirs: without one an attack that
-follows gradients would fail for want of them, which is no protection (Athalye et al. 2018,
-https://arxiv.org/abs/1802.00420). Tokens of zeros are padding and stay.
+else, whatever is put into the prompt. For tokens that kept prompts are made of `v = k`; tokens of prompts that name
+the concept stand for those of the anchor's in the same place, which are kept ones too. The gradient is that of the
+identity, as theirs: without one an attack that follows gradients would fail for want of them, which is no protection
+(Athalye et al. 2018, https://arxiv.org/abs/1802.00420). Tokens of zeros are padding and stay.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 from torch.nn import functional
 
 from diffusers_ext.eraser.adapter.layer import EraserLayer
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.eraser.teacher.runs import EraserText
+from diffusers_ext.families.token_alignment import token_alignment
 
 _ROUNDS = 12  # of Lloyd's algorithm; the bundled models' codebooks stand still before
 _TEXT = "encoder_hidden_states"
@@ -54,8 +57,63 @@ def learn_text_codebook(
     return torch.cat([empty, tokens]).contiguous()
 
 
-def codebook_of_recipe(text: EraserText, recipe: EraserTraining) -> torch.Tensor | None:
-    """The codebook that a recipe asks for, of its preserved prompts; `None` where it asks for none."""
+def replace_concept(
+    codebook: torch.Tensor,
+    target_embeds: torch.Tensor,
+    anchor_embeds: torch.Tensor,
+    places: torch.Tensor,
+    *,
+    size: int | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
+    """A codebook in which tokens of prompts that name the concept stand for tokens of their anchors.
+
+    `(tokens, 2, dim)` float32 on the CPU: what is looked up, and what is read for it. Of tokens that are alike one
+    stands for all.
+
+    Args:
+        codebook: of kept tokens, `(tokens, dim)`.
+        target_embeds: of the prompts, `(prompts, text, dim)`.
+        anchor_embeds: of the same with the anchor in the concept's place.
+        places: `token_alignment` of both, `(prompts, text)`.
+        size: most tokens that are added; all of them when `None`.
+    """
+    keys, anchors = (embeds.detach().to("cpu", torch.float32) for embeds in (target_embeds, anchor_embeds))
+    read = anchors.gather(1, places[..., None].expand_as(keys))
+    keys, read = keys.flatten(0, 1), read.flatten(0, 1)
+    said = keys.ne(0).any(dim=1) & read.ne(0).any(dim=1)
+    keys, read = keys[said], read[said]
+    chosen, group = keys.unique(dim=0, return_inverse=True)
+    if size is not None and len(chosen) > size:
+        chosen = _means(chosen, size, torch.Generator().manual_seed(seed))
+        group = None
+    # The first that is one of a group, or the nearest to a mean: a pair that some prompt really has.
+    first = torch.cdist(chosen, keys).argmin(dim=1) if group is None else _first(group, len(chosen))
+    added = torch.stack([keys[first], read[first]], dim=1)
+    return torch.cat([torch.stack([codebook, codebook], dim=1), added])
+
+
+def _first(group: torch.Tensor, count: int) -> torch.Tensor:
+    """Index of the first member of each group."""
+    return torch.full((count,), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
+
+
+def codebook_of_recipe(
+    pipeline: DiffusionPipeline,
+    target_prompts: Sequence[str],
+    anchor_prompts: Sequence[str],
+    text: EraserText,
+    recipe: EraserTraining,
+) -> torch.Tensor | None:
+    """The codebook that a recipe asks for, `(tokens, 2, dim)`; `None` where it asks for none.
+
+    At most `text_codebook_size` tokens of its preserved prompts, and as many of what its target prompts become. It is
+    to be attached once the eraser has learned what to do about text as it is.
+
+    Args:
+        pipeline: whose tokenizers align the prompts.
+        text: of all prompts.
+    """
     size = recipe.text_codebook_size
     if size is None:
         return None
@@ -68,7 +126,9 @@ def codebook_of_recipe(text: EraserText, recipe: EraserTraining) -> torch.Tensor
             "The preserved prompts must say something where `text_codebook_size` is given, got the empty prompt "
             "alone: every prompt would become it."
         )
-    return learn_text_codebook(text.preserved, text.empty, size, seed=recipe.seed)
+    kept = learn_text_codebook(text.preserved, text.empty, size, seed=recipe.seed)
+    places = token_alignment(pipeline, target_prompts, anchor_prompts, text.target.shape[1])
+    return replace_concept(kept, text.target, text.anchor, places, size=size, seed=recipe.seed)
 
 
 def _distinct(embeds: torch.Tensor) -> torch.Tensor:
@@ -95,16 +155,18 @@ def _means(tokens: torch.Tensor, count: int, generator: torch.Generator) -> torc
 
 
 def round_text(prompt_embeds: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The nearest token of a codebook `(tokens, dim)` for each of `(batch, text, dim)`; zeros stay.
+    """What a codebook has for each token of `(batch, text, dim)`; zeros stay.
 
-    Distances are float32, the result of the text's dtype; the gradient is the identity's.
+    It is `(tokens, dim)`, or `(tokens, 2, dim)` where what is looked up and what is read for it differ. Distances are
+    float32, the result of the text's dtype; the gradient is the identity's.
     """
     with torch.no_grad():
         values, known = prompt_embeds.float(), codebook.to(prompt_embeds.device, torch.float32)
+        keys, read = (known, known) if known.ndim == 2 else known.unbind(dim=1)
         # |x - k|^2 but for |x|^2: one product, whatever the length of the text.
-        nearest = (known.square().sum(dim=1) - 2 * functional.linear(values, known)).argmin(dim=2)
+        nearest = (keys.square().sum(dim=1) - 2 * functional.linear(values, keys)).argmin(dim=2)
         padding = values.eq(0).all(dim=2, keepdim=True)
-        rounded = torch.where(padding, values, known[nearest]).to(prompt_embeds.dtype)
+        rounded = torch.where(padding, values, read[nearest]).to(prompt_embeds.dtype)
     return rounded + (prompt_embeds - prompt_embeds.detach())
 
 
@@ -166,8 +228,12 @@ def attach_text_codebook(transformer: nn.Module, adapter_name: str, codebook: to
     layer = _layer_of(transformer, adapter_name)
     if layer is None:
         raise ValueError(f"`adapter_name` must name an eraser of the transformer, got {adapter_name!r}.")
-    if codebook.ndim != 2 or not len(codebook) or not codebook.isfinite().all():
-        raise ValueError(f"`codebook` must be finite tokens (tokens, dim), got {tuple(codebook.shape)}.")
+    pairs = codebook.ndim == 3 and codebook.shape[1] == 2
+    if not (codebook.ndim == 2 or pairs) or not len(codebook) or not codebook.isfinite().all():
+        raise ValueError(
+            f"`codebook` must be finite tokens (tokens, dim), or pairs of them (tokens, 2, dim), got "
+            f"{tuple(codebook.shape)}."
+        )
     detach_text_codebook(transformer, adapter_name)
     transformer.peft_config[adapter_name].text_codebook_size = len(codebook)
     hook = TextRounding(adapter_name, codebook.detach().float(), arguments)
@@ -175,7 +241,7 @@ def attach_text_codebook(transformer: nn.Module, adapter_name: str, codebook: to
 
 
 def attached_codebook(transformer: nn.Module, adapter_name: str) -> torch.Tensor | None:
-    """The codebook `(tokens, dim)` float32 of an eraser; `None` where it has none."""
+    """The codebook of an eraser, as it was attached, float32; `None` where it has none."""
     config = getattr(transformer, "peft_config", {}).get(adapter_name)
     if getattr(config, "text_codebook_size", None) is None:
         return None

@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.core.second_moment import SecondMoment, gram
-from diffusers_ext.nullspace.edit_prompts import EditPrompts, token_alignment
+from diffusers_ext.families.token_alignment import token_alignment
+from diffusers_ext.nullspace.edit_prompts import EditPrompts
 from diffusers_ext.nullspace.projector import null_dimensions
 from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.text_only import TextReader

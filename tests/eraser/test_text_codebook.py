@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from diffusers_ext.eraser.adapter.outputs import erasers_disabled
 from diffusers_ext.eraser.attack import learn_revival_embeddings
+from diffusers_ext.eraser.batch import encode_video_prompts
 from diffusers_ext.eraser.files import convert_eraser, load_eraser, save_eraser
 from diffusers_ext.eraser.linear import convert_eraser_to_lora, merge_eraser
 from diffusers_ext.eraser.recipe import EraserTraining
@@ -192,16 +193,44 @@ def test_learned_embeddings_reach_nothing_but_mixtures_of_kept_tokens():
     assert min(found.losses) > min(free.losses)
 
 
-def text_of(preserved, empty):
-    return EraserText(preserved, preserved, preserved, empty)
+def text_of(pipeline, *prompts, preserved=("a red six", "a blue ten")):
+    """Of prompts that name three, and of the same with nine."""
+    anchors = [prompt.replace("three", "nine") for prompt in prompts]
+    encoded = [encode_video_prompts(pipeline, list(texts)) for texts in (prompts, anchors, preserved, [""])]
+    return anchors, EraserText(*encoded[:3], encoded[3][0])
 
 
-def test_a_recipe_asks_for_a_codebook_of_its_preserved_prompts():
-    preserved, empty = tokens(8).view(2, 4, -1), tokens(4, 5)
-    assert codebook_of_recipe(text_of(preserved, empty), EraserTraining()) is None
-    found = codebook_of_recipe(text_of(preserved, empty), EraserTraining(text_codebook_size=7))
-    assert found.shape == (7, TEXT_WIDTH)
-    with pytest.raises(ValueError, match="must be above the 4 tokens of the empty prompt"):
-        codebook_of_recipe(text_of(preserved, empty), EraserTraining(text_codebook_size=4))
+def test_a_recipe_asks_for_a_codebook_in_which_the_target_becomes_its_anchor():
+    pipeline, asked = erased_pipeline("rotary", torch.float32), ["a red three", "a three"]
+    anchors, text = text_of(pipeline, *asked)
+    assert codebook_of_recipe(pipeline, asked, anchors, text, EraserTraining()) is None
+    found = codebook_of_recipe(pipeline, asked, anchors, text, EraserTraining(text_codebook_size=200))
+    for given, read in ((text.target, text.anchor), (text.preserved, text.preserved), (text.anchor, text.anchor)):
+        said = read.ne(0).any(dim=2)
+        if given is text.anchor:  # no kept prompt: what is read is still of kept ones and of anchors
+            assert all((found[:, 1] == token).all(1).any() for token in round_text(given, found)[said])
+        else:
+            assert torch.equal(round_text(given, found)[said], read[said])
+    few = codebook_of_recipe(pipeline, asked, anchors, text, EraserTraining(text_codebook_size=15))
+    assert few.shape == (30, 2, found.shape[2])
+    assert all((found == pair).all(dim=(1, 2)).any() for pair in few[15:])  # pairs that some prompt has
+    with pytest.raises(ValueError, match="must be above the 12 tokens of the empty prompt"):
+        codebook_of_recipe(pipeline, asked, anchors, text, EraserTraining(text_codebook_size=1))
+    _, silent = text_of(pipeline, *asked, preserved=[""])
     with pytest.raises(ValueError, match="must say something"):
-        codebook_of_recipe(text_of(empty[None], empty), EraserTraining(text_codebook_size=7))
+        codebook_of_recipe(pipeline, asked, anchors, silent, EraserTraining(text_codebook_size=7))
+
+
+def test_pairs_are_saved_and_read_in_place_of_what_is_looked_up(tmp_path):
+    pairs = torch.stack([tokens(6, 4), tokens(6, 5)], dim=1)
+    transformer = guarded(pairs)
+    save_eraser(transformer, tmp_path / "eraser")
+    loaded, read = tiny_transformer(), []
+    load_eraser(loaded, tmp_path / "eraser")
+    assert torch.equal(attached_codebook(loaded, "default"), pairs)
+    assert torch.equal(run(loaded), run(transformer))
+    loaded.patch_embed.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    run(loaded)
+    assert all((pairs[:, 1] == token).all(1).any() for token in read[0].flatten(0, 1))
+    with pytest.raises(ValueError, match="or pairs of them"):
+        attach_text_codebook(loaded, "default", pairs[:, :1])

@@ -198,7 +198,8 @@ def train_eraser(
         accelerator = Accelerator(
             cpu=transformer.device.type == "cpu", gradient_accumulation_steps=recipe.gradient_accumulation_steps
         )
-    parameters = _add_eraser(transformer, data, recipe, adapter_name, concept=concept, anchor_concept=anchor_concept)
+    codebook = codebook_of_recipe(pipeline, prompts.target, prompts.anchor, data.text, recipe)
+    parameters = add_eraser(transformer, recipe, adapter_name, concept=concept, anchor_concept=anchor_concept)
     settings = LoopSettings(
         recipe.max_train_steps,
         recipe.train_batch_size,
@@ -221,18 +222,9 @@ def train_eraser(
         loop.run()
     finally:
         _take_back(pipeline, name, accelerator, loop)
-    return TrainedEraser(loop.history, loop.seconds, data)
-
-
-def _add_eraser(
-    transformer: torch.nn.Module, data: EraserData, recipe: EraserTraining, adapter_name: str, **concepts: str | None
-) -> list[torch.nn.Parameter]:
-    """Add an eraser, which learns behind its codebook where it is to have one; returns its parameters."""
-    codebook = codebook_of_recipe(data.text, recipe)  # first, for what it refuses
-    parameters = add_eraser(transformer, recipe, adapter_name, **concepts)
     if codebook is not None:
-        attach_text_codebook(transformer, adapter_name, codebook)
-    return parameters
+        attach_text_codebook(getattr(pipeline, name), adapter_name, codebook)
+    return TrainedEraser(loop.history, loop.seconds, data)
 
 
 def _take_back(pipeline: DiffusionPipeline, name: str, accelerator: Accelerator, loop: TrainingLoop) -> None:
@@ -301,7 +293,7 @@ def build_loop(
     """The loop over a transformer, to which it adds an eraser."""
     concepts = {"concept": settings.target_concept, "anchor_concept": settings.anchor_concept}
     transformer = getattr(pipeline, data.expert or find_family(pipeline, "eraser").denoiser)
-    parameters = _add_eraser(transformer, data, settings, ADAPTER_NAME, **concepts)
+    parameters = add_eraser(transformer, settings, ADAPTER_NAME, **concepts)
     step = make_step(pipeline, data, settings, accelerator.device, ADAPTER_NAME)
     return make_loop(
         settings,
@@ -340,6 +332,7 @@ def train_part(
     facts = facts | {"model": fingerprint(getattr(pipeline, expert)), "samples": samples_facts(data.samples)}
     if several:
         facts["transformer"], validation.part = expert, f"-{expert}"
+    codebook = codebook_of_recipe(pipeline, text.prompts.target, text.prompts.anchor, data.text, settings)
     loop = build_loop(settings, accelerator, pipeline, data, facts, validation)
     make_output_dir(settings, accelerator)
     if expert == base.experts[0]:
@@ -352,6 +345,8 @@ def train_part(
         _take_back(pipeline, expert, accelerator, loop)
         accelerator.free_memory()
         loop.dataset = ()  # as large as the models
+    if codebook is not None:
+        attach_text_codebook(getattr(pipeline, expert), ADAPTER_NAME, codebook)
     return loop, facts["samples"]
 
 
