@@ -21,7 +21,9 @@ _SOURCES = by_name(
         "diffusers_ext.eraser.losses": (
             "ConceptPreservationLoss MaskLocalizationLoss NegativelyGuidedVelocityLoss T2VUnlearningLoss"
         ),
-        "diffusers_ext.eraser.text_codebook": ("attach_text_codebook detach_text_codebook learn_text_codebook"),
+        "diffusers_ext.eraser.text_codebook": (
+            "attach_text_codebook detach_text_codebook learn_text_codebook replace_concept"
+        ),
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
     }
 )

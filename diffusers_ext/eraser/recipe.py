@@ -115,8 +115,8 @@ class EraserTraining(LatentsRecipe, title="eraser"):
 
     text_codebook_size: int | None = setting(
         None,
-        "tokens of preserved prompts that all text is rounded to wherever the eraser works, so that learned "
-        "embeddings say nothing new; text stays as it is without it",
+        "tokens of preserved prompts that all text is rounded to wherever the eraser works, beside as many of the "
+        "target's that are read as the anchor's: learned embeddings say nothing new; text stays as it is without it",
         rule=COUNT,
     )
     learning_rate: float = as_in(TrainingSettings, "learning_rate", default=5e-3)
