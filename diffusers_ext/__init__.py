@@ -21,6 +21,7 @@ _SOURCES = by_name(
         "diffusers_ext.core.artifacts": "Artifact",
         "diffusers_ext.core.attention_processors": ("CaptureAttnProcessor ProjectAttnProcessor use_processors"),
         "diffusers_ext.core.capture": "capture",
+        "diffusers_ext.core.modular": "ExtendedBlocks push_modular_pipeline save_modular_pipeline",
         "diffusers_ext.core.second_moment": "SecondMoment",
         "diffusers_ext.eraser.adapter.config": "EraserConfig eraser_size",
         "diffusers_ext.eraser.adapter.layer": "EraserLayer",
@@ -42,10 +43,10 @@ _SOURCES = by_name(
         "diffusers_ext.evaluation.rendering": "render_clips",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
         "diffusers_ext.golden_noise": (
-            "GoldenNoiseFluxPipeline GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel GoldenNoisePipeline "
-            "GoldenNoiseSD3Pipeline GoldenNoiseXLPipeline NPNet NoiseSequenceRNN NoiseSequenceTransformer PairDataset "
-            "PairWriter TextConditioning encode_prompts load_noise_model open_pairs redenoise redenoise_sequence "
-            "redenoise_text"
+            "GoldenNoiseFluxPipeline GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel GoldenNoiseNetwork "
+            "GoldenNoisePipeline GoldenNoiseSD3Pipeline GoldenNoiseStep GoldenNoiseXLPipeline NPNet NoiseSequenceRNN "
+            "NoiseSequenceTransformer PairDataset PairWriter TextConditioning encode_prompts load_noise_model "
+            "open_pairs redenoise redenoise_sequence redenoise_text"
         ),
         "diffusers_ext.nullspace": (
             "ConceptEdit FeatureStatistics InterferenceReport NullSpaceDirections NullSpaceDreamBoothAuraFlowPipeline "

@@ -21,7 +21,7 @@ from diffusers_ext.families.stable_diffusion import StableDiffusion
 from diffusers_ext.families.wan import Wan
 from diffusers_ext.families.z_image import ZImage
 
-__all__ = ["FAMILIES", "Family", "find_family", "match_family"]
+__all__ = ["FAMILIES", "Family", "find_family", "find_modular_family", "match_family"]
 
 FAMILIES: list[Family] = [
     StableDiffusion(),
@@ -97,6 +97,16 @@ def find_family(pipeline: Any, tool: str | None = None) -> Family:
         found = pipeline if isinstance(pipeline, str) else _kind(pipeline)
         raise ValueError(f"`pipeline` must be one of {supported} or derived from one, got a {found}.")
     return family
+
+
+def find_modular_family(pipeline: Any) -> Family:
+    """The family of a modular pipeline of diffusers; `ValueError` for another."""
+    name = getattr(pipeline, "default_blocks_name", None)
+    for family in FAMILIES:
+        if name in family.modular_blocks:
+            return family
+    known = [name for family in FAMILIES for name in family.modular_blocks]
+    raise ValueError(f"`pipeline` must be a modular pipeline with blocks of one of {known}, got {name}.")
 
 
 def _names(family: Family) -> list[str]:

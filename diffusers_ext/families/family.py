@@ -50,6 +50,7 @@ class Family:
     name: ClassVar[str]  # for files and reports
     title: ClassVar[str]  # for messages
     pipelines: ClassVar[tuple[str, ...]]  # the first draws from text alone
+    modular_blocks: ClassVar[tuple[str, ...]] = ()  # of modular diffusers, that draw from text
     draws_pictures: ClassVar[bool] = False  # and no clips; to an eraser they are clips of one frame
     image_pipeline: ClassVar[str | None] = None  # draws clips from a first frame besides; erasers train on it as well
     published: ClassVar[tuple[Published, ...]] = ()  # models on the Hub, for the planner
@@ -163,6 +164,10 @@ class Family:
     ) -> dict[str, torch.Tensor | None]:
         """What a golden-noise network reads of what `encode_prompt` returned for `arguments`."""
         return {name: encoded[place] for name, place in self.text_outputs.items()}
+
+    def modular_text(self, state: Any) -> dict[str, torch.Tensor | None]:
+        """The same, from the state of a modular pipeline whose text is repeated for its pictures."""
+        return {name: state.get(name) for name in self.text_outputs}
 
     # Latents
 

@@ -68,6 +68,7 @@ class Flux(PackedLatents):
     name = "flux"
     title = "Flux"
     pipelines = ("FluxPipeline",)
+    modular_blocks = ("FluxAutoBlocks",)
     tools = frozenset({"nullspace", "golden_noise"})
     golden_pipeline = "GoldenNoiseFluxPipeline"
     nullspace_pipeline = "NullSpaceDreamBoothFluxPipeline"

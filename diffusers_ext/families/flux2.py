@@ -39,6 +39,7 @@ class Flux2(PictureFamily):
     name = "flux2"
     title = "FLUX.2"
     pipelines = ("Flux2KleinPipeline",)
+    modular_blocks = ("Flux2KleinAutoBlocks", "Flux2KleinBaseAutoBlocks")
     denoiser_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
     tools = frozenset({"nullspace", "eraser"})

@@ -20,6 +20,7 @@ class QwenImage(PackedLatents):
     name = "qwen_image"
     title = "Qwen-Image"
     pipelines = ("QwenImagePipeline",)
+    modular_blocks = ("QwenImageAutoBlocks",)
     denoiser_class = "QwenImageTransformer2DModel"
     vae_class = "AutoencoderKLQwenImage"
     video_vae = True

@@ -40,6 +40,7 @@ class SD3(PictureFamily):
     name = "sd3"
     title = "SD3"
     pipelines = ("StableDiffusion3Pipeline",)
+    modular_blocks = ("StableDiffusion3AutoBlocks",)
     tools = frozenset({"nullspace", "golden_noise", "eraser"})
     golden_pipeline = "GoldenNoiseSD3Pipeline"
     nullspace_pipeline = "NullSpaceDreamBoothSD3Pipeline"

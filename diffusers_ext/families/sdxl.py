@@ -34,6 +34,7 @@ class SDXL(StableDiffusion):
     name = "sdxl"
     title = "SDXL"
     pipelines = ("StableDiffusionXLPipeline",)
+    modular_blocks = ("StableDiffusionXLAutoBlocks",)
     tools = frozenset({"nullspace", "golden_noise", "eraser"})
     golden_pipeline = "GoldenNoiseXLPipeline"
     nullspace_pipeline = "NullSpaceDreamBoothXLPipeline"
@@ -59,6 +60,14 @@ class SDXL(StableDiffusion):
     def pooled_width(self, config: Any) -> int:
         # The UNet adds the pooled text to the embeddings of six numbers: sizes and crop.
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+
+    def modular_text(self, state: Any) -> dict[str, torch.Tensor | None]:
+        text = super().modular_text(state)
+        rows = text["pooled_prompt_embeds"].unflatten(0, (state.get("batch_size"), -1))
+        if not rows.equal(rows[:, :1].expand_as(rows)):
+            # diffusers 0.42 repeats pooled text in another order than tokens, prompts within pictures.
+            rows = rows.reshape(rows.shape[1], rows.shape[0], -1).transpose(0, 1)
+        return {**text, "pooled_prompt_embeds": rows.flatten(0, 1)}
 
     def added_conditions(
         self, pipeline: DiffusionPipeline, pooled: torch.Tensor, height: int, width: int, dtype: torch.dtype

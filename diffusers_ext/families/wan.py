@@ -62,6 +62,7 @@ class Wan(Family):
     name = "wan"
     title = "Wan"
     pipelines = ("WanPipeline",)
+    modular_blocks = ("WanBlocks", "Wan22Blocks")
     denoiser_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
     video_vae = True

@@ -31,6 +31,7 @@ class ZImage(PictureFamily):
     name = "z_image"
     title = "Z-Image"
     pipelines = ("ZImagePipeline",)
+    modular_blocks = ("ZImageAutoBlocks",)
     denoiser_class = "ZImageTransformer2DModel"
     tools = frozenset({"nullspace", "eraser"})
     nullspace_pipeline = "NullSpaceDreamBoothZImagePipeline"

@@ -1,7 +1,8 @@
 """Noise that suits the prompt: targets, networks that predict them, pipelines that use them."""
 
 from diffusers_ext.families.family import TextConditioning
-from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.modular import GoldenNoiseStep
+from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
@@ -21,8 +22,10 @@ __all__ = [
     "GoldenNoiseFluxPipeline",
     "GoldenNoiseHunyuanDiTPipeline",
     "GoldenNoiseModel",
+    "GoldenNoiseNetwork",
     "GoldenNoisePipeline",
     "GoldenNoiseSD3Pipeline",
+    "GoldenNoiseStep",
     "GoldenNoiseXLPipeline",
     "NPNet",
     "NoiseSequenceRNN",

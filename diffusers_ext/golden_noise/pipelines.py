@@ -22,7 +22,7 @@ from diffusers import (
 
 from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_pipeline
 from diffusers_ext.core.settings import check_keywords
-from diffusers_ext.families import find_family
+from diffusers_ext.families import Family, find_family
 from diffusers_ext.golden_noise.card import pipeline_card
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
@@ -104,11 +104,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
 
     def __call__(self, *args: Any, golden_noise_scale: float = 1.0, **kwargs: Any) -> Any:
         """As in the plain pipeline, from refined noise; see `help(pipeline.__call__)`."""
-        scale = golden_noise_scale
-        if isinstance(scale, bool) or not isinstance(scale, Real):
-            raise TypeError(f"`golden_noise_scale` must be a number, got a {type(scale).__name__}.")
-        if not math.isfinite(scale):
-            raise ValueError(f"`golden_noise_scale` must be finite, got {scale}.")
+        scale = check_scale(golden_noise_scale)
         # The plain pipeline would pass over a keyword that it does not know in silence.
         calls = [owner.__call__ for owner in type(self).__mro__ if "__call__" in vars(owner)]
         takes = {name for call in calls for name in inspect.signature(call).parameters}
@@ -155,21 +151,32 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
     def _check_sizes(self, noise_model: GoldenNoiseNetwork) -> None:
         family = find_family(self, TOOL)
         denoiser = getattr(self, family.denoiser)
-        if denoiser is None:
-            return
-        sizes = family.network_sizes(denoiser.config)
-        config = noise_model.config
-        text_width = sizes.pooled_dim if config.get("pooled_text") else sizes.text_embed_dim
-        for name, size in (("in_channels", sizes.in_channels), ("text_embed_dim", text_width)):
-            if size is None:
-                raise ValueError(
-                    "`noise_model` must read tokens in a pipeline whose text encoder does not "
-                    f"pool, got one with `pooled_text` for a {type(self).__name__}."
-                )
-            if config.get(name, size) != size:
-                raise ValueError(
-                    f"`noise_model` must have `{name}` {size} like the {type(self).__name__}, got {config[name]}."
-                )
+        if denoiser is not None:
+            check_sizes(noise_model, family, denoiser.config, type(self).__name__)
+
+
+def check_scale(scale: float) -> float:
+    """`golden_noise_scale` of a call; `TypeError` or `ValueError` unless it is a finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"`golden_noise_scale` must be a number, got a {type(scale).__name__}.")
+    if not math.isfinite(scale):
+        raise ValueError(f"`golden_noise_scale` must be finite, got {scale}.")
+    return scale
+
+
+def check_sizes(noise_model: GoldenNoiseNetwork, family: Family, config: Any, owner: str) -> None:
+    """Raise `ValueError` for a network made for other latents or other text than a denoiser of this config."""
+    sizes = family.network_sizes(config)
+    network = noise_model.config
+    text_width = sizes.pooled_dim if network.get("pooled_text") else sizes.text_embed_dim
+    for name, size in (("in_channels", sizes.in_channels), ("text_embed_dim", text_width)):
+        if size is None:
+            raise ValueError(
+                "`noise_model` must read tokens in a pipeline whose text encoder does not "
+                f"pool, got one with `pooled_text` for a {owner}."
+            )
+        if network.get(name, size) != size:
+            raise ValueError(f"`noise_model` must have `{name}` {size} like the {owner}, got {network[name]}.")
 
 
 def _shown_as(

@@ -97,6 +97,8 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
                 not those that the config describes.
             TypeError: another keyword, also for a local folder.
         """
+        if cls is GoldenNoiseNetwork:
+            return load_noise_model(pretrained_model_name_or_path, **kwargs)
         cls.check_arguments(kwargs)
         # By default diffusers answers a broken download by looking for a pickle instead.
         kwargs.setdefault("use_safetensors", True)
