@@ -43,8 +43,9 @@ _SOURCES = by_name(
         "diffusers_ext.evaluation.rendering": "render_clips",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
         "diffusers_ext.golden_noise": (
-            "GoldenNoiseFluxPipeline GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel GoldenNoiseNetwork "
-            "GoldenNoisePipeline GoldenNoiseSD3Pipeline GoldenNoiseStep GoldenNoiseXLPipeline NPNet NoiseSequenceRNN "
+            "GoldenNoiseFlux2KleinPipeline GoldenNoiseFluxPipeline GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel "
+            "GoldenNoiseNetwork GoldenNoisePipeline GoldenNoiseQwenImagePipeline GoldenNoiseSD3Pipeline "
+            "GoldenNoiseStep GoldenNoiseXLPipeline GoldenNoiseZImagePipeline NPNet NoiseSequenceRNN "
             "NoiseSequenceTransformer PairDataset PairWriter TextConditioning encode_prompts load_noise_model "
             "open_pairs redenoise redenoise_sequence redenoise_text"
         ),

@@ -25,6 +25,9 @@ PIPELINES = {
     "HunyuanDiTPipeline": diffusers_ext.GoldenNoiseHunyuanDiTPipeline,
     "StableDiffusion3Pipeline": diffusers_ext.GoldenNoiseSD3Pipeline,
     "FluxPipeline": diffusers_ext.GoldenNoiseFluxPipeline,
+    "Flux2KleinPipeline": diffusers_ext.GoldenNoiseFlux2KleinPipeline,
+    "QwenImagePipeline": diffusers_ext.GoldenNoiseQwenImagePipeline,
+    "ZImagePipeline": diffusers_ext.GoldenNoiseZImagePipeline,
 }
 
 

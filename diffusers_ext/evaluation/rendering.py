@@ -188,8 +188,14 @@ def draw(
         arguments |= {**family.call_arguments, **family.text_call(pipeline)}
         arguments |= family.guidance_arguments(config, arguments.pop("guidance_scale"))
     arguments.update(further)
-    if sampling.negative_prompt is not None:
-        arguments["negative_prompt"] = [sampling.negative_prompt] * len(shots)
+    negative = arguments.pop("negative_prompt", None)
+    negative = negative if sampling.negative_prompt is None else sampling.negative_prompt
+    if negative is not None:
+        negatives = [negative] * len(shots)
+        if family is None or "negative_prompt" in signature(type(pipeline).__call__).parameters:
+            arguments["negative_prompt"] = negatives
+        else:  # FLUX.2 klein takes it encoded
+            arguments["negative_prompt_embeds"] = family.encode(pipeline, prompts, negatives).negative_prompt_embeds
     generators = [torch.Generator().manual_seed(shot.seed) for shot in shots]
     if latents is not None:
         arguments["latents"] = latents
@@ -306,7 +312,8 @@ def latent_shape(
     pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None
 ) -> tuple[int, int, int]:
     """`(channels, height, width)` of the noise of a picture of so many pixels, before any packing into tokens."""
-    factor, family = pipeline.vae_scale_factor, find_family(pipeline, TOOL)
+    family = find_family(pipeline, TOOL)
+    factor = family.pixels_per_latent(pipeline)
     config = denoiser_of(pipeline).config
     own = family.sample_size(config)
     sizes = (own, own) if isinstance(own, int) else tuple(own)
@@ -330,8 +337,8 @@ def draw_from_noise(
     Pipelines multiply `latents` by their scheduler's `init_noise_sigma` themselves.
     """
     family = find_family(pipeline, TOOL)
-    latents = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
-    height, width = (size * pipeline.vae_scale_factor for size in noise.shape[-2:])
+    latents = noise.to(pipeline._execution_device, family.latents_dtype or denoiser_of(pipeline).dtype)
+    height, width = (size * family.pixels_per_latent(pipeline) for size in noise.shape[-2:])
     sampling = replace(sampling, height=height, width=width)
     return draw(pipeline, shots, sampling, family.pack(pipeline, latents), **family.call_arguments)
 

@@ -91,6 +91,7 @@ class Family:
     # Components between the text encoder and the denoiser, that read text alone and take LoRAs.
     text_components: ClassVar[tuple[str, ...]] = ()
     checkpointing_fault: ClassVar[str | None] = None  # what diffusers' gradient checkpointing does to its predictions
+    latents_dtype: ClassVar[torch.dtype | None] = None  # that the call denoises in; `None` for the denoiser's
     rounds_size: ClassVar[bool] = False  # the pipeline draws the next smaller size where patches do not tile latents
     blocks: ClassVar[str] = "transformer_blocks"  # list in the denoiser
     text_attention: ClassVar[str | None] = "attn2"  # module of a block where text enters by cross-attention

@@ -42,7 +42,8 @@ class Flux2(PictureFamily):
     modular_blocks = ("Flux2KleinAutoBlocks", "Flux2KleinBaseAutoBlocks")
     denoiser_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
-    tools = frozenset({"nullspace", "eraser"})
+    tools = frozenset({"nullspace", "golden_noise", "eraser"})
+    golden_pipeline = "GoldenNoiseFlux2KleinPipeline"
     nullspace_pipeline = "NullSpaceDreamBoothFlux2KleinPipeline"
     flow_matching = True
     # Single blocks have one Linear for queries, keys, values and what their feed-forward reads.
@@ -119,6 +120,11 @@ class Flux2(PictureFamily):
 
     def to_vae(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         return functional.pixel_shuffle(latents, 2)
+
+    def unpack(self, pipeline: DiffusionPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """The call takes them patched, its `prepare_latents` makes tokens of them."""
+        side = self.pixels_per_latent(pipeline)
+        return latents.transpose(1, 2).unflatten(2, (int(height) // side, int(width) // side))
 
     def drawn(self, pipeline: Flux2KleinPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """The pipeline returns latents of the VAE."""

@@ -18,7 +18,6 @@ class PictureFamily(Family):
 
     draws_pictures = True
     prediction_types = ("epsilon", "v_prediction")
-    latents_dtype: ClassVar[torch.dtype | None] = None  # as of `Velocity`
     guidance_offset: ClassVar[float] = 0.0  # what the pipeline's call adds to its `guidance_scale`
 
     def side_multiple(self, config: Any, vae_config: Any) -> int:

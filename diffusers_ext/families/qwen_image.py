@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +25,11 @@ class QwenImage(PackedLatents):
     denoiser_class = "QwenImageTransformer2DModel"
     vae_class = "AutoencoderKLQwenImage"
     video_vae = True
-    tools = frozenset({"nullspace"})
+    tools = frozenset({"nullspace", "golden_noise"})
+    golden_pipeline = "GoldenNoiseQwenImagePipeline"
     nullspace_pipeline = "NullSpaceDreamBoothQwenImagePipeline"
     text_fields = ("prompt_embeds", "attention_mask")
+    text_outputs = {"prompt_embeds": 0, "attention_mask": 1}
     pads_text = False
     published = (
         Published(
@@ -46,10 +49,21 @@ class QwenImage(PackedLatents):
         """The pipeline is not guided without a negative prompt; the empty one stands for it."""
         texts = []
         for of in (prompts, negatives or [""] * len(prompts)):
-            embeds, mask = pipeline.encode_prompt(prompt=of)
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
-            texts.append(TextConditioning(embeds, attention_mask=mask))
+            texts.append(TextConditioning(**self.network_text(pipeline.encode_prompt(prompt=of), {})))
         return with_negatives(*texts)
+
+    def network_text(
+        self, encoded: tuple[torch.Tensor | None, ...], arguments: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """The pipeline has no mask where it would hide nothing."""
+        (embeds, mask), given = encoded, arguments.get("prompt_embeds_mask")
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        elif arguments.get("num_images_per_prompt", 1) > 1:
+            # diffusers repeats masks in another order than texts, whose padding is zeros where it made them.
+            images = arguments["num_images_per_prompt"]
+            mask = embeds.any(-1).long() if given is None else given[:, : mask.shape[1]].repeat_interleave(images, 0)
+        return {"prompt_embeds": embeds, "attention_mask": mask}
 
     def token_ids(self, pipeline: QwenImagePipeline, prompt: str) -> list[list[int]]:
         """The beginning of the template is dropped."""

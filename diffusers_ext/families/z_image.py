@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,13 +33,15 @@ class ZImage(PictureFamily):
     pipelines = ("ZImagePipeline",)
     modular_blocks = ("ZImageAutoBlocks",)
     denoiser_class = "ZImageTransformer2DModel"
-    tools = frozenset({"nullspace", "eraser"})
+    tools = frozenset({"nullspace", "golden_noise", "eraser"})
+    golden_pipeline = "GoldenNoiseZImagePipeline"
     nullspace_pipeline = "NullSpaceDreamBoothZImagePipeline"
     flow_matching = True
     own_levels = True
     latents_dtype = torch.float32
     guidance_offset = 1.0  # its call adds `scale * (v(prompt) - v(empty))` to the prompt's velocity
     text_fields = ("prompt_embeds", "attention_mask")
+    text_outputs = {"prompt_embeds": 0, "attention_mask": 0}  # both of a list
     pads_text = False
     published = (
         Published(
@@ -82,10 +84,14 @@ class ZImage(PictureFamily):
         embeds, negative = pipeline.encode_prompt(
             prompt=list(prompts), negative_prompt=None if negatives is None else list(negatives)
         )
-        joined, count = pad_sequence([*embeds, *negative], batch_first=True), len(embeds)
-        lengths = torch.tensor([len(x) for x in [*embeds, *negative]], device=joined.device)
-        mask = (torch.arange(joined.shape[1], device=joined.device) < lengths[:, None]).long()
+        (joined, mask), count = _joined([*embeds, *negative]), len(embeds)
         return TextConditioning(joined[:count], joined[count:], mask[:count], mask[count:])
+
+    def network_text(
+        self, encoded: tuple[Sequence[torch.Tensor], ...], arguments: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        joined, mask = _joined(encoded[0])
+        return {"prompt_embeds": joined, "attention_mask": mask}
 
     def token_ids(self, pipeline: ZImagePipeline, prompt: str) -> list[list[int]]:
         """Of the prompt as a user's message."""
@@ -127,6 +133,13 @@ class ZImage(PictureFamily):
             return_dict=False,
         )[0]
         return -torch.stack(list(predictions)).squeeze(2)
+
+
+def _joined(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of different lengths as one batch, and its mask."""
+    joined = pad_sequence(list(texts), batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts], device=joined.device)
+    return joined, (torch.arange(joined.shape[1], device=joined.device) < lengths[:, None]).long()
 
 
 def _texts(embeds: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:

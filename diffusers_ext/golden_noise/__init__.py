@@ -10,23 +10,29 @@ from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequen
 from diffusers_ext.golden_noise.pairs.dataset import PairDataset, open_pairs
 from diffusers_ext.golden_noise.pairs.shards import PairWriter
 from diffusers_ext.golden_noise.pipelines import (
+    GoldenNoiseFlux2KleinPipeline,
     GoldenNoiseFluxPipeline,
     GoldenNoiseHunyuanDiTPipeline,
     GoldenNoisePipeline,
+    GoldenNoiseQwenImagePipeline,
     GoldenNoiseSD3Pipeline,
     GoldenNoiseXLPipeline,
+    GoldenNoiseZImagePipeline,
 )
 from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise, redenoise_sequence, redenoise_text
 
 __all__ = [
+    "GoldenNoiseFlux2KleinPipeline",
     "GoldenNoiseFluxPipeline",
     "GoldenNoiseHunyuanDiTPipeline",
     "GoldenNoiseModel",
     "GoldenNoiseNetwork",
     "GoldenNoisePipeline",
+    "GoldenNoiseQwenImagePipeline",
     "GoldenNoiseSD3Pipeline",
     "GoldenNoiseStep",
     "GoldenNoiseXLPipeline",
+    "GoldenNoiseZImagePipeline",
     "NPNet",
     "NoiseSequenceRNN",
     "NoiseSequenceTransformer",

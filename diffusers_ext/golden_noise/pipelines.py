@@ -13,11 +13,14 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import (
+    Flux2KleinPipeline,
     FluxPipeline,
     HunyuanDiTPipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
 )
 
 from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_pipeline
@@ -26,7 +29,7 @@ from diffusers_ext.families import Family, find_family
 from diffusers_ext.golden_noise.card import pipeline_card
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
-from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.npnet import NPNet, refuse_npnet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.redenoise import TOOL
@@ -53,11 +56,12 @@ class _GoldenCall:
     """What one `__call__` has to remember until its noise is drawn."""
 
     scale: float
+    given_embeds: Any = None  # that the pipeline may not hand to `encode_prompt`
     text: dict[str, torch.Tensor | None] = field(default_factory=dict)  # arguments of `refine`
 
 
 class GoldenNoiseMixin(HandOver, PushWithCard):
-    """What the five pipelines add: a `noise_model` component that refines the noise of each call.
+    """What these pipelines add: a `noise_model` component that refines the noise of each call.
 
     It stands before a diffusers pipeline, whose `encode_prompt` and `prepare_latents` are where the text is read and
     the noise is changed. Without a `noise_model` it is that pipeline to the bit. Uploads get a card; the facts for it
@@ -112,7 +116,8 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         check_keywords(kwargs, known, f"{type(self).__name__}.__call__")
         outer = self._golden_call
         active = self.noise_model is not None and scale != 0
-        self._golden_call = _GoldenCall(scale) if active else None
+        given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
+        self._golden_call = _GoldenCall(scale, given.get("prompt_embeds")) if active else None
         try:
             return super().__call__(*args, **kwargs)
         finally:
@@ -128,21 +133,26 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
             call.text = find_family(self, TOOL).network_text(encoded, kwargs)
         return encoded
 
-    def prepare_latents(
-        self, batch_size: int, num_channels_latents: int, height: int, width: int, *args: Any, **kwargs: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As in the plain pipeline; during a call the `noise_model` refines them."""
-        prepared = super().prepare_latents(batch_size, num_channels_latents, height, width, *args, **kwargs)
+        plain = super().prepare_latents
+        prepared = plain(*args, **kwargs)
         call = self._golden_call
         if call is None:
             return prepared
         family = find_family(self, TOOL)
+        given = inspect.signature(plain).bind(*args, **kwargs).arguments
         # Flux returns the positions of its packed latents as well.
         latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
         sigma = 1.0 if family.flow_matching else self.scheduler.init_noise_sigma
-        noise = family.unpack(self, latents, height, width).float() / sigma
-        golden = self.noise_model.refine(noise, scale=call.scale, **call.text) * sigma
-        golden = family.pack(self, golden).to(latents.dtype)
+        noise = family.unpack(self, latents, given["height"], given["width"]).float() / sigma
+        text = call.text or family.network_text((call.given_embeds,), {})
+        # Z-Image repeats a prompt's text for its pictures after this.
+        text = {name: _repeated(rows, len(noise)) for name, rows in text.items()}
+        golden = family.pack(self, self.noise_model.refine(noise, scale=call.scale, **text) * sigma)
+        if golden.ndim > latents.ndim:  # FLUX.2's call takes them as they are and makes tokens of them here
+            golden = golden.flatten(2).transpose(1, 2)
+        golden = golden.to(latents.dtype)
         return (golden, *others) if others else golden
 
     def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
@@ -167,6 +177,8 @@ def check_scale(scale: float) -> float:
 def check_sizes(noise_model: GoldenNoiseNetwork, family: Family, config: Any, owner: str) -> None:
     """Raise `ValueError` for a network made for other latents or other text than a denoiser of this config."""
     sizes = family.network_sizes(config)
+    if isinstance(noise_model, NPNet):
+        refuse_npnet(family, sizes.in_channels)
     network = noise_model.config
     text_width = sizes.pooled_dim if network.get("pooled_text") else sizes.text_embed_dim
     for name, size in (("in_channels", sizes.in_channels), ("text_embed_dim", text_width)):
@@ -177,6 +189,10 @@ def check_sizes(noise_model: GoldenNoiseNetwork, family: Family, config: Any, ow
             )
         if network.get(name, size) != size:
             raise ValueError(f"`noise_model` must have `{name}` {size} like the {owner}, got {network[name]}.")
+
+
+def _repeated(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    return rows if rows is None or len(rows) == count else rows.repeat_interleave(count // len(rows), 0)
 
 
 def _shown_as(
@@ -225,4 +241,25 @@ class GoldenNoiseFluxPipeline(GoldenNoiseMixin, FluxPipeline):
     """`FluxPipeline` with an optional `noise_model`; see `GoldenNoiseMixin`.
 
     The network reads the T5 text and sees the latents unpacked.
+    """
+
+
+class GoldenNoiseFlux2KleinPipeline(GoldenNoiseMixin, Flux2KleinPipeline):
+    """`Flux2KleinPipeline` with an optional `noise_model`; see `GoldenNoiseMixin`.
+
+    The network sees the patched latents, four times as many channels on half the side, that the denoiser sees.
+    """
+
+
+class GoldenNoiseZImagePipeline(GoldenNoiseMixin, ZImagePipeline):
+    """`ZImagePipeline` with an optional `noise_model`; see `GoldenNoiseMixin`.
+
+    The network reads texts of different lengths as one batch with a mask.
+    """
+
+
+class GoldenNoiseQwenImagePipeline(GoldenNoiseMixin, QwenImagePipeline):
+    """`QwenImagePipeline` with an optional `noise_model`; see `GoldenNoiseMixin`.
+
+    The network sees the latents unpacked and without their axis of frames, and reads the text with its mask.
     """

@@ -36,7 +36,7 @@ def encode_prompts(
     """Encode prompts as the pipeline's own `__call__` does, with its default lengths, on its device.
 
     Args:
-        pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux.
+        pipeline: of a family of golden noise.
         prompts: one a sample.
         negative_prompt: one for all; `None` is what the pipeline takes when none is given: the empty prompt, zeros for
             an SDXL pipeline with `force_zeros_for_empty_prompt`. A model that takes the guidance scale as an input has
@@ -80,7 +80,8 @@ def guided_prediction(
         return output.float().to(latents.device)
     # The negative half, then the positive half, as one batch.
     found = text.tensors()
-    text = TextConditioning(**{k: torch.cat([found[f"negative_{k}"], found[k]]) for k in family.text_fields})
+    read = [name for name in family.text_fields if name in found]
+    text = TextConditioning(**{name: torch.cat([found[f"negative_{name}"], found[name]]) for name in read})
     both = family.predict(pipeline, torch.cat([inputs] * 2), timestep, text, guidance_scale)
     unconditional, conditional = both.float().chunk(2)
     output = unconditional + guidance_scale * (conditional - unconditional)
@@ -112,7 +113,8 @@ def check_inputs(
             raise ValueError(
                 f"`{name}` must be ({len(latents)}, {wanted}) for this {kind}, got {tuple(tensor.shape)}."
             )
-    names = family.text_fields
+    # A text that is as long as its prompt needs no mask alone.
+    names = tuple(name for name in family.text_fields if family.pads_text or "mask" not in name)
     embedded = family.embedded_guidance(config)
     if embedded and text.negative_prompt_embeds is not None:
         raise ValueError(
@@ -241,7 +243,7 @@ def redenoise(
     """Noise that a denoising step under guidance `w1` and back under `w2` turns `latents` into.
 
     Args:
-        pipeline: Stable Diffusion, SDXL, Hunyuan-DiT, SD3 or Flux; left as it is.
+        pipeline: of a family of golden noise; left as it is.
         latents: `(batch, channels, height, width)`, unit noise (before `init_noise_sigma`), unpacked also for Flux.
         prompt_embeds: `(batch, tokens, dim)`, one prompt a sample.
         negative_prompt_embeds: the same shape; needed where a guidance scale is not 1, unless the model takes it as an

@@ -12,8 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from diffusers_ext.families import find_family
 from diffusers_ext.families.family import TextConditioning
-from diffusers_ext.golden_noise.redenoise import encode_prompts
+from diffusers_ext.golden_noise.redenoise import TOOL, encode_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class TextCache:
         With a `directory` they are kept in memory-mapped files there, which go with the cache. (100,000 prompts of
         SDXL take 30 GiB in float16.)
         """
-        unique = list(dict.fromkeys(prompts))
+        unique, padded = list(dict.fromkeys(prompts)), find_family(pipeline, TOOL).pads_text
+        if not padded:  # room for the longest is made at once, mostly
+            unique.sort(key=len, reverse=True)
         scratch = None
         if directory is not None:
             os.makedirs(directory, exist_ok=True)
@@ -54,13 +57,18 @@ class TextCache:
         whole: dict[str, torch.Tensor] = {}
         for start in tqdm(range(0, len(unique), batch_size), desc="encode prompts"):
             batch = unique[start : start + batch_size]
-            part = _kept(encode_prompts(pipeline, batch), dtype)
+            text = encode_prompts(pipeline, batch)
+            part = _kept(text if padded else _trimmed(text), dtype)
             if start == 0:
                 whole = {name: _allocate(rows, len(unique), scratch, name) for name, rows in part.items()}
                 size = sum(tensor.nbytes for tensor in whole.values())
                 logger.info(f"Embeddings of {len(unique)} prompts take {size / 2**30:.2f} GiB.")
             for name, rows in part.items():
-                whole[name][start : start + len(batch)] = rows
+                if rows.shape[1] > whole[name].shape[1]:
+                    larger = _allocate(rows, len(unique), scratch, f"{name}-{start}")
+                    larger[:start, : whole[name].shape[1]] = whole[name][:start]
+                    whole[name] = larger
+                whole[name][start : start + len(batch), : rows.shape[1]] = rows
         cache = cls(unique, TextConditioning(**whole))
         cache._scratch = scratch  # its files live as long as the cache
         return cache
@@ -85,9 +93,15 @@ class TextCache:
 def _allocate(part: torch.Tensor, rows: int, scratch: tempfile.TemporaryDirectory | None, name: str) -> torch.Tensor:
     shape = (rows, *part.shape[1:])
     if scratch is None:
-        return torch.empty(shape, dtype=part.dtype)
+        return torch.zeros(shape, dtype=part.dtype)
     path, size = os.path.join(scratch.name, name), torch.Size(shape).numel()
     return torch.from_file(path, shared=True, size=size, dtype=part.dtype).view(shape)
+
+
+def _trimmed(text: TextConditioning) -> TextConditioning:
+    """Without the padding that all of its prompts have."""
+    length = int(text.attention_mask.sum(1).max())
+    return TextConditioning(text.prompt_embeds[:, :length], attention_mask=text.attention_mask[:, :length])
 
 
 def _kept(encoded: TextConditioning, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -15,8 +15,9 @@ from transformers import CLIPConfig, CLIPModel
 from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.families.published import encoder_sizes
 from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss
+from diffusers_ext.golden_noise.networks.base import fitted_structure
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
-from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.npnet import NPNet, refuse_npnet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
@@ -105,7 +106,9 @@ class GoldenNoiseRun:
         channels, height, width = self.shapes.latents
         config = {"in_channels": channels, "text_embed_dim": text.width}
         config["sample_size"] = max(height, width)
+        config |= fitted_structure(setting.network, channels, text.width)
         if setting.network == "npnet":
+            refuse_npnet(self.shapes.family, channels)
             config["text_length"] = text.tokens
         if self.sequences:
             config["num_steps"] = setting.num_steps
@@ -147,7 +150,7 @@ class GoldenNoiseRun:
         calls = batches * setting.num_inference_steps
         works = [
             guided_work(shapes, 2 * rows, setting.guidance_scale, calls, self.precision),
-            vae_work(shapes.base, (1, *shapes.latents), 2 * rows * batches, dtype, decodes=True),
+            vae_work(shapes.base, shapes.vae_latents, 2 * rows * batches, dtype, decodes=True),
         ]
         if setting.reward in REWARDS:
             works.append(_reward_work(setting.reward, 2 * rows, batches))

@@ -23,12 +23,14 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 
 from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.families import find_family
 from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss
-from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.networks.base import fitted_structure, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
-from diffusers_ext.golden_noise.networks.npnet import NPNet
+from diffusers_ext.golden_noise.networks.npnet import NPNet, refuse_npnet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
+from diffusers_ext.golden_noise.redenoise import TOOL
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
 from diffusers_ext.training.golden_noise.data import (
     NoiseSamples,
@@ -126,7 +128,8 @@ def make_network(
     wanted = {**data_config(settings, latent_shape, cache, num_steps), **settings.structure()}
     if settings.init_from is None:
         torch.manual_seed(settings.seed)  # whatever has drawn numbers before
-        return NETWORKS[settings.model](**wanted)
+        fitted = fitted_structure(settings.model, wanted["in_channels"], wanted["text_embed_dim"])
+        return NETWORKS[settings.model](**{**fitted, **wanted})
     network = _load(settings)
     for name, value in wanted.items():
         found = network.config[name]
@@ -232,6 +235,8 @@ def resume_facts(settings: NoiseSettings, data: NoiseData) -> dict[str, Any]:
 def encode_text(settings: NoiseSettings, data: NoiseData, accelerator: Accelerator) -> tuple[TextCache, str]:
     """The text of all prompts, and the class of the base pipeline; no text encoder stays."""
     pipeline = load_text_pipeline(settings, accelerator.device)
+    if settings.model == "npnet":
+        refuse_npnet(find_family(pipeline, TOOL), data.pairs.latent_shape[0])
     facts = data.facts["generation"] or {}
     check_base_model(settings, pipeline, facts.get("models"))
     cache = TextCache.encode(
@@ -283,8 +288,9 @@ def build_loop(
 
 
 def network_config(network: torch.nn.Module) -> dict[str, Any]:
-    """The fields of a network's config that make up its structure."""
-    return {name: value for name, value in network.config.items() if not name.startswith("_")}
+    """The fields of a network's config that make up its structure; a `None` is as if there were no such field."""
+    config = network.config.items()
+    return {name: value for name, value in config if not name.startswith("_") and value is not None}
 
 
 @one_run_a_folder

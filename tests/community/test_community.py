@@ -60,7 +60,7 @@ def test_custom_pipelines_are_the_installed_classes_and_need_trust(tmp_path):
         bases[f"nullspace_dreambooth_{name}"] = tmp_path / name
         build().save_pretrained(tmp_path / name)
     saved = {"golden_noise": "sd", "golden_noise_xl": "sdxl", "golden_noise_sd3": "sd3"}
-    saved |= {"golden_noise_hunyuan_dit": "hunyuan_dit", "golden_noise_flux": "flux"}
+    saved |= {f"golden_noise_{name}": name for name in ("hunyuan_dit", "flux", "flux2", "qwen_image", "z_image")}
     for name, family in saved.items():
         bases[name] = tmp_path / name
         golden_pipeline(family).save_pretrained(bases[name])
@@ -76,6 +76,9 @@ def test_custom_pipelines_are_the_installed_classes_and_need_trust(tmp_path):
         "GoldenNoiseSD3Pipeline": (["GoldenNoiseModel"], "SD3Transformer2DModel"),
         "GoldenNoiseHunyuanDiTPipeline": (["GoldenNoiseModel"], "HunyuanDiT2DModel"),
         "GoldenNoiseFluxPipeline": (["GoldenNoiseModel"], "FluxTransformer2DModel"),
+        "GoldenNoiseFlux2KleinPipeline": (["GoldenNoiseModel"], "Flux2Transformer2DModel"),
+        "GoldenNoiseQwenImagePipeline": (["GoldenNoiseModel"], "QwenImageTransformer2DModel"),
+        "GoldenNoiseZImagePipeline": (["GoldenNoiseModel"], "ZImageTransformer2DModel"),
     }
     for refusal, same, _, _ in result.values():
         assert "trust_remote_code=True" in refusal

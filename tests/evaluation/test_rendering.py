@@ -3,7 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, FluxPipeline, HunyuanDiTPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FluxPipeline,
+    HunyuanDiTPipeline,
+    QwenImagePipeline,
+)
 from peft import LoraConfig
 
 from diffusers_ext.core.pipelines import denoiser_of
@@ -23,10 +30,12 @@ from diffusers_ext.evaluation.rendering import (
     unit_noise,
     without_noise_model,
 )
+from diffusers_ext.families import find_family
 from diffusers_ext.golden_noise.pipelines import GoldenNoisePipeline
 from tests.evaluation.conftest import add_lora, make_pipeline
-from tests.golden_noise.golden_pipelines import golden_pipeline
+from tests.golden_noise.golden_pipelines import FAMILIES, golden_pipeline
 from tests.tiny_cogvideox import tiny_video_pipeline
+from tests.tiny_current_pipelines import tiny_qwen_image_pipeline, tiny_z_image_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
@@ -190,7 +199,10 @@ def test_two_tuned_pipelines_can_be_compared(tuned):
 
 
 TWO_SHOTS = shots_of(["a red seven", "a blue one"], 1, seed=3)
-PIPELINES = [make_pipeline, sdxl_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline, tiny_flux_pipeline]
+PIPELINES = [
+    make_pipeline, sdxl_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline, tiny_flux_pipeline,
+    FAMILIES["flux2"].plain, tiny_qwen_image_pipeline, tiny_z_image_pipeline,
+]  # fmt: skip
 
 
 def plain_arguments(pipeline) -> dict:
@@ -202,7 +214,7 @@ def test_unit_noise_draws_what_the_plain_pipeline_draws_from_the_seed(make):
     pipeline = make()
     pipeline.set_progress_bar_config(disable=True)
     shape = latent_shape(pipeline, 64, 48)
-    height, width = (size * pipeline.vae_scale_factor for size in shape[1:])
+    height, width = (size * find_family(pipeline).pixels_per_latent(pipeline) for size in shape[1:])
     assert (height, width) == (64, 48)
     noise = unit_noise(TWO_SHOTS, shape)
     assert noise.dtype == torch.float32
@@ -217,10 +229,20 @@ def test_unit_noise_draws_what_the_plain_pipeline_draws_from_the_seed(make):
 def test_the_shape_without_a_size_is_the_pipelines_own(make):
     pipeline = make()
     shape = latent_shape(pipeline)
-    size = pipeline.default_sample_size if hasattr(pipeline, "default_sample_size") else 8
+    size = {"flux2": 64, "z_image": 128}.get(find_family(pipeline).name, getattr(pipeline, "default_sample_size", 8))
     assert shape[1:] == (size, size)
     channels = denoiser_of(pipeline).config.in_channels
-    assert shape[0] == (channels // 4 if isinstance(pipeline, FluxPipeline) else channels)
+    assert shape[0] == (channels // 4 if isinstance(pipeline, (FluxPipeline, QwenImagePipeline)) else channels)
+
+
+def test_a_call_without_a_negative_prompt_gets_it_encoded():
+    pipeline = FAMILIES["flux2"].plain()
+    noise = unit_noise(TWO_SHOTS, latent_shape(pipeline, 32, 32))
+    drawn = [
+        draw_from_noise(pipeline, TWO_SHOTS, Sampling(2, 3.0, negative), noise) for negative in (None, "", "a red two")
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of this scheduler, with numpy 2

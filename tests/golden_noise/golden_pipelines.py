@@ -1,4 +1,4 @@
-"""Tiny pipelines of all five families, as tests of the golden-noise pipelines need them."""
+"""Tiny pipelines of all families, as tests of the golden-noise pipelines need them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from transformers import Qwen3ForCausalLM
 
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.families import find_family
@@ -18,16 +19,21 @@ from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.pipelines import (
+    GoldenNoiseFlux2KleinPipeline,
     GoldenNoiseFluxPipeline,
     GoldenNoiseHunyuanDiTPipeline,
     GoldenNoisePipeline,
+    GoldenNoiseQwenImagePipeline,
     GoldenNoiseSD3Pipeline,
     GoldenNoiseXLPipeline,
+    GoldenNoiseZImagePipeline,
 )
 from diffusers_ext.golden_noise.redenoise import encode_prompts
+from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_qwen_image_pipeline, tiny_z_image_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
+from tests.tiny_text_encoders import qwen3_config
 
 PROMPTS = ["a red seven", "a blue one on a green background"]
 
@@ -50,6 +56,18 @@ def hunyuan_dit_pipeline() -> DiffusionPipeline:
     return pipeline
 
 
+def flux2_pipeline() -> DiffusionPipeline:
+    """With 32 tokens, not 512, and a text encoder of as many layers as are read."""
+    pipeline = tiny_flux2_pipeline()
+    pipeline.tokenizer.model_max_length = 32
+    torch.manual_seed(0)
+    pipeline.register_modules(text_encoder=Qwen3ForCausalLM(qwen3_config(pipeline.tokenizer, 32, 3)).eval())
+    return pipeline
+
+
+FLUX2_CALL = {"max_sequence_length": 32, "text_encoder_out_layers": (1, 2, 3)}
+
+
 FAMILIES = {
     "sd": Family(GoldenNoisePipeline, random_digits_pipeline, 32, (24, 40)),
     "sdxl": Family(GoldenNoiseXLPipeline, sdxl_pipeline, 32, (24, 40)),
@@ -58,6 +76,9 @@ FAMILIES = {
     ),
     "sd3": Family(GoldenNoiseSD3Pipeline, tiny_sd3_pipeline, 32, (24, 40)),
     "flux": Family(GoldenNoiseFluxPipeline, tiny_flux_pipeline, 32, (24, 40)),
+    "flux2": Family(GoldenNoiseFlux2KleinPipeline, flux2_pipeline, 32, (24, 40), FLUX2_CALL),
+    "qwen_image": Family(GoldenNoiseQwenImagePipeline, tiny_qwen_image_pipeline, 32, (24, 40)),
+    "z_image": Family(GoldenNoiseZImagePipeline, tiny_z_image_pipeline, 32, (24, 40)),
 }
 
 
@@ -148,7 +169,10 @@ def draw(pipeline: DiffusionPipeline, family: str, **arguments: Any) -> torch.Te
         defaults["prompt"] = PROMPTS[0]
     if not {"generator", "latents"} & arguments.keys():
         defaults["generator"] = torch.Generator().manual_seed(0)
-    return pipeline(**{**defaults, **FAMILIES[family].call, **arguments}).images
+    given = {**defaults, **FAMILIES[family].call, **arguments}
+    if isinstance(given.get("prompt"), list):
+        given["prompt"] = list(given["prompt"])  # into which Z-Image's call writes
+    return pipeline(**given).images
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

@@ -10,8 +10,8 @@ from tests.golden_noise.golden_pipelines import FAMILIES, NETWORKS, golden_pipel
 from tests.golden_noise.shared_facts import RESULT
 
 FACTS = {"base_model": "somebody/base", "license": "mit", "trained_on": "900 noise pairs"}
-# Classes of three families and of all networks in three pipelines: the code is the same for all.
-CASES = {"sd": "npnet", "sdxl": "transformer", "flux": "rnn", "hunyuan_dit": "model", "sd3": "model"}
+# Of all networks in three pipelines: the code is the same for all.
+CASES = {family: {"sd": "npnet", "sdxl": "transformer", "flux": "rnn"}.get(family, "model") for family in FAMILIES}
 
 
 def assert_same_weights(loaded, pipeline) -> None:

@@ -5,7 +5,9 @@ import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
+from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.settings import ModelSettings, SamplingSettings
+from diffusers_ext.families import find_family
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline, render, square_latent_shape
@@ -33,7 +35,7 @@ def rendered(pipeline, pixels: int, settings: SamplingSettings) -> np.ndarray:
 
 def drawn(pipeline, pixels: int, **arguments) -> np.ndarray:
     images = pipeline(
-        PROMPTS,
+        prompt=list(PROMPTS),  # into which Z-Image's call writes
         height=pixels,
         width=pixels,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
@@ -47,7 +49,9 @@ def test_a_seed_is_the_picture_that_the_pipeline_draws_from_it(family):
     """Unit noise is what every family takes, packed or not, scaled by its scheduler or not."""
     pipeline, pixels = FAMILIES[family].plain(), FAMILIES[family].pixels
     pipeline.set_progress_bar_config(disable=True)
-    expected = drawn(pipeline, pixels, num_inference_steps=2, guidance_scale=3.0, **FAMILIES[family].call)
+    guidance = find_family(pipeline).guidance_arguments(denoiser_of(pipeline).config, 3.0)
+    guidance |= {name: [text] * 2 for name, text in guidance.items() if name == "negative_prompt"}
+    expected = drawn(pipeline, pixels, num_inference_steps=2, **guidance, **FAMILIES[family].call)
     found = rendered(pipeline, pixels, sampling(2, 3.0, ""))
     assert expected.std() > 1
     assert abs(found - expected).max() <= 1
@@ -83,8 +87,9 @@ def test_the_latent_shape_is_that_of_the_pipelines_own_latents(family):
     pipeline.set_progress_bar_config(disable=True)
     channels, height, width = square_latent_shape(pipeline, None)
     assert height == width
-    assert channels == pipeline.vae.config.latent_channels
-    assert square_latent_shape(pipeline, height * pipeline.vae_scale_factor) == (channels, height, width)
+    assert channels == {"flux2": 16, "qwen_image": 4}.get(family) or pipeline.vae.config.latent_channels
+    side = find_family(pipeline).pixels_per_latent(pipeline)
+    assert square_latent_shape(pipeline, height * side) == (channels, height, width)
 
 
 def test_a_size_that_the_model_cannot_draw():

@@ -9,17 +9,21 @@ from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.golden_noise.text_cache import TextCache
 from diffusers_ext.training.run.base_model import load_text_pipeline, stored_fingerprint
+from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_qwen_image_pipeline, tiny_z_image_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
 
-PROMPTS = ["a red seven", "a blue three"]
+PROMPTS = ["a red seven", "a blue three of a green one"]
 FAMILIES = {
     "sd": random_digits_pipeline,
     "sdxl": sdxl_pipeline,
     "hunyuan_dit": tiny_hunyuan_dit_pipeline,
     "sd3": tiny_sd3_pipeline,
     "flux": tiny_flux_pipeline,
+    "flux2": tiny_flux2_pipeline,
+    "qwen_image": tiny_qwen_image_pipeline,
+    "z_image": tiny_z_image_pipeline,
 }
 
 
@@ -36,8 +40,9 @@ def test_text_is_encoded_as_by_the_whole_pipeline(family, tmp_path):
     assert light.vae is None
     expected = encode_prompts(whole, PROMPTS)
     cache = TextCache.encode(light, [*PROMPTS, PROMPTS[0]], batch_size=1, dtype=torch.float32)
+    text = cache.take(torch.tensor([cache.rows[prompt] for prompt in PROMPTS]), torch.device("cpu"))
     for name in ("prompt_embeds", "attention_mask", "pooled_prompt_embeds"):
-        found, wanted = getattr(cache.text, name), getattr(expected, name)
+        found, wanted = getattr(text, name), getattr(expected, name)
         if wanted is None:
             assert found is None
         else:

@@ -33,7 +33,20 @@ NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
     "transformer": {"train_batch_size": 8, "learning_rate": 5e-5, "num_epochs": 50},
     "rnn": {"train_batch_size": 16, "learning_rate": 1e-4, "num_epochs": 50},
 }
+# Beyond these, a new network's defaults would make it large: text of large language models, and latents that a model
+# itself patches (FLUX.2), of four times the channels on half the side, as are their patches here.
+_WIDE_TEXT, _MANY_CHANNELS = 4096, 64
 _FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+
+
+def fitted_structure(model: str, in_channels: int, text_embed_dim: int) -> dict[str, int]:
+    """Config fields of a new network, one of `NETWORK_DEFAULTS`, that suit wide text and latents of many channels."""
+    found = {}
+    if model == "golden_noise_model" and text_embed_dim > _WIDE_TEXT:
+        found["text_projection_dim"] = 64
+    if in_channels > _MANY_CHANNELS and model in ("golden_noise_model", "transformer"):
+        found["patch_size"] = 1 if model == "golden_noise_model" else 4
+    return found
 
 
 def load_noise_model(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> GoldenNoiseNetwork:

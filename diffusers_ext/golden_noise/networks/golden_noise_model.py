@@ -137,10 +137,13 @@ class TextReader(nn.Module):
         num_heads: int,
         feedforward: int,
         dropout: float = 0.0,
+        projection_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.norm_in = nn.LayerNorm(text_embed_dim)
-        self.project = nn.Linear(text_embed_dim, width)
+        self.project = nn.Linear(projection_dim or text_embed_dim, width)
+        if projection_dim is not None:
+            self.project = nn.Sequential(nn.Linear(text_embed_dim, projection_dim, bias=False), self.project)
         self.first_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.blocks = nn.ModuleList(
             TransformerBlock(width, num_heads, feedforward, dropout) for _ in range(num_layers)
@@ -180,11 +183,13 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
     SDXL configuration, 9 M parameters.
 
     Args:
-        in_channels: of the latents, 4 (SD, SDXL, Hunyuan-DiT) or 16 (SD3, Flux).
+        in_channels: of the latents, 4 (SD, SDXL, Hunyuan-DiT), 16 (SD3, Flux, Qwen-Image, Z-Image) or 128 (FLUX.2).
         patch_size: latent pixels a side of one token.
         sample_size: latent pixels a side at the size trained at; it sets the finest position wave.
         bands: act on the lowest `bands` x `bands` frequencies alone, which the transformer reads as a noise of that
             size whatever the picture's; all others stay the seed's. `None`: on the noise itself.
+        text_projection_dim: the text is brought to this width before it is brought to `width`, which takes fewer
+            weights where a large language model wrote it; `None` brings it there at once.
     """
 
     _counted = ("num_layers",)
@@ -200,10 +205,13 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
         num_layers: int = 8,
         num_heads: int = 4,
         bands: int | None = None,
+        text_projection_dim: int | None = None,
     ) -> None:
         super().__init__()
         if bands is not None and (type(bands) is not int or bands < 1):
             raise ValueError(f"`bands` must be a number from 1 or None, got {bands!r}.")
+        if text_projection_dim is not None and text_projection_dim < 1:
+            raise ValueError(f"`text_projection_dim` must be at least 1 or None, got {text_projection_dim}.")
         patch = in_channels * patch_size**2
         if width < patch:
             raise ValueError(
@@ -211,7 +219,10 @@ class GoldenNoiseModel(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
                 "token cannot hold its noise."
             )
         self.embed = nn.Linear(patch, width)
-        self.text = TextReader(text_embed_dim, width, num_layers=0, num_heads=num_heads, feedforward=width)
+        self.text = TextReader(
+            text_embed_dim, width, num_layers=0, num_heads=num_heads, feedforward=width,
+            projection_dim=text_projection_dim,
+        )  # fmt: skip
         self.blocks = nn.ModuleList(
             TransformerBlock(width, num_heads, 4 * width, context_width=width) for _ in range(num_layers)
         )

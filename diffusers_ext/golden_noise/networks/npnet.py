@@ -19,6 +19,7 @@ from diffusers.models.normalization import AdaGroupNorm
 from torch import nn
 from transformers import SwinConfig
 
+from diffusers_ext.families.family import Family
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.networks.files import convert_npnet, find_variant, read_checkpoint
 from diffusers_ext.golden_noise.networks.npnet_branches import NoiseCrossAttention, NoiseTransformer, SVDBranch, linear
@@ -267,6 +268,17 @@ class NPNet(GoldenNoiseNetwork, ModelMixin, ConfigMixin):
             for part in text_windows(prompt_embeds, self.config.text_length)
         ]
         return golden[0] if len(golden) == 1 else torch.stack(golden).mean(0)
+
+
+def refuse_npnet(family: Family, in_channels: int) -> None:
+    """Raise `ValueError` for a base model that no NPNet fits: texts of any length, or channels that are no square."""
+    if not family.pads_text:
+        found = "whose texts are as long as their prompts: NPNet was made for one number of tokens"
+    elif math.isqrt(in_channels) ** 2 != in_channels:
+        found = f"whose latents have {in_channels} channels: NPNet lays them out as a square"
+    else:
+        return
+    raise ValueError(f"The network must be none of NPNet for {family.title}, {found}. Use a GoldenNoiseModel.")
 
 
 def _check_config(config: dict) -> None:

@@ -44,8 +44,8 @@ def load_base_pipeline(settings: ModelSettings, device: torch.device, dtype: tor
 def square_latent_shape(pipeline: DiffusionPipeline, output_size: int | None) -> tuple[int, int, int]:
     """As `latent_shape`, of square pictures; raises `ValueError` for a size that the model cannot draw."""
     if output_size is not None:
-        patch = find_family(pipeline, TOOL).patch(denoiser_of(pipeline).config)
-        unit = pipeline.vae_scale_factor * patch
+        family = find_family(pipeline, TOOL)
+        unit = family.pixels_per_latent(pipeline) * family.patch(denoiser_of(pipeline).config)
         if output_size % unit:
             raise ValueError(
                 f"`output_size` must be divisible by {unit} for this {type(pipeline).__name__}, got {output_size}."
@@ -65,12 +65,14 @@ def render(
 
     The noise is unit noise, `(batch, channels, height, width)`; `seeds` are for samplers that draw noise on their way.
     """
-    height, width = (int(size) * pipeline.vae_scale_factor for size in noise.shape[-2:])
+    family, denoiser = find_family(pipeline, TOOL), denoiser_of(pipeline)
+    height, width = (int(size) * family.pixels_per_latent(pipeline) for size in noise.shape[-2:])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for generator in generators:  # past what the noise itself was drawn from
         torch.randn(noise.shape[1:], generator=generator)
-    family = find_family(pipeline, TOOL)
-    noise = noise.to(pipeline._execution_device, denoiser_of(pipeline).dtype)
+    noise = noise.to(pipeline._execution_device, family.latents_dtype or denoiser.dtype)
+    guidance = family.guidance_arguments(denoiser.config, settings.guidance_scale)
+    guidance.pop("negative_prompt", None)  # which is in the text, encoded
     # A VAE takes far more memory for a large picture than the denoiser.
     with quiet_run(pipeline), decoded_one_by_one(pipeline.vae):
         images = pipeline(
@@ -81,7 +83,7 @@ def render(
             num_inference_steps=settings.num_inference_steps,
             generator=generators,
             output_type="pt",
-            guidance_scale=settings.guidance_scale,
+            **guidance,
             **family.text_arguments(text),
             **family.call_arguments,
         ).images

@@ -157,6 +157,9 @@ class GoldenNoiseModelSettings(Settings, title="GoldenNoiseModel"):
     num_layers: int | None = setting(None, "of the transformer")
     num_heads: int | None = setting(None, "of its attention")
     bands: int | None = setting(None, "act on this many of the lowest frequencies a side alone", rule=COUNT)
+    text_projection_dim: int | None = setting(
+        None, "width that text is brought to first; 64 where it is wider than 4096", rule=COUNT
+    )
 
 
 @dataclass(kw_only=True)

@@ -4,10 +4,14 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from diffusers_ext.core.tensor_files import read_tensors
+from diffusers_ext.core.artifacts import sealed
+from diffusers_ext.core.tensor_files import CONFIG_KEY, config_digest, read_tensors
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.families import families_of
 from diffusers_ext.golden_noise.low_frequencies import cosine_waves
+from diffusers_ext.golden_noise.networks.base import fitted_structure
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel, from_patches, to_patches
+from diffusers_ext.planning.models import published_model
 
 
 @pytest.fixture
@@ -123,10 +127,44 @@ def test_saved_and_loaded(model, tmp_path):
     assert loaded.config.patch_size == 2
 
 
-def test_the_sdxl_configuration_has_at_most_ten_million_parameters():
+PUBLISHED = [(family, base) for family in families_of("golden_noise") for base in family.published]
+
+
+@pytest.mark.parametrize(("family", "base"), PUBLISHED, ids=[base.short_name for _, base in PUBLISHED])
+def test_every_published_size_has_at_most_ten_million_parameters(family, base):
+    sizes = family.network_sizes(published_model(base.short_name).component(family.denoiser).whole_config())
+    fitted = fitted_structure("golden_noise_model", sizes.in_channels, sizes.text_embed_dim)
     with torch.device("meta"):
-        model = GoldenNoiseModel()
+        model = GoldenNoiseModel(in_channels=sizes.in_channels, text_embed_dim=sizes.text_embed_dim, **fitted)
     assert sum(parameter.numel() for parameter in model.parameters()) <= 10e6
+    assert ("text_projection_dim" in fitted) == (sizes.text_embed_dim > 4096)
+
+
+def test_wide_text_is_projected_first(tmp_path):
+    torch.manual_seed(0)
+    model = GoldenNoiseModel(4, 2, 8, text_embed_dim=24, width=16, num_layers=1, num_heads=2, text_projection_dim=3)
+    shapes = [tuple(weight.shape) for weight in model.text.project.parameters()]
+    assert shapes == [(3, 24), (16, 3), (16,)]
+    noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    assert torch.equal(model(noise, text), noise)
+    trained(model).save_pretrained(tmp_path)
+    loaded = GoldenNoiseModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(noise, text), model(noise, text))
+    assert not torch.equal(loaded(noise, text), model(noise, text.flip(2)))
+    with pytest.raises(ValueError, match="`text_projection_dim` must be at least 1 or None, got 0"):
+        GoldenNoiseModel(text_projection_dim=0)
+
+
+def test_networks_saved_before_there_was_a_projection_load(model, tmp_path):
+    trained(model).save_pretrained(tmp_path)
+    path, weights = tmp_path / "config.json", tmp_path / "diffusion_pytorch_model.safetensors"
+    config = json.loads(path.read_text())
+    assert config.pop("text_projection_dim") is None
+    path.write_text(json.dumps(config))
+    digest = config_digest({name: value for name, value in config.items() if not name.startswith("_")})
+    weights.write_bytes(sealed(read_tensors(weights)[0], {"format": "pt", CONFIG_KEY: digest}))
+    noise, text = inputs()
+    assert torch.equal(GoldenNoiseModel.from_pretrained(tmp_path)(noise, text), model(noise, text))
 
 
 def test_bad_input(model):
