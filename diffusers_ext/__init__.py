@@ -45,7 +45,7 @@ _SOURCES = by_name(
         "diffusers_ext.golden_noise": (
             "GoldenNoiseFlux2KleinPipeline GoldenNoiseFluxPipeline GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel "
             "GoldenNoiseNetwork GoldenNoisePipeline GoldenNoiseQwenImagePipeline GoldenNoiseSD3Pipeline "
-            "GoldenNoiseStep GoldenNoiseXLPipeline GoldenNoiseZImagePipeline NPNet NoiseSequenceRNN "
+            "GoldenNoiseStep GoldenNoiseXLPipeline GoldenNoiseZImagePipeline NPNet NoiseGuard NoiseSequenceRNN "
             "NoiseSequenceTransformer PairDataset PairWriter TextConditioning encode_prompts load_noise_model "
             "open_pairs redenoise redenoise_sequence redenoise_text"
         ),

@@ -4,6 +4,7 @@ from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.modular import GoldenNoiseStep
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.networks.guard import NoiseGuard
 from diffusers_ext.golden_noise.networks.npnet import NPNet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
@@ -34,6 +35,7 @@ __all__ = [
     "GoldenNoiseXLPipeline",
     "GoldenNoiseZImagePipeline",
     "NPNet",
+    "NoiseGuard",
     "NoiseSequenceRNN",
     "NoiseSequenceTransformer",
     "PairDataset",

@@ -29,7 +29,7 @@ def test_every_group_of_every_script_has_a_table():
     }
     for script in (
         "train_nullspace_dreambooth", "build_covariance", "evaluate_nullspace", "generate_npd",
-        "train_npnet", "train_noise_sequence", "evaluate_golden_noise", "sample_golden_noise",
+        "train_npnet", "train_noise_sequence", "train_noise_guard", "evaluate_golden_noise", "sample_golden_noise",
         "train_cogvideox_eraser",
         "evaluate_eraser",
     ):  # fmt: skip

@@ -36,6 +36,12 @@ NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
 # Beyond these, a new network's defaults would make it large: text of large language models, and latents that a model
 # itself patches (FLUX.2), of four times the channels on half the side, as are their patches here.
 _WIDE_TEXT, _MANY_CHANNELS = 4096, 64
+GUARD = "guard"  # folder of a network's guard, within that of the network
+_GUARD_KEY = "_noise_guard"  # of the config: diffusers passes over names that begin so
+_LOADED_ALIKE = (
+    "revision", "variant", "cache_dir", "token", "local_files_only", "force_download", "proxies", "use_safetensors",
+)  # fmt: skip
+_SAVED_ALIKE = ("is_main_process", "safe_serialization", "variant")
 _FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
@@ -94,6 +100,18 @@ def _load_single_file(path: Path, arguments: dict[str, Any]) -> GoldenNoiseNetwo
     return npnet.from_single_file(path, **arguments)
 
 
+def _load_guard(source: str | os.PathLike, folder: Any, arguments: dict[str, Any]) -> torch.nn.Module:
+    """The guard beside a network that is loaded by these arguments."""
+    if folder != GUARD:
+        raise ValueError(f"`{_GUARD_KEY}` must be {GUARD!r} or null in the config of {source}, got {folder!r}.")
+    where = {name: value for name, value in arguments.items() if name in _LOADED_ALIKE}
+    subfolder = Path(arguments.get("subfolder") or "", GUARD).as_posix()
+    guard = importlib.import_module("diffusers_ext.golden_noise.networks.guard").NoiseGuard
+    if Path(source).is_dir():  # there diffusers would take the weights beside the subfolder, if any, for those in it
+        return guard.from_pretrained(Path(source, subfolder), **where)
+    return guard.from_pretrained(source, **where, subfolder=subfolder)
+
+
 class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
     """Mixin of the networks; each defines `golden_noise`, pipelines and evaluation call `refine`.
 
@@ -123,7 +141,41 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
                 f"{pretrained_model_name_or_path}. `load_noise_model` loads networks of any class."
             )
         cls.check_files(pretrained_model_name_or_path, config, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if config.get(_GUARD_KEY) is not None:
+            network = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+            network.set_guard(_load_guard(pretrained_model_name_or_path, config[_GUARD_KEY], kwargs))
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **arguments: Any) -> None:
+        """As in diffusers; the guard, where there is one, goes into the folder `guard`."""
+        if self.guard is not None:  # first: the network's own saving may upload the folder
+            passed = {name: arguments[name] for name in _SAVED_ALIKE if name in arguments}
+            self.guard.save_pretrained(Path(save_directory, GUARD), **passed)
+        super().save_pretrained(save_directory, **arguments)
+
+    @property
+    def guard(self) -> torch.nn.Module | None:
+        """The `NoiseGuard` that decides in `refine` which noises are changed; set by `set_guard`."""
+        return vars(self).get("_guard")
+
+    def set_guard(self, guard: torch.nn.Module | None) -> None:
+        """Change noise only where this `NoiseGuard` expects a gain, all noise with `None`.
+
+        It is saved, loaded and pushed with the network, whose config names it, but is no part of its weights.
+        """
+        if guard is not None:
+            if type(guard).__name__ != "NoiseGuard":
+                raise TypeError(f"`guard` must be a NoiseGuard or None, got a {type(guard).__name__}.")
+            names = ["in_channels"] if self.config.get("pooled_text") else ["in_channels", "text_embed_dim"]
+            for name in names:
+                if guard.config[name] != self.config.get(name, guard.config[name]):
+                    raise ValueError(
+                        f"`guard` must have `{name}` {self.config[name]} like its network, got {guard.config[name]}."
+                    )
+        vars(self)["_guard"] = guard  # not by `setattr`, which would make it a part of the weights
+        if guard is not None or _GUARD_KEY in self.config:
+            self.register_to_config(**{_GUARD_KEY: None if guard is None else GUARD})
 
     def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
         return network_card(self, token=token, **facts)
@@ -152,7 +204,8 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
         """Noise that suits the prompt, float32, with the energy of the noise that came in.
 
         The energy is matched ring by ring of frequency (`match_spectrum`), so it stays white. Deterministic: in eval
-        mode, without sampling; the mode comes back afterwards.
+        mode, without sampling; the mode comes back afterwards. With a `guard`, noises of which it expects no gain stay
+        as they are to the bit.
 
         Args:
             noise: `(batch, channels, height, width)`, unit variance.
@@ -174,7 +227,10 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
                 attention_mask=attention_mask,
                 pooled_prompt_embeds=(None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype)),
             ).float()
-        return self.match_energy(noise + scale * (golden - rounded.float()), noise)
+        golden = self.match_energy(noise + scale * (golden - rounded.float()), noise)
+        if self.guard is None:
+            return golden
+        return self.guard.keep_expected_gains(golden, noise, prompt_embeds, attention_mask)
 
     def match_energy(self, golden: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """Golden noise with the energy that its source has, ring by ring of frequency."""

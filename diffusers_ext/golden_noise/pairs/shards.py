@@ -147,12 +147,17 @@ def num_rejected(folder: str | os.PathLike) -> int:
     return sum(len(read_table(shard_files(folder, shard).rejected)) for shard in list_shards(folder))
 
 
-def measured(folder: str | os.PathLike) -> list[Measured]:
-    """Win rate and mean rewards over all pairs that were tried; nothing without a reward."""
+def judged_pairs(folder: str | os.PathLike) -> list[PairRecord]:
+    """All pairs that were tried and judged, also those that the filter refused; none without a reward."""
     shards = [shard_files(folder, shard) for shard in list_shards(folder)]
     tables = [table for files in shards for table in (files.pairs, files.rejected)]
     tried = [record for table in tables for record in read_table(table)]
-    judged = [record for record in tried if record.reward_golden is not None]
+    return [record for record in tried if record.reward_golden is not None]
+
+
+def measured(folder: str | os.PathLike) -> list[Measured]:
+    """Win rate and mean rewards over all pairs that were tried; nothing without a reward."""
+    judged = judged_pairs(folder)
     if not judged:
         return []
     figures = {

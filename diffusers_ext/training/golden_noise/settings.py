@@ -13,6 +13,8 @@ from diffusers_ext.core.settings import (
     WITHOUT_IT,
     ModelSettings,
     ReportingSettings,
+    ResumeSettings,
+    Rule,
     RunSettings,
     SamplingSettings,
     Settings,
@@ -276,6 +278,38 @@ class SequenceNetworkSettings(NoiseSettings, SequenceSettings, SequenceTransform
 def noise_settings_class(model: str | None) -> type[NoiseSettings]:
     """What trains a kind of network; networks of pairs where none is named."""
     return SequenceNetworkSettings if model in ("transformer", "rnn") else PairNetworkSettings
+
+
+@dataclass(kw_only=True)
+class NoiseGuardSettings(Settings, title="guard"):
+    """Which network gets a guard, what the guard learns from and how careful it is."""
+
+    noise_model: str = required("network that gets the guard: folder or Hub name")
+    dataset_dir: str = required("noise pairs with rewards, of generate_npd.py: folder or Hub name")
+    dataset_revision: str | None = setting(None, "revision of the noises on the Hub")
+    gain_lost: float = setting(
+        0.05, "share of the gain on held-out prompts that may be lost; sets the threshold", rule=BELOW_ONE
+    )
+    validation_split: float = setting(
+        0.2, "share of the prompts that set the threshold", rule=Rule("in (0, 1)", lambda value: 0 < value < 1)
+    )
+    text_batch_size: int = setting(32, "prompts encoded, and noises refined, at once", rule=COUNT)
+    bands: int = setting(8, "lowest frequencies a side that the guard sees", rule=COUNT)
+    patch_size: int = setting(2, "of them, a side of a patch", rule=COUNT)
+    width: int = setting(64, "of its tokens", rule=COUNT)
+    num_layers: int = setting(2, "of its transformer", rule=COUNT)
+    num_heads: int = setting(4, "of its attention", rule=COUNT)
+
+
+@dataclass(kw_only=True)
+class GuardTrainingSettings(
+    BaseModelSettings, TrainingSettings, NoiseGuardSettings, ReportingSettings, ResumeSettings
+):  # fmt: skip
+    """How a guard of a network of golden noise is trained."""
+
+    train_batch_size: int = as_in(TrainingSettings, "train_batch_size", default=64)
+    learning_rate: float = as_in(TrainingSettings, "learning_rate", default=1e-3)
+    adam_weight_decay: float = as_in(TrainingSettings, "adam_weight_decay", default=_WEIGHT_DECAY)
 
 
 @dataclass(kw_only=True)

@@ -30,6 +30,7 @@ from diffusers_ext.evaluation.settings import (
 from diffusers_ext.nullspace.settings import OPTIMIZERS, CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.golden_noise.settings import (
     GoldenSampleSettings,
+    GuardTrainingSettings,
     PairNetworkSettings,
     PairSettings,
     SequenceNetworkSettings,
@@ -49,6 +50,7 @@ GOLDEN_NOISE_RUNS = (
     PairSettings,
     PairNetworkSettings,
     SequenceNetworkSettings,
+    GuardTrainingSettings,
     GoldenSampleSettings,
     GoldenNoiseEvaluationSettings,
 )

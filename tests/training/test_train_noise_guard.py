@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
+from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter
+from tests.training.script_runs import PROMPTS, command_line
+from training import train_noise_guard
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+SHAPE = (4, 8, 8)
+
+
+def gain_of(seed: int) -> float:
+    """A gain that the noise alone decides, by its mean; negative for a third of the seeds."""
+    return source_noise(seed, SHAPE).mean().item() * 8 + 0.2
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    network = GoldenNoiseModel(4, 2, 8, text_embed_dim=128, width=16, num_layers=1, num_heads=2)
+    torch.nn.init.normal_(network.head.weight, std=0.2)
+    folder = tmp_path_factory.mktemp("network")
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "judged"
+    records = [
+        PairRecord(seed, PROMPTS[seed % len(PROMPTS)], seed, 0.5, 0.5 + gain_of(seed), 0.0, 1.0, 0.0, 0.0)
+        for seed in range(200)
+    ]
+    kept = [record for record in records if record.reward_golden > record.reward_source]
+    writer = PairWriter(folder, SHAPE, 1, num_shards=1, facts={})
+    writer.create()
+    writer.write_part(0, 0, torch.zeros(len(kept), 1, *SHAPE), kept, [r for r in records if r not in kept])
+    writer.finish_shard(0, 1)
+    return folder
+
+
+def line(network: Path, pairs: Path, output_dir: Path, **arguments) -> list[str]:
+    usual = {"noise_model": network, "dataset_dir": pairs, "output_dir": output_dir, "bands": 4, "width": 16,
+             "num_layers": 1, "num_heads": 2, "max_train_steps": 60, "learning_rate": 5e-3}  # fmt: skip
+    return command_line(**{**usual, **arguments})
+
+
+def run(*words, **arguments) -> Path:
+    return train_noise_guard.main(train_noise_guard.parse_args(line(*words, **arguments)))
+
+
+def test_rejected_pairs_teach_it_which_noises_to_leave(network, pairs, tmp_path):
+    folder = run(network, pairs, tmp_path / "out", gain_lost=0.1, validation_steps=30)
+    report = json.loads((folder / "training_report.json").read_text())
+    assert (report["pairs"], report["training_pairs"], report["validation_pairs"]) == (200, 160, 40)
+    assert [entry["step"] for entry in report["validation"]] == [30, 60]
+    figures = report["validation"][-1]
+    assert figures["correlation"] > 0.7
+    assert figures["gain_kept"] >= 0.9
+    assert figures["losses_left"] < figures["losses"] / 2
+    assert figures["win_rate_changed"] > figures["win_rate"]
+    guarded, bare = load_noise_model(folder), load_noise_model(network)
+    assert guarded.guard.config.threshold == pytest.approx(figures["threshold"])
+    noise = torch.stack([source_noise(seed, SHAPE) for seed in range(1000, 1040)])
+    text = torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(1)).expand(40, -1, -1)
+    unchanged = (guarded.refine(noise, text) == noise).flatten(1).all(1)
+    assert 0 < unchanged.sum() < 40
+    assert torch.equal(guarded.refine(noise, text)[~unchanged], bare.refine(noise, text)[~unchanged])
+
+
+def test_a_stopped_run_goes_on_to_the_same_guard(network, pairs, tmp_path):
+    whole = run(network, pairs, tmp_path / "whole", max_train_steps=4)
+    run(network, pairs, tmp_path / "parts", max_train_steps=2, checkpointing_steps=2)
+    parts = run(network, pairs, tmp_path / "parts", max_train_steps=4, resume_from_checkpoint="latest")
+    guards = [load_noise_model(folder).guard for folder in (whole, parts)]
+    assert guards[0].config.threshold == guards[1].config.threshold
+    for name, value in guards[0].state_dict().items():
+        assert torch.equal(value, guards[1].state_dict()[name]), name
+
+
+def test_pairs_without_rewards_are_refused(network, tmp_path):
+    writer = PairWriter(tmp_path / "pairs", SHAPE, 1, num_shards=1, facts={})
+    writer.create()
+    record = PairRecord(0, PROMPTS[0], 0, None, None, 0.0, 1.0, 0.0, 0.0)
+    writer.write_part(0, 0, torch.zeros(1, 1, *SHAPE), [record])
+    writer.finish_shard(0, 1)
+    with pytest.raises(ValueError, match="`dataset_dir` must hold pairs with rewards, got none"):
+        run(network, tmp_path / "pairs", tmp_path / "out")
