@@ -17,7 +17,7 @@ TRAININGS = {
     "nullspace": ("teach a subject without forgetting what the model knows", "diffusers_ext.training.nullspace.run"),
     "pairs": ("make noise pairs or sequences for golden noise", "diffusers_ext.training.pairs"),
     "noise": ("train a golden-noise network on noise pairs or sequences", "diffusers_ext.training.noise"),
-    "noise-guard": ("train the guard of a golden-noise network on judged noise pairs", "diffusers_ext.training.guard"),
+    "guard": ("train the guard of a golden-noise network on judged noise pairs", "diffusers_ext.training.guard"),
     "eraser": ("train an eraser of one concept", "diffusers_ext.training.eraser.run"),
 }
 _LAUNCH = """One process runs. For several, or for accelerate's settings:
@@ -74,6 +74,6 @@ def _settings_class(name: str, arguments: Sequence[str]) -> type[Settings]:
         return EraserSettings
     from diffusers_ext.training.golden_noise.settings import GuardTrainingSettings, PairSettings, noise_settings_class
 
-    if name == "noise-guard":
+    if name == "guard":
         return GuardTrainingSettings
     return PairSettings if name == "pairs" else noise_settings_class(early_value(arguments, "model"))

@@ -17,7 +17,7 @@ SCRIPTS = {
     "nullspace": train_nullspace_dreambooth,
     "pairs": generate_npd,
     "noise": train_npnet,
-    "noise-guard": train_noise_guard,
+    "guard": train_noise_guard,
     "eraser": train_cogvideox_eraser,
 }
 
@@ -31,7 +31,7 @@ def test_the_console_runs_the_main_of_the_script(name, monkeypatch, capsys):
         "nullspace": ["--instance_data_dir", "p", "--instance_prompt", "a photo of sks"],
         "pairs": ["--prompt_file", "p"],
         "noise": ["--model", "rnn", "--dataset_dir", "d"],
-        "noise-guard": ["--noise_model", "n", "--dataset_dir", "d"],
+        "guard": ["--noise_model", "n", "--dataset_dir", "d"],
         "eraser": ["--target_concept", "seven", "--prompts_file", "p"],
     }
     line = ["train", name, "--pretrained_model_name_or_path", "base", *required[name]]
