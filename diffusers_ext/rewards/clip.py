@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
@@ -57,6 +58,17 @@ class CLIPReward:
         cosines = (self.image_features(pictures) * self.text_features(distinct)[rows]).sum(1)
         return check_scores(self._from_cosines(cosines), texts, self.name)
 
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """As `score`, of pictures `(n, 3, height, width)` in [0, 1], with a gradient; on their device, float32.
+
+        Pictures are resized as tensors, which rounds no pixel to a whole level as the reading of files does.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        text = self.text_features(distinct)[[distinct.index(prompt) for prompt in prompts]].to(pixels.device)
+        values = self._tensor_values(pixels.float()).to(self.model.device, self.model.dtype)
+        features = self.model.get_image_features(pixel_values=values).pooler_output.float().to(pixels.device)
+        return self._from_cosines((F.normalize(features, dim=1) * text).sum(1))
+
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """L2-normalised embeddings `(n, dim)` of `n` pictures, float32 on the CPU."""
@@ -85,6 +97,10 @@ class CLIPReward:
 
     def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         raise TypeError(f"{type(self).__name__} must define `_pixel_values`.")
+
+    def _tensor_values(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`_pixel_values` of pictures `(n, 3, height, width)` in [0, 1], float32, with a gradient."""
+        raise TypeError(f"{type(self).__name__} must define `_tensor_values`.")
 
     def _tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         raise TypeError(f"{type(self).__name__} must define `_tokens`.")
@@ -157,10 +173,30 @@ class ProcessorReward(CLIPReward):
         pictures = [rgb_picture(image) for image in images]
         return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
+    def _tensor_values(self, pixels: torch.Tensor) -> torch.Tensor:
+        processor = self.image_processor
+        shortest = processor.size.get("shortest_edge")
+        height, width = processor.size.get("height"), processor.size.get("width")
+        if shortest is not None:
+            short = min(pixels.shape[-2:])
+            height, width = (int(side * shortest / short) for side in pixels.shape[-2:])
+        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        if processor.do_center_crop:
+            top, left = ((have - processor.crop_size[name]) // 2 for have, name in
+                         zip(pixels.shape[-2:], ("height", "width"), strict=True))  # fmt: skip
+            pixels = pixels[..., top : top + processor.crop_size["height"], left : left + processor.crop_size["width"]]
+        return standardised(pixels, processor.image_mean, processor.image_std)
+
     def _tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return {key: tokens[key] for key in ("input_ids", "attention_mask")}
+
+
+def standardised(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Channels less their mean, over their deviation; of pictures `(..., 3, height, width)`."""
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (mean, std))
+    return (pixels - mean) / std
 
 
 class CLIPScoreReward(ProcessorReward):

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from diffusers_ext.core.pictures import rgb_picture
 from diffusers_ext.core.sources import check_download_arguments, files_on_hub
 from diffusers_ext.core.tensor_files import read_pickled_tensors, read_tensors
-from diffusers_ext.rewards.clip import CLIPReward
+from diffusers_ext.rewards.clip import CLIPReward, standardised
 
 _REMEDY = "It must be a checkpoint of nothing but tensors, and may be truncated: download it again."
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
@@ -159,17 +159,19 @@ def letterbox(image: Image.Image, size: int = 224, *, antialias: bool = True) ->
     """
     # A copy, because PIL's own memory is read-only.
     pixels = torch.from_numpy(np.array(rgb_picture(image))).permute(2, 0, 1).float() / 255
+    return letterbox_pixels(pixels[None], size, antialias=antialias)[0]
+
+
+def letterbox_pixels(pixels: torch.Tensor, size: int = 224, *, antialias: bool = True) -> torch.Tensor:
+    """As `letterbox`, of pictures `(n, 3, height, width)` in [0, 1], with a gradient."""
     longer = max(pixels.shape[-2:])
     if longer != size:
         # Python's rounding (half to even), as the official code.
         height, width = (max(round(side * (size / longer)), 1) for side in pixels.shape[-2:])
-        pixels = F.interpolate(
-            pixels[None], size=(height, width), mode="bicubic", align_corners=False, antialias=antialias
-        )[0]
+        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", align_corners=False, antialias=antialias)
     below, right = size - pixels.shape[-2], size - pixels.shape[-1]
     pixels = F.pad(pixels, (right // 2, right - right // 2, below // 2, below - below // 2))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (pixels - mean) / std
+    return standardised(pixels, CLIP_MEAN, CLIP_STD)
 
 
 def import_ftfy() -> ModuleType:
@@ -292,6 +294,9 @@ class HPSv2Reward(CLIPReward):
     def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = self.model.config.vision_config.image_size
         return torch.stack([letterbox(i, size, antialias=self.antialias) for i in images])
+
+    def _tensor_values(self, pixels: torch.Tensor) -> torch.Tensor:
+        return letterbox_pixels(pixels, self.model.config.vision_config.image_size, antialias=self.antialias)
 
     def _tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         length = self.model.config.text_config.max_position_embeddings

@@ -20,6 +20,25 @@ class Reward(Protocol):
         ...
 
 
+class DifferentiableReward(Reward, Protocol):
+    """A reward that also tells in which direction each pixel makes it rise."""
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """As `score`, of pictures `(n, 3, height, width)` in [0, 1]; float32 on their device, with a gradient."""
+        ...
+
+
+def check_differentiable(reward: Reward, name: str = "reward") -> DifferentiableReward:
+    """The reward, if it has a gradient; raises `ValueError` otherwise. `name` is the flag's."""
+    if not callable(getattr(reward, "score_pixels", None)):
+        raise ValueError(
+            f"`{name}` must be differentiable for this target, with a method `score_pixels(pixels, prompts)`, got "
+            f"{reward.name!r}, which has none. Take hpsv2, pickscore or clip_score, or `--target best_of_n`, "
+            "for which any reward does."
+        )
+    return reward
+
+
 def check_pairs(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
     """Both as lists."""
     pictures, texts = list(images), list(prompts)

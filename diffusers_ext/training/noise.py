@@ -32,6 +32,7 @@ from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.redenoise import TOOL
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
+from diffusers_ext.training.golden_noise.by_reward import RewardTraining, RewardValidation
 from diffusers_ext.training.golden_noise.data import (
     NoiseSamples,
     PromptSplit,
@@ -170,6 +171,8 @@ class NoiseTask:
     choose_steps: Callable[[NoiseSettings, int], list[int]]  # of the data's steps, from 1, those that are targets
     make_loss: Callable[[NoiseSettings, TextCache, torch.device], LossFunction]
     make_measure: Callable[[NoiseSettings], Measure]
+    open_pairs: Callable[[NoiseSettings], Dataset] = read_pairs
+    validation: type[NoiseValidation] = NoiseValidation
 
 
 # Only NPNet reads padding like other tokens.
@@ -186,6 +189,14 @@ SEQUENCES = NoiseTask(
     lambda settings, cache, device: SequenceLoss(cache, device, bool(settings.pooled_text), settings.kl_weight),
     lambda settings: partial(measure_sequences, pooled=bool(settings.pooled_text)),
 )
+
+
+def reward_task(settings: PairNetworkSettings, device: torch.device) -> NoiseTask:
+    """Prompts and a reward in place of pairs; the base model and the reward are loaded."""
+    training = RewardTraining.load(settings, device)
+    return NoiseTask(
+        "golden-noise", target_steps, training.loss, lambda _: training.measure, training.data, RewardValidation
+    )
 
 
 def parse_pair_args(input_args: Sequence[str] | None = None) -> PairNetworkSettings:
@@ -216,7 +227,7 @@ class NoiseData:
 
 def open_data(settings: NoiseSettings, task: NoiseTask) -> NoiseData:
     """Open, check and split the data of `--dataset_dir`."""
-    pairs = read_pairs(settings)
+    pairs = task.open_pairs(settings)
     steps = task.choose_steps(settings, pairs.num_steps)
     split = split_by_prompt(pairs.prompts, settings.validation_split, settings.seed)
     return NoiseData(pairs, split, steps, data_facts(pairs, split, steps))
@@ -268,7 +279,7 @@ def build_loop(
         name: NoiseSamples(data.pairs, indices, cache.rows, data.steps)
         for name, indices in data.split._asdict().items()
     }
-    validation = NoiseValidation(
+    validation = task.validation(
         accelerator, network, ema, samples, cache.take, task.make_measure(settings),
         batch_size=settings.train_batch_size, most=settings.num_validation_pairs,
     )  # fmt: skip
@@ -298,6 +309,8 @@ def main(settings: NoiseSettings) -> Path:
     """Train and save; returns the output folder."""
     task = SEQUENCES if isinstance(settings, SequenceNetworkSettings) else PAIRS
     accelerator = make_accelerator(settings)
+    if getattr(settings, "target", "pairs") == "reward":
+        task = reward_task(settings, accelerator.device)
     data = open_data(settings, task)
     settings.max_train_steps = count_steps(settings, len(data.split.train), accelerator.num_processes)
     check_resume(settings, resume_facts(settings, data))

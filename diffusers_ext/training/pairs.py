@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,11 +26,8 @@ from tqdm.auto import tqdm
 from diffusers_ext.core.artifacts import CONFIG_NAME, fingerprint, write_atomically
 from diffusers_ext.core.text_files import read_json, read_prompt_texts
 from diffusers_ext.evaluation.judges import load_reward
-from diffusers_ext.evaluation.rendering import image_seed
-from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.card import pair_set_card
-from diffusers_ext.golden_noise.noise_statistics import noise_statistics
-from diffusers_ext.golden_noise.pairs.dataset import PairDataset, source_noise
+from diffusers_ext.golden_noise.pairs.dataset import PairDataset
 from diffusers_ext.golden_noise.pairs.shards import (
     PairRecord,
     PairWriter,
@@ -40,10 +37,10 @@ from diffusers_ext.golden_noise.pairs.shards import (
     read_table,
     shard_files,
 )
-from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
 from diffusers_ext.hub.push import check_card, make_repository
-from diffusers_ext.rewards.reward import Reward, checked_scores
-from diffusers_ext.training.golden_noise.rendering import load_base_pipeline, render, square_latent_shape
+from diffusers_ext.rewards.reward import Reward, check_differentiable
+from diffusers_ext.training.golden_noise.candidates import Candidate, PairMaker, gain, list_candidates
+from diffusers_ext.training.golden_noise.rendering import load_base_pipeline, square_latent_shape
 from diffusers_ext.training.golden_noise.settings import PairSettings
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
 from diffusers_ext.training.run.script import (
@@ -61,86 +58,8 @@ from diffusers_ext.training.run.setup import GOLDEN_NOISE_RUNS, WEIGHT_DTYPES, m
 logger = get_logger(__name__)
 
 REPORT_NAME = "report.json"
-
-
-class Candidate(NamedTuple):
-    """A prompt and a noise that are tried together."""
-
-    index: int
-    prompt: str
-    seed: int  # of the noise
-    sampling_seed: int  # of what a sampler draws on its way
-
-
-def list_candidates(prompts: Sequence[str], noises_per_prompt: int, seed: int) -> list[Candidate]:
-    """All that is tried, prompt by prompt; a noise depends on the seed, its prompt and its number."""
-    numbered = [(prompt, number) for prompt in prompts for number in range(noises_per_prompt)]
-    return [
-        Candidate(
-            index, prompt, image_seed(seed, prompt, number, "pairs"), image_seed(seed, prompt, number, "pair sampling")
-        )
-        for index, (prompt, number) in enumerate(numbered)
-    ]
-
-
-class PairMaker:
-    """Turns a batch of candidates into pairs; nothing but the batch decides the result."""
-
-    def __init__(
-        self, pipeline: DiffusionPipeline, shape: Sequence[int], settings: PairSettings, reward: Reward | None
-    ) -> None:
-        """`shape` is that of the latents, `(channels, height, width)`; without a reward all pairs stay undrawn."""
-        self.pipeline, self.shape = pipeline, tuple(shape)
-        self.settings, self.reward = settings, reward
-
-    @torch.no_grad()
-    def make(self, batch: Sequence[Candidate]) -> Part:
-        """Two denoiser calls a step for the batch; one pipeline call for all of its pictures."""
-        text = self._encode(batch)
-        noise = torch.stack([source_noise(candidate.seed, self.shape) for candidate in batch])
-        states = redenoise_sequence(
-            self.pipeline,
-            noise.to(self.pipeline._execution_device),
-            text,
-            repeats=self.settings.num_steps,
-            num_steps=self.settings.redenoise_steps,
-            w1=self.settings.w1,
-            w2=self.settings.w2,
-            legacy_inversion=self.settings.legacy_inversion,
-        )
-        deltas = (states.float().cpu() - noise[:, None]).half()
-        golden = noise + deltas[:, -1].float()  # what will be read back is what is judged
-        records = _records(batch, golden)
-        if self.reward is None:
-            return Part(deltas, records, [])
-        before, after = self._score(batch, text, noise, golden)
-        records = [
-            record._replace(reward_source=a, reward_golden=b)
-            for record, a, b in zip(records, before, after, strict=True)
-        ]
-        kept = [row for row, record in enumerate(records) if gain(record) > self.settings.margin]
-        rejected = [record for row, record in enumerate(records) if row not in kept]
-        return Part(deltas[kept], [records[row] for row in kept], rejected)
-
-    def _encode(self, batch: Sequence[Candidate]) -> TextConditioning:
-        prompts = list(dict.fromkeys(candidate.prompt for candidate in batch))
-        # Not the empty string: SDXL reads zeros in place of a prompt that is not given.
-        text = encode_prompts(self.pipeline, prompts, self.settings.negative_prompt or None)
-        return text[[prompts.index(candidate.prompt) for candidate in batch]]
-
-    def _score(
-        self, batch: Sequence[Candidate], text: TextConditioning, noise: torch.Tensor, golden: torch.Tensor
-    ) -> tuple[list[float], list[float]]:
-        images = render(
-            self.pipeline,
-            torch.cat([noise, golden]),
-            text[[*range(len(batch))] * 2],
-            self.settings,
-            [candidate.sampling_seed for candidate in batch] * 2,
-        )
-        prompts = [candidate.prompt for candidate in batch] * 2
-        scores = checked_scores(self.reward, images, prompts).tolist()
-        return scores[: len(batch)], scores[len(batch) :]
+# Settings that a target reads.
+_OF_TARGET = {"reward": ("ascent_steps", "ascent_rate", "gradient_steps"), "best_of_n": ("best_of", "spread")}
 
 
 def generate(
@@ -175,14 +94,6 @@ def split(candidates: Sequence[Candidate], shard_size: int, batch_size: int, sha
     """The batches of one shard."""
     own = candidates[shard * shard_size : (shard + 1) * shard_size]
     return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-
-
-def _records(batch: Sequence[Candidate], golden: torch.Tensor) -> list[PairRecord]:
-    columns = (column.tolist() for column in noise_statistics(golden))
-    return [
-        PairRecord(candidate.index, candidate.prompt, candidate.seed, None, None, *statistics)
-        for candidate, *statistics in zip(batch, *columns, strict=True)
-    ]
 
 
 def prepare_pair_upload(settings: PairSettings, facts: Mapping[str, Any], latent_shape: Sequence[int]) -> None:
@@ -234,11 +145,6 @@ def check_report(folder: str | os.PathLike) -> None:
         )
 
 
-def gain(record: PairRecord) -> float:
-    """By how much golden noise raised the reward."""
-    return record.reward_golden - record.reward_source
-
-
 def _noise(records: list[PairRecord]) -> dict[str, float]:
     names = ("mean", "std", "kurtosis", "lag1_correlation")
     return {name: fmean(getattr(record, name) for record in records) for name in names if records}
@@ -268,6 +174,8 @@ def generation_facts(
     facts = {name: getattr(settings, name) for name in names + (drawn if reward else ())}
     if settings.single_file_config is not None:  # of progress written before there was none
         facts["single_file_config"] = settings.single_file_config
+    if settings.target != "guidance":  # of progress written before there were others
+        facts |= {name: getattr(settings, name) for name in ("target", "no_filter", *_OF_TARGET[settings.target])}
     facts["reward"] = None if reward is None else {"name": reward.name, "version": reward.version}
     text = "\n".join(prompts).encode()
     facts["prompts"] = {"count": len(prompts), "sha256": hashlib.sha256(text).hexdigest()}
@@ -345,13 +253,15 @@ def main(settings: PairSettings) -> Path:
     accelerator = make_accelerator(settings)
     if settings.push_to_hub and accelerator.is_main_process:
         check_login(settings)
-    pipeline = load_base_pipeline(settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision])
-    shape = square_latent_shape(pipeline, settings.output_size)
     reward = None
-    if not settings.no_filter:
+    if settings.target != "guidance" or not settings.no_filter:
         reward = load_reward(
             settings.reward, model=settings.reward_model, version=settings.reward_version, device=accelerator.device
         )
+    if settings.target == "reward":
+        check_differentiable(reward)
+    pipeline = load_base_pipeline(settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision])
+    shape = square_latent_shape(pipeline, settings.output_size)
     candidates = list_candidates(prompts, settings.noises_per_prompt, settings.seed)
     num_shards = -(-len(candidates) // settings.shard_size)
     facts = generation_facts(settings, prompts, pipeline, reward)

@@ -72,3 +72,11 @@ def test_probabilities_are_better_calibrated_than_a_sigmoid_per_class():
         for classifier in (kernel_classifier(), machine)
     ]  # fmt: skip
     assert losses[0] < losses[1]
+
+
+def test_the_first_reward_has_a_gradient():
+    images, prompts = pictures(count=6)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in images])
+    scores = DigitsReward().score_pixels(pixels.requires_grad_(), prompts)
+    torch.testing.assert_close(scores.detach(), DigitsReward().score(images, prompts), atol=0.02, rtol=0)
+    assert torch.autograd.grad(scores.sum(), pixels)[0].abs().amax((1, 2, 3)).min() > 0

@@ -155,3 +155,18 @@ def test_name_and_version(clip_folder):
     reward = PickScoreReward.from_pretrained(clip_folder)
     assert (reward.name, reward.version) == ("pickscore", "v1")
     assert PickScoreReward.from_pretrained(clip_folder, version="mine").version == "mine"
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 56)])
+def test_scores_of_tensors_are_those_of_pictures_and_have_a_gradient(clip_folder, size):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4, generator=generator), size, mode="bicubic")
+    pixels = (pixels.clamp(0, 1) * 255).round().div(255).requires_grad_()
+    images = [Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()) for x in pixels.detach()]
+    for reward_class in (CLIPScoreReward, PickScoreReward):
+        reward = reward_class.from_pretrained(clip_folder)
+        scores = reward.score_pixels(pixels, PROMPTS[:2])
+        wanted = reward.score(images, PROMPTS[:2])
+        torch.testing.assert_close(scores.detach(), wanted, atol=0.05, rtol=0.01)
+        (slope,) = torch.autograd.grad(scores.sum(), pixels)
+        assert slope.abs().amax((1, 2, 3)).min() > 0

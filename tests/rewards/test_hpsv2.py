@@ -312,3 +312,13 @@ def test_without_ftfy_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ImportError, match=r"pip install 'diffusers_ext\[rewards\]'"):
         clean_prompt("a cat")
+
+
+def test_scores_of_tensors_are_those_of_pictures_and_have_a_gradient(load_hpsv2):
+    images, reward = [image for image in pictures() if image.mode == "RGB"][:1], load_hpsv2()
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in images])
+    pixels.requires_grad_()
+    scores = reward.score_pixels(pixels, PROMPTS[:1])
+    torch.testing.assert_close(scores.detach(), reward.score(images, PROMPTS[:1]))
+    (slope,) = torch.autograd.grad(scores.sum(), pixels)
+    assert slope.abs().max() > 0

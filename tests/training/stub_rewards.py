@@ -39,3 +39,11 @@ class BrokenForNine(Brightness):
         scores = super().score(images, prompts)
         scores[["nine" in prompt for prompt in prompts]] = torch.nan
         return scores
+
+
+class DifferentiableBrightness(Brightness):
+    """The same, with a gradient."""
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Means `(n,)` in [0, 255] of pictures in [0, 1]."""
+        return 255 * pixels.mean((1, 2, 3))

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -65,6 +66,43 @@ def render(
 
     The noise is unit noise, `(batch, channels, height, width)`; `seeds` are for samplers that draw noise on their way.
     """
+    images = _draw(pipeline, type(pipeline).__call__, noise, text, settings, seeds)
+    return pipeline.image_processor.numpy_to_pil(images.float().permute(0, 2, 3, 1).cpu().numpy())
+
+
+def draw_with_gradient(
+    pipeline: DiffusionPipeline,
+    noise: torch.Tensor,
+    text: TextConditioning,
+    settings: SamplingSettings,
+    seeds: Sequence[int],
+    gradient_steps: int | None = None,
+) -> torch.Tensor:
+    """What `render` draws, `(batch, 3, height, width)` in [0, 1] on the pipeline's device, with a gradient to `noise`.
+
+    Args:
+        gradient_steps: of the last denoising steps it goes through the denoiser, of earlier ones only through what
+            the sampler adds the denoiser's output to; through all when `None`.
+    """
+    call = getattr(type(pipeline).__call__, "__wrapped__", None)  # without `torch.no_grad`
+    if call is None:
+        raise ValueError(
+            f"`pipeline` must be one of diffusers, whose call can be made with a gradient, got {type(pipeline)}."
+        )
+    without = 0 if gradient_steps is None else max(0, settings.num_inference_steps - gradient_steps)
+    with _detached_steps(pipeline, without) as further:
+        return _draw(pipeline, call, noise, text, settings, seeds, **further)
+
+
+def _draw(
+    pipeline: DiffusionPipeline,
+    call: Callable[..., Any],
+    noise: torch.Tensor,
+    text: TextConditioning,
+    settings: SamplingSettings,
+    seeds: Sequence[int],
+    **further: Any,
+) -> torch.Tensor:
     family, denoiser = find_family(pipeline, TOOL), denoiser_of(pipeline)
     height, width = (int(size) * family.pixels_per_latent(pipeline) for size in noise.shape[-2:])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -73,9 +111,11 @@ def render(
     noise = noise.to(pipeline._execution_device, family.latents_dtype or denoiser.dtype)
     guidance = family.guidance_arguments(denoiser.config, settings.guidance_scale)
     guidance.pop("negative_prompt", None)  # which is in the text, encoded
-    # A VAE takes far more memory for a large picture than the denoiser.
-    with quiet_run(pipeline), decoded_one_by_one(pipeline.vae):
-        images = pipeline(
+    # A VAE takes far more memory for a large picture than the denoiser; a gradient keeps that of all pictures anyway.
+    decoding = nullcontext() if noise.requires_grad else decoded_one_by_one(pipeline.vae)
+    with quiet_run(pipeline), decoding:
+        images = call(
+            pipeline,
             # Unit noise: pipelines scale it by `init_noise_sigma`, if at all, by themselves.
             latents=family.pack(pipeline, noise),
             height=height,
@@ -86,13 +126,37 @@ def render(
             **guidance,
             **family.text_arguments(text),
             **family.call_arguments,
+            **further,
         ).images
     if not torch.isfinite(images).all():
         raise ValueError(
             f"{type(pipeline).__name__} must draw finite pictures, got NaN or infinite pixels. Use "
             "float32 or bfloat16."
         )
-    return pipeline.image_processor.numpy_to_pil(images.float().permute(0, 2, 3, 1).cpu().numpy())
+    return images
+
+
+@contextmanager
+def _detached_steps(pipeline: DiffusionPipeline, count: int) -> Iterator[dict[str, Any]]:
+    """Cut the gradient of the denoiser's output in the first `count` steps; gives further arguments of the call."""
+    done = 0
+
+    def count_step(pipe: DiffusionPipeline, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done
+        done = step + 1
+        return kept
+
+    def detach(module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(part.detach() for part in output) if done < count else output
+
+    if not count:
+        yield {}
+        return
+    hook = denoiser_of(pipeline).register_forward_hook(detach)
+    try:
+        yield {"callback_on_step_end": count_step}
+    finally:
+        hook.remove()
 
 
 @contextmanager

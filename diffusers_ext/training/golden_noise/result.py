@@ -168,7 +168,13 @@ _TRAINING_SETTINGS = (
     "remove_prompt_mean",
 )  # fmt: skip
 _NOISE_SETTINGS = ("redenoise_steps", "w1", "w2", "guidance_scale", "num_inference_steps")
-_METRICS = {"relative": "relative squared error", "cosine": "cosine with the true change"}
+# Figures of a validation: what they are, and what is good.
+_METRICS = {
+    "relative": ("relative squared error", "0 is perfect, 1 is the noise as it is"),
+    "cosine": ("cosine with the true change", "1 is perfect"),
+    "gain": ("gain of the reward", "0 is the noise as it is"),
+    "wins": ("share of noises whose reward rises", "the noise as it is has 0"),
+}
 # Figures of sequence networks, by the end of their names.
 _STATES = {
     "": None,
@@ -233,8 +239,8 @@ def figures_measured(settings: NoiseSettings, data: Mapping[str, Any], figures: 
         split, _, rest = name.partition("_")
         kind, _, state = rest.partition("_")
         if split == "validation" and kind in _METRICS:
-            which = f"{_METRICS[kind]} {_STATES[state]}" if state else _METRICS[kind]
-            good = "0 is perfect, 1 is the noise as it is" if kind == "relative" else "1 is perfect"
+            what, good = _METRICS[kind]
+            which = f"{what} {_STATES[state]}" if state else what
             notes = f"{good}; {count} noises"
             results.append(Measured(f"held-out prompts of {_set_name(settings)}", which, value, notes=notes))
     return results
@@ -248,11 +254,17 @@ def publish_network(settings: NoiseSettings, network: torch.nn.Module, report: M
 
 
 def _set_name(settings: NoiseSettings) -> str:
-    return public_name(settings.dataset_dir)
+    return public_name(settings.dataset_dir or settings.prompt_file)
 
 
 def _origin(settings: NoiseSettings, data: Mapping[str, Any]) -> str:
     """The noises in words."""
+    if settings.dataset_dir is None:
+        judge = " ".join(str(value) for value in data["generation"]["reward"].values() if value)
+        return (
+            f"The prompts of {_set_name(settings)}, by the gradient of {judge} through the denoising steps. "
+            f"{data['validation_samples']} noises more were held out by their prompts."
+        )
     steps = data["steps"]
     what = f"sequences of {len(steps)} golden noises" if len(steps) > 1 else "noise pairs"
     words = [f"{data['training_samples']} {what} of {_set_name(settings)}"]

@@ -10,6 +10,7 @@ from diffusers_ext.core.settings import (
     COUNT,
     FINITE,
     NOT_NEGATIVE,
+    POSITIVE,
     WITHOUT_IT,
     ModelSettings,
     ReportingSettings,
@@ -21,11 +22,15 @@ from diffusers_ext.core.settings import (
     TrainingRunSettings,
     TrainingSettings,
     as_in,
+    at_least,
     required,
     setting,
 )
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+# Of noise pairs: a guided step and a less guided one back, the gradient of a reward, what it likes best of several.
+TARGETS = ("guidance", "reward", "best_of_n")
+NETWORK_TARGETS = ("pairs", "reward")
 _WEIGHT_DECAY = 1e-2
 _KL_WEIGHT = 0.01
 
@@ -48,6 +53,7 @@ class CandidateSettings(Settings, title="pairs"):
     max_prompts: int | None = setting(None, "the first ones; all without it", rule=COUNT)
     output_size: int | None = setting(None, f"pixels; {WITHOUT_IT}", rule=COUNT)
     num_steps: int = setting(1, "more than 1 makes sequences", rule=COUNT)
+    target: str = setting("guidance", "where golden noise comes from", choices=TARGETS)
     redenoise_steps: int = setting(10, "the fewer, the further golden noise is", rule=COUNT)
     w1: float = setting(5.5, "guidance of the step down", rule=FINITE)
     w2: float = setting(1.0, "guidance of the step up", rule=FINITE)
@@ -58,6 +64,23 @@ class CandidateSettings(Settings, title="pairs"):
 
 
 @dataclass(kw_only=True)
+class RewardTargetSettings(Settings, title="reward targets"):
+    """How far golden noise follows a reward."""
+
+    ascent_steps: int = setting(10, "of the reward's gradient, with `--target reward`", rule=COUNT)
+    ascent_rate: float = setting(0.05, "length of each, as a share of the noise's deviation", rule=POSITIVE)
+    gradient_steps: int | None = setting(
+        None, "last denoising steps with the denoiser's gradient; all without it", rule=COUNT
+    )
+    best_of: int = setting(8, "noises to choose from, with `--target best_of_n`", rule=at_least(2))
+    spread: float = setting(
+        0.5,
+        "how far they lie from the seed's noise; 1 is other seeds",
+        rule=Rule("in (0, 1]", lambda value: 0 < value <= 1),
+    )
+
+
+@dataclass(kw_only=True)
 class FilterSettings(Settings, title="filter"):
     """Which pairs stay."""
 
@@ -65,11 +88,11 @@ class FilterSettings(Settings, title="filter"):
     reward_model: str | None = setting(None, "folder, file or Hub name of its weights")
     reward_version: str | None = setting(None, "e.g. v2.1 of hpsv2")
     margin: float = setting(0.0, "a pair stays if it gains more", rule=FINITE)
-    no_filter: bool = setting(False, "keep all pairs; no pictures, no reward")
+    no_filter: bool = setting(False, "keep all pairs; with the guidance target no pictures, no reward")
 
 
 @dataclass(kw_only=True)
-class PairSettings(SamplingSettings, CandidateSettings, FilterSettings, RunSettings):
+class PairSettings(SamplingSettings, CandidateSettings, RewardTargetSettings, FilterSettings, RunSettings):
     """How noise pairs are made and which are kept."""
 
     pretrained_model_name_or_path: str = as_in(BaseModelSettings, "pretrained_model_name_or_path", default=SDXL)
@@ -255,11 +278,42 @@ class NoiseSettings(
 
 
 @dataclass(kw_only=True)
-class PairNetworkSettings(NoiseSettings, NPNetSettings, GoldenNoiseModelSettings):
-    """How a network that learns pairs is trained."""
+class RewardTrainingSettings(Settings, title="training by reward"):
+    """How a network is trained without pairs, by what a reward says of the pictures."""
+
+    target: str = setting("pairs", "what the network learns: pairs, or what raises a reward", choices=NETWORK_TARGETS)
+    prompt_file: str | None = setting(None, "text, one prompt a line, or csv; in place of --dataset_dir")
+    prompt_column: str = as_in(CandidateSettings, "prompt_column", default="prompt")
+    output_size: int | None = as_in(CandidateSettings, "output_size", default=None)
+    reward: str = setting("hpsv2", "hpsv2, pickscore, clip_score, or module:attribute of one with a gradient")
+    reward_model: str | None = as_in(FilterSettings, "reward_model", default=None)
+    reward_version: str | None = as_in(FilterSettings, "reward_version", default=None)
+    reward_regularization: float = setting(
+        1.0, "how much the mean square of the change counts beside the reward", rule=NOT_NEGATIVE
+    )
+    gradient_steps: int | None = as_in(RewardTargetSettings, "gradient_steps", default=None)
+
+
+@dataclass(kw_only=True)
+class PairNetworkSettings(
+    NoiseSettings, RewardTrainingSettings, SamplingSettings, NPNetSettings, GoldenNoiseModelSettings
+):
+    """How a network that learns pairs, or by a reward, is trained."""
+
+    dataset_dir: str | None = as_in(NoiseDataSettings, "dataset_dir", default=None)
 
     model: str = setting("npnet", "kind of network", choices=("npnet", "golden_noise_model"))
     target_step: str = setting("last", "step of sequence data that is the target, from 1")
+
+    def check(self) -> None:
+        """Also that there is the data of the target, and no other."""
+        super().check()
+        wanted, other = ("prompt_file", "dataset_dir")[:: 1 if self.target == "reward" else -1]
+        if getattr(self, wanted) is None or getattr(self, other) is not None:
+            raise ValueError(
+                f"`{wanted}` must be given with `--target {self.target}`, and no `{other}`, got "
+                f"{getattr(self, wanted)} and {getattr(self, other)}."
+            )
 
 
 @dataclass(kw_only=True)
