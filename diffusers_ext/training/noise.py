@@ -309,7 +309,7 @@ def main(settings: NoiseSettings) -> Path:
     """Train and save; returns the output folder."""
     task = SEQUENCES if isinstance(settings, SequenceNetworkSettings) else PAIRS
     accelerator = make_accelerator(settings)
-    if getattr(settings, "target", "pairs") == "reward":
+    if getattr(settings, "objective", "pairs") == "reward":
         task = reward_task(settings, accelerator.device)
     data = open_data(settings, task)
     settings.max_train_steps = count_steps(settings, len(data.split.train), accelerator.num_processes)

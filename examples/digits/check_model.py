@@ -2,6 +2,8 @@
 
 python examples/digits/check_model.py --output_dir outputs/digits_check
 python examples/digits/check_model.py --model examples/digits_flux2/model --output_dir outputs/digits_flux2_check
+python examples/digits/check_model.py --model examples/digits_distilled/model --num_inference_steps 2 \\
+    --guidance_scale 1
 """
 
 from __future__ import annotations
@@ -88,6 +90,8 @@ def main(input_args: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(MODEL_DIR))
     parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/digits_check"))
     args = parser.parse_args(input_args)
     pipeline, judge = load_pipeline(args.model), DigitsJudge()
@@ -101,7 +105,10 @@ def main(input_args: list[str] | None = None) -> dict[str, float]:
     shares = {}
     for name, prompts in groups.items():
         asked = [prompts[i % len(prompts)] for i in range(args.samples)]
-        images = draw(pipeline, asked, seed=1_000_000, description=name)
+        images = draw(
+            pipeline, asked, seed=1_000_000, num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale, description=name,
+        )  # fmt: skip
         shares[name] = float(judge.correct(images, asked).mean())
         make_sheet(images[:100], 20).save(args.output_dir / f"{name}.png")
     (args.output_dir / "shares.json").write_text(json.dumps(shares, indent=2) + "\n")

@@ -61,8 +61,8 @@ NOT_RUN = {
     "python docs/settings_tables.py": "writes these pages; compared in test_settings_tables.py",
     "python benchmarks/": "measures for minutes or hours",
 }
-# Start from what `make demo` leaves; tests/examples runs these scripts.
-OF_THE_DEMO = ("digits/model", "digits_flux2/model", "digits_wan/model", "outputs/demo")
+# Start from what `make demo` leaves, or take the digits alone; tests of their own run these scripts.
+OF_THE_DEMO = ("digits/model", "digits_flux2/model", "digits_distilled/model", "digits_wan/model", "outputs/demo")
 CHINESE = ROOT / "README_zh.md"
 # A reader is told to make a file of the block before.
 SAVED_IN = re.compile(r"```\s+Saved in `(\w+\.py)`")

@@ -10,7 +10,7 @@ from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import open_pairs
 from diffusers_ext.golden_noise.pairs.shards import read_table
 from diffusers_ext.training import pairs as generate_npd
-from diffusers_ext.training import pairs as pair_generation
+from diffusers_ext.training.golden_noise import candidates
 from diffusers_ext.training.golden_noise.settings import SDXL
 from examples.digits.check_model import MODEL_DIR
 from tests.training.pair_runs import BRIGHTNESS, write_prompt_file
@@ -70,7 +70,7 @@ def test_sequences_without_a_filter(generate, monkeypatch):
     def refuse(*_):
         raise AssertionError("a picture was drawn")
 
-    monkeypatch.setattr(pair_generation, "render", refuse)
+    monkeypatch.setattr(candidates, "render", refuse)
     folder = generate(num_steps=3, no_filter=True, reward=None)
     pairs = open_pairs(folder)
     assert (len(pairs), pairs.num_steps) == (5, 3)

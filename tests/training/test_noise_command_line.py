@@ -57,5 +57,7 @@ def test_data_and_output_must_be_given(capsys):
     with pytest.raises(SystemExit):
         train_npnet.parse_args([])
     error = capsys.readouterr().err
-    for flag in ("--pretrained_model_name_or_path", "--dataset_dir", "--output_dir"):
+    for flag in ("--pretrained_model_name_or_path", "--output_dir"):
         assert flag in error.partition("these arguments must be given: ")[2]
+    with pytest.raises(ValueError, match="`dataset_dir` must be given with `--objective pairs`"):
+        train_npnet.parse_args(["--base_model_id", "b", "--output_dir", "o"])

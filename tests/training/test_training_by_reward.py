@@ -92,20 +92,17 @@ def test_pairs_of_a_reward_are_brighter(pipeline, target, reward):
 def test_a_reward_without_a_gradient_is_refused_by_name(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red seven\n")
     prompts, reward = str(tmp_path / "prompts.txt"), f"{Brightness.__module__}:Brightness"
-    common = {"pretrained_model_name_or_path": "nothing", "reward": reward, "prompt_file": prompts, "target": "reward"}
+    common = {"pretrained_model_name_or_path": "nothing", "reward": reward, "prompt_file": prompts}
     with pytest.raises(ValueError, match="`reward` must be differentiable for this target.*'brightness'"):
-        generate(PairSettings(output_dir=str(tmp_path / "pairs"), **common))
-    line = noise_line("golden_noise_model", None, tmp_path / "network", **common)
+        generate(PairSettings(output_dir=str(tmp_path / "pairs"), target="reward", **common))
+    line = noise_line("golden_noise_model", None, tmp_path / "network", objective="reward", **common)
     with pytest.raises(ValueError, match="`reward` must be differentiable for this target.*'brightness'"):
         train_npnet.main(train_npnet.parse_args(line))
 
 
-@pytest.mark.parametrize(
-    "given",
-    ["--dataset_dir d --target reward", "--target reward", "--prompt_file p", "--dataset_dir d --prompt_file p"],
-)
-def test_the_data_must_be_those_of_the_target(given):
-    with pytest.raises(ValueError, match="must be given with `--target"):
+@pytest.mark.parametrize("given", ["--dataset_dir d --objective reward", "--prompt_file p"])
+def test_the_data_must_be_those_of_the_objective(given):
+    with pytest.raises(ValueError, match="must be given with `--objective"):
         train_npnet.parse_args([*given.split(), "--pretrained_model_name_or_path", "b", "--output_dir", "o"])
 
 
@@ -113,7 +110,7 @@ def test_a_network_learns_what_a_reward_likes(tmp_path):
     prompts = [f"a {color} {digit}" for color in ("red", "green", "blue") for digit in ("one", "two", "three", "four")]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
     line = noise_line(
-        "golden_noise_model", None, tmp_path / "network", target="reward", prompt_file=tmp_path / "prompts.txt",
+        "golden_noise_model", None, tmp_path / "network", objective="reward", prompt_file=tmp_path / "prompts.txt",
         pretrained_model_name_or_path=MODEL_DIR, reward=LIGHT, num_inference_steps=2, guidance_scale=1.0,
         max_train_steps=12, learning_rate=2e-2, validation_split=0.2, reward_regularization=0.1,
     )  # fmt: skip

@@ -254,12 +254,16 @@ def publish_network(settings: NoiseSettings, network: torch.nn.Module, report: M
 
 
 def _set_name(settings: NoiseSettings) -> str:
-    return public_name(settings.dataset_dir or settings.prompt_file)
+    return public_name(settings.prompt_file if _by_reward(settings) else settings.dataset_dir)
+
+
+def _by_reward(settings: NoiseSettings) -> bool:
+    return getattr(settings, "objective", "pairs") == "reward"
 
 
 def _origin(settings: NoiseSettings, data: Mapping[str, Any]) -> str:
     """The noises in words."""
-    if settings.dataset_dir is None:
+    if _by_reward(settings):
         judge = " ".join(str(value) for value in data["generation"]["reward"].values() if value)
         return (
             f"The prompts of {_set_name(settings)}, by the gradient of {judge} through the denoising steps. "

@@ -30,7 +30,7 @@ from diffusers_ext.core.settings import (
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 # Of noise pairs: a guided step and a less guided one back, the gradient of a reward, what it likes best of several.
 TARGETS = ("guidance", "reward", "best_of_n")
-NETWORK_TARGETS = ("pairs", "reward")
+OBJECTIVES = ("pairs", "reward")
 _WEIGHT_DECAY = 1e-2
 _KL_WEIGHT = 0.01
 
@@ -281,8 +281,8 @@ class NoiseSettings(
 class RewardTrainingSettings(Settings, title="training by reward"):
     """How a network is trained without pairs, by what a reward says of the pictures."""
 
-    target: str = setting("pairs", "what the network learns: pairs, or what raises a reward", choices=NETWORK_TARGETS)
-    prompt_file: str | None = setting(None, "text, one prompt a line, or csv; in place of --dataset_dir")
+    objective: str = setting("pairs", "what the network learns: pairs, or to raise a reward", choices=OBJECTIVES)
+    prompt_file: str | None = setting(None, "text, one prompt a line, or csv; for a reward, in place of data")
     prompt_column: str = as_in(CandidateSettings, "prompt_column", default="prompt")
     output_size: int | None = as_in(CandidateSettings, "output_size", default=None)
     reward: str = setting("hpsv2", "hpsv2, pickscore, clip_score, or module:attribute of one with a gradient")
@@ -306,14 +306,11 @@ class PairNetworkSettings(
     target_step: str = setting("last", "step of sequence data that is the target, from 1")
 
     def check(self) -> None:
-        """Also that there is the data of the target, and no other."""
+        """Also that there is the data of the objective."""
         super().check()
-        wanted, other = ("prompt_file", "dataset_dir")[:: 1 if self.target == "reward" else -1]
-        if getattr(self, wanted) is None or getattr(self, other) is not None:
-            raise ValueError(
-                f"`{wanted}` must be given with `--target {self.target}`, and no `{other}`, got "
-                f"{getattr(self, wanted)} and {getattr(self, other)}."
-            )
+        wanted = "prompt_file" if self.objective == "reward" else "dataset_dir"
+        if getattr(self, wanted) is None:
+            raise ValueError(f"`{wanted}` must be given with `--objective {self.objective}`, got None.")
 
 
 @dataclass(kw_only=True)
