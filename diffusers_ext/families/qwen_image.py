@@ -65,6 +65,10 @@ class QwenImage(PackedLatents):
             mask = embeds.any(-1).long() if given is None else given[:, : mask.shape[1]].repeat_interleave(images, 0)
         return {"prompt_embeds": embeds, "attention_mask": mask}
 
+    def modular_text(self, state: Any) -> dict[str, torch.Tensor]:
+        repeated = {"num_images_per_prompt": state.get("num_images_per_prompt") or 1}
+        return self.network_text((state.get("prompt_embeds"), state.get("prompt_embeds_mask")), repeated)
+
     def token_ids(self, pipeline: QwenImagePipeline, prompt: str) -> list[list[int]]:
         """The beginning of the template is dropped."""
         ids = pipeline.tokenizer(pipeline.prompt_template_encode.format(prompt), truncation=True).input_ids

@@ -93,6 +93,9 @@ class ZImage(PictureFamily):
         joined, mask = _joined(encoded[0])
         return {"prompt_embeds": joined, "attention_mask": mask}
 
+    def modular_text(self, state: Any) -> dict[str, torch.Tensor]:
+        return self.network_text((state.get("prompt_embeds"),), {})
+
     def token_ids(self, pipeline: ZImagePipeline, prompt: str) -> list[list[int]]:
         """Of the prompt as a user's message."""
         text = pipeline.tokenizer.apply_chat_template(

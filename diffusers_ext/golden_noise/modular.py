@@ -91,17 +91,15 @@ def _refined(
 ) -> torch.Tensor:
     """Latents of a call, made golden; of clips `(batch, channels, frames, height, width)` each frame by itself."""
     latents, pipeline = given.latents, _AsPipeline(components, family)
+    frames = latents.shape[2] if latents.ndim == 5 else 1
+    pictures = latents if latents.ndim < 5 else latents.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+    text = {name: None if rows is None else rows.repeat_interleave(frames, 0) for name, rows in text.items()}
     sigma = 1.0 if family.flow_matching else components.scheduler.init_noise_sigma
-    noise = family.unpack(pipeline, latents, given.height, given.width).float() / sigma
-    batch, frames = len(noise), noise.shape[2] if noise.ndim == 5 else 1
-    if noise.ndim == 5:
-        noise = noise.transpose(1, 2).flatten(0, 1)
-        text = {name: None if rows is None else rows.repeat_interleave(frames, 0) for name, rows in text.items()}
-    golden = components.noise_model.refine(noise, scale=scale, **text) * sigma
+    noise = family.unpack(pipeline, pictures, given.height, given.width).float() / sigma
+    golden = family.pack(pipeline, components.noise_model.refine(noise, scale=scale, **text) * sigma)
     if latents.ndim == 5:
-        golden = golden.unflatten(0, (batch, frames)).transpose(1, 2)
-    golden = family.pack(pipeline, golden)
-    if golden.ndim > latents.ndim:  # FLUX.2 makes tokens of them as it draws them
+        golden = golden.squeeze(2).unflatten(0, (len(latents), frames)).transpose(1, 2)
+    elif golden.ndim > latents.ndim:  # FLUX.2 makes tokens of them as it draws them
         golden = golden.flatten(2).transpose(1, 2)
     return golden.to(latents.dtype)
 

@@ -21,8 +21,16 @@ from tests.golden_noise.golden_pipelines import (
     with_network,
 )
 from tests.golden_noise.test_pipelines import as_given
+from tests.tiny_current_pipelines import tiny_wan_pipeline
 
-BLOCKS = {"sdxl": "StableDiffusionXLAutoBlocks", "sd3": "StableDiffusion3AutoBlocks", "flux": "FluxAutoBlocks"}
+BLOCKS = {
+    "sdxl": "StableDiffusionXLAutoBlocks",
+    "sd3": "StableDiffusion3AutoBlocks",
+    "flux": "FluxAutoBlocks",
+    "flux2": "Flux2KleinAutoBlocks",
+    "qwen_image": "QwenImageAutoBlocks",
+    "z_image": "ZImageAutoBlocks",
+}
 
 
 def modular_pipeline(plain, family: str, steps=(GoldenNoiseStep,)) -> ModularPipeline:
@@ -38,7 +46,11 @@ def call(pipeline: ModularPipeline, family: str, **arguments) -> torch.Tensor:
     pixels = FAMILIES[family].pixels
     defaults = {"height": pixels, "width": pixels, "output_type": "pt", "num_inference_steps": 2}
     defaults |= {"prompt": PROMPTS, "generator": seeded(0, 1)}
-    return pipeline(**{**defaults, **arguments}, output="images")
+    if family == "qwen_image":  # whose blocks take one empty prompt for several
+        defaults["negative_prompt"] = ["", ""]
+    given = {**defaults, **FAMILIES[family].call, **arguments}
+    given["prompt"] = list(given["prompt"])  # into which Z-Image's blocks write
+    return pipeline(**given, output="images")
 
 
 def named_blocks(blocks) -> list[str]:
@@ -75,8 +87,9 @@ def test_it_refines_as_the_golden_pipeline_does(pipelines):
         "generator": seeded(0, 1, 2, 3),
         "golden_noise_scale": 0.7,
     }
-    # The default of the blocks' guider; FLUX has the pipeline's own.
-    guidance = {} if family == "flux" else {"guidance_scale": 7.5}
+    # The default of the blocks' guider; others have the pipeline's own.
+    guidance = {"guidance_scale": 7.5} if family in ("sdxl", "sd3") else {}
+    guidance |= {"negative_prompt": ["", ""]} if family == "qwen_image" else {}
     expected = draw(golden, family, **arguments, **guidance)
     picture = call(modular, family, **{**arguments, "generator": seeded(0, 1, 2, 3)})
     one, other = calls
@@ -85,11 +98,31 @@ def test_it_refines_as_the_golden_pipeline_does(pipelines):
         assert value.equal(other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
     given = {"latents": as_given(golden, other["golden"]), "num_images_per_prompt": 2, "generator": None}
     assert call(modular_pipeline(plain, family, ()), family, **given).equal(picture)
-    if family != "sd3":  # whose blocks draw something else than its pipeline from the same noise
-        # Of the others diffusers' blocks give SDXL's UNet the pooled text of the other prompt.
+    if family in ("sdxl", "flux", "qwen_image"):  # other blocks draw something else from the same noise
+        # Rows between them diffusers' blocks of SDXL and Qwen-Image draw by the text of the other prompt in part.
         torch.testing.assert_close(picture[[0, 3]], expected[[0, 3]], atol=1e-4, rtol=0)
 
 
+def test_clips_of_wan_are_refined_frame_by_frame():
+    plain = tiny_wan_pipeline()
+    pipeline = ExtendedBlocks("WanBlocks", [GoldenNoiseStep]).init_pipeline()
+    pipeline.update_components(**{name: getattr(plain, name) for name in ("text_encoder", "tokenizer", "transformer")})
+    pipeline.update_components(vae=plain.vae, scheduler=plain.scheduler, noise_model=random_network(plain))
+    pipeline.set_progress_bar_config(disable=True)
+    calls = record_refining(pipeline)
+    shape = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 1, "max_sequence_length": 8}
+    state = pipeline(prompt=PROMPTS[0], output_type="pt", generator=seeded(3), **shape)
+    (one,) = calls
+    noise = torch.randn(1, *one["noise"].unsqueeze(0).transpose(1, 2).shape[1:], generator=seeded(3)[0])
+    assert one["noise"].equal(noise[0].transpose(0, 1))
+    text = state.get("prompt_embeds").expand(len(one["noise"]), -1, -1)
+    assert one["prompt_embeds"].equal(text)
+    for frame, golden in zip(one["noise"], one["golden"]):
+        alone = pipeline.noise_model.refine(frame[None], text[:1])
+        torch.testing.assert_close(golden[None], alone)
+
+
+@pytest.mark.parametrize("pipelines", ["sdxl", "sd3", "flux"], indirect=True)
 def test_a_pushed_pipeline_comes_back_with_trust_alone(hub, pipelines):
     family, plain, _ = pipelines
     plain.push_to_hub("tester/base")
@@ -118,6 +151,7 @@ def test_a_pushed_pipeline_comes_back_with_trust_alone(hub, pipelines):
     assert not call(loaded, family).equal(call(loaded, family, golden_noise_scale=0))
 
 
+@pytest.mark.parametrize("pipelines", ["z_image"], indirect=True)
 def test_a_saved_pipeline_brings_what_others_cannot_load(tmp_path, pipelines):
     family, plain, modular = pipelines
     modular.update_components(noise_model=random_network(plain))
@@ -128,6 +162,7 @@ def test_a_saved_pipeline_brings_what_others_cannot_load(tmp_path, pipelines):
     torch.testing.assert_close(call(loaded, family), call(modular, family), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("pipelines", ["flux"], indirect=True)
 def test_what_does_not_fit_is_refused(pipelines):
     family, plain, modular = pipelines
     modular.update_components(noise_model=random_network(plain, in_channels=3))
@@ -138,6 +173,7 @@ def test_what_does_not_fit_is_refused(pipelines):
         call(modular, family, golden_noise_scale=float("nan"))
 
 
+@pytest.mark.parametrize("pipelines", ["flux"], indirect=True)
 def test_blocks_and_steps_are_checked(pipelines):
     _, plain, _ = pipelines
     with pytest.raises(ValueError, match="`base` must be a class of diffusers' modular blocks"):
