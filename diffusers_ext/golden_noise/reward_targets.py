@@ -8,9 +8,11 @@ Two targets, and the loss of a network that is trained by the reward itself.
 - `best_neighbour`: of N noises `sqrt(1 - s^2) x + s z` the one whose picture the reward likes best, for rewards
   without a gradient. With s = 1 they are other seeds, and all that a network can learn of the choice is its mean for
   the prompt, `E[z | prompt, z is best]`; with s < 1 also how it depends on x.
-- `RewardLoss`: `-r(G(x + f(x, prompt))) + lambda / 2 mean f^2`. For a change small in its Jacobian the second term is
-  the Kullback-Leibler distance of the changed noise from the standard normal (Noise Hypernetworks, arXiv:2508.09968,
-  theorem 1), so that the sum draws the reward's tilt of what the model draws by itself.
+- `RewardLoss`: `-r(G(x + f(x, prompt))) + lambda / 2 mean f^2` of a network's change f, where the second term stands
+  for the Kullback-Leibler distance of the changed noise from the standard normal (Noise Hypernetworks,
+  arXiv:2508.09968). The gradient of r is brought to unit length sample by sample, as in the ascent: a picture that is
+  nearly right counts as much as one that is wrong, no scale of a reward matters, and the best change is the expected
+  direction over lambda: of length `c / lambda` where the network predicts it with cosine c.
 """
 
 from __future__ import annotations
@@ -51,10 +53,8 @@ def ascend_reward(noise: torch.Tensor, score: Score, *, steps: int, rate: float)
         best = torch.where(better.view(-1, 1, 1, 1), x.detach(), best)
         if step < steps:
             (gradient,) = torch.autograd.grad(total, x)
-            length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             # A picture that no longer gains stays where it is.
-            direction = torch.where(length > 0, gradient / length, 0.0)
-            x = match_spectrum(x.detach() + rate * math.sqrt(noise[0].numel()) * direction, noise)
+            x = match_spectrum(x.detach() + rate * unit_direction(gradient), noise)
     return best
 
 
@@ -82,7 +82,11 @@ def best_neighbour(
 
 @dataclass(frozen=True)
 class RewardLoss:
-    """`-reward + regularization / 2 * mean((golden - noise)^2)`; noise is drawn anew for every prompt of a batch."""
+    """`regularization / 2 * mean(f^2) - mean(f u)` of the change f, u the reward's gradient with mean square 1.
+
+    Noise is drawn anew for every prompt of a batch. The gradient is taken at the golden noise with its spectrum
+    matched, in a pass of its own, so that no graph holds network and sampler at once.
+    """
 
     cache: TextCache
     device: torch.device  # of the network
@@ -100,14 +104,22 @@ class RewardLoss:
         seeds = torch.randint(2**62, (len(noise),), generator=generator).tolist()
         text = self.cache.take(batch["text"], self.device)
         golden = model(noise, **pair_inputs(text, self.masked)).float()
+        x = match_spectrum(golden.detach(), noise).requires_grad_()
+        rewards = self.score(self.draw(x, text, seeds), [self.prompts[row] for row in batch["text"].tolist()])
+        (gradient,) = torch.autograd.grad(rewards.sum(), x)
         change = (golden - noise).square().mean()
-        pictures = self.draw(match_spectrum(golden, noise), text, seeds)
-        reward = self.score(pictures, [self.prompts[row] for row in batch["text"].tolist()]).mean()
+        gained = ((golden - noise) * unit_direction(gradient)).mean()
         return {
-            "loss": self.regularization / 2 * change - reward,
-            "reward": reward.detach(),
+            "loss": self.regularization / 2 * change - gained,
+            "reward": rewards.mean().detach(),
             "change": change.detach(),
         }
+
+
+def unit_direction(gradient: torch.Tensor) -> torch.Tensor:
+    """Each sample's gradient with a mean square of 1; zeros stay."""
+    length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1) / math.sqrt(gradient[0].numel())
+    return torch.where(length > 0, gradient / length, 0.0)
 
 
 def _check_positive(**values: float) -> None:

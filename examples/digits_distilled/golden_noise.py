@@ -21,7 +21,7 @@ PAIRS: dict[str, tuple[str, ...]] = {
     "best of 8 seeds": ("--target", "best_of_n", "--best_of", "8", "--spread", "1.0"),
 }
 # Flags of trainings without pairs.
-DIRECT: dict[str, tuple[str, ...]] = {"direct": ("--reward_regularization", "1.0")}
+DIRECT: dict[str, tuple[str, ...]] = {"direct": ("--reward_regularization", "0.5")}
 
 
 def make_pairs(name: str, folder: str | Path, *, noises_per_prompt: int) -> Path:
@@ -42,7 +42,7 @@ def train_network(name: str, folder: str | Path, *, data: str | Path | None, ste
         command += ["--dataset_dir", str(data), "--train_batch_size", "64", "--learning_rate", "1e-3"]
     else:
         command += ["--objective", "reward", "--prompt_file", str(prompt_file(folder)), "--train_batch_size", "32",
-                    "--learning_rate", "1e-3", *_DRAWING, *DIRECT[name]]  # fmt: skip
+                    "--learning_rate", "2e-3", *_DRAWING, *DIRECT[name]]  # fmt: skip
     return train_npnet.main(train_npnet.parse_args(command))
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_ext.families.family import TextConditioning
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
-from diffusers_ext.golden_noise.reward_targets import ascend_reward, best_neighbour
+from diffusers_ext.golden_noise.reward_targets import RewardLoss, ascend_reward, best_neighbour
+from diffusers_ext.golden_noise.text_cache import TextCache
 
 
 def noise(count: int = 3, seed: int = 0) -> torch.Tensor:
@@ -73,3 +76,32 @@ def test_lengths_must_be_positive(rate):
 def test_a_spread_is_a_share(spread):
     with pytest.raises(ValueError, match=r"`spread` must be in \(0, 1\]"):
         best_neighbour(noise(), [], likeness, spread=spread)
+
+
+def test_the_loss_of_a_reward_does_not_depend_on_its_scale():
+    prompts = ["a red seven", "a blue three"]
+    text = TextConditioning(torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)))
+    drawn = []
+
+    def draw(x, text, seeds):
+        drawn.append((x.detach(), list(seeds)))
+        return x
+
+    def loss(scale: float) -> dict[str, torch.Tensor]:
+        function = RewardLoss(
+            TextCache(prompts, text), torch.device("cpu"), True, draw,
+            lambda pixels, asked: scale * likeness(pixels), 2.0, prompts,
+        )  # fmt: skip
+        batch = {"noise": noise(2), "text": torch.tensor([0, 1])}
+        return function(network, batch, torch.Generator().manual_seed(5))
+
+    network = GoldenNoiseModel(sample_size=8, text_embed_dim=8, width=32, num_layers=1, num_heads=2)
+    small, large = loss(1e-6), loss(10.0)
+    assert small["loss"].item() == pytest.approx(large["loss"].item(), abs=1e-5)
+    assert large["reward"].item() == pytest.approx(1e7 * small["reward"].item(), rel=1e-3)
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert drawn[0][1] == drawn[1][1]
+    small["loss"].backward()
+    # Untrained the change is none, and what it is pulled to is the gradient alone: of likeness, one direction.
+    assert network.head.bias.grad.abs().max() > 0
+    assert small["change"] == 0

@@ -112,7 +112,7 @@ def test_a_network_learns_what_a_reward_likes(tmp_path):
     line = noise_line(
         "golden_noise_model", None, tmp_path / "network", objective="reward", prompt_file=tmp_path / "prompts.txt",
         pretrained_model_name_or_path=MODEL_DIR, reward=LIGHT, num_inference_steps=2, guidance_scale=1.0,
-        max_train_steps=12, learning_rate=2e-2, validation_split=0.2, reward_regularization=0.1,
+        max_train_steps=12, learning_rate=2e-2, validation_split=0.2, reward_regularization=1.0,
     )  # fmt: skip
     folder = train_npnet.main(train_npnet.parse_args(line))
     report = json.loads((folder / "training_report.json").read_text())

@@ -289,7 +289,7 @@ class RewardTrainingSettings(Settings, title="training by reward"):
     reward_model: str | None = as_in(FilterSettings, "reward_model", default=None)
     reward_version: str | None = as_in(FilterSettings, "reward_version", default=None)
     reward_regularization: float = setting(
-        1.0, "how much the mean square of the change counts beside the reward", rule=NOT_NEGATIVE
+        1.0, "the larger, the less noise is changed; see the page on golden noise", rule=POSITIVE
     )
     gradient_steps: int | None = as_in(RewardTargetSettings, "gradient_steps", default=None)
 
