@@ -43,11 +43,12 @@ _SOURCES = by_name(
         "diffusers_ext.evaluation.rendering": "render_clips",
         "diffusers_ext.families.cogvideox": "CogVideoXVelocity",
         "diffusers_ext.golden_noise": (
-            "GoldenNoiseFlux2KleinPipeline GoldenNoiseFluxPipeline GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel "
-            "GoldenNoiseNetwork GoldenNoisePipeline GoldenNoiseQwenImagePipeline GoldenNoiseSD3Pipeline "
-            "GoldenNoiseStep GoldenNoiseXLPipeline GoldenNoiseZImagePipeline NPNet NoiseGuard NoiseSequenceRNN "
-            "NoiseSequenceTransformer PairDataset PairWriter TextConditioning encode_prompts load_noise_model "
-            "open_pairs redenoise redenoise_sequence redenoise_text"
+            "GoldenNoiseFlux2KleinPipeline GoldenNoiseFlux2Pipeline GoldenNoiseFluxPipeline "
+            "GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel GoldenNoiseNetwork GoldenNoisePipeline "
+            "GoldenNoiseQwenImagePipeline GoldenNoiseSD3Pipeline GoldenNoiseStep GoldenNoiseXLPipeline "
+            "GoldenNoiseZImagePipeline NPNet NoiseGuard NoiseSequenceRNN NoiseSequenceTransformer PairDataset "
+            "PairWriter TextConditioning encode_prompts load_noise_model open_pairs redenoise redenoise_sequence "
+            "redenoise_text"
         ),
         "diffusers_ext.nullspace": (
             "ConceptEdit FeatureStatistics InterferenceReport NullSpaceDirections NullSpaceDreamBoothAuraFlowPipeline "

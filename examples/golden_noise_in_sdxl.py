@@ -26,6 +26,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": diffusers_ext.GoldenNoiseSD3Pipeline,
     "FluxPipeline": diffusers_ext.GoldenNoiseFluxPipeline,
     "Flux2KleinPipeline": diffusers_ext.GoldenNoiseFlux2KleinPipeline,
+    "Flux2Pipeline": diffusers_ext.GoldenNoiseFlux2Pipeline,
     "QwenImagePipeline": diffusers_ext.GoldenNoiseQwenImagePipeline,
     "ZImagePipeline": diffusers_ext.GoldenNoiseZImagePipeline,
 }

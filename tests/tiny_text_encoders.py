@@ -8,6 +8,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -85,6 +87,26 @@ def qwen_vl(tokenizer: Qwen2Tokenizer, width: int) -> Qwen2_5_VLForConditionalGe
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def mistral3(tokenizer: Qwen2Tokenizer, width: int, num_layers: int) -> Mistral3ForConditionalGeneration:
+    """Two heads of 8; its eyes are as small as they can be."""
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    vision = {
+        "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "head_dim": 8, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=len(tokenizer) - 1)
+    return Mistral3ForConditionalGeneration(config).eval()
 
 
 def umt5(tokenizer: CLIPTokenizer, width: int) -> UMT5EncoderModel:

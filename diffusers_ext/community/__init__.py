@@ -27,7 +27,7 @@ def custom_pipeline_path(name: str) -> str:
     Args:
         name: `"nullspace_dreambooth"`, alone or with `"_xl"`, `"_sd3"`, `"_flux"`, `"_flux2"`, `"_chroma"`,
             `"_auraflow"`, `"_qwen_image"`, `"_z_image"` or `"_wan"`; `"golden_noise"`, alone or with `"_xl"`,
-            `"_hunyuan_dit"`, `"_sd3"`, `"_flux"`, `"_flux2"`, `"_qwen_image"` or `"_z_image"`.
+            `"_hunyuan_dit"`, `"_sd3"`, `"_flux"`, `"_flux2"`, `"_flux2_dev"`, `"_qwen_image"` or `"_z_image"`.
     """
     from diffusers.utils.constants import HF_MODULES_CACHE
 

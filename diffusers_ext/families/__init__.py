@@ -9,7 +9,7 @@ from diffusers_ext.families.chroma import Chroma
 from diffusers_ext.families.cogvideox import CogVideoX
 from diffusers_ext.families.family import Family, import_class
 from diffusers_ext.families.flux import Flux
-from diffusers_ext.families.flux2 import Flux2
+from diffusers_ext.families.flux2 import Flux2, Flux2Dev
 from diffusers_ext.families.hunyuan_dit import HunyuanDiT
 from diffusers_ext.families.hunyuan_video import HunyuanVideo
 from diffusers_ext.families.hunyuan_video15 import HunyuanVideo15
@@ -30,6 +30,7 @@ FAMILIES: list[Family] = [
     SD3(),
     Flux(),
     Flux2(),
+    Flux2Dev(),
     Chroma(),
     AuraFlow(),
     QwenImage(),

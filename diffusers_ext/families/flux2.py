@@ -1,21 +1,21 @@
-"""FLUX.2 klein: flow matching over patched latents, with the text of three layers of Qwen3."""
+"""FLUX.2, klein and dev: flow matching over patched latents, with the text of three layers of Qwen3 or Mistral."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn import functional
 
 from diffusers_ext.families.family import Family, TextConditioning
 from diffusers_ext.families.picture_velocity import PictureFamily
-from diffusers_ext.families.published import FLUX2_VAE, QWEN3_4B, QWEN3_8B, Component, Published
+from diffusers_ext.families.published import FLUX2_VAE, MISTRAL_24B, QWEN3_4B, QWEN3_8B, Component, Published
+from diffusers_ext.families.text_conditioning import refuse_negative_prompts
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, Flux2KleinPipeline
+    from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline
 
-# What the pipeline's call reads by default.
-_LONGEST, _DEEPEST = 512, 27
+_LONGEST = 512  # that the pipeline's call reads by default
 
 
 def _klein(num_layers: int, num_single_layers: int, num_heads: int, encoder: Component) -> dict[str, Component]:
@@ -50,6 +50,7 @@ class Flux2(PictureFamily):
     attention_linears = (*Family.attention_linears, "to_qkv_mlp_proj", "to_out")
     joint_attention, joint_blocks = "attn", ("Flux2TransformerBlock",)
     rounds_size = True
+    deepest_layer: ClassVar[int] = 27  # of its text encoder, that the pipeline's call reads by default
     published = (
         Published(
             "black-forest-labs/FLUX.2-klein-base-4B", "FLUX.2-klein-4B", _klein(5, 20, 24, QWEN3_4B), torch.bfloat16
@@ -69,13 +70,15 @@ class Flux2(PictureFamily):
         return TextConditioning(embeds, negative)
 
     def text_call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        """Length and layers of a text encoder that knows fewer than Qwen3's 512 tokens and 27 layers.
+        """Length and layers of a text encoder that knows fewer than the 512 tokens and the layers that the call reads.
 
         Layers end equal parts of it, as many as the transformer reads side by side.
         """
-        encoder, longest = pipeline.text_encoder.config, pipeline.tokenizer.model_max_length
+        # Mistral's has a vision model beside its text's, and its tokenizer may be within a processor.
+        tokenizer = getattr(pipeline.tokenizer, "tokenizer", pipeline.tokenizer)
+        encoder, longest = pipeline.text_encoder.config.get_text_config(), tokenizer.model_max_length
         call: dict[str, Any] = {} if longest >= _LONGEST else {"max_sequence_length": longest}
-        if encoder.num_hidden_layers < _DEEPEST:
+        if encoder.num_hidden_layers < self.deepest_layer:
             parts = self.text_width(pipeline.transformer.config) // encoder.hidden_size
             ends = (encoder.num_hidden_layers * (part + 1) // parts for part in range(parts))
             call["text_encoder_out_layers"] = tuple(ends)
@@ -163,3 +166,33 @@ class Flux2(PictureFamily):
 
         sigmas = [1 - i / num_steps for i in range(num_steps)]
         return {"mu": compute_empirical_mu(image_tokens, num_steps), "sigmas": sigmas}
+
+
+class Flux2Dev(Flux2):
+    """FLUX.2 dev: told the guidance scale, with Mistral's text behind a system's message."""
+
+    name = "flux2_dev"
+    title = "FLUX.2 dev"
+    pipelines = ("Flux2Pipeline",)
+    modular_blocks = ()
+    tools = frozenset({"golden_noise"})
+    golden_pipeline = "GoldenNoiseFlux2Pipeline"
+    nullspace_pipeline = None
+    joint_attention, joint_blocks = None, ()
+    deepest_layer = 30
+    published = (
+        Published(
+            "black-forest-labs/FLUX.2-dev",
+            "FLUX.2-dev",
+            {"vae": FLUX2_VAE, "text_encoder": MISTRAL_24B, "transformer": ("Flux2Transformer2DModel", {})},
+            torch.bfloat16,
+        ),
+    )
+
+    def encode(self, pipeline: Flux2Pipeline, prompts: list[str], negatives: list[str] | None) -> TextConditioning:
+        refuse_negative_prompts(negatives)
+        return TextConditioning(pipeline.encode_prompt(prompt=prompts, **self.text_call(pipeline))[0])
+
+    def embedded_guidance(self, config: Any) -> bool:
+        """Its call takes no second prompt, whatever the config says."""
+        return True

@@ -93,6 +93,8 @@ QWEN3_4B: Component = (
 )
 QWEN3_4B_BODY: Component = ("Qwen3Model", QWEN3_4B[1])
 QWEN3_8B: Component = ("Qwen3ForCausalLM", {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288})
+# The rest of its config is the class' own.
+MISTRAL_24B: Component = ("Mistral3ForConditionalGeneration", {"tie_word_embeddings": False})
 LLAMA_3_8B: Component = (
     "LlamaModel",
     {

@@ -12,6 +12,7 @@ from diffusers_ext.golden_noise.pairs.dataset import PairDataset, open_pairs
 from diffusers_ext.golden_noise.pairs.shards import PairWriter
 from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseFlux2KleinPipeline,
+    GoldenNoiseFlux2Pipeline,
     GoldenNoiseFluxPipeline,
     GoldenNoiseHunyuanDiTPipeline,
     GoldenNoisePipeline,
@@ -24,6 +25,7 @@ from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise, rede
 
 __all__ = [
     "GoldenNoiseFlux2KleinPipeline",
+    "GoldenNoiseFlux2Pipeline",
     "GoldenNoiseFluxPipeline",
     "GoldenNoiseHunyuanDiTPipeline",
     "GoldenNoiseModel",

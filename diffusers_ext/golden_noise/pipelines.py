@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import (
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxPipeline,
     HunyuanDiTPipeline,
     QwenImagePipeline,
@@ -177,8 +178,6 @@ def check_scale(scale: float) -> float:
 def check_sizes(noise_model: GoldenNoiseNetwork, family: Family, config: Any, owner: str) -> None:
     """Raise `ValueError` for a network made for other latents or other text than a denoiser of this config."""
     sizes = family.network_sizes(config)
-    if isinstance(noise_model, NPNet):
-        refuse_npnet(family, sizes.in_channels)
     network = noise_model.config
     text_width = sizes.pooled_dim if network.get("pooled_text") else sizes.text_embed_dim
     for name, size in (("in_channels", sizes.in_channels), ("text_embed_dim", text_width)):
@@ -189,6 +188,8 @@ def check_sizes(noise_model: GoldenNoiseNetwork, family: Family, config: Any, ow
             )
         if network.get(name, size) != size:
             raise ValueError(f"`noise_model` must have `{name}` {size} like the {owner}, got {network[name]}.")
+    if isinstance(noise_model, NPNet):
+        refuse_npnet(family, sizes.in_channels)
 
 
 def _repeated(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:
@@ -249,6 +250,10 @@ class GoldenNoiseFlux2KleinPipeline(GoldenNoiseMixin, Flux2KleinPipeline):
 
     The network sees the patched latents, four times as many channels on half the side, that the denoiser sees.
     """
+
+
+class GoldenNoiseFlux2Pipeline(GoldenNoiseMixin, Flux2Pipeline):
+    """`Flux2Pipeline` (dev) with an optional `noise_model`; see `GoldenNoiseMixin`, and for the latents klein's."""
 
 
 class GoldenNoiseZImagePipeline(GoldenNoiseMixin, ZImagePipeline):

@@ -19,9 +19,13 @@ from tests.tiny_pipelines import sdxl_pipeline
 NAMES = (
     "golden_noise",
     "golden_noise_flux",
+    "golden_noise_flux2",
+    "golden_noise_flux2_dev",
     "golden_noise_hunyuan_dit",
+    "golden_noise_qwen_image",
     "golden_noise_sd3",
     "golden_noise_xl",
+    "golden_noise_z_image",
     "nullspace_dreambooth",
     "nullspace_dreambooth_auraflow",
     "nullspace_dreambooth_chroma",
@@ -60,7 +64,9 @@ def test_custom_pipelines_are_the_installed_classes_and_need_trust(tmp_path):
         bases[f"nullspace_dreambooth_{name}"] = tmp_path / name
         build().save_pretrained(tmp_path / name)
     saved = {"golden_noise": "sd", "golden_noise_xl": "sdxl", "golden_noise_sd3": "sd3"}
-    saved |= {f"golden_noise_{name}": name for name in ("hunyuan_dit", "flux", "flux2", "qwen_image", "z_image")}
+    saved |= {
+        f"golden_noise_{name}": name for name in ("hunyuan_dit", "flux", "flux2", "flux2_dev", "qwen_image", "z_image")
+    }
     for name, family in saved.items():
         bases[name] = tmp_path / name
         golden_pipeline(family).save_pretrained(bases[name])
@@ -77,6 +83,7 @@ def test_custom_pipelines_are_the_installed_classes_and_need_trust(tmp_path):
         "GoldenNoiseHunyuanDiTPipeline": (["GoldenNoiseModel"], "HunyuanDiT2DModel"),
         "GoldenNoiseFluxPipeline": (["GoldenNoiseModel"], "FluxTransformer2DModel"),
         "GoldenNoiseFlux2KleinPipeline": (["GoldenNoiseModel"], "Flux2Transformer2DModel"),
+        "GoldenNoiseFlux2Pipeline": (["GoldenNoiseModel"], "Flux2Transformer2DModel"),
         "GoldenNoiseQwenImagePipeline": (["GoldenNoiseModel"], "QwenImageTransformer2DModel"),
         "GoldenNoiseZImagePipeline": (["GoldenNoiseModel"], "ZImageTransformer2DModel"),
     }

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.families import find_family
-from diffusers_ext.nullspace.edit_prompts import token_alignment
+from diffusers_ext.families.token_alignment import token_alignment
 from diffusers_ext.nullspace.text_only import denoiser_arguments
 from tests.tiny_current_pipelines import (
     tiny_auraflow_pipeline,

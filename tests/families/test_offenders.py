@@ -16,7 +16,7 @@ FILES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if path.parts[-2] != "families"
 ]
-GENERAL = {"AutoModel", "DiffusionPipeline", "EMAModel"}
+GENERAL = {"AutoModel", "DiffusionPipeline", "EMAModel", "ModularPipeline"}
 MODELS = {
     name
     for name in dir(diffusers)
@@ -27,11 +27,15 @@ _SUBCLASSES = "the public pipelines derive from those of diffusers"
 ALLOWED: dict[str, tuple[set[str], str]] = {
     "diffusers_ext/golden_noise/pipelines.py": (
         {
+            "Flux2KleinPipeline",
+            "Flux2Pipeline",
             "FluxPipeline",
             "HunyuanDiTPipeline",
+            "QwenImagePipeline",
             "StableDiffusion3Pipeline",
             "StableDiffusionPipeline",
             "StableDiffusionXLPipeline",
+            "ZImagePipeline",
         },
         _SUBCLASSES,
     ),

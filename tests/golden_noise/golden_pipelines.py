@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, Flux2Pipeline, Flux2Transformer2DModel
 from transformers import Qwen3ForCausalLM
 
 from diffusers_ext.core.pipelines import denoiser_of
@@ -20,6 +20,7 @@ from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseFlux2KleinPipeline,
+    GoldenNoiseFlux2Pipeline,
     GoldenNoiseFluxPipeline,
     GoldenNoiseHunyuanDiTPipeline,
     GoldenNoisePipeline,
@@ -33,7 +34,7 @@ from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_qwen_image_pi
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny_pipelines import sdxl_pipeline
-from tests.tiny_text_encoders import qwen3_config
+from tests.tiny_text_encoders import mistral3, qwen3_config
 
 PROMPTS = ["a red seven", "a blue one on a green background"]
 
@@ -65,6 +66,17 @@ def flux2_pipeline() -> DiffusionPipeline:
     return pipeline
 
 
+def flux2_dev_pipeline() -> DiffusionPipeline:
+    """As `flux2_pipeline`, told the guidance scale; the chat leaves its system out, of more tokens than there are."""
+    klein = flux2_pipeline()
+    tokenizer = klein.tokenizer
+    tokenizer.chat_template = "{% for message in messages[1:] %}{{ message.content[0].text }}{% endfor %}"
+    config = {name: value for name, value in klein.transformer.config.items() if name[0] != "_"}
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(**{**config, "guidance_embeds": True}).eval()
+    return Flux2Pipeline(klein.scheduler, klein.vae, mistral3(tokenizer, 32, 3), tokenizer, transformer)
+
+
 FLUX2_CALL = {"max_sequence_length": 32, "text_encoder_out_layers": (1, 2, 3)}
 
 
@@ -77,6 +89,7 @@ FAMILIES = {
     "sd3": Family(GoldenNoiseSD3Pipeline, tiny_sd3_pipeline, 32, (24, 40)),
     "flux": Family(GoldenNoiseFluxPipeline, tiny_flux_pipeline, 32, (24, 40)),
     "flux2": Family(GoldenNoiseFlux2KleinPipeline, flux2_pipeline, 32, (24, 40), FLUX2_CALL),
+    "flux2_dev": Family(GoldenNoiseFlux2Pipeline, flux2_dev_pipeline, 32, (24, 40), FLUX2_CALL),
     "qwen_image": Family(GoldenNoiseQwenImagePipeline, tiny_qwen_image_pipeline, 32, (24, 40)),
     "z_image": Family(GoldenNoiseZImagePipeline, tiny_z_image_pipeline, 32, (24, 40)),
 }

@@ -53,6 +53,12 @@ def test_published_numbers_of_parameters(name):
     assert found == COUNTS[name]
 
 
+def test_parameters_that_are_published_in_thousands_of_millions():
+    components = read_base_model("FLUX.2-dev").components
+    found = {name: round(part.parameters() / 1e9) for name, part in components.items()}
+    assert found == {"vae": 0, "text_encoder": 24, "transformer": 32}
+
+
 def test_names_in_any_spelling():
     assert set(COUNTS) <= set(published_names())
     same = ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", "Stable-Diffusion-XL-base-1.0")

@@ -87,7 +87,9 @@ def test_the_latent_shape_is_that_of_the_pipelines_own_latents(family):
     pipeline.set_progress_bar_config(disable=True)
     channels, height, width = square_latent_shape(pipeline, None)
     assert height == width
-    assert channels == {"flux2": 16, "qwen_image": 4}.get(family) or pipeline.vae.config.latent_channels
+    assert (
+        channels == {"flux2": 16, "flux2_dev": 16, "qwen_image": 4}.get(family) or pipeline.vae.config.latent_channels
+    )
     side = find_family(pipeline).pixels_per_latent(pipeline)
     assert square_latent_shape(pipeline, height * side) == (channels, height, width)
 

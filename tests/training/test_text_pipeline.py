@@ -9,6 +9,7 @@ from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.golden_noise.text_cache import TextCache
 from diffusers_ext.training.run.base_model import load_text_pipeline, stored_fingerprint
+from tests.golden_noise.golden_pipelines import FAMILIES as FAMILIES_OF_GOLDEN_NOISE
 from tests.tiny_current_pipelines import tiny_flux2_pipeline, tiny_qwen_image_pipeline, tiny_z_image_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_image_pipelines import tiny_flux_pipeline, tiny_hunyuan_dit_pipeline, tiny_sd3_pipeline
@@ -22,6 +23,7 @@ FAMILIES = {
     "sd3": tiny_sd3_pipeline,
     "flux": tiny_flux_pipeline,
     "flux2": tiny_flux2_pipeline,
+    "flux2_dev": FAMILIES_OF_GOLDEN_NOISE["flux2_dev"].plain,
     "qwen_image": tiny_qwen_image_pipeline,
     "z_image": tiny_z_image_pipeline,
 }
