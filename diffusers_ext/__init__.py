@@ -18,6 +18,7 @@ _SOURCES = by_name(
     {
         "diffusers": "ModelMixin",
         "diffusers_ext.community": "custom_pipeline_path",
+        "diffusers_ext.community.modular_steps": "EraserStep NullSpaceLoraStep",
         "diffusers_ext.core.artifacts": "Artifact",
         "diffusers_ext.core.attention_processors": ("CaptureAttnProcessor ProjectAttnProcessor use_processors"),
         "diffusers_ext.core.capture": "capture",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from pathlib import Path
@@ -91,20 +91,19 @@ class DenoisingStep(ExtensionStep):
         """Arguments of the pipeline's call that the step reads."""
         return []
 
-    def own_components(self) -> list[ComponentSpec]:
-        """Components that the step needs."""
+    def own_configs(self) -> list[ConfigSpec]:
+        """Settings of the pipeline that the step reads; they are saved with it."""
         return []
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
-        """Those of the step and of the denoising inside it."""
-        inner = self.inner.expected_components if self.inner else []
-        return [*inner, *(spec for spec in self.own_components() if spec not in inner)]
+        """Those of the denoising inside the step."""
+        return self.inner.expected_components if self.inner else []
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:
-        """Those of the denoising inside the step."""
-        return self.inner.expected_configs if self.inner else []
+        """Those of the step and of the denoising inside it."""
+        return [*(self.inner.expected_configs if self.inner else []), *self.own_configs()]
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -119,8 +118,8 @@ class DenoisingStep(ExtensionStep):
     def extend(self, blocks: ModularPipelineBlocks) -> None:
         """Go around every denoising loop."""
         count = 0
-        for parent in list(_sequences(blocks)):
-            for name, block in parent.sub_blocks.items():
+        for parent in list(_holders(blocks)):
+            for name, block in list(parent.sub_blocks.items()):
                 if isinstance(block, (LoopSequentialPipelineBlocks, DenoisingStep)):
                     step = deepcopy(self)
                     step.inner = block
@@ -248,6 +247,10 @@ def push_modular_pipeline(
     blocks, licence = _blocks(pipeline), find_licence(base_model, license, token=token)
     if "/" not in repo_id:
         raise ValueError(f"`repo_id` must be 'user/name', got {repo_id!r}: the index names it.")
+    for spec in blocks.expected_configs:
+        value = pipeline.config[spec.name]
+        if isinstance(value, str) and Path(value).exists():
+            raise ValueError(f"`{spec.name}` must be on the Hub to be shared, got the path {value}. Push it first.")
     plain = {known.name for known in getattr(diffusers, blocks.base)().inputs}
     inputs = ", ".join(f"`{known.name}`" for known in blocks.inputs if known.name and known.name not in plain)
     text = _CARD.format(
@@ -302,12 +305,15 @@ def _on_hub(spec: ComponentSpec) -> bool:
     return source is not None and not os.path.isabs(source) and not Path(source).exists()
 
 
-def _sequences(blocks: ModularPipelineBlocks) -> Iterator[ModularPipelineBlocks]:
-    """All blocks in blocks whose parts run one after the other."""
-    parts: Mapping[str, ModularPipelineBlocks] = getattr(blocks, "sub_blocks", {})
-    if isinstance(blocks, LoopSequentialPipelineBlocks) or not parts:
+def _holders(blocks: ModularPipelineBlocks) -> Iterator[ModularPipelineBlocks]:
+    """All blocks in blocks that hold others, but for loops."""
+    if isinstance(blocks, LoopSequentialPipelineBlocks) or not blocks.sub_blocks:
         return
-    if isinstance(blocks, SequentialPipelineBlocks):
-        yield blocks
-    for part in list(parts.values()):
-        yield from _sequences(part)
+    yield blocks
+    for part in list(blocks.sub_blocks.values()):
+        yield from _holders(part)
+
+
+def _sequences(blocks: ModularPipelineBlocks) -> Iterator[ModularPipelineBlocks]:
+    """Those of them whose parts run one after the other."""
+    return (block for block in _holders(blocks) if isinstance(block, SequentialPipelineBlocks))
