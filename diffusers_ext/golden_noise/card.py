@@ -25,9 +25,14 @@ _KINDS = {
 }
 _INDEX = "model_index.json"
 # Of how a set of pairs was made, for its card.
+_OF_TARGET = {
+    "guidance": ("redenoise_steps", "w1", "w2", "legacy_inversion"),
+    "reward": ("target", "ascent_steps", "ascent_rate", "gradient_steps"),
+    "best_of_n": ("target", "best_of", "spread"),
+}
 _PAIR_SETTINGS = (
-    "redenoise_steps", "w1", "w2", "legacy_inversion", "negative_prompt", "num_inference_steps",
-    "guidance_scale", "margin", "noises_per_prompt", "seed", "mixed_precision",
+    "negative_prompt", "num_inference_steps", "guidance_scale", "margin", "noises_per_prompt", "seed",
+    "mixed_precision",
 )  # fmt: skip
 
 
@@ -190,7 +195,8 @@ def pair_set_card(
         judge = made["reward"] or {}
         reward = " ".join(str(judge[key]) for key in ("name", "version") if judge.get(key))
     if settings is None:
-        known = {name: made.get(name) for name in _PAIR_SETTINGS}
+        of_target = _OF_TARGET[made.get("target", "guidance")]
+        known = {name: made.get(name) for name in (*of_target, *_PAIR_SETTINGS)}
         settings = {name: value for name, value in known.items() if value not in (None, "")}
     return make_card(
         "pair_data_set",
@@ -211,10 +217,22 @@ def _pairs_origin(made: Mapping[str, Any], label: str, reward: str | None) -> st
     prompts, noises = made["prompts"]["count"], made["noises_per_prompt"]
     drawn = "one random noise" if noises == 1 else f"{noises} random noises"
     kept = "All pairs were kept."
-    if reward:
+    if reward and not made.get("no_filter"):
         kept = (
             f"Pairs whose picture gained more than {made['margin']:g} by {reward} were kept, all "
             "others are among the rejected."
+        )
+    target = made.get("target", "guidance")
+    if target == "reward":
+        return (
+            f"By gradient ascent of {reward} through {made['num_inference_steps']} denoising steps of {label}, "
+            f"{made['ascent_steps']} times {made['ascent_rate']:g} of the noise's deviation, from {drawn} for each of "
+            f"{prompts} prompts. {kept}"
+        )
+    if target == "best_of_n":
+        return (
+            f"The best by {reward} of {made['best_of']} noises at a distance of {made['spread']:g} around {drawn} for "
+            f"each of {prompts} prompts, drawn with {label}. {kept}"
         )
     return (
         f"Re-denoised with {label} from {drawn} for each of {prompts} prompts: a step down with guidance "

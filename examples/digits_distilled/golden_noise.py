@@ -14,35 +14,37 @@ _DRAWING = ("--num_inference_steps", str(NUM_STEPS), "--guidance_scale", "1.0", 
 _NETWORK = ("--model", "golden_noise_model", "--patch_size", "2", "--width", "128", "--num_layers", "4",
             "--num_heads", "4", "--text_cache_dtype", "fp32", "--lr_scheduler", "cosine",
             "--lr_warmup_steps", "30")  # fmt: skip
-# Flags of the pairs of each target, besides those that all have.
-PAIRS: dict[str, tuple[str, ...]] = {
-    "reward pairs": ("--target", "reward", "--ascent_steps", "6", "--ascent_rate", "0.1"),
-    "best of 8 neighbours": ("--target", "best_of_n", "--best_of", "8", "--spread", "0.5"),
-    "best of 8 seeds": ("--target", "best_of_n", "--best_of", "8", "--spread", "1.0"),
+# Of the pairs of each target: noises a prompt, steps of the network's training, flags besides those that all have.
+PAIRS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "reward pairs": (3, 400, ("--target", "reward", "--ascent_steps", "6", "--ascent_rate", "0.1")),
+    "best of 8 neighbours": (2, 200, ("--target", "best_of_n", "--best_of", "8", "--spread", "0.5")),
+    "best of 8 seeds": (2, 200, ("--target", "best_of_n", "--best_of", "8", "--spread", "1.0")),
 }
-# Flags of trainings without pairs.
-DIRECT: dict[str, tuple[str, ...]] = {"direct": ("--reward_regularization", "0.5")}
+# Of trainings without pairs: steps, flags.
+DIRECT: dict[str, tuple[int, tuple[str, ...]]] = {"direct": (220, ("--reward_regularization", "0.5"))}
 
 
-def make_pairs(name: str, folder: str | Path, *, noises_per_prompt: int) -> Path:
+def make_pairs(name: str, folder: str | Path) -> Path:
     """The pairs of one of `PAIRS`, filtered by the reward; returns the folder."""
+    noises, _, flags = PAIRS[name]
     command = [
         "--pretrained_model_name_or_path", str(MODEL_DIR), "--prompt_file", str(prompt_file(folder)),
-        "--noises_per_prompt", str(noises_per_prompt), "--batch_size", "100", "--shard_size", "500",
-        "--seed", "1000000", *_DRAWING, *PAIRS[name], "--output_dir", str(folder),
+        "--noises_per_prompt", str(noises), "--batch_size", "100", "--shard_size", "500",
+        "--seed", "1000000", *_DRAWING, *flags, "--output_dir", str(folder),
     ]  # fmt: skip
     return generate_npd.main(generate_npd.parse_args(command))
 
 
-def train_network(name: str, folder: str | Path, *, data: str | Path | None, steps: int, seed: int = 0) -> Path:
+def train_network(name: str, folder: str | Path, *, data: str | Path | None, seed: int = 0) -> Path:
     """Train a network on the pairs in `data`, or one of `DIRECT` by the reward itself; returns its folder."""
+    steps = PAIRS[name][1] if data is not None else DIRECT[name][0]
     command = ["--pretrained_model_name_or_path", str(MODEL_DIR), "--max_train_steps", str(steps),
                "--seed", str(seed), *_NETWORK, "--output_dir", str(folder)]  # fmt: skip
     if data is not None:
         command += ["--dataset_dir", str(data), "--train_batch_size", "64", "--learning_rate", "1e-3"]
     else:
         command += ["--objective", "reward", "--prompt_file", str(prompt_file(folder)), "--train_batch_size", "32",
-                    "--learning_rate", "2e-3", *_DRAWING, *DIRECT[name]]  # fmt: skip
+                    "--learning_rate", "2e-3", *_DRAWING, *DIRECT[name][1]]  # fmt: skip
     return train_npnet.main(train_npnet.parse_args(command))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -166,6 +167,29 @@ def test_the_card_knows_how_the_set_was_made(hub):
     unfiltered = pair_set_card({**MADE, "reward": None}, license="mit", **SIZES)("tester/pairs")
     assert "All pairs were kept" in unfiltered.text
     assert "No reward filtered" in unfiltered.text
+
+
+@pytest.mark.parametrize(
+    ("made", "origin", "setting"),
+    [
+        (
+            {"target": "reward", "num_inference_steps": 2, "ascent_steps": 6, "ascent_rate": 0.1, "no_filter": True},
+            "By gradient ascent of hpsv2 v2.1 through 2 denoising steps of .*, 6 times 0.1 of .* All pairs were kept",
+            r"\| ascent\\_steps \| 6 \|",
+        ),
+        (
+            {"target": "best_of_n", "best_of": 8, "spread": 0.5},
+            "The best by hpsv2 v2.1 of 8 noises at a distance of 0.5 around 2 random noises .* were kept",
+            r"\| spread \| 0.5 \|",
+        ),
+    ],
+)
+def test_the_card_of_a_reward_says_nothing_of_guidance(made, origin, setting):
+    text = pair_set_card({**MADE, **made}, license="mit", **SIZES)("tester/pairs").text
+    assert re.search(origin, text)
+    assert re.search(setting, text)
+    assert "effect of a reward" in text
+    assert "redenoise" not in text
 
 
 def test_facts_that_a_set_lacks_must_be_given():
