@@ -174,7 +174,7 @@ class Flux2Dev(Flux2):
     name = "flux2_dev"
     title = "FLUX.2 dev"
     pipelines = ("Flux2Pipeline",)
-    modular_blocks = ()
+    modular_blocks = ("Flux2AutoBlocks",)
     tools = frozenset({"golden_noise"})
     golden_pipeline = "GoldenNoiseFlux2Pipeline"
     nullspace_pipeline = None

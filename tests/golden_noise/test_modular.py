@@ -28,6 +28,7 @@ BLOCKS = {
     "sd3": "StableDiffusion3AutoBlocks",
     "flux": "FluxAutoBlocks",
     "flux2": "Flux2KleinAutoBlocks",
+    "flux2_dev": "Flux2AutoBlocks",
     "qwen_image": "QwenImageAutoBlocks",
     "z_image": "ZImageAutoBlocks",
 }
@@ -98,7 +99,7 @@ def test_it_refines_as_the_golden_pipeline_does(pipelines):
         assert value.equal(other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
     given = {"latents": as_given(golden, other["golden"]), "num_images_per_prompt": 2, "generator": None}
     assert call(modular_pipeline(plain, family, ()), family, **given).equal(picture)
-    if family in ("sdxl", "flux", "qwen_image"):  # other blocks draw something else from the same noise
+    if family in ("sdxl", "flux", "flux2_dev", "qwen_image"):  # other blocks draw something else from the same noise
         # Rows between them diffusers' blocks of SDXL and Qwen-Image draw by the text of the other prompt in part.
         torch.testing.assert_close(picture[[0, 3]], expected[[0, 3]], atol=1e-4, rtol=0)
 
