@@ -66,7 +66,7 @@ def train_all(names: list[str], data: dict[str, Path], folder: Path, jobs: int) 
 def evaluate(
     folders: dict[str, Path], steps: int, pictures: int, work: Path, *, targets: bool = True
 ) -> GoldenNoiseReport:
-    """Networks, and targets, against the same standard pictures, unless the report is there."""
+    """Networks, and targets and best of four, against the same standard pictures, unless the report is there."""
     path = work / f"report_{steps}_steps.json"
     if path.is_file():
         return GoldenNoiseReport.from_json(path)
@@ -83,6 +83,7 @@ def evaluate(
         seed=1,
         num_inference_steps=steps,
         guidance_scale=GUIDANCE_SCALE,
+        best_of=4 if targets else 1,
         batch_size=50,
         sheet_prompts=6,
     )

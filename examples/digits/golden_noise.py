@@ -23,8 +23,8 @@ _COMMON = ("--lr_scheduler", "cosine", "--lr_warmup_steps", "100", "--learning_r
            "--text_cache_dtype", "fp32")  # fmt: skip
 _MODEL = ("--train_batch_size", "64", "--patch_size", "2", "--width", "128", "--num_layers", "6",
           "--num_heads", "4")  # fmt: skip
-_LOW_BANDS = ("--train_batch_size", "64", "--patch_size", "4", "--width", "64", "--num_layers", "3",
-              "--num_heads", "4", "--bands", "4")  # fmt: skip
+_LOW_BANDS = ("--train_batch_size", "64", "--patch_size", "3", "--width", "64", "--num_layers", "3",
+              "--num_heads", "4", "--bands", "6", "--use_ema", "--ema_decay", "0.995")  # fmt: skip
 _NPNET = ("--train_batch_size", "64", "--swin_image_size", "16", "--swin_patch_size", "2",
           "--swin_embed_dim", "24", "--swin_depths", "2", "2", "--swin_num_heads", "2", "4",
           "--swin_window_size", "4", "--svd_hidden_dim", "32", "--svd_output_dim", "64",
@@ -50,7 +50,7 @@ NETWORKS: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
     "NoiseSequenceRNN, diverse": ("rnn", "sequences", 1500, (*_RNN, *_DIVERSE)),
     "GoldenNoiseModel of five steps, diverse": (
         "golden_noise_model", "sequences", 2500, (*_MODEL, *_DIVERSE)),
-    "GoldenNoiseModel of low bands": ("golden_noise_model", "pairs", 5000, _LOW_BANDS),
+    "GoldenNoiseModel of low bands": ("golden_noise_model", "pairs", 3500, _LOW_BANDS),
 }  # fmt: skip
 
 

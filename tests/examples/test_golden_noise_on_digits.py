@@ -26,7 +26,7 @@ def test_pairs_and_every_network_of_the_benchmark(tmp_path, monkeypatch):
         folder = golden_noise.train_network(name, data[kind], tmp_path / "network", steps=1)
         network = load_noise_model(folder)
         assert network.config.in_channels == 4
-        assert network.config.get("bands") == (4 if name.endswith("of low bands") else None)
+        assert network.config.get("bands") == (6 if name.endswith("of low bands") else None)
         for path in sorted(folder.rglob("*")):
             path.unlink()
         folder.rmdir()
