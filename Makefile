@@ -53,6 +53,7 @@ bench: setup
 	$(BIN)/python benchmarks/golden_noise_on_digits.py
 	$(BIN)/python benchmarks/low_bands_on_digits.py
 	$(BIN)/python benchmarks/noise_guard_on_digits.py
+	$(BIN)/python benchmarks/diversity_on_digits.py
 	$(BIN)/python benchmarks/cost_of_golden_noise.py
 	$(BIN)/python benchmarks/cost_of_npnet.py
 	$(BIN)/python benchmarks/pair_generation.py

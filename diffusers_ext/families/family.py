@@ -72,6 +72,7 @@ class Family:
     # The model predicts `noise - x_0` on straight paths; otherwise what its scheduler's `prediction_type` says, at the
     # levels of `alphas_cumprod`. `predictions.py` converts them.
     flow_matching: ClassVar[bool] = False
+    negated_output: ClassVar[bool] = False  # the denoiser gives minus what it predicts, and the pipeline turns it
     own_levels: ClassVar[bool] = False  # the pipeline hands its scheduler levels of noise, evenly spaced
     text_fields: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of `TextConditioning` that the denoiser reads
     token_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)  # whose tokens it reads, one after the other

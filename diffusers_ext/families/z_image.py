@@ -38,6 +38,7 @@ class ZImage(PictureFamily):
     nullspace_pipeline = "NullSpaceDreamBoothZImagePipeline"
     flow_matching = True
     own_levels = True
+    negated_output = True
     latents_dtype = torch.float32
     guidance_offset = 1.0  # its call adds `scale * (v(prompt) - v(empty))` to the prompt's velocity
     text_fields = ("prompt_embeds", "attention_mask")

@@ -28,6 +28,7 @@ from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_
 from diffusers_ext.core.settings import check_keywords
 from diffusers_ext.families import Family, find_family
 from diffusers_ext.golden_noise.card import pipeline_card
+from diffusers_ext.golden_noise.diversity import check_diversity, spread_pictures
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet, refuse_npnet
@@ -43,10 +44,14 @@ NoiseModel = NPNet | GoldenNoiseModel | NoiseSequenceTransformer | NoiseSequence
 # Read by diffusers from `**kwargs`, with a warning.
 _DEPRECATED_IN_CALLS = ("callback", "callback_steps")
 _SCALE = inspect.Parameter("golden_noise_scale", inspect.Parameter.KEYWORD_ONLY, default=1.0, annotation=float)
+_DIVERSITY = inspect.Parameter("diversity", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation=float)
 _SCALE_DOC = """Draw pictures from noise that the `noise_model` refined for their prompts.
 
 `golden_noise_scale` (`float`, defaults to 1.0): 0 draws what the plain pipeline draws, 1 from the
-network's noise, values between and beyond from the line through both. Everything else, given
+network's noise, values between and beyond from the line through both.
+
+`diversity` (`float`, defaults to 0.0): above 0, up to 1, pictures of one prompt are spread apart while they are
+drawn, with or without a `noise_model`; each call of the denoiser then takes eight more. Everything else, given
 `latents` refined as well, is as in the plain pipeline:
 
 """
@@ -84,7 +89,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
             order = cls.model_cpu_offload_seq
             cls.model_cpu_offload_seq = re.sub("->(unet|transformer)", r"->noise_model->\1", order)
             register_auto_pipeline(cls)
-            cls.__call__ = _shown_as(plain.__call__, GoldenNoiseMixin.__call__, _SCALE, _SCALE_DOC)
+            cls.__call__ = _shown_as(plain.__call__, GoldenNoiseMixin.__call__, (_SCALE, _DIVERSITY), _SCALE_DOC)
             cls.encode_prompt = _shown_as(plain.encode_prompt, GoldenNoiseMixin.encode_prompt)
             cls.prepare_latents = _shown_as(plain.prepare_latents, GoldenNoiseMixin.prepare_latents)
 
@@ -107,9 +112,9 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
             self._check_sizes(noise_model)
         self.register_modules(noise_model=noise_model)
 
-    def __call__(self, *args: Any, golden_noise_scale: float = 1.0, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, golden_noise_scale: float = 1.0, diversity: float = 0.0, **kwargs: Any) -> Any:
         """As in the plain pipeline, from refined noise; see `help(pipeline.__call__)`."""
-        scale = check_scale(golden_noise_scale)
+        scale, diversity = check_scale(golden_noise_scale), check_diversity(diversity)
         # The plain pipeline would pass over a keyword that it does not know in silence.
         calls = [owner.__call__ for owner in type(self).__mro__ if "__call__" in vars(owner)]
         takes = {name for call in calls for name in inspect.signature(call).parameters}
@@ -120,7 +125,8 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
         self._golden_call = _GoldenCall(scale, given.get("prompt_embeds")) if active else None
         try:
-            return super().__call__(*args, **kwargs)
+            with spread_pictures(self, find_family(self, TOOL), diversity):
+                return super().__call__(*args, **kwargs)
         finally:
             self._golden_call = outer
 
@@ -199,19 +205,20 @@ def _repeated(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:
 def _shown_as(
     plain: Callable[..., Any],
     method: Callable[..., Any],
-    further: inspect.Parameter | None = None,
+    further: tuple[inspect.Parameter, ...] = (),
     introduction: str = "",
 ) -> Callable[..., Any]:
-    """`method` with the signature of `plain` and one further argument, for `help` and editors."""
+    """`method` with the signature of `plain` and `further` arguments, for `help` and editors."""
 
     def shown(self: object, *args: Any, **kwargs: Any) -> Any:
         return method(self, *args, **kwargs)
 
     signature = inspect.signature(plain)
-    if further is not None:
+    if further:
         parameters = list(signature.parameters.values())
         last = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
-        parameters.insert(len(parameters) - last, further)
+        place = len(parameters) - last
+        parameters[place:place] = further
         signature = signature.replace(parameters=parameters)
     shown.__signature__ = signature
     shown.__name__ = plain.__name__
