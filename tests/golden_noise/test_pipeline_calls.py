@@ -18,9 +18,10 @@ def test_the_call_shows_the_arguments_of_the_plain_pipeline(family):
     plain, golden = type(FAMILIES[family].plain()), FAMILIES[family].golden
     expected = dict(inspect.signature(plain.__call__).parameters)
     shown = dict(inspect.signature(golden.__call__).parameters)
-    scale = shown.pop("golden_noise_scale")
+    scale, diversity = shown.pop("golden_noise_scale"), shown.pop("diversity")
     assert shown == expected
     assert (scale.default, scale.kind) == (1.0, inspect.Parameter.KEYWORD_ONLY)
+    assert (diversity.default, diversity.kind) == (0.0, inspect.Parameter.KEYWORD_ONLY)
     assert "golden_noise_scale" in golden.__call__.__doc__
     assert inspect.getdoc(plain.__call__) in golden.__call__.__doc__
     for name in ("encode_prompt", "prepare_latents"):
