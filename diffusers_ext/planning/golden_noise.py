@@ -73,6 +73,8 @@ def draft_golden_noise(base: BaseModel, setting: GoldenNoisePlanSettings, *, as_
     if setting.use_ema:
         parts[_COPY] = parts[_NETWORK]
     notes = [f"{setting.kept_share:.0%} of the pairs that are tried are kept."]
+    if not shapes.family.pads_text:
+        notes.append(f"Every text is as long as the longest, {shapes.text.tokens} tokens.")
     if setting.reward in REWARDS:
         parts[_REWARD] = module_bytes(_reward_model(setting.reward))
     elif setting.reward is not None:

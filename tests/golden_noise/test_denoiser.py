@@ -9,7 +9,8 @@ from diffusers import PixArtAlphaPipeline, UNet2DConditionModel
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.families import find_family
 from diffusers_ext.families.family import TextConditioning
-from diffusers_ext.golden_noise.redenoise import encode_prompts, guided_prediction
+from diffusers_ext.golden_noise.redenoise import encode_prompts, guided_prediction, step_coefficients
+from tests.golden_noise.golden_pipelines import FAMILIES, draw
 from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS, pipeline_first_step, unit_noise
 from tests.tiny_pipelines import pixart_pipeline
 
@@ -51,6 +52,32 @@ def test_guidance_is_one_call(scale, batches):
         guided_prediction(pipeline, unit_noise(pipeline), 901, text, scale)
         hook.remove()
     assert seen == batches
+
+
+@pytest.mark.parametrize("family", ["flux2", "flux2_dev", "qwen_image", "z_image"])
+@torch.no_grad()
+def test_text_of_different_lengths_guides_in_one_call(family):
+    """Each side is as in a call of its own, and the levels are those of the pipeline's call."""
+    pipeline = FAMILIES[family].plain()
+    draw(pipeline, family, num_inference_steps=4)
+    levels, timestep = pipeline.scheduler.sigmas[:2].double(), pipeline.scheduler.timesteps[0]
+    found = step_coefficients(pipeline, (8, 8), num_steps=4)
+    assert found.timestep == timestep
+    assert found.down_first == pytest.approx((levels[1] - levels[0]).item())
+    text = encode_prompts(pipeline, ["a red seven", "a photo of a blue two and a green one"])
+    noise = torch.randn(2, find_family(pipeline).latent_channels(pipeline.transformer.config), 8, 8)
+    guided = guided_prediction(pipeline, noise, timestep, text, 3.0)
+    if family == "flux2_dev":
+        assert not torch.allclose(guided, guided_prediction(pipeline, noise, timestep, text, 1.0), atol=1e-4)
+        return
+    sides = text.tensors()
+    negative = {name.removeprefix("negative_"): x for name, x in sides.items() if name.startswith("negative_")}
+    conditional, unconditional = (
+        torch.cat([guided_prediction(pipeline, noise[[row]], timestep, side[[row]], 1.0) for row in range(2)])
+        for side in (text, TextConditioning(**negative))
+    )
+    expected = unconditional + 3.0 * (conditional - unconditional)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from tests.golden_noise.golden_pipelines import FAMILIES, NETWORKS, golden_pipel
 from tests.golden_noise.shared_facts import RESULT
 
 FACTS = {"base_model": "somebody/base", "license": "mit", "trained_on": "900 noise pairs"}
-# Of all networks in three pipelines: the code is the same for all.
-CASES = {family: {"sd": "npnet", "sdxl": "transformer", "flux": "rnn"}.get(family, "model") for family in FAMILIES}
+# Classes of three families and of all networks in three pipelines: the code is the same for all.
+CASES = {"sd": "npnet", "sdxl": "transformer", "flux": "rnn", "hunyuan_dit": "model", "sd3": "model"}
 
 
 def assert_same_weights(loaded, pipeline) -> None:
@@ -22,7 +22,7 @@ def assert_same_weights(loaded, pipeline) -> None:
                 assert torch.equal(weights[key], value), (name, key)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_pipelines_come_back_from_the_hub_without_remote_code(hub, family):
     pipeline = golden_pipeline(family, name=CASES[family])
     pipeline.push_to_hub("tester/golden", results=[RESULT], **FACTS)

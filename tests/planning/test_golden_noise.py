@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 
+from diffusers_ext.planning import plan_run
 from diffusers_ext.planning.golden_noise import GoldenNoiseRun
 from diffusers_ext.planning.models import ImageShapes, read_base_model
 from diffusers_ext.planning.settings import GoldenNoisePlanSettings
 from diffusers_ext.planning.work import trace_work
 from examples.digits.check_model import MODEL_DIR
+from tests.golden_noise.golden_pipelines import FAMILIES
 from tests.planning.real_jobs import measured_peak
 from tests.training.noise_runs import STRUCTURES
 
@@ -60,3 +62,19 @@ def test_validation_of_sequences_rolls_them_out():
     forward = run_of("golden_noise_model").validation_work(rows=4, times=1)
     assert trace_work(work).peak == pytest.approx(measured_peak(work), rel=0.15)
     assert trace_work(forward).peak == pytest.approx(measured_peak(forward), rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["flux2_dev", "z_image"])
+def test_models_with_the_text_of_large_language_models_are_planned(family, tmp_path):
+    FAMILIES[family].plain().save_pretrained(tmp_path)
+    setting = {"num_prompts": 4, "output_size": 32, "train_batch_size": 2, "structure": {"num_layers": 1}}
+    plan = plan_run("golden-noise", tmp_path, reward="another", **setting)
+    assert [phase.name for phase in plan.phases] == [
+        "re-denoising", "judging", "encoding text", "training", "validation",
+    ]  # fmt: skip
+    assert all(phase.peak > 0 for phase in plan.phases)
+    longest = any("Every text is as long as the longest, 512 tokens" in note for note in plan.assumptions)
+    assert longest == (family == "z_image")
+    if longest:
+        with pytest.raises(ValueError, match="must be none of NPNet for"):
+            plan_run("golden-noise", tmp_path, num_prompts=4, output_size=32, network="npnet")
