@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,9 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
             passed = {name: arguments[name] for name in _SAVED_ALIKE if name in arguments}
             self.guard.save_pretrained(Path(save_directory, GUARD), **passed)
         super().save_pretrained(save_directory, **arguments)
+
+    # A pipeline hands over, such as the `variant`, only what it finds named there.
+    save_pretrained.__signature__ = inspect.signature(PushWithCard.save_pretrained)
 
     @property
     def guard(self) -> torch.nn.Module | None:
