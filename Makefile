@@ -51,6 +51,7 @@ bench: setup
 	$(BIN)/python benchmarks/real_sizes.py
 	$(BIN)/python benchmarks/editing_real_sizes.py
 	$(BIN)/python benchmarks/golden_noise_on_digits.py
+	$(BIN)/python benchmarks/golden_noise_on_distilled_digits.py
 	$(BIN)/python benchmarks/low_bands_on_digits.py
 	$(BIN)/python benchmarks/noise_guard_on_digits.py
 	$(BIN)/python benchmarks/diversity_on_digits.py

@@ -17,8 +17,7 @@ _NETWORK = ("--model", "golden_noise_model", "--patch_size", "2", "--width", "12
 # Of the pairs of each target: noises a prompt, steps of the network's training, flags besides those that all have.
 PAIRS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "reward pairs": (3, 400, ("--target", "reward", "--ascent_steps", "6", "--ascent_rate", "0.1")),
-    "best of 8 neighbours": (2, 200, ("--target", "best_of_n", "--best_of", "8", "--spread", "0.5")),
-    "best of 8 seeds": (2, 200, ("--target", "best_of_n", "--best_of", "8", "--spread", "1.0")),
+    "chosen of 8 neighbours": (2, 200, ("--target", "best_of_n", "--best_of", "8", "--spread", "0.5")),
 }
 # Of trainings without pairs: steps, flags.
 DIRECT: dict[str, tuple[int, tuple[str, ...]]] = {"direct": (220, ("--reward_regularization", "0.5"))}
