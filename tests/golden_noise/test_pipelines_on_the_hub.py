@@ -6,6 +6,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.networks.guard import NoiseGuard
 from tests.golden_noise.golden_pipelines import FAMILIES, NETWORKS, golden_pipeline
 from tests.golden_noise.shared_facts import RESULT
 
@@ -60,3 +62,18 @@ def test_saving_may_push(hub, tmp_path):
     assert name in hub.files("tester/golden", revision="half")
     loaded = type(pipeline).from_pretrained("tester/golden", revision="half", variant="fp16")
     assert loaded.noise_model is not None
+
+
+def test_a_guard_goes_with_its_network_to_the_hub_and_back(hub):
+    pipeline = golden_pipeline("sd")
+    network = pipeline.noise_model
+    sizes = {name: network.config[name] for name in ("in_channels", "text_embed_dim")}
+    network.set_guard(NoiseGuard(**sizes, width=16, num_layers=1, num_heads=2, threshold=0.25))
+    pipeline.push_to_hub("tester/guarded", **FACTS)
+    assert "noise_model/guard/diffusion_pytorch_model.safetensors" in hub.files("tester/guarded")
+    loaded = type(pipeline).from_pretrained("tester/guarded").noise_model
+    alone = load_noise_model("tester/guarded", subfolder="noise_model")
+    for guard in (loaded.guard, alone.guard):
+        assert guard.config.threshold == 0.25
+        for name, value in network.guard.state_dict().items():
+            assert torch.equal(guard.state_dict()[name], value)

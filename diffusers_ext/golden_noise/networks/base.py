@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from diffusers_ext.core.restored_state import module_eval_mode
-from diffusers_ext.core.sources import refuse_checkpoint
+from diffusers_ext.core.sources import CONFIG_NAME, refuse_checkpoint
 from diffusers_ext.core.tensor_files import check_regular_file
 from diffusers_ext.golden_noise.card import network_card
 from diffusers_ext.golden_noise.networks.files import CheckedWeights, read_network_config
@@ -42,6 +43,10 @@ _GUARD_KEY = "_noise_guard"  # of the config: diffusers passes over names that b
 _LOADED_ALIKE = (
     "revision", "variant", "cache_dir", "token", "local_files_only", "force_download", "proxies", "use_safetensors",
 )  # fmt: skip
+# Of the Hub's cache: a repository's files as of one commit.
+_IN_CACHE = re.compile(
+    r"(?P<cache>.+)/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)/?(?P<below>.*)"
+)
 _SAVED_ALIKE = ("is_main_process", "safe_serialization", "variant")
 _FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
@@ -108,6 +113,12 @@ def _load_guard(source: str | os.PathLike, folder: Any, arguments: dict[str, Any
     where = {name: value for name, value in arguments.items() if name in _LOADED_ALIKE}
     subfolder = Path(arguments.get("subfolder") or "", GUARD).as_posix()
     guard = importlib.import_module("diffusers_ext.golden_noise.networks.guard").NoiseGuard
+    cached = _IN_CACHE.fullmatch(Path(source).as_posix())
+    if cached and not Path(source, subfolder, CONFIG_NAME).is_file():
+        # A pipeline's download takes what lies in a component's own folder alone.
+        place = {"revision": cached["revision"], "cache_dir": cached["cache"]}
+        below = Path(cached["below"], subfolder).as_posix()
+        return guard.from_pretrained(f"{cached['owner']}/{cached['name']}", **{**where, **place}, subfolder=below)
     if Path(source).is_dir():  # there diffusers would take the weights beside the subfolder, if any, for those in it
         return guard.from_pretrained(Path(source, subfolder), **where)
     return guard.from_pretrained(source, **where, subfolder=subfolder)
