@@ -51,7 +51,7 @@ def paired_gains(report: GoldenNoiseReport, name: str, reward: str) -> torch.Ten
 
 def changed_pictures(report: GoldenNoiseReport) -> torch.Tensor:
     """Whether the guard let the noise be changed, `(pictures,)`."""
-    return torch.tensor([row[f"{_GUARDED}/change"] > 0 for row in report.rows])
+    return torch.tensor([row[f"{_GUARDED}/noise_change"] > 0 for row in report.rows])
 
 
 def guard_shares(gains: torch.Tensor) -> dict[str, torch.Tensor]:
