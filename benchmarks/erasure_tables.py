@@ -166,7 +166,7 @@ METHOD_TITLES = {
     "linear": "linear eraser, as a LoRA in stock diffusers",
     "gelu": "eraser with GELU",
     "eraser": "this project's eraser",
-    "eraser_codebook": "the same, behind a text codebook",
+    "eraser_codebook": "eraser behind a text codebook",
     "eraser_half": "the same, half of the steps",
     "edit_eraser_half": "the same, half of the steps, on the edited model",
 }
