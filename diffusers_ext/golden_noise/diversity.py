@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.families.family import Family
 from diffusers_ext.families.predictions import Level, predicted_of, x_0_and_noise
 
@@ -65,24 +66,30 @@ def spread_pictures(pipeline: DiffusionPipeline, family: Family, diversity: floa
             "`diversity` must be 0 with a scheduler whose levels are not known, got "
             f"{diversity} with a {type(pipeline.scheduler).__name__}."
         )
-    hook = _Spreading(pipeline, family, prediction_type, diversity)
-    handle = getattr(pipeline, family.denoiser).register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with CallScope() as scope:
+        hook = _Spreading(pipeline, family, prediction_type, diversity, scope)
+        handle = getattr(pipeline, family.denoiser).register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class _Spreading:
     """A forward hook of a denoiser; its own calls go around the hooks."""
 
-    def __init__(self, pipeline: DiffusionPipeline, family: Family, prediction_type: str, diversity: float) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, family: Family, prediction_type: str, diversity: float, scope: CallScope
+    ) -> None:
         self.pipeline, self.family, self.diversity = pipeline, family, diversity
+        self.scope = scope  # outside of which, as in other threads that draw with this denoiser, nothing is moved
         self.start: float | None = None  # share of noise in the first step
         self.prediction_type = prediction_type
 
     @torch.no_grad()
     def __call__(self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.scope.covers_this_call():
+            return output
         name = next((name for name in _INPUTS if name in kwargs), None)
         given = args[0] if name is None else kwargs[name]
         x_t = _stacked(given)

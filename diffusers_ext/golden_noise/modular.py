@@ -19,7 +19,7 @@ from diffusers_ext.core.modular import ExtensionStep
 from diffusers_ext.families import FAMILIES, Family, find_modular_family
 from diffusers_ext.families.family import import_class
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.pipelines import check_scale, check_sizes
+from diffusers_ext.golden_noise.pipelines import check_scale, check_sizes, refined_latents
 
 # Steps whose latents are noise and nothing else; others mix a picture in.
 _DRAWS_NOISE = re.compile(r"(?!.*(Img2Img|Inpaint))\w+PrepareLatentsStep")
@@ -81,27 +81,12 @@ class GoldenNoiseStep(ExtensionStep):
         if network is not None and scale != 0:
             family = find_modular_family(components)
             check_sizes(network, family, getattr(components, family.denoiser).config, type(components).__name__)
-            block_state.latents = _refined(components, family, block_state, family.modular_text(state), scale)
+            block_state.latents = refined_latents(
+                _AsPipeline(components, family), family, network, block_state.latents,
+                (block_state.height, block_state.width), family.modular_text(state), scale,
+            )  # fmt: skip
             self.set_block_state(state, block_state)
         return components, state
-
-
-def _refined(
-    components: ModularPipeline, family: Family, given: Any, text: dict[str, torch.Tensor | None], scale: float
-) -> torch.Tensor:
-    """Latents of a call, made golden; of clips `(batch, channels, frames, height, width)` each frame by itself."""
-    latents, pipeline = given.latents, _AsPipeline(components, family)
-    frames = latents.shape[2] if latents.ndim == 5 else 1
-    pictures = latents if latents.ndim < 5 else latents.transpose(1, 2).flatten(0, 1).unsqueeze(2)
-    text = {name: None if rows is None else rows.repeat_interleave(frames, 0) for name, rows in text.items()}
-    sigma = 1.0 if family.flow_matching else components.scheduler.init_noise_sigma
-    noise = family.unpack(pipeline, pictures, given.height, given.width).float() / sigma
-    golden = family.pack(pipeline, components.noise_model.refine(noise, scale=scale, **text) * sigma)
-    if latents.ndim == 5:
-        golden = golden.squeeze(2).unflatten(0, (len(latents), frames)).transpose(1, 2)
-    elif golden.ndim > latents.ndim:  # FLUX.2 makes tokens of them as it draws them
-        golden = golden.flatten(2).transpose(1, 2)
-    return golden.to(latents.dtype)
 
 
 class _AsPipeline:

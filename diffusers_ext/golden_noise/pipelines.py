@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
@@ -151,15 +151,9 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         given = inspect.signature(plain).bind(*args, **kwargs).arguments
         # Flux returns the positions of its packed latents as well.
         latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
-        sigma = 1.0 if family.flow_matching else self.scheduler.init_noise_sigma
-        noise = family.unpack(self, latents, given["height"], given["width"]).float() / sigma
         text = call.text or family.network_text((call.given_embeds,), {})
-        # Z-Image repeats a prompt's text for its pictures after this.
-        text = {name: _repeated(rows, len(noise)) for name, rows in text.items()}
-        golden = family.pack(self, self.noise_model.refine(noise, scale=call.scale, **text) * sigma)
-        if golden.ndim > latents.ndim:  # FLUX.2's call takes them as they are and makes tokens of them here
-            golden = golden.flatten(2).transpose(1, 2)
-        golden = golden.to(latents.dtype)
+        size = given["height"], given["width"]
+        golden = refined_latents(self, family, self.noise_model, latents, size, text, call.scale)
         return (golden, *others) if others else golden
 
     def _card(self, *, token: str | None, **facts: Any) -> Callable[..., Card]:
@@ -196,6 +190,35 @@ def check_sizes(noise_model: GoldenNoiseNetwork, family: Family, config: Any, ow
             raise ValueError(f"`noise_model` must have `{name}` {size} like the {owner}, got {network[name]}.")
     if isinstance(noise_model, NPNet):
         refuse_npnet(family, sizes.in_channels)
+
+
+def refined_latents(
+    pipeline: Any,
+    family: Family,
+    noise_model: GoldenNoiseNetwork,
+    latents: torch.Tensor,
+    size: tuple[int, int],
+    text: Mapping[str, torch.Tensor | None],
+    scale: float,
+) -> torch.Tensor:
+    """Latents of a call as its `prepare_latents` made them, refined; clips latent frame by latent frame.
+
+    Args:
+        pipeline: with the scheduler, and what `family.pack` and `unpack` read of it.
+        size: height and width in pixels.
+        text: arguments of `refine`; rows stand for as many latents each as there are more of these.
+    """
+    clips = latents.ndim == 5
+    pictures = latents.transpose(1, 2).flatten(0, 1).unsqueeze(2) if clips else latents
+    sigma = 1.0 if family.flow_matching else pipeline.scheduler.init_noise_sigma
+    noise = family.unpack(pipeline, pictures, *size).float() / sigma
+    text = {name: _repeated(rows, len(noise)) for name, rows in text.items()}
+    golden = family.pack(pipeline, noise_model.refine(noise, scale=scale, **text) * sigma)
+    if clips:
+        golden = golden.squeeze(2).unflatten(0, (len(latents), -1)).transpose(1, 2)
+    elif golden.ndim > latents.ndim:  # FLUX.2 takes them as they are and makes tokens of them here
+        golden = golden.flatten(2).transpose(1, 2)
+    return golden.to(latents.dtype)
 
 
 def _repeated(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:

@@ -3,10 +3,13 @@ from functools import partial
 import pytest
 import torch
 
+from diffusers_ext.families import find_family
 from diffusers_ext.families.predictions import Level, predicted_of, x_0_and_noise
 from diffusers_ext.golden_noise import diversity as module
 from diffusers_ext.golden_noise.diversity import spread_output
+from diffusers_ext.golden_noise.redenoise import TOOL
 from tests.golden_noise.golden_pipelines import FAMILIES, PROMPTS, draw, seeded
+from tests.in_a_thread import in_a_thread
 
 LEVEL = Level(0.6, 0.8)
 
@@ -64,3 +67,12 @@ def test_the_hook_goes_also_after_an_exception(drawn, monkeypatch):
     with pytest.raises(RuntimeError, match="on the way"):
         drawn(diversity=0.5)
     assert torch.equal(drawn(), plain)
+
+
+def test_another_thread_that_draws_with_the_denoiser_is_left_alone():
+    golden = FAMILIES["sd"].golden.from_pipe(FAMILIES["sd"].plain())
+    other = FAMILIES["sd"].plain().from_pipe(golden)
+    plain = draw(other, "sd")
+    with module.spread_pictures(golden, find_family(golden, TOOL), 1.0):
+        assert torch.equal(in_a_thread(lambda: draw(other, "sd")), plain)
+        assert not torch.equal(draw(other, "sd"), plain)
