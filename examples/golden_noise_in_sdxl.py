@@ -1,7 +1,8 @@
 """Draw a prompt from random noise and from golden noise of the same seeds, side by side.
 
-python examples/golden_noise_in_sdxl.py --noise_model user/network --prompt "a red fox in the snow" A published NPNet
-works as well, `--noise_model sdxl.pth`; other base models by `--model`.
+python examples/golden_noise_in_sdxl.py --noise_model user/network --prompt "a red fox in the snow"
+
+A published NPNet works as well, `--noise_model sdxl.pth`; other base models by `--model`.
 """
 
 from __future__ import annotations
@@ -17,19 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 import diffusers_ext
 from diffusers_ext import NPNet, load_noise_model
 from diffusers_ext.evaluation.report_files import SheetRow, picture_sheet
+from diffusers_ext.families import FAMILIES
 from examples.arguments import DEVICE, DTYPE, read_arguments
 
-PIPELINES = {
-    "StableDiffusionXLPipeline": diffusers_ext.GoldenNoiseXLPipeline,
-    "StableDiffusionPipeline": diffusers_ext.GoldenNoisePipeline,
-    "HunyuanDiTPipeline": diffusers_ext.GoldenNoiseHunyuanDiTPipeline,
-    "StableDiffusion3Pipeline": diffusers_ext.GoldenNoiseSD3Pipeline,
-    "FluxPipeline": diffusers_ext.GoldenNoiseFluxPipeline,
-    "Flux2KleinPipeline": diffusers_ext.GoldenNoiseFlux2KleinPipeline,
-    "Flux2Pipeline": diffusers_ext.GoldenNoiseFlux2Pipeline,
-    "QwenImagePipeline": diffusers_ext.GoldenNoiseQwenImagePipeline,
-    "ZImagePipeline": diffusers_ext.GoldenNoiseZImagePipeline,
-}
+PIPELINES = {family.pipelines[0]: family.golden_pipeline for family in FAMILIES if family.golden_pipeline}
 
 
 def main(input_args: list[str] | None = None) -> None:
@@ -41,7 +33,8 @@ def main(input_args: list[str] | None = None) -> None:
     )  # fmt: skip
     is_npnet = args.noise_model.endswith((".pth", ".safetensors"))
     noise_model = (NPNet.from_single_file if is_npnet else load_noise_model)(args.noise_model)
-    pipeline_class = PIPELINES[DiffusionPipeline.load_config(args.model)["_class_name"]]
+    name = PIPELINES[DiffusionPipeline.load_config(args.model)["_class_name"]]
+    pipeline_class = getattr(diffusers_ext, name)
     # The network is one more component: `save_pretrained` and `push_to_hub` include it.
     pipe = pipeline_class.from_pretrained(args.model, noise_model=noise_model, dtype=DTYPE)
     pipe.to(DEVICE)

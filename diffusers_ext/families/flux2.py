@@ -125,7 +125,9 @@ class Flux2(PictureFamily):
         return functional.pixel_shuffle(latents, 2)
 
     def unpack(self, pipeline: DiffusionPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """The call takes them patched, its `prepare_latents` makes tokens of them."""
+        """The call takes them as they are, its `prepare_latents` makes tokens of them."""
+        if latents.ndim == 4:
+            return latents
         side = self.pixels_per_latent(pipeline)
         return latents.transpose(1, 2).unflatten(2, (int(height) // side, int(width) // side))
 

@@ -92,7 +92,7 @@ def test_scripts_find_the_repository_from_any_folder(subtests, monkeypatch, tmp_
     """Also what a flag names there, such as `examples.digits.rewards:DigitsReward`."""
     monkeypatch.chdir(tmp_path)
     scripts = [p for p in (REPOSITORY / "training").glob("*.py") if "run_script(" in p.read_text()]
-    assert len(scripts) == 13
+    assert len(scripts) == 14
     for script in scripts:
         with subtests.test(script=script.name):
             monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(REPOSITORY)])
