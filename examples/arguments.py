@@ -39,12 +39,15 @@ def read_arguments(description: str | None, input_args: Sequence[str] | None, **
 
 
 def save_in_half_precision(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
-    """Save a pipeline in float16 so that it loads in float32 where no dtype is asked for.
+    """Save a pipeline in float16 so that it loads in float32 where no dtype is asked for, and names no folder of here.
 
     diffusers loads its own models in float32 then, but transformers loads what their configs name, and writes there
     what is stored: a text encoder in float16 beside a denoiser in float32.
     """
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    for path in Path(folder).glob("text_encoder*/config.json"):
-        config = {**json.loads(path.read_text(encoding="utf-8")), "dtype": "float32"}
+    for path in Path(folder).glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        if path.parent.name.startswith("text_encoder"):
+            config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

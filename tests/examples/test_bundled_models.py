@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from diffusers import CogVideoXPipeline, DiffusionPipeline, StableDiffusionPipeline
 
+from diffusers_ext.core.text_files import read_json
 from examples.arguments import save_in_half_precision
 from examples.digits.check_model import MODEL_DIR as PICTURES
 from examples.moving_digits.check_model import MODEL_DIR as CLIPS
 from tests.tiny_cogvideox import tiny_video_pipeline
+
+EXAMPLES = PICTURES.parents[1]
 
 
 def dtypes(pipeline: DiffusionPipeline) -> set[torch.dtype]:
@@ -32,8 +35,16 @@ def test_the_bundled_video_model_draws_as_it_loads():
     pipeline("a red three moving right", num_inference_steps=1)
 
 
+def test_no_config_names_a_folder_of_the_machine_that_made_it():
+    configs = [path for path in EXAMPLES.glob("*/model/*/*.json") if "/" in str(read_json(path).get("_name_or_path"))]
+    assert not configs
+
+
 def test_what_is_saved_in_half_precision_loads_in_one_dtype(tmp_path):
-    save_in_half_precision(tiny_video_pipeline(), tmp_path)
+    pipeline = tiny_video_pipeline()
+    pipeline.vae.register_to_config(_name_or_path="/a/folder")
+    save_in_half_precision(pipeline, tmp_path)
+    assert not any("/a/folder" in path.read_text() for path in tmp_path.glob("*/config.json"))
     assert dtypes(DiffusionPipeline.from_pretrained(tmp_path)) == {torch.float32}
     asked = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert dtypes(asked) == {torch.bfloat16}
