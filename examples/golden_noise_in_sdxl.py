@@ -21,7 +21,11 @@ from diffusers_ext.evaluation.report_files import SheetRow, picture_sheet
 from diffusers_ext.families import FAMILIES
 from examples.arguments import DEVICE, DTYPE, read_arguments
 
-PIPELINES = {family.pipelines[0]: family.golden_pipeline for family in FAMILIES if family.golden_pipeline}
+PIPELINES = {
+    family.pipelines[0]: getattr(diffusers_ext, family.golden_pipeline)
+    for family in FAMILIES
+    if family.golden_pipeline is not None
+}
 
 
 def main(input_args: list[str] | None = None) -> None:
@@ -33,8 +37,7 @@ def main(input_args: list[str] | None = None) -> None:
     )  # fmt: skip
     is_npnet = args.noise_model.endswith((".pth", ".safetensors"))
     noise_model = (NPNet.from_single_file if is_npnet else load_noise_model)(args.noise_model)
-    name = PIPELINES[DiffusionPipeline.load_config(args.model)["_class_name"]]
-    pipeline_class = getattr(diffusers_ext, name)
+    pipeline_class = PIPELINES[DiffusionPipeline.load_config(args.model)["_class_name"]]
     # The network is one more component: `save_pretrained` and `push_to_hub` include it.
     pipe = pipeline_class.from_pretrained(args.model, noise_model=noise_model, dtype=DTYPE)
     pipe.to(DEVICE)
