@@ -19,6 +19,7 @@ import diffusers_ext
 from diffusers_ext.command_line.collect import COLLECT
 from diffusers_ext.command_line.convert import CONVERSIONS
 from diffusers_ext.command_line.debleed import DEBLEED, INTERFERENCE
+from diffusers_ext.command_line.demo import DEMO
 from diffusers_ext.command_line.edit import EDIT, EVALUATE_EDIT
 from diffusers_ext.command_line.evaluate import EVALUATE_ERASURE, EVALUATE_FORGETTING, EVALUATE_GOLDEN_NOISE
 from diffusers_ext.command_line.options import (
@@ -89,7 +90,7 @@ def _no_bars() -> Iterator[None]:
 
 
 EVALUATIONS = (EVALUATE_FORGETTING, EVALUATE_GOLDEN_NOISE, EVALUATE_ERASURE, EVALUATE_EDIT)
-COMMANDS = (*PLANS, COLLECT, DEBLEED, INTERFERENCE, EDIT, *EVALUATIONS, *CONVERSIONS, PUSH)
+COMMANDS = (*PLANS, COLLECT, DEBLEED, INTERFERENCE, EDIT, *EVALUATIONS, *CONVERSIONS, PUSH, DEMO)
 _GROUPS = {
     "plan": "say what memory, disk and time a run takes, before it",
     "evaluate": "compare a model with and without what one of the tools made",

@@ -21,7 +21,7 @@ TOOL_PAGES = ("null_space_dreambooth", "golden_noise", "concept_eraser")
 # Of diffusers; tests/hub sees it.
 FOREIGN_MESSAGES = ("… is not one of the libraries Diffusers can load components from",)
 # Of accelerate, and of every parser.
-FOREIGN_FLAGS = {"--dynamo_backend", "--help"}
+FOREIGN_FLAGS = {"--no-deps", "--dynamo_backend", "--help"}
 EVERY_PAGE = pytest.mark.parametrize("page", [*PAGES, CHINESE], ids=lambda page: page.name)
 
 

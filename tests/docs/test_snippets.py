@@ -52,6 +52,8 @@ NOT_RUN = {
     "make lint test": "runs this",
     "make bench": "hours",
     "pip install": "changes the environment",
+    "python -m pip wheel": "builds; tests/test_wheel.py does",
+    'python -c "from setuptools': "builds; tests/test_wheel.py does",
     "python3 -m venv": "makes an environment",
     "source .venv": "a command of the shell",
     "python examples/app.py": "does not end; tests/examples runs the app",
