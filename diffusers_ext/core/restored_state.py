@@ -72,6 +72,14 @@ class _Holding:
         self.held: list[tuple[object, Any]] = []
 
 
+def _own_value(owner: object, name: str) -> Any:
+    """What is to be given back: not a method or a default that the class has for all."""
+    of_class = getattr(type(owner), name, _Absent)
+    if of_class is not _Absent and not hasattr(of_class, "__set__") and name not in vars(owner):
+        return _Absent
+    return getattr(owner, name, _Absent)
+
+
 @contextmanager
 def held_attribute(
     owner: object, name: str, value: Any, write: Callable[[object, str, Any], None] = setattr
@@ -80,11 +88,11 @@ def held_attribute(
 
     Contexts on the same attribute are counted: whatever the order in which they close, also in other threads and after
     an exception, the attribute has the latest value that is still held, and after the last one that which it had
-    before the first. An attribute that was not there goes again.
+    before the first. An attribute that was not there, or only in the class, goes again.
     """
     key, mine = (id(owner), name), object()
     with _LOCK:
-        holding = _HOLDINGS.get(key) or _Holding(getattr(owner, name, _Absent))
+        holding = _HOLDINGS.get(key) or _Holding(_own_value(owner, name))
         write(owner, name, value)
         holding.held.append((mine, value))
         _HOLDINGS[key] = holding

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffusers_ext.core.restored_state import held_attribute
 from diffusers_ext.core.seeds import check_flow_levels
 from diffusers_ext.families.family import Family, TokenGrid, Velocity
 from diffusers_ext.families.text_conditioning import TextConditioning, with_negatives
@@ -115,7 +116,7 @@ class LTX2(Family):
     def guided_call(self, pipeline: LTX2Pipeline, guidance_scale: float) -> Iterator[dict[str, Any]]:
         """Guided by the text alone, the sound as the video; text may be that of `text_arguments`."""
         connectors = pipeline.connectors
-        held, make, config = vars(connectors).get("forward"), connectors.forward, connectors.config
+        make, config = connectors.forward, connectors.config
         widths = [
             config[f"{stream}_connector_num_attention_heads"] * config[f"{stream}_connector_attention_head_dim"]
             for stream in ("video", "audio")
@@ -126,13 +127,8 @@ class LTX2(Family):
                 return make(embeds, mask, **options)
             return *embeds.split(widths, dim=-1), mask
 
-        connectors.forward = hand_on
-        try:
+        with held_attribute(connectors, "forward", hand_on):
             yield {"guidance_scale": guidance_scale, "audio_guidance_scale": guidance_scale, **_TEXT_GUIDANCE}
-        finally:
-            del connectors.forward
-            if held is not None:  # by offloading
-                connectors.forward = held
 
     def text_length(self, config: Any) -> int:
         return _TOKENS

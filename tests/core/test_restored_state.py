@@ -151,6 +151,24 @@ def test_an_absent_attribute_goes_again_also_after_an_exception():
     assert vars(owner) == {}
 
 
+def test_what_the_class_has_for_all_does_not_become_the_owners():
+    class Reader:
+        length = 3
+
+        def read(self) -> str:
+            return "read"
+
+    owner, contexts = Reader(), []
+    for name, value in (("read", lambda: "handed on"), ("read", lambda: "again"), ("length", 4)):
+        contexts.append(held_attribute(owner, name, value))
+        contexts[-1].__enter__()
+    assert (owner.read(), owner.length) == ("again", 4)
+    for context, left in zip(contexts, ({"read", "length"}, {"length"}, set()), strict=True):
+        context.__exit__(None, None, None)
+        assert set(vars(owner)) == left
+    assert (owner.read(), owner.length) == ("read", 3)
+
+
 def test_many_threads_leave_it_as_it_was():
     owner, seen = SimpleNamespace(mode="train"), set()
 

@@ -77,6 +77,21 @@ def test_velocities_and_runs_of_video_and_sound_are_those_of_the_pipeline(pipeli
 
 
 @torch.no_grad()
+def test_calls_that_overlap_hand_on_until_the_last_has_ended(pipeline, text):
+    made = text[:2].tensors()
+    joined = torch.cat([made["prompt_embeds"], made["prompt_embeds_2"]], dim=-1)
+    first, second = (LTX2().guided_call(pipeline, scale) for scale in (1.0, 4.0))
+    first.__enter__()
+    assert second.__enter__()["guidance_scale"] == 4.0
+    first.__exit__(None, None, None)
+    read, heard, mask = pipeline.connectors(joined, made["attention_mask"])
+    assert torch.equal(read, made["prompt_embeds"])
+    assert torch.equal(heard, made["prompt_embeds_2"])
+    second.__exit__(None, None, None)
+    assert "forward" not in vars(pipeline.connectors)
+
+
+@torch.no_grad()
 def test_the_sound_is_read(pipeline, text):
     velocity = LTX2().velocity(pipeline, *SIZE)
     assert velocity.num_sounds == 3  # of 3 frames at 24 a second
