@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Stdout holds the outcome alone.
         with contextlib.redirect_stdout(sys.stderr), quiet_libraries(args.quiet), result_place(args):
-            from diffusers_ext.core.sources import one_try_to_connect
+            from diffusers_ext.hub.connection import one_try_to_connect
 
             diffusers_ext.register()  # left out when the package was imported, so that help comes fast
             with one_try_to_connect():

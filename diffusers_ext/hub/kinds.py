@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import constants, hf_hub_download, metadata_load
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from diffusers_ext.hub.connection import RemoteEntryNotFoundError
 from diffusers_ext.hub.safe_markdown import check_file_name, code, link
 
 _CARD_NAME = "README.md"
@@ -104,6 +105,8 @@ def find_on_hub(repo_id: str, name: str, token: str | None) -> Path | None:
     """A file of a repository; `None` where there is no such repository or no such file in it."""
     try:
         return Path(hf_hub_download(repo_id, name, token=token))
+    except LocalEntryNotFoundError:
+        raise
     except (HFValidationError, RepositoryNotFoundError, RemoteEntryNotFoundError):
         return None
 

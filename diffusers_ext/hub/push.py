@@ -15,12 +15,13 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Module
 
 from diffusers_ext.hub.card import Card, keep_owner_words
+from diffusers_ext.hub.connection import RemoteEntryNotFoundError
 from diffusers_ext.hub.kinds import CACHED_FOLDERS, public_name
 
 CONFIG_DIGEST = "config_sha256"
@@ -260,6 +261,8 @@ def _owner_text(api: HfApi, folder: Path, target: dict[str, Any]) -> str | None:
     with tempfile.TemporaryDirectory() as download:
         try:
             path = Path(api.hf_hub_download(filename=CARD_NAME, local_dir=download, **target))
+        except LocalEntryNotFoundError:
+            raise
         except RemoteEntryNotFoundError:
             path = folder / CARD_NAME
         return path.read_text(encoding="utf-8") if path.is_file() else None

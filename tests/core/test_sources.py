@@ -126,7 +126,7 @@ CODE = """
 import contextlib, io, time
 from diffusers_ext import FeatureStatistics, load_noise_model
 from diffusers_ext.command_line.main import main
-from diffusers_ext.core.sources import one_try_to_connect
+from diffusers_ext.hub.connection import one_try_to_connect
 from diffusers_ext.eraser.formats import read_eraser
 from diffusers_ext.training.run.base_model import read_components
 from types import SimpleNamespace

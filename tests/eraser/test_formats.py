@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file, save, save_file
 
 from diffusers_ext.eraser import formats as eraser_files
 from diffusers_ext.eraser.adapter.tensors import EraserShape, check_fit, eraser_shape, layer_name
 from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.eraser.formats import from_legacy, read_eraser, to_legacy
+from diffusers_ext.hub.connection import RemoteEntryNotFoundError
 from tests.eraser.legacy_fixture import FOLDER
 from tests.eraser.saved_erasers import saved_eraser
 from tests.tiny_cogvideox import tiny_transformer

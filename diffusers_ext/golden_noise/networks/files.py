@@ -17,7 +17,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 
 from diffusers_ext.core.artifacts import sealed, write_atomically
 from diffusers_ext.core.settings import check_keywords
@@ -34,6 +34,7 @@ from diffusers_ext.core.tensor_files import (
     read_tensors,
 )
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.hub.connection import RemoteEntryNotFoundError
 
 VARIANTS = {2048: "SDXL", 1024: "Hunyuan-DiT"}  # by text width; DreamShaper's shapes are SDXL's
 TEXT_LENGTH = 77
@@ -289,12 +290,12 @@ def _find(source: str | os.PathLike, name: str, arguments: Mapping[str, Any]) ->
         return check_regular_file(path) if os.path.lexists(path) else None
     try:
         return Path(hf_hub_download(str(source), name, **where))
-    except RemoteEntryNotFoundError:
-        return None
     except LocalEntryNotFoundError:
         if where.get("local_files_only"):
             return None
         raise
+    except RemoteEntryNotFoundError:
+        return None
 
 
 def check_contents(paths: list[Path], model: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:

@@ -83,12 +83,13 @@ _NAME = re.compile(r"`([A-Za-z_][A-Za-z_0-9]*)`")
 
 def user_errors() -> tuple[type[BaseException], ...]:
     """Wrong input, missing files or extras, refusals of the Hub, a lost connection, no memory, NaN."""
-    from huggingface_hub.utils import httpx
     from safetensors import SafetensorError
     from torch import OutOfMemoryError
 
+    from diffusers_ext.hub.connection import HTTP_ERROR
+
     # What the Hub lacks or refuses is an `OSError`, a lost connection is not.
-    return (ValueError, TypeError, OSError, ImportError, httpx.HTTPError, SafetensorError,
+    return (ValueError, TypeError, OSError, ImportError, HTTP_ERROR, SafetensorError,
             FloatingPointError, OutOfMemoryError)  # fmt: skip
 
 
