@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-from httpx2 import ConnectError, RemoteProtocolError
 from huggingface_hub import HfApi, ModelCard, constants, get_session, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from tests.hub_errors import CONNECTION_LOST, CONNECTION_REFUSED, LOST
 from tests.hub_server import HubServer
 
 WEIGHTS = os.urandom(3000)
@@ -175,7 +175,7 @@ def test_interrupted_transfers(hub, repo, folder, tmp_path):
     with pytest.raises(RuntimeError, match="Error while uploading 'weights.safetensors'"):
         repo.upload_folder(repo_id="tester/thing", folder_path=folder)
     hub.fail_next("POST", "/commit/main", how="lost")
-    with pytest.raises(RemoteProtocolError, match="disconnected"):
+    with pytest.raises(CONNECTION_LOST, match=LOST):
         repo.upload_folder(repo_id="tester/thing", folder_path=folder)
     assert repo.model_info("tester/thing").sha != before
     assert hub.files("tester/thing")["weights.safetensors"] == WEIGHTS + b"more"
@@ -206,5 +206,5 @@ def test_unknown_requests_are_kept():
         with pytest.raises(HfHubHTTPError, match="501"):
             list(HfApi(endpoint=server.endpoint).list_spaces())
         assert [request.path for request in server.unknown] == ["/api/spaces"]
-    with pytest.raises(ConnectError, match="refused"):
+    with pytest.raises(CONNECTION_REFUSED, match="refused"):
         HfApi(endpoint=server.endpoint).whoami()

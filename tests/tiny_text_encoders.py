@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from examples.digits.prompts import COLORS, DIGITS
+from examples.small_tokenizers import byte_pair_tokenizer
+from examples.small_tokenizers import gemma_tokenizer as small_gemma_tokenizer
 
 _CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -47,9 +49,10 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
             vocabulary.setdefault(word[: end + 1], len(vocabulary))
     for mark in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
         vocabulary[mark] = len(vocabulary)
-    return Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=merges,
+    return byte_pair_tokenizer(
+        Qwen2Tokenizer,
+        vocabulary,
+        merges,
         model_max_length=512,
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         chat_template=_CHAT,
@@ -127,7 +130,7 @@ def gemma_tokenizer() -> GemmaTokenizer:
                 vocabulary.setdefault(token, len(vocabulary))
             if end and (word[:end], word[end]) not in merges:
                 merges.append((word[:end], word[end]))
-    return GemmaTokenizer(vocab=vocabulary, merges=merges, model_max_length=1024, add_bos_token=True)
+    return small_gemma_tokenizer(vocabulary, merges, model_max_length=1024)
 
 
 def gemma(tokenizer: GemmaTokenizer, width: int) -> Gemma3ForConditionalGeneration:

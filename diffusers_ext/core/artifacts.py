@@ -299,11 +299,13 @@ def file_sha256(path: str | os.PathLike) -> str:
 def fingerprint(module: Module, samples: int = 256) -> dict[str, Any]:
     """Facts that tell one model from another, without adapters: `{"architecture": hex, "probe": [float, ...]}`.
 
-    The first is a hash of names and shapes, the second are sampled weights, which survive a change of dtype.
+    The first is a hash of names and shapes, the second are sampled weights, which survive a change of dtype. Both are
+    the same under all versions of transformers.
     """
     adapters = ("lora_", "eraser_")
     parameters = [(n, p) for n, p in module.named_parameters() if not any(part in n for part in adapters)]
-    shapes = [f"{name.replace('.base_layer', '')}:{tuple(p.shape)}" for name, p in parameters]
+    names = _names_of_every_version([name.replace(".base_layer", "") for name, _ in parameters])
+    shapes = [f"{name}:{tuple(p.shape)}" for name, (_, p) in zip(names, parameters, strict=True)]
     probe = []
     for index in range(samples):
         _, parameter = parameters[index * len(parameters) // samples]
@@ -311,6 +313,13 @@ def fingerprint(module: Module, samples: int = 256) -> dict[str, Any]:
         # Eight digits are more than float32 holds, and keep the JSON readable.
         probe.append(float(f"{parameter.detach().reshape(-1)[position].float().item():.8g}"))
     return {"architecture": hashlib.sha256("\n".join(shapes).encode()).hexdigest(), "probe": probe}
+
+
+def _names_of_every_version(names: list[str]) -> list[str]:
+    """Names of parameters as transformers 5 has them, which leaves out what wraps CLIP's and SigLIP's encoders."""
+    if all(name.startswith("text_model.") for name in names):
+        names = [name.removeprefix("text_model.") for name in names]
+    return [name.replace("vision_tower.vision_model.", "vision_tower.") for name in names]
 
 
 def same_fingerprint(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -7,6 +7,8 @@ import re
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
+from examples.small_tokenizers import byte_pair_tokenizer
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLORS = {
     "red": (1.0, 0.10, 0.10),
@@ -67,7 +69,7 @@ def make_tokenizer() -> CLIPTokenizer:
                 tokens.append(prefix)
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROMPT_LENGTH)
+    tokenizer = byte_pair_tokenizer(CLIPTokenizer, vocabulary, merges, model_max_length=PROMPT_LENGTH)
     broken = [word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) != 1]
     if broken:
         raise ValueError(f"Every word of the templates must be one token, got several for {broken}.")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from transformers import T5Tokenizer
 
 from examples.digits.prompts import COLORS, DIGITS, HELD_OUT_PAIRS, TRAINING_PAIRS
+from examples.small_tokenizers import t5_tokenizer
 
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx) a frame
 TEMPLATES = (
@@ -65,7 +66,7 @@ def make_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [("▁" + word, -1.0) for word in words if len(word) > 1]
     pieces += [("▁a", -1.0), *((letter, -9.0) for letter in letters)]
-    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=PROMPT_LENGTH)
+    tokenizer = t5_tokenizer(pieces, model_max_length=PROMPT_LENGTH)
     broken = [w for w in words if len(tokenizer(w, add_special_tokens=False).input_ids) != 1]
     if broken:
         raise ValueError(f"Every word of the templates must be one token, got several for {broken}.")

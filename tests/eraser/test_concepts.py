@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from transformers import T5EncoderModel, T5Tokenizer
+from transformers import T5EncoderModel, T5TokenizerFast
 
 from diffusers_ext.eraser.concepts import (
     anchor_distances,
@@ -242,7 +242,7 @@ def test_default_candidates_are_words_that_the_tokenizer_holds(text):
 
 def test_the_bundled_model_has_neighbours_among_its_own_words():
     # Which ones says little: this encoder learned to tell digits apart, not to group them.
-    tokenizer = T5Tokenizer.from_pretrained(MODEL_DIR, subfolder="tokenizer")
+    tokenizer = T5TokenizerFast.from_pretrained(MODEL_DIR, subfolder="tokenizer")
     encoder = T5EncoderModel.from_pretrained(MODEL_DIR, subfolder="text_encoder", dtype=torch.float32)
     found = neighbours((tokenizer, encoder), "seven", 12)
     known = {*DIGITS, *COLORS, *DIRECTIONS, NEUTRAL_DIGIT, NEUTRAL_COLOR, "number", "moving"}

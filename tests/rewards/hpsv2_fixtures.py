@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from examples.small_tokenizers import byte_pair_tokenizer
 from tests.filled_weights import fill
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "hpsv2"
@@ -60,7 +61,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     vocabulary |= {first + second: index for first, second, index in merges}
     vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
     pairs = [(first, second) for first, second, _ in merges]
-    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=77)
+    return byte_pair_tokenizer(CLIPTokenizer, vocabulary, pairs, model_max_length=77)
 
 
 def picture(name: str) -> Image.Image:

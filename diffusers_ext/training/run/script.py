@@ -23,9 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from diffusers_ext.core.artifacts import folder_lock
 from diffusers_ext.core.result_folder import check_no_result, remove_result, staged_output
 from diffusers_ext.core.settings import ModelSettings, RunSettings, Settings, TrainingSettings, flag_name, named_values
-from diffusers_ext.hub.connection import one_try_to_connect
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.hub.card import Card
+from diffusers_ext.hub.connection import one_try_to_connect
 from diffusers_ext.hub.kinds import find_licence, named_licence, public_name
 from diffusers_ext.hub.push import check_card, make_repository, push_folder
 from diffusers_ext.training.golden_noise.settings import NoiseSettings, PairSettings

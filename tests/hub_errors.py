@@ -1,0 +1,13 @@
+"""What the Hub's library raises where a connection breaks: it stands on `requests` below 1.0, on `httpx` above."""
+
+from __future__ import annotations
+
+from huggingface_hub.utils import _http
+
+if hasattr(_http, "requests"):
+    CONNECTION_REFUSED = CONNECTION_LOST = _http.requests.ConnectionError
+    LOST = "closed connection|Connection reset"
+else:
+    _httpx = _http.httpx2 if hasattr(_http, "httpx2") else _http.httpx
+    CONNECTION_REFUSED, CONNECTION_LOST = _httpx.ConnectError, _httpx.RemoteProtocolError
+    LOST = "disconnected"
