@@ -5,8 +5,10 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-for-demo
-# Modules are compiled when they are first imported: most never are.
+# Modules are compiled when they are first imported: most never are. And then kept, also where the
+# environment says otherwise: every process would compile torch and diffusers again, for 10 seconds.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test campaign lint bench clean
 
