@@ -239,7 +239,7 @@ def _load_subjects(settings: GoldenNoiseEvaluationSettings, pipeline: DiffusionP
         name = Path(source).name or type(network).__name__
         if name in subjects:
             name = f"{name} ({len(subjects) + 1})"
-        subjects[name] = NetworkRefiner(network, settings.golden_noise_scale)
+        subjects[name] = NetworkRefiner(network, settings.golden_noise_scale, pipeline)
     return subjects
 
 

@@ -35,6 +35,7 @@ from diffusers_ext.evaluation.rendering import (
     without_noise_model,
 )
 from diffusers_ext.families.family import TextConditioning
+from diffusers_ext.golden_noise.first_prediction import first_prediction
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
 from diffusers_ext.golden_noise.redenoise import encode_prompts, redenoise_sequence
@@ -81,10 +82,15 @@ class RedenoisedTarget:
 
 
 class NetworkRefiner:
-    """A network called with a `TextConditioning`; `scale` 0 leaves the noise as it is, 1 is its output."""
+    """A network called with a `TextConditioning`; `scale` 0 leaves the noise as it is, 1 is its output.
 
-    def __init__(self, network: GoldenNoiseNetwork, scale: float = 1.0) -> None:
-        self.network, self.scale = network, scale
+    A guard that reads the model's prediction needs the `pipeline`.
+    """
+
+    def __init__(
+        self, network: GoldenNoiseNetwork, scale: float = 1.0, pipeline: DiffusionPipeline | None = None
+    ) -> None:
+        self.network, self.scale, self.pipeline = network, scale, pipeline
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -107,11 +113,14 @@ class NetworkRefiner:
             attention_mask=text.attention_mask,
             pooled_prompt_embeds=text.pooled_prompt_embeds,
             scale=self.scale,
+            predict=None if self.pipeline is None else first_prediction(self.pipeline, text),
         )
 
 
 def name_subjects(
-    refine: GoldenNoiseNetwork | Refine | Mapping[str, GoldenNoiseNetwork | Refine] | None, scale: float = 1.0
+    refine: GoldenNoiseNetwork | Refine | Mapping[str, GoldenNoiseNetwork | Refine] | None,
+    scale: float = 1.0,
+    pipeline: DiffusionPipeline | None = None,
 ) -> dict[str, Refine]:
     """What is evaluated, by name (one alone is `"golden"`), all called as `refine(noise, text)`."""
     found = refine if isinstance(refine, Mapping) else {"golden": refine}
@@ -129,7 +138,7 @@ def name_subjects(
                 "`refine` must hold golden-noise networks or functions of noise and text, got "
                 f"{type(subject).__name__} for {name!r}."
             )
-        subjects[name] = NetworkRefiner(subject, scale) if is_network else subject
+        subjects[name] = NetworkRefiner(subject, scale, pipeline) if is_network else subject
     return subjects
 
 
@@ -315,7 +324,7 @@ def evaluate_golden_noise(
     check_counts(num_images_per_prompt=num_images_per_prompt, best_of=best_of, batch_size=batch_size)
     prompts, labelled = unique(check_prompts(prompts)), label_rewards(rewards)
     refine = getattr(pipeline, "noise_model", None) if refine is None else refine
-    subjects = name_subjects(refine, golden_noise_scale)
+    subjects = name_subjects(refine, golden_noise_scale, pipeline)
     sampling = Sampling(num_inference_steps, guidance_scale, negative_prompt, height, width)
     shots = _shots(prompts, num_images_per_prompt, seed, seeds)
     shape = latent_shape(pipeline, height, width)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Real
 from typing import Any
 
@@ -30,6 +31,7 @@ FIRST_SPREAD, SPREAD = 0.5, 0.25
 NUM_PROBES = 8  # fixed noises whose mean prediction is that of the prompt
 _PROBE_SEED = 0
 _INPUTS = ("sample", "hidden_states")  # names of the latents in calls of denoisers
+_PAUSED: ContextVar[bool] = ContextVar("diffusers_ext_spreading_paused", default=False)
 
 
 def check_diversity(diversity: float) -> float:
@@ -75,6 +77,16 @@ def spread_pictures(pipeline: DiffusionPipeline, family: Family, diversity: floa
             handle.remove()
 
 
+@contextmanager
+def without_spreading() -> Iterator[None]:
+    """Calls of a denoiser that this thread makes within the block, inside of `spread_pictures`, stay as they are."""
+    token = _PAUSED.set(True)
+    try:
+        yield
+    finally:
+        _PAUSED.reset(token)
+
+
 class _Spreading:
     """A forward hook of a denoiser; its own calls go around the hooks."""
 
@@ -88,7 +100,7 @@ class _Spreading:
 
     @torch.no_grad()
     def __call__(self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.scope.covers_this_call():
+        if _PAUSED.get() or not self.scope.covers_this_call():
             return output
         name = next((name for name in _INPUTS if name in kwargs), None)
         given = args[0] if name is None else kwargs[name]

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -27,8 +28,10 @@ from diffusers import (
 from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_pipeline
 from diffusers_ext.core.settings import check_keywords
 from diffusers_ext.families import Family, find_family
+from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.card import pipeline_card
 from diffusers_ext.golden_noise.diversity import check_diversity, spread_pictures
+from diffusers_ext.golden_noise.first_prediction import predict_picture
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet, refuse_npnet
@@ -213,7 +216,10 @@ def refined_latents(
     sigma = 1.0 if family.flow_matching else pipeline.scheduler.init_noise_sigma
     noise = family.unpack(pipeline, pictures, *size).float() / sigma
     text = {name: _repeated(rows, len(noise)) for name, rows in text.items()}
-    golden = family.pack(pipeline, noise_model.refine(noise, scale=scale, **text) * sigma)
+    predict = None
+    if noise_model.guard is not None and not clips:  # which may read what the model makes of the noise
+        predict = partial(predict_picture, pipeline, family, TextConditioning(**text))
+    golden = family.pack(pipeline, noise_model.refine(noise, scale=scale, predict=predict, **text) * sigma)
     if clips:
         golden = golden.squeeze(2).unflatten(0, (len(latents), -1)).transpose(1, 2)
     elif golden.ndim > latents.ndim:  # FLUX.2 takes them as they are and makes tokens of them here

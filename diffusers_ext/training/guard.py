@@ -1,10 +1,13 @@
-"""Train a guard for a golden-noise network, on all pairs that generate_npd.py judged: kept and rejected ones.
+"""Train a guard for a golden-noise network, on what the network gains from many prompts and seeds.
 
     accelerate launch -m diffusers_ext.training.guard --noise_model outputs/golden_noise_model \\
-        --pretrained_model_name_or_path examples/digits/model \\
-        --dataset_dir outputs/pairs --output_dir outputs/guarded
+        --pretrained_model_name_or_path examples/digits/model --prompt_file prompts.txt \\
+        --reward examples.digits.rewards:DigitsReward --num_inference_steps 4 --guidance_scale 1.5 \\
+        --dataset_dir outputs/gains --output_dir outputs/guarded
 
-The output folder holds the network with its guard.
+The gains go into `--dataset_dir`, where a stopped run goes on and later ones find them. Without `--prompt_file` the
+guard learns from the pairs that generate_npd.py judged there, kept and rejected ones. The output folder holds the
+network with its guard.
 """
 
 from __future__ import annotations
@@ -17,17 +20,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from diffusers_ext.core.artifacts import fingerprint
+from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
+from diffusers_ext.golden_noise.first_prediction import Predict, first_prediction
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
-from diffusers_ext.golden_noise.networks.guard import NoiseGuard, choose_threshold, guard_figures
+from diffusers_ext.golden_noise.networks.guard import NoiseGuard, choose_threshold, gain_ranks, guard_figures
 from diffusers_ext.golden_noise.pairs.dataset import download_pairs, source_noise
 from diffusers_ext.golden_noise.pairs.shards import PairRecord, judged_pairs, read_config
+from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.golden_noise.text_cache import TextCache
-from diffusers_ext.training.golden_noise.data import split_by_prompt
+from diffusers_ext.training.golden_noise.data import PromptSplit, split_by_prompt
+from diffusers_ext.training.golden_noise.gains import measure_gains
+from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
 from diffusers_ext.training.golden_noise.settings import GuardTrainingSettings
 from diffusers_ext.training.run.base_model import check_base_model, load_text_pipeline
 from diffusers_ext.training.run.script import (
@@ -40,6 +49,7 @@ from diffusers_ext.training.run.script import (
 from diffusers_ext.training.run.settings import parse_settings
 from diffusers_ext.training.run.setup import (
     GOLDEN_NOISE_RUNS,
+    WEIGHT_DTYPES,
     check_resume,
     make_accelerator,
     make_loop,
@@ -57,22 +67,24 @@ def parse_args(input_args: Sequence[str] | None = None) -> GuardTrainingSettings
 
 
 class GuardSamples(Dataset):
-    """What a guard reads of every judged pair, what the pair gained and the row of its prompt's text."""
+    """What a guard reads of every judged pair, what it should expect of it, and the row of its prompt's text."""
 
     def __init__(
         self,
         records: Sequence[PairRecord],
+        goals: torch.Tensor,
         latent_shape: Sequence[int],
         network: GoldenNoiseNetwork,
         guard: NoiseGuard,
         cache: TextCache,
+        pipeline: DiffusionPipeline,
         *,
         batch_size: int,
-        device: torch.device,
     ) -> None:
-        self.gains = torch.tensor([record.reward_golden - record.reward_source for record in records])
+        self.gains = gains_of(records)
+        self.goals = goals
         self.rows = torch.tensor([cache.rows[record.prompt] for record in records])
-        reads = []
+        device, inputs = guard.device, []
         for start in tqdm(range(0, len(records), batch_size), desc="refine"):
             batch = records[start : start + batch_size]
             noise = torch.stack([source_noise(record.seed, latent_shape) for record in batch]).to(device)
@@ -83,31 +95,45 @@ class GuardSamples(Dataset):
                 attention_mask=text.attention_mask,
                 pooled_prompt_embeds=text.pooled_prompt_embeds,
             )
-            reads.append(guard.reads(noise, golden).cpu())
-        self.reads = torch.cat(reads)
+            inputs.append(guard.inputs(noise, golden, _prediction(guard, pipeline, batch)).cpu())
+        self.inputs = torch.cat(inputs)
 
     def __len__(self) -> int:
         return len(self.gains)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"read": self.reads[index], "gain": self.gains[index], "text": self.rows[index]}
+        return {"input": self.inputs[index], "goal": self.goals[index], "text": self.rows[index]}
+
+
+def gains_of(records: Sequence[PairRecord]) -> torch.Tensor:
+    """By how much golden noise raised the reward, `(records,)`."""
+    return torch.tensor([record.reward_golden - record.reward_source for record in records])
+
+
+def _prediction(guard: NoiseGuard, pipeline: DiffusionPipeline, batch: Sequence[PairRecord]) -> Predict | None:
+    """What the model makes of a batch of noises, with all of the text that it reads, where the guard reads that."""
+    if guard.config.reads == "noise":
+        return None
+    prompts = list(dict.fromkeys(record.prompt for record in batch))
+    text = encode_prompts(pipeline, prompts)
+    return first_prediction(pipeline, text[[prompts.index(record.prompt) for record in batch]])
 
 
 @dataclass(frozen=True)
 class GuardLoss:
-    """Squared error of the expected gain, in units of the gains' deviation `gain_scale`."""
+    """Squared error of what is expected, in units of the deviation `scale` of the goals."""
 
     cache: TextCache
     device: torch.device
-    gain_scale: float
+    scale: float
 
     def __call__(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """`loss`: 1 is the mean gain for all, 0 is perfect."""
+        """`loss`: 1 is the mean for all, 0 is perfect."""
         text = self.cache.take(batch["text"], self.device)
-        expected = model(batch["read"].to(self.device), text.prompt_embeds, text.attention_mask)
-        return {"loss": F.mse_loss(expected, batch["gain"].to(self.device)) / self.gain_scale**2}
+        expected = model(batch["input"].to(self.device), text.prompt_embeds, text.attention_mask)
+        return {"loss": F.mse_loss(expected, batch["goal"].to(self.device)) / self.scale**2}
 
 
 def read_judged_pairs(settings: GuardTrainingSettings) -> tuple[list[PairRecord], dict[str, Any]]:
@@ -119,19 +145,36 @@ def read_judged_pairs(settings: GuardTrainingSettings) -> tuple[list[PairRecord]
     if not records:
         raise ValueError(
             f"`dataset_dir` must hold pairs with rewards, got none in {settings.dataset_dir}. Make pairs with a "
-            "`--reward`, without `--no_filter`."
+            "`--reward`, without `--no_filter`, or give a `--prompt_file` and an empty folder."
         )
     return records, config
 
 
-def make_guard(settings: GuardTrainingSettings, channels: int, text_width: int, gains: torch.Tensor) -> NoiseGuard:
-    """A new guard that expects nothing yet, in units of the deviation of these gains."""
-    scale = gains.std().item()
+def check_network(network: GoldenNoiseNetwork, facts: dict[str, Any], source: str) -> None:
+    """Raise `ValueError` for gains of another network than the one that is to be guarded."""
+    judged = facts.get("network")
+    if judged is not None and not same_fingerprint(judged, fingerprint(network)):
+        raise ValueError(
+            f"`dataset_dir` must hold gains of `noise_model`, got those of another network in {source}. Give another "
+            "folder with `--prompt_file`, to judge this one."
+        )
+
+
+def make_guard(
+    settings: GuardTrainingSettings, channels: int, text_width: int, goals: torch.Tensor, steps: int
+) -> NoiseGuard:
+    """A new guard that expects the mean of these goals, in units of their deviation."""
+    scale = goals.std().item()
     if not scale > 0:
         raise ValueError(f"`dataset_dir` must hold pairs whose gains differ, got a deviation of {scale}.")
     torch.manual_seed(settings.seed)
     sizes = {name: getattr(settings, name) for name in ("bands", "patch_size", "width", "num_layers", "num_heads")}
-    return NoiseGuard(in_channels=channels, text_embed_dim=text_width, gain_scale=scale, **sizes)
+    guard = NoiseGuard(
+        in_channels=channels, text_embed_dim=text_width, gain_scale=scale, reads=settings.reads,
+        target=settings.expects, prediction_steps=steps, **sizes,
+    )  # fmt: skip
+    torch.nn.init.constant_(guard.head.bias, goals.mean().item() / scale)
+    return guard
 
 
 class GuardValidation:
@@ -150,7 +193,7 @@ class GuardValidation:
         expected = []
         for part in torch.tensor(indices).split(256):
             text = self.cache.take(whole.rows[part], device)
-            expected.append(self.guard(whole.reads[part].to(device), text.prompt_embeds, text.attention_mask).cpu())
+            expected.append(self.guard(whole.inputs[part].to(device), text.prompt_embeds, text.attention_mask).cpu())
         self.guard.train(training)
         gains, expected = whole.gains[indices], torch.cat(expected)
         threshold = choose_threshold(gains, expected, self.gain_lost)
@@ -177,30 +220,46 @@ def save_guarded(settings: GuardTrainingSettings, network: GoldenNoiseNetwork, r
     logger.info(f"Network and guard: {settings.output_dir}")
 
 
+def prepare_samples(
+    settings: GuardTrainingSettings, network: GoldenNoiseNetwork, accelerator: Accelerator
+) -> tuple[GuardSamples, PromptSplit, NoiseGuard, TextCache]:
+    """The judged pairs, which of them are held out, a new guard for them, and their text."""
+    device, measured = accelerator.device, settings.prompt_file is not None
+    whole = measured or settings.reads == "prediction"
+    dtype = WEIGHT_DTYPES[settings.mixed_precision]
+    pipeline = load_base_pipeline(settings, device, dtype) if whole else load_text_pipeline(settings, device)
+    if measured:
+        measure_gains(settings, pipeline, network, accelerator)
+    records, config = read_judged_pairs(settings)
+    made = config["facts"] or {}
+    check_base_model(settings, pipeline, made.get("models"))
+    check_network(network, made, settings.dataset_dir)
+    prompts = [record.prompt for record in records]
+    split = split_by_prompt(prompts, settings.validation_split, settings.seed)
+    cache = TextCache.encode(pipeline, prompts, batch_size=settings.text_batch_size, dtype=torch.float32)
+    gains = gains_of(records)
+    known = gains[torch.tensor(split.train)]
+    goals = gain_ranks(gains, known) if settings.expects == "rank" else gains
+    steps = made.get("num_inference_steps", settings.num_inference_steps)
+    shape, width = config["latent_shape"], cache.facts["text_embed_dim"]
+    guard = make_guard(settings, shape[0], width, goals[torch.tensor(split.train)], steps).to(device)
+    samples = GuardSamples(records, goals, shape, network, guard, cache, pipeline, batch_size=settings.text_batch_size)
+    return samples, split, guard, cache
+
+
 @one_run_a_folder
 def main(settings: GuardTrainingSettings) -> Path:
     """Train, choose the threshold and save the network with its guard; returns the output folder."""
     accelerator = make_accelerator(settings)
-    device = accelerator.device
-    records, config = read_judged_pairs(settings)
-    prompts = [record.prompt for record in records]
-    split = split_by_prompt(prompts, settings.validation_split, settings.seed)
-    given = {name: getattr(settings, name) for name in ("noise_model", "validation_split", "gain_lost")}
-    facts = run_facts(settings, pairs=len(records), **given)
+    given = ("noise_model", "validation_split", "gain_lost", "reads", "expects")
+    facts = run_facts(settings, **{name: getattr(settings, name) for name in given})
     check_resume(settings, facts)
-    network = load_noise_model(settings.noise_model).to(device)
+    network = load_noise_model(settings.noise_model).to(accelerator.device)
     network.set_guard(None)
-    pipeline = load_text_pipeline(settings, device)
-    check_base_model(settings, pipeline, (config["facts"] or {}).get("models"))
-    cache = TextCache.encode(pipeline, prompts, batch_size=settings.text_batch_size, dtype=torch.float32)
-    gains = torch.tensor([records[i].reward_golden - records[i].reward_source for i in split.train])
-    guard = make_guard(settings, config["latent_shape"][0], cache.facts["text_embed_dim"], gains)
-    samples = GuardSamples(
-        records, config["latent_shape"], network, guard, cache, batch_size=settings.text_batch_size, device=device
-    )
-    facts |= {"text": cache.facts, "network": fingerprint(network), "start": fingerprint(guard)}
-    validation = GuardValidation(guard.to(device), Subset(samples, split.validation), cache, settings.gain_lost)
-    loss = GuardLoss(cache, device, guard.config.gain_scale)
+    samples, split, guard, cache = prepare_samples(settings, network, accelerator)
+    facts |= {"pairs": len(samples), "text": cache.facts, "network": fingerprint(network), "start": fingerprint(guard)}
+    validation = GuardValidation(guard, Subset(samples, split.validation), cache, settings.gain_lost)
+    loss = GuardLoss(cache, accelerator.device, guard.config.gain_scale)
     loop = make_loop(
         settings, accelerator, guard, Subset(samples, split.train), loss, facts, "guard training",
         validate=validation.run, parts=[validation],
@@ -212,7 +271,7 @@ def main(settings: GuardTrainingSettings) -> Path:
         network.set_guard(guard.eval())
         report = {
             "arguments": reported_arguments(settings),
-            "pairs": len(records),
+            "pairs": len(samples),
             "training_pairs": len(split.train),
             "validation_pairs": len(split.validation),
             "parameters": sum(parameter.numel() for parameter in guard.parameters()),

@@ -49,7 +49,8 @@ def pairs(tmp_path_factory) -> Path:
 
 def line(network: Path, pairs: Path, output_dir: Path, **arguments) -> list[str]:
     usual = {"noise_model": network, "dataset_dir": pairs, "output_dir": output_dir, "bands": 4, "width": 16,
-             "num_layers": 1, "num_heads": 2, "max_train_steps": 60, "learning_rate": 5e-3}  # fmt: skip
+             "num_layers": 1, "num_heads": 2, "max_train_steps": 60, "learning_rate": 5e-3,
+             "lr_scheduler": "constant", "reads": "noise"}  # fmt: skip
     return command_line(**{**usual, **arguments})
 
 

@@ -215,12 +215,13 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
         attention_mask: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
         scale: float = 1.0,
+        predict: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Noise that suits the prompt, float32, with the energy of the noise that came in.
 
         The energy is matched ring by ring of frequency (`match_spectrum`), so it stays white. Deterministic: in eval
-        mode, without sampling; the mode comes back afterwards. With a `guard`, noises of which it expects no gain stay
-        as they are to the bit.
+        mode, without sampling; the mode comes back afterwards. With a `guard`, noises of which it expects too little
+        stay as they are to the bit.
 
         Args:
             noise: `(batch, channels, height, width)`, unit variance.
@@ -228,6 +229,7 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
             attention_mask: `(batch, tokens)`, nonzero where a token is read; all when `None`.
             pooled_prompt_embeds: `(batch, pooled_dim)`, where the text encoder has them.
             scale: 0 gives `noise` to the bit, 1 the network's output.
+            predict: the model's first prediction of noise, of `first_prediction`; called only where a guard reads it.
         """
         noise = noise.float()
         if scale == 0:
@@ -245,7 +247,7 @@ class GoldenNoiseNetwork(PushWithCard, CheckedWeights):
         golden = self.match_energy(noise + scale * (golden - rounded.float()), noise)
         if self.guard is None:
             return golden
-        return self.guard.keep_expected_gains(golden, noise, prompt_embeds, attention_mask)
+        return self.guard.keep_expected_gains(golden, noise, prompt_embeds, attention_mask, predict)
 
     def match_energy(self, golden: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """Golden noise with the energy that its source has, ring by ring of frequency."""

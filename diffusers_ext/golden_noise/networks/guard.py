@@ -1,4 +1,4 @@
-"""A head that predicts what golden noise gains for a prompt and seed; noise of which it expects nothing stays."""
+"""A head that says where golden noise gains for a prompt and seed; noise of which it expects too little stays."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from diffusers_ext.golden_noise.first_prediction import Predict
 from diffusers_ext.golden_noise.low_frequencies import to_coarse
 from diffusers_ext.golden_noise.networks.files import CheckedWeights, read_network_config
 from diffusers_ext.golden_noise.networks.golden_noise_model import (
@@ -19,19 +20,27 @@ from diffusers_ext.golden_noise.networks.golden_noise_model import (
     to_patches,
 )
 
+READS = ("prediction", "noise")
+TARGETS = ("rank", "gain")
+
 
 class NoiseGuard(CheckedWeights, ModelMixin, ConfigMixin):
-    """`gain = gain_scale head(mean of transformer(patches of noise and change, tokens of the prompt))`.
+    """`gain_scale head(mean of transformer(patches of what it reads, tokens of the prompt))`.
 
-    It learns the rewards of the pairs that `generate_npd.py` tried, also of those that its filter rejected. `refine`
-    of a network whose `guard` it is leaves the noise of a seed as it is unless the gain is above `threshold`. It reads
-    noises at `bands` x `bands`, whatever their size, and computes in float32.
+    It learns the rewards of all pairs that were judged, kept or not. `refine` of a network whose `guard` it is leaves
+    the noise of a seed as it is unless what it expects is above `threshold`. It reads all at `bands` x `bands`,
+    whatever the noise's size, and computes in float32.
 
     Args:
         in_channels, text_embed_dim: those of the network.
         bands: of the lowest frequencies a side that it sees.
-        gain_scale: reward that an output of one stands for.
-        threshold: the gain, in units of the reward, from which noise is changed.
+        gain_scale: what an output of one stands for.
+        threshold: what must be expected for noise to be changed.
+        reads: besides the network's change: `"noise"`, or the `"prediction"` of the clean latents that the model makes
+            of the noise at its first step, one denoiser call.
+        target: what it expects: the `"rank"` of the gain among those it learned from, from 0 to 1, or the `"gain"` in
+            units of the reward.
+        prediction_steps: of the grid whose first step the prediction is of.
     """
 
     _counted = ("num_layers",)
@@ -48,8 +57,14 @@ class NoiseGuard(CheckedWeights, ModelMixin, ConfigMixin):
         num_heads: int = 4,
         gain_scale: float = 1.0,
         threshold: float = 0.0,
+        reads: str = "noise",
+        target: str = "gain",
+        prediction_steps: int = 10,
     ) -> None:
         super().__init__()
+        for name, value, known in (("reads", reads, READS), ("target", target, TARGETS)):
+            if value not in known:
+                raise ValueError(f"`{name}` of a guard must be one of {known}, got {value!r}.")
         self.embed = nn.Linear(2 * in_channels * patch_size**2, width)
         self.text = TextReader(text_embed_dim, width, num_layers=0, num_heads=num_heads, feedforward=width)
         self.blocks = nn.ModuleList(
@@ -72,14 +87,32 @@ class NoiseGuard(CheckedWeights, ModelMixin, ConfigMixin):
         cls.check_files(pretrained_model_name_or_path, config, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def reads(self, noise: torch.Tensor, golden: torch.Tensor) -> torch.Tensor:
-        """Lowest frequencies of a noise and of its change, `(batch, 2 channels, at most bands, at most bands)`."""
-        return to_coarse(torch.cat([noise.float(), golden.float() - noise.float()], 1), self.config.bands)
+    def inputs(self, noise: torch.Tensor, golden: torch.Tensor, predict: Predict | None = None) -> torch.Tensor:
+        """What it reads: `(batch, 2 channels, at most bands, at most bands)`; `predict` as of `refine`."""
+        read = torch.cat([self._of_the_seed(noise, predict), golden.float() - noise.float()], 1)
+        return to_coarse(read, self.config.bands)
+
+    def _of_the_seed(self, noise: torch.Tensor, predict: Predict | None) -> torch.Tensor:
+        if self.config.reads == "noise":
+            return noise.float()
+        if predict is None:
+            raise ValueError(
+                "`predict` must be given to `refine` of a network whose guard reads the model's prediction, got None. "
+                "Pass `first_prediction(pipeline, encode_prompts(pipeline, prompts))`, draw with a golden-noise "
+                "pipeline, which hands it over, or take the guard off with `set_guard(None)`."
+            )
+        predicted = predict(noise, self.config.prediction_steps)
+        if predicted.shape != noise.shape or not predicted.isfinite().all():
+            raise ValueError(
+                f"`predict` must give finite latents {tuple(noise.shape)} like the noise, got {tuple(predicted.shape)}"
+                f"{'' if predicted.isfinite().all() else ' with NaN'}."
+            )
+        return predicted.to(noise.device).float()
 
     def forward(
         self, read: torch.Tensor, prompt_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Expected gain `(batch,)` float32 in units of the reward, of what `reads` gave."""
+        """What is expected, `(batch,)` float32, of what `inputs` gave."""
         config = self.config
         patches, grid = to_patches(read, config.patch_size)
         highest = config.bands / config.patch_size / 2
@@ -95,11 +128,19 @@ class NoiseGuard(CheckedWeights, ModelMixin, ConfigMixin):
         noise: torch.Tensor,
         prompt_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        predict: Predict | None = None,
     ) -> torch.Tensor:
-        """Golden noise where a gain above the threshold is expected, elsewhere `noise` to the bit."""
+        """Golden noise where more than the threshold is expected, elsewhere `noise` to the bit."""
         self.to(noise.device)
-        expected = self(self.reads(noise, golden), prompt_embeds, attention_mask)
+        expected = self(self.inputs(noise, golden, predict), prompt_embeds, attention_mask)
         return torch.where((expected > self.config.threshold).view(-1, 1, 1, 1), golden, noise)
+
+
+def gain_ranks(gains: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Of each gain the share of those `among` which it lies that are smaller; of equal ones half counts."""
+    ordered = among.sort().values
+    below, up_to = (torch.searchsorted(ordered, gains.contiguous(), right=right) for right in (False, True))
+    return (below + up_to) / (2 * len(ordered))
 
 
 class GuardFigures(NamedTuple):

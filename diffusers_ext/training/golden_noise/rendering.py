@@ -181,7 +181,8 @@ def main(settings: GoldenSampleSettings) -> list[Path]:
     check_output_dir(settings)
     accelerator = make_accelerator(settings)
     pipeline = load_base_pipeline(settings, accelerator.device, WEIGHT_DTYPES[settings.mixed_precision])
-    refine = NetworkRefiner(load_noise_model(settings.noise_model).to(pipeline.device), settings.golden_noise_scale)
+    network = load_noise_model(settings.noise_model).to(pipeline.device)
+    refine = NetworkRefiner(network, settings.golden_noise_scale, pipeline)
     height, width = settings.height or settings.output_size, settings.width or settings.output_size
     shape = latent_shape(pipeline, height, width)
     negative = settings.negative_prompt or None

@@ -33,7 +33,7 @@ def inputs(size: tuple[int, int] = (8, 8), batch: int = 6) -> tuple[torch.Tensor
 def expected(guard: NoiseGuard, network: GoldenNoiseModel, noise: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     bare = deepcopy(network)
     bare.set_guard(None)
-    return guard(guard.reads(noise, bare.refine(noise, text)), text)
+    return guard(guard.inputs(noise, bare.refine(noise, text)), text)
 
 
 @torch.no_grad()
