@@ -20,38 +20,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 from benchmarks.golden_noise_on_digits import evaluate, prepare_data, train_all
 from benchmarks.machine import table, write_results
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
-from examples.digits.check_model import MODEL_DIR
-from examples.digits.golden_noise import NETWORKS
+from diffusers_ext.evaluation.rendering import shots_of, unit_noise
+from diffusers_ext.golden_noise.first_prediction import first_prediction
+from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.redenoise import encode_prompts
+from examples.digits.check_model import MODEL_DIR, load_pipeline
+from examples.digits.golden_noise import GUIDANCE_SCALE, HELD_OUT_PROMPTS, NETWORKS, REWARD
 from training import train_noise_guard
 
-_GUARDED = "with guard"
+_READS = ("prediction", "noise")
 _RESAMPLES = 2000
+_KEPT = (0.98, 0.95, 0.9, 0.8)  # shares of the gain, of the curve
+_SEED = 1  # of `evaluate`
 
 
-def train_guard(network: Path, data: Path, folder: Path, steps: int) -> Path:
-    """The network with its guard, unless it is there."""
+def train_guard(network: Path, prompts: Path, gains: Path, folder: Path, reads: str, args: argparse.Namespace) -> Path:
+    """The network with its guard, unless it is there; both guards learn from the same gains of the network."""
     if not (folder / "training_report.json").is_file():
         line = [
             "--pretrained_model_name_or_path", str(MODEL_DIR), "--noise_model", str(network),
-            "--dataset_dir", str(data), "--output_dir", str(folder), "--max_train_steps", str(steps),
-            "--lr_scheduler", "cosine",
+            "--prompt_file", str(prompts), "--noises_per_prompt", str(args.gains_per_prompt), "--reward", REWARD,
+            "--num_inference_steps", str(args.steps[0]), "--guidance_scale", str(GUIDANCE_SCALE),
+            "--batch_size", "100", "--shard_size", "500", "--seed", "2000000", "--dataset_dir", str(gains),
+            "--reads", reads, "--output_dir", str(folder), "--max_train_steps", str(args.guard_steps),
         ]  # fmt: skip
         train_noise_guard.main(train_noise_guard.parse_args(line))
     return folder
 
 
-def paired_gains(report: GoldenNoiseReport, name: str, reward: str) -> torch.Tensor:
+def paired_gains(report: GoldenNoiseReport, names: tuple[str, str], reward: str) -> torch.Tensor:
     """Gains without and with the guard, `(prompts, pictures, 2)`."""
     rows: dict[str, list[list[float]]] = {}
     for row in report.rows:
-        gains = [row[f"{side}/{reward}"] - row[f"standard/{reward}"] for side in (name, _GUARDED)]
+        gains = [row[f"{side}/{reward}"] - row[f"standard/{reward}"] for side in names]
         rows.setdefault(row["prompt"], []).append(gains)
     return torch.tensor(list(rows.values()), dtype=torch.float64)
-
-
-def changed_pictures(report: GoldenNoiseReport) -> torch.Tensor:
-    """Whether the guard let the noise be changed, `(pictures,)`."""
-    return torch.tensor([row[f"{_GUARDED}/noise_change"] > 0 for row in report.rows])
 
 
 def guard_shares(gains: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -63,9 +66,10 @@ def guard_shares(gains: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def figures(report: GoldenNoiseReport, name: str, reward: str) -> dict[str, Any]:
-    """Shares with intervals by resampled prompts, losing pairs, win rates."""
-    gains, changed = paired_gains(report, name, reward), changed_pictures(report)
+def figures(report: GoldenNoiseReport, names: tuple[str, str], reward: str) -> dict[str, Any]:
+    """Shares with intervals by resampled prompts, losing pairs, win rates; `names` without and with the guard."""
+    gains = paired_gains(report, names, reward)
+    changed = torch.tensor([row[f"{names[1]}/noise_change"] > 0 for row in report.rows])
     flat = gains.flatten(0, 1)
     drawn = torch.randint(len(gains), (_RESAMPLES, len(gains)), generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {"pairs": len(flat), "share_changed": changed.double().mean().item()}
@@ -82,47 +86,82 @@ def figures(report: GoldenNoiseReport, name: str, reward: str) -> dict[str, Any]
     }
 
 
+@torch.no_grad()
+def expectations(folder: Path, pictures: int) -> torch.Tensor:
+    """What a guard expects of the pairs of the report, in its order, `(pairs,)`."""
+    pipeline, network, found = load_pipeline(), load_noise_model(folder).eval(), []
+    guard = network.guard
+    network.set_guard(None)
+    shots = shots_of(HELD_OUT_PROMPTS, pictures, _SEED)
+    for start in range(0, len(shots), 100):
+        batch = shots[start : start + 100]
+        noise, text = unit_noise(batch, (4, 8, 8)), encode_prompts(pipeline, [shot.prompt for shot in batch])
+        golden = network.refine(noise, text.prompt_embeds)
+        found.append(guard(guard.inputs(noise, golden, first_prediction(pipeline, text)), text.prompt_embeds))
+    return torch.cat(found)
+
+
+def curve(gains: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Losses avoided where the threshold keeps a share of the gain, with the threshold chosen on these very pairs."""
+    gains = gains[expected.argsort(descending=True)]
+    kept, losing = gains.cumsum(0) / gains.sum(), (gains < 0).double()
+    return {
+        str(share): 1 - (losing[: int((kept >= share).nonzero()[0]) + 1].sum() / losing.sum()).item()
+        for share in _KEPT
+    }
+
+
+def guard_row(steps: int, reads: str, reward: str, x: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    shares = [
+        f"{x[key]:.3f} [{x[f'{key}_interval'][0]:.3f}, {x[f'{key}_interval'][1]:.3f}]"
+        for key in ("losses_avoided", "gain_lost")
+    ]
+    return [
+        str(steps), reads, reward, f"{x['share_changed']:.3f}", f"{x['losing'][0]:.3f}", f"{x['losing'][1]:.3f}",
+        *shares, f"{x['win_rate']:.3f}", f"{x['win_rate_changed']:.3f}",
+    ]  # fmt: skip
+
+
 def main(input_args: list[str] | None = None) -> None:
-    """Train network and guard, evaluate and write; goes on with what is in `--work_dir`."""
+    """Train network and guards, evaluate and write; goes on with what is in `--work_dir`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/golden_noise"))
     parser.add_argument("--network", choices=NETWORKS, default="GoldenNoiseModel of low bands")
-    parser.add_argument("--noises_per_prompt", type=int, default=20, help="of 200 prompts")
+    parser.add_argument("--noises_per_prompt", type=int, default=20, help="of 200 prompts, for the network")
+    parser.add_argument("--gains_per_prompt", type=int, default=10, help="of the same prompts, for the guards")
     parser.add_argument("--pictures", type=int, default=10, help="of each of 100 held-out prompts")
-    parser.add_argument("--steps", type=int, nargs="+", default=[6, 4])
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 6], help="guards learn from the first")
     parser.add_argument("--guard_steps", type=int, default=600)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(input_args)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     data = prepare_data(args.work_dir, args.noises_per_prompt, ["pairs"])
     folders = train_all([args.network], data, args.work_dir, args.jobs)
-    guarded = train_guard(folders[args.network], data["pairs"], args.work_dir / "guarded", args.guard_steps)
-    work = args.work_dir / "guard"
+    work, prompts = args.work_dir / "guard", args.work_dir / "pairs.txt"
     work.mkdir(exist_ok=True)
+    guarded = {
+        reads: train_guard(folders[args.network], prompts, work / "gains", work / f"reads_{reads}", reads, args)
+        for reads in _READS
+    }
+    sides = {f"guard of {reads}": folder for reads, folder in guarded.items()}
     found, rows = {}, []
     for steps in args.steps:
-        report = evaluate({**folders, _GUARDED: guarded}, steps, args.pictures, work, targets=False)
-        for reward in report.settings["rewards"]:
-            x = figures(report, args.network, reward)
-            found[f"{steps} steps, {reward}"] = x
-            shares = [
-                f"{x[key]:.3f} [{x[f'{key}_interval'][0]:.3f}, {x[f'{key}_interval'][1]:.3f}]"
-                for key in ("losses_avoided", "gain_lost")
-            ]
-            rows.append([
-                str(steps), reward, f"{x['share_changed']:.3f}", f"{x['losing'][0]:.3f}", f"{x['losing'][1]:.3f}",
-                *shares, f"{x['win_rate']:.3f}", f"{x['win_rate_changed']:.3f}",
-            ])  # fmt: skip
-    header = ["steps", "reward", "share changed", "losing pairs", "with guard", "losses avoided", "gain lost",
+        report = evaluate({**folders, **sides}, steps, args.pictures, work, targets=False)
+        for reads, folder in guarded.items():
+            names, expected = (args.network, f"guard of {reads}"), expectations(folder, args.pictures)
+            for reward in report.settings["rewards"]:
+                x = figures(report, names, reward)
+                x["curve"] = curve(paired_gains(report, names, reward)[..., 0].flatten(), expected)
+                found[f"{steps} steps, reads {reads}, {reward}"] = x
+                rows.append(guard_row(steps, reads, reward, x))
+    header = ["steps", "reads", "reward", "share changed", "losing pairs", "with guard", "losses avoided", "gain lost",
               "win rate", "win rate among the changed"]  # fmt: skip
     text = table(header, rows)
-    training = json.loads((guarded / "training_report.json").read_text())
     kept = ("pairs", "training_pairs", "validation_pairs", "parameters", "validation", "seconds")
-    write_results(
-        "noise_guard_on_digits",
-        {"network": args.network, "training": {name: training[name] for name in kept}, "figures": found},
-        text,
-    )
+    training = {reads: json.loads((folder / "training_report.json").read_text()) for reads, folder in guarded.items()}
+    facts = {reads: {name: report[name] for name in kept} for reads, report in training.items()}
+    write_results("noise_guard_on_digits", {"network": args.network, "training": facts, "figures": found}, text)
     print(text)
 
 

@@ -48,8 +48,8 @@ _SOURCES = by_name(
             "GoldenNoiseHunyuanDiTPipeline GoldenNoiseModel GoldenNoiseNetwork GoldenNoisePipeline "
             "GoldenNoiseQwenImagePipeline GoldenNoiseSD3Pipeline GoldenNoiseStep GoldenNoiseXLPipeline "
             "GoldenNoiseZImagePipeline NPNet NoiseGuard NoiseSequenceRNN NoiseSequenceTransformer PairDataset "
-            "PairWriter TextConditioning encode_prompts load_noise_model open_pairs redenoise redenoise_sequence "
-            "redenoise_text"
+            "PairWriter TextConditioning encode_prompts first_prediction load_noise_model open_pairs redenoise "
+            "redenoise_sequence redenoise_text"
         ),
         "diffusers_ext.nullspace": (
             "ConceptEdit FeatureStatistics InterferenceReport NullSpaceDirections NullSpaceDreamBoothAuraFlowPipeline "

@@ -1,6 +1,7 @@
 """Noise that suits the prompt: targets, networks that predict them, pipelines that use them."""
 
 from diffusers_ext.families.family import TextConditioning
+from diffusers_ext.golden_noise.first_prediction import first_prediction
 from diffusers_ext.golden_noise.modular import GoldenNoiseStep
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
@@ -44,6 +45,7 @@ __all__ = [
     "PairWriter",
     "TextConditioning",
     "encode_prompts",
+    "first_prediction",
     "load_noise_model",
     "open_pairs",
     "redenoise",

@@ -42,7 +42,11 @@ def predict_picture(
     denoiser, device = getattr(pipeline, family.denoiser), pipeline._execution_device
     missing = [name for name in family.text_fields if getattr(text, name) is None and "mask" not in name]
     if missing:
-        raise ValueError(f"`{missing[0]}` must be given to the denoiser of {family.title}, got None in `text`.")
+        raise ValueError(
+            f"`{missing[0]}` must be given to the denoiser of {family.title}, got None in `text`. Make the noise by "
+            "`refine(..., predict=first_prediction(pipeline, encode_prompts(pipeline, prompts)))` and pass it as "
+            "`latents`, or train a guard that reads the noise alone."
+        )
     timestep = _first_timestep(pipeline.scheduler, family, denoiser.config, noise.shape[-2:], num_steps)
     scale = _TOLD_GUIDANCE if family.embedded_guidance(denoiser.config) else 1.0
     with without_spreading(), module_eval_mode(denoiser):

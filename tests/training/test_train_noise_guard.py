@@ -9,7 +9,9 @@ import torch
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
-from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter
+from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter, judged_pairs, shard_files
+from diffusers_ext.training.golden_noise import gains
+from tests.training.pair_runs import QUICK_PAIRS, write_prompt_file
 from tests.training.script_runs import PROMPTS, command_line
 from training import train_noise_guard
 
@@ -58,8 +60,9 @@ def run(*words, **arguments) -> Path:
     return train_noise_guard.main(train_noise_guard.parse_args(line(*words, **arguments)))
 
 
-def test_rejected_pairs_teach_it_which_noises_to_leave(network, pairs, tmp_path):
-    folder = run(network, pairs, tmp_path / "out", gain_lost=0.1, validation_steps=30)
+@pytest.mark.parametrize("expects", ["rank", "gain"])
+def test_rejected_pairs_teach_it_which_noises_to_leave(network, pairs, tmp_path, expects):
+    folder = run(network, pairs, tmp_path / "out", gain_lost=0.1, validation_steps=30, expects=expects)
     report = json.loads((folder / "training_report.json").read_text())
     assert (report["pairs"], report["training_pairs"], report["validation_pairs"]) == (200, 160, 40)
     assert [entry["step"] for entry in report["validation"]] == [30, 60]
@@ -95,3 +98,46 @@ def test_pairs_without_rewards_are_refused(network, tmp_path):
     writer.finish_shard(0, 1)
     with pytest.raises(ValueError, match="`dataset_dir` must hold pairs with rewards, got none"):
         run(network, tmp_path / "pairs", tmp_path / "out")
+
+
+def judged(network, tmp_path, dataset_dir="gains", output_dir="out", **changes) -> Path:
+    prompts = write_prompt_file(tmp_path / "prompts.txt")
+    arguments = {"prompt_file": prompts, "noises_per_prompt": 2, **QUICK_PAIRS, "reads": "prediction",
+                 "max_train_steps": 2, **changes}  # fmt: skip
+    return run(network, tmp_path / dataset_dir, tmp_path / output_dir, **arguments)
+
+
+def test_the_network_itself_is_judged_where_there_are_prompts(network, tmp_path, monkeypatch):
+    folder, drawn = judged(network, tmp_path), []
+    found = load_noise_model(folder).guard.config
+    assert (found.reads, found.target, found.prediction_steps) == ("prediction", "rank", 2)
+    records = judged_pairs(tmp_path / "gains")
+    assert [record.index for record in records] == list(range(10))
+    assert all(record.reward_golden != record.reward_source for record in records)
+
+    def render(pipeline, noise, *others):
+        drawn.append(len(noise))
+        return plainly(pipeline, noise, *others)
+
+    plainly = gains.render
+    monkeypatch.setattr(gains, "render", render)
+    shard_files(tmp_path / "gains", 1).summary.unlink()  # a run that was stopped in the second shard
+    again = judged(network, tmp_path, output_dir="again")
+    assert drawn == [8]  # two pictures each of the four candidates in it
+    assert judged_pairs(tmp_path / "gains") == records
+    guards = [load_noise_model(where).guard for where in (folder, again)]
+    for name, value in guards[0].state_dict().items():
+        assert torch.equal(value, guards[1].state_dict()[name]), name
+    judged(network, tmp_path, output_dir="third", prompt_file=None)
+    assert drawn == [8]
+    with pytest.raises(ValueError, match="`num_inference_steps` must be the same to continue"):
+        judged(network, tmp_path, output_dir="fourth", num_inference_steps=1)
+
+
+def test_gains_of_another_network_are_refused(network, tmp_path):
+    judged(network, tmp_path)
+    other = load_noise_model(network)
+    torch.nn.init.normal_(other.head.weight, std=0.1)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="`dataset_dir` must hold gains of `noise_model`, got those of another"):
+        judged(tmp_path / "other", tmp_path, output_dir="again", prompt_file=None)

@@ -6,7 +6,7 @@ import torch
 
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
-from diffusers_ext.golden_noise.networks.guard import NoiseGuard, choose_threshold, guard_figures
+from diffusers_ext.golden_noise.networks.guard import NoiseGuard, choose_threshold, gain_ranks, guard_figures
 
 SIZES = {"in_channels": 4, "text_embed_dim": 12, "width": 16, "num_layers": 1, "num_heads": 2}
 
@@ -119,6 +119,11 @@ def test_the_threshold_changes_the_fewest_noises_that_keep_the_gain():
         choose_threshold(GAINS, EXPECTED, 1.0)
     assert choose_threshold(-GAINS, EXPECTED, 0.1) == pytest.approx(0.9)
     assert guard_figures(-GAINS, EXPECTED, 0.9).share_changed == 0
+
+
+def test_the_rank_of_a_gain_is_the_share_of_smaller_ones():
+    found = gain_ranks(torch.tensor([-1.0, 0.0, 0.05, 0.5, 9.0]), GAINS)
+    assert found.tolist() == pytest.approx([0, 2.5 / 6, 3 / 6, 5.5 / 6, 1])
 
 
 def test_figures_of_a_guard():
