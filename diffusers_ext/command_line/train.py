@@ -72,8 +72,10 @@ def _settings_class(name: str, arguments: Sequence[str]) -> type[Settings]:
         from diffusers_ext.eraser.recipe import EraserSettings
 
         return EraserSettings
-    from diffusers_ext.training.golden_noise.settings import GuardTrainingSettings, PairSettings, noise_settings_class
-
     if name == "guard":
+        from diffusers_ext.training.golden_noise.guard_settings import GuardTrainingSettings
+
         return GuardTrainingSettings
+    from diffusers_ext.training.golden_noise.settings import PairSettings, noise_settings_class
+
     return PairSettings if name == "pairs" else noise_settings_class(early_value(arguments, "model"))

@@ -36,8 +36,8 @@ from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.golden_noise.text_cache import TextCache
 from diffusers_ext.training.golden_noise.data import PromptSplit, split_by_prompt
 from diffusers_ext.training.golden_noise.gains import measure_gains
+from diffusers_ext.training.golden_noise.guard_settings import GuardTrainingSettings
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
-from diffusers_ext.training.golden_noise.settings import GuardTrainingSettings
 from diffusers_ext.training.run.base_model import check_base_model, load_text_pipeline
 from diffusers_ext.training.run.script import (
     ON_THE_WAY,

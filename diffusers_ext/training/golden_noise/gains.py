@@ -22,8 +22,8 @@ from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter, Part
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 from diffusers_ext.rewards.reward import Reward, checked_scores
 from diffusers_ext.training.golden_noise.candidates import Candidate, list_candidates
+from diffusers_ext.training.golden_noise.guard_settings import GuardTrainingSettings
 from diffusers_ext.training.golden_noise.rendering import render, square_latent_shape
-from diffusers_ext.training.golden_noise.settings import GuardTrainingSettings
 from diffusers_ext.training.pairs import generate
 from diffusers_ext.training.run.checkpoint_files import check_same_facts
 

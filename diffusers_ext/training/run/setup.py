@@ -28,9 +28,9 @@ from diffusers_ext.evaluation.settings import (
     GoldenNoiseEvaluationSettings,
 )
 from diffusers_ext.nullspace.settings import OPTIMIZERS, CollectionSettings, NullSpaceSettings
+from diffusers_ext.training.golden_noise.guard_settings import GuardTrainingSettings
 from diffusers_ext.training.golden_noise.settings import (
     GoldenSampleSettings,
-    GuardTrainingSettings,
     PairNetworkSettings,
     PairSettings,
     SequenceNetworkSettings,
