@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
@@ -25,11 +26,11 @@ from examples.digits_distilled.golden_noise import DIRECT, NUM_STEPS, PAIRS, mak
 from examples.digits_distilled.train_model import MODEL_DIR
 
 
-def train_all(work: Path) -> dict[str, Path]:
+def train_all(work: Path, names: Sequence[str]) -> dict[str, Path]:
     """Pairs and networks, made unless they are there; returns the networks' folders."""
     folders = {}
-    for name in (*DIRECT, *PAIRS):
-        label = name.replace(" ", "_")
+    for name in names:
+        label = name.replace(",", "").replace(" ", "_")
         data, folders[name] = work / f"pairs_{label}", work / f"network_{label}"
         if name in PAIRS and not (data / "report.json").is_file():
             make_pairs(name, data)
@@ -59,11 +60,12 @@ def main(input_args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/golden_noise_distilled"))
     parser.add_argument("--pictures", type=int, default=5, help="of each of 100 held-out prompts")
+    parser.add_argument("--networks", nargs="+", choices=(*DIRECT, *PAIRS), default=[*DIRECT, *PAIRS])
     parser.add_argument("--name", default="golden_noise_on_distilled_digits")
     args = parser.parse_args(input_args)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    folders = train_all(args.work_dir)
+    folders = train_all(args.work_dir, args.networks)
     report = evaluate(folders, args.pictures, args.work_dir)
     training = {}
     for name, folder in folders.items():
@@ -78,7 +80,7 @@ def main(input_args: list[str] | None = None) -> None:
     for facts in results["settings"]["subjects"].values():  # folders of this machine mean nothing to others
         facts.pop("name_or_path", None)
     pairs = {}
-    for name in PAIRS:
+    for name in (name for name in PAIRS if name in folders):
         pairs[name] = json.loads((args.work_dir / f"pairs_{name.replace(' ', '_')}" / "report.json").read_text())
     write_results(args.name, {"pairs": pairs, "training": training, "evaluation": results}, text)
     print(text)

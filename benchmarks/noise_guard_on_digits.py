@@ -48,12 +48,11 @@ def train_guard(network: Path, prompts: Path, gains: Path, folder: Path, reads: 
     return folder
 
 
-def paired_gains(report: GoldenNoiseReport, names: tuple[str, str], reward: str) -> torch.Tensor:
-    """Gains without and with the guard, `(prompts, pictures, 2)`."""
-    rows: dict[str, list[list[float]]] = {}
+def paired_gains(report: GoldenNoiseReport, name: str, reward: str) -> torch.Tensor:
+    """Gains of the network without a guard, `(prompts, pictures)`."""
+    rows: dict[str, list[float]] = {}
     for row in report.rows:
-        gains = [row[f"{side}/{reward}"] - row[f"standard/{reward}"] for side in names]
-        rows.setdefault(row["prompt"], []).append(gains)
+        rows.setdefault(row["prompt"], []).append(row[f"{name}/{reward}"] - row[f"standard/{reward}"])
     return torch.tensor(list(rows.values()), dtype=torch.float64)
 
 
@@ -66,10 +65,13 @@ def guard_shares(gains: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def figures(report: GoldenNoiseReport, names: tuple[str, str], reward: str) -> dict[str, Any]:
-    """Shares with intervals by resampled prompts, losing pairs, win rates; `names` without and with the guard."""
-    gains = paired_gains(report, names, reward)
-    changed = torch.tensor([row[f"{names[1]}/noise_change"] > 0 for row in report.rows])
+def figures(alone: torch.Tensor, changed: torch.Tensor) -> dict[str, Any]:
+    """Shares with intervals by resampled prompts, losing pairs, win rates.
+
+    `alone` are gains without a guard and `changed` tells what it lets pass, both `(prompts, pictures)`. A noise that
+    it leaves is the seed's to the bit, so that its picture is the plain one and gains nothing.
+    """
+    gains = torch.stack([alone, torch.where(changed, alone, 0.0)], -1)
     flat = gains.flatten(0, 1)
     drawn = torch.randint(len(gains), (_RESAMPLES, len(gains)), generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {"pairs": len(flat), "share_changed": changed.double().mean().item()}
@@ -82,13 +84,13 @@ def figures(report: GoldenNoiseReport, names: tuple[str, str], reward: str) -> d
         "losing": (flat < 0).double().mean(0).tolist(),
         "mean_gain": flat.mean(0).tolist(),
         "win_rate": wins.mean().item(),
-        "win_rate_changed": wins[changed].mean().item(),
+        "win_rate_changed": wins[changed.flatten()].mean().item(),
     }
 
 
 @torch.no_grad()
-def expectations(folder: Path, pictures: int) -> torch.Tensor:
-    """What a guard expects of the pairs of the report, in its order, `(pairs,)`."""
+def expectations(folder: Path, pictures: int) -> tuple[torch.Tensor, float]:
+    """What a guard expects of the pairs of the report, in its order, `(prompts, pictures)`, and its threshold."""
     pipeline, network, found = load_pipeline(), load_noise_model(folder).eval(), []
     guard = network.guard
     network.set_guard(None)
@@ -98,7 +100,7 @@ def expectations(folder: Path, pictures: int) -> torch.Tensor:
         noise, text = unit_noise(batch, (4, 8, 8)), encode_prompts(pipeline, [shot.prompt for shot in batch])
         golden = network.refine(noise, text.prompt_embeds)
         found.append(guard(guard.inputs(noise, golden, first_prediction(pipeline, text)), text.prompt_embeds))
-    return torch.cat(found)
+    return torch.cat(found).view(-1, pictures), guard.config.threshold
 
 
 def curve(gains: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
@@ -144,15 +146,14 @@ def main(input_args: list[str] | None = None) -> None:
         reads: train_guard(folders[args.network], prompts, work / "gains", work / f"reads_{reads}", reads, args)
         for reads in _READS
     }
-    sides = {f"guard of {reads}": folder for reads, folder in guarded.items()}
+    guesses = {reads: expectations(folder, args.pictures) for reads, folder in guarded.items()}
     found, rows = {}, []
     for steps in args.steps:
-        report = evaluate({**folders, **sides}, steps, args.pictures, work, targets=False)
-        for reads, folder in guarded.items():
-            names, expected = (args.network, f"guard of {reads}"), expectations(folder, args.pictures)
+        report = evaluate(folders, steps, args.pictures, work, targets=False)
+        for reads, (expected, threshold) in guesses.items():
             for reward in report.settings["rewards"]:
-                x = figures(report, names, reward)
-                x["curve"] = curve(paired_gains(report, names, reward)[..., 0].flatten(), expected)
+                gains = paired_gains(report, args.network, reward)
+                x = figures(gains, expected > threshold) | {"curve": curve(gains.flatten(), expected.flatten())}
                 found[f"{steps} steps, reads {reads}, {reward}"] = x
                 rows.append(guard_row(steps, reads, reward, x))
     header = ["steps", "reads", "reward", "share changed", "losing pairs", "with guard", "losses avoided", "gain lost",

@@ -19,8 +19,11 @@ PAIRS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "reward pairs": (3, 400, ("--target", "reward", "--ascent_steps", "6", "--ascent_rate", "0.1")),
     "chosen of 8 neighbours": (2, 200, ("--target", "best_of_n", "--best_of", "8", "--spread", "0.5")),
 }
-# Of trainings without pairs: steps, flags.
-DIRECT: dict[str, tuple[int, tuple[str, ...]]] = {"direct": (220, ("--reward_regularization", "0.5"))}
+# Of trainings without pairs: steps, flags. The second keeps nearer to the seeds, and with that more of their variety.
+DIRECT: dict[str, tuple[int, tuple[str, ...]]] = {
+    "direct": (220, ("--reward_regularization", "0.5")),
+    "direct, nearer": (220, ("--reward_regularization", "1.5")),
+}
 
 
 def make_pairs(name: str, folder: str | Path) -> Path:
