@@ -1,0 +1,185 @@
+"""What the three tools cost on a GPU, at the published sizes with random weights: at most 8 minutes on an H100.
+
+python benchmarks/on_gpu.py
+python benchmarks/on_gpu.py --only train_5b calls  # the other parts stay as they were
+python benchmarks/on_gpu.py --budget  # what each part takes by its operations; needs no GPU
+python benchmarks/on_gpu.py --toy  # a rehearsal with tiny models, without a GPU
+
+Nothing is downloaded. Each part is a process with a time limit of its own; what is found is written after every part,
+so that the command may be stopped at any moment and gone on with by `--only`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before the profiler is loaded
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
+
+from benchmarks.gpu.workers import Outcome, Part, work_through
+
+RESULTS = Path(__file__).parent / "results"
+# The most important ones first: where time runs out, the last ones are left.
+PARTS = (
+    Part("train_5b", "Eraser of CogVideoX-5b: training at 49 x 480 x 720", "eraser_training:train_cogvideox_5b", 150),
+    Part("train_2b", "Eraser of CogVideoX-2b: training at 49 x 480 x 720", "eraser_training:train_cogvideox_2b", 75),
+    Part("train_wan", "Eraser of Wan 2.1 1.3B: training at 49 x 480 x 720", "eraser_training:train_wan", 75),
+    Part("null_space", "Null-space DreamBooth: training steps", "null_space:training_steps", 60),
+    Part("statistics", "Feature statistics", "null_space:statistics", 60),
+    Part("edits", "Edits in closed form", "null_space:edits", 60),
+    Part("golden_noise", "Golden noise", "golden_noise:networks_and_runs", 45),
+    Part("calls", "Erasers in inference at 49 x 480 x 720", "eraser_inference:calls", 90),
+    Part("offload", "Erasers with CPU offload", "eraser_inference:offloaded", 60),
+    Part("compile", "Erasers under torch.compile", "eraser_inference:compiled", 75),
+)  # fmt: skip
+TOTAL = 470  # seconds; with starting and writing less than 8 minutes
+
+
+def run_part(name: str, toy: bool, tell: Callable[[dict[str, Any]], None], wait: Callable[[], object]) -> None:
+    """Do one part in this process: import, `wait`, tell device and date, then every row as it is found."""
+    part = next(one for one in PARTS if one.name == name)
+    module, _, function = part.function.partition(":")
+    work = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
+    from benchmarks.gpu.device import Place, device_facts, this_device
+
+    wait()
+    device = this_device()
+    if device.type == "cpu" and not toy:
+        raise SystemExit("A GPU must be there, got none. `--toy` rehearses on a CPU, `--budget` needs none.")
+    tell({"machine": device_facts()})
+    work(Place(device, toy, tell))
+
+
+def work_on(name: str, toy: bool, rows: Path) -> None:
+    """What the process of a part does; its first line of input lets it begin."""
+    with rows.open("a", encoding="utf-8") as file:
+
+        def tell(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        run_part(name, toy, tell, sys.stdin.readline)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What was found before, by part."""
+    return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
+
+
+def result_of(part: Part, outcome: Outcome, toy: bool) -> dict[str, Any]:
+    """One part as it is kept."""
+    return {
+        "title": part.title,
+        "status": outcome.status,
+        "rehearsal": toy,
+        "seconds": round(outcome.seconds, 1),
+        "limit": part.limit,
+        "machine": outcome.facts,
+        "rows": outcome.figures,
+    }
+
+
+def number(value: float, unit: str) -> str:
+    """A figure with its unit, to three digits."""
+    if unit == "s" and value < 1:
+        return f"{1000 * value:.3g} ms"
+    return f"{value:.3g} {unit}".strip()
+
+
+def row_cells(row: dict[str, Any]) -> list[str]:
+    """What, measured, beside what, ratio with its range."""
+    if "measured" not in row:
+        return [row["what"], row["note"], "", ""]
+    unit = row["unit"]
+    beside = f"{number(row['beside'], unit)} ({row['of']})" if "beside" in row else row.get("note", "")
+    ratio = f"{row['ratio']:.3g}" if "ratio" in row else ""
+    if "range" in row:
+        ratio += " ({:.3g} to {:.3g})".format(*row["range"])
+    return [row["what"], number(row["measured"], unit), beside, ratio]
+
+
+def results_text(results: dict[str, Any]) -> str:
+    """All parts as Markdown, in order."""
+    from benchmarks.machine import table
+
+    blocks = []
+    if any(part["rehearsal"] for part in results.values()):
+        blocks.append("**A rehearsal with tiny models: times and sizes mean nothing.**")
+    for name in [part.name for part in PARTS if part.name in results]:
+        found = results[name]
+        machine, text = found["machine"], [f"## {found['title']}"]
+        if found["rows"]:
+            rows = [row_cells(row) for row in found["rows"]]
+            text.append(table(["what", "measured", "beside", "ratio (range)"], rows))
+        where = f", {machine['device']}, torch {machine['versions']['torch']}, {machine['date']}" if machine else ""
+        text.append(f"`--only {name}`: {found['status']}, {found['seconds']:.0f} s{where}.")
+        blocks.append("\n\n".join(text))
+    return "\n\n".join(blocks) + "\n"
+
+
+def write_results(folder: Path, name: str, results: dict[str, Any]) -> None:
+    """`<name>.json` and `<name>.md`."""
+    from diffusers_ext.core.artifacts import write_atomically
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{name}.json", json.dumps({"parts": results}, indent=1) + "\n")
+    write_atomically(folder / f"{name}.md", results_text(results))
+
+
+def part_command(part: Part, rows: Path, toy: bool) -> list[str]:
+    """The command line of the process of a part."""
+    return [sys.executable, __file__, "--part", part.name, "--rows", str(rows), *(["--toy"] if toy else [])]
+
+
+def measure(names: Sequence[str], toy: bool, output_dir: Path, total: float) -> dict[str, Any]:
+    """Do the parts of these names and write what is found after each; returns all that is known by then."""
+    name, began = "on_gpu_rehearsal" if toy else "on_gpu", time.monotonic()
+    results = read_results(output_dir / f"{name}.json")
+    chosen = [part for part in PARTS if part.name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        ahead = (os.cpu_count() or 1) > 2
+        done = work_through(chosen, lambda p, rows: part_command(p, rows, toy), Path(folder), total, ahead)
+        for part, outcome in done:
+            results[part.name] = result_of(part, outcome, toy)
+            write_results(output_dir, name, results)
+            print(f"{part.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
+    print(f"{output_dir / name}.md after {time.monotonic() - began:.0f} s")
+    return results
+
+
+def main(input_args: list[str] | None = None) -> int:
+    """Measure, or print the budget; returns 1 where a part that was asked for is not whole."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
+    parser.add_argument("--toy", action="store_true", help="tiny models, for a rehearsal; also without a GPU")
+    parser.add_argument("--budget", action="store_true", help="print what the parts take by their operations")
+    parser.add_argument("--output_dir", type=Path, help="benchmarks/results; outputs of a rehearsal without it")
+    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all parts")
+    parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(input_args)
+    if args.part:
+        work_on(args.part, args.toy, args.rows)
+        return 0
+    if args.budget:
+        from benchmarks.gpu.budget import budget_text
+
+        print(budget_text([part for part in PARTS if part.name in args.only]))
+        return 0
+    folder = args.output_dir or (Path("outputs") if args.toy else RESULTS)
+    found = measure(args.only, args.toy, folder, args.total)
+    return int(any(found[name]["status"] != "done" for name in args.only))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
