@@ -46,9 +46,9 @@ class Place(NamedTuple):
         return torch.cuda.memory_allocated(self.device) if self.on_gpu else None
 
     def free(self) -> None:
-        """Give back what nobody holds any more."""
-        gc.collect()
+        """Give back what nobody holds any more; of a CPU, which tiny models do not fill, it is left to Python."""
         if self.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def within_memory(self, what: str, work: Callable[[], None]) -> bool:

@@ -66,7 +66,7 @@ def networks_and_runs(place: Place) -> None:
     for name in NETWORKS:
         network = make_network(name, pipeline, place)
         for dtype in (torch.float32, torch.bfloat16):
-            network.to(dtype)
+            torch.nn.Module.to(network, dtype)  # that of diffusers has a warning about every cast
             network.refine(noise, text)
             taken = statistics.median(seconds(lambda: network.refine(noise, text)) for _ in range(place.repeats(20)))  # noqa: B023
             for steps, run in runs.items():

@@ -1,0 +1,164 @@
+"""The benchmark of a GPU, rehearsed with tiny models on the CPU, and its processes with time limits."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+
+import pytest
+
+from benchmarks import on_gpu
+from benchmarks.gpu.workers import Part, work_through
+
+# What a part must tell, by words of its rows.
+TOLD = {
+    "train_5b": ["--separate_passes: activations", "one pass: activations", "7-forward step", "training step, one"],
+    "train_2b": ["--separate_passes: activations", "one pass: activations", "7-forward step", "training step, one"],
+    "train_wan": ["--separate_passes: activations", "one pass: activations", "7-forward step", "training step, one"],
+    "null_space": ["SD1.5: null-space step", "SDXL: null-space step", "SDXL: activations"],
+    "statistics": ["SD1.5: k/v", "SDXL: k/v", "SD1.5: q/out", "SDXL: q/out"],
+    "edits": ["SDXL: edit of", "FLUX.2-klein-4B: edit of"],
+    "golden_noise": ["in 50 steps", "in 4 steps", "NPNet in float32", "GoldenNoiseModel in bfloat16"],
+    "calls": [f"{model}: call" for model in ("CogVideoX-2b", "Wan2.1-1.3B", "CogVideoX-5b")],
+    "offload": ["all on the GPU", "model by model", "block by block", "numbers that differ"],
+    "compile": ["another scale", "2 erasers", "graph breaks", "1 erasers, blocks compiled", "0 erasers, blocks"],
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_every_part_is_rehearsed(name):
+    told = []
+    on_gpu.run_part(name, True, told.append, lambda: None)
+    machine, *rows = told
+    assert machine["machine"]["device"]
+    found = [row["what"] for row in rows]
+    assert [words for words in TOLD[name] if not any(words in what for what in found)] == []
+    for row in rows:
+        assert math.isfinite(row["measured"]), row
+    counts = {row["what"].partition(": ")[2]: row["measured"] for row in rows if row["unit"] == ""}
+    for what, count in counts.items():
+        if what.startswith(("numbers that differ", "graph breaks")) or what.endswith(("another scale", "scale 0")):
+            assert count == 0, what
+    cells = [on_gpu.row_cells(row) for row in rows]
+    assert all(len(line) == 4 for line in cells)
+
+
+def test_all_parts_are_rehearsed_and_have_a_budget():
+    from benchmarks.gpu.budget import _LINES
+
+    names = [part.name for part in on_gpu.PARTS]
+    assert list(TOLD) == names
+    assert list(_LINES) == names
+
+
+# Stands for the process of a part: waits for its line, writes two rows, and ends as it is told to.
+STAND_IN = """
+import json, sys, time
+rows, ending = sys.argv[1:]
+assert sys.stdin.readline()
+with open(rows, "a") as file:
+    file.write(json.dumps({"machine": {"device": "none"}}) + "\\n" + json.dumps({"what": "first"}) + "\\n")
+if ending == "late":
+    open(rows, "a").write('{"what": "half')
+    time.sleep(60)
+if ending == "broken":
+    raise MemoryError("no more")
+"""
+
+
+def parts_of(**limits):
+    return [Part(name, name, "none", limit) for name, limit in limits.items()]
+
+
+def commands(part, rows):
+    return [sys.executable, "-S", "-c", STAND_IN, str(rows), part.name]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_part_over_its_limit_or_with_an_error_leaves_the_others(tmp_path, ahead):
+    parts = parts_of(late=2, broken=30, whole=30)
+    found = {part.name: outcome for part, outcome in work_through(parts, commands, tmp_path, 60, ahead)}
+    assert {name: outcome.figures for name, outcome in found.items()} == dict.fromkeys(found, [{"what": "first"}])
+    assert found["late"].status == "stopped at its limit of 2 s"
+    assert found["broken"].status.startswith("failed (1): ")
+    assert found["broken"].status.endswith("MemoryError: no more")
+    assert found["whole"].status == "done"
+    assert found["whole"].facts == {"device": "none"}
+
+
+def test_all_parts_end_in_time(tmp_path):
+    parts = parts_of(late=30, whole=30)
+    began = time.monotonic()
+    found = [outcome for _, outcome in work_through(parts, commands, tmp_path, 2, True)]
+    assert time.monotonic() - began < 10
+    assert found[0].status == "stopped at its limit of 2 s"
+    assert found[1].status == "not begun: the time for all parts was up"
+    assert found[1].rows == []
+
+
+def test_processes_end_where_no_one_waits_for_the_results(tmp_path):
+    working = work_through(parts_of(whole=30, late=30), commands, tmp_path, 60, True)
+    next(working)
+    working.close()
+    assert not (tmp_path / "late.jsonl").exists()
+
+
+MACHINE = {"device": "H100", "date": "2026-11-30", "versions": {"torch": "2.9"}}
+
+
+def test_results_of_parts_are_kept_by_later_ones(tmp_path, monkeypatch, capsys):
+    ratio = {"what": "step", "unit": "s", "measured": 0.012, "beside": 1.5, "of": "plain", "ratio": 0.008}
+    told = {
+        "calls": [ratio | {"range": [0.007, 0.009]}, {"what": "graphs", "unit": "", "measured": 2, "note": "why"}],
+        "edits": [{"what": "edit", "note": "more memory than there is"}],
+    }
+    rows = {name: [{"machine": MACHINE}, *found] for name, found in told.items()}
+
+    def stand_in(part, path, toy):
+        written = "".join(json.dumps(row) + "\n" for row in rows[part.name])
+        code = f"import pathlib; pathlib.Path({str(path)!r}).write_text({written!r})"
+        return [sys.executable, "-S", "-c", code]
+
+    monkeypatch.setattr(on_gpu, "part_command", stand_in)
+    assert on_gpu.main(["--only", "calls", "--output_dir", str(tmp_path)]) == 0
+    assert on_gpu.main(["--only", "edits", "--output_dir", str(tmp_path)]) == 0
+    parts = json.loads((tmp_path / "on_gpu.json").read_text())["parts"]
+    assert {name: part["rows"] for name, part in parts.items()} == told
+    assert {part["status"] for part in parts.values()} == {"done"}
+    text = (tmp_path / "on_gpu.md").read_text()
+    for line in (
+        "| step | 12 ms | 1.5 s (plain) | 0.008 (0.007 to 0.009) |",
+        "| graphs | 2 | why |  |",
+        "| edit | more memory than there is |  |  |",
+    ):
+        assert line in text
+    assert "`--only calls`: done, 0 s, H100, torch 2.9, 2026-11-30." in text
+    assert "rehearsal" not in text
+    # A rehearsal is kept apart, and tells that it is one.
+    assert on_gpu.main(["--only", "calls", "--toy", "--output_dir", str(tmp_path)]) == 0
+    assert "A rehearsal" in (tmp_path / "on_gpu_rehearsal.md").read_text()
+    assert (tmp_path / "on_gpu.md").read_text() == text
+    assert "calls: done" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_is_told_by_the_exit_status(tmp_path, monkeypatch):
+    failing = [sys.executable, "-S", "-c", "raise SystemExit(3)"]
+    monkeypatch.setattr(on_gpu, "part_command", lambda part, path, toy: failing)
+    assert on_gpu.main(["--only", "calls", "--output_dir", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "on_gpu.json").read_text())["parts"]["calls"]
+    assert found["status"] == "failed (3): "
+    assert found["rows"] == []
+
+
+def test_without_a_gpu_nothing_is_measured_at_real_sizes(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="A GPU must be there, got none. `--toy` rehearses"):
+        on_gpu.run_part("calls", False, lambda _: None, lambda: None)
+
+
+def test_unknown_parts_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        on_gpu.main(["--only", "everything"])
+    assert "invalid choice: 'everything'" in capsys.readouterr().err
