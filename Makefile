@@ -1,4 +1,4 @@
-# make setup | demo | test | campaign | lint | bench
+# make setup | demo | test | campaign | lint | bench | bench-gpu
 PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 2
@@ -10,7 +10,7 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test campaign lint bench clean
+.PHONY: setup demo test campaign lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -67,6 +67,10 @@ bench: setup
 	$(BIN)/python benchmarks/cost_of_eraser.py --wan
 	$(BIN)/python benchmarks/cost_of_eraser.py --inference
 	$(BIN)/python benchmarks/cost_of_plans.py
+
+# At most 8 minutes, on an H100-class card; `ARGS=--toy` rehearses without one.
+bench-gpu: setup
+	$(BIN)/python benchmarks/on_gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -27,18 +27,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
+from benchmarks.gpu.models import klein_tokenizer
 from benchmarks.machine import table, write_results
 from benchmarks.real_sizes import SDXL
 from diffusers_ext.nullspace.edit import edit_concept
@@ -49,11 +42,6 @@ from examples.digits.train_model import build_vae
 BARS = {"sdxl": 60.0, "flux2_klein": 120.0}  # seconds, on 2 cores
 # How many prompts are preserved, beside their sub-phrases: a prompt of FLUX.2 has 512 tokens, one of SDXL 77.
 PRESERVED = {"sdxl": 200, "flux2_klein": 8}
-_MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-_CHAT = (
-    "{% for message in messages %}<|im_start|> user {{ message.content }} <|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
-)
 
 
 def widened(linear: torch.nn.Linear, in_features: int, out_features: int) -> torch.nn.Sequential:
@@ -96,17 +84,10 @@ def sdxl() -> StableDiffusionXLPipeline:
 
 def flux2_klein() -> Flux2KleinPipeline:
     """A `context_embedder` of 7680 x 3072 features."""
-    words = sorted({word for prompt in knowledge_prompts() for word in prompt.split()})
-    vocabulary = [*_MARKS, "user", "assistant", "[unknown]", *words]
-    model = models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[unknown]")
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=_MARKS[0], unk_token="[unknown]", chat_template=_CHAT, model_max_length=512
-    )
+    tokenizer = klein_tokenizer(knowledge_prompts())
     encoder = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(vocabulary),
+            vocab_size=len(tokenizer),
             hidden_size=2560,
             intermediate_size=64,
             num_hidden_layers=3,  # of 36, of which the family reads all three: 7680 features, side by side

@@ -153,19 +153,28 @@ _LINES: dict[str, Callable[[], list[Line]]] = {
 
 
 def budget_text(parts: Sequence[Part]) -> str:
-    """Each part's operations, times, memory and limit as Markdown, and what the times add up to."""
-    rows, whole = [], 0.0
+    """Operations, times, memory and limit of each part as Markdown, and then what they are made of."""
+    whole, lines = [], []
     for index, part in enumerate(parts):
         start = START if index else FIRST_START
-        lines = [*_LINES[part.name](), Line("start, and making models (assumed)", 1, 0, start + MAKING)]
-        total = sum(line.times * line.seconds for line in lines)
-        whole += total
-        for line in lines:
-            memory = "" if line.memory is None else f"{line.memory / GIB:.1f}"
-            seconds = [f"{line.seconds:.3g}", f"{line.times * line.seconds:.1f}"]
-            rows.append([part.name, line.what, f"{line.times:g}", f"{line.tera:.3g}", *seconds, memory])
-        rows.append([f"**{part.name}**", f"limit {part.limit:.0f} s", "", "", "", f"**{total:.0f}**", ""])
-    rows.append(["**all parts**", "", "", "", "", f"**{whole:.0f}**", ""])
-    header = ["part", "what", "times", "10^12 operations each", "s each", "s", "GiB"]
+        own = [*_LINES[part.name](), Line("start, and making models (assumed)", 1, 0, start + MAKING)]
+        lines += [[part.name, one.what, f"{one.times:g}", *_cells(one)] for one in own]
+        memory = max(one.memory or 0 for one in own)
+        tera, seconds = (sum(getattr(one, name) * one.times for one in own) for name in ("tera", "seconds"))
+        whole.append((part, Line(part.name, 1, tera, seconds, memory)))
+    rows = [[one.what, *_cells(one), f"{part.limit:.0f}"] for part, one in whole]
+    tera, seconds = (sum(getattr(one, name) for _, one in whole) for name in ("tera", "seconds"))
+    rows.append(["all", *_cells(Line("", 1, tera, seconds, max(one.memory for _, one in whole))), ""])
+    units = ["10^12 operations", "s", "GiB"]
     share = f"{MATMUL_UTILIZATION:.0%} are reached in matrix products (assumed)"
-    return f"{table(header, rows)}\n\nBy published rates of an {GPU}, of which {share}."
+    texts = [
+        table(["part", *units, "limit, s"], rows),
+        f"By published rates of an {GPU}, of which {share}.",
+        table(["part", "what", "times", *units], lines),
+    ]
+    return "\n\n".join(texts)
+
+
+def _cells(line: Line) -> list[str]:
+    memory = f"{line.memory / GIB:.1f}" if line.memory else ""
+    return [f"{line.tera:.4g}", f"{line.seconds:.3g}", memory]

@@ -9,23 +9,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from diffusers_ext.planning.models import BaseModel, Component, read_base_model
 from diffusers_ext.planning.tracing import move_other_tensors
 from diffusers_ext.planning.work import Work
 from examples.digits.prompts import COLORS, DIGITS, TEMPLATES, make_tokenizer
+from examples.moving_digits.prompts import make_tokenizer as make_t5_tokenizer
 
 SD15, SDXL, KLEIN = "SD1.5", "SDXL", "FLUX.2-klein-4B"
 COG_2B, COG_5B, WAN = "CogVideoX-2b", "CogVideoX-5b", "Wan2.1-1.3B"
-T5_TOKENIZER = Path(__file__).parents[2] / "examples" / "moving_digits" / "model" / "tokenizer"
 PROMPTS = tuple(t.format(color=color, digit=digit) for t in TEMPLATES for color in COLORS for digit in DIGITS)
 _SPREAD = 0.02
 
@@ -172,7 +171,7 @@ def tokenizer_of(class_name: str, toy: bool) -> PreTrainedTokenizerBase:
         return tokenizer
     if class_name.startswith("Qwen3"):
         return klein_tokenizer(list(PROMPTS), 32 if toy else 512)
-    return AutoTokenizer.from_pretrained(T5_TOKENIZER)
+    return make_t5_tokenizer()
 
 
 def make_pipeline(

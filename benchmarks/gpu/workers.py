@@ -52,9 +52,17 @@ class Worker:
 
     def __init__(self, command: Sequence[str], rows: Path) -> None:
         self.rows, self.log = rows, rows.with_suffix(".log")
+        # Each of these processes imports the same: the first one may leave what it has compiled.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
             )
 
     def work(self, limit: float) -> Outcome:
