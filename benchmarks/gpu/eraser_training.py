@@ -58,7 +58,7 @@ def document_step(run: EraserRun, place: Place) -> Callable[[], None]:
     models = [run.velocity(run.precision.prepare(model)) for model in (original, student)]
     optimizer = torch.optim.AdamW(trainable_eraser_parameters(student, "default"))
     text = run.text(3, place.device)
-    concept = torch.zeros(1, text.shape[1], dtype=torch.bool, device=place.device)
+    concept = torch.zeros(1, text.shape[1], dtype=torch.bool)
     concept[:, 1] = True
     texts = DocumentTexts(*(text[row : row + 1] for row in range(3)), token_mask=concept)
     grid = run.family.token_grid(run.config, run.latents)
