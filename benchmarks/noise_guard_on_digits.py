@@ -56,6 +56,11 @@ def paired_gains(report: GoldenNoiseReport, name: str, reward: str) -> torch.Ten
     return torch.tensor(list(rows.values()), dtype=torch.float64)
 
 
+def plain_rewards(report: GoldenNoiseReport, reward: str) -> torch.Tensor:
+    """Of the pictures of the seeds, in the order of the report, `(pairs,)`."""
+    return torch.tensor([row[f"standard/{reward}"] for row in report.rows], dtype=torch.float64)
+
+
 def guard_shares(gains: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of `(..., pictures, 2)`: share of the gain lost and of the losing pairs avoided, `(...)`."""
     sums, losing = gains.sum(-2), (gains < 0).sum(-2).double()
@@ -150,6 +155,13 @@ def main(input_args: list[str] | None = None) -> None:
     found, rows = {}, []
     for steps in args.steps:
         report = evaluate(folders, steps, args.pictures, work, targets=False)
+        for reward in report.settings["rewards"]:
+            plain, gains = plain_rewards(report, reward), paired_gains(report, args.network, reward).flatten()
+            worst = plain.argsort()[: len(plain) // 10]
+            found[f"{steps} steps, {reward}"] = {
+                "gain_of_worst_tenth": (gains[worst].sum() / gains.sum()).item(),
+                "curve_by_plain_reward": curve(gains, -plain),  # of a guard that knew the seed's picture
+            }
         for reads, (expected, threshold) in guesses.items():
             for reward in report.settings["rewards"]:
                 gains = paired_gains(report, args.network, reward)
