@@ -136,7 +136,7 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/golden_noise"))
     parser.add_argument("--network", choices=NETWORKS, default="GoldenNoiseModel of low bands")
     parser.add_argument("--noises_per_prompt", type=int, default=20, help="of 200 prompts, for the network")
-    parser.add_argument("--gains_per_prompt", type=int, default=10, help="of the same prompts, for the guards")
+    parser.add_argument("--gains_per_prompt", type=int, default=8, help="of the same prompts, for the guards")
     parser.add_argument("--pictures", type=int, default=10, help="of each of 100 held-out prompts")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 6], help="guards learn from the first")
     parser.add_argument("--guard_steps", type=int, default=600)
