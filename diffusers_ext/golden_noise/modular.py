@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -90,11 +91,13 @@ class GoldenNoiseStep(ExtensionStep):
 
 
 class _AsPipeline:
-    """A modular pipeline with the methods for packing of the family's pipeline, which are static."""
+    """A modular pipeline with the methods of the family's pipeline that know its latents and its conditions."""
 
     def __init__(self, components: ModularPipeline, family: Family) -> None:
         self._components, self._class = components, import_class(family.pipelines[0])
 
     def __getattr__(self, name: str) -> Any:
-        owner = self._components if hasattr(self._components, name) else self._class
-        return getattr(owner, name)
+        if hasattr(self._components, name):
+            return getattr(self._components, name)
+        found = inspect.getattr_static(self._class, name)
+        return found.__get__(self, self._class) if hasattr(found, "__get__") else found

@@ -14,8 +14,10 @@ from tests.golden_noise.golden_pipelines import (
     draw,
     golden_pipeline,
     network_sizes,
+    random_network,
     record_refining,
 )
+from tests.golden_noise.test_modular import call, modular_pipeline
 from tests.tiny_digits import random_digits_pipeline
 
 NEVER, ALWAYS = 1e9, -1e9  # thresholds
@@ -71,6 +73,19 @@ def test_pipelines_hand_the_prediction_to_a_guard_that_reads_it(family):
     predicted = calls[0]["predict"](noise, 10)
     assert predicted.shape == noise.shape
     assert predicted.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux", "qwen_image"])
+def test_modular_pipelines_hand_it_over_as_well(family):
+    plain = FAMILIES[family].plain()
+    plain.set_progress_bar_config(disable=True)
+    pipeline, network = modular_pipeline(plain, family), random_network(plain)
+    pipeline.update_components(noise_model=network)
+    golden, unrefined = call(pipeline, family), call(pipeline, family, golden_noise_scale=0)
+    network.set_guard(guard_for(plain, threshold=NEVER))
+    assert torch.equal(call(pipeline, family), unrefined)
+    network.guard.register_to_config(threshold=ALWAYS)
+    assert torch.equal(call(pipeline, family), golden)
 
 
 def test_the_dial_of_diversity_neither_moves_the_prediction_nor_is_moved():
