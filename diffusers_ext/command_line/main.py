@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import diffusers_ext
-from diffusers_ext.command_line.collect import COLLECT
+from diffusers_ext.command_line.collect import COLLECT, MERGE
 from diffusers_ext.command_line.convert import CONVERSIONS
 from diffusers_ext.command_line.debleed import DEBLEED, INTERFERENCE
 from diffusers_ext.command_line.demo import DEMO
@@ -90,7 +90,7 @@ def _no_bars() -> Iterator[None]:
 
 
 EVALUATIONS = (EVALUATE_FORGETTING, EVALUATE_GOLDEN_NOISE, EVALUATE_ERASURE, EVALUATE_EDIT)
-COMMANDS = (*PLANS, COLLECT, DEBLEED, INTERFERENCE, EDIT, *EVALUATIONS, *CONVERSIONS, PUSH, DEMO)
+COMMANDS = (*PLANS, COLLECT, MERGE, DEBLEED, INTERFERENCE, EDIT, *EVALUATIONS, *CONVERSIONS, PUSH, DEMO)
 _GROUPS = {
     "plan": "say what memory, disk and time a run takes, before it",
     "evaluate": "compare a model with and without what one of the tools made",
@@ -185,6 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # of the file of `--config`
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    spare = _spare_process(args.command)
+    if spare is not None:
+        print(spare, file=sys.stderr)
+        return DONE
     try:
         # Stdout holds the outcome alone.
         with contextlib.redirect_stdout(sys.stderr), quiet_libraries(args.quiet), result_place(args):
@@ -206,6 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     print(json.dumps(outcome.facts, default=os.fspath) if args.json else outcome.text)
     return outcome.code
+
+
+def _spare_process(command: Command) -> str | None:
+    """What to say where a launcher has started several processes and this is not the first; `None` elsewhere."""
+    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not rank.isdecimal() or int(rank) == 0:
+        return None
+    return f"`{command.name}` is the work of one process: process {rank} of {count} leaves it to the first."
 
 
 def _over_file(words: list[str]) -> list[str]:

@@ -228,7 +228,8 @@ def collect_statistics(
         gram_precision: of the Gram matrices along denoising runs: `"float32"`, which has no tensor cores, or
             `"bf16x3"`, products of bfloat16 numbers summed in float32 (`split_gram`), which has.
         batch_size: prompts per denoising run; text is encoded 16 times as many at once.
-        shard: `(index, count)`: take every `count`-th batch from `index` on, to be merged by `all_reduce`. The batches
+        shard: `(index, count)`: take every `count`-th batch from `index` on, to be merged by `all_reduce`, or by
+            `diffusers-ext merge` after jobs that know nothing of each other. The batches
             are the same for every count, so parts sum up to the statistics of one process.
         progress_dir: folder for the running totals of the denoising runs; a killed collection continues from them to
             the same bits.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -125,8 +126,11 @@ def text_moments(
     family, moments = match_family(pipeline, "nullspace"), {}
     reader = TextReader(pipeline, sources, batch_size, {})
     times = 1 if family.embedded_guidance(denoiser_of(pipeline).config) else times
+    # Whole batches, as one process has them: among others a row may round differently.
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    own = list(chain.from_iterable(batches[shard[0] :: shard[1]]))
     for source in dict.fromkeys(sources.values()):
-        moments[source] = _moment(reader, prompts[shard[0] :: shard[1]], source)
+        moments[source] = _moment(reader, own, source)
         if guided and shard[0] == 0:
             moments[source].merge(_moment(reader, guided, source).repeated(times))
     return moments

@@ -13,6 +13,7 @@ from diffusers_ext.core.artifacts import Artifact, same_fingerprint
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.core.pipelines import denoiser_of, model_fingerprints
 from diffusers_ext.core.second_moment import LowRankMoment
+from diffusers_ext.core.text_files import read_json
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.nullspace.prompts import unique
 from diffusers_ext.nullspace.slots import check_widths, layer_of, linear_name
@@ -28,6 +29,7 @@ from diffusers_ext.nullspace.stored_moments import (
     take_spectra,
 )
 
+PART_CLASS = "FeatureStatisticsPart"  # of `parts`, on disk
 TEXT = "text"  # key of the one matrix that all cross-attention K and V share
 # Settings that tell which texts were read, not how.
 _WHICH_TEXTS = ("expand_sub_phrases", "recombinations")
@@ -221,6 +223,15 @@ class FeatureStatistics(Artifact):
             config["spectra"] = sorted(self._spectra, key=natural_key)
             tensors |= store_spectra(self._spectra)
         return config, tensors
+
+    @classmethod
+    def _read(cls, config_path: Path, weights_path: Path) -> FeatureStatistics:
+        if cls.__name__ != PART_CLASS and read_json(config_path).get("_class_name") == PART_CLASS:
+            raise ValueError(
+                f"{config_path} must describe a {cls.__name__}, got one part of it. Put all parts together by "
+                "`diffusers-ext merge`."
+            )
+        return super()._read(config_path, weights_path)
 
     @classmethod
     def _from_artifact(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> FeatureStatistics:

@@ -85,11 +85,16 @@ def check_config(config: Mapping[str, Any]) -> None:
             )
 
 
-def restore_moments(kinds: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Moment]:
-    """The moments of `store_moments`; raises `ValueError` for those that are no second moments."""
+def restore_moments(
+    kinds: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], least: int = 1
+) -> dict[str, Moment]:
+    """The moments of `store_moments`; raises `ValueError` for those that are no second moments.
+
+    `least` is how many vectors each must have seen.
+    """
     names: set[str] = set()
     for key, kind in kinds.items():
-        _check_kind(key, kind)
+        _check_kind(key, kind, least)
         names |= {f"{key}.vectors", f"{key}.values"} if "rest" in kind else {f"{key}.total"}
     if names != tensors.keys():
         missing, surplus = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
@@ -114,13 +119,13 @@ def restore_moments(kinds: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
     return moments
 
 
-def _check_kind(key: str, kind: Any) -> None:
+def _check_kind(key: str, kind: Any, least: int) -> None:
     names = set(kind) if isinstance(kind, dict) else None
     if names not in ({"count", "rest"}, {"count", "floor"}, {"count", "floor", "variance"}):
         raise ValueError(f"`moments.{key}` must hold `count`, and `floor` or `rest`, got {kind!r:.80}.")
     count = kind["count"]
-    if type(count) is not int or not 0 < count < 2**63:
-        raise ValueError(f"`moments.{key}.count` must be a positive integer, got {count!r}.")
+    if type(count) is not int or not least <= count < 2**63:
+        raise ValueError(f"`moments.{key}.count` must be an integer from {least}, got {count!r}.")
     other, most, words = ("floor", 1.0, " to below 1") if "floor" in kind else ("rest", math.inf, "")
     if not _is_number(kind[other]) or not 0 <= kind[other] < most:
         raise ValueError(f"`moments.{key}.{other}` must be a number from 0{words}, got {kind[other]!r}.")

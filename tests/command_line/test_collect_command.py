@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from diffusers_ext.core.capture import natural_key
 from diffusers_ext.nullspace.collect import collect_statistics
@@ -75,6 +76,23 @@ def test_other_subjects_weigh_without_their_parts_as_much_as_the_knowledge(colle
     assert found.moments["text"].mean.equal(expected.moments["text"].mean)
 
 
+def test_jobs_write_parts_that_are_put_together(collect, run, tmp_path):
+    collect(other_instance_prompts="a white sks")
+    parts = [tmp_path / f"part_{index}" for index in range(2)]
+    for index, folder in enumerate(parts):
+        ran = collect(other_instance_prompts="a white sks", shard=f"{index}/2", output_dir=folder, json=True)
+        assert (ran.code, ran.facts["part"]) == (0, [index, 2])
+    ran = run("merge", *parts, output_dir=tmp_path / "merged", store_spectra=True, json=True)
+    assert (ran.code, ran.facts["prompts"]) == (0, 3)
+    found, expected = (FeatureStatistics.from_pretrained(tmp_path / name) for name in ("merged", "out"))
+    assert found.facts == expected.facts
+    torch.testing.assert_close(found.moments["text"].total, expected.moments["text"].total, rtol=1e-12, atol=0)
+    ran = run("merge", parts[0], output_dir=tmp_path / "other")
+    assert ran.code == 1
+    assert "must be all 2 parts, got none for 1/2" in ran.err
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -89,6 +107,8 @@ def test_other_subjects_weigh_without_their_parts_as_much_as_the_knowledge(colle
         ({"output_dir": __file__}, "`--output_dir` must be a folder"),
         ({"device": "abacus"}, "`--device` must be one of torch's, got 'abacus'."),
         ({"push_to_hub": True}, "`--license` must be given"),
+        ({"shard": "4/4"}, "`--shard` must be an index and a count as in 0/4"),
+        ({"shard": "0/4", "compress": 0.9}, "`--compress` must be left out with `--shard`, got 0.9"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_and_leaves_nothing(collect, hub, tmp_path, flags, message):

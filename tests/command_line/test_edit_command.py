@@ -43,6 +43,21 @@ def test_the_files_are_those_of_the_library(edit, digits, tmp_path):
     assert len(report["layers"]) == 14
 
 
+def test_of_several_processes_the_first_edits(edit, tmp_path, monkeypatch):
+    assert edit("three=nine").code == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        ran = edit("three=nine", output_dir=tmp_path / "launched")
+        assert ran.code == 0
+        assert (tmp_path / "launched").exists() == (rank == "0")
+        assert ("`edit` is the work of one process: process 1 of 2 leaves it to the first." in ran.err) == (
+            rank == "1"
+        )
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "launched" / name).read_bytes() == (tmp_path / "edit" / name).read_bytes()
+
+
 def test_what_is_said(edit):
     ran = edit("three=nine", "one=")
     assert ran.code == 0
