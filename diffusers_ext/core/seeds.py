@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,19 +89,45 @@ def stream_generator(seed: int, *names: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, *names))
 
 
-def step_seed(seed: int, stream: int, index: int, process_index: int = 0) -> int:
+def step_seed(seed: int, stream: int, index: int) -> int:
     """A 63-bit seed for one purpose (`stream`) at one `index` of a run; SplitMix64 keeps neighbours unrelated."""
-    mixed = (
-        seed * 0x9E3779B97F4A7C15 + stream * 0xBF58476D1CE4E5B9 + process_index * 0xD6E8FEB86659FD93 + index
-    ) % 2**64
+    mixed = (seed * 0x9E3779B97F4A7C15 + stream * 0xBF58476D1CE4E5B9 + index) % 2**64
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
     return (mixed ^ (mixed >> 31)) >> 1
 
 
-def step_generator(seed: int, micro_step: int, process_index: int = 0) -> torch.Generator:
-    """The CPU generator of one micro-step: noise and timesteps drawn from it do not depend on what ran before."""
-    return torch.Generator().manual_seed(step_seed(seed, _MICRO_STEP_STREAM, micro_step, process_index))
+class StepGenerator(torch.Generator):
+    """A CPU generator that is the same in all processes, and knows which of them, `(index, count)`, draws."""
+
+    process: tuple[int, int] = (0, 1)
+
+
+def step_generator(seed: int, micro_step: int, process: tuple[int, int] = (0, 1)) -> StepGenerator:
+    """The generator of one micro-step: noise and timesteps drawn from it do not depend on what ran before.
+
+    What differs from row to row is drawn by `draw_rows`, so that several processes train on what one would.
+    """
+    generator = StepGenerator()
+    generator.manual_seed(step_seed(seed, _MICRO_STEP_STREAM, micro_step))
+    generator.process = process
+    return generator
+
+
+def draw_rows(draw: Callable[..., torch.Tensor], shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """This process's rows of what `draw(shape, generator=generator)` gives for the batch of all processes.
+
+    `shape` is that of this process's rows, which all processes have as many of. With a plain generator they are all.
+    """
+    index, count = getattr(generator, "process", (0, 1))
+    rows = shape[0]
+    return draw((rows * count, *shape[1:]), generator=generator)[index * rows : (index + 1) * rows]
+
+
+def spread_rows(count: int, rows: int) -> torch.Tensor:
+    """Indices of `count` of some rows, spread evenly: of a part of the rows the part's own."""
+    places = torch.arange(rows + 1) * count // max(1, rows)
+    return places.diff().nonzero().flatten()
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.restored_state import eval_mode
+from diffusers_ext.core.seeds import draw_rows, spread_rows
 from diffusers_ext.eraser.concept_attention import concept_attention
 from diffusers_ext.eraser.concept_masks import weighted_attention_mask
 from diffusers_ext.eraser.losses import negative_velocity
@@ -153,13 +155,15 @@ class RowMaker:
         return self._kept(batch) if "target" in batch else self._noised(batch, generator)
 
     def replace_target(self, rows: TeacherRows, states: States) -> TeacherRows:
-        """Put other states in the place of the first target rows; the teacher is asked about them."""
-        count = len(states.t)
+        """Put other states, first, in the place of some target rows; the teacher is asked about them."""
+        count, total = len(states.t), len(rows.target.t)
+        kept = torch.ones(total, dtype=torch.bool)
+        kept[spread_rows(count, total)] = False
         nothing = States(*(part[:0] for part in rows.preserved))
         v_concept, v_anchor, _, mask = self.ask_teacher(states, nothing)
 
         def join(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-            return torch.cat([new, old[count:]])
+            return torch.cat([new, old[kept.to(old.device)]])
 
         return rows._replace(
             target=States(*map(join, states, rows.target)),
@@ -241,9 +245,10 @@ class RowMaker:
     def _noised(self, batch: dict[str, Any], generator: torch.Generator) -> TeacherRows:
         x_0 = batch["x_0"].to(self.device, torch.float32)
         num_target, num_preserved = self._rows_of_each_kind(len(x_0))
-        target = self._add_noise(x_0[:num_target], len(self.text.target), generator)
-        preserved = self._add_noise(x_0[:num_preserved], len(self.text.preserved), generator)
-        empty = torch.rand(num_preserved, generator=generator) < self.recipe.empty_share
+        rows = [x_0[spread_rows(count, len(x_0))] for count in (num_target, num_preserved)]
+        target = self._add_noise(rows[0], len(self.text.target), generator)
+        preserved = self._add_noise(rows[1], len(self.text.preserved), generator)
+        empty = draw_rows(torch.rand, (num_preserved,), generator) < self.recipe.empty_share
         numbers = preserved.prompts.masked_fill(empty.to(self.device), EMPTY_PROMPT)
         preserved = preserved._replace(prompts=numbers)
         return TeacherRows(target, preserved, *self.ask_teacher(target, preserved))
@@ -281,9 +286,9 @@ class RowMaker:
         return repeat_text(self.text.empty.to(tokens.device, tokens.dtype), len(tokens))
 
     def _moved(self, part: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-        """The first rows of a part of a batch on the device, latents in float32."""
+        """Some rows of a part of a batch on the device, latents in float32."""
         return {
-            name: value[:count].to(self.device, torch.float32 if value.dim() > 1 else None)
+            name: value[spread_rows(count, len(value))].to(self.device, torch.float32 if value.dim() > 1 else None)
             for name, value in part.items()
         }
 
@@ -291,8 +296,8 @@ class RowMaker:
         """x_t of clean latents at drawn timesteps, with drawn prompts; channels of an image stay as they are."""
         rows, clean = (len(x_0),), self.velocity.without_image(x_0)
         t = self._draw_timesteps(len(x_0), clean.shape[1:], generator).to(self.device)
-        prompts = torch.randint(num_prompts, rows, generator=generator).to(self.device)
-        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        prompts = draw_rows(partial(torch.randint, num_prompts), rows, generator).to(self.device)
+        noise = draw_rows(torch.randn, clean.shape, generator).to(self.device)
         if self.velocity.flow_matching:
             signal, sigma = scheduler_level(self.scheduler, t, clean, flow_matching=True)
             x_t = signal * clean + sigma * noise
@@ -306,7 +311,7 @@ class RowMaker:
         """Of the recipe's range; of flow matching, those that the sampler has there, crowded as its shift has it."""
         low, high = self.recipe.min_timestep, self.recipe.max_timestep
         if not self.velocity.flow_matching:
-            return torch.randint(low, high + 1, (count,), generator=generator)
+            return draw_rows(partial(torch.randint, low, high + 1), (count,), generator)
         times = run_timesteps(self.velocity, self.scheduler, self.recipe.num_inference_steps, latent_shape)
         low, high = self.recipe.timestep_range
         served = times[self.velocity.serves(times) & (times >= low) & (times <= high)]
@@ -315,4 +320,4 @@ class RowMaker:
                 f"`min_timestep` and `max_timestep` must leave some timestep of a run, got {low} and {high} of "
                 f"{[round(float(t)) for t in times]}."
             )
-        return served[torch.randint(len(served), (count,), generator=generator)]
+        return served[draw_rows(partial(torch.randint, len(served)), (count,), generator)]

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_ext.core.restored_state import quiet_run
+from diffusers_ext.core.seeds import StepGenerator, draw_rows
 from diffusers_ext.eraser.adapter.outputs import eraser_outputs
 from diffusers_ext.eraser.attack import AdversarialPrompts
 from diffusers_ext.eraser.batch import RowMaker, Rows, States
@@ -77,8 +78,10 @@ class OnPolicyRollouts:
         if self._calls % self.recipe.on_policy_every == 0:
             self._states = self._run(drawn[0])
         self._calls += 1
-        rows = torch.Generator().manual_seed(drawn[1])
-        chosen = torch.randint(len(self._states.t), (count,), generator=rows)
+        rows = StepGenerator()
+        rows.manual_seed(drawn[1])
+        rows.process = getattr(generator, "process", rows.process)
+        chosen = draw_rows(partial(torch.randint, len(self._states.t)), (count,), rows)
         return States(*(part[chosen.to(part.device)] for part in self._states))
 
     def _run(self, seed: int) -> States:

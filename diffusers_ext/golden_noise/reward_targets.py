@@ -20,10 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from diffusers_ext.core.seeds import draw_rows
 from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.losses import pair_inputs
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
@@ -100,8 +102,8 @@ class RewardLoss:
         self, model: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
         """`loss`; `reward` of the golden noise; `change`, its mean square."""
-        noise = torch.randn(batch["noise"].shape, generator=generator).to(self.device)
-        seeds = torch.randint(2**62, (len(noise),), generator=generator).tolist()
+        noise = draw_rows(torch.randn, batch["noise"].shape, generator).to(self.device)
+        seeds = draw_rows(partial(torch.randint, 2**62), (len(noise),), generator).tolist()
         text = self.cache.take(batch["text"], self.device)
         golden = model(noise, **pair_inputs(text, self.masked)).float()
         x = match_spectrum(golden.detach(), noise).requires_grad_()

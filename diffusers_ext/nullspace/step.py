@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from diffusers_ext.core.seeds import check_min_snr, check_prediction_type, training_schedule
+from diffusers_ext.core.seeds import check_min_snr, check_prediction_type, draw_rows, training_schedule
 from diffusers_ext.families.family import Family
 from diffusers_ext.families.predictions import predicted_of, scheduler_level
 from diffusers_ext.families.text_conditioning import TextConditioning
@@ -56,9 +57,14 @@ class FlowSchedule:
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> Noised:
         """Points of straight paths from noise to latents; the model is to tell `noise - latents`."""
         count, steps = len(latents), len(self.sigmas)
-        drawn = compute_density_for_timestep_sampling(
-            self.weighting_scheme, count, logit_mean=0.0, logit_std=1.0, mode_scale=_MODE_SCALE, generator=generator
-        )
+        options = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": _MODE_SCALE}
+
+        def draw(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+            return compute_density_for_timestep_sampling(
+                self.weighting_scheme, shape[0], **options, generator=generator
+            )
+
+        drawn = draw_rows(draw, (count,), generator)
         sigmas = self.sigmas[(drawn * steps).long().clamp_max(steps - 1)].to(latents.device)
         weights = compute_loss_weighting_for_sd3(self.weighting_scheme, sigmas)
         shares = sigmas.view(-1, *[1] * (latents.ndim - 1))
@@ -196,7 +202,7 @@ class DreamBoothLoss:
         instance = self._denoising_loss(model, batch, self.instance, generator)
         losses = {"loss": instance, "instance": instance}
         if self.class_latents is not None:
-            picks = torch.randint(len(self.class_latents), (len(batch[0]),), generator=generator)
+            picks = draw_rows(partial(torch.randint, len(self.class_latents)), (len(batch[0]),), generator)
             prior = self._denoising_loss(model, list(self.class_latents[picks]), self.class_condition, generator)
             losses.update(loss=instance + self.prior_loss_weight * prior, prior=prior)
         return losses
@@ -207,8 +213,8 @@ class DreamBoothLoss:
         embeds = condition.text.prompt_embeds
         mean, std = (part.to(embeds.device) for part in batch[:2])
         text = condition.of_samples(len(mean), batch[2] if len(batch) > 2 else None)
-        latents = mean + std * torch.randn(mean.shape, generator=generator).to(embeds.device)
-        noise = torch.randn(mean.shape, generator=generator).to(embeds.device)
+        latents = mean + std * draw_rows(torch.randn, mean.shape, generator).to(embeds.device)
+        noise = draw_rows(torch.randn, mean.shape, generator).to(embeds.device)
         noised = self._noised(latents, noise, generator)
         prediction = condition.predict(model, noised.latents.to(embeds.dtype), noised.timesteps, text).float()
         errors = functional.mse_loss(prediction, noised.target, reduction="none")
@@ -220,7 +226,7 @@ class DreamBoothLoss:
             schedule = self.by_size[latents.shape[2], latents.shape[3]] if self.by_size else self.scheduler
             return schedule.noised(latents, noise, generator)
         limit = self.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(limit, (len(latents),), generator=generator).to(latents.device)
+        timesteps = draw_rows(partial(torch.randint, limit), (len(latents),), generator).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         kind = self.scheduler.config.prediction_type
         target, weights = noise, None

@@ -18,6 +18,8 @@ from diffusers_ext.core.seeds import (
     check_diffusion_levels,
     check_min_snr,
     check_prediction_type,
+    draw_rows,
+    spread_rows,
     step_generator,
     step_seed,
     stream_generator,
@@ -33,15 +35,9 @@ def test_seeds_of_streams_are_those_of_earlier_versions():
     assert torch.equal(drawn, torch.randn(4, generator=expected))
 
 
-def test_seeds_differ_by_seed_stream_index_and_process():
-    seeds = {
-        step_seed(seed, stream, index, process)
-        for seed in (0, 1, 2**32 - 1)
-        for stream in (1, 2)
-        for index in range(50)
-        for process in range(3)
-    }
-    assert len(seeds) == 3 * 2 * 50 * 3
+def test_seeds_differ_by_seed_stream_and_index():
+    seeds = {step_seed(seed, stream, index) for seed in (0, 1, 2**32 - 1) for stream in (1, 2) for index in range(50)}
+    assert len(seeds) == 3 * 2 * 50
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -49,8 +45,31 @@ def test_the_generator_of_a_step_does_not_depend_on_what_ran_before():
     expected = torch.randn(4, generator=step_generator(3, 5))
     torch.randn(10, generator=step_generator(3, 4))
     assert torch.equal(torch.randn(4, generator=step_generator(3, 5)), expected)
-    for other in ((3, 6), (4, 5), (3, 5, 1)):
+    for other in ((3, 6), (4, 5)):
         assert not torch.equal(torch.randn(4, generator=step_generator(*other)), expected)
+
+
+def test_processes_draw_the_rows_of_one():
+    whole = draw_rows(torch.randn, (6, 3), step_generator(3, 5))
+    assert torch.equal(whole, torch.randn(6, 3, generator=step_generator(3, 5)))
+    assert torch.equal(whole, draw_rows(torch.randn, (6, 3), torch.Generator().manual_seed(step_seed(3, 1, 5))))
+    for count in (2, 3):
+        generators = [step_generator(3, 5, (index, count)) for index in range(count)]
+        for _ in range(2):  # the second draw too
+            parts = [draw_rows(torch.randn, (6 // count, 3), generator) for generator in generators]
+            assert torch.cat(parts).shape == (6, 3)
+        later = step_generator(3, 5)
+        draw_rows(torch.randn, (6, 3), later)
+        assert torch.equal(torch.cat(parts), draw_rows(torch.randn, (6, 3), later))
+
+
+def test_spread_rows_of_a_part_are_the_parts_own():
+    assert spread_rows(2, 4).tolist() == [1, 3]
+    assert spread_rows(4, 4).tolist() == [0, 1, 2, 3]
+    assert spread_rows(0, 4).tolist() == spread_rows(0, 0).tolist() == []
+    for count, rows in ((1, 2), (2, 3), (3, 8)):
+        halves = torch.cat([spread_rows(count, rows), rows + spread_rows(count, rows)])
+        assert torch.equal(spread_rows(2 * count, 2 * rows), halves)
 
 
 OTHERS = (

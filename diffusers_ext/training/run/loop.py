@@ -136,8 +136,9 @@ class TrainingLoop:
         model: the module that trains, not yet prepared; its frozen parts may be anywhere.
         dataset: map-style data set; samples are collated by `collate_fn` (torch's default when `None`).
         loss_function: `(model, batch, generator) -> {"loss": scalar, ...}`; other entries are logged. All its random
-            numbers must come from `generator`, a CPU generator that depends on seed and step alone. (What modules draw
-            themselves, as dropout does, comes from the global generators, whose states checkpoints hold.)
+            numbers must come from `generator`, a CPU generator that depends on seed and step alone, and those of a
+            batch's rows by `draw_rows`, so that several processes train as one does. (What modules draw themselves, as
+            dropout does, comes from the global generators, whose states checkpoints hold.)
         lr_scheduler: stepped once per optimizer step on every process; `None` keeps the rate.
         checkpoints: where to save and resume; `None` does neither.
         ema: averaged copy of the model's parameters, stepped after each optimizer step and saved with checkpoints.
@@ -241,7 +242,9 @@ class TrainingLoop:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _micro_step(self, batch: Any, micro_step: int) -> Losses:
-        generator = step_generator(self.settings.seed, micro_step, self.accelerator.process_index)
+        generator = step_generator(
+            self.settings.seed, micro_step, (self.accelerator.process_index, self.accelerator.num_processes)
+        )
         with self.accelerator.accumulate(self.model):
             losses = self.loss_function(self.model, batch, generator)
             self.accelerator.backward(losses["loss"])
