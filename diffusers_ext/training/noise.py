@@ -9,6 +9,7 @@ The flags of sequence networks are shown by `--model transformer --help`.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class NoiseTask:
     choose_steps: Callable[[NoiseSettings, int], list[int]]  # of the data's steps, from 1, those that are targets
     make_loss: Callable[[NoiseSettings, TextCache, torch.device], LossFunction]
     make_measure: Callable[[NoiseSettings], Measure]
-    open_pairs: Callable[[NoiseSettings], Dataset] = read_pairs
+    open_pairs: Callable[[NoiseSettings, bool], Dataset] = read_pairs  # compares checksums where it is asked to
     validation: type[NoiseValidation] = NoiseValidation
 
 
@@ -195,8 +196,9 @@ def reward_task(settings: PairNetworkSettings, device: torch.device) -> NoiseTas
     """Prompts and a reward in place of pairs; the base model and the reward are loaded."""
     training = RewardTraining.load(settings, device)
     return NoiseTask(
-        "golden-noise", target_steps, training.loss, lambda _: training.measure, training.data, RewardValidation
-    )
+        "golden-noise", target_steps, training.loss, lambda _: training.measure, lambda given, _: training.data(given),
+        RewardValidation,
+    )  # fmt: skip
 
 
 def parse_pair_args(input_args: Sequence[str] | None = None) -> PairNetworkSettings:
@@ -225,9 +227,9 @@ class NoiseData:
     facts: dict[str, Any]
 
 
-def open_data(settings: NoiseSettings, task: NoiseTask) -> NoiseData:
-    """Open, check and split the data of `--dataset_dir`."""
-    pairs = task.open_pairs(settings)
+def open_data(settings: NoiseSettings, task: NoiseTask, verify: bool = True) -> NoiseData:
+    """Open, check and split the data of `--dataset_dir`; `verify` also compares checksums."""
+    pairs = task.open_pairs(settings, verify)
     steps = task.choose_steps(settings, pairs.num_steps)
     split = split_by_prompt(pairs.prompts, settings.validation_split, settings.seed)
     return NoiseData(pairs, split, steps, data_facts(pairs, split, steps))
@@ -250,14 +252,27 @@ def encode_text(settings: NoiseSettings, data: NoiseData, accelerator: Accelerat
         refuse_npnet(find_family(pipeline, TOOL), data.pairs.latent_shape[0])
     facts = data.facts["generation"] or {}
     check_base_model(settings, pipeline, facts.get("models"))
+    directory = settings.text_cache_dir
+    shared = {}
+    if directory is None and (accelerator.num_processes > 1 or settings.checkpointing_steps):
+        directory = _own_text_cache(settings)
+    if directory is not None:
+        shared["process"] = (accelerator.process_index, accelerator.num_processes)
+        shared["wait_for_everyone"] = accelerator.wait_for_everyone
     cache = TextCache.encode(
         pipeline,
         data.pairs.prompts,
         batch_size=settings.text_batch_size,
         dtype=CACHE_DTYPES[settings.text_cache_dtype],
-        directory=settings.text_cache_dir,
+        directory=directory,
+        **shared,
     )
     return cache, type(pipeline).__name__
+
+
+def _own_text_cache(settings: NoiseSettings) -> Path:
+    """Where a run keeps its text for its processes and its resume, until it has ended."""
+    return Path(settings.output_dir, ".text_cache")
 
 
 def build_loop(
@@ -311,7 +326,8 @@ def main(settings: NoiseSettings) -> Path:
     accelerator = make_accelerator(settings)
     if getattr(settings, "objective", "pairs") == "reward":
         task = reward_task(settings, accelerator.device)
-    data = open_data(settings, task)
+    with accelerator.local_main_process_first():  # which alone reads all of it
+        data = open_data(settings, task, accelerator.is_local_main_process)
     settings.max_train_steps = count_steps(settings, len(data.split.train), accelerator.num_processes)
     check_resume(settings, resume_facts(settings, data))
     shared = settings.push_to_hub and accelerator.is_main_process
@@ -329,6 +345,7 @@ def main(settings: NoiseSettings) -> Path:
         loop.ema.copy_to(network.parameters())
     network.eval()
     if accelerator.is_main_process:
+        shutil.rmtree(_own_text_cache(settings), ignore_errors=True)  # mapped by all, read by none any more
         report = network_report(
             settings,
             network,

@@ -17,6 +17,7 @@ def write_prompt_file(path: Path, prompts: tuple[str, ...] = PROMPTS) -> Path:
 
 
 def set_content(folder: Path) -> dict[str, bytes]:
-    """All of a set but the report, which tells the time it took."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "report.json"]
+    """All of a set but what tells times: the report, and the record of checksums."""
+    kept = {"report.json", ".verified.json"}  # tell times
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in kept]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}

@@ -32,6 +32,7 @@ from diffusers_ext.golden_noise.pairs.shards import (
     read_config,
     shard_files,
 )
+from diffusers_ext.golden_noise.pairs.verified import VerifiedFiles
 from diffusers_ext.hub.push import push_folder, split_arguments
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class PairDataset(Dataset):
     """
 
     def __init__(self, folder: str | os.PathLike, verify: bool = True) -> None:
-        """Check and index what `PairWriter` wrote; `verify` compares SHA-256, which reads every file once.
+        """Check and index what `PairWriter` wrote; `verify` compares SHA-256, of files as `VerifiedFiles` knows them.
 
         Raises `ValueError` where there are no pairs, or a file is missing, truncated or altered.
         """
@@ -209,10 +210,13 @@ class PairDataset(Dataset):
         self.records: list[PairRecord] = []
         self._places: list[tuple[int, int]] = []  # (shard, row)
         shards = list_shards(folder)
+        verified = VerifiedFiles(folder) if verify else None
         for shard in shards:
-            rows = check_shard(folder, shard, (self.num_steps, *self.latent_shape), verify)
+            rows = check_shard(folder, shard, (self.num_steps, *self.latent_shape), verified)
             self.records += rows
             self._places += [(shard, row) for row in range(len(rows))]
+        if verified is not None:
+            verified.save()
         self.complete = len(shards) == config["num_shards"]
         self.prompts = [record.prompt for record in self.records]
         self._handles: dict[int, safe_open] = {}
@@ -323,7 +327,8 @@ def open_pairs(
 
     Args:
         path: a local folder, or `"user/name"` of a repository of data on the Hub; `subfolder` is of either.
-        verify: compare checksums, where the format has them.
+        verify: compare checksums, where the format has them; of files that have not changed since, only once
+            (`VerifiedFiles`).
 
     Raises:
         ValueError: nothing of that name, an unknown or broken set, or no pair in it.

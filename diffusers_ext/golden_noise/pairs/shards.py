@@ -31,6 +31,7 @@ from diffusers_ext.core.tensor_files import (
     read_tensors,
 )
 from diffusers_ext.core.text_files import parse_json, read_json
+from diffusers_ext.golden_noise.pairs.verified import RECORD_NAME, VerifiedFiles
 from diffusers_ext.hub import Measured
 
 CLASS_NAME, FORMAT_VERSION = "PairDataset", 1
@@ -170,24 +171,30 @@ def measured(folder: str | os.PathLike) -> list[Measured]:
 
 
 def check_shard(
-    folder: str | os.PathLike, shard: int, item_shape: Sequence[int], verify: bool = True
+    folder: str | os.PathLike, shard: int, item_shape: Sequence[int], verified: VerifiedFiles | None = None
 ) -> list[PairRecord]:
-    """The rows of a shard, after a check that every one has its tensor `(steps, channels, height, width)`."""
+    """The rows of a shard, after a check that every one has its tensor `(steps, channels, height, width)`.
+
+    Checksums are compared of files that are not among the `verified` ones; of none when `None`.
+    """
     files = shard_files(folder, shard)
     remedy = _remedy(files.summary)
     for name, expected in _sums(files, remedy).items():
         path = Path(folder, name)
         if not path.is_file():
             raise ValueError(f"{folder} must hold {name}, got none. {remedy}")
-        found = file_sha256(path) if verify else expected
+        if verified is None or verified.holds(name, expected):
+            continue
+        found = file_sha256(path)
         if found != expected:
             raise ValueError(
                 f"{path} must have SHA-256 {expected[:12]}..., got {found[:12]}...: it is "
                 f"truncated or was altered. {remedy}"
             )
+        if path == files.tensors:  # it has been read once anyway
+            read_tensors(path, dtypes=[torch.float16], remedy=remedy)
+        verified.add(name, expected)
     records = read_table(files.pairs)
-    if verify:  # everything has been read once anyway
-        read_tensors(files.tensors, dtypes=[torch.float16], remedy=remedy)
     shape = tuple(open_deltas(files.tensors).get_slice(TENSOR).get_shape())
     if shape[1:] != tuple(item_shape):
         raise ValueError(f"{files.tensors} must hold noises of shape {tuple(item_shape)}, got {shape[1:]}.")
@@ -299,7 +306,8 @@ class PairWriter:
         for shard in list_shards(self.folder):
             for path in reversed(shard_files(self.folder, shard)):
                 path.unlink(missing_ok=True)
-        (self.folder / "report.json").unlink(missing_ok=True)
+        for name in ("report.json", RECORD_NAME):
+            (self.folder / name).unlink(missing_ok=True)
         self.clean_up()
 
     def check(self) -> None:
@@ -311,8 +319,10 @@ class PairWriter:
                 f"{self.folder} must hold noises of shape {self.item_shape} in {self.num_shards} "
                 f"shards, got {found[:-1]} in {found[-1]}."
             )
+        verified = VerifiedFiles(self.folder)
         for shard in list_shards(self.folder):
-            check_shard(self.folder, shard, self.item_shape)
+            check_shard(self.folder, shard, self.item_shape, verified)
+        verified.save()
 
     def open_shards(self) -> list[int]:
         """Numbers of the shards that are still to be made."""

@@ -272,14 +272,14 @@ class NoiseSamples(Dataset):
         return {"noise": item["noise"].float(), "golden": golden.float(), "text": self.text_rows[item["prompt"]]}
 
 
-def read_pairs(settings: NoiseSettings) -> Dataset:
+def read_pairs(settings: NoiseSettings, verify: bool = True) -> Dataset:
     """The data of `--dataset_dir`; raises `ValueError` where it contradicts the command line."""
     folder = Path(settings.dataset_dir)
     if not folder.is_dir():
         folder = download_pairs(
             settings.dataset_dir, argument="dataset_dir", revision=settings.dataset_revision, token=settings.hub_token
         )
-    pairs = open_pairs(folder)
+    pairs = open_pairs(folder, verify=verify)
     if len(pairs) == 0:
         raise ValueError(f"`dataset_dir` must hold pairs, got none in {settings.dataset_dir}.")
     if settings.remove_prompt_mean:

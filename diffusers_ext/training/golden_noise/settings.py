@@ -122,7 +122,11 @@ class NoiseDataSettings(Settings, title="noise data"):
     validation_split: float = setting(0.05, "share of the prompts", rule=BELOW_ONE)
     text_batch_size: int = setting(32, "prompts encoded at once", rule=COUNT)
     text_cache_dtype: str = setting("fp16", "of kept embeddings", choices=("fp16", "fp32"))
-    text_cache_dir: str | None = setting(None, "keep embeddings in files there, not in memory")
+    text_cache_dir: str | None = setting(
+        None,
+        "keep embeddings in files there, for later runs too; else in memory, or in the output folder until the end "
+        "of a run with checkpoints or several processes",
+    )
 
 
 @dataclass(kw_only=True)
