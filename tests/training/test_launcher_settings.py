@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import os
 from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
+from diffusers_ext.command_line.train import TRAININGS
 from diffusers_ext.training import pairs as generate_npd
 from diffusers_ext.training.eraser import run as train_cogvideox_eraser
 from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
@@ -74,8 +80,8 @@ def test_accumulations_that_fit(ours, theirs, expected):
             "`gradient_accumulation_steps` must be the same .* got 4 .* and 2 from",
         ),
         ({"gradient_accumulation_steps": 2}, {"GRADIENT_ACCUMULATION_STEPS": "auto"}, "got 'auto'"),
-        ({}, {"USE_FSDP": "true"}, "whole models, got FSDP"),
-        ({}, {"USE_DEEPSPEED": "true"}, "whole models, got DeepSpeed"),
+        ({}, {"USE_FSDP": "true"}, "whole models, got FSDP. Launch"),
+        ({}, {"USE_DEEPSPEED": "true"}, "whole models, got DeepSpeed. Launch"),
     ],
 )
 def test_what_contradicts_or_cannot_be_done(given, variables, message):
@@ -104,3 +110,49 @@ def test_checkpoints_know_the_precision(subject_line, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     args = train_nullspace_dreambooth.parse_args(subject_line())
     assert train_nullspace_dreambooth.run_facts(args)["mixed_precision"] == "bf16"
+
+
+# As `accelerate config` writes them.
+FSDP2 = """
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_state_dict_type: SHARDED_STATE_DICT}
+num_processes: 2
+use_cpu: true
+"""
+ZERO2 = """
+distributed_type: DEEPSPEED
+deepspeed_config: {zero_stage: 2, offload_optimizer_device: none, offload_param_device: none, zero3_init_flag: false}
+num_processes: 2
+"""
+LINES = {
+    "nullspace": "--pretrained_model_name_or_path m --instance_data_dir d --instance_prompt p --output_dir o",
+    "pairs": PAIRS,
+    "noise": "--pretrained_model_name_or_path m --dataset_dir d --output_dir o",
+    "guard": "--pretrained_model_name_or_path m --noise_model n --dataset_dir d --output_dir o",
+    "eraser": ERASER,
+}
+
+
+def launched(config: str, folder: Path) -> dict[str, str]:
+    """What accelerate puts into the environment of its processes for a config file."""
+    (folder / "config.yaml").write_text(f"compute_environment: LOCAL_MACHINE\nmixed_precision: 'no'\n{config}")
+    args = launch_command_parser().parse_args(["--config_file", str(folder / "config.yaml"), "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""  # which is set where deepspeed is installed
+        return prepare_deepspeed_cmd_env(args)[1]
+    return prepare_multi_gpu_env(args)
+
+
+@pytest.mark.parametrize(("config", "name"), [(FSDP2, "FSDP2"), (ZERO2, "DeepSpeed ZeRO-2")])
+def test_every_training_refuses_shards_by_name(config, name, tmp_path, monkeypatch, capsys, subtests):
+    changed = {key: value for key, value in launched(config, tmp_path).items() if os.environ.get(key) != value}
+    for key, value in changed.items():
+        monkeypatch.setenv(key, value)
+    assert LINES.keys() == TRAININGS.keys()
+    for training, line in LINES.items():
+        with subtests.test(training=training):
+            with pytest.raises(SystemExit):
+                import_module(TRAININGS[training][1]).parse_args(line.split())
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert f"must run these scripts on whole models, got {name}. Launch them with `--multi_gpu` or on" in said

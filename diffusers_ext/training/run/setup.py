@@ -58,6 +58,7 @@ ERASER_RUNS = (EraserSettings, ErasureSettings)
 
 
 _MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+_ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 _GRADIENT_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 # They split or replace the weights that these scripts save, project and compare.
 _SHARDING = {
@@ -75,12 +76,7 @@ def settle_launcher_settings(settings: argparse.Namespace, variables: Mapping[st
     without being asked, so a flag may replace it. Raises `ValueError` where a flag contradicts accelerate, or
     accelerate has what no script can do.
     """
-    for variable, name in _SHARDING.items():
-        if variables.get(variable, "false").lower() == "true":
-            raise ValueError(
-                f"`accelerate launch` must run these scripts on whole models, got {name}. Launch them "
-                "with `--multi_gpu`, or on one process."
-            )
+    _refuse_sharding(variables)
     if hasattr(settings, "mixed_precision"):
         theirs = variables.get(_MIXED_PRECISION, "no").lower()
         if theirs not in PRECISIONS:
@@ -98,6 +94,21 @@ def settle_launcher_settings(settings: argparse.Namespace, variables: Mapping[st
             )
         name, steps = "gradient_accumulation_steps", int(theirs or 1)
         _settle(settings, name, steps, _GRADIENT_ACCUMULATION, said=theirs is not None)
+
+
+def _refuse_sharding(variables: Mapping[str, str]) -> None:
+    for variable, name in _SHARDING.items():
+        if variables.get(variable, "false").lower() != "true":
+            continue
+        name += {"FSDP": "2" * (variables.get("FSDP_VERSION") == "2")}.get(name, "")
+        if name == "DeepSpeed" and variables.get(_ZERO_STAGE, "").isdecimal():
+            name += f" ZeRO-{variables[_ZERO_STAGE]}"
+        raise ValueError(
+            f"`accelerate launch` must run these scripts on whole models, got {name}. Launch them with `--multi_gpu` "
+            "or on one process, without this part of accelerate's config file. What trains is small beside the frozen "
+            "model: `--gradient_checkpointing` and `--mixed_precision bf16` save more than shards of its gradients "
+            "and of its optimizer would."
+        )
 
 
 def _settle(settings: argparse.Namespace, name: str, theirs: object, variable: str, *, said: bool) -> None:
