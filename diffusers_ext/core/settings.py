@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -219,6 +220,17 @@ class ModelSettings(Settings, title="model"):
     allow_tf32: bool = setting(False, "round the inputs of float32 products to 10 bits: faster on Ampere and newer")
 
 
+# {name: (package, class)}; AdamW is torch's own.
+OPTIMIZERS = {
+    "adamw": ("torch", "optim.AdamW"),
+    "adamw_fused": ("torch", "optim.AdamW"),
+    "adamw_8bit": ("bitsandbytes", "optim.AdamW8bit"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+    "schedule_free": ("schedulefree", "AdamWScheduleFree"),
+}
+_LEAST_PRODIGY_RATE = 0.1
+
+
 @dataclass(kw_only=True)
 class TrainingSettings(Settings, title="training"):
     """Loop, optimizer and checkpoints."""
@@ -233,8 +245,23 @@ class TrainingSettings(Settings, title="training"):
     gradient_checkpointing: bool = setting(
         False, "compute activations again instead of keeping them: less memory, more time"
     )
+    channels_last: bool = setting(False, "lay out the convolutions of a UNet for tensor cores")
+    compile_model: bool = setting(
+        False, "compile what trains, the denoiser or the network, by `torch.compile`; its backend is accelerate's"
+    )
     dataloader_num_workers: int = setting(0, "processes that load data", rule=NOT_NEGATIVE)
-    learning_rate: float | None = setting(None, "step size of AdamW; the script has its own without it", rule=POSITIVE)
+    dataloader_pin_memory: bool = setting(
+        False, "load into page-locked memory, from which a GPU copies while it computes"
+    )
+    optimizer: str = setting(
+        "adamw",
+        "of what trains; adamw_8bit needs bitsandbytes, prodigy prodigyopt, which finds its rate itself, "
+        "schedule_free schedulefree, which averages weights in place of a schedule",
+        choices=tuple(OPTIMIZERS),
+    )
+    learning_rate: float | None = setting(
+        None, "step size of the optimizer; the script has its own without it", rule=POSITIVE
+    )
     scale_lr: bool = setting(False, "multiply the learning rate by processes, batch size and accumulated batches")
     lr_scheduler: str | None = setting("constant", "name of a diffusers schedule of the rate")
     lr_warmup_steps: int = setting(0, "steps in which the rate rises to its full value", rule=NOT_NEGATIVE)
@@ -259,14 +286,33 @@ class TrainingSettings(Settings, title="training"):
     )
 
     def check(self) -> None:
-        """Also the name of the schedule."""
+        """Also the name of the schedule, and what the optimizer needs."""
         from diffusers.optimization import SchedulerType
 
         super().check()
+        self._check_optimizer()
         # A piecewise schedule needs rules that no setting gives.
         known = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
         if self.lr_scheduler is not None and self.lr_scheduler not in known:
             raise ValueError(f"`lr_scheduler` must be one of {known}, got {self.lr_scheduler}.")
+
+    def _check_optimizer(self) -> None:
+        name, (package, _) = self.optimizer, OPTIMIZERS[self.optimizer]
+        if find_spec(package) is None:
+            raise ValueError(
+                f"`optimizer` must have its package {package}, got {name!r} without it. Install it "
+                f"(`pip install {package}`), or leave the flag out."
+            )
+        if name == "prodigy" and self.learning_rate is not None and self.learning_rate < _LEAST_PRODIGY_RATE:
+            raise ValueError(
+                f"`learning_rate` must be near 1 with `optimizer` prodigy, which multiplies the rate that it finds, "
+                f"got {self.learning_rate}. Pass `--learning_rate 1`."
+            )
+        if name == "schedule_free" and self.lr_scheduler not in (None, "constant", "constant_with_warmup"):
+            raise ValueError(
+                "`lr_scheduler` must be constant or constant_with_warmup with `optimizer` schedule_free, which takes "
+                f"the place of one, got {self.lr_scheduler}."
+            )
 
 
 @dataclass(kw_only=True)

@@ -31,12 +31,6 @@ _RATES = {"generalized": 3e-2, "null": 3e-2, "soft": 1e-3, "plain": 1e-3}
 _FULL_RATE = 1e-4
 # Of a joint-attention model: rate and schedule. At twice the rate prompts that nobody protected suffer.
 _JOINT = {"generalized": (5e-2, "cosine")}
-# {name: (package, class)}; AdamW is torch's own.
-OPTIMIZERS = {
-    "adamw": ("torch", "optim.AdamW"),
-    "adamw_8bit": ("bitsandbytes", "optim.AdamW8bit"),
-    "prodigy": ("prodigyopt", "Prodigy"),
-}
 # {name: (package, keywords of diffusers' config)}, of the denoiser that stays as it is.
 QUANTIZATIONS = {
     "bnb_4bit": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
@@ -228,11 +222,6 @@ class DirectionSettings(Settings, title="null space"):
     preservation_weight: float = setting(
         100.0, "how much soft directions pay for moving what is known", rule=NOT_NEGATIVE
     )
-    optimizer: str = setting(
-        "adamw",
-        "of what trains; adamw_8bit needs bitsandbytes, prodigy prodigyopt, which finds its rate itself",
-        choices=tuple(OPTIMIZERS),
-    )
     lora_dropout: float = setting(0.0, "share of the LoRA's input that is zeroed", rule=BELOW_ONE)
     lora_bias: str = setting("none", "only none: a bias breaks preservation")
     use_dora: bool = setting(False, "refused: it breaks preservation")
@@ -286,16 +275,17 @@ class NullSpaceSettings(
         if self.rate_is_open and joint and self.optimizer != "prodigy" and not self.full_finetune:
             default = self.learning_rate, self.lr_scheduler
             self.learning_rate, self.lr_scheduler = _JOINT.get(self.directions, default)
+            if self.optimizer == "schedule_free":
+                self.lr_scheduler = "constant"
         self.rate_is_open = False
 
     def check(self) -> None:
         """Also what full fine-tuning allows."""
         super().check()
-        package, _ = OPTIMIZERS[self.optimizer]
-        if find_spec(package) is None:
+        if self.full_finetune and self.optimizer in ("prodigy", "schedule_free"):
             raise ValueError(
-                f"`optimizer` must have its package {package}, got {self.optimizer!r} without it. Install it "
-                f"(`pip install {package}`), or leave the flag out."
+                f"`optimizer` must be one of AdamW's with `--full_finetune`, got {self.optimizer!r}: its weights are "
+                "not sums of updates that can be projected."
             )
         if self.full_finetune and self.directions == "plain":
             raise ValueError("`--full_finetune` must be constrained, got `--directions plain`.")

@@ -10,17 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_ext.core.settings import OPTIMIZERS
 from diffusers_ext.evaluation.forgetting import evaluate_forgetting
 from diffusers_ext.families import find_family
 from diffusers_ext.families.lora_files import check_loaded_lora
 from diffusers_ext.nullspace.debleed import debleed_lora, preserved_energy, uncovered_modules
-from diffusers_ext.nullspace.settings import OPTIMIZERS, QUANTIZATIONS
+from diffusers_ext.nullspace.settings import QUANTIZATIONS
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 from diffusers_ext.training.nullspace import knowledge as knowledge_of_runs
 from diffusers_ext.training.nullspace.run import check_against_model, main, parse_args
 from diffusers_ext.training.nullspace.subject import files_for_programs
 from diffusers_ext.training.run.base_model import quantization_arguments
-from diffusers_ext.training.run.setup import make_optimizer
+from diffusers_ext.training.run.optimizers import make_optimizer
 from tests.nullspace.test_edit_equations import Linear4bit
 from tests.tiny_current_pipelines import (
     tiny_auraflow_pipeline,
@@ -226,9 +227,9 @@ def test_optimizers_by_name(subject_line, monkeypatch):
     settings = parse_args(subject_line(optimizer="prodigy"))
     assert settings.learning_rate == 1.0
     weights = [torch.nn.Parameter(torch.zeros(2))]
-    optimizer = make_optimizer(settings, weights, None)
+    optimizer = make_optimizer(settings, weights)
     assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.RAdam, 1.0)
-    assert type(make_optimizer(parse_args(subject_line()), weights, None)) is torch.optim.AdamW
+    assert type(make_optimizer(parse_args(subject_line()), weights)) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize(

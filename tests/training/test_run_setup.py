@@ -68,7 +68,7 @@ def test_the_optimizer_has_the_asked_rate(args, scale, rate):
     args.train_batch_size, args.gradient_accumulation_steps = 4, 3
     args.adam_beta1, args.adam_weight_decay, args.adam_epsilon = 0.8, 0.1, 1e-6
     parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = make_optimizer(args, [parameter], argparse.Namespace(num_processes=2))
+    optimizer = make_optimizer(args, [parameter], 2)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (
         rate, (0.8, 0.999), 0.1, 1e-6,
@@ -81,7 +81,7 @@ def test_the_schedule_counts_optimizer_steps(args):
     args.learning_rate, args.lr_scheduler = 1.0, "linear"
     args.lr_warmup_steps, args.max_train_steps = 2, 6
     parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = make_optimizer(args, [parameter], argparse.Namespace(num_processes=3))
+    optimizer = make_optimizer(args, [parameter], 3)
     schedule, rates = make_schedule(args, optimizer), []
     for _ in range(7):
         rates.append(schedule.get_last_lr()[0])

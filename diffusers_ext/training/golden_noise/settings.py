@@ -274,6 +274,12 @@ class NoiseSettings(
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
+    def check(self) -> None:
+        """Also that weights are averaged once."""
+        super().check()
+        if self.use_ema and self.optimizer == "schedule_free":
+            raise ValueError("`use_ema` must be left out with `optimizer` schedule_free, an average itself, got True.")
+
     def structure(self) -> dict[str, Any]:
         """The fields of the network's config that are given."""
         given = {name: getattr(self, name) for name in STRUCTURES[self.model]}

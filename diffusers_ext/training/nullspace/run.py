@@ -193,8 +193,6 @@ def subject_settings(settings: NullSpaceSettings) -> dict[str, Any]:
     ):  # left out where they are not given, as before they were
         if getattr(settings, name) is not None:
             facts[name] = getattr(settings, name)
-    if settings.optimizer != "adamw":
-        facts["optimizer"] = settings.optimizer
     if settings.aspect_buckets:
         facts["aspect_buckets"] = True
     if settings.with_prior_preservation:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import recursively_apply
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -94,6 +95,8 @@ class BucketBatchSampler(StepBatchSampler):
 logger = get_logger(__name__)
 
 _REMEDY = "Lower `--learning_rate`, or use bf16 in place of fp16; the last checkpoint is intact."
+# Numbers of rows stay where the tables are that they look things up in.
+_is_floating = torch.is_floating_point
 Losses = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.nn.Module, Any, torch.Generator], Losses]
 
@@ -108,6 +111,8 @@ class LoopSettings:
     max_grad_norm: float = 1.0
     seed: int = 0
     dataloader_num_workers: int = 0
+    dataloader_pin_memory: bool = False
+    channels_last: bool = False
     logging_steps: int = 10
     description: str = "train"
 
@@ -208,6 +213,7 @@ class TrainingLoop:
             batch_sampler=sampler,
             collate_fn=self.collate_fn,
             num_workers=self.settings.dataloader_num_workers,
+            pin_memory=self._pins,
             # Without its own it would draw from the global one, whose state has just been restored.
             generator=torch.Generator(),
         )
@@ -220,6 +226,8 @@ class TrainingLoop:
         self._began, parts = time.perf_counter(), []
         if start_step:
             self._call_back(start_step)  # the checkpoint is older than these calls
+        if start_step < self.settings.max_train_steps:
+            self.optimizer.train()
         progress = tqdm(
             range(start_step, self.settings.max_train_steps),
             initial=start_step,
@@ -236,7 +244,10 @@ class TrainingLoop:
             self._after_step(step + 1, parts, progress)
         self.seconds += time.perf_counter() - self._began
         self.accelerator.wait_for_everyone()
-        return self._unwrapped()
+        trained = self._unwrapped()
+        if self.settings.channels_last:
+            trained.to(memory_format=torch.contiguous_format)  # as files have it
+        return trained
 
     def _unwrapped(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -245,6 +256,8 @@ class TrainingLoop:
         generator = step_generator(
             self.settings.seed, micro_step, (self.accelerator.process_index, self.accelerator.num_processes)
         )
+        if self._pins:
+            batch = recursively_apply(self._to_device, batch, test_type=_is_floating)
         with self.accelerator.accumulate(self.model):
             losses = self.loss_function(self.model, batch, generator)
             self.accelerator.backward(losses["loss"])
@@ -256,16 +269,29 @@ class TrainingLoop:
             self.optimizer.zero_grad()
         return {name: value.detach() for name, value in losses.items()}
 
+    @property
+    def _pins(self) -> bool:
+        """Whether there is a device that copies from page-locked memory."""
+        return self.settings.dataloader_pin_memory and self.accelerator.device.type == "cuda"
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.accelerator.device, non_blocking=True)
+
     def _after_step(self, step: int, parts: list[Losses], progress: tqdm) -> None:
         last = step == self.settings.max_train_steps
         saving = self.checkpoints is not None and self.checkpoints.every and step % self.checkpoints.every == 0
         if saving or last or step % self.settings.logging_steps == 0:
             self._log(step, parts, progress)
+        shown = saving or last or any(step % every == 0 for every, _ in self.callbacks)
+        if shown:  # of optimizers with two sets of weights, those that are the result
+            self.optimizer.eval()
         if saving or last:
             self._check_weights(step)
         if saving:
             self.checkpoints.save(step)
         self._call_back(step)
+        if shown and not last:
+            self.optimizer.train()
 
     def _call_back(self, step: int) -> None:
         for every, function in self.callbacks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 
@@ -27,7 +25,7 @@ from diffusers_ext.evaluation.settings import (
     ForgettingSettings,
     GoldenNoiseEvaluationSettings,
 )
-from diffusers_ext.nullspace.settings import OPTIMIZERS, CollectionSettings, NullSpaceSettings
+from diffusers_ext.nullspace.settings import CollectionSettings, NullSpaceSettings
 from diffusers_ext.training.golden_noise.guard_settings import GuardTrainingSettings
 from diffusers_ext.training.golden_noise.settings import (
     GoldenSampleSettings,
@@ -43,6 +41,7 @@ from diffusers_ext.training.run.checkpoint_files import (
 )
 from diffusers_ext.training.run.checkpoints import Checkpoints, KeepRule, Stateful, is_trainable
 from diffusers_ext.training.run.loop import LoopSettings, LossFunction, TrainingLoop, check_steps_left
+from diffusers_ext.training.run.optimizers import make_optimizer, make_schedule, set_memory_format
 from diffusers_ext.training.run.script import check_output_dir, clear_output_dir
 
 NULL_SPACE_RUNS = (NullSpaceSettings, CollectionSettings, ForgettingSettings, EditingSettings)
@@ -58,6 +57,7 @@ ERASER_RUNS = (EraserSettings, ErasureSettings)
 
 
 _MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+_DYNAMO_BACKEND = "ACCELERATE_DYNAMO_BACKEND"
 _ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 _GRADIENT_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 # They split or replace the weights that these scripts save, project and compare.
@@ -137,6 +137,7 @@ def make_accelerator(settings: ModelSettings) -> Accelerator:
         mixed_precision=settings.mixed_precision,
         log_with=given.get("report_to"),
         project_config=ProjectConfiguration(settings.output_dir, str(logging_dir)),
+        dynamo_backend=_compiler(given),
     )
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -149,6 +150,12 @@ def make_accelerator(settings: ModelSettings) -> Accelerator:
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def _compiler(given: Mapping[str, Any]) -> str | None:
+    """The backend of `--compile_model`, accelerate's where it has one; `None` leaves all to accelerate."""
+    theirs = os.environ.get(_DYNAMO_BACKEND, "NO")
+    return "inductor" if given.get("compile_model") and theirs.upper() == "NO" else None
 
 
 def make_output_dir(settings: RunSettings, accelerator: Accelerator) -> None:
@@ -165,35 +172,6 @@ def start_trackers(accelerator: Accelerator, settings: TrainingRunSettings, name
         config = {k: v for k, v in named_values(settings).items() if isinstance(v, (int, float, str, bool))}
         config.pop("hub_token", None)
         accelerator.init_trackers(name, config=config)
-
-
-def make_optimizer(
-    settings: TrainingRunSettings, parameters: Iterable[torch.nn.Parameter], accelerator: Accelerator
-) -> torch.optim.Optimizer:
-    """The optimizer of `parameters` with the command line's settings; AdamW where these name none."""
-    rate = settings.learning_rate
-    if settings.scale_lr:
-        rate *= settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    package, name = OPTIMIZERS[getattr(settings, "optimizer", "adamw")]
-    return pkgutil.resolve_name(f"{package}:{name}")(
-        parameters,
-        lr=rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-    )
-
-
-def make_schedule(
-    settings: TrainingRunSettings, optimizer: torch.optim.Optimizer
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The `--lr_scheduler`, counted in optimizer steps whatever the number of processes."""
-    return get_scheduler(
-        settings.lr_scheduler,
-        optimizer,
-        num_warmup_steps=settings.lr_warmup_steps,
-        num_training_steps=settings.max_train_steps,
-    )
 
 
 def loop_settings(settings: TrainingRunSettings, description: str) -> LoopSettings:
@@ -233,7 +211,8 @@ def make_loop(
     facts = {**facts, "num_processes": accelerator.num_processes}
     check_resume(settings, facts)
     trained = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
-    optimizer = make_optimizer(settings, trained, accelerator)
+    set_memory_format(settings, model)
+    optimizer = make_optimizer(settings, trained, accelerator.num_processes)
     checkpoints = Checkpoints(
         accelerator,
         settings.output_dir,
@@ -267,6 +246,9 @@ def run_facts(settings: TrainingRunSettings, **facts: Any) -> dict[str, Any]:
         "adam_weight_decay", "adam_epsilon", "max_grad_norm", "scale_lr",
     )  # fmt: skip
     values = {name: getattr(settings, name) for name in names}
+    # Left out where they are as before there were these settings.
+    values |= {"optimizer": settings.optimizer} if settings.optimizer != "adamw" else {}
+    values |= {"channels_last": True} if settings.channels_last else {}
     if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
         values["max_train_steps"] = settings.max_train_steps
     return {**values, **facts}
