@@ -106,8 +106,8 @@ def _refuse_sharding(variables: Mapping[str, str]) -> None:
         raise ValueError(
             f"`accelerate launch` must run these scripts on whole models, got {name}. Launch them with `--multi_gpu` "
             "or on one process, without this part of accelerate's config file. What trains is small beside the frozen "
-            "model, and so are its gradients and its optimizer: `--gradient_checkpointing` and `--mixed_precision bf16` "
-            "are what saves memory."
+            "model, and so are its gradients and its optimizer: what saves memory is `--gradient_checkpointing` and "
+            "`--mixed_precision bf16`."
         )
 
 
