@@ -124,10 +124,9 @@ def draw_rows(draw: Callable[..., torch.Tensor], shape: Sequence[int], generator
     return draw((rows * count, *shape[1:]), generator=generator)[index * rows : (index + 1) * rows]
 
 
-def spread_rows(count: int, rows: int) -> torch.Tensor:
+def spread_rows(count: int, rows: int) -> list[int]:
     """Indices of `count` of some rows, spread evenly: of a part of the rows the part's own."""
-    places = torch.arange(rows + 1) * count // max(1, rows)
-    return places.diff().nonzero().flatten()
+    return [row for row in range(rows) if (row + 1) * count // rows > row * count // rows]
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

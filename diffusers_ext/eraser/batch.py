@@ -156,14 +156,13 @@ class RowMaker:
 
     def replace_target(self, rows: TeacherRows, states: States) -> TeacherRows:
         """Put other states, first, in the place of some target rows; the teacher is asked about them."""
-        count, total = len(states.t), len(rows.target.t)
-        kept = torch.ones(total, dtype=torch.bool)
-        kept[spread_rows(count, total)] = False
+        total = len(rows.target.t)
+        kept = sorted(set(range(total)) - set(spread_rows(len(states.t), total)))
         nothing = States(*(part[:0] for part in rows.preserved))
         v_concept, v_anchor, _, mask = self.ask_teacher(states, nothing)
 
         def join(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-            return torch.cat([new, old[kept.to(old.device)]])
+            return torch.cat([new, old[kept]])
 
         return rows._replace(
             target=States(*map(join, states, rows.target)),
@@ -245,7 +244,7 @@ class RowMaker:
     def _noised(self, batch: dict[str, Any], generator: torch.Generator) -> TeacherRows:
         x_0 = batch["x_0"].to(self.device, torch.float32)
         num_target, num_preserved = self._rows_of_each_kind(len(x_0))
-        rows = [x_0[spread_rows(count, len(x_0))] for count in (num_target, num_preserved)]
+        rows = [_some(x_0, count) for count in (num_target, num_preserved)]
         target = self._add_noise(rows[0], len(self.text.target), generator)
         preserved = self._add_noise(rows[1], len(self.text.preserved), generator)
         empty = draw_rows(torch.rand, (num_preserved,), generator) < self.recipe.empty_share
@@ -288,7 +287,7 @@ class RowMaker:
     def _moved(self, part: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
         """Some rows of a part of a batch on the device, latents in float32."""
         return {
-            name: value[spread_rows(count, len(value))].to(self.device, torch.float32 if value.dim() > 1 else None)
+            name: _some(value, count).to(self.device, torch.float32 if value.dim() > 1 else None)
             for name, value in part.items()
         }
 
@@ -321,3 +320,8 @@ class RowMaker:
                 f"{[round(float(t)) for t in times]}."
             )
         return served[draw_rows(partial(torch.randint, len(served)), (count,), generator)]
+
+
+def _some(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """`spread_rows` of a tensor; no copy where they are all."""
+    return tensor if count == len(tensor) else tensor[spread_rows(count, len(tensor))]
