@@ -53,7 +53,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 def test_the_commands_are_those_that_the_project_promises():
     assert {command.name.split()[0] for command in COMMANDS} == {
-        "plan", "collect", "debleed", "interference", "edit", "evaluate", "convert", "push", "demo",
+        "plan", "collect", "merge", "debleed", "interference", "edit", "evaluate", "convert", "push", "demo",
     }  # fmt: skip
 
 
