@@ -26,8 +26,8 @@ from diffusers_ext.planning.work import Precision, Work, trace_work
 
 GPU, GIB = "H100", 2**30
 # Assumed, for no shape tells them: seconds of imports (of a part whose imports are done while another is at work), of
-# making models, of a compiler's work.
-FIRST_START, START, MAKING, COMPILING = 20.0, 4.0, 5.0, 50.0
+# making models and tracing plans, of a compiler's work.
+FIRST_START, START, MAKING, COMPILING = 20.0, 4.0, 12.0, 50.0
 HOST_BANDWIDTH = 3e9  # bytes a second, of memory that is not pinned
 _BFLOAT16 = Precision(torch.bfloat16)
 _PLACE = Place(torch.device("meta"), False, lambda _: None)  # nothing is made there
@@ -123,7 +123,7 @@ def _golden_noise() -> list[Line]:
 
 
 def _calls() -> list[Line]:
-    times = 8 * len(ERASERS)
+    times = 6 * len(ERASERS)
     return [_call(name, rows, models=2)._replace(times=times) for name, rows in ROWS.items()]
 
 
@@ -157,7 +157,7 @@ def budget_text(parts: Sequence[Part]) -> str:
     whole, lines = [], []
     for index, part in enumerate(parts):
         start = START if index else FIRST_START
-        own = [*_LINES[part.name](), Line("start, and making models (assumed)", 1, 0, start + MAKING)]
+        own = [*_LINES[part.name](), Line("start, models, plans (assumed)", 1, 0, start + MAKING)]
         lines += [[part.name, one.what, f"{one.times:g}", *_cells(one)] for one in own]
         memory = max(one.memory or 0 for one in own)
         tera, seconds = (sum(getattr(one, name) * one.times for one in own) for name in ("tera", "seconds"))

@@ -53,7 +53,7 @@ def calls(place: Place) -> None:
             bare = caller(run, plain, rows, place.device)
             for count in ERASERS:
                 model = erased(plain, count, run.setting.rank)
-                ratio = compare(caller(run, model, rows, place.device), bare, place.repeats(3))
+                ratio = compare(caller(run, model, rows, place.device), bare, place.repeats(2))
                 place.tell_ratio(f"{name}: call of {rows} rows, {count} erasers", ratio, "without erasers")
                 del model
                 place.free()
