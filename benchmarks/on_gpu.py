@@ -39,7 +39,7 @@ PARTS = (
     Part("golden_noise", "Golden noise", "golden_noise:networks_and_runs", 45),
     Part("calls", "Erasers in inference at 49 x 480 x 720", "eraser_inference:calls", 90),
     Part("offload", "Erasers with CPU offload", "eraser_inference:offloaded", 60),
-    Part("compile", "Erasers under torch.compile", "eraser_inference:compiled", 75),
+    Part("compile", "Erasers under torch.compile", "eraser_inference:compiled", 120),
 )  # fmt: skip
 TOTAL = 470  # seconds; with starting and writing less than 8 minutes
 PATIENCE = 4  # times as long in a rehearsal, on a CPU that does other things, too

@@ -53,6 +53,20 @@ def test_all_parts_are_rehearsed_and_have_a_budget():
     assert list(_LINES) == names
 
 
+def test_the_budget_is_counted_without_a_gpu(capsys):
+    assert on_gpu.main(["--budget", "--only", "compile"]) == 0
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    found = {tuple(cell.strip() for cell in row[:2]): row for row in rows}
+    (_, tera, seconds, memory, limit) = next(row for row in rows if row[0].strip() == "compile")
+    assert float(seconds) < float(limit)
+    # 2 x parameters x tokens and 4 x layers x tokens^2 x width, twelve times.
+    tokens = 13 * 30 * 45 + 226
+    expected = 12 * (2 * 1.6e9 * tokens + 4 * 30 * tokens**2 * 1920)
+    assert float(tera) * 1e12 == pytest.approx(expected, rel=0.15)
+    assert 2 * 3.1 < float(memory) < 10  # two models of 1.6 x 10^9 parameters in bf16
+    assert ("compile", "compilers (assumed)") in found
+
+
 # Stands for the process of a part: waits for its line, writes two rows, and ends as it is told to.
 STAND_IN = """
 import json, sys, time
