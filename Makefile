@@ -1,4 +1,4 @@
-# make setup | demo | test | campaign | lint | bench | bench-gpu
+# make setup | demo | test | test-oldest | test-newest | test-versions | campaign | lint | bench | bench-gpu
 PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 2
@@ -10,7 +10,7 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test campaign lint bench bench-gpu clean
+.PHONY: setup demo test test-oldest test-newest test-versions sample-oldest sample-newest exchange-oldest exchange-newest campaign lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,68 @@ demo: $(DEMO_STAMP)
 # One thread each: the models are tiny, and tests that start several processes would fight for the cores.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# The lowest versions that setup.cfg allows, and the newest of all but torch. Each environment is its own; all tests.
+EXTRAS := plots,rewards,demo,app
+TESTERS := pytest pytest-timeout pytest-xdist tensorboard selenium markdown-it-py
+TORCH := "$$(grep '^torch==' constraints.txt)"
+OLDEST := .venv-oldest/bin/python
+NEWEST := .venv-newest/bin/python
+QUIETLY := -m pip install --quiet --no-compile
+SUITE := -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Fingerprints, folders and the Hub, a run of each trainer, a picture or clip of each family.
+SAMPLE := tests/versions tests/hub/test_push.py tests/eraser/test_load.py \
+	tests/training/test_train_nullspace_dreambooth.py::test_saved_statistics_stand_for_the_prompts \
+	tests/training/test_eraser_run.py::test_a_training_reaches_its_target_and_leaves_the_base_alone \
+	tests/training/test_train_npnet.py::test_npnet_learns_too \
+	tests/golden_noise/test_pipelines.py::test_without_a_network_or_at_scale_zero_it_is_the_plain_pipeline
+
+.venv-oldest/.installed-for-sample: setup.cfg constraints-oldest.txt
+	test -x $(OLDEST) || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST) $(QUIETLY) --upgrade-strategy only-if-needed $(TORCH)
+	$(OLDEST) $(QUIETLY) -c constraints-oldest.txt -e . pytest pytest-timeout
+	touch $@
+
+.venv-newest/.installed-for-sample: setup.cfg
+	test -x $(NEWEST) || $(PYTHON) -m venv .venv-newest
+	$(NEWEST) $(QUIETLY) --upgrade-strategy only-if-needed $(TORCH)
+	$(NEWEST) $(QUIETLY) --upgrade --upgrade-strategy eager $(TORCH) -e . pytest pytest-timeout
+	touch $@
+
+.venv-oldest/.installed: .venv-oldest/.installed-for-sample
+	$(OLDEST) $(QUIETLY) -c constraints-oldest.txt -e ".[$(EXTRAS)]" $(TESTERS)
+	touch $@
+
+.venv-newest/.installed: .venv-newest/.installed-for-sample
+	$(NEWEST) $(QUIETLY) --upgrade --upgrade-strategy eager $(TORCH) -e ".[$(EXTRAS)]" $(TESTERS)
+	touch $@
+
+test-oldest: .venv-oldest/.installed
+	-OMP_NUM_THREADS=1 $(OLDEST) $(SUITE) --junit-xml outputs/oldest.xml
+	$(OLDEST) docs/compatibility_table.py oldest outputs/oldest.xml
+
+test-newest: .venv-newest/.installed
+	-OMP_NUM_THREADS=1 $(NEWEST) $(SUITE) --junit-xml outputs/newest.xml
+	$(NEWEST) docs/compatibility_table.py newest outputs/newest.xml
+
+# A sample of both, and every kind of artifact written by each and read by the other. Two at a time: `make -j2`.
+test-versions: exchange-oldest exchange-newest
+
+sample-oldest: .venv-oldest/.installed-for-sample
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest -q $(SAMPLE) --junit-xml outputs/oldest-sample.xml
+	rm -rf outputs/exchange/oldest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST) -m tests.versions.exchange write outputs/exchange/oldest
+
+sample-newest: .venv-newest/.installed-for-sample
+	OMP_NUM_THREADS=1 $(NEWEST) -m pytest -q $(SAMPLE) --junit-xml outputs/newest-sample.xml
+	rm -rf outputs/exchange/newest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(NEWEST) -m tests.versions.exchange write outputs/exchange/newest
+
+exchange-oldest: sample-oldest sample-newest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST) -m tests.versions.exchange read outputs/exchange/newest
+
+exchange-newest: sample-oldest sample-newest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(NEWEST) -m tests.versions.exchange read outputs/exchange/oldest
 
 # Some 2,000 altered artifacts are loaded and 24 runs killed; half an hour on two cores.
 campaign: setup
@@ -73,4 +135,4 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/on_gpu.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest outputs build *.egg-info

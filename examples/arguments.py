@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+
+from diffusers_ext.hub.saved_pipelines import write_for_transformers_4
 
 # Half the memory where it is fast; bfloat16 has the range of float32, so VAEs and LoRAs do not overflow.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,33 +52,5 @@ def save_in_half_precision(pipeline: DiffusionPipeline, folder: str | os.PathLik
         config.pop("_name_or_path", None)
         if path.parent.name.startswith("text_encoder"):
             config["dtype"] = "float32"
-        _write_json(path, config)
-    _write_for_transformers_4(Path(folder))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write_for_transformers_4(folder: Path) -> None:
-    """Names that both major versions read: what 5 writes, 4 takes for other weights, or not at all.
-
-    CLIP's text encoder had its parameters under `text_model`, as all folders of the Hub still do; the tokenizers that
-    read a `tokenizer.json` end in `Fast`, which 5 takes for the same.
-    """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    for name, value in index.items():
-        if name.startswith("tokenizer") and value[0] == "transformers" and not value[1].endswith("Fast"):
-            index[name] = ["transformers", f"{value[1]}Fast"]
-    _write_json(folder / "model_index.json", index)
-    for path in folder.glob("tokenizer*/tokenizer_config.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("extra_special_tokens") == []:  # there it is a mapping
-            del config["extra_special_tokens"]
-        _write_json(path, config)
-    for path in folder.glob("text_encoder*/config.json"):
-        weights = path.with_name("model.safetensors")
-        tensors = load_file(weights)
-        if json.loads(path.read_text(encoding="utf-8"))["model_type"] == "clip_text_model":
-            tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in tensors.items()}
-            save_file(tensors, weights, metadata={"format": "pt"})
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_for_transformers_4(folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from huggingface_hub.utils import _http
 
-if hasattr(_http, "requests"):
+TRUNCATED_IS_TRIED_AGAIN = not hasattr(_http, "requests")  # by the library itself
+if not TRUNCATED_IS_TRIED_AGAIN:
     CONNECTION_REFUSED = CONNECTION_LOST = _http.requests.ConnectionError
     LOST = "closed connection|Connection reset"
 else:

@@ -79,14 +79,16 @@ def folder_lock(folder: str | os.PathLike, flag: str = "output_dir") -> Iterator
     folder = Path(folder)
     made = _make(folder, flag)
     path = folder / LOCK_NAME
-    owner = _owner(path)  # as it was before this process asks for it
+    record = _record(path)  # as it was before this process asks for it
     lock = FileLock(path, timeout=0, thread_local=False)
     try:
         try:
             lock.acquire()
         except Timeout as error:
+            if record and not _record(path):
+                path.write_text(record)  # whom filelock below 4.0 has emptied by asking
             raise ValueError(
-                f"`{flag}` must be used by one run at a time, got {folder}, which {owner} is writing to. "
+                f"`{flag}` must be used by one run at a time, got {folder}, which {_owner(record)} is writing to. "
                 "Wait for it or stop it, or choose another folder."
             ) from error
         try:
@@ -115,12 +117,19 @@ def _make(folder: Path, flag: str) -> list[Path]:
     return made
 
 
-def _owner(path: Path) -> str:
+def _record(path: Path) -> str:
+    """What the holder of a lock has written of itself; empty without one."""
+    with suppress(OSError, ValueError):
+        return path.read_text(encoding="utf-8")
+    return ""
+
+
+def _owner(record: str) -> str:
     """Who holds a lock, in words."""
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        owner = json.loads(record)
         return f"process {int(owner['pid'])} on {str(owner['host'])[:80]}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return "another process"
 
 

@@ -118,10 +118,13 @@ def load_base(
     """
     import diffusers
 
+    from diffusers_ext.hub.saved_pipelines import check_readable, with_known_dtype
+
     if not is_single_file(source):
-        return diffusers.DiffusionPipeline.from_pretrained(
-            source, revision=revision, variant=variant, dtype=dtype, **components
-        )
+        if Path(source).is_dir():
+            check_readable(source, _ARGUMENT)
+        arguments = with_known_dtype({"revision": revision, "variant": variant, "dtype": dtype, **components})
+        return diffusers.DiffusionPipeline.from_pretrained(source, **arguments)
     if variant is not None:
         raise ValueError(f"`variant` must be left out with the single file {source}, got {variant!r}.")
     index = read_base_config(source, revision=revision, single_file_config=single_file_config)
@@ -145,8 +148,10 @@ def load_single_file_unet(source: str | os.PathLike, place: str) -> UNet2DCondit
 def _converted(kind: type, source: str | os.PathLike, place: str, **arguments: Any) -> Any:
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+    from diffusers_ext.hub.saved_pipelines import with_known_dtype
+
     try:
-        return kind.from_single_file(str(source), config=place, **arguments)
+        return kind.from_single_file(str(source), config=place, **with_known_dtype(arguments))
     except (SingleFileComponentError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if "meta tensor" in reason:  # torch's word for weights that were not in the file

@@ -21,7 +21,8 @@ try:
 except ImportError:  # below 1.0 one class for both: where it is caught, `LocalEntryNotFoundError` must come first
     from huggingface_hub.errors import EntryNotFoundError as RemoteEntryNotFoundError
 
-__all__ = ["HTTP_ERROR", "HubUnreachable", "RemoteEntryNotFoundError", "one_try_to_connect", "unreachable"]
+__all__ = ["HTTP_ERROR", "HubUnreachable", "RemoteEntryNotFoundError", "one_try_to_connect", "unreachable",
+           "validate_card"]  # fmt: skip
 
 CONNECT_SECONDS = 3.0  # a network that swallows packets never refuses
 _REMEMBERED_SECONDS = 60.0  # no further file of the same model waits again
@@ -89,6 +90,10 @@ if hasattr(huggingface_hub, "set_client_factory"):
     def _use_default() -> None:
         huggingface_hub.set_client_factory(_http.default_client_factory)
 
+    def validate_card(card: huggingface_hub.RepoCard) -> None:
+        """Let the Hub read a card; raises `ValueError` where it refuses the header."""
+        card.validate()
+
 else:
     _requests = _http.requests
     HTTP_ERROR = _requests.RequestException
@@ -126,6 +131,15 @@ else:
 
     def _use_default() -> None:
         huggingface_hub.configure_http_backend()
+
+    def validate_card(card: huggingface_hub.RepoCard) -> None:
+        """Let the Hub read a card; raises `ValueError` where it refuses the header."""
+        # `card.validate` always asks the public Hub, whichever one the card is for.
+        body = {"repoType": card.repo_type, "content": str(card)}
+        answer = huggingface_hub.get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body)
+        if answer.status_code == 400:
+            raise ValueError(answer.text)
+        answer.raise_for_status()
 
 
 @contextmanager

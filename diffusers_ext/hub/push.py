@@ -21,8 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Module
 
 from diffusers_ext.hub.card import Card, keep_owner_words
-from diffusers_ext.hub.connection import RemoteEntryNotFoundError
+from diffusers_ext.hub.connection import RemoteEntryNotFoundError, validate_card
 from diffusers_ext.hub.kinds import CACHED_FOLDERS, public_name
+from diffusers_ext.hub.saved_pipelines import with_known_dtype, write_for_transformers_4
 
 CONFIG_DIGEST = "config_sha256"
 # Files in which the libraries and the training scripts note where something came from.
@@ -224,7 +225,7 @@ def push_folder(
 def check_card(card: Card) -> None:
     """Let the Hub read a card; raises `ValueError` where it refuses the header."""
     try:
-        card.validate()
+        validate_card(card)
     except ValueError as error:
         raise ValueError(
             f"The header of the card must be one that the Hub accepts, got: {error} A licence that is "
@@ -300,6 +301,11 @@ class PushWithCard:
         """The card but for the repository's name; raises `ValueError` if a fact is missing."""
         raise TypeError(f"{type(self).__name__} must define `_card`.")
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As in diffusers, and with `dtype` where that says `torch_dtype`."""
+        return super().from_pretrained(pretrained_model_name_or_path, **with_known_dtype(kwargs))
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -321,12 +327,12 @@ class PushWithCard:
         if max_shard_size is not None:
             saving["max_shard_size"] = max_shard_size
         if not push_to_hub:
-            super().save_pretrained(save_directory, **saving, **arguments)
+            self._save(save_directory, **saving, **arguments)
             return
         saving |= {name: arguments.pop(name) for name in _SAVE_ARGUMENTS if name in arguments}
         hub, facts = split_arguments(arguments)
         card = self._card(token=hub.get("token"), **facts)
-        super().save_pretrained(save_directory, **saving)
+        self._save(save_directory, **saving)
         self._push(card, repo_id or Path(save_directory).resolve().name, saving, hub)
 
     def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
@@ -342,5 +348,10 @@ class PushWithCard:
 
     def _push(self, card: Callable[..., Card], repo_id: str, saving: dict[str, Any], hub: dict[str, Any]) -> str:
         with tempfile.TemporaryDirectory() as folder:
-            super().save_pretrained(folder, **saving)
+            self._save(folder, **saving)
             return push_folder(folder, repo_id, card, **hub)
+
+    def _save(self, folder: str | os.PathLike, **saving: Any) -> None:
+        super().save_pretrained(folder, **saving)
+        if isinstance(self, DiffusionPipeline):
+            write_for_transformers_4(folder)

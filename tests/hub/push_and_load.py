@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
-from huggingface_hub import HfApi, ModelCard, hf_hub_download, metadata_update
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from peft import AutoPeftModel, PeftModel
 from peft.utils import get_peft_model_state_dict
 
@@ -38,7 +38,9 @@ OWNER_WORDS = ("# My own words\n\nKeep them.\n", "And these.\n")
 def push_bases() -> None:
     """Plain models, as their makers push them."""
     random_digits_pipeline().push_to_hub(BASE)
-    metadata_update(BASE, {"license": "openrail"})
+    card = ModelCard.load(hf_hub_download(BASE, "README.md"))
+    card.data.license = "openrail"
+    HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id=BASE)
     tiny_video_pipeline().push_to_hub(VIDEO_BASE)
     video_base().push_to_hub(TRANSFORMER)
 

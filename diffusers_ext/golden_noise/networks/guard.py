@@ -19,6 +19,7 @@ from diffusers_ext.golden_noise.networks.golden_noise_model import (
     patch_positions,
     to_patches,
 )
+from diffusers_ext.hub.saved_pipelines import with_known_dtype
 
 READS = ("prediction", "noise")
 TARGETS = ("rank", "gain")
@@ -85,7 +86,7 @@ class NoiseGuard(CheckedWeights, ModelMixin, ConfigMixin):
                 f"{pretrained_model_name_or_path}. A guard lies in the folder `guard` of its network."
             )
         cls.check_files(pretrained_model_name_or_path, config, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **with_known_dtype(kwargs))
 
     def inputs(self, noise: torch.Tensor, golden: torch.Tensor, predict: Predict | None = None) -> torch.Tensor:
         """What it reads: `(batch, 2 channels, at most bands, at most bands)`; `predict` as of `refine`."""

@@ -6,7 +6,6 @@ The Swin is transformers'; without gradients its forward pass runs here, at the 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from transformers import SwinConfig, SwinModel
 from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer
+
+from diffusers_ext.golden_noise.networks.swin import DropPath, reordering, shift_mask, swin_model
 
 # Below this share of the largest singular value the Gram matrix has lost too many digits.
 _RANK_TOLERANCE = 1e-6
@@ -45,47 +46,6 @@ def linear(layer: nn.Linear, x: torch.Tensor, gelu: bool = False) -> torch.Tenso
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *after)
     x = layer(x)
     return F.gelu(x) if gelu else x
-
-
-@lru_cache(maxsize=64)
-def window_order(size: int, window: int, shift: int, device: torch.device) -> torch.Tensor:
-    """Tokens in raster order -> tokens window by window, of a `size x size` map rolled by `shift`."""
-    tokens = torch.arange(size * size, device=device).view(size, size)
-    rolled = tokens.roll((-shift, -shift), (0, 1))
-    tiles = rolled.view(size // window, window, size // window, window)
-    return tiles.transpose(1, 2).flatten()
-
-
-@lru_cache(maxsize=64)
-def quad_order(size: int, device: torch.device) -> torch.Tensor:
-    """Tokens in raster order -> the four of each 2x2 square together, down before right."""
-    tokens = torch.arange(size * size, device=device).view(size // 2, 2, size // 2, 2)
-    return tokens.permute(0, 2, 3, 1).flatten()
-
-
-@lru_cache(maxsize=64)
-def reordering(size: int, window: int, before: int | None, after: int | str, device: torch.device) -> torch.Tensor:
-    """Index from one order of tokens to another: a shift of windows, `None` or `"raster"`, or `"quads"`."""
-    if isinstance(after, int):
-        wanted = window_order(size, window, after, device)
-    elif after == "quads":
-        wanted = quad_order(size, device)
-    else:
-        wanted = torch.arange(size * size, device=device)
-    if before is None:
-        return wanted
-    return window_order(size, window, before, device).argsort()[wanted]
-
-
-@lru_cache(maxsize=64)
-def shift_mask(size: int, window: int, shift: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`(windows, 1, window ** 2, window ** 2)`: -100 between tokens that only the roll made meet."""
-    place = torch.arange(size, device=device)
-    region = (place >= size - window).long() + (place >= size - shift).long()
-    regions = (3 * region[:, None] + region[None, :]).view(size // window, window, size // window, window)
-    labels = regions.transpose(1, 2).reshape(-1, window * window)
-    apart = labels[:, None, :] != labels[:, :, None]
-    return (apart.to(dtype) * -100)[:, None]
 
 
 def position_bias(attention: SwinAttention) -> torch.Tensor:
@@ -192,7 +152,7 @@ class NoiseTransformer(nn.Module):
             self.adapter = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 3, 1))
             nn.init.zeros_(self.adapter[-1].weight)
             nn.init.zeros_(self.adapter[-1].bias)
-        self.swin = SwinModel(swin, add_pooling_layer=False)
+        self.swin = swin_model(swin)
         if finetune:
             self.swin.requires_grad_(False)
             self.swin.encoder.layers[-2:].requires_grad_(True)
@@ -277,20 +237,6 @@ def singular_parts(matrix: torch.Tensor, signs: str = "canonical") -> SingularPa
     sign = uh.gather(2, uh.abs().argmax(2, keepdim=True)).sign()
     uh, s, vh = (x.to(matrix.dtype).flip(1) for x in (uh * sign, s, vh * sign))
     return SingularParts(uh.mT, s, vh)
-
-
-class DropPath(nn.Module):
-    """Drops a residual path for whole samples in training."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return x
-        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return x * keep / (1 - self.rate)
 
 
 class PooledAttention(nn.Module):

@@ -22,6 +22,7 @@ from diffusers_ext.eraser.recipe import AUTO_ANCHOR, EraserSettings
 from diffusers_ext.families import families_of, find_family
 from diffusers_ext.families.base_source import refuse_single_file
 from diffusers_ext.families.family import Family, import_class
+from diffusers_ext.hub.saved_pipelines import with_known_dtype
 from diffusers_ext.training.eraser.data import ClipSize, FirstFrames
 from diffusers_ext.training.run.base_model import read_components
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints
@@ -128,13 +129,14 @@ def read_video_family(settings: EraserSettings) -> Family:
 
 def load_base(settings: EraserSettings, device: torch.device) -> DiffusionPipeline:
     """The base model without its text encoder, frozen; the VAE, which videos and validation read, on the CPU."""
-    pipeline = DiffusionPipeline.from_pretrained(
-        settings.pretrained_model_name_or_path,
-        revision=settings.revision,
-        variant=settings.variant,
-        dtype=WEIGHT_DTYPES[settings.mixed_precision],
+    arguments = {
+        "revision": settings.revision,
+        "variant": settings.variant,
+        "dtype": WEIGHT_DTYPES[settings.mixed_precision],
         **{name: None for name in read_components(settings) if name.startswith("text_encoder")},
-    )
+    }
+    source = settings.pretrained_model_name_or_path
+    pipeline = DiffusionPipeline.from_pretrained(source, **with_known_dtype(arguments))
     pipeline.vae.requires_grad_(False).eval()
     for name in find_family(pipeline, "eraser").expert_timesteps(pipeline):
         transformer = getattr(pipeline, name).requires_grad_(False).eval().to(device)

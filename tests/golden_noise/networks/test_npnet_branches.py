@@ -2,7 +2,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
-from transformers import SwinConfig, SwinModel
+from transformers import SwinConfig
 
 from diffusers_ext.golden_noise.networks.npnet_branches import (
     SingularParts,
@@ -13,6 +13,7 @@ from diffusers_ext.golden_noise.networks.npnet_branches import (
     singular_parts,
     swin_features,
 )
+from diffusers_ext.golden_noise.networks.swin import swin_model
 from tests.golden_noise.npnet_fixture import inputs, official_weights, outputs
 
 
@@ -25,7 +26,7 @@ def test_features_are_those_of_transformers(batch, depths, heads, window):
     config = SwinConfig(
         image_size=32, patch_size=2, embed_dim=16, depths=list(depths), num_heads=list(heads), window_size=window
     )
-    model = SwinModel(config, add_pooling_layer=False).eval()
+    model = swin_model(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     pixels = torch.randn(batch, 3, 32, 32)
@@ -71,7 +72,7 @@ def test_hooks_and_replaced_forwards_are_called():
 
 def test_weights_that_only_hooks_bring_are_not_touched_before():
     config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[2], window_size=4)
-    model = SwinModel(config, add_pooling_layer=False).eval()
+    model = swin_model(config).eval()
     pixels = torch.randn(1, 3, 16, 16)
     expected = swin_features(model, pixels)
     cpu_offload(model, execution_device=torch.device("cpu"))
