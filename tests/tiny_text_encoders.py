@@ -88,6 +88,8 @@ def qwen_vl(tokenizer: Qwen2Tokenizer, width: int) -> Qwen2_5_VLForConditionalGe
             "mrope_section": [width // 16, width // 16, width // 8],
         },
     }
+    if "rope_parameters" not in Qwen2_5_VLConfig().text_config.to_dict():  # transformers 4
+        text["rope_scaling"] = {"type": "default", "mrope_section": text["rope_parameters"]["mrope_section"]}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
 from typing import Any
 
 from diffusers_ext.families.auraflow import AuraFlow
@@ -77,7 +79,17 @@ def match_family(model: Any, tool: str | None = None) -> Family | None:
     Args:
         model: object, class or name.
         tool: consider only families that this tool works with.
+
+    Raises:
+        ValueError: the tool works with the family, but not under the installed diffusers.
     """
+    family = _match(model, tool)
+    if family is not None and tool is not None:
+        check_diffusers(family)
+    return family
+
+
+def _match(model: Any, tool: str | None) -> Family | None:
     if isinstance(model, str):
         return next((f for f in families_of(tool) if model in map(_bare, _names(f))), None)
     kind = model if isinstance(model, type) else type(model)
@@ -88,6 +100,16 @@ def match_family(model: Any, tool: str | None = None) -> Family | None:
                 if _bare(name) == parent.__name__ and import_class(name) is parent:
                     return family
     return None
+
+
+def check_diffusers(family: Family) -> None:
+    """Raise `ValueError` where a family needs a newer diffusers than is installed."""
+    installed, needed = version("diffusers"), family.needs_diffusers
+    if needed is not None and _numbers(installed) < _numbers(needed):
+        raise ValueError(
+            f"`diffusers` must be {needed} or newer for {family.title}, got {installed}. "
+            f"Run: pip install -U 'diffusers>={needed}'."
+        )
 
 
 def find_family(pipeline: Any, tool: str | None = None) -> Family:
@@ -108,6 +130,10 @@ def find_modular_family(pipeline: Any) -> Family:
             return family
     known = [name for family in FAMILIES for name in family.modular_blocks]
     raise ValueError(f"`pipeline` must be a modular pipeline with blocks of one of {known}, got {name}.")
+
+
+def _numbers(release: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", release)[:2]]
 
 
 def _names(family: Family) -> list[str]:

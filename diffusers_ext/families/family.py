@@ -54,8 +54,8 @@ class Family:
     draws_pictures: ClassVar[bool] = False  # and no clips; to an eraser they are clips of one frame
     image_pipeline: ClassVar[str | None] = None  # draws clips from a first frame besides; erasers train on it as well
     published: ClassVar[tuple[Published, ...]] = ()  # models on the Hub, for the planner
-    # That work with it: "nullspace", "golden_noise", "eraser".
-    tools: ClassVar[frozenset[str]] = frozenset()
+    tools: ClassVar[frozenset[str]] = frozenset()  # that work with it: "nullspace", "golden_noise", "eraser"
+    needs_diffusers: ClassVar[str | None] = None  # the first version whose pipeline does what is said here
     golden_pipeline: ClassVar[str | None] = None  # of this package, with a golden-noise network
     nullspace_pipeline: ClassVar[str | None] = None  # of this package, with feature statistics
     # Of its text encoder's keys in a whole checkpoint, which tells it from others.

@@ -37,6 +37,7 @@ class ZImage(PictureFamily):
     golden_pipeline = "GoldenNoiseZImagePipeline"
     nullspace_pipeline = "NullSpaceDreamBoothZImagePipeline"
     flow_matching = True
+    needs_diffusers = "0.39"  # before, a run had other noise levels
     own_levels = True
     negated_output = True
     latents_dtype = torch.float32

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_ext import families
+from diffusers_ext.families import match_family
 from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.redenoise import encode_prompts
 from tests.golden_noise.redenoise_cases import BUILDERS, PROMPTS
@@ -114,3 +116,13 @@ def test_conditioning_is_cut_and_moved():
 def test_tensors_that_are_not_one_batch_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TextConditioning(**{"prompt_embeds": torch.zeros(3, 2, 4), **fields})
+
+
+def test_a_family_that_needs_a_newer_diffusers_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(families, "version", lambda name: "0.38.0")
+    with pytest.raises(ValueError, match="`diffusers` must be 0.39 or newer for Z-Image, got 0.38.0"):
+        match_family("ZImagePipeline", "golden_noise")
+    assert match_family("ZImagePipeline").title == "Z-Image"  # what it is can be said
+    assert match_family("FluxPipeline", "golden_noise").title == "Flux"
+    monkeypatch.setattr(families, "version", lambda name: "0.39.0.dev0")
+    assert match_family("ZImagePipeline", "golden_noise").name == "z_image"
