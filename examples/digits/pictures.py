@@ -56,9 +56,7 @@ def _draw(strokes: tuple, generator: np.random.Generator) -> np.ndarray:
 
 def tint(ink: np.ndarray, color: str, shift: tuple[int, int] = (0, 0)) -> np.ndarray:
     """One ink grid `(8, 8)` as an RGB picture `(32, 32, 3)` uint8 on black, moved by whole pixels."""
-    large = Image.fromarray(ink.astype(np.float32), mode="F").resize(
-        (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC
-    )
+    large = Image.fromarray(ink.astype(np.float32)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     pixels = np.clip(np.asarray(large), 0, 1)[..., None] * np.array(COLORS[color], dtype=np.float32)
     padded = np.zeros_like(pixels)
     dy, dx = shift

@@ -87,7 +87,7 @@ def test_hidden_colours_of_a_cut_out_do_not_train(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 4)).astype(np.uint8)
     pixels[..., 3] = 0
     pixels[16:48, 16:48] = (128, 128, 128, 255)
-    Image.fromarray(pixels, "RGBA").save(tmp_path / "cut.png")
+    Image.fromarray(pixels).save(tmp_path / "cut.png")
     assert load_image(tmp_path / "cut.png", 64)[:, :8, :8].std() < 1e-3
 
 
