@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Real
-from typing import Any
 
 import torch
 from diffusers.modular_pipelines import ConfigSpec, InputParam, ModularPipeline, ModularPipelineBlocks, PipelineState
@@ -14,13 +13,15 @@ from peft.tuners.lora import LoraLayer
 
 from diffusers_ext.core.attention_processors import ProjectAttnProcessor, use_processors
 from diffusers_ext.core.modular import DenoisingStep
-from diffusers_ext.eraser.adapter.outputs import eraser_layers
+from diffusers_ext.core.settings import check_number
+from diffusers_ext.eraser.adapter.outputs import eraser_scaled
 from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.families import FAMILIES, find_modular_family
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 ERASER, LORA = "eraser_step", "null_space_lora"  # names of the adapters
+_LOADING = threading.Lock()
 
 
 class EraserStep(DenoisingStep):
@@ -57,19 +58,19 @@ class EraserStep(DenoisingStep):
 
     @contextmanager
     def around(self, components: ModularPipeline, state: PipelineState) -> Iterator[None]:
-        """The eraser at the call's scale, and off afterwards."""
-        scale, eraser = checked("eraser_scale", state.get("eraser_scale"), 0.0, math.inf), components.config["eraser"]
+        """The eraser at the call's scale, in the calling thread alone."""
+        scale, eraser = check_number("eraser_scale", state.get("eraser_scale"), 0.0), components.config["eraser"]
         denoiser = getattr(components, find_modular_family(components).denoiser)
-        if eraser is not None and scale and ERASER not in getattr(denoiser, "peft_config", {}):
-            load_eraser(denoiser, eraser, adapter_name=ERASER, scale=scale)
-        layers = [layer for layer in eraser_layers(denoiser).values() if ERASER in layer.scaling]
-        try:
-            for layer in layers:
-                layer.set_scale(ERASER, scale)
+        if eraser is None or not scale:
             yield
-        finally:
-            for layer in layers:
-                layer.set_scale(ERASER, 0.0)
+            return
+        # One name for each eraser: pipelines that share a denoiser may have different ones.
+        name = f"{ERASER}_{hashlib.sha256(eraser.encode()).hexdigest()[:8]}"
+        with _LOADING:
+            if name not in getattr(denoiser, "peft_config", {}):
+                load_eraser(denoiser, eraser, adapter_name=name, scale=0.0)  # so that others never see it
+        with eraser_scaled(denoiser, name, scale):
+            yield
 
 
 class NullSpaceLoraStep(DenoisingStep):
@@ -104,7 +105,7 @@ class NullSpaceLoraStep(DenoisingStep):
     @contextmanager
     def around(self, components: ModularPipeline, state: PipelineState) -> Iterator[None]:
         """The LoRAs of the denoiser's attention, projected."""
-        strength = checked("projection_strength", state.get("projection_strength"), 0.0, 1.0)
+        strength = check_number("projection_strength", state.get("projection_strength"), 0.0, 1.0)
         config = components.config
         denoiser = getattr(components, find_modular_family(components).denoiser)
         if config["lora"] is not None and LORA not in getattr(denoiser, "peft_config", {}):
@@ -142,12 +143,3 @@ def check_covered(denoiser: torch.nn.Module, projections: dict[str, torch.Tensor
                     "`statistics` must cover every Linear that the LoRA changes, and these must be of attentions, got "
                     f"{name!r}. Collect more features, or project the LoRA's file by `debleed_lora`."
                 )
-
-
-def checked(name: str, value: Any, least: float, most: float) -> float:
-    """A number of a call; `TypeError` or `ValueError` for another."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number, got a {type(value).__name__}.")
-    if not (math.isfinite(value) and least <= value <= most):
-        raise ValueError(f"`{name}` must be finite and in [{least:g}, {most:g}], got {value}.")
-    return float(value)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from diffusers import ModularPipeline
@@ -17,11 +21,13 @@ from diffusers_ext import (
     save_eraser,
 )
 from diffusers_ext.core.attention_processors import ProjectAttnProcessor, use_processors
+from diffusers_ext.eraser.adapter.outputs import eraser_layers, eraser_scaled
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from tests.docs.snippet_models import save_subject
 from tests.golden_noise.golden_pipelines import FAMILIES, random_network
 from tests.golden_noise.test_modular import BLOCKS, call, modular_pipeline
 from tests.hub_storage import Repository
+from tests.in_a_thread import in_a_thread
 from tests.tiny_erasers import add_random_eraser
 
 
@@ -53,6 +59,43 @@ def test_an_eraser_acts_by_its_scale_and_in_its_pipeline_alone(sdxl):
     assert call(modular, "sdxl").equal(erased)
     with pytest.raises(ValueError, match="`eraser_scale` must be finite"):
         call(modular, "sdxl", eraser_scale=-1.0)
+
+
+def test_threads_that_share_a_denoiser_have_a_scale_each(sdxl):
+    _, folder = sdxl
+    plain = FAMILIES["sdxl"].plain()
+    modular = [modular_pipeline(plain, "sdxl", (EraserStep,)) for _ in range(2)]
+    for pipeline in modular:  # of a scheduler each
+        pipeline.update_components(eraser=str(folder / "eraser"), scheduler=copy.deepcopy(plain.scheduler))
+    scales = (0.0, 0.5, 1.0)
+    expected = {scale: call(modular[0], "sdxl", eraser_scale=scale) for scale in scales}
+    assert len({picture.sum().item() for picture in expected.values()}) == len(scales)
+    (name,) = plain.unet.peft_config
+    with eraser_scaled(plain.unet, name, 1.0):
+        for scale, picture in expected.items():
+            assert in_a_thread(partial(call, modular[0], "sdxl", eraser_scale=scale)).equal(picture)
+        assert call(modular_pipeline(plain, "sdxl", ()), "sdxl").equal(expected[1.0])
+    with ThreadPoolExecutor(2) as pool:
+        asked = [(pipeline, scale) for scale in scales for pipeline in modular]
+        drawn = list(pool.map(lambda given: call(given[0], "sdxl", eraser_scale=given[1]), asked))
+    for (_, scale), picture in zip(asked, drawn, strict=True):
+        assert picture.equal(expected[scale])
+    assert call(modular_pipeline(plain, "sdxl", ()), "sdxl").equal(expected[0.0])
+    assert all(not layer.scaled for layer in eraser_layers(plain.unet).values())
+
+
+def test_pipelines_that_share_a_denoiser_have_an_eraser_each(sdxl, tmp_path):
+    _, folder = sdxl
+    plain, other = FAMILIES["sdxl"].plain(), FAMILIES["sdxl"].plain()
+    add_random_eraser(other.unet, concept="seven", seed=1)
+    save_eraser(other.unet, tmp_path / "another", base_model_name_or_path="tester/base")
+    modular = modular_pipeline(plain, "sdxl", (EraserStep,))
+    drawn = []
+    for eraser in (folder / "eraser", tmp_path / "another", folder / "eraser"):
+        modular.update_components(eraser=str(eraser))
+        drawn.append(call(modular, "sdxl"))
+    assert drawn[0].equal(drawn[2])
+    assert not drawn[0].allclose(drawn[1], atol=1e-3)
 
 
 def test_a_lora_is_projected_by_the_dial(sdxl):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from diffusers_ext.eraser.adapter.layer import ThreadGate
-from diffusers_ext.eraser.adapter.outputs import eraser_layers, eraser_outputs, erasers_disabled
+from diffusers_ext.eraser.adapter.outputs import eraser_layers, eraser_outputs, eraser_scaled, erasers_disabled
+from diffusers_ext.eraser.adapter.thread_state import ThreadGate, ThreadScale
 from tests.eraser.saved_erasers import inputs, make_eraser, run
 from tests.in_a_thread import in_a_thread
 from tests.tiny_cogvideox import TEXT_WIDTH, tiny_transformer
@@ -123,6 +123,23 @@ def test_one_graph_for_threads_with_and_without_erasers(fresh_compiler, base):
     assert counter.frame_count == 1
 
 
+def test_a_graph_reads_the_scale_of_the_calling_thread(fresh_compiler, base):
+    transformer = make_eraser(tiny_transformer(num_layers=1), "seven")
+    erased, plain = run(transformer), run(tiny_transformer(num_layers=1))
+    for layer in eraser_layers(transformer).values():
+        layer.set_scale("seven", 0.0)
+    counter = CompileCounter()
+    compiled = torch.compile(transformer, backend=counter, fullgraph=True)
+    torch.testing.assert_close(run(compiled), plain)
+    with eraser_scaled(compiled, "seven", 1.0):
+        torch.testing.assert_close(run(compiled), erased)
+        torch.testing.assert_close(in_a_thread(lambda: run(compiled)), plain)
+        assert torch.equal(run(transformer), erased)
+        assert torch.equal(in_a_thread(lambda: run(transformer)), plain)
+    torch.testing.assert_close(run(compiled), plain)
+    assert counter.frame_count == 1
+
+
 def test_a_compiled_model_notices_that_an_eraser_came_and_went(fresh_compiler):
     transformer = tiny_transformer(num_layers=1)
     plain = run(transformer)
@@ -137,6 +154,9 @@ def test_a_compiled_model_notices_that_an_eraser_came_and_went(fresh_compiler):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda gate: pickle.loads(pickle.dumps(gate))])
 def test_a_copied_gate_is_open(duplicate):
+    scale = ThreadScale()
+    scale.add(0.5)
+    assert duplicate(scale).added == 0
     gate = ThreadGate()
     first, second = gate.close(), gate.close()
     assert duplicate(gate).openness == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch.nn import functional
 
 from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.eraser.adapter.projections import EraserProjection, FusedErasers, can_be_fused, fuse
+from diffusers_ext.eraser.adapter.thread_state import ThreadGate, ThreadRecord, ThreadScale
 
 Recorder = Callable[[dict[str, torch.Tensor]], None]
 
@@ -25,57 +25,6 @@ def output_projection(attention: nn.Module) -> nn.Module:
     while hasattr(projection, "base_layer"):
         projection = projection.base_layer
     return projection
-
-
-_GATE_LOCK = threading.Lock()
-
-
-class ThreadGate(threading.local):
-    """Whether erasers are on in this thread, as a tensor of one or zero.
-
-    A compiled graph cannot read a context variable. It reads this tensor, at every call, as the calling thread has it,
-    and is neither broken nor compiled again.
-    """
-
-    def __init__(self) -> None:
-        self.openness = torch.ones((), device="cpu", dtype=torch.float32)
-        self.closings = [0]
-
-    def __reduce__(self) -> tuple[type[ThreadGate], tuple[()]]:
-        return type(self), ()  # a copy of the model has gates of its own
-
-    def close(self) -> Callable[[], None]:
-        """Close it in this thread; returns what takes that back, from any thread."""
-        openness, closings = self.openness, self.closings
-        with _GATE_LOCK:
-            closings[0] += 1
-            openness.fill_(0.0)
-
-        def reopen() -> None:
-            with _GATE_LOCK:
-                closings[0] -= 1
-                openness.fill_(float(closings[0] == 0))
-
-        return reopen
-
-
-class ThreadRecord(threading.local):
-    """What linear erasers added in the projection of this thread's call, until its attention ends."""
-
-    def __init__(self) -> None:
-        self.added: dict[str, torch.Tensor] = {}
-
-    def __reduce__(self) -> tuple[type[ThreadRecord], tuple[()]]:
-        return type(self), ()
-
-    def put(self, added: dict[str, torch.Tensor]) -> None:
-        """Keep it."""
-        self.added = added
-
-    def take(self) -> dict[str, torch.Tensor]:
-        """It, kept no longer."""
-        added, self.added = self.added, {}
-        return added
 
 
 class EraserLayer(nn.Module, BaseTunerLayer):
@@ -104,7 +53,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("eraser_down", "eraser_up")
-    other_param_names = ("r", "kinds", "scaling", "scale_tensors", "unscaled")
+    other_param_names = ("r", "kinds", "scaling", "scale_tensors", "thread_scales", "unscaled")
     video_rows: Callable[[Mapping[str, Any]], torch.Tensor] | None = None  # of its family, see `Family.video_rows`
 
     def __init__(
@@ -122,12 +71,14 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         # A compiled graph reads the scale from a tensor, which it does not specialise on.
         self.scale_tensors: dict[str, torch.Tensor] = {}
+        self.thread_scales: dict[str, ThreadScale] = {}  # what a thread adds to it
         self.unscaled: dict[str, list[tuple[float, float]]] = {}
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         # diffusers' `set_lora_device` looks into every adapter layer for LoRAs; there is none here.
         self.lora_A: dict[str, nn.Module] = {}
         self.off: list[CallScope] = []
+        self.scaled: list[tuple[CallScope, str, float]] = []  # what calls of a scope add to an eraser's scale
         self.gate = ThreadGate()
         self.recorders: list[Recorder] = []
         self._recorded = ThreadRecord()
@@ -155,6 +106,7 @@ class EraserLayer(nn.Module, BaseTunerLayer):
         self.kinds[adapter_name] = kind
         self.scaling[adapter_name] = 1.0
         self.scale_tensors[adapter_name] = torch.ones((), device="cpu", dtype=torch.float32)
+        self.thread_scales[adapter_name] = ThreadScale()
         self.unscaled[adapter_name] = []
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -195,31 +147,32 @@ class EraserLayer(nn.Module, BaseTunerLayer):
 
     def _add(self, kind: str, base: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():
-            fused = self._fused.get(kind)
-            if fused is None or not fused.is_current(self._active_adapter, self.scaling, features):
-                fused = self._fuse(kind, features)
+            fused, scaling = self._fused.get(kind), self.call_scaling
+            if fused is None or not fused.is_current(self._active_adapter, scaling, features):
+                fused = self._fuse(kind, features, scaling)
             if fused is not None:
                 return fused.add(base, features)
         return sum(self._added(kind, features).values(), start=base)
 
-    def _fuse(self, kind: str, features: torch.Tensor) -> FusedErasers | None:
+    def _fuse(self, kind: str, features: torch.Tensor, scaling: Mapping[str, float]) -> FusedErasers | None:
         """Also checks the scales: some are from `scale_layer`, and here diffusers takes them back after an error."""
         self._fused.pop(kind, None)
         names = self._active_erasers(kind)
         for name in names:
-            check_scale(name, self.scaling[name])
+            check_scale(name, scaling[name])
         pairs = [(self.eraser_down[name], self.eraser_up[name]) for name in names]
         projections = [projection for pair in pairs for projection in pair]
         if not can_be_fused(projections):
             return None
-        self._fused[kind] = fused = fuse(kind, pairs, names, self._active_adapter, self.scaling, features)
+        self._fused[kind] = fused = fuse(kind, pairs, names, self._active_adapter, scaling, features)
         return fused
 
     def _added(self, kind: str, features: torch.Tensor) -> dict[str, torch.Tensor]:
         names = self._active_erasers(kind)
         if not torch.compiler.is_compiling():
+            scaling = self.call_scaling
             for name in names:
-                check_scale(name, self.scaling[name])
+                check_scale(name, scaling[name])
         return {name: self.erase(name, features) for name in names}
 
     def _active_erasers(self, kind: str | None = None) -> list[str]:
@@ -244,6 +197,30 @@ class EraserLayer(nn.Module, BaseTunerLayer):
             reopen()
             self.off.remove(scope)
 
+    @property
+    def call_scaling(self) -> Mapping[str, float]:
+        """The erasers' scales in this call, with what the calling thread or task adds by `scaled_in`."""
+        if not self.scaled:
+            return self.scaling
+        found = dict(self.scaling)
+        for scope, name, scale in tuple(self.scaled):
+            if name in found and scope.covers_this_call():
+                found[name] += scale
+        return found
+
+    @contextmanager
+    def scaled_in(self, scope: CallScope, adapter_name: str, scale: float) -> Iterator[None]:
+        """Add `scale` to that of one eraser in calls that `scope` covers, while the context is open."""
+        check_scale(adapter_name, scale)
+        entry = (scope, adapter_name, scale)
+        self.scaled.append(entry)
+        take_back = self.thread_scales[adapter_name].add(scale)
+        try:
+            yield
+        finally:
+            take_back()
+            self.scaled.remove(entry)
+
     def erase(self, adapter_name: str, features: torch.Tensor) -> torch.Tensor:
         """What one eraser adds, `scale * up(GELU(down(x)))` without GELU for linear ones, in the dtype of `x`.
 
@@ -254,7 +231,9 @@ class EraserLayer(nn.Module, BaseTunerLayer):
             hidden = functional.gelu(hidden)
         scale = self.scale_tensors[adapter_name]
         if torch.compiler.is_compiling():
-            scale = scale * self.gate.openness
+            scale = (scale + self.thread_scales[adapter_name].added) * self.gate.openness
+        elif self.scaled:
+            scale = scale.new_tensor(self.call_scaling[adapter_name])
         output = self.eraser_up[adapter_name](hidden, scale)
         return output.to(features.dtype)
 

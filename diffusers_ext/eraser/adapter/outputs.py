@@ -58,6 +58,21 @@ def erasers_disabled(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def eraser_scaled(model: nn.Module, adapter_name: str, scale: float) -> Iterator[None]:
+    """Add `scale` to that of one eraser, for calls made inside of the context.
+
+    It is for the thread or task that opened it, as `erasers_disabled` is: an eraser of scale 0 acts in one request
+    and not in others of the same model.
+    """
+    with ExitStack() as stack:
+        scope = stack.enter_context(CallScope())
+        for layer in eraser_layers(model).values():
+            if adapter_name in layer.scaling:
+                stack.enter_context(layer.scaled_in(scope, adapter_name, scale))
+        yield
+
+
+@contextmanager
 def frozen_teacher(*transformers: nn.Module) -> Iterator[None]:
     """Models without their erasers, in eval mode and without gradients; all of it comes back."""
     with torch.no_grad(), erasers_disabled(*transformers), module_eval_mode(*transformers):
