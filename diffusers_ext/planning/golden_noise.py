@@ -6,14 +6,11 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import CLIPConfig, CLIPModel
 
 from diffusers_ext.families.family import TextConditioning
-from diffusers_ext.families.published import encoder_sizes
 from diffusers_ext.golden_noise.losses import PairLoss, SequenceLoss
 from diffusers_ext.golden_noise.networks.base import fitted_structure
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
@@ -22,15 +19,15 @@ from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
-from diffusers_ext.planning.models import (
-    BaseModel,
-    ImageShapes,
-    encode_prompts_work,
-    guided_work,
-    module_bytes,
-    redenoise_work,
-    vae_work,
+from diffusers_ext.planning.golden_noise_targets import (
+    PHASES,
+    Drawing,
+    draw_works,
+    gradient_steps,
+    reward_model,
+    target_works,
 )
+from diffusers_ext.planning.models import BaseModel, ImageShapes, encode_prompts_work, module_bytes
 from diffusers_ext.planning.settings import REWARDS, SEQUENCE_NETWORKS, GoldenNoisePlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.work import (
@@ -43,13 +40,12 @@ from diffusers_ext.planning.work import (
     inference_work,
     training_works,
 )
-from diffusers_ext.rewards.hpsv2 import vit_h_14_config
 
-_REWARD_BATCH, _KL_WEIGHT = 16, 0.01
+_KL_WEIGHT = 0.01
 # Of the tables: a row beside its prompt's text, and a file with its columns.
 _ROW_BYTES, _TABLES_BYTES = 56, 8 * 1024
 _NETWORK, _COPY = "network", "copy of the weights while measuring"
-_REWARD = "reward model"
+_REWARD, _AVERAGED = "reward model", "averaged weights"
 _CLASSES: dict[str, type[torch.nn.Module]] = {
     "golden_noise_model": GoldenNoiseModel,
     "npnet": NPNet,
@@ -72,11 +68,15 @@ def draft_golden_noise(base: BaseModel, setting: GoldenNoisePlanSettings, *, as_
     parts = {**loaded, _NETWORK: module_bytes(network)}
     if setting.use_ema:
         parts[_COPY] = parts[_NETWORK]
-    notes = [f"{setting.kept_share:.0%} of the pairs that are tried are kept."]
+    if setting.use_ema and setting.objective == "reward":
+        parts[_AVERAGED] = parts[_NETWORK]
+    notes = []
+    if setting.objective == "pairs":
+        notes.append(f"{setting.kept_share:.0%} of the pairs that are tried are kept.")
     if not shapes.family.pads_text:
         notes.append(f"Every text is as long as the longest, {shapes.text.tokens} tokens.")
     if setting.reward in REWARDS:
-        parts[_REWARD] = module_bytes(_reward_model(setting.reward))
+        parts[_REWARD] = module_bytes(reward_model(setting.reward))
     elif setting.reward is not None:
         notes.append(f"What the reward {setting.reward!r} takes is not counted.")
     judged = (_REWARD,) if _REWARD in parts else ()
@@ -123,49 +123,50 @@ class GoldenNoiseRun:
     def phases(self, pairs: tuple[str, ...]) -> list[Phase]:
         """In order; `pairs` are the parts that are there while pairs are made."""
         setting, shapes, precision = self.setting, self.shapes, self.precision
-        batches = math.ceil(setting.candidates / setting.batch_size)
-        rows = min(setting.batch_size, setting.candidates)
         asked = 1 if shapes.embedded_guidance else 2  # the negative prompts are encoded too
-        made = [
-            encode_prompts_work(shapes, rows, asked * batches, precision),
-            redenoise_work(shapes, setting, rows, batches, precision),
-        ]
-        phases = [Phase("re-denoising", pairs, made)]
-        if setting.reward is not None:
-            phases.append(Phase("judging", pairs, self._judging_works(rows, batches)))
+        phases = [] if setting.objective == "reward" else self._pair_phases(pairs, asked)
         rows = min(setting.text_batch_size, setting.num_prompts)
         text = encode_prompts_work(shapes, rows, asked * setting.num_prompts / rows, precision)
         encoders = tuple(name.replace("_", " ") for name in shapes.base.text_encoders)
+        trains: tuple[str, ...] = (_NETWORK, self._kept_name)
+        if setting.objective == "reward":  # the base model and the reward are there from the beginning
+            trains, encoders = (*trains, *pairs), pairs
+            trains += (_AVERAGED,) if setting.use_ema else ()
         phases.append(Phase("encoding text", encoders, [text]))
-        trains = (_NETWORK, self._kept_name)
         phases.append(Phase("training", trains, self.training_works()))
         measured = min(setting.train_batch_size, setting.pairs)
-        work = self.validation_work(measured, setting.validations * setting.validation_pairs / measured)
+        times = setting.validations * setting.validation_pairs / measured
+        works = [self.validation_work(measured, times)]
+        if setting.objective == "reward":  # pictures of the plain and of the golden noise, one batch after the other
+            works += draw_works(shapes, setting, measured, 2 * times, precision)
         copied = (*trains, _COPY) if setting.use_ema else trains
-        return [*phases, Phase("validation", copied, [work])]
+        return [*phases, Phase("validation", copied, works)]
 
-    def _judging_works(self, rows: int, batches: int) -> list[Work]:
-        """Pictures of both noises are drawn together, decoded one by one, then judged."""
-        setting, shapes, dtype = self.setting, self.shapes, self.precision.dtype
-        if dtype == torch.float16 and shapes.base.component("vae").whole_config().force_upcast:
-            dtype = torch.float32
-        calls = batches * setting.num_inference_steps
-        works = [
-            guided_work(shapes, 2 * rows, setting.guidance_scale, calls, self.precision),
-            vae_work(shapes.base, shapes.vae_latents, 2 * rows * batches, dtype, decodes=True),
+    def _pair_phases(self, pairs: tuple[str, ...], asked: int) -> list[Phase]:
+        """Pairs are made, then judged: pictures of both noises are drawn together."""
+        setting, shapes, precision = self.setting, self.shapes, self.precision
+        batches = math.ceil(setting.candidates / setting.batch_size)
+        rows = min(setting.batch_size, setting.candidates)
+        made = [
+            encode_prompts_work(shapes, rows, asked * batches, precision),
+            *target_works(shapes, setting, rows, batches, precision),
         ]
-        if setting.reward in REWARDS:
-            works.append(_reward_work(setting.reward, 2 * rows, batches))
-        return works
+        phases = [Phase(PHASES[setting.target], pairs, made)]
+        if setting.reward is not None:
+            phases.append(Phase("judging", pairs, draw_works(shapes, setting, 2 * rows, batches, precision)))
+        return phases
 
     @property
     def _kept_name(self) -> str:
         """What stays from step to step besides the network."""
-        return f"{OPTIMIZER} and averaged weights" if self.setting.use_ema else OPTIMIZER
+        averaged = self.setting.use_ema and self.setting.objective == "pairs"
+        return f"{OPTIMIZER} and averaged weights" if averaged else OPTIMIZER
 
     def training_works(self) -> list[Work]:
-        """The training's own step over pairs or sequences without content."""
+        """The training's own step over pairs or sequences without content, or with pictures drawn for the reward."""
         setting = self.setting
+        if setting.objective == "reward":
+            return self._reward_training_works()
 
         def begin(network: torch.nn.Module, device: torch.device) -> Callable[[], torch.Tensor]:
             step = self._loss(self._one_prompt(), device)
@@ -177,6 +178,34 @@ class GoldenNoiseRun:
         options = {"weight_decay": 1e-2, "ema": setting.use_ema}
         batches = setting.gradient_accumulation_steps
         return training_works(work, batches, self.precision, begin, **options)
+
+    def _reward_training_works(self) -> list[Work]:
+        """The network's graph is there while pictures are drawn, with a gradient of their own."""
+        setting, shapes, dtype = self.setting, self.shapes, self.precision.dtype
+        steps = gradient_steps(setting)
+
+        def make(num_layers: int = steps) -> torch.nn.Module:
+            both = Drawing(shapes, setting, num_layers, dtype)
+            both.network = self.network()
+            both.forward = both.network.forward
+            return both
+
+        def begin(both: torch.nn.Module, device: torch.device) -> Callable[[], torch.Tensor]:
+            rows = setting.train_batch_size
+            text = shapes.conditioning(rows, device, dtype)
+            masked = setting.network != "npnet" and text.attention_mask is not None
+            read = {"attention_mask": text.attention_mask} if masked else {}
+
+            def loss() -> torch.Tensor:
+                noise = torch.randn(rows, *shapes.latents, device=device)
+                golden = both(noise, text.prompt_embeds.float(), **read).float()
+                return (golden * both.slope(golden, text)).mean() + (golden - noise).square().mean()
+
+            return loss
+
+        name = "activations and gradients of all models"
+        work = Work(name, setting.max_train_steps, make, OPTIMIZER, layers=steps)
+        return training_works(work, setting.gradient_accumulation_steps, self.precision, begin, weight_decay=1e-2)
 
     def validation_work(self, rows: int, times: float) -> Work:
         """A batch of pairs is measured."""
@@ -228,7 +257,7 @@ class GoldenNoiseRun:
         numbers = math.prod(self.shapes.latents) * setting.num_steps * setting.pairs
         shards = math.ceil(setting.candidates / setting.shard_size)
         tables = shards * _TABLES_BYTES + setting.candidates * _ROW_BYTES
-        disk = {"pairs": 2 * numbers + tables + REPORT_BYTES}
+        disk = {"pairs": 2 * numbers + tables + REPORT_BYTES} if setting.objective == "pairs" else {}
         kept = text.tokens * text.width + (text.pooled or 0)
         itemsize = CACHE_DTYPES[setting.text_cache_dtype].itemsize
         name = "text embeddings (in the host's memory, or on disk)"
@@ -241,25 +270,3 @@ class GoldenNoiseRun:
             size = checkpoint_bytes(trained, trained, ema=setting.use_ema)
             disk["checkpoints"] = setting.num_checkpoints * size
         return disk
-
-
-def _reward_model(reward: str) -> CLIPModel:
-    config = vit_h_14_config()
-    if reward == "clip_score":  # ViT-L-14
-        vision = {**encoder_sizes(1024, 16, 24), "patch_size": 14}
-        config = CLIPConfig(text_config=encoder_sizes(768, 12, 12), vision_config=vision, projection_dim=768)
-    with torch.device("meta"):
-        return CLIPModel(config).requires_grad_(False).eval()
-
-
-def _reward_work(reward: str, pictures: int, batches: int) -> Work:
-    rows = min(_REWARD_BATCH, pictures)
-
-    def begin(model: torch.nn.Module, device: torch.device) -> Callable[[], object]:
-        side = model.config.vision_config.image_size
-        pixels = torch.randn(rows, 3, side, side, device=device)
-        tokens = torch.zeros(rows, 77, dtype=torch.long, device=device)
-        return lambda: (model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=tokens))
-
-    name, build = "reward's activations", partial(_reward_model, reward)
-    return inference_work(name, batches * pictures / rows, build, begin)

@@ -21,6 +21,7 @@ from diffusers_ext.core.settings import (
     Settings,
     TrainingSettings,
     as_in,
+    at_least,
     setting,
 )
 from diffusers_ext.nullspace.settings import DIRECTIONS, RECOMBINATIONS, KnownModelSettings
@@ -29,6 +30,8 @@ LATENTS_SOURCES = ("trajectory", "video", "noise")
 NETWORKS = ("golden_noise_model", "npnet", "transformer", "rnn")
 SEQUENCE_NETWORKS = ("transformer", "rnn")
 REWARDS = ("hpsv2", "pickscore", "clip_score")
+TARGETS, OBJECTIVES = ("guidance", "reward", "best_of_n", "diversity"), ("pairs", "reward")
+_NOISES_BY_REWARD = 8  # of a prompt, as `train_npnet.py --objective reward` has them
 
 
 @dataclass(kw_only=True)
@@ -184,10 +187,17 @@ class GoldenNoisePlanSettings(PlannedRun):
     num_prompts: int = setting(1000, "different prompts", rule=COUNT)
     noises_per_prompt: int = setting(1, "pairs tried for each", rule=COUNT)
     num_steps: int = setting(1, "golden noises of each; more than 1 makes sequences", rule=COUNT)
+    target: str = setting("guidance", "where golden noise comes from", choices=TARGETS)
     w1: float = setting(5.5, "guidance of the step down")
     w2: float = setting(1.0, "guidance of the step up")
+    ascent_steps: int = setting(10, "along the gradient, with the targets reward and diversity", rule=COUNT)
+    gradient_steps: int | None = setting(
+        None, "last denoising steps with the denoiser's gradient; all without it", rule=COUNT
+    )
+    best_of: int = setting(8, "noises to choose from, with the target best_of_n", rule=at_least(2))
     batch_size: int = setting(8, "pairs made at once", rule=COUNT)
     shard_size: int = setting(256, "pairs tried for one file", rule=COUNT)
+    objective: str = setting("pairs", "what the network learns: pairs, or to raise a reward", choices=OBJECTIVES)
     reward: str | None = setting("hpsv2", "hpsv2, pickscore, clip_score, or none to keep all pairs")
     guidance_scale: float = as_in(SamplingSettings, "guidance_scale", default=7.5, rule=None)
     kept_share: float = setting(
@@ -206,6 +216,7 @@ class GoldenNoisePlanSettings(PlannedRun):
     def check(self) -> None:
         """Also that there is something to train on; batch and steps are then the script's own."""
         super().check()
+        self._check_reward()
         if self.network in SEQUENCE_NETWORKS and self.num_steps < 2:
             raise ValueError(
                 f"`num_steps` must be at least 2 for the {self.network}, got {self.num_steps}. It learns "
@@ -226,15 +237,25 @@ class GoldenNoisePlanSettings(PlannedRun):
             step = self.train_batch_size * self.gradient_accumulation_steps
             self.max_train_steps = math.ceil(self.training_pairs * usual["num_epochs"] / step)
 
+    def _check_reward(self) -> None:
+        needs = self.objective == "reward" or self.target in ("reward", "best_of_n")
+        if needs and self.reward is None:
+            raise ValueError("`reward` must be given for an objective or a target that asks one, got none.")
+        if self.objective == "reward" and self.network in SEQUENCE_NETWORKS:
+            raise ValueError(
+                f"`objective` must be 'pairs' for the {self.network}, got 'reward'. Choose 'golden_noise_model' or "
+                "'npnet', which learn by a reward."
+            )
+
     @property
     def candidates(self) -> int:
-        """Pairs that are tried."""
-        return self.num_prompts * self.noises_per_prompt
+        """Pairs that are tried; noises of the prompts where a network learns by the reward."""
+        return self.num_prompts * (_NOISES_BY_REWARD if self.objective == "reward" else self.noises_per_prompt)
 
     @property
     def pairs(self) -> int:
         """Pairs that are kept."""
-        return round(self.candidates * self.kept_share)
+        return self.candidates if self.objective == "reward" else round(self.candidates * self.kept_share)
 
     @property
     def training_pairs(self) -> int:

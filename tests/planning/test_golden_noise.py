@@ -4,9 +4,11 @@ import pytest
 
 from diffusers_ext.planning import plan_run
 from diffusers_ext.planning.golden_noise import GoldenNoiseRun
+from diffusers_ext.planning.golden_noise_targets import target_works
 from diffusers_ext.planning.models import ImageShapes, read_base_model
-from diffusers_ext.planning.settings import GoldenNoisePlanSettings
+from diffusers_ext.planning.settings import OBJECTIVES, TARGETS, GoldenNoisePlanSettings
 from diffusers_ext.planning.work import trace_work
+from diffusers_ext.training.golden_noise import settings as scripts
 from examples.digits.check_model import MODEL_DIR
 from tests.golden_noise.golden_pipelines import FAMILIES
 from tests.planning.real_jobs import measured_peak
@@ -78,3 +80,50 @@ def test_models_with_the_text_of_large_language_models_are_planned(family, tmp_p
     if longest:
         with pytest.raises(ValueError, match="must be none of NPNet for"):
             plan_run("golden-noise", tmp_path, num_prompts=4, output_size=32, network="npnet")
+
+
+DRAWN = {"num_prompts": 20, "num_inference_steps": 2, "guidance_scale": 1.0, "reward": "another", "batch_size": 4}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_makes_pairs_by_a_target_allocates_what_was_traced(target):
+    run = run_of("golden_noise_model", **DRAWN, target=target)
+    works = target_works(run.shapes, run.setting, 4, 5, run.precision)
+    calls = {"guidance": [5], "reward": [50, 10, 20], "best_of_n": [80, 160], "diversity": [50, 50]}[target]
+    assert [work.times for work in works] == calls
+    work = works[0]
+    assert trace_work(work).peak == pytest.approx(measured_peak(work), rel=0.15)
+
+
+def test_steps_without_a_gradient_take_less_memory():
+    every, one = (
+        target_works(run.shapes, run.setting, 4, 5, run.precision)
+        for run in (run_of("golden_noise_model", **DRAWN, target="reward", gradient_steps=n) for n in (None, 1))
+    )
+    assert trace_work(one[0]).peak < trace_work(every[0]).peak
+    assert len(one) == len(every) + 1
+
+
+def test_training_by_a_reward_holds_network_and_sampler():
+    run = run_of("golden_noise_model", **DRAWN, objective="reward")
+    step, _ = run.training_works()
+    trace = trace_work(step)
+    assert trace.peak == pytest.approx(measured_peak(step), rel=0.15)
+    pairs = run_of("golden_noise_model", **DRAWN)
+    assert trace.peak > trace_work(pairs.training_works()[0]).peak
+    assert trace.kept >= trace_work(pairs.training_works()[0]).kept
+    phases = {phase.name: phase for phase in run.phases(("unet", "vae"))}
+    assert list(phases) == ["encoding text", "training", "validation"]
+    assert {"unet", "vae"} < set(phases["training"].resident)
+    assert "pairs" not in run.disk(run.network())
+    assert run.setting.candidates == 160
+
+
+def test_targets_are_those_of_the_scripts_and_need_their_reward():
+    assert (TARGETS, OBJECTIVES) == (scripts.TARGETS, scripts.OBJECTIVES)
+    for wrong in ({"target": "reward"}, {"target": "best_of_n"}, {"objective": "reward"}):
+        with pytest.raises(ValueError, match="`reward` must be given for an objective or a target"):
+            GoldenNoisePlanSettings(**wrong, reward=None)
+    GoldenNoisePlanSettings(target="diversity", reward=None)
+    with pytest.raises(ValueError, match="`objective` must be 'pairs' for the rnn"):
+        GoldenNoisePlanSettings(objective="reward", network="rnn", num_steps=3)
