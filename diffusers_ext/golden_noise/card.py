@@ -29,6 +29,7 @@ _OF_TARGET = {
     "guidance": ("redenoise_steps", "w1", "w2", "legacy_inversion"),
     "reward": ("target", "ascent_steps", "ascent_rate", "gradient_steps"),
     "best_of_n": ("target", "best_of", "spread"),
+    "diversity": ("target", "ascent_steps", "ascent_rate", "diversity_gain"),
 }
 _PAIR_SETTINGS = (
     "negative_prompt", "num_inference_steps", "guidance_scale", "margin", "noises_per_prompt", "seed",
@@ -233,6 +234,12 @@ def _pairs_origin(made: Mapping[str, Any], label: str, reward: str | None) -> st
         return (
             f"The best by {reward} of {made['best_of']} noises at a distance of {made['spread']:g} around {drawn} for "
             f"each of {prompts} prompts, drawn with {label}. {kept}"
+        )
+    if target == "diversity":
+        return (
+            f"From {drawn} for each of {prompts} prompts, moved so that what {label} predicts in the first of "
+            f"{made['num_inference_steps']} steps lies {made['diversity_gain']:g} times its distance further from the "
+            f"prompt's mean: {made['ascent_steps']} steps of {made['ascent_rate']:g} of the noise's deviation. {kept}"
         )
     return (
         f"Re-denoised with {label} from {drawn} for each of {prompts} prompts: a step down with guidance "

@@ -1,9 +1,11 @@
-"""Golden noise in modular pipelines of diffusers: a step after the one that draws the noise."""
+"""Golden noise in modular pipelines of diffusers: steps after the one that draws the noise and around denoising."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +18,13 @@ from diffusers.modular_pipelines import (
     PipelineState,
 )
 
-from diffusers_ext.core.modular import ExtensionStep
+from diffusers_ext.core.modular import DenoisingStep, ExtensionStep
+from diffusers_ext.core.settings import check_number
 from diffusers_ext.families import FAMILIES, Family, find_modular_family
 from diffusers_ext.families.family import import_class
+from diffusers_ext.golden_noise.diversity import check_way, spread_pictures
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork
-from diffusers_ext.golden_noise.pipelines import check_scale, check_sizes, refined_latents
+from diffusers_ext.golden_noise.pipelines import check_sizes, refined_latents
 
 # Steps whose latents are noise and nothing else; others mix a picture in.
 _DRAWS_NOISE = re.compile(r"(?!.*(Img2Img|Inpaint))\w+PrepareLatentsStep")
@@ -31,7 +35,8 @@ class GoldenNoiseStep(ExtensionStep):
 
     It stands behind the steps that draw noise (`ExtendedBlocks(base, [GoldenNoiseStep])` puts it there), and changes
     nothing without a `noise_model` or with `golden_noise_scale=0`. Clips of Wan are refined latent frame by latent
-    frame, as the networks know pictures.
+    frame, as the networks know pictures. A `DiversityStep` comes with it, around the denoising, where the family has
+    the dial.
     """
 
     name = "golden_noise"
@@ -73,12 +78,14 @@ class GoldenNoiseStep(ExtensionStep):
         if type(blocks).__name__ not in known:
             raise ValueError(f"`base` must be one of {known} for golden noise, got {type(blocks).__name__!r}.")
         self.after(blocks, lambda block: bool(_DRAWS_NOISE.fullmatch(type(block).__name__)))
+        if any(type(blocks).__name__ in family.modular_blocks and family.golden_pipeline for family in FAMILIES):
+            DiversityStep().extend(blocks)
 
     @torch.no_grad()
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         """Refine the state's `latents`."""
         block_state = self.get_block_state(state)
-        scale, network = check_scale(block_state.golden_noise_scale), components.noise_model
+        scale, network = check_number("golden_noise_scale", block_state.golden_noise_scale), components.noise_model
         if network is not None and scale != 0:
             family = find_modular_family(components)
             check_sizes(network, family, getattr(components, family.denoiser).config, type(components).__name__)
@@ -88,6 +95,42 @@ class GoldenNoiseStep(ExtensionStep):
             )  # fmt: skip
             self.set_block_state(state, block_state)
         return components, state
+
+
+class DiversityStep(DenoisingStep):
+    """Spread the pictures of a prompt apart while they are drawn: the dial `diversity` of golden-noise pipelines."""
+
+    name = "diversity"
+
+    @property
+    def description(self) -> str:
+        """In a sentence, for the pipeline's help and card."""
+        return "Diversity: a dial of the call spreads the pictures of a prompt apart."
+
+    def own_inputs(self) -> list[InputParam]:
+        """The dial, and what it moves."""
+        return [
+            InputParam(
+                "diversity",
+                type_hint=float,
+                default=0.0,
+                description="How far pictures of one prompt are spread apart, from 0, the plain pipeline, to 1.",
+            ),
+            InputParam(
+                "diversity_of",
+                type_hint=str,
+                default="prediction",
+                description='By what: "prediction" (eight more calls of the denoiser each time), "prompt" or "both".',
+            ),
+        ]
+
+    @contextmanager
+    def around(self, components: ModularPipeline, state: PipelineState) -> Iterator[None]:
+        """The denoiser's predictions, or the prompt it reads, moved in the calling thread."""
+        diversity = check_number("diversity", state.get("diversity"), 0.0, 1.0)
+        way = check_way(state.get("diversity_of"))
+        with spread_pictures(components, find_modular_family(components), diversity, way):
+            yield
 
 
 class _AsPipeline:

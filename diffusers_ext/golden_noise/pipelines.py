@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -26,12 +24,13 @@ from diffusers import (
 )
 
 from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_pipeline
-from diffusers_ext.core.settings import check_keywords
+from diffusers_ext.core.settings import check_keywords, check_number
 from diffusers_ext.families import Family, find_family
 from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.card import pipeline_card
-from diffusers_ext.golden_noise.diversity import check_diversity, spread_pictures
+from diffusers_ext.golden_noise.diversity import spread_pictures
 from diffusers_ext.golden_noise.first_prediction import predict_picture
+from diffusers_ext.golden_noise.frames import as_clips, as_pictures
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.networks.npnet import NPNet, refuse_npnet
@@ -46,16 +45,21 @@ NoiseModel = NPNet | GoldenNoiseModel | NoiseSequenceTransformer | NoiseSequence
 
 # Read by diffusers from `**kwargs`, with a warning.
 _DEPRECATED_IN_CALLS = ("callback", "callback_steps")
-_SCALE = inspect.Parameter("golden_noise_scale", inspect.Parameter.KEYWORD_ONLY, default=1.0, annotation=float)
-_DIVERSITY = inspect.Parameter("diversity", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation=float)
+# Of a call, besides the plain pipeline's.
+_PARAMETERS = tuple(
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(default))
+    for name, default in (("golden_noise_scale", 1.0), ("diversity", 0.0), ("diversity_of", "prediction"))
+)
 _SCALE_DOC = """Draw pictures from noise that the `noise_model` refined for their prompts.
 
 `golden_noise_scale` (`float`, defaults to 1.0): 0 draws what the plain pipeline draws, 1 from the
 network's noise, values between and beyond from the line through both.
 
 `diversity` (`float`, defaults to 0.0): above 0, up to 1, pictures of one prompt are spread apart while they are
-drawn, with or without a `noise_model`; each call of the denoiser then takes eight more. Everything else, given
-`latents` refined as well, is as in the plain pipeline:
+drawn, with or without a `noise_model`. `diversity_of` (`str`, defaults to "prediction") says by what: "prediction"
+moves what the denoiser predicts in every step, by eight further calls of it each time; "prompt" moves the prompt's
+embeddings in the first step, by none; "both" is both. Everything else, given `latents` refined as well, is as in the
+plain pipeline:
 
 """
 
@@ -92,7 +96,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
             order = cls.model_cpu_offload_seq
             cls.model_cpu_offload_seq = re.sub("->(unet|transformer)", r"->noise_model->\1", order)
             register_auto_pipeline(cls)
-            cls.__call__ = _shown_as(plain.__call__, GoldenNoiseMixin.__call__, (_SCALE, _DIVERSITY), _SCALE_DOC)
+            cls.__call__ = _shown_as(plain.__call__, GoldenNoiseMixin.__call__, _PARAMETERS, _SCALE_DOC)
             cls.encode_prompt = _shown_as(plain.encode_prompt, GoldenNoiseMixin.encode_prompt)
             cls.prepare_latents = _shown_as(plain.prepare_latents, GoldenNoiseMixin.prepare_latents)
 
@@ -115,9 +119,17 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
             self._check_sizes(noise_model)
         self.register_modules(noise_model=noise_model)
 
-    def __call__(self, *args: Any, golden_noise_scale: float = 1.0, diversity: float = 0.0, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        golden_noise_scale: float = 1.0,
+        diversity: float = 0.0,
+        diversity_of: str = "prediction",
+        **kwargs: Any,
+    ) -> Any:
         """As in the plain pipeline, from refined noise; see `help(pipeline.__call__)`."""
-        scale, diversity = check_scale(golden_noise_scale), check_diversity(diversity)
+        scale = check_number("golden_noise_scale", golden_noise_scale)
+        diversity = check_number("diversity", diversity, 0.0, 1.0)
         # The plain pipeline would pass over a keyword that it does not know in silence.
         calls = [owner.__call__ for owner in type(self).__mro__ if "__call__" in vars(owner)]
         takes = {name for call in calls for name in inspect.signature(call).parameters}
@@ -128,7 +140,7 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
         given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
         self._golden_call = _GoldenCall(scale, given.get("prompt_embeds")) if active else None
         try:
-            with spread_pictures(self, find_family(self, TOOL), diversity):
+            with spread_pictures(self, find_family(self, TOOL), diversity, diversity_of):
                 return super().__call__(*args, **kwargs)
         finally:
             self._golden_call = outer
@@ -169,15 +181,6 @@ class GoldenNoiseMixin(HandOver, PushWithCard):
             check_sizes(noise_model, family, denoiser.config, type(self).__name__)
 
 
-def check_scale(scale: float) -> float:
-    """`golden_noise_scale` of a call; `TypeError` or `ValueError` unless it is a finite number."""
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"`golden_noise_scale` must be a number, got a {type(scale).__name__}.")
-    if not math.isfinite(scale):
-        raise ValueError(f"`golden_noise_scale` must be finite, got {scale}.")
-    return scale
-
-
 def check_sizes(noise_model: GoldenNoiseNetwork, family: Family, config: Any, owner: str) -> None:
     """Raise `ValueError` for a network made for other latents or other text than a denoiser of this config."""
     sizes = family.network_sizes(config)
@@ -212,7 +215,7 @@ def refined_latents(
         text: arguments of `refine`; rows stand for as many latents each as there are more of these.
     """
     clips = latents.ndim == 5
-    pictures = latents.transpose(1, 2).flatten(0, 1).unsqueeze(2) if clips else latents
+    pictures = as_pictures(latents).unsqueeze(2) if clips else latents
     sigma = 1.0 if family.flow_matching else pipeline.scheduler.init_noise_sigma
     noise = family.unpack(pipeline, pictures, *size).float() / sigma
     text = {name: _repeated(rows, len(noise)) for name, rows in text.items()}
@@ -221,7 +224,7 @@ def refined_latents(
         predict = partial(predict_picture, pipeline, family, TextConditioning(**text))
     golden = family.pack(pipeline, noise_model.refine(noise, scale=scale, predict=predict, **text) * sigma)
     if clips:
-        golden = golden.squeeze(2).unflatten(0, (len(latents), -1)).transpose(1, 2)
+        golden = as_clips(golden.squeeze(2), latents)
     elif golden.ndim > latents.ndim:  # FLUX.2 takes them as they are and makes tokens of them here
         golden = golden.flatten(2).transpose(1, 2)
     return golden.to(latents.dtype)

@@ -59,7 +59,11 @@ logger = get_logger(__name__)
 
 REPORT_NAME = "report.json"
 # Settings that a target reads.
-_OF_TARGET = {"reward": ("ascent_steps", "ascent_rate", "gradient_steps"), "best_of_n": ("best_of", "spread")}
+_OF_TARGET = {
+    "reward": ("ascent_steps", "ascent_rate", "gradient_steps"),
+    "best_of_n": ("best_of", "spread"),
+    "diversity": ("ascent_steps", "ascent_rate", "diversity_gain"),
+}
 
 
 def generate(
@@ -172,6 +176,8 @@ def generation_facts(
     )  # fmt: skip
     drawn = ("num_inference_steps", "guidance_scale", "margin")
     facts = {name: getattr(settings, name) for name in names + (drawn if reward else ())}
+    if settings.target == "diversity":  # whose first step it is, also where no picture is drawn
+        facts |= {name: getattr(settings, name) for name in drawn[:2]}
     if settings.single_file_config is not None:  # of progress written before there was none
         facts["single_file_config"] = settings.single_file_config
     if settings.target != "guidance":  # of progress written before there were others
@@ -254,7 +260,7 @@ def main(settings: PairSettings) -> Path:
     if settings.push_to_hub and accelerator.is_main_process:
         check_login(settings)
     reward = None
-    if settings.target != "guidance" or not settings.no_filter:
+    if settings.needs_reward:
         reward = load_reward(
             settings.reward, model=settings.reward_model, version=settings.reward_version, device=accelerator.device
         )

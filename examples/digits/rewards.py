@@ -55,6 +55,10 @@ class DigitsReward:
         probabilities = self._classifier.predict_proba(ink_of(images))
         return torch.from_numpy(probabilities[np.arange(len(wanted)), wanted]).float()
 
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """What the classifier's last layer reads of pictures, `(n, 600)` float32."""
+        return torch.from_numpy(self._classifier[:-1].transform(ink_of(images))).float()
+
     def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Probabilities `(n,)` of pictures `(n, 3, 32, 32)` in [0, 1], float32, with a gradient."""
         features, regression = self._classifier

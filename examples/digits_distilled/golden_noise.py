@@ -19,6 +19,9 @@ PAIRS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "reward pairs": (3, 400, ("--target", "reward", "--ascent_steps", "6", "--ascent_rate", "0.1")),
     "chosen of 8 neighbours": (2, 200, ("--target", "best_of_n", "--best_of", "8", "--spread", "0.5")),
 }
+# The same of pairs that spread the pictures of a prompt; what may be lost of the reward is next to nothing.
+_SPREAD = ("--target", "diversity", "--diversity_gain", "4", "--ascent_steps", "6", "--ascent_rate", "0.12")
+DIVERSE: dict[str, tuple[int, int, tuple[str, ...]]] = {"spread pairs": (10, 400, (*_SPREAD, "--margin", "-0.002"))}
 # Of trainings without pairs: steps, flags. The second keeps nearer to the seeds, and with that more of their variety.
 DIRECT: dict[str, tuple[int, tuple[str, ...]]] = {
     "direct": (220, ("--reward_regularization", "0.5")),
@@ -27,8 +30,8 @@ DIRECT: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def make_pairs(name: str, folder: str | Path) -> Path:
-    """The pairs of one of `PAIRS`, filtered by the reward; returns the folder."""
-    noises, _, flags = PAIRS[name]
+    """The pairs of one of `PAIRS` or `DIVERSE`, filtered by the reward; returns the folder."""
+    noises, _, flags = (PAIRS | DIVERSE)[name]
     command = [
         "--pretrained_model_name_or_path", str(MODEL_DIR), "--prompt_file", str(prompt_file(folder)),
         "--noises_per_prompt", str(noises), "--batch_size", "100", "--shard_size", "500",
@@ -39,7 +42,7 @@ def make_pairs(name: str, folder: str | Path) -> Path:
 
 def train_network(name: str, folder: str | Path, *, data: str | Path | None, seed: int = 0) -> Path:
     """Train a network on the pairs in `data`, or one of `DIRECT` by the reward itself; returns its folder."""
-    steps = PAIRS[name][1] if data is not None else DIRECT[name][0]
+    steps = (PAIRS | DIVERSE)[name][1] if data is not None else DIRECT[name][0]
     command = ["--pretrained_model_name_or_path", str(MODEL_DIR), "--max_train_steps", str(steps),
                "--seed", str(seed), *_NETWORK, "--output_dir", str(folder)]  # fmt: skip
     if data is not None:

@@ -6,12 +6,15 @@ the shape of the latent's `samples`; the sampler scales it. That is the noise wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from diffusers_ext import GoldenNoiseNetwork, load_noise_model
+from diffusers_ext.core.settings import check_number
+from diffusers_ext.golden_noise.diversity import mean_prediction, step_spread
+from diffusers_ext.golden_noise.frames import as_clips, as_pictures
 
 Conditioning = Sequence[tuple[torch.Tensor, dict[str, Any]]]
 
@@ -81,16 +84,13 @@ def refine(
             "`noise` must be (batch, channels, height, width), or have frames behind the channels, got "
             f"{'several tensors' if noise.is_nested else tuple(noise.shape)}."
         )
-    frames = noise.shape[2] if noise.ndim == 5 else 1
-    pictures = noise if noise.ndim == 4 else noise.transpose(1, 2).flatten(0, 1)
+    frames, pictures = noise.shape[2] if noise.ndim == 5 else 1, as_pictures(noise)
     texts = [
         None if rows is None else repeat_rows(rows, len(noise)).repeat_interleave(frames, 0).to(device)
         for rows in (prompt_embeds, pooled)
     ]
     golden = network.refine(pictures.to(device), texts[0], pooled_prompt_embeds=texts[1], scale=strength)
-    if noise.ndim == 5:
-        golden = golden.unflatten(0, (len(noise), frames)).transpose(1, 2)
-    return golden.to(noise)
+    return as_clips(golden, noise).to(noise)
 
 
 def repeat_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -98,14 +98,52 @@ def repeat_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     return rows[[index % len(rows) for index in range(count)]]
 
 
+class SpreadPredictions:
+    """A wrapper of a MODEL's calls that moves predictions of the picture away from the prompt's mean one.
+
+    It is `diversity_of="prediction"` of golden-noise pipelines in ComfyUI's terms: `apply_model(x, sigma, **c)` gives
+    the predicted picture itself, and scales x for the model, so that what the model sees of the fixed noises is of
+    unit variance when they are divided by that scale.
+
+    Args:
+        model_sampling: of the MODEL, with `calculate_input(sigma, x)`, linear in x.
+        diversity: from 0 to 1.
+        wrapped: the wrapper that the MODEL had.
+    """
+
+    def __init__(self, model_sampling: Any, diversity: float, wrapped: Callable[..., torch.Tensor] | None) -> None:
+        self.model_sampling, self.diversity, self.wrapped = model_sampling, diversity, wrapped
+
+    def __call__(self, apply_model: Callable[..., torch.Tensor], call: dict[str, Any]) -> torch.Tensor:
+        """The predicted pictures of a call, spread apart; the first step is the one at the sampler's highest level."""
+        x, sigma = call["input"], call["timestep"]
+
+        def predict(x: torch.Tensor) -> torch.Tensor:
+            if self.wrapped is not None:
+                return self.wrapped(apply_model, {**call, "input": x})
+            return apply_model(x, sigma, **call["c"])
+
+        def predict_of_unit(noise: torch.Tensor) -> torch.Tensor:
+            return predict((noise / scale).to(x)).float()
+
+        levels = call["c"]["transformer_options"]["sample_sigmas"]
+        scale = self.model_sampling.calculate_input(sigma.view(-1, *[1] * (x.ndim - 1)), torch.ones_like(x))
+        picture, mean = predict(x), mean_prediction(predict_of_unit, x)
+        spread = step_spread(self.diversity, bool(sigma.max() >= levels.max()))
+        return (picture.float() + spread * (picture.float() - mean)).to(picture.dtype)
+
+
 class GoldenNoise:
-    """The node: noise in, noise out, for samplers that take a NOISE such as SamplerCustomAdvanced."""
+    """The node: noise in, noise out, for samplers that take a NOISE such as SamplerCustomAdvanced.
+
+    With `diversity` the MODEL that comes out spreads the pictures of a prompt apart; it is the one that came in at 0.
+    """
 
     CATEGORY = "sampling/custom_sampling/noise"
     DESCRIPTION = "Refines the noise of a seed for the prompt, by a network of diffusers_ext or a published NPNet."
     FUNCTION = "refine"
-    RETURN_TYPES = ("NOISE",)
-    RETURN_NAMES = ("noise",)
+    RETURN_TYPES = ("NOISE", "MODEL")
+    RETURN_NAMES = ("noise", "model")
     _networks: ClassVar[dict[str, GoldenNoiseNetwork]] = {}
 
     @classmethod
@@ -120,22 +158,42 @@ class GoldenNoise:
                 "noise": ("NOISE",),
                 "noise_model": ("STRING", network),
                 "strength": ("FLOAT", strength),
-            }
+            },
+            "optional": {"diversity": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.05})},
         }
 
     def refine(
-        self, model: Any, conditioning: Conditioning, noise: Noise, noise_model: str, strength: float
-    ) -> tuple[RefinedNoise]:
+        self,
+        model: Any,
+        conditioning: Conditioning,
+        noise: Noise,
+        noise_model: str,
+        strength: float,
+        diversity: float = 0.0,
+    ) -> tuple[RefinedNoise, Any]:
         """The node's function.
 
         Raises:
             ValueError: a network for latents of other channels than the model's, or for text of another width.
         """
+        check_number("diversity", diversity, 0.0, 1.0)
         if noise_model not in self._networks:
             self._networks[noise_model] = load_noise_model(noise_model)
         network = self._networks[noise_model]
         check_fit(network, model, conditioning)
-        return (RefinedNoise(noise, network, conditioning, strength, getattr(model, "load_device", "cpu")),)
+        golden = RefinedNoise(noise, network, conditioning, strength, getattr(model, "load_device", "cpu"))
+        return golden, spread_model(model, diversity)
+
+
+def spread_model(model: Any, diversity: float) -> Any:
+    """A copy of the MODEL whose predictions are spread; the MODEL itself at 0."""
+    if diversity == 0:
+        return model
+    spread = model.clone()
+    before = spread.model_options.get("model_function_wrapper")
+    wrapper = SpreadPredictions(spread.get_model_object("model_sampling"), diversity, before)
+    spread.set_model_unet_function_wrapper(wrapper)
+    return spread
 
 
 def check_fit(network: GoldenNoiseNetwork, model: Any, conditioning: Conditioning) -> None:

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from diffusers_ext import ExtendedBlocks, GoldenNoiseStep, families, push_modular_pipeline, save_modular_pipeline
 from diffusers_ext.families import find_modular_family
+from diffusers_ext.golden_noise.diversity import spread_pictures
 from tests.golden_noise.golden_pipelines import (
     FAMILIES,
     PROMPTS,
@@ -105,6 +106,28 @@ def test_it_refines_as_the_golden_pipeline_does(pipelines):
         torch.testing.assert_close(picture[[0, 3]], expected[[0, 3]], atol=1e-4, rtol=0)
 
 
+def test_diversity_is_the_golden_pipelines(pipelines):
+    family, plain, modular = pipelines
+    bare = modular_pipeline(plain, family, ())
+    expected = call(bare, family)
+    modular.update_components(noise_model=None)
+    assert call(modular, family, diversity=0).equal(expected)
+    spread = call(modular, family, diversity=1, diversity_of="both")
+    with spread_pictures(bare, find_modular_family(bare), 1, "both"):  # as the golden pipeline's call does it
+        assert call(bare, family).equal(spread)
+    assert not spread.allclose(expected, atol=1e-3)
+    assert call(modular, family).equal(expected)
+    if family in ("flux2", "z_image"):  # whose blocks draw something else from the same noise
+        return
+    golden = FAMILIES[family].golden.from_pipe(plain)
+    golden.set_progress_bar_config(disable=True)
+    guidance = {"guidance_scale": 7.5} if family == "sdxl" else {}
+    guidance |= {"negative_prompt": ["", ""]} if family in UNGUIDED else {}
+    arguments = {"prompt": PROMPTS, "generator": seeded(0, 1), "num_inference_steps": 2}
+    wanted = draw(golden, family, **arguments, diversity=1, diversity_of="both", **guidance)
+    torch.testing.assert_close(spread, wanted, atol=2e-3, rtol=0)
+
+
 def test_clips_of_wan_are_refined_frame_by_frame():
     plain = tiny_wan_pipeline()
     pipeline = ExtendedBlocks("WanBlocks", [GoldenNoiseStep]).init_pipeline()
@@ -173,6 +196,10 @@ def test_what_does_not_fit_is_refused(pipelines):
     modular.update_components(noise_model=random_network(plain))
     with pytest.raises(ValueError, match="`golden_noise_scale` must be finite"):
         call(modular, family, golden_noise_scale=float("nan"))
+    with pytest.raises(ValueError, match=r"`diversity` must be finite and in \[0, 1\]"):
+        call(modular, family, diversity=2)
+    with pytest.raises(ValueError, match="`diversity_of` must be one of"):
+        call(modular, family, diversity=1, diversity_of="noise")
 
 
 @pytest.mark.parametrize("pipelines", ["flux"], indirect=True)

@@ -19,6 +19,8 @@ import torch
 
 from diffusers_ext import collect_statistics, debleed_lora, save_eraser
 from diffusers_ext.families.lora_files import read_lora
+from diffusers_ext.families.predictions import Level, x_0_and_noise
+from diffusers_ext.golden_noise.diversity import mean_prediction, spread_output, step_spread
 from tests.docs.snippet_models import save_subject
 from tests.golden_noise.golden_pipelines import NETWORKS
 from tests.test_imports import MOST_BODY_LINES, MOST_LINES, body_lines, functions
@@ -81,13 +83,19 @@ class Patcher:
     load_device = "cpu"
 
     def __init__(self, keys: list[str] = (), channels: int = 4) -> None:
-        self.keys, self.channels, self.patches = list(keys), channels, {}
+        self.keys, self.channels, self.patches, self.model_options = list(keys), channels, {}, {}
 
     def get_model_object(self, name: str):
+        if name == "model_sampling":
+            return SimpleNamespace(calculate_input=lambda sigma, x: x / (sigma**2 + 1).sqrt())
         return SimpleNamespace(latent_channels=self.channels) if name == "latent_format" else None
+
+    def set_model_unet_function_wrapper(self, wrapper) -> None:
+        self.model_options["model_function_wrapper"] = wrapper
 
     def clone(self) -> Patcher:
         copy = Patcher(self.keys, self.channels)
+        copy.model_options = dict(self.model_options)
         copy.patches = {key: list(value) for key, value in self.patches.items()}
         return copy
 
@@ -144,7 +152,9 @@ def test_golden_noise_is_refined_for_the_prompt(nodes, tmp_path, kind):
     saved = network(kind)
     saved.save_pretrained(tmp_path / "network")
     node = nodes.NODE_CLASS_MAPPINGS["DiffusersExtGoldenNoise"]()
-    (golden,) = node.refine(Patcher(), prompt(), SeedNoise(), str(tmp_path / "network"), 0.7)
+    given = Patcher()
+    golden, model = node.refine(given, prompt(), SeedNoise(), str(tmp_path / "network"), 0.7)
+    assert model is given
     latent = {"samples": torch.zeros(2, 4, 8, 12)}
     plain, found = SeedNoise().generate_noise(latent), golden.generate_noise(latent)
     ((embeds, further),) = prompt()
@@ -154,6 +164,40 @@ def test_golden_noise_is_refined_for_the_prompt(nodes, tmp_path, kind):
     assert golden.seed == 7
     assert found.equal(expected)
     assert not found.allclose(plain, atol=0.1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_model_spreads_as_the_dial_of_pipelines(nodes, first):
+    module = sys.modules["custom_nodes_diffusers_ext.golden_noise"]
+    generator = torch.Generator().manual_seed(1)
+    mix, x_t = torch.randn(64, 64, generator=generator) / 8, torch.randn(2, 4, 8, 8, generator=generator)
+    level = Level(0.6, 0.8)
+    sigma = torch.full((2,), level.sigma / level.signal)
+
+    def noise_of(x: torch.Tensor) -> torch.Tensor:
+        return (x.flatten(2) @ mix).tanh().view_as(x)
+
+    def apply_model(x, sigma, **c):  # as ComfyUI's, of a model of noise
+        sigma = sigma.view(-1, 1, 1, 1)
+        return x - sigma * noise_of(x / (sigma**2 + 1).sqrt())
+
+    spread = module.spread_model(Patcher(), 0.8)
+    wrapper = spread.model_options["model_function_wrapper"]
+    highest = sigma.max() if first else 2 * sigma.max()
+    call = {"input": x_t / level.signal, "timestep": sigma}
+    call["c"] = {"transformer_options": {"sample_sigmas": torch.stack([highest, 0 * highest])}}
+    found = wrapper(apply_model, call)
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        return x_0_and_noise(noise_of(x), x, level, "epsilon")[0]
+
+    size = step_spread(0.8, first)
+    output = spread_output(noise_of(x_t), x_t, mean_prediction(predict, x_t), level, "epsilon", size)
+    torch.testing.assert_close(found, x_0_and_noise(output, x_t, level, "epsilon")[0], atol=1e-4, rtol=1e-4)
+    assert not found.allclose(predict(x_t), atol=0.05)
+    twice = module.spread_model(spread, 0.8).model_options["model_function_wrapper"]
+    assert twice.wrapped is wrapper
+    assert not twice(apply_model, call).allclose(found, atol=1e-2)
 
 
 def test_strength_zero_is_the_noise_that_came_in(nodes):
@@ -183,7 +227,9 @@ def test_what_golden_noise_cannot_do_is_refused(nodes, tmp_path):
         node.refine(Patcher(), [[torch.zeros(1, 5, 6), {}]], SeedNoise(), name, 1.0)
     with pytest.raises(ValueError, match="`conditioning` must hold one prompt, got 2"):
         node.refine(Patcher(), prompt() * 2, SeedNoise(), name, 1.0)
-    (golden,) = node.refine(Patcher(), prompt(), SeedNoise(), name, 1.0)
+    with pytest.raises(ValueError, match=r"`diversity` must be finite and in \[0, 1\]"):
+        node.refine(Patcher(), prompt(), SeedNoise(), name, 1.0, 1.5)
+    golden, _ = node.refine(Patcher(), prompt(), SeedNoise(), name, 1.0)
     with pytest.raises(ValueError, match=r"`noise` must be \(batch, channels"):
         golden.generate_noise({"samples": torch.zeros(1, 4, 8)})
 
@@ -263,7 +309,7 @@ def test_nodes_declare_what_comfyui_reads(nodes):
         function = getattr(node(), node.FUNCTION)
         taken = function.__func__.__code__.co_varnames[1 : function.__func__.__code__.co_argcount]
         assert set(taken) == {*inputs["required"], *inputs.get("optional", ())}, name
-        assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == 1
+        assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
         assert node.CATEGORY
         assert node.DESCRIPTION
 

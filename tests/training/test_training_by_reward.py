@@ -89,6 +89,20 @@ def test_pairs_of_a_reward_are_brighter(pipeline, target, reward):
     assert all(0.9 < record.std < 1.1 for record in part.pairs)
 
 
+def test_pairs_of_diversity_are_filtered_by_the_reward(pipeline):
+    settings = dataclasses.replace(SETTINGS, target="diversity", margin=-0.01)
+    batch = list_candidates(PROMPTS, 4, seed=0)
+    part = PairMaker(pipeline, SHAPE, settings, Brightness()).make(batch)
+    gains = [record.reward_golden - record.reward_source for record in part.pairs]
+    assert all(found > -0.01 for found in gains)
+    assert min(gains) < 0
+    assert len(part.pairs) + len(part.rejected) == len(batch)
+    assert part.deltas.float().square().mean().sqrt() > 0.05
+    free = dataclasses.replace(settings, no_filter=True)
+    assert not free.needs_reward
+    assert len(PairMaker(pipeline, SHAPE, free, None).make(batch).pairs) == len(batch)
+
+
 def test_a_reward_without_a_gradient_is_refused_by_name(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red seven\n")
     prompts, reward = str(tmp_path / "prompts.txt"), f"{Brightness.__module__}:Brightness"

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.evaluation.rendering import image_seed
 from diffusers_ext.families.family import TextConditioning
+from diffusers_ext.golden_noise.diverse_targets import differentiable_prediction, spread_noise
 from diffusers_ext.golden_noise.noise_statistics import noise_statistics
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.pairs.shards import PairRecord, Part
@@ -92,6 +93,13 @@ class PairMaker:
             if given.target == "reward":
                 score = partial(self._differentiable_score, batch, text)
                 golden = ascend_reward(states[-1], score, steps=given.ascent_steps, rate=given.ascent_rate)
+            elif given.target == "diversity":
+                predict = differentiable_prediction(
+                    self.pipeline, text, num_steps=given.num_inference_steps, guidance_scale=given.guidance_scale
+                )
+                golden = spread_noise(
+                    states[-1], predict, gain=given.diversity_gain, steps=given.ascent_steps, rate=given.ascent_rate
+                )
             else:
                 score = partial(self._score, batch, text)
                 golden = best_neighbour(states[-1], self._others(batch, step), score, spread=given.spread)

@@ -27,8 +27,9 @@ from diffusers_ext.core.settings import (
 )
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-# Of noise pairs: a guided step and a less guided one back, the gradient of a reward, what it likes best of several.
-TARGETS = ("guidance", "reward", "best_of_n")
+# Of noise pairs: a guided step and a less guided one back, the gradient of a reward, what it likes best of several,
+# noise that spreads what is drawn for a prompt.
+TARGETS = ("guidance", "reward", "best_of_n", "diversity")
 OBJECTIVES = ("pairs", "reward")
 WEIGHT_DECAY = 1e-2
 _KL_WEIGHT = 0.01
@@ -64,9 +65,9 @@ class CandidateSettings(Settings, title="pairs"):
 
 @dataclass(kw_only=True)
 class RewardTargetSettings(Settings, title="reward targets"):
-    """How far golden noise follows a reward."""
+    """How far golden noise follows a reward, or spreads pictures."""
 
-    ascent_steps: int = setting(10, "of the reward's gradient, with `--target reward`", rule=COUNT)
+    ascent_steps: int = setting(10, "along the gradient, with `--target reward` and `diversity`", rule=COUNT)
     ascent_rate: float = setting(0.05, "length of each, as a share of the noise's deviation", rule=POSITIVE)
     gradient_steps: int | None = setting(
         None, "last denoising steps with the denoiser's gradient; all without it", rule=COUNT
@@ -77,6 +78,9 @@ class RewardTargetSettings(Settings, title="reward targets"):
         "how far they lie from the seed's noise; 1 is other seeds",
         rule=Rule("in (0, 1]", lambda value: 0 < value <= 1),
     )
+    diversity_gain: float = setting(
+        2.0, "how much further from the prompt's mean a prediction is to lie, with `--target diversity`", rule=POSITIVE
+    )
 
 
 @dataclass(kw_only=True)
@@ -86,8 +90,8 @@ class FilterSettings(Settings, title="filter"):
     reward: str = setting("hpsv2", "hpsv2, pickscore, clip_score, or module:attribute (see training/plugins.py)")
     reward_model: str | None = setting(None, "folder, file or Hub name of its weights")
     reward_version: str | None = setting(None, "e.g. v2.1 of hpsv2")
-    margin: float = setting(0.0, "a pair stays if it gains more", rule=FINITE)
-    no_filter: bool = setting(False, "keep all pairs; with the guidance target no pictures, no reward")
+    margin: float = setting(0.0, "a pair stays if it gains more; below 0 it may lose a little", rule=FINITE)
+    no_filter: bool = setting(False, "keep all pairs; guidance and diversity then need no reward")
 
 
 @dataclass(kw_only=True)
@@ -95,6 +99,11 @@ class PairSettings(SamplingSettings, CandidateSettings, RewardTargetSettings, Fi
     """How noise pairs are made and which are kept."""
 
     pretrained_model_name_or_path: str = as_in(BaseModelSettings, "pretrained_model_name_or_path", default=SDXL)
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether a reward makes the pairs or chooses among them."""
+        return self.target in ("reward", "best_of_n") or not self.no_filter
 
     def check(self) -> None:
         """Also that no one checkpoint is asked for: a set goes on where it stopped."""

@@ -170,25 +170,39 @@ def test_the_card_knows_how_the_set_was_made(hub):
 
 
 @pytest.mark.parametrize(
-    ("made", "origin", "setting"),
+    ("made", "origin", "setting", "effect"),
     [
         (
             {"target": "reward", "num_inference_steps": 2, "ascent_steps": 6, "ascent_rate": 0.1, "no_filter": True},
             "By gradient ascent of hpsv2 v2.1 through 2 denoising steps of .*, 6 times 0.1 of .* All pairs were kept",
             r"\| ascent\\_steps \| 6 \|",
+            "a reward",
         ),
         (
             {"target": "best_of_n", "best_of": 8, "spread": 0.5},
             "The best by hpsv2 v2.1 of 8 noises at a distance of 0.5 around 2 random noises .* were kept",
             r"\| spread \| 0.5 \|",
+            "a reward",
+        ),
+        (
+            {
+                "target": "diversity",
+                "num_inference_steps": 2,
+                "diversity_gain": 2.0,
+                "ascent_steps": 6,
+                "ascent_rate": 0.1,
+            },
+            "predicts in the first of 2 steps lies 2 times its distance further .*: 6 steps of 0.1 .* were kept",
+            r"\| diversity\\_gain \| 2.0 \|",
+            "spreading",
         ),
     ],
 )
-def test_the_card_of_a_reward_says_nothing_of_guidance(made, origin, setting):
+def test_the_card_of_another_target_says_nothing_of_guidance(made, origin, setting, effect):
     text = pair_set_card({**MADE, **made}, license="mit", **SIZES)("tester/pairs").text
     assert re.search(origin, text)
     assert re.search(setting, text)
-    assert "effect of a reward" in text
+    assert f"effect of {effect}" in text
     assert "redenoise" not in text
 
 
