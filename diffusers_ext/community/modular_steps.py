@@ -12,8 +12,8 @@ from diffusers.modular_pipelines import ConfigSpec, InputParam, ModularPipeline,
 from peft.tuners.lora import LoraLayer
 
 from diffusers_ext.core.attention_processors import ProjectAttnProcessor, use_processors
+from diffusers_ext.core.call_arguments import check_number
 from diffusers_ext.core.modular import DenoisingStep
-from diffusers_ext.core.settings import check_number
 from diffusers_ext.eraser.adapter.outputs import eraser_scaled
 from diffusers_ext.eraser.files import load_eraser
 from diffusers_ext.families import FAMILIES, find_modular_family

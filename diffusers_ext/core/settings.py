@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,16 +49,6 @@ def check_keywords(arguments: Iterable[str], known: Iterable[str], function: str
             raise TypeError(
                 f"{function}() got an unexpected keyword argument {name!r}{told}{did_you_mean(name, known)}"
             )
-
-
-def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    """A number of a call; `TypeError` for what is none, `ValueError` unless it is finite and in `[least, most]`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number, got a {type(value).__name__}.")
-    if not (math.isfinite(value) and least <= value <= most):
-        within = f" and in [{least:g}, {most:g}]" if math.isfinite(most) else f" and at least {least:g}"
-        raise ValueError(f"`{name}` must be finite{within if math.isfinite(least) else ''}, got {value}.")
-    return value
 
 
 @dataclass(frozen=True)

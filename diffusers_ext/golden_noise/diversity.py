@@ -40,7 +40,7 @@ WAYS = ("prediction", "prompt", "both")  # of `diversity_of`
 # s at diversity 1: of the first step, which decides the layout, and of the others.
 FIRST_SPREAD, SPREAD = 0.5, 0.25
 NUM_PROBES = 8  # fixed noises whose mean prediction is that of the prompt
-PROMPT_NOISE = 0.75  # g at diversity 1
+PROMPT_NOISE = 0.5  # g at diversity 1
 NUM_DIRECTIONS = 16  # of a prompt's noise
 _PROBE_SEED, _NOISE_SEED, _PROMPT_SEED = 0, 1_000, 2_000
 _BLOCK = 16  # tokens whose directions are drawn at once, so that longer texts change none of them

@@ -18,8 +18,8 @@ from diffusers.modular_pipelines import (
     PipelineState,
 )
 
+from diffusers_ext.core.call_arguments import check_number
 from diffusers_ext.core.modular import DenoisingStep, ExtensionStep
-from diffusers_ext.core.settings import check_number
 from diffusers_ext.families import FAMILIES, Family, find_modular_family
 from diffusers_ext.families.family import import_class
 from diffusers_ext.golden_noise.diversity import check_way, spread_pictures

@@ -23,8 +23,9 @@ from diffusers import (
     ZImagePipeline,
 )
 
+from diffusers_ext.core.call_arguments import check_number
 from diffusers_ext.core.pipelines import HandOver, add_component, register_auto_pipeline
-from diffusers_ext.core.settings import check_keywords, check_number
+from diffusers_ext.core.settings import check_keywords
 from diffusers_ext.families import Family, find_family
 from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.golden_noise.card import pipeline_card

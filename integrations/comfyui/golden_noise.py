@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from diffusers_ext import GoldenNoiseNetwork, load_noise_model
-from diffusers_ext.core.settings import check_number
+from diffusers_ext.core.call_arguments import check_number
 from diffusers_ext.golden_noise.diversity import mean_prediction, step_spread
 from diffusers_ext.golden_noise.frames import as_clips, as_pictures
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +10,6 @@ from diffusers_ext.core.settings import (
     SamplingSettings,
     TrainingSettings,
     check_keywords,
-    check_number,
     did_you_mean,
 )
 
@@ -84,17 +82,3 @@ def test_keywords_that_nothing_takes():
     )
     with pytest.raises(TypeError, match=r"train\(\) got an unexpected keyword argument 'colour'\.$"):
         check_keywords({"colour": 4}, ["rank"], "train")
-
-
-def test_numbers_of_a_call():
-    assert check_number("scale", -2) == -2
-    for value, bounds, rule in (
-        (float("nan"), (), "finite"),
-        (-1.0, (0.0,), "finite and at least 0"),
-        (1.5, (0.0, 1.0), "finite and in [0, 1]"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(f"`scale` must be {rule}, got {value}.")):
-            check_number("scale", value, *bounds)
-    for value in ("1", True, None):
-        with pytest.raises(TypeError, match="`scale` must be a number, got a"):
-            check_number("scale", value)
