@@ -10,7 +10,7 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-oldest test-newest test-versions sample-oldest sample-newest exchange-oldest exchange-newest campaign lint bench bench-gpu clean
+.PHONY: setup demo test test-oldest test-newest test-versions sample-oldest sample-newest exchange-oldest exchange-newest compatibility campaign lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -93,6 +93,11 @@ exchange-oldest: sample-oldest sample-newest
 
 exchange-newest: sample-oldest sample-newest
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(NEWEST) -m tests.versions.exchange read outputs/exchange/oldest
+
+# Rows of the page on versions, of what `make test-versions` has run.
+compatibility: test-versions
+	$(OLDEST) docs/compatibility_table.py "oldest, sample" outputs/oldest-sample.xml
+	$(NEWEST) docs/compatibility_table.py "newest, sample" outputs/newest-sample.xml
 
 # Some 2,000 altered artifacts are loaded and 24 runs killed; half an hour on two cores.
 campaign: setup
