@@ -116,6 +116,7 @@ bench: setup
 	$(BIN)/python benchmarks/editing_on_digits.py --model examples/digits_flux2/model
 	$(BIN)/python benchmarks/strength_of_edits_on_digits.py
 	$(BIN)/python benchmarks/cost_of_statistics.py
+	$(BIN)/python benchmarks/training_options.py
 	$(BIN)/python benchmarks/precision_of_statistics.py --prompts 16
 	$(BIN)/python benchmarks/real_sizes.py
 	$(BIN)/python benchmarks/editing_real_sizes.py
