@@ -53,11 +53,16 @@ def run_part(name: str, toy: bool, tell: Callable[[dict[str, Any]], None], wait:
     from benchmarks.gpu.device import Place, device_facts, this_device
 
     wait()
-    device = this_device()
-    if device.type == "cpu" and not toy:
-        raise SystemExit("A GPU must be there, got none. `--toy` rehearses on a CPU, `--budget` needs none.")
     tell({"machine": device_facts()})
-    work(Place(device, toy, tell))
+    work(Place(this_device(), toy, tell))
+
+
+def refuse_without_gpu() -> None:
+    """End the process with a message where no GPU is there."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("A GPU must be there, got none. `--toy` rehearses on a CPU, `--budget` needs none.")
 
 
 def work_on(name: str, toy: bool, rows: Path) -> None:
@@ -178,6 +183,8 @@ def main(input_args: list[str] | None = None) -> int:
 
         print(budget_text([part for part in PARTS if part.name in args.only]))
         return 0
+    if not args.toy:
+        refuse_without_gpu()
     folder = args.output_dir or (Path("outputs") if args.toy else RESULTS)
     found = measure(args.only, args.toy, folder, args.total)
     return int(any(found[name]["status"] != "done" for name in args.only))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 GO = "go\n"
 _LAST_LINES, _LAST_LETTERS = 3, 400  # of what a part that failed has written
+_NOTICES = "[transformers]"  # that are no reason
 
 
 class Part(NamedTuple):
@@ -87,7 +88,9 @@ class Worker:
 
     def _last_lines(self) -> str:
         lines = self.log.read_text(errors="replace").replace("\r", "\n").splitlines()
-        return " / ".join([line.strip() for line in lines if line.strip()][-_LAST_LINES:])[-_LAST_LETTERS:]
+        return " / ".join(
+            [line.strip() for line in lines if line.strip() and not line.startswith(_NOTICES)][-_LAST_LINES:]
+        )[-_LAST_LETTERS:]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -136,6 +136,7 @@ def test_results_of_parts_are_kept_by_later_ones(tmp_path, monkeypatch, capsys):
         return [sys.executable, "-S", "-c", code]
 
     monkeypatch.setattr(on_gpu, "part_command", stand_in)
+    monkeypatch.setattr(on_gpu, "refuse_without_gpu", lambda: None)
     assert on_gpu.main(["--only", "calls", "--output_dir", str(tmp_path)]) == 0
     assert on_gpu.main(["--only", "edits", "--output_dir", str(tmp_path)]) == 0
     parts = json.loads((tmp_path / "on_gpu.json").read_text())["parts"]
@@ -160,16 +161,18 @@ def test_results_of_parts_are_kept_by_later_ones(tmp_path, monkeypatch, capsys):
 def test_a_part_that_fails_is_told_by_the_exit_status(tmp_path, monkeypatch):
     failing = [sys.executable, "-S", "-c", "raise SystemExit(3)"]
     monkeypatch.setattr(on_gpu, "part_command", lambda part, path, toy: failing)
+    monkeypatch.setattr(on_gpu, "refuse_without_gpu", lambda: None)
     assert on_gpu.main(["--only", "calls", "--output_dir", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "on_gpu.json").read_text())["parts"]["calls"]
     assert found["status"] == "failed (3): "
     assert found["rows"] == []
 
 
-def test_without_a_gpu_nothing_is_measured_at_real_sizes(monkeypatch):
+def test_without_a_gpu_nothing_is_measured_at_real_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="A GPU must be there, got none. `--toy` rehearses"):
-        on_gpu.run_part("calls", False, lambda _: None, lambda: None)
+        on_gpu.main(["--only", "calls", "--output_dir", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_parts_are_refused(capsys):
