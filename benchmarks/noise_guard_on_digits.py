@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
 from diffusers_ext.evaluation.rendering import shots_of, unit_noise
 from diffusers_ext.golden_noise.first_prediction import first_prediction
 from diffusers_ext.golden_noise.networks.base import load_noise_model
+from diffusers_ext.golden_noise.networks.guard import choose_threshold
+from diffusers_ext.golden_noise.pairs.dataset import source_noise
+from diffusers_ext.golden_noise.pairs.shards import judged_pairs
 from diffusers_ext.golden_noise.redenoise import encode_prompts
+from diffusers_ext.training.golden_noise.data import split_by_prompt
+from diffusers_ext.training.guard import gains_of
 from examples.digits.check_model import MODEL_DIR, load_pipeline
 from examples.digits.golden_noise import GUIDANCE_SCALE, HELD_OUT_PROMPTS, NETWORKS, REWARD
 from training import train_noise_guard
@@ -31,21 +37,33 @@ from training import train_noise_guard
 _READS = ("prediction", "noise")
 _RESAMPLES = 2000
 _KEPT = (0.98, 0.95, 0.9, 0.8)  # shares of the gain, of the curve
-_SEED = 1  # of `evaluate`
+_LOST = (0.05, 0.1)  # that the thresholds allow
+_SEED, _SHAPE = 1, (4, 8, 8)  # of `evaluate`
 
 
-def train_guard(network: Path, prompts: Path, gains: Path, folder: Path, reads: str, args: argparse.Namespace) -> Path:
-    """The network with its guard, unless it is there; both guards learn from the same gains of the network."""
-    if not (folder / "training_report.json").is_file():
-        line = [
-            "--pretrained_model_name_or_path", str(MODEL_DIR), "--noise_model", str(network),
-            "--prompt_file", str(prompts), "--noises_per_prompt", str(args.gains_per_prompt), "--reward", REWARD,
-            "--num_inference_steps", str(args.steps[0]), "--guidance_scale", str(GUIDANCE_SCALE),
-            "--batch_size", "100", "--shard_size", "500", "--seed", "2000000", "--dataset_dir", str(gains),
-            "--reads", reads, "--output_dir", str(folder), "--max_train_steps", str(args.guard_steps),
+def train_guard(network: Path, work: Path, reads: str, args: argparse.Namespace) -> Path:
+    """The network with its guard, unless it is there; guards learn from the same pairs or gains."""
+    name, pairs = f"reads_{reads}", learned_from(args)
+    line = [
+        "--pretrained_model_name_or_path", str(MODEL_DIR), "--noise_model", str(network), "--reads", reads,
+        "--max_train_steps", str(args.guard_steps), "--text_batch_size", "100",
+    ]  # fmt: skip
+    if args.gains_per_prompt:
+        name += f"_{args.gains_per_prompt}_gains"
+        line += [
+            "--prompt_file", str(args.work_dir / "pairs.txt"), "--noises_per_prompt", str(args.gains_per_prompt),
+            "--reward", REWARD, "--num_inference_steps", str(args.steps[0]), "--guidance_scale", str(GUIDANCE_SCALE),
+            "--batch_size", "100", "--shard_size", "500", "--seed", "2000000",
         ]  # fmt: skip
+    if not (work / name / "training_report.json").is_file():
+        line += ["--dataset_dir", str(pairs), "--output_dir", str(work / name)]
         train_noise_guard.main(train_noise_guard.parse_args(line))
-    return folder
+    return work / name
+
+
+def learned_from(args: argparse.Namespace) -> Path:
+    """Folder of the pairs or gains that guards learn from."""
+    return args.work_dir / (f"guard/{args.gains_per_prompt}_gains" if args.gains_per_prompt else "pairs")
 
 
 def paired_gains(report: GoldenNoiseReport, name: str, reward: str) -> torch.Tensor:
@@ -94,18 +112,27 @@ def figures(alone: torch.Tensor, changed: torch.Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def expectations(folder: Path, pictures: int) -> tuple[torch.Tensor, float]:
-    """What a guard expects of the pairs of the report, in its order, `(prompts, pictures)`, and its threshold."""
+def expectations(folder: Path, noises: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """What a guard expects of noises and their prompts, `(noises,)`."""
     pipeline, network, found = load_pipeline(), load_noise_model(folder).eval(), []
     guard = network.guard
     network.set_guard(None)
-    shots = shots_of(HELD_OUT_PROMPTS, pictures, _SEED)
-    for start in range(0, len(shots), 100):
-        batch = shots[start : start + 100]
-        noise, text = unit_noise(batch, (4, 8, 8)), encode_prompts(pipeline, [shot.prompt for shot in batch])
+    for noise, rows in zip(noises.split(100), torch.arange(len(prompts)).split(100), strict=True):
+        text = encode_prompts(pipeline, [prompts[row] for row in rows])
         golden = network.refine(noise, text.prompt_embeds)
         found.append(guard(guard.inputs(noise, golden, first_prediction(pipeline, text)), text.prompt_embeds))
-    return torch.cat(found).view(-1, pictures), guard.config.threshold
+    return torch.cat(found)
+
+
+def thresholds(folder: Path, pairs: Path) -> dict[float, float]:
+    """By the share of the gain that may be lost, what the training would choose on the pairs that it held out."""
+    arguments = json.loads((folder / "training_report.json").read_text())["arguments"]
+    records = judged_pairs(pairs)
+    split = split_by_prompt([r.prompt for r in records], arguments["validation_split"], arguments["seed"])
+    held_out = [records[row] for row in split.validation]
+    noises = torch.stack([source_noise(record.seed, _SHAPE) for record in held_out])
+    expected = expectations(folder, noises, [record.prompt for record in held_out])
+    return {share: choose_threshold(gains_of(held_out), expected, share) for share in _LOST}
 
 
 def curve(gains: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
@@ -118,14 +145,14 @@ def curve(gains: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     }
 
 
-def guard_row(steps: int, reads: str, reward: str, x: dict[str, Any]) -> list[str]:
+def guard_row(steps: int, reads: str, share: str, reward: str, x: dict[str, Any]) -> list[str]:
     """A line of the table."""
     shares = [
         f"{x[key]:.3f} [{x[f'{key}_interval'][0]:.3f}, {x[f'{key}_interval'][1]:.3f}]"
         for key in ("losses_avoided", "gain_lost")
     ]
     return [
-        str(steps), reads, reward, f"{x['share_changed']:.3f}", f"{x['losing'][0]:.3f}", f"{x['losing'][1]:.3f}",
+        str(steps), reads, share, reward, f"{x['share_changed']:.3f}", f"{x['losing'][0]:.3f}", f"{x['losing'][1]:.3f}",
         *shares, f"{x['win_rate']:.3f}", f"{x['win_rate_changed']:.3f}",
     ]  # fmt: skip
 
@@ -136,22 +163,29 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/golden_noise"))
     parser.add_argument("--network", choices=NETWORKS, default="GoldenNoiseModel of low bands")
     parser.add_argument("--noises_per_prompt", type=int, default=20, help="of 200 prompts, for the network")
-    parser.add_argument("--gains_per_prompt", type=int, default=8, help="of the same prompts, for the guards")
+    parser.add_argument(
+        "--gains_per_prompt",
+        type=int,
+        default=0,
+        help="that the network is judged by; 0 takes the rewards of the pairs",
+    )
     parser.add_argument("--pictures", type=int, default=10, help="of each of 100 held-out prompts")
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 6], help="guards learn from the first")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 6], help="the network is judged by the first")
     parser.add_argument("--guard_steps", type=int, default=600)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(input_args)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     data = prepare_data(args.work_dir, args.noises_per_prompt, ["pairs"])
     folders = train_all([args.network], data, args.work_dir, args.jobs)
-    work, prompts = args.work_dir / "guard", args.work_dir / "pairs.txt"
+    work = args.work_dir / "guard"
     work.mkdir(exist_ok=True)
-    guarded = {
-        reads: train_guard(folders[args.network], prompts, work / "gains", work / f"reads_{reads}", reads, args)
-        for reads in _READS
+    guarded = {reads: train_guard(folders[args.network], work, reads, args) for reads in _READS}
+    shots = shots_of(HELD_OUT_PROMPTS, args.pictures, _SEED)
+    noises, prompts = unit_noise(shots, _SHAPE), [shot.prompt for shot in shots]
+    guesses = {
+        reads: (expectations(folder, noises, prompts).view(-1, args.pictures), thresholds(folder, learned_from(args)))
+        for reads, folder in guarded.items()
     }
-    guesses = {reads: expectations(folder, args.pictures) for reads, folder in guarded.items()}
     found, rows = {}, []
     for steps in args.steps:
         report = evaluate(folders, steps, args.pictures, work, targets=False)
@@ -162,14 +196,16 @@ def main(input_args: list[str] | None = None) -> None:
                 "gain_of_worst_tenth": (gains[worst].sum() / gains.sum()).item(),
                 "curve_by_plain_reward": curve(gains, -plain),  # of a guard that knew the seed's picture
             }
-        for reads, (expected, threshold) in guesses.items():
+        for reads, (expected, chosen) in guesses.items():
             for reward in report.settings["rewards"]:
                 gains = paired_gains(report, args.network, reward)
-                x = figures(gains, expected > threshold) | {"curve": curve(gains.flatten(), expected.flatten())}
-                found[f"{steps} steps, reads {reads}, {reward}"] = x
-                rows.append(guard_row(steps, reads, reward, x))
-    header = ["steps", "reads", "reward", "share changed", "losing pairs", "with guard", "losses avoided", "gain lost",
-              "win rate", "win rate among the changed"]  # fmt: skip
+                by_share = {str(share): figures(gains, expected > value) for share, value in chosen.items()}
+                rows += [guard_row(steps, reads, share, reward, x) for share, x in by_share.items()]
+                found[f"{steps} steps, reads {reads}, {reward}"] = {
+                    "by_gain_lost": by_share, "curve": curve(gains.flatten(), expected.flatten())
+                }  # fmt: skip
+    header = ["steps", "reads", "--gain_lost", "reward", "share changed", "losing pairs", "with guard",
+              "losses avoided", "gain lost", "win rate", "win rate among the changed"]  # fmt: skip
     text = table(header, rows)
     kept = ("pairs", "training_pairs", "validation_pairs", "parameters", "validation", "seconds")
     training = {reads: json.loads((folder / "training_report.json").read_text()) for reads, folder in guarded.items()}

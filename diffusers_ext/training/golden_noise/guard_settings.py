@@ -50,7 +50,7 @@ class NoiseGuardSettings(Settings, title="guard"):
     dataset_dir: str = required("judged noises: folder, also of generate_npd.py, or Hub name of its pairs")
     dataset_revision: str | None = setting(None, "revision of the noises on the Hub")
     gain_lost: float = setting(
-        0.05, "share of the gain on held-out prompts that may be lost; sets the threshold", rule=BELOW_ONE
+        0.1, "share of the gain on held-out prompts that may be lost; sets the threshold", rule=BELOW_ONE
     )
     validation_split: float = setting(
         0.2, "share of the prompts that set the threshold", rule=Rule("in (0, 1)", lambda value: 0 < value < 1)
