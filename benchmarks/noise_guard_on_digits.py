@@ -74,11 +74,6 @@ def paired_gains(report: GoldenNoiseReport, name: str, reward: str) -> torch.Ten
     return torch.tensor(list(rows.values()), dtype=torch.float64)
 
 
-def plain_rewards(report: GoldenNoiseReport, reward: str) -> torch.Tensor:
-    """Of the pictures of the seeds, in the order of the report, `(pairs,)`."""
-    return torch.tensor([row[f"standard/{reward}"] for row in report.rows], dtype=torch.float64)
-
-
 def guard_shares(gains: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of `(..., pictures, 2)`: share of the gain lost and of the losing pairs avoided, `(...)`."""
     sums, losing = gains.sum(-2), (gains < 0).sum(-2).double()
@@ -145,6 +140,15 @@ def curve(gains: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     }
 
 
+def of_the_plain_pictures(report: GoldenNoiseReport, name: str, reward: str) -> dict[str, Any]:
+    """How much of the gain those hold that are worst, and the curve of a guard that knew their rewards."""
+    plain = torch.tensor([row[f"standard/{reward}"] for row in report.rows], dtype=torch.float64)
+    gains = paired_gains(report, name, reward).flatten()
+    worst = plain.argsort()[: len(plain) // 10]
+    share = (gains[worst].sum() / gains.sum()).item()
+    return {"gain_of_worst_tenth": share, "curve_by_plain_reward": curve(gains, -plain)}
+
+
 def guard_row(steps: int, reads: str, share: str, reward: str, x: dict[str, Any]) -> list[str]:
     """A line of the table."""
     shares = [
@@ -152,8 +156,9 @@ def guard_row(steps: int, reads: str, share: str, reward: str, x: dict[str, Any]
         for key in ("losses_avoided", "gain_lost")
     ]
     return [
-        str(steps), reads, share, reward, f"{x['share_changed']:.3f}", f"{x['losing'][0]:.3f}", f"{x['losing'][1]:.3f}",
-        *shares, f"{x['win_rate']:.3f}", f"{x['win_rate_changed']:.3f}",
+        str(steps), reads, share, reward, f"{x['share_changed']:.3f}",
+        f"{x['losing'][0]:.3f}", f"{x['losing'][1]:.3f}", *shares,
+        f"{x['win_rate']:.3f}", f"{x['win_rate_changed']:.3f}",
     ]  # fmt: skip
 
 
@@ -190,12 +195,7 @@ def main(input_args: list[str] | None = None) -> None:
     for steps in args.steps:
         report = evaluate(folders, steps, args.pictures, work, targets=False)
         for reward in report.settings["rewards"]:
-            plain, gains = plain_rewards(report, reward), paired_gains(report, args.network, reward).flatten()
-            worst = plain.argsort()[: len(plain) // 10]
-            found[f"{steps} steps, {reward}"] = {
-                "gain_of_worst_tenth": (gains[worst].sum() / gains.sum()).item(),
-                "curve_by_plain_reward": curve(gains, -plain),  # of a guard that knew the seed's picture
-            }
+            found[f"{steps} steps, {reward}"] = of_the_plain_pictures(report, args.network, reward)
         for reads, (expected, chosen) in guesses.items():
             for reward in report.settings["rewards"]:
                 gains = paired_gains(report, args.network, reward)
