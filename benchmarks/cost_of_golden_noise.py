@@ -89,11 +89,30 @@ def rows_of(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def operations_of(flops: dict[str, int]) -> tuple[dict[str, Any], str]:
+    """Counts, and the share of each run that each network takes, as a table."""
+    rows = [[f"GoldenNoiseModel, {kind}", f"{flops[kind] / 1e12:.4f}", *[""] * len(NETWORKS)] for kind in NETWORKS]
+    shares: dict[str, Any] = {}
+    for name, (steps, each) in RUNS.items():
+        total = flops["unet"] * steps * each
+        shares[name] = {kind: flops[kind] / total for kind in NETWORKS}
+        cells = (f"{share:.4%} (1/{1 / share:.0f})" for share in shares[name].values())
+        rows.append([f"SDXL's UNet, {name}", f"{total / 1e12:.0f}", *cells])
+    header = ["one 1024 x 1024 picture", "TFLOPs", *(f"share of the network, {kind}" for kind in NETWORKS)]
+    return {"flops": flops, "shares": shares}, table(header, rows)
+
+
 def main(input_args: list[str] | None = None) -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--operations", action="store_true", help="count operations alone, from shapes")
     args = parser.parse_args(input_args)
+    if args.operations:
+        counted, text = operations_of(count_flops())
+        write_results("operations_of_golden_noise", counted, text)
+        print(text)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = measure(device, args.repeats)
     text = table(["one 1024 x 1024 picture", "TFLOPs", "time"], rows_of(found))
