@@ -145,6 +145,8 @@ def tiny_hunyuan_video15_pipeline(seed: int = 0) -> HunyuanVideo15Pipeline:
         num_key_value_heads=1,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
     )
+    if "rope_parameters" not in Qwen2_5_VLTextConfig().to_dict():  # transformers 4
+        qwen.rope_scaling = {"type": "default", "mrope_section": [1, 1, 2]}
     t5 = T5Config(vocab_size=384, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     pipeline = HunyuanVideo15Pipeline(
         Qwen2_5_VLTextModel(qwen).eval(),

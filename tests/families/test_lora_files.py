@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers import __version__ as diffusers_version
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -151,6 +152,8 @@ def test_loras_without_effect_are_refused():
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 @pytest.mark.parametrize("config", [{}, {"rank_pattern": {"to_k": 3}}])
 def test_exported_files_draw_the_same_pictures_in_stock_pipelines(tmp_path, build, format, config):
+    if config and format == "diffusers" and tuple(map(int, diffusers_version.split(".")[:2])) < (0, 40):
+        pytest.skip("diffusers below 0.40 scales a file of several ranks by one of them")
     trained = build()
     folder = save_adapters(trained, tmp_path, **config)
     lora = read_lora(folder)
