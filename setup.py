@@ -17,7 +17,6 @@ DEMO_FILES = (
     "examples/demo*.py",
     "examples/report.css",
     "examples/report.html.jinja",
-    "examples/small_tokenizers.py",
     "examples/digits/*.py",
     "examples/digits/model/**/*",
     "examples/digits_flux2/*.py",

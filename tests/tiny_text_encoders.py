@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from examples.digits.prompts import COLORS, DIGITS
-from examples.small_tokenizers import byte_pair_tokenizer
-from examples.small_tokenizers import gemma_tokenizer as small_gemma_tokenizer
+from examples.digits.small_tokenizers import byte_pair_tokenizer
+from examples.digits.small_tokenizers import gemma_tokenizer as small_gemma_tokenizer
 
 _CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"

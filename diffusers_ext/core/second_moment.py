@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ def exact_float32_matmul(device_type: str) -> Iterator[None]:
     The precision is one of the whole process: it is back once the last of all threads is done.
     """
     with ExitStack() as stack:
-        for setting in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-            stack.enter_context(held_attribute(setting, "fp32_precision", "ieee", _set_precision))
+        for setting, name, exact, write in _PRECISIONS:
+            stack.enter_context(held_attribute(setting, name, exact, write))
         stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
@@ -34,6 +34,28 @@ def _set_precision(setting: object, name: str, precision: str) -> None:
     setattr(setting, name, "none")
     if getattr(setting, name) != precision:
         setattr(setting, name, precision)
+
+
+class _PrecisionOfAll:
+    """What torch below 2.9 has in place of a precision of each device: one word for all."""
+
+    @property
+    def word(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @word.setter
+    def word(self, word: str) -> None:
+        torch.set_float32_matmul_precision(word)
+
+
+_PRECISIONS: list[tuple[object, str, str, Callable[[object, str, str], None]]] = (
+    [
+        (one, "fp32_precision", "ieee", _set_precision)
+        for one in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    ]
+    if hasattr(torch.backends.mkldnn, "matmul")
+    else [(_PrecisionOfAll(), "word", "highest", setattr)]
+)
 
 
 def gram(features: torch.Tensor, dtype: torch.dtype = torch.float32, precision: str = "float32") -> torch.Tensor:

@@ -7,7 +7,7 @@ import re
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from examples.small_tokenizers import byte_pair_tokenizer
+from examples.digits.small_tokenizers import byte_pair_tokenizer
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLORS = {

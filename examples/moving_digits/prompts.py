@@ -9,7 +9,7 @@ from typing import NamedTuple
 from transformers import T5Tokenizer
 
 from examples.digits.prompts import COLORS, DIGITS, HELD_OUT_PAIRS, TRAINING_PAIRS
-from examples.small_tokenizers import t5_tokenizer
+from examples.digits.small_tokenizers import t5_tokenizer
 
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx) a frame
 TEMPLATES = (

@@ -18,8 +18,9 @@ def test_the_call_shows_the_arguments_of_the_plain_pipeline(family):
     plain, golden = type(FAMILIES[family].plain()), FAMILIES[family].golden
     expected = dict(inspect.signature(plain.__call__).parameters)
     shown = dict(inspect.signature(golden.__call__).parameters)
-    scale, diversity = shown.pop("golden_noise_scale"), shown.pop("diversity")
+    scale, diversity, way = (shown.pop(name) for name in ("golden_noise_scale", "diversity", "diversity_of"))
     assert shown == expected
+    assert (way.default, way.kind) == ("prediction", inspect.Parameter.KEYWORD_ONLY)
     assert (scale.default, scale.kind) == (1.0, inspect.Parameter.KEYWORD_ONLY)
     assert (diversity.default, diversity.kind) == (0.0, inspect.Parameter.KEYWORD_ONLY)
     assert "golden_noise_scale" in golden.__call__.__doc__

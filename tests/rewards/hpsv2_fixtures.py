@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from examples.small_tokenizers import byte_pair_tokenizer
+from examples.digits.small_tokenizers import byte_pair_tokenizer
 from tests.filled_weights import fill
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "hpsv2"

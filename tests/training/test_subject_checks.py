@@ -245,7 +245,12 @@ def test_every_setting_that_decides_what_comes_out_is_compared_on_resume(subject
     reporting = {"report_to", "logging_dir", "logging_steps", "dataloader_num_workers"}
     harmless = {n for n in vars(args) if n.startswith(("hub_", "push_", "checkpoint", "valid"))}
     harmless |= {"num_validation_images", "max_train_steps", "overwrite_output_dir", "traceback"}
-    # Another way to compute the same attention.
-    harmless.add("enable_xformers_memory_efficient_attention")
+    # Other ways to compute the same.
+    harmless |= {
+        "enable_xformers_memory_efficient_attention",
+        "compile_model",
+        "channels_last",
+        "dataloader_pin_memory",
+    }
     compared = decided.keys() | run_facts(args).keys()
     assert {one.name for one in fields(args)} - compared == elsewhere | reporting | harmless
