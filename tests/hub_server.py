@@ -142,6 +142,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body would wait 40 ms for the answer to its headers
 
     def setup(self) -> None:
         super().setup()
