@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -49,7 +51,7 @@ class CallScope:
 
 def _set_open(scopes: tuple[CallScope, ...]) -> None:
     _OPEN.set(scopes)
-    torch._C._stash_obj_in_tls(_NAME, scopes)
+    _stash(_NAME, scopes)
 
 
 def _open_where_backward_was_called() -> tuple[CallScope, ...]:
@@ -57,7 +59,35 @@ def _open_where_backward_was_called() -> tuple[CallScope, ...]:
     # own; torch hands them what was stashed in the thread that called `backward`.
     if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_NAME):
         return ()
-    return torch._C._get_obj_in_tls(_NAME)
+    scopes = torch._C._get_obj_in_tls(_NAME)
+    if not _IS_COUNTED:
+        _hold(scopes)
+    return scopes
+
+
+def _stash(name: str, value: object) -> None:
+    if not _IS_COUNTED:
+        _hold(value)
+    torch._C._stash_obj_in_tls(name, value)
+
+
+def _hold(value: object) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+def _stashed_is_counted() -> bool:
+    """Whether torch counts its references to what it stashes. 2.7 only takes them back, which frees what is in use."""
+    probe, name = object(), f"{_NAME}_probe"
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(name, probe)
+    counted = sys.getrefcount(probe) > before
+    if not counted:
+        _hold(probe)
+    torch._C._stash_obj_in_tls(name, None)
+    return counted
+
+
+_IS_COUNTED = _stashed_is_counted()
 
 
 class _Absent:

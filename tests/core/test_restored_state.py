@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -129,6 +130,20 @@ def test_a_backward_pass_belongs_to_where_it_was_called():
         loss[0].backward()
     loss[1].backward()
     assert asked == [True, False]
+
+
+def test_what_torch_stashes_is_held_as_long_as_it_is_stashed():
+    scopes, seen = [CallScope() for _ in range(3)], []
+    counts = [sys.getrefcount(scope) for scope in scopes]
+    for _ in range(50):  # torch 2.7 took references back that it had never counted
+        with scopes[0], scopes[1]:
+            x = torch.ones(2, requires_grad=True)
+            x.register_hook(lambda grad: seen.append(scopes[1].covers_this_call()))
+            x.sum().backward()
+        with scopes[2]:
+            pass
+    assert [sys.getrefcount(scope) for scope in scopes] == counts
+    assert seen == [True] * 50
 
 
 def test_the_last_one_restores_whatever_the_order():
