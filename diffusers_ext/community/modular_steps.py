@@ -64,8 +64,7 @@ class EraserStep(DenoisingStep):
         if eraser is None or not scale:
             yield
             return
-        # One name for each eraser: pipelines that share a denoiser may have different ones.
-        name = f"{ERASER}_{hashlib.sha256(eraser.encode()).hexdigest()[:8]}"
+        name = adapter_name(ERASER, eraser)  # pipelines that share a denoiser may have different ones
         with _LOADING:
             if name not in getattr(denoiser, "peft_config", {}):
                 load_eraser(denoiser, eraser, adapter_name=name, scale=0.0)  # so that others never see it
@@ -108,8 +107,8 @@ class NullSpaceLoraStep(DenoisingStep):
         strength = check_number("projection_strength", state.get("projection_strength"), 0.0, 1.0)
         config = components.config
         denoiser = getattr(components, find_modular_family(components).denoiser)
-        if config["lora"] is not None and LORA not in getattr(denoiser, "peft_config", {}):
-            components.load_lora_weights(config["lora"], adapter_name=LORA)
+        if config["lora"] is not None:
+            load_lora_once(components, denoiser, config["lora"])
         if not strength or config["statistics"] is None:
             yield
             return
@@ -124,6 +123,25 @@ class NullSpaceLoraStep(DenoisingStep):
             found = NullSpaceProjector.from_statistics(FeatureStatistics.from_pretrained(statistics), damping=damping)
             self._projector = (statistics, damping), found.projections()
         return self._projector[1]
+
+
+def adapter_name(kind: str, source: str) -> str:
+    """The name of what a step loads, another one for each source."""
+    return f"{kind}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+
+
+def load_lora_once(components: ModularPipeline, denoiser: torch.nn.Module, lora: str) -> None:
+    """Load a LoRA unless the denoiser has it; `ValueError` where it has that of another pipeline's step."""
+    name = adapter_name(LORA, lora)
+    with _LOADING:
+        there = [other for other in getattr(denoiser, "peft_config", {}) if other.startswith(f"{LORA}_")]
+        if there and name not in there:
+            raise ValueError(
+                f"`lora` must be the one that this denoiser has by the step of another pipeline, got {lora!r}. Give "
+                "this pipeline a denoiser of its own, or take the other LoRA off: `unload_lora_weights()`."
+            )
+        if not there:
+            components.load_lora_weights(lora, adapter_name=name)
 
 
 def layers_of(projections: dict[str, torch.Tensor]) -> list[str]:

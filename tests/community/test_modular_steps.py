@@ -117,6 +117,10 @@ def test_a_lora_is_projected_by_the_dial(sdxl):
     assert (kept - without).abs().mean() < (as_it_is - without).abs().mean()
     with pytest.raises(ValueError, match="`projection_strength` must be finite and in"):
         call(modular, "sdxl", projection_strength=2)
+    other = modular_pipeline(plain, "sdxl", (NullSpaceLoraStep,))
+    other.update_components(lora=str(folder / "other"))
+    with pytest.raises(ValueError, match="`lora` must be the one that this denoiser has .* got '.*other'"):
+        call(other, "sdxl")
 
 
 def test_all_steps_go_over_the_hub_together(hub, sdxl):
