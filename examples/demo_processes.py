@@ -50,10 +50,13 @@ def step_events(parts: Sequence[DemoPart], processes: int, prepare: Callable[[],
                     part, chain = chains.pop(0)
                     connection.send((part, chain, copies[part]))
                 else:
+                    connection.send(None)  # ends by itself, with what it holds put away
                     waiting.remove(connection)
-    finally:
+    except BaseException:
         for worker in workers:
             worker.terminate()
+        raise
+    finally:
         for worker in workers:
             worker.join()
 
@@ -64,7 +67,10 @@ def _work(connection: Connection, prepare: Callable[[], None]) -> None:
     prepare()
     while True:
         connection.send(None)  # ready for the next chain
-        position, chain, part = connection.recv()
+        given = connection.recv()
+        if given is None:
+            return
+        position, chain, part = given
         for index, step in enumerate(pickle.loads(part).steps()):
             if step.chain == chain:
                 connection.send(StepEvent(position, index))
