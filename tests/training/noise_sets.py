@@ -63,10 +63,10 @@ def gain_of(seed: int) -> float:
     return source_noise(seed, SHAPE).mean().item() * 8 + 0.2
 
 
-def judged_pairs(folder: Path, count: int = 64) -> Path:
+def judged_pairs(folder: Path, count: int = 64, prompts: tuple[str, ...] = PROMPTS) -> Path:
     """A native set of pairs that a reward has judged, by `gain_of`."""
     records = [
-        PairRecord(seed, PROMPTS[seed % len(PROMPTS)], seed, 0.5, 0.5 + gain_of(seed), 0.0, 1.0, 0.0, 0.0)
+        PairRecord(seed, prompts[seed % len(prompts)], seed, 0.5, 0.5 + gain_of(seed), 0.0, 1.0, 0.0, 0.0)
         for seed in range(count)
     ]
     kept = [record for record in records if record.reward_golden > record.reward_source]

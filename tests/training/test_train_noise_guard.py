@@ -7,46 +7,26 @@ import pytest
 import torch
 
 from diffusers_ext.golden_noise.networks.base import load_noise_model
-from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter, judged_pairs, shard_files
 from diffusers_ext.training.golden_noise import gains
+from tests.training import noise_sets
+from tests.training.noise_sets import SHAPE, guarded_network
 from tests.training.pair_runs import QUICK_PAIRS, write_prompt_file
 from tests.training.script_runs import PROMPTS, command_line
 from training import train_noise_guard
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-SHAPE = (4, 8, 8)
-
-
-def gain_of(seed: int) -> float:
-    """A gain that the noise alone decides, by its mean; negative for a third of the seeds."""
-    return source_noise(seed, SHAPE).mean().item() * 8 + 0.2
 
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    network = GoldenNoiseModel(4, 2, 8, text_embed_dim=128, width=16, num_layers=1, num_heads=2)
-    torch.nn.init.normal_(network.head.weight, std=0.2)
-    folder = tmp_path_factory.mktemp("network")
-    network.save_pretrained(folder)
-    return folder
+    return guarded_network(tmp_path_factory.mktemp("network"))
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "judged"
-    records = [
-        PairRecord(seed, PROMPTS[seed % len(PROMPTS)], seed, 0.5, 0.5 + gain_of(seed), 0.0, 1.0, 0.0, 0.0)
-        for seed in range(200)
-    ]
-    kept = [record for record in records if record.reward_golden > record.reward_source]
-    writer = PairWriter(folder, SHAPE, 1, num_shards=1, facts={})
-    writer.create()
-    writer.write_part(0, 0, torch.zeros(len(kept), 1, *SHAPE), kept, [r for r in records if r not in kept])
-    writer.finish_shard(0, 1)
-    return folder
+    return noise_sets.judged_pairs(tmp_path_factory.mktemp("pairs") / "judged", 200, PROMPTS)
 
 
 def line(network: Path, pairs: Path, output_dir: Path, **arguments) -> list[str]:
