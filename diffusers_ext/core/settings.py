@@ -231,6 +231,15 @@ OPTIMIZERS = {
 _LEAST_PRODIGY_RATE = 0.1
 
 
+def check_package(name: str, value: str, package: str) -> None:
+    """Raise `ValueError` where the package that the value of a setting stands on is not installed."""
+    if find_spec(package) is None:
+        raise ValueError(
+            f"`{name}` must have its package {package}, got {value!r} without it. Install it "
+            f"(`pip install {package}`), or leave the flag out."
+        )
+
+
 @dataclass(kw_only=True)
 class TrainingSettings(Settings, title="training"):
     """Loop, optimizer and checkpoints."""
@@ -297,12 +306,8 @@ class TrainingSettings(Settings, title="training"):
             raise ValueError(f"`lr_scheduler` must be one of {known}, got {self.lr_scheduler}.")
 
     def _check_optimizer(self) -> None:
-        name, (package, _) = self.optimizer, OPTIMIZERS[self.optimizer]
-        if find_spec(package) is None:
-            raise ValueError(
-                f"`optimizer` must have its package {package}, got {name!r} without it. Install it "
-                f"(`pip install {package}`), or leave the flag out."
-            )
+        name = self.optimizer
+        check_package("optimizer", name, OPTIMIZERS[name][0])
         if name == "prodigy" and self.learning_rate is not None and self.learning_rate < _LEAST_PRODIGY_RATE:
             raise ValueError(
                 f"`learning_rate` must be near 1 with `optimizer` prodigy, which multiplies the rate that it finds, "

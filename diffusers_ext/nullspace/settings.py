@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from diffusers_ext.core.settings import (
@@ -21,6 +20,7 @@ from diffusers_ext.core.settings import (
     Settings,
     TrainingRunSettings,
     as_in,
+    check_package,
     required,
     setting,
 )
@@ -110,12 +110,7 @@ class KnownModelSettings(ModelSettings, AttentionSettings, SamplingSettings, Kno
         super().check()
         if self.quantization is None:
             return
-        package, _ = QUANTIZATIONS[self.quantization]
-        if find_spec(package) is None:
-            raise ValueError(
-                f"`quantization` must have its package {package}, got {self.quantization!r} without it. Install it "
-                f"(`pip install {package}`), or leave the flag out."
-            )
+        check_package("quantization", self.quantization, QUANTIZATIONS[self.quantization][0])
         if self.pretrained_model_name_or_path.endswith(".safetensors"):
             raise ValueError(
                 f"`quantization` must be left out with a single file, got {self.quantization!r}. Give the model in "
