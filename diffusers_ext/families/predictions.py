@@ -44,13 +44,13 @@ def scheduler_level(
     """Levels of `timesteps`, `(batch,)`, in the dtype of `x_t` and to be multiplied with it.
 
     With `flow_matching`, timesteps are `num_train_timesteps` times sigma, whatever shift the scheduler's grid has;
-    without, the scheduler must have `alphas_cumprod`.
+    without, the scheduler must have `alphas_cumprod`, and a timestep between two of its levels has the lower one.
     """
     if flow_matching:
         sigma = _like(timesteps.to(x_t) / scheduler.config.num_train_timesteps, x_t)
         return Level(1 - sigma, sigma)
     check_diffusion_levels(scheduler)
-    return diffusion_level(_like(scheduler.alphas_cumprod.to(x_t)[timesteps.to(x_t.device)], x_t))
+    return diffusion_level(_like(scheduler.alphas_cumprod.to(x_t)[timesteps.to(x_t.device).long()], x_t))
 
 
 def _like(values: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
@@ -69,29 +69,40 @@ def predicted_of(x_0: torch.Tensor, noise: torch.Tensor, level: Level, predictio
     return noise - x_0
 
 
-def x_0_and_noise(
-    output: torch.Tensor, x_t: torch.Tensor, level: Level, prediction_type: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The x_0 and the noise that a model's `output` at `x_t` means.
-
-    Not finite where they cannot be told: x_0 from `epsilon` of noise alone, noise from `sample` where there is none.
-    """
+def predicted_x_0(output: torch.Tensor, x_t: torch.Tensor, level: Level, prediction_type: str) -> torch.Tensor:
+    """The x_0 that a model's `output` at `x_t` means; not finite from `epsilon` of noise alone."""
     _check_type(prediction_type)
     signal, sigma = level
     if prediction_type == "epsilon":
-        return (x_t - sigma * output) / signal, output
+        return (x_t - sigma * output) / signal
     if prediction_type == "sample":
-        return output, (x_t - signal * output) / sigma
+        return output
     if prediction_type == "v_prediction":
-        return signal * x_t - sigma * output, sigma * x_t + signal * output
-    return x_t - sigma * output, x_t + signal * output
+        return signal * x_t - sigma * output
+    return x_t - sigma * output
+
+
+def predicted_noise(output: torch.Tensor, x_t: torch.Tensor, level: Level, prediction_type: str) -> torch.Tensor:
+    """The noise that a model's `output` at `x_t` means; not finite from `sample` where there is none."""
+    _check_type(prediction_type)
+    signal, sigma = level
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "sample":
+        return (x_t - signal * output) / sigma
+    if prediction_type == "v_prediction":
+        return sigma * x_t + signal * output
+    return x_t + signal * output
 
 
 def convert_prediction(
     output: torch.Tensor, x_t: torch.Tensor, level: Level, source: str, target: str
 ) -> torch.Tensor:
     """The same prediction as another type: `output` of the type `source` as one of the type `target`."""
-    return output if source == target else predicted_of(*x_0_and_noise(output, x_t, level, source), level, target)
+    if source == target:
+        return output
+    meant = (predict(output, x_t, level, source) for predict in (predicted_x_0, predicted_noise))
+    return predicted_of(*meant, level, target)
 
 
 def step_factors(level: Level, to: Level, prediction_type: str) -> tuple[Any, Any]:

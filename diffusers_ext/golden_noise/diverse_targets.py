@@ -23,7 +23,7 @@ from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.restored_state import eval_mode
 from diffusers_ext.families import find_family
 from diffusers_ext.families.family import TextConditioning
-from diffusers_ext.families.predictions import x_0_and_noise
+from diffusers_ext.families.predictions import predicted_x_0
 from diffusers_ext.golden_noise.diversity import check_levels, mean_prediction
 from diffusers_ext.golden_noise.redenoise import TOOL, guided_prediction
 from diffusers_ext.golden_noise.reward_targets import ascend_reward
@@ -54,11 +54,10 @@ def differentiable_prediction(
         grid = family.grid_arguments(scheduler.config, num_steps, tokens) if family.flow_matching else {}
         scheduler.set_timesteps(num_steps, **grid)
         first = scheduler.timesteps[0]
-        times = first.expand(len(noise)).to(noise.device)
-        level = family.level(scheduler, times if family.flow_matching else times.long(), noise)
+        level = family.level(scheduler, first.expand(len(noise)), noise)
         with eval_mode(pipeline):
             output = guided_prediction(pipeline, noise, first, text, guidance)
-        return x_0_and_noise(output, noise, level, kind)[0]
+        return predicted_x_0(output, noise, level, kind)
 
     return predict
 

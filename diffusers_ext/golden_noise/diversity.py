@@ -34,7 +34,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext.core.restored_state import CallScope
 from diffusers_ext.families.family import Family, import_class
-from diffusers_ext.families.predictions import Level, predicted_of, x_0_and_noise
+from diffusers_ext.families.predictions import Level, predicted_of, predicted_x_0
 
 WAYS = ("prediction", "prompt", "both")  # of `diversity_of`
 # s at diversity 1: of the first step, which decides the layout, and of the others.
@@ -81,7 +81,7 @@ def spread_output(
     output: torch.Tensor, x_t: torch.Tensor, mean: torch.Tensor, level: Level, prediction_type: str, spread: float
 ) -> torch.Tensor:
     """The `output` at `x_t` whose prediction of the picture is `spread` further from the `mean` one."""
-    x_0 = x_0_and_noise(output, x_t, level, prediction_type)[0]
+    x_0 = predicted_x_0(output, x_t, level, prediction_type)
     moved = x_0 + spread * (x_0 - mean)
     return predicted_of(moved, (x_t - level.signal * moved) / level.sigma, level, prediction_type)
 
@@ -218,7 +218,7 @@ class _Spreading:
             probe = call.replaced(self.names[0], placed)  # the timestep stays that of the call
             other = denoiser.forward(*probe.args, **probe.kwargs)
             output = self._output(_first(other), x_t)
-            return x_0_and_noise(output, noise.float(), level, self.prediction_type)[0]
+            return predicted_x_0(output, noise.float(), level, self.prediction_type)
 
         plain, mean = self._output(_first(output), x_t), mean_prediction(predict, x_t)
         spread = step_spread(self.diversity, self._is_first(level))
@@ -236,8 +236,8 @@ class _Spreading:
             index = scheduler.step_index if scheduler.step_index is not None else (scheduler.begin_index or 0)
             times = scheduler.sigmas[index].expand(len(x_t)) * scheduler.config.num_train_timesteps
         else:
-            times = torch.as_tensor(call.get("timestep")).reshape(-1).expand(len(x_t)).long()
-        return self.family.level(scheduler, times.to(x_t.device), x_t.float())
+            times = torch.as_tensor(call.get("timestep")).reshape(-1).expand(len(x_t))
+        return self.family.level(scheduler, times, x_t.float())
 
     def _output(self, first: Any, x_t: torch.Tensor) -> torch.Tensor:
         """What the scheduler would read of the denoiser's output, float32: not the variance that some add to it."""

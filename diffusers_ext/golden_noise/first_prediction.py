@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.core.restored_state import module_eval_mode
 from diffusers_ext.families import find_family
 from diffusers_ext.families.family import Family, TextConditioning
-from diffusers_ext.families.predictions import x_0_and_noise
+from diffusers_ext.families.predictions import predicted_x_0
 from diffusers_ext.golden_noise.diversity import without_spreading
 from diffusers_ext.golden_noise.redenoise import TOOL, first_ddim_step, flow_coefficients
 
@@ -56,8 +56,8 @@ def predict_picture(
         )  # fmt: skip
     output, noise = output.float().to(noise.device), noise.float()
     times = torch.full((len(noise),), timestep, device=noise.device)
-    level = family.level(pipeline.scheduler, times if family.flow_matching else times.long(), noise)
-    return x_0_and_noise(output, noise, level, family.prediction_type(pipeline.scheduler))[0]
+    level = family.level(pipeline.scheduler, times, noise)
+    return predicted_x_0(output, noise, level, family.prediction_type(pipeline.scheduler))
 
 
 def _first_timestep(scheduler: Any, family: Family, config: Any, size: torch.Size, num_steps: int) -> float:

@@ -18,10 +18,11 @@ from diffusers_ext.families.predictions import (
     Level,
     convert_prediction,
     diffusion_level,
+    predicted_noise,
     predicted_of,
+    predicted_x_0,
     scheduler_level,
     step_factors,
-    x_0_and_noise,
 )
 from diffusers_ext.families.sd3 import SD3
 
@@ -31,6 +32,10 @@ TIMESTEPS = torch.tensor([1, 500, 999])
 
 def x_0_noise():
     return torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def x_0_and_noise(*given):
+    return predicted_x_0(*given), predicted_noise(*given)
 
 
 def level_of(kind, x_t):
@@ -115,7 +120,7 @@ def test_a_family_knows_what_its_model_predicts():
 def test_what_cannot_be_converted_is_refused():
     x_0, noise = x_0_noise()
     level = level_of("epsilon", x_0)
-    for refused in (predicted_of, x_0_and_noise):
+    for refused in (predicted_of, predicted_x_0, predicted_noise):
         with pytest.raises(ValueError, match=r"`prediction_type` must be one of \['epsilon', .* got 'v'"):
             refused(x_0, noise, level, "v")
     with pytest.raises(ValueError, match="must be one of .* got None"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext.families import find_family
-from diffusers_ext.families.predictions import x_0_and_noise
+from diffusers_ext.families.predictions import predicted_x_0
 from diffusers_ext.golden_noise import diversity
 from diffusers_ext.golden_noise.diverse_targets import differentiable_prediction, spread_noise
 from diffusers_ext.golden_noise.noise_statistics import match_spectrum
@@ -23,7 +23,7 @@ def test_the_first_prediction_is_the_one_of_the_pipelines_call(name, monkeypatch
     plain = diversity.spread_output
 
     def recorded(output, x_t, mean, level, kind, spread):
-        seen.append(x_0_and_noise(output, x_t, level, kind)[0])
+        seen.append(predicted_x_0(output, x_t, level, kind))
         return plain(output, x_t, mean, level, kind, spread)
 
     monkeypatch.setattr(diversity, "spread_output", recorded)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_ext.families import find_family
-from diffusers_ext.families.predictions import Level, predicted_of, x_0_and_noise
+from diffusers_ext.families.predictions import Level, predicted_of, predicted_x_0
 from diffusers_ext.golden_noise import diversity as module
 from diffusers_ext.golden_noise.diversity import moved_prompts, spread_output
 from diffusers_ext.golden_noise.redenoise import TOOL
@@ -22,7 +22,7 @@ def test_the_predicted_picture_moves_away_from_the_mean(kind):
     x_0, noise, mean = torch.randn(3, 2, 4, 8, 8).unbind(0)
     x_t = level.signal * x_0 + level.sigma * noise
     output = predicted_of(x_0, noise, level, kind)
-    moved = x_0_and_noise(spread_output(output, x_t, mean, level, kind, 0.5), x_t, level, kind)[0]
+    moved = predicted_x_0(spread_output(output, x_t, mean, level, kind, 0.5), x_t, level, kind)
     torch.testing.assert_close(moved, mean + 1.5 * (x_0 - mean), atol=1e-5, rtol=1e-5)
 
 

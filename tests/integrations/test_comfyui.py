@@ -19,7 +19,7 @@ import torch
 
 from diffusers_ext import collect_statistics, debleed_lora, save_eraser
 from diffusers_ext.families.lora_files import read_lora
-from diffusers_ext.families.predictions import Level, x_0_and_noise
+from diffusers_ext.families.predictions import Level, predicted_x_0
 from diffusers_ext.golden_noise.diversity import mean_prediction, spread_output, step_spread
 from tests.docs.snippet_models import save_subject
 from tests.golden_noise.golden_pipelines import NETWORKS
@@ -189,11 +189,11 @@ def test_a_model_spreads_as_the_dial_of_pipelines(nodes, first):
     found = wrapper(apply_model, call)
 
     def predict(x: torch.Tensor) -> torch.Tensor:
-        return x_0_and_noise(noise_of(x), x, level, "epsilon")[0]
+        return predicted_x_0(noise_of(x), x, level, "epsilon")
 
     size = step_spread(0.8, first)
     output = spread_output(noise_of(x_t), x_t, mean_prediction(predict, x_t), level, "epsilon", size)
-    torch.testing.assert_close(found, x_0_and_noise(output, x_t, level, "epsilon")[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, predicted_x_0(output, x_t, level, "epsilon"), atol=1e-4, rtol=1e-4)
     assert not found.allclose(predict(x_t), atol=0.05)
     twice = module.spread_model(spread, 0.8).model_options["model_function_wrapper"]
     assert twice.wrapped is wrapper
