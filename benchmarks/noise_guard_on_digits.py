@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 from benchmarks.golden_noise_on_digits import evaluate, prepare_data, train_all
 from benchmarks.machine import table, write_results
 from diffusers_ext.evaluation.golden_noise_report import GoldenNoiseReport
+from diffusers_ext.evaluation.paired_comparison import bootstrap_interval
 from diffusers_ext.evaluation.rendering import shots_of, unit_noise
 from diffusers_ext.golden_noise.first_prediction import first_prediction
 from diffusers_ext.golden_noise.networks.base import load_noise_model
@@ -74,13 +75,14 @@ def paired_gains(report: GoldenNoiseReport, name: str, reward: str) -> torch.Ten
     return torch.tensor(list(rows.values()), dtype=torch.float64)
 
 
-def guard_shares(gains: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of `(..., pictures, 2)`: share of the gain lost and of the losing pairs avoided, `(...)`."""
-    sums, losing = gains.sum(-2), (gains < 0).sum(-2).double()
-    return {
-        "gain_lost": 1 - sums[..., 1] / sums[..., 0],
-        "losses_avoided": 1 - losing[..., 1] / losing[..., 0].clamp(min=1),
-    }
+def avoided_share(alone: torch.Tensor, guarded: torch.Tensor) -> tuple[float, list[float]]:
+    """`1 - sum(guarded) / sum(alone)` of `(prompts, pictures)`, and its interval by resampled prompts.
+
+    Not a number where there is, or a resample may have, nothing that could be avoided.
+    """
+    groups = torch.arange(len(alone)).repeat_interleave(alone.shape[1])
+    ends = bootstrap_interval(guarded.flatten(), alone.flatten(), groups=groups, resamples=_RESAMPLES)
+    return (1 - guarded.sum() / alone.sum()).item(), [1 - ends.high, 1 - ends.low]
 
 
 def figures(alone: torch.Tensor, changed: torch.Tensor) -> dict[str, Any]:
@@ -89,14 +91,12 @@ def figures(alone: torch.Tensor, changed: torch.Tensor) -> dict[str, Any]:
     `alone` are gains without a guard and `changed` tells what it lets pass, both `(prompts, pictures)`. A noise that
     it leaves is the seed's to the bit, so that its picture is the plain one and gains nothing.
     """
-    gains = torch.stack([alone, torch.where(changed, alone, 0.0)], -1)
-    flat = gains.flatten(0, 1)
-    drawn = torch.randint(len(gains), (_RESAMPLES, len(gains)), generator=torch.Generator().manual_seed(0))
-    found: dict[str, Any] = {"pairs": len(flat), "share_changed": changed.double().mean().item()}
-    resampled = guard_shares(gains[drawn].flatten(1, 2))
-    for key, value in guard_shares(flat).items():
-        interval = resampled[key].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-        found |= {key: value.item(), f"{key}_interval": interval.tolist()}
+    guarded = torch.where(changed, alone, 0.0)
+    found: dict[str, Any] = {"pairs": alone.numel(), "share_changed": changed.double().mean().item()}
+    both = {"gain_lost": (alone, guarded), "losses_avoided": ((alone < 0).double(), (guarded < 0).double())}
+    for key, pair in both.items():
+        found[key], found[f"{key}_interval"] = avoided_share(*pair)
+    flat = torch.stack([alone, guarded], -1).flatten(0, 1)
     wins = (flat[:, 0] > 0).double() + 0.5 * (flat[:, 0] == 0).double()
     return found | {
         "losing": (flat < 0).double().mean(0).tolist(),
