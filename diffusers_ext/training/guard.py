@@ -37,6 +37,7 @@ from diffusers_ext.golden_noise.text_cache import TextCache
 from diffusers_ext.training.golden_noise.data import PromptSplit, split_by_prompt
 from diffusers_ext.training.golden_noise.gains import measure_gains
 from diffusers_ext.training.golden_noise.guard_settings import GuardTrainingSettings
+from diffusers_ext.training.golden_noise.kept_text import drop_own_text, keep_text
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
 from diffusers_ext.training.run.base_model import check_base_model, load_text_pipeline
 from diffusers_ext.training.run.script import (
@@ -236,7 +237,7 @@ def prepare_samples(
     check_network(network, made, settings.dataset_dir)
     prompts = [record.prompt for record in records]
     split = split_by_prompt(prompts, settings.validation_split, settings.seed)
-    cache = TextCache.encode(pipeline, prompts, batch_size=settings.text_batch_size, dtype=torch.float32)
+    cache = keep_text(settings, pipeline, prompts, accelerator)
     gains = gains_of(records)
     known = gains[torch.tensor(split.train)]
     goals = gain_ranks(gains, known) if settings.expects == "rank" else gains
@@ -251,7 +252,7 @@ def prepare_samples(
 def main(settings: GuardTrainingSettings) -> Path:
     """Train, choose the threshold and save the network with its guard; returns the output folder."""
     accelerator = make_accelerator(settings)
-    given = ("noise_model", "validation_split", "gain_lost", "reads", "expects")
+    given = ("noise_model", "validation_split", "gain_lost", "reads", "expects", "text_cache_dtype")
     facts = run_facts(settings, **{name: getattr(settings, name) for name in given})
     check_resume(settings, facts)
     network = load_noise_model(settings.noise_model).to(accelerator.device)
@@ -268,6 +269,7 @@ def main(settings: GuardTrainingSettings) -> Path:
     start_trackers(accelerator, settings, "noise-guard")
     loop.run()
     if accelerator.is_main_process:
+        drop_own_text(settings)
         network.set_guard(guard.eval())
         report = {
             "arguments": reported_arguments(settings),

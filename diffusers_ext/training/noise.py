@@ -9,7 +9,6 @@ The flags of sequence networks are shown by `--model transformer --help`.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from diffusers_ext.golden_noise.networks.npnet import NPNet, refuse_npnet
 from diffusers_ext.golden_noise.networks.sequence_rnn import NoiseSequenceRNN
 from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequenceTransformer
 from diffusers_ext.golden_noise.redenoise import TOOL
-from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
+from diffusers_ext.golden_noise.text_cache import TextCache
 from diffusers_ext.training.golden_noise.by_reward import RewardTraining, RewardValidation
 from diffusers_ext.training.golden_noise.data import (
     NoiseSamples,
@@ -44,6 +43,7 @@ from diffusers_ext.training.golden_noise.data import (
     split_by_prompt,
     target_steps,
 )
+from diffusers_ext.training.golden_noise.kept_text import drop_own_text, keep_text
 from diffusers_ext.training.golden_noise.result import (
     Measure,
     NoiseValidation,
@@ -252,27 +252,7 @@ def encode_text(settings: NoiseSettings, data: NoiseData, accelerator: Accelerat
         refuse_npnet(find_family(pipeline, TOOL), data.pairs.latent_shape[0])
     facts = data.facts["generation"] or {}
     check_base_model(settings, pipeline, facts.get("models"))
-    directory = settings.text_cache_dir
-    shared = {}
-    if directory is None and (accelerator.num_processes > 1 or settings.checkpointing_steps):
-        directory = _own_text_cache(settings)
-    if directory is not None:
-        shared["process"] = (accelerator.process_index, accelerator.num_processes)
-        shared["wait_for_everyone"] = accelerator.wait_for_everyone
-    cache = TextCache.encode(
-        pipeline,
-        data.pairs.prompts,
-        batch_size=settings.text_batch_size,
-        dtype=CACHE_DTYPES[settings.text_cache_dtype],
-        directory=directory,
-        **shared,
-    )
-    return cache, type(pipeline).__name__
-
-
-def _own_text_cache(settings: NoiseSettings) -> Path:
-    """Where a run keeps its text for its processes and its resume, until it has ended."""
-    return Path(settings.output_dir, ".text_cache")
+    return keep_text(settings, pipeline, data.pairs.prompts, accelerator), type(pipeline).__name__
 
 
 def build_loop(
@@ -345,7 +325,7 @@ def main(settings: NoiseSettings) -> Path:
         loop.ema.copy_to(network.parameters())
     network.eval()
     if accelerator.is_main_process:
-        shutil.rmtree(_own_text_cache(settings), ignore_errors=True)  # mapped by all, read by none any more
+        drop_own_text(settings)
         report = network_report(
             settings,
             network,

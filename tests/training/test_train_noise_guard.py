@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusers_ext.golden_noise import text_cache
 from diffusers_ext.golden_noise.networks.base import load_noise_model
 from diffusers_ext.golden_noise.pairs.dataset import source_noise
 from diffusers_ext.golden_noise.pairs.shards import PairRecord, PairWriter, judged_pairs, shard_files
 from diffusers_ext.training.golden_noise import gains
+from diffusers_ext.training.guard import GuardValidation
 from tests.training import noise_sets
 from tests.training.noise_sets import SHAPE, guarded_network
 from tests.training.pair_runs import QUICK_PAIRS, write_prompt_file
@@ -60,10 +62,25 @@ def test_rejected_pairs_teach_it_which_noises_to_leave(network, pairs, tmp_path,
     assert torch.equal(guarded.refine(noise, text)[~unchanged], bare.refine(noise, text)[~unchanged])
 
 
-def test_a_stopped_run_goes_on_to_the_same_guard(network, pairs, tmp_path):
-    whole = run(network, pairs, tmp_path / "whole", max_train_steps=4)
-    run(network, pairs, tmp_path / "parts", max_train_steps=2, checkpointing_steps=2)
-    parts = run(network, pairs, tmp_path / "parts", max_train_steps=4, resume_from_checkpoint="latest")
+class Stopped(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_stopped_run_goes_on_to_the_same_guard_with_the_text_that_it_left(network, pairs, tmp_path, monkeypatch):
+    def stop(*_):
+        raise Stopped
+
+    usual = {"max_train_steps": 4, "validation_steps": 3}
+    whole = run(network, pairs, tmp_path / "whole", **usual)
+    with monkeypatch.context() as patch:
+        patch.setattr(GuardValidation, "run", stop)
+        with pytest.raises(Stopped):
+            run(network, pairs, tmp_path / "parts", **usual, checkpointing_steps=2)
+    kept = tmp_path / "parts" / ".text_cache"
+    assert [path.name for path in kept.glob("*/*")] == ["00000.safetensors"]
+    monkeypatch.setattr(text_cache, "encode_prompts", lambda *_: pytest.fail("encoded again"))
+    parts = run(network, pairs, tmp_path / "parts", **usual, checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert not kept.exists()
     guards = [load_noise_model(folder).guard for folder in (whole, parts)]
     assert guards[0].config.threshold == guards[1].config.threshold
     for name, value in guards[0].state_dict().items():

@@ -22,6 +22,7 @@ from diffusers_ext.training.golden_noise.settings import (
     BaseModelSettings,
     CandidateSettings,
     FilterSettings,
+    NoiseDataSettings,
 )
 
 
@@ -56,6 +57,8 @@ class NoiseGuardSettings(Settings, title="guard"):
         0.2, "share of the prompts that set the threshold", rule=Rule("in (0, 1)", lambda value: 0 < value < 1)
     )
     text_batch_size: int = setting(32, "prompts encoded, and noises refined, at once", rule=COUNT)
+    text_cache_dtype: str = as_in(NoiseDataSettings, "text_cache_dtype", default="fp32")
+    text_cache_dir: str | None = as_in(NoiseDataSettings, "text_cache_dir", default=None)
     reads: str = setting(
         "prediction", "besides the change: the model's first prediction (one call of it), or the noise",
         choices=("prediction", "noise"),
