@@ -254,7 +254,12 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=100, help="per new glyph")
     parser.add_argument("--model", default=str(MODEL_DIR), help="a folder of the digits")
     parser.add_argument("--name", help="[forgetting_on_ and the model's]")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="at once; each one has its share of the cores as threads [one a core]",
+    )
     parser.add_argument("--columns", nargs="+", choices=(*COLUMNS, "others"), help="[all; others are those of UNets]")
     parser.add_argument("--work_dir", help="keeps what is finished, of the same settings [a temporary folder]")
     args = parser.parse_args(input_args)

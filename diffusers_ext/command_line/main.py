@@ -35,6 +35,7 @@ from diffusers_ext.command_line.options import (
 from diffusers_ext.command_line.plan import PLANS
 from diffusers_ext.command_line.push import PUSH
 from diffusers_ext.command_line.train import TRAININGS, add_trainings, show_flags, train
+from diffusers_ext.training.run.launcher import process_count, process_rank
 from diffusers_ext.training.run.settings import OneLineParser, error_line, user_errors
 
 
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # of the file of `--config`
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    spare = _spare_process(args.command)
+    spare = _spare_process(args)
     if spare is not None:
         print(spare, file=sys.stderr)
         return DONE
@@ -212,12 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return outcome.code
 
 
-def _spare_process(command: Command) -> str | None:
+def _spare_process(args: argparse.Namespace) -> str | None:
     """What to say where a launcher has started several processes and this is not the first; `None` elsewhere."""
-    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    if not rank.isdecimal() or int(rank) == 0:
+    rank, count, name = process_rank(), process_count(), args.command.name
+    if rank == 0 or getattr(args, "shard", None) is not None:  # each process of an array has its own part
         return None
-    return f"`{command.name}` is the work of one process: process {rank} of {count} leaves it to the first."
+    return f"`{name}` is the work of one process: process {rank} of {count} leaves it to the first."
 
 
 def _over_file(words: list[str]) -> list[str]:

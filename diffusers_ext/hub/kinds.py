@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from huggingface_hub import constants, hf_hub_download, metadata_load
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from diffusers_ext.hub.connection import RemoteEntryNotFoundError
+from diffusers_ext.hub.facts import check_fact
 from diffusers_ext.hub.safe_markdown import check_file_name, code, link
 
 _CARD_NAME = "README.md"
@@ -114,24 +115,8 @@ def find_on_hub(repo_id: str, name: str, token: str | None) -> Path | None:
 _NULL_SPACE_PAPERS = ("dreambooth", "alphaedit", "inflora")
 _NETWORKS = ("npnet", "golden_noise_model", "noise_sequence_transformer", "noise_sequence_rnn")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-# Those of `nullspace.settings`, which a help text reads and so must not import the Hub.
-DIRECTIONS = ("generalized", "null", "soft", "plain")
 # Parts of the names of pipelines that draw clips.
 _DRAW_CLIPS = ("CogVideo", "LTX", "Video", "Wan")
-# Names of classes, which end up in import statements.
-_CLASSES = ("pipeline", "plain_pipeline", "network")
-# All others are words.
-_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    name: known
-    for names, known in (
-        ("rank parameters layers text_embed_dim num_prompts", (Integral, "a whole number")),
-        ("num_pairs num_rejected num_steps", (Integral, "a whole number")),
-        ("megabytes", (Real, "a number")),
-        ("statistics any_size", (bool, "True or False")),
-        ("example_prompts preserved_concepts latent_shape targets anchors", ((list, tuple), "a list")),
-    )
-    for name in names.split()
-}
 
 
 @dataclass(frozen=True)
@@ -298,24 +283,10 @@ def check_facts(kind: str, found: Kind, facts: Mapping[str, Any]) -> None:
             if name not in found.may_be_empty:
                 raise ValueError(f"`{name}` must say something in a card, got {facts[name]!r}.")
         else:
-            _check_value(name, facts[name])
+            check_fact(name, facts[name])
     unknown = sorted(facts.keys() - set(found.facts))
     if unknown:
         raise ValueError(f"A card of kind {kind!r} must have no facts but {list(found.facts)}, got {unknown}.")
-
-
-def _check_value(name: str, value: Any) -> None:
-    wanted, words = _TYPES.get(name, (str, "words"))
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise TypeError(f"`{name}` must be {words}, got a {type(value).__name__}.")
-    if name in _CLASSES and not value.isidentifier():
-        raise ValueError(f"`{name}` must be the name of a class, got {value!r}.")
-    for item in value if isinstance(value, (list, tuple)) else ():
-        kind, words = (Integral, "whole numbers") if name == "latent_shape" else (str, "words")
-        if not isinstance(item, kind) or isinstance(item, bool):
-            raise TypeError(f"`{name}` must hold {words}, got a {type(item).__name__}: {item!r}.")
-    if name == "directions" and value not in DIRECTIONS:
-        raise ValueError(f"`directions` must be one of {DIRECTIONS}, got {value!r}.")
 
 
 def bibtex(papers: Sequence[str], version: str) -> str:

@@ -24,8 +24,8 @@ from diffusers_ext.core.settings import (
     required,
     setting,
 )
+from diffusers_ext.hub.facts import DIRECTIONS
 
-DIRECTIONS = ("generalized", "null", "soft", "plain")
 # Frozen directions have unit energy, so B holds output changes; a plain LoRA's B is far smaller.
 _RATES = {"generalized": 3e-2, "null": 3e-2, "soft": 1e-3, "plain": 1e-3}
 _FULL_RATE = 1e-4

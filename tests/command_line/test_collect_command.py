@@ -76,12 +76,14 @@ def test_other_subjects_weigh_without_their_parts_as_much_as_the_knowledge(colle
     assert found.moments["text"].mean.equal(expected.moments["text"].mean)
 
 
-def test_jobs_write_parts_that_are_put_together(collect, run, tmp_path):
+def test_jobs_write_parts_that_are_put_together(collect, run, tmp_path, monkeypatch):
     collect(other_instance_prompts="a white sks")
     parts = [tmp_path / f"part_{index}" for index in range(2)]
     for index, folder in enumerate(parts):
+        monkeypatch.setenv("PMI_RANK", str(index))  # as an array of jobs may have it
         ran = collect(other_instance_prompts="a white sks", shard=f"{index}/2", output_dir=folder, json=True)
         assert (ran.code, ran.facts["part"]) == (0, [index, 2])
+    monkeypatch.delenv("PMI_RANK")
     ran = run("merge", *parts, output_dir=tmp_path / "merged", store_spectra=True, json=True)
     assert (ran.code, ran.facts["prompts"]) == (0, 3)
     found, expected = (FeatureStatistics.from_pretrained(tmp_path / name) for name in ("merged", "out"))

@@ -45,9 +45,9 @@ def test_the_files_are_those_of_the_library(edit, digits, tmp_path):
 
 def test_of_several_processes_the_first_edits(edit, tmp_path, monkeypatch):
     assert edit("three=nine").code == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("PMI_SIZE", "2")  # of mpirun; torch's names are known as well
     for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("PMI_RANK", rank)
         ran = edit("three=nine", output_dir=tmp_path / "launched")
         assert ran.code == 0
         assert (tmp_path / "launched").exists() == (rank == "0")

@@ -9,7 +9,6 @@ from huggingface_hub import HfApi
 from diffusers_ext.hub import Licence, Measured, kinds
 from diffusers_ext.hub.card import artifact_card
 from diffusers_ext.hub.kinds import KINDS, bibtex, find_licence, public_name, slug
-from diffusers_ext.nullspace import settings as nullspace_settings
 from tests.hub.card_examples import COMMON, FACTS, card_of
 
 
@@ -83,10 +82,6 @@ def test_every_entry_is_whole():
     assert len(re.findall(r"arXiv:\d{4}\.\d{5}\}", text)) == len(PAPERS) == 7
     assert "version = {1.2.3}" in text
     assert max(map(len, text.splitlines())) <= 120
-
-
-def test_directions_are_those_that_train():
-    assert kinds.DIRECTIONS == nullspace_settings.DIRECTIONS
 
 
 def test_every_paper_is_cited_by_a_kind():

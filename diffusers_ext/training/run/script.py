@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from accelerate.logging import get_logger
-from accelerate.utils.environment import get_int_from_env
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -30,6 +29,7 @@ from diffusers_ext.hub.kinds import find_licence, named_licence, public_name
 from diffusers_ext.hub.push import check_card, make_repository, push_folder
 from diffusers_ext.training.golden_noise.settings import NoiseSettings, PairSettings
 from diffusers_ext.training.run.checkpoint_files import list_checkpoints, remove_checkpoint
+from diffusers_ext.training.run.launcher import process_rank
 from diffusers_ext.training.run.settings import TRACEBACK_FLAG, WRONG_USAGE, error_line, user_errors
 
 
@@ -134,8 +134,6 @@ _UNLISTED = (
     "adapter_model.safetensors", "config.json", "diffusion_pytorch_model.safetensors",
     "statistics/config.json", "statistics/model.safetensors", "pipeline/**/*",
 )  # fmt: skip
-# Whoever starts processes tells them their number by one of these.
-RANKS = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
 
 
 def one_run_a_folder(main: Callable[[Any], ReturnType]) -> Callable[[Any], ReturnType]:
@@ -143,7 +141,7 @@ def one_run_a_folder(main: Callable[[Any], ReturnType]) -> Callable[[Any], Retur
 
     @functools.wraps(main)
     def held(settings: Any) -> ReturnType:
-        if get_int_from_env(RANKS, 0) != 0:
+        if process_rank() != 0:
             return main(settings)
         with folder_lock(settings.output_dir):
             return main(settings)
@@ -200,7 +198,7 @@ def run_script(
     command line that cannot be read has 2.
     """
     settings, said = argparse.Namespace(), io.StringIO()
-    rank = get_int_from_env(RANKS, 0)
+    rank = process_rank()
     try:
         with contextlib.redirect_stderr(said) if rank else contextlib.nullcontext():
             settings = parse_args()
