@@ -1,4 +1,4 @@
-# make setup | demo | test | test-oldest | test-newest | test-versions | campaign | lint | bench | bench-gpu
+# make setup | demo | test | test-oldest | test-newest | test-python | test-versions | campaign | lint | bench | bench-gpu
 PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 2
@@ -10,7 +10,7 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-oldest test-newest test-versions sample-oldest sample-newest exchange-oldest exchange-newest compatibility campaign lint bench bench-gpu clean
+.PHONY: setup demo test test-oldest test-newest test-python test-versions sample-oldest sample-newest exchange-oldest exchange-newest compatibility campaign lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -74,6 +74,13 @@ test-oldest: .venv-oldest/.installed
 test-newest: .venv-newest/.installed
 	-OMP_NUM_THREADS=1 $(NEWEST) $(SUITE) --junit-xml outputs/newest.xml
 	$(NEWEST) docs/compatibility_table.py newest outputs/newest.xml
+
+# All tests under another Python, with the versions of constraints.txt: `make test-python PYTHON=python3.12`.
+OTHER := .venv-$(notdir $(PYTHON))
+test-python:
+	$(MAKE) setup VENV=$(OTHER)
+	-OMP_NUM_THREADS=1 $(OTHER)/bin/python $(SUITE) --junit-xml outputs/$(notdir $(PYTHON)).xml
+	$(OTHER)/bin/python docs/compatibility_table.py $(notdir $(PYTHON)) outputs/$(notdir $(PYTHON)).xml
 
 # A sample of both, and every kind of artifact written by each and read by the other. Two at a time: `make -j2`.
 test-versions: exchange-oldest exchange-newest
@@ -141,4 +148,4 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/on_gpu.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest outputs build *.egg-info
+	rm -rf $(VENV) .venv-* outputs build *.egg-info
