@@ -65,7 +65,8 @@ def export_eraser_lora(
     folder, lora = Path(save_directory), dict(lora)
     rank = next(len(a) for key, a in lora.items() if key.endswith(".lora_A.weight"))
     modules = sorted(key.partition(".")[2].removesuffix(".lora_A.weight") for key in lora if ".lora_A." in key)
-    settings = {"r": rank, "lora_alpha": rank, "target_modules": modules}
+    # The patterns say nothing, but diffusers below 0.40 takes no metadata without them.
+    settings = {"r": rank, "lora_alpha": rank, "target_modules": modules, "rank_pattern": {}, "alpha_pattern": {}}
     adapter = {f"{family.denoiser}.{name}": value for name, value in settings.items()}
     told = {"modelspec.title": title}
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True)}

@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, hf_raise_for_status
 
 try:
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -90,10 +90,6 @@ if hasattr(huggingface_hub, "set_client_factory"):
     def _use_default() -> None:
         huggingface_hub.set_client_factory(_http.default_client_factory)
 
-    def validate_card(card: huggingface_hub.RepoCard) -> None:
-        """Let the Hub read a card; raises `ValueError` where it refuses the header."""
-        card.validate()
-
 else:
     _requests = _http.requests
     HTTP_ERROR = _requests.RequestException
@@ -132,14 +128,16 @@ else:
     def _use_default() -> None:
         huggingface_hub.configure_http_backend()
 
-    def validate_card(card: huggingface_hub.RepoCard) -> None:
-        """Let the Hub read a card; raises `ValueError` where it refuses the header."""
-        # `card.validate` always asks the public Hub, whichever one the card is for.
-        body = {"repoType": card.repo_type, "content": str(card)}
-        answer = huggingface_hub.get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body)
-        if answer.status_code == 400:
-            raise ValueError(answer.text)
-        answer.raise_for_status()
+
+def validate_card(card: huggingface_hub.RepoCard) -> None:
+    """Let the Hub read a card; raises `ValueError` where it refuses the header."""
+    # Below 2.0 `card.validate` asks the public Hub, whichever one the card is for.
+    body, headers = {"repoType": card.repo_type, "content": str(card)}, {"Accept": "text/plain"}
+    url = f"{constants.ENDPOINT}/api/validate-yaml"
+    answer = huggingface_hub.get_session().post(url, json=body, headers=headers)
+    if answer.status_code == 400:
+        raise ValueError(answer.text)
+    hf_raise_for_status(answer)
 
 
 @contextmanager

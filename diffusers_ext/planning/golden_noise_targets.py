@@ -76,7 +76,7 @@ class Drawing(torch.nn.Module):
         if self.judge is not None:
             side = self.judge.config.vision_config.image_size
             shown = F.interpolate(pixels.float(), (side, side), mode="bilinear")
-            pixels = self.judge.get_image_features(pixel_values=shown).pooler_output
+            pixels = projected_features(self.judge.get_image_features(pixel_values=shown))
         (gradient,) = torch.autograd.grad(pixels.float().mean(), x)
         return gradient
 

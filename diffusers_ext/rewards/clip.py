@@ -22,6 +22,11 @@ ProcessorRewardType = TypeVar("ProcessorRewardType", bound="ProcessorReward")
 _LEGACY_EOS = 2
 
 
+def projected_features(given: Any) -> torch.Tensor:
+    """What `get_image_features` and `get_text_features` give, `(n, dim)`: transformers 4 has no fields around it."""
+    return given if isinstance(given, torch.Tensor) else given.pooler_output
+
+
 class CLIPReward:
     """Base: the model is loaded once, every distinct prompt is read once a call, all in batches."""
 
@@ -66,7 +71,7 @@ class CLIPReward:
         distinct = list(dict.fromkeys(prompts))
         text = self.text_features(distinct)[[distinct.index(prompt) for prompt in prompts]].to(pixels.device)
         values = self._tensor_values(pixels.float()).to(self.model.device, self.model.dtype)
-        features = self.model.get_image_features(pixel_values=values).pooler_output.float().to(pixels.device)
+        features = projected_features(self.model.get_image_features(pixel_values=values)).float().to(pixels.device)
         return self._from_cosines((F.normalize(features, dim=1) * text).sum(1))
 
     @torch.no_grad()
@@ -92,7 +97,7 @@ class CLIPReward:
     def _features(self, embed: Callable[[Any], Any], items: Sequence[Any]) -> torch.Tensor:
         starts = range(0, len(items), self.batch_size)
         batches = [embed(items[start : start + self.batch_size]) for start in starts]
-        features = torch.cat([batch.pooler_output.float().cpu() for batch in batches])
+        features = torch.cat([projected_features(batch).float().cpu() for batch in batches])
         return features / features.norm(dim=1, keepdim=True)
 
     def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:

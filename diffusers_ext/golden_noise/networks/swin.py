@@ -5,7 +5,6 @@ Before 5.9 its layers had other names, which are those of saved weights, and no 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -24,7 +23,6 @@ def swin_model(config: SwinConfig) -> nn.Module:
     return Swin(config)
 
 
-@lru_cache(maxsize=64)
 def window_order(size: int, window: int, shift: int, device: torch.device) -> torch.Tensor:
     """Tokens in raster order -> tokens window by window, of a `size x size` map rolled by `shift`."""
     tokens = torch.arange(size * size, device=device).view(size, size)
@@ -33,14 +31,12 @@ def window_order(size: int, window: int, shift: int, device: torch.device) -> to
     return tiles.transpose(1, 2).flatten()
 
 
-@lru_cache(maxsize=64)
 def quad_order(size: int, device: torch.device) -> torch.Tensor:
     """Tokens in raster order -> the four of each 2x2 square together, down before right."""
     tokens = torch.arange(size * size, device=device).view(size // 2, 2, size // 2, 2)
     return tokens.permute(0, 2, 3, 1).flatten()
 
 
-@lru_cache(maxsize=64)
 def reordering(size: int, window: int, before: int | None, after: int | str, device: torch.device) -> torch.Tensor:
     """Index from one order of tokens to another: a shift of windows, `None` or `"raster"`, or `"quads"`."""
     if isinstance(after, int):
@@ -54,7 +50,6 @@ def reordering(size: int, window: int, before: int | None, after: int | str, dev
     return window_order(size, window, before, device).argsort()[wanted]
 
 
-@lru_cache(maxsize=64)
 def shift_mask(size: int, window: int, shift: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`(windows, 1, window ** 2, window ** 2)`: -100 between tokens that only the roll made meet."""
     place = torch.arange(size, device=device)

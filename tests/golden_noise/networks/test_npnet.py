@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_ext.golden_noise.networks.files import convert_npnet
 from diffusers_ext.golden_noise.networks.npnet import (
@@ -105,6 +106,19 @@ def test_a_small_network_learns():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_was_planned_or_drawn_before_is_not_trained_on():
+    """Indices are made in each call: those of a plan have no values, those of inference mode no gradient."""
+    transformer = small_npnet().noise_transformer
+    noise, _ = small_inputs()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        transformer(noise)
+    with torch.inference_mode():
+        expected = transformer(noise).clone()
+    found = transformer(noise)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
 
 
 def test_dropout_acts_in_training_only():
