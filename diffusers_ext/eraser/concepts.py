@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SLOW_TO_FAST_CONVERTERS, convert_slow_tokenizer
 
 from diffusers_ext.core.concept_words import concept_spans
 from diffusers_ext.core.restored_state import module_eval_mode
@@ -24,6 +25,10 @@ from diffusers_ext.families.family import Velocity
 
 logger = logging.getLogger(__name__)
 
+_NO_OFFSETS = (
+    "`tokenizer` must give offsets of its tokens, got {}, which does not. Load the one that is backed by the "
+    "tokenizers library."
+)
 _WORDS = Path(__file__).parent / "words"
 _FUNCTION_WORDS = {"a", "an", "and", "at", "by", "for", "in", "of", "on", "or", "the", "to", "with"}
 # ending -> what an English base form has in its place
@@ -199,6 +204,17 @@ def in_reach(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return bool(ids) and (tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids)
 
 
+def _with_offsets(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or one of the tokenizers library made of it: transformers 4 loads T5's without offsets."""
+    if tokenizer.is_fast:
+        return tokenizer
+    if type(tokenizer).__name__ not in SLOW_TO_FAST_CONVERTERS:
+        raise TypeError(_NO_OFFSETS.format(type(tokenizer).__name__))
+    sides = {"padding_side": tokenizer.padding_side, "truncation_side": tokenizer.truncation_side}
+    made = convert_slow_tokenizer(tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, **tokenizer.special_tokens_map, **sides)
+
+
 def concept_token_mask(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], concept: str, max_sequence_length: int
 ) -> torch.Tensor:
@@ -208,21 +224,15 @@ def concept_token_mask(
     capital letter or behind a bracket, and a word's tokens may begin a longer word. Every occurrence counts; a row
     without `True` does not name the concept. Neither padding nor the end-of-sequence token is ever marked.
     """
-    if not tokenizer.is_fast:
-        raise TypeError(
-            f"`tokenizer` must give offsets of its tokens, got {type(tokenizer).__name__}, which "
-            "does not. Load the one that is backed by the tokenizers library."
-        )
     if isinstance(prompts, str):
         raise ValueError(f"`prompts` must be a list of prompts, got the string {prompts!r}.")
+    finder = _with_offsets(tokenizer)
     check_concept(tokenizer, concept)
-    offsets = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=max_sequence_length,
-        truncation=True,
-        return_offsets_mapping=True,
-    ).offset_mapping
+    read = {"padding": "max_length", "max_length": max_sequence_length, "truncation": True}
+    found = finder(list(prompts), **read, return_offsets_mapping=True)
+    if finder is not tokenizer and found.input_ids != tokenizer(list(prompts), **read).input_ids:
+        raise TypeError(_NO_OFFSETS.format(type(tokenizer).__name__))
+    offsets = found.offset_mapping
     mask = torch.zeros(len(prompts), max_sequence_length, dtype=torch.bool)
     for row, (prompt, tokens) in enumerate(zip(prompts, offsets, strict=True)):
         spans = concept_spans(prompt, concept)

@@ -15,6 +15,7 @@ from diffusers_ext.golden_noise.diversity import NUM_PROBES
 from diffusers_ext.planning.models import ImageShapes, guided_work, redenoise_work, vae_work
 from diffusers_ext.planning.settings import REWARDS, GoldenNoisePlanSettings
 from diffusers_ext.planning.work import Job, Precision, Work, inference_work
+from diffusers_ext.rewards.clip import projected_features
 from diffusers_ext.rewards.hpsv2 import vit_h_14_config
 
 _REWARD_BATCH = 16

@@ -6,6 +6,12 @@ import types
 import pytest
 import torch
 from transformers import T5EncoderModel, T5TokenizerFast
+from transformers.convert_slow_tokenizer import SLOW_TO_FAST_CONVERTERS, BertConverter
+
+try:
+    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy as BertTokenizer
+except ImportError:  # transformers 4
+    from transformers import BertTokenizer
 
 from diffusers_ext.eraser.concepts import (
     anchor_distances,
@@ -89,6 +95,30 @@ def test_a_tokenizer_without_offsets_and_one_string_for_prompts():
         concept_token_mask(types.SimpleNamespace(is_fast=False), ["a seven"], "seven", 4)
     with pytest.raises(ValueError, match="must be a list of prompts, got the string 'a seven'"):
         concept_token_mask(TOKENIZER, "a seven", "seven", 4)
+
+
+class SlowBert(BertTokenizer):
+    """As transformers 4 loads the tokenizers of CogVideoX and others: without offsets."""
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "seven", "goes", "up", "##teen", ","]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    monkeypatch.setitem(SLOW_TO_FAST_CONVERTERS, "SlowBert", BertConverter)
+    return SlowBert(str(tmp_path / "vocab.txt"))
+
+
+def test_a_tokenizer_without_offsets_is_read_by_its_double(slow):
+    assert not slow.is_fast
+    mask = concept_token_mask(slow, ["a red seven, seventeen", "seven goes up"], "seven", 8)
+    assert mask.nonzero().tolist() == [[0, 3], [1, 1]]  # behind [CLS], and no seventeen
+
+
+def test_a_double_that_reads_otherwise_is_refused(slow, monkeypatch):
+    monkeypatch.setattr(SlowBert, "_tokenize", lambda self, text, **options: text.split()[::-1])
+    with pytest.raises(TypeError, match="must give offsets of its tokens, got SlowBert"):
+        concept_token_mask(slow, ["a red seven"], "seven", 6)
 
 
 @pytest.fixture(scope="module")
