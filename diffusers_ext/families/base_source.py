@@ -118,13 +118,8 @@ def load_base(
     """
     import diffusers
 
-    from diffusers_ext.hub.saved_pipelines import check_readable, with_known_dtype
-
     if not is_single_file(source):
-        if Path(source).is_dir():
-            check_readable(source, _ARGUMENT)
-        arguments = with_known_dtype({"revision": revision, "variant": variant, "dtype": dtype, **components})
-        return diffusers.DiffusionPipeline.from_pretrained(source, **arguments)
+        return _load_saved(source, revision, variant, dtype, components)
     if variant is not None:
         raise ValueError(f"`variant` must be left out with the single file {source}, got {variant!r}.")
     index = read_base_config(source, revision=revision, single_file_config=single_file_config)
@@ -135,6 +130,27 @@ def load_base(
     pipeline = _converted(pipeline_class, source, place, dtype=dtype, **components)
     for name, component in pipeline.components.items():
         _check_whole(component, name, source, place)
+    return pipeline
+
+
+def _load_saved(
+    source: str | os.PathLike,
+    revision: str | None,
+    variant: str | None,
+    dtype: torch.dtype,
+    components: dict[str, Any],
+) -> DiffusionPipeline:
+    """From a folder or the Hub; refuses what transformers 4, where that is installed, fills with random weights."""
+    from diffusers import DiffusionPipeline
+
+    from diffusers_ext.hub.saved_pipelines import check_readable, with_known_dtype
+
+    chosen = {"revision": revision, "variant": variant}
+    known = check_readable(source, _ARGUMENT, **chosen, given=components)
+    arguments = with_known_dtype({**chosen, "dtype": dtype, **components})
+    pipeline = DiffusionPipeline.from_pretrained(source, **arguments)
+    if not known:
+        check_readable(source, _ARGUMENT, **chosen, given=components, loaded=True)
     return pipeline
 
 
