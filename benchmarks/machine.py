@@ -1,4 +1,4 @@
-"""Where and when a figure was measured."""
+"""Where and when a figure was measured; heavy libraries are imported where they are needed, a table needs none."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from diffusers_ext.core.artifacts import write_atomically
-
 RESULTS_DIR = Path(__file__).parent / "results"
 
 
 def describe_machine() -> dict[str, Any]:
     """Device, cores, versions and date."""
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     return {
@@ -32,6 +30,8 @@ def describe_machine() -> dict[str, Any]:
 
 def write_results(name: str, results: dict[str, Any], table: str) -> Path:
     """Write `<name>.json` and `<name>.md` into `benchmarks/results`; returns the JSON file's path."""
+    from diffusers_ext.core.artifacts import write_atomically
+
     RESULTS_DIR.mkdir(exist_ok=True)
     machine = describe_machine()
     path = RESULTS_DIR / f"{name}.json"

@@ -6,7 +6,8 @@ python benchmarks/on_gpu.py --budget  # what each part takes by its operations; 
 python benchmarks/on_gpu.py --toy  # a rehearsal with tiny models, without a GPU
 
 Nothing is downloaded. Each part is a process with a time limit of its own; what is found is written after every part,
-so that the command may be stopped at any moment and gone on with by `--only`.
+and when the command is interrupted, after which `--only` goes on. What an earlier run has found of a part stays until
+that part is whole again.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before the profiler is loaded
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
-from benchmarks.gpu.workers import Outcome, Part, work_through
+from benchmarks.gpu.workers import DONE, INTERRUPTED, Outcome, Part, work_through
+from benchmarks.machine import table
 
 RESULTS = Path(__file__).parent / "results"
 # The most important ones first: where time runs out, the last ones are left.
@@ -73,7 +77,12 @@ def work_on(name: str, toy: bool, rows: Path) -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
 
-        run_part(name, toy, tell, sys.stdin.readline)
+        run_part(name, toy, tell, _begin)
+
+
+def _begin() -> None:
+    if not sys.stdin.readline():
+        raise SystemExit("Whoever started this part is gone.")
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -95,10 +104,12 @@ def result_of(part: Part, outcome: Outcome, toy: bool) -> dict[str, Any]:
 
 
 def number(value: float, unit: str) -> str:
-    """A figure with its unit, to three digits."""
+    """A figure with its unit, to three digits; a count in full."""
     if unit == "s" and value < 1:
         return f"{1000 * value:.3g} ms"
-    return f"{value:.3g} {unit}".strip()
+    if unit == "GiB" and value < 0.1:
+        return f"{1024 * value:.3g} MiB"
+    return f"{value:.3g} {unit}" if unit else f"{value:,}"
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:
@@ -115,8 +126,6 @@ def row_cells(row: dict[str, Any]) -> list[str]:
 
 def results_text(results: dict[str, Any]) -> str:
     """All parts as Markdown, in order."""
-    from benchmarks.machine import table
-
     blocks = []
     if any(part["rehearsal"] for part in results.values()):
         blocks.append("**A rehearsal with tiny models: times and sizes mean nothing.**")
@@ -126,19 +135,29 @@ def results_text(results: dict[str, Any]) -> str:
         if found["rows"]:
             rows = [row_cells(row) for row in found["rows"]]
             text.append(table(["what", "measured", "beside", "ratio (range)"], rows))
-        where = f", {machine['device']}, torch {machine['versions']['torch']}, {machine['date']}" if machine else ""
-        text.append(f"`--only {name}`: {found['status']}, {found['seconds']:.0f} s{where}.")
+        text.append(f"`--only {name}`: {found['status']}, {found['seconds']:.0f} s{place_text(machine)}.")
         blocks.append("\n\n".join(text))
     return "\n\n".join(blocks) + "\n"
 
 
-def write_results(folder: Path, name: str, results: dict[str, Any]) -> None:
-    """`<name>.json` and `<name>.md`."""
-    from diffusers_ext.core.artifacts import write_atomically
+def place_text(machine: dict[str, Any]) -> str:
+    """Device, versions and date; empty of a part that has not come to telling them."""
+    if not machine:
+        return ""
+    versions = [f"{name} {version}" for name, version in machine["versions"].items()]
+    if machine.get("cuda"):
+        versions.insert(1, f"CUDA {machine['cuda']}")
+    return f", {machine['device']}, {', '.join(versions)}, {machine['date']}"
 
+
+def write_results(folder: Path, name: str, results: dict[str, Any]) -> None:
+    """`<name>.json` and `<name>.md`, each the old one or the whole new one; no heavy library is waited for."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{name}.json", json.dumps({"parts": results}, indent=1) + "\n")
-    write_atomically(folder / f"{name}.md", results_text(results))
+    texts = {f"{name}.json": json.dumps({"parts": results}, indent=1) + "\n", f"{name}.md": results_text(results)}
+    for file, text in texts.items():
+        partial = folder / f".{file}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / file)
 
 
 def part_command(part: Part, rows: Path, toy: bool) -> list[str]:
@@ -146,25 +165,41 @@ def part_command(part: Part, rows: Path, toy: bool) -> list[str]:
     return [sys.executable, __file__, "--part", part.name, "--rows", str(rows), *(["--toy"] if toy else [])]
 
 
-def measure(names: Sequence[str], toy: bool, output_dir: Path, total: float) -> dict[str, Any]:
-    """Do the parts of these names and write what is found after each; returns all that is known by then."""
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Within the block, to be asked to end is what ctrl-C is: `KeyboardInterrupt`."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def measure(names: Sequence[str], toy: bool, output_dir: Path, total: float) -> dict[str, str]:
+    """Do the parts of these names and write what is known after each; returns how each of them ended."""
     name, began = "on_gpu_rehearsal" if toy else "on_gpu", time.monotonic()
-    results = read_results(output_dir / f"{name}.json")
+    results, ended = read_results(output_dir / f"{name}.json"), {}
     patience = PATIENCE if toy else 1
     chosen = [part._replace(limit=patience * part.limit) for part in PARTS if part.name in names]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, interrupted_by_sigterm(), ExitStack() as stack:
         ahead = (os.cpu_count() or 1) > 2
         done = work_through(chosen, lambda p, rows: part_command(p, rows, toy), Path(folder), patience * total, ahead)
-        for part, outcome in done:
-            results[part.name] = result_of(part, outcome, toy)
-            write_results(output_dir, name, results)
+        for part, outcome in stack.enter_context(closing(done)):
+            ended[part.name] = outcome.status
             print(f"{part.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
+            if outcome.status != DONE and results.get(part.name, {}).get("status") == DONE:
+                print(f"{part.name}: what an earlier run has found stays", flush=True)
+            else:
+                results[part.name] = result_of(part, outcome, toy)
+                write_results(output_dir, name, results)
+            if outcome.status == INTERRUPTED:
+                print(f"{output_dir / name}.md has what was measured till then", flush=True)
     print(f"{output_dir / name}.md after {time.monotonic() - began:.0f} s")
-    return results
+    return ended
 
 
 def main(input_args: list[str] | None = None) -> int:
-    """Measure, or print the budget; returns 1 where a part that was asked for is not whole."""
+    """Measure, or print the budget; returns 1 where a part that was asked for is not whole, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [part.name for part in PARTS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
@@ -186,8 +221,11 @@ def main(input_args: list[str] | None = None) -> int:
     if not args.toy:
         refuse_without_gpu()
     folder = args.output_dir or (Path("outputs") if args.toy else RESULTS)
-    found = measure(args.only, args.toy, folder, args.total)
-    return int(any(found[name]["status"] != "done" for name in args.only))
+    try:
+        ended = measure(args.only, args.toy, folder, args.total)
+    except KeyboardInterrupt:
+        return 130
+    return int(any(status != DONE for status in ended.values()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -12,14 +11,14 @@ import torch
 from benchmarks.gpu import null_space
 from benchmarks.gpu.device import Place
 from benchmarks.gpu.eraser_inference import ERASERS, ROWS
-from benchmarks.gpu.eraser_training import planned_step, run_of
+from benchmarks.gpu.eraser_training import planned_document, planned_step, run_of
 from benchmarks.gpu.golden_noise import RUNS
-from benchmarks.gpu.models import COG_2B, COG_5B, SDXL, WAN, base_model
+from benchmarks.gpu.models import COG_2B, COG_5B, SDXL, WAN, base_model, needed_bytes, weight_bytes
 from benchmarks.gpu.workers import Part
 from benchmarks.machine import table
 from diffusers_ext.planning.edit import draft_edit
 from diffusers_ext.planning.gpus import MATMUL_UTILIZATION, find_gpu, gpu_seconds
-from diffusers_ext.planning.models import ImageShapes, encode_prompts_work, guided_work, module_bytes
+from diffusers_ext.planning.models import ImageShapes, encode_prompts_work, guided_work
 from diffusers_ext.planning.nullspace import NullSpaceRun
 from diffusers_ext.planning.settings import EditPlanSettings, NullSpacePlanSettings
 from diffusers_ext.planning.work import Precision, Work, trace_work
@@ -46,9 +45,8 @@ class Line(NamedTuple):
 def _line(what: str, times: float, work: Work, models: int = 1) -> Line:
     trace = trace_work(work)
     flops = sum(operation.flops * count for operation, count in trace.operations.items())
-    weights = sum(module_bytes(module) for module in work.make().modules)
-    memory = models * weights + trace.kept + trace.peak
-    return Line(what, times, flops / 1e12, gpu_seconds(trace.operations, find_gpu(GPU)), memory)
+    seconds = gpu_seconds(trace.operations, find_gpu(GPU))
+    return Line(what, times, flops / 1e12, seconds, needed_bytes(work, trace, models))
 
 
 def _added(what: str, times: float, *lines: Line) -> Line:
@@ -70,12 +68,9 @@ def _training(name: str) -> list[Line]:
         _line("training step of 2 rows, --separate_passes", 2, apart),
         _line("training step of 2 rows, one pass", 2, together),
     ]
-    # Two of its passes are never gone back through; the five others keep what checkpoints start from, all at once.
+    # Two of its passes are never gone back through.
     document = _added("7-forward step of 1 clip", 1, ours[0]._replace(times=2.5), _call(name, 1)._replace(times=2))
-    tokens = math.prod(run.family.token_grid(run.config, run.latents)) + run.family.text_length(run.config)
-    checkpoints = 2 * run.config.num_layers * tokens * run.config.num_attention_heads * run.config.attention_head_dim
-    memory = ours[0].memory + run.parts()["transformer"] + 4 * checkpoints
-    return [*ours, document._replace(memory=memory)]
+    return [*ours, document._replace(memory=planned_document(run, ours[0].memory))]
 
 
 def _steps() -> list[Line]:
@@ -128,10 +123,9 @@ def _calls() -> list[Line]:
 
 
 def _offload() -> list[Line]:
-    base = base_model(COG_2B, False)
-    size = sum(part.bytes(torch.bfloat16) for part in base.components.values())
+    size = weight_bytes(COG_2B, False)
     what = f"{COG_2B}: {size / GIB:.1f} GiB from or to the host (bandwidth assumed)"
-    return [_call(COG_2B, 2)._replace(times=6), Line(what, 4, 0, size / HOST_BANDWIDTH, size)]
+    return [_call(COG_2B, 2)._replace(times=8), Line(what, 4, 0, size / HOST_BANDWIDTH, size)]
 
 
 def _compile() -> list[Line]:

@@ -13,6 +13,12 @@ from benchmarks.measured_memory import peak_bytes
 from benchmarks.timing import Ratio, seconds
 
 Row = dict[str, Any]
+WEIGHTS = "for weights alone"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class Place(NamedTuple):
@@ -51,12 +57,20 @@ class Place(NamedTuple):
             gc.collect()
             torch.cuda.empty_cache()
 
-    def within_memory(self, what: str, work: Callable[[], None]) -> bool:
-        """Do it; where the GPU is too small, tell that and go on. Returns whether it was done."""
+    def within_memory(self, what: str, work: Callable[[], None], needs: int, of: str = "by plan") -> bool:
+        """Do it; where the GPU is too small, tell that and go on. Returns whether it was done.
+
+        `needs` bytes are what it takes, by the plan or its weights alone; with less than that free nothing is begun.
+        """
+        needed = f"needs {needs / 2**30:.1f} GiB {of}"
+        free = torch.cuda.mem_get_info(self.device)[0] if self.on_gpu else needs
+        if needs > free:
+            self.tell({"what": what, "note": f"not begun: {needed}, {free / 2**30:.1f} GiB are free"})
+            return False
         try:
             work()
         except torch.OutOfMemoryError:
-            self.tell({"what": what, "note": "more memory than there is"})
+            self.tell({"what": what, "note": f"more memory than there is: {needed}"})
             return False
         finally:
             self.free()
@@ -110,5 +124,12 @@ def peak_and_time(place: Place, step: Callable[[], object], before: int | None) 
     `before` is what was allocated before anything of it was made; of a CPU the second peak is not known.
     """
     kept = place.allocated()
-    peak = peak_bytes(step)
+    peak, _ = peak_and_seconds(step)
     return peak, None if kept is None else kept - before + peak, seconds(step)
+
+
+def peak_and_seconds(work: Callable[[], object]) -> tuple[int, float]:
+    """Of one call, of whose time the bookkeeping of its memory is no part."""
+    times: list[float] = []
+    peak = peak_bytes(lambda: times.append(seconds(work)))
+    return peak, times[0]

@@ -11,14 +11,14 @@ from diffusers import DiffusionPipeline
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from benchmarks.gpu.device import Place
+from benchmarks.gpu.device import WEIGHTS, Place, counted, peak_and_seconds
 from benchmarks.gpu.eraser_training import RANK, run_of
-from benchmarks.gpu.models import COG_2B, COG_5B, WAN, fill, make_pipeline
-from benchmarks.measured_memory import peak_bytes
+from benchmarks.gpu.models import COG_2B, COG_5B, WAN, fill, make_pipeline, needed_bytes, weight_bytes
 from benchmarks.timing import compare, seconds
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.eraser.recipe import EraserTraining
 from diffusers_ext.planning.eraser import EraserRun
+from diffusers_ext.planning.work import trace_work
 from diffusers_ext.training.eraser.run import add_eraser
 
 ROWS = {COG_2B: 2, WAN: 2, COG_5B: 1}  # of a call; guidance has two a clip
@@ -43,6 +43,12 @@ def caller(run: EraserRun, model: torch.nn.Module, rows: int, device: torch.devi
     return lambda: torch.no_grad()(velocity)(x_t, t, text)
 
 
+def planned_call(name: str, rows: int, place: Place) -> int:
+    """Bytes of a call by the plan, with a second model that has erasers."""
+    work = run_of(name, place)._teacher_work(1, rows)
+    return needed_bytes(work, trace_work(work), models=2)
+
+
 def calls(place: Place) -> None:
     """Calls with 1 and 4 erasers against calls without any."""
     for name, rows in ROWS.items():
@@ -54,17 +60,18 @@ def calls(place: Place) -> None:
             for count in ERASERS:
                 model = erased(plain, count, run.setting.rank)
                 ratio = compare(caller(run, model, rows, place.device), bare, place.repeats(2))
-                place.tell_ratio(f"{name}: call of {rows} rows, {count} erasers", ratio, "without erasers")
+                what = f"{name}: call of {counted(rows, 'row')}, {counted(count, 'eraser')}"
+                place.tell_ratio(what, ratio, "without erasers")
                 del model
                 place.free()
 
-        place.within_memory(f"{name}: calls", measure)
+        place.within_memory(f"{name}: calls", measure, planned_call(name, rows, place))
 
 
 def compiled(place: Place) -> None:
     """Graphs of a model of two blocks with erasers, and time of the whole one compiled block by block."""
     _count_graphs(place)
-    place.within_memory(f"{COG_2B}: compiled", lambda: _time_compiled(place))
+    place.within_memory(f"{COG_2B}: compiled", lambda: _time_compiled(place), planned_call(COG_2B, 1, place))
 
 
 def _count_graphs(place: Place) -> None:
@@ -94,6 +101,7 @@ def _count_graphs(place: Place) -> None:
     breaks = sum(counters["graph_break"].values())
     place.tell_count(f"{COG_2B}, 2 blocks: graph breaks", breaks, "; ".join(counters["graph_break"])[:200])
     torch.compiler.reset()
+    place.free()
 
 
 def _time_compiled(place: Place) -> None:
@@ -105,24 +113,33 @@ def _time_compiled(place: Place) -> None:
         call = caller(run, model, 1, place.device)
         eager = min(seconds(call) for _ in range(2))
         torch.compiler.reset()
+        counters.clear()
         # A rehearsal has no compiler of kernels.
         backend = {"backend": "eager"} if place.toy else {}
         for block in model.transformer_blocks:
             block.compile(fullgraph=True, **backend)
         first = seconds(call)
         later = min(seconds(call) for _ in range(place.repeats(3)))
-        what = f"{COG_2B}: call of 1 row, {count} erasers, blocks compiled"
+        what = f"{COG_2B}: call of 1 row, {counted(count, 'eraser')}, blocks compiled"
         place.tell_time(what, later, eager, "eager")
         place.tell_time(f"{what}, first call", first)
+        graphs = counters["stats"]["unique_graphs"]
+        place.tell_count(f"{what}: graphs", graphs, f"for {counted(len(model.transformer_blocks), 'block')}")
     torch.compiler.reset()
 
 
 def offloaded(place: Place) -> None:
-    """CogVideoX-2b with an eraser, whole on the GPU and with parts waiting in the host's memory: equal pictures?"""
+    """CogVideoX-2b with an eraser, whole on the GPU and with parts waiting in the host's memory: equal latents?"""
+    needs = weight_bytes(COG_2B, place.toy)
+    place.within_memory(f"{COG_2B}: CPU offload", lambda: _offload(place), needs, WEIGHTS)
+
+
+def _offload(place: Place) -> None:
     pipeline = make_pipeline(COG_2B, place.toy, place.device)
     for parameter in add_eraser(pipeline.transformer, EraserTraining(rank=8 if place.toy else RANK), "seven"):
         parameter.data.normal_(std=0.02)
     pipeline.transformer.requires_grad_(False).eval()
+    _drawn(pipeline, place)  # so that no way has to load the kernels
     reference = _draw(pipeline, place, "all on the GPU")
     host = torch.device("cpu")
     ways: dict[str, Callable[[], Any]] = {
@@ -135,7 +152,8 @@ def offloaded(place: Place) -> None:
         place.free()
         enable()
         drawn = _draw(pipeline, place, way)
-        place.tell_count(f"{COG_2B}: numbers that differ, {way}", int((drawn != reference).sum()))
+        differ = int((drawn != reference).sum())
+        place.tell_count(f"{COG_2B}: latent numbers that differ, {way}", differ, f"of {reference.numel():,}")
 
 
 def _offload_blocks(pipeline: DiffusionPipeline, device: torch.device, host: torch.device) -> None:
@@ -146,26 +164,26 @@ def _offload_blocks(pipeline: DiffusionPipeline, device: torch.device, host: tor
     )
 
 
-def _draw(pipeline: DiffusionPipeline, place: Place, way: str) -> torch.Tensor:
-    """A clip's latents on the CPU, after two steps; time and peak are told."""
-    size, drawn = run_of(COG_2B, place).setting, []
+def _drawn(pipeline: DiffusionPipeline, place: Place) -> torch.Tensor:
+    """A clip's latents on the CPU, after two steps."""
+    size = run_of(COG_2B, place).setting
     shape = {name: getattr(size, name) for name in ("num_frames", "height", "width")}
-    length = pipeline.transformer.config.max_text_seq_length
+    with quiet_run(pipeline):
+        clip = pipeline(
+            "a red seven moving right",
+            num_inference_steps=2,
+            max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **shape,
+        )
+    return clip.frames.cpu()
 
-    def draw() -> None:
-        with quiet_run(pipeline):
-            clip = pipeline(
-                "a red seven moving right",
-                num_inference_steps=2,
-                max_sequence_length=length,
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent",
-                **shape,
-            ).frames
-        drawn.append(clip.cpu())
 
-    before, peaks = place.allocated() or 0, []
-    taken = seconds(lambda: peaks.append(peak_bytes(draw)))
-    place.tell_time(f"{COG_2B}: drawing in 2 steps, {way}", taken)
-    place.tell_memory(f"{COG_2B}: drawing, {way}, peak", before + peaks[0])
-    return drawn[-1]
+def _draw(pipeline: DiffusionPipeline, place: Place, way: str) -> torch.Tensor:
+    """`_drawn`, of which time and peak are told."""
+    before, found = place.allocated() or 0, []
+    peak, taken = peak_and_seconds(lambda: found.append(_drawn(pipeline, place)))
+    place.tell_time(f"{COG_2B}: latents in 2 steps, {way}", taken)
+    place.tell_memory(f"{COG_2B}: latents in 2 steps, {way}: all memory", before + peak)
+    return found[0]

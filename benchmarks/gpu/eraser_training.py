@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.document_recipe import DocumentRecipe, DocumentTexts, document_loss
-from benchmarks.gpu.device import Place, peak_and_time
+from benchmarks.gpu.device import Place, peak_and_seconds, peak_and_time
 from benchmarks.gpu.models import COG_2B, COG_5B, WAN, base_model, begin_work, fill
-from benchmarks.measured_memory import peak_bytes
-from benchmarks.timing import seconds
 from diffusers_ext.eraser.adapter.outputs import trainable_eraser_parameters
 from diffusers_ext.eraser.concept_masks import mask_to_latents
 from diffusers_ext.planning.eraser import EraserRun, eraser_run
@@ -21,6 +20,7 @@ from diffusers_ext.planning.work import Work, trace_work
 CLIP = {"num_frames": 49, "height": 480, "width": 720}
 _TINY_CLIP = {"num_frames": 9, "height": 32, "width": 32}
 RANK = 128
+_DOCUMENT = "{}: 7-forward step of 1 row"
 
 
 class PlannedStep(NamedTuple):
@@ -49,6 +49,16 @@ def planned_step(run: EraserRun) -> PlannedStep:
     trace = trace_work(work)
     models = parts["transformer"] + parts["eraser"]
     return PlannedStep(work, trace.peak, models + trace.kept + trace.peak)
+
+
+def planned_document(run: EraserRun, separate: int) -> int:
+    """Bytes of the 7-forward step, of whose passes five are gone back through; `separate` are ours with passes apart.
+
+    A second model is there, and the four other passes keep what checkpoints start from, all at once.
+    """
+    tokens = math.prod(run.family.token_grid(run.config, run.latents)) + run.family.text_length(run.config)
+    checkpoints = 2 * run.config.num_layers * tokens * run.config.num_attention_heads * run.config.attention_head_dim
+    return separate + run.parts()["transformer"] + 4 * checkpoints
 
 
 def document_step(run: EraserRun, place: Place) -> Callable[[], None]:
@@ -81,34 +91,39 @@ def _passes(separate: bool) -> str:
 
 
 def _train(name: str, place: Place) -> None:
-    times = {}
+    times: dict[bool, float] = {}
     for separate in (True, False):
-        what = f"{name}: training step, {_passes(separate)}"
+        what = f"{name}: training step of 2 rows, {_passes(separate)}"
+        planned = planned_step(run_of(name, place, separate))
 
-        def measure(separate: bool = separate, what: str = what) -> None:
-            planned, before = planned_step(run_of(name, place, separate)), place.allocated()
+        def measure(separate: bool = separate, what: str = what, planned: PlannedStep = planned) -> None:
+            before = place.allocated()
             step = begin_work(planned.work, place.device)
             peak, whole, times[separate] = peak_and_time(place, step, before)
             place.tell_memory(f"{what}: activations", peak, planned.step)
             if whole is not None:
                 place.tell_memory(f"{what}: all memory", whole, planned.whole)
 
-        place.within_memory(what, measure)
+        place.within_memory(what, measure, planned.whole)
+        if separate:
+            document = planned_document(run_of(name, place), planned.whole)
 
     def measure_document() -> None:
         before = place.allocated()
         step = document_step(run_of(name, place), place)
         kept = place.allocated()
         # One step is enough: kernels are warm, and it takes long.
-        peaks: list[int] = []
-        time = seconds(lambda: peaks.append(peak_bytes(step)))
-        place.tell_memory(f"{name}: 7-forward step", peaks[0] + (0 if kept is None else kept - before))
+        peak, time = peak_and_seconds(step)
+        if kept is None:
+            place.tell_memory(f"{_DOCUMENT.format(name)}: activations", peak)
+        else:
+            place.tell_memory(f"{_DOCUMENT.format(name)}: all memory", peak + kept - before, document)
         for separate, own in times.items():
-            place.tell_time(f"{name}: training step, {_passes(separate)}", own, time, "7-forward step")
+            place.tell_time(f"{name}: training step of 2 rows, {_passes(separate)}", own, time, "7-forward step of 1")
 
-    if not place.within_memory(f"{name}: 7-forward step", measure_document):
+    if not place.within_memory(_DOCUMENT.format(name), measure_document, document):
         for separate, own in times.items():
-            place.tell_time(f"{name}: training step, {_passes(separate)}", own)
+            place.tell_time(f"{name}: training step of 2 rows, {_passes(separate)}", own)
 
 
 def train_cogvideox_2b(place: Place) -> None:

@@ -17,9 +17,9 @@ from diffusers import DiffusionPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from diffusers_ext.planning.models import BaseModel, Component, read_base_model
+from diffusers_ext.planning.models import BaseModel, Component, module_bytes, read_base_model
 from diffusers_ext.planning.tracing import move_other_tensors
-from diffusers_ext.planning.work import Work
+from diffusers_ext.planning.work import Work, WorkTrace
 from examples.digits.prompts import COLORS, DIGITS, TEMPLATES, make_tokenizer
 from examples.moving_digits.prompts import make_tokenizer as make_t5_tokenizer
 
@@ -133,6 +133,16 @@ def base_model(name: str, toy: bool) -> BaseModel:
     if toy:
         parts = {part: Component(of.class_name, {**of.config, **_tiny(name, of)}) for part, of in parts.items()}
     return replace(base, components=parts)
+
+
+def weight_bytes(name: str, toy: bool) -> int:
+    """Of all components in bfloat16."""
+    return sum(component.bytes(torch.bfloat16) for component in base_model(name, toy).components.values())
+
+
+def needed_bytes(work: Work, trace: WorkTrace, models: int = 1) -> int:
+    """What a piece of work takes by the plan, with so many copies of its models."""
+    return models * sum(module_bytes(module) for module in work.make().modules) + trace.kept + trace.peak
 
 
 def _tiny(name: str, component: Component) -> Mapping[str, Any]:

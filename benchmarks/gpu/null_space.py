@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.gpu.device import Place
-from benchmarks.gpu.models import KLEIN, PROMPTS, SD15, SDXL, base_model, begin_work, make_pipeline
+from benchmarks.gpu.device import WEIGHTS, Place, counted, peak_and_seconds
+from benchmarks.gpu.models import (
+    KLEIN,
+    PROMPTS,
+    SD15,
+    SDXL,
+    base_model,
+    begin_work,
+    make_pipeline,
+    needed_bytes,
+    weight_bytes,
+)
 from benchmarks.measured_memory import peak_bytes
-from benchmarks.timing import compare
+from benchmarks.timing import compare, seconds
 from diffusers_ext.core.restored_state import quiet_run
 from diffusers_ext.nullspace.collect import collect_statistics, encode_text, text_moment
 from diffusers_ext.nullspace.edit import edit_concept
 from diffusers_ext.planning.models import ImageShapes
 from diffusers_ext.planning.nullspace import NullSpaceRun
 from diffusers_ext.planning.settings import NullSpacePlanSettings
-from diffusers_ext.planning.work import Work, trace_work
+from diffusers_ext.planning.work import Work, WorkTrace, trace_work
 
 FEATURES = ("q", "out")
 RANK = 8
@@ -42,21 +50,27 @@ def step_work(name: str, place: Place, directions: str) -> Work:
 def training_steps(place: Place) -> None:
     """Null-space steps against plain LoRA steps of the same rank, and their peak against the plan."""
     for name in BATCHES:
-        place.within_memory(f"{name}: training steps", lambda name=name: _training_steps(name, place))
+        works = [step_work(name, place, directions) for directions in ("generalized", "plain")]
+        planned = trace_work(works[0])
+
+        def measure(name: str = name, works: list[Work] = works, planned: WorkTrace = planned) -> None:
+            _training_steps(name, works, planned, place)
+
+        place.within_memory(f"{name}: training steps", measure, needed_bytes(works[0], planned, models=2))
 
 
-def _training_steps(name: str, place: Place) -> None:
-    works = [step_work(name, place, directions) for directions in ("generalized", "plain")]
+def _training_steps(name: str, works: list[Work], planned: WorkTrace, place: Place) -> None:
     null_space, plain = (begin_work(work, place.device) for work in works)
     ratio = compare(null_space, plain, place.repeats(10))
     place.tell_ratio(f"{name}: null-space step", ratio, "plain LoRA step")
-    place.tell_memory(f"{name}: activations of a null-space step", peak_bytes(null_space), trace_work(works[0]).peak)
+    place.tell_memory(f"{name}: activations of a null-space step", peak_bytes(null_space), planned.peak)
 
 
 def statistics(place: Place) -> None:
     """What feature statistics add to the bare work that they are read from."""
     for name in BATCHES:
-        place.within_memory(f"{name}: statistics", lambda name=name: _statistics(name, place))
+        needs = weight_bytes(name, place.toy)
+        place.within_memory(f"{name}: statistics", lambda name=name: _statistics(name, place), needs, WEIGHTS)
 
 
 def _statistics(name: str, place: Place) -> None:
@@ -68,7 +82,7 @@ def _statistics(name: str, place: Place) -> None:
             encode_text(pipeline, texts[start : start + 64])
 
     ratio = compare(lambda: text_moment(pipeline, texts, batch_size=64), encode, place.repeats(5))
-    place.tell_ratio(f"{name}: k/v statistics of {len(texts)} prompts", ratio, "text encoders alone")
+    place.tell_ratio(f"{name}: k/v statistics of {counted(len(texts), 'prompt')}", ratio, "text encoders alone")
     _run_statistics(name, pipeline, place)
 
 
@@ -95,23 +109,21 @@ def _run_statistics(name: str, pipeline: DiffusionPipeline, place: Place) -> Non
 def edits(place: Place) -> None:
     """One edit in closed form of whole models, text encoders included."""
     for name, count in PRESERVED.items():
-        place.within_memory(f"{name}: edit", lambda name=name, count=count: _edit(name, count, place))
+        needs = weight_bytes(name, place.toy)
+        place.within_memory(f"{name}: edit", lambda name=name, count=count: _edit(name, count, place), needs, WEIGHTS)
 
 
 def _edit(name: str, count: int, place: Place) -> None:
     pipeline = make_pipeline(name, place.toy, place.device)
     preserved = [prompt for prompt in PROMPTS if "three" not in prompt][: 1 if place.toy else count]
-    found, times = [], []
+    found = []
 
     def edit() -> None:
-        began = time.perf_counter()
         found.append(edit_concept(pipeline, {"three": "nine"}, preserved, batch_size=32).report)
-        times.append(time.perf_counter() - began)
 
-    peak = peak_bytes(edit)
-    if not place.toy:
-        edit()
+    peak, first = peak_and_seconds(edit)
+    again = first if place.toy else seconds(edit)
     report = found[-1]
-    what = f"{name}: edit of {len(report.layers)} Linears, {report.preserved_prompts} preserved prompts"
-    place.tell_time(what, times[-1], times[0], "the first one")
+    what = f"{name}: edit of {counted(len(report.layers), 'Linear')}, {report.preserved_prompts} preserved prompts"
+    place.tell_time(what, again, first, "the first one")
     place.tell_memory(f"{name}: memory of the edit beside the model", peak)

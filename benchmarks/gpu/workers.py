@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-GO = "go\n"
+GO, DONE, INTERRUPTED = "go\n", "done", "interrupted"
 _LAST_LINES, _LAST_LETTERS = 3, 400  # of what a part that failed has written
 _NOTICES = "[transformers]"  # that are no reason
 
@@ -31,7 +32,7 @@ class Part(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a part ended: `"done"`, or why it is not whole; its rows are those that it told till then."""
+    """How a part ended: `DONE`, or why it is not whole; its rows are those that it told till then."""
 
     status: str
     seconds: float
@@ -52,7 +53,7 @@ class Worker:
     """A process that imports at once and begins when it is told to; it writes rows, one a line, into a file."""
 
     def __init__(self, command: Sequence[str], rows: Path) -> None:
-        self.rows, self.log = rows, rows.with_suffix(".log")
+        self.rows, self.log, self.stopped = rows, rows.with_suffix(".log"), False
         # Each of these processes imports the same: the first one may leave what it has compiled.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         with self.log.open("wb") as log:
@@ -67,21 +68,26 @@ class Worker:
             )
 
     def work(self, limit: float) -> Outcome:
-        """Let it begin; stop it after so many seconds."""
+        """Let it begin; stop it after so many seconds, or where the user interrupts."""
         began = time.monotonic()
         try:
             self.process.communicate(GO, timeout=limit)
         except subprocess.TimeoutExpired:
-            self.stop()
             status = f"stopped at its limit of {limit:.0f} s"
+        except KeyboardInterrupt:
+            status = INTERRUPTED
         else:
             code = self.process.returncode
-            status = f"failed ({code}): {self._last_lines()}" if code else "done"
+            status = f"failed ({code}): {self._last_lines()}" if code else DONE
+        self.stop()
         return Outcome(status, time.monotonic() - began, read_rows(self.rows))
 
     def stop(self) -> None:
-        """End it and what it has started, and wait until it has given back the GPU."""
-        if self.process.poll() is None:
+        """End it and what it has started, as compilers, and wait until it has given back the GPU."""
+        if self.stopped:
+            return
+        self.stopped = True  # its number may be another process's from now on
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process.stdin.close()
@@ -106,6 +112,8 @@ def work_through(
 ) -> Iterator[tuple[Part, Outcome]]:
     """Do parts one after the other, each within its limit and all within `total` seconds.
 
+    Where the user interrupts, what the part at work has told is given before `KeyboardInterrupt` goes on.
+
     Args:
         command: of the process of a part, by the file for its rows.
         folder: for rows and logs.
@@ -128,7 +136,10 @@ def work_through(
             start(index)
             if ahead:
                 start(index + 1)
-            yield part, started[index].work(min(part.limit, left))
+            outcome = started[index].work(min(part.limit, left))
+            yield part, outcome
+            if outcome.status == INTERRUPTED:
+                raise KeyboardInterrupt
     finally:
         for worker in started.values():
             worker.stop()

@@ -102,7 +102,7 @@ def _split_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """`X^T Y`, of bfloat16 with sums and result in float32."""
     if x.dtype != torch.bfloat16:
         return x.T @ y
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads():  # from torch 2.8 on
         return torch.mm(x.T, y, out_dtype=torch.float32)
     with exact_float32_matmul(x.device.type):  # products of bfloat16 numbers are exact in float32
         return x.float().T @ y.float()

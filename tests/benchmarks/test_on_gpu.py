@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import signal
 import sys
 import time
+import weakref
 
 import pytest
+import torch
 
 from benchmarks import on_gpu
+from benchmarks.gpu.device import Place
 from benchmarks.gpu.workers import Part, work_through
 
 # What a part must tell, by words of its rows.
 TOLD = {
-    "train_5b": ["--separate_passes: activations", "one pass: activations", "7-forward step", "training step, one"],
-    "train_2b": ["--separate_passes: activations", "one pass: activations", "7-forward step", "training step, one"],
-    "train_wan": ["--separate_passes: activations", "one pass: activations", "7-forward step", "training step, one"],
+    "train_5b": ["--separate_passes: activations", "one pass: activations", "7-forward step", "rows, one pass"],
+    "train_2b": ["--separate_passes: activations", "one pass: activations", "7-forward step", "rows, one pass"],
+    "train_wan": ["--separate_passes: activations", "one pass: activations", "7-forward step", "rows, one pass"],
     "null_space": ["SD1.5: null-space step", "SDXL: null-space step", "SDXL: activations"],
     "statistics": ["SD1.5: k/v", "SDXL: k/v", "SD1.5: q/out", "SDXL: q/out"],
     "edits": ["SDXL: edit of", "FLUX.2-klein-4B: edit of"],
     "golden_noise": ["in 50 steps", "in 4 steps", "NPNet in float32", "GoldenNoiseModel in bfloat16"],
     "calls": [f"{model}: call" for model in ("CogVideoX-2b", "Wan2.1-1.3B", "CogVideoX-5b")],
     "offload": ["all on the GPU", "model by model", "block by block", "numbers that differ"],
-    "compile": ["another scale", "2 erasers", "graph breaks", "1 erasers, blocks compiled", "0 erasers, blocks"],
+    "compile": ["another scale", "2 erasers", "graph breaks", "1 eraser, blocks compiled", "0 erasers, blocks"],
 }
 
 
@@ -39,7 +44,9 @@ def test_every_part_is_rehearsed(name):
         assert math.isfinite(row["measured"]), row
     counts = {row["what"].partition(": ")[2]: row["measured"] for row in rows if row["unit"] == ""}
     for what, count in counts.items():
-        if what.startswith(("numbers that differ", "graph breaks")) or what.endswith(("another scale", "scale 0")):
+        if what.startswith(("latent numbers that differ", "graph breaks")) or what.endswith(
+            ("another scale", "scale 0")
+        ):
             assert count == 0, what
     cells = [on_gpu.row_cells(row) for row in rows]
     assert all(len(line) == 4 for line in cells)
@@ -73,12 +80,17 @@ import json, sys, time
 rows, ending = sys.argv[1:]
 assert sys.stdin.readline()
 with open(rows, "a") as file:
-    file.write(json.dumps({"machine": {"device": "none"}}) + "\\n" + json.dumps({"what": "first"}) + "\\n")
+    file.write(json.dumps({"machine": {"device": "none"}}) + "\\n")
+    file.write(json.dumps({"what": "first", "note": "why"}) + "\\n")
 if ending == "late":
     open(rows, "a").write('{"what": "half')
     time.sleep(60)
 if ending == "broken":
     raise MemoryError("no more")
+if ending == "asked":  # as a scheduler of jobs asks the whole command to end
+    import os, signal
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
 """
 
 
@@ -94,7 +106,9 @@ def commands(part, rows):
 def test_a_part_over_its_limit_or_with_an_error_leaves_the_others(tmp_path, ahead):
     parts = parts_of(late=2, broken=30, whole=30)
     found = {part.name: outcome for part, outcome in work_through(parts, commands, tmp_path, 60, ahead)}
-    assert {name: outcome.figures for name, outcome in found.items()} == dict.fromkeys(found, [{"what": "first"}])
+    assert {name: outcome.figures for name, outcome in found.items()} == dict.fromkeys(
+        found, [{"what": "first", "note": "why"}]
+    )
     assert found["late"].status == "stopped at its limit of 2 s"
     assert found["broken"].status.startswith("failed (1): ")
     assert found["broken"].status.endswith("MemoryError: no more")
@@ -156,6 +170,87 @@ def test_results_of_parts_are_kept_by_later_ones(tmp_path, monkeypatch, capsys):
     assert "A rehearsal" in (tmp_path / "on_gpu_rehearsal.md").read_text()
     assert (tmp_path / "on_gpu.md").read_text() == text
     assert "calls: done" in capsys.readouterr().out
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Run the command with parts that end as they are told; the code, and status and rows of all that is known."""
+    monkeypatch.setattr(on_gpu, "refuse_without_gpu", lambda: None)
+    code = STAND_IN.replace('{"device": "none"}', repr(MACHINE))
+
+    def run(**endings):
+        command = lambda part, path, toy: [sys.executable, "-S", "-c", code, str(path), endings[part.name]]
+        monkeypatch.setattr(on_gpu, "part_command", command)
+        ended = on_gpu.main(["--only", *endings, "--output_dir", str(tmp_path)])
+        parts = json.loads((tmp_path / "on_gpu.json").read_text())["parts"]
+        return ended, {name: (part["status"], len(part["rows"])) for name, part in parts.items()}
+
+    return run
+
+
+def test_what_was_measured_stays_when_the_command_is_asked_to_end(measured, tmp_path, capsys):
+    began = time.monotonic()
+    code, parts = measured(edits="whole", calls="asked", compile="whole")
+    assert time.monotonic() - began < 30
+    assert code == 130
+    assert parts == {"edits": ("done", 1), "calls": ("interrupted", 1)}
+    assert "`--only calls`: interrupted, " in (tmp_path / "on_gpu.md").read_text()
+    assert "has what was measured till then" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    code, parts = measured(calls="whole", compile="whole")
+    assert code == 0
+    assert parts == dict.fromkeys(["edits", "calls", "compile"], ("done", 1))
+
+
+def test_a_part_that_is_not_whole_leaves_what_an_earlier_run_has_found(measured, capsys):
+    code, parts = measured(calls="broken")
+    assert (code, parts["calls"][1]) == (1, 1)
+    assert parts["calls"][0].endswith("MemoryError: no more")
+    assert measured(calls="whole", edits="whole")[0] == 0
+    assert measured(calls="broken", edits="whole") == (1, {"calls": ("done", 1), "edits": ("done", 1)})
+    assert "calls: what an earlier run has found stays" in capsys.readouterr().out
+
+
+def test_a_part_ends_where_whoever_started_it_is_gone(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(on_gpu, "run_part", lambda name, toy, tell, wait: wait())
+    with pytest.raises(SystemExit, match="is gone"):
+        on_gpu.work_on("calls", True, tmp_path / "rows.jsonl")
+
+
+GIB = 2**30
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """A GPU with 10 GiB free, as far as a part asks for its memory, and the rows that it tells."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (10 * GIB, 80 * GIB))
+    told = []
+    return Place(torch.device("cuda"), False, told.append), told
+
+
+def test_what_does_not_fit_is_not_begun(small_gpu):
+    place, told = small_gpu
+    assert not place.within_memory("step", lambda: pytest.fail("was begun"), 45 * GIB)
+    assert place.within_memory("smaller", lambda: None, 9 * GIB)
+    assert told == [{"what": "step", "note": "not begun: needs 45.0 GiB by plan, 10.0 GiB are free"}]
+
+
+def test_memory_is_given_back_where_it_did_not_suffice(small_gpu, monkeypatch):
+    """What the failed work held, an exception's frames hold on to; after it the next work needs the memory."""
+    place, told = small_gpu
+    held, alive = [], []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: alive.append(held[0]() is not None))
+
+    def work():
+        model = torch.nn.Linear(2, 2)
+        model.itself = [model]  # a cycle
+        held.append(weakref.ref(model))
+        raise torch.OutOfMemoryError("no more")
+
+    assert not place.within_memory("step", work, 9 * GIB, "for weights alone")
+    assert told == [{"what": "step", "note": "more memory than there is: needs 9.0 GiB for weights alone"}]
+    assert alive == [False]
 
 
 def test_a_part_that_fails_is_told_by_the_exit_status(tmp_path, monkeypatch):
