@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def export_lora(
     if output_path is not None:
         kept = {**kept_metadata(found), **(metadata or {})}
         kept.setdefault("modelspec.title", Path(output_path).stem)
-        write_lora(exported, output_path, lora_metadata(lora, exported, kept))
+        ranks = adapter_metadata(lora) if format == "diffusers" else {}
+        write_lora(exported, output_path, {**lora_metadata(lora, exported, kept), **ranks})
     return exported
 
 
@@ -218,6 +220,30 @@ def write_lora(lora: StateDict, output_path: str | os.PathLike, metadata: Mappin
 def _separate(lora: Mapping[str, torch.Tensor]) -> StateDict:
     """Copies on the CPU: safetensors writes no tensors that share memory."""
     return {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in lora.items()}
+
+
+def adapter_metadata(lora: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Settings of PEFT's adapters for a LoRA in diffusers' names, of scale 1; empty where each component has one rank.
+
+    Without them diffusers below 0.40 scales all modules of a component by the rank of one of them.
+    """
+    ranks: dict[str, dict[str, int]] = {}
+    for key, tensor in lora.items():
+        component, _, name = key.partition(".")
+        if name.endswith(".lora_A.weight"):
+            # Of a text encoder without what transformers 4 alone puts before its names, as a pattern's end is matched.
+            pattern = name.removesuffix(".lora_A.weight").removeprefix("text_model.")
+            ranks.setdefault(component, {})[pattern] = tensor.shape[0]
+    if all(len(set(of.values())) == 1 for of in ranks.values()):
+        return {}
+    settings: dict[str, Any] = {}
+    for component, of in ranks.items():
+        usual = Counter(of.values()).most_common()[0][0]
+        start = "" if component.startswith("text_encoder") else "^"  # another name may end in this one
+        others = {f"{start}{name}": rank for name, rank in of.items() if rank != usual}
+        told = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
+        settings |= {f"{component}.{name}": value for name, value in {**told, "target_modules": sorted(of)}.items()}
+    return {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)}
 
 
 def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -16,7 +16,14 @@ from diffusers_ext.core.capture import capture
 from diffusers_ext.core.lora_formats import check_lora_effect
 from diffusers_ext.core.pipelines import denoiser_of
 from diffusers_ext.core.second_moment import SecondMoment
-from diffusers_ext.families.lora_files import LoraSource, StateDict, check_output_path, read_lora, write_lora
+from diffusers_ext.families.lora_files import (
+    LoraSource,
+    StateDict,
+    adapter_metadata,
+    check_output_path,
+    read_lora,
+    write_lora,
+)
 from diffusers_ext.nullspace.directions import check_new_subject
 from diffusers_ext.nullspace.edit_equations import read_weight
 from diffusers_ext.nullspace.lora import instance_statistics_like
@@ -204,7 +211,7 @@ def debleed_lora(
         )
     check_lora_effect(result)
     if output_path is not None:
-        write_lora(result, output_path)
+        write_lora(result, output_path, adapter_metadata(result))
     return result
 
 

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers import __version__ as diffusers_version
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext.core.lora_formats import check_lora_effect
-from diffusers_ext.families.lora_files import check_loaded_lora, export_lora, read_lora
+from diffusers_ext.families.lora_files import adapter_metadata, check_loaded_lora, export_lora, read_lora
 from diffusers_ext.nullspace.lora import lora_linears
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_lora import ATTENTION_LINEARS, add_random_lora
@@ -43,7 +43,8 @@ def save_adapters(pipeline, folder: Path, **config) -> Path:
             torch.manual_seed(index)
             targets = ["q_proj", "out_proj", "fc1"]
             lora = {"r": 2, "lora_alpha": 4, "init_lora_weights": False, "target_modules": targets}
-            model.add_adapter(LoraConfig(**lora))
+            ranks = {"fc1": 3} if "rank_pattern" in config else {}
+            model.add_adapter(LoraConfig(**lora, rank_pattern=ranks))
         layers[f"{name}_lora_layers"] = get_peft_model_state_dict(model, adapter_name="default")
         metadata[f"{name}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     type(pipeline).save_lora_weights(folder, **layers, **metadata)
@@ -152,8 +153,6 @@ def test_loras_without_effect_are_refused():
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 @pytest.mark.parametrize("config", [{}, {"rank_pattern": {"to_k": 3}}])
 def test_exported_files_draw_the_same_pictures_in_stock_pipelines(tmp_path, build, format, config):
-    if config and format == "diffusers" and tuple(map(int, diffusers_version.split(".")[:2])) < (0, 40):
-        pytest.skip("diffusers below 0.40 scales a file of several ranks by one of them")
     trained = build()
     folder = save_adapters(trained, tmp_path, **config)
     lora = read_lora(folder)
@@ -162,12 +161,32 @@ def test_exported_files_draw_the_same_pictures_in_stock_pipelines(tmp_path, buil
     assert loaded.keys() == exported.keys()
     weights = [key for key in exported if not key.endswith(".alpha")]
     assert len(weights) == len(lora)
+    again = read_lora(tmp_path / "new" / "lora.safetensors")
+    assert again.keys() == lora.keys()
+    for key in lora:
+        torch.testing.assert_close(again[key], lora[key])
     stock, base = build(), draw(build())
     stock.load_lora_weights(tmp_path / "new" / "lora.safetensors")
     assert check_loaded_lora(stock) == len(lora) // 2
     pictures = draw(trained)
     torch.testing.assert_close(draw(stock), pictures, rtol=0, atol=1e-5)
     assert (pictures - base).abs().max() > 0.05
+
+
+def test_several_ranks_are_told_as_peft_reads_them():
+    ranks = {"proj_out": 2, "blocks.0.proj_out": 3, "blocks.1.proj_out": 3}
+    lora = {f"transformer.{name}.lora_A.weight": torch.ones(rank, 4) for name, rank in ranks.items()}
+    told = json.loads(adapter_metadata(lora)["lora_adapter_metadata"])
+    model = torch.nn.ModuleDict({"proj_out": torch.nn.Linear(4, 4)})
+    model["blocks"] = torch.nn.ModuleList(torch.nn.ModuleDict({"proj_out": torch.nn.Linear(4, 4)}) for _ in range(2))
+    config = LoraConfig(**{name.removeprefix("transformer."): value for name, value in told.items()})
+    inject_adapter_in_model(config, model)
+    for name, rank in ranks.items():
+        layer = model.get_submodule(name)
+        assert (layer.r["default"], layer.scaling["default"]) == (rank, 1.0)
+    # One rank a component is read right without a word, and its file stays as it was.
+    text = {f"{TEXT}.lora_A.weight": torch.ones(5, 4)}
+    assert adapter_metadata({**plain_lora(), **text}) == {}
 
 
 def test_kohya_names_are_those_that_other_programs_know(tmp_path):
