@@ -7,7 +7,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from tests.fresh_process import run_python
 from tests.hub_server import HubServer
+from tests.installed_diffusers import lacking
 
 if "huggingface_hub" in sys.modules:
     raise RuntimeError("`huggingface_hub` must be imported after tests/conftest.py, got it before.")
@@ -43,17 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
 _SLOW_FOLDERS = ("training", "hub", "docs", "examples", "planning", "community")
 
 
-# What the installed diffusers lacks, by a part of the names of tests.
-_NEEDS_DIFFUSERS = {"z_image": (0, 39)}
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long comes first: workers that share the files then end at about the same time."""
-    installed = tuple(map(int, version("diffusers").split(".")[:2]))
     for item in items:
-        for words, needed in _NEEDS_DIFFUSERS.items():
-            if words in item.name and installed < needed:
-                item.add_marker(pytest.mark.skip(reason=f"{words} needs diffusers {needed[0]}.{needed[1]}"))
+        if reason := lacking(item.name):
+            item.add_marker(pytest.mark.skip(reason=reason))
     folders = [str(Path(__file__).parent / name) + os.sep for name in _SLOW_FOLDERS]
 
     def place(item: pytest.Item) -> int:

@@ -162,7 +162,8 @@ class ExtendedBlocks(SequentialPipelineBlocks):
         found = getattr(diffusers, self.base, None) if isinstance(self.base, str) else None
         if not (isinstance(found, type) and issubclass(found, SequentialPipelineBlocks)):
             raise ValueError(
-                f"`base` must be a class of diffusers' modular blocks, such as 'FluxAutoBlocks', got {self.base!r}."
+                f"`base` must be a class of diffusers' modular blocks, such as 'FluxAutoBlocks', got {self.base!r} of "
+                f"diffusers {diffusers.__version__}."
             )
         for step in self.steps:
             if not (isinstance(step, type) and issubclass(step, ExtensionStep)):

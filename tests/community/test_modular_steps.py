@@ -28,6 +28,7 @@ from tests.golden_noise.golden_pipelines import FAMILIES, random_network
 from tests.golden_noise.test_modular import BLOCKS, call, modular_pipeline
 from tests.hub_storage import Repository
 from tests.in_a_thread import in_a_thread
+from tests.installed_diffusers import lacking
 from tests.tiny_erasers import add_random_eraser
 
 
@@ -157,6 +158,10 @@ def test_an_eraser_in_joint_attention_is_the_one_that_is_loaded_by_hand(tmp_path
 def test_every_familys_blocks_denoise_in_the_steps(subtests):
     for family in families.FAMILIES:
         for base in family.modular_blocks:
+            if lacking(base):
+                with pytest.raises(ValueError, match=f"must be a class .* got '{base}' of diffusers"):
+                    ExtendedBlocks(base, [])
+                continue
             with subtests.test(base=base):
                 erased = family.joint_attention is not None and base != "Wan22Blocks"
                 steps = [EraserStep, NullSpaceLoraStep] if erased else [NullSpaceLoraStep]

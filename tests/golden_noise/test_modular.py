@@ -22,6 +22,7 @@ from tests.golden_noise.golden_pipelines import (
     with_network,
 )
 from tests.golden_noise.test_pipelines import as_given
+from tests.installed_diffusers import lacking
 from tests.tiny_current_pipelines import tiny_wan_pipeline
 
 BLOCKS = {
@@ -38,6 +39,8 @@ UNGUIDED = ("sd3", "qwen_image")  # whose blocks are not guided without a negati
 
 def modular_pipeline(plain, family: str, steps=(GoldenNoiseStep,)) -> ModularPipeline:
     """The plain pipeline's components in the family's modular blocks."""
+    if reason := lacking(BLOCKS[family]):
+        pytest.skip(reason)
     pipeline = ExtendedBlocks(BLOCKS[family], steps).init_pipeline()
     components = {name: part for name, part in plain.components.items() if name in pipeline._component_specs}
     pipeline.update_components(**components)
@@ -218,6 +221,10 @@ def test_blocks_and_steps_are_checked(pipelines):
 def test_every_family_with_modular_blocks_has_a_place_for_the_step(subtests):
     for family in families.FAMILIES:
         for base in family.modular_blocks:
+            if lacking(base):
+                with pytest.raises(ValueError, match=f"must be a class .* got '{base}' of diffusers"):
+                    ExtendedBlocks(base, [])
+                continue
             with subtests.test(base=base):
                 pipeline = ExtendedBlocks(base, [GoldenNoiseStep]).init_pipeline()
                 assert find_modular_family(pipeline) is family

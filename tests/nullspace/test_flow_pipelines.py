@@ -61,7 +61,7 @@ def test_statistics_go_with_every_pipeline(build, tmp_path):
     assert type(plain) is type(stock)
 
 
-def test_a_lora_is_kept_from_preserved_prompts_at_run_time(tmp_path):
+def test_a_lora_of_z_image_is_kept_from_preserved_prompts_at_run_time(tmp_path):
     stock = tiny_z_image_pipeline()
     statistics = collect_statistics(stock, [KNOWN], scope="text_only", expand_sub_phrases=False)
     pipeline = NullSpaceDreamBoothZImagePipeline.from_pipe(stock, statistics=statistics)
