@@ -67,7 +67,8 @@ def _row(action: argparse.Action) -> str:
     if isinstance(default, (list, tuple)):
         default = " ".join(map(str, default))
     choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
-    return f"| `{flag}` | {default} | {action.help.replace('|', '/')}{choices} |"
+    told = action.help.removesuffix(" (default: %(default)s)")  # which Python 3.10 adds to switches
+    return f"| `{flag}` | {default} | {told.replace('|', '/')}{choices} |"
 
 
 def with_tables(page: str) -> str:

@@ -108,7 +108,7 @@ class TrajectoryRun:
         # By batch and call, so that neither shards nor a new start change what is drawn.
         self._calls[key] += 1
         name = f"{self.facts['settings']['run']['seed']} {self._first} {self._calls[key]} {key}"
-        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
         self.moments[key].sample(features, self.share, torch.Generator().manual_seed(seed))
 
     def _check_share(self, batches: int) -> None:

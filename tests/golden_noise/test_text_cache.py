@@ -63,8 +63,6 @@ def small_files(monkeypatch):
 
 
 @pytest.mark.parametrize("build", [lambda: sdxl_pipeline(0), tiny_z_image_pipeline], ids=["padded", "z_image"])
-    "build", [lambda: sdxl_pipeline(0), tiny_z_image_pipeline], ids=["padded", "not padded, z_image"]
-)
 def test_files_hold_what_memory_holds(build, small_files, tmp_path):
     pipeline = build()
     in_memory = TextCache.encode(pipeline, PROMPTS, batch_size=2)

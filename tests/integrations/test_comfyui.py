@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import tomllib
 import torch
 
 from diffusers_ext import collect_statistics, debleed_lora, save_eraser
@@ -28,6 +27,11 @@ from tests.tiny_cogvideox import tiny_transformer
 from tests.tiny_current_pipelines import tiny_wan_pipeline
 from tests.tiny_digits import random_digits_pipeline
 from tests.tiny_erasers import add_random_eraser, velocity
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 TEXT = 8
