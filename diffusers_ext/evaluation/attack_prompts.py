@@ -104,6 +104,7 @@ def rewrite_prompts(prompts: Sequence[str], source: str, *, device: Any = "cpu",
             inputs = tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
             ).to(device)
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # tokenizers may give more
             with torch.no_grad():
                 answer = model.generate(**inputs, max_new_tokens=most_tokens, do_sample=False)
             text = tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

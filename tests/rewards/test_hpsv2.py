@@ -100,10 +100,9 @@ def test_v2_1_is_the_other_file_and_the_default(hpsv2_folder, load_hpsv2, reward
     assert torch.equal(newer.score(*pairs), load_hpsv2(version="v2.1").score(*pairs))
 
 
-def test_the_file_itself_and_safetensors_load_too(hpsv2_folder, reward, tmp_path):
+def test_the_file_itself_and_safetensors_load_too(reward, tmp_path):
     save_file(tiny_checkpoint(), tmp_path / "HPS_v2_compressed.safetensors")
-    shutil.copy(hpsv2_folder / "tokenizer.json", tmp_path)
-    shutil.copy(hpsv2_folder / "tokenizer_config.json", tmp_path)
+    clip_tokenizer().save_pretrained(tmp_path)
     pairs = pictures(), PROMPTS[:4]
     for source in (tmp_path, tmp_path / "HPS_v2_compressed.safetensors"):
         loaded = HPSv2Reward.from_pretrained(source, version="v2.0", config=tiny_config())
@@ -298,7 +297,8 @@ def test_the_tokenizer_alone_reads_three_of_the_prompts_otherwise(tokenizer):
         for case in CASES["prompts"]
         if tokenizer(case["text"], truncation=True, max_length=77).input_ids != case["ids"]
     }
-    assert differ == {"non_ascii", "html", "mojibake_fullwidth"}
+    # That of transformers 4 cleans by ftfy itself.
+    assert differ == ({"non_ascii", "html", "mojibake_fullwidth"} if tokenizer.is_fast else set())
 
 
 def test_a_longer_prompt_ends_with_the_end_token(tokenizer):
