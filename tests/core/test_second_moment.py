@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_ext.core.second_moment import (
     LowRankMoment,
     SecondMoment,
+    _split_product,
     exact_float32_matmul,
     gram,
     sampled_gram,
@@ -22,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 REDUCE = """
 import sys
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 sys.argv[0] = "diffusers-ext"  # as on the console, without diffusers and PEFT
 from diffusers_ext.core.second_moment import SecondMoment
 
@@ -267,3 +270,18 @@ def test_sampled_moments_tell_their_error_through_sums():
     assert error < 2 * merged.sampling_error < 0.5
     assert merged.repeated(3).sampling_error == pytest.approx(merged.sampling_error)
     assert SecondMoment(6).update(features).sampling_error == 0
+
+
+def test_split_products_of_a_gpu_need_no_keyword_of_newer_torch(monkeypatch):
+    """Tensors without data stand for those of a GPU; `mm` knows `out_dtype` from torch 2.8 on."""
+
+    def mm(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x @ y
+
+    with FakeTensorMode():
+        rows = torch.empty(8, 4, dtype=torch.bfloat16, device="cuda")
+        assert _split_product(rows, rows).dtype == torch.float32
+        monkeypatch.setattr(torch, "mm", mm)
+        monkeypatch.setattr(torch.ops.aten.mm, "overloads", lambda: ["default", "out"])
+        product = _split_product(rows, rows)
+    assert (product.dtype, product.device.type) == (torch.float32, "cuda")
