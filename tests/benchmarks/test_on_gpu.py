@@ -211,6 +211,14 @@ def test_a_part_that_is_not_whole_leaves_what_an_earlier_run_has_found(measured,
     assert "calls: what an earlier run has found stays" in capsys.readouterr().out
 
 
+def test_the_import_that_finds_the_gpu_is_in_the_total(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(on_gpu, "refuse_without_gpu", lambda: time.sleep(0.2))
+    monkeypatch.setattr(on_gpu, "measure", lambda names, toy, folder, total: found.append(total) or {})
+    assert on_gpu.main(["--total", "5", "--output_dir", str(tmp_path)]) == 0
+    assert 4 < found[0] <= 4.8
+
+
 def test_a_part_ends_where_whoever_started_it_is_gone(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(on_gpu, "run_part", lambda name, toy, tell, wait: wait())
