@@ -7,7 +7,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -110,46 +110,79 @@ def _own_value(owner: object, name: str) -> Any:
     return getattr(owner, name, _Absent)
 
 
+Write = Callable[[object, str, Any], None]
+
+
+def _take(mine: object, owner: object, name: str, value: Any, write: Write) -> None:
+    """Give an attribute a value for `mine`, under the lock."""
+    key = (id(owner), name)
+    holding = _HOLDINGS.get(key) or _Holding(_own_value(owner, name))
+    write(owner, name, value)
+    holding.held.append((mine, value))
+    _HOLDINGS[key] = holding
+
+
+def _give_back(mine: object, owner: object, name: str, write: Write) -> None:
+    """Take back what `mine` gave an attribute, under the lock."""
+    key = (id(owner), name)
+    holding = _HOLDINGS[key]
+    was_latest = holding.held[-1][0] is mine
+    holding.held = [entry for entry in holding.held if entry[0] is not mine]
+    if not holding.held:
+        del _HOLDINGS[key]
+    if was_latest:
+        restored = holding.held[-1][1] if holding.held else holding.before
+        if restored is _Absent:
+            delattr(owner, name)
+        else:
+            write(owner, name, restored)
+
+
 @contextmanager
-def held_attribute(
-    owner: object, name: str, value: Any, write: Callable[[object, str, Any], None] = setattr
-) -> Iterator[None]:
+def held_attribute(owner: object, name: str, value: Any, write: Write = setattr) -> Iterator[None]:
     """Give an attribute a value while the context is open, by `write(owner, name, value)`.
 
     Contexts on the same attribute are counted: whatever the order in which they close, also in other threads and after
     an exception, the attribute has the latest value that is still held, and after the last one that which it had
     before the first. An attribute that was not there, or only in the class, goes again.
     """
-    key, mine = (id(owner), name), object()
+    mine = object()
     with _LOCK:
-        holding = _HOLDINGS.get(key) or _Holding(_own_value(owner, name))
-        write(owner, name, value)
-        holding.held.append((mine, value))
-        _HOLDINGS[key] = holding
+        _take(mine, owner, name, value, write)
     try:
         yield
     finally:
         with _LOCK:
-            was_latest = holding.held[-1][0] is mine
-            holding.held = [entry for entry in holding.held if entry[0] is not mine]
-            if not holding.held:
-                del _HOLDINGS[key]
-            if was_latest:
-                restored = holding.held[-1][1] if holding.held else holding.before
-                if restored is _Absent:
-                    delattr(owner, name)
-                else:
-                    write(owner, name, restored)
+            _give_back(mine, owner, name, write)
+
+
+def _write_another(owner: object, name: str, value: Any) -> None:
+    # Modules look at every value that they are given; most have this one.
+    if vars(owner).get(name, _Absent) is not value:
+        setattr(owner, name, value)
 
 
 @contextmanager
 def module_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
     """Modules and all their parts in eval mode; each part's own is back once the last thread is done."""
-    parts = dict.fromkeys(part for module in modules for part in module.modules())
-    with ExitStack() as restore:
-        for part in parts:
-            restore.enter_context(held_attribute(part, "training", False))
+    # One context for all: a large model has thousands of parts, and this is opened at every call.
+    parts: dict[torch.nn.Module, None] = {}
+    waiting = list(modules)
+    while waiting:
+        if (part := waiting.pop()) not in parts:
+            parts[part] = None
+            waiting.extend(part.children())
+    mine, held = object(), []
+    try:
+        with _LOCK:
+            for part in parts:
+                _take(mine, part, "training", False, _write_another)
+                held.append(part)
         yield
+    finally:
+        with _LOCK:
+            for part in held:
+                _give_back(mine, part, "training", _write_another)
 
 
 def eval_mode(pipeline: DiffusionPipeline) -> AbstractContextManager[None]:

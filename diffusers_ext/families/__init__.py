@@ -104,8 +104,11 @@ def _match(model: Any, tool: str | None) -> Family | None:
 
 def check_diffusers(family: Family) -> None:
     """Raise `ValueError` where a family needs a newer diffusers than is installed."""
-    installed, needed = version("diffusers"), family.needs_diffusers
-    if needed is not None and _numbers(installed) < _numbers(needed):
+    needed = family.needs_diffusers
+    if needed is None:
+        return
+    installed = version("diffusers")  # which reads a file
+    if _numbers(installed) < _numbers(needed):
         raise ValueError(
             f"`diffusers` must be {needed} or newer for {family.title}, got {installed}. "
             f"Run: pip install -U 'diffusers>={needed}'."
