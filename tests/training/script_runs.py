@@ -49,7 +49,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
 
 
-def launch(script: str, line: list[str], processes: int, timeout: int = 120) -> str:
+def launch(script: str, line: list[str], processes: int) -> str:
     """Run a script under `accelerate launch` on the CPU; returns what it wrote to stderr."""
     # `--cpu` would start one process, whatever the number asked for.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
@@ -61,7 +61,7 @@ def launch(script: str, line: list[str], processes: int, timeout: int = 120) -> 
         env={**environment(), "ACCELERATE_USE_CPU": "1"},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     return done.stderr

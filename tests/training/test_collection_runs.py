@@ -3,18 +3,19 @@ from __future__ import annotations
 import json
 
 from diffusers_ext.nullspace.statistics import FeatureStatistics
-from tests.training.script_runs import QUICK, assert_same_totals, command_line, files_below, launch, write_prompts
+from tests.training.killed_runs import run_of
+from tests.training.script_runs import QUICK, assert_same_totals, command_line, files_below, write_prompts
 
 RESULTS = {"config.json", "model.safetensors", "report.json", "plots/spectrum.png",
            "plots/null_dimensions.png"}  # fmt: skip
 
 
-def test_two_processes_give_the_statistics_of_one(build, tmp_path, prompts_file):
+def test_two_processes_give_the_statistics_of_one(build, server, tmp_path, prompts_file):
     one = FeatureStatistics.from_pretrained(build("one", features=["q", "k", "v", "out"]))
     line = command_line(
         knowledge_prompts=prompts_file, output_dir=tmp_path / "two", features=["q", "k", "v", "out"], **QUICK
     )
-    launch("build_covariance", line, processes=2)
+    server.run(run_of("build_covariance", line), ["training.build_covariance"], processes=2)
     two = FeatureStatistics.from_pretrained(tmp_path / "two")
     assert files_below(tmp_path / "two") == RESULTS
     assert json.loads((tmp_path / "two/report.json").read_text())["num_processes"] == 2

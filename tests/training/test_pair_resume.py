@@ -10,8 +10,9 @@ from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.golden_noise.pairs import shards as pair_shards
 from diffusers_ext.training import pairs as generate_npd
 from examples.digits.check_model import load_pipeline
+from tests.training.killed_runs import run_of
 from tests.training.pair_runs import QUICK_PAIRS, set_content, write_prompt_file
-from tests.training.script_runs import command_line, launch
+from tests.training.script_runs import command_line
 
 SETTINGS = {**QUICK_PAIRS, "noises_per_prompt": 3}  # shards of 6, 6 and 3 candidates
 
@@ -94,11 +95,11 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(generate, server, t
     assert set_content(folder) == set_content(whole)
 
 
-def test_two_processes_make_the_set_of_one(generate, tmp_path):
+def test_two_processes_make_the_set_of_one(generate, server, tmp_path):
     whole = generate("whole", **SETTINGS)
     prompts = write_prompt_file(tmp_path / "prompts.txt")
     line = command_line(prompt_file=prompts, output_dir=tmp_path / "two", **SETTINGS)
-    launch("generate_npd", line, processes=2)
+    server.run(run_of("generate_npd", line), ["training.generate_npd"], processes=2)
     assert set_content(tmp_path / "two") == set_content(whole)
     report = json.loads((tmp_path / "two/report.json").read_text())
     assert report["this_run"]["num_processes"] == 2

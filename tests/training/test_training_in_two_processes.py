@@ -1,4 +1,4 @@
-"""The training script under `accelerate launch` with two processes on the CPU."""
+"""Trainings in two processes on the CPU: one under `accelerate launch`, the others forked."""
 
 from __future__ import annotations
 
@@ -84,11 +84,10 @@ def test_two_processes_train_one_model_and_resume_it(subject_line, tmp_path):
         assert resumed == (tmp_path / "whole" / name).read_bytes()
 
 
-JOBS_DRIVER = """
-import json, sys
+JOBS = """
+import json
 from importlib import import_module
 
-sys.path.insert(0, {repository!r})
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from transformers.models.swin.modeling_swin import SwinDropPath
@@ -152,8 +151,8 @@ def networks(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory, line_to) -> dict[str, tuple[str, list[str]]]:
-    """All jobs, run in two processes of one launch with half of each batch."""
+def jobs(tmp_path_factory, line_to, server) -> dict[str, tuple[str, list[str]]]:
+    """All jobs, run in the same two processes with half of each batch."""
     folder = tmp_path_factory.mktemp("jobs")
     found = erasers(folder) | networks(folder)
     for name, more in SUBJECTS.items():
@@ -161,9 +160,8 @@ def jobs(tmp_path_factory, line_to) -> dict[str, tuple[str, list[str]]]:
         found[name] = ("diffusers_ext.training.nullspace.run", line)
     halved = [(module, in_two(line)) for module, line in found.values()]
     (folder / "jobs.json").write_text(json.dumps(halved))
-    driver = folder / "driver.py"
-    driver.write_text(JOBS_DRIVER.format(repository=str(REPOSITORY), jobs=str(folder / "jobs.json")))
-    launch(os.path.relpath(driver.with_suffix(""), REPOSITORY / "training"), [], processes=2, timeout=400)
+    code = JOBS.format(jobs=str(folder / "jobs.json"))
+    server.run(code, {module for module, _ in found.values()}, processes=2)
     return found
 
 
