@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ FACTS = {
     "base_model": "tester/base", "trained_on": "Random numbers.", "license": "mit",
     "pipeline": "StableDiffusionPipeline", "reward": "",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    """The client waits a second and longer before it tries again."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
 
 
 class Numbers(Artifact):

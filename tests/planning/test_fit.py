@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from diffusers_ext.planning import plan as fit
@@ -13,10 +15,20 @@ SETTING["latents_source"] = "noise"  # or the teacher's sampling would be the wo
 
 def test_gpus_of_any_size(tmp_path, monkeypatch):
     # Wide enough for its training to be the worst phase.
-    tiny_video_pipeline(num_attention_heads=8, num_layers=4).save_pretrained(tmp_path)
+    tiny_video_pipeline(num_attention_heads=16, num_layers=2).save_pretrained(tmp_path)
     monkeypatch.setattr(fit, "_MOST_ROWS", 2)
-    frugal = {"separate_passes": True, "gradient_checkpointing": True}
-    least = plan_run("eraser", tmp_path, **SETTING, **frugal)
+    made = {}
+
+    def plan_once(tool, model, memory_gib, **setting):
+        """What a run takes does not depend on the memory that there is."""
+        key = repr(sorted(setting.items()))
+        if key not in made:
+            made[key] = plan_run(tool, model, **setting)
+        return replace(made[key], memory=int(memory_gib * GIB))
+
+    monkeypatch.setattr(fit, "plan_run", plan_once)
+    frugal = {"separate_passes": True, "gradient_checkpointing": True, "target_rows": 1, "preserved_rows": 1}
+    least = plan_once("eraser", tmp_path, 1, **SETTING, **frugal)
     assert least.worst_phase == "training"
 
     def found(size):

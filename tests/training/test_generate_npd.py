@@ -36,7 +36,8 @@ def test_a_set_of_pairs(generate, tmp_path):
     names = {f"{part}/{shard:05d}.{ending}" for shard in range(3) for part, ending in (
         ("deltas", "safetensors"), ("pairs", "parquet"), ("rejected", "parquet"), ("shards", "json")
     )}  # fmt: skip
-    assert files_below(folder) == names | {"README.md", "config.json", "report.json"}
+    # Checksums are noted down of files that are old enough: where the machine is slow.
+    assert files_below(folder) - {".verified.json"} == names | {"README.md", "config.json", "report.json"}
 
 
 def test_the_report_counts_all_that_was_tried(generate):
