@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from diffusers_ext.evaluation.features import CLIPFeatures, DINOv2Features, PixelFeatures
+from diffusers_ext.rewards.clip import projected_features
 from examples.digits.prompts import make_tokenizer
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -161,7 +162,7 @@ def test_clip_features_equal_the_models_own(clip, tmp_path):
     found = CLIPFeatures.from_pretrained(tmp_path, batch_size=2).extract(images)
     pixels = torch.cat([preprocess(image, 32) for image in images])
     with torch.no_grad():
-        expected = clip.get_image_features(pixel_values=pixels).pooler_output
+        expected = projected_features(clip.get_image_features(pixel_values=pixels))
     assert found.shape == (3, 10)
     assert torch.allclose(found, F.normalize(expected, dim=1), atol=1e-4)
 
@@ -174,7 +175,7 @@ def test_text_similarity_is_the_cosine_of_each_picture_and_its_prompt(clip, tmp_
     for row, prompt in zip(features, prompts, strict=True):
         tokens = make_tokenizer()(prompt, return_tensors="pt")
         with torch.no_grad():
-            text = clip.get_text_features(**tokens).pooler_output[0]
+            text = projected_features(clip.get_text_features(**tokens))[0]
         expected.append(F.cosine_similarity(row, text, dim=0))
     assert torch.allclose(found, torch.stack(expected), atol=1e-5)
     assert found.shape == (3,)

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_ext.rewards import HPSv2Reward
+from diffusers_ext.rewards.clip import projected_features
 from diffusers_ext.rewards.hpsv2 import CLIP_MEAN, CLIP_STD, clean_prompt, letterbox, locate_checkpoint, token_ids
 from examples.digits.prompts import make_tokenizer
 from tests.rewards.hpsv2_fixtures import (
@@ -52,10 +53,10 @@ def test_features_are_the_official_ones(reward, official):
 
 
 def test_projections_are_the_official_ones_before_normalising(reward, official):
-    found = reward.model.get_text_features(**reward._tokens(PROMPTS)).pooler_output
+    found = projected_features(reward.model.get_text_features(**reward._tokens(PROMPTS)))
     assert torch.allclose(found, official["text_features_unnormalized"], atol=2e-5, rtol=0)
     pixels = reward._pixel_values(pictures())
-    found = reward.model.get_image_features(pixel_values=pixels).pooler_output
+    found = projected_features(reward.model.get_image_features(pixel_values=pixels))
     assert torch.allclose(found, official["image_features_unnormalized"], atol=2e-5, rtol=0)
 
 
