@@ -61,7 +61,8 @@ class BucketBatchSampler(StepBatchSampler):
     """Such batches of which each holds samples of one bucket, in which alone these can be stacked.
 
     An epoch is as many batches as there are samples, and so many of a bucket as it has: over an epoch every sample is
-    drawn equally often. In a bucket samples take turns as if it were the whole data set.
+    drawn equally often. In a bucket samples take turns as if it were the whole data set. The batches of all
+    processes in a micro-step are of one bucket.
     """
 
     def __init__(
@@ -78,15 +79,16 @@ class BucketBatchSampler(StepBatchSampler):
         for index, bucket in enumerate(buckets):
             self.members[bucket].append(index)
         self._inside = {
-            bucket: StepBatchSampler(len(members), batch_size, stream_seed(seed, "bucket", bucket))
+            bucket: StepBatchSampler(
+                len(members), batch_size, stream_seed(seed, "bucket", bucket), 0, process_index, num_processes
+            )
             for bucket, members in self.members.items()
         }
 
     def batch(self, micro_step: int) -> list[int]:
-        """The indices of one micro-step for this process."""
-        position = micro_step * self.num_processes + self.process_index
-        bucket = self.buckets[self._sample(position)]
-        epoch, offset = divmod(position, self.length)
+        """The indices of one micro-step for this process: its share of one batch of one bucket."""
+        bucket = self.buckets[self._sample(micro_step)]
+        epoch, offset = divmod(micro_step, self.length)
         earlier = sum(self.buckets[index] == bucket for index in self._epoch[1][:offset])
         members = self.members[bucket]
         return [members[index] for index in self._inside[bucket].batch(epoch * len(members) + earlier)]
