@@ -12,12 +12,13 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather, reduce
 from diffusers import DiffusionPipeline
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from diffusers_ext.core.restored_state import module_eval_mode
+from diffusers_ext.core.seeds import spread_rows
 from diffusers_ext.eraser.adapter.outputs import eraser_layers, erasers_disabled
 from diffusers_ext.eraser.batch import Rows, encode_video_prompts
 from diffusers_ext.eraser.losses import velocity_distance
@@ -47,6 +48,7 @@ def learn_revival_embeddings(
     batch_size: int = 4,
     seed: int = 0,
     restarts: int = 1,
+    shared: bool = False,
 ) -> RevivalEmbeddings:
     """Embeddings `e` that make the erased model answer target prompts as the model before did.
 
@@ -62,6 +64,7 @@ def learn_revival_embeddings(
             unless given.
         num_embeddings: how many to learn; Receler takes 16.
         restarts: of the whole search, from further seeds; the one with the least loss over its last tenth is given.
+        shared: against the points of all processes, each of which gives as many and is asked about its own.
     """
     if v_concept is None and not eraser_layers(velocity.model):
         raise ValueError(
@@ -77,7 +80,7 @@ def learn_revival_embeddings(
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     points = (x_t, t, prompt_embeds, v_concept)
     size = (num_embeddings, steps, learning_rate, batch_size)
-    found = [_search(velocity, points, *size, seed + restart) for restart in range(restarts)]
+    found = [_search(velocity, points, *size, seed + restart, shared) for restart in range(restarts)]
     return min(found, key=lambda one: mean(one.losses[-max(1, steps // 10) :]))
 
 
@@ -89,19 +92,15 @@ def _search(
     learning_rate: float,
     batch_size: int,
     seed: int,
+    shared: bool,
 ) -> RevivalEmbeddings:
     """One run of `learn_revival_embeddings`."""
     x_t, t, prompt_embeds, v_concept = points
     generator = torch.Generator().manual_seed(seed)
     text = prompt_embeds.to(x_t.device, torch.float32)
-    values = token_embeds(text).detach()
-    if isinstance(text, TextConditioning) or _pads_with_zeros(velocity.config):
-        values_read = values[read_tokens(text)]
-        centre, spread = values_read.mean(dim=0), values_read.std()
-    else:
-        centre, spread = values.mean(dim=(0, 1)), values.std()
-    start = torch.randn(num_embeddings, values.shape[2], generator=generator)
-    offsets = start.to(values.device).requires_grad_()
+    centre, spread = _centre_and_spread(text, velocity.config, shared)
+    start = torch.randn(num_embeddings, len(centre), generator=generator)
+    offsets = start.to(centre.device).requires_grad_()
     optimizer = torch.optim.Adam([offsets], lr=learning_rate)
     losses = []
     with module_eval_mode(*velocity.models):
@@ -117,10 +116,24 @@ def _search(
                 revived = insert_embeddings(text[chosen], centre + spread * offsets, velocity.config)
                 loss = velocity_distance(velocity(*states, revived), target)
             # Not `backward`: erasers that are trainable must not collect gradients.
-            (offsets.grad,) = torch.autograd.grad(loss, [offsets])
+            found = (*torch.autograd.grad(loss, [offsets]), loss.detach())
+            offsets.grad, loss = (reduce(part, "mean") for part in found) if shared else found
             optimizer.step()
             losses.append(loss.item())
     return RevivalEmbeddings((centre + spread * offsets).detach(), losses)
+
+
+def _centre_and_spread(text: Text, config: Mapping[str, Any], shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(text_dim,)` and deviation of the tokens that are read, `shared` of those of all processes."""
+    values = token_embeds(text).detach()
+    apart = isinstance(text, TextConditioning) or _pads_with_zeros(config)
+    read = read_tokens(text) if apart else None
+    if shared:
+        values = gather(values)
+        read = None if read is None else gather(read)
+    if read is None:
+        return values.mean(dim=(0, 1)), values.std()
+    return values[read].mean(dim=0), values[read].std()
 
 
 def insert_embeddings(prompt_embeds: Text, embeddings: torch.Tensor, config: Mapping[str, Any]) -> Text:
@@ -271,11 +284,25 @@ class AdversarialPrompts:
         if self._calls and self._calls % self.recipe.adversarial_every == 0:
             self._attack(rows, seed)
         self._calls += 1
-        count = round(self.recipe.adversarial_share * rows.num_target)
+        count = self._count(rows)
         if not self._sets or not count:
             return None
         embeds = self._sets[drawn % len(self._sets)]
         return insert_embeddings(rows.prompt_embeds[:count], embeds, self.velocity.config)
+
+    def first(self, rows: Rows, num_on_policy: int) -> Rows:
+        """The rows with those first that get other prompts: of the `num_on_policy` first ones, then of the others.
+
+        They are spread over each of these, so that of several processes each has its part.
+        """
+        others = rows.num_target - num_on_policy
+        count = self._count(rows)
+        of_policy = min(count, num_on_policy)
+        chosen = spread_rows(of_policy, num_on_policy)
+        return rows.with_first(chosen + [num_on_policy + row for row in spread_rows(count - of_policy, others)])
+
+    def _count(self, rows: Rows) -> int:
+        return round(self.recipe.adversarial_share * rows.num_target)
 
     def _attack(self, rows: Rows, seed: int) -> None:
         chosen = slice(None, rows.num_target)
@@ -289,6 +316,7 @@ class AdversarialPrompts:
             steps=self.recipe.adversarial_steps,
             batch_size=rows.num_target,
             seed=seed,
+            shared=True,
         )
         self._sets.append(broadcast(found.embeddings))  # checkpoints hold the first process's
         del self._sets[: -self.recipe.num_adversarial_sets]

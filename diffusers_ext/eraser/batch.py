@@ -86,6 +86,20 @@ class Rows(NamedTuple):
         """How many rows are target rows."""
         return len(self.teacher_velocity)
 
+    def with_first(self, chosen: Sequence[int]) -> Rows:
+        """The same rows, these target rows before the others."""
+        target = [*chosen, *sorted(set(range(self.num_target)) - set(chosen))]
+        rows = [*target, *range(self.num_target, len(self.t))]
+        return Rows(
+            self.x_t[rows],
+            self.t[rows],
+            self.prompt_embeds[rows],
+            self.target_velocity[rows],
+            self.teacher_velocity[target],
+            self.weights[rows],
+            None if self.mask is None else self.mask[target],
+        )
+
 
 class States(NamedTuple):
     """Where velocities are asked for: x_t, timesteps and numbers of prompts, one entry a row."""

@@ -199,7 +199,7 @@ class EraserStep:
         self, model: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
         """`loss` and its parts; `erased` is 0 for an untouched model and 1 where v_neg is reached."""
-        known = self.maker.teacher_rows(batch, generator)
+        known, count = self.maker.teacher_rows(batch, generator), 0
         if self.rollouts is not None:
             count = round(self.recipe.on_policy_share * len(known.target.t))
             states = self.rollouts.take(count, generator)
@@ -207,6 +207,7 @@ class EraserStep:
         rows = self.maker.rows(known)
         prompts = None
         if self.adversarial_prompts is not None:
+            rows = self.adversarial_prompts.first(rows, count)
             prompts = self.adversarial_prompts.prompts(rows, generator)
         student = copy.copy(self.maker.velocity)
         student.transformer = model  # as accelerate has prepared it

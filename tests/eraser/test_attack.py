@@ -233,6 +233,7 @@ def test_the_loss_counts_the_answers_to_these_prompts(trained):
     pipeline, data, _ = trained
     step, batch = make(trained), batch_of(data)
     rows = step.maker.rows(step.maker.teacher_rows(batch, torch.Generator()))
+    rows = step.adversarial_prompts.first(rows, 0)
     for _ in range(2):
         step.adversarial_prompts.prompts(rows, torch.Generator().manual_seed(3))
     lengths = []
@@ -251,6 +252,19 @@ def test_the_loss_counts_the_answers_to_these_prompts(trained):
         rest = step.maker.velocity(rows.x_t[2:4], rows.t[2:4], rows.prompt_embeds[2:4])
     expected = (torch.cat([attacked, rest]) - rows.target_velocity[:4]).square().mean()
     torch.testing.assert_close(losses["unlearning"].detach(), expected)
+
+
+def test_rows_with_these_prompts_are_spread_so_that_processes_have_their_parts(trained):
+    step = make(trained)
+    rows = step.maker.rows(step.maker.teacher_rows(batch_of(trained[1]), torch.Generator()))
+    numbered = rows._replace(t=torch.arange(8), weights=torch.arange(8.0))
+    first = step.adversarial_prompts.first
+    for on_policy, expected in ((0, [1, 3, 0, 2]), (1, [0, 3, 1, 2]), (2, [0, 1, 2, 3]), (4, [1, 3, 0, 2])):
+        found = first(numbered, on_policy)
+        assert found.t.tolist() == found.weights.tolist() == [*expected, 4, 5, 6, 7]
+        assert torch.equal(found.teacher_velocity, rows.teacher_velocity[expected])
+        assert torch.equal(found.prompt_embeds[:4], rows.prompt_embeds[expected])
+        assert torch.equal(found.mask, rows.mask[expected])
 
 
 def test_no_share_makes_no_attack(trained):

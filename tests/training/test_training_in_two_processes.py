@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers.models.swin.modeling_swin import SwinDropPath
 
@@ -108,7 +109,8 @@ ERASERS: dict[str, dict[str, Any]] = {
     "eraser": {"anchor_concept": "auto", "localization_weight": 0.1, "train_batch_size": 2},
     "eraser_on_noise": {
         "latents_source": "noise", "train_batch_size": 4, "preserved_share": 1 / 3, "on_policy_share": 0.5,
-        "on_policy_every": 2, "localization_weight": 0.0,
+        "on_policy_every": 2, "localization_weight": 0.0, "adversarial_share": 0.5, "adversarial_every": 1,
+        "adversarial_steps": 2,
     },
 }  # fmt: skip
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -118,7 +120,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "rnn": {"dropout": 0.0},
 }
 SUBJECTS: dict[str, dict[str, Any]] = {
-    "subject": {"with_prior_preservation": True, "class_prompt": "a white three", "num_class_images": 2}
+    "subject": {"with_prior_preservation": True, "class_prompt": "a white three", "num_class_images": 2},
+    "subject_of_sizes": {"aspect_buckets": True, "train_batch_size": 4},
 }
 
 
@@ -156,13 +159,22 @@ def jobs(tmp_path_factory, line_to, server) -> dict[str, tuple[str, list[str]]]:
     folder = tmp_path_factory.mktemp("jobs")
     found = erasers(folder) | networks(folder)
     for name, more in SUBJECTS.items():
-        line = line_to(folder / name, **SHORT, **more, class_data_dir=folder / "class")
+        pictures = {"instance_data_dir": pictures_of_sizes(folder / "pictures")} if "aspect_buckets" in more else {}
+        line = line_to(folder / name, **SHORT, **more, **pictures, class_data_dir=folder / "class")
         found[name] = ("diffusers_ext.training.nullspace.run", line)
     halved = [(module, in_two(line)) for module, line in found.values()]
     (folder / "jobs.json").write_text(json.dumps(halved))
     code = JOBS.format(jobs=str(folder / "jobs.json"))
     server.run(code, {module for module, _ in found.values()}, processes=2)
     return found
+
+
+def pictures_of_sizes(folder: Path) -> Path:
+    """Two tall pictures and two square ones."""
+    folder.mkdir()
+    for number, size in enumerate([(24, 40), (32, 32)] * 2):
+        Image.effect_noise(size, 80).convert("RGB").save(folder / f"{number}.png")
+    return folder
 
 
 def in_two(line: list[str]) -> list[str]:
