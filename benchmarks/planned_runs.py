@@ -1,4 +1,4 @@
-"""Short runs of the three tools on the bundled models, each with the setting that plans it."""
+"""Short runs of all tools on the bundled models, each with the setting that plans it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from diffusers_ext.golden_noise.networks.golden_noise_model import GoldenNoiseModel
+from diffusers_ext.planning.golden_noise import TEXT
+from diffusers_ext.training import guard
 from diffusers_ext.training import pairs as generate_npd
 from diffusers_ext.training.eraser import run as train_cogvideox_eraser
 from diffusers_ext.training.nullspace import run as train_nullspace_dreambooth
@@ -25,7 +29,7 @@ _SMALL_NETWORK = {"width": 128, "num_layers": 4}
 
 
 # Written to the host's memory in these runs, not to a file.
-IN_MEMORY = "text embeddings (in the host's memory, or on disk)"
+IN_MEMORY = TEXT
 
 
 class PlannedRun(NamedTuple):
@@ -111,6 +115,36 @@ def golden_noise_run(folder: Path, *, steps: int, saves: bool = True, **_: int) 
     )
 
 
+def guard_run(folder: Path, *, steps: int, sampling_steps: int, saves: bool = True) -> PlannedRun:
+    """A guard for a network that changes nothing yet, judged by the digits' reward; see `nullspace_run`."""
+    prompts, gains, output = folder / "prompts.txt", folder / "gains", folder / "guarded"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_lines(prompts, _PAIR_PROMPTS)
+    torch.manual_seed(0)
+    network = GoldenNoiseModel(4, 2, 8, text_embed_dim=128, **_SMALL_NETWORK)
+    torch.nn.init.normal_(network.head.weight, std=0.2)
+    network.save_pretrained(folder / "network")
+    shared = {
+        "max_train_steps": steps,
+        "checkpointing_steps": steps if saves else None,
+        "num_inference_steps": sampling_steps,
+        "guidance_scale": 1.5,
+        "noises_per_prompt": 4,
+        "batch_size": 16,
+        "reward": "examples.digits.rewards:DigitsReward",
+    }
+    line = {
+        "pretrained_model_name_or_path": DIGITS,
+        "noise_model": folder / "network",
+        "prompt_file": prompts,
+        "dataset_dir": gains,
+        "output_dir": output,
+    }
+    setting = {"num_prompts": len(_PAIR_PROMPTS), "structure": _SMALL_NETWORK}
+    script = _script(guard, {**line, **shared})
+    return PlannedRun("guard", DIGITS, {**setting, **shared}, {"training": script}, (gains, output))
+
+
 def eraser_run(folder: Path, *, steps: int, sampling_steps: int, saves: bool = True) -> PlannedRun:
     """An eraser for the moving-digits model; see `nullspace_run`."""
     prompts, preserved = folder / "sevens.txt", folder / "digits.txt"
@@ -146,7 +180,7 @@ def eraser_run(folder: Path, *, steps: int, sampling_steps: int, saves: bool = T
     return PlannedRun("eraser", MOVING_DIGITS, {**setting, **shared}, scripts, (output, samples))
 
 
-RUNS = (nullspace_run, golden_noise_run, eraser_run)
+RUNS = (nullspace_run, golden_noise_run, guard_run, eraser_run)
 
 
 def _script(module: Any, arguments: dict[str, Any]) -> Callable[[], object]:

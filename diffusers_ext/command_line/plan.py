@@ -13,6 +13,7 @@ from diffusers_ext.planning.settings import (
     EditPlanSettings,
     EraserPlanSettings,
     GoldenNoisePlanSettings,
+    GuardPlanSettings,
     NullSpacePlanSettings,
 )
 
@@ -106,5 +107,11 @@ PLANS = (
         GoldenNoisePlanSettings,
         'plan golden-noise --pretrained_model_name_or_path SDXL --gpu "A100 80GB" --num_prompts 10000 '
         "--mixed_precision fp16",
+    ),
+    _command(
+        "guard",
+        "memory, disk and time of training a guard of a golden-noise network",
+        GuardPlanSettings,
+        "plan guard --pretrained_model_name_or_path SDXL --num_prompts 500 --mixed_precision fp16",
     ),
 )

@@ -1,4 +1,4 @@
-"""Losses of golden-noise networks and what they are compared with: the noise left as it is."""
+"""Losses of golden-noise networks and guards, and what they are compared with: the noise left as it is."""
 
 from __future__ import annotations
 
@@ -140,3 +140,20 @@ class SequenceLoss:
                 losses[f"relative_{name}"] = relative_error(figures)
                 losses[f"cosine_{name}"] = figures.cosine.mean()
         return losses
+
+
+@dataclass(frozen=True)
+class GuardLoss:
+    """Squared error of what a guard expects, in units of the deviation `scale` of the goals."""
+
+    cache: TextCache
+    device: torch.device  # of the guard
+    scale: float
+
+    def __call__(
+        self, model: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """`loss`: 1 is the mean for all, 0 is perfect."""
+        text = self.cache.take(batch["text"], self.device)
+        expected = model(batch["input"].to(self.device), text.prompt_embeds, text.attention_mask)
+        return {"loss": F.mse_loss(expected, batch["goal"].to(self.device)) / self.scale**2}

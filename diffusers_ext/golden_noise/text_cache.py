@@ -115,6 +115,11 @@ def _encoded(
     return TextConditioning(**whole)
 
 
+def rows_of_a_file(batch_size: int) -> int:
+    """Prompts of a file: whole batches of the text encoder, which round as they always do."""
+    return batch_size * max(1, _PART_PROMPTS // batch_size)
+
+
 class StoredText:
     """The text of prompts in files of a folder, each whole or not there, `[rows]` of which it gives.
 
@@ -131,7 +136,7 @@ class StoredText:
         dtype: torch.dtype,
     ) -> None:
         self.prompts, self.batch_size, self.dtype = prompts, batch_size, dtype
-        self.size = batch_size * max(1, _PART_PROMPTS // batch_size)  # whole batches, which round as they always do
+        self.size = rows_of_a_file(batch_size)
         encoders = {
             name: fingerprint(component)
             for name, component in sorted(pipeline.components.items())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,7 @@ from diffusers_ext.families import match_family, titles_of
 from diffusers_ext.families.family import Family, Velocity
 from diffusers_ext.families.text_conditioning import Text, TextConditioning
 from diffusers_ext.planning.models import BaseModel, vae_work
+from diffusers_ext.planning.optimizers import state_bytes
 from diffusers_ext.planning.settings import EraserPlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.work import (
@@ -142,7 +143,7 @@ class EraserRun:
         parts = {"transformer": sizes["transformer"], "eraser": self.parts_count * eraser, "gradients": eraser}
         if self.parts_count > 1:
             parts[_OTHER] = sizes["transformer"]
-        parts |= {OPTIMIZER: 2 * eraser, _STUDENT: 0, _TEACHER: 0}
+        parts |= {OPTIMIZER: self._state_bytes, _STUDENT: 0, _TEACHER: 0}
         parts |= {"text encoder": sum(sizes[name] for name in encoders), "text encoder's activations": 0}
         if setting.validation or setting.latents_source == "video" or self._waiting:
             parts[_VAE] = sizes["vae"]
@@ -152,6 +153,16 @@ class EraserRun:
     def _eraser_bytes(self) -> int:
         """Of one part, in float32."""
         return 4 * eraser_size(self.config, self.setting.rank, kind=self.setting.kind)
+
+    @property
+    def _state_bytes(self) -> int:
+        """What the optimizer keeps of one part."""
+        return state_bytes(self._eraser.values(), self.setting.optimizer)
+
+    @cached_property
+    def _eraser(self) -> dict[str, torch.Tensor]:
+        """The weights of one part, without data."""
+        return {name: weight for name, weight in self.student().named_parameters() if "eraser_" in name}
 
     @property
     def parts_count(self) -> int:
@@ -290,7 +301,7 @@ class EraserRun:
 
     def training_works(self) -> list[Work]:
         """The training's own step over samples without content."""
-        setting, eraser = self.setting, self._eraser_bytes
+        setting, apart = self.setting, self._eraser_bytes + self._state_bytes  # gradients, and the optimizer's state
         rows = setting.target_rows + setting.preserved_rows
         recipe = EraserTraining(
             rank=setting.rank,
@@ -311,9 +322,9 @@ class EraserRun:
             return lambda: step(model, self._samples(grid, device), torch.Generator())["loss"]
 
         times = self.parts_count * setting.max_train_steps
-        work = Work(_STUDENT, times, self.student, layers=self.config.num_layers, apart=3 * eraser)
-        batches = setting.gradient_accumulation_steps
-        return training_works(work, batches, self.precision, begin, weight_decay=1e-2)
+        work = Work(_STUDENT, times, self.student, layers=self.config.num_layers, apart=apart)
+        options = {"optimizer": setting.optimizer, "weight_decay": 1e-2}
+        return training_works(work, setting.gradient_accumulation_steps, self.precision, begin, **options)
 
     def _samples(self, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
         """A batch of teacher samples without content."""
@@ -333,7 +344,7 @@ class EraserRun:
     def disk(self) -> dict[str, int]:
         """Files that a run leaves, and the kept trajectories."""
         setting = self.setting
-        weights = {n: p for n, p in self.student().named_parameters() if "eraser_" in n}
+        weights = self._eraser
         disk = {"eraser": self.parts_count * safetensors_bytes(weights) + REPORT_BYTES}
         if setting.latents_source == "trajectory":
             points = sum(min(setting.points_per_trajectory, len(served)) for served in self.served_steps())
@@ -342,6 +353,6 @@ class EraserRun:
             itemsize = _STORAGE_DTYPES[setting.trajectories_dtype].itemsize
             disk[_SAMPLES] = points * latents * math.prod(self.latents) * itemsize
         if setting.num_checkpoints:
-            size = checkpoint_bytes(weights.values(), weights.values())
+            size = checkpoint_bytes(weights.values(), weights.values(), optimizer=setting.optimizer)
             disk["checkpoints"] = self.parts_count * setting.num_checkpoints * size
         return disk

@@ -27,6 +27,7 @@ from diffusers_ext.planning.golden_noise_targets import (
     reward_model,
     target_works,
 )
+from diffusers_ext.planning.kept_text import kept_text_bytes
 from diffusers_ext.planning.models import BaseModel, ImageShapes, encode_prompts_work, module_bytes
 from diffusers_ext.planning.settings import REWARDS, SEQUENCE_NETWORKS, GoldenNoisePlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
@@ -41,6 +42,7 @@ from diffusers_ext.planning.work import (
     training_works,
 )
 
+TEXT = "text embeddings (in the host's memory, or on disk)"
 _KL_WEIGHT = 0.01
 # Of the tables: a row beside its prompt's text, and a file with its columns.
 _ROW_BYTES, _TABLES_BYTES = 56, 8 * 1024
@@ -52,6 +54,11 @@ _CLASSES: dict[str, type[torch.nn.Module]] = {
     "transformer": NoiseSequenceTransformer,
     "rnn": NoiseSequenceRNN,
 }
+
+
+def judged_table_bytes(candidates: int, shard_size: int) -> int:
+    """Size of what is noted of pairs that were tried, in files of `shard_size`, and of the set's report."""
+    return math.ceil(candidates / shard_size) * _TABLES_BYTES + candidates * _ROW_BYTES + REPORT_BYTES
 
 
 def draft_golden_noise(base: BaseModel, setting: GoldenNoisePlanSettings, *, as_on_gpu: bool = True) -> Draft:
@@ -73,7 +80,7 @@ def draft_golden_noise(base: BaseModel, setting: GoldenNoisePlanSettings, *, as_
     notes = []
     if setting.objective == "pairs":
         notes.append(f"{setting.kept_share:.0%} of the pairs that are tried are kept.")
-    if not shapes.family.pads_text:
+    if not shapes.family.pads_text and setting.text_tokens is None:
         notes.append(f"Every text is as long as the longest, {shapes.text.tokens} tokens.")
     if setting.reward in REWARDS:
         parts[_REWARD] = module_bytes(reward_model(setting.reward))
@@ -169,13 +176,13 @@ class GoldenNoiseRun:
             return self._reward_training_works()
 
         def begin(network: torch.nn.Module, device: torch.device) -> Callable[[], torch.Tensor]:
-            step = self._loss(self._one_prompt(), device)
+            step = self._loss(self.one_prompt(), device)
             rows = setting.train_batch_size
             return lambda: step(network, self._batch(rows, device), torch.Generator())["loss"]
 
         name = "network's activations and gradients"
         work = Work(name, setting.max_train_steps, self.network, self._kept_name)
-        options = {"weight_decay": 1e-2, "ema": setting.use_ema}
+        options = {"optimizer": setting.optimizer, "weight_decay": 1e-2, "ema": setting.use_ema}
         batches = setting.gradient_accumulation_steps
         return training_works(work, batches, self.precision, begin, **options)
 
@@ -205,13 +212,14 @@ class GoldenNoiseRun:
 
         name = "activations and gradients of all models"
         work = Work(name, setting.max_train_steps, make, OPTIMIZER, layers=steps)
-        return training_works(work, setting.gradient_accumulation_steps, self.precision, begin, weight_decay=1e-2)
+        options = {"optimizer": setting.optimizer, "weight_decay": 1e-2}
+        return training_works(work, setting.gradient_accumulation_steps, self.precision, begin, **options)
 
     def validation_work(self, rows: int, times: float) -> Work:
         """A batch of pairs is measured."""
 
         def begin(network: torch.nn.Module, device: torch.device) -> Callable[[], object]:
-            cache = self._one_prompt()
+            cache = self.one_prompt()
             step = self._loss(cache, device)
 
             def repeat() -> None:
@@ -234,7 +242,7 @@ class GoldenNoiseRun:
             return SequenceLoss(cache, device, kl_weight=weight)
         return PairLoss(cache, device, masked=self.setting.network != "npnet")
 
-    def _one_prompt(self) -> TextCache:
+    def one_prompt(self) -> TextCache:
         """The text of one prompt, which is in the host's memory and with data."""
         dtype = CACHE_DTYPES[self.setting.text_cache_dtype]
         with _disable_current_modes():
@@ -253,20 +261,19 @@ class GoldenNoiseRun:
 
     def disk(self, network: torch.nn.Module) -> dict[str, int]:
         """Files that both scripts leave, and the embeddings that the training keeps."""
-        setting, text = self.setting, self.shapes.text
+        setting = self.setting
         numbers = math.prod(self.shapes.latents) * setting.num_steps * setting.pairs
-        shards = math.ceil(setting.candidates / setting.shard_size)
-        tables = shards * _TABLES_BYTES + setting.candidates * _ROW_BYTES
-        disk = {"pairs": 2 * numbers + tables + REPORT_BYTES} if setting.objective == "pairs" else {}
-        kept = text.tokens * text.width + (text.pooled or 0)
-        itemsize = CACHE_DTYPES[setting.text_cache_dtype].itemsize
-        name = "text embeddings (in the host's memory, or on disk)"
-        disk[name] = setting.num_prompts * kept * itemsize
+        tables = judged_table_bytes(setting.candidates, setting.shard_size)
+        disk = {"pairs": 2 * numbers + tables} if setting.objective == "pairs" else {}
+        disk[TEXT] = kept_text_bytes(
+            self.shapes, setting.num_prompts, CACHE_DTYPES[setting.text_cache_dtype],
+            batch_size=setting.text_batch_size, tokens=setting.text_tokens,
+        )  # fmt: skip
         structure = len(json.dumps(dict(network.config), default=str))
         weights = safetensors_bytes(network.state_dict())
         disk["network"] = weights + structure + 2 * REPORT_BYTES
         if setting.num_checkpoints:
             trained = [p for p in network.parameters() if p.requires_grad]
-            size = checkpoint_bytes(trained, trained, ema=setting.use_ema)
+            size = checkpoint_bytes(trained, trained, ema=setting.use_ema, optimizer=setting.optimizer)
             disk["checkpoints"] = setting.num_checkpoints * size
         return disk

@@ -13,7 +13,7 @@ from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.families.published import encoder_sizes
 from diffusers_ext.golden_noise.diversity import NUM_PROBES
 from diffusers_ext.planning.models import ImageShapes, guided_work, redenoise_work, vae_work
-from diffusers_ext.planning.settings import REWARDS, GoldenNoisePlanSettings
+from diffusers_ext.planning.settings import REWARDS, GoldenNoisePlanSettings, GuardPlanSettings
 from diffusers_ext.planning.work import Job, Precision, Work, inference_work
 from diffusers_ext.rewards.clip import projected_features
 from diffusers_ext.rewards.hpsv2 import vit_h_14_config
@@ -88,7 +88,11 @@ def gradient_steps(setting: GoldenNoisePlanSettings) -> int:
 
 
 def draw_works(
-    shapes: ImageShapes, setting: GoldenNoisePlanSettings, rows: int, times: float, precision: Precision
+    shapes: ImageShapes,
+    setting: GoldenNoisePlanSettings | GuardPlanSettings,
+    rows: int,
+    times: float,
+    precision: Precision,
 ) -> list[Work]:
     """Pictures of `rows` noises drawn together, decoded one by one, then judged."""
     dtype = precision.dtype

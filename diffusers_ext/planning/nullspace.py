@@ -297,8 +297,8 @@ class NullSpaceRun:
         name, build = "activations and gradients", lambda: self.trained_denoiser()[0]
         work = Work(name, setting.max_train_steps, build, OPTIMIZER)
         options = {"update": update} if setting.full_finetune else {}
-        batches = setting.gradient_accumulation_steps
-        return training_works(work, batches, self.precision, begin, **options)
+        batches, used = setting.gradient_accumulation_steps, setting.optimizer
+        return training_works(work, batches, self.precision, begin, optimizer=used, **options)
 
     def disk(self, denoiser: torch.nn.Module, covered: Covered) -> dict[str, int]:
         """Files that a run leaves."""
@@ -325,7 +325,8 @@ class NullSpaceRun:
         if setting.with_prior_preservation:
             disk["class pictures"] = int(setting.num_class_images * picture)
         if setting.num_checkpoints:
-            disk["checkpoints"] = setting.num_checkpoints * checkpoint_bytes(kept, trained)
+            size = checkpoint_bytes(kept, trained, optimizer=setting.optimizer)
+            disk["checkpoints"] = setting.num_checkpoints * size
         return {**disk, "report": REPORT_BYTES // 2}
 
     def _size(self, name: str) -> int:

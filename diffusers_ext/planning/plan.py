@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +22,15 @@ from diffusers_ext.planning.gpus import (
     gpu_seconds,
 )
 from diffusers_ext.planning.models import read_base_model
+from diffusers_ext.planning.noise_guard import draft_guard
 from diffusers_ext.planning.nullspace import draft_nullspace
-from diffusers_ext.planning.settings import EraserPlanSettings, GoldenNoisePlanSettings, NullSpacePlanSettings
+from diffusers_ext.planning.settings import (
+    EraserPlanSettings,
+    GoldenNoisePlanSettings,
+    GuardPlanSettings,
+    NullSpacePlanSettings,
+)
+from diffusers_ext.planning.table import plan_text
 from diffusers_ext.planning.work import Draft, Phase, Work, WorkTrace, measured_seconds, trace_work
 
 GIB = 2**30
@@ -33,6 +38,7 @@ HERE = "here"
 _DRAFTS: dict[str, tuple[Callable[..., Draft], type[Settings]]] = {
     "nullspace": (draft_nullspace, NullSpacePlanSettings),
     "golden-noise": (draft_golden_noise, GoldenNoisePlanSettings),
+    "guard": (draft_guard, GuardPlanSettings),
     "eraser": (draft_eraser, EraserPlanSettings),
     "edit": (draft_edit, EditPlanSettings),
 }
@@ -46,10 +52,6 @@ _FACTS = (
     "tool model setting device memory reserve fits missing peak worst_phase parts phases seconds disk disk_total "
     "download assumptions"
 ).split()
-_LINE = 88
-_SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-_TIMES = ((86400, "d"), (3600, "h"), (60, "min"))
-_TITLES = {"nullspace": "null-space DreamBooth", "golden-noise": "golden noise", "eraser": "eraser", "edit": "edit"}
 
 
 class PhasePlan(NamedTuple):
@@ -125,86 +127,6 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def size_text(size: int) -> str:
-    """Bytes in the unit that leaves a readable number, such as `"1.50 GiB"`."""
-    for unit, name in _SIZES:
-        if size >= unit:
-            return f"{size / unit:.2f} {name}"
-    return f"{size} B"
-
-
-def time_text(seconds: float | None) -> str:
-    """Seconds in the unit that leaves a readable number; a dash for `None`."""
-    if seconds is None:
-        return "-"
-    for unit, name in _TIMES:
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1000 * seconds:.2f} ms"
-
-
-def plan_text(facts: Mapping[str, Any]) -> str:
-    """The whole plan, of `RunPlan.to_dict`: aligned columns, units that fit the numbers."""
-    phases = [
-        [
-            phase["name"],
-            size_text(phase["peak"]) + (" *" if phase["name"] == facts["worst_phase"] else "  "),
-            time_text(phase["seconds"]),
-        ]
-        for phase in facts["phases"]
-    ]
-    phases.append(["all phases", size_text(facts["peak"]) + "  ", time_text(facts["seconds"])])
-    where = "" if facts["device"] is None else f" on {facts['device']}"
-    disk = {**facts["disk"], "written by the run": facts["disk_total"]}
-    disk["download of the base model"] = facts["download"]
-    blocks = [
-        f"Plan: {_TITLES[facts['tool']]} with {facts['model']}{where}",
-        _verdict(facts),
-        _setting(facts["setting"]),
-        _columns(["memory by part", ""], [[k, size_text(v)] for k, v in facts["parts"].items()]),
-        _columns(["phase", "peak memory  ", "time"], phases),
-        _columns(["disk", ""], [[k, size_text(v)] for k, v in disk.items()]),
-    ]
-    if facts["assumptions"]:
-        fill = partial(textwrap.fill, width=_LINE, initial_indent="- ", subsequent_indent="  ")
-        blocks.append("\n".join(["Assumed, not measured:", *map(fill, facts["assumptions"])]))
-    return "\n\n".join(blocks)
-
-
-def _verdict(facts: Mapping[str, Any]) -> str:
-    peak = f"peak {size_text(facts['peak'])} while {facts['worst_phase']}"
-    if facts["fits"] is None:
-        return f"Name a GPU or its memory to see whether it fits: {peak}."
-    room = f"{size_text(facts['memory'])}, {size_text(facts['reserve'])} of it in reserve"
-    if facts["fits"]:
-        return f"Fits: {peak}, of {room}."
-    return f"Does not fit: {peak}, {size_text(facts['missing'])} more than there is ({room})."
-
-
-def _setting(setting: Mapping[str, Any]) -> str:
-    given = [f"{name} {_value(value)}" for name, value in setting.items() if value is not None]
-    return textwrap.fill("Setting: " + ", ".join(given), _LINE, break_on_hyphens=False)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k} {_value(v)}" for k, v in value.items()) + "}"
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines with the first column to the left and the others to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
 def plan_run(
     tool: str,
     model: str | os.PathLike,
@@ -219,7 +141,7 @@ def plan_run(
     Shapes alone are looked at; nothing is downloaded, and of a folder only configs are read.
 
     Args:
-        tool: `"nullspace"`, `"golden-noise"`, `"eraser"` or `"edit"`.
+        tool: `"nullspace"`, `"golden-noise"`, `"guard"`, `"eraser"` or `"edit"`.
         model: a published base model such as `"SDXL"` or `"zai-org/CogVideoX-5b"`, or the folder of a pipeline.
         gpu: a card such as `"RTX 4090"`, whose published figures give the time; `"here"` times one repetition of each
             step on the device at hand, with random weights. No time when `None`.

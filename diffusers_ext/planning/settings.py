@@ -40,6 +40,7 @@ class PlannedRun(Settings):
 
     max_train_steps: int | None = as_in(TrainingSettings, "max_train_steps", default=600)
     gradient_accumulation_steps: int = setting(1, "batches of a step", rule=COUNT)
+    optimizer: str = as_in(TrainingSettings, "optimizer", default="adamw", help="of what trains; no package is needed")
     gradient_checkpointing: bool = as_in(TrainingSettings, "gradient_checkpointing", default=False)
     mixed_precision: str = as_in(ModelSettings, "mixed_precision", default="no", help="no, fp16 or bf16")
     num_inference_steps: int = as_in(SamplingSettings, "num_inference_steps", default=50)
@@ -210,6 +211,11 @@ class GoldenNoisePlanSettings(PlannedRun):
     use_ema: bool = setting(False, "averaged weights are kept and saved")
     text_batch_size: int = setting(32, "prompts encoded at once for the training", rule=COUNT)
     text_cache_dtype: str = setting("fp16", "fp16 or fp32, of the kept embeddings", choices=("fp16", "fp32"))
+    text_tokens: int | None = setting(
+        None,
+        "of a prompt where the model does not pad it, for its kept embeddings; the most it reads without",
+        rule=COUNT,
+    )
     validation_split: float = setting(0.05, "share of the prompts that is held out", rule=BELOW_ONE)
     num_validation_pairs: int = setting(256, "measured at most, of each side of the split", rule=COUNT)
 
@@ -267,3 +273,57 @@ class GoldenNoisePlanSettings(PlannedRun):
         """Pairs that a validation measures, of both sides of the split together."""
         sides = (self.pairs - self.training_pairs, self.training_pairs)
         return sum(min(side, self.num_validation_pairs) for side in sides)
+
+
+@dataclass(kw_only=True)
+class GuardPlanSettings(PlannedRun):
+    """How the gains of a network are measured and a guard is trained on them."""
+
+    output_size: int | None = as_in(GoldenNoisePlanSettings, "output_size", default=None)
+    num_prompts: int = as_in(GoldenNoisePlanSettings, "num_prompts", default=1000)
+    noises_per_prompt: int = as_in(GoldenNoisePlanSettings, "noises_per_prompt", default=8, help="judged, of each")
+    judged: bool = setting(False, "the pairs of generate_npd.py are learned from: no pictures are drawn")
+    batch_size: int = as_in(GoldenNoisePlanSettings, "batch_size", default=8, help="noises judged at once")
+    shard_size: int = as_in(GoldenNoisePlanSettings, "shard_size", default=256, help="noises judged for one file")
+    reward: str | None = as_in(
+        GoldenNoisePlanSettings, "reward", default="hpsv2", help="hpsv2, pickscore or clip_score"
+    )
+    guidance_scale: float = as_in(GoldenNoisePlanSettings, "guidance_scale", default=7.5)
+    network: str = as_in(
+        GoldenNoisePlanSettings, "network", default="golden_noise_model",
+        help="that gets the guard: golden_noise_model, npnet, transformer or rnn",
+    )  # fmt: skip
+    num_steps: int = setting(1, "golden noises of a sequence network", rule=COUNT)
+    structure: dict[str, Any] | None = as_in(GoldenNoisePlanSettings, "structure", default=None)
+    train_batch_size: int = as_in(TrainingSettings, "train_batch_size", default=64, help="noises of a batch")
+    text_batch_size: int = setting(32, "prompts encoded, and noises read, at once", rule=COUNT)
+    text_cache_dtype: str = as_in(GoldenNoisePlanSettings, "text_cache_dtype", default="fp32")
+    text_tokens: int | None = as_in(GoldenNoisePlanSettings, "text_tokens", default=None)
+    validation_split: float = setting(
+        0.2, "share of the prompts that is held out", rule=Rule("in (0, 1)", lambda value: 0 < value < 1)
+    )
+    reads: str = setting("prediction", "prediction of the model, or noise", choices=("prediction", "noise"))
+    bands: int = setting(8, "lowest frequencies a side that the guard sees", rule=COUNT)
+    patch_size: int = setting(2, "of them, a side of a patch", rule=COUNT)
+    width: int = setting(64, "of its tokens", rule=COUNT)
+    num_layers: int = setting(2, "of its transformer", rule=COUNT)
+    num_heads: int = setting(4, "of its attention", rule=COUNT)
+
+    def check(self) -> None:
+        """Also that what judges is named."""
+        super().check()
+        if self.reward is None and not self.judged:
+            raise ValueError(
+                "`reward` must be given unless the noises are `judged`, got none. Name it, or pass `judged` for the "
+                "pairs of generate_npd.py."
+            )
+
+    @property
+    def pairs(self) -> int:
+        """Noises that are judged, each in two pictures."""
+        return self.num_prompts * self.noises_per_prompt
+
+    @property
+    def validation_pairs(self) -> int:
+        """Those of held-out prompts."""
+        return round(self.pairs * self.validation_split)

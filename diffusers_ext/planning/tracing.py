@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import weakref
@@ -19,11 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
+from diffusers_ext.planning.optimizers import optimizer_bytes
+
 # Report and configs of a result: settings, history, sampled weights that tell models apart.
 REPORT_BYTES = 8 * 1024
 # What a checkpoint holds besides tensors: random states, schedule, and the facts of its run.
 _CHECKPOINT_TEXT_BYTES = 36 * 1024
-_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+}  # fmt: skip
 
 
 @contextmanager
@@ -243,24 +246,11 @@ def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
     return 8 + 8 * math.ceil(length / 8) + start
 
 
-def optimizer_bytes(trained: Iterable[torch.Tensor]) -> int:
-    """Size of the file with AdamW's state: both moments, and what the format adds to each."""
-    trained = list(trained)
-    if not trained:
-        return 0
-    stand_ins = [torch.nn.Parameter(torch.zeros(1)) for _ in trained]
-    optimizer = torch.optim.AdamW(stand_ins)
-    for stand_in in stand_ins:
-        stand_in.grad = torch.zeros(1)
-    optimizer.step()
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    return buffer.getbuffer().nbytes + 2 * tensor_bytes(trained)
-
-
-def checkpoint_bytes(kept: Iterable[torch.Tensor], trained: Iterable[torch.Tensor], *, ema: bool = False) -> int:
+def checkpoint_bytes(
+    kept: Iterable[torch.Tensor], trained: Iterable[torch.Tensor], *, ema: bool = False, optimizer: str = "adamw"
+) -> int:
     """Size of a checkpoint folder: `kept` weights, the optimizer's state of `trained` ones, with `ema` averages."""
     weights, trained = list(kept), list(trained)
     named = {f"{index:0>60}": tensor for index, tensor in enumerate(weights)}
-    size = safetensors_bytes(named) + optimizer_bytes(trained) + _CHECKPOINT_TEXT_BYTES
+    size = safetensors_bytes(named) + optimizer_bytes(trained, optimizer) + _CHECKPOINT_TEXT_BYTES
     return size + (tensor_bytes(weights) if ema else 0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from diffusers.training_utils import EMAModel
 
+from diffusers_ext.planning.optimizers import planned_optimizer
 from diffusers_ext.planning.tracing import (
     Operation,
     OperationTrace,
@@ -109,15 +110,17 @@ def training_works(
     precision: Precision,
     begin: Callable[[torch.nn.Module, torch.device], Callable[[], torch.Tensor]],
     *,
+    optimizer: str = "adamw",
     weight_decay: float = 0.0,
     ema: bool = False,
     update: Callable[[torch.optim.Optimizer, torch.device], Update] = lambda *_: nullcontext,
 ) -> list[Work]:
-    """AdamW's steps of some batches each: the last batch with the update, and the batches before it.
+    """An optimizer's steps of some batches each: the last batch with the update, and the batches before it.
 
     Args:
         work: an optimizer step, whose `make` gives the model as it trains.
         begin: `begin(model, device)` gives the loss of one batch.
+        optimizer: as of `--optimizer`.
         ema: averaged weights follow.
         update: `update(optimizer, device)` gives the context of the optimizer's steps.
     """
@@ -127,21 +130,20 @@ def training_works(
 
         def begin_training(device: torch.device) -> Callable[[], object]:
             weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            # On a GPU the optimizer works on all weights at once.
-            fused = {"foreach": precision.as_on_gpu}
-            optimizer = torch.optim.AdamW(weights, weight_decay=weight_decay, **fused)
-            _make_state(optimizer, keep_gradients=batches > 1)
+            on_gpu = precision.as_on_gpu  # where all weights are worked on at once
+            used = planned_optimizer(optimizer, weights, weight_decay=weight_decay, as_on_gpu=on_gpu)
+            _make_state(used, keep_gradients=batches > 1)
             averaged = EMAModel(model.parameters()) if ema else None
-            updating, loss = update(optimizer, device), begin(model, device)
+            updating, loss = update(used, device), begin(model, device)
 
             def repeat() -> None:
                 loss().backward()
                 if not updates:
                     return
-                torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM, **fused)
+                torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM, foreach=on_gpu)
                 with updating():
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=batches == 1)
+                    used.step()
+                used.zero_grad(set_to_none=batches == 1)
                 if averaged is not None:
                     averaged.step(model.parameters())
 

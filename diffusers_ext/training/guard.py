@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
@@ -28,6 +26,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.core.artifacts import fingerprint, same_fingerprint
 from diffusers_ext.golden_noise.first_prediction import Predict, first_prediction
+from diffusers_ext.golden_noise.losses import GuardLoss
 from diffusers_ext.golden_noise.networks.base import GoldenNoiseNetwork, load_noise_model
 from diffusers_ext.golden_noise.networks.guard import NoiseGuard, choose_threshold, gain_ranks, guard_figures
 from diffusers_ext.golden_noise.pairs.dataset import download_pairs, source_noise
@@ -118,23 +117,6 @@ def _prediction(guard: NoiseGuard, pipeline: DiffusionPipeline, batch: Sequence[
     prompts = list(dict.fromkeys(record.prompt for record in batch))
     text = encode_prompts(pipeline, prompts)
     return first_prediction(pipeline, text[[prompts.index(record.prompt) for record in batch]])
-
-
-@dataclass(frozen=True)
-class GuardLoss:
-    """Squared error of what is expected, in units of the deviation `scale` of the goals."""
-
-    cache: TextCache
-    device: torch.device
-    scale: float
-
-    def __call__(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
-        """`loss`: 1 is the mean for all, 0 is perfect."""
-        text = self.cache.take(batch["text"], self.device)
-        expected = model(batch["input"].to(self.device), text.prompt_embeds, text.attention_mask)
-        return {"loss": F.mse_loss(expected, batch["goal"].to(self.device)) / self.scale**2}
 
 
 def read_judged_pairs(settings: GuardTrainingSettings) -> tuple[list[PairRecord], dict[str, Any]]:

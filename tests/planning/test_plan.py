@@ -12,8 +12,9 @@ from diffusers_ext.golden_noise.networks.base import NETWORK_DEFAULTS
 from diffusers_ext.planning import plan_run, setting_names, work
 from diffusers_ext.planning.eraser import draft_eraser
 from diffusers_ext.planning.models import read_base_model
-from diffusers_ext.planning.plan import GIB, PhasePlan, RunPlan, size_text, time_text
+from diffusers_ext.planning.plan import GIB, PhasePlan, RunPlan
 from diffusers_ext.planning.settings import NETWORKS, EraserPlanSettings, GoldenNoisePlanSettings
+from diffusers_ext.planning.table import size_text, time_text
 
 
 @pytest.fixture

@@ -8,7 +8,13 @@ import pytest
 
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.nullspace.settings import NullSpaceSettings
-from diffusers_ext.planning.settings import EraserPlanSettings, GoldenNoisePlanSettings, NullSpacePlanSettings
+from diffusers_ext.planning.settings import (
+    EraserPlanSettings,
+    GoldenNoisePlanSettings,
+    GuardPlanSettings,
+    NullSpacePlanSettings,
+)
+from diffusers_ext.training.golden_noise.guard_settings import GuardTrainingSettings
 from diffusers_ext.training.golden_noise.settings import NoiseSettings, PairSettings
 
 # Without them accelerate's are taken, which a plan cannot know.
@@ -27,6 +33,7 @@ def defaults(settings_class):
     [
         (NullSpacePlanSettings, [NullSpaceSettings], set()),
         (GoldenNoisePlanSettings, [PairSettings, NoiseSettings], set()),
+        (GuardPlanSettings, [GuardTrainingSettings], set()),
         # What fits the published models at all.
         (EraserPlanSettings, [EraserSettings], {"gradient_checkpointing"}),
     ],

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 from safetensors.torch import save
@@ -15,7 +13,6 @@ from diffusers_ext.planning.tracing import (
     fake_tensors,
     fill_with_fake_tensors,
     gpu_autocast,
-    optimizer_bytes,
     safetensors_bytes,
 )
 from diffusers_ext.planning.work import Precision
@@ -127,19 +124,6 @@ def test_safetensors_to_the_byte():
     assert abs(difference) <= 8
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     assert safetensors_bytes(meta) == safetensors_bytes(tensors)
-
-
-def test_the_optimizers_file():
-    weights = [torch.nn.Parameter(torch.randn(size, 100)) for size in (40, 9)]
-    optimizer = torch.optim.AdamW(weights)
-    for weight in weights:
-        weight.grad = torch.randn_like(weight)
-    optimizer.step()
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    planned = optimizer_bytes(weight.to("meta") for weight in weights)
-    assert abs(planned - buffer.getbuffer().nbytes) < 64 * 2 * len(weights)
-    assert optimizer_bytes([]) == 0
 
 
 def test_averaged_weights_are_in_a_checkpoint():
