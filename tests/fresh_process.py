@@ -26,7 +26,11 @@ def go_offline():
     "From here on the loopback address is refused too."
     socket.socket.connect = socket.getaddrinfo = refuse
     if "huggingface_hub" in sys.modules:
-        sys.modules["huggingface_hub"].close_session()
+        hub = sys.modules["huggingface_hub"]
+        if hasattr(hub, "close_session"):
+            hub.close_session()
+        else:  # below 1.0
+            hub.utils._http.reset_sessions()
 if os.environ.pop("TEST_LOOPBACK", None):
     socket.socket.connect = only_loopback(socket.socket.connect, lambda a: a[1][0])
     socket.getaddrinfo = only_loopback(socket.getaddrinfo, lambda a: a[0])

@@ -21,8 +21,8 @@ try:
 except ImportError:  # below 1.0 one class for both: where it is caught, `LocalEntryNotFoundError` must come first
     from huggingface_hub.errors import EntryNotFoundError as RemoteEntryNotFoundError
 
-__all__ = ["HTTP_ERROR", "HubUnreachable", "RemoteEntryNotFoundError", "one_try_to_connect", "unreachable",
-           "validate_card"]  # fmt: skip
+__all__ = ["HTTP_ERROR", "HubUnreachable", "RemoteEntryNotFoundError", "answered_with", "one_try_to_connect",
+           "unreachable", "validate_card"]  # fmt: skip
 
 CONNECT_SECONDS = 3.0  # a network that swallows packets never refuses
 _REMEMBERED_SECONDS = 60.0  # no further file of the same model waits again
@@ -151,6 +151,12 @@ def one_try_to_connect() -> Iterator[None]:
         yield
     finally:
         _use_default()
+
+
+def answered_with(error: Exception) -> int | None:
+    """The status of the answer that an `HTTP_ERROR` comes from; `None` of one without an answer."""
+    # Below 1.0 errors of the Hub's library are of its own class everywhere but in `whoami`.
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def unreachable(error: BaseException) -> str | None:

@@ -123,7 +123,8 @@ def test_a_broken_download_is_tried_again(hub, tmp_path, kind, how):
     if not TRUNCATED_IS_TRIED_AGAIN and how == "truncate":
         with pytest.raises(OSError, match="IncompleteRead"):
             load(REPO, cache_dir=tmp_path / "cache")
-        assert cached_weights(tmp_path / "cache") == []
+        # Of two shards, which come at once, the other may have arrived.
+        assert len(cached_weights(tmp_path / "cache")) <= (1 if kind == "pairs" else 0)
     assert load(REPO, cache_dir=tmp_path / "cache") == expected
     assert hub.sent("GET", r"\.safetensors$")[0].status == 0
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Features, IterableDataset, Value, load_dataset_builder
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -88,7 +89,7 @@ def open_rows(settings: ExtractionSettings, only_captions: bool = True) -> Itera
     config = builder.config
     if hasattr(config, "converters"):  # csv: a number, `NA` or `None` is a text like any other
         config.converters, config.na_filter = {column: str}, False
-    if hasattr(config, "fragment_scan_options") and only_captions:  # parquet
+    if isinstance(config, ParquetConfig) and only_captions:
         config.columns = [column]
     return builder.as_streaming_dataset(split=settings.split)
 

@@ -17,14 +17,14 @@ from typing import Any, TypeVar, get_type_hints
 
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from diffusers_ext.core.artifacts import folder_lock
 from diffusers_ext.core.result_folder import check_no_result, remove_result, staged_output
 from diffusers_ext.core.settings import ModelSettings, RunSettings, Settings, TrainingSettings, flag_name, named_values
 from diffusers_ext.eraser.recipe import EraserSettings
 from diffusers_ext.hub.card import Card
-from diffusers_ext.hub.connection import one_try_to_connect
+from diffusers_ext.hub.connection import HTTP_ERROR, answered_with, one_try_to_connect
 from diffusers_ext.hub.kinds import find_licence, named_licence, public_name
 from diffusers_ext.hub.push import check_card, make_repository, push_folder
 from diffusers_ext.training.golden_noise.settings import NoiseSettings, PairSettings
@@ -246,8 +246,8 @@ def check_login(settings: RunSettings) -> None:
         raise ValueError(
             "`hub_token` must be given with `push_to_hub` where nobody is logged in, got None. Run `hf auth login`."
         ) from error
-    except HfHubHTTPError as error:
-        if error.response.status_code != 401:
+    except HTTP_ERROR as error:
+        if answered_with(error) != 401:
             raise
         raise ValueError(
             "`hub_token` must be a token of the Hub, got one that it refuses. Make a new one there."
