@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, only this folder is on the path
 
+from diffusers_ext.hub.saved_pipelines import with_known_dtype
 from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import HELD_OUT_PAIRS, HELD_OUT_TEMPLATE, TEMPLATES, TRAINING_PAIRS, prompt_pairs
 from examples.digits_flux2.pipeline import DigitsFlux2Pipeline
@@ -32,7 +33,7 @@ def load_pipeline(path: str | Path = MODEL_DIR) -> StableDiffusionPipeline | Dig
     """A bundled model in float32, without its progress bar."""
     kind = DiffusionPipeline.load_config(path)["_class_name"]
     pipeline_class = {"Flux2KleinPipeline": DigitsFlux2Pipeline}.get(kind, StableDiffusionPipeline)
-    pipeline = pipeline_class.from_pretrained(path, dtype=torch.float32)
+    pipeline = pipeline_class.from_pretrained(path, **with_known_dtype({"dtype": torch.float32}))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, o
 
 from diffusers_ext.core.artifacts import write_atomically
 from diffusers_ext.evaluation.rendering import render_clips
+from diffusers_ext.hub.saved_pipelines import with_known_dtype
 from examples.digits.prompts import COLORS, DIGITS
 from examples.moving_digits.clips import CANVAS, NUM_FRAMES
 from examples.moving_digits.judge import MovingDigitsJudge
@@ -50,7 +51,7 @@ SAMPLING = {
 
 def load_pipeline(path: str | Path = MODEL_DIR) -> CogVideoXPipeline | WanPipeline:
     """A bundled model in float32, without its progress bar."""
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(path, **with_known_dtype({"dtype": torch.float32}))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -6,6 +6,7 @@ import torch
 from diffusers import CogVideoXPipeline, DiffusionPipeline, StableDiffusionPipeline
 
 from diffusers_ext.core.text_files import read_json
+from diffusers_ext.hub.saved_pipelines import with_known_dtype
 from examples.arguments import save_in_half_precision
 from examples.digits.check_model import MODEL_DIR as PICTURES
 from examples.moving_digits.check_model import MODEL_DIR as CLIPS
@@ -46,5 +47,5 @@ def test_what_is_saved_in_half_precision_loads_in_one_dtype(tmp_path):
     save_in_half_precision(pipeline, tmp_path)
     assert not any("/a/folder" in path.read_text() for path in tmp_path.glob("*/config.json"))
     assert dtypes(DiffusionPipeline.from_pretrained(tmp_path)) == {torch.float32}
-    asked = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    asked = DiffusionPipeline.from_pretrained(tmp_path, **with_known_dtype({"dtype": torch.bfloat16}))
     assert dtypes(asked) == {torch.bfloat16}
