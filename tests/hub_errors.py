@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import huggingface_hub
 from huggingface_hub.utils import _http
 
 TRUNCATED_IS_TRIED_AGAIN = not hasattr(_http, "requests")  # by the library itself
@@ -12,3 +13,11 @@ else:
     _httpx = _http.httpx2 if hasattr(_http, "httpx2") else _http.httpx
     CONNECTION_REFUSED, CONNECTION_LOST = _httpx.ConnectError, _httpx.RemoteProtocolError
     LOST = "disconnected"
+
+
+def close_sessions() -> None:
+    """Let the Hub's library open its connections anew: below 1.0 those that are open do not ask whether it is offline."""
+    if hasattr(huggingface_hub, "close_session"):
+        huggingface_hub.close_session()
+    else:
+        _http.reset_sessions()

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from diffusers_ext.command_line import options
 from diffusers_ext.core.artifacts import fingerprint
 from diffusers_ext.families.base_source import load_base, read_base_config, refuse_single_file
+from diffusers_ext.hub.saved_pipelines import with_known_dtype
 from diffusers_ext.planning.models import read_base_model
 from diffusers_ext.training.golden_noise.rendering import load_base_pipeline
 from diffusers_ext.training.nullspace.knowledge import load_pipeline
 from diffusers_ext.training.run.base_model import load_text_pipeline, stored_fingerprint
+from tests.hub_errors import close_sessions
 from tests.single_file_checkpoints import save_single_file
 from tests.tiny_digits import random_digits_pipeline
 
@@ -165,9 +167,12 @@ def test_weights_that_a_file_lacks_are_told(models, tmp_path, key):
 
 def test_without_a_config_the_error_names_the_flag(models, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    close_sessions()
     expected = "`single_file_config` must be .* got stable-diffusion-v1-5/stable-diffusion-v1-5: no such"
     with pytest.raises(ValueError, match=expected):
         read_base_config(models / "whole.safetensors")
+    monkeypatch.undo()
+    close_sessions()
 
 
 def test_sdxl_goes_to_its_own_class(tmp_path, monkeypatch):
@@ -186,7 +191,7 @@ def test_sdxl_goes_to_its_own_class(tmp_path, monkeypatch):
 
     monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, "from_single_file", from_single_file)
     load_base(path, dtype=torch.float16, single_file_config=str(config), vae=None)
-    given = {"config": str(config), "dtype": torch.float16, "vae": None}
+    given = with_known_dtype({"config": str(config), "dtype": torch.float16, "vae": None})
     assert called == [((str(path),), given)]
 
 

@@ -91,8 +91,8 @@ def test_a_prompt_that_names_two_targets_is_read_with_both_anchors():
 
 
 def test_what_an_earlier_edit_made_alike_is_no_anchor():
-    pipeline = random_digits_pipeline()
-    first = edit_concept(pipeline, {"three": "nine"}, ["a red three", "a red one"], preserve_weight=1e-3)
+    pipeline = random_digits_pipeline(seed=2)
+    first = edit_concept(pipeline, {"three": "nine"}, ["a red three", "a red one"], preserve_weight=1e-5)
     pipeline.load_lora_weights(first.lora)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
