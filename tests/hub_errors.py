@@ -16,7 +16,7 @@ else:
 
 
 def close_sessions() -> None:
-    """Let the Hub's library open its connections anew: below 1.0 those that are open do not ask whether it is offline."""
+    """Let the Hub's library open its connections anew: below 1.0 open ones do not ask whether it is offline."""
     if hasattr(huggingface_hub, "close_session"):
         huggingface_hub.close_session()
     else:

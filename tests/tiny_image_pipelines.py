@@ -117,8 +117,8 @@ def tiny_sd3_pipeline(seed: int = 0, *, text_width: int = 32) -> StableDiffusion
     return pipeline
 
 
-def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = True) -> FluxPipeline:
-    """512 tokens of 12-wide T5 text, 16-wide pooled CLIP; 16 channels (64 packed), 32 x 32 pixels.
+def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = True, text_width: int = 12) -> FluxPipeline:
+    """512 tokens of T5 text, 16-wide pooled CLIP; 16 channels (64 packed), 32 x 32 pixels.
 
     `guidance_embeds=True` is Flux.1-dev, which takes the guidance scale as an input; `False` is Flux.1-schnell.
     """
@@ -130,7 +130,7 @@ def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = True) -> FluxPi
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=12,
+        joint_attention_dim=text_width,
         pooled_projection_dim=16,
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 4, 8),
@@ -140,7 +140,7 @@ def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = True) -> FluxPi
         _vae(latent_channels=16, levels=3),
         CLIPTextModel(_clip(tokenizer)).eval(),
         tokenizer,
-        _t5(tokenizer, width=12),
+        _t5(tokenizer, width=text_width),
         tokenizer,
         transformer.eval(),
     )

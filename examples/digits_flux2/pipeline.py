@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 MODEL_DIR = Path(__file__).parent / "model"
 _LATENT_SIZE = 8
+# FLUX.2's pipelines say `use_cache` to a text encoder; CLIP's takes what it does not know from transformers 5 on.
+CLIP_TAKES_USE_CACHE = any(
+    parameter.kind is parameter.VAR_KEYWORD
+    for parameter in inspect.signature(CLIPTextModel.forward).parameters.values()
+)
 
 
 class DigitsFlux2Pipeline(Flux2KleinPipeline):
@@ -29,6 +36,11 @@ class DigitsFlux2Pipeline(Flux2KleinPipeline):
         transformer: Flux2Transformer2DModel,
         is_distilled: bool = False,
     ) -> None:
+        if not CLIP_TAKES_USE_CACHE:
+            raise ValueError(
+                "`transformers` must be 5.0 or newer for the digits' FLUX.2, whose text encoder is CLIP, got "
+                f"{transformers.__version__}. Run: pip install -U 'transformers>=5'."
+            )
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer, is_distilled)
         self.default_sample_size = _LATENT_SIZE
 

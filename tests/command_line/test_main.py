@@ -208,7 +208,7 @@ sys.argv[0] = "/somewhere/bin/diffusers-ext"
 from diffusers_ext.command_line.main import main
 codes = [main(line) for line in {lines}]
 heavy = sorted({HEAVY} & set(sys.modules))
-import diffusers, peft
+import diffusers, httpx, peft  # diffusers below 0.40 takes the second with its pipelines
 before = set(sys.modules)
 import diffusers_ext
 diffusers_ext.register()

@@ -22,9 +22,13 @@ from examples.digits.check_model import draw, load_pipeline
 from examples.digits.judge import DigitsJudge
 from examples.digits.prompts import HELD_OUT_PAIRS, HELD_OUT_TEMPLATE, TRAINING_PAIRS, prompt_pairs
 from examples.digits_flux2.networks import build_pipeline, normalized_patches
-from examples.digits_flux2.pipeline import MODEL_DIR, DigitsFlux2Pipeline
+from examples.digits_flux2.pipeline import CLIP_TAKES_USE_CACHE, MODEL_DIR, DigitsFlux2Pipeline
+from tests.examples.model_folders import model_files
 from tests.tiny_current_pipelines import tiny_flux2_pipeline
 
+needs_transformers_5 = pytest.mark.skipif(
+    not CLIP_TAKES_USE_CACHE, reason="the text encoder of the digits' FLUX.2 needs transformers 5"
+)
 STOCK_CALL = {"height": 32, "width": 32, "max_sequence_length": 16, "text_encoder_out_layers": (2,)}
 
 
@@ -79,6 +83,13 @@ def test_autoencoder_and_text_encoder_are_those_of_the_digits():
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
 
+def test_transformers_4_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("examples.digits_flux2.pipeline.CLIP_TAKES_USE_CACHE", False)
+    with pytest.raises(ValueError, match="`transformers` must be 5.0 or newer for the digits' FLUX.2, .* got"):
+        load_pipeline(MODEL_DIR)
+
+
+@needs_transformers_5
 def test_it_is_an_ordinary_flux2_pipeline(stock, pipeline):
     assert type(stock) is Flux2KleinPipeline
     assert type(stock.transformer) is Flux2Transformer2DModel
@@ -93,6 +104,7 @@ def test_it_is_an_ordinary_flux2_pipeline(stock, pipeline):
     assert np.array_equal(*map(np.asarray, pictures))
 
 
+@needs_transformers_5
 def test_prompts_are_read_up_to_what_the_text_encoder_knows(pipeline):
     embeds, ids = pipeline.encode_prompt("a red three")
     assert (embeds.shape, ids.shape) == ((1, 16, 128), (1, 16, 4))
@@ -100,6 +112,7 @@ def test_prompts_are_read_up_to_what_the_text_encoder_knows(pipeline):
     assert pipeline.encode_prompt("a red three", max_sequence_length=8)[0].shape == (1, 8, 128)
 
 
+@needs_transformers_5
 def test_tools_read_the_stock_pipeline_as_its_text_encoder_asks(stock, pipeline):
     family = find_family(stock)
     assert family.text_call(stock) == {"max_sequence_length": 16, "text_encoder_out_layers": (2,)}
@@ -109,6 +122,7 @@ def test_tools_read_the_stock_pipeline_as_its_text_encoder_asks(stock, pipeline)
     assert text_only_linears(stock) == {"context_embedder": "text"}
 
 
+@needs_transformers_5
 def test_pictures_of_validation_and_evaluation_are_drawn_by_the_stock_pipeline(stock, pipeline):
     run, shots = {"num_inference_steps": 2, "guidance_scale": 3.0}, shots_of(["a red three"], 1, 5)
     ours, theirs = (draw_images(model, ["a red three"], [5], 32, **run) for model in (pipeline, stock))
@@ -117,6 +131,7 @@ def test_pictures_of_validation_and_evaluation_are_drawn_by_the_stock_pipeline(s
     assert torch.equal(draw_shots(pipeline, shots, sampling), draw_shots(stock, shots, sampling))
 
 
+@needs_transformers_5
 def test_patches_have_unit_variance_and_the_pipeline_turns_them_back():
     made = build_pipeline(load_pipeline(BASE_DIR))
     latents = 3 * torch.randn(50, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 1
@@ -133,11 +148,13 @@ def test_patches_have_unit_variance_and_the_pipeline_turns_them_back():
     assert torch.allclose(restored, latents.flatten(0, 1), atol=1e-4)
 
 
+@needs_transformers_5
 def test_it_draws_what_it_is_asked_for(pipeline):
     prompts = prompt_pairs(HELD_OUT_TEMPLATE, (*TRAINING_PAIRS, *HELD_OUT_PAIRS))
     assert DigitsJudge().correct(draw(pipeline, prompts, seed=123), prompts).mean() >= 0.94
 
 
+@needs_transformers_5
 def test_negative_prompts_reach_the_model(pipeline):
     call = {"seed": 5, "num_inference_steps": 2}
     plain, same, other = (
@@ -156,12 +173,14 @@ def test_the_log_of_the_bundled_weights_is_kept():
 
 
 @pytest.mark.usefixtures("fresh_accelerator", "few_digits")
-@pytest.mark.parametrize(("architecture", "folder"), [("flux2", MODEL_DIR), ("stable_diffusion", BASE_DIR)])
+@pytest.mark.parametrize(
+    ("architecture", "folder"),
+    [pytest.param("flux2", MODEL_DIR, marks=needs_transformers_5), ("stable_diffusion", BASE_DIR)],
+)
 def test_the_training_script_writes_such_folders(tmp_path, architecture, folder):
     line = ["--architecture", architecture, "--vae_steps", "1", "--max_train_steps", "2"]
     train_model.main(train_model.parse_args([*line, "--output_dir", str(tmp_path / "model")]))
-    names = {path.relative_to(tmp_path / "model") for path in (tmp_path / "model").rglob("*")}
-    assert names == {path.relative_to(folder) for path in folder.rglob("*")}
+    assert model_files(tmp_path / "model") == model_files(folder)
     log = json.loads((tmp_path / "train_log.json").read_text())
     assert log["denoiser"][-1]["step"] == 2
     assert log["arguments"]["architecture"] == architecture

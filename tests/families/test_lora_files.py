@@ -85,7 +85,8 @@ def test_old_files_of_diffusers_hold_text_encoders_too(tmp_path):
     assert any("lora_linear_layer.up" in key for key in load_file(next(tmp_path.iterdir())))
     read = read_lora(tmp_path)
     assert {key.removeprefix("text_encoder.text_model."): t.sum() for key, t in read.items()} == {
-        key.removeprefix("text_model."): tensor.sum() for key, tensor in layers.items()  # of transformers 4
+        key.removeprefix("text_model."): tensor.sum()
+        for key, tensor in layers.items()  # of transformers 4
     }
 
 

@@ -61,7 +61,7 @@ FAMILIES = {
     "sdxl": Setting(sdxl_pipeline, {}),
     "sd3": Setting(lambda: tiny_sd3_pipeline(text_width=96), {"max_sequence_length": 16}),
     "hunyuan_dit": Setting(hunyuan_dit_pipeline, {"use_resolution_binning": False}),
-    "flux": Setting(tiny_flux_pipeline, {}),
+    "flux": Setting(lambda: tiny_flux_pipeline(text_width=96), {}),
     "flux2": Setting(tiny_flux2_pipeline, {"max_sequence_length": 16}),
     "chroma": Setting(lambda: tiny_chroma_pipeline(text_width=96), {"max_sequence_length": 16}),
     "auraflow": Setting(tiny_auraflow_pipeline, {"max_sequence_length": 16}),

@@ -140,8 +140,8 @@ def test_text_alone_keeps_preserved_prompts_exactly(tmp_path):
     )
     assert chosen.null_space == "numerical null space, exact in float32"
     b = pipeline.transformer.context_embedder.lora_B["default"].weight
-    torch.nn.init.normal_(b, std=0.5)
-    assert predicted_drift(pipeline.transformer, statistics)["context_embedder"] < 1e-9
+    torch.nn.init.normal_(b, std=0.7)
+    assert predicted_drift(pipeline.transformer, statistics)["context_embedder"] == pytest.approx(0, abs=1e-6)
     save_lora(type(pipeline), pipeline.transformer, tmp_path)
     stock = wide_sd3()
     stock.load_lora_weights(str(tmp_path))
