@@ -5,6 +5,8 @@ In one file, so that one worker of a test run starts these processes.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -130,5 +132,5 @@ def test_pipelines_with_unknown_components_are_refused_with_their_names(without_
 
 def test_networks_and_erasers_are_refused(without_package):
     for name, (cls, _) in NETWORKS.items():
-        assert f"no class `{cls.__name__}`" in without_package["networks"][name]
+        assert re.search(rf"no (class|attribute) `?{cls.__name__}\b", without_package["networks"][name])
     assert without_package["eraser"] == "KeyError: 'ERASER'"

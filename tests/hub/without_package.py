@@ -40,7 +40,7 @@ def picture(pipeline: StableDiffusionPipeline) -> str:
 def error_of(load: Callable[..., Any], *arguments: Any) -> str:
     try:
         return f"loaded a {type(load(*arguments)).__name__}"
-    except (KeyError, ValueError) as error:
+    except (AttributeError, KeyError, ValueError) as error:  # diffusers 0.41 has an AttributeError
         return f"{type(error).__name__}: {error}"
 
 
