@@ -15,7 +15,7 @@ import pytest
 
 from tests.fresh_process import run_python
 from tests.hub_server import HubServer
-from tests.installed_diffusers import lacking
+from tests.installed_versions import lacking, what_transformers_lets_peft_do
 
 if "huggingface_hub" in sys.modules:
     raise RuntimeError("`huggingface_hub` must be imported after tests/conftest.py, got it before.")
@@ -70,6 +70,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {path: place(path) for path in {item.path for item in items}}
 
     items.sort(key=lambda item: places[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with what_transformers_lets_peft_do():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with what_transformers_lets_peft_do():
+        return (yield)
 
 
 def pytest_unconfigure() -> None:

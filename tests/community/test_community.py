@@ -12,7 +12,7 @@ from examples.digits.check_model import MODEL_DIR
 from tests.fresh_process import run_python
 from tests.golden_noise.golden_pipelines import golden_pipeline
 from tests.hub_storage import Repository
-from tests.installed_diffusers import lacking
+from tests.installed_versions import lacking
 from tests.tiny_current_pipelines import tiny_wan_pipeline
 from tests.tiny_image_pipelines import tiny_chroma_pipeline
 from tests.tiny_pipelines import sdxl_pipeline

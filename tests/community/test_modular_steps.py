@@ -28,7 +28,7 @@ from tests.golden_noise.golden_pipelines import FAMILIES, random_network
 from tests.golden_noise.test_modular import BLOCKS, call, modular_pipeline
 from tests.hub_storage import Repository
 from tests.in_a_thread import in_a_thread
-from tests.installed_diffusers import lacking
+from tests.installed_versions import lacking
 from tests.tiny_erasers import add_random_eraser
 
 

@@ -15,7 +15,7 @@ from diffusers_ext.planning import plan
 from tests.docs.snippet_files import write_files
 from tests.docs.snippet_models import BASES, SAVED, publish, stable_diffusion
 from tests.docs.snippets import PAGES, ROOT, Snippet, commands, snippets
-from tests.installed_diffusers import INSTALLED
+from tests.installed_versions import INSTALLED
 
 # What makes a run short and fit for a CPU; nothing else is changed in a command.
 _TRAINING = ["--max_train_steps", "1", "--train_batch_size", "1"]

@@ -22,7 +22,7 @@ from tests.golden_noise.golden_pipelines import (
     with_network,
 )
 from tests.golden_noise.test_pipelines import as_given
-from tests.installed_diffusers import lacking
+from tests.installed_versions import lacking
 from tests.tiny_current_pipelines import tiny_wan_pipeline
 
 BLOCKS = {

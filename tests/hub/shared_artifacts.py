@@ -37,7 +37,7 @@ from diffusers_ext.eraser.files import eraser_tensors
 from tests.golden_noise.golden_pipelines import FAMILIES, NETWORKS, golden_pipeline, random_network
 from tests.golden_noise.pair_sets import SHAPE, STEPS, deltas_of, record
 from tests.hub.digests import PROMPT, digest, module_digest, picture, shown_pipeline
-from tests.installed_diffusers import lacking
+from tests.installed_versions import lacking
 from tests.tiny_pipelines import sdxl_pipeline
 
 BASE, VIDEO_BASE = "tester/base", "tester/video"
