@@ -40,6 +40,7 @@ from diffusers_ext.golden_noise.networks.sequence_transformer import NoiseSequen
 from diffusers_ext.golden_noise.redenoise import TOOL
 from diffusers_ext.hub.card import Card
 from diffusers_ext.hub.push import PushWithCard
+from diffusers_ext.hub.saved_pipelines import ReadAlike
 
 # `from_pipe` hands a component over only if its very class is in the annotation.
 NoiseModel = NPNet | GoldenNoiseModel | NoiseSequenceTransformer | NoiseSequenceRNN
@@ -74,7 +75,7 @@ class _GoldenCall:
     text: dict[str, torch.Tensor | None] = field(default_factory=dict)  # arguments of `refine`
 
 
-class GoldenNoiseMixin(HandOver, PushWithCard):
+class GoldenNoiseMixin(HandOver, ReadAlike, PushWithCard):
     """What these pipelines add: a `noise_model` component that refines the noise of each call.
 
     It stands before a diffusers pipeline, whose `encode_prompt` and `prepare_latents` are where the text is read and

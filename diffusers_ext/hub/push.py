@@ -306,11 +306,6 @@ class PushWithCard:
         """As in diffusers, and with `dtype` where that says `torch_dtype`."""
         return super().from_pretrained(pretrained_model_name_or_path, **with_known_dtype(kwargs))
 
-    @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As in diffusers, and with `dtype` where that says `torch_dtype`."""
-        return super().from_pipe(pipeline, **with_known_dtype(kwargs))
-
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,

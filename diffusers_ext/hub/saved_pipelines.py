@@ -34,6 +34,27 @@ def with_known_dtype(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"torch_dtype" if name == "dtype" else name: value for name, value in arguments.items()}
 
 
+class ReadAlike:
+    """Mixin of pipelines, before the class of diffusers: loaded and converted alike under every version."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As in diffusers, with `dtype` under every version.
+
+        Raises `ValueError` for a folder of which transformers 4 would read random weights; a repository of the Hub is
+        not looked at.
+        """
+        source = pretrained_model_name_or_path
+        if Path(source).is_dir():
+            check_readable(source, "pretrained_model_name_or_path", variant=kwargs.get("variant"), given=kwargs)
+        return super().from_pretrained(source, **with_known_dtype(kwargs))
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As in diffusers, with `dtype` under every version."""
+        return super().from_pipe(pipeline, **with_known_dtype(kwargs))
+
+
 def write_for_transformers_4(folder: str | os.PathLike) -> None:
     """Give a saved pipeline the names that both major versions read; what has them already stays as it is."""
     folder = Path(folder)

@@ -36,13 +36,14 @@ from diffusers_ext.families import match_family
 from diffusers_ext.families.lora_files import add_second_file, check_loaded_lora
 from diffusers_ext.hub.card import Card, make_card
 from diffusers_ext.hub.push import PushWithCard
+from diffusers_ext.hub.saved_pipelines import ReadAlike
 from diffusers_ext.nullspace.projector import NullSpaceProjector
 from diffusers_ext.nullspace.statistics import FeatureStatistics
 
 logger = logging.getLogger(__name__)
 
 
-class NullSpaceMixin(PushWithCard):
+class NullSpaceMixin(ReadAlike, PushWithCard):
     """What all of them add: a `statistics` component, checked LoRAs, preservation at run time.
 
     The facts for the model card of an upload are the arguments of `subject_pipeline_card`.

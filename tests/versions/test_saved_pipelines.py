@@ -40,7 +40,9 @@ def test_old_names_are_written_and_loaded(folder):
 
 
 def test_pipelines_of_this_package_are_saved_that_way(tmp_path):
-    GoldenNoisePipeline.from_pipe(random_digits_pipeline()).save_pretrained(tmp_path)
+    pipeline = GoldenNoisePipeline.from_pipe(random_digits_pipeline(), dtype=torch.bfloat16)
+    assert pipeline.unet.dtype == torch.bfloat16
+    pipeline.save_pretrained(tmp_path)
     assert all(name.startswith("text_model.") for name in load_file(tmp_path / "text_encoder/model.safetensors"))
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "GoldenNoisePipeline"
 
@@ -58,6 +60,8 @@ def test_random_weights_are_refused_by_transformers_4(folder, monkeypatch):
         patch.setattr(saved_pipelines.transformers, "__version__", "4.57.6")
         with pytest.raises(ValueError, match=REFUSED):
             check_readable(folder, "model")
+        with pytest.raises(ValueError, match=REFUSED):
+            GoldenNoisePipeline.from_pretrained(folder)
         assert check_readable(folder, "model", given={"text_encoder", "tokenizer"})  # the user's own
     monkeypatch.setattr(saved_pipelines.transformers, "__version__", "5.23.0")
     check_readable(folder, "model")
