@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -21,6 +22,11 @@ def lacking(name: str) -> str | None:
         if words in name and needed > INSTALLED:
             return f"{words} needs diffusers {needed[0]}.{needed[1]}"
     return None
+
+
+def in_its_words(code: str) -> str:
+    """Code of a page or a card, with the name that diffusers below 0.40 has for `dtype`: docs/compatibility.md."""
+    return re.sub(r"(?<=[ (])dtype=(?=torch\.)", "torch_dtype=", code) if INSTALLED < (0, 40) else code
 
 
 @contextmanager

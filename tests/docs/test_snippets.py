@@ -15,7 +15,7 @@ from diffusers_ext.planning import plan
 from tests.docs.snippet_files import write_files
 from tests.docs.snippet_models import BASES, SAVED, publish, stable_diffusion
 from tests.docs.snippets import PAGES, ROOT, Snippet, commands, snippets
-from tests.installed_versions import INSTALLED
+from tests.installed_versions import in_its_words
 
 # What makes a run short and fit for a CPU; nothing else is changed in a command.
 _TRAINING = ["--max_train_steps", "1", "--train_batch_size", "1"]
@@ -103,9 +103,7 @@ def run_snippet(snippet: Snippet, page: str, namespace: dict) -> None:
     if snippet.language == "python":
         # The line numbers of an error are those of the page.
         text = "\n" * (snippet.line - 1) + snippet.text.replace('"cuda"', '"cpu"')
-        if INSTALLED < (0, 40):  # which has another word for it, as docs/compatibility.md says
-            text = text.replace(" dtype=torch.", " torch_dtype=torch.").replace("(dtype=torch.", "(torch_dtype=torch.")
-        code = compile(text, page, "exec")
+        code = compile(in_its_words(text), page, "exec")
         exec(code, namespace)  # the page is ours
     elif snippet.language == "bash":
         for words in commands(snippet.text):

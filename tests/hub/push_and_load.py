@@ -24,6 +24,7 @@ from tests.hub.shared_artifacts import (
     push_pipeline,
     video_base,
 )
+from tests.installed_versions import in_its_words
 from tests.tiny_cogvideox import tiny_video_pipeline
 from tests.tiny_digits import random_digits_pipeline
 
@@ -156,7 +157,7 @@ def _run_cards() -> dict[str, int]:
         text = Path(hf_hub_download(repo_id, "README.md", repo_type=kind)).read_text()
         blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
         for block in blocks:
-            block = re.sub(MISSING, "", block).replace('"cuda"', '"cpu"')
+            block = in_its_words(re.sub(MISSING, "", block).replace('"cuda"', '"cpu"'))
             exec(re.sub(DRAWS, r"\1, num_inference_steps=2\2", block), {})
         found[name] = len(blocks)
     return found
