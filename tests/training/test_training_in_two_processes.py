@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.models.swin.modeling_swin import SwinDropPath
 
+from diffusers_ext.golden_noise.networks.swin import DropPath
 from examples.digits.check_model import load_pipeline
 from tests.tiny_current_pipelines import tiny_wan_pipeline
 from tests.training.eraser_runs import eraser_line, write_eraser_files
@@ -93,7 +94,9 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from transformers.models.swin.modeling_swin import SwinDropPath
 
-SwinDropPath.forward = lambda self, x: x
+from diffusers_ext.golden_noise.networks.swin import DropPath
+
+SwinDropPath.forward = DropPath.forward = lambda self, x: x
 PartialState.destroy_process_group = lambda self, group=None: None
 for module, line in json.load(open({jobs!r})):
     AcceleratorState._reset_state()
@@ -190,7 +193,8 @@ def in_two(line: list[str]) -> list[str]:
 @pytest.mark.parametrize("name", [*ERASERS, *NETWORKS, "by_reward", "guard", *SUBJECTS])
 def test_two_processes_train_what_one_does(jobs, name, monkeypatch):
     # The same global generators would drop other samples of half a batch.
-    monkeypatch.setattr(SwinDropPath, "forward", lambda self, x: x)
+    for layer in (SwinDropPath, DropPath):  # as from transformers 5.9 on, and before
+        monkeypatch.setattr(layer, "forward", lambda self, x: x)
     module, line = jobs[name]
     run = import_module(module)
     alone = Path(run.main(run.parse_args(line)))
