@@ -24,12 +24,12 @@ from diffusers_ext.planning.golden_noise_targets import (
     Drawing,
     draw_works,
     gradient_steps,
-    reward_model,
+    reward_parts,
     target_works,
 )
-from diffusers_ext.planning.kept_text import kept_text_bytes
+from diffusers_ext.planning.kept_text import kept_text_bytes, kept_text_work, text_notes, texts_of_a_prompt
 from diffusers_ext.planning.models import BaseModel, ImageShapes, encode_prompts_work, module_bytes
-from diffusers_ext.planning.settings import REWARDS, SEQUENCE_NETWORKS, GoldenNoisePlanSettings
+from diffusers_ext.planning.settings import SEQUENCE_NETWORKS, GoldenNoisePlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.work import (
     OPTIMIZER,
@@ -47,13 +47,19 @@ _KL_WEIGHT = 0.01
 # Of the tables: a row beside its prompt's text, and a file with its columns.
 _ROW_BYTES, _TABLES_BYTES = 56, 8 * 1024
 _NETWORK, _COPY = "network", "copy of the weights while measuring"
-_REWARD, _AVERAGED = "reward model", "averaged weights"
+_AVERAGED = "averaged weights"
 _CLASSES: dict[str, type[torch.nn.Module]] = {
     "golden_noise_model": GoldenNoiseModel,
     "npnet": NPNet,
     "transformer": NoiseSequenceTransformer,
     "rnn": NoiseSequenceRNN,
 }
+
+
+def loaded_parts(base: BaseModel, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of what is loaded of the base model, by the words of a plan."""
+    kept = {name: part for name, part in base.components.items() if name != "safety_checker"}
+    return {name.replace("_", " "): part.bytes(dtype) for name, part in kept.items()}
 
 
 def judged_table_bytes(candidates: int, shard_size: int) -> int:
@@ -67,11 +73,7 @@ def draft_golden_noise(base: BaseModel, setting: GoldenNoisePlanSettings, *, as_
     setting.output_size = shapes.resolution
     run = GoldenNoiseRun(shapes, setting, as_on_gpu)
     network = run.network()
-    loaded = {
-        name.replace("_", " "): part.bytes(run.precision.dtype)
-        for name, part in base.components.items()
-        if name != "safety_checker"
-    }
+    loaded = loaded_parts(base, run.precision.dtype)
     parts = {**loaded, _NETWORK: module_bytes(network)}
     if setting.use_ema:
         parts[_COPY] = parts[_NETWORK]
@@ -80,15 +82,10 @@ def draft_golden_noise(base: BaseModel, setting: GoldenNoisePlanSettings, *, as_
     notes = []
     if setting.objective == "pairs":
         notes.append(f"{setting.kept_share:.0%} of the pairs that are tried are kept.")
-    if not shapes.family.pads_text and setting.text_tokens is None:
-        notes.append(f"Every text is as long as the longest, {shapes.text.tokens} tokens.")
-    if setting.reward in REWARDS:
-        parts[_REWARD] = module_bytes(reward_model(setting.reward))
-    elif setting.reward is not None:
-        notes.append(f"What the reward {setting.reward!r} takes is not counted.")
-    judged = (_REWARD,) if _REWARD in parts else ()
-    phases, disk = run.phases((*loaded, *judged)), run.disk(network)
-    return Draft("golden-noise", base, asdict(setting), parts, phases, disk, notes)
+    judges, unknown = reward_parts(setting.reward)
+    phases, disk = run.phases((*loaded, *judges)), run.disk(network)
+    notes += [*text_notes(shapes, setting.text_tokens), *unknown]
+    return Draft("golden-noise", base, asdict(setting), {**parts, **judges}, phases, disk, notes)
 
 
 @dataclass(frozen=True)
@@ -130,10 +127,8 @@ class GoldenNoiseRun:
     def phases(self, pairs: tuple[str, ...]) -> list[Phase]:
         """In order; `pairs` are the parts that are there while pairs are made."""
         setting, shapes, precision = self.setting, self.shapes, self.precision
-        asked = 1 if shapes.embedded_guidance else 2  # the negative prompts are encoded too
-        phases = [] if setting.objective == "reward" else self._pair_phases(pairs, asked)
-        rows = min(setting.text_batch_size, setting.num_prompts)
-        text = encode_prompts_work(shapes, rows, asked * setting.num_prompts / rows, precision)
+        phases = [] if setting.objective == "reward" else self._pair_phases(pairs)
+        text = kept_text_work(shapes, setting.num_prompts, setting.text_batch_size, precision)
         encoders = tuple(name.replace("_", " ") for name in shapes.base.text_encoders)
         trains: tuple[str, ...] = (_NETWORK, self._kept_name)
         if setting.objective == "reward":  # the base model and the reward are there from the beginning
@@ -149,13 +144,13 @@ class GoldenNoiseRun:
         copied = (*trains, _COPY) if setting.use_ema else trains
         return [*phases, Phase("validation", copied, works)]
 
-    def _pair_phases(self, pairs: tuple[str, ...], asked: int) -> list[Phase]:
+    def _pair_phases(self, pairs: tuple[str, ...]) -> list[Phase]:
         """Pairs are made, then judged: pictures of both noises are drawn together."""
         setting, shapes, precision = self.setting, self.shapes, self.precision
         batches = math.ceil(setting.candidates / setting.batch_size)
         rows = min(setting.batch_size, setting.candidates)
         made = [
-            encode_prompts_work(shapes, rows, asked * batches, precision),
+            encode_prompts_work(shapes, rows, texts_of_a_prompt(shapes) * batches, precision),
             *target_works(shapes, setting, rows, batches, precision),
         ]
         phases = [Phase(PHASES[setting.target], pairs, made)]

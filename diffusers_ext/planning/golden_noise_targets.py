@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 from diffusers_ext.families.family import TextConditioning
 from diffusers_ext.families.published import encoder_sizes
 from diffusers_ext.golden_noise.diversity import NUM_PROBES
-from diffusers_ext.planning.models import ImageShapes, guided_work, redenoise_work, vae_work
+from diffusers_ext.planning.models import ImageShapes, guided_work, module_bytes, redenoise_work, vae_work
 from diffusers_ext.planning.settings import REWARDS, GoldenNoisePlanSettings, GuardPlanSettings
 from diffusers_ext.planning.work import Job, Precision, Work, inference_work
 from diffusers_ext.rewards.clip import projected_features
@@ -80,6 +80,13 @@ class Drawing(torch.nn.Module):
             pixels = projected_features(self.judge.get_image_features(pixel_values=shown))
         (gradient,) = torch.autograd.grad(pixels.float().mean(), x)
         return gradient
+
+
+def reward_parts(reward: str | None) -> tuple[dict[str, int], list[str]]:
+    """Bytes of the reward's model, and a note where they are not known; nothing without a reward."""
+    if reward in REWARDS:
+        return {"reward model": module_bytes(reward_model(reward))}, []
+    return {}, [] if reward is None else [f"What the reward {reward!r} takes is not counted."]
 
 
 def gradient_steps(setting: GoldenNoisePlanSettings) -> int:

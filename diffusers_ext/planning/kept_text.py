@@ -1,12 +1,31 @@
-"""What the text of prompts takes in the files, or the memory, that trainings of golden noise keep it in."""
+"""Encoding the text of prompts once, and the files, or the memory, that trainings of golden noise keep it in."""
 
 from __future__ import annotations
 
 import torch
 
 from diffusers_ext.golden_noise.text_cache import rows_of_a_file
-from diffusers_ext.planning.models import ImageShapes
+from diffusers_ext.planning.models import ImageShapes, encode_prompts_work
 from diffusers_ext.planning.tracing import safetensors_bytes
+from diffusers_ext.planning.work import Precision, Work
+
+
+def texts_of_a_prompt(shapes: ImageShapes) -> int:
+    """How many are encoded: the negative prompts, too, of a model that is guided by a second call."""
+    return 1 if shapes.embedded_guidance else 2
+
+
+def kept_text_work(shapes: ImageShapes, num_prompts: int, batch_size: int, precision: Precision) -> Work:
+    """Encoding so many different prompts."""
+    rows = min(batch_size, num_prompts)
+    return encode_prompts_work(shapes, rows, texts_of_a_prompt(shapes) * num_prompts / rows, precision)
+
+
+def text_notes(shapes: ImageShapes, tokens: int | None) -> list[str]:
+    """What a plan says of the length of texts: `tokens` of a prompt, where they are known."""
+    if shapes.family.pads_text or tokens is not None:
+        return []
+    return [f"Every text is as long as the longest, {shapes.text.tokens} tokens."]
 
 
 def kept_text_bytes(

@@ -13,11 +13,11 @@ import torch
 from diffusers_ext.golden_noise.losses import GuardLoss
 from diffusers_ext.golden_noise.networks.guard import NoiseGuard
 from diffusers_ext.golden_noise.text_cache import CACHE_DTYPES, TextCache
-from diffusers_ext.planning.golden_noise import TEXT, GoldenNoiseRun, judged_table_bytes
-from diffusers_ext.planning.golden_noise_targets import draw_works, reward_model
-from diffusers_ext.planning.kept_text import kept_text_bytes
+from diffusers_ext.planning.golden_noise import TEXT, GoldenNoiseRun, judged_table_bytes, loaded_parts
+from diffusers_ext.planning.golden_noise_targets import draw_works, reward_parts
+from diffusers_ext.planning.kept_text import kept_text_bytes, kept_text_work, text_notes, texts_of_a_prompt
 from diffusers_ext.planning.models import BaseModel, ImageShapes, encode_prompts_work, guided_work, module_bytes
-from diffusers_ext.planning.settings import REWARDS, GoldenNoisePlanSettings, GuardPlanSettings
+from diffusers_ext.planning.settings import GoldenNoisePlanSettings, GuardPlanSettings
 from diffusers_ext.planning.tracing import REPORT_BYTES, checkpoint_bytes, safetensors_bytes
 from diffusers_ext.planning.work import (
     OPTIMIZER,
@@ -30,7 +30,7 @@ from diffusers_ext.planning.work import (
     training_works,
 )
 
-_NETWORK, _GUARD, _REWARD = "network", "guard", "reward model"
+_NETWORK, _GUARD = "network", "guard"
 _VALIDATED = 256  # noises measured at once
 
 
@@ -39,20 +39,11 @@ def draft_guard(base: BaseModel, setting: GuardPlanSettings, *, as_on_gpu: bool 
     shapes = ImageShapes(base, setting.output_size)
     setting.output_size = shapes.resolution
     run = GuardRun(shapes, setting, as_on_gpu)
-    loaded = {
-        name.replace("_", " "): part.bytes(run.precision.dtype)
-        for name, part in base.components.items()
-        if name != "safety_checker"
-    }
-    parts = {**loaded, _NETWORK: module_bytes(run.network()), _GUARD: module_bytes(run.guard())}
-    notes = []
-    if not setting.judged and setting.reward in REWARDS:
-        parts[_REWARD] = module_bytes(reward_model(setting.reward))
-    elif not setting.judged:
-        notes.append(f"What the reward {setting.reward!r} takes is not counted.")
-    if not shapes.family.pads_text and setting.text_tokens is None:
-        notes.append(f"Every text is as long as the longest, {shapes.text.tokens} tokens.")
-    phases = run.phases(tuple(loaded), (_REWARD,) if _REWARD in parts else ())
+    loaded = loaded_parts(base, run.precision.dtype)
+    judges, notes = reward_parts(None if setting.judged else setting.reward)
+    parts = {**loaded, _NETWORK: module_bytes(run.network()), _GUARD: module_bytes(run.guard()), **judges}
+    notes += text_notes(shapes, setting.text_tokens)
+    phases = run.phases(tuple(loaded), tuple(judges))
     return Draft("guard", base, asdict(setting), parts, phases, run.disk(), notes)
 
 
@@ -93,10 +84,9 @@ class GuardRun:
         whole = not setting.judged or setting.reads == "prediction"
         resident = (*(loaded if whole else encoders), _NETWORK)
         phases = [] if setting.judged else [Phase("judging", (*resident, *judges), self._judging_works())]
-        rows, asked = min(setting.text_batch_size, setting.num_prompts), 1 if shapes.embedded_guidance else 2
-        text = encode_prompts_work(shapes, rows, asked * setting.num_prompts / rows, precision)
+        text = kept_text_work(shapes, setting.num_prompts, setting.text_batch_size, precision)
         phases.append(Phase("encoding text", resident, [text]))
-        phases.append(Phase("reading", (*resident, _GUARD), self._reading_works(asked)))
+        phases.append(Phase("reading", (*resident, _GUARD), self._reading_works()))
         phases.append(Phase("training", (_NETWORK, _GUARD, OPTIMIZER), self.training_works()))
         measured = min(_VALIDATED, setting.validation_pairs)
         validation = self.validation_work(measured, setting.validations * setting.validation_pairs / measured)
@@ -106,22 +96,21 @@ class GuardRun:
         """Pictures of both noises are drawn together."""
         setting, shapes, precision = self.setting, self.shapes, self.precision
         rows = min(setting.batch_size, setting.pairs)
-        batches, asked = setting.pairs / rows, 1 if shapes.embedded_guidance else 2
-        prompts = math.ceil(rows / setting.noises_per_prompt)
+        batches, prompts = setting.pairs / rows, math.ceil(rows / setting.noises_per_prompt)
         return [
-            encode_prompts_work(shapes, prompts, asked * batches, precision),
+            encode_prompts_work(shapes, prompts, texts_of_a_prompt(shapes) * batches, precision),
             self._refining_work(rows, batches),
             *draw_works(shapes, setting, 2 * rows, batches, precision),
         ]
 
-    def _reading_works(self, asked: int) -> list[Work]:
+    def _reading_works(self) -> list[Work]:
         """The network changes every noise, and the model is asked once where the guard reads what it predicts."""
         setting, shapes, precision = self.setting, self.shapes, self.precision
         rows = min(setting.text_batch_size, setting.pairs)
         batches, prompts = setting.pairs / rows, math.ceil(rows / setting.noises_per_prompt)
         works = [self._refining_work(rows, batches)]
         if setting.reads == "prediction":
-            works.append(encode_prompts_work(shapes, prompts, asked * batches, precision))
+            works.append(encode_prompts_work(shapes, prompts, texts_of_a_prompt(shapes) * batches, precision))
             works.append(guided_work(shapes, rows, 1.0, batches, precision))
         return works
 
