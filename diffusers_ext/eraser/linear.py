@@ -6,7 +6,6 @@ A linear eraser adds `s up(down(x))` to what the output projection makes of `x`,
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import inject_adapter_in_model
 from torch import nn
 
@@ -30,7 +28,13 @@ from diffusers_ext.eraser.adapter.tensors import StateDict, family_of_tensors, l
 from diffusers_ext.eraser.files import eraser_tensors, find_eraser
 from diffusers_ext.eraser.fit import erased_models, family_of_config, find_transformer, read_every_part
 from diffusers_ext.families import Family, match_family
-from diffusers_ext.families.lora_files import COMFYUI_NAME, lora_metadata, second_file, write_lora
+from diffusers_ext.families.lora_files import (
+    COMFYUI_NAME,
+    full_adapter_metadata,
+    lora_metadata,
+    second_file,
+    write_lora,
+)
 
 _MERGED = "_merged_erasers"  # attribute of a model, {adapter name: MergedEraser}, in the order of merging
 
@@ -64,14 +68,9 @@ def export_eraser_lora(
     """
     folder, lora = Path(save_directory), dict(lora)
     rank = next(len(a) for key, a in lora.items() if key.endswith(".lora_A.weight"))
-    modules = sorted(key.partition(".")[2].removesuffix(".lora_A.weight") for key in lora if ".lora_A." in key)
-    # The patterns say nothing, but diffusers below 0.40 takes no metadata without them.
-    settings = {"r": rank, "lora_alpha": rank, "target_modules": modules, "rank_pattern": {}, "alpha_pattern": {}}
-    adapter = {f"{family.denoiser}.{name}": value for name, value in settings.items()}
     told = {"modelspec.title": title}
-    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True)}
     written = [folder / LORA_WEIGHT_NAME]
-    write_lora(lora, written[0], {**lora_metadata(lora, lora, told), **metadata})
+    write_lora(lora, written[0], {**lora_metadata(lora, lora, told), **full_adapter_metadata(lora)})
     other = "" if family.comfyui_names is None else second_file(lora, family) or COMFYUI_NAME
     if other:
         if has_kohya_names(lora):

@@ -223,10 +223,16 @@ def _separate(lora: Mapping[str, torch.Tensor]) -> StateDict:
 
 
 def adapter_metadata(lora: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Settings of PEFT's adapters for a LoRA in diffusers' names, of scale 1; empty where each component has one rank.
+    """`full_adapter_metadata`, empty where each component has one rank.
 
-    Without them diffusers below 0.40 scales all modules of a component by the rank of one of them.
+    Without it diffusers below 0.40 scales all modules of a component by the rank of one of them.
     """
+    ranks = _ranks(lora)
+    return {} if all(len(set(of.values())) == 1 for of in ranks.values()) else full_adapter_metadata(lora)
+
+
+def _ranks(lora: Mapping[str, torch.Tensor]) -> dict[str, dict[str, int]]:
+    """`{component: {module: rank}}` of a LoRA in diffusers' names."""
     ranks: dict[str, dict[str, int]] = {}
     for key, tensor in lora.items():
         component, _, name = key.partition(".")
@@ -234,10 +240,16 @@ def adapter_metadata(lora: Mapping[str, torch.Tensor]) -> dict[str, str]:
             # Of a text encoder without what transformers 4 alone puts before its names, as a pattern's end is matched.
             pattern = name.removesuffix(".lora_A.weight").removeprefix("text_model.")
             ranks.setdefault(component, {})[pattern] = tensor.shape[0]
-    if all(len(set(of.values())) == 1 for of in ranks.values()):
-        return {}
+    return ranks
+
+
+def full_adapter_metadata(lora: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Settings of PEFT's adapters for a LoRA in diffusers' names, of scale 1.
+
+    The patterns are always there: diffusers below 0.40 takes no settings without them.
+    """
     settings: dict[str, Any] = {}
-    for component, of in ranks.items():
+    for component, of in _ranks(lora).items():
         usual = Counter(of.values()).most_common()[0][0]
         start = "" if component.startswith("text_encoder") else "^"  # another name may end in this one
         others = {f"{start}{name}": rank for name, rank in of.items() if rank != usual}
