@@ -35,19 +35,18 @@ def with_known_dtype(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ReadAlike:
-    """Mixin of pipelines, before the class of diffusers: loaded and converted alike under every version."""
+    """Mixin of pipelines, before `PushWithCard` and the class of diffusers: made alike under every version."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As in diffusers, with `dtype` under every version.
+        """As the next class does; `ValueError` for a folder of which transformers 4 would read random weights.
 
-        Raises `ValueError` for a folder of which transformers 4 would read random weights; a repository of the Hub is
-        not looked at.
+        A repository of the Hub is not looked at.
         """
         source = pretrained_model_name_or_path
         if Path(source).is_dir():
             check_readable(source, "pretrained_model_name_or_path", variant=kwargs.get("variant"), given=kwargs)
-        return super().from_pretrained(source, **with_known_dtype(kwargs))
+        return super().from_pretrained(source, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
